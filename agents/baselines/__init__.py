@@ -1,0 +1,48 @@
+"""Ways to choose a mask without learning, each aware of the KV cache and counted in evaluations.
+
+A plain dictionary is the registry: `make_baseline` makes one by name.
+"""
+
+from __future__ import annotations
+
+from agents.baselines.base import Baseline, Bench, MaskChoice
+from agents.baselines.greedy import GreedyPerByteBaseline
+from agents.baselines.knapsack import KnapsackBaseline
+from agents.baselines.orders import (
+    AttentionOnlyBaseline,
+    BlockInfluenceBaseline,
+    DenseBaseline,
+    FFNOnlyBaseline,
+    GSIBaseline,
+    OneShotBaseline,
+    RandomBaseline,
+)
+from rap_env.errors import UnknownNameError
+
+BASELINES: dict[str, type[Baseline]] = {
+    baseline.name: baseline
+    for baseline in (
+        RandomBaseline,
+        GSIBaseline,
+        GreedyPerByteBaseline,
+        OneShotBaseline,
+        BlockInfluenceBaseline,
+        KnapsackBaseline,
+        AttentionOnlyBaseline,
+        FFNOnlyBaseline,
+        DenseBaseline,
+    )
+}
+
+__all__ = ["BASELINES", "Baseline", "Bench", "MaskChoice", "make_baseline"]
+
+
+def make_baseline(name: str, workbench: Bench, seed: int = 0) -> Baseline:
+    """The baseline called `name`, its shared profiles measured or loaded.
+
+    Raises:
+        UnknownNameError: There is no such baseline.
+    """
+    if name not in BASELINES:
+        raise UnknownNameError("baseline", name, BASELINES)
+    return BASELINES[name](workbench, seed)

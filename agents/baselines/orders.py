@@ -1,0 +1,150 @@
+"""Baselines that follow one order of blocks until the request fits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from agents.baselines.base import Baseline, Bench, remove_until_fits
+from rap_env.blocks import BlockKind, BlockMask
+from rap_env.errors import ArtifactError
+from rap_env.workload import Request
+
+
+class OrderBaseline(Baseline):
+    """Removes blocks in an order until the request fits."""
+
+    def _choose(self, request: Request) -> tuple[BlockMask, int]:
+        return remove_until_fits(self.memory, self._order(request), request), 0
+
+    @abstractmethod
+    def _order(self, request: Request) -> Sequence[int]:
+        """Indices of blocks, first to be removed first."""
+
+
+class RandomBaseline(OrderBaseline):
+    """Removes blocks at random; the same seed and request give the same mask."""
+
+    name = "random"
+
+    def _order(self, request: Request) -> Sequence[int]:
+        key = [self.seed, request.batch_size, request.seq_len_tokens, request.budget_bytes]
+        return _indices(np.random.default_rng(key).permutation(self.memory.facts.num_blocks))
+
+
+class DenseBaseline(OrderBaseline):
+    """Removes nothing; the reference that seldom fits."""
+
+    name = "dense"
+    kv_aware = False
+
+    def _order(self, request: Request) -> Sequence[int]:
+        return ()
+
+
+class OneShotBaseline(OrderBaseline):
+    """Removes first what alone costs the dense model least."""
+
+    name = "one_shot"
+
+    def __init__(self, workbench: Bench, seed: int = 0) -> None:
+        super().__init__(workbench, seed)
+        self._blocks = _ascending(workbench.one_shot.loss_rise)
+
+    @property
+    def setup_evaluations(self) -> int:
+        """The dense model, and each block left out once."""
+        return self.memory.facts.num_blocks + 1
+
+    def _order(self, request: Request) -> Sequence[int]:
+        return self._blocks
+
+
+class _OneKindBaseline(OneShotBaseline):
+    """The one-shot order within one kind of block; may end before the request fits."""
+
+    kind: ClassVar[BlockKind]
+
+    def _order(self, request: Request) -> Sequence[int]:
+        kinds = {block.index: block.kind for block in self.memory.facts.blocks}
+        return [index for index in self._blocks if kinds[index] == self.kind]
+
+
+class AttentionOnlyBaseline(_OneKindBaseline):
+    """Removes attention blocks only, in one-shot order."""
+
+    name = "attention_only"
+    kind = "attn"
+
+
+class FFNOnlyBaseline(_OneKindBaseline):
+    """Removes feed-forward blocks only, in one-shot order."""
+
+    name = "ffn_only"
+    kind = "ffn"
+
+
+class BlockInfluenceBaseline(OrderBaseline):
+    """Removes first what turns the hidden state least (ShortGPT, arXiv 2403.03853).
+
+    Deviates from the paper in that an attention and an ffn block are ranked on their own and
+    not as one layer.
+    """
+
+    name = "block_influence"
+
+    def __init__(self, workbench: Bench, seed: int = 0) -> None:
+        super().__init__(workbench, seed)
+        self._blocks = _ascending(workbench.one_shot.block_influence)
+
+    @property
+    def setup_evaluations(self) -> int:
+        """One pass of the dense model gives the influence of all blocks."""
+        return 1
+
+    def _order(self, request: Request) -> Sequence[int]:
+        return self._blocks
+
+
+class GSIBaseline(OrderBaseline):
+    """Follows the GSI order until the request fits; after its end the one-shot order.
+
+    Raises:
+        ArtifactError: The workbench has no GSI order.
+    """
+
+    name = "gsi"
+
+    def __init__(self, workbench: Bench, seed: int = 0) -> None:
+        super().__init__(workbench, seed)
+        if workbench.gsi is None:
+            raise ArtifactError(
+                "The baseline 'gsi' needs a GSI order, but this workbench has none; open it "
+                "with importance='gsi' or with the path of a GSI artifact."
+            )
+        found = [block.index for block in workbench.gsi.order]
+        self._setup_evaluations = workbench.gsi.evaluations
+        if len(found) < self.memory.facts.num_blocks:
+            rest = _ascending(workbench.one_shot.loss_rise)
+            found += [index for index in rest if index not in found]
+        self._blocks = found
+
+    @property
+    def setup_evaluations(self) -> int:
+        """Masks that were run to find the order."""
+        return self._setup_evaluations
+
+    def _order(self, request: Request) -> Sequence[int]:
+        return self._blocks
+
+
+def _ascending(values: npt.NDArray[np.float64]) -> list[int]:
+    return _indices(np.argsort(values, kind="stable"))
+
+
+def _indices(values: npt.NDArray[np.int64]) -> list[int]:
+    return [int(value) for value in values]

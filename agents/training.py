@@ -1,0 +1,279 @@
+"""Trains an agent: vector of environments, metrics, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from tqdm import tqdm
+
+from agents.algorithms import AgentConfig, make_model
+from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
+from agents.state import ReplayableEnv
+from rap_env.errors import RapError
+
+log = logging.getLogger(__name__)
+
+MetricSink = Callable[[dict[str, float], int], None]
+"""Takes metrics by name and the number of environment steps done."""
+
+_RECENT_EPISODES = 50
+
+
+class TrainingDivergedError(RapError, ArithmeticError):
+    """The networks' parameters are no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        run_dir: Its folder; the policy is in the newest of ``checkpoints``.
+        timesteps: Environment steps done, those before a resume included.
+        episodes: Episodes ended, those before a resume included.
+        evaluations: Masks scored by the language model, those before a resume included.
+        seconds: Wall time, that before a resume included.
+        resumed_from: Step of the checkpoint it went on from, or None.
+        recent_loss: Mean loss of the last episodes' masks, nats per token, of those
+            that fit their budget; NaN if there are none.
+    """
+
+    run_dir: Path
+    timesteps: int
+    episodes: int
+    evaluations: int
+    seconds: float
+    resumed_from: int | None
+    recent_loss: float
+
+
+def train(
+    config: AgentConfig,
+    make_env: Callable[[], gym.Env[Any, Any]],
+    run_dir: str | Path,
+    *,
+    log_fns: Sequence[MetricSink] = (),
+    progress: bool = True,
+) -> TrainResult:
+    """Train an agent, or go on with the training that `run_dir` holds.
+
+    A checkpoint is written after every rollout (PPO) or every thousand steps (DQN); a killed
+    training loses what came after the last one, and goes on from it exactly as it would have
+    gone without the kill. A finished one is not trained again.
+
+    Args:
+        config: Agent, length and hyperparameters.
+        make_env: Makes one environment; called `config.n_envs` times. They should share their
+            language model.
+        run_dir: Folder of this run; checkpoints go to its ``checkpoints``.
+        log_fns: Called after each episode and each update with metrics by name: ``episode/*``,
+            ``train/*``, ``time/*``. After a resume, steps since the checkpoint come again.
+        progress: Show a bar if there is a terminal.
+
+    Raises:
+        ArtifactError: The run was begun with other settings, or all its checkpoints are damaged.
+        StorageFullError: No space for a checkpoint.
+        TrainingDivergedError: The parameters became NaN or infinite.
+    """
+    run_dir = Path(run_dir)
+    venv = make_vector_env(config, make_env)
+    try:
+        checkpoint = latest_checkpoint(run_dir / "checkpoints")
+        if checkpoint is None:
+            model, done = make_model(config, venv), {}
+        else:
+            check_same_run(checkpoint, config, venv)
+            model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
+            log.info("Training goes on from step %d of %s.", checkpoint.step, run_dir)
+        model.set_logger(Logger(folder=None, output_formats=[_SinkWriter(log_fns)]))
+        recorder = Recorder(config, run_dir, log_fns, done, show_bar=progress)
+        remaining = config.total_timesteps - model.num_timesteps
+        if remaining > 0:
+            _learn(model, remaining, recorder, fresh=checkpoint is None)
+    finally:
+        venv.close()
+    return TrainResult(
+        run_dir=run_dir,
+        timesteps=model.num_timesteps,
+        resumed_from=None if checkpoint is None else checkpoint.step,
+        recent_loss=recorder.recent_loss,
+        episodes=int(recorder.totals["episodes"]),
+        evaluations=int(recorder.totals["evaluations"]),
+        seconds=recorder.totals["seconds"],
+    )
+
+
+def make_vector_env(config: AgentConfig, make_env: Callable[[], gym.Env[Any, Any]]) -> VecEnv:
+    """`config.n_envs` environments stepped in turn, monitored, rewards normalised if asked."""
+    venv: VecEnv = VecMonitor(DummyVecEnv([lambda: ReplayableEnv(make_env())] * config.n_envs))
+    if config.normalize_reward:
+        gamma = config.hyperparameters.get("gamma", config.algorithm.defaults["gamma"])
+        venv = VecNormalize(venv, norm_obs=False, gamma=gamma)
+    return venv
+
+
+def _learn(model: BaseAlgorithm, steps: int, recorder: Recorder, fresh: bool) -> None:
+    try:
+        model.learn(steps, callback=recorder, reset_num_timesteps=fresh, log_interval=1)
+    except ValueError as error:  # torch refuses to sample from logits that are NaN
+        _check_finite(model, error)
+        raise
+    finally:
+        recorder.close()
+    _check_finite(model)
+    recorder.save()
+    model.logger.dump(model.num_timesteps)  # losses of the last update
+
+
+def _check_finite(model: BaseAlgorithm, cause: Exception | None = None) -> None:
+    parameters = torch.nn.utils.parameters_to_vector(model.policy.parameters())
+    if not bool(torch.isfinite(parameters).all()):
+        raise TrainingDivergedError(
+            f"Training diverged: parameters are NaN or infinite after {model.num_timesteps} steps. "
+            "The last checkpoint is from before; lower learning_rate and begin a new run, or look "
+            "at the rewards."
+        ) from cause
+
+
+class Recorder(BaseCallback):
+    """Sees every step: sends metrics, draws the bar, and saves checkpoints between rollouts."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        run_dir: Path,
+        sinks: Sequence[MetricSink],
+        done: dict[str, float],
+        show_bar: bool,
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._folder = run_dir / "checkpoints"
+        self._sinks = sinks
+        self._show_bar = show_bar
+        self._recent: deque[float] = deque(maxlen=_RECENT_EPISODES)
+        self._bar: tqdm[Any] | None = None
+        self._saved_at = -1
+        self.totals = {"episodes": 0.0, "evaluations": 0.0, "seconds": 0.0, **done}
+
+    @property
+    def recent_loss(self) -> float:
+        """Mean loss of the last episodes' masks, nats per token."""
+        return float(np.mean(self._recent)) if self._recent else math.nan
+
+    def save(self) -> None:
+        """Write a checkpoint now."""
+        if self._saved_at != self.num_timesteps:
+            self._count()
+            save_checkpoint(self._folder, self.model, self._config, dict(self.totals))
+            self._saved_at = self.num_timesteps
+
+    def close(self) -> None:
+        """Let go of the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _on_training_start(self) -> None:
+        self._before = dict(self.totals)
+        self._start = time.perf_counter()
+        self._start_step = self._saved_at = self.num_timesteps
+        self._start_evaluations = _evaluations(self.training_env)
+        self._bar = tqdm(
+            total=max(self._config.total_timesteps, self.num_timesteps),
+            initial=self.num_timesteps,
+            desc=f"train {self._config.name}",
+            unit="step",
+            disable=None if self._show_bar else True,
+            dynamic_ncols=True,
+        )
+
+    def _on_rollout_start(self) -> None:
+        _check_finite(self.model)
+        if self.num_timesteps - self._saved_at >= self._config.algorithm.checkpoint_steps:
+            self.save()
+
+    def _on_step(self) -> bool:
+        assert self._bar is not None
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self._episode_ended(info)
+        self._bar.update(self.training_env.num_envs)
+        return True
+
+    def _episode_ended(self, info: dict[str, Any]) -> None:
+        assert self._bar is not None
+        self.totals["episodes"] += 1
+        self._count()
+        fits = not info["TimeLimit.truncated"]
+        metrics = {
+            "episode/number": self.totals["episodes"],
+            "episode/return": float(info["episode"]["r"]),
+            "episode/length": float(info["episode"]["l"]),
+            "episode/invalid_actions": float(info["episode"]["l"] - len(info["removed"])),
+            "episode/fits": float(fits),
+            "time/evaluations": self.totals["evaluations"],
+            "time/seconds": self.totals["seconds"],
+            "time/steps_per_s": self._steps_per_s(),
+        }
+        if fits:  # the loss of a mask that does not fit says nothing
+            metrics["episode/loss"] = float(info["loss"])
+            self._recent.append(float(info["loss"]))
+        for sink in self._sinks:
+            sink(metrics, self.num_timesteps)
+        self._bar.set_postfix_str(
+            f"{self.totals['episodes']:.0f} episodes, loss {self.recent_loss:.3f}", refresh=False
+        )
+
+    def _count(self) -> None:
+        spent = time.perf_counter() - self._start
+        self.totals["seconds"] = self._before["seconds"] + spent
+        run = _evaluations(self.training_env) - self._start_evaluations
+        self.totals["evaluations"] = self._before["evaluations"] + run
+
+    def _steps_per_s(self) -> float:
+        spent = time.perf_counter() - self._start
+        return (self.num_timesteps - self._start_step) / max(spent, 1e-9)
+
+
+class _SinkWriter(KVWriter):
+    """Sends what stable-baselines3 logs of its updates to the sinks."""
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = sinks
+
+    def write(
+        self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
+    ) -> None:
+        """Pass on the numbers of the update; ours cover episodes and time."""
+        metrics = {
+            key: float(value)
+            for key, value in key_values.items()
+            if key.startswith(("train/", "rollout/exploration"))
+        }
+        if metrics:
+            for sink in self._sinks:
+                sink(metrics, step)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _evaluations(venv: VecEnv) -> int:
+    """Masks scored so far by what the environments share; 0 if they don't say."""
+    bench = venv.get_attr("workbench", indices=[0])[0] if venv.has_attr("workbench") else None
+    return int(bench.scorer.evaluations) if bench is not None else 0

@@ -1,0 +1,106 @@
+"""Who is compared: trained policies and baselines, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agents.baselines import BASELINES, make_baseline
+from agents.checkpoint import latest_checkpoint
+from agents.policy import TrainedPolicy
+from experiments.config import Config
+from experiments.errors import ExperimentError
+from experiments.gather import method_and_seed, training_dirs
+from experiments.grid import Selector
+from experiments.runs import RunFolder
+from rap_env.errors import UnknownNameError
+from rap_env.workbench import Workbench
+
+REFERENCE = "dense"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One method with one seed.
+
+    Attributes:
+        method: Its name.
+        seed: Seed of the agent or the random baseline, None where nothing is drawn.
+        kv_aware: Whether it counts the KV cache when it decides.
+        setup_evaluations: Masks scored once, before any request.
+        selector: What chooses masks.
+        identity: What its choices depend on beside the workbench, as plain values.
+    """
+
+    method: str
+    seed: int | None
+    kv_aware: bool
+    setup_evaluations: int
+    selector: Selector
+    identity: dict[str, Any]
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown baselines and folders before anything is measured.
+
+    Raises:
+        UnknownNameError: There is no such baseline.
+        ExperimentError: A folder holds no training run, or there is nothing to compare.
+    """
+    for name in config.evaluate.baselines:
+        if name not in BASELINES:
+            raise UnknownNameError("baseline", name, BASELINES)
+    folders = agent_folders(config)
+    for folder in folders:
+        method_and_seed(folder)
+    if not folders and not config.evaluate.baselines:
+        raise ExperimentError(
+            "There is nothing to evaluate: no finished training in "
+            f"{config.stage_dir('train')}, and evaluate.baselines is empty."
+        )
+
+
+def agent_folders(config: Config) -> list[Path]:
+    """Folders of the agents to evaluate: those asked for, or all finished ones."""
+    if config.evaluate.agents is not None:
+        return [Path(folder) for folder in config.evaluate.agents]
+    return training_dirs(config.root, finished=True)
+
+
+def contestants(config: Config, workbench: Workbench) -> Iterator[Contestant]:
+    """The dense reference, the trained agents, then the baselines.
+
+    Raises:
+        ArtifactError: A run has no whole checkpoint, or one of another model.
+    """
+    yield _baseline(REFERENCE, None, workbench)
+    for folder in agent_folders(config):
+        yield _agent(folder, workbench, config.importance.method)
+    for name in config.evaluate.baselines:
+        if name == REFERENCE:
+            continue
+        seeds: list[int | None] = [*config.evaluate.random_seeds] if name == "random" else [None]
+        for seed in seeds:
+            yield _baseline(name, seed, workbench)
+
+
+def _baseline(name: str, seed: int | None, workbench: Workbench) -> Contestant:
+    baseline = make_baseline(name, workbench, seed or 0)
+    return Contestant(
+        name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, {"baseline": name}
+    )
+
+
+def _agent(folder: Path, workbench: Workbench, importance: str) -> Contestant:
+    method, seed = method_and_seed(folder)
+    policy = TrainedPolicy.load(folder, workbench)
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None  # the policy was loaded from it
+    facts = RunFolder(folder).read() or {}
+    blocks = workbench.memory.facts.num_blocks
+    features = {"gsi": lambda: workbench.gsi.evaluations, "one_shot": lambda: blocks + 1}
+    setup = int(facts.get("evaluations", 0)) + features.get(importance, lambda: 0)()
+    identity = {"run": folder.name, "step": checkpoint.step, "files": checkpoint.body["files"]}
+    return Contestant(method, seed, policy.kv_aware, setup, policy, identity)

@@ -1,0 +1,83 @@
+"""``python -m experiments.demo``: profile, train, evaluate and report in one process.
+
+What is done already is not done again, so the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import OmegaConf
+
+from experiments.cli import launch
+from experiments.config import AgentConfig, Config
+from experiments.console import say
+from experiments.evaluate import evaluate
+from experiments.profile import profile
+from experiments.report import report
+from experiments.runs import run_label
+from experiments.train import train
+
+log = logging.getLogger(__name__)
+
+
+def demo(config: Config, folder: Path) -> Path:
+    """Run the four stages and print the comparison.
+
+    Args:
+        config: All settings.
+        folder: The comparison's folder; only this program's log goes there.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        RapError: As the four stages do.
+    """
+    started = time.monotonic()
+    _announce(1, "importance of each block (calibration text, one-shot, GSI)")
+    profile(_for_stage(config, "profile"), config.stage_dir("profile"))
+    _announce(2, "training")
+    for agent in demo_agents(config):
+        for seed in config.demo.seeds:
+            settings = replace(_for_stage(config, "train"), agent=agent, seed=seed)
+            train(settings, config.stage_dir("train") / run_label("train", agent.name, seed))
+    _announce(3, "evaluation against the baselines on held-out text")
+    evaluate(_for_stage(config, "evaluate"), config.stage_dir("evaluate"))
+    _announce(4, "report")
+    page = report(_for_stage(config, "report"), config.stage_dir("report"))
+    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
+    return page
+
+
+def demo_agents(config: Config) -> list[AgentConfig]:
+    """The agents to train: the configured one, or those of ``demo.agents`` as ``conf`` has them.
+
+    Steps are the configured ones, so that all train as long.
+    """
+    if not config.demo.agents:
+        return [config.agent]
+    found = []
+    for name in config.demo.agents:
+        node: Any = compose(config_name="train", overrides=[f"agent={name}"])
+        agent = OmegaConf.to_object(node.agent)
+        assert isinstance(agent, AgentConfig)
+        found.append(replace(agent, total_timesteps=config.agent.total_timesteps))
+    return found
+
+
+def _for_stage(config: Config, stage: str) -> Config:
+    return replace(config, stage=stage)
+
+
+def _announce(number: int, what: str) -> None:
+    say(f"[{number}/4] {what}")
+
+
+if __name__ == "__main__":
+    launch("demo", demo)

@@ -1,0 +1,9 @@
+"""Mistakes that only experiments can make."""
+
+from __future__ import annotations
+
+from rap_env.errors import RapError
+
+
+class ExperimentError(RapError, ValueError):
+    """A setting, run folder or record that an experiment cannot work with."""

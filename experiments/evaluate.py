@@ -1,0 +1,234 @@
+"""``python -m experiments.evaluate``: every method on every request and budget, a row each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.bench import open_bench, task_config
+from experiments.cli import launch
+from experiments.comparison import Comparison
+from experiments.config import Config
+from experiments.contestants import Contestant, check_names, contestants
+from experiments.grid import Cell, grid_requests
+from experiments.loggers import Loggers, open_loggers
+from experiments.records import (
+    ResultRow,
+    append_record,
+    read_records,
+    row_key,
+    write_records,
+)
+from experiments.runs import RunFolder
+from experiments.statistics import bootstrap_mean
+from experiments.tables import summary_table
+from rap_env.artifacts import digest
+from rap_env.blocks import BlockMask
+from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.workbench import Workbench
+from rap_env.workload import Request
+
+if TYPE_CHECKING:
+    from agents.baselines import MaskChoice
+
+log = logging.getLogger(__name__)
+
+SET_ASIDE = "results.other.jsonl"
+"""Rows of other settings: kept, used again when the settings come back, not reported."""
+
+
+class Bench:
+    """The model with what masks are judged by: held-out text and tasks.
+
+    Args:
+        config: All settings.
+        workbench: The model and the calibration text that methods may look at.
+
+    Raises:
+        CorpusError: The report text is too short or overlaps with the calibration text.
+        UnknownNameError: There is no such task.
+    """
+
+    def __init__(self, config: Config, workbench: Workbench) -> None:
+        self.workbench = workbench
+        text = CorpusConfig(**asdict(config.evaluate.text), role="report")
+        corpus = load_corpus(text, workbench.llm)
+        ensure_disjoint(workbench.scorer.corpus, corpus)
+        self.report = MaskScorer(workbench.llm, corpus, workbench.store)
+        self.tasks = None
+        if config.evaluate.tasks.names:
+            from rap_env.scoring.tasks import TaskScorer
+
+            settings = task_config(config.evaluate.tasks)
+            self.tasks = TaskScorer(workbench.llm, settings, store=workbench.store)
+        self.depends_on: dict[str, Any] = {
+            "model_fingerprint": workbench.memory.facts.fingerprint,
+            "dtype": workbench.memory.facts.dtype,
+            "calibration": workbench.scorer.corpus.provenance,
+            "calibration_sha256": workbench.scorer.corpus.sha256,
+            "report_text": corpus.provenance,
+            "report_sha256": corpus.sha256,
+            "tasks": {**asdict(config.evaluate.tasks), "context": self._tasks_digest()},
+            "importance": _importance_identity(config, workbench),
+        }
+
+    def judge(
+        self, contestant: Contestant, cell: Cell, request: Request, choice: MaskChoice
+    ) -> ResultRow:
+        """The row of one choice.
+
+        Raises:
+            NonFiniteScoreError: The model gave NaN or infinity.
+        """
+        mask, scorer = choice.mask, self.workbench.scorer
+        losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
+        loss = bootstrap_mean(losses)
+        peak_bytes = self.workbench.memory.peak_bytes(mask, request)
+        return ResultRow(
+            method=contestant.method,
+            kv_aware=contestant.kv_aware,
+            seed=contestant.seed,
+            request={"batch_size": request.batch_size, "seq_len_tokens": request.seq_len_tokens},
+            budget_fraction=cell[2],
+            budget_bytes=request.budget_bytes,
+            peak_bytes=peak_bytes,
+            fits=peak_bytes <= request.budget_bytes,
+            attn_removed=mask.count("attn"),
+            ffn_removed=mask.count("ffn"),
+            mask=list(mask.names),
+            loss_calibration=float(scorer.nll(mask) - scorer.dense_nll),
+            loss=loss.mean,
+            loss_ci_low=loss.low,
+            loss_ci_high=loss.high,
+            window_losses=np.asarray(losses, dtype=float).tolist(),
+            accuracies=self.tasks.accuracies(mask) if self.tasks else {},
+            decision_s=choice.decision_s,
+            evaluations=choice.evaluations,
+            setup_evaluations=contestant.setup_evaluations,
+            provenance=self.provenance(contestant),
+        )
+
+    def provenance(self, contestant: Contestant) -> dict[str, Any]:
+        """What a row depends on; ``method`` is what only this contestant depends on."""
+        return {"depends_on": {**self.depends_on, "method": contestant.identity}}
+
+    def _tasks_digest(self) -> str | None:
+        return digest(dict(self.tasks.context)) if self.tasks else None
+
+
+def evaluate(config: Config, folder: Path) -> Path:
+    """Compare all methods on the grid; rows that are already there are not computed again.
+
+    Args:
+        config: All settings.
+        folder: Where ``results.jsonl`` goes.
+
+    Returns:
+        The path of ``results.jsonl``.
+
+    Raises:
+        RapError: A setting cannot be, a budget cannot be met, texts overlap, or a record or
+            artifact is damaged.
+    """
+    check_names(config)
+    run, started = RunFolder(folder), time.monotonic()
+    workbench = open_bench(config)
+    requests = grid_requests(config.evaluate, workbench.memory)
+    run.start(config)
+    with open_loggers(config, folder, job="evaluate") as loggers:
+        bench = Bench(config, workbench)
+        rows = _all_rows(config, run, bench, requests)
+        _log_results(Comparison(rows), loggers)
+    run.finish(started, rows=len(rows))
+    log.info("Evaluation: %d rows in %s.", len(rows), run.results)
+    return run.results
+
+
+def _all_rows(
+    config: Config, run: RunFolder, bench: Bench, requests: list[tuple[Cell, Request]]
+) -> list[ResultRow]:
+    """Rows of all contestants on the grid, appended to the results as they are made."""
+    entries = list(contestants(config, bench.workbench))
+    wanted = [
+        (row_key(entry.method, entry.seed, cell, bench.provenance(entry)), entry, cell, request)
+        for entry in entries
+        for cell, request in requests
+    ]
+    found = sort_out(run, {key for key, *_ in wanted})
+    todo = [item for item in wanted if item[0] not in found]
+    if found:
+        log.info("Evaluation: %d of %d rows are there already.", len(found), len(wanted))
+    warm: set[int] = set()
+    bar = tqdm(
+        todo, initial=len(found), total=len(wanted), desc="evaluate", unit="row",
+        disable=None if config.progress else True, dynamic_ncols=True,
+    )  # fmt: skip
+    for key, entry, cell, request in bar:
+        bar.set_postfix_str(entry.method)
+        if id(entry) not in warm:
+            _warm_up(entry, request)
+            warm.add(id(entry))
+        found[key] = bench.judge(entry, cell, request, entry.selector.select(request))
+        append_record(run.results, found[key].to_record())
+    return list(found.values())
+
+
+def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
+    """Keep the wanted rows among the results and set the others aside, losing none.
+
+    Returns:
+        The wanted rows that are there, by key.
+    """
+    aside = run.path / SET_ASIDE
+    rows = [ResultRow.from_record(r) for r in [*read_records(aside), *read_records(run.results)]]
+    known = {row_key(row.method, row.seed, row.cell, row.provenance): row for row in rows}
+    others = [row.to_record() for key, row in known.items() if key not in wanted]
+    found = {key: row for key, row in known.items() if key in wanted}
+    if others:
+        write_records(aside, others)
+    write_records(run.results, [row.to_record() for row in found.values()])
+    return found
+
+
+def _importance_identity(config: Config, workbench: Workbench) -> dict[str, Any]:
+    """The importance that agents see; a longer GSI may change what they choose."""
+    features = workbench.features
+    values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
+    return {
+        "method": config.importance.method,
+        "values": digest([array.tolist() for array in values]),
+    }
+
+
+def _warm_up(contestant: Contestant, request: Request) -> None:
+    """One unmeasured choice of a trained policy: the first call pays for torch's set-up."""
+    if "run" in contestant.identity:
+        contestant.selector.select(request)
+
+
+def _log_results(comparison: Comparison, loggers: Loggers) -> None:
+    loggers.table("results/summary", *summary_table(comparison))
+    header = ["method", "seed", "request", "budget", "loss", "attn_removed", "ffn_removed",
+              "peak_bytes", "budget_bytes", "fits", "evaluations", "decision_s"]  # fmt: skip
+    rows = [
+        [
+            row.method, row.seed, f"{row.shape[0]}x{row.shape[1]}", row.budget_fraction, row.loss,
+            row.attn_removed, row.ffn_removed, row.peak_bytes, row.budget_bytes, row.fits,
+            row.evaluations, row.decision_s,
+        ]
+        for row in comparison.rows
+    ]  # fmt: skip
+    loggers.table("results/rows", header, rows)
+    metrics = {f"loss/{s.method}": s.loss.mean for s in comparison.summaries}
+    loggers.log(metrics, 0)
+
+
+if __name__ == "__main__":
+    launch("evaluate", evaluate)

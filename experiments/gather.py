@@ -1,0 +1,125 @@
+"""Reads a comparison's records. A report is made from these alone: no model, no scoring."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison import Comparison
+from experiments.errors import ExperimentError
+from experiments.records import read_records, read_rows
+from experiments.runs import RunFolder
+from rap_env.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What one training left.
+
+    Attributes:
+        label: Folder name, such as ``maskable_ppo-s0``.
+        method: The label without its seed.
+        seed: The run's seed.
+        curve: Metrics in order of step.
+        facts: The content of ``run.json``.
+        settings: The content of ``config.yaml``.
+    """
+
+    label: str
+    method: str
+    seed: int
+    curve: list[dict[str, Any]]
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was logged."""
+        points = [(r["step"], r[name]) for r in self.curve if r.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All records under one comparison's folder.
+
+    Attributes:
+        root: That folder.
+        comparison: Result rows, or None before an evaluation.
+        profile: The content of ``profile/profile.json``, or None.
+        runs: Training runs.
+        evaluations: The content of each evaluation's ``run.json``.
+    """
+
+    root: Path
+    comparison: Comparison | None
+    profile: dict[str, Any] | None
+    runs: list[TrainingRun]
+    evaluations: list[dict[str, Any]]
+
+
+def gather(root: Path) -> ReportData:
+    """Read everything under a comparison's folder.
+
+    Raises:
+        ExperimentError: There is nothing to report.
+        ArtifactError: A record is damaged.
+    """
+    files = sorted((root / "evaluate").rglob("results.jsonl"))
+    rows = [row for file in files for row in read_rows(file)]
+    profile = _read_json(root / "profile" / "profile.json")
+    runs = [_training_run(path) for path in training_dirs(root)]
+    if not (rows or profile or runs):
+        raise ExperimentError(
+            f"{root} has no records to report; run profile, train and evaluate with the same "
+            "name=... (or experiment=...) first."
+        )
+    notes = [note for file in files if (note := RunFolder(file.parent).read())]
+    return ReportData(root, Comparison(rows) if rows else None, profile, runs, notes)
+
+
+def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
+    """Folders of training runs under a comparison's folder, sorted by name.
+
+    Args:
+        root: The comparison's folder.
+        finished: Leave out runs that have not come to their end.
+    """
+    found = sorted(path.parent for path in (root / "train").glob("*/run.json"))
+    if not finished:
+        return found
+    return [path for path in found if "finished" in (RunFolder(path).read() or {})]
+
+
+def method_and_seed(path: Path) -> tuple[str, int]:
+    """Method and seed of a training run's folder, as its ``run.json`` says.
+
+    Raises:
+        ExperimentError: The folder holds no training run.
+    """
+    facts = RunFolder(path).read()
+    if not facts or "method" not in facts:
+        raise ExperimentError(
+            f"{path} holds no training run; give a folder that experiments.train made."
+        )
+    return str(facts["method"]), int(facts["seed"])
+
+
+def _training_run(path: Path) -> TrainingRun:
+    folder = RunFolder(path)
+    facts = folder.read() or {}
+    method, seed = method_and_seed(path)
+    return TrainingRun(
+        path.name, method, seed, read_records(folder.metrics), facts, folder.settings() or {}
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise ArtifactError(f"{path} is damaged; delete it and run the profile again.") from None
+    return dict(found)

@@ -1,0 +1,109 @@
+"""``python -m experiments.profile``: importance of blocks and the memory picture, as records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.bench import GSI_FILE, open_bench
+from experiments.cli import launch
+from experiments.config import Config
+from experiments.runs import RunFolder
+from rap_env.artifacts import atomic_write
+from rap_env.memory import MemoryModel, memory_shares
+from rap_env.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+PICTURE_BATCHES = (1, 4, 16, 64)
+PICTURE_LENGTHS = 8
+
+
+def profile(config: Config, folder: Path) -> Path:
+    """Measure importance and write it down; what is measured already is not measured again.
+
+    Args:
+        config: All settings.
+        folder: Where ``profile.json``, ``gsi.json`` and ``one_shot.json`` go.
+
+    Returns:
+        The path of ``profile.json``.
+
+    Raises:
+        RapError: As loading the model, the text, the store or an artifact does.
+        ExperimentError: The folder holds a profile of another model, text or importance.
+    """
+    run = RunFolder(folder)
+    started = time.monotonic()
+    path = folder / "profile.json"
+    run.start(config, frozen=("model", "calibration", "importance"))
+    if path.exists():
+        log.info("Importance: found %s.", path)
+        return path
+    workbench = open_bench(config, profiled=False)
+    record = profile_record(workbench, with_gsi=config.importance.method == "gsi")
+    workbench.one_shot.save(folder / "one_shot.json")
+    if config.importance.method == "gsi":
+        workbench.gsi.save(folder / GSI_FILE)
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+    run.finish(started)
+    log.info("Importance: wrote %s.", path)
+    return path
+
+
+def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
+    """Everything that the report shows of a model and its importance, as plain values.
+
+    Losses are in nats per token; lists over blocks are in order of index, length 2L.
+    """
+    facts = workbench.memory.facts
+    one_shot = workbench.one_shot
+    record: dict[str, Any] = {
+        "facts": {
+            "name": facts.name, "fingerprint": facts.fingerprint, "dtype": facts.dtype,
+            "num_layers": facts.num_layers, "base_bytes": facts.base_bytes,
+            "block_param_bytes": list(facts.block_param_bytes),
+            "kv_bytes_per_token": list(facts.kv_bytes_per_token),
+            "max_positions": facts.max_positions,
+        },
+        "memory_shares": memory_shares(workbench.memory, picture_shapes(workbench.memory)),
+        "calibration": workbench.scorer.corpus.provenance,
+        "dense_nll": one_shot.dense_nll,
+        "one_shot": {
+            "loss_rise": one_shot.loss_rise.tolist(),
+            "block_influence": one_shot.block_influence.tolist(),
+            "evaluations": one_shot.evaluations,
+            "seconds": one_shot.seconds,
+        },
+        "gsi": None,
+    }  # fmt: skip
+    if with_gsi:
+        gsi = workbench.gsi
+        record["dense_nll"] = gsi.dense_nll
+        record["gsi"] = {
+            "order": [block.name for block in gsi.order],
+            "nll_after": list(gsi.nll_after),
+            "first_pass": gsi.first_pass.tolist(),
+            "marginal_loss": gsi.marginal_loss.tolist(),
+            "rank": gsi.rank.tolist(),
+            "evaluations": gsi.evaluations,
+            "block_forwards": gsi.block_forwards,
+            "seconds": gsi.seconds,
+            "provenance": gsi.provenance,
+        }
+    return record
+
+
+def picture_shapes(memory: MemoryModel) -> list[tuple[int, int]]:
+    """Batch sizes and lengths of the memory picture: the positions, halved again and again."""
+    halved = [memory.facts.max_positions >> times for times in range(PICTURE_LENGTHS)]
+    lengths = sorted(tokens for tokens in halved if tokens)
+    return [(batch, length) for batch in PICTURE_BATCHES for length in lengths]
+
+
+if __name__ == "__main__":
+    launch("profile", profile)

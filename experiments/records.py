@@ -1,0 +1,202 @@
+"""Records: one JSON object a line, appended as it is made, read back after any kill.
+
+A line is written in one go. A torn last line, left by a kill, is dropped; a broken line
+anywhere else means that the file was altered, and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rap_env.artifacts import atomic_write, digest, disk_errors
+from rap_env.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+
+def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Append one record as one line; a torn last line is removed first.
+
+    Args:
+        path: The file.
+        record: The record.
+        durable: Whether the line is on the disk when this returns; else it only survives the
+            end of the process, not that of the machine.
+
+    Raises:
+        StorageFullError: The disk is full; earlier records are intact.
+        ValueError: A value is not finite or no JSON.
+    """
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            _cut_torn_line(file.fileno(), path)
+            file.write(line)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a file, in order; none if there is no file.
+
+    Raises:
+        ArtifactError: A line other than the last is no JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        logger.warning("%s ends in a torn line, which is dropped.", path)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ArtifactError(
+                f"Line {number} of {path} is no JSON record: the file was altered; restore it, "
+                "or delete that line to have it computed again."
+            )
+        records.append(record)
+    return records
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the file by these records, in one move."""
+    with atomic_write(path) as file:
+        for record in records:
+            file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+
+
+def trim_curve(path: Path, step: int) -> None:
+    """Drop metrics of steps beyond `step`: a run that resumes there will write them again."""
+    records = read_records(path)
+    kept = [record for record in records if record.get("step", 0) <= step]
+    if len(kept) < len(records) or (path.exists() and not records):
+        write_records(path, kept)
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One method, one seed, one request, one budget: a line of ``results.jsonl``.
+
+    Losses are in nats per token: the mask's NLL minus the dense model's on the same windows.
+
+    Attributes:
+        method: Name of the baseline, or of the trained agent's run without its seed.
+        kv_aware: Whether it counts the KV cache when it decides.
+        seed: Seed of the agent or of the random baseline; None where nothing is drawn.
+        request: ``{"batch_size": int, "seq_len_tokens": int}``.
+        budget_fraction: Budget as a fraction of the dense model's peak bytes.
+        budget_bytes: The budget itself.
+        peak_bytes: Peak bytes of the mask under the request.
+        fits: Whether the peak is within the budget.
+        attn_removed: Number of removed attn blocks.
+        ffn_removed: Number of removed ffn blocks.
+        mask: Names of the removed blocks.
+        loss_calibration: Loss on the calibration text, which methods may have looked at.
+        loss: Loss on the report text, which none has seen.
+        loss_ci_low: Lower end of its 95 % interval over the report windows.
+        loss_ci_high: Upper end.
+        window_losses: Loss on each report window, shape (windows,).
+        accuracies: Accuracy of each task in [0, 1]; empty if none was asked for.
+        decision_s: Seconds from the request to the mask.
+        evaluations: Masks scored by the model to decide on this request.
+        setup_evaluations: Masks scored beforehand, once for all requests.
+        provenance: Hashes, versions and commit that the numbers depend on.
+    """
+
+    method: str
+    kv_aware: bool
+    seed: int | None
+    request: dict[str, int]
+    budget_fraction: float
+    budget_bytes: int
+    peak_bytes: int
+    fits: bool
+    attn_removed: int
+    ffn_removed: int
+    mask: list[str]
+    loss_calibration: float
+    loss: float
+    loss_ci_low: float
+    loss_ci_high: float
+    window_losses: list[float]
+    accuracies: dict[str, float]
+    decision_s: float
+    evaluations: int
+    setup_evaluations: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch size and sequence length in tokens."""
+        return self.request["batch_size"], self.request["seq_len_tokens"]
+
+    @property
+    def cell(self) -> tuple[int, int, float]:
+        """Batch size, sequence length and budget fraction: one cell of the grid."""
+        return (*self.shape, self.budget_fraction)
+
+    @property
+    def mean_accuracy(self) -> float | None:
+        """Mean over tasks, or None without tasks."""
+        if not self.accuracies:
+            return None
+        return sum(self.accuracies.values()) / len(self.accuracies)
+
+    def to_record(self) -> dict[str, Any]:
+        """A plain dict for one JSON line."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> ResultRow:
+        """The row that `to_record` gave.
+
+        Raises:
+            ArtifactError: Keys are missing or unknown.
+        """
+        known = {f.name for f in fields(cls)}
+        wrong = sorted(known.symmetric_difference(record))
+        if wrong:
+            raise ArtifactError(
+                f"A result record has missing or unknown keys: {', '.join(wrong)}; it was written "
+                "by another version, so run the evaluation again in a new run folder."
+            )
+        return cls(**record)
+
+
+def row_key(
+    method: str, seed: int | None, cell: tuple[int, int, float], provenance: Mapping[str, Any]
+) -> str:
+    """What makes two rows the same result: method, seed, cell, and all that it depends on."""
+    batch_size, seq_len_tokens, fraction = cell
+    depends = provenance.get("depends_on", {})
+    return digest([method, seed, batch_size, seq_len_tokens, fraction, depends])
+
+
+def read_rows(path: Path) -> list[ResultRow]:
+    """All rows of a ``results.jsonl``.
+
+    Raises:
+        ArtifactError: The file or one of its rows is damaged.
+    """
+    return [ResultRow.from_record(record) for record in read_records(path)]
+
+
+def _cut_torn_line(descriptor: int, path: Path) -> None:
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    content = os.pread(descriptor, size, 0)
+    logger.warning("%s ended in a torn line, which is removed.", path)
+    os.ftruncate(descriptor, content.rfind(b"\n") + 1)

@@ -1,0 +1,86 @@
+"""``python -m experiments.report``: tables, figures and one HTML page, from records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.cli import launch
+from experiments.config import Config
+from experiments.console import say
+from experiments.gather import ReportData, gather
+from experiments.html import Gallery, write_page
+from experiments.report_sections import (
+    comparison_section,
+    costs_section,
+    importance_section,
+    learning_section,
+    memory_section,
+    method_section,
+    policy_section,
+    provenance_section,
+)
+from experiments.report_words import abstract, findings, key_numbers, subtitle
+from experiments.tables import tables_markdown, terminal_text
+from rap_env.artifacts import atomic_write
+from rap_env.errors import MissingDependencyError
+
+
+def report(config: Config, folder: Path) -> Path:
+    """Write the report of a comparison.
+
+    Args:
+        config: All settings; the records of ``<runs_dir>/<name>`` are read.
+        folder: Where ``index.html``, ``tables.md`` and ``figures/`` go.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ExperimentError: There are no records.
+        ArtifactError: A record is damaged.
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+    """
+    _need_matplotlib()
+    data = gather(config.root)
+    page = folder / "index.html"
+    write_page(page, **content(config.report.title, data, folder / "figures"))
+    if data.comparison:
+        with atomic_write(folder / "tables.md") as file:
+            file.write(tables_markdown(data.comparison).encode())
+        say(f"\n{terminal_text(data.comparison)}\n")
+    say(f"The report is {page}")
+    return page
+
+
+def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
+    """Everything that the template needs; figures are drawn on the way."""
+    gallery = Gallery(figures)
+    sections = [
+        comparison_section(data, gallery),
+        policy_section(data, gallery),
+        memory_section(data, gallery),
+        importance_section(data, gallery),
+        learning_section(data, gallery),
+        costs_section(data),
+        method_section(data),
+        provenance_section(data),
+    ]
+    return {
+        "title": title,
+        "subtitle": subtitle(data),
+        "abstract": abstract(data),
+        "key": key_numbers(data),
+        "findings": findings(data),
+        "sections": [section for section in sections if section and section.parts],
+    }
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401 - asked for before anything is read
+    except ImportError:
+        raise MissingDependencyError("matplotlib", "The report", "plots") from None
+
+
+if __name__ == "__main__":
+    launch("report", report)

@@ -1,0 +1,217 @@
+"""Tables from records: Markdown for files, aligned text for the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from experiments.comparison import REFERENCE, Cell, Comparison, Summary
+from experiments.methods import look
+
+TERMINAL_COLUMNS = 100
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown; the first column is left-aligned, the others right."""
+    header, rows = table
+    rule = [":---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
+
+
+def plain(table: Table) -> str:
+    """A table as aligned text."""
+    header, rows = table
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def summary_table(comparison: Comparison) -> Table:
+    """One row a method: mean loss, accuracy, cost and fit over the whole grid."""
+    header = ["Method", "Loss on held-out text", "Accuracy", "Evaluations", "Decision", "Fits"]
+    rows = [
+        [
+            _name(s), _loss(s), percent(s.accuracy), number(s.evaluations),
+            seconds(s.decision_s), f"{s.fitting}/{s.rows}",
+        ]
+        for s in comparison.summaries
+    ]  # fmt: skip
+    return header, rows
+
+
+def costs_table(comparison: Comparison) -> Table:
+    """What each method costs: once, and for each request."""
+    header = ["Method", "How it chooses", "KV-aware", "Evaluations once",
+              "Evaluations a request", "Decision (median)"]  # fmt: skip
+    rows = [
+        [
+            look(s.method).label, look(s.method).what, "yes" if s.kv_aware else "no",
+            f"{s.setup_evaluations:,}", number(s.evaluations), seconds(s.decision_s),
+        ]
+        for s in comparison.summaries
+    ]  # fmt: skip
+    return header, rows
+
+
+def difference_table(comparison: Comparison, method: str) -> Table:
+    """Loss of one method minus each other's, paired over windows."""
+    header = ["Compared with", "Difference (nats/token)", "95 % interval", "Verdict"]
+    rows = []
+    for summary in comparison.summaries:
+        if summary.method == method:
+            continue
+        found = comparison.difference(method, summary.method)
+        verdict = "no clear difference"
+        if found.high < 0:
+            verdict = f"{look(method).label} loses less"
+        elif found.low > 0:
+            verdict = f"{look(method).label} loses more"
+        if not summary.fits_all:
+            verdict += " (the other misses budgets)"
+        rows.append(
+            [look(summary.method).label, f"{found.mean:+.3f}",
+             f"[{found.low:+.3f}, {found.high:+.3f}]", verdict]
+        )  # fmt: skip
+    return header, rows
+
+
+def loss_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
+    """Loss at each budget for one request: methods as rows, budgets as columns."""
+    cells = [(*shape, budget) for budget in comparison.budgets]
+    cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
+    header = ["Method", *[f"{_budget(comparison, cell)}" for cell in cells]]
+    rows = [
+        [look(s.method).label, *[_cell_loss(comparison, s.method, cell) for cell in cells]]
+        for s in comparison.summaries
+    ]
+    return header, rows
+
+
+def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
+    """Blocks removed (attn + ffn) and peak memory at each budget for one request."""
+    cells = [(*shape, budget) for budget in comparison.budgets]
+    cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
+    header = ["Method", *[f"{_budget(comparison, cell)}" for cell in cells]]
+    rows = []
+    for summary in comparison.summaries:
+        entries = []
+        for cell in cells:
+            found = comparison.at(summary.method, cell)
+            if not found:
+                entries.append("")
+                continue
+            attn = sum(row.attn_removed for row in found) / len(found)
+            ffn = sum(row.ffn_removed for row in found) / len(found)
+            peak = max(row.peak_bytes for row in found)
+            entries.append(f"{attn:.3g} + {ffn:.3g}, {mebibytes(peak)}")
+        rows.append([look(summary.method).label, *entries])
+    return header, rows
+
+
+def accuracy_table(comparison: Comparison) -> Table | None:
+    """Mean accuracy of each task over the grid, the dense model first; None without tasks."""
+    tasks = sorted({task for row in comparison.rows for task in row.accuracies})
+    if not tasks:
+        return None
+    header = ["Method", *tasks, "mean"]
+    rows = []
+    dense = [REFERENCE] if REFERENCE in comparison.methods else []
+    for method in [*dense, *[s.method for s in comparison.summaries]]:
+        found = [row for row in comparison.rows if row.method == method and row.accuracies]
+        if method != REFERENCE:
+            found = [row for row in found if row.cell in comparison.cells]
+        if found:
+            means = [sum(row.accuracies[t] for row in found) / len(found) for t in tasks]
+            cells = [percent(mean) for mean in [*means, sum(means) / len(means)]]
+            rows.append([look(method).label, *cells])
+    return header, rows
+
+
+def terminal_text(comparison: Comparison) -> str:
+    """The comparison for the terminal, at most 100 columns wide, with a legend."""
+    tasks = {task for row in comparison.rows for task in row.accuracies}
+    windows = len(comparison.rows[0].window_losses)
+    shapes = ", ".join(f"{b}x{s}" for b, s in comparison.shapes)
+    budgets = ", ".join(percent(b, 0) for b in comparison.budgets)
+    accuracy = f"Accuracy: mean of {len(tasks)} tasks. " if tasks else ""
+    legend = (
+        f"Loss: rise of the negative log-likelihood over the dense model, nats per token, on "
+        f"{windows} windows that no method has seen; mean over requests {shapes} (batch x tokens) "
+        f"and budgets {budgets} of the dense model's peak memory, with a 95 % interval; less is "
+        f"better. {accuracy}Evaluations: masks run through the model "
+        "to decide on one request. Fits: how many choices were within their budget; methods that "
+        "miss some stand last, for their losses do not compare. (n): seeds."
+    )
+    return f"{plain(summary_table(comparison))}\n\n{textwrap.fill(legend, TERMINAL_COLUMNS)}"
+
+
+def tables_markdown(comparison: Comparison) -> str:
+    """Every table, for ``tables.md``."""
+    parts = ["# Comparison\n", markdown(summary_table(comparison))]
+    for method in comparison.learned:
+        if method in {s.method for s in comparison.summaries}:
+            parts += [f"## {look(method).label} minus each other method\n",
+                      markdown(difference_table(comparison, method))]  # fmt: skip
+    for shape in comparison.shapes:
+        title = f"{shape[0]} x {shape[1]} tokens"
+        parts += [f"## Loss, {title}\n", markdown(loss_table(comparison, shape)),
+                  f"## Blocks removed (attn + ffn) and peak memory, {title}\n",
+                  markdown(removed_table(comparison, shape))]  # fmt: skip
+    accuracy = accuracy_table(comparison)
+    if accuracy:
+        parts += ["## Accuracy\n", markdown(accuracy)]
+    parts += ["## Costs\n", markdown(costs_table(comparison))]
+    return "\n".join(parts)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent, or a dash."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def seconds(value: float) -> str:
+    """A duration in ms, s or min."""
+    if value >= 120:
+        return f"{value / 60:.1f} min"
+    return f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def number(value: float) -> str:
+    """A count, with a decimal only where it is a mean that needs one."""
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes as MiB, for people."""
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def _name(summary: Summary) -> str:
+    seeds = f" ({summary.loss.seeds})" if summary.loss.seeds > 1 else ""
+    return f"{look(summary.method).label}{seeds}"
+
+
+def _loss(summary: Summary) -> str:
+    return str(summary.loss)
+
+
+def _budget(comparison: Comparison, cell: Cell) -> str:
+    size = next(row.budget_bytes for row in comparison.rows if row.cell == cell)
+    return f"{percent(cell[2], 0)} ({mebibytes(size)})"
+
+
+def _cell_loss(comparison: Comparison, method: str, cell: Cell) -> str:
+    found = comparison.loss_at(method, cell)
+    if found is None:
+        return ""
+    fits = all(row.fits for row in comparison.at(method, cell))
+    return f"{found}{'' if fits else ' (does not fit)'}"

@@ -1,0 +1,105 @@
+"""Runtime-adaptive pruning of language models: `RAPPrune-v0` and its parts.
+
+Importing this package registers the environment and loads neither a model nor torch; the
+names below are imported from their modules on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+from rap_env.version import __version__
+
+if TYPE_CHECKING:
+    from rap_env.blocks import Block, BlockMask
+    from rap_env.envs.observation import ObservationBuilder
+    from rap_env.envs.prune import RAPPruneEnv
+    from rap_env.errors import RapError
+    from rap_env.importance import GSIProfile, OneShotProfile, gsi, one_shot
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.llm.loading import load_llm, shared_llm
+    from rap_env.llm.surgery import load_pruned, save_pruned
+    from rap_env.memory import MemoryModel
+    from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
+    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.scoring.store import ScoreStore
+    from rap_env.scoring.tasks import TaskConfig, TaskScorer
+    from rap_env.workbench import Workbench, WorkbenchConfig, open_workbench
+    from rap_env.workload import Request, make_sampler
+
+_MODULES = {
+    "Block": "blocks",
+    "BlockMask": "blocks",
+    "Corpus": "scoring.corpus",
+    "CorpusConfig": "scoring.corpus",
+    "ElasticLLM": "llm.elastic",
+    "GSIProfile": "importance",
+    "MaskScorer": "scoring.scorer",
+    "MemoryModel": "memory",
+    "ObservationBuilder": "envs.observation",
+    "OneShotProfile": "importance",
+    "RAPPruneEnv": "envs.prune",
+    "RapError": "errors",
+    "Request": "workload",
+    "ScoreStore": "scoring.store",
+    "TaskConfig": "scoring.tasks",
+    "TaskScorer": "scoring.tasks",
+    "Workbench": "workbench",
+    "WorkbenchConfig": "workbench",
+    "gsi": "importance",
+    "load_corpus": "scoring.corpus",
+    "load_llm": "llm.loading",
+    "load_pruned": "llm.surgery",
+    "make_sampler": "workload",
+    "one_shot": "importance",
+    "open_workbench": "workbench",
+    "save_pruned": "llm.surgery",
+    "shared_llm": "llm.loading",
+}
+
+__all__ = [
+    "Block",
+    "BlockMask",
+    "Corpus",
+    "CorpusConfig",
+    "ElasticLLM",
+    "GSIProfile",
+    "MaskScorer",
+    "MemoryModel",
+    "ObservationBuilder",
+    "OneShotProfile",
+    "RAPPruneEnv",
+    "RapError",
+    "Request",
+    "ScoreStore",
+    "TaskConfig",
+    "TaskScorer",
+    "Workbench",
+    "WorkbenchConfig",
+    "__version__",
+    "gsi",
+    "load_corpus",
+    "load_llm",
+    "load_pruned",
+    "make_sampler",
+    "one_shot",
+    "open_workbench",
+    "save_pruned",
+    "shared_llm",
+]
+
+if "RAPPrune-v0" not in gymnasium.registry:
+    gymnasium.register(id="RAPPrune-v0", entry_point="rap_env.envs.prune:RAPPruneEnv")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,113 @@
+"""Files that survive: written in one move, checked when read.
+
+A reader never sees half a file (the new one takes the old one's place by a rename), and a
+file that was cut or edited is refused by the checksum that it carries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rap_env.errors import ArtifactError, StorageFullError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a full disk into an error that says what to do.
+
+    Raises:
+        StorageFullError: The block ran out of space or quota.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageFullError(
+            f"No space left while writing {os.fspath(path)}; free some and run the same command "
+            "again: everything saved before is intact."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears at `path` only when the block ends well.
+
+    Raises:
+        StorageFullError: The disk is full; what was at `path` before is still there.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`, in hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def save_artifact(
+    path: str | os.PathLike[str], kind: str, version: int, body: dict[str, Any]
+) -> None:
+    """Write `body` as an indented JSON file with its kind, version and checksum.
+
+    Raises:
+        StorageFullError: The disk is full.
+    """
+    document = {"kind": kind, "version": version, "sha256": digest(body), "body": body}
+    with atomic_write(path) as file:
+        file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
+    """The body of an artifact that `save_artifact` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ArtifactError: It is truncated, altered, of another kind or of another version.
+    """
+    again = "delete it and make it again"
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        document = json.loads(text)
+        found, written, checksum = document["kind"], document["version"], document["sha256"]
+        body: dict[str, Any] = document["body"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ArtifactError(
+            f"{path} is truncated or no artifact of this project; {again}."
+        ) from None
+    if found != kind:
+        raise ArtifactError(f"{path} is of the kind {found!r}, but {kind!r} was expected.")
+    if written != version:
+        raise ArtifactError(
+            f"{path} has format {written}, but this version reads {version}; {again}."
+        )
+    if digest(body) != checksum:
+        raise ArtifactError(f"{path} was altered after it was written (checksum differs); {again}.")
+    return body

@@ -1,0 +1,1 @@
+"""Gymnasium environments: only the wiring of workload, memory, measurement and reward."""

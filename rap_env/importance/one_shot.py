@@ -1,0 +1,124 @@
+"""Importance of each block for the dense model alone: loss rise, and block influence."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from rap_env.artifacts import save_artifact
+from rap_env.blocks import BlockMask
+from rap_env.importance.provenance import load_profile, provenance_of
+from rap_env.llm.partial import PartialForward
+from rap_env.memory import HasFacts
+from rap_env.scoring.scorer import MaskScorer, ticker
+
+_KIND, _FORMAT = "one-shot importance", 1
+
+
+@dataclass(frozen=True)
+class OneShotProfile:
+    """Scores of the 2L blocks of a dense model.
+
+    Attributes:
+        dense_nll: NLL of the dense model, nats per token.
+        nll_without: NLL without each block, nats per token, length 2L.
+        influence: Block influence of each block, length 2L (see `block_influence`).
+        evaluations: Masks that were run for it.
+        block_forwards: Blocks that were run for it.
+        seconds: Wall time it took.
+        provenance: Model, text and versions.
+    """
+
+    dense_nll: float
+    nll_without: tuple[float, ...]
+    influence: tuple[float, ...]
+    evaluations: int
+    block_forwards: int
+    seconds: float
+    provenance: dict[str, Any]
+
+    @property
+    def loss_rise(self) -> npt.NDArray[np.float64]:
+        """Rise in NLL if a block is removed from the dense model, nats per token, (2L,)."""
+        return np.array(self.nll_without) - self.dense_nll
+
+    @property
+    def block_influence(self) -> npt.NDArray[np.float64]:
+        """1 - cosine between the residual stream before and after each block, (2L,)."""
+        return np.array(self.influence)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a checked JSON artifact."""
+        save_artifact(path, _KIND, _FORMAT, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> OneShotProfile:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, or of another model.
+        """
+        return cls(**load_profile(path, _KIND, _FORMAT, model))
+
+
+def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
+    """Measure every block of the dense model: 2L + 1 evaluations, less what is stored."""
+    began = time.perf_counter()
+    before = scorer.evaluations, scorer.block_forwards
+    dense = scorer.dense_nll
+    blocks = scorer.llm.blocks
+    with tqdm(
+        total=len(blocks), desc="one-shot importance", unit="mask", leave=False,
+        disable=None if progress else True,
+    ) as bar:  # fmt: skip
+        without = scorer.scan(BlockMask(), on_score=ticker(bar))
+    return OneShotProfile(
+        dense_nll=dense,
+        nll_without=tuple(without[block] for block in blocks),
+        influence=tuple(block_influence(scorer).tolist()),
+        evaluations=scorer.evaluations - before[0],
+        block_forwards=scorer.block_forwards - before[1],
+        seconds=time.perf_counter() - began,
+        provenance=provenance_of(scorer),
+    )
+
+
+def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
+    """Block influence of ShortGPT (Men et al. 2024, eq. 1), for each block instead of each layer.
+
+    ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the block, the mean
+    taken over all tokens. In a parallel layer the attention block is counted first. Costs two
+    forward passes and no loss.
+
+    Returns:
+        Influence of each block, shape (2L,).
+    """
+    llm, partial = scorer.llm, PartialForward(scorer.llm)
+    no_ffn = BlockMask.all_of(llm.blocks, "ffn")
+    total = torch.zeros(2 * partial.num_layers, dtype=torch.float64)
+    for tokens in scorer.batches:
+        with llm.masked(BlockMask()):
+            _, outputs = partial.run(tokens)
+        inputs = {layer: state for layer, state in outputs.items() if layer < partial.num_layers}
+        with llm.masked(no_ffn):  # each layer then gives its input plus its attention alone
+            middles = partial.each_layer(tokens, inputs)
+        inputs[0] = partial.embedded(tokens)
+        for layer in range(partial.num_layers):
+            before, middle, after = inputs[layer], middles[layer + 1], outputs[layer + 1]
+            total[2 * layer] += _one_minus_cosine(before, middle)
+            total[2 * layer + 1] += _one_minus_cosine(middle, after)
+    return (total / scorer.corpus.tokens.numel()).numpy()
+
+
+def _one_minus_cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Summed over tokens, in float64: influences are small differences from 1."""
+    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    return (1 - cosine).sum().cpu()

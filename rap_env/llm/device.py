@@ -1,0 +1,83 @@
+"""Which device and which dtype a model runs in."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from rap_env.errors import UnknownNameError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device for a name: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+    Args:
+        name: ``"auto"`` takes the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        UnknownNameError: There is no such device on this machine.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    if name == "cuda" and count:
+        return torch.device("cuda:0")
+    known = ["auto", "cpu", *(f"cuda:{index}" for index in range(count))]
+    if name in known:
+        return torch.device(name)
+    hint = "" if count else "This machine has no CUDA device that torch can use."
+    raise UnknownNameError("device", name, known, hint)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for a name; ``"auto"`` is bfloat16 where the hardware multiplies it, else float32.
+
+    Args:
+        name: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: Where the model will run.
+
+    Raises:
+        UnknownNameError: It is another name.
+    """
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise UnknownNameError("dtype", name, ["auto", *DTYPES])
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = cpu_multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AMX or AVX512-BF16).
+
+    Without them torch emulates bfloat16, slower than float32.
+    """
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        found = capabilities()
+        return any(found.get(flag) for flag in _BFLOAT16_FLAGS)
+    return _listed_in(Path("/proc/cpuinfo"))  # torch before 2.10 cannot be asked in public
+
+
+def _listed_in(cpuinfo: Path) -> bool:
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return any(flag in flags for flag in _BFLOAT16_FLAGS)

@@ -1,0 +1,199 @@
+"""A live model whose blocks can be taken out and put back, exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from rap_env.artifacts import canonical_json
+from rap_env.blocks import Block, BlockMask
+from rap_env.llm.adapter import adapter_for
+from rap_env.memory import ModelFacts
+
+# Entries of a config that say nothing about what the model computes, or (dtype) that the
+# tensors themselves say.
+_VOLATILE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+class ElasticLLM:
+    """A causal language model with a mask of removed blocks.
+
+    A removed block's modules are swapped for ones without weights and without work; this
+    object keeps the originals, so that any mask can be undone exactly. The weights stay
+    in memory and are never written to. While a mask is applied, `model` is what the mask
+    leaves: its `state_dict()` and `parameters()` show the kept blocks alone, so lift the mask
+    before you move, convert or save `model` as a whole.
+
+    Generation with a KV cache is exact under any mask, as long as the mask does not change
+    between the steps that share a cache. Two things differ from a dense model:
+    ``output_attentions`` and ``output_router_logits`` list the kept blocks alone, and a removed
+    attention block leaves 2 bytes a token and sequence in the cache (see `RemovedAttention`).
+    Not for use from several threads at once.
+
+    Args:
+        model: A causal language model of a known family. It is put into evaluation mode.
+        tokenizer: Its tokenizer, or None where only token ids are used.
+        name: What the user called the model.
+
+    Attributes:
+        model: The live model, as the current mask leaves it.
+        tokenizer: As given.
+        name: As given.
+        adapter: What the config says about the blocks.
+
+    Raises:
+        UnsupportedModelError: The family is unknown or its layout cannot be masked.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+        self.adapter = adapter_for(model.config)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self._sites = self.adapter.sites(model)
+        self._mask = BlockMask()
+
+    @property
+    def num_blocks(self) -> int:
+        """2L, an attn and an ffn block a layer."""
+        return self.adapter.num_blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first weight lies."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and so of activations and KV cache."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def mask(self) -> BlockMask:
+        """The mask that is applied now."""
+        return self._mask
+
+    @cached_property
+    def pruned(self) -> BlockMask:
+        """Blocks that the model was built without (`load_pruned`); no mask brings them back."""
+        return BlockMask(frozenset(site.index for site in self._sites if site.gone))
+
+    def apply(self, mask: BlockMask) -> None:
+        """Remove exactly the blocks of `mask`; all others are put back.
+
+        Raises:
+            UnknownNameError: It names a block that the model does not have; nothing changes.
+        """
+        mask.check(self.num_blocks)
+        for index in self._mask - mask:
+            self._sites[index].restore()
+        for index in mask - self._mask:
+            self._sites[index].remove()
+        self._mask = mask
+
+    @contextlib.contextmanager
+    def masked(self, mask: BlockMask) -> Iterator[ElasticLLM]:
+        """Apply `mask` for the duration of a ``with`` block, whatever happens in it.
+
+        The mask that was applied before is applied again afterwards.
+
+        Raises:
+            UnknownNameError: It names a block that the model does not have.
+        """
+        before = self._mask
+        try:
+            self.apply(mask)
+            yield self
+        finally:
+            self.apply(before)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` with the current mask, without gradients. Arguments as there."""
+        with torch.no_grad():
+            return self.model.generate(*args, **kwargs)
+
+    @cached_property
+    def _own_bytes(self) -> tuple[tuple[int, ...], int]:
+        """Bytes of each block's own tensors, (2L,), and bytes of all else."""
+        with self.masked(BlockMask()):
+            everywhere = [_key(tensor) for _, tensor in _weights(self.model)]
+            seen = Counter(everywhere)
+            own = []
+            for site in self._sites:
+                inside = Counter(_key(t) for part in site.modules for _, t in _weights(part))
+                # A tensor that also serves elsewhere (tied) is not freed with the block.
+                own.append(sum(key[-1] for key, n in inside.items() if n == seen[key]))
+        return tuple(own), sum(key[-1] for key in seen) - sum(own)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks in order of index."""
+        return tuple(Block(i, n) for i, n in enumerate(self._own_bytes[0]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
+
+        Computed once, at about a second for a GB, and not again if somebody changes the weights.
+        Independent of the mask, of the device and of where the model was loaded from.
+        """
+        with self.masked(BlockMask()):
+            return _fingerprint(self.model)
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """All that the memory arithmetic needs to know of the unmasked model."""
+        adapter = self.adapter
+        per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
+        own, base = self._own_bytes
+        return ModelFacts(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            dtype=str(self.dtype).removeprefix("torch."),
+            block_param_bytes=own,
+            base_bytes=base,
+            kv_bytes_per_token=tuple(
+                0 if 2 * layer in self.pruned else per_token for layer in range(adapter.num_layers)
+            ),
+            kv_window_tokens=adapter.kv_window_tokens,
+            itemsize=self.dtype.itemsize,
+            hidden_size=adapter.hidden_size,
+            ffn_width=adapter.ffn_width,
+            vocab_size=adapter.vocab_size,
+            max_positions=adapter.max_positions,
+        )
+
+
+def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers by name; a tied tensor under each of its names."""
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
+    """Equal for two names of one tensor; its last entry is the tensor's bytes."""
+    return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
+
+
+def _fingerprint(model: Any) -> str:
+    config = json.loads(model.config.to_json_string())
+    kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
+    total = hashlib.sha256(canonical_json(kept).encode())
+    seen = set()
+    for name, tensor in sorted(_weights(model), key=lambda item: item[0]):
+        if (key := _key(tensor)) in seen:
+            continue
+        seen.add(key)
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()

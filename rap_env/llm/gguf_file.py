@@ -1,0 +1,128 @@
+"""GGUF files: turned into a transformers folder once, by content, and kept in the cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.llm.adapter import adapter_for
+from rap_env.llm.config import refuse_unknown_family
+from rap_env.llm.model_folder import file_sha256, made_once, models_dir
+from rap_env.llm.progress import transformers_bars
+
+log = logging.getLogger(__name__)
+
+_CONVERTER = 1
+"""Part of a folder's name: raise it when a conversion comes out differently."""
+
+
+def gguf_folder_name(sha256: str) -> str:
+    """The name of the folder in `models_dir()` that a GGUF file of this content becomes."""
+    return f"gguf-{sha256[:16]}-v{_CONVERTER}"
+
+
+def converted_gguf(path: Path, sha256: str | None = None) -> Path:
+    """The transformers folder with the model of a GGUF file, converted at the first call.
+
+    Quantised tensors become the float32 values that they stand for, so the folder takes
+    4 bytes a parameter.
+
+    Args:
+        path: The file.
+        sha256: Its SHA-256 in hex, where that was computed already.
+
+    Raises:
+        ModelNotAvailableError: There is no such file.
+        ChecksumError: It is no GGUF file, or a truncated one.
+        UnsupportedModelError: Its family is not known; nothing was converted.
+        StorageFullError: The disk is full.
+    """
+    if not path.is_file():
+        raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
+    sha256 = sha256 or file_sha256(path)
+
+    def make(folder: Path) -> dict[str, Any]:
+        _convert(path, folder)
+        versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
+        return {"file": path.name, "sha256": sha256, **versions}
+
+    return made_once(models_dir() / gguf_folder_name(sha256), make)
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    facts = _read_header(path)
+    config = _read_config(path, facts["general.architecture"])
+    log.info("Converting %s (once; about half a minute for 100 million parameters)", path.name)
+    files: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    with transformers_bars(shown=sys.stderr.isatty()):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **files)
+        _correct_tokenizer(tokenizer, facts.get("tokenizer.ggml.pre"), config)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype=torch.float32, **files
+        )
+        # The tensors are plain now; transformers saves nothing that calls itself quantised.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Scalar entries of the file's header that the conversion looks at."""
+    from gguf import GGUFReader
+
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ChecksumError(f"{path} is no GGUF file: it begins with {magic!r}, not b'GGUF'.")
+    try:
+        fields = GGUFReader(path).fields
+        wanted = ("general.architecture", "tokenizer.ggml.pre")
+        found = {name: fields[name].contents() for name in wanted if name in fields}
+    except Exception as error:
+        # The reader walks over the mapped file, and what it trips over depends on the cut.
+        raise ChecksumError(f"{path} is truncated or damaged ({error}); get it again.") from error
+    if "general.architecture" not in found:
+        raise ChecksumError(f"{path} names no architecture; it is no language model.")
+    return found
+
+
+def _read_config(path: Path, architecture: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, KeyError) as error:
+        refuse_unknown_family(architecture)
+        raise UnsupportedModelError(
+            f"transformers cannot read {architecture!r} models from GGUF files ({error}); "
+            "use the model's safetensors version."
+        ) from error
+    adapter_for(config)
+    return config
+
+
+def _correct_tokenizer(tokenizer: Any, pre: str | None, config: Any) -> None:
+    """Restore what transformers leaves out when it reads a tokenizer from a GGUF file."""
+    from tokenizers import pre_tokenizers
+
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit:
+        tokenizer.model_max_length = limit
+    if pre == "smollm":
+        # Digits stand alone in this vocabulary; else "  1" would be cut differently.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )

@@ -1,0 +1,240 @@
+"""What a mask needs for a request, in bytes. Pure arithmetic: no torch, no model in memory.
+
+Weights and KV cache are exact: equal to the bytes of the tensors that the model and its
+cache really hold. The workspace (activations of one prefill chunk, logits of one position)
+is an estimate and is named so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.blocks import Block, BlockMask
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from rap_env.workload import Request
+
+PREFILL_CHUNK_TOKENS = 2048
+"""Tokens of a prompt that are run at once; servers bound it, so the workspace is bounded."""
+
+_LOGIT_BYTES = 4  # logits are compared in float32
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """All that the arithmetic needs to know of a model (L layers, 2L blocks).
+
+    Attributes:
+        name: What the user called the model.
+        fingerprint: SHA-256 over the weights and the config, in hex.
+        dtype: Name of the weights' dtype, such as ``"bfloat16"``.
+        block_param_bytes: Bytes of each block's own tensors, shape (2L,).
+        base_bytes: Bytes of everything else (embeddings, head, last norm), tied tensors once.
+        kv_bytes_per_token: Bytes one token of one sequence adds to each layer's cache, (L,).
+        kv_window_tokens: Most tokens each layer's cache holds (sliding window), or None, (L,).
+        itemsize: Bytes of one activation value.
+        hidden_size: Width of the residual stream.
+        ffn_width: Widest hidden activation of a feed-forward block for one token.
+        vocab_size: Entries of the head.
+        max_positions: Longest sequence the model accepts, in tokens.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: str
+    block_param_bytes: tuple[int, ...]
+    base_bytes: int
+    kv_bytes_per_token: tuple[int, ...]
+    kv_window_tokens: tuple[int | None, ...]
+    itemsize: int
+    hidden_size: int
+    ffn_width: int
+    vocab_size: int
+    max_positions: int
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return len(self.kv_bytes_per_token)
+
+    @property
+    def num_blocks(self) -> int:
+        """2L, an attn and an ffn block a layer."""
+        return len(self.block_param_bytes)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks in order of index."""
+        return tuple(Block(i, n) for i, n in enumerate(self.block_param_bytes))
+
+
+class HasFacts(Protocol):
+    """A live model that can state its facts, such as `rap_env.llm.ElasticLLM`."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the arithmetic needs to know."""
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Bytes of one mask under one request, by what they hold."""
+
+    attn_weights: int
+    ffn_weights: int
+    embeddings: int
+    kv_cache: int
+    workspace: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the kept blocks."""
+        return self.attn_weights + self.ffn_weights
+
+    @property
+    def peak(self) -> int:
+        """All of it: the peak bytes."""
+        return self.weights + self.embeddings + self.kv_cache + self.workspace
+
+    def as_dict(self) -> dict[str, int]:
+        """Names and bytes, for records."""
+        return {
+            "weights_bytes": self.weights,
+            "embeddings_bytes": self.embeddings,
+            "kv_cache_bytes": self.kv_cache,
+            "workspace_bytes": self.workspace,
+        }
+
+
+class MemoryModel:
+    """Byte arithmetic of one model.
+
+    Args:
+        model: A live model (anything with `facts`) or the facts themselves.
+    """
+
+    def __init__(self, model: HasFacts | ModelFacts) -> None:
+        self.facts = model if isinstance(model, ModelFacts) else model.facts
+
+    @cached_property
+    def _param_bytes(self) -> npt.NDArray[np.int64]:
+        return np.array(self.facts.block_param_bytes, dtype=np.int64)
+
+    def check(self, batch_size: int, seq_len_tokens: int) -> None:
+        """Refuse a batch or a length that the model cannot serve.
+
+        Raises:
+            InvalidRequestError: The batch is below 1 or the length not within
+                1 and the model's positions.
+        """
+        if batch_size < 1:
+            raise InvalidRequestError(f"The batch size must be at least 1, not {batch_size}.")
+        longest = self.facts.max_positions
+        if not 1 <= seq_len_tokens <= longest:
+            raise InvalidRequestError(
+                f"The sequence length must be from 1 to {longest} tokens (the positions of "
+                f"{self.facts.name}), not {seq_len_tokens}."
+            )
+
+    def kv_bytes_by_layer(self, batch_size: int, seq_len_tokens: int) -> npt.NDArray[np.int64]:
+        """Bytes of each layer's cache after `seq_len_tokens` tokens a sequence, shape (L,)."""
+        held = [
+            seq_len_tokens if window is None else min(seq_len_tokens, window)
+            for window in self.facts.kv_window_tokens
+        ]
+        per_token = np.array(self.facts.kv_bytes_per_token, dtype=np.int64)
+        return batch_size * np.array(held, dtype=np.int64) * per_token
+
+    def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
+        """Weight and cache bytes that each block's removal frees, shape (2L,)."""
+        freed = self._param_bytes.copy()
+        freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
+        return freed
+
+    def breakdown(self, mask: BlockMask, request: Request) -> MemoryBreakdown:
+        """What the model with `mask` holds while it serves `request`.
+
+        Raises:
+            InvalidRequestError: As for `check`.
+            UnknownNameError: The mask names blocks that the model does not have.
+        """
+        self.check(request.batch_size, request.seq_len_tokens)
+        kept = np.ones(self.facts.num_blocks, dtype=bool)
+        kept[list(mask.check(self.facts.num_blocks))] = False
+        params = np.where(kept, self._param_bytes, 0)
+        kv = self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
+        return MemoryBreakdown(
+            attn_weights=int(params[0::2].sum()),
+            ffn_weights=int(params[1::2].sum()),
+            embeddings=self.facts.base_bytes,
+            kv_cache=int(kv[kept[0::2]].sum()),
+            workspace=self._workspace(request, any_ffn=bool(kept[1::2].any())),
+        )
+
+    def peak_bytes(self, mask: BlockMask, request: Request) -> int:
+        """Kept weights + embeddings and head + KV cache of kept attn blocks + workspace."""
+        return self.breakdown(mask, request).peak
+
+    def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
+        """Peak bytes of the unpruned model."""
+        return self.peak_bytes(BlockMask(), _unbounded(batch_size, seq_len_tokens))
+
+    def least_peak_bytes(self, request: Request) -> int:
+        """Peak bytes with every block removed: no mask needs less."""
+        return self.peak_bytes(BlockMask.all_of(self.facts.blocks), request)
+
+    def check_feasible(self, request: Request) -> None:
+        """Refuse a budget that no mask can meet.
+
+        Raises:
+            InfeasibleBudgetError: Even without any block the request needs more.
+        """
+        least = self.least_peak_bytes(request)
+        if request.budget_bytes < least:
+            raise InfeasibleBudgetError(
+                f"No mask of {self.facts.name} fits {request.budget_bytes:,} bytes for "
+                f"{request.batch_size} x {request.seq_len_tokens} tokens: with every block removed "
+                f"it still needs {least:,} bytes. Raise the budget, or pass infeasible='clip' to "
+                "the environment to serve the nearest budget that can be met."
+            )
+
+    def _workspace(self, request: Request, any_ffn: bool) -> int:
+        """Estimate: activations of one prefill chunk and one position's float32 logits."""
+        facts = self.facts
+        tokens = min(request.batch_size * request.seq_len_tokens, PREFILL_CHUNK_TOKENS)
+        inner = max(4 * facts.hidden_size, 2 * facts.ffn_width if any_ffn else 0)
+        activations = tokens * facts.itemsize * (3 * facts.hidden_size + inner)
+        return activations + request.batch_size * facts.vocab_size * _LOGIT_BYTES
+
+
+def _unbounded(batch_size: int, seq_len_tokens: int) -> Request:
+    from rap_env.workload import Request  # workload builds on memory, not the other way round
+
+    return Request(batch_size, seq_len_tokens, budget_bytes=2**62)
+
+
+def memory_shares(memory: MemoryModel, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Shares of the dense peak, one row for each (batch size, sequence length in tokens)."""
+    rows = []
+    for batch_size, seq_len_tokens in shapes:
+        parts = memory.breakdown(BlockMask(), _unbounded(batch_size, seq_len_tokens))
+        rows.append(
+            {
+                "batch_size": batch_size,
+                "seq_len_tokens": seq_len_tokens,
+                "peak_bytes": parts.peak,
+                "attn_weights": parts.attn_weights / parts.peak,
+                "ffn_weights": parts.ffn_weights / parts.peak,
+                "embeddings": parts.embeddings / parts.peak,
+                "kv_cache": parts.kv_cache / parts.peak,
+                "workspace": parts.workspace / parts.peak,
+            }
+        )
+    return rows

@@ -1,0 +1,244 @@
+"""A mask under a request as text and as a picture: what is removed, bytes against the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.blocks import KINDS, BlockMask
+from rap_env.memory import MemoryModel
+from rap_env.workload import Request
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw, ImageFont
+
+SIZE = (960, 640)
+"""Width and height of the picture in pixels; both even, as video encoders ask."""
+
+_INK, _GREY, _FAINT, _PAPER = "#1f2933", "#7b8794", "#d5dae0", "#ffffff"
+_EDGE = "#b8c2cc"
+_GOOD, _BAD = "#2f855a", "#c53030"
+_COLOURS = {  # told apart by colour-blind people, and in the order in which the bar stacks them
+    "embeddings": "#9aa5b1",
+    "workspace": "#cbd2d9",
+    "FFN weights": "#0072b2",
+    "attention weights": "#e69f00",
+    "KV cache": "#f6d281",
+}
+_STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of blocks
+_PANEL = (440, 928)  # left and right of the words and the bar
+_Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a picture shows.
+
+    Attributes:
+        memory: The model's byte arithmetic.
+        request: What is to be served.
+        mask: The blocks removed so far.
+        loss: NLL of the mask less the dense model's, nats per token; None if not measured yet.
+    """
+
+    memory: MemoryModel
+    request: Request
+    mask: BlockMask
+    loss: float | None = None
+
+    @property
+    def over_bytes(self) -> int:
+        """Bytes above the budget; negative if the request fits."""
+        return self.memory.peak_bytes(self.mask, self.request) - self.request.budget_bytes
+
+    @property
+    def request_words(self) -> str:
+        """The request for people."""
+        batch, length = self.request.batch_size, self.request.seq_len_tokens
+        sequences = "sequence" if batch == 1 else "sequences"
+        return f"{batch} {sequences} of {length:,} tokens"
+
+    @property
+    def budget_words(self) -> str:
+        """The budget for people."""
+        dense = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
+        budget = self.request.budget_bytes
+        return f"{human_bytes(budget)}, {budget / dense:.0%} of the dense peak"
+
+    @property
+    def verdict(self) -> str:
+        """How many bytes there are too many, or to spare."""
+        amount = human_bytes(abs(self.over_bytes))
+        return f"{amount} over the budget" if self.over_bytes > 0 else f"fits, {amount} to spare"
+
+    @property
+    def loss_words(self) -> str:
+        """The loss for people."""
+        if self.loss is None:
+            return "measured when the episode ends"
+        factor = np.exp(min(self.loss, 99.0))
+        times = f"{factor:.2f}" if factor < 100 else f"{factor:,.0f}"
+        return f"{self.loss:+.3f} nats per token (perplexity x {times})"
+
+    @property
+    def removed_words(self) -> str:
+        """How many blocks of each kind are removed."""
+        layers = self.memory.facts.num_layers
+        attn, ffn = (self.mask.count(kind) for kind in KINDS)
+        return f"{attn} of {layers} attention blocks, {ffn} of {layers} FFN blocks"
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people, in binary units: ``"255.0 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def render_ansi(scene: Scene, width: int = 60) -> str:
+    """The scene as text: a column a layer, ``#`` kept and ``.`` removed.
+
+    Args:
+        scene: What to show.
+        width: Layers in a line, and characters of the bar.
+    """
+    facts = scene.memory.facts
+    lines = [f"{facts.name}: {scene.request_words}", f"budget   {scene.budget_words}"]
+    for start in range(0, facts.num_layers, width):
+        layers = range(start, min(start + width, facts.num_layers))
+        lines.append("layer    " + "".join(f"{n:<5}" for n in layers[::5]).rstrip())
+        for number, kind in enumerate(KINDS):
+            kept = ("." if 2 * n + number in scene.mask else "#" for n in layers)
+            lines.append(f"{kind:<8} " + "".join(kept))
+    peak, budget = scene.memory.peak_bytes(scene.mask, scene.request), scene.request.budget_bytes
+    dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
+    bar = ["=" if n < round(width * peak / max(dense, budget)) else " " for n in range(width)]
+    bar[min(width - 1, round(width * budget / max(dense, budget)))] = "|"
+    lines += [
+        f"peak     [{''.join(bar)}] {human_bytes(peak)}",
+        f"         {scene.verdict}",
+        f"removed  {scene.removed_words}",
+        f"loss     {scene.loss_words}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_rgb(scene: Scene) -> npt.NDArray[np.uint8]:
+    """The scene as a picture, shape (height, width, 3) of `SIZE`.
+
+    Left, the stack of blocks, layer 0 at the bottom: the wider a block, the more bytes it holds
+    for this request. Right, the request, the bytes by what they hold, and the loss so far.
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", SIZE, _PAPER)
+    draw = ImageDraw.Draw(image)
+    facts = scene.memory.facts
+    draw.text((32, 24), facts.name, _INK, _font(26))
+    draw.text((32, 60), scene.request_words, _GREY, _font(17))
+    _draw_stack(draw, scene)
+    _draw_bar(draw, scene)
+    _draw_words(draw, scene)
+    return np.array(image, dtype=np.uint8)
+
+
+def _draw_stack(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
+    left, top, right, bottom = _STACK
+    facts, middle = scene.memory.facts, (left + right) / 2
+    kv = scene.memory.kv_bytes_by_layer(scene.request.batch_size, scene.request.seq_len_tokens)
+    params = np.array(facts.block_param_bytes)
+    attn, ffn = params[0::2] + kv, params[1::2]
+    scale = (middle - left - 18) / max(1, int(attn.max()), int(ffn.max()))
+    row = min(40, max(1, (bottom - top) // facts.num_layers))  # whole pixels: even gaps
+    gap = min(2, row // 3)
+    draw.text((middle - 18, top - 22), "attention", _INK, _font(15), anchor="ra")
+    draw.text((middle + 18, top - 22), "FFN", _INK, _font(15))
+    every = next(n for n in (1, 2, 5, 10, 20, 50) if n * row >= 13 or n == 50)
+    for layer in range(facts.num_layers):
+        y0 = top + (facts.num_layers - 1 - layer) * row
+        y1 = y0 + row - gap - 1
+        if layer % every == 0:
+            draw.text((middle, (y0 + y1) / 2), str(layer), _GREY, _font(11), anchor="mm")
+        inner = middle - 18
+        cut = inner - scale * params[2 * layer]
+        _block(draw, (cut, y0, inner, y1), "attention weights", 2 * layer in scene.mask)
+        if kv[layer]:
+            outer = (cut - scale * kv[layer], y0, cut, y1)
+            _block(draw, outer, "KV cache", 2 * layer in scene.mask)
+        span = (middle + 18, y0, middle + 18 + scale * ffn[layer], y1)
+        _block(draw, span, "FFN weights", 2 * layer + 1 in scene.mask)
+
+
+def _block(draw: ImageDraw.ImageDraw, box: _Box, part: str, removed: bool) -> None:
+    """A filled rectangle, or an empty one with a grey edge if the block is removed."""
+    x0, y0, x1, y1 = box
+    if x1 - x0 < 1:
+        return
+    fill = _PAPER if removed else _COLOURS[part]
+    draw.rectangle((x0, y0, x1 - 1, y1), fill, _EDGE if removed else None)
+
+
+def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
+    """Bytes by what they hold, stacked along a bar on which the budget is marked."""
+    left, right = _PANEL
+    parts = scene.memory.breakdown(scene.mask, scene.request)
+    sizes = dict(
+        zip(
+            _COLOURS,
+            (
+                parts.embeddings,
+                parts.workspace,
+                parts.ffn_weights,
+                parts.attn_weights,
+                parts.kv_cache,
+            ),
+            strict=True,
+        )
+    )
+    dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
+    scale = (right - left) / max(dense, scene.request.budget_bytes)
+    y0, y1, x = 250, 292, float(left)
+    draw.rectangle((left, y0, left + scale * dense, y1), "#f5f7fa", _FAINT)
+    for part, size in sizes.items():
+        if scale * size >= 1:
+            draw.rectangle((x, y0, x + scale * size, y1), _COLOURS[part])
+        x += scale * size
+    mark = left + scale * scene.request.budget_bytes
+    draw.line((mark, y0 - 10, mark, y1 + 10), _BAD if scene.over_bytes > 0 else _GOOD, 3)
+    near_edge = "ra" if mark > (left + right) / 2 else "la"
+    draw.text((mark, y0 - 30), "budget", _INK, _font(15), anchor=near_edge)
+    for n, (part, size) in enumerate(sizes.items()):
+        y = 322 + 26 * n
+        draw.rectangle((left, y + 3, left + 13, y + 16), _COLOURS[part])
+        draw.text((left + 24, y), part, _INK, _font(16))
+        draw.text((right, y), human_bytes(size), _INK, _font(16), anchor="ra")
+
+
+def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
+    left, right = _PANEL
+    peak = scene.memory.peak_bytes(scene.mask, scene.request)
+    colour = _BAD if scene.over_bytes > 0 else _GOOD
+    draw.text((left, 118), "Peak memory", _GREY, _font(15))
+    draw.text((left, 138), human_bytes(peak), _INK, _font(30))
+    draw.text((left, 178), scene.verdict, colour, _font(17))
+    draw.text((right, 118), "Budget", _GREY, _font(15), anchor="ra")
+    draw.text((right, 138), human_bytes(scene.request.budget_bytes), _INK, _font(30), anchor="ra")
+    share = scene.budget_words.split(", ")[-1]
+    draw.text((right, 178), share, _GREY, _font(17), anchor="ra")
+    for y, head, words in (
+        (478, "Removed so far", scene.removed_words),
+        (542, "Loss so far", scene.loss_words),
+    ):
+        draw.text((left, y), head, _GREY, _font(15))
+        draw.text((left, y + 21), words, _INK, _font(19))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)  # comes with Pillow: the same letters on every machine

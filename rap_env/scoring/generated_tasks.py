@@ -1,0 +1,167 @@
+"""Three small lm-eval tasks made from templates: no hub, no files, no network.
+
+- ``rap_minimal_pairs``: the grammatical one of two sentences that differ in a word.
+- ``rap_recall``: the value that belongs to a key, from a list of 4 to 32 pairs.
+- ``rap_choice``: one of four answers to a short question about everyday things.
+
+Documents depend on the seed alone. Kinds of question (paradigms, list lengths, relations)
+take turns, so that the first few documents of a task are as mixed as all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from rap_env.errors import UnknownNameError
+from rap_env.scoring.task_data.facts import RELATIONS, Relation
+from rap_env.scoring.task_data.minimal_pairs import PARADIGMS
+from rap_env.scoring.task_data.words import NAMES, OBJECTS
+
+TEST_DOCUMENTS = 200
+FEWSHOT_DOCUMENTS = 32
+RECALL_LENGTHS = (4, 8, 16, 32)
+
+
+class Document(TypedDict):
+    """One question.
+
+    Attributes:
+        context: What the model reads first; empty for minimal pairs.
+        choices: The continuations that are compared.
+        gold: Index of the right one.
+        kind: Paradigm, list length or relation, for results by kind.
+    """
+
+    context: str
+    choices: list[str]
+    gold: int
+    kind: str
+
+
+def _document(rng: random.Random, context: str, good: str, bad: list[str], kind: str) -> Document:
+    """A document with the good choice at a random place."""
+    choices = list(bad)
+    gold = rng.randrange(len(bad) + 1)
+    choices.insert(gold, good)
+    return {"context": context, "choices": choices, "gold": gold, "kind": kind}
+
+
+def _minimal_pairs(rng: random.Random) -> Iterator[Document]:
+    for paradigm in itertools.cycle(PARADIGMS):
+        good, bad = paradigm(rng)
+        yield _document(rng, "", good, [bad], paradigm.__name__)
+
+
+def _recall(rng: random.Random) -> Iterator[Document]:
+    for length in itertools.cycle(RECALL_LENGTHS):
+        names, values = rng.sample(NAMES, length), rng.sample(OBJECTS, length)
+        shown, asked = rng.sample(range(length), 2)
+        lines = [f"{name} - {value}\n" for name, value in zip(names, values, strict=True)]
+        # One pair shown again says that the list is being repeated, not continued.
+        context = f"List:\n{''.join(lines)}\nList:\n{lines[shown]}{names[asked]} -"
+        good = values.pop(asked)
+        yield _document(rng, context, good, rng.sample(values, 3), f"{length} pairs")
+
+
+def _choice(rng: random.Random) -> Iterator[Document]:
+    decks: dict[str, list[tuple[str, str]]] = {relation.name: [] for relation in RELATIONS}
+    for relation in itertools.cycle(RELATIONS):
+        if not decks[relation.name]:
+            decks[relation.name] = rng.sample(relation.pairs, len(relation.pairs))
+        known, good = decks[relation.name].pop()
+        yield _document(rng, *_question(rng, relation, known, good), relation.name)
+
+
+def _question(
+    rng: random.Random, relation: Relation, known: str, good: str
+) -> tuple[str, str, list[str]]:
+    others = sorted({answer for _, answer in relation.pairs} - {good})
+    context = f"Question: {relation.question.format(known)}\nAnswer:"
+    return context, good, rng.sample(others, 3)
+
+
+@dataclass(frozen=True)
+class GeneratedTask:
+    """One generated task.
+
+    Attributes:
+        name: Its name in lm-eval.
+        chance: Accuracy of guessing.
+        stream: Endless documents from a random generator.
+        version: Raised whenever the documents of a seed change.
+    """
+
+    name: str
+    chance: float
+    stream: Callable[[random.Random], Iterator[Document]]
+    version: int = 1
+
+    def documents(self, seed: int, count: int = TEST_DOCUMENTS, skip: int = 0) -> list[Document]:
+        """Distinct documents; those of a larger `count` begin with those of a smaller one."""
+        rng = random.Random(f"{self.name} {self.version} {seed}")
+        seen: set[tuple[str, tuple[str, ...]]] = set()
+        documents: list[Document] = []
+        for document in self.stream(rng):
+            key = (document["context"], tuple(sorted(document["choices"])))
+            if key not in seen:
+                seen.add(key)
+                documents.append(document)
+            if len(documents) == skip + count:
+                return documents[skip:]
+        raise AssertionError("streams do not end")
+
+
+GENERATED_TASKS: dict[str, GeneratedTask] = {
+    task.name: task
+    for task in (
+        GeneratedTask("rap_minimal_pairs", 1 / 2, _minimal_pairs),
+        GeneratedTask("rap_recall", 1 / 4, _recall),
+        GeneratedTask("rap_choice", 1 / 4, _choice),
+    )
+}
+
+
+def lm_eval_config(task: GeneratedTask, seed: int = 0) -> dict[str, Any]:
+    """The task as an inline lm-eval config, for ``TaskManager.load([config])``.
+
+    Few-shot examples come from documents of their own, which are not among the tested ones.
+
+    Args:
+        task: One of `GENERATED_TASKS`.
+        seed: Chooses the documents.
+    """
+
+    def make(**_metadata: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        test = task.documents(seed)
+        train = task.documents(seed, FEWSHOT_DOCUMENTS, skip=TEST_DOCUMENTS)
+        return DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)})
+
+    return {
+        "task": task.name,
+        "custom_dataset": make,
+        "training_split": "train",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": task.version},
+    }
+
+
+def generated_task(name: str) -> GeneratedTask:
+    """A generated task by name.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    if name not in GENERATED_TASKS:
+        raise UnknownNameError("generated task", name, GENERATED_TASKS)
+    return GENERATED_TASKS[name]

@@ -1,0 +1,152 @@
+"""lm-eval's own tasks on local files: the data set is swapped and nothing else.
+
+A data root is a folder with one folder for each task, named as the task, and in it one
+JSON-lines file for each split, named as the split (``piqa/validation.jsonl``), with the fields
+that the task's own config reads. Splits that have no file are set to null, so a task whose
+test split is missing is scored on its validation split, as lm-eval does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rap_env.errors import CorpusError
+
+SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+EVALUATION_KEYS = ("test_split", "validation_split")
+
+TASK_FIELDS: dict[str, tuple[str, ...]] = {
+    "arc_challenge": ("question", "choices.text", "choices.label", "answerKey"),
+    "arc_easy": ("question", "choices.text", "choices.label", "answerKey"),
+    "blimp": ("sentence_good", "sentence_bad"),
+    "boolq": ("passage", "question", "label"),
+    "copa": ("premise", "choice1", "choice2", "question", "label"),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "lambada_openai": ("text",),
+    "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "sciq": ("support", "question", "distractor1", "distractor2", "distractor3", "correct_answer"),
+    "wikitext": ("page",),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+}
+"""Fields that a task's prompts read. A missing one would not always fail in lm-eval: its
+templates take the name of an unknown field as literal text."""
+
+Rows = list[dict[str, Any]]
+
+
+def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What to change in a task's lm-eval config so that it reads local files.
+
+    Args:
+        data_root: The folder of task folders.
+        task: Name of the task.
+        config: The task's own lm-eval config.
+
+    Returns:
+        A function that gives the data set, and null for every split without a file.
+
+    Raises:
+        CorpusError: The folder, a file or a field is missing, or a file is no JSON lines.
+    """
+    folder = _task_folder(Path(data_root).expanduser(), task)
+    wanted = _split_names(config)
+    rows = {
+        split: read_rows(path, _fields_of(task))
+        for split in sorted(set(wanted.values()))
+        if (path := folder / f"{split}.jsonl").is_file()
+    }
+    if not any(wanted.get(key) in rows for key in EVALUATION_KEYS):
+        names = [f"{wanted[key]}.jsonl" for key in EVALUATION_KEYS if key in wanted]
+        found = sorted(path.name for path in folder.iterdir()) or ["nothing"]
+        raise CorpusError(
+            f"The task {task!r} needs {' or '.join(names)} in {folder}, which holds "
+            f"{', '.join(found)}; add the file."
+        )
+    nulls = {key: None for key, split in wanted.items() if split not in rows}
+    return {"custom_dataset": _dataset_maker(rows), **nulls}
+
+
+def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
+    """The rows of a JSON-lines file.
+
+    Args:
+        path: The file, UTF-8.
+        fields: Fields that every row must have.
+
+    Raises:
+        CorpusError: It cannot be read, is empty, or a line is no object with these fields.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"Cannot read {path} as UTF-8 text: {error}.") from None
+    # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise CorpusError(f"{path} has no rows; it should hold one JSON object a line.")
+    return [_parse_row(path, number, line, fields) for number, line in lines]
+
+
+def _parse_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(
+            f"Line {number} of {path} is no JSON object ({error}); the file may be cut off."
+        ) from None
+    if not isinstance(row, dict):
+        raise CorpusError(f"Line {number} of {path} is no JSON object, but {line[:40]!r}.")
+    missing = [field for field in fields if not _has(row, field)]
+    if missing:
+        raise CorpusError(
+            f"Line {number} of {path} lacks the field {missing[0]!r} that its task reads; "
+            f"it has {', '.join(map(repr, row)) or 'none'}."
+        )
+    return row
+
+
+def _has(row: Any, field: str) -> bool:
+    """Whether a row has a field, given as names joined by dots."""
+    for name in field.split("."):
+        if not isinstance(row, dict) or name not in row:
+            return False
+        row = row[name]
+    return True
+
+
+def _fields_of(task: str) -> tuple[str, ...]:
+    return TASK_FIELDS.get("blimp" if task.startswith("blimp_") else task, ())
+
+
+def _task_folder(root: Path, task: str) -> Path:
+    if not root.is_dir():
+        raise CorpusError(
+            f"data_root {root} is no folder; name one that holds a folder for each task, or set "
+            "data_root to null to take the hub's data."
+        )
+    if not (root / task).is_dir():
+        raise CorpusError(
+            f"data_root {root} has no folder {task!r}; add {task}/SPLIT.jsonl, or leave the task "
+            "out."
+        )
+    return root / task
+
+
+def _split_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The splits that a config names, by config key."""
+    return {key: config[key] for key in SPLIT_KEYS if config.get(key)}
+
+
+def _dataset_maker(rows: Mapping[str, Rows]) -> Callable[..., Any]:
+    """A function as lm-eval's ``custom_dataset`` wants it; it ignores the task's metadata."""
+
+    def make(**_metadata: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        return DatasetDict({split: Dataset.from_list(part) for split, part in rows.items()})
+
+    return make

@@ -1,0 +1,189 @@
+"""Scores on disk. SQLite gives what a store must have: atomic writes and many processes.
+
+A row's key is the digest of everything that determines the score (`MaskScorer.context`) and
+the mask; its checksum covers key and values, so an edited or damaged row is refused instead
+of believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rap_env.artifacts import canonical_json, digest
+from rap_env.blocks import BlockMask
+from rap_env.errors import StorageFullError, StoreError
+
+_FORMAT = 1
+_BUSY_TIMEOUT_S = 60.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS contexts (key TEXT PRIMARY KEY, context TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS scores (
+    context TEXT NOT NULL, mask TEXT NOT NULL, metric TEXT NOT NULL,
+    "values" TEXT NOT NULL, sha256 TEXT NOT NULL,
+    PRIMARY KEY (context, mask, metric)
+) WITHOUT ROWID;
+"""
+
+
+class ScoreStore:
+    """A file of scores, safe to kill at any moment and to share between processes.
+
+    Args:
+        path: The SQLite file; made with its folder if missing.
+
+    Raises:
+        StoreError: The file is no score store, is damaged, or is of a newer format.
+        StorageFullError: The disk is full.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._local = threading.local()
+        self._known_contexts: set[str] = set()
+        with self._errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_file()
+            found = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, _FORMAT):
+                raise StoreError(
+                    f"The score store {self.path} has format {found}, but this version reads "
+                    f"{_FORMAT}; give another path or delete it."
+                )
+            with self._connection as connection:
+                connection.executescript(_SCHEMA)
+                connection.execute(f"PRAGMA user_version = {_FORMAT}")
+
+    def get(self, context_key: str, mask: BlockMask, metric: str) -> list[float] | None:
+        """The values of a mask's metric, or None if they are not stored.
+
+        Raises:
+            StoreError: The row or the file is damaged.
+        """
+        query = 'SELECT "values", sha256 FROM scores WHERE context = ? AND mask = ? AND metric = ?'
+        key = (context_key, mask_key(mask), metric)
+        with self._errors():
+            row = self._connection.execute(query, key).fetchone()
+        if row is None:
+            return None
+        if row[1] != _checksum(*key, row[0]):
+            raise StoreError(
+                f"A score in {self.path} was altered (checksum differs for {mask}); delete the "
+                "file: scores are computed again as they are needed."
+            )
+        return [float(value) for value in json.loads(row[0])]
+
+    def put(
+        self,
+        context_key: str,
+        mask: BlockMask,
+        metric: str,
+        values: Sequence[float],
+        context: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store the values of a mask's metric; durable when it returns.
+
+        Args:
+            context_key: Digest of the context.
+            mask: The mask that was scored.
+            metric: Name of the metric, such as ``"window_nll"``.
+            values: What was measured.
+            context: What the key is the digest of, kept once for people and exports.
+
+        Raises:
+            StorageFullError: The disk is full.
+            StoreError: The file is damaged.
+        """
+        key = (context_key, mask_key(mask), metric)
+        text = canonical_json([float(value) for value in values])
+        with self._errors(), self._connection as connection:
+            if context is not None and context_key not in self._known_contexts:
+                connection.execute(
+                    "INSERT OR IGNORE INTO contexts VALUES (?, ?)",
+                    (context_key, canonical_json(dict(context))),
+                )
+            connection.execute(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)",
+                (*key, text, _checksum(*key, text)),
+            )
+        self._known_contexts.add(context_key)
+
+    def rows(self, context_key: str, metric: str) -> Iterator[tuple[BlockMask, list[float]]]:
+        """All masks with their values for one context and metric."""
+        query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
+        with self._errors():
+            masks = self._connection.execute(query, (context_key, metric)).fetchall()
+        for (text,) in masks:
+            mask = _mask_of(text)
+            values = self.get(context_key, mask, metric)
+            if values is not None:
+                yield mask, values
+
+    def __len__(self) -> int:
+        with self._errors():
+            return int(self._connection.execute("SELECT COUNT(*) FROM scores").fetchone()[0])
+
+    def close(self) -> None:
+        """Close this thread's connection; the store opens again when used."""
+        connection = self._local.__dict__.pop("connection", None)
+        if connection is not None:
+            connection.close()
+
+    def _check_file(self) -> None:
+        verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(str(verdict))
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        # One connection for each thread and process: SQLite's must not cross a fork.
+        held = self._local.__dict__.get("connection")
+        if held is None or self._local.pid != os.getpid():
+            held = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)
+            held.execute("PRAGMA journal_mode = WAL")
+            held.execute("PRAGMA synchronous = NORMAL")  # whole after a kill, at any moment
+            self._local.connection, self._local.pid = held, os.getpid()
+        return held
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn SQLite's errors into sentences that say what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise StorageFullError(
+                    f"No space left for the score store {self.path}; free some and run the same "
+                    "command again: all scores stored before are intact."
+                ) from error
+            raise StoreError(f"The score store {self.path} cannot be used: {error}.") from error
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"The score store {self.path} is damaged or no score store ({error}); delete it: "
+                "scores are computed again as they are needed."
+            ) from error
+
+
+def context_key(context: Mapping[str, Any]) -> str:
+    """The digest that stands for a context in the store."""
+    return digest(dict(context))
+
+
+def mask_key(mask: BlockMask) -> str:
+    """A mask as text: its indices, so that it does not depend on the number of layers."""
+    return ",".join(map(str, mask))
+
+
+def _mask_of(text: str) -> BlockMask:
+    return BlockMask.of(*map(int, text.split(","))) if text else BlockMask()
+
+
+def _checksum(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()

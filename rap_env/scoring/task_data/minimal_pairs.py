@@ -1,0 +1,231 @@
+"""Templates of grammatical minimal pairs: two sentences that differ where only one is English.
+
+Each paradigm is a function of a random generator that returns ``(good, bad)``. The word that
+differs is as often the good one as the bad one (only `polarity` cannot do that), so that a
+model that knows no more than how frequent words are stays near one half.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+Pair = tuple[str, str]
+Paradigm = Callable[[random.Random], Pair]
+
+PEOPLE = (
+    ("boy", "boys"), ("girl", "girls"), ("teacher", "teachers"), ("doctor", "doctors"),
+    ("farmer", "farmers"), ("child", "children"), ("woman", "women"), ("man", "men"),
+    ("student", "students"), ("singer", "singers"), ("neighbor", "neighbors"),
+    ("driver", "drivers"), ("guest", "guests"), ("sailor", "sailors"), ("lawyer", "lawyers"),
+    ("nurse", "nurses"), ("baker", "bakers"), ("painter", "painters"), ("guard", "guards"),
+    ("hunter", "hunters"),
+)  # fmt: skip
+GENDERED = (
+    ("king", "queen"), ("man", "woman"), ("boy", "girl"), ("uncle", "aunt"),
+    ("father", "mother"), ("brother", "sister"), ("son", "daughter"), ("prince", "princess"),
+    ("grandfather", "grandmother"), ("husband", "wife"),
+)  # fmt: skip
+THINGS = (
+    ("book", "books"), ("key", "keys"), ("box", "boxes"), ("window", "windows"),
+    ("car", "cars"), ("shoe", "shoes"), ("cup", "cups"), ("letter", "letters"),
+    ("door", "doors"), ("lamp", "lamps"), ("chair", "chairs"), ("picture", "pictures"),
+    ("bottle", "bottles"), ("knife", "knives"), ("basket", "baskets"), ("boat", "boats"),
+    ("table", "tables"), ("plate", "plates"), ("clock", "clocks"), ("tree", "trees"),
+)  # fmt: skip
+MASS = ("water", "rice", "sand", "milk", "smoke", "furniture", "money", "rain", "bread", "traffic")
+PEOPLE_ADJECTIVES = ("tired", "happy", "angry", "late", "hungry", "ready", "afraid", "famous")
+THING_ADJECTIVES = ("old", "heavy", "broken", "clean", "expensive", "red", "empty", "new")
+PLACES = ("garden", "kitchen", "street", "station", "church", "market", "library", "river")
+# base, third person, past, participle; past and participle differ
+IRREGULAR = (
+    ("break", "breaks", "broke", "broken"), ("take", "takes", "took", "taken"),
+    ("steal", "steals", "stole", "stolen"), ("choose", "chooses", "chose", "chosen"),
+    ("see", "sees", "saw", "seen"), ("forget", "forgets", "forgot", "forgotten"),
+    ("hide", "hides", "hid", "hidden"), ("give", "gives", "gave", "given"),
+    ("draw", "draws", "drew", "drawn"), ("throw", "throws", "threw", "thrown"),
+)  # fmt: skip
+TRANSITIVE = ("carried", "found", "washed", "moved", "bought", "repaired", "touched", "sold")
+INTRANSITIVE = ("arrived", "slept", "laughed", "smiled", "waited", "sat", "cried", "sneezed")
+LIKING = (("likes", "like"), ("knows", "know"), ("sees", "see"), ("remembers", "remember"))
+REGULAR_BASE = (
+    ("walk", "walks"), ("wait", "waits"), ("work", "works"), ("sing", "sings"),
+    ("sleep", "sleeps"), ("play", "plays"), ("talk", "talks"), ("stand", "stands"),
+)  # fmt: skip
+BE = (("is", "are"), ("was", "were"))
+
+
+def simple_agreement(rng: random.Random) -> Pair:
+    """The boys walk / walks near the river."""
+    number = rng.randrange(2)
+    subject, (base, third) = rng.choice(PEOPLE)[number], rng.choice(REGULAR_BASE)
+    verb = (third, base)
+    end = f"near the {rng.choice(PLACES)} every day."
+    return f"The {subject} {verb[number]} {end}", f"The {subject} {verb[1 - number]} {end}"
+
+
+def agreement_over_phrase(rng: random.Random) -> Pair:
+    """The keys near the box are / is old."""
+    number, be = rng.randrange(2), rng.choice(BE)
+    first, second = rng.sample(THINGS, 2)
+    link = rng.choice(("near", "behind", "under", "next to"))
+    start = f"The {first[number]} {link} the {second[1 - number]}"
+    end = rng.choice(THING_ADJECTIVES)
+    return f"{start} {be[number]} {end}.", f"{start} {be[1 - number]} {end}."
+
+
+def agreement_over_clause(rng: random.Random) -> Pair:
+    """The boys that the teacher likes are / is tired."""
+    number, be, like = rng.randrange(2), rng.choice(BE), rng.choice(LIKING)
+    first, second = rng.sample(PEOPLE, 2)
+    start = f"The {first[number]} that the {second[1 - number]} {like[1 - number]}"
+    end = rng.choice(PEOPLE_ADJECTIVES)
+    return f"{start} {be[number]} {end}.", f"{start} {be[1 - number]} {end}."
+
+
+def agreement_inside_clause(rng: random.Random) -> Pair:
+    """The boy that knows / know the teachers is tired."""
+    number, be, like = rng.randrange(2), rng.choice(BE), rng.choice(LIKING)
+    first, second = rng.sample(PEOPLE, 2)
+    end = f"the {second[1 - number]} {be[number]} {rng.choice(PEOPLE_ADJECTIVES)}."
+    start = f"The {first[number]} that"
+    return f"{start} {like[number]} {end}", f"{start} {like[1 - number]} {end}"
+
+
+def coordinated_subject(rng: random.Random) -> Pair:
+    """The boy and the nurse are tired; the boy near the nurse is tired."""
+    (first, _), (second, _) = rng.sample(PEOPLE, 2)
+    plural, be = rng.randrange(2), rng.choice(BE)
+    start = f"The {first} {'and' if plural else 'behind'} the {second}"
+    end = rng.choice(PEOPLE_ADJECTIVES)
+    return f"{start} {be[plural]} {end}.", f"{start} {be[1 - plural]} {end}."
+
+
+def determiner_noun(rng: random.Random) -> Pair:
+    """The nurse moved these old books / book."""
+    number = rng.randrange(2)
+    determiner = rng.choice((("this", "these"), ("that", "those")))[number]
+    thing, adjective = rng.choice(THINGS), rng.choice(THING_ADJECTIVES)
+    start = f"The {rng.choice(PEOPLE)[0]} {rng.choice(TRANSITIVE)} {determiner} {adjective}"
+    return f"{start} {thing[number]}.", f"{start} {thing[1 - number]}."
+
+
+def reflexive_number(rng: random.Random) -> Pair:
+    """The farmers near the river hurt themselves / himself."""
+    number = rng.randrange(2)
+    person = rng.choice(PEOPLE)
+    start = f"The {person[number]} near the {rng.choice(PLACES)}"
+    start += rng.choice((" hurt", " blamed", " introduced", " prepared"))
+    forms = ("herself" if person[0] in ("girl", "woman") else "himself", "themselves")
+    return f"{start} {forms[number]}.", f"{start} {forms[1 - number]}."
+
+
+def reflexive_gender(rng: random.Random) -> Pair:
+    """The queen in the garden blamed herself / himself."""
+    gender = rng.randrange(2)
+    start = f"The {rng.choice(GENDERED)[gender]} in the {rng.choice(PLACES)}"
+    start += rng.choice((" blamed", " hurt", " prepared", " introduced"))
+    forms = ("himself", "herself")
+    return f"{start} {forms[gender]}.", f"{start} {forms[1 - gender]}."
+
+
+def participle(rng: random.Random) -> Pair:
+    """The nurse has broken / broke the cup; the nurse broke / broken the cup."""
+    _, _, past, done = rng.choice(IRREGULAR)
+    subject, thing = rng.choice(PEOPLE)[0], rng.choice(THINGS)[rng.randrange(2)]
+    if rng.randrange(2):
+        return f"The {subject} has {done} the {thing}.", f"The {subject} has {past} the {thing}."
+    return f"The {subject} {past} the {thing}.", f"The {subject} {done} the {thing}."
+
+
+def verb_after_auxiliary(rng: random.Random) -> Pair:
+    """The nurse does not see / sees the cup; the nurse often sees / see the cup."""
+    base, third, _, _ = rng.choice(IRREGULAR)
+    subject, thing = rng.choice(PEOPLE)[0], rng.choice(THINGS)[rng.randrange(2)]
+    if rng.randrange(2):
+        start = f"The {subject} {rng.choice(('does not', 'can never', 'will soon'))}"
+        return f"{start} {base} the {thing}.", f"{start} {third} the {thing}."
+    start = f"The {subject} {rng.choice(('often', 'never', 'always'))}"
+    return f"{start} {third} the {thing}.", f"{start} {base} the {thing}."
+
+
+def polarity(rng: random.Random) -> Pair:
+    """No / Some nurse in the garden has ever seen the boat."""
+    subject, thing = rng.choice(PEOPLE)[0], rng.choice(THINGS)[0]
+    seen = rng.choice(IRREGULAR)[3]
+    place = rng.choice(PLACES)
+    end = f"{subject} in the {place} has ever {seen} the {thing}."
+    return f"No {end}", f"{rng.choice(('Some', 'Every', 'The', 'This'))} {end}"
+
+
+def filler_gap(rng: random.Random) -> Pair:
+    """The nurse knows that / what the boy found the cup; she knows what / that he found."""
+    (first, _), (second, _) = rng.sample(PEOPLE, 2)
+    thing, verb = rng.choice(THINGS)[0], rng.choice(TRANSITIVE)
+    start = f"The {first} {rng.choice(('knows', 'remembers', 'forgot', 'said'))}"
+    if rng.randrange(2):
+        end = f"the {second} {verb} the {thing}."
+        return f"{start} that {end}", f"{start} what {end}"
+    end = f"the {second} {verb} yesterday."
+    return f"{start} what {end}", f"{start} that {end}"
+
+
+def transitivity(rng: random.Random) -> Pair:
+    """The nurse found / arrived the cup; the nurse arrived / found yesterday."""
+    subject, thing = rng.choice(PEOPLE)[rng.randrange(2)], rng.choice(THINGS)[0]
+    does, stays = rng.choice(TRANSITIVE), rng.choice(INTRANSITIVE)
+    if rng.randrange(2):
+        return f"The {subject} {does} the {thing}.", f"The {subject} {stays} the {thing}."
+    place = rng.choice(PLACES)
+    end = f"in the {place}."
+    return f"The {subject} {stays} {end}", f"The {subject} {does} {end}"
+
+
+def quantity(rng: random.Random) -> Pair:
+    """There was too much / many water; there were too many / much cups."""
+    place = rng.choice(PLACES)
+    if rng.randrange(2):
+        end = f"{rng.choice(MASS)} in the {place}."
+        return f"There was too much {end}", f"There was too many {end}"
+    end = f"{rng.choice(THINGS)[1]} in the {place}."
+    return f"There were too many {end}", f"There were too much {end}"
+
+
+def pronoun_case(rng: random.Random) -> Pair:
+    """The nurse said that he / him found the cup; the nurse gave the cup to him / he."""
+    subject, thing = rng.choice(PEOPLE)[rng.randrange(2)], rng.choice(THINGS)[0]
+    forms = rng.choice((("he", "him"), ("she", "her"), ("they", "them"), ("we", "us")))
+    if rng.randrange(2):
+        start, end = f"The {subject} said that", f"{rng.choice(TRANSITIVE)} the {thing}."
+        return f"{start} {forms[0]} {end}", f"{start} {forms[1]} {end}"
+    start, end = f"The {subject} gave the {thing} to", "yesterday."
+    return f"{start} {forms[1]} {end}", f"{start} {forms[0]} {end}"
+
+
+def existential(rng: random.Random) -> Pair:
+    """There were several cups / was several cups in the kitchen."""
+    number, be = rng.randrange(2), rng.choice(BE)
+    count = rng.choice((("a", "another"), ("many", "several"))[number])
+    adjective = rng.choice([word for word in THING_ADJECTIVES if word[0] not in "aeiou"])
+    end = f"{count} {adjective} {rng.choice(THINGS)[number]} in the {rng.choice(PLACES)}."
+    return f"There {be[number]} {end}", f"There {be[1 - number]} {end}"
+
+
+PARADIGMS: tuple[Paradigm, ...] = (
+    simple_agreement,
+    agreement_over_phrase,
+    agreement_over_clause,
+    agreement_inside_clause,
+    coordinated_subject,
+    determiner_noun,
+    reflexive_number,
+    reflexive_gender,
+    participle,
+    verb_after_auxiliary,
+    polarity,
+    filler_gap,
+    transitivity,
+    quantity,
+    pronoun_case,
+    existential,
+)

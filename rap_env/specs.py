@@ -1,0 +1,40 @@
+"""Specs: how a part of the environment is named in plain words, numbers and dicts.
+
+A spec is a name (``"perplexity"``) or a dict with that ``name`` and settings
+(``{"name": "perplexity", "timing": "dense"}``), so that it can come from YAML, and
+`gymnasium.make` can copy it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rap_env.errors import UnknownNameError
+
+
+def split_spec(
+    spec: str | Mapping[str, Any], kind: str, known: Iterable[str]
+) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a spec, which is a name or a dict with a ``name``.
+
+    Raises:
+        UnknownNameError: The name is missing or not among the `known` ones.
+    """
+    settings: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name, known = settings.pop("name", None), list(known)
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
+    return str(name), settings
+
+
+def check_settings(settings: Mapping[str, Any], owner: str, known: Iterable[str]) -> None:
+    """Refuse a setting that `owner` (``"the sampler 'fixed'"``) does not have.
+
+    Raises:
+        UnknownNameError: A key is not among the `known` ones.
+    """
+    known = list(known)
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError(f"setting of {owner}:", key, known)

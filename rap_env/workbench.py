@@ -1,0 +1,141 @@
+"""One place where a model, its text, its scores and its importance come together.
+
+Everything above (environments, agents, baselines, experiments) takes a workbench, so that
+all of them measure the same masks on the same text and share one model and one score store.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from rap_env.artifacts import canonical_json, digest
+from rap_env.importance import GSIProfile, ImportanceFeatures, OneShotProfile, gsi, one_shot
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import shared_llm
+from rap_env.memory import MemoryModel
+from rap_env.paths import cache_dir
+from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import ScoreStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkbenchConfig:
+    """What to measure with. Plain values, so that it can be a key and go into records.
+
+    Attributes:
+        model: Alias, hub id, folder or GGUF file.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
+        calibration: The text that masks are searched on.
+        importance: ``"gsi"`` (measured once, then kept), ``"one_shot"`` (2L evaluations),
+            ``"none"``, or the path of a GSI artifact.
+        gsi_removals: Removals after which GSI stops; None orders all blocks.
+        store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
+    """
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    calibration: CorpusConfig = field(default_factory=CorpusConfig)
+    importance: str = "gsi"
+    gsi_removals: int | None = None
+    store: str | None = "default"
+
+
+class Workbench:
+    """A live model with its memory arithmetic, scorer and importance; parts come when asked for.
+
+    Args:
+        llm: The live model.
+        calibration: The text that masks are searched on.
+        store: Where scores are kept; None keeps them in memory.
+        importance: As in `WorkbenchConfig`.
+        gsi_removals: As in `WorkbenchConfig`.
+        folder: Where importance artifacts are kept; None keeps them in memory.
+        progress: Whether long measurements draw progress bars.
+    """
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        calibration: Corpus,
+        store: ScoreStore | None = None,
+        *,
+        importance: str = "gsi",
+        gsi_removals: int | None = None,
+        folder: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.llm = llm
+        self.store = store
+        self.memory = MemoryModel(llm)
+        self.scorer = MaskScorer(llm, calibration, store)
+        self._importance = importance
+        self._gsi_removals = gsi_removals
+        self._folder = folder
+        self._progress = progress
+
+    @cached_property
+    def one_shot(self) -> OneShotProfile:
+        """One-shot importance of every block, measured on first use."""
+        path = self._artifact("one_shot")
+        if path is not None and path.exists():
+            return OneShotProfile.load(path, self.llm)
+        profile = one_shot(self.scorer, progress=self._progress)
+        if path is not None:
+            profile.save(path)
+        return profile
+
+    @cached_property
+    def gsi(self) -> GSIProfile:
+        """The GSI order, measured on first use (minutes) and kept."""
+        if self._importance not in ("gsi", "one_shot", "none"):
+            return GSIProfile.load(self._importance, self.llm)
+        path = self._artifact("gsi")
+        if path is None or not path.exists():
+            log.info("Measuring GSI on %s; this takes minutes, once.", self.llm.name)
+        return gsi(self.scorer, stop=self._gsi_removals, path=path, progress=self._progress)
+
+    @cached_property
+    def features(self) -> ImportanceFeatures:
+        """What an agent sees of the importance scores."""
+        if self._importance == "none":
+            return ImportanceFeatures.none(self.llm.facts.num_blocks)
+        if self._importance == "one_shot":
+            return ImportanceFeatures.from_one_shot(self.one_shot.loss_rise)
+        return ImportanceFeatures(self.gsi.first_pass, self.gsi.rank, self.gsi.marginal_loss)
+
+    def _artifact(self, name: str) -> Path | None:
+        """A file of its own for each model, text and way of measuring."""
+        key = digest(dict(self.scorer.context))[:24]
+        return None if self._folder is None else self._folder / f"{name}-{key}.json"
+
+
+_open: dict[str, Workbench] = {}
+
+
+def open_workbench(config: WorkbenchConfig) -> Workbench:
+    """The workbench for a config; one for each config in a process.
+
+    Raises:
+        RapError: As loading the model, the text, the store or an artifact does.
+    """
+    key = canonical_json(asdict(config))
+    if key not in _open:
+        llm = shared_llm(config.model, device=config.device, dtype=config.dtype)
+        path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
+        _open[key] = Workbench(
+            llm,
+            load_corpus(config.calibration, llm),
+            None if path is None else ScoreStore(path),
+            importance=config.importance,
+            gsi_removals=config.gsi_removals,
+            folder=cache_dir() / "importance",
+        )
+    return _open[key]

@@ -1,0 +1,101 @@
+"""A model whose losses are known by formula: no network is run, so optima are known too.
+
+It serves two kinds of tests: baselines on cases with a known answer (`interaction=0`: losses
+add up), and learning in seconds (`interaction > 0`: like a real model, neighbours that each
+look cheap are dear together).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from rap_env.blocks import Block, BlockMask
+from rap_env.envs.prune import RAPPruneEnv
+from rap_env.importance.features import ImportanceFeatures
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.workload import Request
+
+DENSE_NLL = 2.5
+
+
+def facts(layers: int = 4, attn_bytes: int = 1000, ffn_bytes: int = 3000) -> ModelFacts:
+    return ModelFacts(
+        name="synthetic",
+        fingerprint="0" * 64,
+        dtype="bfloat16",
+        block_param_bytes=(attn_bytes, ffn_bytes) * layers,
+        base_bytes=500,
+        kv_bytes_per_token=(4,) * layers,
+        kv_window_tokens=(None,) * layers,
+        itemsize=2,
+        hidden_size=1,
+        ffn_width=1,
+        vocab_size=1,
+        max_positions=4096,
+    )
+
+
+class SyntheticScorer:
+    """NLL = dense + sum of costs + interaction of neighbours, saturating at `cap` nats."""
+
+    def __init__(self, costs, interaction=0.0, cap=np.inf):
+        self.costs = np.asarray(costs, dtype=float)
+        index = np.arange(len(self.costs))
+        near = np.exp(-np.abs(index[:, None] - index[None]) / 4) * (1 - np.eye(len(index)))
+        self.pairs = interaction * near * np.sqrt(np.outer(self.costs, self.costs))
+        self.cap = cap
+        self.evaluations = 0
+        self.block_forwards = 0
+
+    def loss(self, mask):
+        removed = np.zeros(len(self.costs))
+        removed[list(mask)] = 1
+        total = removed @ self.costs + removed @ self.pairs @ removed / 2
+        return total if np.isinf(self.cap) else self.cap * (1 - np.exp(-total / self.cap))
+
+    @property
+    def dense_nll(self):
+        return self.nll(BlockMask())
+
+    def nll(self, mask):
+        self.evaluations += 1
+        self.block_forwards += len(self.costs) - len(mask)
+        return DENSE_NLL + float(self.loss(mask))
+
+    def scan(self, mask):
+        blocks = [Block(i, 1) for i in range(len(self.costs)) if i not in mask]
+        return {block: self.nll(mask | BlockMask.of(block)) for block in blocks}
+
+
+class SyntheticBench:
+    """Stands where a workbench would: memory, scorer, importance and features."""
+
+    def __init__(self, costs, model=None, **scorer):
+        self.memory = MemoryModel(model or facts(len(costs) // 2))
+        self.scorer = SyntheticScorer(costs, **scorer)
+        loss = self.scorer.loss
+        count = len(costs)
+        rise = np.array([loss(BlockMask.of(i)) for i in range(count)])
+        self.one_shot = SimpleNamespace(loss_rise=rise, block_influence=rise[::-1].copy())
+        order, mask, marginal = [], BlockMask(), np.zeros(count)
+        for _ in range(count):
+            rest = [i for i in range(count) if i not in mask]
+            best = min(rest, key=lambda i: loss(mask | BlockMask.of(i)))  # noqa: B023
+            marginal[best] = loss(mask | BlockMask.of(best)) - loss(mask)
+            order.append(best)
+            mask |= BlockMask.of(best)
+        blocks = self.memory.facts.blocks
+        self.gsi = SimpleNamespace(order=tuple(blocks[i] for i in order), evaluations=100)
+        rank = np.argsort(order) / (count - 1)
+        self.features = ImportanceFeatures(rise, rank, marginal)
+
+
+def make_env(bench, **settings):
+    """`RAPPrune-v0` itself, on losses that cost nothing."""
+    return lambda: RAPPruneEnv(workbench=bench, **settings)
+
+
+def request_at(bench, batch_size, seq_len_tokens, fraction):
+    return Request.at_fraction(bench.memory, batch_size, seq_len_tokens, fraction)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.envs.observation import ObservationBuilder, kept_blocks, squash
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.importance import ImportanceFeatures
+from rap_env.workload import Request
+from tests.envs.conftest import LAYERS
+
+COUNT = 2 * LAYERS
+
+
+@pytest.fixture
+def builder(workbench) -> ObservationBuilder:
+    features = ImportanceFeatures(
+        one_shot=np.array([1.0, 0.0, -2.0, 3.0, 0.5, np.inf]),
+        gsi_rank=np.linspace(0, 1, COUNT),
+        gsi_marginal_loss=np.full(COUNT, 0.25),
+    )
+    return ObservationBuilder(workbench.memory, features)
+
+
+@pytest.fixture
+def request_(workbench) -> Request:
+    return Request.at_fraction(workbench.memory, 4, 32, 0.75)
+
+
+def test_request_features_are_what_the_table_says(builder, request_):
+    memory, seen = builder.memory, builder.build(request_, BlockMask())["request"]
+    dense = memory.breakdown(BlockMask(), request_)
+    assert seen[0] == pytest.approx(0.75, abs=1e-4)
+    assert seen[1] == pytest.approx(2 / 8)
+    assert seen[2] == pytest.approx(5 / 6)  # 2^5 tokens of 2^6 positions
+    assert seen[3] == pytest.approx((dense.peak - request_.budget_bytes) / dense.peak)
+    assert seen[4] == pytest.approx(dense.kv_cache / dense.peak)
+
+
+def test_block_features_are_what_the_table_says(builder, request_):
+    blocks = builder.build(request_, BlockMask.of(2))["blocks"]
+    assert blocks[:, 0].tolist() == [0, 1] * LAYERS
+    assert blocks[:, 1].tolist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert blocks[:, 2].tolist() == [1, 1, 0, 1, 1, 1]
+    assert blocks[:, 4] == pytest.approx([1 / 2, 0, 0, 3 / 4, 1 / 3, 1])
+    assert blocks[:, 5] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert blocks[:, 6] == pytest.approx([0.2] * COUNT)
+
+
+def test_freed_share_is_what_the_peak_falls_by(builder, request_):
+    memory = builder.memory
+    blocks = builder.build(request_, BlockMask.of(2))["blocks"]
+    dense = memory.peak_bytes(BlockMask(), request_)
+    for index in range(COUNT):
+        freed = dense - memory.peak_bytes(BlockMask.of(index), request_)
+        assert blocks[index, 3] == pytest.approx(0 if index == 2 else freed / dense)
+
+
+def test_bytes_over_fall_to_zero_and_not_below(builder, request_):
+    masks = [BlockMask.of(*range(n)) for n in range(COUNT + 1)]
+    over = [builder.build(request_, mask)["request"][3] for mask in masks]
+    assert over == sorted(over, reverse=True)
+    assert over[0] > over[-1] == 0
+
+
+def test_mask_and_space_agree(builder, request_):
+    seen = builder.build(request_, BlockMask.of(0, 5))
+    assert seen["action_mask"].tolist() == [0, 1, 1, 1, 1, 0]
+    assert seen["action_mask"].dtype == np.int8
+    assert builder.space.contains(seen)
+    everything = BlockMask.of(*range(COUNT))
+    assert builder.space.contains(builder.build(request_, everything))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (4096, 64)])
+@pytest.mark.parametrize("budget", [1, 2**60])
+def test_extreme_requests_stay_in_the_space(builder, shape, budget):
+    assert builder.space.contains(builder.build(Request(*shape, budget), BlockMask()))
+
+
+def test_every_call_gives_arrays_of_its_own(builder, request_):
+    first, second = (builder.build(request_, BlockMask()) for _ in range(2))
+    for key, array in first.items():
+        assert not np.shares_memory(array, second[key])
+        array += 1
+    third = builder.build(request_, BlockMask())
+    assert all(np.array_equal(third[key], second[key]) for key in second)
+
+
+def test_requests_in_turn_do_not_mix(builder, request_):
+    other = Request.at_fraction(builder.memory, 1, 8, 0.9)
+    fresh = builder.build(other, BlockMask())
+    builder.build(request_, BlockMask())
+    again = builder.build(other, BlockMask())
+    assert all(np.array_equal(fresh[key], again[key]) for key in fresh)
+
+
+def test_what_the_model_does_not_have_is_refused(builder, request_):
+    with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
+        builder.build(request_, BlockMask.of(COUNT))
+    with pytest.raises(InvalidRequestError, match="from 1 to 64 tokens"):
+        builder.build(Request(1, 65, 1), BlockMask())
+
+
+def test_kept_blocks():
+    assert kept_blocks(BlockMask.of(1), 3).tolist() == [True, False, True]
+    assert kept_blocks(BlockMask(), 2).tolist() == [True, True]
+
+
+def test_squash_keeps_the_order_and_ignores_gains():
+    losses = np.array([-5, 0, 1e-3, 0.1, 1, 10, 1e9])
+    seen = squash(losses)
+    assert seen[0] == seen[1] == 0
+    assert (np.diff(seen[1:]) > 0).all()
+    assert seen.max() <= 1

@@ -1,0 +1,155 @@
+"""Invented records in the real schema, so that reports can be tested without a model.
+
+The numbers follow a rule (better methods lose less, tighter budgets lose more), so that tests
+know what a report has to say about them. They are no measurements.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from experiments.records import ResultRow, append_record
+
+LAYERS, WINDOWS = 30, 16
+SHAPES = ((1, 128), (4, 1024), (8, 2048))
+BUDGETS = (0.9, 0.8, 0.7)
+FACTORS = {
+    "maskable_ppo": 0.42, "greedy_per_byte": 0.36, "gsi": 0.45, "knapsack": 0.8, "one_shot": 0.95,
+    "block_influence": 1.3, "attention_only": 0.9, "ffn_only": 2.2, "random": 5.0,
+}  # fmt: skip
+"""Loss in nats per token of each method at a budget of 90 %."""
+
+DEPENDS = {
+    "model_fingerprint": "f" * 64,
+    "dtype": "bfloat16",
+    "calibration": {"source": "self", "windows": 8, "window_tokens": 128, "sha256": "a" * 64},
+    "calibration_sha256": "a" * 64,
+    "report_text": {"source": "self", "windows": WINDOWS, "window_tokens": 128},
+    "report_sha256": "b" * 64,
+    "tasks": {"names": ["task_one", "task_two"], "limit": 20},
+}
+
+
+def make_row(
+    method: str, shape: tuple[int, int], budget: float, *, seed: int | None = None, **changes: Any
+) -> ResultRow:
+    """One row; the same arguments give the same row."""
+    dense = method == "dense"
+    rng = np.random.default_rng([len(method), shape[0], shape[1], round(100 * budget), seed or 0])
+    level = 0.0 if dense else FACTORS.get(method, 1.0) * (1 + 8 * (0.9 - budget))
+    hardness = np.random.default_rng(7).normal(0, 0.1, WINDOWS)  # windows are hard for all alike
+    losses = level * (1 + hardness + rng.normal(0, 0.03, WINDOWS) + 0.05 * (seed or 0))
+    removed = 0 if dense else round((1 - budget) * 50)
+    order = rng.permutation(2 * LAYERS)[:removed]
+    names = sorted(f"layer{i // 2:02d}.{('attn', 'ffn')[i % 2]}" for i in order)
+    attn = sum(name.endswith("attn") for name in names)
+    peak = 300 * 2**20
+    fits = not dense and not (method == "attention_only" and budget < 0.8)
+    values: dict[str, Any] = {
+        "method": method, "kv_aware": True, "seed": seed,
+        "request": {"batch_size": shape[0], "seq_len_tokens": shape[1]},
+        "budget_fraction": budget, "budget_bytes": int(peak * budget),
+        "peak_bytes": int(peak * budget) - 1000 if fits else peak, "fits": fits,
+        "attn_removed": attn, "ffn_removed": len(names) - attn, "mask": names,
+        "loss_calibration": float(losses.mean()) * 0.9, "loss": float(losses.mean()),
+        "loss_ci_low": float(losses.mean()) - 0.05, "loss_ci_high": float(losses.mean()) + 0.05,
+        "window_losses": losses.tolist(),
+        "accuracies": {"task_one": 0.9 / (1 + level / 4), "task_two": 0.7 / (1 + level / 5)},
+        "decision_s": 0.004 if "ppo" in method else 2.5 if "greedy" in method else 0.0006,
+        "evaluations": 240 if "greedy" in method else 0,
+        "setup_evaluations": 1500 if method in ("gsi", "maskable_ppo") else 61,
+        "provenance": {"depends_on": {**DEPENDS, "method": {"baseline": method}}},
+    }  # fmt: skip
+    return ResultRow(**{**values, **changes})
+
+
+def make_rows(agent_seeds: int = 1) -> list[ResultRow]:
+    """A whole grid with every kind of method."""
+    rows = []
+    for method in ["dense", *FACTORS]:
+        seeds: list[int | None] = [None]
+        if method == "random":
+            seeds = [0, 1, 2]
+        if method == "maskable_ppo":
+            seeds = [*range(agent_seeds)]
+        for seed in seeds:
+            rows += [make_row(method, s, b, seed=seed) for s in SHAPES for b in BUDGETS]
+    return rows
+
+
+def make_profile() -> dict[str, Any]:
+    """A ``profile.json`` with plausible shapes."""
+    rng = np.random.default_rng(0)
+    rise = rng.gamma(0.6, 0.08, 2 * LAYERS)
+    rise[:2] += 2.0
+    order = [int(i) for i in np.argsort(rise)[:24]]
+    shares = []
+    for batch in (1, 4, 16, 64):
+        for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+            parts = {"attn_weights": 53.0, "ffn_weights": 159.0, "embeddings": 56.0,
+                     "kv_cache": batch * tokens * 0.023, "workspace": 20.0}  # fmt: skip
+            total = sum(parts.values())
+            shares.append(
+                {"batch_size": batch, "seq_len_tokens": tokens, "peak_bytes": int(total * 2**20),
+                 **{name: value / total for name, value in parts.items()}}
+            )  # fmt: skip
+    after = 3.0 + np.cumsum(rise[order])
+    return {
+        "facts": {"name": "smollm2-135m", "fingerprint": "f" * 64, "dtype": "bfloat16",
+                  "num_layers": LAYERS, "max_positions": 8192},
+        "memory_shares": shares,
+        "calibration": DEPENDS["calibration"],
+        "dense_nll": 3.0,
+        "one_shot": {"loss_rise": rise.tolist(), "block_influence": (rise / 5).tolist()},
+        "gsi": {
+            "order": [f"layer{i // 2:02d}.{('attn', 'ffn')[i % 2]}" for i in order],
+            "nll_after": after.tolist(), "evaluations": 1164, "seconds": 212.0,
+        },
+    }  # fmt: skip
+
+
+def write_root(root: Path, agent_seeds: int = 1) -> Path:
+    """A comparison's folder as the stages leave it."""
+    for row in make_rows(agent_seeds):
+        append_record(root / "evaluate" / "results.jsonl", row.to_record(), durable=False)
+    _write_run(root / "evaluate", rows=90)
+    (root / "profile").mkdir()
+    (root / "profile" / "profile.json").write_text(json.dumps(make_profile()))
+    for seed in range(agent_seeds):
+        folder = root / "train" / f"maskable_ppo-s{seed}"
+        _write_run(
+            folder,
+            method="maskable_ppo",
+            seed=seed,
+            timesteps=6000,
+            evaluations=590,
+            training_s=412.0,
+        )
+        rng = np.random.default_rng(seed)
+        lines = []
+        for step in range(10, 6000, 10):
+            loss = 0.8 + 4 * np.exp(-step / 1500) + rng.gamma(1.0, 0.3)
+            lines.append({"step": step, "episode/loss": loss, "episode/return": -loss - 0.02})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+    return root
+
+
+def _write_run(folder: Path, **facts: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "starts": ["2026-01-01T12:00:00+00:00"], "finished": "2026-01-01T12:10:00+00:00",
+        "seconds": 612.0, **facts,
+        "provenance": {
+            "python": "3.11.9", "packages": {"torch": "2.13.0", "transformers": "5.24.0"},
+            "machine": {"cpu": "An Example CPU", "threads": 2},
+            "git": {"commit": "c" * 40, "dirty": False}, "seeds": {"run": 0, "calibration": 0},
+        },
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 0}))

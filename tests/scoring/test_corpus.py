@@ -1,0 +1,173 @@
+"""Texts: reproducible, disjoint by role, and refused in one clear sentence."""
+
+import json
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig, ensure_disjoint, load_corpus
+from tests.tiny import tiny_llm, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def llm():
+    return tiny_llm(tokenizer=tiny_tokenizer())
+
+
+def test_the_model_writes_the_same_text_for_the_same_seed(cache):
+    config = CorpusConfig(windows=3, window_tokens=10)
+    first = load_corpus(config, llm(), progress=False)
+    assert first.tokens.shape == (3, 10)
+    assert first.tokens.dtype == torch.int64
+    for file in (cache / "corpora").iterdir():
+        file.unlink()
+    assert torch.equal(load_corpus(config, llm(), progress=False).tokens, first.tokens)
+    other = load_corpus(CorpusConfig(windows=3, window_tokens=10, seed=1), llm(), progress=False)
+    assert other.sha256 != first.sha256
+
+
+def test_self_written_text_has_no_special_tokens():
+    model = llm()
+    written = load_corpus(CorpusConfig(windows=20, window_tokens=12), model, progress=False)
+    assert not set(model.tokenizer.all_special_ids) & set(written.tokens.unique().tolist())
+
+
+def test_writing_leaves_the_global_generator_and_the_mask_alone():
+    model = llm()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with model.masked(BlockMask.of(1)):
+        load_corpus(CorpusConfig(windows=1, window_tokens=5), model, progress=False)
+        assert model.mask == BlockMask.of(1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_written_text_is_the_dense_models_whatever_mask_is_on(cache):
+    config = CorpusConfig(windows=2, window_tokens=8)
+    dense = load_corpus(config, llm(), progress=False)
+    next((cache / "corpora").iterdir()).unlink()
+    model = llm()
+    with model.masked(BlockMask.of(0, 1, 2)):
+        assert torch.equal(load_corpus(config, model, progress=False).tokens, dense.tokens)
+
+
+def test_kept_text_is_read_again(cache):
+    config = CorpusConfig(windows=2, window_tokens=8)
+    first = load_corpus(config, llm(), progress=False)
+    model = llm()
+    model.generate = None  # reading again must not write again
+    assert torch.equal(load_corpus(config, model, progress=False).tokens, first.tokens)
+
+
+def write_text(tmp_path, tokens=1000):
+    letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(letters), (tokens,), generator=generator).tolist()
+    path = tmp_path / "text.txt"
+    path.write_text("".join(letters[i] for i in picks))
+    return path
+
+
+def test_roles_read_disjoint_parts_of_a_file(tmp_path):
+    path = write_text(tmp_path)
+    parts = {}
+    for role, (low, high) in ROLE_SPANS.items():
+        windows = round(1000 * (high - low)) // 20
+        config = CorpusConfig(source=str(path), windows=windows, window_tokens=20, role=role)
+        parts[role] = load_corpus(config, llm())
+    ensure_disjoint(parts["calibration"], parts["report"])
+    ensure_disjoint(parts["calibration"], parts["selection"])
+    decoded = "".join(tiny_tokenizer().decode(row) for row in parts["calibration"].tokens)
+    assert path.read_text().startswith(decoded)
+    assert sum(part.tokens.numel() for part in parts.values()) == 1000
+
+
+def test_windows_are_chosen_by_seed(tmp_path):
+    path = str(write_text(tmp_path))
+    chosen = [
+        load_corpus(CorpusConfig(source=path, windows=5, window_tokens=20, seed=seed), llm())
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(chosen[0].tokens, chosen[1].tokens)
+    assert not torch.equal(chosen[0].tokens, chosen[2].tokens)
+
+
+def test_provenance_says_what_was_read(tmp_path):
+    path = write_text(tmp_path)
+    corpus = load_corpus(CorpusConfig(source=str(path), windows=4, window_tokens=16), llm())
+    provenance = corpus.provenance
+    assert provenance["source"] == "text.txt"
+    assert (provenance["windows"], provenance["window_tokens"], provenance["tokens"]) == (4, 16, 64)
+    assert provenance["role"] == "calibration"
+    assert len(provenance["sha256"]) == len(provenance["text_sha256"]) == 64
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"page": "abc " * 30}) for _ in range(5)))
+    config = CorpusConfig(source=str(path), windows=2, window_tokens=16, field="page")
+    assert load_corpus(config, llm()).tokens.shape == (2, 16)
+    with pytest.raises(CorpusError, match=r"Line 1 .* field 'text'"):
+        load_corpus(CorpusConfig(source=str(path), windows=2, window_tokens=16), llm())
+
+
+def test_overlap_is_found_wherever_it_starts():
+    tokens = torch.randint(0, 50000, (4, 80), generator=torch.Generator().manual_seed(0))
+    shifted = torch.randint(0, 50000, (1, 80), generator=torch.Generator().manual_seed(1))
+    first = Corpus.of_tokens(tokens, role="calibration")
+    ensure_disjoint(first, Corpus.of_tokens(shifted, role="report"))
+    shifted[0, 40:] = tokens[2, 3:43]
+    with pytest.raises(CorpusError, match="calibration and the report text share 32 tokens"):
+        ensure_disjoint(first, Corpus.of_tokens(shifted, role="report"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"source": "missing.txt"}, "Cannot read the text missing.txt"),
+        ({"windows": 0}, "windows must be a whole number >= 1, not 0"),
+        ({"windows": True}, "not True"),
+        ({"window_tokens": 1}, "window_tokens must be a whole number >= 2"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_impossible_settings(settings, text):
+    with pytest.raises(CorpusError, match=text):
+        load_corpus(CorpusConfig(**settings), llm())
+
+
+def test_text_shorter_than_a_window(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("abc")
+    with pytest.raises(CorpusError, match=r"has 3 tokens.*enough for 0 windows of 128"):
+        load_corpus(CorpusConfig(source=str(path)), llm())
+
+
+def test_unknown_names():
+    with pytest.raises(UnknownNameError, match="corpus role 'train'"):
+        CorpusConfig(role="train")
+    with pytest.raises(UnknownNameError, match=r"'windws'.*Did you mean 'windows'"):
+        CorpusConfig.of({"windws": 3})
+
+
+def test_a_model_without_start_token_or_tokenizer(tmp_path):
+    model = tiny_llm()
+    model.model.generation_config.bos_token_id = model.model.config.bos_token_id = None
+    with pytest.raises(CorpusError, match="no start token"):
+        load_corpus(CorpusConfig(), model, progress=False)
+    with pytest.raises(CorpusError, match="no tokenizer"):
+        load_corpus(CorpusConfig(source=str(write_text(tmp_path))), model)
+
+
+def test_a_data_set_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CorpusError, match="Check the name and the network"):
+        load_corpus(CorpusConfig(source="hub:nobody/nothing-at-all"), llm())

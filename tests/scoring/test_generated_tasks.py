@@ -1,0 +1,156 @@
+from collections import Counter
+
+import pytest
+
+from rap_env.errors import UnknownNameError
+from rap_env.scoring.generated_tasks import (
+    FEWSHOT_DOCUMENTS,
+    GENERATED_TASKS,
+    RECALL_LENGTHS,
+    TEST_DOCUMENTS,
+    generated_task,
+    lm_eval_config,
+)
+from rap_env.scoring.task_data.facts import RELATIONS
+from rap_env.scoring.task_data.minimal_pairs import PARADIGMS
+from rap_env.scoring.task_data.words import NAMES, OBJECTS
+
+ALL = sorted(GENERATED_TASKS)
+WHOLE = TEST_DOCUMENTS + FEWSHOT_DOCUMENTS
+
+
+def test_the_three_tasks_are_there():
+    assert ALL == ["rap_choice", "rap_minimal_pairs", "rap_recall"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_documents_depend_on_the_seed_alone(name):
+    task = GENERATED_TASKS[name]
+    assert task.documents(3) == task.documents(3)
+    assert task.documents(3) != task.documents(4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_documents_are_distinct_and_fewer_are_the_first_of_more(name):
+    task = GENERATED_TASKS[name]
+    documents = task.documents(0, WHOLE)
+    keys = {(d["context"], *sorted(d["choices"])) for d in documents}
+    assert len(documents) == len(keys) == WHOLE
+    assert task.documents(0, 10) == documents[:10]
+    assert task.documents(0, 10, skip=5) == documents[5:15]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_guessing_gives_chance_wherever_the_guess_is(name):
+    task = GENERATED_TASKS[name]
+    documents = task.documents(0)
+    assert all(len(set(d["choices"])) == len(d["choices"]) == 1 / task.chance for d in documents)
+    places = Counter(d["gold"] for d in documents)
+    for place in range(round(1 / task.chance)):
+        assert places[place] / len(documents) == pytest.approx(task.chance, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("rap_minimal_pairs", len(PARADIGMS)),
+        ("rap_recall", len(RECALL_LENGTHS)),
+        ("rap_choice", len(RELATIONS)),
+    ],
+)
+def test_the_first_documents_are_as_mixed_as_all(name, kinds):
+    documents = GENERATED_TASKS[name].documents(1)
+    assert len({d["kind"] for d in documents[:kinds]}) == kinds
+    counts = Counter(d["kind"] for d in documents).values()
+    assert max(counts) - min(counts) <= 2
+
+
+def test_a_minimal_pair_differs_in_one_word():
+    for document in GENERATED_TASKS["rap_minimal_pairs"].documents(0):
+        first, second = (choice.split() for choice in document["choices"])
+        differing = sum(a != b for a, b in zip(first, second, strict=True))
+        assert differing == 1, document
+        assert document["context"] == ""
+
+
+def test_words_of_minimal_pairs_do_not_give_the_answer_away():
+    """What a model without context knows, the frequency of the differing words, is balanced."""
+    good, bad = Counter(), Counter()
+    for document in GENERATED_TASKS["rap_minimal_pairs"].documents(0, 4800):
+        if document["kind"] == "polarity":
+            continue
+        right = set(document["choices"][document["gold"]].rstrip(".").split())
+        wrong = set(document["choices"][1 - document["gold"]].rstrip(".").split())
+        good.update(right - wrong)
+        bad.update(wrong - right)
+    for word in (
+        "is",
+        "are",
+        "was",
+        "were",
+        "himself",
+        "themselves",
+        "much",
+        "many",
+        "that",
+        "what",
+    ):
+        assert good[word] / (good[word] + bad[word]) == pytest.approx(0.5, abs=0.12), word
+
+
+def test_recall_asks_for_a_value_that_its_list_holds_once():
+    lengths = set()
+    for document in GENERATED_TASKS["rap_recall"].documents(0, 40):
+        *_, full, again = document["context"].split("List:\n")
+        pairs = dict(line.split(" - ") for line in full.strip().split("\n"))
+        shown, asked = again.split("\n")
+        lengths.add(len(pairs))
+        assert pairs[asked.removesuffix(" -")] == document["choices"][document["gold"]]
+        assert set(document["choices"]) <= set(pairs.values())
+        assert shown.split(" - ")[1] == pairs[shown.split(" - ")[0]]
+        assert not shown.startswith(asked)
+    assert lengths == set(RECALL_LENGTHS)
+
+
+def test_recall_has_words_enough_for_its_longest_list():
+    assert len(set(NAMES)) == len(NAMES) >= max(RECALL_LENGTHS)
+    assert len(set(OBJECTS)) == len(OBJECTS) >= max(RECALL_LENGTHS)
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.name)
+def test_facts_have_one_answer_each_and_enough_wrong_ones(relation):
+    asked = [known for known, _ in relation.pairs]
+    assert len(set(asked)) == len(asked)
+    assert all(known and answer for known, answer in relation.pairs)
+    assert len({answer for _, answer in relation.pairs}) >= 6
+    assert relation.question.count("{}") == 1
+
+
+def test_choice_offers_answers_of_its_own_relation():
+    facts = {r.name: r for r in RELATIONS}
+    for document in GENERATED_TASKS["rap_choice"].documents(2):
+        relation = facts[document["kind"]]
+        answer = {relation.question.format(known): right for known, right in relation.pairs}
+        question = document["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        assert document["choices"][document["gold"]] == answer[question]
+        assert set(document["choices"]) <= set(answer.values())
+
+
+def test_an_unknown_generated_task_is_named():
+    with pytest.raises(UnknownNameError, match="'rap_recal'.*Did you mean 'rap_recall'"):
+        generated_task("rap_recal")
+    assert generated_task("rap_recall").chance == 0.25
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_they_are_genuine_lm_eval_tasks(name):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    config = lm_eval_config(GENERATED_TASKS[name], seed=5)
+    task = tasks.TaskManager(include_defaults=False).load([config])["tasks"][name]
+    documents = GENERATED_TASKS[name].documents(5)
+    assert [dict(doc) for doc in task.test_docs()] == documents
+    assert task.OUTPUT_TYPE == "multiple_choice"
+    assert task.VERSION == 1
+    fewshot = [dict(doc) for doc in task.training_docs()]
+    assert len(fewshot) == FEWSHOT_DOCUMENTS
+    assert not any(doc in documents for doc in fewshot)

@@ -1,0 +1,180 @@
+import json
+
+import pytest
+
+from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.scoring.local_data import TASK_FIELDS, local_overrides, read_rows
+
+pytest.importorskip("lm_eval")
+
+from rap_env.scoring import harness
+from tests.scoring.local_tasks import ROWS, write_task
+
+
+def load(root, name, **kwargs):
+    settings = {"data_root": str(root), "seed": 0, "num_fewshot": 0, **kwargs}
+    return harness.load_task(name, **settings)
+
+
+PROMPTS = {
+    "arc_challenge": ("Question: a b?\nAnswer:", "c d", 1),
+    "arc_easy": ("Question: a b?\nAnswer:", "c d", 1),
+    "blimp_causative": ("", "a b.", 0),
+    "boolq": ("a b.\nQuestion: is it a?\nAnswer:", "no", 0),
+    "hellaswag": ("Title: a b. The c", "d e.", 0),
+    "openbookqa": ("a b", "c d", 0),
+    "piqa": ("Question: a b\nAnswer:", "d e", 1),
+    "sciq": ("s t.\nQuestion: a b?\nAnswer:", "c", 3),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_of_multiple_choice_tasks_are_lm_evals_own(tmp_path, name):
+    write_task(tmp_path, name)
+    (task,) = load(tmp_path, name).tasks
+    doc = task.eval_docs[0]
+    context, good, gold = PROMPTS[name]
+    target = task.doc_to_target(doc)
+    assert (task.doc_to_text(doc), target) == (context, gold)
+    assert task.doc_to_choice(doc)[target].strip() == good
+
+
+def test_prompts_of_the_other_tasks_are_lm_evals_own(tmp_path):
+    for name in ("winogrande", "lambada_openai", "wikitext", "copa"):
+        write_task(tmp_path, name)
+    (winogrande,) = load(tmp_path, "winogrande").tasks
+    doc = winogrande.eval_docs[0]
+    assert winogrande.doc_to_choice(doc) == [
+        "The cup fell because the cup",
+        "The cup fell because the box",
+    ]
+    assert (winogrande.doc_to_text(doc), winogrande.doc_to_target(doc)) == (1, "was low.")
+    (lambada,) = load(tmp_path, "lambada_openai").tasks
+    doc = lambada.eval_docs[0]
+    assert (lambada.doc_to_text(doc), lambada.doc_to_target(doc)) == ("a b c", " d")
+    (wikitext,) = load(tmp_path, "wikitext").tasks
+    assert wikitext.doc_to_target(wikitext.eval_docs[0]) == " = Title =\na b, c-d. "
+    (copa,) = load(tmp_path, "copa").tasks
+    doc = copa.eval_docs[0]
+    assert (copa.doc_to_text(doc), copa.doc_to_target(doc)) == ("a b because", " it was so.")
+
+
+def test_only_the_data_set_differs_from_lm_evals_config(tmp_path):
+    """Every other setting of the config is the one that lm-eval ships."""
+    for name in ("piqa", "arc_easy", "sciq"):
+        write_task(tmp_path, name)
+        index = harness._manager(harness.TASK_FOLDERS[name]).task_index
+        own = index[name].cfg
+        (task,) = load(tmp_path, name).tasks
+        swapped = {"custom_dataset", "training_split", "test_split", "metadata", "num_fewshot"}
+        config = task.config.to_dict()
+        for key, value in own.items():
+            if key not in {*swapped, "task", "tag"} and value is not None:
+                assert config[key] == value, (name, key)
+        assert "training_split" not in config
+        assert "test_split" not in config
+        assert config["validation_split"] == "validation"
+
+
+def test_the_test_split_is_scored_where_there_is_one(tmp_path):
+    write_task(tmp_path, "arc_easy")
+    write_task(tmp_path, "arc_easy", split="test", count=5)
+    (task,) = load(tmp_path, "arc_easy").tasks
+    assert len(task.eval_docs) == 5
+
+
+def test_fewshot_examples_come_from_the_train_file(tmp_path):
+    write_task(tmp_path, "copa")
+    write_task(tmp_path, "copa", split="train", count=4)
+    (task,) = load(tmp_path, "copa", num_fewshot=2).tasks
+    task.build_all_requests(limit=1, rank=0, world_size=1)
+    assert task.instances[0].args[0].count("a b because") == 3
+
+
+def test_a_group_is_its_members(tmp_path):
+    members = [f"blimp_{name}" for name in harness_blimp_members()]
+    for member in members:
+        write_task(tmp_path, member)
+    loaded = load(tmp_path, "blimp")
+    assert [task.task_name for task in loaded.tasks] == members
+    assert len(members) == 67
+    rows = {m: {"acc,none": float(i % 2), "sample_len": 1 + i} for i, m in enumerate(members)}
+    assert loaded.group.aggregate(rows)["acc,none"] == pytest.approx(33 / 67)
+
+
+def harness_blimp_members():
+    index = harness._manager("blimp").task_index
+    return [name.removeprefix("blimp_") for name in index["blimp"].cfg["task"]]
+
+
+def test_every_listed_task_has_rows_here_and_a_folder_in_lm_eval():
+    assert {"blimp" if name.startswith("blimp_") else name for name in ROWS} == set(TASK_FIELDS)
+    assert set(TASK_FIELDS) == set(harness.TASK_FOLDERS)
+
+
+def test_a_missing_root_folder_or_file_is_named(tmp_path):
+    with pytest.raises(CorpusError, match="data_root .*nowhere is no folder; name one that holds"):
+        load(tmp_path / "nowhere", "piqa")
+    with pytest.raises(CorpusError, match="has no folder 'piqa'; add piqa/SPLIT.jsonl"):
+        load(tmp_path, "piqa")
+    (tmp_path / "sciq").mkdir()
+    with pytest.raises(
+        CorpusError, match=r"needs test.jsonl or validation.jsonl in .*holds nothing"
+    ):
+        load(tmp_path, "sciq")
+    write_task(tmp_path, "sciq", split="train")
+    with pytest.raises(CorpusError, match="which holds train.jsonl; add the file"):
+        load(tmp_path, "sciq")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_missing_field_is_named(tmp_path, name):
+    fields = TASK_FIELDS["blimp" if name.startswith("blimp_") else name]
+    for field in fields:
+        row = json.loads(json.dumps(ROWS[name]))
+        outer, _, inner = field.partition(".")
+        del (row[outer] if inner else row)[inner or outer]
+        path = write_task(tmp_path, name, rows=[ROWS[name], row])
+        with pytest.raises(CorpusError, match=rf"Line 2 of .*\.jsonl lacks the field '{field}'"):
+            load(tmp_path, name)
+        assert path.is_file()
+
+
+def test_damaged_files_are_named_with_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": ')
+    with pytest.raises(CorpusError, match="Line 3 of .* is no JSON object .*may be cut off"):
+        read_rows(path)
+    path.write_text('{"a": 1}\n[2]\n')
+    with pytest.raises(CorpusError, match=r"Line 2 of .* is no JSON object, but '\[2\]'"):
+        read_rows(path)
+    path.write_text("\n")
+    with pytest.raises(CorpusError, match="has no rows"):
+        read_rows(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CorpusError, match="Cannot read .* as UTF-8"):
+        read_rows(path)
+
+
+def test_rows_keep_line_separators_inside_strings(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x\u2028y"}\n', encoding="utf-8")
+    assert read_rows(path) == [{"a": "x\u2028y"}]
+
+
+def test_columns_of_mixed_types_are_refused(tmp_path):
+    row = {**ROWS["piqa"], "label": "one"}
+    write_task(tmp_path, "piqa", rows=[ROWS["piqa"], row])
+    with pytest.raises(CorpusError, match="files of the task 'piqa' .* do not fit"):
+        load(tmp_path, "piqa")
+
+
+def test_tasks_that_generate_text_are_refused(tmp_path):
+    own = {"task": "x", "output_type": "generate_until", "test_split": "test"}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "test.jsonl").write_text('{"a": "b"}\n')
+    overrides = local_overrides(tmp_path, "x", own)
+    config = {**own, **overrides, "doc_to_text": "a", "doc_to_target": "a"}
+    task = harness._manager(None).load([config])["tasks"]["x"]
+    with pytest.raises(UnknownNameError, match="scored by generate_until"):
+        harness._check_output("x", task)

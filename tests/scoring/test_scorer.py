@@ -1,0 +1,144 @@
+"""Scores of masks: right, shared without changing a bit, and counted."""
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import CorpusError, NonFiniteScoreError, UnknownNameError
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import ScoreStore
+from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
+
+MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2, 3),
+         BlockMask.of(3), BlockMask.of(0, 1, 2, 3), BlockMask.of(0, 3)]  # fmt: skip
+
+
+def tokens(windows=3, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (windows, length), generator=generator)
+
+
+def plain_nll(llm, ids, mask):
+    """The model's own loss, window by window."""
+    with torch.no_grad(), llm.masked(mask):
+        return [float(llm.model(window[None], labels=window[None]).loss) for window in ids]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_models_own_loss(family):
+    llm, ids = tiny_llm(family), tokens()
+    scorer = MaskScorer(llm, ids)
+    for mask in MASKS:
+        expected = plain_nll(llm, ids, mask)
+        assert scorer.window_nll(mask) == pytest.approx(expected, rel=2e-5), mask
+        assert scorer.nll(mask) == pytest.approx(np.mean(expected), rel=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_layers_change_no_bit(family, dtype):
+    llm, ids = tiny_llm(family, dtype=dtype), tokens()
+    single = [MaskScorer(llm, ids).nll(mask) for mask in MASKS]
+    assert MaskScorer(llm, ids).nll_many(MASKS) == single
+    one_by_one = MaskScorer(llm, ids)
+    assert [one_by_one.nll(mask) for mask in MASKS] == single
+
+
+def test_sharing_saves_blocks_whatever_the_cache_holds():
+    llm, ids = tiny_llm(layers=6), tokens()
+    base = BlockMask.of(4)
+    expected = None
+    work = []
+    for cache_bytes in (1, 3 * ids.numel() * 16 * 4, 2**30):
+        scorer = MaskScorer(llm, ids, batch_tokens=9, prefix_cache_bytes=cache_bytes)
+        scan = scorer.scan(base)
+        expected = expected or scan
+        assert scan == expected
+        assert scorer.evaluations == 11
+        work.append(scorer.block_forwards)
+    assert work[0] == 11 * 10  # nothing kept: each of 11 masks runs its 10 blocks
+    assert work[0] > work[1] > work[2]
+    # Masks in order of their first departure: layer 5 last, each layer's own work alone.
+    assert work[2] <= 0.65 * work[0]
+
+
+def test_scan_covers_each_kept_block():
+    llm = tiny_llm()
+    scan = MaskScorer(llm, tokens()).scan(BlockMask.of("layer00.ffn"))
+    assert [block.name for block in scan] == ["layer00.attn", "layer01.attn", "layer01.ffn"]
+
+
+def test_batching_of_windows_is_part_of_the_context():
+    llm, ids = tiny_llm(), tokens(windows=8)
+    whole, split = MaskScorer(llm, ids), MaskScorer(llm, ids, batch_tokens=18)
+    assert len(split.batches) == 4
+    assert split.nll(BlockMask.of(1)) == pytest.approx(whole.nll(BlockMask.of(1)), rel=1e-5)
+    assert split.context != whole.context
+
+
+def test_context_tells_models_texts_and_dtypes_apart():
+    ids = tokens()
+    contexts = [
+        MaskScorer(tiny_llm(), ids).context,
+        MaskScorer(tiny_llm(seed=1), ids).context,
+        MaskScorer(tiny_llm(dtype=torch.bfloat16), ids).context,
+        MaskScorer(tiny_llm(), tokens(seed=1)).context,
+        MaskScorer(tiny_llm(), ids.reshape(9, 3)).context,
+    ]
+    assert len({str(context) for context in contexts}) == 5
+    assert MaskScorer(tiny_llm(), ids).context == contexts[0]
+
+
+def test_stored_scores_are_not_run_again(tmp_path):
+    llm, ids = tiny_llm(), tokens()
+    first = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
+    values = first.nll_many(MASKS)
+    assert first.evaluations == len(MASKS)
+    again = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
+    assert again.nll_many(MASKS) == values
+    assert again.evaluations == again.block_forwards == 0
+
+
+def test_a_failed_pass_leaves_model_and_later_scores_right():
+    llm, ids = tiny_llm(), tokens()
+    expected = MaskScorer(llm, ids).nll(BlockMask.of(2))
+    scorer = MaskScorer(llm, ids)
+    scorer.nll(BlockMask())
+    weight = llm.model.get_decoder().layers[1].mlp.down_proj.weight
+    kept = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteScoreError, match=r"layer00\.ffn.*float32"):
+        scorer.nll(BlockMask.of(1))
+    weight.data.copy_(kept)
+    assert llm.mask == BlockMask()
+    assert scorer.evaluations == 1
+    assert scorer.nll(BlockMask.of(2)) == expected
+
+
+def test_the_mask_in_force_does_not_matter_and_stays():
+    llm, ids = tiny_llm(), tokens()
+    expected = MaskScorer(llm, ids).nll(BlockMask.of(1))
+    with llm.masked(BlockMask.of(0, 3)):
+        assert MaskScorer(llm, ids).nll(BlockMask.of(1)) == expected
+        assert llm.mask == BlockMask.of(0, 3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (torch.ones(2, 1, dtype=torch.long), "from 2 to 64 tokens"),
+        (torch.ones(1, 65, dtype=torch.long), "not 65"),
+        (torch.ones(3, dtype=torch.long), "shape"),
+        (torch.ones(2, 4), "whole numbers"),
+        (torch.ones(0, 4, dtype=torch.long), "at least one window"),
+    ],
+)
+def test_impossible_windows(ids, text):
+    with pytest.raises(CorpusError, match=text):
+        MaskScorer(tiny_llm(), ids)
+
+
+def test_a_block_that_the_model_lacks():
+    with pytest.raises(UnknownNameError, match=r"layer02\.attn.*layer01\.ffn"):
+        MaskScorer(tiny_llm(), tokens()).nll(BlockMask.of(4))

@@ -1,0 +1,153 @@
+"""The score store: durable, shared, and never wrong."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import StorageFullError, StoreError
+from rap_env.scoring.store import ScoreStore, context_key
+
+MASK = BlockMask.of("layer01.ffn", 0)
+KEY = context_key({"model": "m", "tokens": "t"})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "scores.sqlite"
+
+
+def test_values_come_back_exactly(path):
+    values = [0.1 + 0.2, 1e-300, 12345.678901234567]
+    ScoreStore(path).put(KEY, MASK, "nll", values)
+    assert ScoreStore(path).get(KEY, MASK, "nll") == values
+
+
+def test_every_part_of_the_key_counts(path):
+    store = ScoreStore(path)
+    store.put(KEY, MASK, "nll", [1.0])
+    assert store.get(context_key({"model": "other"}), MASK, "nll") is None
+    assert store.get(KEY, MASK | BlockMask.of(2), "nll") is None
+    assert store.get(KEY, MASK, "acc") is None
+
+
+def test_rows_lists_what_was_stored(path):
+    store = ScoreStore(path)
+    store.put(KEY, MASK, "nll", [1.0], {"model": "m"})
+    store.put(KEY, BlockMask(), "nll", [2.0])
+    store.put(KEY, BlockMask(), "acc", [3.0])
+    assert dict(store.rows(KEY, "nll")) == {MASK: [1.0], BlockMask(): [2.0]}
+    assert len(store) == 3
+
+
+def test_an_altered_row_is_refused(path):
+    store = ScoreStore(path)
+    store.put(KEY, MASK, "nll", [1.0])
+    store.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("""UPDATE scores SET "values" = '[0.5]'""")
+    with pytest.raises(StoreError, match=r"altered .*delete the file"):
+        ScoreStore(path).get(KEY, MASK, "nll")
+
+
+def test_a_truncated_file_is_refused(path):
+    store = ScoreStore(path)
+    for index in range(200):
+        store.put(KEY, BlockMask.of(index), "nll", [float(index)] * 20)
+    store.close()
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 - 100])
+    with pytest.raises(StoreError, match=r"damaged .*delete it"):
+        ScoreStore(path)
+
+
+def test_another_kind_of_file_is_refused(path):
+    path.parent.mkdir()
+    path.write_text("these are no scores, " * 100)
+    with pytest.raises(StoreError, match="no score store"):
+        ScoreStore(path)
+
+
+def test_a_newer_format_is_refused(path):
+    ScoreStore(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="has format 99"):
+        ScoreStore(path)
+
+
+def test_a_full_disk_says_so_and_loses_nothing(path):
+    store = ScoreStore(path)
+    store.put(KEY, MASK, "nll", [1.0])
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StorageFullError, match="No space left"):
+        _fill(store)
+    assert store.get(KEY, MASK, "nll") == [1.0]
+
+
+def _fill(store):
+    for index in range(1000):
+        store.put(KEY, BlockMask.of(index), "nll", [1.0] * 50)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the system's own error is clear here
+        ScoreStore(tmp_path / "file" / "scores.sqlite")
+    assert caught.value.errno in (errno.ENOTDIR, errno.EEXIST)
+
+
+def _write(path, start):
+    store = ScoreStore(path)
+    for index in range(start, start + 50):
+        store.put(KEY, BlockMask.of(index), "nll", [float(index)])
+
+
+def test_several_processes_write_at_once(path):
+    context = multiprocessing.get_context("fork")
+    parent = ScoreStore(path)  # open before the fork: children must not share its connection
+    workers = [context.Process(target=_write, args=(path, 40 * n)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert [parent.get(KEY, BlockMask.of(i), "nll") for i in range(170)] == [
+        [float(i)] for i in range(170)
+    ]
+
+
+WRITER = """
+import itertools, sys
+from rap_env.blocks import BlockMask
+from rap_env.scoring.store import ScoreStore
+store = ScoreStore(sys.argv[1])
+for i in itertools.count():
+    store.put("k", BlockMask.of(i), "nll", [float(i)])
+    print(i, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_keeps_all_that_was_stored(path):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) >= 30:
+            break
+    os.kill(writer.pid, signal.SIGKILL)
+    last = max([30, *(int(line) for line in writer.stdout.read().split())])
+    writer.wait()
+    store = ScoreStore(path)
+    for index in range(last + 1):
+        assert store.get("k", BlockMask.of(index), "nll") == [float(index)]
+    store.put("k", MASK, "nll", [7.0])
+    assert store.get("k", MASK, "nll") == [7.0]

@@ -1,0 +1,344 @@
+import dataclasses
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.artifacts import digest
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    CorpusError,
+    InvalidRequestError,
+    MissingDependencyError,
+    NonFiniteScoreError,
+    UnknownNameError,
+)
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.scoring.store import ScoreStore
+from tests.scoring.local_tasks import ROWS, write_task
+from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenizer
+
+pytest.importorskip("lm_eval")
+
+from rap_env.scoring import continuations, harness
+from rap_env.scoring.tasks import TaskConfig, TaskScorer
+
+GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
+SOME = BlockMask.of("layer00.attn", "layer01.ffn")
+
+
+def make_llm(positions=768, seed=0, dtype=torch.float32):
+    """A tiny Llama that is long enough for the tasks' letters."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama")
+    config.max_position_embeddings = positions
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    randomise(model, seed)
+    return ElasticLLM(model, tiny_tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return make_llm()
+
+
+def lm_evals_results(llm, scorer, mask=BlockMask()):
+    """The same tasks through lm-eval's own `evaluate`, with its own forward passes."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    config = scorer.config
+    tasks = {}
+    for name in config.names:
+        loaded = harness.load_task(
+            name, data_root=config.data_root, seed=config.seed, num_fewshot=config.num_fewshot
+        )
+        tasks.update({task.task_name: task for task in loaded.tasks})
+    with harness.quiet(), llm.masked(mask):
+        lm = HFLM(
+            pretrained=llm.model,
+            tokenizer=tiny_tokenizer(),
+            batch_size=7,
+            softmax_dtype=torch.float32,
+        )
+        found = evaluate(lm, tasks, limit=config.limit, bootstrap_iters=100, log_samples=True)
+    return found
+
+
+@pytest.mark.parametrize("mask", [BlockMask(), SOME], ids=["dense", "masked"])
+def test_scores_equal_lm_evals_own_evaluate(tmp_path, mask):
+    """Equal metrics and likelihoods, for every kind of task: windows, cut contexts, few-shot."""
+    llm = make_llm(positions=96)  # shorter than some prompts and than the wikitext page
+    names = [name for name in ROWS if not name.startswith("blimp_")]
+    for name in names:
+        write_task(tmp_path, name)
+    page = " = Title = \n" + " a b , c @-@ d . e f" * 12
+    write_task(tmp_path, "wikitext", rows=[{"page": page}, {"page": page[:40]}])
+    config = TaskConfig((*GENERATED, *names), limit=3, data_root=str(tmp_path), num_fewshot=1)
+    scorer = TaskScorer(llm, config)
+    found = lm_evals_results(llm, scorer, mask)
+    results = scorer.results(mask)
+    assert set(results) == set(config.names)
+    for name, result in results.items():
+        expected = found["results"][name]
+        assert result.metrics, name
+        for metric, value in result.metrics.items():
+            assert value == pytest.approx(expected[f"{metric},none"], rel=1e-5), (name, metric)
+        for metric, value in result.stderr.items():
+            assert value == pytest.approx(expected[f"{metric}_stderr,none"]), (name, metric)
+        assert result.documents == len(found["samples"][name])
+    assert set(results["wikitext"].metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert results["wikitext"].main_metric == "word_perplexity"
+
+
+def test_likelihoods_of_each_request_equal_lm_evals(llm):
+    scorer = TaskScorer(llm, TaskConfig(GENERATED, limit=8))
+    outputs = scorer._outputs(SOME)
+    for name, samples in lm_evals_results(llm, scorer, SOME)["samples"].items():
+        theirs = [pair for sample in samples for pair in sample["filtered_resps"]]
+        ours = outputs[name]
+        assert np.allclose([float(p[0]) for p in theirs], ours[:, 0], rtol=1e-5)
+        assert [str(p[1]) == "True" for p in theirs] == (ours[:, 1] == 1).tolist()
+        assert len({round(value, 6) for value in ours[:, 0]}) > len(ours) // 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_on_continuations_alone_changes_nothing(family):
+    """For every family, soft caps included: the whole model's logits give the same sums."""
+    llm = tiny_llm(family)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 60, (6, 12), generator=generator).tolist()
+    requests = [(row[:-size], row[-size:]) for row, size in zip(ids, (1, 2, 3, 1, 5, 4), strict=True)]
+    requests += [(ids[0][:-1], [7]), (ids[0][:-2], [ids[0][-2], 9]), (ids[1][:3], ids[1][3:5])]
+    mask = BlockMask.of("layer00.attn")
+    with llm.masked(mask), torch.no_grad():
+        found = continuations.ContinuationScorer(llm, requests, max_length=64).run()
+        for (context, target), (likelihood, greedy) in zip(requests, found, strict=True):
+            whole = torch.tensor([context + target])
+            logits = llm.model(whole[:, :-1]).logits[0, len(context) - 1 :].float()
+            logs = logits.log_softmax(-1)
+            expected = logs[range(len(target)), target].sum().item()
+            assert likelihood == pytest.approx(expected, abs=1e-4)
+            assert greedy == float(logs.argmax(-1).tolist() == target)
+
+
+def test_a_long_context_loses_tokens_on_the_left_and_equal_inputs_run_once():
+    llm = tiny_llm()
+    context, target = list(range(3, 53)), [5, 6]
+    cut = continuations.ContinuationScorer(llm, [(context, target), (context, [5, 7])], 20)
+    short = continuations.ContinuationScorer(llm, [(context[-19:], target)], 20)
+    assert cut.num_tokens == short.num_tokens == 20
+    assert cut.run()[0, 0] == pytest.approx(short.run()[0, 0])
+
+
+def test_batches_are_limited_and_do_not_change_scores(llm, monkeypatch):
+    config = TaskConfig(("rap_minimal_pairs",), limit=6)
+    wide = TaskScorer(llm, config).results(SOME)["rap_minimal_pairs"]
+    monkeypatch.setattr(continuations, "BATCH_TOKENS", 90)
+    monkeypatch.setattr(continuations, "HEAD_TOKENS", 7)
+    scorer = TaskScorer(llm, config)
+    (member,) = scorer._members.values()
+    assert len(member._scorer._batches) > 3
+    assert all(batch.tokens.numel() <= 90 for batch in member._scorer._batches)
+    assert scorer.results(SOME)["rap_minimal_pairs"].metrics == wide.metrics
+
+
+def test_accuracies_are_means_of_right_documents(llm):
+    scorer = TaskScorer(llm, TaskConfig(GENERATED, limit=12))
+    accuracies = scorer.accuracies(SOME)
+    results = scorer.results(SOME)
+    assert list(accuracies) == list(GENERATED)
+    for name, accuracy in accuracies.items():
+        right = results[name].per_document["acc"]
+        assert right.shape == (12,)
+        assert set(right) <= {0.0, 1.0}
+        assert accuracy == pytest.approx(right.mean())
+        assert results[name].stderr["acc"] == pytest.approx(right.std(ddof=1) / 12**0.5)
+    assert scorer.mean_accuracy(SOME) == pytest.approx(np.mean(list(accuracies.values())))
+    assert scorer.dense_accuracies == scorer.accuracies(BlockMask())
+    assert scorer.chance == {"rap_minimal_pairs": 0.5, "rap_recall": 0.25, "rap_choice": 0.25}
+
+
+def test_a_group_is_the_mean_of_its_members(tmp_path, llm):
+    members = harness._manager("blimp").task_index["blimp"].cfg["task"]
+    for number, member in enumerate(members):
+        good, bad = ("a b.", "b a.") if number % 3 else ("b a.", "a b.")
+        row = {"sentence_good": good, "sentence_bad": bad}
+        write_task(tmp_path, member, rows=[row] * (1 + number % 2))
+    scorer = TaskScorer(llm, TaskConfig(("blimp",), data_root=str(tmp_path)))
+    result = scorer.results(BlockMask())["blimp"]
+    assert result.documents == sum(1 + n % 2 for n in range(67))
+    parts = [member.result(scorer._outputs(BlockMask())[n]) for n, member in scorer._members.items()]
+    assert result.metrics["acc"] == pytest.approx(np.mean([p.metrics["acc"] for p in parts]))
+    assert 0.2 < result.metrics["acc"] < 0.8
+    assert scorer.chance == {"blimp": 0.5}
+
+
+def test_the_model_is_left_as_it_was(llm):
+    before = {name: value.clone() for name, value in llm.model.state_dict().items()}
+    with llm.masked(BlockMask.of(3)):
+        TaskScorer(llm, TaskConfig(("rap_choice",), limit=2)).accuracies(SOME)
+        assert llm.mask == BlockMask.of(3)
+    after = llm.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "tie_weights" not in vars(llm.model)
+
+
+def test_an_untied_head_is_not_tied_again():
+    """lm-eval's model class ties weights when it is built, which would undo a quantised head."""
+    llm = tiny_llm("llama_tied", tokenizer=tiny_tokenizer())
+    own = torch.nn.Parameter(torch.randn_like(llm.model.lm_head.weight))
+    llm.model.lm_head.weight = own
+    harness.RequestEncoder(llm)
+    assert llm.model.lm_head.weight is own
+
+
+def test_the_tokenizer_is_left_as_it_was():
+    llm = make_llm()
+    llm.tokenizer.pad_token = None
+    harness.RequestEncoder(llm)
+    assert llm.tokenizer.pad_token is None
+
+
+def test_stored_scores_are_used_and_do_not_count(tmp_path, llm):
+    config = TaskConfig(GENERATED, limit=4)
+    store = ScoreStore(tmp_path / "scores.db")
+    first = TaskScorer(llm, config, store)
+    expected = first.results(SOME)
+    first.results(SOME)
+    assert first.evaluations == 1
+    again = TaskScorer(llm, config, ScoreStore(tmp_path / "scores.db"))
+    found = again.results(SOME)
+    assert again.evaluations == 0
+    for name in GENERATED:
+        assert found[name].metrics == expected[name].metrics
+        assert (found[name].per_document["acc"] == expected[name].per_document["acc"]).all()
+    again.accuracies(BlockMask())
+    assert again.evaluations == 1
+
+
+def test_a_task_scored_beside_others_is_found_alone(tmp_path, llm):
+    store = ScoreStore(tmp_path / "scores.db")
+    TaskScorer(llm, TaskConfig(GENERATED, limit=4), store).accuracies(SOME)
+    alone = TaskScorer(llm, TaskConfig(("rap_choice",), limit=4), store)
+    alone.accuracies(SOME)
+    assert alone.evaluations == 0
+
+
+def test_the_context_changes_with_all_that_decides_a_score(tmp_path, llm):
+    base = TaskConfig(("rap_recall",), limit=4)
+    contexts = [TaskScorer(llm, base).context]
+    for change in ({"limit": 5}, {"seed": 1}, {"num_fewshot": 1}):
+        contexts.append(TaskScorer(llm, dataclasses.replace(base, **change)).context)
+    for other in (make_llm(seed=1), make_llm(dtype=torch.bfloat16), make_llm(positions=300)):
+        contexts.append(TaskScorer(other, base).context)
+    for text in ("a b.", "a c."):
+        write_task(tmp_path, "blimp_causative", rows=[{**ROWS["blimp_causative"], "sentence_good": text}])
+        config = TaskConfig(("blimp_causative",), data_root=str(tmp_path))
+        contexts.append(TaskScorer(llm, config).context)
+    assert len({digest(dict(context)) for context in contexts}) == len(contexts)
+    assert digest(dict(TaskScorer(llm, base).context)) == digest(dict(contexts[0]))
+    assert str(tmp_path) not in str(contexts[-1])  # the data counts, not where it lies
+
+
+def test_tasks_without_an_accuracy_have_results_only(tmp_path, llm):
+    write_task(tmp_path, "wikitext")
+    write_task(tmp_path, "piqa")
+    scorer = TaskScorer(llm, TaskConfig(("wikitext", "piqa"), data_root=str(tmp_path)))
+    assert list(scorer.accuracies(BlockMask())) == ["piqa"]
+    assert scorer.results(BlockMask())["wikitext"].metrics["word_perplexity"] > 1
+    alone = TaskScorer(llm, TaskConfig(("wikitext",), data_root=str(tmp_path)))
+    with pytest.raises(UnknownNameError, match="Unknown accuracy task 'wikitext'; known are"):
+        alone.mean_accuracy(BlockMask())
+
+
+def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
+    write_task(tmp_path, "hellaswag")
+    llm = make_llm(positions=64)
+    with caplog.at_level(logging.INFO):
+        config = TaskConfig(("rap_choice", "hellaswag"), limit=2, data_root=str(tmp_path))
+        TaskScorer(llm, config).accuracies(BlockMask())
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_nan_is_an_error_that_says_where():
+    llm = make_llm()
+    with torch.no_grad():
+        llm.model.model.norm.weight[0] = torch.nan
+    scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=2))
+    message = r"tiny \(float32\) gave a non-finite likelihood on the task 'rap_choice' dense; check"
+    with pytest.raises(NonFiniteScoreError, match=message):
+        scorer.accuracies(BlockMask())
+    assert llm.mask == BlockMask()
+
+
+def test_unknown_blocks_are_named(llm):
+    scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=1))
+    with pytest.raises(UnknownNameError, match="Unknown block 'layer09.ffn'"):
+        scorer.accuracies(BlockMask.of("layer09.ffn"))
+
+
+def test_a_misspelt_generated_task_is_refused_at_once():
+    with pytest.raises(UnknownNameError, match="'rap_choise'; known are .*'piqa'.*Did you mean 'rap_choice'"):
+        TaskConfig(("rap_choise",))
+
+
+@pytest.mark.slow
+def test_a_misspelt_task_of_lm_eval_lists_near_names(llm):
+    with pytest.raises(UnknownNameError, match="Unknown task 'winogrand'.*Did you mean 'winogrande'"):
+        TaskScorer(llm, TaskConfig(("winogrand",)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"names": ()}, "names must hold one task at least"),
+        ({"names": ("piqa", "piqa")}, r"none twice, not \['piqa', 'piqa'\]"),
+        ({"limit": 0}, "limit must be a whole number >= 1, not 0"),
+        ({"limit": 0.5}, "limit must be a whole number >= 1, not 0.5"),
+        ({"num_fewshot": -1}, "num_fewshot must be a whole number >= 0, not -1"),
+        ({"seed": True}, "seed must be a whole number >= 0, not True"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        TaskConfig(**{"names": ("piqa",), **settings})
+
+
+def test_names_must_be_a_list_of_names():
+    with pytest.raises(UnknownNameError, match="Unknown list of tasks 'piqa'"):
+        TaskConfig("piqa")
+    assert TaskConfig(["piqa"]).names == ("piqa",)
+
+
+def test_a_missing_lm_eval_says_how_to_install_it(monkeypatch, llm):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [n for n in sys.modules if n.startswith("lm_eval.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match=r"package 'lm-eval'.*rap-env\[eval\]"):
+        TaskScorer(llm, TaskConfig(("rap_choice",)))
+
+
+def test_a_model_without_tokenizer_is_refused():
+    with pytest.raises(CorpusError, match="tiny-llama has no tokenizer to read tasks with"):
+        TaskScorer(tiny_llm(), TaskConfig(("rap_choice",)))
+
+
+def test_an_answer_longer_than_the_model_is_refused(tmp_path):
+    write_task(tmp_path, "blimp_causative", rows=[{"sentence_good": "a " * 80, "sentence_bad": "b"}])
+    with pytest.raises(CorpusError, match="'blimp_causative' has 1 context and .* at most 64"):
+        TaskScorer(make_llm(positions=64), TaskConfig(("blimp_causative",), data_root=str(tmp_path)))
+
+
+def test_without_network_the_hubs_tasks_say_what_to_do(monkeypatch, llm):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CorpusError, match="data of the task 'piqa' from the hub .*set data_root"):
+        TaskScorer(llm, TaskConfig(("piqa",)))

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import gymnasium
+import pytest
+
+import rap_env
+from rap_env.version import __version__
+
+HEAVY = ("torch", "transformers", "matplotlib", "stable_baselines3", "hydra", "lm_eval", "PIL")
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_loads_nothing_heavy_and_registers_the_environment():
+    code = (
+        "import sys, gymnasium, rap_env; "
+        "assert 'RAPPrune-v0' in gymnasium.registry; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_the_parts_without_a_model_load_no_torch():
+    code = (
+        "import sys, rap_env; "
+        "rap_env.BlockMask, rap_env.Request, rap_env.MemoryModel, rap_env.make_sampler; "
+        "import rap_env.render, rap_env.reward; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_the_package_needs_neither_stable_baselines_nor_hydra():
+    code = (
+        "import sys; sys.modules['stable_baselines3'] = sys.modules['hydra'] = None; "
+        "import rap_env; [getattr(rap_env, name) for name in rap_env.__all__]; print('ok')"
+    )
+    assert run(code) == "ok"
+
+
+@pytest.mark.parametrize("name", rap_env.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(rap_env, name) is not None
+    assert name in dir(rap_env)
+
+
+def test_lazy_names_and_public_names_are_the_same():
+    assert {*rap_env._MODULES, "__version__"} == set(rap_env.__all__)
+    assert rap_env.__version__ == __version__
+
+
+def test_a_misspelt_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'load_lm'"):
+        rap_env.load_lm  # noqa: B018
+
+
+def test_the_entry_point_is_a_name_so_that_a_spec_can_be_saved():
+    assert gymnasium.spec("RAPPrune-v0").entry_point == "rap_env.envs.prune:RAPPruneEnv"
+    assert "RAPPrune-v0" in gymnasium.spec("RAPPrune-v0").to_json()

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.render import SIZE, Scene, human_bytes, render_ansi, render_rgb
+from rap_env.workload import Request
+
+_MIB = 2**20
+BLUE, ORANGE = (0, 114, 178), (230, 159, 0)  # FFN and attention weights
+
+
+def make_memory(layers: int = 4) -> MemoryModel:
+    return MemoryModel(
+        ModelFacts(
+            name="paper-model",
+            fingerprint="0" * 64,
+            dtype="bfloat16",
+            block_param_bytes=(_MIB, 4 * _MIB) * layers,
+            base_bytes=3 * _MIB,
+            kv_bytes_per_token=(512,) * layers,
+            kv_window_tokens=(None,) * layers,
+            itemsize=2,
+            hidden_size=4,
+            ffn_width=8,
+            vocab_size=64,
+            max_positions=2048,
+        )
+    )
+
+
+def make_scene(*blocks: int, layers: int = 4, loss: float | None = None, fraction: float = 0.7):
+    memory = make_memory(layers)
+    request = Request.at_fraction(memory, 2, 1024, fraction)
+    return Scene(memory, request, BlockMask.of(*blocks), loss)
+
+
+def area(picture: np.ndarray, colour: tuple[int, int, int], right: int = SIZE[0]) -> int:
+    return int((picture[:, :right] == colour).all(axis=-1).sum())
+
+
+def test_text_shows_each_block_once_and_the_bytes():
+    text = render_ansi(make_scene(0, 3, 7, loss=0.25))
+    assert re.search(r"^attn +\.###$", text, re.M)
+    assert re.search(r"^ffn +#\.#\.$", text, re.M)
+    assert "paper-model: 2 sequences of 1,024 tokens" in text
+    assert "70% of the dense peak" in text
+    assert "removed  1 of 4 attention blocks, 2 of 4 FFN blocks" in text
+    assert "loss     +0.250 nats per token (perplexity x 1.28)" in text
+
+
+def test_text_says_whether_the_request_fits():
+    assert re.search(r"\d MiB over the budget", render_ansi(make_scene()))
+    assert re.search(r"fits, [\d.]+ (MiB|KiB) to spare", render_ansi(make_scene(1, 3, 5)))
+
+
+def test_text_marks_the_budget_in_a_bar_as_long_as_the_dense_peak():
+    bar = re.search(r"\[(.*)\]", render_ansi(make_scene(fraction=0.5)))[1]
+    assert (len(bar), bar.index("|")) == (60, 30)
+    assert bar.replace("|", "=") == "=" * 60
+
+
+def test_text_breaks_deep_models_into_lines():
+    text = render_ansi(make_scene(2 * 75, layers=80))
+    rows = re.findall(r"^attn +(\S+)$", text, re.M)
+    assert [len(row) for row in rows] == [60, 20]
+    assert "".join(rows).index(".") == 75
+    assert "layer    60   65   70   75\n" in text
+
+
+def test_an_unmeasured_loss_is_not_shown_as_a_number():
+    assert "loss     measured when the episode ends" in render_ansi(make_scene(1))
+
+
+def test_picture_changes_with_the_mask_and_nothing_else():
+    dense, pruned = render_rgb(make_scene()), render_rgb(make_scene(1))
+    assert dense.shape == (SIZE[1], SIZE[0], 3)
+    assert dense.dtype == np.uint8
+    assert np.array_equal(dense, render_rgb(make_scene()))
+    assert not np.array_equal(dense, pruned)
+
+
+def test_a_removed_block_is_hollow_in_the_picture():
+    stack = SIZE[0] // 2 - 60
+    dense, pruned = render_rgb(make_scene()), render_rgb(make_scene(1, 3))
+    assert area(pruned, BLUE, stack) == pytest.approx(area(dense, BLUE, stack) / 2, rel=0.01)
+    assert area(pruned, ORANGE, stack) == area(dense, ORANGE, stack)
+
+
+def test_a_block_is_as_wide_as_its_bytes():
+    picture = render_rgb(make_scene())
+    stack = SIZE[0] // 2 - 60
+    assert area(picture, BLUE, stack) == pytest.approx(4 * area(picture, ORANGE, stack), rel=0.05)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 30, 80, 400])
+def test_any_depth_stays_inside_the_picture(layers):
+    picture = render_rgb(make_scene(0, layers=layers))
+    edges = [picture[:8], picture[-8:], picture[:, :8], picture[:, -8:]]
+    assert all((edge == 255).all() for edge in edges)
+    assert area(picture, BLUE) > 1000
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (_MIB, "1.0 MiB"), (3 * 2**31, "6.00 GiB")],
+)
+def test_bytes_for_people(count, text):
+    assert human_bytes(count) == text

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.traces import AZURE_CODE, AZURE_CONV, LEVELS, LengthTable, TraceError, fit_trace
+from rap_env.traces import main as fit_main
+from rap_env.workload import SAMPLERS, Request, make_sampler
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.fixture
+def memory() -> MemoryModel:
+    return MemoryModel(
+        ModelFacts(
+            name="paper",
+            fingerprint="0" * 64,
+            dtype="bfloat16",
+            block_param_bytes=(1000, 4000) * 3,
+            base_bytes=3000,
+            kv_bytes_per_token=(8,) * 3,
+            kv_window_tokens=(None,) * 3,
+            itemsize=2,
+            hidden_size=1,
+            ffn_width=1,
+            vocab_size=10,
+            max_positions=2048,
+        )
+    )
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = "".join(f"2023-11-16 18:17:0{n},{100 * n},{n}\n" for n in range(1, 6))
+    path.write_text(HEADER + rows)
+    return path
+
+
+def draws(sampler, count: int = 50, seed: int = 0) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    return [sampler.sample(rng) for _ in range(count)]
+
+
+def share(memory: MemoryModel, request: Request) -> float:
+    dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+    return request.budget_bytes / dense
+
+
+def test_request_refuses_what_is_no_whole_number():
+    with pytest.raises(InvalidRequestError, match=r"batch_size must be a whole number.*not 0"):
+        Request(0, 5, 5)
+    with pytest.raises(InvalidRequestError, match=r"seq_len_tokens .*not 1\.5"):
+        Request(1, 1.5, 5)
+    assert Request(np.int64(2), 3, 4) == Request(2, 3, 4)
+
+
+def test_budget_as_a_fraction_of_the_dense_peak(memory):
+    request = Request.at_fraction(memory, 2, 100, 0.5)
+    assert request.budget_bytes == memory.dense_peak_bytes(2, 100) // 2
+    with pytest.raises(InvalidRequestError, match="budget fraction must be above 0, not -1"):
+        Request.at_fraction(memory, 2, 100, -1)
+    with pytest.raises(InvalidRequestError, match="from 1 to 2048 tokens"):
+        Request.at_fraction(memory, 2, 4096, 0.5)
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"trace"}))
+def test_every_sampler_works_by_name_and_depends_on_the_generator_alone(memory, name):
+    first, second = (draws(make_sampler(name, memory)) for _ in range(2))
+    assert first == second
+    for request in first:
+        memory.check(request.batch_size, request.seq_len_tokens)
+        assert request.budget_bytes < memory.dense_peak_bytes(
+            request.batch_size, request.seq_len_tokens
+        )
+    if name != "fixed":
+        assert draws(make_sampler(name, memory), seed=1) != first
+
+
+def test_fixed_gives_what_it_was_told(memory):
+    spec = {"name": "fixed", "batch_size": 3, "seq_len_tokens": 7, "budget_bytes": 11_000}
+    assert draws(make_sampler(spec, memory), 2) == [Request(3, 7, 11_000)] * 2
+    assert share(memory, draws(make_sampler("fixed", memory), 1)[0]) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_grid_draws_every_combination_as_often(memory):
+    spec = {
+        "name": "grid",
+        "batch_sizes": [1, 2],
+        "seq_lens_tokens": [10, 20],
+        "budget_fractions": [0.6, 0.7],
+    }
+    sampler = make_sampler(spec, memory)
+    seen = draws(sampler, 800)
+    counts = {request: seen.count(request) for request in sampler.requests}
+    assert len(counts) == 8
+    assert sum(counts.values()) == 800
+    assert min(counts.values()) > 60
+
+
+def test_grid_takes_budgets_in_bytes(memory):
+    sampler = make_sampler({"name": "grid", "budget_bytes": [9000, 10_000]}, memory)
+    assert {request.budget_bytes for request in sampler.requests} == {9000, 10_000}
+
+
+def test_default_lengths_are_cut_to_the_positions(memory):
+    lengths = {request.seq_len_tokens for request in make_sampler("grid", memory).requests}
+    assert lengths == {256, 1024, 2048}
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("azure-conv", AZURE_CONV), ("azure-code", AZURE_CODE)]
+)
+def test_traffic_follows_the_trace_in_stated_ranges(memory, name, table):
+    spec = {"name": name, "max_batch_size": 6, "budget_fraction_range": [0.5, 0.7]}
+    seen = draws(make_sampler(spec, memory), 4000)
+    lengths = [request.seq_len_tokens for request in seen]
+    for level in (0.1, 0.25, 0.5, 0.75):
+        expected = min(2048, table.quantiles[LEVELS.index(level)])
+        assert np.mean(np.array(lengths) <= expected) == pytest.approx(
+            1.0 if expected == 2048 else level, abs=0.03
+        )
+    assert {request.batch_size for request in seen} == {1, 2, 4}
+    shares = [share(memory, request) for request in seen]
+    assert 0.499 < min(shares) < 0.51
+    assert 0.69 < max(shares) < 0.7
+
+
+def test_the_two_services_differ_as_the_public_trace_does():
+    middle = LEVELS.index(0.5)
+    # Medians of prompt + generated tokens, and long tails: 1,406 and 1,482; 99 %: 4,229 and 7,461.
+    assert AZURE_CONV.quantiles[middle] == 1406
+    assert AZURE_CODE.quantiles[middle] == 1482
+    assert AZURE_CONV.quantiles[LEVELS.index(0.99)] == 4229
+    assert AZURE_CODE.quantiles[LEVELS.index(0.99)] == 7461
+
+
+def test_a_fitted_table_gives_back_the_distribution(tmp_path):
+    rng = np.random.default_rng(0)
+    humps = np.concatenate([rng.normal(400, 40, 3000), rng.normal(3000, 300, 2000)])
+    lengths = np.maximum(humps.astype(int), 2)
+    path = tmp_path / "humps.csv"
+    path.write_text(HEADER + "".join(f"t,{n - 1},1\n" for n in lengths))
+    table = fit_trace(path)
+    drawn = table.at(rng.random(20_000))
+    grid = np.sort(lengths)
+    gap = np.abs(
+        np.searchsorted(grid, grid, side="right") / len(grid)
+        - np.searchsorted(np.sort(drawn), grid, side="right") / len(drawn)
+    )
+    assert gap.max() < 0.025  # Kolmogorov-Smirnov distance; 0.025 is the table's own step
+    assert table.at(0.0) == lengths.min()
+    assert table.at(1.0) == lengths.max()
+
+
+def test_fitting_from_the_command_line(trace, capsys):
+    assert fit_main([str(trace)]) == 0
+    assert capsys.readouterr().out == f"{fit_trace(trace)}\n"
+    assert fit_main([]) == 2
+    assert "Usage" in capsys.readouterr().err
+    assert fit_main([str(trace) + ".no"]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_trace_replays_in_order_and_restarts(memory, trace):
+    sampler = make_sampler({"name": "trace", "path": str(trace), "order": "replay"}, memory)
+    assert [r.seq_len_tokens for r in draws(sampler, 6)] == [101, 202, 303, 404, 505, 101]
+    sampler.restart()
+    assert draws(sampler, 1)[0].seq_len_tokens == 101
+
+
+def test_trace_draws_at_random_by_default(memory, trace):
+    sampler = make_sampler({"name": "trace", "path": str(trace)}, memory)
+    assert {r.seq_len_tokens for r in draws(sampler)} == {101, 202, 303, 404, 505}
+    assert draws(sampler) == draws(sampler)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "first line has nothing"),
+        ("a,b\n1,2\n", "needs the columns TIMESTAMP, ContextTokens, GeneratedTokens; .* a, b"),
+        (HEADER, "has a header but no request"),
+        (HEADER + "t,5,6\nt,x,6\n", "Line 3 of .* not 'x' and '6'"),
+        (HEADER + "t,5\n", "Line 2 of .* not '5' and None"),
+        (HEADER + "t,-5,9\n", "Line 2 of .* not '-5' and '9'"),
+        (HEADER + "t,0,0\n", "Line 2 of"),
+    ],
+)
+def test_a_bad_trace_is_refused_with_its_line(memory, tmp_path, text, message):
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(TraceError, match=message):
+        make_sampler({"name": "trace", "path": str(path)}, memory)
+
+
+def test_a_trace_that_is_not_there_or_no_text(memory, tmp_path):
+    with pytest.raises(TraceError, match=r"no\.csv cannot be read"):
+        make_sampler({"name": "trace", "path": str(tmp_path / "no.csv")}, memory)
+    path = tmp_path / "binary.csv"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TraceError, match="cannot be read"):
+        make_sampler({"name": "trace", "path": str(path)}, memory)
+    with pytest.raises(InvalidRequestError, match="needs the setting 'path'"):
+        make_sampler("trace", memory)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("azure-com", "Unknown sampler 'azure-com'; known are .*'azure-code'.* Did you mean"),
+        ({"batch_size": 1}, "Unknown sampler None"),
+        ({"name": "fixed", "batchsize": 1}, "of the sampler 'fixed': 'batchsize'; .*batch_size"),
+        ({"name": "fixed", "memory": 1}, "setting of the sampler 'fixed': 'memory'"),
+        ({"name": "azure-conv", "table": 1}, "setting of the sampler 'azure-conv': 'table'"),
+        ({"name": "trace", "path": "x", "order": "back"}, "order of a trace 'back'; .*'replay'"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(memory, spec, message):
+    with pytest.raises(UnknownNameError, match=message):
+        make_sampler(spec, memory)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "fixed", "batch_size": 0}, "batch size must be at least 1, not 0"),
+        ({"name": "fixed", "batch_size": 1.5}, r"batch_size must be a whole number, not 1\.5"),
+        ({"name": "fixed", "seq_len_tokens": 4096}, "from 1 to 2048 tokens"),
+        ({"name": "fixed", "budget_fraction": 1.0}, r"between 0 and 1, not 1\.0"),
+        ({"name": "fixed", "budget_fraction": 0.5, "budget_bytes": 5}, "not both"),
+        ({"name": "fixed", "budget_bytes": 0}, "budget_bytes must be a whole number"),
+        ({"name": "grid", "batch_sizes": []}, "at least one entry"),
+        ({"name": "grid", "budget_fractions": []}, "at least one entry"),
+        ({"name": "grid", "seq_lens_tokens": [5, 0]}, "not 0"),
+        ({"name": "grid", "budget_fractions": [0.5], "budget_bytes": [5]}, "not both"),
+        ({"name": "azure-conv", "max_batch_size": 0}, "at least 1, not 0"),
+        ({"name": "azure-conv", "max_batch_size": 2.0}, "max_batch_size must be a whole number"),
+        ({"name": "azure-conv", "budget_fraction_range": [0.9, 0.5]}, r"\[0\.9, 0\.5\]"),
+        ({"name": "azure-conv", "budget_fraction_range": [0.5, 1.0]}, "lowest and a highest share"),
+        ({"name": "azure-conv", "budget_fraction_range": [0.5]}, "lowest and a highest share"),
+    ],
+)
+def test_impossible_settings_are_refused_when_made(memory, spec, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        make_sampler(spec, memory)
+
+
+def test_a_length_table_must_ascend():
+    with pytest.raises(TraceError, match="44 ascending quantiles"):
+        LengthTable((1, 2, 3))
+    with pytest.raises(TraceError, match="ascending"):
+        LengthTable(tuple(range(44, 0, -1)))

@@ -1,0 +1,188 @@
+"""Random models of two layers, of every family, built in milliseconds without a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers as tf
+
+from rap_env.llm.elastic import ElasticLLM
+
+torch.set_num_threads(1)  # tiny tensors are slower on several
+
+LAYERS = 2
+VOCAB_SIZE = 61
+WINDOW = 5
+"""Sliding window in tokens of the families built with one."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SIZES: dict[str, Any] = {
+    **_COMMON,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_GEMMA_SIZES = {**_SIZES, "head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8}
+_HYBRID = ["sliding_attention", "full_attention"]
+
+
+def _neox(parallel: bool) -> Callable[[int], Any]:
+    sizes = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
+    return lambda layers: tf.GPTNeoXConfig(
+        **sizes, num_hidden_layers=layers, use_parallel_residual=parallel
+    )
+
+
+def _gemma3_text(layers: int) -> Any:
+    types = [_HYBRID[i % 2] for i in range(layers)]
+    return tf.Gemma3TextConfig(**_GEMMA_SIZES, num_hidden_layers=layers, layer_types=types)
+
+
+def _gemma3(layers: int) -> Any:
+    vision = tf.SiglipVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=8,
+        patch_size=4,
+    )
+    return tf.Gemma3Config(
+        text_config=_gemma3_text(layers).to_dict(),
+        vision_config=vision.to_dict(),
+        mm_tokens_per_image=4,
+        **{key: value for key, value in _COMMON.items() if key != "vocab_size"},
+    )
+
+
+_CONFIGS: dict[str, Callable[[int], Any]] = {
+    "llama": lambda n: tf.LlamaConfig(**_SIZES, num_hidden_layers=n),
+    "llama_tied": lambda n: tf.LlamaConfig(
+        **_SIZES, num_hidden_layers=n, tie_word_embeddings=True, attention_bias=True
+    ),
+    "mistral": lambda n: tf.MistralConfig(**_SIZES, num_hidden_layers=n, sliding_window=None),
+    "mistral_sliding": lambda n: tf.MistralConfig(
+        **_SIZES, num_hidden_layers=n, sliding_window=WINDOW
+    ),
+    "qwen2": lambda n: tf.Qwen2Config(**_SIZES, num_hidden_layers=n),
+    "qwen2_sliding": lambda n: tf.Qwen2Config(
+        **_SIZES,
+        num_hidden_layers=n,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=1,
+    ),
+    "qwen3": lambda n: tf.Qwen3Config(**_SIZES, num_hidden_layers=n, head_dim=8),
+    "gemma2": lambda n: tf.Gemma2Config(**_GEMMA_SIZES, num_hidden_layers=n),
+    "gemma3_text": _gemma3_text,
+    "gemma3": _gemma3,
+    "phi3": lambda n: tf.Phi3Config(**_SIZES, num_hidden_layers=n, sliding_window=None),
+    "phi3_sliding": lambda n: tf.Phi3Config(**_SIZES, num_hidden_layers=n, sliding_window=WINDOW),
+    "gpt2": lambda n: tf.GPT2Config(**_COMMON, n_embd=16, n_head=4, n_layer=n, n_positions=64),
+    "opt": lambda n: tf.OPTConfig(
+        **_COMMON,
+        hidden_size=16,
+        word_embed_proj_dim=12,
+        ffn_dim=24,
+        num_attention_heads=4,
+        num_hidden_layers=n,
+        max_position_embeddings=64,
+    ),
+    "gpt_neox": _neox(parallel=True),
+    "gpt_neox_sequential": _neox(parallel=False),
+    "mixtral": lambda n: tf.MixtralConfig(
+        **_SIZES, num_hidden_layers=n, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda n: tf.Qwen2MoeConfig(
+        **_SIZES,
+        num_hidden_layers=n,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
+}
+
+FAMILIES = tuple(_CONFIGS)
+"""Names of the models below: the families, some in two layouts."""
+
+
+def tiny_config(name: str = "llama", layers: int = LAYERS) -> Any:
+    """The config of a tiny model."""
+    return _CONFIGS[name](layers)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw every weight anew, norms and biases too: at their usual start they hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            scale, shift = (0.3, 0.0) if parameter.ndim > 1 else (0.2, 0.5)
+            parameter.copy_(scale * drawn + shift)
+
+
+def tiny_model(
+    name: str = "llama", *, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """A random causal language model in evaluation mode."""
+    model = tf.AutoModelForCausalLM.from_config(tiny_config(name, layers), dtype=dtype)
+    randomise(model, seed)
+    return model.eval()
+
+
+def tiny_llm(
+    name: str = "llama",
+    *,
+    layers: int = LAYERS,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> ElasticLLM:
+    """A random `ElasticLLM`; without a tokenizer unless one is given."""
+    model = tiny_model(name, layers=layers, dtype=dtype, seed=seed)
+    return ElasticLLM(model, tokenizer, name=f"tiny-{name}")
+
+
+def tiny_tokenizer() -> Any:
+    """A real tokenizer with a token for each of a few characters, and `VOCAB_SIZE` tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:"
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *letters, "\n"][:VOCAB_SIZE]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def padded_batch(seed: int = 0, length: int = 9) -> dict[str, torch.Tensor]:
+    """Token ids and attention mask of three sequences, two of them padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB_SIZE, (3, length), generator=generator)
+    attention_mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 2, 4)):
+        ids[row, :padding] = 0
+        attention_mask[row, :padding] = 0
+    return {"input_ids": ids, "attention_mask": attention_mask}
