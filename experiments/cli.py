@@ -25,6 +25,8 @@ EXIT_CODE = 2
 
 Stage = Callable[[Config, Path], Any]
 
+register()  # on import, so that the worker processes of a parallel sweep have it too
+
 
 def launch(stage: str, run: Stage) -> None:
     """Compose the settings with Hydra and run one stage, or a sweep of it.
@@ -33,7 +35,6 @@ def launch(stage: str, run: Stage) -> None:
         stage: Name of the program, and of its file in ``conf/``.
         run: Called with the settings and the run folder.
     """
-    register()
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
     def main(node: DictConfig) -> None:

@@ -41,7 +41,7 @@ class ModelConfig:
 class TextConfig:
     """Text cut into windows."""
 
-    source: str = "self"
+    source: str = MISSING
     """``self`` (the dense model writes it), a text or JSONL file, or a hub data set."""
     windows: int = 8
     window_tokens: int = 128
@@ -53,6 +53,10 @@ class TextConfig:
         """Refuse windows that cannot be."""
         _at_least("text", 1, windows=self.windows)
         _at_least("text", 2, window_tokens=self.window_tokens)
+
+
+def _self_written() -> TextConfig:
+    return TextConfig(source="self")
 
 
 @dataclass
@@ -148,7 +152,7 @@ class EvaluateConfig:
     """Run folders of trained agents; null for all of this experiment, [] for none."""
     baselines: list[str] = field(default_factory=list)
     random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    text: TextConfig = field(default_factory=TextConfig)
+    text: TextConfig = field(default_factory=_self_written)
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:

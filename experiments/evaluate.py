@@ -23,9 +23,10 @@ from experiments.records import (
     append_record,
     read_records,
     row_key,
+    trim_curve,
     write_records,
 )
-from experiments.runs import RunFolder
+from experiments.runs import RunFolder, git_state
 from experiments.statistics import bootstrap_mean
 from experiments.tables import summary_table
 from rap_env.artifacts import digest
@@ -68,6 +69,7 @@ class Bench:
 
             settings = task_config(config.evaluate.tasks)
             self.tasks = TaskScorer(workbench.llm, settings, store=workbench.store)
+        self.git = git_state()
         self.depends_on: dict[str, Any] = {
             "model_fingerprint": workbench.memory.facts.fingerprint,
             "dtype": workbench.memory.facts.dtype,
@@ -75,7 +77,7 @@ class Bench:
             "calibration_sha256": workbench.scorer.corpus.sha256,
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
-            "tasks": {**asdict(config.evaluate.tasks), "context": self._tasks_digest()},
+            "tasks": self._tasks(config),
             "importance": _importance_identity(config, workbench),
         }
 
@@ -117,10 +119,14 @@ class Bench:
 
     def provenance(self, contestant: Contestant) -> dict[str, Any]:
         """What a row depends on; ``method`` is what only this contestant depends on."""
-        return {"depends_on": {**self.depends_on, "method": contestant.identity}}
+        depends_on = {**self.depends_on, "method": contestant.identity}
+        return {"depends_on": depends_on, "git": self.git}
 
-    def _tasks_digest(self) -> str | None:
-        return digest(dict(self.tasks.context)) if self.tasks else None
+    def _tasks(self, config: Config) -> dict[str, Any]:
+        settings = asdict(config.evaluate.tasks)
+        if self.tasks is None:
+            return settings
+        return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}
 
 
 def evaluate(config: Config, folder: Path) -> Path:
@@ -142,6 +148,7 @@ def evaluate(config: Config, folder: Path) -> Path:
     workbench = open_bench(config)
     requests = grid_requests(config.evaluate, workbench.memory)
     run.start(config)
+    trim_curve(run.metrics, -1)  # an evaluation's metrics are those of its last session
     with open_loggers(config, folder, job="evaluate") as loggers:
         bench = Bench(config, workbench)
         rows = _all_rows(config, run, bench, requests)

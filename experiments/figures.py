@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from experiments.comparison import REFERENCE, Comparison
-from experiments.methods import KIND_COLOURS, MEMORY_COLOURS, MEMORY_LABELS, TIMES, look
+from experiments.methods import (
+    KIND_COLOURS,
+    MEMORY_COLOURS,
+    MEMORY_LABELS,
+    TIMES,
+    look,
+    short_label,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,7 +253,7 @@ def _draw_losses(axis: Axes, comparison: Comparison, shape: tuple[int, int]) -> 
         width, order = (2.0, 5) if shown.learned else (1.0, 3)
         axis.errorbar(
             x, y, yerr=spread, color=shown.colour, linewidth=width, zorder=order, elinewidth=0.8,
-            linestyle="-" if shown.learned else (0, (4, 2)), label=shown.label,
+            linestyle="-" if shown.learned else (0, (4, 2)), label=short_label(method),
             marker=shown.marker, markersize=5 if shown.learned else 4,
         )  # fmt: skip
         missed = [(a, b) for a, b, ok in zip(x, y, fits, strict=True) if not ok]
@@ -294,7 +301,7 @@ def _plain_log_ticks(axis: Any) -> None:
 
 
 def _name_rows(axis: Axes, methods: list[str]) -> None:
-    axis.set_yticks(range(len(methods)), [look(method).label for method in methods])
+    axis.set_yticks(range(len(methods)), [short_label(method) for method in methods])
     axis.set_ylim(-0.6, len(methods) - 0.4)
     axis.grid(axis="y", visible=False)
 

@@ -88,6 +88,15 @@ def look(method: str) -> Look:
     return Look(label, colour, "d", parent.what, parent.learned)
 
 
+def short_label(method: str, length: int = 26) -> str:
+    """The label of a method, cut in its middle where it is longer: the end tells variants apart."""
+    label = look(method).label
+    if len(label) <= length:
+        return label
+    tail = (length - 2) // 2
+    return f"{label[: length - 2 - tail]}..{label[-tail:]}"
+
+
 def rank(method: str) -> int:
     """Place of a method in legends: learned ones first, then baselines, dense last."""
     names = list(_LOOKS)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from experiments.figures import FAINT, panels, style
 from experiments.gather import TrainingRun
-from experiments.methods import KIND_COLOURS, TIMES, look
+from experiments.methods import KIND_COLOURS, TIMES, look, short_label
 from rap_env.blocks import BlockMask
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
     shown = look(method)
     if not series:
         return
-    label = f"{shown.label} ({len(series)} seed{'s' if len(series) > 1 else ''})"
+    label = f"{short_label(method)} ({len(series)} seed{'s' if len(series) > 1 else ''})"
     if len(series) == 1:
         axis.plot(*series[0], color=shown.colour, linewidth=1.8, label=label)
         return

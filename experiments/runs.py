@@ -64,7 +64,7 @@ def provenance(seeds: dict[str, int]) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _package_versions(),
         "machine": _machine(),
-        "git": _git(),
+        "git": git_state(),
         "seeds": seeds,
     }
 
@@ -207,7 +207,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout and whether it has local changes; None outside a repository."""
+
     def ask(*words: str) -> str:
         command = ["git", "-C", str(_REPOSITORY), *words]
         return subprocess.run(

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from experiments.comparison import REFERENCE, Cell, Comparison, Summary
-from experiments.methods import look
+from experiments.methods import look, short_label
 
 TERMINAL_COLUMNS = 100
 
@@ -118,7 +118,7 @@ def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
 
 
 def accuracy_table(comparison: Comparison) -> Table | None:
-    """Mean accuracy of each task over the grid, the dense model first; None without tasks."""
+    """Mean accuracy of each task over the grid, dense first and chance last; None without tasks."""
     tasks = sorted({task for row in comparison.rows for task in row.accuracies})
     if not tasks:
         return None
@@ -133,6 +133,10 @@ def accuracy_table(comparison: Comparison) -> Table | None:
             means = [sum(row.accuracies[t] for row in found) / len(found) for t in tasks]
             cells = [percent(mean) for mean in [*means, sum(means) / len(means)]]
             rows.append([look(method).label, *cells])
+    chance = comparison.rows[0].provenance.get("depends_on", {}).get("tasks", {}).get("chance")
+    if chance and set(tasks) <= set(chance):
+        means = [chance[task] for task in tasks]
+        rows.append(["Guessing", *map(percent, [*means, sum(means) / len(means)])])
     return header, rows
 
 
@@ -151,7 +155,10 @@ def terminal_text(comparison: Comparison) -> str:
         "to decide on one request. Fits: how many choices were within their budget; methods that "
         "miss some stand last, for their losses do not compare. (n): seeds."
     )
-    return f"{plain(summary_table(comparison))}\n\n{textwrap.fill(legend, TERMINAL_COLUMNS)}"
+    header, rows = summary_table(comparison)
+    names = [_name(s, short_label(s.method)) for s in comparison.summaries]
+    shown = header, [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
+    return f"{plain(shown)}\n\n{textwrap.fill(legend, TERMINAL_COLUMNS)}"
 
 
 def tables_markdown(comparison: Comparison) -> str:
@@ -195,9 +202,9 @@ def mebibytes(value: float) -> str:
     return f"{value / 2**20:,.0f} MiB"
 
 
-def _name(summary: Summary) -> str:
+def _name(summary: Summary, label: str = "") -> str:
     seeds = f" ({summary.loss.seeds})" if summary.loss.seeds > 1 else ""
-    return f"{look(summary.method).label}{seeds}"
+    return f"{label or look(summary.method).label}{seeds}"
 
 
 def _loss(summary: Summary) -> str:

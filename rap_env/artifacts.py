@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -49,16 +49,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        name = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            with os.fdopen(handle, "wb") as file:
+            # Not tempfile: it would make a file that only its owner may read.
+            with name.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            name.unlink(missing_ok=True)
             raise
 
 
@@ -80,6 +80,7 @@ def save_artifact(
     Raises:
         StorageFullError: The disk is full.
     """
+    body = json.loads(canonical_json(body))  # as it will be read: keys are strings, tuples lists
     document = {"kind": kind, "version": version, "sha256": digest(body), "body": body}
     with atomic_write(path) as file:
         file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
@@ -98,7 +99,8 @@ def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict
         document = json.loads(text)
         found, written, checksum = document["kind"], document["version"], document["sha256"]
         body: dict[str, Any] = document["body"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        content = digest(body)
+    except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or NaN in it
         raise ArtifactError(
             f"{path} is truncated or no artifact of this project; {again}."
         ) from None
@@ -108,6 +110,6 @@ def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict
         raise ArtifactError(
             f"{path} has format {written}, but this version reads {version}; {again}."
         )
-    if digest(body) != checksum:
+    if content != checksum:
         raise ArtifactError(f"{path} was altered after it was written (checksum differs); {again}.")
     return body

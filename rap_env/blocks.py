@@ -13,7 +13,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 BlockKind = Literal["attn", "ffn"]
 KINDS: tuple[BlockKind, BlockKind] = ("attn", "ffn")
 
-_NAME = re.compile(r"layer(\d+)\.(attn|ffn)")
+_NAME = re.compile(r"layer([0-9]+)\.(attn|ffn)")
 
 
 def block_name(index: int) -> str:
@@ -36,7 +36,8 @@ def block_index(block: Block | str | int) -> int:
             return 2 * int(match[1]) + KINDS.index(match[2])
     elif not isinstance(block, bool) and hasattr(block, "__index__") and block.__index__() >= 0:
         return block.__index__()
-    raise UnknownNameError("block", block, ["layer00.attn", "layer00.ffn", "..."])
+    hint = "A block is written layerNN.attn or layerNN.ffn, or given by its index from 0."
+    raise UnknownNameError("block", block, ["layer00.attn", "layer00.ffn"], hint)
 
 
 @dataclass(frozen=True, order=True)
@@ -73,6 +74,12 @@ class BlockMask:
 
     Iteration is over block indices in ascending order. Set operations give new masks.
 
+    Attributes:
+        indices: The indices of the removed blocks.
+
+    Raises:
+        UnknownNameError: One of them is no block.
+
     >>> mask = BlockMask.of("layer03.ffn", 14)
     >>> mask.names
     ('layer03.ffn', 'layer07.attn')
@@ -81,6 +88,9 @@ class BlockMask:
     """
 
     indices: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "indices", frozenset(map(block_index, self.indices)))
 
     @classmethod
     def of(cls, *blocks: Block | str | int) -> BlockMask:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RapError(Exception):
@@ -25,11 +26,15 @@ class UnknownNameError(RapError, ValueError):
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
-        known = sorted(known)
+        self._made_from = (kind, name, tuple(known), hint)
+        known = sorted(self._made_from[2])
         near = difflib.get_close_matches(str(name), known, n=1)
         guess = f" Did you mean {near[0]!r}?" if near else ""
         text = f"Unknown {kind} {name!r}; known are {', '.join(map(repr, known))}.{guess}"
         super().__init__(f"{text} {hint}".rstrip())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_from  # worker processes send errors as pickles
 
 
 class InvalidRequestError(RapError, ValueError):
@@ -76,7 +81,11 @@ class MissingDependencyError(RapError, ImportError):
     """An optional package is needed for what was asked."""
 
     def __init__(self, package: str, feature: str, extra: str) -> None:
+        self._made_from = (package, feature, extra)
         super().__init__(
             f"{feature} needs the package {package!r}; install it with "
             f"`pip install 'rap-env[{extra}]'`."
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_from

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import Block, BlockMask
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 
 if TYPE_CHECKING:
     from rap_env.workload import Request
@@ -44,6 +44,9 @@ class ModelFacts:
         ffn_width: Widest hidden activation of a feed-forward block for one token.
         vocab_size: Entries of the head.
         max_positions: Longest sequence the model accepts, in tokens.
+
+    Raises:
+        ArtifactError: The numbers of layers and blocks do not fit together.
     """
 
     name: str
@@ -58,6 +61,14 @@ class ModelFacts:
     ffn_width: int
     vocab_size: int
     max_positions: int
+
+    def __post_init__(self) -> None:
+        blocks, windows = len(self.block_param_bytes), len(self.kv_window_tokens)
+        if blocks != 2 * self.num_layers or windows != self.num_layers:
+            raise ArtifactError(
+                f"The facts of {self.name} do not fit together: cache bytes of {self.num_layers} "
+                f"layers, cache windows of {windows}, and {blocks} blocks instead of two a layer."
+            )
 
     @property
     def num_layers(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ DTYPES = {
 }
 
 _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+_CLEAR_GAIN = 1.2
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -72,6 +75,52 @@ def cpu_multiplies_bfloat16() -> bool:
         found = capabilities()
         return any(found.get(flag) for flag in _BFLOAT16_FLAGS)
     return _listed_in(Path("/proc/cpuinfo"))  # torch before 2.10 cannot be asked in public
+
+
+def device_kind(device: torch.device) -> str:
+    """The processor as far as it decides how sums are rounded, for keys of scores."""
+    if device.type == "cuda":
+        return f"cuda:{torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return device.type
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    extra = [flag for flag in _BFLOAT16_FLAGS if found.get(flag)]
+    return "+".join([f"cpu:{torch.backends.cpu.get_cpu_capability()}", *extra])
+
+
+def fastest_threads(seconds: float = 0.4) -> int:
+    """How many torch threads multiply fastest on this machine as it is now.
+
+    Threads that spin while they wait for each other make a busy machine slower, not faster
+    (nine times, on two cores with other work), so this is measured and not guessed. More
+    threads are taken only for a clear gain.
+
+    Args:
+        seconds: Time to spend on each candidate (powers of two up to the cores).
+    """
+    before = torch.get_num_threads()
+    left, right = torch.randn(256, 576), torch.randn(576, 1536)
+    best, best_rate = 1, 0.0
+    threads = 1
+    try:
+        while threads <= (os.cpu_count() or 1):
+            torch.set_num_threads(threads)
+            rate = _products_per_second(left, right, seconds)
+            if rate > _CLEAR_GAIN * best_rate:
+                best, best_rate = threads, rate
+            threads *= 2
+    finally:
+        torch.set_num_threads(before)
+    return best
+
+
+def _products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
+    left @ right  # the first product starts the threads
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        left @ right
+        done += 1
+    return done / (time.perf_counter() - began)
 
 
 def _listed_in(cpuinfo: Path) -> bool:

@@ -27,6 +27,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.progress import transformers_bars
 
 PRUNED_FILE = "rap_pruned.json"
 """Name of the file that makes a folder a pruned checkpoint."""
@@ -104,7 +105,7 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
 
 
 def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
-    with llm.masked(mask):
+    with llm.masked(mask), transformers_bars(shown=False):
         llm.model.save_pretrained(folder)
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)
@@ -148,14 +149,15 @@ def _load_model(folder: Path, config: Any, removed: BlockMask, attention: str | 
     removed.check(adapter.num_blocks)
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        model, report = _without(base, adapter, removed).from_pretrained(
-            folder,
-            config=config,
-            dtype=config.dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with transformers_bars(shown=False):
+            model, report = _without(base, adapter, removed).from_pretrained(
+                folder,
+                config=config,
+                dtype=config.dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (RuntimeError, SafetensorError) as error:
         raise ArtifactError(
             f"The tensors in {folder} do not suit its config; save the pruned checkpoint again."

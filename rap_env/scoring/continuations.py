@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial import PartialForward
-from rap_env.scoring.harness import TokenRequest
+from rap_env.scoring.encoding import TokenRequest
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 4096

@@ -1,4 +1,4 @@
-"""The one place that deals with lm-eval's insides: finding tasks, tokens of their requests.
+"""Finding lm-eval's tasks, quickly and quietly.
 
 `TaskManager` reads all of lm-eval's 14,000 configs unless told otherwise, which takes
 seconds. Tasks whose folder is known are found by reading that folder alone.
@@ -7,7 +7,6 @@ seconds. Tasks whose folder is known are found by reading that folder alone.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import io
 import logging
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rap_env.errors import CorpusError, MissingDependencyError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, lm_eval_config
 from rap_env.scoring.local_data import local_overrides
 
@@ -39,9 +37,6 @@ TASK_FOLDERS: dict[str, str] = {
 
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-
-TokenRequest = tuple[list[int], list[int]]
-"""Token ids of a context and of the continuation whose likelihood is asked for."""
 
 _NOISY = ("lm_eval", "transformers.tokenization_utils_base")
 
@@ -79,8 +74,12 @@ def require_lm_eval() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence lm-eval while it prepares: log lines below errors, and progress bars."""
+    """Let lm-eval work in silence: no log lines below errors, no progress bars.
+
+    It also compiles each template once, where lm-eval does so anew for each document.
+    """
     import datasets
+    from lm_eval.utils import env
 
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
@@ -89,10 +88,12 @@ def quiet() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
+        env.from_string = functools.cache(type(env).from_string.__get__(env))
         # lm-eval draws some bars without a way to turn them off; they go to this stream.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        vars(env).pop("from_string", None)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if had_bars:
@@ -115,19 +116,18 @@ def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) 
         UnknownNameError: There is no such task, or it is not scored by likelihoods.
         CorpusError: Its data is missing or does not fit.
     """
-    with quiet():
-        if name in GENERATED_TASKS:
-            config = lm_eval_config(GENERATED_TASKS[name], seed)
-            loaded = _manager(None).load([config])
-        else:
-            loaded = _load_named(name, data_root)
-        tasks = tuple(loaded["tasks"].values())
-        for task in tasks:
-            _check_output(name, task)
-            # A 0 in the task's own config is kept, as lm-eval's evaluator does.
-            if task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=num_fewshot)
-            task.set_fewshot_seed(seed=seed)
+    if name in GENERATED_TASKS:
+        config = lm_eval_config(GENERATED_TASKS[name], seed)
+        loaded = _manager(None).load([config])
+    else:
+        loaded = _load_named(name, data_root)
+    tasks = tuple(loaded["tasks"].values())
+    for task in tasks:
+        _check_output(name, task)
+        # A 0 in the task's own config is kept, as lm-eval's evaluator does.
+        if task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        task.set_fewshot_seed(seed=seed)
     groups = loaded.get("groups") or {}
     return LoadedTask(name, tasks, next(iter(groups.values()), None))
 
@@ -262,74 +262,3 @@ def _check_output(name: str, task: Any) -> None:
 def _brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}".removesuffix(".")
-
-
-class RequestEncoder:
-    """Turns a task's requests into token ids with lm-eval's own code.
-
-    Its `HFLM` is built around the live model but never runs it: where lm-eval would compute
-    likelihoods, the token ids are kept instead. So the rules for empty contexts, trailing
-    spaces, start tokens and rolling windows are lm-eval's.
-
-    Args:
-        llm: The live model; neither it nor its tokenizer is changed.
-
-    Raises:
-        CorpusError: It has no tokenizer.
-    """
-
-    def __init__(self, llm: ElasticLLM) -> None:
-        if llm.tokenizer is None:
-            raise CorpusError(f"{llm.name} has no tokenizer to read tasks with.")
-        self._lm = _recording_model(llm)
-        self.max_length = int(self._lm.max_length)
-
-    def encode(self, task: Any) -> list[list[TokenRequest]]:
-        """Token requests of each of a task's instances: one, or one for each rolling window."""
-        return [self._encode_one(instance) for instance in task.instances]
-
-    def _encode_one(self, instance: Any) -> list[TokenRequest]:
-        self._lm.recorded = []
-        if instance.request_type == "loglikelihood_rolling":
-            self._lm.loglikelihood_rolling([instance], disable_tqdm=True)
-        else:
-            self._lm.loglikelihood([instance], disable_tqdm=True)
-        requests: list[TokenRequest] = self._lm.recorded
-        for context, continuation in requests:
-            if not context or not continuation or len(continuation) > self.max_length:
-                raise CorpusError(
-                    f"A request of the task {instance.task_name!r} has {len(context)} context and "
-                    f"{len(continuation)} continuation tokens; there must be one of each at least, "
-                    f"and at most {self.max_length} to continue with (the model's positions)."
-                )
-        return requests
-
-
-def _recording_model(llm: ElasticLLM) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class Recorder(HFLM):  # type: ignore[misc]
-        recorded: list[TokenRequest]
-
-        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            self.recorded.extend((list(context), list(target)) for _, context, target in requests)
-            return [(0.0, False)] * len(requests)
-
-    with quiet(), _untouched(llm.model):
-        return Recorder(
-            pretrained=llm.model,
-            backend="causal",
-            # lm-eval gives a tokenizer without a padding token one.
-            tokenizer=copy.deepcopy(llm.tokenizer),
-            batch_size=64,
-        )
-
-
-@contextlib.contextmanager
-def _untouched(model: Any) -> Iterator[None]:
-    """Keep `HFLM` from tying weights anew, which would undo a quantised head."""
-    model.tie_weights = lambda *_args, **_kwargs: None
-    try:
-        yield
-    finally:
-        del model.tie_weights

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import CorpusError, NonFiniteScoreError
+from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial import PartialForward
 from rap_env.scoring.corpus import Corpus
@@ -21,6 +22,7 @@ from rap_env.scoring.store import ScoreStore, context_key
 _METRIC = "window_nll"
 _BATCH_TOKENS = 1024
 _HEAD_TOKENS = 256  # logits of so many tokens exist at once
+_LOSS_ROWS = 64
 _PREFIX_BYTES = 512 * 2**20
 
 States = list[dict[int, torch.Tensor]]  # for each batch of windows: layer -> what enters it
@@ -183,9 +185,7 @@ class MaskScorer:
         inputs, targets = hidden[:, :-1], tokens[:, 1:]
         flat, wanted = inputs.reshape(1, -1, inputs.shape[-1]), targets.reshape(-1)
         losses = [
-            torch.nn.functional.cross_entropy(
-                self._partial.logits(part)[0].float(), target, reduction="none"
-            )
+            token_nll(self._partial.logits(part)[0], target)
             for part, target in zip(
                 torch.split(flat, _HEAD_TOKENS, dim=1),
                 torch.split(wanted, _HEAD_TOKENS),
@@ -200,7 +200,7 @@ class MaskScorer:
         return {
             "model": self.llm.facts.fingerprint,
             "dtype": self.llm.facts.dtype,
-            "device": _device_kind(self.llm.device),
+            "device": device_kind(self.llm.device),
             "attention": str(getattr(model.config, "_attn_implementation", "")),
             "tokens": self.corpus.sha256,
             "shape": list(self.corpus.tokens.shape),
@@ -212,13 +212,21 @@ class MaskScorer:
         }
 
 
-def _device_kind(device: torch.device) -> str:
-    """The processor as far as it decides how sums are rounded."""
-    if device.type == "cuda":
-        return f"cuda:{torch.cuda.get_device_name(device)}"
-    if device.type == "cpu":
-        return f"cpu:{torch.backends.cpu.get_cpu_capability()}"
-    return device.type
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """NLL of each target in float32, (N, V) and (N,) -> (N,).
+
+    In place and a few rows at a time: what stays in the processor's cache is twice as fast as
+    `torch.nn.functional.cross_entropy`, and no second (N, V) tensor exists.
+    """
+    losses = []
+    for rows, wanted in zip(
+        torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
+    ):
+        shifted = rows.to(torch.float32, copy=True)
+        shifted -= shifted.amax(dim=-1, keepdim=True)
+        target = shifted.gather(1, wanted[:, None])[:, 0]
+        losses.append(shifted.exp_().sum(dim=-1).log_() - target)
+    return torch.cat(losses)
 
 
 def ticker(bar: tqdm[Any]) -> Callable[[BlockMask], None]:

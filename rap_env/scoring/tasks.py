@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
 
-from rap_env.artifacts import canonical_json
 from rap_env.blocks import BlockMask
-from rap_env.errors import (
-    CorpusError,
-    InvalidRequestError,
-    NonFiniteScoreError,
-    UnknownNameError,
-)
+from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
+from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring import continuations, harness
-from rap_env.scoring.scorer import _device_kind
+from rap_env.scoring.encoding import RequestEncoder
 from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
 
 _METRIC = "loglikelihoods"
-_FILTER = "none"  # the filter that lm-eval gives to tasks without one of their own
-
-Outputs = npt.NDArray[np.float64]
-"""Log-likelihood (nats) and greedy flag of each of a task's instances, shape (instances, 2)."""
 
 
 @dataclass(frozen=True)
@@ -82,31 +71,6 @@ class TaskConfig:
                 )
 
 
-@dataclass(frozen=True, eq=False)
-class TaskResult:
-    """What one task, or one group, gave for a mask.
-
-    Attributes:
-        name: The task.
-        metrics: lm-eval's metrics by name, such as ``acc``, ``acc_norm``, ``word_perplexity``.
-        stderr: Standard errors of those that are means.
-        documents: How many documents they rest on.
-        per_document: For metrics with one number a document: that number, shape (documents,),
-            in the same order for every mask, so that two masks can be compared in pairs.
-    """
-
-    name: str
-    metrics: dict[str, float]
-    stderr: dict[str, float]
-    documents: int
-    per_document: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-
-    @property
-    def main_metric(self) -> str:
-        """``acc`` where there is one, else the first that the task lists."""
-        return "acc" if "acc" in self.metrics else next(iter(self.metrics))
-
-
 class TaskScorer:
     """Measures what masks do to the model's scores on lm-eval tasks.
 
@@ -142,20 +106,22 @@ class TaskScorer:
         self.store = store
         self.evaluations = 0
         self._progress = progress
-        self._loaded = [
-            harness.load_task(
-                name,
-                data_root=config.data_root,
-                seed=config.seed,
-                num_fewshot=config.num_fewshot,
-            )
-            for name in config.names
-        ]
-        encoder = harness.RequestEncoder(llm)
-        members = {task.task_name: task for loaded in self._loaded for task in loaded.tasks}
-        self._members = {
-            name: _Member(llm, task, encoder, config) for name, task in members.items()
-        }
+        with harness.quiet():
+            self._loaded = [
+                harness.load_task(
+                    name,
+                    data_root=config.data_root,
+                    seed=config.seed,
+                    num_fewshot=config.num_fewshot,
+                )
+                for name in config.names
+            ]
+            encoder = RequestEncoder(llm)
+            members = {task.task_name: task for loaded in self._loaded for task in loaded.tasks}
+            self._members = {
+                name: TaskRequests(llm, task, encoder, limit=config.limit, seed=config.seed)
+                for name, task in members.items()
+            }
         self._results: dict[BlockMask, dict[str, TaskResult]] = {}
         common = self._common_context()
         self.context: Mapping[str, Any] = {
@@ -216,11 +182,12 @@ class TaskScorer:
         mask.check(self.llm.num_blocks)
         if mask not in self._results:
             outputs = self._outputs(mask)
-            parts = {n: member.result(outputs[n]) for n, member in self._members.items()}
-            self._results[mask] = {
-                loaded.name: _combine(loaded, [parts[t.task_name] for t in loaded.tasks])
-                for loaded in self._loaded
-            }
+            with harness.quiet():
+                parts = {n: member.result(outputs[n]) for n, member in self._members.items()}
+                self._results[mask] = {
+                    loaded.name: combine(loaded, [parts[t.task_name] for t in loaded.tasks])
+                    for loaded in self._loaded
+                }
         return dict(self._results[mask])
 
     def _outputs(self, mask: BlockMask) -> dict[str, Outputs]:
@@ -254,7 +221,7 @@ class TaskScorer:
         return {
             "model": self.llm.facts.fingerprint,
             "dtype": self.llm.facts.dtype,
-            "device": _device_kind(self.llm.device),
+            "device": device_kind(self.llm.device),
             "attention": str(getattr(self.llm.model.config, "_attn_implementation", "")),
             "batch": [
                 continuations.BATCH_ROWS,
@@ -268,128 +235,4 @@ class TaskScorer:
         }
 
 
-class _Member:
-    """One lm-eval task with its requests built and encoded."""
-
-    def __init__(
-        self, llm: ElasticLLM, task: Any, encoder: harness.RequestEncoder, config: TaskConfig
-    ) -> None:
-        self.task = task
-        with harness.quiet():
-            try:
-                task.build_all_requests(limit=config.limit, rank=0, world_size=1)
-            except CorpusError:
-                raise
-            except Exception as error:  # whatever a task's own templates raise on bad rows
-                raise CorpusError(
-                    f"The documents of the task {task.task_name!r} do not fit what it reads: "
-                    f"{type(error).__name__}: {error}."
-                ) from error
-            encoded = encoder.encode(task)
-        # A rolling instance is the sum of its windows, any other is one request.
-        self._owner = np.repeat(np.arange(len(encoded)), [len(parts) for parts in encoded])
-        requests = [request for parts in encoded for request in parts]
-        self._scorer = continuations.ContinuationScorer(llm, requests, encoder.max_length)
-        self._documents: dict[int, list[Any]] = {}
-        for instance in task.instances:
-            self._documents.setdefault(instance.doc_id, []).append(instance)
-        self.context = {
-            "name": task.task_name,
-            "version": str(task.VERSION),
-            "documents": len(self._documents),
-            "limit": config.limit,
-            "num_fewshot": task.get_config("num_fewshot"),
-            "seed": config.seed,
-            "max_length": encoder.max_length,
-            "documents_sha256": _documents_hash(self._documents),
-            "requests_sha256": hashlib.sha256(canonical_json(requests).encode()).hexdigest(),
-        }
-
-    @property
-    def chance(self) -> float:
-        """Mean of 1 / choices; 0 for an open answer."""
-        if self.task.OUTPUT_TYPE != "multiple_choice":
-            return 0.0
-        return statistics.fmean(1 / len(parts) for parts in self._documents.values())
-
-    def run(self, progress: str | None) -> Outputs:
-        """Likelihoods of all instances under the mask that is applied."""
-        values = self._scorer.run(progress=progress)
-        outputs = np.zeros((self._owner[-1] + 1, 2))
-        np.add.at(outputs[:, 0], self._owner, values[:, 0])
-        outputs[:, 1] = 1.0
-        np.minimum.at(outputs[:, 1], self._owner, values[:, 1])
-        return outputs
-
-    def result(self, outputs: Outputs) -> TaskResult:
-        """The task's own metrics for the likelihoods of its instances."""
-        from lm_eval.api.metrics import mean, mean_stderr
-
-        values = self._document_values(outputs)
-        metrics, stderr, per_document = {}, {}, {}
-        for name, numbers in values.items():
-            aggregate = self.task.aggregation()[name]
-            metrics[name] = float(aggregate(numbers))
-            if all(isinstance(n, int | float) for n in numbers):
-                per_document[name] = np.array(numbers, dtype=float)
-            if aggregate is mean and len(numbers) > 1:
-                stderr[name] = float(mean_stderr(numbers))
-        return TaskResult(self.task.task_name, metrics, stderr, len(self._documents), per_document)
-
-    def _document_values(self, outputs: Outputs) -> dict[str, list[Any]]:
-        """What the task makes of each document, by metric."""
-        rolling = self.task.OUTPUT_TYPE == "loglikelihood_rolling"
-        for instance, (likelihood, greedy) in zip(self.task.instances, outputs, strict=True):
-            answer = float(likelihood) if rolling else (float(likelihood), bool(greedy))
-            instance.resps, instance.filtered_resps = [answer], {}
-        with harness.quiet():
-            self.task.apply_filters()
-            values: dict[str, list[Any]] = {}
-            for parts in self._documents.values():
-                parts = sorted(parts, key=lambda part: part.idx)
-                chosen = next(iter(parts[0].filtered_resps))
-                answers = [part.filtered_resps[chosen] for part in parts]
-                for name, value in self.task.process_results(parts[0].doc, answers).items():
-                    values.setdefault(name, []).append(value)
-        return values
-
-
-def _combine(loaded: harness.LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
-    """The result of a task, or of a group by lm-eval's own rule for it (else: plain means)."""
-    if loaded.group is None and len(parts) == 1:
-        return parts[0]
-    rows = {
-        part.name: {
-            **{f"{metric},{_FILTER}": value for metric, value in part.metrics.items()},
-            **{f"{metric}_stderr,{_FILTER}": value for metric, value in part.stderr.items()},
-            "sample_len": part.documents,
-        }
-        for part in parts
-    }
-    shared = [m for m in parts[0].metrics if all(m in part.metrics for part in parts)]
-    metrics = {m: statistics.fmean(part.metrics[m] for part in parts) for m in shared}
-    stderr: dict[str, float] = {}
-    for part_metric in shared:
-        errors = [part.stderr.get(part_metric, math.nan) for part in parts]
-        if not any(map(math.isnan, errors)):
-            stderr[part_metric] = math.hypot(*errors) / len(errors)
-    if loaded.group is not None:
-        with harness.quiet():
-            whole = loaded.group.aggregate(rows)
-        for metric in shared:
-            metrics[metric] = float(whole.get(f"{metric},{_FILTER}", metrics[metric]))
-            error = whole.get(f"{metric}_stderr,{_FILTER}")
-            if isinstance(error, float):
-                stderr[metric] = error
-    kept = [m for m in shared if all(m in part.per_document for part in parts)]
-    per_document = {m: np.concatenate([part.per_document[m] for part in parts]) for m in kept}
-    documents = sum(part.documents for part in parts)
-    return TaskResult(loaded.name, metrics, stderr, documents, per_document)
-
-
-def _documents_hash(documents: Mapping[int, Sequence[Any]]) -> str:
-    """SHA-256 over the documents that are scored."""
-    total = hashlib.sha256()
-    for number, parts in documents.items():
-        total.update(f"{number} {parts[0].doc!r}\n".encode())
-    return total.hexdigest()
+__all__ = ["TaskConfig", "TaskResult", "TaskScorer"]

@@ -44,7 +44,7 @@ class SyntheticScorer:
         self.costs = np.asarray(costs, dtype=float)
         index = np.arange(len(self.costs))
         near = np.exp(-np.abs(index[:, None] - index[None]) / 4) * (1 - np.eye(len(index)))
-        self.pairs = interaction * near * np.sqrt(np.outer(self.costs, self.costs))
+        self.pairs = interaction * near * np.sqrt(np.outer(np.abs(self.costs), np.abs(self.costs)))
         self.cap = cap
         self.evaluations = 0
         self.block_forwards = 0

@@ -31,7 +31,11 @@ DEPENDS = {
     "calibration_sha256": "a" * 64,
     "report_text": {"source": "self", "windows": WINDOWS, "window_tokens": 128},
     "report_sha256": "b" * 64,
-    "tasks": {"names": ["task_one", "task_two"], "limit": 20},
+    "tasks": {
+        "names": ["task_one", "task_two"],
+        "limit": 20,
+        "chance": {"task_one": 0.5, "task_two": 0.25},
+    },
 }
 
 

@@ -95,6 +95,7 @@ def test_accuracies_start_with_the_dense_model(comparison):
     assert header[1:3] == ["task_one", "task_two"]
     assert rows[0][0].startswith("Dense")
     assert rows[0][1:] == ["90.0 %", "70.0 %", "80.0 %"]
+    assert rows[-1] == ["Guessing", "50.0 %", "25.0 %", "37.5 %"]
 
 
 def test_without_tasks_there_is_no_accuracy():

@@ -13,7 +13,8 @@ from tests.scoring.local_tasks import ROWS, write_task
 
 def load(root, name, **kwargs):
     settings = {"data_root": str(root), "seed": 0, "num_fewshot": 0, **kwargs}
-    return harness.load_task(name, **settings)
+    with harness.quiet():
+        return harness.load_task(name, **settings)
 
 
 PROMPTS = {
@@ -94,7 +95,7 @@ def test_fewshot_examples_come_from_the_train_file(tmp_path):
 def test_a_group_is_its_members(tmp_path):
     members = [f"blimp_{name}" for name in harness_blimp_members()]
     for member in members:
-        write_task(tmp_path, member)
+        write_task(tmp_path, member, count=1)
     loaded = load(tmp_path, "blimp")
     assert [task.task_name for task in loaded.tasks] == members
     assert len(members) == 67

@@ -183,12 +183,13 @@ def transitivity(rng: random.Random) -> Pair:
 
 def quantity(rng: random.Random) -> Pair:
     """There was too much / many water; there were too many / much cups."""
+    degree = rng.choice(("too", "so"))
     place = rng.choice(PLACES)
     if rng.randrange(2):
         end = f"{rng.choice(MASS)} in the {place}."
-        return f"There was too much {end}", f"There was too many {end}"
+        return f"There was {degree} much {end}", f"There was {degree} many {end}"
     end = f"{rng.choice(THINGS)[1]} in the {place}."
-    return f"There were too many {end}", f"There were too much {end}"
+    return f"There were {degree} many {end}", f"There were {degree} much {end}"
 
 
 def pronoun_case(rng: random.Random) -> Pair:

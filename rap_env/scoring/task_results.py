@@ -1,0 +1,192 @@
+"""One task's requests, and the task's own metrics from their likelihoods."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.artifacts import canonical_json
+from rap_env.errors import CorpusError
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.scoring.continuations import ContinuationScorer
+from rap_env.scoring.encoding import RequestEncoder
+from rap_env.scoring.harness import LoadedTask
+
+_FILTER = "none"  # the filter that lm-eval gives to tasks without one of their own
+
+Outputs = npt.NDArray[np.float64]
+"""Log-likelihood (nats) and greedy flag of each of a task's instances, shape (instances, 2)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """What one task, or one group, gave for a mask.
+
+    Attributes:
+        name: The task.
+        metrics: lm-eval's metrics by name, such as ``acc``, ``acc_norm``, ``word_perplexity``.
+        stderr: Standard errors of those that are means.
+        documents: How many documents they rest on.
+        per_document: For metrics with one number a document: that number, shape (documents,),
+            in the same order for every mask, so that two masks can be compared in pairs.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    documents: int
+    per_document: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def main_metric(self) -> str:
+        """``acc`` where there is one, else the first that the task lists."""
+        return "acc" if "acc" in self.metrics else next(iter(self.metrics))
+
+
+class TaskRequests:
+    """One lm-eval task with its requests built and encoded, once for all masks.
+
+    Args:
+        llm: The live model.
+        task: lm-eval's task object.
+        encoder: Makes the token ids.
+        limit: First so many documents, or None for all.
+        seed: The seed that the task was loaded with; kept for `context` only.
+
+    Attributes:
+        context: What determines the task's likelihoods, the model aside.
+
+    Raises:
+        CorpusError: A document does not fit what the task reads.
+    """
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        task: Any,
+        encoder: RequestEncoder,
+        *,
+        limit: int | None,
+        seed: int,
+    ) -> None:
+        self.task = task
+        try:
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+        except Exception as error:  # whatever a task's own templates raise on bad rows
+            raise CorpusError(
+                f"The documents of the task {task.task_name!r} do not fit what it reads: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+        encoded = encoder.encode(task)
+        # A rolling instance is the sum of its windows, any other is one request.
+        self._owner = np.repeat(np.arange(len(encoded)), [len(parts) for parts in encoded])
+        requests = [request for parts in encoded for request in parts]
+        self._scorer = ContinuationScorer(llm, requests, encoder.max_length)
+        self._documents: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            self._documents.setdefault(instance.doc_id, []).append(instance)
+        self.context: dict[str, Any] = {
+            "name": task.task_name,
+            "version": str(task.VERSION),
+            "documents": len(self._documents),
+            "limit": limit,
+            "num_fewshot": task.get_config("num_fewshot"),
+            "seed": seed,
+            "max_length": encoder.max_length,
+            "documents_sha256": _documents_hash(self._documents),
+            "requests_sha256": hashlib.sha256(canonical_json(requests).encode()).hexdigest(),
+        }
+
+    @property
+    def chance(self) -> float:
+        """Mean of 1 / choices; 0 for an open answer."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return 0.0
+        return statistics.fmean(1 / len(parts) for parts in self._documents.values())
+
+    def run(self, progress: str | None) -> Outputs:
+        """Likelihoods of all instances under the mask that is applied."""
+        values = self._scorer.run(progress=progress)
+        outputs = np.zeros((self._owner[-1] + 1, 2))
+        np.add.at(outputs[:, 0], self._owner, values[:, 0])
+        outputs[:, 1] = 1.0
+        np.minimum.at(outputs[:, 1], self._owner, values[:, 1])
+        return outputs
+
+    def result(self, outputs: Outputs) -> TaskResult:
+        """The task's own metrics for the likelihoods of its instances."""
+        from lm_eval.api.metrics import mean, mean_stderr
+
+        values = self._document_values(outputs)
+        metrics, stderr, per_document = {}, {}, {}
+        for name, numbers in values.items():
+            aggregate = self.task.aggregation()[name]
+            metrics[name] = float(aggregate(numbers))
+            if all(isinstance(n, int | float) for n in numbers):
+                per_document[name] = np.array(numbers, dtype=float)
+            if aggregate is mean and len(numbers) > 1:
+                stderr[name] = float(mean_stderr(numbers))
+        return TaskResult(self.task.task_name, metrics, stderr, len(self._documents), per_document)
+
+    def _document_values(self, outputs: Outputs) -> dict[str, list[Any]]:
+        """What the task makes of each document, by metric."""
+        rolling = self.task.OUTPUT_TYPE == "loglikelihood_rolling"
+        for instance, (likelihood, greedy) in zip(self.task.instances, outputs, strict=True):
+            answer = float(likelihood) if rolling else (float(likelihood), bool(greedy))
+            instance.resps, instance.filtered_resps = [answer], {}
+        self.task.apply_filters()
+        values: dict[str, list[Any]] = {}
+        for instances in self._documents.values():
+            parts = sorted(instances, key=lambda part: part.idx)
+            chosen = next(iter(parts[0].filtered_resps))
+            answers = [part.filtered_resps[chosen] for part in parts]
+            for name, value in self.task.process_results(parts[0].doc, answers).items():
+                values.setdefault(name, []).append(value)
+        return values
+
+
+def combine(loaded: LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
+    """The result of a task, or of a group by lm-eval's own rule for it (else: plain means)."""
+    if loaded.group is None and len(parts) == 1:
+        return parts[0]
+    rows = {
+        part.name: {
+            **{f"{metric},{_FILTER}": value for metric, value in part.metrics.items()},
+            **{f"{metric}_stderr,{_FILTER}": value for metric, value in part.stderr.items()},
+            "sample_len": part.documents,
+        }
+        for part in parts
+    }
+    shared = [m for m in parts[0].metrics if all(m in part.metrics for part in parts)]
+    metrics = {m: statistics.fmean(part.metrics[m] for part in parts) for m in shared}
+    stderr: dict[str, float] = {}
+    for part_metric in shared:
+        errors = [part.stderr.get(part_metric, math.nan) for part in parts]
+        if not any(map(math.isnan, errors)):
+            stderr[part_metric] = math.hypot(*errors) / len(errors)
+    if loaded.group is not None:
+        whole = loaded.group.aggregate(rows)
+        for metric in shared:
+            metrics[metric] = float(whole.get(f"{metric},{_FILTER}", metrics[metric]))
+            error = whole.get(f"{metric}_stderr,{_FILTER}")
+            if isinstance(error, float):
+                stderr[metric] = error
+    kept = [m for m in shared if all(m in part.per_document for part in parts)]
+    per_document = {m: np.concatenate([part.per_document[m] for part in parts]) for m in kept}
+    documents = sum(part.documents for part in parts)
+    return TaskResult(loaded.name, metrics, stderr, documents, per_document)
+
+
+def _documents_hash(documents: Mapping[int, Sequence[Any]]) -> str:
+    """SHA-256 over the documents that are scored."""
+    total = hashlib.sha256()
+    for number, parts in documents.items():
+        total.update(f"{number} {parts[0].doc!r}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from agents.baselines import BASELINES, make_baseline
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    ArtifactError,
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    UnknownNameError,
+)
+from rap_env.workload import Request
+from tests.agents.synthetic import SyntheticBench, facts, request_at
+
+# attn, ffn of layers 0 to 3; an ffn block frees 3,000 bytes, an attn block 1,000 and its cache.
+COSTS = [0.5, 4.0, 0.02, 0.30, 0.01, 0.04, 0.03, 0.20]
+GRID = list(itertools.product([(1, 10), (1, 250), (8, 250)], [0.6, 0.8, 0.95]))
+ORDERED = ("random", "gsi", "one_shot", "block_influence", "greedy_per_byte", "knapsack")
+
+
+@pytest.fixture
+def bench():
+    return SyntheticBench(COSTS)
+
+
+def needing(bench, bytes_over, seq_len_tokens=1):
+    """A short request that is over its budget by so many bytes."""
+    dense = bench.memory.dense_peak_bytes(1, seq_len_tokens)
+    return Request(1, seq_len_tokens, dense - bytes_over)
+
+
+def chosen(name, bench, request):
+    return make_baseline(name, bench).select(request).mask.names
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(("shape", "fraction"), GRID)
+def test_budget_is_met_or_declared_unmet(bench, name, shape, fraction):
+    request = request_at(bench, *shape, fraction)
+    choice = make_baseline(name, bench).select(request)
+    peak = bench.memory.peak_bytes(choice.mask, request)
+    assert choice.fits == (peak <= request.budget_bytes)
+    assert choice.fits or name in ("dense", "attention_only", "ffn_only")
+    assert choice.decision_s >= 0
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_nothing_is_removed_where_the_dense_model_fits(bench, name):
+    choice = make_baseline(name, bench).select(request_at(bench, 1, 10, 1.0))
+    assert choice.mask == BlockMask()
+    assert choice.fits
+    assert choice.evaluations == 0
+
+
+def test_one_shot_follows_its_order_to_the_block_that_makes_it_fit(bench):
+    assert chosen("one_shot", bench, needing(bench, 1500)) == ("layer01.attn", "layer02.attn")
+    assert chosen("one_shot", bench, needing(bench, 2500)) == (
+        "layer01.attn",
+        "layer02.attn",
+        "layer03.attn",
+    )
+
+
+def test_block_influence_removes_the_least_influential(bench):
+    bench.one_shot.block_influence = np.array([9, 9, 9, 1, 9, 9, 9, 2.0])
+    expected = ("layer01.ffn", "layer03.ffn")
+    assert chosen("block_influence", bench, needing(bench, 5000)) == expected
+
+
+def test_gsi_follows_its_order_and_then_the_one_shot_order(bench):
+    bench.gsi.order = tuple(bench.memory.facts.blocks[i] for i in (7, 3))
+    assert chosen("gsi", bench, needing(bench, 5000)) == ("layer01.ffn", "layer03.ffn")
+    assert chosen("gsi", bench, needing(bench, 6500)) == (
+        "layer01.ffn",
+        "layer02.attn",  # first of the one-shot order
+        "layer03.ffn",
+    )
+
+
+def test_gsi_without_a_profile_says_what_to_do(bench):
+    bench.gsi = None
+    with pytest.raises(ArtifactError, match="needs a GSI order.*importance='gsi'"):
+        make_baseline("gsi", bench)
+
+
+def test_one_kind_alone_removes_that_kind_and_says_when_it_does_not_suffice(bench):
+    modest, large = needing(bench, 3500), needing(bench, 7500)
+    only_attn = make_baseline("attention_only", bench)
+    assert only_attn.select(modest).mask.count("ffn") == 0
+    assert only_attn.select(modest).fits
+    assert only_attn.select(large).mask == BlockMask.of(0, 2, 4, 6)
+    assert not only_attn.select(large).fits
+    only_ffn = make_baseline("ffn_only", bench).select(large)
+    assert only_ffn.mask == BlockMask.of("layer02.ffn", "layer03.ffn", "layer01.ffn")
+    assert only_ffn.fits
+
+
+def test_dense_is_declared_unmet(bench):
+    choice = make_baseline("dense", bench).select(needing(bench, 1))
+    assert choice.mask == BlockMask()
+    assert not choice.fits
+    assert not BASELINES["dense"].kv_aware
+    assert all(kind.kv_aware for name, kind in BASELINES.items() if name != "dense")
+
+
+def test_random_depends_on_seed_and_request_only(bench):
+    request, other = needing(bench, 6000), needing(bench, 6001)
+    masks = [make_baseline("random", bench, seed).select(request).mask for seed in range(20)]
+    again = [make_baseline("random", bench, seed).select(request).mask for seed in range(20)]
+    assert masks == again
+    assert len(set(masks)) > 10
+    assert masks != [make_baseline("random", bench, s).select(other).mask for s in range(20)]
+
+
+def test_greedy_prefers_loss_per_byte():
+    # 0.02 nats for 3,000 bytes are cheaper than 0.01 for 1,004.
+    bench = SyntheticBench([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
+    assert chosen("greedy_per_byte", bench, needing(bench, 3000)) == ("layer02.ffn",)
+    assert chosen("one_shot", bench, needing(bench, 3000))[0] == "layer01.attn"
+
+
+def test_greedy_last_step_takes_the_least_loss_that_suffices():
+    # Per byte layer02.ffn is cheapest, but an attention block suffices at less loss.
+    bench = SyntheticBench([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
+    assert chosen("greedy_per_byte", bench, needing(bench, 900)) == ("layer02.attn",)
+
+
+def test_greedy_measures_again_after_each_removal():
+    # Neighbours that are each cheap are dear together: one-shot takes both, greedy does not.
+    costs = [1.0, 5.0, 0.10, 3.0, 0.11, 3.0, 0.30, 3.0]
+    bench = SyntheticBench(costs)
+    bench.scorer.pairs[2, 4] = bench.scorer.pairs[4, 2] = 2.0
+    request = needing(bench, 1500)
+    assert chosen("one_shot", bench, request) == ("layer01.attn", "layer02.attn")
+    assert chosen("greedy_per_byte", bench, request) == ("layer01.attn", "layer03.attn")
+
+
+def test_greedy_takes_a_removal_that_lowers_the_loss_first():
+    bench = SyntheticBench([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
+    assert "layer01.attn" in chosen("greedy_per_byte", bench, needing(bench, 3500))
+
+
+def test_costs_of_a_choice_are_counted(bench):
+    request = needing(bench, 3900)
+    greedy = make_baseline("greedy_per_byte", bench)
+    before = bench.scorer.block_forwards
+    first, second = greedy.select(request), greedy.select(request)
+    assert len(first.mask) == 2
+    assert first.evaluations == second.evaluations == 1 + 8 + 7  # dense, then two scans
+    assert first.block_forwards + second.block_forwards == bench.scorer.block_forwards - before
+    assert make_baseline("one_shot", bench).select(request).evaluations == 0
+    costs = {name: make_baseline(name, bench).setup_evaluations for name in BASELINES}
+    assert costs["one_shot"] == costs["knapsack"] == 9
+    assert costs["gsi"] == bench.gsi.evaluations
+    assert costs["random"] == costs["greedy_per_byte"] == costs["dense"] == 0
+
+
+def test_kv_cache_decides_which_kind_goes():
+    bench = SyntheticBench([0.1] * 8, facts(layers=4))
+    greedy = make_baseline("greedy_per_byte", bench)
+    short, long = needing(bench, 5900), request_at(bench, 16, 1000, 0.8)
+    assert greedy.select(short).mask == BlockMask.of("layer00.ffn", "layer01.ffn")
+    assert greedy.select(long).mask == BlockMask.of("layer00.attn")
+
+
+def test_unknown_baseline_lists_the_known(bench):
+    with pytest.raises(UnknownNameError, match="Unknown baseline 'gsy'.*Did you mean 'gsi'"):
+        make_baseline("gsy", bench)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_impossible_requests_are_refused(bench, name):
+    baseline = make_baseline(name, bench)
+    with pytest.raises(InfeasibleBudgetError, match="with every block removed"):
+        baseline.select(Request(1, 10, 100))
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        baseline.select(Request(1, 5000, 10**9))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_on_a_real_model(real_bench, name):
+    request = Request.at_fraction(real_bench.memory, 2, 16, 0.8)
+    baseline = make_baseline(name, real_bench)
+    choice = baseline.select(request)
+    assert choice.fits == (name != "dense" and choice.fits)
+    assert choice.evaluations == 0 or name == "greedy_per_byte"
+    if name in ORDERED:
+        peak = real_bench.memory.peak_bytes(choice.mask, request)
+        assert peak <= request.budget_bytes

@@ -1,0 +1,33 @@
+"""A small model with known losses, and one real tiny model, for agents to learn on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.scoring.corpus import Corpus
+from rap_env.workbench import Workbench
+from tests.agents.synthetic import SyntheticBench
+from tests.tiny import VOCAB_SIZE, tiny_llm
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def bench() -> SyntheticBench:
+    """6 layers; the first is precious, and cheap-looking neighbours are dear together."""
+    costs = np.random.default_rng(0).lognormal(-3, 0.8, 12)
+    costs[:2] = 0.6, 4.0
+    return SyntheticBench(costs, interaction=2.0, cap=12.0)
+
+
+@pytest.fixture(scope="session")
+def real_bench() -> Workbench:
+    """A real model of 3 layers with random weights."""
+    torch.set_num_threads(1)
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
+    return Workbench(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False)

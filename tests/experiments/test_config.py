@@ -1,0 +1,205 @@
+"""Settings: every file composes, and mistakes are named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import MissingMandatoryValue
+
+from agents.algorithms import ALGORITHMS
+from agents.baselines import BASELINES
+from experiments.cli import CONF_DIR
+from experiments.config import EvaluateConfig, as_config, parse_shape, register
+from experiments.errors import ExperimentError
+from experiments.runs import run_label
+from experiments.train import agent_config
+from rap_env.errors import RapError, UnknownNameError
+from rap_env.scoring.generated_tasks import GENERATED_TASKS
+from rap_env.workload import SAMPLERS
+
+FILES = sorted(CONF_DIR.rglob("*.yaml"))
+GROUPS = [path for path in FILES if path.parent != CONF_DIR]
+PROGRAMS = ("profile", "train", "evaluate", "report", "demo")
+NEEDED = {
+    "model/custom": ["model.name=some/model"],
+    "calibration/file": ["calibration.source=text.txt"],
+    "workload/trace": ["workload.path=trace.csv"],
+}
+"""What a group's file asks the user for."""
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        yield
+
+
+def composed(program="train", *overrides):
+    return as_config(compose(program, overrides=list(overrides)))
+
+
+def test_some_files_were_found():
+    assert len(FILES) >= 25
+    assert {path.parent.name for path in GROUPS} == {
+        "model", "calibration", "importance", "workload", "reward", "env", "agent", "logger",
+        "experiment",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_composes_over_the_schema(program):
+    config = composed(program)
+    assert config.stage == program
+    assert config.name == ("demo" if program == "demo" else "default")
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_file_of_every_group_composes(path):
+    choice = f"{path.parent.name}/{path.stem}"
+    overrides = [choice.replace("/", "=", 1), *NEEDED.get(choice, [])]
+    config = composed("train", *overrides)
+    if path.parent.name == "experiment":
+        assert config.name == path.stem
+        return
+    section = getattr(config, path.parent.name)
+    values = yaml.safe_load(path.read_text())
+    for key, value in values.items():
+        found = section[key] if isinstance(section, dict) else getattr(section, key)
+        if value != "???" and not isinstance(value, dict):
+            assert found == value
+
+
+@pytest.mark.parametrize("choice", sorted(NEEDED))
+def test_what_a_file_leaves_open_must_be_given(choice):
+    with pytest.raises(MissingMandatoryValue, match=NEEDED[choice][0].split("=")[0]):
+        composed("train", choice.replace("/", "=", 1))
+
+
+def test_names_in_the_files_exist():
+    agents = {path.stem for path in (CONF_DIR / "agent").glob("*.yaml")}
+    assert agents == set(ALGORITHMS)
+    for name in agents:
+        assert agent_config(composed("train", f"agent={name}", "seed=3")).name == name
+    assert {path.stem for path in (CONF_DIR / "workload").glob("*.yaml")} == set(SAMPLERS)
+    for experiment in ("demo", "main"):
+        found = composed("evaluate", f"experiment={experiment}").evaluate
+        assert set(found.baselines) <= set(BASELINES)
+        assert set(found.tasks.names) <= set(GENERATED_TASKS)
+
+
+def test_null_leaves_a_hyperparameter_to_the_agent():
+    config = composed("train", "agent.hyperparameters.learning_rate=0.01")
+    assert agent_config(config).hyperparameters == {"learning_rate": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("agnet=ppo", "agnet"),
+        ("agent.total_timestep=5", "total_timestep"),
+        ("evaluate.budget=[0.9]", "budget"),
+        ("agent.hyperparameters.lr=1", "lr"),
+        ("agent=pppo", "agent/pppo"),
+        ("agent.total_timesteps=many", "agent.total_timesteps"),
+        ("seed=1.5", "seed"),
+    ],
+)
+def test_a_misspelt_key_or_wrong_type_is_named(override, named):
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed("train", override)
+    assert named in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("agent.total_timesteps=0", "agent.total_timesteps must be at least 1, not 0"),
+        ("calibration.windows=0", "text.windows must be at least 1, not 0"),
+        ("evaluate.budgets=[1.2]", "above 0 and at most 1; 1.2 is not"),
+        ("evaluate.budgets=[]", "need an entry each"),
+        ("evaluate.requests=[8by16]", "such as 8x2048; '8by16' is not"),
+        ("importance.method=gis", "Did you mean 'gsi'?"),
+        ("logger.wandb_mode=of", "known are 'auto', 'offline', 'online'"),
+        ("name=a/b", "name must be one folder name"),
+        ("threads=0", "threads must be at least 1"),
+    ],
+)
+def test_an_impossible_value_is_named(override, sentence):
+    with pytest.raises(RapError) as caught:
+        composed("train", override)
+    assert sentence in str(caught.value)
+
+
+def test_an_unknown_hyperparameter_is_named():
+    config = composed("train", "+agent.hyperparameters.learning_speed=1")
+    with pytest.raises(UnknownNameError, match="learning_speed.*Did you mean 'learning_rate'"):
+        agent_config(config)
+
+
+def test_shapes_are_read():
+    assert parse_shape("8x2048") == (8, 2048)
+    assert EvaluateConfig(requests=["1x128", "16 x 4096"]).shapes == [(1, 128), (16, 4096)]
+    with pytest.raises(ExperimentError, match="BATCHxTOKENS"):
+        parse_shape("8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "label"),
+    [
+        (("train", "dqn", 1, "agent=dqn,seed=1"), "dqn-s1"),
+        (("train", "ppo", 0, "agent.hyperparameters.gamma=0.9"), "ppo-gamma=0.9-s0"),
+        (("train", "ppo", 0, "logger=both,name=x,evaluate.budgets=[0.9,0.8]"), "ppo-s0"),
+        (("train", "ppo", 2, "workload.budget_fraction_range=[0.6,0.7],seed=2"),
+         "ppo-budget_fraction_range=_0.6_0.7-s2"),
+        (("evaluate", "ppo", 0, "evaluate.budgets=[0.9],seed=1"), "budgets=_0.9"),
+        (("report", "ppo", 0, "name=x"), "report"),
+    ],
+)  # fmt: skip
+def test_runs_are_named_after_what_differs(arguments, label):
+    assert run_label(*arguments) == label
+
+
+def test_long_names_stay_short_and_distinct():
+    overrides = ",".join(f"agent.hyperparameters.setting_number_{i}={i}" for i in range(9))
+    one, two = (run_label("train", "ppo", 0, o) for o in (overrides, f"{overrides}9"))
+    assert one != two
+    assert max(len(one), len(two)) < 80
+
+
+def run_program(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True, text=True, cwd=cwd, timeout=120,
+        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin",
+             "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_mistake_ends_in_one_sentence_and_exit_code_2(tmp_path):
+    done = run_program("experiments.report", "name=nothing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: runs/nothing has no records to report")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "runs" / "nothing" / "report").is_dir(), "the run folder is the default one"
+
+
+def test_in_a_sweep_every_job_runs_and_the_mistake_is_told(tmp_path):
+    done = run_program("experiments.report", "-m", "name=one,two", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Error: runs/one has no records" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "runs" / "two").is_dir()
+
+
+def test_a_misspelt_key_on_the_command_line_is_named_without_a_traceback(tmp_path):
+    done = run_program("experiments.report", "nmae=x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nmae" in done.stderr
+    assert "Traceback" not in done.stderr

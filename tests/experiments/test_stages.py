@@ -1,0 +1,242 @@
+"""The four stages on a tiny real model: end to end, resumed, and refused where they must be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hydra import initialize_config_dir
+
+from experiments.cli import CONF_DIR
+from experiments.config import (
+    AgentConfig,
+    Config,
+    DemoConfig,
+    EvaluateConfig,
+    ImportanceConfig,
+    ModelConfig,
+    TextConfig,
+    register,
+)
+from experiments.contestants import check_names
+from experiments.demo import demo, demo_agents
+from experiments.errors import ExperimentError
+from experiments.evaluate import SET_ASIDE, evaluate
+from experiments.gather import gather, training_dirs
+from experiments.profile import profile
+from experiments.records import append_record, read_records, read_rows
+from experiments.runs import RunFolder
+from experiments.train import train
+from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
+from tests.tiny import tiny_model, tiny_tokenizer
+
+BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a random model of four layers in a folder of its own."""
+    base = tmp_path_factory.mktemp("stages")
+    tiny_model(layers=4).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="test", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=3, window_tokens=12),
+            importance=ImportanceConfig(gsi_removals=3),
+            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
+                      "budget_fractions": [0.9]},
+            reward={"name": "perplexity"},
+            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
+                              hyperparameters={"n_steps": 16, "batch_size": 16, "gamma": None}),
+            evaluate=EvaluateConfig(
+                requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
+                random_seeds=[0, 1], text=TextConfig(source="self", windows=3, window_tokens=12),
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profiled(config):
+    profile(config, config.stage_dir("profile"))
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(profiled):
+    train(profiled, profiled.stage_dir("train") / "maskable_ppo-s0")
+    return profiled
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained):
+    evaluate(trained, trained.stage_dir("evaluate"))
+    return trained
+
+
+def test_a_profile_holds_importance_memory_and_artifacts(profiled):
+    folder = profiled.stage_dir("profile")
+    found = json.loads((folder / "profile.json").read_text())
+    assert len(found["one_shot"]["loss_rise"]) == 8
+    assert len(found["gsi"]["order"]) == 3
+    assert found["calibration"]["windows"] == 3
+    lengths = {row["seq_len_tokens"] for row in found["memory_shares"]}
+    assert max(lengths) == found["facts"]["max_positions"]
+    for row in found["memory_shares"]:
+        parts = ("attn_weights", "ffn_weights", "embeddings", "kv_cache", "workspace")
+        assert sum(row[part] for part in parts) == pytest.approx(1.0)
+    assert {"gsi.json", "one_shot.json", "config.yaml", "run.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+def test_a_profile_is_not_measured_twice_nor_mixed(profiled):
+    path = profiled.stage_dir("profile") / "profile.json"
+    before = path.stat().st_mtime_ns
+    profile(profiled, path.parent)
+    assert path.stat().st_mtime_ns == before
+    other = replace(profiled, calibration=replace(profiled.calibration, seed=5))
+    with pytest.raises(ExperimentError, match=r"calibration\.seed: 0 -> 5"):
+        profile(other, path.parent)
+
+
+def test_a_training_leaves_checkpoints_metrics_and_a_picture(trained):
+    folder = trained.stage_dir("train") / "maskable_ppo-s0"
+    facts = RunFolder(folder).read()
+    assert facts["timesteps"] >= 64
+    assert (facts["method"], facts["seed"]) == ("maskable_ppo", 0)
+    assert facts["evaluations"] > 0
+    losses = [r["episode/loss"] for r in read_records(folder / "metrics.jsonl")
+              if "episode/loss" in r]  # fmt: skip
+    assert len(losses) == facts["episodes"]
+    assert (folder / "policy.png").stat().st_size > 1000
+    assert any((folder / "checkpoints").iterdir())
+    assert training_dirs(trained.root, finished=True) == [folder]
+
+
+def test_a_finished_training_is_left_alone_and_a_longer_one_goes_on(trained):
+    folder = trained.stage_dir("train") / "maskable_ppo-s0"
+    before = (folder / "metrics.jsonl").read_bytes()
+    train(trained, folder)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    longer = replace(trained, agent=replace(trained.agent, total_timesteps=96))
+    train(longer, folder)
+    steps = [record["step"] for record in read_records(folder / "metrics.jsonl")]
+    assert steps == sorted(steps)
+    assert RunFolder(folder).read()["timesteps"] >= 96
+    with pytest.raises(ExperimentError, match=r"agent\.n_envs: 2 -> 4"):
+        train(replace(trained, agent=replace(trained.agent, n_envs=4)), folder)
+
+
+def test_every_method_has_a_row_for_every_cell(evaluated):
+    rows = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")
+    assert {row.method for row in rows} == {"dense", "maskable_ppo", *BASELINES}
+    assert len(rows) == 4 * (1 + 1 + 2 + 3)  # random has two seeds
+    for row in rows:
+        assert row.fits == (row.peak_bytes <= row.budget_bytes)
+        assert row.fits != (row.method == "dense")
+        assert row.loss == pytest.approx(sum(row.window_losses) / 3)
+        assert row.loss_ci_low <= row.loss <= row.loss_ci_high
+        assert row.attn_removed + row.ffn_removed == len(row.mask)
+        depends = row.provenance["depends_on"]
+        assert depends["calibration_sha256"] != depends["report_sha256"]
+    by_method = {row.method: row for row in rows}
+    assert by_method["dense"].loss == 0
+    assert by_method["greedy_per_byte"].evaluations > 0
+    assert by_method["maskable_ppo"].evaluations == 0
+    assert by_method["maskable_ppo"].setup_evaluations > by_method["gsi"].setup_evaluations > 0
+
+
+def test_rows_that_are_there_are_not_computed_again(evaluated):
+    path = evaluated.stage_dir("evaluate") / "results.jsonl"
+    before = read_records(path)
+    kept = before[:5]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"method": "gs')
+    evaluate(evaluated, path.parent)
+    after = read_records(path)
+    assert after[:5] == kept, "decision times included: they were not measured again"
+    assert len(after) == len(before)
+
+
+def test_rows_of_other_settings_are_set_aside_and_come_back(evaluated):
+    path = evaluated.stage_dir("evaluate") / "results.jsonl"
+    whole = read_records(path)
+    smaller = replace(evaluated, evaluate=replace(evaluated.evaluate, budgets=[0.9]))
+    evaluate(smaller, path.parent)
+    assert {row.budget_fraction for row in read_rows(path)} == {0.9}
+    assert len(read_records(path.parent / SET_ASIDE)) == len(whole) // 2
+    evaluate(evaluated, path.parent)
+
+    def in_order(rows):
+        return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+
+    assert in_order(read_records(path)) == in_order(whole)
+
+
+def test_the_demo_reuses_everything_and_ends_with_table_and_report(evaluated, capsys):
+    results = evaluated.stage_dir("evaluate") / "results.jsonl"
+    before = results.read_bytes()
+    page = demo(evaluated, evaluated.root)
+    assert results.read_bytes() == before
+    assert "MaskablePPO" in page.read_text()
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("[")][-1] == "[4/4] report"
+    assert "Greedy per byte" in out
+    assert f"The report is {page}" in out
+    assert gather(evaluated.root).comparison.incomplete is False
+
+
+def test_the_demo_trains_the_agents_it_is_told_to(evaluated):
+    several = replace(evaluated, demo=DemoConfig(agents=["dqn", "maskable_ppo"]))
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        found = demo_agents(several)
+    assert [agent.name for agent in found] == ["dqn", "maskable_ppo"]
+    assert {agent.total_timesteps for agent in found} == {evaluated.agent.total_timesteps}
+    assert "gradient_steps" in found[0].hyperparameters
+    assert demo_agents(evaluated) == [evaluated.agent]
+
+
+def test_a_budget_that_no_mask_meets_is_refused_before_anything_runs(trained, tmp_path):
+    tight = replace(trained, evaluate=replace(trained.evaluate, budgets=[0.01]))
+    with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
+        evaluate(tight, tmp_path / "evaluate")
+    with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
+        train(replace(tight, seed=1), tmp_path / "maskable_ppo-s1")
+    assert not (tmp_path / "maskable_ppo-s1" / "checkpoints").exists()
+
+
+def test_text_that_was_searched_on_is_refused(trained, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the same few words again and again. " * 200)
+    source = {"source": str(text), "window_tokens": 32}
+    same = replace(
+        trained, name="overlap",
+        calibration=replace(trained.calibration, **source),
+        evaluate=replace(trained.evaluate, text=replace(trained.evaluate.text, **source)),
+        importance=ImportanceConfig(method="none"),
+    )  # fmt: skip
+    with pytest.raises(CorpusError, match="share 32 tokens in a row"):
+        evaluate(same, tmp_path / "evaluate")
+
+
+def test_unknown_names_and_folders_are_refused(trained, tmp_path):
+    unknown = replace(trained, evaluate=replace(trained.evaluate, baselines=["gready_per_byte"]))
+    with pytest.raises(UnknownNameError, match="Did you mean 'greedy_per_byte'"):
+        check_names(unknown)
+    missing = replace(trained, evaluate=replace(trained.evaluate, agents=[str(tmp_path)]))
+    with pytest.raises(ExperimentError, match="holds no training run"):
+        check_names(missing)
+    nothing = replace(trained, evaluate=replace(trained.evaluate, agents=[], baselines=[]))
+    with pytest.raises(ExperimentError, match="nothing to evaluate"):
+        check_names(nothing)
+
+
+def test_a_damaged_row_is_told_not_skipped(evaluated, tmp_path):
+    append_record(tmp_path / "results.jsonl", {"method": "gsi"})
+    with pytest.raises(ArtifactError, match="missing or unknown keys"):
+        read_rows(tmp_path / "results.jsonl")

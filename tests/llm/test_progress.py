@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+from transformers.utils import logging
+
+from rap_env.llm import progress
+from rap_env.llm.progress import growing_folder_bar, transformers_bars
+
+
+def test_bytes_of_a_folder_with_folders_in_it(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / "deep" / "er" / "b").write_bytes(b"12345")
+    assert progress._bytes_in(tmp_path) == 8
+    assert progress._bytes_in(tmp_path / "none") == 0
+
+
+def test_folders_may_vanish_while_they_are_counted(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            (tmp_path / "x" / "y" / "z").mkdir(parents=True)
+            (tmp_path / "x" / "y" / "z" / "file").write_bytes(b"1")
+            shutil.rmtree(tmp_path / "x")
+
+    writer = threading.Thread(target=churn)
+    writer.start()
+    try:
+        assert {progress._bytes_in(tmp_path) for _ in range(500)} <= {0, 1}
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with growing_folder_bar(tmp_path, 10, "Downloading"):
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def test_transformers_bars_are_put_back() -> None:
+    before = logging.is_progress_bar_enabled()
+    for shown in (True, False):
+        with transformers_bars(shown=shown):
+            assert logging.is_progress_bar_enabled() is shown
+        assert logging.is_progress_bar_enabled() is before

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rap_env.artifacts import (
+    atomic_write,
+    canonical_json,
+    digest,
+    disk_errors,
+    load_artifact,
+    save_artifact,
+)
+from rap_env.errors import ArtifactError, StorageFullError
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+FINITE = SCALARS.filter(lambda value: value not in (float("inf"), float("-inf")))
+VALUES = st.recursive(
+    FINITE, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10
+)
+BODIES = st.dictionaries(st.text(), VALUES)
+same_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
+
+
+@same_folder
+@given(body=BODIES)
+def test_an_artifact_comes_back_as_it_was_saved(body: dict[str, Any], tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a.json", "thing", 3, body)
+    assert load_artifact(tmp_path / "a.json", "thing", 3) == body
+
+
+@same_folder
+@given(data=st.data())
+def test_an_artifact_that_was_cut_anywhere_is_refused(data: Any, tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a.json", "thing", 3, {"order": ["layer00.attn"], "nll": [1.5, 2.0]})
+    content = (tmp_path / "a.json").read_bytes()
+    kept = data.draw(st.integers(0, len(content) - 2))  # the last byte is a line break
+    (tmp_path / "a.json").write_bytes(content[:kept])
+    with pytest.raises(
+        ArtifactError, match=r"a\.json is truncated .*; delete it and make it again"
+    ):
+        load_artifact(tmp_path / "a.json", "thing", 3)
+
+
+@same_folder
+@given(data=st.data())
+def test_no_altered_byte_goes_unnoticed(data: Any, tmp_path: Path) -> None:
+    body = {"order": ["layer00.attn"], "nll": [1.5, 2.0]}
+    save_artifact(tmp_path / "a.json", "thing", 3, body)
+    content = bytearray((tmp_path / "a.json").read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] = data.draw(st.integers(0, 255))
+    (tmp_path / "a.json").write_bytes(content)
+    with contextlib.suppress(ArtifactError):
+        assert load_artifact(tmp_path / "a.json", "thing", 3) == body  # only spaces differ
+
+
+def test_keys_and_tuples_come_back_as_json_has_them(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a.json", "thing", 1, {"by_layer": {2: "b", 10: "a"}, "pair": (1, 2)})
+    body = load_artifact(tmp_path / "a.json", "thing", 1)
+    assert body == {"by_layer": {"2": "b", "10": "a"}, "pair": [1, 2]}
+
+
+def test_an_altered_number_is_refused(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a.json", "thing", 1, {"nll": 1.5})
+    text = (tmp_path / "a.json").read_text().replace("1.5", "1.4")
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"was altered after it was written \(checksum differs"):
+        load_artifact(tmp_path / "a.json", "thing", 1)
+
+
+def test_another_kind_or_version_is_refused(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a.json", "thing", 1, {})
+    with pytest.raises(ArtifactError, match="is of the kind 'thing', but 'other' was expected"):
+        load_artifact(tmp_path / "a.json", "other", 1)
+    with pytest.raises(ArtifactError, match="has format 1, but this version reads 2; delete it"):
+        load_artifact(tmp_path / "a.json", "thing", 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "null",
+        "\xff",
+        "9" * 5000,
+        '{"kind": "thing"}',
+        '{"kind": "thing", "version": 1, "sha256": "", "body": {"nll": NaN}}',
+    ],
+)
+def test_what_is_no_artifact_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ArtifactError, match="is truncated or no artifact of this project"):
+        load_artifact(tmp_path / "a.json", "thing", 1)
+
+
+def test_a_missing_artifact_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_artifact(tmp_path / "none.json", "thing", 1)
+
+
+def test_nan_is_no_result_to_save_and_the_old_one_stays(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "a.json", "thing", 1, {"nll": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_artifact(tmp_path / "a.json", "thing", 1, {"nll": float("nan")})
+    assert load_artifact(tmp_path / "a.json", "thing", 1) == {"nll": 1.0}
+
+
+@settings(deadline=None, max_examples=40)
+@given(value=BODIES)
+def test_equal_values_have_equal_digests(value: dict[str, Any]) -> None:
+    shuffled = dict(reversed(value.items()))
+    assert canonical_json(value) == canonical_json(shuffled)
+    assert digest(value) == digest(json.loads(json.dumps(value)))
+
+
+def test_the_digest_never_changes_between_versions() -> None:
+    # Stores and artifacts on users' disks are keyed by it.
+    value = {"b": [1, 2.5, None, True], "a": "é"}
+    assert canonical_json(value) == '{"a":"\\u00e9","b":[1,2.5,null,true]}'
+    assert digest(value) == "0b8cc543e984d4d7398f5f603a4b91d358a2565f1d6b6a058565d662854e37cf"
+
+
+@pytest.mark.parametrize("pair", [(1, 1.0), (True, 1), ("1", 1), (None, "null"), ([], {})])
+def test_values_of_different_types_have_different_digests(pair: tuple[Any, Any]) -> None:
+    assert digest(pair[0]) != digest(pair[1])
+
+
+# Writing in one move
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), atomic_write(path) as file:
+        file.writelines([b"half of the new", "no bytes"])  # type: ignore[list-item]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_shows_before_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    with atomic_write(path) as file:
+        file.write(b"content")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"content"
+
+
+def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def _die_while_writing(path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_in_the_middle_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_die_while_writing, args=(path,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_in_a_sentence(code: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with (
+        pytest.raises(StorageFullError, match=r"No space left while writing .*file; free some"),
+        atomic_write(path),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_the_systems_own_full_disk_is_recognised() -> None:
+    with pytest.raises(StorageFullError, match="No space left while writing /dev/full"):  # noqa: SIM117
+        with disk_errors("/dev/full"), Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"x")
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), disk_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "no")

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    ArtifactError,
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    UnknownNameError,
+)
+from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts, memory_shares
+from rap_env.workload import Request
+
+FACTS = ModelFacts(
+    name="made-up",
+    fingerprint="f" * 64,
+    dtype="bfloat16",
+    block_param_bytes=(100, 300, 100, 300, 110, 330),
+    base_bytes=1000,
+    kv_bytes_per_token=(8, 8, 4),
+    kv_window_tokens=(None, 5, None),
+    itemsize=2,
+    hidden_size=16,
+    ffn_width=48,
+    vocab_size=50,
+    max_positions=4096,
+)
+MEMORY = MemoryModel(FACTS)
+REQUEST = Request(2, 10, 1)
+
+SHAPES = st.tuples(st.integers(1, 512), st.integers(1, FACTS.max_positions))
+MASKS = st.builds(BlockMask, st.frozensets(st.integers(0, FACTS.num_blocks - 1)))
+
+
+def test_every_byte_of_a_small_case_by_hand() -> None:
+    parts = MEMORY.breakdown(BlockMask.of("layer00.attn", "layer02.ffn"), REQUEST)
+    assert parts.attn_weights == 100 + 110
+    assert parts.ffn_weights == 300 + 300
+    assert parts.embeddings == 1000
+    # layer 1 holds its window of 5 tokens, layer 2 all 10, each of 2 sequences
+    assert parts.kv_cache == 2 * (5 * 8 + 10 * 4)
+    # 20 tokens of bfloat16: 3 streams and the two halves of a gated ffn; float32 logits
+    assert parts.workspace == 20 * 2 * (3 * 16 + 2 * 48) + 2 * 50 * 4
+    assert parts.weights == 810
+    assert parts.peak == 810 + 1000 + 160 + parts.workspace
+    assert sum(parts.as_dict().values()) == parts.peak
+
+
+def test_the_facts_describe_their_blocks() -> None:
+    assert (FACTS.num_layers, FACTS.num_blocks) == (3, 6)
+    assert [block.param_bytes for block in FACTS.blocks] == list(FACTS.block_param_bytes)
+    assert [block.index for block in FACTS.blocks] == list(range(6))
+
+
+def test_a_live_model_or_its_facts_give_the_same() -> None:
+    class Live:
+        facts = FACTS
+
+    assert MemoryModel(Live()).peak_bytes(BlockMask(), REQUEST) == MEMORY.peak_bytes(
+        BlockMask(), REQUEST
+    )
+
+
+@given(SHAPES, MASKS, st.integers(0, FACTS.num_blocks - 1))
+def test_each_removed_block_lowers_the_peak_by_what_it_frees(
+    shape: tuple[int, int], mask: BlockMask, index: int
+) -> None:
+    request = Request(*shape, budget_bytes=1)
+    without = mask - BlockMask.of(index)
+    before, after = (MEMORY.breakdown(m, request) for m in (without, without | BlockMask.of(index)))
+    freed = int(MEMORY.freed_bytes(request)[index])
+    workspace = before.workspace - after.workspace
+    assert freed > 0
+    assert workspace >= 0
+    assert before.peak - after.peak == freed + workspace
+
+
+@given(SHAPES, MASKS)
+def test_no_mask_needs_less_than_the_least_or_more_than_dense(
+    shape: tuple[int, int], mask: BlockMask
+) -> None:
+    request = Request(*shape, budget_bytes=1)
+    peak = MEMORY.peak_bytes(mask, request)
+    assert MEMORY.least_peak_bytes(request) <= peak <= MEMORY.dense_peak_bytes(*shape)
+
+
+@given(SHAPES, MASKS)
+def test_more_to_serve_never_needs_less(shape: tuple[int, int], mask: BlockMask) -> None:
+    batch, length = shape
+    peak = MEMORY.peak_bytes(mask, Request(batch, length, 1))
+    assert MEMORY.peak_bytes(mask, Request(batch + 1, length, 1)) > peak
+    longer = Request(batch, min(length + 1, FACTS.max_positions), 1)
+    assert MEMORY.peak_bytes(mask, longer) >= peak
+
+
+def test_a_sliding_window_bounds_its_layer_alone() -> None:
+    assert MEMORY.kv_bytes_by_layer(1, 4).tolist() == [32, 32, 16]
+    assert MEMORY.kv_bytes_by_layer(1, 100).tolist() == [800, 40, 400]
+
+
+def test_only_attention_frees_cache() -> None:
+    assert MEMORY.freed_bytes(REQUEST).tolist() == [260, 300, 180, 300, 190, 330]
+
+
+def test_the_workspace_is_bounded_by_the_prefill_chunk() -> None:
+    full, beyond = (
+        MEMORY.breakdown(BlockMask(), Request(1, length, 1)).workspace
+        for length in (PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS + 1)
+    )
+    assert full == beyond
+
+
+def test_sizes_beyond_32_bits_are_exact() -> None:
+    big = replace(FACTS, block_param_bytes=(2**40,) * 6, kv_bytes_per_token=(2**20,) * 3)
+    parts = MemoryModel(big).breakdown(BlockMask(), Request(4096, 4096, 1))
+    assert parts.weights == 6 * 2**40
+    assert parts.kv_cache == 4096 * 2**20 * (4096 + 5 + 4096)
+
+
+# Requests that cannot be
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch_size", 0), ("seq_len_tokens", -1), ("budget_bytes", 1.5)]
+)
+def test_a_request_of_nothing_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(
+        InvalidRequestError, match=f"{field} must be a whole number of at least 1, not {value}"
+    ):
+        replace(REQUEST, **{field: value})
+
+
+@pytest.mark.parametrize("value", [True, None, "3", 3.0, float("nan")])
+def test_only_whole_numbers_make_a_request(value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="batch_size must be a whole number"):
+        Request(value, 10, 10)
+
+
+def test_numpy_integers_make_a_plain_request() -> None:
+    request = Request(np.int64(2), np.int32(10), np.uint8(1))  # type: ignore[arg-type]
+    assert request == REQUEST
+    assert type(request.batch_size) is int
+
+
+def test_a_length_beyond_the_models_positions_is_refused() -> None:
+    with pytest.raises(
+        InvalidRequestError, match=r"from 1 to 4096 tokens \(the positions of made-up\), not 4097"
+    ):
+        MEMORY.peak_bytes(BlockMask(), Request(1, 4097, 1))
+    with pytest.raises(InvalidRequestError, match="batch size must be at least 1, not 0"):
+        MEMORY.check(0, 10)
+
+
+def test_a_mask_of_another_model_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"'layer03\.attn'; known are 'layer00\.attn \.\.\."):
+        MEMORY.peak_bytes(BlockMask.of("layer03.attn"), REQUEST)
+
+
+def test_a_budget_below_every_mask_is_refused_with_the_least() -> None:
+    least = MEMORY.least_peak_bytes(REQUEST)
+    MEMORY.check_feasible(replace(REQUEST, budget_bytes=least))
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        MEMORY.check_feasible(replace(REQUEST, budget_bytes=least - 1))
+    text = str(caught.value)
+    assert f"No mask of made-up fits {least - 1:,} bytes for 2 x 10 tokens" in text
+    assert f"it still needs {least:,} bytes" in text
+    assert "infeasible='clip'" in text
+
+
+@given(SHAPES, st.floats(0.01, 2.0))
+def test_a_budget_as_a_fraction_of_the_dense_peak(shape: tuple[int, int], fraction: float) -> None:
+    request = Request.at_fraction(MEMORY, *shape, fraction)
+    dense = MEMORY.dense_peak_bytes(*shape)
+    assert request.budget_bytes == max(1, int(fraction * dense))
+    assert (request.batch_size, request.seq_len_tokens) == shape
+
+
+def test_the_whole_dense_peak_needs_no_pruning() -> None:
+    request = Request.at_fraction(MEMORY, 3, 100, 1.0)
+    assert MEMORY.peak_bytes(BlockMask(), request) <= request.budget_bytes
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_fraction_that_is_no_budget(fraction: float) -> None:
+    with pytest.raises(InvalidRequestError, match="budget fraction must be above 0, not"):
+        Request.at_fraction(MEMORY, 1, 1, fraction)
+
+
+def test_a_fraction_of_a_length_that_the_model_cannot_serve() -> None:
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        Request.at_fraction(MEMORY, 1, 5000, 0.5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"block_param_bytes": (1, 1, 1)}, {"kv_window_tokens": (None,)}]
+)
+def test_facts_that_do_not_fit_together_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="facts of made-up do not fit together"):
+        replace(FACTS, **changes)
+
+
+# The picture
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=5))
+def test_shares_add_up_to_the_dense_peak(shapes: list[tuple[int, int]]) -> None:
+    rows = memory_shares(MEMORY, shapes)
+    parts = ("attn_weights", "ffn_weights", "embeddings", "kv_cache", "workspace")
+    for row, shape in zip(rows, shapes, strict=True):
+        assert (row["batch_size"], row["seq_len_tokens"]) == shape
+        assert row["peak_bytes"] == MEMORY.dense_peak_bytes(*shape)
+        assert sum(row[part] for part in parts) == pytest.approx(1)
+
+
+def test_the_cache_takes_over_from_the_weights_as_requests_grow() -> None:
+    short, long = memory_shares(MEMORY, [(1, 16), (256, 4096)])
+    assert short["ffn_weights"] > short["kv_cache"]
+    assert long["kv_cache"] > long["ffn_weights"]
