@@ -8,6 +8,7 @@ each costs an evaluation of the language model.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.masked_dqn import MaskedDQN
@@ -72,8 +74,10 @@ _RESERVED = {
     "optimize_memory_usage",
 }
 
+_LAST_LEARNING_RATE = 0.1  # as a share of the first
+
 _PPO_DEFAULTS = {
-    "n_steps": 64,
+    "n_steps": 32,
     "batch_size": 128,
     "n_epochs": 8,
     "learning_rate": 1e-3,
@@ -90,11 +94,11 @@ _DQN_DEFAULTS = {
     "learning_rate": 1e-3,
     "buffer_size": 10_000,
     "learning_starts": 500,
-    "batch_size": 128,
+    "batch_size": 64,
     "gamma": 1.0,
     "train_freq": 1,
     "gradient_steps": 4,
-    "target_update_interval": 200,
+    "target_update_interval": 50,  # a terminal reward travels back a step at each
     "exploration_fraction": 0.3,
     "exploration_initial_eps": 1.0,
     "exploration_final_eps": 0.02,
@@ -198,6 +202,7 @@ class AgentConfig:
             if key not in known:
                 raise UnknownNameError(f"hyperparameter of {self.name!r}:", key, known)
             _check_range(key, value)
+        _check_plain(self.hyperparameters)
 
     @property
     def algorithm(self) -> Algorithm:
@@ -212,22 +217,42 @@ class AgentConfig:
 def make_model(config: AgentConfig, venv: VecEnv) -> BaseAlgorithm:
     """A new, untrained model for the environments in `venv`.
 
-    It lives on the CPU: the network is so small that a GPU would only slow it down.
+    It lives on the CPU: the network is so small that a GPU would only slow it down. The
+    learning rate falls linearly to a tenth over the training.
     """
     settings = {**config.algorithm.defaults, **config.hyperparameters}
+    if "n_steps" in config.algorithm.defaults and "batch_size" not in config.hyperparameters:
+        settings["batch_size"] = min(settings["batch_size"], settings["n_steps"] * venv.num_envs)
+    rate = settings.pop("learning_rate")
+    schedule = LinearSchedule(rate, _LAST_LEARNING_RATE * rate, end_fraction=1.0)
     return config.algorithm.cls(
         config.algorithm.policies[config.policy],
         venv,
         seed=config.seed,
         device="cpu",
+        learning_rate=schedule,
         **settings,
     )
 
 
 def _check_range(key: str, value: Any) -> None:
-    low, high = _RANGES.get(key, (-math.inf, math.inf))
-    if isinstance(value, bool) or not isinstance(value, int | float) or low <= value <= high:
+    if key not in _RANGES:
         return
-    raise AgentConfigError(
-        f"The hyperparameter {key!r} must be from {low:g} to {high:g}, not {value!r}."
-    )
+    low, high = _RANGES[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise AgentConfigError(
+            f"The hyperparameter {key!r} must be from {low:g} to {high:g}, not {value!r}."
+        )
+
+
+def _check_plain(values: dict[str, Any]) -> None:
+    try:
+        plain = json.loads(json.dumps(values)) == values
+    except (TypeError, ValueError):
+        plain = False
+    if not plain:
+        raise AgentConfigError(
+            f"Hyperparameters must be plain numbers, words, lists and dicts, since they go into "
+            f"checkpoints; not {values!r}."
+        )

@@ -18,42 +18,52 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import MultiInputPolicy, QNetwork
 from torch import nn
 
+from rap_env.envs.observation import BLOCK_FEATURES, REQUEST_FEATURES
+
 Q_INVALID = -1e8
 """Q value of a block that is already gone; finite, since 0 times infinity is not a number."""
 
 _HIDDEN = 32
+_OVER = REQUEST_FEATURES.index("bytes_over")
+_FREED = BLOCK_FEATURES.index("freed_share")
+_PRICED = [BLOCK_FEATURES.index(name) for name in ("one_shot_loss", "gsi_marginal_loss")]
 
 
 class BlockRows(BaseFeaturesExtractor):
     """Joins each block's features with what holds for the whole request.
 
-    A row is: the block's features; the same standardised over the kept blocks, so that what
-    matters is how a block compares with the others, whatever the model's size; whether it is
-    kept; the request; the mean features of the kept and of the removed blocks; and the share of
-    blocks removed.
+    A row is: the block's features; the same and the prices below standardised over the kept
+    blocks, so that what matters is how a block compares with the others, whatever the model's
+    size; the share of the bytes still over budget that the block would free, at most 1; whether
+    it is kept; the request; the mean features of the kept and of the removed blocks; and the
+    share of blocks removed. A price is the log of a measured importance per useful byte: a
+    ratio that a small network would need many episodes to find.
 
     Args:
-        observation_space: A ``Dict`` with ``request`` (R,), ``blocks`` (2L, F) and
-            ``action_mask`` (2L,).
+        observation_space: That of `rap_env.envs.observation.ObservationBuilder`: a ``Dict``
+            with ``request`` (R,), ``blocks`` (2L, F) and ``action_mask`` (2L,).
     """
 
     def __init__(self, observation_space: spaces.Dict) -> None:
         features = _shape(observation_space, "blocks")[1]
         request = _shape(observation_space, "request")[0]
-        super().__init__(observation_space, features_dim=4 * features + request + 2)
+        width = 4 * features + len(_PRICED) + request + 3
+        super().__init__(observation_space, features_dim=width)
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         """Rows of shape (B, 2L, W)."""
         blocks, request = observations["blocks"], observations["request"]
         kept = observations["action_mask"].to(blocks.dtype).unsqueeze(-1)
         removed = 1 - kept
-        mean_kept = _mean(blocks, kept)
-        centred = (blocks - mean_kept.unsqueeze(1)) * kept
-        spread = _mean(centred.square(), kept).sqrt().unsqueeze(1)
-        relative = (centred / (spread + 1e-4)).clamp(-3, 3)
-        whole = torch.cat([request, mean_kept, _mean(blocks, removed), removed.mean(dim=1)], dim=1)
+        over = request[:, _OVER].reshape(-1, 1, 1)
+        useful = (blocks[:, :, [_FREED]] / (over + 1e-6)).clamp(max=1) * kept
+        prices = torch.log((blocks[:, :, _PRICED] + 1e-2) / (useful + 1e-3))
+        compared = _standardised(torch.cat([blocks, prices], dim=2), kept)
+        whole = torch.cat(
+            [request, _mean(blocks, kept), _mean(blocks, removed), removed.mean(dim=1)], dim=1
+        )
         whole = whole.unsqueeze(1).expand(-1, blocks.shape[1], -1)
-        return torch.cat([blocks, relative, kept, whole], dim=2)
+        return torch.cat([blocks, compared, useful, kept, whole], dim=2)
 
 
 class BlockScores(nn.Module):
@@ -248,6 +258,13 @@ def _linear(width: int, out: int, gain: float = 2**0.5) -> nn.Linear:
 def _mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Weighted mean over blocks, (B, 2L, F) to (B, F); 0 where all weights are."""
     return (values * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def _standardised(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Deviations from the mean of the kept blocks, in units of their spread; 0 for the others."""
+    centred = (values - _mean(values, kept).unsqueeze(1)) * kept
+    spread = _mean(centred.square(), kept).sqrt().unsqueeze(1)
+    return (centred / (spread + 1e-4)).clamp(-3, 3)
 
 
 def _shape(space: spaces.Dict, key: str) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -71,7 +70,7 @@ class TrainedPolicy:
         if checkpoint is None:
             raise ArtifactError(f"{run_dir} holds no checkpoint; train an agent there first.")
         builder = ObservationBuilder(workbench.memory, workbench.features)
-        return cls(_fitting(checkpoint, builder.space), builder)
+        return cls(_fitting(checkpoint, builder), builder)
 
     def select(self, request: Request) -> MaskChoice:
         """Choose the blocks to remove for `request`.
@@ -105,15 +104,16 @@ def _scores(policy: BasePolicy, observation: Any) -> torch.Tensor:
     return logits
 
 
-def _fitting(checkpoint: Checkpoint, space: spaces.Dict) -> BasePolicy:
+def _fitting(checkpoint: Checkpoint, builder: ObservationBuilder) -> BasePolicy:
     """The checkpoint's network, made anew for a model with other spaces where that is possible."""
     policy: BasePolicy = checkpoint.load_model().policy
+    space, num_blocks = builder.space, builder.memory.facts.num_blocks
     if policy.observation_space == space:
         return policy
     if checkpoint.config.policy == "blockwise":
         arguments = policy._get_constructor_parameters()
         arguments["observation_space"] = space
-        arguments["action_space"] = gym.spaces.Discrete(space["action_mask"].shape[0])  # type: ignore[index]
+        arguments["action_space"] = spaces.Discrete(num_blocks)
         other: BasePolicy = type(policy)(**arguments)
         try:
             other.load_state_dict(policy.state_dict())

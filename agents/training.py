@@ -91,6 +91,7 @@ def train(
     """
     run_dir = Path(run_dir)
     venv = make_vector_env(config, make_env)
+    scored_before = _evaluations(venv)
     try:
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
         if checkpoint is None:
@@ -100,7 +101,7 @@ def train(
             model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
             log.info("Training goes on from step %d of %s.", checkpoint.step, run_dir)
         model.set_logger(Logger(folder=None, output_formats=[_SinkWriter(log_fns)]))
-        recorder = Recorder(config, run_dir, log_fns, done, show_bar=progress)
+        recorder = Recorder(config, run_dir, log_fns, done, progress, scored_before)
         remaining = config.total_timesteps - model.num_timesteps
         if remaining > 0:
             _learn(model, remaining, recorder, fresh=checkpoint is None)
@@ -159,12 +160,14 @@ class Recorder(BaseCallback):
         sinks: Sequence[MetricSink],
         done: dict[str, float],
         show_bar: bool,
+        scored_before: int,
     ) -> None:
         super().__init__()
         self._config = config
         self._folder = run_dir / "checkpoints"
         self._sinks = sinks
         self._show_bar = show_bar
+        self._scored_before = scored_before
         self._recent: deque[float] = deque(maxlen=_RECENT_EPISODES)
         self._bar: tqdm[Any] | None = None
         self._saved_at = -1
@@ -192,7 +195,6 @@ class Recorder(BaseCallback):
         self._before = dict(self.totals)
         self._start = time.perf_counter()
         self._start_step = self._saved_at = self.num_timesteps
-        self._start_evaluations = _evaluations(self.training_env)
         self._bar = tqdm(
             total=max(self._config.total_timesteps, self.num_timesteps),
             initial=self.num_timesteps,
@@ -242,7 +244,7 @@ class Recorder(BaseCallback):
     def _count(self) -> None:
         spent = time.perf_counter() - self._start
         self.totals["seconds"] = self._before["seconds"] + spent
-        run = _evaluations(self.training_env) - self._start_evaluations
+        run = _evaluations(self.training_env) - self._scored_before
         self.totals["evaluations"] = self._before["evaluations"] + run
 
     def _steps_per_s(self) -> float:

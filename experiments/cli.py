@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import Config, as_config, register
 from experiments.errors import ExperimentError
+from experiments.threads import set_threads
 from rap_env.errors import RapError
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -40,7 +41,7 @@ def launch(stage: str, run: Stage) -> None:
     def main(node: DictConfig) -> None:
         try:
             config = as_config(node)
-            _set_threads(config.threads)
+            set_threads(config)
             run(config, Path(HydraConfig.get().runtime.output_dir))
         except RapError as error:
             if HydraConfig.get().mode == RunMode.RUN:
@@ -71,10 +72,3 @@ def _message(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException) and str(cause).strip() not in parts[0]:
         parts.append(str(cause).strip())
     return "\n".join(parts)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)

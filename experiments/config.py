@@ -203,7 +203,7 @@ class Config:
     """Score store: ``default`` (in the user's cache), a file, or null."""
     progress: bool = True
     threads: int | None = None
-    """Threads of torch; null leaves its own choice."""
+    """Threads of torch; null measures which number is fastest, and keeps to it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)

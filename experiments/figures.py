@@ -13,12 +13,11 @@ import numpy as np
 from experiments.comparison import REFERENCE, Comparison
 from experiments.methods import (
     KIND_COLOURS,
-    MEMORY_COLOURS,
-    MEMORY_LABELS,
     TIMES,
     look,
     short_label,
 )
+from rap_env.memory_picture import draw_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,39 +154,13 @@ def loss_against_budget(comparison: Comparison, narrow: bool) -> Figure:
 
 def memory_picture(profile: dict[str, Any], narrow: bool) -> Figure:
     """Shares of what the dense model holds as the sequences get longer, a panel a batch size."""
-    shares = profile["memory_shares"]
-    batches = sorted({row["batch_size"] for row in shares})
-    columns = 2 if narrow else len(batches)
-    rows = -(-len(batches) // columns)
     with style():
-        figure, axes = panels(
-            rows, columns, narrow=narrow, height=2.4 if narrow else 2.9, sharey=True, sharex=True
+        return draw_memory(
+            profile["memory_shares"],
+            columns=2 if narrow else None,
+            width_in=NARROW_IN if narrow else WIDE_IN,
+            row_height_in=2.4 if narrow else 2.9,
         )
-        for place, (axis, batch) in enumerate(zip(axes, batches, strict=False)):
-            found = sorted(
-                (r for r in shares if r["batch_size"] == batch), key=lambda r: r["seq_len_tokens"]
-            )
-            tokens = [row["seq_len_tokens"] for row in found]
-            stacks = [[100 * row[part] for row in found] for part in MEMORY_COLOURS]
-            axis.stackplot(
-                tokens, *stacks, colors=list(MEMORY_COLOURS.values()),
-                labels=list(MEMORY_LABELS.values()), linewidth=0.6, edgecolor="white",
-            )  # fmt: skip
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(tokens[::2], [_short_count(t) for t in tokens[::2]])
-            if len(tokens) > 1:
-                axis.set_xlim(tokens[0], tokens[-1])
-            axis.set_ylim(0, 100)
-            axis.set_title(f"batch {batch}", fontsize=9)
-            axis.grid(False)
-            axis.label_outer()
-            axis.set_xlabel("sequence length (tokens)" if place >= (rows - 1) * columns else "")
-        figure.supylabel("share of peak memory (%)", fontsize=9)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles[::-1], labels[::-1], loc="outside lower center", ncols=2 if narrow else 5
-        )
-    return figure
 
 
 def importance_bars(profile: dict[str, Any], narrow: bool) -> Figure:
@@ -304,7 +277,3 @@ def _name_rows(axis: Axes, methods: list[str]) -> None:
     axis.set_yticks(range(len(methods)), [short_label(method) for method in methods])
     axis.set_ylim(-0.6, len(methods) - 0.4)
     axis.grid(axis="y", visible=False)
-
-
-def _short_count(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)

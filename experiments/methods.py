@@ -12,23 +12,6 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
 """Colours of the two kinds of blocks."""
 
-MEMORY_COLOURS = {
-    "ffn_weights": KIND_COLOURS["ffn"],
-    "attn_weights": KIND_COLOURS["attn"],
-    "kv_cache": "#9CC3E6",
-    "embeddings": "#B9B4A8",
-    "workspace": "#DEDAD0",
-}
-"""Colours of what memory holds; the KV cache is a light attention blue, as attention makes it."""
-
-MEMORY_LABELS = {
-    "ffn_weights": "FFN weights",
-    "attn_weights": "attention weights",
-    "kv_cache": "KV cache",
-    "embeddings": "embeddings and head",
-    "workspace": "workspace (estimate)",
-}
-
 
 @dataclass(frozen=True)
 class Look:

@@ -13,13 +13,9 @@ from experiments.cli import launch
 from experiments.config import Config
 from experiments.runs import RunFolder
 from rap_env.artifacts import atomic_write
-from rap_env.memory import MemoryModel, memory_shares
 from rap_env.workbench import Workbench
 
 log = logging.getLogger(__name__)
-
-PICTURE_BATCHES = (1, 4, 16, 64)
-PICTURE_LENGTHS = 8
 
 
 def profile(config: Config, folder: Path) -> Path:
@@ -70,7 +66,7 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
             "kv_bytes_per_token": list(facts.kv_bytes_per_token),
             "max_positions": facts.max_positions,
         },
-        "memory_shares": memory_shares(workbench.memory, picture_shapes(workbench.memory)),
+        "memory_shares": workbench.memory.shares(),
         "calibration": workbench.scorer.corpus.provenance,
         "dense_nll": one_shot.dense_nll,
         "one_shot": {
@@ -96,13 +92,6 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
             "provenance": gsi.provenance,
         }
     return record
-
-
-def picture_shapes(memory: MemoryModel) -> list[tuple[int, int]]:
-    """Batch sizes and lengths of the memory picture: the positions, halved again and again."""
-    halved = [memory.facts.max_positions >> times for times in range(PICTURE_LENGTHS)]
-    lengths = sorted(tokens for tokens in halved if tokens)
-    return [(batch, length) for batch in PICTURE_BATCHES for length in lengths]
 
 
 if __name__ == "__main__":

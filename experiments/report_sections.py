@@ -114,15 +114,21 @@ def importance_section(data: ReportData, gallery: Gallery) -> Section:
     if not profile:
         return section
     text = profile["calibration"]
-    gallery.add(
-        section, "importance", "Importance of blocks, by kind",
+    gsi = profile.get("gsi")
+    caption = (
         f"Loss on the calibration text ({text['windows']} windows of {text['window_tokens']} "
-        "tokens). Left: each block removed alone from the dense model (linear near zero). Right: "
-        "greedy sequential importance (GSI) removes the least important block, measures all "
-        "others again, and repeats; bars show the loss reached and the kind of block removed.",
+        "tokens) without each block alone (linear near zero)."
+    )
+    if gsi:
+        caption += (
+            " Second panel: greedy sequential importance (GSI) removes the least important block, "
+            "measures all others again, and repeats; bars show the loss reached and the kind of "
+            "block removed."
+        )
+    gallery.add(
+        section, "importance", "Importance of blocks, by kind", caption,
         partial(figures.importance_bars, profile),
     )  # fmt: skip
-    gsi = profile.get("gsi")
     if gsi:
         section.text(
             f"GSI took {gsi['evaluations']:,} model evaluations and {gsi['seconds']:,.0f} s for "

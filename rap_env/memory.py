@@ -8,7 +8,7 @@ is an estimate and is named so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,8 @@ from rap_env.blocks import Block, BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rap_env.workload import Request
 
 PREFILL_CHUNK_TOKENS = 2048
@@ -216,6 +218,45 @@ class MemoryModel:
                 "the environment to serve the nearest budget that can be met."
             )
 
+    def shares(
+        self,
+        batch_sizes: Sequence[int] = (1, 4, 16, 64),
+        seq_lens_tokens: Sequence[int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Shares of the dense peak by what fills it, a row for each batch size and length.
+
+        Args:
+            batch_sizes: Batch sizes.
+            seq_lens_tokens: Sequence lengths; by default the model's positions, halved seven times.
+        """
+        longest = self.facts.max_positions
+        lengths = seq_lens_tokens or sorted({longest >> n for n in range(8)} - {0})
+        rows = []
+        for batch_size in batch_sizes:
+            for seq_len_tokens in lengths:
+                parts = self.breakdown(BlockMask(), _unbounded(batch_size, seq_len_tokens))
+                shape = {"batch_size": batch_size, "seq_len_tokens": seq_len_tokens}
+                named = {part.name: getattr(parts, part.name) for part in fields(parts)}
+                part_shares = {name: held / parts.peak for name, held in named.items()}
+                rows.append({**shape, "peak_bytes": parts.peak, **part_shares})
+        return rows
+
+    def picture(
+        self,
+        batch_sizes: Sequence[int] = (1, 4, 16, 64),
+        seq_lens_tokens: Sequence[int] | None = None,
+    ) -> Figure:
+        """Draw `shares`: weights fill the memory of short requests, the KV cache that of long ones.
+
+        Save it with ``figure.savefig("memory.png")``.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from rap_env.memory_picture import draw_memory
+
+        return draw_memory(self.shares(batch_sizes, seq_lens_tokens))
+
     def _workspace(self, request: Request, any_ffn: bool) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
         facts = self.facts
@@ -229,23 +270,3 @@ def _unbounded(batch_size: int, seq_len_tokens: int) -> Request:
     from rap_env.workload import Request  # workload builds on memory, not the other way round
 
     return Request(batch_size, seq_len_tokens, budget_bytes=2**62)
-
-
-def memory_shares(memory: MemoryModel, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Shares of the dense peak, one row for each (batch size, sequence length in tokens)."""
-    rows = []
-    for batch_size, seq_len_tokens in shapes:
-        parts = memory.breakdown(BlockMask(), _unbounded(batch_size, seq_len_tokens))
-        rows.append(
-            {
-                "batch_size": batch_size,
-                "seq_len_tokens": seq_len_tokens,
-                "peak_bytes": parts.peak,
-                "attn_weights": parts.attn_weights / parts.peak,
-                "ffn_weights": parts.ffn_weights / parts.peak,
-                "embeddings": parts.embeddings / parts.peak,
-                "kv_cache": parts.kv_cache / parts.peak,
-                "workspace": parts.workspace / parts.peak,
-            }
-        )
-    return rows

@@ -15,7 +15,7 @@ from rap_env.errors import (
     InvalidRequestError,
     UnknownNameError,
 )
-from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts, memory_shares
+from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts
 from rap_env.workload import Request
 
 FACTS = ModelFacts(
@@ -209,17 +209,23 @@ def test_facts_that_do_not_fit_together_are_refused(changes: dict[str, Any]) -> 
 # The picture
 
 
-@given(st.lists(SHAPES, min_size=1, max_size=5))
-def test_shares_add_up_to_the_dense_peak(shapes: list[tuple[int, int]]) -> None:
-    rows = memory_shares(MEMORY, shapes)
+@given(SHAPES)
+def test_shares_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
+    (row,) = MEMORY.shares([shape[0]], [shape[1]])
     parts = ("attn_weights", "ffn_weights", "embeddings", "kv_cache", "workspace")
-    for row, shape in zip(rows, shapes, strict=True):
-        assert (row["batch_size"], row["seq_len_tokens"]) == shape
-        assert row["peak_bytes"] == MEMORY.dense_peak_bytes(*shape)
-        assert sum(row[part] for part in parts) == pytest.approx(1)
+    assert (row["batch_size"], row["seq_len_tokens"]) == shape
+    assert row["peak_bytes"] == MEMORY.dense_peak_bytes(*shape)
+    assert sum(row[part] for part in parts) == pytest.approx(1)
 
 
 def test_the_cache_takes_over_from_the_weights_as_requests_grow() -> None:
-    short, long = memory_shares(MEMORY, [(1, 16), (256, 4096)])
+    (short,), (long,) = MEMORY.shares([1], [16]), MEMORY.shares([256], [4096])
     assert short["ffn_weights"] > short["kv_cache"]
     assert long["kv_cache"] > long["ffn_weights"]
+
+
+def test_the_picture_has_a_panel_for_each_batch_size(tmp_path) -> None:
+    figure = MEMORY.picture(batch_sizes=(1, 8))
+    assert [axis.get_title() for axis in figure.axes] == ["batch 1", "batch 8"]
+    figure.savefig(tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 10_000

@@ -38,9 +38,11 @@ class GSIProfile:
         first_nll: NLL without each block alone, length 2L (the first round).
         last_nll: In the last round, NLL without each block that was then left in place, by
             name (measured before that round's removal).
-        evaluations: Masks that were run for it.
-        block_forwards: Blocks that were run for it.
-        seconds: Wall time it took, over all of its sessions.
+        evaluations: Masks that had to be known for it, stored ones included: what it costs
+            to whoever starts with nothing.
+        evaluations_run: Masks that were really run; less where a store already had some.
+        block_forwards: Blocks that were really run.
+        seconds: Wall time it took, over all of its sessions, for what was really run.
         provenance: Model, text and everything else that determined the scores.
     """
 
@@ -53,6 +55,7 @@ class GSIProfile:
     first_nll: tuple[float, ...]
     last_nll: dict[str, float]
     evaluations: int
+    evaluations_run: int
     block_forwards: int
     seconds: float
     provenance: dict[str, Any]
@@ -163,16 +166,18 @@ def _started(scorer: MaskScorer, method: str, path: str | os.PathLike[str] | Non
                 f"({found.provenance['text']}); give another path or delete it."
             )
         return found
+    before, dense_nll = scorer.evaluations, scorer.dense_nll
     return GSIProfile(
         method=method,
         num_blocks=facts.num_blocks,
         param_bytes=facts.block_param_bytes,
         order_indices=(),
-        dense_nll=scorer.dense_nll,
+        dense_nll=dense_nll,
         nll_after=(),
         first_nll=(),
         last_nll={},
-        evaluations=0,
+        evaluations=1,  # the dense model
+        evaluations_run=scorer.evaluations - before,
         block_forwards=0,
         seconds=0.0,
         provenance=provenance_of(scorer),
@@ -193,7 +198,8 @@ def _next_round(
         nll_after=(*profile.nll_after, nll[least]),
         first_nll=profile.first_nll or tuple(nll[block] for block in scorer.llm.blocks),
         last_nll={block.name: value for block, value in nll.items() if block != least},
-        evaluations=profile.evaluations + scorer.evaluations - before[0],
+        evaluations=profile.evaluations + len(nll),
+        evaluations_run=profile.evaluations_run + scorer.evaluations - before[0],
         block_forwards=profile.block_forwards + scorer.block_forwards - before[1],
         seconds=profile.seconds + time.perf_counter() - began,
     )

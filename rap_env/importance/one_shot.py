@@ -30,9 +30,10 @@ class OneShotProfile:
         dense_nll: NLL of the dense model, nats per token.
         nll_without: NLL without each block, nats per token, length 2L.
         influence: Block influence of each block, length 2L (see `block_influence`).
-        evaluations: Masks that were run for it.
-        block_forwards: Blocks that were run for it.
-        seconds: Wall time it took.
+        evaluations: Masks that had to be known for it, stored ones included.
+        evaluations_run: Masks that were really run.
+        block_forwards: Blocks that were really run.
+        seconds: Wall time it took, for what was really run.
         provenance: Model, text and versions.
     """
 
@@ -40,6 +41,7 @@ class OneShotProfile:
     nll_without: tuple[float, ...]
     influence: tuple[float, ...]
     evaluations: int
+    evaluations_run: int
     block_forwards: int
     seconds: float
     provenance: dict[str, Any]
@@ -84,7 +86,8 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
         dense_nll=dense,
         nll_without=tuple(without[block] for block in blocks),
         influence=tuple(block_influence(scorer).tolist()),
-        evaluations=scorer.evaluations - before[0],
+        evaluations=len(blocks) + 1,
+        evaluations_run=scorer.evaluations - before[0],
         block_forwards=scorer.block_forwards - before[1],
         seconds=time.perf_counter() - began,
         provenance=provenance_of(scorer),

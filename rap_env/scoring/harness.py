@@ -38,6 +38,8 @@ TASK_FOLDERS: dict[str, str] = {
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 
+log = logging.getLogger(__name__)
+
 _NOISY = ("lm_eval", "transformers.tokenization_utils_base")
 
 
@@ -167,6 +169,7 @@ def _manager_for(name: str) -> Any:
     folder = TASK_FOLDERS.get("blimp" if name.startswith("blimp_") else name)
     manager = None if folder is None else _manager(folder)
     if manager is None or name not in manager.task_index:
+        log.info("Looking through all of lm-eval's tasks for %r, which takes some seconds.", name)
         manager = _manager("")
     if name not in manager.task_index:
         near = _near(name, manager.all_tasks)

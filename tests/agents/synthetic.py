@@ -48,6 +48,7 @@ class SyntheticScorer:
         self.cap = cap
         self.evaluations = 0
         self.block_forwards = 0
+        self.known = {}
 
     def loss(self, mask):
         removed = np.zeros(len(self.costs))
@@ -60,9 +61,11 @@ class SyntheticScorer:
         return self.nll(BlockMask())
 
     def nll(self, mask):
-        self.evaluations += 1
-        self.block_forwards += len(self.costs) - len(mask)
-        return DENSE_NLL + float(self.loss(mask))
+        if mask not in self.known:
+            self.known[mask] = DENSE_NLL + float(self.loss(mask))
+            self.evaluations += 1
+            self.block_forwards += len(self.costs) - len(mask)
+        return self.known[mask]
 
     def scan(self, mask):
         blocks = [Block(i, 1) for i in range(len(self.costs)) if i not in mask]
@@ -82,7 +85,7 @@ class SyntheticBench:
         order, mask, marginal = [], BlockMask(), np.zeros(count)
         for _ in range(count):
             rest = [i for i in range(count) if i not in mask]
-            best = min(rest, key=lambda i: loss(mask | BlockMask.of(i)))  # noqa: B023
+            best = min(rest, key=lambda i: loss(mask | BlockMask.of(i)))
             marginal[best] = loss(mask | BlockMask.of(best)) - loss(mask)
             order.append(best)
             mask |= BlockMask.of(best)

@@ -24,6 +24,7 @@ from tests.agents.synthetic import make_env
         ({"hyperparameters": {"gamma": 1.5}}, AgentConfigError, "'gamma'.*0 to 1, not 1.5"),
         ({"hyperparameters": {"learning_rate": -1e-3}}, AgentConfigError, "'learning_rate'"),
         ({"hyperparameters": {"n_steps": "many"}}, AgentConfigError, "'n_steps'.*not 'many'"),
+        ({"hyperparameters": {"policy_kwargs": {"hidden": int}}}, AgentConfigError, "be plain"),
     ],
 )
 def test_impossible_settings_are_named(settings, error, text):
@@ -41,9 +42,10 @@ def test_hyperparameters_are_those_of_the_agent():
 def test_given_hyperparameters_go_before_the_defaults(name, bench):
     config = AgentConfig(name, n_envs=1, hyperparameters={"learning_rate": 0.0123})
     model = make_model(config, DummyVecEnv([make_env(bench)]))
-    assert model.learning_rate == 0.0123
+    assert model.lr_schedule(1) == pytest.approx(0.0123)
+    assert model.lr_schedule(0) == pytest.approx(0.00123)
     assert model.gamma == 1.0
-    assert model.batch_size == ALGORITHMS[name].defaults["batch_size"]
+    assert model.batch_size == (32 if "ppo" in name else 64)
 
 
 def test_config_as_dict_makes_the_config_again():

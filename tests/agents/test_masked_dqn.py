@@ -26,16 +26,18 @@ def test_never_acts_on_a_removed_block(bench, policy, exploration):
     for name in ("masked_dqn", "dqn"):
         settings = {
             "learning_starts": 100,
+            "gradient_steps": 1,
+            "batch_size": 16,
             "exploration_initial_eps": exploration,
             "exploration_final_eps": exploration,
         }
         config = AgentConfig(name, policy, n_envs=4, hyperparameters=settings)
         model = make_model(config, DummyVecEnv([make_env(bench)] * 4))
         counter = CountsInvalid()
-        model.learn(400, callback=counter)
+        model.learn(300, callback=counter)
         counts[name] = counter.invalid
     assert counts["masked_dqn"] == 0
-    assert counts["dqn"] > 20
+    assert counts["dqn"] > 10
 
 
 def test_random_actions_reach_every_valid_block(bench):
@@ -53,7 +55,9 @@ def test_random_actions_reach_every_valid_block(bench):
 def test_same_seed_same_training(bench):
     weights = []
     for _ in range(2):
-        config = AgentConfig("masked_dqn", n_envs=2, hyperparameters={"learning_starts": 40})
+        config = AgentConfig(
+            "masked_dqn", n_envs=2, hyperparameters={"learning_starts": 40, "batch_size": 8}
+        )
         model = make_model(config, DummyVecEnv([make_env(bench)] * 2))
         model.learn(120)
         weights.append(np.concatenate([p.detach().ravel() for p in model.policy.parameters()]))

@@ -24,8 +24,8 @@ def scores(model, observation):
     tensors, _ = policy.obs_to_tensor(observation)
     with torch.no_grad():
         if "dqn" in type(model).__name__.lower():
-            return policy.q_net(tensors)[0]
-        return policy.get_distribution(tensors).distribution.logits[0]
+            return policy.q_net(tensors)[0].numpy()
+        return policy.get_distribution(tensors).distribution.logits[0].numpy()
 
 
 def observed(bench, *removed, fraction=0.6):
@@ -42,7 +42,7 @@ def test_saved_and_loaded_by_sb3_itself(tmp_path, bench, name, policy):
     model.save(tmp_path / "model.zip")
     again = type(model).load(tmp_path / "model.zip", device="cpu")
     observation = observed(bench, 3)
-    assert torch.equal(scores(model, observation), scores(again, observation))
+    assert np.array_equal(scores(model, observation), scores(again, observation))
     assert type(again.policy) is type(model.policy)
 
 
@@ -76,7 +76,7 @@ def test_blockwise_scores_follow_the_blocks(name, bench):
 
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
 def test_first_choices_are_near_uniform(name, bench):
-    probabilities = scores(model_of(name, "blockwise", bench), observed(bench)).exp()
+    probabilities = np.exp(scores(model_of(name, "blockwise", bench), observed(bench)))
     assert probabilities.max() < 1.2 / 12
     assert probabilities.min() > 0.8 / 12
 
@@ -104,7 +104,7 @@ def test_rows_are_finite_when_all_blocks_are_gone_or_look_alike(bench):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_sb3s_predict_gives_valid_actions_where_masks_are_known(name, bench):
     model = model_of(name, "blockwise", bench)
-    observation = observed(bench, *range(8), fraction=0.2)
+    observation = observed(bench, *range(8), fraction=0.3)
     arguments = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
     for _ in range(30):
         action, _ = model.predict(observation, deterministic=False, **arguments)

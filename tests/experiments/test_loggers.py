@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +78,23 @@ def test_wandb_offline_keeps_curves_config_table_and_picture(config, no_login):
     assert len(runs) == 1, "in the folder that all runs of the comparison share"
     media = {path.suffix for path in runs[0].rglob("files/media/**/*") if path.is_file()}
     assert media == {".png", ".json"}
-    records = inspect(runs[0])
+    records = whole(runs[0])
     run = next(record["run"] for record in records if "run" in record)
     assert (run["display_name"], run["run_group"]) == ("ppo-s4", "cmp")
     assert set(run["tags"]) == {"ppo", "seed-4", "tiny"}
     text = json.dumps(records)
     assert "episode/loss" in text
     assert "total_timesteps" in text
+
+
+def whole(run: Path) -> list[dict]:
+    """All records of a run; wandb's service may still be writing them for a moment."""
+    for _ in range(100):
+        records = inspect(run)
+        if any("exit" in record for record in records):
+            break
+        time.sleep(0.1)
+    return records
 
 
 def inspect(run: Path) -> list[dict]:

@@ -10,6 +10,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance import GSIProfile, gsi
 from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import ScoreStore
 from tests.scoring.test_scorer import plain_nll, tokens
 from tests.tiny import tiny_llm
 
@@ -33,8 +34,15 @@ def test_exact_gsi_is_the_naive_loop(seed):
     order, levels = naive_order(llm, ids, 8)
     assert list(profile.order) == order
     assert profile.nll_after == pytest.approx(levels, rel=2e-5)
-    # The last round has one candidate; dense and every other candidate are counted.
-    assert profile.evaluations == sum(range(1, 9))
+    assert profile.evaluations == profile.evaluations_run == 1 + sum(range(1, 9))
+
+
+def test_a_warm_store_does_not_make_the_method_look_cheaper(tmp_path):
+    llm, ids, store = tiny_llm(layers=3), tokens(), ScoreStore(tmp_path / "scores.sqlite")
+    cold = gsi(MaskScorer(llm, ids, store), progress=False)
+    warm = gsi(MaskScorer(llm, ids, store), progress=False)
+    assert warm.evaluations == cold.evaluations == cold.evaluations_run
+    assert warm.evaluations_run == 0
 
 
 def test_profile_says_what_each_block_costs():
@@ -62,7 +70,7 @@ def test_interrupted_and_continued_gives_the_same(tmp_path):
     gsi(MaskScorer(llm, ids), stop=2, path=path, progress=False)
     scorer = MaskScorer(llm, ids)
     continued = gsi(scorer, path=path, progress=False)
-    assert scorer.evaluations == sum(range(1, 5))  # the first two rounds were not run again
+    assert scorer.evaluations == sum(range(1, 5))  # neither dense nor the first rounds again
     assert continued.order == whole.order
     assert continued.nll_after == whole.nll_after
     assert continued.evaluations == whole.evaluations

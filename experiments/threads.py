@@ -1,0 +1,40 @@
+"""How many threads torch uses: the number asked for, or the fastest one, kept per comparison."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from experiments.config import Config
+from rap_env.artifacts import atomic_write
+
+log = logging.getLogger(__name__)
+
+_FILE = "threads.txt"
+
+
+def set_threads(config: Config) -> None:
+    """Set torch's threads before anything is measured.
+
+    Rounding depends on the number of threads, so all stages of a comparison, and a
+    comparison that goes on after a stop, use the number that its first stage chose.
+    """
+    import torch
+
+    threads = config.threads or _kept(config.root / _FILE)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    log.info("torch uses %d thread%s.", threads, "" if threads == 1 else "s")
+
+
+def _kept(path: Path) -> int:
+    """The number that this comparison uses; measured if it has none yet."""
+    from rap_env.llm.device import fastest_threads
+
+    try:
+        return max(1, int(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        threads = fastest_threads()
+    with atomic_write(path) as file:
+        file.write(f"{threads}\n".encode())
+    return threads

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agents import checkpoint as checkpoints
+from agents import training
+from agents.algorithms import ALGORITHMS, AgentConfig
+from agents.baselines import make_baseline
+from agents.checkpoint import latest_checkpoint
+from agents.policy import TrainedPolicy
+from agents.training import TrainingDivergedError, train
+from rap_env.errors import ArtifactError, StorageFullError
+from tests.agents.synthetic import make_env, request_at
+
+ROOT = Path(__file__).parents[2]
+SHORT = {
+    "ppo": {"n_steps": 16, "batch_size": 32, "n_epochs": 2},
+    "maskable_ppo": {"n_steps": 16, "batch_size": 32, "n_epochs": 2},
+    "dqn": {"learning_starts": 64, "batch_size": 16, "train_freq": 4},
+    "masked_dqn": {"learning_starts": 64, "batch_size": 16, "train_freq": 4},
+}
+
+
+def short(name="maskable_ppo", steps=256, **settings):
+    given = {"policy": "blockwise", "n_envs": 2, "hyperparameters": SHORT[name], **settings}
+    return AgentConfig(name, total_timesteps=steps, **given)
+
+
+def everything_of(run_dir):
+    """Parameters, optimiser and all other state of the newest checkpoint, as comparable values."""
+    found = latest_checkpoint(run_dir / "checkpoints")
+    model = found.load_model()
+    tensors = [p.detach().numpy() for p in model.policy.parameters()]
+    optimiser = model.policy.optimizer.state_dict()["state"]
+    tensors += [
+        np.asarray(value) for slot in optimiser.values() for _, value in sorted(slot.items())
+    ]
+    return found.step, tensors, found.body["state"]
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    assert all(np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    assert one[2] == other[2]
+
+
+class Interrupt(Exception):
+    pass
+
+
+def stop_at(step):
+    def sink(_metrics, now):
+        if now >= step:
+            raise Interrupt
+
+    return sink
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """DQN writes checkpoints often enough for short tests."""
+    for name in ("dqn", "masked_dqn"):
+        often = replace(ALGORITHMS[name], checkpoint_steps=40)
+        monkeypatch.setitem(ALGORITHMS, name, often)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, bench, name, often):
+    config = short(name)
+    train(config, make_env(bench), tmp_path / "whole", progress=False)
+    with pytest.raises(Interrupt):
+        train(config, make_env(bench), tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
+    result = train(config, make_env(bench), tmp_path / "cut", progress=False)
+    assert 0 < result.resumed_from <= 150
+    assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_resumed_model_is_the_checkpointed_one(tmp_path, bench, name, often):
+    config = short(name, steps=128)
+    train(config, make_env(bench), tmp_path, progress=False)
+    before = everything_of(tmp_path)
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
+    result = train(config, make_env(bench), tmp_path / "copy", progress=False)
+    assert result.resumed_from == result.timesteps == before[0] == 128
+    assert_same(before, everything_of(tmp_path / "copy"))
+    longer = train(short(name, steps=160), make_env(bench), tmp_path / "copy", progress=False)
+    assert longer.timesteps == 160
+    assert longer.episodes > result.episodes > 0
+
+
+_SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.agents.test_training import slow_bench, short
+from tests.agents.synthetic import make_env
+from agents.training import train
+train(short(steps=2000), make_env(slow_bench()), sys.argv[1], progress=False)
+"""
+
+
+def slow_bench():
+    from tests.agents.synthetic import SyntheticBench
+
+    bench = SyntheticBench(np.linspace(0.01, 0.5, 12))
+    fast = bench.scorer.nll
+    bench.scorer.nll = lambda mask: (time.sleep(0.02), fast(mask))[1]
+    return bench
+
+
+def test_killed_training_goes_on(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(tmp_path)], env=environment)
+    folder = tmp_path / "checkpoints"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("step_*"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    at = latest_checkpoint(folder).step
+    result = train(short(steps=at + 64), make_env(slow_bench()), tmp_path, progress=False)
+    assert result.resumed_from == at > 0
+    assert result.timesteps == at + 64
+    assert result.recent_loss > 0
+
+
+def damage(path):
+    if path.suffix == ".zip":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_text(path.read_text().replace('"step": ', '"step": 1'))
+
+
+@pytest.mark.parametrize("file", ["model.zip", "checkpoint.json"])
+def test_damaged_checkpoint_is_passed_over(tmp_path, bench, caplog, file):
+    train(short(), make_env(bench), tmp_path, progress=False)
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step_000000224", "step_000000256"]
+    damage(folders[1] / file)
+    with caplog.at_level(logging.WARNING):
+        result = train(short(), make_env(bench), tmp_path, progress=False)
+    assert result.resumed_from == 224
+    assert result.timesteps == 256
+    assert "altered" in caplog.text
+    assert "The checkpoint before it is used" in caplog.text
+
+
+def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
+    train(short(steps=64), make_env(bench), tmp_path, progress=False)
+    first, second = sorted((tmp_path / "checkpoints").iterdir())
+    damage(first / "model.zip")
+    (second / "model.zip").unlink()
+    with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged; delete that"):
+        train(short(steps=64), make_env(bench), tmp_path, progress=False)
+    with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged"):
+        TrainedPolicy.load(tmp_path, bench)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"name": "ppo"}, "begun with name='maskable_ppo' and cannot go on with name='ppo'"),
+        ({"policy": "mlp"}, "begun with policy='blockwise' and cannot go on with policy='mlp'"),
+        ({"seed": 3}, "begun with seed=0 and cannot go on with seed=3"),
+        ({"n_envs": 4}, "begun with n_envs=2"),
+        ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "begun with hyperparameters="),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(tmp_path, bench, other, text):
+    train(short(steps=32), make_env(bench), tmp_path, progress=False)
+    with pytest.raises(ArtifactError, match=text):
+        train(short(**other), make_env(bench), tmp_path, progress=False)
+
+
+def test_resuming_on_another_model_is_refused(tmp_path, bench, real_bench):
+    train(short(steps=32), make_env(bench), tmp_path, progress=False)
+    workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
+    with pytest.raises(ArtifactError, match="observation_space=.*cannot go on"):
+        train(short(), make_env(real_bench, workload=workload), tmp_path, progress=False)
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, bench, monkeypatch):
+    train(short(steps=64), make_env(bench), tmp_path, progress=False)
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_artifact", full)
+    with pytest.raises(StorageFullError, match="No space left while writing"):
+        train(short(steps=128), make_env(bench), tmp_path, progress=False)
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 64
+    assert not list((tmp_path / "checkpoints").glob(".new-*"))
+
+
+def test_left_overs_of_a_kill_are_swept_away(tmp_path, bench):
+    left_over = tmp_path / "checkpoints" / ".new-abc"
+    left_over.mkdir(parents=True)
+    train(short(steps=32), make_env(bench), tmp_path, progress=False)
+    assert not left_over.exists()
+
+
+@pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
+def test_divergence_stops_with_what_to_do(tmp_path, bench, monkeypatch, name, often):
+    models = []
+    made = training.make_model
+
+    def remembered(*args):
+        models.append(made(*args))
+        return models[-1]
+
+    def poison(_metrics, now):
+        if now >= 100:
+            for parameter in models[0].policy.parameters():
+                parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr(training, "make_model", remembered)
+    with pytest.raises(TrainingDivergedError, match="NaN or infinite.*lower learning_rate"):
+        train(short(name), make_env(bench), tmp_path, log_fns=[poison], progress=False)
+    saved = latest_checkpoint(tmp_path / "checkpoints").load_model()
+    assert all(bool(torch.isfinite(p).all()) for p in saved.policy.parameters())
+
+
+def test_metrics_say_what_happened(tmp_path, bench):
+    lines = []
+    before = bench.scorer.evaluations
+    result = train(
+        short("ppo", steps=512),
+        make_env(bench),
+        tmp_path,
+        log_fns=[lambda metrics, step: lines.append((step, metrics))],
+        progress=False,
+    )
+    episodes = [metrics for _, metrics in lines if "episode/return" in metrics]
+    assert len(episodes) == result.episodes == episodes[-1]["episode/number"]
+    fitting = [m for m in episodes if m["episode/fits"]]
+    assert np.isfinite([m["episode/loss"] for m in fitting]).all()
+    assert len(fitting) > 10
+    for metrics in fitting:  # return = -loss - 0.1 for each invalid action
+        expected = -metrics["episode/loss"] - 0.1 * metrics["episode/invalid_actions"]
+        assert metrics["episode/return"] == pytest.approx(expected, abs=1e-4)
+    assert any(metrics["episode/invalid_actions"] > 0 for metrics in episodes)
+    updates = [metrics for _, metrics in lines if "train/loss" in metrics]
+    assert len(updates) == 512 // 32
+    assert {"train/value_loss", "train/entropy_loss"} <= set(updates[0])
+    assert result.evaluations == bench.scorer.evaluations - before
+    assert [step for step, _ in lines] == sorted(step for step, _ in lines)
+
+
+def test_no_bar_without_a_terminal(tmp_path, bench, capfd):
+    train(short(steps=64), make_env(bench), tmp_path)
+    assert "step/s" not in capfd.readouterr().err
+
+
+def mean_loss(bench, method):
+    shapes = [(1, 10), (1, 500), (8, 500), (4, 2000)]
+    requests = [request_at(bench, *shape, f) for shape in shapes for f in (0.6, 0.7, 0.8, 0.9)]
+    return np.mean([bench.scorer.loss(method.select(request).mask) for request in requests])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_agent_learns(tmp_path, bench, name):
+    """On losses with a known optimum, a trained policy beats random and one-shot."""
+    steps = 6000 if "dqn" in name else 2500  # Q values carry a terminal reward back step by step
+    config = AgentConfig(name, total_timesteps=steps, n_envs=8)
+    train(config, make_env(bench), tmp_path, progress=False)
+    learned = mean_loss(bench, TrainedPolicy.load(tmp_path, bench))
+    assert learned < 0.5 * mean_loss(bench, make_baseline("random", bench))
+    assert learned < mean_loss(bench, make_baseline("one_shot", bench))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_on_a_real_model(tmp_path, real_bench, name):
+    settings = {
+        "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
+        "reward": "perplexity",
+    }
+    result = train(short(name, 128), make_env(real_bench, **settings), tmp_path, progress=False)
+    assert result.timesteps == 128
+    assert result.evaluations > 0
+    choice = TrainedPolicy.load(tmp_path, real_bench).select(request_at(real_bench, 2, 16, 0.8))
+    assert choice.fits
+    assert choice.evaluations == choice.block_forwards == 0

@@ -1,0 +1,46 @@
+"""A comparison keeps to one number of threads."""
+
+import os
+
+import pytest
+import torch
+
+from experiments.config import Config
+from experiments.threads import set_threads
+from rap_env.llm import device
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_first_choice_is_kept(tmp_path, monkeypatch):
+    config = Config(name="c", runs_dir=str(tmp_path))
+    monkeypatch.setattr(device, "fastest_threads", lambda: 3)
+    set_threads(config)
+    monkeypatch.setattr(device, "fastest_threads", lambda: 1)
+    set_threads(config)
+    assert torch.get_num_threads() == 3
+
+
+def test_the_number_asked_for_wins(tmp_path):
+    set_threads(Config(name="c", runs_dir=str(tmp_path), threads=2))
+    assert torch.get_num_threads() == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_measured_again(tmp_path):
+    config = Config(name="c", runs_dir=str(tmp_path))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "threads.txt").write_text("")
+    set_threads(config)
+    assert int((tmp_path / "c" / "threads.txt").read_text()) == torch.get_num_threads()
+
+
+def test_the_measurement_restores_the_setting_and_stays_within_the_cores():
+    torch.set_num_threads(2)
+    assert 1 <= device.fastest_threads(seconds=0.01) <= (os.cpu_count() or 1)
+    assert torch.get_num_threads() == 2
