@@ -227,7 +227,8 @@ def _write_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.
 
 def _cut(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     """Tokenise a file or data set and choose windows from its role's part."""
-    text = _hub_text(config) if config.source.startswith("hub:") else _file_text(config)
+    hub = config.source.startswith("hub:")
+    text = _hub_text(config) if hub else _file_text(config)
     if llm.tokenizer is None:
         raise CorpusError(f"{llm.name} has no tokenizer to read {config.source} with.")
     ids = llm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -243,7 +244,8 @@ def _cut(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     span = torch.tensor(ids[low : low + available * config.window_tokens])
     chosen = np.random.default_rng(config.seed).permutation(available)[: config.windows]
     tokens = span.view(available, config.window_tokens)[torch.from_numpy(np.sort(chosen))]
-    name = config.source if config.source.startswith("hub:") else Path(config.source).name
+    # The file and its folder: no path of a machine goes into results.
+    name = config.source if hub else "/".join(Path(config.source).parts[-2:])
     return Corpus.of_tokens(
         tokens,
         source=name,

@@ -104,7 +104,7 @@ def test_provenance_says_what_was_read(tmp_path):
     path = write_text(tmp_path)
     corpus = load_corpus(CorpusConfig(source=str(path), windows=4, window_tokens=16), llm())
     provenance = corpus.provenance
-    assert provenance["source"] == "text.txt"
+    assert provenance["source"] == f"{tmp_path.name}/text.txt"
     assert (provenance["windows"], provenance["window_tokens"], provenance["tokens"]) == (4, 16, 64)
     assert provenance["role"] == "calibration"
     assert len(provenance["sha256"]) == len(provenance["text_sha256"]) == 64
