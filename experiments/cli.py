@@ -41,7 +41,8 @@ def launch(stage: str, run: Stage) -> None:
     def main(node: DictConfig) -> None:
         try:
             config = as_config(node)
-            set_threads(config)
+            if stage != "report":  # a report runs no model
+                set_threads(config)
             run(config, Path(HydraConfig.get().runtime.output_dir))
         except RapError as error:
             if HydraConfig.get().mode == RunMode.RUN:
