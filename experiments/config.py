@@ -43,7 +43,7 @@ class TextConfig:
 
     source: str = MISSING
     """``self`` (the dense model writes it), a text or JSONL file, or a hub data set."""
-    windows: int = 8
+    windows: int = 4
     window_tokens: int = 128
     seed: int = 0
     field: str = "text"

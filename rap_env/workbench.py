@@ -44,7 +44,7 @@ class WorkbenchConfig:
     dtype: str = "auto"
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     importance: str = "gsi"
-    gsi_removals: int | None = None
+    gsi_removals: int | None = 16
     store: str | None = "default"
 
 
@@ -97,7 +97,8 @@ class Workbench:
         """The GSI order, measured on first use (minutes) and kept."""
         if self._importance not in ("gsi", "one_shot", "none"):
             return GSIProfile.load(self._importance, self.llm)
-        path = self._artifact("gsi")
+        # What an agent observes depends on how far GSI went, so each length has its own file.
+        path = self._artifact(f"gsi-{self._gsi_removals or 'all'}")
         if path is None or not path.exists():
             log.info("Measuring GSI on %s; this takes minutes, once.", self.llm.name)
         return gsi(self.scorer, stop=self._gsi_removals, path=path, progress=self._progress)

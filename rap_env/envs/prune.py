@@ -149,7 +149,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | `reward` | `"perplexity"` | name or dict, as above |
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
     | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros are seen), or an artifact |
-    | `gsi_removals` | `None` | removals after which GSI stops; `None` orders all blocks |
+    | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
     | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
@@ -178,7 +178,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         reward: str | Mapping[str, Any] = "perplexity",
         calibration: str | Mapping[str, Any] | None = None,
         importance: str = "gsi",
-        gsi_removals: int | None = None,
+        gsi_removals: int | None = 16,
         tasks: Sequence[str] | Mapping[str, Any] | None = None,
         infeasible: str = "error",
         invalid_action_penalty: float = 0.1,

@@ -58,7 +58,7 @@ class CorpusConfig:
     """
 
     source: str = "self"
-    windows: int = 8
+    windows: int = 4
     window_tokens: int = 128
     seed: int = 0
     field: str = "text"
