@@ -45,7 +45,8 @@ class TrainResult:
         run_dir: Its folder; the policy is in the newest of ``checkpoints``.
         timesteps: Environment steps done, those before a resume included.
         episodes: Episodes ended, those before a resume included.
-        evaluations: Masks scored by the language model, those before a resume included.
+        evaluations: Masks whose score had to be known, before a resume too: what an empty store
+            would have to run.
         seconds: Wall time, that before a resume included.
         resumed_from: Step of the checkpoint it went on from, or None.
         recent_loss: Mean loss of the last episodes' masks, nats per token, of those
@@ -276,6 +277,6 @@ class _SinkWriter(KVWriter):
 
 
 def _evaluations(venv: VecEnv) -> int:
-    """Masks scored so far by what the environments share; 0 if they don't say."""
+    """Masks that had to be known so far by what the environments share; 0 if they don't say."""
     bench = venv.get_attr("workbench", indices=[0])[0] if venv.has_attr("workbench") else None
-    return int(bench.scorer.evaluations) if bench is not None else 0
+    return int(bench.scorer.known) if bench is not None else 0

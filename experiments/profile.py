@@ -87,6 +87,7 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
             "marginal_loss": gsi.marginal_loss.tolist(),
             "rank": gsi.rank.tolist(),
             "evaluations": gsi.evaluations,
+            "evaluations_run": gsi.evaluations_run,
             "block_forwards": gsi.block_forwards,
             "seconds": gsi.seconds,
             "provenance": gsi.provenance,

@@ -130,11 +130,17 @@ def importance_section(data: ReportData, gallery: Gallery) -> Section:
         partial(figures.importance_bars, profile),
     )  # fmt: skip
     if gsi:
-        section.text(
-            f"GSI took {gsi['evaluations']:,} model evaluations and {gsi['seconds']:,.0f} s for "
-            f"{len(gsi['order'])} removals."
-        )
+        section.text(_gsi_cost(gsi))
     return section
+
+
+def _gsi_cost(gsi: dict[str, Any]) -> str:
+    """What GSI costs; seconds only where no score came from a store."""
+    text = f"GSI needs {gsi['evaluations']:,} model evaluations for {len(gsi['order'])} removals"
+    ran = gsi.get("evaluations_run", gsi["evaluations"])
+    if ran < gsi["evaluations"]:
+        return f"{text}; {gsi['evaluations'] - ran:,} of them were in the score store."
+    return f"{text}, here in {gsi['seconds']:,.0f} s."
 
 
 def learning_section(data: ReportData, gallery: Gallery) -> Section:

@@ -66,8 +66,8 @@ class GSI(Protocol):
     """The part of `rap_env.importance.GSIProfile` that choosing needs."""
 
     @property
-    def order(self) -> tuple[Block, ...]:
-        """Blocks in order of removal."""
+    def full_order(self) -> tuple[int, ...]:
+        """All blocks: in order of removal, the rest by the losses of the last round."""
 
     @property
     def evaluations(self) -> int:

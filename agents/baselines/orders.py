@@ -111,7 +111,7 @@ class BlockInfluenceBaseline(OrderBaseline):
 
 
 class GSIBaseline(OrderBaseline):
-    """Follows the GSI order until the request fits; after its end the one-shot order.
+    """Follows the GSI order until the request fits; after its end the last round's losses.
 
     Raises:
         ArtifactError: The workbench has no GSI order.
@@ -126,12 +126,8 @@ class GSIBaseline(OrderBaseline):
                 "The baseline 'gsi' needs a GSI order, but this workbench has none; open it "
                 "with importance='gsi' or with the path of a GSI artifact."
             )
-        found = [block.index for block in workbench.gsi.order]
+        self._blocks = workbench.gsi.full_order
         self._setup_evaluations = workbench.gsi.evaluations
-        if len(found) < self.memory.facts.num_blocks:
-            rest = _ascending(workbench.one_shot.loss_rise)
-            found += [index for index in rest if index not in found]
-        self._blocks = found
 
     @property
     def setup_evaluations(self) -> int:

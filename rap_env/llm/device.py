@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import time
@@ -19,6 +21,7 @@ DTYPES = {
 
 _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 _CLEAR_GAIN = 1.2
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -121,6 +124,19 @@ def _products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float
         left @ right
         done += 1
     return done / (time.perf_counter() - began)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensors instead of giving it back.
+
+    Every forward pass frees and asks for the same hundred megabytes; taking them from the
+    system anew cost an eighth of the time. At most 1 GiB is held back. Without effect
+    elsewhere than on Linux with glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(option, 2**30)
 
 
 def _listed_in(cpuinfo: Path) -> bool:

@@ -20,7 +20,7 @@ from rap_env.errors import (
 )
 from rap_env.llm import default_model
 from rap_env.llm.config import read_config
-from rap_env.llm.device import choose_device, choose_dtype
+from rap_env.llm.device import choose_device, choose_dtype, keep_freed_memory
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.gguf_file import converted_gguf
 from rap_env.llm.hub import has_all_weights, hub_folder
@@ -67,6 +67,7 @@ def load_llm(
         raise UnsupportedModelError(
             f"quantization={quantization!r} is not supported yet; leave it out (None)."
         )
+    keep_freed_memory()
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     found = locate(model)

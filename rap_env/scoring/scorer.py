@@ -90,6 +90,11 @@ class MaskScorer:
         return self._batches
 
     @property
+    def known(self) -> int:
+        """Masks asked for so far, stored ones included: what an empty store would have to run."""
+        return len(self._scores)
+
+    @property
     def dense_nll(self) -> float:
         """NLL of the dense model, nats per token."""
         return self.nll(BlockMask())

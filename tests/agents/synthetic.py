@@ -48,7 +48,7 @@ class SyntheticScorer:
         self.cap = cap
         self.evaluations = 0
         self.block_forwards = 0
-        self.known = {}
+        self.scores = {}
 
     def loss(self, mask):
         removed = np.zeros(len(self.costs))
@@ -57,15 +57,19 @@ class SyntheticScorer:
         return total if np.isinf(self.cap) else self.cap * (1 - np.exp(-total / self.cap))
 
     @property
+    def known(self):
+        return len(self.scores)
+
+    @property
     def dense_nll(self):
         return self.nll(BlockMask())
 
     def nll(self, mask):
-        if mask not in self.known:
-            self.known[mask] = DENSE_NLL + float(self.loss(mask))
+        if mask not in self.scores:
+            self.scores[mask] = DENSE_NLL + float(self.loss(mask))
             self.evaluations += 1
             self.block_forwards += len(self.costs) - len(mask)
-        return self.known[mask]
+        return self.scores[mask]
 
     def scan(self, mask):
         blocks = [Block(i, 1) for i in range(len(self.costs)) if i not in mask]
@@ -89,8 +93,7 @@ class SyntheticBench:
             marginal[best] = loss(mask | BlockMask.of(best)) - loss(mask)
             order.append(best)
             mask |= BlockMask.of(best)
-        blocks = self.memory.facts.blocks
-        self.gsi = SimpleNamespace(order=tuple(blocks[i] for i in order), evaluations=100)
+        self.gsi = SimpleNamespace(full_order=tuple(order), evaluations=100)
         rank = np.argsort(order) / (count - 1)
         self.features = ImportanceFeatures(rise, rank, marginal)
 

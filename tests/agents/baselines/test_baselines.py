@@ -71,12 +71,12 @@ def test_block_influence_removes_the_least_influential(bench):
     assert chosen("block_influence", bench, needing(bench, 5000)) == expected
 
 
-def test_gsi_follows_its_order_and_then_the_one_shot_order(bench):
-    bench.gsi.order = tuple(bench.memory.facts.blocks[i] for i in (7, 3))
+def test_gsi_follows_its_order_until_it_fits(bench):
+    bench.gsi.full_order = (7, 3, 4, 0, 1, 2, 5, 6)
     assert chosen("gsi", bench, needing(bench, 5000)) == ("layer01.ffn", "layer03.ffn")
     assert chosen("gsi", bench, needing(bench, 6500)) == (
         "layer01.ffn",
-        "layer02.attn",  # first of the one-shot order
+        "layer02.attn",
         "layer03.ffn",
     )
 
