@@ -29,7 +29,7 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
     say "no NVIDIA GPU: looking for the CPU build of torch"
     $pip install --quiet "uv>=0.6"
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu \
-        --constraint constraints.txt torch \
+        --constraint constraints.txt torch 2> /dev/null \
         || say "not found; the registry's own build is taken (a larger download)"
 fi
 
