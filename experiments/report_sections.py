@@ -178,8 +178,8 @@ def costs_section(data: ReportData) -> Section:
         section.text(
             "Evaluations are masks run through the model on the calibration text; those for a "
             "request are counted as if nothing had been stored, those made once serve all "
-            "requests. Decision times are measured where scores may come from the store, so read "
-            "the times of methods with many evaluations as lower bounds."
+            "requests. In decision times a stored score counts with the time of a whole pass, "
+            "somewhat more than it takes where masks share their first layers."
         )
         section.table(tables.costs_table(data.comparison), _names(data.comparison), words=True)
     return section

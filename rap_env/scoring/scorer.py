@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -89,6 +91,14 @@ class MaskScorer:
         """The windows as they are run, each of shape (rows, T), on the model's device."""
         return self._batches
 
+    @cached_property
+    def evaluation_s(self) -> float:
+        """Seconds that one pass of the dense model over the text takes, measured once."""
+        began = time.perf_counter()
+        self._path = None
+        self._run(BlockMask(), 0)
+        return time.perf_counter() - began
+
     @property
     def known(self) -> int:
         """Masks asked for so far, stored ones included: what an empty store would have to run."""
@@ -149,11 +159,7 @@ class MaskScorer:
 
     def _measure(self, mask: BlockMask) -> npt.NDArray[np.float64]:
         start = self._shared_layers(mask)
-        self._path = None  # states are of no mask while they change
-        with self.llm.masked(mask):
-            parts = [self._run_batch(i, start) for i in range(len(self._batches))]
-        self._path = mask
-        values = torch.cat(parts).double().cpu().numpy()
+        values = self._run(mask, start)
         if not np.isfinite(values).all():
             raise NonFiniteScoreError(
                 f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {mask}; check the "
@@ -167,6 +173,14 @@ class MaskScorer:
             self.store.put(self._key, mask, _METRIC, values.tolist(), self.context)
         self._scores[mask] = values
         return values
+
+    def _run(self, mask: BlockMask, start: int) -> npt.NDArray[np.float64]:
+        """Mean NLL of each window under `mask`, layers before `start` taken from the last mask."""
+        self._path = None  # states are of no mask while they change
+        with self.llm.masked(mask):
+            parts = [self._run_batch(i, start) for i in range(len(self._batches))]
+        self._path = mask
+        return torch.cat(parts).double().cpu().numpy()
 
     def _shared_layers(self, mask: BlockMask) -> int:
         """First layer to compute: all before it equal those of the mask run last."""

@@ -48,6 +48,7 @@ class SyntheticScorer:
         self.cap = cap
         self.evaluations = 0
         self.block_forwards = 0
+        self.evaluation_s = 100.0
         self.scores = {}
 
     def loss(self, mask):

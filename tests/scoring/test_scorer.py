@@ -142,3 +142,14 @@ def test_impossible_windows(ids, text):
 def test_a_block_that_the_model_lacks():
     with pytest.raises(UnknownNameError, match=r"layer02\.attn.*layer01\.ffn"):
         MaskScorer(tiny_llm(), tokens()).nll(BlockMask.of(4))
+
+
+def test_the_time_of_a_pass_changes_no_count_and_no_score():
+    scorer = MaskScorer(tiny_llm(), tokens())
+    before = scorer.nll(BlockMask.of(1))
+    assert scorer.evaluation_s > 0
+    assert (scorer.evaluations, scorer.known) == (1, 1)
+    assert scorer.nll(BlockMask.of(1, 2)) == MaskScorer(tiny_llm(), tokens()).nll(
+        BlockMask.of(1, 2)
+    )
+    assert scorer.nll(BlockMask.of(1)) == before

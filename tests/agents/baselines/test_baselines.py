@@ -191,3 +191,12 @@ def test_on_a_real_model(real_bench, name):
     if name in ORDERED:
         peak = real_bench.memory.peak_bytes(choice.mask, request)
         assert peak <= request.budget_bytes
+
+
+def test_a_search_is_not_quick_because_its_scores_are_known(bench):
+    greedy, request = make_baseline("greedy_per_byte", bench), needing(bench, 5000)
+    first, again = greedy.select(request), greedy.select(request)
+    assert again.mask == first.mask
+    assert first.decision_s < 1
+    assert again.decision_s >= again.evaluations * bench.scorer.evaluation_s
+    assert make_baseline("one_shot", bench).select(request).decision_s < 1
