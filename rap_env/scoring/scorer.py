@@ -95,7 +95,6 @@ class MaskScorer:
     def evaluation_s(self) -> float:
         """Seconds that one pass of the dense model over the text takes, measured once."""
         began = time.perf_counter()
-        self._path = None
         self._run(BlockMask(), 0)
         return time.perf_counter() - began
 
