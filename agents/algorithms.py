@@ -167,7 +167,7 @@ class AgentConfig:
         name: ``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``.
         policy: ``blockwise`` (one small network looks at every block) or ``mlp``.
         total_timesteps: Environment steps, one removed block each; PPO ends its last rollout.
-        n_envs: Environments stepped in turn in one process; they share one model.
+        n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.
         hyperparameters: Settings of the algorithm that differ from `Algorithm.defaults`.
         normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);

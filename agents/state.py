@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+from agents.vector_env import GymVecEnv
 
 log = logging.getLogger(__name__)
 
@@ -24,44 +27,14 @@ Json = dict[str, Any]
 _REPLAY_FIELDS = ("actions", "rewards", "dones", "timeouts")
 
 
-class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):
-    """Remembers how the episode under way came about, so that it can be played again.
+class Resumable(Protocol):
+    """A vector environment that can say where it stands, such as `RAPPruneVectorEnv`."""
 
-    It needs no help from the environment but what every environment promises: the same
-    generator and the same actions give the same episode.
-    """
+    def get_state(self) -> list[Json]:
+        """Where each lane stands, as plain JSON values."""
 
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        super().__init__(env)
-        self._begun: Json = {"seed": 0, "generator": None}
-        self._actions: list[int] = []
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode, and remember what it is drawn from."""
-        generator = self.env.unwrapped.np_random.bit_generator.state if seed is None else None
-        self._begun = {"seed": seed, "generator": generator}
-        self._actions = []
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """One step, remembered."""
-        self._actions.append(int(action))
-        return self.env.step(action)
-
-    def get_state(self) -> Json:
-        """Where the episode stands, as plain JSON values."""
-        return {**self._begun, "actions": list(self._actions)}
-
-    def set_state(self, state: Json) -> Any:
-        """Play an episode again up to where it stood; gives the observation there."""
-        if state["generator"] is not None:
-            self.env.unwrapped.np_random.bit_generator.state = state["generator"]
-        observation, _ = self.reset(seed=state["seed"])
-        for action in state["actions"]:
-            observation, *_ = self.step(action)
-        return observation
+    def set_state(self, states: Sequence[Json]) -> dict[str, npt.NDArray[Any]]:
+        """Go on from there; gives the observation."""
 
 
 def capture(model: BaseAlgorithm) -> Json:
@@ -74,7 +47,7 @@ def capture(model: BaseAlgorithm) -> Json:
         "numpy": [name, [int(key) for key in keys], position, has_gauss, gauss],
         "torch": torch.get_rng_state().tolist(),
         "action_space": model.action_space.np_random.bit_generator.state,
-        "envs": model.env.env_method("get_state"),
+        "envs": _resumable(model.env).get_state(),
     }
     monitor, normalize = _find(model.env, VecMonitor), _find(model.env, VecNormalize)
     if isinstance(monitor, VecMonitor):
@@ -118,15 +91,14 @@ def restore(model: BaseAlgorithm, state: Json) -> None:
 
 
 def _restore_episodes(model: BaseAlgorithm, states: list[Json]) -> None:
-    env = model.env
+    env, last = model.env, model._last_obs
     assert env is not None
-    seen = [env.env_method("set_state", one, indices=[i])[0] for i, one in enumerate(states)]
-    last = model._last_obs
     assert isinstance(last, dict)
-    if all(np.array_equal(last[k][i], obs[k]) for i, obs in enumerate(seen) for k in last):
+    seen = _resumable(env).set_state(states)
+    if all(np.array_equal(last[key], seen[key]) for key in last):
         return
     log.warning(
-        "The environment does not play the interrupted episodes again as they were; new ones begin."
+        "The environment does not show the interrupted episodes as they were; new ones begin."
     )
     env.seed(model.num_timesteps)
     model._last_obs = None  # makes `learn` reset the environments
@@ -153,10 +125,16 @@ def fill_replay(buffer: DictReplayBuffer, arrays: dict[str, np.ndarray]) -> None
     buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
 
 
+def _resumable(env: VecEnv) -> Resumable:
+    innermost = env.unwrapped
+    assert isinstance(innermost, GymVecEnv)
+    envs: Any = innermost.envs
+    return envs  # type: ignore[no-any-return]
+
+
 def _find(env: VecEnv, kind: type[VecEnvWrapper]) -> VecEnvWrapper | None:
     while isinstance(env, VecEnvWrapper):
         if isinstance(env, kind):
             return env
         env = env.venv
-    assert isinstance(env, DummyVecEnv)
     return None

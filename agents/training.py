@@ -11,24 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from agents.algorithms import AgentConfig, make_model
 from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
-from agents.state import ReplayableEnv
+from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
 
 log = logging.getLogger(__name__)
 
 MetricSink = Callable[[dict[str, float], int], None]
 """Takes metrics by name and the number of environment steps done."""
+
+MakeEnvs = Callable[[int], VectorEnv[Any, Any, Any]]
+"""Makes a vector environment of so many lanes."""
 
 _RECENT_EPISODES = 50
 
@@ -64,7 +67,7 @@ class TrainResult:
 
 def train(
     config: AgentConfig,
-    make_env: Callable[[], gym.Env[Any, Any]],
+    make_envs: MakeEnvs,
     run_dir: str | Path,
     *,
     log_fns: Sequence[MetricSink] = (),
@@ -78,8 +81,8 @@ def train(
 
     Args:
         config: Agent, length and hyperparameters.
-        make_env: Makes one environment; called `config.n_envs` times. They should share their
-            language model.
+        make_envs: Makes that many environments as one gymnasium vector environment, which resets
+            in the same step and can say where it stands (`agents.state.Resumable`).
         run_dir: Folder of this run; checkpoints go to its ``checkpoints``.
         log_fns: Called after each episode and each update with metrics by name: ``episode/*``,
             ``train/*``, ``time/*``. After a resume, steps since the checkpoint come again.
@@ -91,7 +94,7 @@ def train(
         TrainingDivergedError: The parameters became NaN or infinite.
     """
     run_dir = Path(run_dir)
-    venv = make_vector_env(config, make_env)
+    venv = make_vector_env(config, make_envs)
     scored_before = _evaluations(venv)
     try:
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
@@ -119,9 +122,9 @@ def train(
     )
 
 
-def make_vector_env(config: AgentConfig, make_env: Callable[[], gym.Env[Any, Any]]) -> VecEnv:
-    """`config.n_envs` environments stepped in turn, monitored, rewards normalised if asked."""
-    venv: VecEnv = VecMonitor(DummyVecEnv([lambda: ReplayableEnv(make_env())] * config.n_envs))
+def make_vector_env(config: AgentConfig, make_envs: MakeEnvs) -> VecEnv:
+    """`config.n_envs` environments stepped together, monitored, rewards normalised if asked."""
+    venv: VecEnv = VecMonitor(GymVecEnv(make_envs(config.n_envs)))
     if config.normalize_reward:
         gamma = config.hyperparameters.get("gamma", config.algorithm.defaults["gamma"])
         venv = VecNormalize(venv, norm_obs=False, gamma=gamma)

@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.config import Config, TasksConfig
+from experiments.errors import ExperimentError
 from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.score_table import table_path
 from rap_env.workbench import Workbench, WorkbenchConfig, open_workbench
 
 if TYPE_CHECKING:
-    from rap_env.envs.prune import RAPPruneEnv
     from rap_env.scoring.tasks import TaskConfig
 
 GSI_FILE = "gsi.json"
+
+NEEDS_MODEL = {
+    "profile": "measures the importance of its blocks",
+    "evaluate": "judges masks on text that no table holds",
+    "demo": "begins with its profile",
+    "export_scores": "measures it",
+}
+"""Why a stage needs a live model; the others do with a score table."""
 
 
 def gsi_artifact(config: Config) -> Path:
@@ -41,6 +50,7 @@ def workbench_config(config: Config, *, profiled: bool = True) -> WorkbenchConfi
         calibration=CorpusConfig(**asdict(config.calibration), role="calibration"),
         importance=importance,
         gsi_removals=config.importance.gsi_removals,
+        gsi_method=config.importance.gsi_method,
         store=config.store,
     )
 
@@ -49,28 +59,15 @@ def open_bench(config: Config, *, profiled: bool = True) -> Workbench:
     """The workbench of this comparison; one for each config in a process.
 
     Raises:
+        ExperimentError: The model is a score table, and the stage needs a live one.
         RapError: As loading the model, the text, the store or an artifact does.
     """
+    if table_path(config.model.name) is not None and config.stage in NEEDS_MODEL:
+        raise ExperimentError(
+            f"experiments.{config.stage} needs a live model, since it {NEEDS_MODEL[config.stage]}, "
+            f"but model.name is {config.model.name}; give the model whose scores these are."
+        )
     return open_workbench(workbench_config(config, profiled=profiled))
-
-
-def make_env(config: Config, workbench: Workbench) -> RAPPruneEnv:
-    """The environment on a live workbench, which all environments of a training share.
-
-    Raises:
-        RapError: A setting of workload, reward or environment cannot be.
-    """
-    from rap_env.envs.prune import RAPPruneEnv
-
-    return RAPPruneEnv(
-        workbench=workbench,
-        workload=config.workload,
-        reward=config.reward,
-        tasks=asdict(config.env.tasks) if config.env.tasks.names else None,
-        infeasible=config.env.infeasible,
-        invalid_action_penalty=config.env.invalid_action_penalty,
-        max_invalid_actions=config.env.max_invalid_actions,
-    )
 
 
 def task_config(tasks: TasksConfig) -> TaskConfig:

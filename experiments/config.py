@@ -32,7 +32,8 @@ class ModelConfig:
     """Which language model is pruned."""
 
     name: str = MISSING
-    """An alias such as ``smollm2-135m``, a hub id, a folder, or a GGUF file."""
+    """An alias such as ``smollm2-135m``, a hub id, a folder, a GGUF file, or
+    ``score_table:PATH`` (for training alone)."""
     device: str = "auto"
     dtype: str = "auto"
 
@@ -67,11 +68,15 @@ class ImportanceConfig:
     """``gsi``, ``one_shot`` or ``none``."""
     gsi_removals: int | None = None
     """Blocks that GSI removes before it stops; null for all."""
+    gsi_method: str = "exact"
+    """``exact``, or ``lazy`` or ``halving``, which are several times quicker."""
 
     def __post_init__(self) -> None:
         """Refuse unknown methods."""
         if self.method not in ("gsi", "one_shot", "none"):
             raise UnknownNameError("importance", self.method, ["gsi", "one_shot", "none"])
+        if self.gsi_method not in ("exact", "lazy", "halving"):
+            raise UnknownNameError("GSI method", self.gsi_method, ["exact", "lazy", "halving"])
         _at_least("importance", 1, gsi_removals=self.gsi_removals)
 
 
@@ -113,7 +118,7 @@ class AgentConfig:
     """``blockwise`` (one network for all blocks) or ``mlp``."""
     total_timesteps: int = 20_000
     n_envs: int = 8
-    """Environments stepped in turn; they share one model."""
+    """Environments stepped together; they share one model."""
     normalize_reward: bool = True
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """Settings of the algorithm; null stands for the agent's own default."""
@@ -190,6 +195,20 @@ class ReportConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What ``experiments.export_scores`` makes a score table of."""
+
+    masks: int | None = None
+    """Masks to measure first, those that the store already has counted; null for none."""
+    path: str | None = None
+    """The table's file; null for one in the run folder."""
+
+    def __post_init__(self) -> None:
+        """Refuse a table of nothing."""
+        _at_least("export", 1, masks=self.masks)
+
+
+@dataclass
 class Config:
     """All settings. Every experiment reads the sections that it needs."""
 
@@ -215,6 +234,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         """Refuse names that are no folder name, and thread counts below one."""

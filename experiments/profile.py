@@ -81,6 +81,8 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
         gsi = workbench.gsi
         record["dense_nll"] = gsi.dense_nll
         record["gsi"] = {
+            "method": gsi.method,
+            "candidates": list(gsi.candidates),
             "order": [block.name for block in gsi.order],
             "nll_after": list(gsi.nll_after),
             "first_pass": gsi.first_pass.tolist(),

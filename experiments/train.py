@@ -6,14 +6,17 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.policy import TrainedPolicy
 from agents.training import TrainResult
 from agents.training import train as train_agent
-from experiments.bench import make_env, open_bench
+from experiments.bench import open_bench
 from experiments.cli import launch
 from experiments.config import Config
 from experiments.figures import PNG_DPI, style
@@ -23,6 +26,7 @@ from experiments.policy_figures import removal_picture
 from experiments.records import trim_curve
 from experiments.runs import RunFolder
 from rap_env.artifacts import atomic_write
+from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.workbench import Workbench
 from rap_env.workload import Request
 
@@ -62,7 +66,7 @@ def train(config: Config, folder: Path) -> Path:
     with open_loggers(config, folder, job="train", step=step) as loggers:
         result = train_agent(
             agent,
-            lambda: make_env(config, workbench),
+            lambda num_envs: make_envs(config, workbench, num_envs),
             folder,
             log_fns=[loggers.log],
             progress=config.progress,
@@ -89,6 +93,25 @@ def agent_config(config: Config) -> AgentConfig:
         seed=config.seed,
         hyperparameters={k: v for k, v in agent.hyperparameters.items() if v is not None},
         normalize_reward=agent.normalize_reward,
+    )
+
+
+def make_envs(config: Config, workbench: Workbench, num_envs: int) -> RAPPruneVectorEnv:
+    """The environments on a live workbench, stepped and scored together.
+
+    Raises:
+        RapError: A setting of workload, reward or environment cannot be.
+    """
+    return RAPPruneVectorEnv(
+        num_envs=num_envs,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        workbench=workbench,
+        workload=config.workload,
+        reward=config.reward,
+        tasks=asdict(config.env.tasks) if config.env.tasks.names else None,
+        infeasible=config.env.infeasible,
+        invalid_action_penalty=config.env.invalid_action_penalty,
+        max_invalid_actions=config.env.max_invalid_actions,
     )
 
 

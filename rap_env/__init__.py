@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rap_env.blocks import Block, BlockMask
     from rap_env.envs.observation import ObservationBuilder
     from rap_env.envs.prune import RAPPruneEnv
+    from rap_env.envs.vector import RAPPruneVectorEnv
     from rap_env.errors import RapError
     from rap_env.importance import GSIProfile, OneShotProfile, gsi, one_shot
     from rap_env.llm.elastic import ElasticLLM
@@ -42,6 +43,7 @@ _MODULES = {
     "ObservationBuilder": "envs.observation",
     "OneShotProfile": "importance",
     "RAPPruneEnv": "envs.prune",
+    "RAPPruneVectorEnv": "envs.vector",
     "RapError": "errors",
     "Request": "workload",
     "ScoreStore": "scoring.store",
@@ -72,6 +74,7 @@ __all__ = [
     "ObservationBuilder",
     "OneShotProfile",
     "RAPPruneEnv",
+    "RAPPruneVectorEnv",
     "RapError",
     "Request",
     "ScoreStore",
@@ -92,7 +95,11 @@ __all__ = [
 ]
 
 if "RAPPrune-v0" not in gymnasium.registry:
-    gymnasium.register(id="RAPPrune-v0", entry_point="rap_env.envs.prune:RAPPruneEnv")
+    gymnasium.register(
+        id="RAPPrune-v0",
+        entry_point="rap_env.envs.prune:RAPPruneEnv",
+        vector_entry_point="rap_env.envs.vector:RAPPruneVectorEnv",
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -188,7 +188,7 @@ class MemoryModel:
             ffn_weights=int(params[1::2].sum()),
             embeddings=self.facts.base_bytes,
             kv_cache=int(kv[kept[0::2]].sum()),
-            workspace=self._workspace(request, any_ffn=bool(kept[1::2].any())),
+            workspace=self.workspace_bytes(request, any_ffn=bool(kept[1::2].any())),
         )
 
     def peak_bytes(self, mask: BlockMask, request: Request) -> int:
@@ -257,7 +257,7 @@ class MemoryModel:
 
         return draw_memory(self.shares(batch_sizes, seq_lens_tokens))
 
-    def _workspace(self, request: Request, any_ffn: bool) -> int:
+    def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
         facts = self.facts
         tokens = min(request.batch_size * request.seq_len_tokens, PREFILL_CHUNK_TOKENS)

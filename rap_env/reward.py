@@ -1,5 +1,8 @@
 """Rewards: small classes that turn measurements of masks into numbers to be maximised.
 
+The environment measures, and only where a step pays: at the end of an episode, or at each step if
+the reward says so. So many environments can have their masks scored together.
+
 Each class states its range, its baseline (the mask whose reward is 0), whether it is
 deterministic, and what it gives when an episode fails (is truncated before the request fits).
 """
@@ -10,14 +13,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.specs import check_settings, split_spec
-
-if TYPE_CHECKING:
-    from rap_env.scoring.scorer import MaskScorer
 
 TIMINGS = ("terminal", "dense")
 
@@ -27,6 +28,23 @@ class MeasuresAccuracy(Protocol):
 
     def mean_accuracy(self, mask: BlockMask) -> float:
         """Mean accuracy over the tasks, in [0, 1]."""
+
+
+class Outcome(NamedTuple):
+    """What a step that pays came to.
+
+    Attributes:
+        mask: The mask after the step.
+        loss: Its NLL less the dense model's, nats per token; 0 for the dense model.
+        loss_before: Loss of the mask before the step (the same one for an invalid action), or
+            None if it was not measured.
+        ends: The episode ends with this step, terminated or truncated.
+    """
+
+    mask: BlockMask
+    loss: float
+    loss_before: float | None
+    ends: bool
 
 
 class RewardTerm(ABC):
@@ -40,14 +58,14 @@ class RewardTerm(ABC):
     """The same masks always give the same rewards."""
     on_failure: ClassVar[str] = "what the mask reached is worth, as for an episode that fits"
 
-    @abstractmethod
-    def step(self, before: BlockMask, after: BlockMask, ends: bool) -> float:
-        """Reward for going from one mask to the next.
+    @property
+    def pays_every_step(self) -> bool:
+        """Whether each step pays, not only the one that ends an episode."""
+        return False
 
-        Args:
-            before: The mask before the action.
-            after: The mask after it; equal to `before` for an invalid action.
-            ends: The episode ends with this step, terminated or truncated.
+    @abstractmethod
+    def step(self, outcome: Outcome) -> float:
+        """Reward of a step.
 
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
@@ -65,7 +83,6 @@ class PerplexityReward(RewardTerm):
     removal hurt, the terminal one costs one model evaluation an episode and not one a step.
 
     Attributes:
-        scorer: Measures the NLL of masks on the calibration text.
         timing: ``"terminal"`` (default: an episode removes 10 to 30 blocks, so it is that much
             cheaper) or ``"dense"``.
         loss_cap: Losses above it count as this many nats per token; None for no cap (default:
@@ -81,7 +98,6 @@ class PerplexityReward(RewardTerm):
     name: ClassVar[str] = "perplexity"
     range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)  # a rare mask beats the dense one
 
-    scorer: MaskScorer = field(repr=False)
     timing: str = "terminal"
     loss_cap: float | None = None
 
@@ -93,14 +109,20 @@ class PerplexityReward(RewardTerm):
                 f"loss_cap must be above 0 nats per token, or None, not {self.loss_cap!r}."
             )
 
-    def step(self, before: BlockMask, after: BlockMask, ends: bool) -> float:
-        """Minus the loss added by this step (dense) or by the whole episode (terminal)."""
-        if self.timing == "dense":
-            return self._loss(before) - self._loss(after) if before != after else 0.0
-        return -self._loss(after) if ends else 0.0
+    @property
+    def pays_every_step(self) -> bool:
+        """Whether the timing is dense."""
+        return self.timing == "dense"
 
-    def _loss(self, mask: BlockMask) -> float:
-        loss = self.scorer.nll(mask) - self.scorer.dense_nll if mask else 0.0
+    def step(self, outcome: Outcome) -> float:
+        """Minus the loss added by this step (dense) or by the whole episode (terminal)."""
+        if not self.pays_every_step:
+            return -self._capped(outcome.loss) if outcome.ends else 0.0
+        if outcome.loss_before is None:
+            raise ValueError("A dense reward needs the loss of the mask before each step.")
+        return self._capped(outcome.loss_before) - self._capped(outcome.loss)
+
+    def _capped(self, loss: float) -> float:
         return loss if self.loss_cap is None else min(loss, self.loss_cap)
 
 
@@ -120,11 +142,11 @@ class AccuracyReward(RewardTerm):
 
     tasks: MeasuresAccuracy = field(repr=False)
 
-    def step(self, before: BlockMask, after: BlockMask, ends: bool) -> float:
+    def step(self, outcome: Outcome) -> float:
         """The drop in accuracy, as a number of at most 0 unless pruning helped."""
-        if not ends or not after:
+        if not outcome.ends or not outcome.mask:
             return 0.0
-        return self.tasks.mean_accuracy(after) - self.tasks.mean_accuracy(BlockMask())
+        return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(BlockMask())
 
 
 @dataclass(frozen=True)
@@ -137,18 +159,22 @@ class Reward:
 
     weighted: tuple[tuple[float, RewardTerm], ...]
 
-    @property
-    def measures_every_step(self) -> bool:
-        """Whether the NLL of every mask on the way is measured, not only of the last."""
-        return any(getattr(term, "timing", "") == "dense" for _, term in self.weighted)
+    @cached_property
+    def pays_every_step(self) -> bool:
+        """Whether each step pays, so that every mask on the way has to be measured."""
+        return any(term.pays_every_step for _, term in self.weighted)
 
-    def step(self, before: BlockMask, after: BlockMask, ends: bool) -> dict[str, float]:
+    def step(self, outcome: Outcome) -> dict[str, float]:
         """Each term's share of the reward by name; the reward is their sum.
 
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        return {term.name: w * term.step(before, after, ends) for w, term in self.weighted}
+        return {term.name: weight * term.step(outcome) for weight, term in self.weighted}
+
+    def nothing(self) -> dict[str, float]:
+        """The shares of a step that pays nothing."""
+        return {term.name: 0.0 for _, term in self.weighted}
 
 
 REWARDS: dict[str, tuple[str, ...]] = {
@@ -161,18 +187,13 @@ REWARDS: dict[str, tuple[str, ...]] = {
 _COMBINED_WEIGHTS = {"perplexity": 1.0, "accuracy": 1.0}
 
 
-def make_reward(
-    spec: str | Mapping[str, Any],
-    scorer: MaskScorer,
-    tasks: Callable[[], MeasuresAccuracy],
-) -> Reward:
+def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccuracy]) -> Reward:
     """The reward that a spec names.
 
     Args:
         spec: ``"perplexity"``, ``"accuracy"`` or ``"combined"``, or a dict with that ``name``
             and settings: ``timing`` and ``loss_cap`` as in `PerplexityReward`, and for
             ``combined`` the ``weights`` by term (1 each by default; 0 leaves a term out).
-        scorer: Measures the NLL of masks.
         tasks: Gives what measures accuracies; called only where it is needed.
 
     Raises:
@@ -192,7 +213,7 @@ def make_reward(
     if not any(weights.values()):
         raise InvalidRequestError("The reward 'combined' needs a weight above 0 for some term.")
     if name != "accuracy":
-        perplexity = PerplexityReward(scorer, **settings)  # checks settings, used or not
+        perplexity = PerplexityReward(**settings)  # checks settings, used or not
     weighted: list[tuple[float, RewardTerm]] = []
     for term, weight in weights.items():
         if weight:

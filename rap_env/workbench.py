@@ -10,18 +10,24 @@ import logging
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rap_env.artifacts import canonical_json, digest
-from rap_env.importance import GSIProfile, ImportanceFeatures, OneShotProfile, gsi, one_shot
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import shared_llm
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
-from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
 
+if TYPE_CHECKING:  # a workbench without a live model loads no torch
+    from rap_env.importance import GSIProfile, ImportanceFeatures, OneShotProfile
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.scoring.corpus import Corpus
+
 log = logging.getLogger(__name__)
+
+IMPORTANCES = ("gsi", "one_shot", "none")
+"""What agents may see of the importance; any other word is the path of a GSI artifact."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,15 @@ class WorkbenchConfig:
     """What to measure with. Plain values, so that it can be a key and go into records.
 
     Attributes:
-        model: Alias, hub id, folder or GGUF file.
+        model: Alias, hub id, folder or GGUF file; or ``"score_table:PATH"``, which has scores
+            and no model (see `rap_env.table_workbench`).
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
         calibration: The text that masks are searched on.
         importance: ``"gsi"`` (measured once, then kept), ``"one_shot"`` (2L evaluations),
             ``"none"``, or the path of a GSI artifact.
         gsi_removals: Removals after which GSI stops; None orders all blocks.
+        gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.importance.gsi`.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
     """
 
@@ -45,6 +53,7 @@ class WorkbenchConfig:
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     importance: str = "gsi"
     gsi_removals: int | None = 16
+    gsi_method: str = "exact"
     store: str | None = "default"
 
 
@@ -57,6 +66,7 @@ class Workbench:
         store: Where scores are kept; None keeps them in memory.
         importance: As in `WorkbenchConfig`.
         gsi_removals: As in `WorkbenchConfig`.
+        gsi_method: As in `WorkbenchConfig`.
         folder: Where importance artifacts are kept; None keeps them in memory.
         progress: Whether long measurements draw progress bars.
     """
@@ -69,21 +79,32 @@ class Workbench:
         *,
         importance: str = "gsi",
         gsi_removals: int | None = None,
+        gsi_method: str = "exact",
         folder: Path | None = None,
         progress: bool = True,
     ) -> None:
-        self.llm = llm
+        from rap_env.scoring.scorer import MaskScorer
+
+        self._llm = llm
         self.store = store
         self.memory = MemoryModel(llm)
         self.scorer = MaskScorer(llm, calibration, store)
         self._importance = importance
         self._gsi_removals = gsi_removals
+        self._gsi_method = gsi_method
         self._folder = folder
         self._progress = progress
+
+    @property
+    def llm(self) -> ElasticLLM:
+        """The live model."""
+        return self._llm
 
     @cached_property
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block, measured on first use."""
+        from rap_env.importance import OneShotProfile, one_shot
+
         path = self._artifact("one_shot")
         if path is not None and path.exists():
             return OneShotProfile.load(path, self.llm)
@@ -95,19 +116,29 @@ class Workbench:
     @cached_property
     def gsi(self) -> GSIProfile:
         """The GSI order, measured on first use (minutes) and kept."""
-        if self._importance not in ("gsi", "one_shot", "none"):
+        from rap_env.importance import GSIProfile, gsi
+
+        if self._importance not in IMPORTANCES:
             return GSIProfile.load(self._importance, self.llm)
-        # What an agent observes depends on how far GSI went, so each length has its own file.
-        path = self._artifact(f"gsi-{self._gsi_removals or 'all'}")
+        # What an agent observes depends on how far GSI went and on how, so each has its own file.
+        path = self._artifact(f"gsi-{self._gsi_method}-{self._gsi_removals or 'all'}")
         if path is None or not path.exists():
             log.info("Measuring GSI on %s; this takes minutes, once.", self.llm.name)
-        return gsi(self.scorer, stop=self._gsi_removals, path=path, progress=self._progress)
+        return gsi(
+            self.scorer,
+            method=self._gsi_method,
+            stop=self._gsi_removals,
+            path=path,
+            progress=self._progress,
+        )
 
     @cached_property
     def features(self) -> ImportanceFeatures:
         """What an agent sees of the importance scores."""
+        from rap_env.features import ImportanceFeatures
+
         if self._importance == "none":
-            return ImportanceFeatures.none(self.llm.facts.num_blocks)
+            return ImportanceFeatures.none(self.memory.facts.num_blocks)
         if self._importance == "one_shot":
             return ImportanceFeatures.from_one_shot(self.one_shot.loss_rise)
         return ImportanceFeatures(self.gsi.first_pass, self.gsi.rank, self.gsi.marginal_loss)
@@ -125,18 +156,32 @@ def open_workbench(config: WorkbenchConfig) -> Workbench:
     """The workbench for a config; one for each config in a process.
 
     Raises:
-        RapError: As loading the model, the text, the store or an artifact does.
+        RapError: As loading the model, the text, the store, a table or an artifact does.
     """
-    key = canonical_json(asdict(config))
+    key, table = canonical_json(asdict(config)), table_path(config.model)
+    if table is not None and table.exists():
+        key += str(table.stat().st_mtime_ns)  # one that was made again is another one
     if key not in _open:
-        llm = shared_llm(config.model, device=config.device, dtype=config.dtype)
-        path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
-        _open[key] = Workbench(
-            llm,
-            load_corpus(config.calibration, llm),
-            None if path is None else ScoreStore(path),
-            importance=config.importance,
-            gsi_removals=config.gsi_removals,
-            folder=cache_dir() / "importance",
-        )
+        _open[key] = _opened(config, table)
     return _open[key]
+
+
+def _opened(config: WorkbenchConfig, table: Path | None) -> Workbench:
+    if table is not None:
+        from rap_env.table_workbench import open_table
+
+        return open_table(table, config)
+    from rap_env.llm.loading import shared_llm
+    from rap_env.scoring.corpus import load_corpus
+
+    llm = shared_llm(config.model, device=config.device, dtype=config.dtype)
+    path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
+    return Workbench(
+        llm,
+        load_corpus(config.calibration, llm),
+        None if path is None else ScoreStore(path),
+        importance=config.importance,
+        gsi_removals=config.gsi_removals,
+        gsi_method=config.gsi_method,
+        folder=cache_dir() / "importance",
+    )

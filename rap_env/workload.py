@@ -6,16 +6,18 @@ A sampler is named by a spec: its name alone (``"azure-conv"``), or a dict with 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.specs import check_settings, split_spec
 from rap_env.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
@@ -66,7 +68,7 @@ class Request:
         if not 0 < fraction < float("inf"):
             raise InvalidRequestError(f"The budget fraction must be above 0, not {fraction!r}.")
         memory.check(batch_size, seq_len_tokens)
-        dense = memory.dense_peak_bytes(batch_size, seq_len_tokens)
+        dense = request_costs(memory, batch_size, seq_len_tokens).dense_peak_bytes
         return cls(batch_size, seq_len_tokens, max(1, int(fraction * dense)))
 
 
@@ -79,8 +81,19 @@ class RequestSampler(ABC):
     def sample(self, rng: np.random.Generator) -> Request:
         """One request that the model can serve, whatever its budget."""
 
-    def restart(self) -> None:  # noqa: B027 - only samplers with a position need it
-        """Go back to the first request, where there is an order; called on a seeded reset."""
+    @property
+    def position(self) -> int:
+        """Requests drawn since the first one, where there is an order; else 0."""
+        return 0
+
+    def restart(self, position: int = 0) -> None:  # noqa: B027 - only an order needs it
+        """Go back to the first request, or to another `position`; called on a seeded reset."""
+
+    def twin(self) -> Self:
+        """A sampler of the same requests with a position of its own, at the first request."""
+        other = copy.copy(self)
+        other.restart()
+        return other
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ class TraceSampler(TrafficSampler):
     path: str = ""
     order: str = "random"
     _lengths: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _replay: Iterator[int] = field(init=False, repr=False)
+    _position: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,15 +263,22 @@ class TraceSampler(TrafficSampler):
         if not self.path:
             raise InvalidRequestError("The sampler 'trace' needs the setting 'path', a CSV file.")
         self._lengths = read_trace(self.path)
-        self.restart()
 
-    def restart(self) -> None:
-        """Let a replay begin again with the first request."""
-        self._replay = itertools.cycle(self._lengths.tolist())
+    @property
+    def position(self) -> int:
+        """Requests of the file replayed so far, those of earlier rounds included."""
+        return self._position
+
+    def restart(self, position: int = 0) -> None:
+        """Let a replay go on after `position` requests, at the start with the first one."""
+        self._position = position
 
     def draw_length(self, rng: np.random.Generator) -> int:
         """The next length of the file, or one drawn from it."""
-        return next(self._replay) if self.order == "replay" else int(rng.choice(self._lengths))
+        if self.order == "random":
+            return int(rng.choice(self._lengths))
+        self._position += 1
+        return int(self._lengths[(self._position - 1) % len(self._lengths)])
 
 
 SAMPLERS: dict[str, type[RequestSampler]] = {

@@ -8,7 +8,14 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.reward import REWARDS, AccuracyReward, PerplexityReward, RewardTerm, make_reward
+from rap_env.reward import (
+    REWARDS,
+    AccuracyReward,
+    Outcome,
+    PerplexityReward,
+    RewardTerm,
+    make_reward,
+)
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
@@ -33,9 +40,18 @@ def no_tasks() -> KeptShare:
     raise AssertionError("no task is needed for this reward")
 
 
-def play(reward, path=PATH) -> list[dict[str, float]]:
-    pairs = list(itertools.pairwise(path))
-    return [reward.step(a, b, n == len(pairs) - 1) for n, (a, b) in enumerate(pairs)]
+def play(reward, scorer, path=PATH) -> list[dict[str, float]]:
+    """What each step of an episode pays, with masks measured only where the reward asks for it."""
+    paid = []
+    for number, (before, after) in enumerate(itertools.pairwise(path), start=2):
+        ends = number == len(path)
+        if ends or reward.pays_every_step:
+            losses = [scorer.nll(mask) - scorer.dense_nll for mask in (before, after)]
+            known = losses[0] if reward.pays_every_step else None
+            paid.append(reward.step(Outcome(after, losses[1], known, ends)))
+        else:
+            paid.append(reward.nothing())
+    return paid
 
 
 @pytest.mark.parametrize("cap", [None, 0.05])
@@ -43,7 +59,7 @@ def test_dense_and_terminal_timing_have_equal_returns(scorer, cap):
     returns = {}
     for timing in ("dense", "terminal"):
         spec = {"name": "perplexity", "timing": timing, "loss_cap": cap}
-        returns[timing] = sum(r["perplexity"] for r in play(make_reward(spec, scorer, no_tasks)))
+        returns[timing] = sum(r["perplexity"] for r in play(make_reward(spec, no_tasks), scorer))
     loss = scorer.nll(PATH[-1]) - scorer.dense_nll
     assert loss > 0.05  # so that the cap bites
     assert returns["dense"] == pytest.approx(returns["terminal"], abs=1e-12)
@@ -51,47 +67,42 @@ def test_dense_and_terminal_timing_have_equal_returns(scorer, cap):
 
 
 def test_the_dense_reward_pays_each_removal_what_it_adds(scorer):
-    paid = [r["perplexity"] for r in play(make_reward(_dense(), scorer, no_tasks))]
+    paid = [r["perplexity"] for r in play(make_reward(_dense(), no_tasks), scorer)]
     nll = [scorer.nll(mask) for mask in PATH]
     assert paid == pytest.approx([a - b for a, b in itertools.pairwise(nll)])
     assert paid[2] == 0.0  # the action that changed nothing
 
 
-def test_the_terminal_reward_needs_one_evaluation_an_episode():
-    tokens = torch.randint(3, VOCAB_SIZE, (2, 8))
-    counts = []
-    for spec in ("perplexity", _dense()):
-        scorer = MaskScorer(tiny_llm(layers=3), tokens)
-        scorer.nll(BlockMask())
-        play(make_reward(spec, scorer, no_tasks))
-        counts.append(scorer.evaluations - 1)
-    assert counts == [1, 3]
+def test_a_dense_reward_without_the_loss_before_is_refused():
+    with pytest.raises(ValueError, match="needs the loss of the mask before"):
+        PerplexityReward("dense").step(Outcome(PATH[1], 1.0, None, ends=True))
 
 
-def test_no_removal_is_the_baseline_of_every_term(scorer):
-    for term in (PerplexityReward(scorer), PerplexityReward(scorer, "dense"), _accuracy()):
-        assert term.step(BlockMask(), BlockMask(), ends=True) == 0.0
+def test_no_removal_is_the_baseline_of_every_term():
+    nothing = Outcome(BlockMask(), 0.0, 0.0, ends=True)
+    for term in (PerplexityReward(), PerplexityReward("dense"), AccuracyReward(KeptShare())):
+        assert term.step(nothing) == 0.0
 
 
 def test_accuracy_is_paid_at_the_end_against_the_dense_model(scorer):
-    reward = make_reward("accuracy", scorer, KeptShare)
-    assert [r["accuracy"] for r in play(reward)] == pytest.approx([0, 0, 0, -3 / 6])
-    assert not reward.measures_every_step
+    reward = make_reward("accuracy", KeptShare)
+    assert [r["accuracy"] for r in play(reward, scorer)] == pytest.approx([0, 0, 0, -3 / 6])
+    assert not reward.pays_every_step
 
 
 def test_combined_weights_its_terms_by_name(scorer):
     spec = {"name": "combined", "weights": {"perplexity": 2.0, "accuracy": 10}, "timing": "dense"}
-    reward = make_reward(spec, scorer, KeptShare)
-    alone = make_reward(_dense(), scorer, no_tasks)
-    for both, single in zip(play(reward), play(alone), strict=True):
+    reward = make_reward(spec, KeptShare)
+    alone = make_reward(_dense(), no_tasks)
+    for both, single in zip(play(reward, scorer), play(alone, scorer), strict=True):
         assert both["perplexity"] == pytest.approx(2 * single["perplexity"])
-    assert play(reward)[-1]["accuracy"] == pytest.approx(-5.0)
-    assert reward.measures_every_step
+    assert play(reward, scorer)[-1]["accuracy"] == pytest.approx(-5.0)
+    assert reward.pays_every_step
 
 
 def test_a_weight_of_zero_leaves_a_term_out(scorer):
     spec = {"name": "combined", "weights": {"perplexity": 1, "accuracy": 0}}
-    assert set(play(make_reward(spec, scorer, no_tasks))[-1]) == {"perplexity"}
+    assert set(play(make_reward(spec, no_tasks), scorer)[-1]) == {"perplexity"}
 
 
 @pytest.mark.parametrize("kind", [PerplexityReward, AccuracyReward])
@@ -105,7 +116,7 @@ def test_every_term_states_what_it_is(kind: type[RewardTerm]):
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_every_reward_works_by_name(scorer, name):
-    terms = play(make_reward(name, scorer, KeptShare))[-1]
+    terms = play(make_reward(name, KeptShare), scorer)[-1]
     assert all(math.isfinite(value) and value < 0 for value in terms.values())
 
 
@@ -119,9 +130,9 @@ def test_every_reward_works_by_name(scorer, name):
         ({"name": "combined", "weights": {"speed": 1}}, "reward term 'speed'; .*'accuracy'"),
     ],
 )
-def test_unknown_names_list_the_known_ones(scorer, spec, message):
+def test_unknown_names_list_the_known_ones(spec, message):
     with pytest.raises(UnknownNameError, match=message):
-        make_reward(spec, scorer, KeptShare)
+        make_reward(spec, KeptShare)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +144,10 @@ def test_unknown_names_list_the_known_ones(scorer, spec, message):
         ({"name": "combined", "weights": {"accuracy": 0}}, "needs a weight above 0"),
     ],
 )
-def test_impossible_settings_are_refused(scorer, spec, message):
+def test_impossible_settings_are_refused(spec, message):
     with pytest.raises(InvalidRequestError, match=message):
-        make_reward(spec, scorer, KeptShare)
+        make_reward(spec, KeptShare)
 
 
 def _dense() -> dict[str, str]:
     return {"name": "perplexity", "timing": "dense"}
-
-
-def _accuracy() -> AccuracyReward:
-    return AccuracyReward(KeptShare())

@@ -33,7 +33,7 @@ class MaskChoice:
 
     mask: BlockMask
     evaluations: int
-    block_forwards: int
+    block_forwards: float
     decision_s: float
     fits: bool = True
 
@@ -42,7 +42,10 @@ class Scorer(Protocol):
     """The part of `rap_env.scoring.MaskScorer` that choosing needs."""
 
     evaluations: int
-    block_forwards: int
+
+    @property
+    def block_forwards(self) -> float:
+        """Blocks that were run on the whole text; on a part of it, that part."""
 
     @property
     def evaluation_s(self) -> float:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from rap_env.blocks import BlockMask
+from rap_env.costs import request_costs
 from rap_env.memory import MemoryModel
 from rap_env.workload import Request
 
@@ -32,9 +33,13 @@ BLOCK_FEATURES = (
 MAX_BATCH_LOG2 = 8
 """A batch of 256 sequences or more is seen as 1.0."""
 
-Observation = dict[str, npt.NDArray[Any]]
+BYTES_OVER = REQUEST_FEATURES.index("bytes_over")
+"""The column of ``request`` that depends on the mask."""
 
-_RequestFacts = tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]]
+KEPT_AND_FREED = slice(BLOCK_FEATURES.index("kept"), BLOCK_FEATURES.index("freed_share") + 1)
+"""The columns of ``blocks`` that are zero once a block is removed."""
+
+Observation = dict[str, npt.NDArray[Any]]
 
 
 class ObservationBuilder:
@@ -63,11 +68,35 @@ class ObservationBuilder:
         table = np.zeros((count, len(BLOCK_FEATURES)), dtype=np.float32)
         table[:, 0] = index % 2
         table[:, 1] = (index // 2) / max(1, memory.facts.num_layers - 1)
+        table[:, 2] = 1.0
         table[:, 4] = squash(features.one_shot)
         table[:, 5] = np.clip(features.gsi_rank, 0.0, 1.0)
         table[:, 6] = squash(features.gsi_marginal_loss)
-        self._constant = table  # the columns that no request and no mask changes
-        self._last: tuple[Request, _RequestFacts] | None = None
+        self._dense = table  # the columns that no request changes, with every block kept
+        self._longest_log2 = np.log2(max(2, memory.facts.max_positions))
+
+    def dense(self, request: Request) -> Observation:
+        """The observation of the dense model under `request`, in arrays of its own.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the request.
+        """
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        peak = costs.dense_peak_bytes
+        seen = [
+            min(1.0, request.budget_bytes / peak),
+            min(1.0, np.log2(request.batch_size) / MAX_BATCH_LOG2),
+            min(1.0, np.log2(request.seq_len_tokens) / self._longest_log2),
+            bytes_over(peak, request.budget_bytes, peak),
+            costs.kv_cache_bytes / peak,
+        ]
+        blocks = self._dense.copy()
+        blocks[:, 3] = costs.freed_share
+        return {
+            "request": np.array(seen, dtype=np.float32),
+            "blocks": blocks,
+            "action_mask": np.ones(len(blocks), dtype=np.int8),
+        }
 
     def build(self, request: Request, mask: BlockMask) -> Observation:
         """The observation of `mask` under `request`, in arrays of its own.
@@ -76,44 +105,22 @@ class ObservationBuilder:
             InvalidRequestError: The model cannot serve the request.
             UnknownNameError: The mask names blocks that the model does not have.
         """
-        dense_peak, freed, fixed = self._of_request(request)
-        kept = kept_blocks(mask, self.memory.facts.num_blocks)
-        seen = fixed.copy()
-        over = self.memory.peak_bytes(mask, request) - request.budget_bytes
-        seen[3] = min(1.0, max(0, over) / dense_peak)
-        blocks = self._constant.copy()
-        blocks[:, 2] = kept
-        blocks[:, 3] = np.where(kept, freed, 0.0)
-        return {"request": seen, "blocks": blocks, "action_mask": kept.astype(np.int8)}
-
-    def _of_request(self, request: Request) -> _RequestFacts:
-        """Dense peak in bytes, freed shares (2L,) and request features (5,) of a request."""
-        if self._last is not None and self._last[0] == request:
-            return self._last[1]  # constant in an episode
-        dense = self.memory.breakdown(BlockMask(), request)
-        freed = np.minimum(self.memory.freed_bytes(request) / dense.peak, 1.0)
-        longest = max(2, self.memory.facts.max_positions)
-        fixed = [
-            min(1.0, request.budget_bytes / dense.peak),
-            min(1.0, np.log2(request.batch_size) / MAX_BATCH_LOG2),
-            min(1.0, np.log2(request.seq_len_tokens) / np.log2(longest)),
-            0.0,  # bytes over: the one that depends on the mask
-            dense.kv_cache / dense.peak,
-        ]
-        facts = (dense.peak, freed.astype(np.float32), np.array(fixed, dtype=np.float32))
-        self._last = (request, facts)
-        return facts
+        seen = self.dense(request)
+        if not mask:
+            return seen
+        removed = list(mask.check(self.memory.facts.num_blocks).indices)
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        seen["request"][BYTES_OVER] = bytes_over(
+            costs.peak_bytes(removed), request.budget_bytes, costs.dense_peak_bytes
+        )
+        seen["blocks"][removed, KEPT_AND_FREED] = 0.0
+        seen["action_mask"][removed] = 0
+        return seen
 
 
-def kept_blocks(mask: BlockMask, num_blocks: int) -> npt.NDArray[np.bool_]:
-    """True for each block that `mask` keeps, shape (2L,).
-
-    Raises:
-        UnknownNameError: The mask names blocks that the model does not have.
-    """
-    kept = np.ones(num_blocks, dtype=bool)
-    kept[list(mask.check(num_blocks).indices)] = False
-    return kept
+def bytes_over(peak_bytes: int, budget_bytes: int, dense_peak_bytes: int) -> float:
+    """Bytes above the budget as a share of the dense peak, in [0, 1]."""
+    return min(1.0, max(0, peak_bytes - budget_bytes) / dense_peak_bytes)
 
 
 def squash(loss: npt.ArrayLike) -> npt.NDArray[np.float32]:

@@ -36,7 +36,7 @@ def open_env_workbench(calibration: str | Mapping[str, Any] | None, **settings: 
         UnknownNameError: The calibration has no such setting.
         RapError: As loading the model, the text, the store or an artifact does.
     """
-    from rap_env.scoring.corpus import CorpusConfig  # these load torch
+    from rap_env.scoring.corpus import CorpusConfig
     from rap_env.workbench import WorkbenchConfig, open_workbench
 
     corpus = {"source": calibration} if isinstance(calibration, str) else dict(calibration or {})
@@ -107,26 +107,29 @@ def request_of(given: Request | Mapping[str, Any], memory: MemoryModel) -> Reque
     return request
 
 
-def check_choices(
-    infeasible: str,
-    penalty: float,
-    max_invalid: int,
-    render_mode: str | None,
-    render_modes: Sequence[str],
-) -> None:
+def check_choices(infeasible: str, penalty: float, max_invalid: int) -> None:
     """Refuse settings of an environment that make no sense.
 
     Raises:
-        UnknownNameError: There is no such way with infeasible budgets, or no such render mode.
+        UnknownNameError: There is no such way with infeasible budgets.
         InvalidRequestError: The penalty or the number of invalid actions is out of its range.
     """
     if infeasible not in INFEASIBLE:
         raise UnknownNameError("setting of infeasible:", infeasible, INFEASIBLE)
-    if render_mode is not None and render_mode not in render_modes:
-        raise UnknownNameError("render mode", render_mode, render_modes)
     if not 0 <= penalty < float("inf"):
         raise InvalidRequestError(f"invalid_action_penalty must be 0 or above, not {penalty!r}.")
     if isinstance(max_invalid, bool) or int(max_invalid) != max_invalid or max_invalid < 1:
         raise InvalidRequestError(
             f"max_invalid_actions must be a whole number of at least 1, not {max_invalid!r}."
         )
+
+
+def check_render_mode(render_mode: str | None, known: Sequence[str]) -> str | None:
+    """The render mode itself, if there is such a one.
+
+    Raises:
+        UnknownNameError: There is not.
+    """
+    if render_mode is not None and render_mode not in known:
+        raise UnknownNameError("render mode", render_mode, known)
+    return render_mode

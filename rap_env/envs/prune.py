@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -11,41 +10,17 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.error import ResetNeeded
 
-from rap_env.blocks import BlockMask, block_name
-from rap_env.envs.observation import Observation, ObservationBuilder, kept_blocks
-from rap_env.envs.parts import check_choices, open_env_workbench, request_of, task_scorer
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.blocks import BlockMask
+from rap_env.envs.episode import Episode
+from rap_env.envs.observation import Observation
+from rap_env.envs.parts import check_render_mode
+from rap_env.envs.task import PruningTask
 from rap_env.render import Scene, render_ansi, render_rgb
-from rap_env.reward import make_reward
-from rap_env.specs import check_settings
-from rap_env.workload import Request, make_sampler
+from rap_env.reward import Outcome
+from rap_env.workload import Request
 
 if TYPE_CHECKING:
     from rap_env.workbench import Workbench
-
-_MOST_DRAWS = 100
-_DENSE = BlockMask()
-
-
-@dataclass(frozen=True)
-class _Episode:
-    """Where an episode stands.
-
-    Attributes:
-        request: What is to be served.
-        asked_budget_bytes: The budget before it was clipped, or None.
-        mask: The blocks removed so far.
-        nll: NLL under the mask, nats per token; None if not measured yet.
-        invalid_actions: Actions so far on blocks that were removed already.
-        over: The episode has terminated or was truncated.
-    """
-
-    request: Request
-    asked_budget_bytes: int | None
-    mask: BlockMask = _DENSE
-    nll: float | None = None
-    invalid_actions: int = 0
-    over: bool = False
 
 
 class RAPPruneEnv(gym.Env[Observation, np.int64]):
@@ -135,6 +110,8 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     - `request`: dict of `batch_size`, `seq_len_tokens` and `budget_bytes`.
     - `nll` and `loss`: NLL and loss of the mask in nats per token; there at the reset, on the
       last step, and on each step where the reward measures it (`timing="dense"`).
+    - `predicted`: true; only beside an `nll` that is a prediction of a score table and no
+      measurement.
     - `reward_terms`: dict of each term's share of the reward by name, `invalid_action` included;
       they add up to the reward. Empty at the reset.
     - `infeasible`: only if the budget was clipped: dict with `asked_budget_bytes`.
@@ -150,6 +127,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
     | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros are seen), or an artifact |
     | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
+    | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times quicker, see `gsi` |
     | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
@@ -179,6 +157,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         calibration: str | Mapping[str, Any] | None = None,
         importance: str = "gsi",
         gsi_removals: int | None = 16,
+        gsi_method: str = "exact",
         tasks: Sequence[str] | Mapping[str, Any] | None = None,
         infeasible: str = "error",
         invalid_action_penalty: float = 0.1,
@@ -189,44 +168,39 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         render_mode: str | None = None,
         workbench: Workbench | None = None,
     ) -> None:
-        check_choices(
-            infeasible,
-            invalid_action_penalty,
-            max_invalid_actions,
-            render_mode,
-            self.metadata["render_modes"],
-        )
-        self.render_mode = render_mode
-        self.workbench = workbench or open_env_workbench(
-            model=model,
-            device=device,
-            dtype=dtype,
+        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
+        self._task = PruningTask(
+            model,
+            workload=workload,
+            reward=reward,
             calibration=calibration,
             importance=importance,
             gsi_removals=gsi_removals,
+            gsi_method=gsi_method,
+            tasks=tasks,
+            infeasible=infeasible,
+            invalid_action_penalty=invalid_action_penalty,
+            max_invalid_actions=max_invalid_actions,
+            device=device,
+            dtype=dtype,
             store=store,
+            workbench=workbench,
         )
-        self.memory = self.workbench.memory
-        self._scorer = self.workbench.scorer
-        self._sampler = make_sampler(workload, self.memory)
-        self._reward = make_reward(reward, self._scorer, lambda: task_scorer(self.workbench, tasks))
-        self._infeasible = infeasible
-        self._penalty = float(invalid_action_penalty)
-        self._most_invalid = int(max_invalid_actions)
-        self._observations = ObservationBuilder(self.memory, self.workbench.features)
-        self.observation_space = self._observations.space
-        self.action_space = gym.spaces.Discrete(self.memory.facts.num_blocks)
-        self._episode: _Episode | None = None
+        self.workbench = self._task.workbench
+        self.memory = self._task.memory
+        self.observation_space = self._task.observations.space
+        self.action_space = gym.spaces.Discrete(self._task.num_blocks)
+        self._episode: Episode | None = None
 
     @property
     def request(self) -> Request:
         """The request of this episode."""
-        return self._current.request
+        return self._current.start.request
 
     @property
     def mask(self) -> BlockMask:
         """The blocks removed so far."""
-        return self._current.mask
+        return self._current.removed.mask()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -244,19 +218,12 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
             NonFiniteScoreError: The dense model gave NaN or infinity.
         """
         super().reset(seed=seed)
+        task = self._task
         if seed is not None:
-            self._sampler.restart()
-        check_settings(options or {}, "reset", ["request"])
-        if options and options.get("request") is not None:
-            request = request_of(options["request"], self.memory)
-            self._check_needs_pruning(request)
-        else:
-            request = self._draw()
-        asked = request.budget_bytes
-        request = self._feasible(request)
-        clipped = None if request.budget_bytes == asked else asked
-        self._episode = _Episode(request, clipped, nll=self._scorer.dense_nll)
-        return self._observe(), self._info({})
+            task.sampler.restart()
+        start = task.start(task.sampler, self.np_random, options)
+        self._episode = Episode(start, task.dense, task.observations)
+        return self._episode.observation(), self._episode.info({})
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Remove block `action`. If the model fails, the episode stays where it was.
@@ -266,93 +233,51 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
             UnknownNameError: There is no such action.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        before = self._current
-        if before.over:
+        now, task = self._current, self._task
+        if now.over:
             raise ResetNeeded("The episode is over; call reset() before the next step().")
-        count = self.memory.facts.num_blocks
-        if not np.issubdtype(np.asarray(action).dtype, np.integer) or not 0 <= action < count:
-            known = [f"0 ({block_name(0)}) ... {count - 1} ({block_name(count - 1)})"]
-            raise UnknownNameError("action", action, known)
-        invalid = int(action) in before.mask
-        mask = before.mask if invalid else before.mask | BlockMask.of(int(action))
-        strikes = before.invalid_actions + invalid
-        terminated = self._fits(mask, before.request)
-        truncated = not terminated and strikes >= self._most_invalid
+        index = self._index(action)
+        invalid = now.has_removed(index)
+        peak_bytes = now.peak_bytes if invalid else now.peak_without(index)
+        strikes = now.invalid_actions + invalid
+        terminated = peak_bytes <= now.start.request.budget_bytes
+        truncated = not terminated and strikes >= task.most_invalid
         ends = terminated or truncated
-        terms = self._reward.step(before.mask, mask, ends)
-        terms["invalid_action"] = -self._penalty if invalid else 0.0
-        measured = ends or self._reward.measures_every_step
-        nll = self._scorer.nll(mask) if measured else (before.nll if invalid else None)
-        self._episode = replace(
-            before, mask=mask, nll=nll, invalid_actions=strikes, over=ends
-        )  # only now: all that can fail is done
-        return self._observe(), sum(terms.values()), terminated, truncated, self._info(terms)
+        measured = now.measured if invalid else None
+        terms = task.reward.nothing()
+        if ends or task.reward.pays_every_step:
+            mask = now.removed.mask(index)
+            measured = task.measure([mask])[0]
+            terms = task.reward.step(Outcome(mask, measured.loss, now.loss, ends))
+        terms["invalid_action"] = -task.penalty if invalid else 0.0
+        if not invalid:  # only now: all that can fail is done
+            now.remove(index, peak_bytes)
+        now.measured, now.invalid_actions, now.over = measured, strikes, ends
+        return now.observation(), sum(terms.values()), terminated, truncated, now.info(terms)
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """True for each block that may still be removed, shape (2L,)."""
-        return kept_blocks(self._current.mask, self.memory.facts.num_blocks)
+        return self._current.observation()["action_mask"].astype(bool)
 
     def render(self) -> str | npt.NDArray[np.uint8] | None:
         """The blocks, bytes against budget and loss so far, as text or as a picture."""
         if self.render_mode is None:
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
-        now = self._current
-        loss = None if now.nll is None else now.nll - self._scorer.dense_nll
-        scene = Scene(self.memory, now.request, now.mask, loss)
+        scene = Scene(self.memory, self.request, self.mask, self._current.loss)
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
 
     @property
-    def _current(self) -> _Episode:
+    def _current(self) -> Episode:
         if self._episode is None:
             raise ResetNeeded("No episode has begun; call reset() first.")
         return self._episode
 
-    def _fits(self, mask: BlockMask, request: Request) -> bool:
-        return self.memory.peak_bytes(mask, request) <= request.budget_bytes
-
-    def _draw(self) -> Request:
-        """A request of the workload that needs pruning: else the episode would start at its end."""
-        for _ in range(_MOST_DRAWS):
-            request = self._sampler.sample(self.np_random)
-            if not self._fits(_DENSE, request):
-                return request
-        raise InvalidRequestError(
-            f"The dense model fits each of {_MOST_DRAWS} requests drawn from the workload, the "
-            f"last one {request}; give the workload smaller budgets."
-        )
-
-    def _check_needs_pruning(self, request: Request) -> None:
-        if self._fits(_DENSE, request):
-            dense = self.memory.peak_bytes(_DENSE, request)
-            raise InvalidRequestError(
-                f"The dense model already fits {request} (it needs {dense:,} bytes), so there is "
-                "nothing to remove; give a smaller budget."
-            )
-
-    def _feasible(self, request: Request) -> Request:
-        """The request with a budget that some mask can meet."""
-        if self._infeasible == "error":
-            self.memory.check_feasible(request)
-        least = self.memory.least_peak_bytes(request)
-        return replace(request, budget_bytes=max(least, request.budget_bytes))
-
-    def _observe(self) -> Observation:
-        return self._observations.build(self._current.request, self._current.mask)
-
-    def _info(self, terms: dict[str, float]) -> dict[str, Any]:
-        now = self._current
-        info: dict[str, Any] = {
-            "removed": list(now.mask.names),
-            "peak_bytes": self.memory.peak_bytes(now.mask, now.request),
-            "request": {
-                entry.name: getattr(now.request, entry.name) for entry in fields(now.request)
-            },
-            "reward_terms": terms,
-        }
-        if now.nll is not None:
-            info["nll"] = now.nll
-            info["loss"] = now.nll - self._scorer.dense_nll
-        if now.asked_budget_bytes is not None:
-            info["infeasible"] = {"asked_budget_bytes": now.asked_budget_bytes}
-        return info
+    def _index(self, action: np.int64 | int) -> int:
+        """The action as a whole number of Python."""
+        whole = isinstance(action, np.integer) or type(action) is int
+        if not whole:  # an array of one integer will do, a boolean will not
+            whole = np.issubdtype(np.asarray(action).dtype, np.integer)
+        if not whole or not 0 <= action < self._task.num_blocks:
+            raise self._task.unknown_action(action)
+        return int(action)

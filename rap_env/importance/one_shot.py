@@ -15,7 +15,6 @@ from tqdm import tqdm
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.importance.provenance import load_profile, provenance_of
-from rap_env.llm.partial import PartialForward
 from rap_env.memory import HasFacts
 from rap_env.scoring.scorer import MaskScorer, ticker
 
@@ -42,7 +41,7 @@ class OneShotProfile:
     influence: tuple[float, ...]
     evaluations: int
     evaluations_run: int
-    block_forwards: int
+    block_forwards: float
     seconds: float
     provenance: dict[str, Any]
 
@@ -104,20 +103,17 @@ def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
     Returns:
         Influence of each block, shape (2L,).
     """
-    llm, partial = scorer.llm, PartialForward(scorer.llm)
-    no_ffn = BlockMask.all_of(llm.blocks, "ffn")
-    total = torch.zeros(2 * partial.num_layers, dtype=torch.float64)
-    for tokens in scorer.batches:
-        with llm.masked(BlockMask()):
-            _, outputs = partial.run(tokens)
-        inputs = {layer: state for layer, state in outputs.items() if layer < partial.num_layers}
-        with llm.masked(no_ffn):  # each layer then gives its input plus its attention alone
-            middles = partial.each_layer(tokens, inputs)
-        inputs[0] = partial.embedded(tokens)
-        for layer in range(partial.num_layers):
-            before, middle, after = inputs[layer], middles[layer + 1], outputs[layer + 1]
-            total[2 * layer] += _one_minus_cosine(before, middle)
-            total[2 * layer + 1] += _one_minus_cosine(middle, after)
+    partial = scorer.runner.partial
+    total = torch.zeros(scorer.llm.num_blocks, dtype=torch.float64)
+    with scorer.llm.masked(BlockMask()):
+        for tokens in scorer.batches:
+            state = partial.enter(tokens)
+            for step in partial.steps:
+                entered = before = state
+                for count, block in enumerate(step, start=1):
+                    state = partial.run(step[:count], entered)
+                    total[block] += _one_minus_cosine(before, state)
+                    before = state
     return (total / scorer.corpus.tokens.numel()).numpy()
 
 

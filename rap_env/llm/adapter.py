@@ -18,6 +18,10 @@ from rap_env.llm.removed import REMOVED, RemovedAttention, RemovedFFN
 class Slot:
     """One attribute of a layer that holds a part of a block.
 
+    Modules are swapped in the parent's table of modules itself. ``setattr`` ends there too, after
+    looking for a parameter, a buffer or a plain attribute of that name; there is none, since
+    `original` was found in the table, and a mask may change between any two tokens.
+
     Attributes:
         parent: The module that has the attribute.
         attribute: Its name.
@@ -32,11 +36,11 @@ class Slot:
 
     def remove(self) -> None:
         """Put the stand-in there."""
-        setattr(self.parent, self.attribute, self.stand_in)
+        self.parent._modules[self.attribute] = self.stand_in
 
     def restore(self) -> None:
         """Put the original back."""
-        setattr(self.parent, self.attribute, self.original)
+        self.parent._modules[self.attribute] = self.original
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class FamilyAdapter:
     def num_blocks(self) -> int:
         """2L, an attn and an ffn block a layer."""
         return 2 * self.num_layers
+
+    @property
+    def parallel(self) -> bool:
+        """Whether both blocks of a layer read the same state."""
+        return self.family.parallel(self.config)
 
     @property
     def hidden_size(self) -> int:

@@ -1,17 +1,18 @@
-"""Which device and which dtype a model runs in."""
+"""Which device and which dtype a model runs in, on how many threads."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
-import platform
-import time
-from pathlib import Path
 
 import torch
 
 from rap_env.errors import UnknownNameError
+from rap_env.llm.rates import CLEAR_GAIN, products_per_second, remembered_dtype
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -20,8 +21,7 @@ DTYPES = {
 }
 
 _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
-_CLEAR_GAIN = 1.2
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -46,7 +46,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for a name; ``"auto"`` is bfloat16 where the hardware multiplies it, else float32.
+    """The dtype for a name; ``"auto"`` is bfloat16 where it was measured to be faster.
+
+    The first time on a kind of processor that takes half a second; then it is remembered in the
+    cache folder (see `rap_env.llm.rates.remembered_dtype`).
 
     Args:
         name: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -59,25 +62,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if name != "auto":
         raise UnknownNameError("dtype", name, ["auto", *DTYPES])
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = cpu_multiplies_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AMX or AVX512-BF16).
-
-    Without them torch emulates bfloat16, slower than float32.
-    """
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
-        return False
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if capabilities is not None:
-        found = capabilities()
-        return any(found.get(flag) for flag in _BFLOAT16_FLAGS)
-    return _listed_in(Path("/proc/cpuinfo"))  # torch before 2.10 cannot be asked in public
+    return remembered_dtype(device, device_kind(device))
 
 
 def device_kind(device: torch.device) -> str:
@@ -91,58 +76,68 @@ def device_kind(device: torch.device) -> str:
     return "+".join([f"cpu:{torch.backends.cpu.get_cpu_capability()}", *extra])
 
 
+def use_threads(number: int | str = "auto") -> int:
+    """Let torch use so many threads from now on in this process; the log says how many.
+
+    Nothing in the library calls it: torch's own choice (a thread for each core) holds until you
+    do. Rounding depends on the number, so scores that are to be compared need the same one.
+
+    Args:
+        number: A number of threads, or ``"auto"`` for what `fastest_threads` finds.
+
+    Returns:
+        The number of threads.
+
+    Raises:
+        UnknownNameError: It is neither ``"auto"`` nor a whole number of at least 1.
+    """
+    if number == "auto":
+        number = fastest_threads()
+    if not isinstance(number, int) or number < 1:
+        hint = "Give that, or a whole number of at least 1."
+        raise UnknownNameError("number of threads", number, ["auto"], hint)
+    torch.set_num_threads(number)
+    log.info("torch uses %d thread%s.", number, "" if number == 1 else "s")
+    return number
+
+
 def fastest_threads(seconds: float = 0.4) -> int:
     """How many torch threads multiply fastest on this machine as it is now.
 
     Threads that spin while they wait for each other make a busy machine slower, not faster
     (nine times, on two cores with other work), so this is measured and not guessed. More
-    threads are taken only for a clear gain.
+    threads are taken only for a clear gain. The log says what was measured.
 
     Args:
         seconds: Time to spend on each candidate (powers of two up to the cores).
     """
     before = torch.get_num_threads()
     left, right = torch.randn(256, 576), torch.randn(576, 1536)
-    best, best_rate = 1, 0.0
-    threads = 1
+    rates: dict[int, float] = {}
+    best, threads = 1, 1
     try:
         while threads <= (os.cpu_count() or 1):
             torch.set_num_threads(threads)
-            rate = _products_per_second(left, right, seconds)
-            if rate > _CLEAR_GAIN * best_rate:
-                best, best_rate = threads, rate
+            rates[threads] = products_per_second(left, right, seconds)
+            if rates[threads] > CLEAR_GAIN * rates[best]:
+                best = threads
             threads *= 2
     finally:
         torch.set_num_threads(before)
+    found = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
+    log.info("Products a second by number of threads: %s; %d is chosen", found, best)
     return best
-
-
-def _products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
-    left @ right  # the first product starts the threads
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        left @ right
-        done += 1
-    return done / (time.perf_counter() - began)
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next tensors instead of giving it back.
 
     Every forward pass frees and asks for the same hundred megabytes; taking them from the
-    system anew cost an eighth of the time. At most 1 GiB is held back. Without effect
-    elsewhere than on Linux with glibc.
+    system anew cost an eighth of the time, and two thirds of that of a loss over 200 MB of
+    logits. At most 1 GiB is held back. Without effect elsewhere than on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            mallopt(option, 2**30)
-
-
-def _listed_in(cpuinfo: Path) -> bool:
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return any(flag in flags for flag in _BFLOAT16_FLAGS)
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+        if not mallopt(_M_MMAP_THRESHOLD, 2**30):  # older ones refuse more than 32 MiB
+            mallopt(_M_MMAP_MAX, 0)

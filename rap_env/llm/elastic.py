@@ -93,9 +93,9 @@ class ElasticLLM:
             UnknownNameError: It names a block that the model does not have; nothing changes.
         """
         mask.check(self.num_blocks)
-        for index in self._mask - mask:
+        for index in self._mask.indices - mask.indices:
             self._sites[index].restore()
-        for index in mask - self._mask:
+        for index in mask.indices - self._mask.indices:
             self._sites[index].remove()
         self._mask = mask
 
@@ -114,6 +114,14 @@ class ElasticLLM:
             yield self
         finally:
             self.apply(before)
+
+    @property
+    def spare_bytes(self) -> int | None:
+        """Bytes left for hidden states where memory is capped; None: nothing caps it."""
+        return None
+
+    def hold_layer(self, number: int) -> None:
+        """Have the weights of a layer in memory before it is called; here they always are."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the current mask, without gradients. Arguments as there."""

@@ -25,6 +25,10 @@ def _accept(config: Any) -> None:
     """Every layout that the config class can express is fine."""
 
 
+def _one_after_the_other(config: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Family:
     """Where the blocks of one family live. Paths are attribute names joined by dots.
@@ -40,6 +44,7 @@ class Family:
         layers: Path from the decoder to the list of layers.
         ffn_width: Widest hidden activation for one token, from the config.
         check: Raises `UnsupportedModelError` for a config of the family that cannot be masked.
+        parallel: Whether both blocks of a layer read the same state, from the config.
     """
 
     decoder: str
@@ -50,6 +55,7 @@ class Family:
     layers: str = "layers"
     ffn_width: Callable[[Any], int] = _intermediate_size
     check: Callable[[Any], None] = _accept
+    parallel: Callable[[Any], bool] = _one_after_the_other
 
 
 def _gpt2_width(config: Any) -> int:
@@ -152,5 +158,6 @@ FAMILIES: dict[str, Family] = {
         attn="attention",
         attn_norms=("input_layernorm",),
         ffn_norms=("post_attention_layernorm",),
+        parallel=lambda config: bool(config.use_parallel_residual),
     ),
 }

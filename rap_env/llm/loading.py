@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,23 @@ _PRUNED_FILE = "rap_pruned.json"  # as in surgery, which imports all of transfor
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector.
+
+    Importing transformers makes a million objects that stay; looking among them for garbage
+    again and again took a fifth of the time of loading.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def load_llm(
     model: str | os.PathLike[str],
     *,
@@ -48,8 +68,9 @@ def load_llm(
             see `rap_env.llm.default_model`), a hub id (``"org/name"`` or ``"org/name@revision"``),
             a folder that transformers or `save_pruned` saved, or a ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        dtype: ``"auto"`` (bfloat16 where the hardware multiplies it, else float32),
-            ``"float32"``, ``"bfloat16"`` or ``"float16"``. A pruned checkpoint has its own.
+        dtype: ``"auto"`` (bfloat16 where that was measured to be clearly faster, else float32;
+            see `rap_env.llm.device.choose_dtype`), ``"float32"``, ``"bfloat16"`` or
+            ``"float16"``. A pruned checkpoint has its own.
         quantization: None; nothing else is supported yet.
 
     Returns:

@@ -1,8 +1,9 @@
-"""Forward passes that start in the middle of the model, with no copy of any `forward`.
+"""Forward passes a block at a time, with no copy of any `forward`.
 
-The model's own code runs as it is: it embeds the tokens, makes its masks and rotary tables,
-and loops over its layers. Layers before the start only hand on a hidden state that was
-computed before, so the pass costs what the remaining layers cost.
+The model's own code runs as it is. Its decoder is called once with layers that only note how
+they were called (positions, rotary tables, attention masks): from then on any layer can be
+called in the same way on any hidden state. A block alone is its layer with the other block
+taken out.
 """
 
 from __future__ import annotations
@@ -14,134 +15,144 @@ from typing import Any
 import torch
 from torch import nn
 
+from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 
-Forward = Callable[..., Any]
-
-
-@contextlib.contextmanager
-def _replaced_forwards(replacements: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
-    """Give some modules another `forward` for a while, as instance attributes."""
-    try:
-        for module, forward in replacements:
-            module.forward = forward
-        yield
-    finally:
-        for module, _ in replacements:
-            module.__dict__.pop("forward", None)
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PartialForward:
-    """Runs the decoder of a live model from a given layer on, and its head on what comes out.
+    """Runs a live model a step at a time: what enters, each block, what leaves, the head.
 
-    Shapes: B sequences, T tokens, H hidden width, V vocabulary, L layers. The mask in force is the
-    model's own (`ElasticLLM.masked`); nothing here changes it.
+    Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
+    model's own mask doesn't matter: each step says which blocks it runs.
 
     Args:
         llm: The live model.
+
+    Attributes:
+        steps: Blocks that are run together, in order: each alone, but both of a layer whose
+            blocks read the same state (parallel residual).
     """
 
     def __init__(self, llm: ElasticLLM) -> None:
-        self._model = llm.model
+        self._llm = llm
         self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
         self._decoder = llm.adapter.decoder(llm.model)
         self._layers = list(llm.adapter.layers(llm.model))
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of decoder layers."""
-        return len(self._layers)
-
-    @torch.inference_mode()
-    def run(
-        self,
-        input_ids: torch.Tensor,
-        start_layer: int = 0,
-        start_state: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Run layers `start_layer` to L - 1 and the last norm.
-
-        Args:
-            input_ids: Tokens without padding, shape (B, T).
-            start_layer: First layer that is computed; L computes only the last norm.
-            start_state: Hidden state that enters `start_layer`, shape (B, T, H); needed if
-                `start_layer` is above 0.
-
-        Returns:
-            The decoder's output, shape (B, T, H), and the hidden states by the layer that
-            they enter, for layers above `start_layer` (L: what leaves the last layer).
-        """
-        states: dict[int, torch.Tensor] = {}
-        skipped = [(layer, lambda *_, **__: start_state) for layer in self._layers[:start_layer]]
-        with contextlib.ExitStack() as stack:
-            for number, layer in enumerate(self._layers[start_layer:], start=start_layer):
-                handle = layer.register_forward_hook(_keep(states, number + 1))
-                stack.callback(handle.remove)
-            stack.enter_context(_replaced_forwards(skipped))
-            output = self._decoder(input_ids=input_ids, use_cache=False)
-        return output.last_hidden_state, states
+        self._calls: dict[tuple[int, ...], list[_Call]] = {}
+        together = 2 if llm.adapter.parallel else 1
+        count = llm.num_blocks
+        self.steps = tuple(tuple(range(b, b + together)) for b in range(0, count, together))
 
     @torch.inference_mode()
-    def each_layer(
-        self, input_ids: torch.Tensor, states: dict[int, torch.Tensor]
-    ) -> dict[int, torch.Tensor]:
-        """Run every layer under the current mask, each on a given input of its own.
-
-        Args:
-            input_ids: Tokens without padding, shape (B, T).
-            states: What enters each layer, shape (B, T, H), as `run` returned it.
-
-        Returns:
-            What leaves each layer, (B, T, H), by the number of the next one.
-        """
-        outputs: dict[int, torch.Tensor] = {}
-        with contextlib.ExitStack() as stack:
-            for number, layer in enumerate(self._layers):
-                hooks = [layer.register_forward_hook(_keep(outputs, number + 1))]
-                if number in states:
-                    hook = _feed(states[number])
-                    hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-                for handle in hooks:
-                    stack.callback(handle.remove)
-            self._decoder(input_ids=input_ids, use_cache=False)
-        return outputs
-
-    @torch.inference_mode()
-    def embedded(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def enter(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What enters the first layer, (B, T) -> (B, T, H)."""
         entered: list[torch.Tensor] = []
 
-        def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            entered.append(args[0] if args else kwargs["hidden_states"])
+        def note(_number: int, hidden: torch.Tensor, _call: _Call) -> torch.Tensor:
+            entered.append(hidden)
+            return hidden
 
-        handle = self._layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            self._decoder(input_ids=input_ids, use_cache=False)
-        finally:
-            handle.remove()
+        self._pass(input_ids, note)
         return entered[0]
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's head on decoder outputs, (B, T, H) -> (B, T, V).
+    def run(self, blocks: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
+        """Run blocks of one layer and no other block, (B, T, H) -> (B, T, H).
 
-        The one thing that a family's `forward` does to logits is Gemma's soft cap.
+        Args:
+            blocks: Some of the blocks of one step; none gives the state itself.
+            state: What enters them.
         """
-        logits: torch.Tensor = self._model.get_output_embeddings()(hidden)
+        if not blocks:
+            return state
+        layer = blocks[0] // 2
+        args, kwargs = self._calls_for(state)[layer]
+        others = BlockMask(frozenset((2 * layer, 2 * layer + 1)) - frozenset(blocks))
+        self._llm.hold_layer(layer)
+        with self._llm.masked(others):
+            output = self._layers[layer](state, *args, **kwargs)
+        left: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return left
+
+    @torch.inference_mode()
+    def leave(self, state: torch.Tensor) -> torch.Tensor:
+        """What the decoder gives for the state that the last layer gave, (B, T, H) -> (B, T, H)."""
+        last = len(self._layers) - 1
+        return self._pass(
+            _placeholder(state), lambda number, hidden, _: state if number == last else hidden
+        )
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's head on decoder outputs, (N, H) -> (N, V).
+
+        Rows of their own, not (B, T, H): torch multiplies a slice of a batch twice as slowly.
+        """
+        return self.cap(self._model_head(hidden))
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """The one thing that a family's `forward` does to logits: Gemma's soft cap."""
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
+    @property
+    def head(self) -> nn.Linear:
+        """The module that gives logits."""
+        head: nn.Linear = self._llm.model.get_output_embeddings()
+        return head
 
-def _keep(states: dict[int, torch.Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states[layer] = output[0] if isinstance(output, tuple) else output
+    def _model_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(hidden)
+        return logits
 
-    return hook
+    def _calls_for(self, state: torch.Tensor) -> list[_Call]:
+        """How the decoder calls each of its layers for states of this shape."""
+        shape = tuple(state.shape[:2])
+        if shape not in self._calls:
+            calls: list[_Call] = []
+
+            def note(_number: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+                calls.append(call)
+                return hidden
+
+            self._pass(_placeholder(state), note)
+            self._calls[shape] = calls
+        return self._calls[shape]
+
+    def _pass(
+        self,
+        input_ids: torch.Tensor,
+        layer: Callable[[int, torch.Tensor, _Call], torch.Tensor],
+    ) -> torch.Tensor:
+        """The decoder with `layer` in the place of every layer: only its ends are computed."""
+        with _replaced_forwards(self._layers, layer):
+            output = self._decoder(input_ids=input_ids, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
 
 
-def _feed(state: torch.Tensor) -> Callable[[nn.Module, Any, Any], tuple[Any, Any]]:
-    def hook(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if args:
-            return (state, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": state}
+def _placeholder(state: torch.Tensor) -> torch.Tensor:
+    """Token ids for states of this shape; what the ids are does not matter."""
+    return torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
 
-    return hook
+
+@contextlib.contextmanager
+def _replaced_forwards(
+    layers: list[nn.Module], forward: Callable[[int, torch.Tensor, _Call], torch.Tensor]
+) -> Iterator[None]:
+    """Give the layers another `forward` for a while, as instance attributes."""
+
+    def stand_in(number: int) -> Callable[..., torch.Tensor]:
+        def called(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return forward(number, hidden_states, (args, kwargs))
+
+        return called
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = stand_in(number)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

@@ -107,7 +107,7 @@ class ContinuationScorer:
         """Log-probability of each target and whether it is the argmax, both (M,)."""
         logs, greedy = [], []
         for start in range(0, len(hidden), HEAD_TOKENS):
-            logits = self._partial.logits(hidden[None, start : start + HEAD_TOKENS])[0]
+            logits = self._partial.logits(hidden[start : start + HEAD_TOKENS])
             scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             first, last = torch.searchsorted(
                 batch.position, torch.tensor([start, start + HEAD_TOKENS])

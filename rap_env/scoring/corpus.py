@@ -13,16 +13,19 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import CorpusError, MissingDependencyError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
 from rap_env.paths import cache_dir
+
+if TYPE_CHECKING:  # a `CorpusConfig` alone loads no torch
+    import torch
+
+    from rap_env.llm.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +142,8 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
     """
     if config.source != "self":
         return _cut(config, llm)
+    import torch
+
     described = {"model": llm.facts.fingerprint, "format": _FORMAT, **_generation_settings(config)}
     path = cache_dir() / "corpora" / f"{digest(described)[:24]}.json"
     try:
@@ -180,6 +185,8 @@ def _generation_settings(config: CorpusConfig) -> dict[str, Any]:
 
 def _write_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Tensor:
     """Let the dense model write, from its own start token, one sequence for each window."""
+    import torch
+
     from rap_env.blocks import BlockMask
 
     start = llm.model.generation_config.bos_token_id
@@ -227,6 +234,8 @@ def _write_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.
 
 def _cut(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     """Tokenise a file or data set and choose windows from its role's part."""
+    import torch
+
     hub = config.source.startswith("hub:")
     text = _hub_text(config) if hub else _file_text(config)
     if llm.tokenizer is None:

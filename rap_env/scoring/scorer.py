@@ -1,11 +1,11 @@
-"""NLL of masks on a fixed text, with the layers that masks share computed once."""
+"""NLL of masks on a fixed text, with the blocks that masks share computed once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +19,28 @@ from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial import PartialForward
 from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.loss import HEAD_TOKENS, window_nll
+from rap_env.scoring.mask_runner import MaskRunner, chunks
+from rap_env.scoring.states import Node, StateCache, branch_nodes
 from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.width import masks_at_once
 
-_METRIC = "window_nll"
+METRIC = "window_nll"
+"""Under what name the store has the scores of a text: one value for each window."""
+
 _BATCH_TOKENS = 1024
-_HEAD_TOKENS = 256  # logits of so many tokens exist at once
-_LOSS_ROWS = 64
 _PREFIX_BYTES = 512 * 2**20
-
-States = list[dict[int, torch.Tensor]]  # for each batch of windows: layer -> what enters it
+_LOSS_VERSION = 2  # raised when the same numbers are computed in another order
 
 
 class MaskScorer:
     """Measures what masks do to the model's NLL on a text cut into windows.
 
     Each window of T tokens stands alone (stride T, nothing put before it) and gives T - 1
-    predictions. Masks are visited in an order in which neighbours share as many of the first
-    layers as possible, and a mask starts where it departs from the one before. The result is
-    bit for bit that of a whole pass, since the same operations run on the same tensors.
+    predictions. Masks are ordered as a tree over blocks, and a mask starts where it departs
+    from one that was run before. The result is bit for bit that of a whole pass, since the
+    same operations run on the same tensors; on an accelerator, where several masks may share
+    a batch, it is equal up to the dtype's rounding.
 
     Args:
         llm: The live model; its mask is restored after each call.
@@ -44,11 +48,17 @@ class MaskScorer:
         store: Where scores are kept between runs; None keeps them in this object only.
         batch_tokens: Tokens of one forward pass; windows are batched up to it.
         prefix_cache_bytes: Most bytes of hidden states kept for sharing. Where they do not
-            suffice for every layer, every second (third, ...) layer's are kept.
+            suffice for every step of a mask, every second (third, ...) step's are kept.
+        masks_together: Most masks that share a batch; None is 1 on a CPU, and measured on
+            an accelerator.
 
     Attributes:
-        evaluations: Masks that were really run (stored ones don't count).
-        block_forwards: Blocks that were really run on the whole text.
+        runner: Runs masks on the text and counts blocks.
+        evaluations: Masks that were really run (stored ones don't count), those that a search
+            dropped before the end included.
+        full_block_forwards: Blocks that single full passes would have run for them.
+        in_flight: Masks that advance through the model together.
+        stride: Every so many steps the state of a mask is worth keeping.
 
     Raises:
         CorpusError: The windows are shorter than two tokens, or longer than the model's positions.
@@ -62,12 +72,13 @@ class MaskScorer:
         *,
         batch_tokens: int = _BATCH_TOKENS,
         prefix_cache_bytes: int = _PREFIX_BYTES,
+        masks_together: int | None = None,
     ) -> None:
         self.llm = llm
         self.corpus = text if isinstance(text, Corpus) else Corpus.of_tokens(text)
         self.store = store
         self.evaluations = 0
-        self.block_forwards = 0
+        self.full_block_forwards = 0
         tokens = self.corpus.tokens
         windows, length = tokens.shape
         if not 2 <= length <= llm.facts.max_positions:
@@ -76,26 +87,40 @@ class MaskScorer:
                 f"of {llm.name}), not {length}."
             )
         rows = max(1, batch_tokens // length)
-        self._batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
-        self._partial = PartialForward(llm)
-        layer_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
-        self._stride = max(1, -(-llm.facts.num_layers * layer_bytes // prefix_cache_bytes))
+        batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
+        at_once = masks_at_once(llm, batches[0], prefix_cache_bytes, masks_together)
+        self.in_flight = at_once.in_flight
+        self.runner = MaskRunner(
+            PartialForward(llm), batches, StateCache(at_once.cache_bytes), at_once.width
+        )
+        state_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
+        path_bytes = len(self.runner.lows) * state_bytes
+        self.stride = max(1, -(-path_bytes // max(1, at_once.cache_bytes)))
         self._scores: dict[BlockMask, npt.NDArray[np.float64]] = {}
-        self._path: BlockMask | None = None  # the mask whose states are kept
-        self._states: States = [{} for _ in self._batches]
         self.context = self._make_context(rows)
         self._key = context_key(self.context)
 
     @property
-    def batches(self) -> tuple[torch.Tensor, ...]:
+    def batches(self) -> Sequence[torch.Tensor]:
         """The windows as they are run, each of shape (rows, T), on the model's device."""
-        return self._batches
+        return self.runner.batches
+
+    @property
+    def block_forwards(self) -> float:
+        """Blocks that were really run on the whole text; on a part of it, that part."""
+        return self.runner.block_runs / len(self.batches)
+
+    @property
+    def share_saved(self) -> float:
+        """Share of the block forwards of single full passes that was not needed."""
+        return 1 - self.block_forwards / max(1, self.full_block_forwards)
 
     @cached_property
     def evaluation_s(self) -> float:
         """Seconds that one pass of the dense model over the text takes, measured once."""
+        alone = MaskRunner(self.runner.partial, self.batches, StateCache(0))
         began = time.perf_counter()
-        self._run(BlockMask(), 0)
+        self._values(alone, [0], keep=())
         return time.perf_counter() - began
 
     @property
@@ -108,6 +133,10 @@ class MaskScorer:
         """NLL of the dense model, nats per token."""
         return self.nll(BlockMask())
 
+    def is_predicted(self, _mask: BlockMask) -> bool:
+        """Whether the score of `mask` is a guess: never, since a live model measures it."""
+        return False
+
     def nll(self, mask: BlockMask) -> float:
         """Mean NLL of the text under `mask`, nats per token.
 
@@ -119,98 +148,116 @@ class MaskScorer:
 
     def window_nll(self, mask: BlockMask) -> npt.NDArray[np.float64]:
         """Mean NLL of each window under `mask`, nats per token, shape (windows,)."""
-        mask.check(self.llm.facts.num_blocks)
-        found = self._look_up(mask)
-        return self._measure(mask) if found is None else found
+        if self.look_up(mask) is None:
+            self._measure([mask], self._spine(mask))
+        return self._scores[mask]
 
     def nll_many(
         self, masks: Sequence[BlockMask], on_score: Callable[[BlockMask], None] | None = None
     ) -> list[float]:
-        """NLL of several masks, in their order; shared first layers run once.
+        """NLL of several masks, in their order; what they share runs once.
 
         Args:
             masks: What to score; repeated ones are measured once.
             on_score: Called after each mask that is done, for progress bars.
         """
-        for mask in sorted(set(masks), key=self._sharing_order):
-            self.window_nll(mask)
-            if on_score is not None:
-                on_score(mask)
+        known = [values for mask in masks if (values := self.look_up(mask)) is not None]
+        if on_score is None and len(known) == len(masks):  # as mostly in a vector environment
+            return [float(values.mean()) for values in known]
+        distinct = sorted(set(masks), key=self._sharing_order)
+        missing = [mask for mask in distinct if self.look_up(mask) is None]
+        branches = branch_nodes([to_bits(mask) for mask in missing], self.runner.partial.steps)
+        for group in chunks(missing, self.in_flight):
+            last = group[-1] is missing[-1]
+            self._measure(group, branches | self._spine(group[-1]) if last else branches)
+            tick(on_score, group)
+        tick(on_score, [mask for mask in distinct if mask not in missing])
         return [self.nll(mask) for mask in masks]
 
     def scan(
         self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None
     ) -> dict[Block, float]:
         """For every block that `mask` keeps: the NLL without that block too."""
-        blocks = [block for block in self.llm.blocks if block not in mask]
-        candidates = [mask | BlockMask.of(block) for block in blocks]
-        return dict(zip(blocks, self.nll_many(candidates, on_score), strict=True))
+        candidates = self.candidates(mask)
+        nll = self.nll_many(list(candidates.values()), on_score)
+        return dict(zip(candidates, nll, strict=True))
+
+    def candidates(self, mask: BlockMask) -> dict[Block, BlockMask]:
+        """For every block that `mask` keeps: the mask that removes it too."""
+        kept = [block for block in self.llm.blocks if block not in mask]
+        return {block: mask | BlockMask.of(block) for block in kept}
+
+    def look_up(self, mask: BlockMask) -> npt.NDArray[np.float64] | None:
+        """NLL of each window if it is known, shape (windows,), or None.
+
+        Raises:
+            UnknownNameError: The mask names blocks that the model does not have.
+        """
+        if mask not in self._scores:
+            mask.check(self.llm.facts.num_blocks)
+            values = None if self.store is None else self.store.get(self._key, mask, METRIC)
+            if values is None:
+                return None
+            self._scores[mask] = np.array(values)
+        return self._scores[mask]
+
+    def record(self, mask: BlockMask, values: npt.NDArray[np.float64]) -> None:
+        """Keep what was measured of a mask: the NLL of each window, shape (windows,).
+
+        Raises:
+            NonFiniteScoreError: It is NaN or infinite; nothing is kept.
+        """
+        if not np.isfinite(values).all():
+            self.refuse(mask)
+        if self.store is not None:
+            self.store.put(self._key, mask, METRIC, values.tolist(), self.context)
+        self._scores[mask] = values
+
+    def refuse(self, mask: BlockMask) -> NoReturn:
+        """Say that the model gave no number for `mask`.
+
+        Raises:
+            NonFiniteScoreError: Always.
+        """
+        self.runner.cache.clear()  # what led there may be spoilt too
+        raise NonFiniteScoreError(
+            f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {mask}; check the "
+            "weights, or load the model with dtype='float32'."
+        )
+
+    def count(self, mask: BlockMask) -> None:
+        """Count a mask that is run."""
+        self.evaluations += 1
+        self.full_block_forwards += self.llm.facts.num_blocks - len(mask)
 
     def _sharing_order(self, mask: BlockMask) -> tuple[bool, ...]:
         return tuple(index in mask.indices for index in range(self.llm.facts.num_blocks))
 
-    def _look_up(self, mask: BlockMask) -> npt.NDArray[np.float64] | None:
-        if mask not in self._scores and self.store is not None:
-            values = self.store.get(self._key, mask, _METRIC)
-            if values is not None:
-                self._scores[mask] = np.array(values)
-        return self._scores.get(mask)
+    def _spine(self, mask: BlockMask) -> set[Node]:
+        """The nodes of one mask that are kept for whichever mask comes next."""
+        bits, lows = to_bits(mask), self.runner.lows
+        return {(n, bits & low) for n, low in enumerate(lows) if n % self.stride == 0}
 
-    def _measure(self, mask: BlockMask) -> npt.NDArray[np.float64]:
-        start = self._shared_layers(mask)
-        values = self._run(mask, start)
-        if not np.isfinite(values).all():
-            raise NonFiniteScoreError(
-                f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {mask}; check the "
-                "weights, or load the model with dtype='float32'."
-            )
-        self.evaluations += 1
-        self.block_forwards += sum(
-            index not in mask.indices for index in range(2 * start, self.llm.facts.num_blocks)
-        )
-        if self.store is not None:
-            self.store.put(self._key, mask, _METRIC, values.tolist(), self.context)
-        self._scores[mask] = values
+    def _measure(self, masks: Sequence[BlockMask], keep: Collection[Node]) -> None:
+        values = self._values(self.runner, [to_bits(mask) for mask in masks], keep)
+        for mask, row in zip(masks, values, strict=True):
+            self.record(mask, row)
+            self.count(mask)
+
+    def _values(
+        self, runner: MaskRunner, masks: Sequence[int], keep: Collection[Node]
+    ) -> npt.NDArray[np.float64]:
+        """Mean NLL of each window for each mask, (masks, windows); states of `keep` are kept."""
+        parts = []
+        with self.llm.masked(BlockMask()):
+            for batch, ids in enumerate(runner.batches):
+                passed = runner.run(batch, masks, keep.__contains__)
+                for node, state in passed.nodes.items():
+                    runner.cache.put(batch, node, state)
+                hidden = [runner.partial.leave(passed.last[mask]) for mask in masks]
+                parts.append(torch.stack([window_nll(runner.partial, h, ids) for h in hidden]))
+        values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
         return values
-
-    def _run(self, mask: BlockMask, start: int) -> npt.NDArray[np.float64]:
-        """Mean NLL of each window under `mask`, layers before `start` taken from the last mask."""
-        self._path = None  # states are of no mask while they change
-        with self.llm.masked(mask):
-            parts = [self._run_batch(i, start) for i in range(len(self._batches))]
-        self._path = mask
-        return torch.cat(parts).double().cpu().numpy()
-
-    def _shared_layers(self, mask: BlockMask) -> int:
-        """First layer to compute: all before it equal those of the mask run last."""
-        if self._path is None:
-            return 0
-        departs = min(mask.indices ^ self._path.indices, default=self.llm.facts.num_blocks) // 2
-        return departs - departs % self._stride
-
-    def _run_batch(self, number: int, start: int) -> torch.Tensor:
-        states = self._states[number]
-        for layer in [layer for layer in states if layer > start]:
-            del states[layer]
-        tokens = self._batches[number]
-        hidden, new = self._partial.run(tokens, start, states.get(start))
-        states.update((k, v) for k, v in new.items() if k % self._stride == 0)
-        return self._window_means(hidden, tokens)
-
-    @torch.inference_mode()
-    def _window_means(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Mean NLL of each window, shape (windows of the batch,); few logits exist at once."""
-        inputs, targets = hidden[:, :-1], tokens[:, 1:]
-        flat, wanted = inputs.reshape(1, -1, inputs.shape[-1]), targets.reshape(-1)
-        losses = [
-            token_nll(self._partial.logits(part)[0], target)
-            for part, target in zip(
-                torch.split(flat, _HEAD_TOKENS, dim=1),
-                torch.split(wanted, _HEAD_TOKENS),
-                strict=True,
-            )
-        ]
-        return torch.cat(losses).view(targets.shape).double().mean(dim=1)
 
     def _make_context(self, rows: int) -> Mapping[str, Any]:
         """Everything that determines a score, down to the rounding of its last bit."""
@@ -223,34 +270,30 @@ class MaskScorer:
             "tokens": self.corpus.sha256,
             "shape": list(self.corpus.tokens.shape),
             "batch_windows": rows,
-            "head_tokens": _HEAD_TOKENS,
+            "head_tokens": HEAD_TOKENS,
+            "loss": _LOSS_VERSION,
             "threads": torch.get_num_threads() if self.llm.device.type == "cpu" else 0,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
 
 
-def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """NLL of each target in float32, (N, V) and (N,) -> (N,).
+def to_bits(mask: BlockMask) -> int:
+    """A mask as a number: bit i is set if block i is removed."""
+    return sum(1 << index for index in mask.indices)
 
-    In place and a few rows at a time: what stays in the processor's cache is twice as fast as
-    `torch.nn.functional.cross_entropy`, and no second (N, V) tensor exists.
-    """
-    losses = []
-    for rows, wanted in zip(
-        torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
-    ):
-        shifted = rows.to(torch.float32, copy=True)
-        shifted -= shifted.amax(dim=-1, keepdim=True)
-        target = shifted.gather(1, wanted[:, None])[:, 0]
-        losses.append(shifted.exp_().sum(dim=-1).log_() - target)
-    return torch.cat(losses)
+
+def tick(on_score: Callable[[BlockMask], None] | None, masks: Sequence[BlockMask]) -> None:
+    """Say of each mask that it is done, if anybody asked."""
+    if on_score is not None:
+        for mask in masks:
+            on_score(mask)
 
 
 def ticker(bar: tqdm[Any]) -> Callable[[BlockMask], None]:
     """A callback for `MaskScorer.nll_many` that moves a progress bar on."""
 
-    def tick(_mask: BlockMask) -> None:
+    def move_on(_mask: BlockMask) -> None:
         bar.update()
 
-    return tick
+    return move_on

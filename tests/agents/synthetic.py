@@ -13,7 +13,8 @@ import numpy as np
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.importance.features import ImportanceFeatures
+from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.features import ImportanceFeatures
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.workload import Request
 
@@ -72,6 +73,12 @@ class SyntheticScorer:
             self.block_forwards += len(self.costs) - len(mask)
         return self.scores[mask]
 
+    def nll_many(self, masks):
+        return [self.nll(mask) for mask in masks]
+
+    def is_predicted(self, mask):
+        return False
+
     def scan(self, mask):
         blocks = [Block(i, 1) for i in range(len(self.costs)) if i not in mask]
         return {block: self.nll(mask | BlockMask.of(block)) for block in blocks}
@@ -102,6 +109,13 @@ class SyntheticBench:
 def make_env(bench, **settings):
     """`RAPPrune-v0` itself, on losses that cost nothing."""
     return lambda: RAPPruneEnv(workbench=bench, **settings)
+
+
+def make_envs(bench, **settings):
+    """Many of them, stepped together."""
+    return lambda num_envs: RAPPruneVectorEnv(
+        workbench=bench, num_envs=num_envs, autoreset_mode="SameStep", **settings
+    )
 
 
 def request_at(bench, batch_size, seq_len_tokens, fraction):

@@ -10,13 +10,13 @@ from agents.training import make_vector_env, train
 from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.workload import Request
-from tests.agents.synthetic import SyntheticBench, make_env, request_at
+from tests.agents.synthetic import SyntheticBench, make_envs, request_at
 
 
 def untrained(name, bench, policy="blockwise"):
     """A policy with random weights, whose favourite is as likely a removed block as a kept one."""
     config = AgentConfig(name, policy, n_envs=1)
-    model = make_model(config, make_vector_env(config, make_env(bench)))
+    model = make_model(config, make_vector_env(config, make_envs(bench)))
     for parameter in model.policy.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return TrainedPolicy(model.policy, ObservationBuilder(bench.memory, bench.features))
@@ -59,7 +59,7 @@ def runs(tmp_path_factory):
     for policy in ("blockwise", "mlp"):
         folders[policy] = tmp_path_factory.mktemp(policy)
         config = AgentConfig("ppo", policy, 64, 2, hyperparameters={"n_steps": 32})
-        train(config, make_env(bench), folders[policy], progress=False)
+        train(config, make_envs(bench), folders[policy], progress=False)
     return folders
 
 

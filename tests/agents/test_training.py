@@ -23,7 +23,8 @@ from agents.checkpoint import latest_checkpoint
 from agents.policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.errors import ArtifactError, StorageFullError
-from tests.agents.synthetic import make_env, request_at
+from rap_env.importance import ImportanceFeatures
+from tests.agents.synthetic import make_envs, request_at
 
 ROOT = Path(__file__).parents[2]
 SHORT = {
@@ -80,25 +81,46 @@ def often(monkeypatch):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, bench, name, often):
     config = short(name)
-    train(config, make_env(bench), tmp_path / "whole", progress=False)
+    train(config, make_envs(bench), tmp_path / "whole", progress=False)
     with pytest.raises(Interrupt):
-        train(config, make_env(bench), tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
-    result = train(config, make_env(bench), tmp_path / "cut", progress=False)
+        train(config, make_envs(bench), tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
+    result = train(config, make_envs(bench), tmp_path / "cut", progress=False)
     # The stop comes with the first episode that ends after step 150.
     assert 0 < result.resumed_from < config.total_timesteps
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
 
 
+def test_a_replayed_trace_goes_on_where_it_was(tmp_path, bench):
+    trace = tmp_path / "trace.csv"
+    lines = "".join(f"t,{n},1\n" for n in range(100, 3000, 90))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
+    envs = make_envs(bench, workload={"name": "trace", "path": str(trace), "order": "replay"})
+    train(short(), envs, tmp_path / "whole", progress=False)
+    with pytest.raises(Interrupt):
+        train(short(), envs, tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
+    train(short(), envs, tmp_path / "cut", progress=False)
+    assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
+
+
+def test_episodes_that_look_different_after_a_resume_begin_anew(tmp_path, bench, caplog):
+    train(short(steps=64), make_envs(bench), tmp_path, progress=False)
+    bench.features = ImportanceFeatures.none(12)
+    with caplog.at_level(logging.WARNING):
+        result = train(short(steps=128), make_envs(bench), tmp_path, progress=False)
+    assert "does not show the interrupted episodes as they were" in caplog.text
+    assert (result.resumed_from, result.timesteps) == (64, 128)
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_resumed_model_is_the_checkpointed_one(tmp_path, bench, name, often):
     config = short(name, steps=128)
-    train(config, make_env(bench), tmp_path, progress=False)
+    train(config, make_envs(bench), tmp_path, progress=False)
     before = everything_of(tmp_path)
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
-    result = train(config, make_env(bench), tmp_path / "copy", progress=False)
+    result = train(config, make_envs(bench), tmp_path / "copy", progress=False)
     assert result.resumed_from == result.timesteps == before[0] == 128
     assert_same(before, everything_of(tmp_path / "copy"))
-    longer = train(short(name, steps=160), make_env(bench), tmp_path / "copy", progress=False)
+    longer = train(short(name, steps=160), make_envs(bench), tmp_path / "copy", progress=False)
     assert longer.timesteps == 160
     assert longer.episodes > result.episodes > 0
 
@@ -107,9 +129,9 @@ _SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from tests.agents.test_training import slow_bench, short
-from tests.agents.synthetic import make_env
+from tests.agents.synthetic import make_envs
 from agents.training import train
-train(short(steps=2000), make_env(slow_bench()), sys.argv[1], progress=False)
+train(short(steps=2000), make_envs(slow_bench()), sys.argv[1], progress=False)
 """
 
 
@@ -134,7 +156,7 @@ def test_killed_training_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     at = latest_checkpoint(folder).step
-    result = train(short(steps=at + 64), make_env(slow_bench()), tmp_path, progress=False)
+    result = train(short(steps=at + 64), make_envs(slow_bench()), tmp_path, progress=False)
     assert result.resumed_from == at > 0
     assert result.timesteps == at + 64
     assert result.recent_loss > 0
@@ -149,12 +171,12 @@ def damage(path):
 
 @pytest.mark.parametrize("file", ["model.zip", "checkpoint.json"])
 def test_damaged_checkpoint_is_passed_over(tmp_path, bench, caplog, file):
-    train(short(), make_env(bench), tmp_path, progress=False)
+    train(short(), make_envs(bench), tmp_path, progress=False)
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_000000224", "step_000000256"]
     damage(folders[1] / file)
     with caplog.at_level(logging.WARNING):
-        result = train(short(), make_env(bench), tmp_path, progress=False)
+        result = train(short(), make_envs(bench), tmp_path, progress=False)
     assert result.resumed_from == 224
     assert result.timesteps == 256
     assert "altered" in caplog.text
@@ -162,12 +184,12 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, bench, caplog, file):
 
 
 def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
-    train(short(steps=64), make_env(bench), tmp_path, progress=False)
+    train(short(steps=64), make_envs(bench), tmp_path, progress=False)
     first, second = sorted((tmp_path / "checkpoints").iterdir())
     damage(first / "model.zip")
     (second / "model.zip").unlink()
     with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged; delete that"):
-        train(short(steps=64), make_env(bench), tmp_path, progress=False)
+        train(short(steps=64), make_envs(bench), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged"):
         TrainedPolicy.load(tmp_path, bench)
 
@@ -183,27 +205,27 @@ def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
     ],
 )
 def test_resuming_with_other_settings_is_refused(tmp_path, bench, other, text):
-    train(short(steps=32), make_env(bench), tmp_path, progress=False)
+    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match=text):
-        train(short(**other), make_env(bench), tmp_path, progress=False)
+        train(short(**other), make_envs(bench), tmp_path, progress=False)
 
 
 def test_resuming_on_another_model_is_refused(tmp_path, bench, real_bench):
-    train(short(steps=32), make_env(bench), tmp_path, progress=False)
+    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
     workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
     with pytest.raises(ArtifactError, match="observation_space=.*cannot go on"):
-        train(short(), make_env(real_bench, workload=workload), tmp_path, progress=False)
+        train(short(), make_envs(real_bench, workload=workload), tmp_path, progress=False)
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path, bench, monkeypatch):
-    train(short(steps=64), make_env(bench), tmp_path, progress=False)
+    train(short(steps=64), make_envs(bench), tmp_path, progress=False)
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_artifact", full)
     with pytest.raises(StorageFullError, match="No space left while writing"):
-        train(short(steps=128), make_env(bench), tmp_path, progress=False)
+        train(short(steps=128), make_envs(bench), tmp_path, progress=False)
     assert latest_checkpoint(tmp_path / "checkpoints").step == 64
     assert not list((tmp_path / "checkpoints").glob(".new-*"))
 
@@ -211,7 +233,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, bench, monkeypatch):
 def test_left_overs_of_a_kill_are_swept_away(tmp_path, bench):
     left_over = tmp_path / "checkpoints" / ".new-abc"
     left_over.mkdir(parents=True)
-    train(short(steps=32), make_env(bench), tmp_path, progress=False)
+    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
     assert not left_over.exists()
 
 
@@ -231,7 +253,7 @@ def test_divergence_stops_with_what_to_do(tmp_path, bench, monkeypatch, name, of
 
     monkeypatch.setattr(training, "make_model", remembered)
     with pytest.raises(TrainingDivergedError, match="NaN or infinite.*lower learning_rate"):
-        train(short(name), make_env(bench), tmp_path, log_fns=[poison], progress=False)
+        train(short(name), make_envs(bench), tmp_path, log_fns=[poison], progress=False)
     saved = latest_checkpoint(tmp_path / "checkpoints").load_model()
     assert all(bool(torch.isfinite(p).all()) for p in saved.policy.parameters())
 
@@ -241,7 +263,7 @@ def test_metrics_say_what_happened(tmp_path, bench):
     before = bench.scorer.evaluations
     result = train(
         short("ppo", steps=512),
-        make_env(bench),
+        make_envs(bench),
         tmp_path,
         log_fns=[lambda metrics, step: lines.append((step, metrics))],
         progress=False,
@@ -263,7 +285,7 @@ def test_metrics_say_what_happened(tmp_path, bench):
 
 
 def test_no_bar_without_a_terminal(tmp_path, bench, capfd):
-    train(short(steps=64), make_env(bench), tmp_path)
+    train(short(steps=64), make_envs(bench), tmp_path)
     assert "step/s" not in capfd.readouterr().err
 
 
@@ -278,7 +300,7 @@ def test_every_agent_learns(tmp_path, bench, name):
     """On losses with a known optimum, a trained policy beats random and one-shot."""
     steps = 6000 if "dqn" in name else 2500  # Q values carry a terminal reward back step by step
     config = AgentConfig(name, total_timesteps=steps, n_envs=8)
-    train(config, make_env(bench), tmp_path, progress=False)
+    train(config, make_envs(bench), tmp_path, progress=False)
     learned = mean_loss(bench, TrainedPolicy.load(tmp_path, bench))
     assert learned < 0.5 * mean_loss(bench, make_baseline("random", bench))
     assert learned < mean_loss(bench, make_baseline("one_shot", bench))
@@ -290,7 +312,7 @@ def test_on_a_real_model(tmp_path, real_bench, name):
         "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
         "reward": "perplexity",
     }
-    result = train(short(name, 128), make_env(real_bench, **settings), tmp_path, progress=False)
+    result = train(short(name, 128), make_envs(real_bench, **settings), tmp_path, progress=False)
     assert result.timesteps == 128
     assert result.evaluations > 0
     choice = TrainedPolicy.load(tmp_path, real_bench).select(request_at(real_bench, 2, 16, 0.8))

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder, kept_blocks, squash
+from rap_env.envs.observation import ObservationBuilder, squash
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance import ImportanceFeatures
 from rap_env.workload import Request
 from tests.envs.conftest import LAYERS
-
-COUNT = 2 * LAYERS
+from tests.envs.playing import COUNT, make, play
 
 
 @pytest.fixture
@@ -103,9 +104,28 @@ def test_what_the_model_does_not_have_is_refused(builder, request_):
         builder.build(Request(1, 65, 1), BlockMask())
 
 
-def test_kept_blocks():
-    assert kept_blocks(BlockMask.of(1), 3).tolist() == [True, False, True]
-    assert kept_blocks(BlockMask(), 2).tolist() == [True, True]
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_episode_shows_what_is_built_for_its_masks(workbench, masked):
+    builder = ObservationBuilder(workbench.memory, workbench.features)
+    for seed, workload in itertools.product(range(10), ("grid", "azure-conv")):
+        env = make(workbench, workload=workload)
+        for step, (seen, *_, info) in enumerate(play(env, seed, masked)):
+            built = builder.build(Request(**info["request"]), BlockMask.of(*info["removed"]))
+            for key, array in built.items():
+                assert np.array_equal(seen[key], array), (seed, step, key)
+                assert seen[key].dtype == array.dtype
+
+
+def test_an_episode_is_not_disturbed_by_what_is_done_to_its_observations(workbench):
+    env = make(workbench)
+    plain = play(env, 0, masked=True)
+    env.action_space.seed(0)
+    seen, _ = env.reset(seed=0)
+    for expected, *_ in plain[1:]:
+        seen["action_mask"][:] = seen["blocks"][:] = seen["request"][:] = 7
+        action = env.action_space.sample(env.action_masks().astype(np.int8))
+        seen, *_ = env.step(action)
+        assert all(np.array_equal(seen[key], expected[key]) for key in expected)
 
 
 def test_squash_keeps_the_order_and_ignores_gains():

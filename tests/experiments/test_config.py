@@ -25,7 +25,7 @@ from rap_env.workload import SAMPLERS
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if path.parent != CONF_DIR]
-PROGRAMS = ("profile", "train", "evaluate", "report", "demo")
+PROGRAMS = ("profile", "train", "evaluate", "report", "demo", "export_scores")
 NEEDED = {
     "model/custom": ["model.name=some/model"],
     "calibration/file": ["calibration.source=text.txt"],

@@ -1,6 +1,7 @@
 """GSI: the order of the naive loop, whole after an interruption, refused for another model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance import GSIProfile, gsi
+from rap_env.importance.rounds import LazyRounds, Standing
+from rap_env.scoring import loss
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.scoring.test_scorer import plain_nll, tokens
@@ -35,6 +38,117 @@ def test_exact_gsi_is_the_naive_loop(seed):
     assert list(profile.order) == order
     assert profile.nll_after == pytest.approx(levels, rel=2e-5)
     assert profile.evaluations == profile.evaluations_run == 1 + sum(range(1, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
+def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
+    llm = tiny_llm(family, layers=5, dtype=dtype)
+    scorer = MaskScorer(llm, tokens(windows=6), batch_tokens=18)
+    removed, order, levels = BlockMask(), [], []
+    for _ in range(8):
+        nll = MaskScorer(llm, tokens(windows=6), batch_tokens=18).scan(removed)
+        order.append(min(nll, key=lambda block: (nll[block], block.index)))
+        levels.append(nll[order[-1]])
+        removed = removed | BlockMask.of(order[-1])
+    profile = gsi(scorer, stop=8, progress=False)
+    assert list(profile.order) == order
+    assert list(profile.nll_after) == levels  # bit for bit
+    assert profile.candidates == tuple(10 - i for i in range(8))
+
+
+def test_exact_gsi_measures_few_candidates_to_the_end(monkeypatch):
+    monkeypatch.setattr(loss, "_VOCABULARY_PARTS", 1)  # a bound that is close, as in real models
+    llm, ids = tiny_llm(layers=6), tokens(windows=6)
+    scorer = MaskScorer(llm, ids, batch_tokens=18)
+    profile = gsi(scorer, stop=8, progress=False)
+    assert profile.block_forwards == scorer.block_forwards
+    # The dense model, the first and the last round, and of the others the winner at least.
+    whole = 1 + 12 + 5
+    assert whole + 6 <= scorer.known < whole + sum(range(6, 12)) / 2
+
+
+@pytest.mark.parametrize("method", ["lazy", "halving"])
+def test_quicker_methods_measure_less_and_are_nearly_as_good(method):
+    llm, ids = tiny_llm(layers=12), tokens(windows=8)
+    exact = gsi(MaskScorer(llm, ids), stop=10, progress=False)
+    quick = gsi(MaskScorer(llm, ids), stop=10, method=method, progress=False)
+    assert quick.method == method
+    assert len(set(quick.order_indices)) == 10
+    assert quick.block_forwards < exact.block_forwards
+    assert sum(quick.candidates) < sum(exact.candidates)
+    assert quick.candidates[0] == 24  # nothing is known before the first round
+    assert quick.evaluations == 1 + sum(quick.candidates)
+    rise, best = (profile.nll_after[-1] - profile.dense_nll for profile in (quick, exact))
+    assert rise <= best + 0.01 * exact.dense_nll
+    assert set(quick.left_loss) == {b.name for b in llm.blocks if b not in quick.order}
+
+
+def test_lazy_looks_further_where_a_candidate_surprises():
+    scorer = MaskScorer(tiny_llm(layers=8), tokens())
+    nll = {block.index: value for block, value in scorer.scan(BlockMask.of(0)).items()}
+    ranked = sorted(set(nll) - {1}, key=nll.__getitem__)  # block 1 stands beside the gap
+    good, bad = ranked[:7], ranked[7:]
+    at = Standing((0,), scorer.nll(BlockMask.of(0)))
+
+    def look(**last_known):
+        losses = dict.fromkeys(good, last_known["good"]) | dict.fromkeys(bad, last_known["bad"])
+        return LazyRounds(scorer).next(replace(at, losses={1: 99.0, **losses}), lambda _: None)
+
+    # Each loses more than any was last known to: all have to be looked at.
+    surprised = look(good=-9.0, bad=-10.0)
+    assert len(surprised.losses) == 15
+    assert nll[surprised.block] == min(nll.values())
+    # The others were known to lose more than the best loses now: a few suffice.
+    trusting = look(good=9.0, bad=10.0)
+    assert set(trusting.losses) == {1, *good}
+    assert nll[trusting.block] == min(nll.values())
+
+
+def test_lazy_is_exact_about_what_it_measured():
+    llm, ids = tiny_llm(layers=8), tokens()
+    profile = gsi(scorer := MaskScorer(llm, ids), stop=5, method="lazy", progress=False)
+    masks = [BlockMask.of(*profile.order_indices[: i + 1]) for i in range(5)]
+    assert list(profile.nll_after) == scorer.nll_many(masks)
+
+
+def test_halving_reports_the_nll_of_the_whole_text():
+    llm, ids = tiny_llm(layers=8), tokens(windows=8)
+    profile = gsi(scorer := MaskScorer(llm, ids), stop=5, method="halving", progress=False)
+    masks = [BlockMask.of(*profile.order_indices[: i + 1]) for i in range(5)]
+    assert profile.nll_after == pytest.approx(scorer.nll_many(masks), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lazy", "halving"])
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_quicker_methods_take_short_texts_and_small_models(method, windows):
+    llm, ids = tiny_llm(), tokens(windows=windows)
+    profile = gsi(MaskScorer(llm, ids), method=method, progress=False)
+    assert sorted(profile.order_indices) == [0, 1, 2, 3]
+
+
+def test_lazy_goes_on_after_an_interruption_as_without(tmp_path):
+    llm, ids, path = tiny_llm(layers=8), tokens(windows=8), tmp_path / "gsi.json"
+    whole = gsi(MaskScorer(llm, ids), stop=6, method="lazy", progress=False)
+    gsi(MaskScorer(llm, ids), stop=3, method="lazy", path=path, progress=False)
+    continued = gsi(MaskScorer(llm, ids), stop=6, method="lazy", path=path, progress=False)
+    assert continued.order == whole.order
+    assert continued.nll_after == whole.nll_after
+    assert continued.candidates == whole.candidates
+    with pytest.raises(ArtifactError, match="method='lazy', not 'exact'"):
+        gsi(MaskScorer(llm, ids), stop=6, path=path, progress=False)
+
+
+def test_halving_goes_on_after_an_interruption_but_forgets_single_parts(tmp_path):
+    llm, ids, path = tiny_llm(layers=8), tokens(windows=8), tmp_path / "gsi.json"
+    begun = gsi(MaskScorer(llm, ids), stop=3, method="halving", path=path, progress=False)
+    scorer = MaskScorer(llm, ids)
+    continued = gsi(scorer, stop=6, method="halving", path=path, progress=False)
+    assert continued.order[:3] == begun.order
+    assert len(set(continued.order_indices)) == 6
+    assert continued.nll_after[-1] == pytest.approx(
+        scorer.nll(BlockMask.of(*continued.order_indices)), rel=1e-5
+    )
 
 
 def test_a_warm_store_does_not_make_the_method_look_cheaper(tmp_path):
@@ -114,7 +228,7 @@ def test_a_damaged_artifact_is_refused(tmp_path, damage):
             "cut": text[: len(text) // 2],
             "edited": json.dumps(document),
             "kind": text.replace("GSI profile", "shopping list"),
-            "format": text.replace('"version": 1', '"version": 7'),
+            "format": text.replace('"version": 2', '"version": 7'),
             "no json": "[1, 2]",
         }[damage]
     )
@@ -123,5 +237,7 @@ def test_a_damaged_artifact_is_refused(tmp_path, damage):
 
 
 def test_unknown_method():
-    with pytest.raises(UnknownNameError, match="GSI method 'fast'; known are 'exact'"):
+    with pytest.raises(
+        UnknownNameError, match="GSI method 'fast'; known are 'exact', 'halving', 'lazy'"
+    ):
         gsi(MaskScorer(tiny_llm(), tokens()), method="fast")

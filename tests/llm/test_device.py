@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import os
 import platform
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from rap_env.errors import UnknownNameError
 from rap_env.llm import device
-from rap_env.llm.device import choose_device, choose_dtype, cpu_multiplies_bfloat16
+from rap_env.llm.device import choose_device, choose_dtype, device_kind, use_threads
 
 CPU = torch.device("cpu")
 
@@ -58,41 +60,60 @@ def test_another_dtype_is_refused(name: str) -> None:
         choose_dtype(name, CPU)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_auto_dtype_follows_the_hardware(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = torch.bfloat16 if fast else torch.float32
-    monkeypatch.setattr(device, "cpu_multiplies_bfloat16", lambda: fast)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: fast)
-    assert choose_dtype("auto", CPU) is wanted
-    assert choose_dtype("auto", torch.device("cuda:0")) is wanted
+def test_auto_dtype_is_the_one_that_is_remembered_for_this_processor(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        device, "remembered_dtype", lambda *about: asked.append(about) or torch.bfloat16
+    )
+    assert choose_dtype("auto", CPU) is torch.bfloat16
+    assert asked == [(CPU, device_kind(CPU))]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("fpu avx2 avx512f avx512_bf16", True),
-        ("fpu amx_tile amx_bf16", True),
-        ("fpu avx2 avx512f", False),
-        ("", False),
-    ],
-)
-def test_flags_of_the_processor(
-    flags: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\n\nprocessor : 1\nflags\t\t: {flags}\n")
-    assert device._listed_in(cpuinfo) is expected
-    assert device._listed_in(tmp_path / "none") is False
-    if hasattr(torch.cpu, "get_capabilities"):
-        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-        listed = dict.fromkeys(flags.split(), True)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: listed)
-        assert cpu_multiplies_bfloat16() is expected
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(
-    not (Path("/proc/cpuinfo").exists() and hasattr(torch.cpu, "get_capabilities")),
-    reason="only one way to ask on this machine",
-)
-def test_both_ways_to_ask_agree_here() -> None:
-    assert cpu_multiplies_bfloat16() == device._listed_in(Path("/proc/cpuinfo"))
+def test_threads_by_number(threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert use_threads(threads + 1) == torch.get_num_threads() == threads + 1
+    assert f"torch uses {threads + 1} threads." in caplog.text
+
+
+def test_threads_by_measurement(threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert use_threads() == torch.get_num_threads() <= (os.cpu_count() or 1)
+    assert "Products a second by number of threads: 1: " in caplog.text
+    assert f"{torch.get_num_threads()} is chosen" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, -2, "two", 1.5])
+def test_an_impossible_number_of_threads(number: object, threads: int) -> None:
+    with pytest.raises(UnknownNameError, match=f"number of threads {number!r}; known are 'auto'"):
+        use_threads(number)  # type: ignore[arg-type]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_stays_with_the_process() -> None:
+    code = """
+import pathlib, sys, torch
+from rap_env.llm.device import keep_freed_memory
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+tensor = torch.zeros(25_000_000)
+before = resident()
+del tensor
+print((before - resident()) // 1_000_000)
+"""
+    for mode, given_back in (("keep", False), ("plain", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, mode], capture_output=True, text=True, check=True
+        )
+        assert (int(done.stdout) > 90) is given_back, mode  # of 100 MB

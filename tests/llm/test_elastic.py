@@ -8,6 +8,7 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
+from rap_env.llm.adapter import BlockSite
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
 from rap_env.workload import Request
@@ -231,6 +232,34 @@ def test_a_block_that_the_model_lacks_is_refused_and_nothing_changes() -> None:
         pytest.fail("the mask should not have been applied")
     assert llm.mask == BlockMask.of(1)
     assert torch.equal(logits(llm.model), before)
+
+
+@EVERY_FAMILY
+def test_a_swap_leaves_the_modules_that_setting_the_attributes_leaves(name: str) -> None:
+    llm = tiny_llm(name)
+    for site in llm._sites:
+        for slot in site.slots:
+            assert getattr(slot.parent, slot.attribute) is slot.original
+            slot.remove()
+            assert getattr(slot.parent, slot.attribute) is slot.stand_in
+            swapped = list(slot.parent.named_children())
+            setattr(slot.parent, slot.attribute, slot.stand_in)
+            assert list(slot.parent.named_children()) == swapped
+            slot.restore()
+            assert getattr(slot.parent, slot.attribute) is slot.original
+
+
+def test_a_change_of_masks_touches_their_difference_alone(monkeypatch) -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(0, 1))
+    touched = []
+    for move in ("remove", "restore"):
+        real = getattr(BlockSite, move)
+        monkeypatch.setattr(
+            BlockSite, move, lambda s, m=move, r=real: (touched.append((m, s.index)), r(s))
+        )
+    llm.apply(BlockMask.of(1, 2))
+    assert sorted(touched) == [("remove", 2), ("restore", 0)]
 
 
 @EVERY_FAMILY

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -247,3 +248,24 @@ def test_a_forked_process_goes_on_with_its_parents_model(folder: Path) -> None:
         child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(
+    enabled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = loading._load_weights
+    monkeypatch.setattr(
+        loading, "_load_weights", lambda *about: seen.append(gc.isenabled()) or real(*about)
+    )
+    try:
+        (gc.enable if enabled else gc.disable)()
+        load_llm(folder, device="cpu")
+        assert gc.isenabled() is enabled
+        with pytest.raises(RapError):
+            load_llm(folder / "none", device="cpu")
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert seen == [False]

@@ -1,0 +1,182 @@
+"""``python -m experiments.export_scores``: a table of scores, to train without the model.
+
+It holds what the store has of the model on the calibration text, and the importance that agents
+see. ``export.masks=20000`` first measures masks (see `experiments.mask_plan`) until the store
+has so many; killed at any moment, the same command goes on and makes the same table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.bench import open_bench
+from experiments.cli import launch
+from experiments.config import Config
+from experiments.console import say
+from experiments.errors import ExperimentError
+from experiments.mask_plan import planned_masks
+from experiments.runs import RunFolder
+from rap_env.blocks import BlockMask
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.score_table import ScoreTable
+from rap_env.scoring.scorer import METRIC, ticker
+from rap_env.scoring.store import context_key
+from rap_env.workbench import Workbench
+
+log = logging.getLogger(__name__)
+
+TABLE_FILE = "score_table.json"
+CHUNK_MASKS = 256
+"""Masks handed over at once: the more, the more first blocks they share."""
+
+
+def export_scores(config: Config, folder: Path) -> Path:
+    """Make a score table, and print how well it predicts.
+
+    Args:
+        config: All settings.
+        folder: The run's folder.
+
+    Returns:
+        The table's path.
+
+    Raises:
+        RapError: A setting cannot be, the store has too few scores, or measuring failed.
+    """
+    run, started = RunFolder(folder), time.monotonic()
+    workbench = open_bench(config)
+    _check(config, workbench)
+    run.start(config, frozen=("model", "calibration", "importance", "seed"))
+    _ = workbench.one_shot, workbench.features  # a table holds them; their masks count
+    if config.export.masks is not None:
+        measure(config, workbench)
+    table = table_of(config, workbench)
+    path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
+    table.save(path)
+    run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
+    say(str(table.fidelity))
+    say(f"{len(table.scores):,} masks in {path}; use it as the model score_table:{path}")
+    return path
+
+
+def measure(config: Config, workbench: Workbench) -> None:
+    """Score planned masks until the store has `config.export.masks`.
+
+    Raises:
+        NonFiniteScoreError: The model gave NaN or infinity.
+    """
+    wanted, blocks = config.export.masks or 0, workbench.memory.facts.num_blocks
+    known = _scores(workbench)
+    plan = planned_masks(blocks, _orders(workbench, config), config.seed)
+    missing = list(
+        islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
+    )
+    began = time.perf_counter()
+    with tqdm(
+        total=wanted, initial=min(wanted, len(known)), desc="measure masks", unit="mask",
+        disable=None if config.progress else True, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        for start in range(0, len(missing), CHUNK_MASKS):
+            chunk = missing[start : start + CHUNK_MASKS]
+            workbench.scorer.nll_many(chunk, ticker(bar))
+            done = start + len(chunk)
+            per_s = done / (time.perf_counter() - began)
+            end = datetime.now() + timedelta(seconds=(len(missing) - done) / per_s)
+            log.info(
+                "Measured %d of %d masks, %.2f a second; all are done about %s.",
+                len(known) + done, wanted, per_s, f"{end:%a %H:%M}",
+            )  # fmt: skip
+
+
+def table_of(config: Config, workbench: Workbench) -> ScoreTable:
+    """The table of what a workbench's store has.
+
+    Raises:
+        ArtifactError: There are too few scores.
+    """
+    scorer, features = workbench.scorer, workbench.features
+    with_gsi = config.importance.method == "gsi"
+    arrays = {name: array.tolist() for name, array in vars(features).items()}
+    return ScoreTable.fitted(
+        workbench.memory.facts,
+        _scores(workbench),
+        seed=config.seed,
+        context=dict(scorer.context),
+        text=scorer.corpus.provenance,
+        settings=_settings(config, workbench),
+        features=arrays,
+        one_shot=asdict(workbench.one_shot),
+        gsi=asdict(workbench.gsi) if with_gsi else None,
+        evaluation_s=scorer.evaluation_s,
+    )
+
+
+def _settings(config: Config, workbench: Workbench) -> dict[str, Any]:
+    """The settings that whoever opens the table may repeat; no path of this machine."""
+    text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
+    text["source"] = workbench.scorer.corpus.provenance["source"]
+    return {
+        "device": workbench.llm.device.type,
+        "dtype": workbench.memory.facts.dtype,
+        "calibration": text,
+        "importance": config.importance.method,
+        "gsi_removals": config.importance.gsi_removals,
+        "gsi_method": config.importance.gsi_method,
+    }
+
+
+def _orders(workbench: Workbench, config: Config) -> list[Sequence[int]]:
+    """Orders of importance that masks are drawn around."""
+    alone = np.argsort(workbench.one_shot.loss_rise, kind="stable").tolist()
+    return [workbench.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
+
+
+def _check(config: Config, workbench: Workbench) -> None:
+    """Refuse what cannot become a table, before anything is measured.
+
+    Raises:
+        ExperimentError: There is no store, it has no score and none is to be measured, or more
+            masks are to be measured than half of those that the model has.
+    """
+    name, blocks, wanted = (
+        workbench.llm.name,
+        workbench.memory.facts.num_blocks,
+        config.export.masks,
+    )
+    if workbench.store is None:
+        raise ExperimentError(
+            "A score table is made from a score store, but store is null; set store=default or "
+            "store=FILE."
+        )
+    if wanted is None and not _scores(workbench):
+        raise ExperimentError(
+            f"The store {workbench.store.path} has no scores of {name} on this calibration text, "
+            "dtype, device and number of threads; measure some with export.masks=20000, or use "
+            "the settings that the scores were made with."
+        )
+    if wanted is not None and wanted > 2 ** (blocks - 1):
+        raise ExperimentError(
+            f"{name} has {blocks} blocks, thus {2**blocks} masks; export.masks may be at most "
+            f"half of them, {2 ** (blocks - 1)}, not {wanted}."
+        )
+
+
+def _scores(workbench: Workbench) -> dict[BlockMask, float]:
+    """Mean NLL of all masks that the store has of this model and text, nats per token."""
+    assert workbench.store is not None
+    rows = workbench.store.rows(context_key(workbench.scorer.context), METRIC)
+    return {mask: float(np.array(values).mean()) for mask, values in rows}
+
+
+if __name__ == "__main__":
+    launch("export_scores", export_scores)

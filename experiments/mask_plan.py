@@ -1,0 +1,95 @@
+"""Which masks a score table measures: the one place where their mix is stated.
+
+Beside the dense model, every single removal and the model without any attention, FFN or
+block at all, masks are drawn in fixed shares:
+
+| kind | share | masks |
+|------|-------|-------|
+| `random` | 20 % | any blocks, every number of removals equally likely |
+| `order` | 40 % | the first blocks of a noisy importance order: where trained agents end |
+| `episode` | 30 % | every prefix of such an order: all that one episode passes through |
+| `pair` | 10 % | two or three blocks: what removals do to each other |
+
+An order is one of importance (GSI, one-shot) with normal noise added to each block's place in
+[0, 1]; the noise is drawn from `TEMPERATURES`. Orders are cut after at most `DEEPEST` of the
+blocks: no budget that a served model meets asks for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.blocks import BlockMask
+
+SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
+TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Standard deviations of the noise on a block's place in an order, as shares of the order."""
+
+DEEPEST = 0.6
+"""Most blocks that `order` and `episode` remove, as a share of all."""
+
+_Indices = npt.NDArray[np.int64]
+
+
+def planned_masks(
+    num_blocks: int, orders: Sequence[Sequence[int]], seed: int
+) -> Iterator[BlockMask]:
+    """Masks without end, none twice; the same arguments give the same masks.
+
+    A small model's masks run out: whoever asks for more than it has waits for ever.
+
+    Args:
+        num_blocks: 2L.
+        orders: Importance orders, each of all block indices, least important first.
+        seed: Seed of what is drawn.
+    """
+    seen: set[BlockMask] = set()
+    for mask in _drawn(num_blocks, orders, seed):
+        if mask not in seen:
+            seen.add(mask)
+            yield mask
+
+
+def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[BlockMask]:
+    everything = range(num_blocks)
+    yield BlockMask()
+    yield from (BlockMask.of(index) for index in everything)
+    yield from (BlockMask.of(*part) for part in (everything[::2], everything[1::2], everything))
+    rng = np.random.default_rng(seed)
+    draw = _draws(num_blocks, [np.argsort(order) for order in orders])
+    count = dict.fromkeys(SHARES, 0)
+    while True:
+        kind = min(SHARES, key=lambda name: count[name] / SHARES[name])  # the one most behind
+        masks = draw[kind](rng)
+        count[kind] += len(masks)
+        yield from (BlockMask.of(*mask.tolist()) for mask in masks)
+
+
+def _draws(
+    num_blocks: int, places: Sequence[_Indices]
+) -> dict[str, Callable[[np.random.Generator], list[_Indices]]]:
+    """For each kind of `SHARES`, what draws some masks of it."""
+    deepest = max(1, round(DEEPEST * num_blocks))
+
+    def shuffled(rng: np.random.Generator) -> _Indices:
+        place = places[int(rng.integers(len(places)))] / num_blocks
+        noise = rng.normal(scale=rng.choice(TEMPERATURES), size=num_blocks)
+        cut = rng.integers(1, deepest + 1)
+        return np.argsort(place + noise, kind="stable")[:cut]
+
+    def prefixes(rng: np.random.Generator) -> list[_Indices]:
+        order = shuffled(rng)
+        return [order[: end + 1] for end in range(len(order))]
+
+    def some(rng: np.random.Generator, least: int, most: int) -> _Indices:
+        return rng.permutation(num_blocks)[: rng.integers(least, most + 1)]
+
+    return {
+        "random": lambda rng: [some(rng, 1, num_blocks)],
+        "order": lambda rng: [shuffled(rng)],
+        "episode": prefixes,
+        "pair": lambda rng: [some(rng, 2, min(3, num_blocks))],
+    }

@@ -1,0 +1,269 @@
+"""A model whose weights stay in their safetensors files until somebody reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rap_env.artifacts import disk_errors
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.llm.adapter import FamilyAdapter, adapter_for
+from rap_env.llm.hub import has_all_weights
+from rap_env.llm.progress import transformers_bars
+
+_PIECE_VALUES = 2**20  # are converted at a time
+_LENGTH_BYTES = 8  # at the head of a safetensors file: the length of its table
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file.
+
+    Attributes:
+        path: The file.
+        offset: Where its bytes begin in the file.
+        shape: Its shape.
+        stored_dtype: Its dtype in the file.
+        dtype: The dtype that it is wanted in.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, as it is wanted."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes that reading it takes on a CPU beside the result."""
+        piece = min(math.prod(self.shape), _PIECE_VALUES)
+        return 0 if self.dtype == self.stored_dtype else piece * self.stored_dtype.itemsize
+
+    @torch.inference_mode(False)
+    def read(self, device: torch.device) -> torch.Tensor:
+        """A copy in memory.
+
+        The file is read, not mapped as safetensors' own reader does it: that maps the whole
+        file, and the pages that were touched would count as the process's memory.
+
+        Args:
+            device: Where the copy lies.
+
+        Raises:
+            ChecksumError: The file is truncated.
+            ModelNotAvailableError: It is gone.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+        direct = self.stored_dtype == self.dtype and tensor.device.type == "cpu"
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                for piece in torch.split(tensor.view(-1), _PIECE_VALUES):
+                    stored = piece if direct else torch.empty(len(piece), dtype=self.stored_dtype)
+                    into = stored.view(torch.uint8).numpy().data
+                    if file.readinto(into) < len(into):
+                        raise ChecksumError(
+                            f"The weights in {self.path} are truncated or damaged; get the model "
+                            "again."
+                        )
+                    if not direct:
+                        piece.copy_(stored)
+        except FileNotFoundError:
+            raise ModelNotAvailableError(
+                f"{self.path} is gone since the model was opened; put it back and open it again."
+            ) from None
+        return tensor
+
+
+def open_weights(
+    folder: Path, config: Any, dtype: torch.dtype, work: Path
+) -> tuple[Any, dict[str, StoredTensor]]:
+    """Build a model without its weights, and find every one of them.
+
+    Transformers' own loading does it, with all modules but the smallest one offloaded to the
+    disk: so names and layouts are converted as in any other loading. A tensor that has another
+    layout in memory than in the files (the experts of a mixture) is written anew, to `work`.
+
+    Args:
+        folder: Where transformers saved the model, as safetensors.
+        config: Its config.
+        dtype: Dtype of the weights.
+        work: An empty folder for tensors that have to be converted.
+
+    Returns:
+        The model: parameters that stay in files are on the meta device, non-persistent buffers
+        are real. And where the parameters are, by name; a tied one under each of its names.
+
+    Raises:
+        ModelNotAvailableError: Weights are missing, or not saved as safetensors.
+        ChecksumError: A file is truncated or damaged.
+        UnsupportedModelError: The weights do not fit the config.
+        StorageFullError: The disk is full.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    if not has_all_weights(folder):
+        raise ModelNotAvailableError(
+            f"{folder} has a config but not all its weights; save the model there again."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelNotAvailableError(
+            f"{folder} has no safetensors file, the only kind that layers can be read from one at "
+            "a time; load the model with load_llm() and save it anew with save_pretrained()."
+        )
+    model, report = _load_offloaded(folder, config, dtype, work)
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]!r} for "
+            "one; transformers would fill them with random numbers."
+        )
+    index = _offload_index(model)
+    remove_hook_from_module(model, recurse=True)
+    expected = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+    tables = {path: _table(path) for path in {Path(e["safetensors_file"]) for e in index.values()}}
+    stored = {
+        name: _stored(index[name], parameter.dtype, tables) for name, parameter in expected.items()
+    }
+    _refuse_other_shapes(folder, expected, stored)
+    return model.eval().requires_grad_(False), stored
+
+
+def _load_offloaded(
+    folder: Path, config: Any, dtype: torch.dtype, work: Path
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    with transformers_bars(shown=False), _quiet("accelerate"), disk_errors(work), _damage(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=_device_map(config),
+            offload_folder=work,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by the caller, in one sentence
+        )
+    model, report = loaded
+    return model, report
+
+
+def _device_map(config: Any) -> dict[str, str]:
+    """Every module on the disk but the smallest: transformers refuses to offload all."""
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)
+    parts = dict(_parts(skeleton, adapter_for(config)))
+    places = dict.fromkeys(parts, "disk")
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    places[min((name for name in parts if sizes[name]), key=lambda name: sizes[name])] = "cpu"
+    return places
+
+
+def _parts(model: Any, adapter: FamilyAdapter) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules that make up a model: the list of layers, and what lies beside the way to it."""
+    path = f"{adapter.family.decoder}.{adapter.family.layers}".split(".")
+    module, prefix = model, ""
+    for step in path:
+        for name, child in module.named_children():
+            if name != step:
+                yield prefix + name, child
+        module, prefix = getattr(module, step), f"{prefix}{step}."
+    yield ".".join(path), module
+
+
+def _offload_index(model: Any) -> Mapping[str, Mapping[str, str]]:
+    """File, name and dtype of every offloaded parameter, which accelerate's hooks hold."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            weights = getattr(part, "weights_map", None)
+            if weights is not None:
+                index: Mapping[str, Mapping[str, str]] = weights.dataset.index
+                return index
+    return {}
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors; offsets as in the file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        table: dict[str, Any] = json.loads(file.read(length))
+    table.pop("__metadata__", None)
+    begin = _LENGTH_BYTES + length
+    return {
+        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
+    }
+
+
+def _stored(
+    place: Mapping[str, str], dtype: torch.dtype, tables: Mapping[Path, Mapping[str, Any]]
+) -> StoredTensor:
+    path = Path(place["safetensors_file"])
+    entry = tables[path][place["weight_name"]]
+    if entry["dtype"] not in _DTYPES:
+        raise UnsupportedModelError(
+            f"{place['weight_name']!r} in {path} is of type {entry['dtype']}, and only weights of "
+            f"{', '.join(_DTYPES)} can be read a layer at a time; load the model with load_llm()."
+        )
+    return StoredTensor(path, entry["at"], tuple(entry["shape"]), _DTYPES[entry["dtype"]], dtype)
+
+
+def _refuse_other_shapes(
+    folder: Path, expected: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
+) -> None:
+    wrong = sorted(n for n, found in stored.items() if found.shape != tuple(expected[n].shape))
+    if wrong:
+        raise UnsupportedModelError(
+            f"{folder} holds {len(wrong)} tensors that do not fit its config: {wrong[0]!r} has "
+            f"shape {stored[wrong[0]].shape}, and {tuple(expected[wrong[0]].shape)} was expected."
+        )
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Say in one sentence that a safetensors file cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        if "os error 28" in str(error):  # a converted tensor did not fit on the disk
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise ChecksumError(
+            f"The weights in {folder} are truncated or damaged ({error}); get the model again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors from a logger: that parameters are on the meta device is what is wanted."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

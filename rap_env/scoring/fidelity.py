@@ -1,0 +1,123 @@
+"""How well predicted losses agree with measured ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+
+SMALL_LOSS = 0.01
+"""Nats per token; smaller losses count as this much in a relative error."""
+
+_FEW, _SOME = 0.1, 0.25  # shares of the blocks
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """Agreement on the masks that remove some number of blocks.
+
+    Attributes:
+        removed: The number of removed blocks, in words.
+        masks: How many masks.
+        spearman: Rank correlation in [-1, 1]; None if it is not defined.
+        mean_error: Mean absolute error of the loss, nats per token; None without masks.
+        median_relative_error: Median of error / loss (at least `SMALL_LOSS`); None without masks.
+    """
+
+    removed: str
+    masks: int
+    spearman: float | None
+    mean_error: float | None
+    median_relative_error: float | None
+
+    @classmethod
+    def of(cls, removed: str, predicted: Floats, measured: Floats) -> FidelityRow:
+        """Compare predicted losses with measured ones, nats per token, both (N,)."""
+        if not len(measured):
+            return cls(removed, 0, None, None, None)
+        errors = np.abs(predicted - measured)
+        relative = errors / np.maximum(np.abs(measured), SMALL_LOSS)
+        return cls(
+            removed=removed,
+            masks=len(measured),
+            spearman=spearman(predicted, measured),
+            mean_error=float(errors.mean()),
+            median_relative_error=float(np.median(relative)),
+        )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement on masks that a predictor was not fitted to.
+
+    They come from the same mix as those it was fitted to: neighbours of held-out masks were
+    seen. On masks of another kind it is worse.
+
+    Attributes:
+        fitted: Masks that the judged predictor was fitted to.
+        rows: All held-out masks, then those with few, some and many removals.
+    """
+
+    fitted: int
+    rows: tuple[FidelityRow, ...]
+
+    @classmethod
+    def of(
+        cls, predicted: Floats, measured: Floats, removed: Counts, num_blocks: int, fitted: int
+    ) -> Fidelity:
+        """Compare losses in nats per token, with the number of removed blocks, all (N,)."""
+        few, some = round(_FEW * num_blocks), round(_SOME * num_blocks)
+        groups: list[tuple[str, npt.NDArray[np.bool_]]] = [
+            ("all", np.ones(len(removed), dtype=bool)),
+            (f"few (to {few})", removed <= few),
+            (f"some (to {some})", (few < removed) & (removed <= some)),
+            (f"many (over {some})", some < removed),
+        ]
+        rows = (FidelityRow.of(name, predicted[part], measured[part]) for name, part in groups)
+        return cls(fitted, tuple(rows))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Fidelity:
+        """From what `dataclasses.asdict` and JSON made of one."""
+        return cls(values["fitted"], tuple(FidelityRow(**row) for row in values["rows"]))
+
+    def __str__(self) -> str:
+        """A table for people."""
+        head = ("removed", "masks", "rank correlation", "mean error (nats)", "relative error")
+        cells = [head, *map(_cells, self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+        lines = ("  ".join(map(str.rjust, row, widths)) for row in cells)
+        held_out = self.rows[0].masks
+        title = f"Fidelity on {held_out:,} masks held out, fitted to {self.fitted:,} others"
+        return "\n".join([title, *lines])
+
+
+def spearman(first: Floats, second: Floats) -> float | None:
+    """Rank correlation; equal values share their mean rank. None if one side is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: Floats) -> Floats:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[place], dtype=np.float64)
+
+
+def _cells(row: FidelityRow) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return (
+        row.removed,
+        f"{row.masks:,}",
+        number(row.spearman, ".4f"),
+        number(row.mean_error, ".3f"),
+        number(row.median_relative_error, ".1%"),
+    )

@@ -1,0 +1,136 @@
+"""From hidden states to NLL, with few logits in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from rap_env.llm.partial import PartialForward
+
+HEAD_TOKENS = 256
+"""Logits of so many tokens exist at once, in the model's dtype."""
+
+_LOSS_ROWS = 16  # float32 logits of so many tokens: what stays in the processor's cache
+_VOCABULARY_PARTS = 12
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_HALF_TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The part of the head that some windows use: (S, H), (S,) or None, and targets within it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+
+
+def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean NLL of each window, nats per token.
+
+    Args:
+        partial: The model whose head is used.
+        hidden: What its decoder gives for the windows, shape (windows, T, H).
+        ids: Tokens of the windows, shape (windows, T).
+
+    Returns:
+        float64, shape (windows,).
+    """
+    rows, targets = predictions(hidden, ids)
+    losses = [
+        token_nll(partial.logits(part), wanted)
+        for part, wanted in zip(
+            torch.split(rows, HEAD_TOKENS), torch.split(targets, HEAD_TOKENS), strict=True
+        )
+    ]
+    return torch.cat(losses).view(ids.shape[0], -1).double().mean(dim=1)
+
+
+def predictions(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States that predict something, (N, H), and what comes next, (N,)."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """NLL of each target in float32, (N, V) and (N,) -> (N,); a few float32 rows exist at once."""
+    return torch.cat(
+        [
+            functional.cross_entropy(rows.float(), wanted, reduction="none")
+            for rows, wanted in zip(
+                torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
+            )
+        ]
+    )
+
+
+class VocabularyBound:
+    """A lower bound of NLL from a part of the vocabulary, at a part of the head's cost.
+
+    ``-log softmax`` of a target grows with every further entry of the vocabulary, so the value
+    over a subset with the target is a bound. It is close where the subset holds most of the
+    probability, and a few windows need few entries: each piece of the text has its own subset.
+
+    Args:
+        partial: The model whose head is used.
+        hidden: Decoder outputs of some mask, for each batch of the text, (windows, T, H); the
+            bound is close for masks that find the same entries likely.
+        batches: Token ids of the same windows, each of shape (windows, T).
+
+    Attributes:
+        tolerance: How far rounding may lift the bound above the NLL itself, nats per token:
+            the logits' dtype rounds, and a smaller product may round differently.
+    """
+
+    def __init__(
+        self,
+        partial: PartialForward,
+        hidden: Sequence[torch.Tensor],
+        batches: Sequence[torch.Tensor],
+    ) -> None:
+        self._partial = partial
+        self.tolerance = _TOLERANCE.get(partial.head.weight.dtype, _HALF_TOLERANCE)
+        windows = sum(len(ids) for ids in batches)
+        # All subsets together take no more memory than the head.
+        self._windows = -(-windows // _VOCABULARY_PARTS)
+        self._pieces = [self._make_pieces(*pair) for pair in zip(hidden, batches, strict=True)]
+
+    @torch.inference_mode()
+    def window_nll(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Lower bound of each window's mean NLL.
+
+        Args:
+            batch: Number of the batch of the text.
+            hidden: What the decoder gives for its windows, shape (windows, T, H).
+
+        Returns:
+            Nats per token, float64, shape (windows,).
+        """
+        losses = []
+        for part, piece in zip(
+            torch.split(hidden, self._windows), self._pieces[batch], strict=True
+        ):
+            rows = part[:, :-1].reshape(-1, part.shape[-1])
+            logits = self._partial.cap(functional.linear(rows, piece.weight, piece.bias))
+            losses.append(token_nll(logits, piece.targets).view(len(part), -1))
+        return torch.cat(losses).double().mean(dim=1)
+
+    @torch.inference_mode()
+    def _make_pieces(self, hidden: torch.Tensor, ids: torch.Tensor) -> list[_Piece]:
+        parts = zip(
+            torch.split(hidden, self._windows), torch.split(ids, self._windows), strict=True
+        )
+        return [self._make_piece(*predictions(*part)) for part in parts]
+
+    def _make_piece(self, rows: torch.Tensor, targets: torch.Tensor) -> _Piece:
+        head = self._partial.head
+        mass = torch.zeros(len(head.weight), device=rows.device)
+        for part in torch.split(rows, HEAD_TOKENS):
+            for few in torch.split(self._partial.logits(part), _LOSS_ROWS):
+                mass += few.float().softmax(dim=-1).sum(dim=0)
+        likely = mass.topk(len(mass) // _VOCABULARY_PARTS).indices
+        entries = torch.unique(torch.cat([likely, targets]))  # sorted
+        bias = None if head.bias is None else head.bias[entries]
+        return _Piece(head.weight[entries], bias, torch.searchsorted(entries, targets))

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+
+from agents.algorithms import ALGORITHMS, AgentConfig, make_model
+from agents.vector_env import GymVecEnv, split_infos
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from tests.agents.synthetic import make_env, make_envs, request_at
+from tests.envs.playing import assert_same
+
+LANES = 4
+DENSE = {"name": "perplexity", "timing": "dense"}
+
+
+def together(bench, **settings) -> GymVecEnv:
+    return GymVecEnv(make_envs(bench, **settings)(LANES))
+
+
+def one_by_one(bench, **settings) -> DummyVecEnv:
+    return DummyVecEnv([make_env(bench, **settings)] * LANES)
+
+
+@pytest.mark.parametrize("reward", ["perplexity", DENSE])
+@pytest.mark.parametrize("workload", ["grid", "azure-conv"])
+def test_an_agent_cannot_tell_it_from_single_environments(bench, reward, workload):
+    settings = {"reward": reward, "workload": workload, "max_invalid_actions": 2}
+    pair = together(bench, **settings), one_by_one(bench, **settings)
+    for envs in pair:
+        envs.seed(7)
+    assert_same(*(dict(envs.reset()) for envs in pair))
+    rng, ends = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(80):
+        actions = rng.integers(12, size=LANES)
+        results = [envs.step(actions) for envs in pair]
+        (seen, rewards, dones, infos), (others, *expected) = results
+        assert_same(dict(seen), dict(others))
+        assert_same(rewards, expected[0])
+        assert_same(dones, expected[1])
+        for lane in range(LANES):
+            assert_same(infos[lane], expected[2][lane])
+            assert_same(pair[0].reset_infos[lane], pair[1].reset_infos[lane])
+            if dones[lane]:
+                ends[infos[lane]["TimeLimit.truncated"]] += 1
+                assert not infos[lane]["terminal_observation"]["action_mask"].all()
+    assert min(ends.values()) > 3
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_training_on_it_is_training_on_single_environments(bench, name):
+    steps = {"n_steps": 16} if "ppo" in name else {"learning_starts": 32}
+    config = AgentConfig(name, n_envs=LANES, hyperparameters={**steps, "batch_size": 16})
+    trained = []
+    for envs in (together(bench), one_by_one(bench)):
+        model = make_model(config, VecNormalize(VecMonitor(envs), norm_obs=False, gamma=1.0))
+        model.learn(192)
+        trained.append([parameter.detach().numpy() for parameter in model.policy.parameters()])
+    assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
+
+
+def test_a_new_episode_takes_the_seeds_and_options_given_before(bench):
+    envs = together(bench)
+    request = request_at(bench, 2, 300, 0.7)
+    envs.set_options({"request": request})
+    envs.seed(3)
+    first = envs.reset()
+    assert envs.get_attr("request") == [request] * LANES
+    second = envs.reset()  # options are used once
+    assert not np.array_equal(first["request"], second["request"])
+    third = envs.reset()  # and so are seeds
+    assert not np.array_equal(second["request"], third["request"])
+    envs.seed(3)
+    assert np.array_equal(envs.reset()["request"], second["request"])
+    assert [info["reward_terms"] for info in envs.reset_infos] == [{}] * LANES
+
+
+def test_different_options_for_lanes_are_refused(bench):
+    envs = together(bench)
+    envs.set_options([{"request": request_at(bench, 2, 300, 0.1 * n)} for n in range(5, 9)])
+    with pytest.raises(InvalidRequestError, match="take the same options"):
+        envs.reset()
+
+
+def test_lanes_answer_by_index(bench):
+    envs = together(bench)
+    envs.set_options({"request": request_at(bench, 2, 300, 0.6)})  # takes several removals
+    envs.reset()
+    envs.step(np.arange(LANES))
+    masks = envs.env_method("action_masks", indices=[2, 0])
+    assert [row.tolist().index(False) for row in masks] == [2, 0]
+    assert envs.get_attr("workbench", indices=1) == [bench]
+    assert envs.has_attr("action_masks")
+    assert not envs.has_attr("speed")
+    assert envs.env_is_wrapped(gym.Wrapper) == [False] * LANES
+    envs.set_attr("label", "all")
+    assert envs.envs.label == "all"
+    with pytest.raises(NotImplementedError, match="set all"):
+        envs.set_attr("label", "one", indices=[0])
+
+
+def test_it_draws_its_lanes(bench):
+    envs = together(bench, render_mode="rgb_array")
+    envs.reset()
+    images = envs.get_images()
+    assert len(images) == LANES
+    assert envs.render().shape[0] > images[0].shape[0]  # tiled
+    silent = together(bench)
+    silent.reset()
+    with pytest.warns(UserWarning, match="no pictures"):
+        assert silent.get_images() == [None] * LANES
+
+
+def test_other_environments_of_gymnasium_can_be_trained_on():
+    one_by_one = DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)
+    sync = SyncVectorEnv(
+        [lambda: gym.make("CartPole-v1")] * 2, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    trained = []
+    for envs in (GymVecEnv(sync), one_by_one):
+        model = PPO("MlpPolicy", envs, n_steps=64, batch_size=32, n_epochs=1, seed=0, device="cpu")
+        model.learn(256)
+        trained.append([parameter.detach().numpy() for parameter in model.policy.parameters()])
+    assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
+
+
+def test_another_autoreset_mode_is_refused():
+    envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+    with pytest.raises(UnknownNameError, match="'NextStep'; known are 'SameStep'.*must begin"):
+        GymVecEnv(envs)
+
+
+def test_infos_are_split_by_who_has_them():
+    infos = {
+        "a": np.array([1, 2]),
+        "_a": np.array([True, False]),
+        "b": {"c": np.array([0.5, 0.25]), "_c": np.array([False, True])},
+        "_b": np.array([True, True]),
+        "d": np.ones((2, 3)),
+    }
+    first, second = split_infos(infos, 2)
+    assert first.pop("d").tolist() == [1, 1, 1]
+    assert first == {"a": 1, "b": {}}
+    assert second["b"] == {"c": 0.25}
+    assert type(first["a"]) is int
+    assert "a" not in second

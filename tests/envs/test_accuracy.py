@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.envs.parts import TASK_DOCUMENTS, task_scorer
+from rap_env.errors import UnknownNameError
+from tests.envs.conftest import make_workbench
+from tests.envs.playing import make, play
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def bench():
+    pytest.importorskip("lm_eval")
+    return make_workbench(tokenizer=tiny_tokenizer())
+
+
+class TestAccuracy:
+    """With lm-eval's own code on generated tasks."""
+
+    def test_the_return_is_the_drop_in_mean_accuracy(self, bench):
+        tasks = {"names": ["rap_minimal_pairs", "rap_choice"], "limit": 12}
+        env = make(bench, reward="accuracy", tasks=tasks)
+        _, *steps = play(env, 1, masked=True)
+        scorer = task_scorer(bench, tasks)
+        mask = BlockMask.of(*steps[-1][-1]["removed"])
+        drop = scorer.mean_accuracy(mask) - scorer.mean_accuracy(BlockMask())
+        assert drop != 0
+        assert [reward for _, reward, *_ in steps] == [0.0] * (len(steps) - 1) + [drop]
+        assert steps[-1][-1]["reward_terms"] == {"accuracy": drop, "invalid_action": 0.0}
+        assert "nll" in steps[-1][-1]
+
+    def test_environments_share_the_tasks_of_a_workbench(self, bench):
+        first = task_scorer(bench, ["rap_choice"])
+        assert task_scorer(bench, {"names": ("rap_choice",)}) is first
+        assert task_scorer(bench, {"names": ("rap_choice",), "limit": 3}) is not first
+        assert first.config.limit == TASK_DOCUMENTS
+
+    def test_combined_names_both_terms(self, bench):
+        spec = {"name": "combined", "weights": {"perplexity": 0.5, "accuracy": 2.0}}
+        env = make(bench, reward=spec, tasks={"names": ["rap_choice"], "limit": 4})
+        _, reward, *_, info = play(env, 2, masked=True)[-1]
+        assert info["reward_terms"]["perplexity"] == pytest.approx(-0.5 * info["loss"])
+        assert reward == pytest.approx(sum(info["reward_terms"].values()))
+        assert set(info["reward_terms"]) == {"perplexity", "accuracy", "invalid_action"}
+
+    @pytest.mark.parametrize(
+        ("tasks", "message"),
+        [
+            (["rap_choise"], "'rap_choise'; .* Did you mean 'rap_choice'"),
+            ({"name": ["rap_choice"]}, "setting of the tasks: 'name'; .*'names'"),
+            ("rap_choice", "list of tasks 'rap_choice'"),
+        ],
+    )
+    def test_unknown_tasks_are_refused(self, bench, tasks, message):
+        with pytest.raises(UnknownNameError, match=message):
+            make(bench, reward="accuracy", tasks=tasks)

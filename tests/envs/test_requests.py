@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+from gymnasium.error import ResetNeeded
+
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
+from rap_env.workload import Request
+from tests.envs.playing import COUNT, LONG, make, request_at
+
+
+def test_the_workload_draws_and_options_override(workbench):
+    env = make(workbench)
+    drawn = {env.reset(seed=seed)[1]["request"]["budget_bytes"] for seed in range(8)}
+    assert len(drawn) > 3
+    request = request_at(workbench, 0.7)
+    for given in (
+        request,
+        {**LONG, "budget_bytes": request.budget_bytes},
+        {**LONG, "budget_fraction": 0.7},
+    ):
+        env.reset(seed=0, options={"request": given})
+        assert env.request == request
+
+
+def test_options_do_not_disturb_the_workload(workbench):
+    plain, other = make(workbench), make(workbench)
+    first = [plain.reset(seed=4)[1]["request"], plain.reset()[1]["request"]]
+    other.reset(seed=4, options={"request": request_at(workbench)})
+    assert [other.reset()[1]["request"]] == first[:1]
+
+
+def test_a_replay_starts_again_on_a_seeded_reset(workbench, tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"t,{n},1\n" for n in (9, 19, 29))
+    )
+    spec = {"name": "trace", "path": str(path), "order": "replay"}
+    env = make(workbench, workload=spec)
+    seeds = (0, None, None, None, 7)
+    seen = [env.reset(seed=seed)[1]["request"]["seq_len_tokens"] for seed in seeds]
+    assert seen == [10, 20, 30, 10, 10]
+
+
+def test_requests_that_fit_the_dense_model_are_drawn_again(workbench):
+    small, large = (workbench.memory.dense_peak_bytes(1, n) for n in (8, 64))
+    budget = (small + large) // 2
+    grid = {"name": "grid", "batch_sizes": [1], "seq_lens_tokens": [8, 64]}
+    env = make(workbench, workload={**grid, "budget_bytes": [budget]})
+    lengths = {env.reset(seed=n)[1]["request"]["seq_len_tokens"] for n in range(12)}
+    assert lengths == {64}
+
+
+def test_a_workload_that_never_needs_pruning_is_refused(workbench):
+    env = make(workbench, workload={"name": "fixed", "budget_bytes": 2**60})
+    with pytest.raises(InvalidRequestError, match=r"each of 100 requests .* smaller budgets"):
+        env.reset(seed=0)
+
+
+def test_an_option_that_fits_the_dense_model_is_refused(workbench):
+    env = make(workbench)
+    with pytest.raises(InvalidRequestError, match=r"dense model already fits .* smaller"):
+        env.reset(options={"request": {**LONG, "budget_fraction": 1.0}})
+
+
+def test_an_infeasible_budget_is_refused_at_reset(workbench):
+    env = make(workbench, infeasible="error", workload={"name": "fixed", **LONG})
+    with pytest.raises(InfeasibleBudgetError, match=r"every block removed.*infeasible='clip'"):
+        env.reset(options={"request": {**LONG, "budget_bytes": 10}})
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    mask_before = env.step(0)[-1]["removed"]
+    with pytest.raises(InfeasibleBudgetError):
+        env.reset(options={"request": {**LONG, "budget_bytes": 10}})
+    assert list(env.mask.names) == mask_before  # the running episode goes on
+
+
+def test_an_infeasible_budget_is_clipped_on_demand(workbench):
+    env = make(workbench, infeasible="clip")
+    options = {"request": {**LONG, "budget_bytes": 10}}
+    _, info = env.reset(seed=0, options=options)
+    assert info["infeasible"] == {"asked_budget_bytes": 10}
+    assert info["request"]["budget_bytes"] == workbench.memory.least_peak_bytes(env.request)
+    infos = [env.step(n)[-1] for n in range(COUNT - 1)]
+    assert all("infeasible" in info for info in infos)
+    _, _, terminated, _, info = env.step(COUNT - 1)
+    assert terminated
+    assert info["peak_bytes"] == env.request.budget_bytes
+    assert "infeasible" not in env.reset(seed=0)[1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        ({**LONG, "budget_byte": 5}, UnknownNameError, "setting of a request: 'budget_byte'"),
+        ({"batch_size": 1}, InvalidRequestError, r"needs batch_size, .*\['batch_size'\]"),
+        ({**LONG, "budget_bytes": 5, "budget_fraction": 0.5}, InvalidRequestError, "one of"),
+        ({**LONG, "seq_len_tokens": 65, "budget_bytes": 5}, InvalidRequestError, "1 to 64"),
+        ({**LONG, "batch_size": 0, "budget_fraction": 0.5}, InvalidRequestError, "not 0"),
+        ({**LONG, "batch_size": "8", "budget_fraction": 0.5}, InvalidRequestError, "not '8'"),
+        (Request(1, 65, 5), InvalidRequestError, "from 1 to 64 tokens"),
+        ([1, 2, 3], InvalidRequestError, "must be a Request or a dict"),
+    ],
+)
+def test_bad_requests_are_refused(workbench, request_, error, message):
+    with pytest.raises(error, match=message):
+        make(workbench).reset(options={"request": request_})
+
+
+def test_a_misspelt_option_is_refused(workbench):
+    with pytest.raises(UnknownNameError, match="setting of reset: 'requests'"):
+        make(workbench).reset(options={"requests": request_at(workbench)})

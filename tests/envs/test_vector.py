@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.envs.conftest import make_workbench
+from tests.envs.playing import COUNT, DENSE_TIMING, assert_same, request_at
+from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
+@pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
+def test_it_plays_as_single_environments_do(workbench, mode, reward, workload):
+    settings = {"reward": reward, "workload": workload, "max_invalid_actions": 3}
+    vector = make_vector(workbench, autoreset_mode=mode, **settings)
+    sync = make_sync(workbench, mode, **settings)
+    for seed in range(3):
+        happened = play_lanes(vector, seed)
+        assert_same(happened, play_lanes(sync, seed))
+        steps = [result for result in happened if len(result) == 5]
+        assert any(terminated.any() for _, _, terminated, _, _ in steps)
+        assert any(truncated.any() for _, _, _, truncated, _ in steps)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replayed_trace_goes_on_in_each_lane_as_in_single_environments(workbench, mode, tmp_path):
+    path = tmp_path / "trace.csv"
+    lines = "".join(f"t,{n},1\n" for n in range(9, 60, 7))
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
+    workload = {"name": "trace", "path": str(path), "order": "replay"}
+    vector = make_vector(workbench, autoreset_mode=mode, workload=workload)
+    assert_same(play_lanes(vector, 1), play_lanes(make_sync(workbench, mode, workload=workload), 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_limit_of_steps_truncates_as_gymnasium_does(workbench, mode):
+    settings = {"invalid_action_penalty": 0.5, "reward": DENSE_TIMING}
+    vector = make_vector(workbench, autoreset_mode=mode, max_episode_steps=3, **settings)
+    happened = play_lanes(vector, 2)
+    assert_same(happened, play_lanes(make_sync(workbench, mode, steps=3, **settings), 2))
+    assert any(result[3].any() for result in happened if len(result) == 5)
+
+
+def test_rewards_with_accuracy_are_those_of_single_environments():
+    pytest.importorskip("lm_eval")
+    from tests.tiny import tiny_tokenizer
+
+    bench = make_workbench(tokenizer=tiny_tokenizer())
+    settings = {
+        "reward": {"name": "combined", "timing": "dense"},
+        "tasks": {"names": ["rap_choice"], "limit": 4},
+    }
+    for mode in MODES:
+        vector = make_vector(bench, autoreset_mode=mode, **settings)
+        sync = make_sync(bench, mode, **settings)
+        assert_same(play_lanes(vector, 0, steps=15), play_lanes(sync, 0, steps=15))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_requests_given_at_the_reset_are_those_of_single_environments(workbench, mode):
+    options = {"request": request_at(workbench, 0.7)}
+    vector = make_vector(workbench, autoreset_mode=mode)
+    sync = make_sync(workbench, mode)
+    seeds = [3, None, 5, 6, 7]
+    vector.reset(seed=1)
+    sync.reset(seed=1)
+    first, other = (envs.reset(seed=seeds, options=dict(options)) for envs in (vector, sync))
+    assert_same(first, other)
+    assert vector.requests == (options["request"],) * LANES
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
+def test_predicted_scores_are_said_to_be_so(workbench, mode, reward):
+    bench = PredictsOddMasks(workbench)
+    settings = {"reward": reward, "max_invalid_actions": 3}
+    happened = play_lanes(make_vector(bench, autoreset_mode=mode, **settings), 0)
+    assert_same(happened, play_lanes(make_sync(bench, mode, **settings), 0))
+    told = [result[-1] for result in happened]
+    told += [info["final_info"] for info in told if "final_info" in info]
+    flags = [(info["_predicted"], info["predicted"]) for info in told if "predicted" in info]
+    assert flags
+    for has_it, value in flags:
+        assert np.array_equal(has_it, value)
+        assert has_it.any()
+    for info in told:
+        for lane in np.flatnonzero(info.get("_nll", [])):
+            odd = len(info["removed"][lane]) % 2 == 1
+            assert info.get("predicted", np.zeros(LANES, bool))[lane] == odd
+
+
+class CountsCalls:
+    """A real workbench that notes how many masks are asked for at a time."""
+
+    def __init__(self, bench) -> None:
+        self.bench, self.asked = bench, []
+        self.memory, self.features, self.scorer = bench.memory, bench.features, self
+
+    def __getattr__(self, name):
+        return getattr(self.bench.scorer, name)
+
+    def nll_many(self, masks):
+        self.asked.append(len(masks))
+        return self.bench.scorer.nll_many(masks)
+
+
+class PredictsOddMasks(CountsCalls):
+    """A real workbench that calls its scores of odd numbers of removals predictions."""
+
+    def is_predicted(self, mask):
+        return len(mask) % 2 == 1
+
+
+def test_the_scores_of_a_step_are_asked_for_together(workbench):
+    bench = CountsCalls(workbench)
+    vector = make_vector(bench, reward=DENSE_TIMING, autoreset_mode="SameStep")
+    vector.reset(seed=0)
+    for step in range(1, 4):
+        vector.step(np.arange(LANES))
+        assert bench.asked == [LANES] * step
+    bench.asked.clear()
+    terminal = make_vector(bench, autoreset_mode="SameStep")
+    terminal.reset(seed=0)
+    ended = []
+    for step in range(30):
+        _, _, terminated, truncated, _ = terminal.step(np.full(LANES, step % COUNT))
+        ended.append(int((terminated | truncated).sum()))
+    assert bench.asked == [count for count in ended if count]

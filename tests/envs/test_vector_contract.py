@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+
+import rap_env
+from rap_env.blocks import BlockMask
+from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
+from tests.envs.conftest import make_workbench
+from tests.envs.playing import COUNT, DENSE_TIMING, USUAL, assert_same, request_at
+from tests.envs.playing_lanes import LANES, MODES, make_vector, play_lanes
+
+
+def test_gymnasium_makes_it(workbench):
+    class Holder:
+        """Survives the deep copy of a spec."""
+
+        memory, features, scorer = workbench.memory, workbench.features, workbench.scorer
+
+        def __deepcopy__(self, memo):
+            return self
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs = gym.make_vec(
+            "RAPPrune-v0", num_envs=3, workbench=Holder(), max_episode_steps=7, **USUAL
+        )
+    assert type(envs) is RAPPruneVectorEnv is rap_env.RAPPruneVectorEnv
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    assert RAPPruneVectorEnv.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    seen, _ = envs.reset(seed=0)
+    assert envs.observation_space.contains(seen)
+    assert envs.action_space == gym.spaces.MultiDiscrete([COUNT] * 3)
+    assert envs.single_action_space == gym.spaces.Discrete(COUNT)
+
+
+def test_results_are_not_touched_by_later_steps(workbench):
+    vector = make_vector(workbench, autoreset_mode="SameStep")
+    happened = play_lanes(vector, 0, steps=20)
+    kept = play_lanes(vector, 0, steps=20)
+    play_lanes(vector, 5, steps=20)
+    assert_same(happened, kept)
+    seen, info = vector.reset(seed=0)
+    for array in (*seen.values(), info["peak_bytes"], info["request"]["budget_bytes"]):
+        array[:] = 1
+    info["removed"][0].append("nonsense")
+    again, infos = vector.reset(options={"reset_mask": np.arange(LANES) == 1})
+    assert_same(
+        {key: array[0] for key, array in again.items()},
+        {k: a[0] for k, a in happened[0][0].items()},
+    )
+    assert infos["removed"].tolist() == [None, [], None, None, None]
+
+
+def test_what_lanes_have_can_be_asked_for_by_name(workbench):
+    vector = make_vector(workbench)
+    vector.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+    vector.step(np.arange(LANES))
+    assert vector.action_masks().tolist() == (1 - np.eye(COUNT))[:LANES].astype(bool).tolist()
+    assert [row.tolist().index(False) for row in vector.call("action_masks")] == list(range(LANES))
+    assert vector.get_attr("mask") == tuple(BlockMask.of(lane) for lane in range(LANES))
+    assert vector.get_attr("request") == (request_at(workbench, 0.7),) * LANES
+    assert vector.get_attr("workbench") == (workbench,) * LANES
+    assert vector.get_attr("render_mode") == (None,) * LANES
+    with pytest.raises(AttributeError, match="no attribute 'speed'"):
+        vector.get_attr("speed")
+
+
+def test_it_renders_every_lane(workbench):
+    vector = make_vector(workbench, render_mode="ansi")
+    vector.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+    vector.step(np.array([0, 0, 0, 0, 2]))
+    pictures = vector.render()
+    assert ["attn     .##" in text for text in pictures] == [True] * 4 + [False]
+    assert vector.call("render") == pictures
+    images = make_vector(workbench, render_mode="rgb_array")
+    images.reset(seed=0)
+    assert [image.dtype for image in images.render()] == [np.uint8] * LANES
+    silent = make_vector(workbench)
+    silent.reset(seed=0)
+    with pytest.warns(UserWarning, match="render_mode"):
+        assert silent.call("render") == (None,) * LANES
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(workbench, mode, reward):
+    settings = {"autoreset_mode": mode, "reward": reward, "max_episode_steps": 9}
+    vector = make_vector(workbench, **settings)
+    rng = np.random.default_rng(0)
+    actions = rng.integers(COUNT, size=(40, LANES))
+    vector.reset(seed=4)
+    resumed = make_vector(workbench, **settings)
+    for number, row in enumerate(actions):
+        result = vector.step(row)
+        if number:
+            assert_same(resumed.step(row), result)
+        over = result[2] | result[3]
+        if mode == AutoresetMode.DISABLED and over.any():
+            result = vector.reset(options={"reset_mask": over})
+        state = json.loads(json.dumps(vector.get_state()))
+        resumed = make_vector(workbench, **settings)
+        assert_same(resumed.set_state(state), result[0])
+
+
+def test_a_failing_model_leaves_all_lanes_where_they_were():
+    bench = make_workbench()
+    vector = make_vector(bench, reward=DENSE_TIMING)
+    vector.reset(seed=0, options={"request": request_at(bench, 0.7)})
+    head = bench.llm.model.get_output_embeddings().weight
+    kept = head.detach().clone()
+    first = np.ones(LANES, dtype=int)  # measured before the damage, by the one-shot scan
+    vector.step(first)
+    with torch.no_grad():
+        head.fill_(torch.nan)
+    with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
+        vector.step(np.array([1, 1, 1, 1, 3]))
+    assert vector.masks == (BlockMask.of(1),) * LANES
+    with torch.no_grad():
+        head.copy_(kept)
+    _, rewards, *_ = vector.step(np.array([1, 1, 1, 1, 3]))
+    assert rewards[:4].tolist() == [-0.1] * 4
+    assert vector.masks[4] == BlockMask.of(1, 3)
+
+
+def test_lanes_that_are_over_wait_for_their_reset(workbench):
+    vector = make_vector(workbench, autoreset_mode="Disabled", max_episode_steps=1)
+    with pytest.raises(ResetNeeded, match="call reset"):
+        vector.step(np.zeros(LANES, dtype=int))
+    with pytest.raises(ResetNeeded, match="call reset"):
+        vector.reset(options={"reset_mask": np.arange(LANES) == 0})
+    vector.reset(seed=0)
+    vector.step(np.zeros(LANES, dtype=int))
+    with pytest.raises(ResetNeeded, match=r"lanes \[0, 1, 2, 3, 4\] are over; .*reset_mask"):
+        vector.step(np.zeros(LANES, dtype=int))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_envs": 0}, InvalidRequestError, "num_envs must be .* at least 1, not 0"),
+        ({"max_episode_steps": 1.5}, InvalidRequestError, "max_episode_steps .* not 1.5"),
+        ({"autoreset_mode": "same"}, UnknownNameError, "autoreset mode 'same'; .*'SameStep'"),
+        ({"render_mode": "human"}, UnknownNameError, "render mode 'human'"),
+        ({"infeasible": "ignore"}, UnknownNameError, "'ignore'; known are"),
+        ({"budget": 1}, TypeError, "unexpected keyword argument 'budget'"),
+    ],
+)
+def test_impossible_settings_are_refused(workbench, settings, error, message):
+    with pytest.raises(error, match=message):
+        RAPPruneVectorEnv(workbench=workbench, **{"num_envs": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("actions", "error", "message"),
+    [
+        ([0] * (LANES - 1), InvalidRequestError, r"array of 5 actions, .* shape \(4,\)"),
+        ([[0] * LANES], InvalidRequestError, r"shape \(1, 5\)"),
+        ([0, 0, COUNT, 0, 0], UnknownNameError, r"Unknown action 6; .*5 \(layer02\.ffn\)"),
+        ([0, -1, 0, 0, 0], UnknownNameError, "Unknown action -1"),
+        ([0.0] * LANES, UnknownNameError, r"Unknown action 0\.0"),
+    ],
+)
+def test_impossible_actions_are_refused_and_change_nothing(workbench, actions, error, message):
+    vector = make_vector(workbench)
+    vector.reset(seed=0)
+    with pytest.raises(error, match=message):
+        vector.step(np.array(actions))
+    assert vector.masks == (BlockMask(),) * LANES
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"seed": [1, 2]}, InvalidRequestError, "one for each of 5 lanes, not 2"),
+        ({"options": {"reset_mask": [0, 1]}}, InvalidRequestError, "must hold 5 booleans"),
+        ({"options": {"reset_mask": np.zeros(5, bool)}}, InvalidRequestError, "at least one"),
+        ({"options": {"requests": 1}}, UnknownNameError, "setting of reset: 'requests'"),
+    ],
+)
+def test_impossible_resets_are_refused(workbench, given, error, message):
+    with pytest.raises(error, match=message):
+        make_vector(workbench).reset(**given)

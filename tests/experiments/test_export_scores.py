@@ -1,0 +1,189 @@
+"""From a store to a score table: whole, resumed after a kill, trained on, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import gymnasium as gym
+import pytest
+
+from experiments.bench import open_bench
+from experiments.config import (
+    AgentConfig,
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    ImportanceConfig,
+    ModelConfig,
+    TextConfig,
+)
+from experiments.evaluate import evaluate
+from experiments.export_scores import TABLE_FILE, export_scores
+from experiments.profile import profile
+from experiments.records import read_records
+from experiments.runs import RunFolder
+from experiments.train import train
+from rap_env.blocks import BlockMask
+from rap_env.errors import RapError
+from rap_env.scoring.score_table import ScoreTable
+from tests.tiny import tiny_model, tiny_tokenizer
+
+MASKS = 150
+WORKLOAD = {
+    "name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16], "budget_fractions": [0.9],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a random model of five layers."""
+    base = tmp_path_factory.mktemp("export")
+    tiny_model(layers=5).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="export_scores", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"), threads=1, workload=WORKLOAD,
+            reward={"name": "perplexity"},
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=3, window_tokens=12),
+            importance=ImportanceConfig(gsi_removals=3),
+            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
+                              hyperparameters={"n_steps": 16, "batch_size": 16}),
+            evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], baselines=["gsi"]),
+            export=ExportConfig(masks=MASKS),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(config):
+    """The table's path."""
+    return export_scores(config, config.stage_dir("export_scores"))
+
+
+def test_a_table_holds_what_was_asked_for_and_says_how_good_it_is(config, exported, capsys):
+    table = ScoreTable.load(exported)
+    assert exported.name == TABLE_FILE
+    assert len(table.scores) == MASKS
+    live = open_bench(config)
+    for mask in [BlockMask(), BlockMask.of(3), *map(BlockMask, list(table.scores)[-5:])]:
+        assert table.scores[mask.indices] == live.scorer.nll(mask)
+    assert live.scorer.evaluations < 2 * MASKS
+    assert table.text["sha256"] == live.scorer.corpus.sha256
+    assert table.settings["calibration"]["windows"] == 3
+    assert str(exported.parents[3]) not in exported.read_text().replace(config.model.name, "")
+    assert RunFolder(exported.parent).read()["masks"] == MASKS
+    export_scores(config, exported.parent)
+    printed = capsys.readouterr().out
+    assert "Fidelity on 15 masks held out, fitted to 135 others" in printed
+    assert f"{MASKS} masks in {exported}" in printed
+    again = ScoreTable.load(exported)
+    assert again.scores == table.scores
+    assert again.fidelity == table.fidelity
+
+
+def test_without_a_number_it_takes_what_the_store_has(config, exported, tmp_path):
+    live = open_bench(config)
+    live.scorer.nll(BlockMask.of(0, 2, 4, 6, 7))
+    path = tmp_path / "deep" / "mine.json"
+    settings = replace(config, export=ExportConfig(path=str(path)))
+    assert export_scores(settings, tmp_path / "run") == path
+    assert len(ScoreTable.load(path).scores) >= MASKS
+
+
+def test_an_agent_trains_on_a_table(config, exported):
+    table = replace(
+        config, stage="train", name="on_table",
+        model=ModelConfig(name=f"score_table:{exported}", device="auto", dtype="auto"),
+    )  # fmt: skip
+    folder = table.stage_dir("train") / "maskable_ppo-s0"
+    train(table, folder)
+    losses = [record["episode/loss"] for record in read_records(folder / "metrics.jsonl")
+              if "episode/loss" in record]  # fmt: skip
+    assert losses
+    assert (folder / "policy.png").exists()
+
+
+def test_stages_that_need_the_model_refuse_a_table(config, exported, tmp_path):
+    model = ModelConfig(name=f"score_table:{exported}")
+    for stage, run in (
+        ("profile", profile),
+        ("evaluate", evaluate),
+        ("export_scores", export_scores),
+    ):
+        settings = replace(config, stage=stage, name="refused", model=model)
+        with pytest.raises(
+            RapError, match=f"experiments.{stage} needs a live model.*give the model"
+        ):
+            run(settings, tmp_path / stage)
+    other = replace(config, stage="train", model=replace(model, dtype="bfloat16"))
+    with pytest.raises(RapError, match="measured with dtype='float32'"):
+        train(other, tmp_path / "maskable_ppo-s0")
+
+
+def test_an_empty_store_is_told_before_anything_is_measured(config, tmp_path):
+    empty = replace(config, store=str(tmp_path / "empty.sqlite"), export=ExportConfig())
+    with pytest.raises(RapError, match=r"has no scores of .*export\.masks=20000"):
+        export_scores(empty, tmp_path / "run")
+    assert open_bench(empty).scorer.evaluations == 0
+    with pytest.raises(RapError, match="store is null"):
+        export_scores(replace(config, store=None), tmp_path / "run")
+
+
+def test_more_masks_than_a_model_has(config, tmp_path):
+    many = replace(config, export=ExportConfig(masks=600))
+    with pytest.raises(
+        RapError, match="10 blocks, thus 1024 masks.*at most half of them, 512, not 600"
+    ):
+        export_scores(many, tmp_path / "run")
+    with pytest.raises(RapError, match=r"export\.masks must be at least 1, not 0"):
+        ExportConfig(masks=0)
+
+
+def _rows(store):
+    try:
+        with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0  # not made yet
+
+
+def test_a_kill_while_measuring_loses_nothing_and_changes_nothing(config, exported, tmp_path):
+    text = config.calibration
+    command = [
+        sys.executable, "-m", "experiments.export_scores", "model=custom",
+        f"model.name={config.model.name}", "model.dtype=float32", "threads=1", "progress=false",
+        f"calibration.windows={text.windows}", f"calibration.window_tokens={text.window_tokens}",
+        "importance.gsi_removals=3", f"export.masks={MASKS}", f"runs_dir={tmp_path / 'runs'}",
+        f"store={tmp_path / 'scores.sqlite'}",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while first.poll() is None and _rows(tmp_path / "scores.sqlite") < 60:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert first.returncode == -signal.SIGKILL, first.stderr.read()
+    before = _rows(tmp_path / "scores.sqlite")
+    assert 60 <= before < MASKS
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = tmp_path / "runs" / "default" / "export_scores" / TABLE_FILE
+    assert f"Measured {MASKS} of {MASKS} masks" in done.stderr
+    resumed, whole = ScoreTable.load(table), ScoreTable.load(exported)
+    assert resumed.scores == whole.scores
+    assert resumed.fidelity == whole.fidelity
+    assert resumed.features == whole.features
+    env = gym.make("RAPPrune-v0", model=f"score_table:{table}", workload=WORKLOAD)
+    assert env.reset(seed=0)[1]["loss"] == 0
+    assert json.loads(table.read_text())["kind"] == "score table"

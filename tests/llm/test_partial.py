@@ -1,0 +1,71 @@
+"""Passes a block at a time are the model's own passes, bit for bit."""
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.llm.partial import PartialForward
+from tests.scoring.test_scorer import tokens
+from tests.tiny import FAMILIES, tiny_llm
+
+MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2),
+         BlockMask.of(0, 1), BlockMask.of(0, 1, 2, 3)]  # fmt: skip
+
+
+def by_blocks(partial, ids, mask):
+    state = partial.enter(ids)
+    for step in partial.steps:
+        state = partial.run(tuple(block for block in step if block not in mask), state)
+    return partial.leave(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_one_by_one_are_the_whole_pass(family, dtype):
+    llm, ids = tiny_llm(family, dtype=dtype), tokens()
+    partial = PartialForward(llm)
+    for mask in MASKS:
+        with torch.inference_mode(), llm.masked(mask):
+            decoder = llm.adapter.decoder(llm.model)
+            expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            logits = llm.model(ids, use_cache=False).logits
+        found = by_blocks(partial, ids, mask)
+        assert torch.equal(found, expected), mask
+        head = partial.logits(found.reshape(-1, found.shape[-1])).view(logits.shape)
+        assert torch.allclose(head, logits, atol=1e-6)
+
+
+def test_parallel_blocks_are_one_step():
+    assert PartialForward(tiny_llm("gpt_neox")).steps == ((0, 1), (2, 3))
+    assert PartialForward(tiny_llm("gpt_neox_sequential")).steps == ((0,), (1,), (2,), (3,))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "gpt_neox"])
+def test_other_shapes_and_the_mask_in_force_do_not_matter(family):
+    llm = tiny_llm(family)
+    partial = PartialForward(llm)
+    for shape in ((1, 4), (5, 9), (1, 4)):
+        ids = tokens(*shape)
+        expected = by_blocks(PartialForward(llm), ids, BlockMask.of(1))
+        with llm.masked(BlockMask.of(0, 3)):
+            assert torch.equal(by_blocks(partial, ids, BlockMask.of(1)), expected)
+            assert llm.mask == BlockMask.of(0, 3)
+
+
+def test_the_model_is_left_as_it_was():
+    llm, ids = tiny_llm(), tokens()
+    partial = PartialForward(llm)
+    with torch.inference_mode():
+        before = llm.model(ids).logits
+        by_blocks(partial, ids, BlockMask.of(2))
+        llm.model.get_decoder().layers[0].mlp.register_forward_hook(_fail)
+        with pytest.raises(ZeroDivisionError):
+            by_blocks(partial, ids, BlockMask())
+        llm.model.get_decoder().layers[0].mlp._forward_hooks.clear()
+        assert torch.equal(llm.model(ids).logits, before)
+    assert all("forward" not in layer.__dict__ for layer in llm.model.get_decoder().layers)
+    assert llm.mask == BlockMask()
+
+
+def _fail(*_args):
+    raise ZeroDivisionError

@@ -1,0 +1,135 @@
+"""Predicted losses: right where much was measured, sane where little was."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
+from rap_env.scoring.predictor import LEAST_SHARE, LossPredictor, fit_predictor
+
+BLOCKS, CEILING = 16, 8.0
+RNG = np.random.default_rng(0)
+ALONE = np.concatenate([[CEILING * 0.9], RNG.uniform(0.05, 0.5, BLOCKS - 1)])
+PAIRS = (
+    0.2 * np.triu(RNG.normal(size=(BLOCKS, BLOCKS)) ** 2, 1) * (RNG.random((BLOCKS, BLOCKS)) < 0.3)
+)
+
+
+def losses(removed):
+    """Costs add up, some pairs cost more, and it all levels off, as in a real model."""
+    x = removed.astype(float)
+    total = x @ ALONE + np.einsum("ni,ij,nj->n", x, PAIRS, x)
+    return CEILING * (1 - np.exp(-total / CEILING))
+
+
+def masks(number, most=BLOCKS, seed=1):
+    rng = np.random.default_rng(seed)
+    removed = np.zeros((number, BLOCKS), dtype=bool)
+    for row in removed:
+        row[rng.permutation(BLOCKS)[: rng.integers(1, most + 1)]] = True
+    return np.concatenate([np.zeros((1, BLOCKS), bool), np.eye(BLOCKS, dtype=bool), removed])
+
+
+def fitted(number=1500, most=BLOCKS, seed=0):
+    removed = masks(number, most)
+    return fit_predictor(removed, losses(removed), losses(np.eye(BLOCKS, dtype=bool)), seed=seed)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return fitted()[0]
+
+
+def test_it_predicts_masks_that_it_never_saw(predictor):
+    other = masks(300, seed=99)[1 + BLOCKS :]
+    found = np.array([predictor.loss(np.flatnonzero(row).tolist()) for row in other])
+    assert spearman(found, losses(other)) > 0.98
+    assert np.median(np.abs(found - losses(other)) / losses(other)) < 0.1
+
+
+def test_the_fidelity_is_that_of_unseen_masks():
+    _, fidelity = fitted()
+    everything, *parts = fidelity.rows
+    assert fidelity.fitted + everything.masks == 1500 + 1 + BLOCKS
+    assert everything.masks == pytest.approx(152, abs=1)
+    assert sum(row.masks for row in parts) == everything.masks
+    assert 0.97 < everything.spearman < 1
+    assert 0 < everything.mean_error < 0.5
+    # Noise cannot be predicted: a fidelity that knew the answers would not fall.
+    removed = masks(1500)
+    noise = np.random.default_rng(2).uniform(0, 5, len(removed))
+    _, none = fit_predictor(removed, noise, losses(np.eye(BLOCKS, dtype=bool)))
+    assert abs(none.rows[0].spearman) < 0.3
+
+
+def test_the_seed_alone_decides_what_is_held_out():
+    assert fitted()[0] is not fitted()[0]
+    assert asdict(fitted()[0]) == asdict(fitted()[0])
+    assert fitted()[1] == fitted()[1] != fitted(seed=1)[1]
+
+
+def test_a_prediction_depends_on_the_set_alone(predictor):
+    assert predictor.loss([3, 9, 14, 1]) == predictor.loss(frozenset([14, 9, 3, 1]))
+    assert predictor.loss(()) == 0.0
+
+
+def test_it_survives_a_file(predictor):
+    values = json.loads(json.dumps(asdict(predictor)))
+    again = LossPredictor(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    assert again.loss([2, 5, 11]) == predictor.loss([2, 5, 11])
+
+
+def test_far_from_the_data_it_stays_between_what_was_measured():
+    predictor, _ = fitted(400, most=4)  # nothing with more than four removals
+    removed = masks(400, most=4)
+    rng = np.random.default_rng(5)
+    for number in range(1, BLOCKS + 1):
+        for _ in range(50):
+            mask = rng.permutation(BLOCKS)[:number].tolist()
+            loss = predictor.loss(mask)
+            assert loss <= losses(removed).max()
+            assert loss >= predictor.least[number] >= predictor.least[number - 1]
+            assert loss >= LEAST_SHARE * losses(np.eye(BLOCKS, dtype=bool))[mask].max()
+    heavy = losses(removed)[removed.sum(axis=1) == 4].min()
+    assert predictor.loss(range(BLOCKS)) >= heavy > 0
+
+
+def test_a_block_that_ruins_the_model_ruins_every_mask(predictor):
+    for others in ([], [3], [3, 5, 8], range(1, BLOCKS)):
+        assert predictor.loss([0, *others]) >= LEAST_SHARE * predictor.alone[0] > 2
+
+
+def test_one_lucky_deep_mask_does_not_set_the_bound():
+    removed = masks(400, most=4)
+    deep = np.zeros((1, BLOCKS), dtype=bool)
+    deep[0, 1:11] = True
+    values = np.concatenate([losses(removed), [7.5]])
+    alone = losses(np.eye(BLOCKS, dtype=bool))
+    predictor, _ = fit_predictor(np.concatenate([removed, deep]), values, alone)
+    assert predictor.least[10] == predictor.least[4] < 2
+
+
+def test_rank_correlation_with_ties():
+    assert spearman(np.array([1.0, 2, 3]), np.array([10.0, 20, 30])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == pytest.approx(-1)
+    # By hand: ranks 1.5 1.5 3 4 and 1 2 3 4.
+    found = spearman(np.array([5.0, 5, 6, 7]), np.array([1.0, 2, 3, 4]))
+    assert found == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert spearman(np.ones(3), np.arange(3.0)) is None
+
+
+def test_fidelity_as_a_table():
+    counts, measured = np.array([1, 2, 4, 9]), np.array([0.1, 0.2, 1.0, 0.0])
+    predicted = np.array([0.15, 0.25, 1.1, 0.005])
+    fidelity = Fidelity.of(predicted, measured, counts, 16, fitted=1200)
+    assert fidelity.rows[0].mean_error == pytest.approx(0.05125)
+    assert [row.masks for row in fidelity.rows] == [4, 2, 1, 1]
+    assert fidelity.rows[3].median_relative_error == pytest.approx(0.5)  # a loss of 0 counts 0.01
+    assert Fidelity.from_json(json.loads(json.dumps(asdict(fidelity)))) == fidelity
+    title, head, *rows = str(fidelity).splitlines()
+    assert "4 masks held out, fitted to 1,200 others" in title
+    assert len({len(line) for line in [head, *rows]}) == 1
+    assert rows[1].split() == ["few", "(to", "2)", "2", "1.0000", "0.050", "37.5%"]
+    assert FidelityRow.of("many", measured[:0], measured[:0]).spearman is None

@@ -1,0 +1,170 @@
+"""A table of scores: what the model said, quickly, and a flag on what it did not say."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+from rap_env.artifacts import save_artifact
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
+from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
+from tests.envs.conftest import make_workbench
+from tests.scoring.tiny_table import all_masks, table_of
+
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def workbench():
+    return make_workbench()
+
+
+@pytest.fixture(scope="module")
+def table(workbench):
+    return table_of(workbench, all_masks(BLOCKS, 3))
+
+
+@pytest.fixture
+def path(table, tmp_path):
+    table.save(tmp_path / "t.json")
+    return tmp_path / "t.json"
+
+
+def test_a_table_comes_back_from_its_file(table, path):
+    again = ScoreTable.load(path)
+    assert again.scores == table.scores
+    assert again.facts == table.facts
+    assert asdict(again.predictor) == asdict(table.predictor)
+    assert again.fidelity == table.fidelity
+    for name in ("context", "text", "settings", "features", "evaluation_s"):
+        assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
+    assert again.dense_nll == table.scores[frozenset()]
+
+
+def test_measured_scores_are_the_models_to_the_last_bit(workbench, path):
+    scorer = TableScorer(ScoreTable.load(path))
+    masks = all_masks(BLOCKS, 3)
+    assert scorer.nll_many(masks) == workbench.scorer.nll_many(masks)
+    assert scorer.dense_nll == workbench.scorer.dense_nll
+    assert scorer.scan(BlockMask.of(1)) == workbench.scorer.scan(BlockMask.of(1))
+    assert scorer.context == json.loads(json.dumps(dict(workbench.scorer.context)))
+    assert not any(map(scorer.is_predicted, masks))
+
+
+def test_other_masks_are_predicted_and_say_so(table, path):
+    scorer = TableScorer(ScoreTable.load(path))
+    deep = [mask for mask in all_masks(BLOCKS) if len(mask) > 3]
+    assert all(map(scorer.is_predicted, deep))
+    together = scorer.nll_many(deep)
+    assert [scorer.nll(mask) for mask in reversed(deep)] == together[::-1]
+    assert together == [table.dense_nll + table.predictor.loss(mask.indices) for mask in deep]
+
+
+def test_it_counts_what_was_asked_for_and_runs_nothing(table):
+    scorer, seen = TableScorer(table), []
+    masks = [BlockMask.of(0), BlockMask.of(0), BlockMask.of(0, 1, 2, 3), BlockMask()]
+    scorer.nll_many(masks, seen.append)
+    scorer.nll_many(masks)
+    assert len(seen) == 3
+    assert scorer.known == 3
+    assert scorer.evaluations == scorer.block_forwards == 0
+    assert scorer.evaluation_s == 0.25
+
+
+def test_a_block_that_the_model_lacks(table):
+    with pytest.raises(UnknownNameError, match=r"layer03\.attn.*layer02\.ffn"):
+        TableScorer(table).nll(BlockMask.of(6))
+
+
+def test_too_few_scores(workbench):
+    with pytest.raises(ArtifactError, match=r"without layer02\.ffn: not measured.*too few"):
+        table_of(workbench, all_masks(BLOCKS, 1)[:-1])
+    with pytest.raises(ArtifactError, match="7 scores of .* too few.* 12 masks in all"):
+        table_of(workbench, all_masks(BLOCKS, 1))
+
+
+def test_damaged_files_are_refused(table, path, tmp_path):
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match="truncated or no artifact"):
+        ScoreTable.load(path)
+    number = repr(table.dense_nll)
+    assert number in whole
+    path.write_text(whole.replace(number, repr(table.dense_nll + 1), 1))
+    with pytest.raises(ArtifactError, match=r"altered .*checksum"):
+        ScoreTable.load(path)
+    path.write_text(whole.replace('"version": 1', '"version": 9', 1))
+    with pytest.raises(ArtifactError, match="has format 9, but this version reads 1"):
+        ScoreTable.load(path)
+    save_artifact(path, "corpus", 1, {})
+    with pytest.raises(ArtifactError, match="of the kind 'corpus', but 'score table'"):
+        ScoreTable.load(path)
+    with pytest.raises(ModelNotAvailableError, match=r"none\.json .*experiments\.export_scores"):
+        ScoreTable.load(tmp_path / "none.json")
+    with pytest.raises(ModelNotAvailableError, match="Cannot read"):
+        ScoreTable.load(tmp_path)
+
+
+def test_names_of_tables():
+    assert str(table_path("score_table:some/file.json")) == "some/file.json"
+    assert table_path("smollm2-135m") is None
+
+
+@pytest.fixture(scope="module")
+def large(table):
+    """A table of 20,000 masks of 60 blocks."""
+    layers = 30
+    facts = replace(
+        table.facts, block_param_bytes=(10, 20) * layers, kv_bytes_per_token=(4,) * layers,
+        kv_window_tokens=(None,) * layers,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    cost = rng.uniform(0.05, 0.5, 2 * layers)
+    masks = [BlockMask(), *(BlockMask.of(i) for i in range(2 * layers))]
+    drawn = {
+        BlockMask.of(*rng.permutation(60)[: rng.integers(2, 40)].tolist()) for _ in range(20000)
+    }
+    scores = {mask: 2.0 + cost[list(mask)].sum() for mask in [*masks, *drawn]}
+    origin = {name: getattr(table, name) for name in (
+        "context", "text", "settings", "features", "one_shot", "gsi", "evaluation_s")}  # fmt: skip
+    return ScoreTable.fitted(facts, scores, **origin)
+
+
+def test_twenty_thousand_masks_are_a_small_file_and_load_at_once(large, tmp_path):
+    assert len(large.scores) > 19_000
+    large.save(tmp_path / "t.json")
+    assert (tmp_path / "t.json").stat().st_size < 1.3e6
+    began = time.perf_counter()
+    again = ScoreTable.load(tmp_path / "t.json")
+    assert time.perf_counter() - began < 1.5  # 0.2 on an idle core
+    assert again.scores == large.scores
+
+
+def test_look_ups_and_predictions_are_fast(large):
+    scorer = TableScorer(large)
+    known = [BlockMask(indices) for indices in list(large.scores)[:2000]]
+    other = [BlockMask(mask.indices ^ {3, 17, 40}) for mask in known]
+    scorer.nll_many(known)
+    began = time.perf_counter()
+    scorer.nll_many(known)
+    looked_up = time.perf_counter() - began
+    began = time.perf_counter()
+    scorer.nll_many(other)
+    predicted = time.perf_counter() - began
+    assert looked_up / 2000 < 2e-5  # a microsecond on an idle core
+    assert predicted / 2000 < 2e-4  # 20 microseconds
+
+
+def test_it_loads_neither_torch_nor_transformers(path):
+    code = (
+        "import sys; from rap_env.scoring.score_table import ScoreTable, TableScorer; "
+        f"TableScorer(ScoreTable.load({str(path)!r})).dense_nll; "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

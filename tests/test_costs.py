@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.costs import request_costs
+from rap_env.errors import InvalidRequestError
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.workload import Request
+
+LAYERS = 4
+SHAPES = [(1, 1), (1, 2000), (3, 17), (64, 512)]
+
+
+@pytest.fixture(scope="module", params=[3, 400], ids=["narrow", "wide"])
+def memory(request) -> MemoryModel:
+    """Uneven blocks, sliding windows, and FFN blocks that set the workspace or not."""
+    return MemoryModel(
+        ModelFacts(
+            name="uneven",
+            fingerprint="0" * 64,
+            dtype="bfloat16",
+            block_param_bytes=tuple(range(1000, 1000 + 2 * LAYERS)),
+            base_bytes=3000,
+            kv_bytes_per_token=(8, 4, 8, 6),
+            kv_window_tokens=(None, 16, None, 100),
+            itemsize=2,
+            hidden_size=8,
+            ffn_width=request.param,
+            vocab_size=10,
+            max_positions=2048,
+        )
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peaks_are_those_of_the_memory_model(memory, shape):
+    costs, request = request_costs(memory, *shape), Request(*shape, 1)
+    masks = [BlockMask(frozenset(np.flatnonzero(bits))) for bits in _bits(2 * LAYERS)]
+    assert len(masks) == 256
+    for mask in masks:
+        assert costs.peak_bytes(mask.indices) == memory.peak_bytes(mask, request), mask
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_are_those_of_the_memory_model(memory, shape):
+    costs, request = request_costs(memory, *shape), Request(*shape, 1)
+    assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
+    assert costs.kv_cache_bytes == memory.breakdown(BlockMask(), request).kv_cache
+    assert costs.least_peak_bytes == memory.least_peak_bytes(request) <= costs.fixed_bytes
+    assert costs.freed == tuple(memory.freed_bytes(request))
+    assert costs.freed_share == pytest.approx(np.array(costs.freed) / costs.dense_peak_bytes)
+    assert (costs.last_ffn_bytes > 0) == (memory.facts.ffn_width == 400)
+
+
+def test_they_are_kept_and_cannot_be_changed(memory):
+    costs = request_costs(memory, 2, 30)
+    assert request_costs(memory, 2, 30) is costs
+    for array in (costs.freed_bytes, costs.freed_share):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_models_do_not_mix(memory):
+    other = MemoryModel(memory.facts)
+    assert request_costs(other, 2, 30) is not request_costs(memory, 2, 30)
+
+
+@pytest.mark.parametrize(("shape", "message"), [((0, 5), "not 0"), ((1, 2049), "2048 tokens")])
+def test_what_the_model_cannot_serve_is_refused(memory, shape, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        request_costs(memory, *shape)
+
+
+def test_numbers_that_are_not_whole_leave_no_trace(memory):
+    with pytest.raises(InvalidRequestError, match=r"not 7\.0"):
+        request_costs(memory, 1, 7.0)
+    assert isinstance(request_costs(memory, 1, 7).dense_peak_bytes, int)
+
+
+def _bits(count: int) -> np.ndarray:
+    return np.arange(2**count)[:, None] >> np.arange(count) & 1
