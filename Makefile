@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+BENCHMARKS := step load apply decode memory nll_many gsi
 
-.PHONY: help setup demo test test-network lint format type lock clean
+.PHONY: help setup demo test test-network bench lint format type lock clean
 
 help:  ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -23,6 +24,10 @@ test: setup  ## Run the tests (no network, no GPU needed).
 
 test-network: setup  ## Run the tests that download the default model.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "network or slow"
+
+bench: setup  ## Run all benchmarks and print their table (wants a quiet machine).
+	@for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done
+	@$(RUN) -m benchmarks.table
 
 lint: setup  ## Check style and formatting.
 	@$(RUN) -m ruff check .

@@ -1,0 +1,181 @@
+"""Tokens a second under masks, beside the dense model: ``python -m benchmarks.decode``.
+
+Where decoding is bound by reading weights and cache, a mask that takes the share x of the bytes
+away makes it 1 / (1 - x) times as fast. What is reached of that is the number here. Beside it
+stands what bounds it: the time of an attn block, an ffn block and the rest, the bytes a second
+that each is read at, and what a plain read of memory reaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import (
+    Settings,
+    Target,
+    alternate,
+    launch,
+    ratios,
+    spread,
+    write_record,
+)
+from benchmarks.traffic import ORDERS, Traffic
+from rap_env.blocks import BlockMask
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+
+_WANTED = 0.9
+_WORDS = {"even": "attn and ffn alike", "ffn": "ffn alone", "attn": "attn first"}
+_READ_BYTES = 2**29
+_CORNERS = ("dense", "no attn", "no ffn", "no block")
+
+
+@dataclass
+class DecodeSettings(Settings):
+    """Settings of this benchmark."""
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    context_tokens: int = 512
+    steps: int = 8
+    """Decode steps in one measurement."""
+    shares: list[float] = field(default_factory=lambda: [0.15, 0.3, 0.5])
+    """Shares of the bytes to take away."""
+
+
+def main(settings: DecodeSettings) -> None:
+    """Measure, then write the record.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        RapError: The model cannot be loaded.
+    """
+    from benchmarks.decoding import Decoding
+    from rap_env.llm.device import use_threads
+    from rap_env.llm.loading import load_llm
+
+    use_threads(settings.threads or "auto")
+    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    traffic = Traffic(llm, settings.context_tokens)
+    masks = _masks(llm, traffic, settings.shares)
+    # So many tokens are written that the context is the one asked for in the middle.
+    ahead = settings.steps * (settings.repeats + 1) // 2
+    running = {
+        name: Decoding(llm, mask, 1, max(1, settings.context_tokens - ahead))
+        for name, mask in masks.items()
+    }
+    sides: dict[str, Any] = {
+        name: lambda decoding=decoding: decoding.steps(settings.steps)
+        for name, decoding in running.items()
+    }
+    seconds = alternate({**sides, "read": _memory_read(llm.device)}, settings.repeats)
+    step_s = {name: [total / settings.steps for total in seconds[name]] for name in masks}
+    measured = {name: _side(masks[name], step_s, name, traffic) for name in masks}
+    rates = _rates(step_s, seconds["read"], traffic, llm.adapter.num_layers)
+    write_record(
+        "decode",
+        device=str(llm.device),
+        settings=settings,
+        targets=[_target(order, measured, settings.shares) for order in ORDERS],
+        measured={"masks": measured, "read": rates},
+        notes=[
+            f"{llm.facts.dtype}, batch 1, {settings.context_tokens} tokens of context.",
+            *_bounds(rates),
+        ],
+    )
+
+
+def _masks(llm: ElasticLLM, traffic: Traffic, shares: list[float]) -> dict[str, BlockMask]:
+    """The dense model, the corners that tell attn, ffn and rest apart, and the masks to judge."""
+    corners = (
+        BlockMask(),
+        BlockMask.all_of(llm.blocks, "attn"),
+        BlockMask.all_of(llm.blocks, "ffn"),
+        BlockMask.all_of(llm.blocks),
+    )
+    judged = {f"{o} {share:.0%}": traffic.mask(o, share) for o in ORDERS for share in shares}
+    return dict(zip(_CORNERS, corners, strict=True)) | judged
+
+
+def _memory_read(device: Any) -> Any:
+    """A plain read of memory: a sum over more than any cache holds."""
+    import torch
+
+    values = torch.ones(_READ_BYTES // 4, device=device)
+    return values.sum
+
+
+def _side(
+    mask: BlockMask, step_s: dict[str, list[float]], name: str, traffic: Traffic
+) -> dict[str, Any]:
+    faster, share = ratios(step_s["dense"], step_s[name]), traffic.share(mask)
+    reached = {key: value * (1 - share) for key, value in faster.items() if key != "repeats"}
+    return {
+        "attn_removed": mask.count("attn"),
+        "ffn_removed": mask.count("ffn"),
+        "bytes_share_removed": share,
+        "step_s": spread(step_s[name]),
+        "of_proportional": {**reached, "repeats": faster["repeats"]},
+    }
+
+
+def _target(order: str, measured: dict[str, Any], shares: list[float]) -> Target:
+    """The worst mask of one order decides."""
+    sides = [measured[f"{order} {share:.0%}"] for share in shares]
+    worst = min(sides, key=lambda side: side["of_proportional"]["median"])
+    return Target.of(
+        f"(1 - x) tokens/s over dense, {_WORDS[order]} (worst at x = "
+        f"{worst['bytes_share_removed']:.0%})",
+        worst["of_proportional"],
+        at_least=_WANTED,
+        against="the dense model",
+    )
+
+
+def _rates(
+    step_s: dict[str, list[float]], read_s: list[float], traffic: Traffic, layers: int
+) -> dict[str, Any]:
+    """Seconds, bytes and bytes a second of one block of each kind and of all else in a step."""
+    dense, no_attn, no_ffn, none = (spread(step_s[name])["median"] for name in _CORNERS)
+    attn, ffn = sum(traffic.block_bytes[0::2]), sum(traffic.block_bytes[1::2])
+    parts = {
+        "attn_block": (attn / layers, (dense - no_attn) / layers),
+        "ffn_block": (ffn / layers, (dense - no_ffn) / layers),
+        "rest": (traffic.rest_bytes, none),
+        "dense_step": (traffic.step_bytes(BlockMask()), dense),
+        "plain_read": (_READ_BYTES, spread(read_s)["median"]),
+    }
+    return {
+        name: {"bytes": size, "seconds": took, "bytes_per_s": size / took}
+        for name, (size, took) in parts.items()
+    }
+
+
+def _bounds(rates: dict[str, Any]) -> list[str]:
+    """What the rates mean, in words."""
+    words = {
+        "attn_block": "a kept attn block",
+        "ffn_block": "a kept ffn block",
+        "rest": "all else (head, norms, stand-ins of removed blocks)",
+    }
+    parts = [
+        f"{text} {rates[name]['bytes'] / 1e6:.1f} MB in {rates[name]['seconds'] * 1e3:.2f} ms "
+        f"({rates[name]['bytes_per_s'] / 1e9:.1f} GB/s)"
+        for name, text in words.items()
+    ]
+    peak, dense = rates["plain_read"]["bytes_per_s"], rates["dense_step"]["bytes_per_s"]
+    return [
+        f"In a dense step {'; '.join(parts)}; a plain read of memory reaches {peak / 1e9:.1f} GB/s "
+        f"and the whole step {dense / peak:.0%} of that.",
+        "A kind of block that is read faster than the average costs less time than its bytes say, "
+        "so taking away only that kind falls short; taking away the other one exceeds the target.",
+    ]
+
+
+if __name__ == "__main__":
+    launch(DecodeSettings, main)

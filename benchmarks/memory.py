@@ -1,0 +1,166 @@
+"""Predicted bytes beside measured ones: ``python -m benchmarks.memory``.
+
+For each mask the blocks are really taken out of the model (`save_pruned`, `load_pruned`). Then a
+prompt is read in chunks, as `MemoryModel` assumes, and a few tokens are written, while
+torch's allocator reports each allocation.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import Settings, Target, launch, spread, write_record
+from benchmarks.traffic import ORDERS, Traffic
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError
+from rap_env.memory import MemoryModel
+from rap_env.workload import Request
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+
+_TOLERATED = {"cpu": 0.10, "cuda": 0.05}
+
+
+@dataclass
+class MemorySettings(Settings):
+    """Settings of this benchmark; `repeats` plays no part, since bytes do not vary."""
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    requests: list[str] = field(default_factory=lambda: ["1x128", "1x1024", "4x1024", "8x2048"])
+    """Batch size x tokens of prompt and answer."""
+    share: float = 0.3
+    """Share of the bytes of a decode step that the masks take away."""
+    steps: int = 4
+    """Tokens of the answer."""
+
+
+def main(settings: MemorySettings) -> None:
+    """Measure, then write the record.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        RapError: The model cannot be loaded, or does not take a request.
+    """
+    from rap_env.llm import load_pruned, save_pruned
+    from rap_env.llm.device import use_threads
+    from rap_env.llm.loading import load_llm
+
+    use_threads(settings.threads or "auto")
+    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    memory, device, traffic = MemoryModel(llm), str(llm.device), Traffic(llm, 512)
+    masks = {"dense": BlockMask()}
+    masks |= {order: traffic.mask(order, settings.share) for order in ORDERS}
+    cells: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, mask in masks.items():
+            save_pruned(llm, mask, Path(folder, name))
+        del llm, traffic
+        gc.collect()
+        for name, mask in masks.items():
+            pruned = load_pruned(Path(folder, name), device=device)
+            for text in settings.requests:
+                predicted = memory.breakdown(mask, _request(text)).as_dict()
+                found = measure(pruned, _request(text), settings.steps)
+                cells[f"{name} {text}"] = _cell(mask, predicted, found)
+            del pruned
+            gc.collect()
+    _write(settings, device, cells, memory.facts.dtype)
+
+
+def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
+    """Bytes that a model holds while it serves a request.
+
+    Args:
+        pruned: A model without the blocks that are gone.
+        request: The request; its budget plays no part.
+        steps: How many of its tokens are written one by one.
+
+    Returns:
+        ``weights_bytes``, ``kv_cache_bytes`` (of kept attn blocks) and ``peak_bytes``.
+
+    Raises:
+        InvalidRequestError: The request is not longer than its answer.
+    """
+    from benchmarks.decoding import Decoding
+    from rap_env.llm.measure import measured_peak
+
+    if request.seq_len_tokens <= steps:
+        raise InvalidRequestError(
+            f"A request must be longer than its answer of {steps} tokens (the setting steps), not "
+            f"{request.seq_len_tokens} tokens."
+        )
+    tensors = {
+        id(tensor): tensor.nbytes for tensor in pruned.model.state_dict(keep_vars=True).values()
+    }
+    weights = sum(tensors.values())
+    with measured_peak(pruned.device) as measured:
+        decoding = Decoding(pruned, BlockMask(), request.batch_size, request.seq_len_tokens - steps)
+        decoding.steps(steps)
+    return {
+        "weights_bytes": weights,
+        "kv_cache_bytes": decoding.kv_bytes(),
+        "peak_bytes": weights + measured.peak_bytes,
+    }
+
+
+def _request(text: str) -> Request:
+    try:
+        batch_size, seq_len_tokens = map(int, text.split("x"))
+    except ValueError:
+        raise InvalidRequestError(
+            f"A request is written like 4x1024 (batch size x tokens), not {text!r}."
+        ) from None
+    return Request(batch_size, seq_len_tokens, budget_bytes=2**62)
+
+
+def _cell(mask: BlockMask, predicted: dict[str, int], found: dict[str, int]) -> dict[str, Any]:
+    """Predicted and measured bytes of one mask and request, and how far they are apart."""
+    peak = sum(predicted.values())
+    weights = predicted["weights_bytes"] + predicted["embeddings_bytes"]
+    return {
+        "attn_removed": mask.count("attn"),
+        "ffn_removed": mask.count("ffn"),
+        "predicted_weights_bytes": weights,
+        "predicted_kv_cache_bytes": predicted["kv_cache_bytes"],
+        "predicted_peak_bytes": peak,
+        **{f"measured_{key}": value for key, value in found.items()},
+        "weights_off_bytes": weights - found["weights_bytes"],
+        "kv_cache_off_bytes": predicted["kv_cache_bytes"] - found["kv_cache_bytes"],
+        "peak_off": peak / found["peak_bytes"] - 1,
+    }
+
+
+def _write(
+    settings: MemorySettings, device: str, cells: dict[str, dict[str, Any]], dtype: str
+) -> None:
+    def worst(key: str) -> float:
+        return float(max(abs(cell[key]) for cell in cells.values()))
+
+    cases = f"{len(cells)} masks and requests"
+    off = [100 * abs(cell["peak_off"]) for cell in cells.values()]
+    tolerated = 100 * _TOLERATED[device.partition(":")[0]]
+    write_record(
+        "memory",
+        device=device,
+        settings=settings,
+        targets=[
+            Target("bytes off in weights", None, 0.0, worst("weights_off_bytes"), cases),
+            Target("bytes off in the KV cache", None, 0.0, worst("kv_cache_off_bytes"), cases),
+            Target("% off in the peak, at worst", None, tolerated, max(off), cases),
+        ],
+        measured={"peak_off_percent": spread(off), "cells": cells},
+        notes=[f"{dtype}; the peak is of all tensors, temporary ones in operations included."],
+    )
+
+
+if __name__ == "__main__":
+    launch(MemorySettings, main)

@@ -1,0 +1,99 @@
+"""How research code scores a mask: a full forward pass of a plain model, in its own process.
+
+Nothing of this project is imported here. Removed blocks give zeros, the pass makes all logits,
+and the loss is torch's own over all of them at once in float32, as in the loops of SLEB,
+ShortGPT and BlockPruner. A process of its own, since loading a model with this project also
+changes how freed memory is kept, which would speed up the naive loop too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Collection
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _NoAttention(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class _NoFFN(nn.Module):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class NaiveModel:
+    """A plain Llama-like model and the text that masks are scored on.
+
+    Args:
+        folder: Folder of the model.
+        dtype: Name of torch's dtype.
+        device: Where it runs.
+        tokens: Token ids, shape (windows, T), as nested lists.
+    """
+
+    def __init__(self, folder: str, dtype: str, device: str, tokens: list[list[int]]) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model = model.eval().to(device)
+        self._tokens = torch.tensor(tokens, device=device)
+        self._parts = [
+            part for layer in self._model.model.layers for part in (layer.self_attn, layer.mlp)
+        ]
+
+    @torch.no_grad()
+    def nll(self, removed: Collection[int]) -> float:
+        """Mean NLL without some blocks, nats per token."""
+        for index, layer in enumerate(self._model.model.layers):
+            gone = 2 * index in removed, 2 * index + 1 in removed
+            layer.self_attn = _NoAttention() if gone[0] else self._parts[2 * index]
+            layer.mlp = _NoFFN() if gone[1] else self._parts[2 * index + 1]
+        logits = self._model(self._tokens, use_cache=False).logits.float()
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), self._tokens[:, 1:].reshape(-1)
+        )
+        return float(loss)
+
+
+def serve(
+    pipe: Connection,
+    folder: str,
+    dtype: str,
+    device: str,
+    tokens: list[list[int]],
+    threads: int,
+    keep_freed_memory: bool,
+) -> None:
+    """Answer each list of removed blocks with (seconds, NLL), until None comes.
+
+    Args:
+        pipe: Where questions come from and answers go to.
+        folder: As for `NaiveModel`, like `dtype`, `device` and `tokens`.
+        dtype: As there.
+        device: As there.
+        tokens: As there.
+        threads: Threads of torch.
+        keep_freed_memory: Let the C library keep freed memory, as this project does.
+    """
+    torch.set_num_threads(threads)
+    if keep_freed_memory:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 2**30)
+        mallopt(-3, 2**30)
+    model = NaiveModel(folder, dtype, device, tokens)
+    model.nll(())
+    pipe.send("ready")
+    while (removed := pipe.recv()) is not None:
+        began = time.perf_counter()
+        nll = model.nll(removed)  # a number on the host, so CUDA has ended too
+        pipe.send((time.perf_counter() - began, nll))

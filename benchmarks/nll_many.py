@@ -1,0 +1,179 @@
+"""``python -m benchmarks.nll_many``: scores of many masks, against a full forward for each.
+
+The masks are those whose scores a MaskablePPO agent really asked for while it was trained on the
+model, in two ways: with the reward of each step, all masks on the way of its episodes; with the
+reward at the end, only the last mask of each, which have far less in common.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.algorithms import AgentConfig
+from agents.training import train
+from benchmarks.harness import Target, launch, ratios, spread, write_record
+from benchmarks.scoring import Bench, ScoringSettings, naive_loop, open_bench
+from rap_env.blocks import BlockMask
+from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.scorer import METRIC, MaskScorer
+from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.workbench import Workbench
+
+_AGAINST = "one full forward of a plain model for each mask"
+_NAMES = {
+    "dense": "all masks of episodes, times as fast",
+    "terminal": "last masks of episodes, times as fast",
+}
+_LEAST_SLICES = 8
+_EQUALITY_CHECKS = 8
+_TOLERANCE = 1e-3  # a plain model's loss is rounded in another order
+_WIDTHS = (1, 2, 4)
+_WIDTH_MASKS = 16
+
+
+@dataclass
+class NLLManySettings(ScoringSettings):
+    """Settings of this benchmark."""
+
+    masks: int = 256
+    """Masks that are scored."""
+    train_steps: int = 6144
+    """Steps of the training that the last masks of episodes come from."""
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Masks scored by both sides in turn, a slice of them at a time.
+
+    Attributes:
+        ours_s: Seconds of each slice.
+        naive_s: Seconds of the same masks in the naive loop.
+        share_saved: Share of the blocks that single passes would have run.
+        largest_difference: Between the scores of both sides, nats per token.
+    """
+
+    ours_s: list[float]
+    naive_s: list[float]
+    share_saved: float
+    largest_difference: float
+
+    @property
+    def ratio(self) -> float:
+        """Naive seconds over ours, all slices together."""
+        return sum(self.naive_s) / sum(self.ours_s)
+
+
+def main(settings: NLLManySettings) -> None:
+    """Measure, check the scores, and write the record."""
+    bench = open_bench(settings)
+    targets: list[Target] = []
+    measured: dict[str, Any] = {}
+    for timing, steps in (("dense", settings.masks), ("terminal", settings.train_steps)):
+        masks = rollout_masks(bench, timing, steps)[: settings.masks]
+        found = _in_turn(bench, masks, max(_LEAST_SLICES, settings.repeats))
+        slices = ratios(found.naive_s, found.ours_s)
+        targets.append(
+            Target(_NAMES[timing], 1.8, None, found.ratio, _AGAINST, slices["low"], slices["high"])
+        )
+        measured[timing] = {
+            "masks": len(masks),
+            "blocks_removed": spread([len(mask) for mask in masks]),
+            "seconds": sum(found.ours_s),
+            "naive_s": sum(found.naive_s),
+            "share_of_blocks_saved": found.share_saved,
+            "largest_nll_difference_to_naive": found.largest_difference,
+        }
+    measured["seconds_by_masks_in_a_batch"] = _widths(bench, masks[:_WIDTH_MASKS])
+    write_record(
+        "nll_many",
+        device=bench.device,
+        settings=settings,
+        targets=targets,
+        measured=measured,
+        notes=[
+            "The spread is that of slices of the masks, each measured beside the naive loop.",
+            f"{_EQUALITY_CHECKS} masks of each kind were checked to have the score of a single "
+            "pass, bit for bit.",
+        ],
+    )
+
+
+def rollout_masks(bench: Bench, timing: str, steps: int) -> list[BlockMask]:
+    """Masks that a training on the model asked for, shuffled with a fixed seed.
+
+    Args:
+        bench: The model. The training's own text is short, since only its masks are used.
+        timing: Of the reward, see `rap_env.reward`.
+        steps: Steps of the training.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = ScoreStore(Path(folder) / "scores.sqlite")
+        text = load_corpus(CorpusConfig(windows=1, window_tokens=128), bench.llm)
+        workbench = Workbench(bench.llm, text, store, importance="none", progress=False)
+        train(
+            AgentConfig(name="maskable_ppo", total_timesteps=steps),
+            lambda lanes: RAPPruneVectorEnv(
+                num_envs=lanes,
+                workbench=workbench,
+                reward={"name": "perplexity", "timing": timing},
+                autoreset_mode="SameStep",
+            ),
+            Path(folder) / "run",
+        )
+        rows = store.rows(context_key(workbench.scorer.context), METRIC)
+        masks = sorted((mask for mask, _ in rows if mask), key=tuple)
+        store.close()
+    return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
+
+
+def _in_turn(bench: Bench, masks: list[BlockMask], slices: int) -> InTurn:
+    """One call of `nll_many`; after each slice of it the naive loop scores the same masks."""
+    scorer = MaskScorer(bench.llm, bench.corpus)
+    ours: list[float] = []
+    theirs: list[float] = []
+    naive: dict[BlockMask, float] = {}
+    waiting: list[BlockMask] = []
+    with naive_loop(bench) as loop:
+        began = time.perf_counter()
+
+        def on_score(mask: BlockMask) -> None:
+            nonlocal began
+            waiting.append(mask)
+            if len(waiting) * slices < len(masks) and len(naive) + len(waiting) < len(masks):
+                return
+            ours.append(time.perf_counter() - began)
+            answers = {mask: loop.score(mask) for mask in waiting}
+            theirs.append(sum(seconds for seconds, _ in answers.values()))
+            naive.update({mask: nll for mask, (_, nll) in answers.items()})
+            print(f"{len(waiting)} masks: {ours[-1]:.1f} s, naive {theirs[-1]:.1f} s", flush=True)
+            waiting.clear()
+            began = time.perf_counter()
+
+        values = scorer.nll_many(masks, on_score)
+    single = [MaskScorer(bench.llm, bench.corpus).nll(m) for m in masks[:_EQUALITY_CHECKS]]
+    difference = max(abs(naive[mask] - nll) for mask, nll in zip(masks, values, strict=True))
+    if single != values[:_EQUALITY_CHECKS] or difference > _TOLERANCE:
+        raise SystemExit("Scores differ from those of single passes; nothing was recorded.")
+    return InTurn(ours, theirs, scorer.share_saved, difference)
+
+
+def _widths(bench: Bench, masks: list[BlockMask]) -> dict[str, float]:
+    """Seconds of a few masks where several of them share a batch."""
+    seconds = {}
+    for width in _WIDTHS:
+        scorer = MaskScorer(bench.llm, bench.corpus, masks_together=width)
+        began = time.perf_counter()
+        scorer.nll_many(masks)
+        seconds[str(width)] = time.perf_counter() - began
+    return seconds
+
+
+if __name__ == "__main__":
+    launch(NLLManySettings, main)

@@ -1,0 +1,104 @@
+"""What the scoring benchmarks share: the model, the text, and the naive loop beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.harness import Settings
+from benchmarks.naive import serve
+from rap_env.blocks import BlockMask
+from rap_env.llm.device import use_threads
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import load_llm, locate
+from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
+
+
+@dataclass
+class ScoringSettings(Settings):
+    """Settings of the scoring benchmarks."""
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    windows: int = 8
+    window_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and a text.
+
+    Attributes:
+        llm: The live model.
+        corpus: The calibration text.
+        settings: What was asked for.
+    """
+
+    llm: ElasticLLM
+    corpus: Corpus
+    settings: ScoringSettings
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+        return str(self.llm.device)
+
+
+def open_bench(settings: ScoringSettings) -> Bench:
+    """Load the model and the text, and set torch's threads."""
+    use_threads(settings.threads or "auto")
+    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
+    return Bench(llm, load_corpus(text, llm), settings)
+
+
+class NaiveLoop:
+    """The naive loop in its process."""
+
+    def __init__(self, pipe: multiprocessing.connection.Connection) -> None:
+        self._pipe = pipe
+
+    def score(self, mask: BlockMask) -> tuple[float, float]:
+        """Seconds and NLL of a mask."""
+        self._pipe.send(list(mask))
+        answer: tuple[float, float] = self._pipe.recv()
+        return answer
+
+
+@contextlib.contextmanager
+def naive_loop(bench: Bench, *, keep_freed_memory: bool = False) -> Iterator[NaiveLoop]:
+    """A process with a plain model of the same weights, dtype, text and threads.
+
+    Args:
+        bench: The model and the text.
+        keep_freed_memory: Give it this project's way with freed memory, too.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    dtype = str(bench.llm.dtype).removeprefix("torch.")
+    arguments = (
+        theirs,
+        os.fspath(locate(bench.settings.model).folder),
+        dtype,
+        bench.device,
+        bench.corpus.tokens.tolist(),
+        torch.get_num_threads(),
+        keep_freed_memory,
+    )
+    process = context.Process(target=serve, args=arguments, daemon=True)
+    process.start()
+    try:
+        theirs.close()
+        ours.recv()
+        yield NaiveLoop(ours)
+    finally:
+        with contextlib.suppress(OSError):
+            ours.send(None)
+        process.join(timeout=10)
+        process.kill()

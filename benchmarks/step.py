@@ -1,0 +1,213 @@
+"""A step whose score is known, beside a step of CartPole: ``python -m benchmarks.step``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from benchmarks.harness import (
+    Settings,
+    Target,
+    alternate,
+    ratios,
+    settings_from_cli,
+    spread,
+    write_record,
+)
+from rap_env.costs import request_costs
+from rap_env.features import ImportanceFeatures
+from rap_env.memory import MemoryModel
+from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.scorer import MaskScorer
+
+_CART_POLE = "CartPole-v1"
+_MOST_STEPS = 500  # the limit of CartPole-v1, so that both have the same wrappers
+
+
+@dataclass
+class StepSettings(Settings):
+    """Settings of this benchmark."""
+
+    model: str = "smollm2-135m"
+    """Whose blocks and bytes the environment has."""
+    workload: str = "azure-conv"
+    steps: int = 4000
+    """Steps of a single environment, played `rounds` times in one measurement."""
+    lanes: int = 64
+    vector_steps: int = 150
+    """Steps of the vector environment, played `rounds` times in one measurement."""
+    rounds: int = 5
+
+
+@dataclass(frozen=True, eq=False)
+class KnownWorkbench:
+    """The bytes of one model and the scorer of another with as many blocks.
+
+    Survives the deep copy that `gymnasium.make` makes of its arguments.
+    """
+
+    memory: MemoryModel
+    scorer: MaskScorer
+    features: ImportanceFeatures
+
+    def __deepcopy__(self, memo: object) -> KnownWorkbench:
+        return self
+
+
+@dataclass
+class Player:
+    """Plays the same seeded episodes again and again, whatever the environment.
+
+    Attributes:
+        env: A single environment or a vector environment that resets itself.
+        actions: What is done.
+        rounds: How often that is done in one call.
+        reset_s: Seconds that each call spent in resets.
+    """
+
+    env: Any
+    actions: Sequence[Any]
+    rounds: int
+    reset_s: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        """One measurement."""
+        self.reset_s.append(sum(self._play() for _ in range(self.rounds)))
+
+    def _play(self) -> float:
+        request_costs.cache_clear()  # or a replay would know each request already
+        step, spent, clock = self.env.step, self._reset(seed=0), time.perf_counter
+        single = isinstance(self.env, gym.Env)
+        for action in self.actions:
+            _, _, terminated, truncated, _ = step(action)
+            if single and (terminated or truncated):
+                began = clock()
+                self.env.reset()
+                spent += clock() - began
+        return spent
+
+    def _reset(self, seed: int) -> float:
+        began = time.perf_counter()
+        self.env.reset(seed=seed)
+        return time.perf_counter() - began
+
+
+def known_workbench(settings: StepSettings) -> KnownWorkbench:
+    """The default model's blocks and bytes, and a tiny random model that scores masks quickly."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.llm.loading import load_llm
+
+    facts = load_llm(settings.model).facts
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=facts.num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    models: Any = AutoModelForCausalLM
+    tiny = ElasticLLM(models.from_config(config), None, name="tiny")
+    scorer = MaskScorer(tiny, Corpus.of_tokens(torch.randint(64, (1, 8))))
+    return KnownWorkbench(MemoryModel(facts), scorer, ImportanceFeatures.none(facts.num_blocks))
+
+
+def players(settings: StepSettings, workbench: KnownWorkbench) -> dict[str, Player]:
+    """Every side of the comparison, by name."""
+    rap = {"id": "RAPPrune-v0", "workbench": workbench, "workload": settings.workload}
+
+    def player(make: Callable[..., Any], count: int, **arguments: Any) -> Player:
+        env = make(**arguments)
+        env.action_space.seed(0)
+        actions = [env.action_space.sample() for _ in range(count)]
+        return Player(env, actions, settings.rounds)
+
+    vector = {**rap, "num_envs": settings.lanes}
+    return {
+        "cart_pole": player(gym.make, settings.steps, id=_CART_POLE),
+        "single": player(gym.make, settings.steps, **rap, max_episode_steps=_MOST_STEPS),
+        "vector": player(gym.make_vec, settings.vector_steps, **vector),
+        "vector_same_step": player(
+            gym.make_vec, settings.vector_steps, **vector, autoreset_mode="SameStep"
+        ),
+    }
+
+
+def main(settings: StepSettings) -> None:
+    """Measure, then write the record.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        RapError: The model cannot be loaded.
+    """
+    from rap_env.llm.device import use_threads
+
+    use_threads(settings.threads or 1)  # nothing that is timed runs on torch
+    workbench = known_workbench(settings)
+    sides = players(settings, workbench)
+    seconds = alternate(sides, settings.repeats)  # the warm-up scores all masks that come
+    measured_after_warm_up = workbench.scorer.evaluations
+
+    steps = settings.steps * settings.rounds
+    lane_steps = settings.vector_steps * settings.lanes * settings.rounds
+    step_us = {name: _each(seconds[name], steps) for name in ("cart_pole", "single")}
+    bare_us = {
+        name: _each(np.subtract(seconds[name], sides[name].reset_s[-settings.repeats :]), steps)
+        for name in step_us
+    }
+    per_s = {name: [lane_steps / s for s in seconds[name]] for name in seconds if "vector" in name}
+    against = f"{_CART_POLE}: {spread(step_us['cart_pole'])['median']:.1f} µs a step with resets"
+    write_record(
+        "step",
+        device="cpu",
+        settings=settings,
+        targets=[
+            Target.of(
+                "times a CartPole step that a known-score step takes, resets included",
+                ratios(step_us["single"], step_us["cart_pole"]),
+                at_most=4.0,
+                against=against,
+            ),
+            Target.of(
+                f"steps/s of {settings.lanes} lanes, resets included",
+                spread(per_s["vector"]),
+                at_least=100_000.0,
+                against="-",
+            ),
+        ],
+        measured={
+            "step_us": {name: spread(values) for name, values in step_us.items()},
+            "step_without_resets_us": {name: spread(values) for name, values in bare_us.items()},
+            "ratio_without_resets": ratios(bare_us["single"], bare_us["cart_pole"]),
+            "vector_same_step_steps_per_s": spread(per_s["vector_same_step"]),
+            "masks_scored_beforehand": measured_after_warm_up,
+        },
+        notes=[
+            "The cost of a step depends on the number of blocks, not on the width of the model: "
+            f"blocks and bytes are those of {settings.model}, scores those of a tiny random model "
+            "with as many blocks, asked for once before the clock runs.",
+            "Random actions, invalid ones among them; both single environments come from "
+            "gymnasium.make with a limit of 500 steps, so with the same wrappers.",
+        ],
+    )
+
+
+def _each(seconds: Any, count: int) -> list[float]:
+    """Microseconds of one of `count` steps."""
+    return [1e6 * float(value) / count for value in seconds]
+
+
+if __name__ == "__main__":
+    main(settings_from_cli(StepSettings))

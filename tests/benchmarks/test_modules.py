@@ -1,0 +1,39 @@
+"""Every benchmark can be imported, and importing measures nothing and loads no model."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmarks
+
+MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+PROGRAMS = ("apply", "decode", "load", "memory")
+
+
+def test_the_benchmarks_were_found():
+    assert set(PROGRAMS) <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports(name):
+    assert importlib.import_module(f"benchmarks.{name}").__doc__
+
+
+def test_importing_loads_no_model():
+    names = ", ".join(f"benchmarks.{name}" for name in PROGRAMS)
+    code = f"import sys, {names}; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_makefile_knows_every_program():
+    lines = Path(benchmarks.__path__[0], "..", "Makefile").read_text().splitlines()
+    listed = next(line for line in lines if line.startswith("BENCHMARKS :=")).split(":=")[1].split()
+    assert set(PROGRAMS) <= set(listed)
+    assert {name for name in listed if name not in MODULES} == set()

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.step import Player, StepSettings, known_workbench, main, players
+from rap_env.blocks import BlockMask
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SHORT = {"steps": 40, "lanes": 3, "vector_steps": 12, "rounds": 2, "workload": "grid", "repeats": 2}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> StepSettings:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(layers=8).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return StepSettings(model=str(folder), threads=1, results_dir=str(folder / "results"), **SHORT)
+
+
+@pytest.fixture(scope="module")
+def sides(settings) -> dict[str, Player]:
+    return players(settings, known_workbench(settings))
+
+
+def test_every_score_is_known_after_one_play(sides):
+    scorer = sides["single"].env.unwrapped.workbench.scorer
+    for side in sides.values():
+        side()
+    scored = scorer.evaluations
+    assert scored > 5
+    for side in sides.values():
+        side()
+    assert scorer.evaluations == scored
+
+
+def test_the_single_environments_have_the_same_wrappers(sides):
+    def wrappers(env) -> list[str]:
+        return [] if env is env.unwrapped else [type(env).__name__, *wrappers(env.env)]
+
+    assert wrappers(sides["single"].env) == wrappers(sides["cart_pole"].env) != []
+
+
+def test_resets_are_a_part_of_the_time(sides):
+    side = sides["single"]
+    count = len(side.reset_s)
+    side()
+    assert len(side.reset_s) == count + 1
+    assert side.reset_s[-1] > 0
+
+
+def test_blocks_and_bytes_are_those_of_the_model(settings, sides):
+    memory = sides["vector"].env.memory
+    assert memory.facts.num_blocks == 16
+    assert sides["vector"].env.num_envs == 3
+    assert (
+        memory.facts.fingerprint
+        != sides["single"].env.unwrapped.workbench.scorer.llm.facts.fingerprint
+    )
+    assert sides["single"].env.unwrapped.workbench.scorer.nll(BlockMask.of(15)) > 0
+
+
+def test_a_record_is_written(settings, tmp_path, capsys):
+    settings = StepSettings(**{**vars(settings), "results_dir": str(tmp_path)})
+    main(settings)
+    (path,) = tmp_path.glob("step-cpu.json")
+    record = json.loads(path.read_text())
+    ratio, rate = record["targets"]
+    assert (ratio["at_most"], rate["at_least"]) == (4.0, 100_000.0)
+    slow, fast = (record["measured"]["step_us"][side] for side in ("single", "cart_pole"))
+    assert slow["low"] / fast["high"] <= ratio["reached"] <= slow["high"] / fast["low"]
+    assert rate["reached"] > 0
+    assert "CartPole" in capsys.readouterr().out

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import benchmarks
+from benchmarks.harness import Target
+from benchmarks.table import markdown, read_records
+
+
+def _record(name: str, *targets: Target, **machine: object) -> dict[str, object]:
+    return {
+        "benchmark": name,
+        "device": "cuda:0" if "gpu" in machine else "cpu",
+        "machine": {"cpu": "Toy", "threads": 2, **machine},
+        "targets": [{**dataclasses.asdict(t), "met": t.met} for t in targets],
+    }
+
+
+def test_each_target_is_a_row():
+    fast = Target("times as fast", 2.2, None, 2.5, "naive loop", 2.4, 2.6)
+    slow = Target("seconds", None, 3.0, 4.0)
+    lines = markdown([_record("gsi", fast, slow), _record("load", slow, gpu="Toy GPU")]).split("\n")
+    assert lines[0].startswith("| Benchmark |")
+    assert lines[2:] == [
+        "| `gsi` | times as fast | naive loop | 2.5 [2.4, 2.6] | ≥ 2.2 | yes | Toy, 2 threads |",
+        "| `gsi` | seconds | - | 4 | ≤ 3 | no | Toy, 2 threads |",
+        "| `load` | seconds | - | 4 | ≤ 3 | no | Toy GPU |",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_program_prints_the_records_of_a_folder(tmp_path):
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.table", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    empty = run()
+    assert (empty.returncode, empty.stdout) == (1, "")
+    assert "No records here" in empty.stderr
+    (tmp_path / "b-cpu.json").write_text(json.dumps(_record("b", Target("x", 1.0, None, 2.0))))
+    (tmp_path / "a-cpu.json").write_text(json.dumps(_record("a", Target("x", 1.0, None, 2.0))))
+    assert [record["benchmark"] for record in read_records(tmp_path)] == ["a", "b"]
+    assert run().stdout.count("\n") == 4
+
+
+def test_the_committed_records_make_a_table():
+    records = read_records()
+    assert markdown(records).count("\n") == 1 + sum(len(record["targets"]) for record in records)
+    assert benchmarks.__doc__
