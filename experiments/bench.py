@@ -47,6 +47,7 @@ def workbench_config(config: Config, *, profiled: bool = True) -> WorkbenchConfi
         model=config.model.name,
         device=config.model.device,
         dtype=config.model.dtype,
+        max_memory_bytes=config.model.max_memory_bytes,
         calibration=CorpusConfig(**asdict(config.calibration), role="calibration"),
         importance=importance,
         gsi_removals=config.importance.gsi_removals,

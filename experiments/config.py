@@ -36,6 +36,8 @@ class ModelConfig:
     ``score_table:PATH`` (for training alone)."""
     device: str = "auto"
     dtype: str = "auto"
+    max_memory_bytes: int | None = None
+    """Memory cap under which layers are read from files one at a time; null loads the model."""
 
 
 @dataclass

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rap_env.importance import GSIProfile, OneShotProfile, gsi, one_shot
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.loading import load_llm, shared_llm
+    from rap_env.llm.streamed import stream_llm
     from rap_env.llm.surgery import load_pruned, save_pruned
     from rap_env.memory import MemoryModel
     from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
@@ -60,6 +61,7 @@ _MODULES = {
     "open_workbench": "workbench",
     "save_pruned": "llm.surgery",
     "shared_llm": "llm.loading",
+    "stream_llm": "llm.streamed",
 }
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "open_workbench",
     "save_pruned",
     "shared_llm",
+    "stream_llm",
 ]
 
 if "RAPPrune-v0" not in gymnasium.registry:

@@ -39,6 +39,8 @@ class WorkbenchConfig:
             and no model (see `rap_env.table_workbench`).
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
+        max_memory_bytes: Memory cap under which layers are read from files one at a time (see
+            `rap_env.stream_llm`); None loads the model as a whole.
         calibration: The text that masks are searched on.
         importance: ``"gsi"`` (measured once, then kept), ``"one_shot"`` (2L evaluations),
             ``"none"``, or the path of a GSI artifact.
@@ -50,6 +52,7 @@ class WorkbenchConfig:
     model: str = "smollm2-135m"
     device: str = "auto"
     dtype: str = "auto"
+    max_memory_bytes: int | None = None
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     importance: str = "gsi"
     gsi_removals: int | None = 16
@@ -174,7 +177,12 @@ def _opened(config: WorkbenchConfig, table: Path | None) -> Workbench:
     from rap_env.llm.loading import shared_llm
     from rap_env.scoring.corpus import load_corpus
 
-    llm = shared_llm(config.model, device=config.device, dtype=config.dtype)
+    llm = shared_llm(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        max_memory_bytes=config.max_memory_bytes,
+    )
     path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
     return Workbench(
         llm,

@@ -129,9 +129,7 @@ class ExactRounds(Rounds):
         """As in `Rounds`."""
         if at.last or not at.order:
             return self._scan(at, tick)
-        # The bound's words would take memory that a streamed model has not.
-        near = at.removed if self.scorer.llm.spare_bytes is None else None
-        return self._least(at, self._candidates(at), near, tick)
+        return self._least(at, self._candidates(at), at.removed, tick)
 
     def _least(
         self,

@@ -12,26 +12,31 @@ if TYPE_CHECKING:
     from rap_env.llm.adapter import FamilyAdapter, adapter_for
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.loading import load_llm, shared_llm
+    from rap_env.llm.streamed import StreamedLLM, stream_llm
     from rap_env.llm.surgery import load_pruned, save_pruned
 
 __all__ = [
     "ElasticLLM",
     "FamilyAdapter",
+    "StreamedLLM",
     "adapter_for",
     "load_llm",
     "load_pruned",
     "save_pruned",
     "shared_llm",
+    "stream_llm",
 ]
 
 _MODULES = {
     "ElasticLLM": "elastic",
     "FamilyAdapter": "adapter",
+    "StreamedLLM": "streamed",
     "adapter_for": "adapter",
     "load_llm": "loading",
     "load_pruned": "surgery",
     "save_pruned": "surgery",
     "shared_llm": "loading",
+    "stream_llm": "streamed",
 }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -154,7 +154,11 @@ class ElasticLLM:
         Independent of the mask, of the device and of where the model was loaded from.
         """
         with self.masked(BlockMask()):
-            return _fingerprint(self.model)
+            return _fingerprint(self.model, self._read)
+
+    def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The content of a weight of the model."""
+        return tensor
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -192,7 +196,7 @@ def _key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
     return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
 
 
-def _fingerprint(model: Any) -> str:
+def _fingerprint(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
     config = json.loads(model.config.to_json_string())
     kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
     total = hashlib.sha256(canonical_json(kept).encode())
@@ -202,6 +206,6 @@ def _fingerprint(model: Any) -> str:
             continue
         seen.add(key)
         total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = read(name, tensor).detach().cpu().contiguous().reshape(-1)
         total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()

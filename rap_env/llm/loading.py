@@ -33,7 +33,7 @@ from rap_env.paths import cache_dir
 log = logging.getLogger(__name__)
 
 ALIASES = (default_model.ALIAS,)
-_PRUNED_FILE = "rap_pruned.json"  # as in surgery, which imports all of transformers
+PRUNED_FILE = "rap_pruned.json"  # as in surgery, which imports all of transformers
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -92,12 +92,12 @@ def load_llm(
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     found = locate(model)
-    if (found.folder / _PRUNED_FILE).is_file():
+    if (found.folder / PRUNED_FILE).is_file():
         return _load_pruned(found.folder, place, None if dtype == "auto" else kind)
     read_config(found.folder)
     log.info("Loading %s in %s on %s", found.name, kind, place)
     return ElasticLLM(
-        _load_weights(found.folder, kind).to(place), _load_tokenizer(found.folder), name=found.name
+        _load_weights(found.folder, kind).to(place), load_tokenizer(found.folder), name=found.name
     )
 
 
@@ -111,6 +111,7 @@ def shared_llm(
     device: str = "auto",
     dtype: str = "auto",
     quantization: str | None = None,
+    max_memory_bytes: int | None = None,
 ) -> ElasticLLM:
     """The model that this process shares among all who ask with the same arguments.
 
@@ -118,7 +119,7 @@ def shared_llm(
     the CPU without a copy in memory); a spawned one loads its own. Whoever uses it applies masks
     with ``with llm.masked(mask):`` and leaves it as it was.
 
-    Args and errors are those of `load_llm`.
+    Args and errors are those of `load_llm`; with `max_memory_bytes`, those of `stream_llm`.
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
@@ -126,11 +127,23 @@ def shared_llm(
     name = os.fspath(model)
     if _looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
-    key = (name, str(place), str(kind), str(quantization), *settings)
+    key = (name, str(place), str(kind), str(quantization), str(max_memory_bytes), *settings)
     with _shared_lock:
         if key not in _shared:
-            _shared[key] = load_llm(model, device=device, dtype=dtype, quantization=quantization)
+            _shared[key] = (
+                load_llm(model, device=device, dtype=dtype, quantization=quantization)
+                if max_memory_bytes is None
+                else _stream(model, device, dtype, max_memory_bytes)
+            )
         return _shared[key]
+
+
+def _stream(
+    model: str | os.PathLike[str], device: str, dtype: str, max_memory_bytes: int
+) -> ElasticLLM:
+    from rap_env.llm.streamed import stream_llm  # it builds on this module
+
+    return stream_llm(model, max_memory_bytes=max_memory_bytes, device=device, dtype=dtype)
 
 
 def _after_fork() -> None:
@@ -261,7 +274,12 @@ def _load_pruned(folder: Path, device: torch.device, dtype: torch.dtype | None) 
     return llm
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, set up for generation.
+
+    Raises:
+        ModelNotAvailableError: There is none that transformers can read.
+    """
     from transformers import AutoTokenizer
 
     try:

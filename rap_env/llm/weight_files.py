@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def open_weights(
             f"{folder} has no safetensors file, the only kind that layers can be read from one at "
             "a time; load the model with load_llm() and save it anew with save_pretrained()."
         )
-    model, report = _load_offloaded(folder, config, dtype, work)
+    model, report = _load_offloaded(folder, config, work)
     if missing := sorted(report["missing_keys"]):
         raise UnsupportedModelError(
             f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]!r} for "
@@ -139,6 +140,7 @@ def open_weights(
         )
     index = _offload_index(model)
     remove_hook_from_module(model, recurse=True)
+    _set_dtype(model, dtype)
     expected = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
     tables = {path: _table(path) for path in {Path(e["safetensors_file"]) for e in index.values()}}
     stored = {
@@ -148,15 +150,16 @@ def open_weights(
     return model.eval().requires_grad_(False), stored
 
 
-def _load_offloaded(
-    folder: Path, config: Any, dtype: torch.dtype, work: Path
-) -> tuple[Any, dict[str, Any]]:
+def _load_offloaded(folder: Path, config: Any, work: Path) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
+
+    first = _table(min(folder.glob("*.safetensors")))
+    stored = Counter(entry["dtype"] for entry in first.values()).most_common(1)[0][0]
 
     with transformers_bars(shown=False), _quiet("accelerate"), disk_errors(work), _damage(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=_DTYPES.get(stored, torch.float32),  # in another one, every weight is read now
             device_map=_device_map(config),
             offload_folder=work,
             local_files_only=True,
@@ -166,6 +169,15 @@ def _load_offloaded(
         )
     model, report = loaded
     return model, report
+
+
+def _set_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Say that all parameters are wanted in a dtype, as if they had been loaded in it."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), False))
+    for part in (model.config, *(getattr(model.config, n) for n in model.config.sub_configs)):
+        part.dtype = dtype
 
 
 def _device_map(config: Any) -> dict[str, str]:
@@ -210,7 +222,10 @@ def _table(path: Path) -> dict[str, Any]:
     """What a safetensors file says of its tensors; offsets as in the file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        table: dict[str, Any] = json.loads(file.read(length))
+        try:
+            table: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
+        except ValueError as error:
+            raise _damaged(path.parent, error) from error
     table.pop("__metadata__", None)
     begin = _LENGTH_BYTES + length
     return {
@@ -242,6 +257,12 @@ def _refuse_other_shapes(
         )
 
 
+def _damaged(folder: Path, error: Exception) -> ChecksumError:
+    return ChecksumError(
+        f"The weights in {folder} are truncated or damaged ({error}); get the model again."
+    )
+
+
 @contextlib.contextmanager
 def _damage(folder: Path) -> Iterator[None]:
     """Say in one sentence that a safetensors file cannot be read."""
@@ -252,9 +273,7 @@ def _damage(folder: Path) -> Iterator[None]:
             raise
         if "os error 28" in str(error):  # a converted tensor did not fit on the disk
             raise OSError(errno.ENOSPC, str(error)) from error
-        raise ChecksumError(
-            f"The weights in {folder} are truncated or damaged ({error}); get the model again."
-        ) from error
+        raise _damaged(folder, error) from error
 
 
 @contextlib.contextmanager

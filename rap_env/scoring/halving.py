@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rap_env.blocks import BlockMask
 from rap_env.scoring.loss import window_nll
+from rap_env.scoring.mask_runner import chunks
 from rap_env.scoring.race import Race, Racer, share_of
 from rap_env.scoring.scorer import MaskScorer, tick
 
@@ -67,12 +68,13 @@ def halve(
                 scorer.count(racer.mask)
             tick(on_score, [racer.mask for racer in ranked[stage.most :]])
             for batch in stage.batches:
-                race.run(alive, batch, trails=len(alive) <= _MOST_TRAILS)
-                for racer in alive:
-                    hidden = racer.hidden.pop(batch)
-                    nll = window_nll(partial, hidden, scorer.batches[batch]).mean()
-                    share = race.shares[batch]
-                    racer.parts[batch] = share_of(scorer, racer.mask, share, nll)
+                for group in chunks(alive, scorer.in_flight):
+                    race.run(group, batch, trails=len(alive) <= _MOST_TRAILS)
+                    for racer in group:
+                        hidden = racer.hidden.pop(batch)
+                        nll = window_nll(partial, hidden, scorer.batches[batch]).mean()
+                        share = race.shares[batch]
+                        racer.parts[batch] = share_of(scorer, racer.mask, share, nll)
     alive.sort(key=lambda racer: racer.nll)
     race.crown(alive[0])
     for racer in alive:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,17 +13,8 @@ from rap_env.scoring.states import Node, StateCache
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Passed:
-    """What a run gave.
-
-    Attributes:
-        last: What left the last step, by mask, (windows, T, H).
-        nodes: What entered the steps that were asked for.
-    """
-
-    last: dict[int, torch.Tensor]
-    nodes: dict[Node, torch.Tensor]
+Visit = Callable[[Node, torch.Tensor], None]
+"""What is done with the state that enters a node; whoever wants it later has to hold it."""
 
 
 class MaskRunner:
@@ -59,27 +49,31 @@ class MaskRunner:
         self.lows = [(1 << step[0]) - 1 for step in partial.steps]
         self._depth = len(partial.steps)
 
-    def run(self, batch: int, masks: Sequence[int], keep: Callable[[Node], bool]) -> Passed:
+    def run(self, batch: int, masks: Sequence[int], visit: Visit) -> dict[int, torch.Tensor]:
         """Run masks on one batch of the text.
 
         Args:
             batch: Its number.
             masks: The masks as bits.
-            keep: Whether the state that enters a node is to be returned.
+            visit: Called with every state that is passed, what leaves the last step included.
+
+        Returns:
+            What left the last step, by mask, (windows, T, H).
         """
         starts = {mask: self._nearest(batch, mask) for mask in masks}
         first = min(step for step, _ in starts.values())
         states: dict[int, torch.Tensor] = {}  # by the blocks removed before the step
-        nodes: dict[Node, torch.Tensor] = {}
         for number in range(first, self._depth):
             low = self.lows[number]
             states |= {mask & low: at for mask, (step, at) in starts.items() if step == number}
-            nodes |= {(number, p): state for p, state in states.items() if keep((number, p))}
+            for prefix, state in states.items():
+                visit((number, prefix), state)
             going = [mask for mask in masks if starts[mask][0] <= number]
             states = self._advance(number, states, going)
         states |= {mask: at for mask, (step, at) in starts.items() if step == self._depth}
-        nodes |= {(self._depth, p): state for p, state in states.items() if keep((self._depth, p))}
-        return Passed(states, nodes)
+        for mask, state in states.items():
+            visit((self._depth, mask), state)
+        return states
 
     def _nearest(self, batch: int, mask: int) -> tuple[int, torch.Tensor]:
         """The last step whose state is known for a mask, and that state."""

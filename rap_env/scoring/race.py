@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 
@@ -13,6 +13,8 @@ from rap_env.blocks import BlockMask
 from rap_env.scoring.mask_runner import chunks
 from rap_env.scoring.scorer import MaskScorer, to_bits
 from rap_env.scoring.states import Node
+
+Trail = dict[tuple[int, Node], torch.Tensor]
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Racer:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     parts: dict[int, float] = field(default_factory=dict)
     windows: dict[int, torch.Tensor] = field(default_factory=dict)
-    trail: dict[tuple[int, Node], torch.Tensor] = field(default_factory=dict, repr=False)
+    trail: Trail = field(default_factory=dict, repr=False)
 
     @property
     def nll(self) -> float:
@@ -54,6 +56,7 @@ class Race:
         self.base = reduce(lambda a, b: a & b, masks)
         self._base_bits = to_bits(self.base)
         self._lows = [*scorer.runner.lows, -1]
+        self._capped = scorer.llm.spare_bytes is not None
         windows = scorer.corpus.tokens.shape[0]
         self.shares = [len(ids) / windows for ids in scorer.batches]
 
@@ -64,31 +67,29 @@ class Race:
             racers: The masks.
             batch: Number of the batch.
             trails: Whether to hold the states of masks that are run alone, as long as it is open
-                whether they win.
+                whether they win. Never where memory is capped.
         """
         runner = self._scorer.runner
         for group in chunks(racers, self._scorer.in_flight):
-            keep = self._worth_keeping if trails and len(group) == 1 else self._is_base
-            passed = runner.run(batch, [to_bits(racer.mask) for racer in group], keep)
+            trail = group[0].trail if trails and len(group) == 1 and not self._capped else None
+            visit = partial(self._visit, batch, trail)
+            last = runner.run(batch, [to_bits(racer.mask) for racer in group], visit)
             for racer in group:
-                racer.hidden[batch] = runner.partial.leave(passed.last[to_bits(racer.mask)])
-            for node, state in passed.nodes.items():
-                if self._is_base(node):
-                    runner.cache.put(batch, node, state)
-                else:
-                    group[0].trail[batch, node] = state
+                racer.hidden[batch] = runner.partial.leave(last[to_bits(racer.mask)])
 
     def crown(self, winner: Racer) -> None:
         """Keep the winner's states for whatever begins where it ended."""
         for (batch, node), state in winner.trail.items():
             self._scorer.runner.cache.put(batch, node, state)
 
-    def _is_base(self, node: Node) -> bool:
+    def _visit(self, batch: int, trail: Trail | None, node: Node, state: torch.Tensor) -> None:
         number, prefix = node
-        return self._worth_keeping(node) and prefix == self._base_bits & self._lows[number]
-
-    def _worth_keeping(self, node: Node) -> bool:
-        return node[0] % self._scorer.stride == 0
+        if number % self._scorer.stride:
+            return
+        if prefix == self._base_bits & self._lows[number]:
+            self._scorer.runner.cache.put(batch, node, state)
+        elif trail is not None:
+            trail[batch, node] = state
 
 
 def share_of(scorer: MaskScorer, mask: BlockMask, share: float, nll: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -251,10 +251,8 @@ class MaskScorer:
         parts = []
         with self.llm.masked(BlockMask()):
             for batch, ids in enumerate(runner.batches):
-                passed = runner.run(batch, masks, keep.__contains__)
-                for node, state in passed.nodes.items():
-                    runner.cache.put(batch, node, state)
-                hidden = [runner.partial.leave(passed.last[mask]) for mask in masks]
+                last = runner.run(batch, masks, partial(_keep_some, runner.cache, keep, batch))
+                hidden = (runner.partial.leave(last[mask]) for mask in masks)
                 parts.append(torch.stack([window_nll(runner.partial, h, ids) for h in hidden]))
         values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
         return values
@@ -288,6 +286,13 @@ def tick(on_score: Callable[[BlockMask], None] | None, masks: Sequence[BlockMask
     if on_score is not None:
         for mask in masks:
             on_score(mask)
+
+
+def _keep_some(
+    cache: StateCache, keep: Collection[Node], batch: int, node: Node, state: torch.Tensor
+) -> None:
+    if node in keep:
+        cache.put(batch, node, state)
 
 
 def ticker(bar: tqdm[Any]) -> Callable[[BlockMask], None]:

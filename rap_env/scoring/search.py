@@ -75,6 +75,10 @@ class LeastSearch:
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
+        if self._scorer.llm.spare_bytes is not None:
+            # Memory is capped: none for likely words, nor for the outputs of all who may win.
+            nll = dict(zip(masks, self._scorer.nll_many(masks, on_score), strict=True))
+            return Found(min(masks, key=lambda m: price(m, nll[m])), nll, {})
         known = {m: float(v.mean()) for m in masks if (v := self._scorer.look_up(m)) is not None}
         missing = [mask for mask in masks if mask not in known]
         at_least: dict[BlockMask, float] = {}

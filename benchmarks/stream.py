@@ -1,0 +1,207 @@
+"""One GSI round under a memory cap, beside the model in memory: ``python -m benchmarks.stream``.
+
+All candidates of the first round are scored on a short text, by the model whose layers come from
+their files one at a time, and by the model as a whole. Fresh processes show by how much each
+grows, opening the model included.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import (
+    Settings,
+    Target,
+    alternate,
+    launch,
+    ratios,
+    spread,
+    write_record,
+)
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.scoring.corpus import Corpus
+
+_PROCESS = """
+import sys
+from benchmarks.stream import growth
+print(growth(*sys.argv[1:]))
+"""
+
+
+@dataclass
+class StreamSettings(Settings):
+    """Settings of this benchmark."""
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    max_memory_bytes: int = 160_000_000
+    windows: int = 2
+    """Windows of the calibration text, which the model writes."""
+    window_tokens: int = 128
+
+
+def main(settings: StreamSettings) -> None:
+    """Measure, check that the scores are equal, and write the record.
+
+    Raises:
+        RapError: The model cannot be loaded, or the cap is too small for it.
+    """
+    from rap_env.llm.device import use_threads
+    from rap_env.llm.loading import load_llm
+    from rap_env.llm.streamed import stream_llm
+    from rap_env.scoring.corpus import CorpusConfig, load_corpus
+
+    threads = use_threads(settings.threads or "auto")
+    place = {"device": settings.device, "dtype": settings.dtype}
+    whole = load_llm(settings.model, **place)
+    streamed = stream_llm(settings.model, max_memory_bytes=settings.max_memory_bytes, **place)
+    text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
+    corpus = load_corpus(text, whole)
+    measured: dict[str, Any] = {
+        "weights_bytes": whole.facts.base_bytes + sum(whole.facts.block_param_bytes),
+        "weights_held_bytes": settings.max_memory_bytes - streamed.spare_bytes,
+        "candidates": whole.num_blocks,
+    }
+    expected = _scan(whole, corpus)
+    reads = streamed.layer_reads
+    allocated, same = _peak(streamed, corpus, expected)
+    measured |= {"allocated_peak_bytes": allocated, "layer_reads": streamed.layer_reads - reads}
+    if not same:
+        raise SystemExit("The streamed model gave other scores; nothing was recorded.")
+    sides = {
+        "streamed": partial(_scan, streamed, corpus),
+        "in_memory": partial(_scan, whole, corpus),
+    }
+    seconds = alternate(sides, settings.repeats, warm_up=0)  # both have just run
+    measured |= {f"{side}_s": spread(values) for side, values in seconds.items()}
+    measured["streamed_over_in_memory"] = ratios(seconds["streamed"], seconds["in_memory"])
+    measured["same_scores"] = same
+    device = str(whole.device)
+    grown = {
+        "streamed": _in_a_process(settings, threads, settings.max_memory_bytes),
+        "in_memory": _in_a_process(settings, threads, 0),
+    }
+    measured["process_growth_bytes"] = grown
+    _write(settings, device, measured)
+
+
+def _write(settings: StreamSettings, device: str, measured: dict[str, Any]) -> None:
+    cap = settings.max_memory_bytes
+    grown = measured["process_growth_bytes"]
+    targets = [
+        Target(
+            "tensors under the cap, share of it that is used", None, 1.0,
+            measured["allocated_peak_bytes"] / cap, f"a cap of {cap / 1e6:.0f} MB",
+        ),
+        Target(
+            "growth of a process under the cap, share of it", None, 1.0,
+            grown["streamed"] / cap, f"{grown['in_memory'] / 1e6:.0f} MB with the whole model",
+        ),
+    ]  # fmt: skip
+    if device != "cpu":
+        targets.pop()  # a process's own memory says nothing of a GPU's
+    notes = [
+        "allocated_peak_bytes: resident weights, and all that torch's allocator reports in a scan.",
+        "process_growth_bytes: most resident memory (VmHWM) of a fresh process over what it had "
+        "before the model was opened, libraries and a tokenizer loaded; it also counts what the "
+        "C library keeps of freed memory, and the libraries' own buffers.",
+    ]
+    write_record(
+        "stream", device=device, settings=settings, targets=targets, measured=measured, notes=notes
+    )
+
+
+def _scan(llm: ElasticLLM, corpus: Corpus) -> dict[str, float]:
+    """One round by a scorer that knows nothing yet."""
+    from rap_env.scoring.scorer import MaskScorer
+
+    return {b.name: nll for b, nll in MaskScorer(llm, corpus).scan(BlockMask()).items()}
+
+
+def _peak(llm: ElasticLLM, corpus: Corpus, expected: dict[str, float]) -> tuple[int, bool]:
+    """Bytes at the peak of a scan, with resident weights, and whether scores are as expected."""
+    from rap_env.llm.measure import measured_peak
+
+    resident = llm.facts.base_bytes  # facts first: they read every weight
+    gc.collect()
+    with measured_peak(llm.device) as measured:
+        same = _scan(llm, corpus) == expected
+    return resident + measured.peak_bytes, same
+
+
+def _in_a_process(settings: StreamSettings, threads: int, cap_bytes: int) -> int:
+    command = [sys.executable, "-c", _PROCESS, settings.model, settings.dtype, str(threads),
+               str(cap_bytes), str(settings.windows), str(settings.window_tokens)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"A process that measures memory failed: {done.stderr.strip()[-500:]}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens: str) -> int:
+    """Bytes by which this process grows at most while it opens a model and scores a round.
+
+    Args:
+        model: The model.
+        dtype: Its dtype.
+        threads: Threads of torch.
+        cap: Memory cap in bytes; 0 loads the model as a whole.
+        windows: Windows of a text that was written before.
+        tokens: Tokens of each window.
+
+    Raises:
+        InvalidRequestError: This system does not say how large a process was.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import rap_env.scoring.scorer  # noqa: F401
+    from rap_env.llm.config import read_config
+    from rap_env.llm.loading import load_llm, locate
+    from rap_env.llm.streamed import stream_llm
+    from rap_env.scoring.corpus import CorpusConfig, load_corpus
+
+    torch.set_num_threads(int(threads))
+    auto: Any = AutoModelForCausalLM
+    folder = locate(model).folder
+    with torch.device("meta"):  # loads the family's code
+        auto.from_config(read_config(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+    gc.collect()
+    before = _status_bytes("VmRSS")
+    place = {"device": "cpu", "dtype": dtype}
+    llm: ElasticLLM
+    if int(cap):
+        llm = stream_llm(model, max_memory_bytes=int(cap), **place)
+    else:
+        llm = load_llm(model, **place)
+    text = CorpusConfig(windows=int(windows), window_tokens=int(tokens))
+    _scan(llm, load_corpus(text, llm))
+    del tokenizer
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+    except (OSError, StopIteration):
+        raise InvalidRequestError(
+            "This benchmark needs /proc/self/status to measure a process; run it on Linux."
+        ) from None
+
+
+if __name__ == "__main__":
+    launch(StreamSettings, main)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError
+from rap_env.importance import gsi
+from rap_env.llm import load_llm
+from rap_env.llm.measure import measured_peak
+from rap_env.llm.streamed import stream_llm
+from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.search import LeastSearch
+from rap_env.scoring.store import ScoreStore
+from tests.tiny import FAMILIES, VOCAB_SIZE, randomise, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+ENOUGH = 2**21
+MASKS = [BlockMask(), BlockMask.of(0, 1), BlockMask.of(0, 2), BlockMask.of(0, 3), BlockMask.of(3),
+         BlockMask.of(1, 2), BlockMask.of(0, 1, 2, 3)]  # fmt: skip
+
+
+def tokens(windows=3, length=9, vocabulary=VOCAB_SIZE):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocabulary, (windows, length), generator=generator)
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def wide_model(dtype, layers=8):
+    """Layers that outweigh embeddings, head and hidden states by far."""
+    config = tf.LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=layers,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    randomise(model)
+    return model
+
+
+def pair(folder, dtype="float32", cap=ENOUGH):
+    """The same model in memory and streamed."""
+    streamed = stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=cap)
+    return load_llm(folder, device="cpu", dtype=dtype), streamed
+
+
+def cap_for(folder, ids, masks, dtype="float32"):
+    """A cap that lets about so many masks advance together."""
+    llm = stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=2**30)
+    few = 2**30 - llm.spare_bytes
+    while True:
+        try:
+            llm.max_memory_bytes = few
+            if MaskScorer(llm, ids).in_flight >= masks:
+                return few
+        except InvalidRequestError:
+            pass
+        few += 2**10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_path):
+    folder, ids = save(tmp_path / "m", tiny_model(family)), tokens()
+    whole, streamed = pair(folder, dtype, cap_for(folder, ids, 2, dtype))
+    ours, theirs = MaskScorer(streamed, ids), MaskScorer(whole, ids)
+    assert ours.in_flight < len(MASKS)
+    assert ours.context == theirs.context
+    assert ours.nll_many(MASKS) == theirs.nll_many(MASKS)
+    assert ours.scan(BlockMask.of(1)) == theirs.scan(BlockMask.of(1))
+    assert MaskScorer(streamed, ids).nll(MASKS[1]) == theirs.nll(MASKS[1])
+
+
+@pytest.mark.parametrize("method", ["exact", "lazy", "halving"])
+def test_gsi_finds_the_same_order(method, tmp_path):
+    folder, ids = save(tmp_path / "m", tiny_model(layers=4)), tokens(windows=8)
+    whole, streamed = pair(folder, cap=cap_for(folder, ids, 3))
+    ours = gsi(MaskScorer(streamed, ids), method=method, stop=4, progress=False)
+    theirs = gsi(MaskScorer(whole, ids), method=method, stop=4, progress=False)
+    assert (ours.order, ours.nll_after) == (theirs.order, theirs.nll_after)
+    assert ours.provenance == theirs.provenance
+
+
+def test_a_search_finds_the_same_mask(tmp_path):
+    whole, streamed = pair(save(tmp_path / "m", tiny_model(layers=4)))
+    masks = [BlockMask.of(1, i) for i in (2, 3, 4, 6)]
+    found = LeastSearch(MaskScorer(streamed, tokens())).least(masks, near=BlockMask.of(1))
+    expected = LeastSearch(MaskScorer(whole, tokens())).least(masks, near=BlockMask.of(1))
+    assert found.best == expected.best
+    assert found.nll[found.best] == expected.nll[expected.best]
+
+
+def test_scores_made_either_way_serve_both(tmp_path):
+    whole, streamed = pair(save(tmp_path / "m", tiny_model()))
+    values = MaskScorer(whole, tokens(), ScoreStore(tmp_path / "s.sqlite")).nll_many(MASKS)
+    scorer = MaskScorer(streamed, tokens(), ScoreStore(tmp_path / "s.sqlite"))
+    reads = streamed.layer_reads
+    assert scorer.nll_many(MASKS) == values
+    assert (scorer.evaluations, streamed.layer_reads) == (0, reads)
+
+
+def test_layers_are_read_once_for_all_masks_that_advance_together(tmp_path):
+    folder, ids, layers = save(tmp_path / "m", tiny_model(layers=6)), tokens(), 6
+    _, streamed = pair(folder)
+    scorer = MaskScorer(streamed, ids)
+    scorer.scan(BlockMask())
+    assert scorer.in_flight >= 12
+    assert streamed.layer_reads == layers
+    _, tight = pair(folder, cap=cap_for(folder, ids, 4))
+    scorer = MaskScorer(tight, ids)
+    scorer.scan(BlockMask())
+    groups = -(-12 // scorer.in_flight)
+    assert groups >= 2
+    assert tight.layer_reads <= groups * layers
+
+
+@pytest.mark.parametrize("how", ["scan", "exact", "lazy", "halving"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
+    model = wide_model(getattr(torch, dtype))
+    folder, ids = save(tmp_path / "m", model), tokens(windows=4, length=16, vocabulary=256)
+    cap = cap_for(folder, ids, 5, dtype)
+    assert sum(p.nbytes for p in model.parameters()) > 3 * cap
+    whole, streamed = pair(folder, dtype, cap)
+    resident = streamed.facts.base_bytes
+    with measured_peak(CPU) as measured:
+        scorer = MaskScorer(streamed, ids)
+        found = _measure(scorer, how)
+    assert found == _measure(MaskScorer(whole, ids), how)
+    assert resident + measured.peak_bytes <= cap
+
+
+def _measure(scorer, how):
+    if how == "scan":
+        return scorer.scan(BlockMask.of(3))
+    profile = gsi(scorer, method=how, stop=2, progress=False)
+    return profile.order_indices, profile.nll_after
+
+
+def test_a_cap_that_leaves_too_little_says_what_is_needed(tmp_path):
+    folder, ids = save(tmp_path / "m", tiny_model()), tokens()
+    least = cap_for(folder, ids, 1)
+    _, streamed = pair(folder, cap=least - 2**11)
+    with pytest.raises(InvalidRequestError, match=r"max_memory_bytes leaves [\d,]+ bytes, and one"):
+        MaskScorer(streamed, ids)
+
+
+def test_the_model_writes_its_calibration_text_while_streamed(tmp_path):
+    whole, streamed = pair(save(tmp_path / "m", tiny_model()))
+    config = CorpusConfig(windows=2, window_tokens=6)
+    corpus = load_corpus(config, streamed, progress=False)
+    assert streamed.layer_reads > 6
+    reads = streamed.layer_reads
+    # From the cache: the other model needs not write, and this one needs not again.
+    assert torch.equal(load_corpus(config, whole, progress=False).tokens, corpus.tokens)
+    assert torch.equal(load_corpus(config, streamed, progress=False).tokens, corpus.tokens)
+    assert streamed.layer_reads == reads
