@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import CorpusError, NonFiniteScoreError, UnknownNameError
+from rap_env.errors import (
+    CorpusError,
+    InvalidRequestError,
+    NonFiniteScoreError,
+    UnknownNameError,
+)
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
@@ -43,6 +48,38 @@ def test_shared_layers_change_no_bit(family, dtype):
     assert MaskScorer(llm, ids).nll_many(MASKS) == single
     one_by_one = MaskScorer(llm, ids)
     assert [one_by_one.nll(mask) for mask in MASKS] == single
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype, rounding):
+    llm, ids = tiny_llm(family, layers=3, dtype=dtype), tokens()
+    scan = [BlockMask.of(2, index) for index in (0, 1, 3, 4, 5)]
+    nothing_shared = [BlockMask.of(0, 4), BlockMask.of(1), BlockMask.of(0, 1, 3), BlockMask()]
+    masks = scan + nothing_shared
+    single = [MaskScorer(llm, ids).nll(mask) for mask in masks]
+    for width in (2, 4, 16):
+        together = MaskScorer(llm, ids, masks_together=width)
+        assert together.nll_many(masks) == pytest.approx(single, abs=rounding)
+        alone = MaskScorer(llm, ids)
+        alone.nll_many(masks)
+        assert together.evaluations == alone.evaluations == len(masks)
+        assert together.block_forwards <= alone.full_block_forwards
+
+
+@pytest.mark.parametrize("width", [0, -1, 1.5, True])
+def test_impossible_numbers_of_masks_in_a_batch(width):
+    with pytest.raises(InvalidRequestError, match="masks_together must be a whole number"):
+        MaskScorer(tiny_llm(), tokens(), masks_together=width)
+
+
+def test_the_share_saved_is_that_of_single_passes():
+    llm, ids = tiny_llm(layers=4), tokens()
+    scorer = MaskScorer(llm, ids)
+    scorer.nll_many([BlockMask.of(7), BlockMask.of(6)])
+    assert scorer.full_block_forwards == 14
+    assert scorer.block_forwards == 6 + 2  # six in common, then one block each
+    assert scorer.share_saved == pytest.approx(6 / 14)
 
 
 def test_sharing_saves_blocks_whatever_the_cache_holds():
