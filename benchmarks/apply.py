@@ -7,10 +7,11 @@ import random
 from dataclasses import dataclass
 
 from benchmarks.harness import (
-    Settings,
+    ModelSettings,
     Target,
     alternate,
     launch,
+    open_model,
     ratios,
     spread,
     write_record,
@@ -19,12 +20,9 @@ from rap_env.blocks import BlockMask
 
 
 @dataclass
-class ApplySettings(Settings):
+class ApplySettings(ModelSettings):
     """Settings of this benchmark."""
 
-    model: str = "smollm2-135m"
-    device: str = "auto"
-    dtype: str = "auto"
     blocks: int = 20
     """Blocks of each mask; the two have none in common, so that a change touches all of both."""
     context_tokens: int = 512
@@ -44,11 +42,8 @@ def main(settings: ApplySettings) -> None:
         RapError: The model cannot be loaded.
     """
     from benchmarks.decoding import Decoding
-    from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm
 
-    use_threads(settings.threads or "auto")
-    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    llm = open_model(settings)
     drawn = random.Random(0).sample(range(llm.num_blocks), 2 * settings.blocks)
     masks = [BlockMask.of(*drawn[half::2]) for half in (0, 1)]
     dense = Decoding(llm, BlockMask(), 1, settings.context_tokens)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import (
-    Settings,
+    ModelSettings,
     Target,
     alternate,
     launch,
+    open_model,
     ratios,
     spread,
     write_record,
@@ -33,12 +34,9 @@ _CORNERS = ("dense", "no attn", "no ffn", "no block")
 
 
 @dataclass
-class DecodeSettings(Settings):
+class DecodeSettings(ModelSettings):
     """Settings of this benchmark."""
 
-    model: str = "smollm2-135m"
-    device: str = "auto"
-    dtype: str = "auto"
     context_tokens: int = 512
     steps: int = 8
     """Decode steps in one measurement."""
@@ -56,11 +54,8 @@ def main(settings: DecodeSettings) -> None:
         RapError: The model cannot be loaded.
     """
     from benchmarks.decoding import Decoding
-    from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm
 
-    use_threads(settings.threads or "auto")
-    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    llm = open_model(settings)
     traffic = Traffic(llm, settings.context_tokens)
     masks = _masks(llm, traffic, settings.shares)
     # So many tokens are written that the context is the one asked for in the middle.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,9 @@ from benchmarks.machine import commit, machine, versions
 from benchmarks.text import summary
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
 
 RESULTS = Path(__file__).resolve().parent / "results"
 """Where records lie that the README's table is made from."""
@@ -44,6 +47,28 @@ class Settings:
         """Refuse a measurement of nothing."""
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, not {self.repeats}")
+
+
+@dataclass
+class ModelSettings(Settings):
+    """Settings of a benchmark that runs a live model."""
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def open_model(settings: ModelSettings) -> ElasticLLM:
+    """Set torch's threads and load the model.
+
+    Raises:
+        RapError: The model cannot be loaded.
+    """
+    from rap_env.llm.device import use_threads  # these load torch
+    from rap_env.llm.loading import load_llm
+
+    use_threads(settings.threads or "auto")
+    return load_llm(settings.model, device=settings.device, dtype=settings.dtype)
 
 
 def settings_from_cli(schema: type[T]) -> T:

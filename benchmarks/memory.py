@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Settings, Target, launch, spread, write_record
+from benchmarks.harness import ModelSettings, Target, launch, open_model, spread, write_record
 from benchmarks.traffic import ORDERS, Traffic
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
@@ -27,12 +27,9 @@ _TOLERATED = {"cpu": 0.10, "cuda": 0.05}
 
 
 @dataclass
-class MemorySettings(Settings):
+class MemorySettings(ModelSettings):
     """Settings of this benchmark; `repeats` plays no part, since bytes do not vary."""
 
-    model: str = "smollm2-135m"
-    device: str = "auto"
-    dtype: str = "auto"
     requests: list[str] = field(default_factory=lambda: ["1x128", "1x1024", "4x1024", "8x2048"])
     """Batch size x tokens of prompt and answer."""
     share: float = 0.3
@@ -51,11 +48,8 @@ def main(settings: MemorySettings) -> None:
         RapError: The model cannot be loaded, or does not take a request.
     """
     from rap_env.llm import load_pruned, save_pruned
-    from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm
 
-    use_threads(settings.threads or "auto")
-    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    llm = open_model(settings)
     memory, device, traffic = MemoryModel(llm), str(llm.device), Traffic(llm, 512)
     masks = {"dense": BlockMask()}
     masks |= {order: traffic.mask(order, settings.share) for order in ORDERS}

@@ -10,22 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.harness import Settings
+from benchmarks.harness import ModelSettings, open_model
 from benchmarks.naive import serve
 from rap_env.blocks import BlockMask
-from rap_env.llm.device import use_threads
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm, locate
+from rap_env.llm.loading import locate
 from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
 
 
 @dataclass
-class ScoringSettings(Settings):
+class ScoringSettings(ModelSettings):
     """Settings of the scoring benchmarks."""
 
-    model: str = "smollm2-135m"
-    device: str = "auto"
-    dtype: str = "auto"
     windows: int = 8
     window_tokens: int = 128
 
@@ -52,8 +48,7 @@ class Bench:
 
 def open_bench(settings: ScoringSettings) -> Bench:
     """Load the model and the text, and set torch's threads."""
-    use_threads(settings.threads or "auto")
-    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    llm = open_model(settings)
     text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
     return Bench(llm, load_corpus(text, llm), settings)
 

@@ -14,8 +14,8 @@ from benchmarks.harness import (
     Settings,
     Target,
     alternate,
+    launch,
     ratios,
-    settings_from_cli,
     spread,
     write_record,
 )
@@ -210,4 +210,4 @@ def _each(seconds: Any, count: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(settings_from_cli(StepSettings))
+    launch(StepSettings, main)

@@ -16,10 +16,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import (
-    Settings,
+    ModelSettings,
     Target,
     alternate,
     launch,
+    open_model,
     ratios,
     spread,
     write_record,
@@ -39,11 +40,9 @@ print(growth(*sys.argv[1:]))
 
 
 @dataclass
-class StreamSettings(Settings):
+class StreamSettings(ModelSettings):
     """Settings of this benchmark."""
 
-    model: str = "smollm2-135m"
-    device: str = "auto"
     dtype: str = "bfloat16"
     max_memory_bytes: int = 160_000_000
     windows: int = 2
@@ -57,15 +56,18 @@ def main(settings: StreamSettings) -> None:
     Raises:
         RapError: The model cannot be loaded, or the cap is too small for it.
     """
-    from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm
+    import torch
+
     from rap_env.llm.streamed import stream_llm
     from rap_env.scoring.corpus import CorpusConfig, load_corpus
 
-    threads = use_threads(settings.threads or "auto")
-    place = {"device": settings.device, "dtype": settings.dtype}
-    whole = load_llm(settings.model, **place)
-    streamed = stream_llm(settings.model, max_memory_bytes=settings.max_memory_bytes, **place)
+    whole = open_model(settings)
+    streamed = stream_llm(
+        settings.model,
+        max_memory_bytes=settings.max_memory_bytes,
+        device=settings.device,
+        dtype=settings.dtype,
+    )
     text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
     corpus = load_corpus(text, whole)
     measured: dict[str, Any] = {
@@ -88,6 +90,7 @@ def main(settings: StreamSettings) -> None:
     measured["streamed_over_in_memory"] = ratios(seconds["streamed"], seconds["in_memory"])
     measured["same_scores"] = same
     device = str(whole.device)
+    threads = torch.get_num_threads()
     grown = {
         "streamed": _in_a_process(settings, threads, settings.max_memory_bytes),
         "in_memory": _in_a_process(settings, threads, 0),

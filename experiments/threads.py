@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from experiments.config import Config
 from rap_env.artifacts import atomic_write
-
-log = logging.getLogger(__name__)
 
 _FILE = "threads.txt"
 
@@ -19,12 +16,9 @@ def set_threads(config: Config) -> None:
     Rounding depends on the number of threads, so all stages of a comparison, and a
     comparison that goes on after a stop, use the number that its first stage chose.
     """
-    import torch
+    from rap_env.llm.device import use_threads
 
-    threads = config.threads or _kept(config.root / _FILE)
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-    log.info("torch uses %d thread%s.", threads, "" if threads == 1 else "s")
+    use_threads(config.threads or _kept(config.root / _FILE))
 
 
 def _kept(path: Path) -> int:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from rap_env.errors import (
-    ChecksumError,
     ModelNotAvailableError,
     UnknownNameError,
     UnsupportedModelError,
@@ -26,8 +25,9 @@ from rap_env.llm.config import read_config
 from rap_env.llm.device import choose_device, choose_dtype, keep_freed_memory
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.gguf_file import converted_gguf
-from rap_env.llm.hub import has_all_weights, hub_folder
+from rap_env.llm.hub import hub_folder
 from rap_env.llm.progress import transformers_bars
+from rap_env.llm.weight_files import readable, refuse_missing, require_all_files
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -226,33 +226,19 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
     """The model itself, on the CPU; every weight of it must be in the files."""
     from transformers import AutoModelForCausalLM
 
-    if not has_all_weights(folder):
-        raise ModelNotAvailableError(
-            f"{folder} has a config but not all its weights; save the model there again."
+    require_all_files(folder)
+    with transformers_bars(shown=False), readable(folder):
+        # The attention is left to transformers: sdpa where the family has it, else eager.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one sentence
         )
-    try:
-        with transformers_bars(shown=False):
-            # The attention is left to transformers: sdpa where the family has it, else eager.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, in one sentence
-            )
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ChecksumError(
-            f"The weights in {folder} are truncated or damaged ({error}); get the model again."
-        ) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]!r} for "
-            "one; transformers would fill them with random numbers."
-        )
+    refuse_missing(folder, report)
     if wrong := sorted(report["mismatched_keys"]):
         raise UnsupportedModelError(
             f"{folder} holds {len(wrong)} tensors that do not fit its config: {wrong[0][0]!r} has "

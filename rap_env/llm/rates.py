@@ -33,11 +33,11 @@ _CPU_SHAPE, _GPU_SHAPE = (256, 576, 1536), (2048, 2048, 2048)
 def products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
     """How often ``left @ right`` is computed in a second, measured for so many `seconds`."""
     left @ right  # the first product starts threads and picks kernels
-    _synchronise(left)
+    synchronise(left.device)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         left @ right
-        _synchronise(left)
+        synchronise(left.device)
         done += 1
     return done / (time.perf_counter() - began)
 
@@ -104,6 +104,7 @@ def _rate_on(device: torch.device) -> Rate:
     return rate
 
 
-def _synchronise(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -123,21 +123,14 @@ def open_weights(
     """
     from accelerate.hooks import remove_hook_from_module
 
-    if not has_all_weights(folder):
-        raise ModelNotAvailableError(
-            f"{folder} has a config but not all its weights; save the model there again."
-        )
+    require_all_files(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelNotAvailableError(
             f"{folder} has no safetensors file, the only kind that layers can be read from one at "
             "a time; load the model with load_llm() and save it anew with save_pretrained()."
         )
     model, report = _load_offloaded(folder, config, work)
-    if missing := sorted(report["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]!r} for "
-            "one; transformers would fill them with random numbers."
-        )
+    refuse_missing(folder, report)
     index = _offload_index(model)
     remove_hook_from_module(model, recurse=True)
     _set_dtype(model, dtype)
@@ -156,7 +149,7 @@ def _load_offloaded(folder: Path, config: Any, work: Path) -> tuple[Any, dict[st
     first = _table(min(folder.glob("*.safetensors")))
     stored = Counter(entry["dtype"] for entry in first.values()).most_common(1)[0][0]
 
-    with transformers_bars(shown=False), _quiet("accelerate"), disk_errors(work), _damage(folder):
+    with transformers_bars(shown=False), _quiet("accelerate"), disk_errors(work), readable(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_DTYPES.get(stored, torch.float32),  # in another one, every weight is read now
@@ -263,8 +256,33 @@ def _damaged(folder: Path, error: Exception) -> ChecksumError:
     )
 
 
+def require_all_files(folder: Path) -> None:
+    """Refuse a folder without all of its weight files.
+
+    Raises:
+        ModelNotAvailableError: Some are missing.
+    """
+    if not has_all_weights(folder):
+        raise ModelNotAvailableError(
+            f"{folder} has a config but not all its weights; save the model there again."
+        )
+
+
+def refuse_missing(folder: Path, report: Mapping[str, Any]) -> None:
+    """Refuse weights that lack what the config asks for, by transformers' loading report.
+
+    Raises:
+        UnsupportedModelError: Some are missing.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{folder} lacks {len(missing)} tensors that its config asks for, {missing[0]!r} for "
+            "one; transformers would fill them with random numbers."
+        )
+
+
 @contextlib.contextmanager
-def _damage(folder: Path) -> Iterator[None]:
+def readable(folder: Path) -> Iterator[None]:
     """Say in one sentence that a safetensors file cannot be read."""
     try:
         yield

@@ -10,6 +10,7 @@ import torch
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial import PartialForward
+from rap_env.llm.rates import synchronise
 from rap_env.scoring.loss import HEAD_TOKENS
 
 _MOST = 64
@@ -131,14 +132,9 @@ def _seconds(partial: PartialForward, step: tuple[int, ...], state: torch.Tensor
     """The least of several timings of a step, the first run not counted."""
     times = []
     for _ in range(_REPEATS + 1):
-        _synchronise(state.device)
+        synchronise(state.device)
         began = time.perf_counter()
         partial.run(step, state)
-        _synchronise(state.device)
+        synchronise(state.device)
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
