@@ -46,6 +46,9 @@ class ModelFacts:
         ffn_width: Widest hidden activation of a feed-forward block for one token.
         vocab_size: Entries of the head.
         max_positions: Longest sequence the model accepts, in tokens.
+        stub_bytes: Bytes of what stands in each block's place once it is removed, (2L,); empty
+            means 0 each.
+        repair: Hash of the stubs, in hex; empty without any.
 
     Raises:
         ArtifactError: The numbers of layers and blocks do not fit together.
@@ -63,14 +66,24 @@ class ModelFacts:
     ffn_width: int
     vocab_size: int
     max_positions: int
+    stub_bytes: tuple[int, ...] = ()
+    repair: str = ""
 
     def __post_init__(self) -> None:
         blocks, windows = len(self.block_param_bytes), len(self.kv_window_tokens)
-        if blocks != 2 * self.num_layers or windows != self.num_layers:
+        stubs = len(self.stub_bytes) or blocks
+        if not blocks == stubs == 2 * self.num_layers or windows != self.num_layers:
             raise ArtifactError(
                 f"The facts of {self.name} do not fit together: cache bytes of {self.num_layers} "
-                f"layers, cache windows of {windows}, and {blocks} blocks instead of two a layer."
+                f"layers, cache windows of {windows}, and {blocks} blocks and {stubs} stubs "
+                "instead of two a layer."
             )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What scores depend on: weights, their dtype and, where there are any, stubs."""
+        own = {"model": self.fingerprint, "dtype": self.dtype}
+        return {**own, "repair": self.repair} if self.repair else own
 
     @property
     def num_layers(self) -> int:
@@ -105,6 +118,7 @@ class MemoryBreakdown:
     embeddings: int
     kv_cache: int
     workspace: int
+    stubs: int = 0
 
     @property
     def weights(self) -> int:
@@ -114,12 +128,13 @@ class MemoryBreakdown:
     @property
     def peak(self) -> int:
         """All of it: the peak bytes."""
-        return self.weights + self.embeddings + self.kv_cache + self.workspace
+        return self.weights + self.stubs + self.embeddings + self.kv_cache + self.workspace
 
     def as_dict(self) -> dict[str, int]:
         """Names and bytes, for records."""
         return {
             "weights_bytes": self.weights,
+            "stubs_bytes": self.stubs,
             "embeddings_bytes": self.embeddings,
             "kv_cache_bytes": self.kv_cache,
             "workspace_bytes": self.workspace,
@@ -139,6 +154,11 @@ class MemoryModel:
     @cached_property
     def _param_bytes(self) -> npt.NDArray[np.int64]:
         return np.array(self.facts.block_param_bytes, dtype=np.int64)
+
+    @cached_property
+    def _stub_bytes(self) -> npt.NDArray[np.int64]:
+        none = (0,) * self.facts.num_blocks
+        return np.array(self.facts.stub_bytes or none, dtype=np.int64)
 
     def check(self, batch_size: int, seq_len_tokens: int) -> None:
         """Refuse a batch or a length that the model cannot serve.
@@ -166,8 +186,8 @@ class MemoryModel:
         return batch_size * np.array(held, dtype=np.int64) * per_token
 
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
-        """Weight and cache bytes that each block's removal frees, shape (2L,)."""
-        freed = self._param_bytes.copy()
+        """Weight and cache bytes that each block's removal frees, less its stub's, shape (2L,)."""
+        freed = self._param_bytes - self._stub_bytes
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
 
@@ -189,10 +209,11 @@ class MemoryModel:
             embeddings=self.facts.base_bytes,
             kv_cache=int(kv[kept[0::2]].sum()),
             workspace=self.workspace_bytes(request, any_ffn=bool(kept[1::2].any())),
+            stubs=int(self._stub_bytes[~kept].sum()),
         )
 
     def peak_bytes(self, mask: BlockMask, request: Request) -> int:
-        """Kept weights + embeddings and head + KV cache of kept attn blocks + workspace."""
+        """Kept weights + stubs + embeddings and head + KV cache of kept attn blocks + workspace."""
         return self.breakdown(mask, request).peak
 
     def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
@@ -236,7 +257,9 @@ class MemoryModel:
             for seq_len_tokens in lengths:
                 parts = self.breakdown(BlockMask(), _unbounded(batch_size, seq_len_tokens))
                 shape = {"batch_size": batch_size, "seq_len_tokens": seq_len_tokens}
-                named = {part.name: getattr(parts, part.name) for part in fields(parts)}
+                # Nothing is removed, so there are no stubs.
+                names = [part.name for part in fields(parts) if part.name != "stubs"]
+                named = {name: getattr(parts, name) for name in names}
                 part_shares = {name: held / parts.peak for name, held in named.items()}
                 rows.append({**shape, "peak_bytes": parts.peak, **part_shares})
         return rows

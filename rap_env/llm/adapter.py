@@ -11,7 +11,7 @@ from torch import nn
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.llm.families import FAMILIES, Family
-from rap_env.llm.removed import REMOVED, RemovedAttention, RemovedFFN
+from rap_env.llm.removed import Removed, RemovedAttention, RemovedFFN
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ class BlockSite:
     @property
     def gone(self) -> bool:
         """Whether the model was built without the block, so that there is nothing to restore."""
-        return isinstance(self.slots[0].original, REMOVED)
+        return isinstance(self.slots[0].original, Removed)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The block's own modules."""
         return tuple(slot.original for slot in self.slots)
 
-    def remove(self) -> None:
-        """Take the block out of its layer."""
+    def remove(self, stub: nn.Module | None = None) -> None:
+        """Take the block out of its layer, and let a stub stand there, if one is given."""
+        cast("Removed", self.slots[0].stand_in).stub = stub
         for slot in self.slots:
             slot.remove()
 

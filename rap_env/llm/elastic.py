@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +16,35 @@ import torch
 
 from rap_env.artifacts import canonical_json
 from rap_env.blocks import Block, BlockMask
-from rap_env.llm.adapter import adapter_for
+from rap_env.llm.adapter import BlockSite, adapter_for
+from rap_env.llm.stub import Stub
 from rap_env.memory import ModelFacts
 
 # Entries of a config that say nothing about what the model computes, or (dtype) that the
 # tensors themselves say.
 _VOLATILE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+@dataclass
+class _Live:
+    """What is in the places of a model's blocks; shared by all who see the model.
+
+    Attributes:
+        sites: Where each block lives, (2L,).
+        removed: The removed blocks by index, with the stub that stands there, if any does.
+    """
+
+    sites: tuple[BlockSite, ...]
+    removed: dict[int, Stub | None] = field(default_factory=dict)
+
+    def place(self, wanted: Mapping[int, Stub | None]) -> None:
+        """Remove exactly the blocks of `wanted`."""
+        for index in self.removed.keys() - wanted.keys():
+            self.sites[index].restore()
+        for index, stub in wanted.items():
+            if index not in self.removed or self.removed[index] is not stub:
+                self.sites[index].remove(stub)
+        self.removed = dict(wanted)
 
 
 class ElasticLLM:
@@ -57,8 +82,10 @@ class ElasticLLM:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
-        self._sites = self.adapter.sites(model)
-        self._mask = BlockMask()
+        self._live = _Live(self.adapter.sites(model))
+        self._stubs: Mapping[int, Stub] = {}
+        self._repair = ""
+        self._whole: ElasticLLM | None = None  # what a view was made of, which it keeps alive
 
     @property
     def num_blocks(self) -> int:
@@ -79,41 +106,74 @@ class ElasticLLM:
     @property
     def mask(self) -> BlockMask:
         """The mask that is applied now."""
-        return self._mask
+        return BlockMask(frozenset(self._live.removed))
 
     @cached_property
     def pruned(self) -> BlockMask:
         """Blocks that the model was built without (`load_pruned`); no mask brings them back."""
-        return BlockMask(frozenset(site.index for site in self._sites if site.gone))
+        return BlockMask(frozenset(site.index for site in self._live.sites if site.gone))
 
-    def apply(self, mask: BlockMask) -> None:
+    def repaired(self, stubs: Mapping[int, Stub], digest: str) -> ElasticLLM:
+        """This model as seen by those who want stubs in the places of removed blocks.
+
+        It shares the weights and the applied mask with this one, and nothing is changed until
+        one of the two applies a mask. `rap_env.repair.StubLibrary.attach` checks that stubs
+        belong to the model; use that.
+
+        Args:
+            stubs: By index of the block that they stand for, on the model's device and in its
+                dtype. Blocks without one leave nothing behind.
+            digest: Hash of the stubs; scores depend on it.
+        """
+        view = copy.copy(self)
+        view.__dict__.pop("facts", None)
+        view._stubs, view._repair, view._whole = dict(stubs), digest, self
+        return view
+
+    def has_stub(self, blocks: Iterable[int]) -> bool:
+        """Whether something stands in the place of one of these blocks once it is removed."""
+        return any(index in self._stubs for index in blocks)
+
+    def apply(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> None:  # noqa: B008
         """Remove exactly the blocks of `mask`; all others are put back.
+
+        Args:
+            mask: The blocks to remove.
+            bare: Those among them in whose place no stub stands, whether or not there is one.
 
         Raises:
             UnknownNameError: It names a block that the model does not have; nothing changes.
         """
         mask.check(self.num_blocks)
-        for index in self._mask.indices - mask.indices:
-            self._sites[index].restore()
-        for index in mask.indices - self._mask.indices:
-            self._sites[index].remove()
-        self._mask = mask
+        stubs = (
+            {} if not self._stubs else {i: self._stubs.get(i) for i in mask.indices - bare.indices}
+        )
+        self._live.place(dict.fromkeys(mask.indices) | stubs)
 
     @contextlib.contextmanager
-    def masked(self, mask: BlockMask) -> Iterator[ElasticLLM]:
+    def masked(
+        self,
+        mask: BlockMask,
+        *,
+        bare: BlockMask = BlockMask(),  # noqa: B008
+    ) -> Iterator[ElasticLLM]:
         """Apply `mask` for the duration of a ``with`` block, whatever happens in it.
 
-        The mask that was applied before is applied again afterwards.
+        What was removed before is removed again afterwards.
+
+        Args:
+            mask: As for `apply`.
+            bare: As for `apply`.
 
         Raises:
             UnknownNameError: It names a block that the model does not have.
         """
-        before = self._mask
+        before = self._live.removed
         try:
-            self.apply(mask)
+            self.apply(mask, bare=bare)
             yield self
         finally:
-            self.apply(before)
+            self._live.place(before)
 
     @property
     def spare_bytes(self) -> int | None:
@@ -122,6 +182,15 @@ class ElasticLLM:
 
     def hold_layer(self, number: int) -> None:
         """Have the weights of a layer in memory before it is called; here they always are."""
+
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the decoder gives under the current mask, (B, T) -> (B, T, H), with gradients.
+
+        Sequences have no padding.
+        """
+        output = self.adapter.decoder(self.model)(input_ids=input_ids, use_cache=False)
+        last: torch.Tensor = output.last_hidden_state
+        return last
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with the current mask, without gradients. Arguments as there."""
@@ -135,7 +204,7 @@ class ElasticLLM:
             everywhere = [_key(tensor) for _, tensor in _weights(self.model)]
             seen = Counter(everywhere)
             own = []
-            for site in self._sites:
+            for site in self._live.sites:
                 inside = Counter(_key(t) for part in site.modules for _, t in _weights(part))
                 # A tensor that also serves elsewhere (tied) is not freed with the block.
                 own.append(sum(key[-1] for key, n in inside.items() if n == seen[key]))
@@ -155,6 +224,12 @@ class ElasticLLM:
         """
         with self.masked(BlockMask()):
             return _fingerprint(self.model, self._read)
+
+    def _stub_bytes(self) -> tuple[int, ...]:
+        if not self._stubs:
+            return ()
+        stubs = (self._stubs.get(index) for index in range(self.num_blocks))
+        return tuple(0 if stub is None else stub.nbytes for stub in stubs)
 
     def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The content of a weight of the model."""
@@ -181,6 +256,8 @@ class ElasticLLM:
             ffn_width=adapter.ffn_width,
             vocab_size=adapter.vocab_size,
             max_positions=adapter.max_positions,
+            stub_bytes=self._stub_bytes(),
+            repair=self._repair,
         )
 
 

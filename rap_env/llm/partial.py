@@ -58,20 +58,24 @@ class PartialForward:
         return entered[0]
 
     @torch.inference_mode()
-    def run(self, blocks: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, blocks: tuple[int, ...], state: torch.Tensor, removed: tuple[int, ...] = ()
+    ) -> torch.Tensor:
         """Run blocks of one layer and no other block, (B, T, H) -> (B, T, H).
 
         Args:
-            blocks: Some of the blocks of one step; none gives the state itself.
+            blocks: Some of the blocks of one step.
             state: What enters them.
+            removed: Other blocks of the step, which leave their stubs behind, if they have any.
         """
-        if not blocks:
+        if not blocks and not self._llm.has_stub(removed):
             return state
-        layer = blocks[0] // 2
+        layer = (*blocks, *removed)[0] // 2
         args, kwargs = self._calls_for(state)[layer]
-        others = BlockMask(frozenset((2 * layer, 2 * layer + 1)) - frozenset(blocks))
-        self._llm.hold_layer(layer)
-        with self._llm.masked(others):
+        others = frozenset((2 * layer, 2 * layer + 1)) - frozenset(blocks)
+        if blocks:
+            self._llm.hold_layer(layer)
+        with self._llm.masked(BlockMask(others), bare=BlockMask(others - frozenset(removed))):
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -90,6 +94,10 @@ class PartialForward:
 
         Rows of their own, not (B, T, H): torch multiplies a slice of a batch twice as slowly.
         """
+        return self.head_logits(hidden)
+
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `logits`, with gradients where they are wanted."""
         return self.cap(self._model_head(hidden))
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What stands in a removed block's place: modules without weights that add nothing.
+"""What takes the place of a removed block's modules: it adds nothing, or what a stub says.
 
-They take the place of the block's own modules, so the layer's `forward` stays
-transformers' own: it calls them, adds their zeros to the residual stream, and goes on.
+The layer's `forward` stays transformers' own: it calls these modules, adds what they give
+to the residual stream, and goes on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,33 @@ from torch import nn
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 
+class Removed(nn.Module):
+    """Stands for a removed block.
+
+    Attributes:
+        stub: Gives what is added in the block's place; None adds nothing.
+    """
+
+    stub: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("stub", None)
+
+    def _added(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.stub is None:
+            return _zeros_like(hidden_states)
+        added: torch.Tensor = self.stub(hidden_states)
+        return added
+
+
 def _zeros_like(hidden_states: torch.Tensor) -> torch.Tensor:
     """Zeros of the same shape and dtype that take the memory of one number."""
     return hidden_states.new_zeros(()).expand(hidden_states.shape)
 
 
-class RemovedAttention(nn.Module):
-    """Stands for a removed attention block: zeros, and a place holder in the KV cache.
+class RemovedAttention(Removed):
+    """Stands for a removed attention block; leaves a place holder in the KV cache.
 
     Transformers reads the length of the past, and the sizes of its attention masks, from the
     cache of one particular layer. If that layer writes nothing, positions and masks of
@@ -41,7 +61,7 @@ class RemovedAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        """Zeros for `hidden_states` of shape (batch, tokens, hidden), and no attention weights."""
+        """What is added to states of shape (batch, tokens, hidden), and no attention weights."""
         for name in _CACHE_ARGUMENTS:
             cache = kwargs.get(name)
             if cache is not None:
@@ -51,15 +71,12 @@ class RemovedAttention(nn.Module):
                 row = torch.zeros(shape, dtype=torch.uint8, device=hidden_states.device)
                 cache.update(row, row, self.layer_idx)
                 break
-        return _zeros_like(hidden_states), None
+        return self._added(hidden_states), None
 
 
-class RemovedFFN(nn.Module):
-    """Stands for a removed feed-forward block: zeros."""
+class RemovedFFN(Removed):
+    """Stands for a removed feed-forward block."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Zeros of the shape and dtype of `hidden_states`."""
-        return _zeros_like(hidden_states)
-
-
-REMOVED = (RemovedAttention, RemovedFFN)
+        """What is added, of the shape and dtype of `hidden_states`."""
+        return self._added(hidden_states)

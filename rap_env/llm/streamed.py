@@ -107,6 +107,14 @@ class _Place:
         return nn.Parameter(self.stored.read(device), requires_grad=False)
 
 
+@dataclass
+class _Held:
+    """Which layer is in memory, and how many were read so far; shared by all views."""
+
+    number: int | None = None
+    reads: int = 0
+
+
 class StreamedLLM(ElasticLLM):
     """An `ElasticLLM` that holds one decoder layer at a time; made by `stream_llm`.
 
@@ -125,7 +133,6 @@ class StreamedLLM(ElasticLLM):
 
     Attributes:
         max_memory_bytes: As given.
-        layer_reads: Layers that were read from files so far.
 
     Raises:
         InvalidRequestError: The cap is too small; the message states the least that works.
@@ -144,9 +151,8 @@ class StreamedLLM(ElasticLLM):
     ) -> None:
         super().__init__(model, tokenizer, name=name)
         self.max_memory_bytes = max_memory_bytes
-        self.layer_reads = 0
         self._stored = dict(stored)
-        self._held: int | None = None
+        self._held = _Held()
         self._device = device
         self._layers, resident = self._places()
         self._check_cap(resident)
@@ -157,8 +163,13 @@ class StreamedLLM(ElasticLLM):
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes that the cap leaves beside the weights."""
-        return self.max_memory_bytes - self._weight_bytes
+        """Bytes that the cap leaves beside the weights and stubs."""
+        return self.max_memory_bytes - self._weight_bytes - sum(self.facts.stub_bytes)
+
+    @property
+    def layer_reads(self) -> int:
+        """Layers that were read from files so far."""
+        return self._held.reads
 
     def hold_layer(self, number: int) -> None:
         """Have the weights of a layer in memory; those of the layer held before are let go.
@@ -167,11 +178,11 @@ class StreamedLLM(ElasticLLM):
             ChecksumError: A file is damaged.
             ModelNotAvailableError: A file is gone.
         """
-        if number == self._held:
+        if number == self._held.number:
             return
         self._let_go()
-        self._held = number
-        self.layer_reads += 1
+        self._held.number = number
+        self._held.reads += 1
         try:
             for place in self._layers[number]:
                 place.fill(place.read(self._device))
@@ -183,10 +194,10 @@ class StreamedLLM(ElasticLLM):
         return self._stored[name].read(torch.device("cpu")) if tensor.is_meta else tensor
 
     def _let_go(self) -> None:
-        if self._held is not None:
-            for place in self._layers[self._held]:
+        if self._held.number is not None:
+            for place in self._layers[self._held.number]:
                 place.fill(place.empty)
-            self._held = None
+            self._held.number = None
 
     def _places(self) -> tuple[list[list[_Place]], list[_Place]]:
         """Places of each layer's parameters, (L,), and of those that stay in memory."""

@@ -96,19 +96,21 @@ class MaskRunner:
         after: dict[int, torch.Tensor] = {}
         for removed in {removed for _, removed in wanted}:
             kept = tuple(block for block in blocks if not removed >> block & 1)
-            prefixes = sorted(prefix for prefix, gone in wanted if gone == removed)
+            gone = tuple(block for block in blocks if removed >> block & 1)
+            prefixes = sorted(prefix for prefix, own_gone in wanted if own_gone == removed)
             for group in chunks(prefixes, self.width if kept else 1):
-                outputs = self._run_together(kept, [states[prefix] for prefix in group])
+                outputs = self._run_together(kept, gone, [states[prefix] for prefix in group])
                 after |= {p | removed: out for p, out in zip(group, outputs, strict=True)}
         return after
 
     def _run_together(
-        self, kept: tuple[int, ...], states: list[torch.Tensor]
+        self, kept: tuple[int, ...], gone: tuple[int, ...], states: list[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
         self.block_runs += len(kept) * len(states)
         if len(states) == 1:
-            return [self.partial.run(kept, states[0])]
-        return torch.split(self.partial.run(kept, torch.cat(states)), [len(s) for s in states])
+            return [self.partial.run(kept, states[0], gone)]
+        together = self.partial.run(kept, torch.cat(states), gone)
+        return torch.split(together, [len(s) for s in states])
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -261,8 +261,7 @@ class MaskScorer:
         """Everything that determines a score, down to the rounding of its last bit."""
         model = self.llm.model
         return {
-            "model": self.llm.facts.fingerprint,
-            "dtype": self.llm.facts.dtype,
+            **self.llm.facts.identity,
             "device": device_kind(self.llm.device),
             "attention": str(getattr(model.config, "_attn_implementation", "")),
             "tokens": self.corpus.sha256,

@@ -219,8 +219,7 @@ class TaskScorer:
 
     def _common_context(self) -> dict[str, Any]:
         return {
-            "model": self.llm.facts.fingerprint,
-            "dtype": self.llm.facts.dtype,
+            **self.llm.facts.identity,
             "device": device_kind(self.llm.device),
             "attention": str(getattr(self.llm.model.config, "_attn_implementation", "")),
             "batch": [

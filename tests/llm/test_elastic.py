@@ -237,7 +237,7 @@ def test_a_block_that_the_model_lacks_is_refused_and_nothing_changes() -> None:
 @EVERY_FAMILY
 def test_a_swap_leaves_the_modules_that_setting_the_attributes_leaves(name: str) -> None:
     llm = tiny_llm(name)
-    for site in llm._sites:
+    for site in llm.adapter.sites(llm.model):
         for slot in site.slots:
             assert getattr(slot.parent, slot.attribute) is slot.original
             slot.remove()
@@ -256,7 +256,9 @@ def test_a_change_of_masks_touches_their_difference_alone(monkeypatch) -> None:
     for move in ("remove", "restore"):
         real = getattr(BlockSite, move)
         monkeypatch.setattr(
-            BlockSite, move, lambda s, m=move, r=real: (touched.append((m, s.index)), r(s))
+            BlockSite,
+            move,
+            lambda s, *stub, m=move, r=real: (touched.append((m, s.index)), r(s, *stub)),
         )
     llm.apply(BlockMask.of(1, 2))
     assert sorted(touched) == [("remove", 2), ("restore", 0)]
