@@ -17,8 +17,10 @@ from omegaconf import MISSING, OmegaConf
 from experiments.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 
+REPAIRS = ("none", "library", "distilled", "per_mask")
 WANDB_MODES = ("auto", "online", "offline")
 _SHAPE = re.compile(r"(\d+)x(\d+)")
+_CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
 
 
 def _at_least(section: str, least: float, **values: float | None) -> None:
@@ -181,6 +183,62 @@ class EvaluateConfig:
 
 
 @dataclass
+class RepairConfig:
+    """What stands in the place of removed blocks."""
+
+    name: str = "none"
+    """``none``; ``library``: stubs fitted on self-written text, once; or the path of a library."""
+
+
+@dataclass
+class StubsConfig:
+    """What ``experiments.repair`` fits, distils and compares."""
+
+    fit_texts: dict[str, TextConfig] = field(default_factory=dict)
+    """Text to fit on, by name; all of them together make the library."""
+    report_texts: dict[str, TextConfig] = field(default_factory=dict)
+    """Text to report on, by name; none of it is fitted on."""
+    held_back_share: float = 0.25
+    """Windows held back to choose ranks and penalties, as a share of those fitted on."""
+    rank: int = 64
+    """Mean rank of the stubs."""
+    distill_steps: int = 1200
+    """Updates of the distillation; 0 for none."""
+    distill_windows: int = 8
+    """Windows of each update."""
+    learning_rate: float = 1e-3
+    repairs: list[str] = field(default_factory=lambda: ["none", "library", "distilled", "per_mask"])
+    """What is compared; empty to make the libraries alone."""
+    cells: list[str] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
+    """Requests and budgets: batch size x tokens @ share of the dense peak."""
+    token_study: list[int] = field(default_factory=list)
+    """Numbers of tokens to fit on, to show what they are worth; empty for no such study."""
+    domain_study: list[str] = field(default_factory=list)
+    """Texts of `fit_texts` to fit on alone; empty for no such study."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers, cells and names."""
+        _at_least("stubs", 0, rank=self.rank, distill_steps=self.distill_steps)
+        _at_least("stubs", 1, distill_windows=self.distill_windows)
+        if not 0 < self.held_back_share <= 1:
+            raise ExperimentError(
+                f"stubs.held_back_share must be above 0 and at most 1, not {self.held_back_share}."
+            )
+        for name in self.repairs:
+            if name not in REPAIRS:
+                raise UnknownNameError("repair", name, REPAIRS)
+        for name in self.domain_study:
+            if name not in self.fit_texts:
+                raise UnknownNameError("text of stubs.domain_study", name, self.fit_texts)
+        _ = self.parsed_cells
+
+    @property
+    def parsed_cells(self) -> list[tuple[int, int, float]]:
+        """The cells as (batch size, sequence length in tokens, budget fraction)."""
+        return [parse_cell(text) for text in self.cells]
+
+
+@dataclass
 class DemoConfig:
     """What ``experiments.demo`` runs."""
 
@@ -228,6 +286,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
+    stubs: StubsConfig = field(default_factory=StubsConfig)
     workload: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -266,6 +326,20 @@ def parse_shape(text: str) -> tuple[int, int]:
     if not match:
         raise ExperimentError(f"A request is BATCHxTOKENS, such as 8x2048; {text!r} is not.")
     return int(match[1]), int(match[2])
+
+
+def parse_cell(text: str) -> tuple[int, int, float]:
+    """``"8x2048@0.85"`` as (8, 2048, 0.85).
+
+    Raises:
+        ExperimentError: The text has another form, or the budget is no share of the dense peak.
+    """
+    match = _CELL.fullmatch(str(text).replace(" ", ""))
+    if not match:
+        raise ExperimentError(
+            f"A cell is BATCHxTOKENS@BUDGET, such as 8x2048@0.85; {text!r} is not."
+        )
+    return (*parse_shape(match[1]), float(match[2]))
 
 
 def as_config(node: Any) -> Config:

@@ -1,0 +1,110 @@
+"""Rows of ``repair.jsonl``: what stubs win back, for each request, budget and text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from experiments.records import read_records
+from rap_env.artifacts import digest
+from rap_env.errors import ArtifactError
+
+STUDIES = ("grid", "tokens", "domain")
+
+
+@dataclass(frozen=True)
+class RepairRow:
+    """One repair, request, budget and report text: a line of ``repair.jsonl``.
+
+    Losses are in nats per token: NLL of the repaired mask less the dense model's.
+
+    Attributes:
+        study: ``"grid"``: every repair with a search of its own; ``"tokens"`` and ``"domain"``:
+            libraries fitted on other amounts and kinds of text, under the masks of the grid's
+            library.
+        repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
+        request: ``{"batch_size": int, "seq_len_tokens": int}``.
+        budget_fraction: Budget as a share of the dense peak.
+        budget_bytes: The budget.
+        peak_bytes: Peak bytes of the mask, stubs included.
+        text: Name of the report text.
+        fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
+        fit_tokens: How many tokens that was.
+        mean_rank: Mean rank of the stubs.
+        mask: Names of the removed blocks.
+        mask_from: The repair whose greedy search chose the mask.
+        loss: Mean over the windows of the report text.
+        loss_ci_low: Lower end of its 95 % interval over windows.
+        loss_ci_high: Upper end.
+        window_losses: Loss of each window, (windows,).
+        accuracies: Accuracy of each lm-eval task in [0, 1] under the mask, whatever the text;
+            empty if none was asked for.
+        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
+    """
+
+    study: str
+    repair: str
+    request: dict[str, int]
+    budget_fraction: float
+    budget_bytes: int
+    peak_bytes: int
+    text: str
+    fitted_on: list[str]
+    fit_tokens: int
+    mean_rank: float
+    mask: list[str]
+    mask_from: str
+    loss: float
+    loss_ci_low: float
+    loss_ci_high: float
+    window_losses: list[float]
+    accuracies: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> tuple[int, int, float]:
+        """Batch size, sequence length and budget fraction."""
+        shape = self.request["batch_size"], self.request["seq_len_tokens"]
+        return (*shape, self.budget_fraction)
+
+    @property
+    def held_out_domain(self) -> bool:
+        """Whether stubs were fitted on no text of this kind."""
+        return self.text not in self.fitted_on
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same result."""
+        depends = self.provenance.get("depends_on", {})
+        return digest([self.study, self.repair, *self.cell, self.text, self.fitted_on,
+                       self.fit_tokens, depends])  # fmt: skip
+
+    def to_record(self) -> dict[str, Any]:
+        """A plain dict for one JSON line."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RepairRow:
+        """The row that `to_record` gave.
+
+        Raises:
+            ArtifactError: Keys are missing or unknown.
+        """
+        wrong = sorted({f.name for f in fields(cls)}.symmetric_difference(record))
+        if wrong:
+            raise ArtifactError(
+                f"A repair record has missing or unknown keys: {', '.join(wrong)}; it was written "
+                "by another version, so make it again in a new run folder."
+            )
+        return cls(**record)
+
+
+def read_repair_rows(path: Path) -> list[RepairRow]:
+    """All rows of a ``repair.jsonl``; none if there is no file.
+
+    Raises:
+        ArtifactError: The file or one of its rows is damaged.
+    """
+    return [RepairRow.from_record(record) for record in read_records(path)]
