@@ -77,9 +77,7 @@ class RepairRow:
     @property
     def key(self) -> str:
         """What makes two rows the same result."""
-        depends = self.provenance.get("depends_on", {})
-        return digest([self.study, self.repair, *self.cell, self.text, self.fitted_on,
-                       self.fit_tokens, depends])  # fmt: skip
+        return row_key(self.study, self.repair, self.cell, self.text, self.provenance)
 
     def to_record(self) -> dict[str, Any]:
         """A plain dict for one JSON line."""
@@ -99,6 +97,17 @@ class RepairRow:
                 "by another version, so make it again in a new run folder."
             )
         return cls(**record)
+
+
+def row_key(
+    study: str,
+    repair: str,
+    cell: tuple[int, int, float],
+    text: str,
+    provenance: Mapping[str, Any],
+) -> str:
+    """As `RepairRow.key`, known before the row is measured."""
+    return digest([study, repair, *cell, text, provenance.get("depends_on", {})])
 
 
 def read_repair_rows(path: Path) -> list[RepairRow]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 
 import torch
 
@@ -24,6 +24,8 @@ def fit_for_mask(
     text: Corpus,
     held_back: Corpus,
     config: FitConfig = FitConfig(),  # noqa: B008
+    *,
+    ranks: Mapping[int, int] | None = None,
 ) -> StubLibrary:
     """Fit the stubs of one mask, each on the states that the stubs before it lead to.
 
@@ -35,7 +37,9 @@ def fit_for_mask(
         mask: The blocks to remove.
         text: Tokens to fit on; nothing may be reported on them.
         held_back: Tokens on which the ridge penalty is chosen.
-        config: Rank and penalties; every stub gets the same rank.
+        config: Rank and penalties.
+        ranks: Rank of each stub by index of the block, such as a library's, for equal bytes; None
+            gives each that of `config`.
 
     Returns:
         A library with stubs for the blocks of `mask` alone.
@@ -57,8 +61,9 @@ def fit_for_mask(
                 track.advance(step, kept)
             for block in (block for block in step if block in mask):
                 fit_on, judge_on = (track.moments() for track in tracks)
-                fit = best_fit(block, fit_on, judge_on, config, config.rank)
-                stubs[block] = fit.stub(config.rank, llm.dtype)
+                rank = config.rank if ranks is None else ranks[block]
+                fit = best_fit(block, fit_on, judge_on, replace(config, rank=rank), rank)
+                stubs[block] = fit.stub(rank, llm.dtype)
                 for track in tracks:
                     track.add(stubs[block].on(llm.device))
     provenance = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ OVERLAP_TOKENS = 32
 """Two texts overlap if they share a run of so many tokens."""
 
 _FORMAT = 1
+_COUNTS = ("windows", "window_tokens", "tokens", "sha256")
 _TEMPERATURE, _TOP_P = 0.9, 0.95
 _GENERATION_BATCH = 16
 
@@ -51,7 +52,8 @@ class CorpusConfig:
         windows: How many windows.
         window_tokens: Tokens of one window.
         seed: Chooses the windows, or seeds the model's writing.
-        field: The text field of JSON lines and data sets.
+        field: The text field of JSON lines and data sets; several are joined by ``+``, as in
+            ``"question+answer"``.
         split: The split of a hub data set.
         role: ``"calibration"``, ``"selection"`` or ``"report"``; roles never share text.
 
@@ -124,6 +126,43 @@ class Corpus:
             "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         }
         return cls(tokens, {"source": "tokens", **origin, **counts})
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Corpus]) -> Corpus:
+        """Several texts as one, one after the other.
+
+        Args:
+            parts: By name; all of the same window length.
+
+        Raises:
+            CorpusError: The windows differ in length, or there is no text.
+        """
+        import torch
+
+        lengths = {name: part.tokens.shape[1] for name, part in parts.items()}
+        if len(set(lengths.values())) != 1:
+            raise CorpusError(
+                f"Texts are joined where their windows have one length, but these have {lengths}; "
+                "give each the same window_tokens."
+            )
+        described = {name: part.provenance for name, part in parts.items()}
+        tokens = torch.cat([part.tokens for part in parts.values()])
+        return cls.of_tokens(tokens, source="+".join(parts), parts=described)
+
+    def spread(self, windows: int) -> Corpus:
+        """So many windows, taken from all over the text at regular distances.
+
+        Raises:
+            CorpusError: There are not so many.
+        """
+        have = len(self.tokens)
+        if not 1 <= windows <= have:
+            raise CorpusError(
+                f"From 1 to {have} windows can be taken of this text, not {windows}; give more."
+            )
+        chosen = [number * have // windows for number in range(windows)]
+        kept = {k: v for k, v in self.provenance.items() if k not in _COUNTS}
+        return Corpus.of_tokens(self.tokens[chosen], **kept, spread_over=have)
 
     @property
     def sha256(self) -> str:
@@ -278,13 +317,18 @@ def _file_text(config: CorpusConfig) -> str:
     documents = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            documents.append(str(json.loads(line)[config.field]))
+            documents.append(_field_text(json.loads(line), config.field))
         except (json.JSONDecodeError, KeyError, TypeError):
             raise CorpusError(
                 f"Line {number} of {path} is no JSON object with the field {config.field!r}; "
                 "set `field` to the one that holds the text."
             ) from None
     return "\n\n".join(documents)
+
+
+def _field_text(row: Mapping[str, Any], names: str) -> str:
+    """The text of one document: a field, or several one after the other."""
+    return " ".join(str(row[name]) for name in names.split("+"))
 
 
 def _hub_text(config: CorpusConfig) -> str:
@@ -295,7 +339,7 @@ def _hub_text(config: CorpusConfig) -> str:
     _, name, *subset = config.source.split(":")
     try:
         rows = load_dataset(name, *subset, split=config.split)
-        return "\n\n".join(str(row[config.field]) for row in rows)
+        return "\n\n".join(_field_text(row, config.field) for row in rows)
     except Exception as error:  # the hub's client has no common base class for its errors
         raise CorpusError(
             f"Cannot load the data set {name!r} ({config.split}, field {config.field!r}): "

@@ -1,0 +1,187 @@
+"""The live parts of ``experiments.repair``: model, texts, and libraries that are made once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from experiments.config import Config, TextConfig
+from experiments.errors import ExperimentError
+from rap_env.importance import gsi
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import shared_llm
+from rap_env.memory import MemoryModel
+from rap_env.paths import cache_dir
+from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
+from rap_env.repair.masks import MaskDraw
+from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint, load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import ScoreStore
+from rap_env.workbench import Workbench
+from rap_env.workload import make_sampler
+
+log = logging.getLogger(__name__)
+
+_LEAST_HELD_BACK = 4  # windows of each text
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All text by name; no two of the three kinds share any.
+
+    Attributes:
+        fit: To fit on.
+        held_back: To choose ranks and penalties on, of the same sources.
+        report: To report on.
+    """
+
+    fit: Mapping[str, Corpus]
+    held_back: Mapping[str, Corpus]
+    report: Mapping[str, Corpus]
+
+    def fitted(self, names: list[str]) -> tuple[Corpus, Corpus]:
+        """What is fitted on and held back, of some sources together."""
+        fit = {name: self.fit[name] for name in names}
+        held_back = {name: self.held_back[name] for name in names}
+        return Corpus.joined(fit), Corpus.joined(held_back)
+
+
+class RepairBench:
+    """The model with its texts and stub libraries.
+
+    Args:
+        config: All settings.
+        folder: Where libraries are kept.
+
+    Raises:
+        CorpusError: A text is missing, too short, or overlaps with another.
+        ExperimentError: There is no text to fit or report on.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        if not config.stubs.fit_texts or not config.stubs.report_texts:
+            raise ExperimentError("stubs.fit_texts and stubs.report_texts need an entry each.")
+        self.config, self.folder = config, folder
+        model = config.model
+        self.llm = shared_llm(model.name, device=model.device, dtype=model.dtype)
+        path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
+        self.store = None if path is None else ScoreStore(path)
+        self.calibration = self._load(config.calibration, "calibration")
+        self.texts = self._texts()
+        self.report = {
+            name: MaskScorer(self.llm, text, self.store) for name, text in self.texts.report.items()
+        }
+
+    @property
+    def fit_config(self) -> FitConfig:
+        """How stubs are fitted."""
+        return FitConfig(rank=self.config.stubs.rank)
+
+    @cached_property
+    def library(self) -> StubLibrary:
+        """Stubs fitted on all texts together."""
+        return self.fitted("library", list(self.texts.fit))
+
+    @cached_property
+    def distilled(self) -> StubLibrary:
+        """The same stubs, distilled; killed, it goes on."""
+        path = self.folder / "distilled.safetensors"
+        if path.exists():
+            return self._found(path)
+        text, _ = self.texts.fitted(list(self.texts.fit))
+        stubs = self.config.stubs
+        settings = DistillConfig(
+            steps=stubs.distill_steps,
+            windows=stubs.distill_windows,
+            learning_rate=stubs.learning_rate,
+            seed=self.config.seed,
+        )
+        made = distill(
+            self.llm,
+            self.library,
+            text,
+            self._mask_draw(),
+            settings,
+            path=self.folder / "distilling.pt",
+            progress=self.config.progress,
+        )
+        return self._kept(made, path)
+
+    def fitted(self, label: str, names: list[str], windows: int | None = None) -> StubLibrary:
+        """A library fitted on some texts, from its file if it was fitted before.
+
+        Args:
+            label: Name of its file.
+            names: The texts.
+            windows: Windows to fit on, spread over all of them; None for all.
+        """
+        path = self.folder / f"{label}.safetensors"
+        if path.exists():
+            return self._found(path)
+        text, held_back = self.texts.fitted(names)
+        if windows is not None:
+            text = text.spread(windows)
+        log.info("Fitting stubs (%s) on %d tokens.", label, text.tokens.numel())
+        made = fit_library(
+            self.llm, text, held_back, self.fit_config, progress=self.config.progress
+        )
+        return self._kept(made, path)
+
+    def workbench(self, library: StubLibrary | None) -> Workbench:
+        """What a search for masks looks at, with these stubs or none."""
+        view = self.view(library)
+        return Workbench(view, self.calibration, self.store, importance="none", progress=False)
+
+    def view(self, library: StubLibrary | None) -> ElasticLLM:
+        """The model, with these stubs or none."""
+        return self.llm if library is None else library.attach(self.llm)
+
+    def _mask_draw(self) -> MaskDraw:
+        """Masks that follow the importance of blocks with stubs, and noisy ones."""
+        view = self.view(self.library)
+        scorer = MaskScorer(view, self.calibration, self.store)
+        path = self.folder / "gsi.json"
+        removals = self.config.importance.gsi_removals
+        profile = gsi(
+            scorer, method="lazy", stop=removals, path=path, progress=self.config.progress
+        )
+        memory = MemoryModel(view)
+        sampler = make_sampler(self.config.workload, memory)
+        return MaskDraw(memory, sampler, np.asarray(profile.marginal_loss))
+
+    def _found(self, path: Path) -> StubLibrary:
+        library = StubLibrary.load(path)
+        library.attach(self.llm)  # refuses one of another model
+        log.info("Found %s.", path)
+        return library
+
+    def _kept(self, library: StubLibrary, path: Path) -> StubLibrary:
+        library.save(path)
+        size = library.nbytes / len(library.stubs) / 1000
+        log.info("Wrote %s: %.0f kB a stub.", path, size)
+        return library
+
+    def _texts(self) -> Texts:
+        stubs = self.config.stubs
+        fit = {name: self._load(t, "calibration") for name, t in stubs.fit_texts.items()}
+        held_back = {
+            name: self._load(self._part(t), "selection") for name, t in stubs.fit_texts.items()
+        }
+        report = {name: self._load(t, "report") for name, t in stubs.report_texts.items()}
+        for text in report.values():
+            for other in (*fit.values(), *held_back.values(), self.calibration):
+                ensure_disjoint(other, text)
+        return Texts(fit, held_back, report)
+
+    def _part(self, text: TextConfig) -> TextConfig:
+        windows = round(text.windows * self.config.stubs.held_back_share)
+        return replace(text, windows=max(_LEAST_HELD_BACK, windows))
+
+    def _load(self, text: TextConfig, role: str) -> Corpus:
+        config = CorpusConfig(**asdict(text), role=role)
+        return load_corpus(config, self.llm, progress=self.config.progress)
