@@ -17,7 +17,7 @@ ORDERS = ("even", "ffn", "attn")
 
 
 class Traffic:
-    """Bytes that a decode step at batch 1 reads: each kept weight and cache entry once.
+    """Bytes that a decode step at batch 1 reads: each kept weight, stub and cache entry once.
 
     Of an embedding that is not also the head a token reads one row; a tied one is read once, as
     the head. All experts of a mixture count, also those that a token does not visit.
@@ -35,6 +35,8 @@ class Traffic:
             size + (kv[index // 2] if index % 2 == 0 else 0) for index, size in enumerate(weights)
         ]
         """Bytes of each block, its cache included, shape (2L,)."""
+        self.stub_bytes = memory.facts.stub_bytes or (0,) * len(weights)
+        """Bytes of what stands in each block's place once it is removed, (2L,)."""
         embedding = llm.model.get_input_embeddings().weight
         tied = llm.model.get_output_embeddings().weight is embedding
         skipped = 0 if tied else embedding.nbytes - embedding[0].nbytes
@@ -44,7 +46,7 @@ class Traffic:
     def step_bytes(self, mask: BlockMask) -> int:
         """Bytes read for one token under `mask`."""
         kept = (size for index, size in enumerate(self.block_bytes) if index not in mask)
-        return self.rest_bytes + sum(kept)
+        return self.rest_bytes + sum(kept) + sum(self.stub_bytes[index] for index in mask)
 
     def share(self, mask: BlockMask) -> float:
         """Share of the dense model's bytes that `mask` takes away."""

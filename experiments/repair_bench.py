@@ -168,11 +168,10 @@ class RepairBench:
 
     def _texts(self) -> Texts:
         stubs = self.config.stubs
-        fit = {name: self._load(t, "calibration") for name, t in stubs.fit_texts.items()}
-        held_back = {
-            name: self._load(self._part(t), "selection") for name, t in stubs.fit_texts.items()
-        }
-        report = {name: self._load(t, "report") for name, t in stubs.report_texts.items()}
+        parts = {name: self._part(text) for name, text in stubs.fit_texts.items()}
+        report = self._load_all(stubs.report_texts, "report")
+        held_back = self._load_all(parts, "selection")
+        fit = self._load_all(stubs.fit_texts, "calibration")
         for text in report.values():
             for other in (*fit.values(), *held_back.values(), self.calibration):
                 ensure_disjoint(other, text)
@@ -181,6 +180,12 @@ class RepairBench:
     def _part(self, text: TextConfig) -> TextConfig:
         windows = round(text.windows * self.config.stubs.held_back_share)
         return replace(text, windows=max(_LEAST_HELD_BACK, windows))
+
+    def _load_all(self, texts: Mapping[str, TextConfig], role: str) -> dict[str, Corpus]:
+        """Texts by name. What the model has to write comes last: a bad path is told at once."""
+        files_first = sorted(texts.items(), key=lambda item: item[1].source == "self")
+        found = {name: self._load(text, role) for name, text in files_first}
+        return {name: found[name] for name in texts}
 
     def _load(self, text: TextConfig, role: str) -> Corpus:
         config = CorpusConfig(**asdict(text), role=role)

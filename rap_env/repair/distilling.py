@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +28,11 @@ from rap_env.scoring.corpus import Corpus
 _TEACHER_BYTES = 512 * 2**20
 _CLIP_NORM = 1.0
 _LAST_RATE = 0.05  # share of the learning rate that is left at the end
+
+# What torch.load and the first look at its result raise if a file is cut, edited or another's.
+_DAMAGE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,7 @@ def distill(
         "settings": asdict(config),
         "started_from": library.sha256,
         "text": text.sha256,
-        "losses": masks.losses.tolist(),
-        "requests": repr(masks.requests),
-        "noise": list(masks.noise),
+        **masks.settings,
     }
     trainer = _Trainer(llm, library, text, masks, config)
     if path is not None and Path(path).exists():
@@ -166,6 +170,7 @@ class _Trainer:
         """One update; gives its divergence in nats per token."""
         began = time.perf_counter()
         windows = self._windows(self.step)
+        self._masks.requests.restart(self.step)  # a replayed trace goes on where it stood
         mask = self._masks.draw(np.random.default_rng([self._config.seed, self.step]))
         ids = self._tokens[windows].to(self._llm.device)
         teacher = torch.cat([self._teach(int(window)) for window in windows])
@@ -173,7 +178,9 @@ class _Trainer:
             student = self._llm.hidden(ids).flatten(end_dim=1)
         value, gradient = divergence(self._partial, student, teacher)
         self._adam.zero_grad()
-        torch.autograd.backward(student, gradient)
+        if student.requires_grad:  # else nothing is removed, or no stub stands there
+            # The base model's own weights may want gradients too; they get none.
+            torch.autograd.backward(student, gradient, inputs=self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, _CLIP_NORM)
         for group in self._adam.param_groups:
             group["lr"] = self._config.rate(self.step)
@@ -205,7 +212,7 @@ class _Trainer:
         try:
             state = torch.load(path, map_location=self._llm.device, weights_only=True)
             found = state["run"]
-        except (RuntimeError, EOFError, KeyError, OSError, TypeError, ValueError) as error:
+        except _DAMAGE as error:
             raise ArtifactError(
                 f"{path} is damaged or holds no distillation; delete it to begin anew."
             ) from error

@@ -43,6 +43,11 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.rank < 0 or min(self.ranks or (0,)) < 0:
             raise InvalidRequestError(f"Ranks of stubs must be 0 or above, not {self}.")
+        if self.ranks is not None and min(self.ranks, default=self.rank + 1) > self.rank:
+            raise InvalidRequestError(
+                f"No rank of {self.ranks} is within the mean rank of {self.rank}; offer a lower "
+                "one, or None for the same rank everywhere."
+            )
         if not self.ridges or min(self.ridges) <= 0:
             raise InvalidRequestError(f"Ridge penalties must be above 0, not {self.ridges}.")
 
@@ -165,7 +170,9 @@ def best_fit(
     found = []
     for ridge in config.ridges:
         candidate = reduced_rank_ridge(fit_on, ridge, width)
-        errors = candidate.errors(judge_on) / judge_on.y_power
+        # What a block adds may be nothing at all, as where a pruned model has lost it.
+        power = max(judge_on.y_power, torch.finfo(torch.float32).tiny)
+        errors = candidate.errors(judge_on) / power
         found.append(BlockFit(block, candidate, ridge, errors))
     return min(found, key=lambda fit: float(fit.errors[min(config.rank, width)]))
 

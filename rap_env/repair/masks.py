@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,20 @@ class MaskDraw:
     requests: RequestSampler
     losses: npt.NDArray[np.float64]
     noise: tuple[float, ...] = NOISE
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the masks are drawn by beside the model, for records."""
+        sampler: Any = self.requests
+        known = fields(sampler) if is_dataclass(sampler) else ()
+        # Its repr also says where in memory its model lies.
+        named = {f.name: getattr(sampler, f.name) for f in known if f.init and f.name != "memory"}
+        shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
+        return {
+            "losses": self.losses.tolist(),
+            "requests": f"{type(sampler).__name__}({shown})",
+            "noise": list(self.noise),
+        }
 
     def draw(self, rng: np.random.Generator) -> BlockMask:
         """A mask; all randomness comes from the generator."""

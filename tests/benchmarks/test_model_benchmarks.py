@@ -8,11 +8,12 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import apply, decode, load, memory
+from benchmarks import apply, decode, load, memory, repair
 from benchmarks.decoding import Decoding
 from benchmarks.traffic import ORDERS, Traffic
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
+from rap_env.llm.loading import load_llm
 from rap_env.llm.surgery import load_pruned, save_pruned
 from rap_env.memory import MemoryModel
 from rap_env.workload import Request
@@ -114,6 +115,24 @@ def test_decode_ends_in_a_record_of_every_order_and_share(folder, tmp_path, monk
     assert masks["dense"]["of_proportional"]["median"] == 1.0
     assert len(record["targets"]) == len(ORDERS)
     assert "a plain read of memory" in record["notes"][1]
+
+
+def test_repair_counts_the_stubs_as_bytes_that_stay(folder, tmp_path):
+    settings = repair.RepairSettings(
+        repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder), fit_tokens=64,
+        held_back_tokens=32, window_tokens=16, rank=2, context_tokens=16, steps=2, shares=[0.4],
+        fits=1,
+    )  # fmt: skip
+    repair.main(settings)
+    record = _record(tmp_path)
+    side = record["measured"]["decode"]["40%"]
+    llm = load_llm(folder)
+    plain = Traffic(llm, 16)
+    mask = plain.mask("even", 0.4)
+    assert side["blocks_removed"] == len(mask)
+    assert 0 < side["bytes_share_removed"] < plain.share(mask)
+    assert record["measured"]["library_bytes"] <= 2 * LAYERS * (2 * 2 * 16 + 16) * 4
+    assert [target["at_least"] or target["at_most"] for target in record["targets"]] == [0.9, 180.0]
 
 
 def test_the_worst_mask_of_an_order_decides():
