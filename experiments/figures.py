@@ -113,7 +113,7 @@ def overview(comparison: Comparison, narrow: bool) -> Figure:
                 )  # fmt: skip
         for axis in axes:
             _name_rows(axis, [s.method for s in summaries])
-        _loss_scale(axes[0], [s.loss.mean for s in summaries], "x")
+        loss_scale(axes[0], [s.loss.mean for s in summaries], "x")
         axes[0].set_title("Loss on held-out text")
         if accuracy:
             _draw_dense_accuracy(axes[1], comparison)
@@ -142,8 +142,8 @@ def loss_against_budget(comparison: Comparison, narrow: bool) -> Figure:
             axis.set_xlabel("memory budget (% of the dense peak)" if narrow or place >= (
                 rows - 1) * columns else "")  # fmt: skip
         for place, axis in enumerate(axes[: len(shapes)]):
-            _loss_scale(axis, means, "y", label=place % columns == 0)
-        axes[0].invert_xaxis()
+            loss_scale(axis, means, "y", label=place % columns == 0)
+        _budget_axis(axes[0], comparison.budgets)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
             handles[::-1], labels[::-1], loc="outside lower center", ncols=2 if narrow else 5,
@@ -185,7 +185,7 @@ def _draw_one_shot(axis: Axes, loss_rise: list[float]) -> None:
         axis.bar(layers + offset, heights, 0.42, color=KIND_COLOURS[kind], label=f"{kind} block")
     linear = max(0.01, float(np.median(np.abs(values))))
     axis.set_yscale("symlog", linthresh=linear)
-    _plain_log_ticks(axis.yaxis)
+    plain_log_ticks(axis.yaxis)
     axis.set_title("One block removed from the dense model")
     axis.set_xlabel("layer")
     axis.set_ylabel("loss (nats/token, log scale)")
@@ -240,6 +240,14 @@ def _draw_losses(axis: Axes, comparison: Comparison, shape: tuple[int, int]) -> 
     return means
 
 
+def _budget_axis(axis: Axes, budgets: list[float]) -> None:
+    """Tighter budgets to the right; around a single one there is room, so its marks stay close."""
+    if len(budgets) == 1:
+        axis.set_xlim(100 * budgets[0] + 1, 100 * budgets[0] - 1)
+    else:
+        axis.invert_xaxis()
+
+
 def _draw_dense_accuracy(axis: Axes, comparison: Comparison) -> None:
     dense = [row.mean_accuracy for row in comparison.rows if row.method == REFERENCE]
     known = [value for value in dense if value is not None]
@@ -251,7 +259,7 @@ def _draw_dense_accuracy(axis: Axes, comparison: Comparison) -> None:
         )  # fmt: skip
 
 
-def _loss_scale(axis: Axes, means: list[float], which: str, label: bool = True) -> None:
+def loss_scale(axis: Axes, means: list[float], which: str, label: bool = True) -> None:
     """A log axis where losses span more than a decade and none is at or below zero."""
     log = bool(means) and min(means) > 0 and max(means) > 10 * min(means)
     text = f"loss (nats/token{', log scale' if log else ''})"
@@ -261,10 +269,11 @@ def _loss_scale(axis: Axes, means: list[float], which: str, label: bool = True) 
         axis.set_ylabel(text if label else "")
     if log:
         (axis.set_xscale if which == "x" else axis.set_yscale)("log")
-        _plain_log_ticks(axis.xaxis if which == "x" else axis.yaxis)
+        plain_log_ticks(axis.xaxis if which == "x" else axis.yaxis)
 
 
-def _plain_log_ticks(axis: Any) -> None:
+def plain_log_ticks(axis: Any) -> None:
+    """Numbers such as 0.5 or 20 at the ticks of an x or y axis, whatever its scale."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if axis.get_scale() == "log":

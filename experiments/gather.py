@@ -10,6 +10,10 @@ from typing import Any
 from experiments.comparison import Comparison
 from experiments.errors import ExperimentError
 from experiments.records import read_records, read_rows
+from experiments.repair_comparison import RepairComparison
+from experiments.repair_orders import FILE as ORDERS
+from experiments.repair_orders import read_orders
+from experiments.repair_rows import read_repair_rows
 from experiments.runs import RunFolder
 from rap_env.errors import ArtifactError
 
@@ -50,6 +54,9 @@ class ReportData:
         profile: The content of ``profile/profile.json``, or None.
         runs: Training runs.
         evaluations: The content of each evaluation's ``run.json``.
+        repair: Repair rows, or None before ``experiments.repair``.
+        repair_orders: Its GSI orders, by repair; empty without.
+        repair_notes: The content of its ``run.json``, with the model's name; empty without.
     """
 
     root: Path
@@ -57,6 +64,9 @@ class ReportData:
     profile: dict[str, Any] | None
     runs: list[TrainingRun]
     evaluations: list[dict[str, Any]]
+    repair: RepairComparison | None
+    repair_orders: dict[str, Any]
+    repair_notes: list[dict[str, Any]]
 
 
 def gather(root: Path) -> ReportData:
@@ -70,13 +80,23 @@ def gather(root: Path) -> ReportData:
     rows = [row for file in files for row in read_rows(file)]
     profile = _read_json(root / "profile" / "profile.json")
     runs = [_training_run(path) for path in training_dirs(root)]
-    if not (rows or profile or runs):
+    repair_rows = read_repair_rows(root / "repair" / "repair.jsonl")
+    if not (rows or profile or runs or repair_rows):
         raise ExperimentError(
-            f"{root} has no records to report; run profile, train and evaluate with the same "
-            "name=... (or experiment=...) first."
+            f"{root} has no records to report; run profile, train and evaluate, or repair, with "
+            "the same name=... (or experiment=...) first."
         )
     notes = [note for file in files if (note := RunFolder(file.parent).read())]
-    return ReportData(root, Comparison(rows) if rows else None, profile, runs, notes)
+    return ReportData(
+        root,
+        Comparison(rows) if rows else None,
+        profile,
+        runs,
+        notes,
+        RepairComparison(repair_rows) if repair_rows else None,
+        read_orders(root / "repair" / ORDERS) if repair_rows else {},
+        _repair_notes(root / "repair") if repair_rows else [],
+    )
 
 
 def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
@@ -113,6 +133,13 @@ def _training_run(path: Path) -> TrainingRun:
     return TrainingRun(
         path.name, method, seed, read_records(folder.metrics), facts, folder.settings() or {}
     )
+
+
+def _repair_notes(path: Path) -> list[dict[str, Any]]:
+    """What `experiments.repair` noted of its run; nothing where rows were copied alone."""
+    folder = RunFolder(path)
+    note, settings = folder.read(), folder.settings() or {}
+    return [{**note, "model": settings.get("model", {}).get("name", "")}] if note else []
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What each method is called and how it looks, the same in every table and figure."""
+"""What each method and repair is called and how it looks, the same everywhere."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ _LOOKS = {
     "ffn_only": Look("FFN only", "#D5A41C", ">", "one-shot order, ffn blocks only"),
     "random": Look("Random", "#8D9299", "X", "random blocks until the request fits"),
     "dense": Look("Dense (nothing removed)", "#1F2328", "_", "the reference; needs all its memory"),
+    "none": Look("No stubs", "#7C838A", "o", "removed blocks leave nothing"),
+    "library": Look("Library", "#2A78C2", "o", "stubs fitted once, for any mask"),
+    "distilled": Look("Distilled library", "#159A74", "o", "the library, trained on dense outputs"),
+    "per_mask": Look("Fitted per mask", "#E09A1A", "o", "stubs fitted anew for each mask"),
 }  # fmt: skip
 
 _SPARE = ("#5B8C5A", "#B5651D", "#4B6C8B", "#A23B72", "#6B7A1E", "#7D5BA6")

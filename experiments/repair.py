@@ -18,6 +18,8 @@ from experiments.cli import launch
 from experiments.config import Config
 from experiments.records import append_record
 from experiments.repair_bench import RepairBench
+from experiments.repair_orders import FILE as ORDERS
+from experiments.repair_orders import write_orders
 from experiments.repair_rows import RepairRow, read_repair_rows, row_key
 from experiments.runs import RunFolder, git_state
 from experiments.statistics import bootstrap_mean
@@ -78,8 +80,12 @@ def repair(config: Config, folder: Path) -> Path:
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=_FROZEN)
     bench = RepairBench(config, folder)
-    judge = Judge(bench)
-    rows = judge.rows(list(entries(bench)))
+    compared = list(entries(bench))
+    rows = Judge(bench).rows(compared)
+    grid = [entry.repair for entry in compared if entry.study == "grid"]
+    orders = {name: bench.importance(name) for name in grid if name != "per_mask"}
+    if orders:
+        write_orders(folder / ORDERS, orders)
     run.finish(started, rows=len(rows))
     log.info("Repair: %d rows in %s.", len(rows), folder / FILE)
     return folder / FILE
@@ -89,19 +95,13 @@ def entries(bench: RepairBench) -> Iterator[Entry]:
     """Everything that is compared, in order; libraries are made when they are reached."""
     stubs = bench.config.stubs
     every = list(bench.texts.fit)
-    makers: dict[str, Any] = {
-        "none": lambda: None,
-        "library": lambda: bench.library,
-        "per_mask": lambda: bench.library,
-        "distilled": lambda: bench.distilled,
-    }
     _ = bench.library
     if stubs.distill_steps:
         _ = bench.distilled
     for name in stubs.repairs:
         if name == "distilled" and not stubs.distill_steps:
             continue
-        library = makers[name]()
+        library = bench.stubs_of(name)
         own = ("library", bench.library) if name == "per_mask" else (name, library)
         yield Entry("grid", name, every if name != "none" else [], library, own)
     shared = ("library", bench.library)

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.config import Config, TextConfig
 from experiments.errors import ExperimentError
-from rap_env.importance import gsi
+from rap_env.importance import GSIProfile, gsi
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import shared_llm
 from rap_env.memory import MemoryModel
@@ -66,9 +66,19 @@ class RepairBench:
     def __init__(self, config: Config, folder: Path) -> None:
         if not config.stubs.fit_texts or not config.stubs.report_texts:
             raise ExperimentError("stubs.fit_texts and stubs.report_texts need an entry each.")
+        if config.repair.name != "none":
+            raise ExperimentError(
+                f"experiments.repair makes stubs, and compares them with none: leave repair.name "
+                f"at 'none', not {config.repair.name!r}."
+            )
         self.config, self.folder = config, folder
         model = config.model
-        self.llm = shared_llm(model.name, device=model.device, dtype=model.dtype)
+        self.llm = shared_llm(
+            model.name,
+            device=model.device,
+            dtype=model.dtype,
+            max_memory_bytes=model.max_memory_bytes,
+        )
         path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
         self.store = None if path is None else ScoreStore(path)
         self.calibration = self._load(config.calibration, "calibration")
@@ -132,6 +142,22 @@ class RepairBench:
         )
         return self._kept(made, path)
 
+    def stubs_of(self, repair: str) -> StubLibrary | None:
+        """The library of a repair; for ``per_mask`` the one whose masks and ranks are taken."""
+        if repair == "none":
+            return None
+        return self.distilled if repair == "distilled" else self.library
+
+    def importance(self, repair: str) -> GSIProfile:
+        """The GSI order with the stubs of a repair in place; killed, it goes on."""
+        return gsi(
+            MaskScorer(self.view(self.stubs_of(repair)), self.calibration, self.store),
+            method="lazy",
+            stop=self.config.importance.gsi_removals,
+            path=self.folder / f"gsi-{repair}.json",
+            progress=self.config.progress,
+        )
+
     def workbench(self, library: StubLibrary | None) -> Workbench:
         """What a search for masks looks at, with these stubs or none."""
         view = self.view(library)
@@ -143,14 +169,8 @@ class RepairBench:
 
     def _mask_draw(self) -> MaskDraw:
         """Masks that follow the importance of blocks with stubs, and noisy ones."""
-        view = self.view(self.library)
-        scorer = MaskScorer(view, self.calibration, self.store)
-        path = self.folder / "gsi.json"
-        removals = self.config.importance.gsi_removals
-        profile = gsi(
-            scorer, method="lazy", stop=removals, path=path, progress=self.config.progress
-        )
-        memory = MemoryModel(view)
+        profile = self.importance("library")
+        memory = MemoryModel(self.view(self.library))
         sampler = make_sampler(self.config.workload, memory)
         return MaskDraw(memory, sampler, np.asarray(profile.marginal_loss))
 

@@ -9,6 +9,14 @@ from experiments.config import Config
 from experiments.console import say
 from experiments.gather import ReportData, gather
 from experiments.html import Gallery, write_page
+from experiments.repair_tables import repair_markdown
+from experiments.report_repair import (
+    REPAIR_ABSTRACT,
+    repair_findings,
+    repair_key_numbers,
+    repair_section,
+    repair_terminal_text,
+)
 from experiments.report_sections import (
     comparison_section,
     costs_section,
@@ -30,7 +38,8 @@ def report(config: Config, folder: Path) -> Path:
 
     Args:
         config: All settings; the records of ``<runs_dir>/<name>`` are read.
-        folder: Where ``index.html``, ``tables.md`` and ``figures/`` go.
+        folder: Where ``index.html``, ``tables.md``, ``repair_tables.md`` and ``figures/`` go, as
+            far as there are records for them.
 
     Returns:
         The page's path.
@@ -48,6 +57,10 @@ def report(config: Config, folder: Path) -> Path:
         with atomic_write(folder / "tables.md") as file:
             file.write(tables_markdown(data.comparison).encode())
         say(f"\n{terminal_text(data.comparison)}\n")
+    if data.repair:
+        with atomic_write(folder / "repair_tables.md") as file:
+            file.write(repair_markdown(data.repair).encode())
+        say(f"\n{repair_terminal_text(data.repair)}\n")
     say(f"The report is {page}")
     return page
 
@@ -61,6 +74,7 @@ def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
         memory_section(data, gallery),
         importance_section(data, gallery),
         learning_section(data, gallery),
+        repair_section(data, gallery),
         costs_section(data),
         method_section(data),
         provenance_section(data),
@@ -68,11 +82,15 @@ def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": abstract(data),
-        "key": key_numbers(data),
-        "findings": findings(data),
+        "abstract": REPAIR_ABSTRACT if _repair_alone(data) else abstract(data),
+        "key": key_numbers(data) or repair_key_numbers(data),
+        "findings": [*findings(data), *repair_findings(data)],
         "sections": [section for section in sections if section and section.parts],
     }
+
+
+def _repair_alone(data: ReportData) -> bool:
+    return bool(data.repair) and not (data.comparison or data.profile or data.runs)
 
 
 def _need_matplotlib() -> None:

@@ -36,14 +36,14 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
     if comparison.incomplete:
         section.text(
             "Some methods lack results for some pairs of request and budget; means are over the "
-            f"{len(comparison.cells)} pairs that all methods have."
+            f"{tables.counted(len(comparison.cells), 'pair')} that all methods have."
         )
     section.table(tables.summary_table(comparison), named)
     gallery.add(
         section, "overview", "Every method over the whole grid",
-        f"Mean over {len(comparison.cells)} pairs of request and budget; hollow marks miss some "
-        f"budgets, so their losses do not compare. {INTERVAL_WORDS} The dotted line is the dense "
-        "model's accuracy.",
+        f"Mean over {tables.counted(len(comparison.cells), 'pair')} of request and budget; "
+        f"hollow marks miss some budgets, so their losses do not compare. {INTERVAL_WORDS} The "
+        "dotted line is the dense model's accuracy.",
         partial(figures.overview, comparison),
     )  # fmt: skip
     gallery.add(
@@ -210,36 +210,40 @@ def provenance_section(data: ReportData) -> Section:
     """Versions, machine, commit, hashes, seeds."""
     section = Section("provenance", "Provenance")
     for note in data.evaluations[-1:]:
-        found = note["provenance"]
-        git = found.get("git") or {}
-        machine = found["machine"]
-        commit = (
-            f"{git.get('commit', 'unknown')}{' (with local changes)' if git.get('dirty') else ''}"
-        )
-        packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-        section.facts(
-            [
-                ("Machine", ", ".join(f"{k} {v}" for k, v in machine.items())),
-                ("Commit", commit),
-                ("Python", found["python"]),
-                ("Packages", packages),
-                ("Seeds", ", ".join(f"{k} {v}" for k, v in found["seeds"].items())),
-                (
-                    "Evaluation",
-                    f"{tables.seconds(note.get('seconds', 0))}, ended {note.get('finished', '-')}",
-                ),
-            ]
-        )
+        section.facts(_run_facts(note, "Evaluation"))
+    for note in data.repair_notes:
+        section.facts(_run_facts(note, "Repair"), "Repair" if data.evaluations else "")
     if data.comparison:
         depends = data.comparison.rows[0].provenance.get("depends_on", {})
         keys = ("model_fingerprint", "calibration_sha256", "report_sha256")
         section.facts([(k.replace("_", " "), str(depends[k])) for k in keys if k in depends])
+    files = "repair/repair.jsonl (one line a repair, request, budget and text)"
+    if data.comparison or data.profile or data.runs:
+        others = f", {files}" if data.repair else ""
+        files = (
+            "evaluate/results.jsonl (one line a method, seed, request and budget), "
+            f"train/*/metrics.jsonl, and profile/profile.json{others}"
+        )
     section.text(
-        "Every number here comes from the JSON lines in this comparison's folder: "
-        "evaluate/results.jsonl (one line a method, seed, request and budget), "
-        "train/*/metrics.jsonl, and profile/profile.json."
+        f"Every number here comes from the JSON lines in this comparison's folder: {files}."
     )
     return section
+
+
+def _run_facts(note: dict[str, Any], stage: str) -> list[tuple[str, str]]:
+    """Machine, commit, versions, seeds and time of a run."""
+    found = note["provenance"]
+    git = found.get("git") or {}
+    commit = f"{git.get('commit', 'unknown')}{' (with local changes)' if git.get('dirty') else ''}"
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return [
+        ("Machine", ", ".join(f"{k} {v}" for k, v in found["machine"].items())),
+        ("Commit", commit),
+        ("Python", found["python"]),
+        ("Packages", packages),
+        ("Seeds", ", ".join(f"{k} {v}" for k, v in found["seeds"].items())),
+        (stage, f"{tables.seconds(note.get('seconds', 0))}, ended {note.get('finished', '-')}"),
+    ]
 
 
 def _curves(data: ReportData, narrow: bool) -> Figure:

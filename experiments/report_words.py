@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.comparison import Comparison, Summary
 from experiments.gather import ReportData
 from experiments.methods import TIMES, look
-from experiments.tables import number, percent, seconds
+from experiments.tables import counted, number, percent, seconds
 
 
 def subtitle(data: ReportData) -> str:
@@ -14,7 +14,9 @@ def subtitle(data: ReportData) -> str:
     if data.profile:
         facts = data.profile["facts"]
         parts.append(f"{facts['name']} ({facts['dtype']}, {facts['num_layers']} layers)")
-    notes = data.evaluations or [run.facts for run in data.runs]
+    elif data.repair_notes:
+        parts.append(data.repair_notes[-1]["model"])
+    notes = data.evaluations or [run.facts for run in data.runs] or data.repair_notes
     if notes:
         note = notes[-1]
         parts.append(str(note["provenance"]["machine"].get("cpu", "")))
@@ -88,8 +90,8 @@ def findings(data: ReportData) -> list[str]:
         clauses.append(f"loses more than {_join(worse)}")
     missing = [look(s.method).label for s in comparison.summaries if not s.fits_all]
     texts = [
-        f"On {len(comparison.cells)} pairs of request and budget, {name} {_join(clauses)} "
-        "(paired over held-out windows, 95 % level)."
+        f"On {counted(len(comparison.cells), 'pair')} of request and budget, {name} "
+        f"{_join(clauses)} (paired over held-out windows, 95 % level)."
         if clauses
         else f"{name} has no baseline to be compared with."
     ]

@@ -197,6 +197,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as "1 pair" or "4 pairs"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def mebibytes(value: float) -> str:
     """Bytes as MiB, for people."""
     return f"{value / 2**20:,.0f} MiB"

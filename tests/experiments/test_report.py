@@ -11,8 +11,10 @@ import pytest
 from experiments.comparison import Comparison
 from experiments.config import Config
 from experiments.errors import ExperimentError
+from experiments.figures import loss_against_budget
 from experiments.gather import gather
 from experiments.methods import look
+from experiments.records import append_record
 from experiments.report import report
 from experiments.report_words import findings
 from experiments.tables import (
@@ -122,6 +124,30 @@ def test_the_findings_agree_with_the_numbers(root):
     assert re.search(r"loses less than [^.]*Random", text)
     assert "Attention only cannot meet every budget" in text
     assert "single seed" not in text, "there are two"
+
+
+def test_one_pair_is_no_pairs(tmp_path):
+    rows = [make_row(m, (1, 128), 0.9, seed=s) for m, s in (("maskable_ppo", 0), ("gsi", None))]
+    root = tmp_path / "one"
+    for row in rows:
+        append_record(root / "evaluate" / "results.jsonl", row.to_record(), durable=False)
+    text = report(Config(stage="report", runs_dir=str(tmp_path), name="one"), root / "report")
+    assert "Mean over 1 pair of request and budget" in text.read_text()
+    assert findings(gather(root))[0].startswith("On 1 pair of request and budget, ")
+    assert findings(gather(root))[0].endswith("(paired over held-out windows, 95 % level).")
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_marks_of_a_single_budget_stay_close(narrow):
+    """They are moved sideways by less than half a per cent of the peak, whatever the axis."""
+    rows = [row for row in make_rows() if row.budget_fraction == 0.9]
+    axis = loss_against_budget(Comparison(rows), narrow).axes[0]
+    places = [line.lines[0].get_xdata()[0] for line in axis.containers]
+    left, right = axis.get_xlim()
+    assert left > right, "budgets get tighter to the right"
+    assert 0 < max(places) - min(places) < 0.25 * (left - right)
+    several = loss_against_budget(Comparison(make_rows()), narrow).axes[0].get_xlim()
+    assert several[0] > 90 > 70 > several[1]
 
 
 class _Page(HTMLParser):
