@@ -52,6 +52,7 @@ def workbench_config(config: Config, *, profiled: bool = True) -> WorkbenchConfi
         importance=importance,
         gsi_removals=config.importance.gsi_removals,
         gsi_method=config.importance.gsi_method,
+        repair=config.repair.name,
         store=config.store,
     )
 

@@ -80,6 +80,8 @@ class Bench:
             "tasks": self._tasks(config),
             "importance": _importance_identity(config, workbench),
         }
+        if workbench.memory.facts.repair:  # rows without stubs keep the keys that they always had
+            self.depends_on["repair"] = workbench.memory.facts.repair
 
     def judge(
         self, contestant: Contestant, cell: Cell, request: Request, choice: MaskChoice

@@ -27,6 +27,7 @@ from experiments.errors import ExperimentError
 from experiments.mask_plan import planned_masks
 from experiments.runs import RunFolder
 from rap_env.blocks import BlockMask
+from rap_env.repair import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
 from rap_env.scoring.scorer import METRIC, ticker
@@ -56,7 +57,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     run, started = RunFolder(folder), time.monotonic()
     workbench = open_bench(config)
     _check(config, workbench)
-    run.start(config, frozen=("model", "calibration", "importance", "seed"))
+    run.start(config, frozen=("model", "calibration", "importance", "repair", "seed"))
     _ = workbench.one_shot, workbench.features  # a table holds them; their masks count
     if config.export.masks is not None:
         measure(config, workbench)
@@ -132,6 +133,7 @@ def _settings(config: Config, workbench: Workbench) -> dict[str, Any]:
         "importance": config.importance.method,
         "gsi_removals": config.importance.gsi_removals,
         "gsi_method": config.importance.gsi_method,
+        "repair": repair_label(config.repair.name),
     }
 
 

@@ -30,12 +30,12 @@ def profile(config: Config, folder: Path) -> Path:
 
     Raises:
         RapError: As loading the model, the text, the store or an artifact does.
-        ExperimentError: The folder holds a profile of another model, text or importance.
+        ExperimentError: The folder holds a profile of another model, text, importance or repair.
     """
     run = RunFolder(folder)
     started = time.monotonic()
     path = folder / "profile.json"
-    run.start(config, frozen=("model", "calibration", "importance"))
+    run.start(config, frozen=("model", "calibration", "importance", "repair"))
     if path.exists():
         log.info("Importance: found %s.", path)
         return path
@@ -64,7 +64,7 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
             "num_layers": facts.num_layers, "base_bytes": facts.base_bytes,
             "block_param_bytes": list(facts.block_param_bytes),
             "kv_bytes_per_token": list(facts.kv_bytes_per_token),
-            "max_positions": facts.max_positions,
+            "max_positions": facts.max_positions, "repair": facts.repair,
         },
         "memory_shares": workbench.memory.shares(),
         "calibration": workbench.scorer.corpus.provenance,

@@ -147,7 +147,8 @@ class RunFolder:
         before = self.settings()
         if before is None:
             return
-        old, new = flatten(before), flatten(settings)
+        # A setting that there was not when the run began had what is its default now.
+        old, new = flatten(_filled(before, asdict(Config()))), flatten(settings)
         changed = sorted(
             key for key in old.keys() | new.keys()
             if old.get(key) != new.get(key)
@@ -175,6 +176,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _filled(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts with what they lack taken from `defaults`."""
+    filled = {
+        key: _filled(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        else value
+        for key, value in tree.items()
+    }
+    return {**defaults, **filled}
 
 
 def _package_versions() -> dict[str, str]:

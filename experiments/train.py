@@ -32,7 +32,9 @@ from rap_env.workload import Request
 
 log = logging.getLogger(__name__)
 
-FROZEN = ("model", "calibration", "importance", "workload", "reward", "env", "agent", "seed")
+FROZEN = (
+    "model", "calibration", "importance", "repair", "workload", "reward", "env", "agent", "seed",
+)  # fmt: skip
 """Settings that a run cannot change when it goes on."""
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rap_env.llm.streamed import stream_llm
     from rap_env.llm.surgery import load_pruned, save_pruned
     from rap_env.memory import MemoryModel
+    from rap_env.repair import StubLibrary, fit_library, open_library
     from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
     from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.store import ScoreStore
@@ -48,16 +49,19 @@ _MODULES = {
     "RapError": "errors",
     "Request": "workload",
     "ScoreStore": "scoring.store",
+    "StubLibrary": "repair",
     "TaskConfig": "scoring.tasks",
     "TaskScorer": "scoring.tasks",
     "Workbench": "workbench",
     "WorkbenchConfig": "workbench",
+    "fit_library": "repair",
     "gsi": "importance",
     "load_corpus": "scoring.corpus",
     "load_llm": "llm.loading",
     "load_pruned": "llm.surgery",
     "make_sampler": "workload",
     "one_shot": "importance",
+    "open_library": "repair",
     "open_workbench": "workbench",
     "save_pruned": "llm.surgery",
     "shared_llm": "llm.loading",
@@ -80,17 +84,20 @@ __all__ = [
     "RapError",
     "Request",
     "ScoreStore",
+    "StubLibrary",
     "TaskConfig",
     "TaskScorer",
     "Workbench",
     "WorkbenchConfig",
     "__version__",
+    "fit_library",
     "gsi",
     "load_corpus",
     "load_llm",
     "load_pruned",
     "make_sampler",
     "one_shot",
+    "open_library",
     "open_workbench",
     "save_pruned",
     "shared_llm",

@@ -31,7 +31,8 @@ class RequestCosts:
     Attributes:
         dense_peak_bytes: Peak bytes of the unpruned model.
         kv_cache_bytes: Bytes of its KV cache.
-        freed_bytes: Weight and cache bytes that each block's removal frees, (2L,), read-only.
+        freed_bytes: Weight and cache bytes that each block's removal frees, less what its stub
+            takes, (2L,), read-only.
         memory: The model's byte arithmetic.
         request: A request with this batch size and length; its budget does not matter.
     """
@@ -50,7 +51,7 @@ class RequestCosts:
     @cached_property
     def freed_share(self) -> npt.NDArray[np.float32]:
         """What each block's removal frees as a share of the dense peak, (2L,), read-only."""
-        share = np.minimum(self.freed_bytes / self.dense_peak_bytes, 1.0).astype(np.float32)
+        share = np.clip(self.freed_bytes / self.dense_peak_bytes, 0.0, 1.0).astype(np.float32)
         share.flags.writeable = False
         return share
 
@@ -63,7 +64,7 @@ class RequestCosts:
 
     @cached_property
     def fixed_bytes(self) -> int:
-        """Bytes of the dense peak that belong to no block; with the last FFN block some go too."""
+        """Bytes that stay whatever is removed, stubs included; but see `last_ffn_bytes`."""
         return self.dense_peak_bytes - int(self.freed_bytes.sum())
 
     @cached_property
@@ -91,6 +92,7 @@ def request_costs(memory: MemoryModel, batch_size: int, seq_len_tokens: int) -> 
     memory.check(batch_size, seq_len_tokens)
     freed_bytes = memory.freed_bytes(request)
     freed_bytes.flags.writeable = False
-    peak = memory.facts.base_bytes + int(freed_bytes.sum()) + memory.workspace_bytes(request)
+    blocks = int(freed_bytes.sum()) + sum(memory.facts.stub_bytes)  # nothing is removed yet
+    peak = memory.facts.base_bytes + blocks + memory.workspace_bytes(request)
     kv = int(memory.kv_bytes_by_layer(batch_size, seq_len_tokens).sum())
     return RequestCosts(peak, kv, freed_bytes, memory, request)

@@ -15,6 +15,7 @@ import numpy as np
 
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.memory import MemoryModel
+from rap_env.repair import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
 from rap_env.workbench import IMPORTANCES, Workbench, WorkbenchConfig
@@ -143,6 +144,8 @@ def _check_settings(path: Path, table: ScoreTable, config: WorkbenchConfig) -> N
         (name, getattr(config, name), getattr(default, name), held[name])
         for name in ("device", "dtype", "gsi_removals", "gsi_method")
     ]
+    measured_repair = held.get("repair", default.repair)  # older tables know of none
+    asked.append(("repair", repair_label(config.repair), default.repair, measured_repair))
     for name, value, unset, measured in asked:
         if value not in (unset, measured):
             raise ArtifactError(

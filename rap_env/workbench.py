@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rap_env.artifacts import canonical_json, digest
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
+from rap_env.repair import REPAIRS
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
@@ -46,6 +47,9 @@ class WorkbenchConfig:
             ``"none"``, or the path of a GSI artifact.
         gsi_removals: Removals after which GSI stops; None orders all blocks.
         gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.importance.gsi`.
+        repair: What stands in the place of removed blocks: ``"none"``; ``"library"``, stubs that
+            are fitted on self-written text at the first use and kept; or the path of a library's
+            file (see `rap_env.repair.open_library`).
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
     """
 
@@ -57,6 +61,7 @@ class WorkbenchConfig:
     importance: str = "gsi"
     gsi_removals: int | None = 16
     gsi_method: str = "exact"
+    repair: str = "none"
     store: str | None = "default"
 
 
@@ -64,7 +69,7 @@ class Workbench:
     """A live model with its memory arithmetic, scorer and importance; parts come when asked for.
 
     Args:
-        llm: The live model.
+        llm: The live model; a repaired view of one (`StubLibrary.attach`) will do.
         calibration: The text that masks are searched on.
         store: Where scores are kept; None keeps them in memory.
         importance: As in `WorkbenchConfig`.
@@ -159,11 +164,13 @@ def open_workbench(config: WorkbenchConfig) -> Workbench:
     """The workbench for a config; one for each config in a process.
 
     Raises:
-        RapError: As loading the model, the text, the store, a table or an artifact does.
+        RapError: As loading the model, the text, the stubs, the store, a table or an artifact does.
     """
     key, table = canonical_json(asdict(config)), table_path(config.model)
-    if table is not None and table.exists():
-        key += str(table.stat().st_mtime_ns)  # one that was made again is another one
+    library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
+    for made in (table, library):
+        if made is not None and made.exists():
+            key += f" {made.stat().st_mtime_ns}"  # one that was made again is another one
     if key not in _open:
         _open[key] = _opened(config, table)
     return _open[key]
@@ -183,6 +190,10 @@ def _opened(config: WorkbenchConfig, table: Path | None) -> Workbench:
         dtype=config.dtype,
         max_memory_bytes=config.max_memory_bytes,
     )
+    if config.repair != "none":
+        from rap_env.repair import open_library
+
+        llm = open_library(config.repair, llm).attach(llm)  # the shared model stays as it is
     path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
     return Workbench(
         llm,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,8 +15,17 @@ LAYERS = 4
 SHAPES = [(1, 1), (1, 2000), (3, 17), (64, 512)]
 
 
+STUB_BYTES = tuple(range(50, 50 + 20 * LAYERS, 10))
+"""Uneven stubs, all of them smaller than their blocks."""
+
+
+@pytest.fixture(scope="module", params=[(), STUB_BYTES], ids=["plain", "with stubs"])
+def stub_bytes(request) -> tuple[int, ...]:
+    return request.param
+
+
 @pytest.fixture(scope="module", params=[3, 400], ids=["narrow", "wide"])
-def memory(request) -> MemoryModel:
+def memory(request, stub_bytes) -> MemoryModel:
     """Uneven blocks, sliding windows, and FFN blocks that set the workspace or not."""
     return MemoryModel(
         ModelFacts(
@@ -30,6 +41,8 @@ def memory(request) -> MemoryModel:
             ffn_width=request.param,
             vocab_size=10,
             max_positions=2048,
+            stub_bytes=stub_bytes,
+            repair="r" * 64 if stub_bytes else "",
         )
     )
 
@@ -52,6 +65,19 @@ def test_parts_are_those_of_the_memory_model(memory, shape):
     assert costs.freed == tuple(memory.freed_bytes(request))
     assert costs.freed_share == pytest.approx(np.array(costs.freed) / costs.dense_peak_bytes)
     assert (costs.last_ffn_bytes > 0) == (memory.facts.ffn_width == 400)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stubs_leave_the_dense_model_as_it_is_and_are_missed_from_what_is_freed(memory, shape):
+    plain = MemoryModel(replace(memory.facts, stub_bytes=(), repair=""))
+    ours, theirs = request_costs(memory, *shape), request_costs(plain, *shape)
+    stub_bytes = memory.facts.stub_bytes or (0,) * 2 * LAYERS
+    assert ours.dense_peak_bytes == theirs.dense_peak_bytes
+    assert ours.last_ffn_bytes == theirs.last_ffn_bytes
+    assert (theirs.freed_bytes - ours.freed_bytes).tolist() == list(stub_bytes)
+    assert ours.least_peak_bytes - theirs.least_peak_bytes == sum(stub_bytes)
+    for index, held in enumerate(stub_bytes):
+        assert ours.peak_bytes([index]) - theirs.peak_bytes([index]) == held
 
 
 def test_they_are_kept_and_cannot_be_changed(memory):

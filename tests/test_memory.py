@@ -33,6 +33,8 @@ FACTS = ModelFacts(
     max_positions=4096,
 )
 MEMORY = MemoryModel(FACTS)
+STUB_BYTES = (10, 20, 10, 30, 0, 40)
+REPAIRED = MemoryModel(replace(FACTS, stub_bytes=STUB_BYTES, repair="r" * 64))
 REQUEST = Request(2, 10, 1)
 
 SHAPES = st.tuples(st.integers(1, 512), st.integers(1, FACTS.max_positions))
@@ -80,6 +82,64 @@ def test_each_removed_block_lowers_the_peak_by_what_it_frees(
     assert freed > 0
     assert workspace >= 0
     assert before.peak - after.peak == freed + workspace
+
+
+# Stubs
+
+
+def test_stubs_of_a_small_case_by_hand() -> None:
+    mask = BlockMask.of("layer00.attn", "layer01.ffn", "layer02.attn")
+    ours, plain = (memory.breakdown(mask, REQUEST) for memory in (REPAIRED, MEMORY))
+    assert ours == replace(plain, stubs=10 + 30 + 0)
+    assert ours.peak == plain.peak + 40
+    assert ours.as_dict() == {**plain.as_dict(), "stubs_bytes": 40}
+    assert sum(ours.as_dict().values()) == ours.peak
+    assert plain.stubs == 0
+
+
+def test_stubs_are_missed_from_what_a_removal_frees() -> None:
+    assert REPAIRED.freed_bytes(REQUEST).tolist() == [250, 280, 170, 270, 190, 290]
+
+
+def test_stubs_of_kept_blocks_take_nothing() -> None:
+    assert REPAIRED.breakdown(BlockMask(), REQUEST) == MEMORY.breakdown(BlockMask(), REQUEST)
+    assert REPAIRED.dense_peak_bytes(2, 10) == MEMORY.dense_peak_bytes(2, 10)
+    assert REPAIRED.shares() == MEMORY.shares()
+
+
+@given(SHAPES, MASKS)
+def test_a_mask_needs_its_stubs_on_top(shape: tuple[int, int], mask: BlockMask) -> None:
+    request = Request(*shape, budget_bytes=1)
+    extra = REPAIRED.peak_bytes(mask, request) - MEMORY.peak_bytes(mask, request)
+    assert extra == sum(STUB_BYTES[block] for block in mask)
+
+
+@given(SHAPES, MASKS, st.integers(0, FACTS.num_blocks - 1))
+def test_each_removed_block_lowers_the_peak_by_what_it_frees_with_stubs_too(
+    shape: tuple[int, int], mask: BlockMask, index: int
+) -> None:
+    request = Request(*shape, budget_bytes=1)
+    without = mask - BlockMask.of(index)
+    before, after = (
+        REPAIRED.breakdown(m, request) for m in (without, without | BlockMask.of(index))
+    )
+    freed = int(REPAIRED.freed_bytes(request)[index])
+    assert before.peak - after.peak == freed + before.workspace - after.workspace
+
+
+def test_a_budget_between_the_least_with_and_without_stubs_is_refused() -> None:
+    least = MEMORY.least_peak_bytes(REQUEST)
+    assert REPAIRED.least_peak_bytes(REQUEST) == least + sum(STUB_BYTES)
+    tight = replace(REQUEST, budget_bytes=least + sum(STUB_BYTES) - 1)
+    MEMORY.check_feasible(tight)
+    with pytest.raises(InfeasibleBudgetError, match=f"still needs {tight.budget_bytes + 1:,}"):
+        REPAIRED.check_feasible(tight)
+
+
+def test_stubs_are_part_of_what_scores_depend_on() -> None:
+    own = {"model": "f" * 64, "dtype": "bfloat16"}
+    assert FACTS.identity == own
+    assert REPAIRED.facts.identity == {**own, "repair": "r" * 64}
 
 
 @given(SHAPES, MASKS)
@@ -199,7 +259,8 @@ def test_a_fraction_of_a_length_that_the_model_cannot_serve() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"block_param_bytes": (1, 1, 1)}, {"kv_window_tokens": (None,)}]
+    "changes",
+    [{"block_param_bytes": (1, 1, 1)}, {"kv_window_tokens": (None,)}, {"stub_bytes": (1,) * 5}],
 )
 def test_facts_that_do_not_fit_together_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="facts of made-up do not fit together"):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -54,6 +55,20 @@ def play(env, episodes=6):
             over = terminated or truncated
             seen.append((observation, reward, terminated, info))
     return seen
+
+
+@pytest.fixture(scope="module")
+def repaired_live():
+    return make_workbench(repaired=True)
+
+
+@pytest.fixture
+def repaired_model(repaired_live, tmp_path):
+    """The name of a table of a model whose removed blocks leave stubs behind."""
+    table = table_of(repaired_live, all_masks(BLOCKS))
+    table = replace(table, settings={**table.settings, "repair": "runs/stubs.safetensors"})
+    table.save(tmp_path / "r.json")
+    return f"score_table:{tmp_path / 'r.json'}"
 
 
 @pytest.mark.parametrize("timing", ["terminal", "dense"])
@@ -176,3 +191,36 @@ def test_files_that_are_not_there_or_no_table(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"kind": "x"}))
     with pytest.raises(ArtifactError, match="truncated or no artifact"):
         gym.make("RAPPrune-v0", model=f"score_table:{tmp_path / 'other.json'}")
+
+
+def test_a_table_with_stubs_gives_the_episodes_of_the_repaired_model(repaired_live, repaired_model):
+    settings = {"workload": WORKLOAD, "reward": {"name": "perplexity", "timing": "dense"}}
+    expected = play(RAPPruneEnv(workbench=repaired_live, **settings))
+    found = play(gym.make("RAPPrune-v0", model=repaired_model, importance="one_shot", **settings))
+    assert len(found) == len(expected) > 12
+    for (seen, *rest), (wanted, *others) in zip(found, expected, strict=True):
+        assert rest == others
+        assert all(np.array_equal(seen[key], wanted[key]) for key in wanted)
+
+
+def test_the_repair_of_a_table_is_the_default_or_the_same(model, repaired_model, tmp_path):
+    def opened(name, repair):
+        return open_workbench(WorkbenchConfig(model=name, importance="one_shot", repair=repair))
+
+    assert opened(repaired_model, "none").memory.facts.repair
+    path = tmp_path / "runs" / "stubs.safetensors"  # the same file, wherever the folder lies
+    assert opened(repaired_model, str(path)).memory.facts.repair
+    with pytest.raises(ArtifactError, match=r"repair='runs/stubs\.safetensors', so it cannot give"):
+        opened(repaired_model, "library")
+    # This table has no word on repair, like those that older versions made.
+    with pytest.raises(ArtifactError, match="repair='none', so it cannot give repair='library'"):
+        opened(model, "library")
+
+
+def test_importance_of_another_repair_is_refused_for_a_table_too(live, repaired_model, tmp_path):
+    gsi(live.scorer, stop=2, path=tmp_path / "plain.json", progress=False)
+    bench = open_workbench(
+        WorkbenchConfig(model=repaired_model, importance=str(tmp_path / "plain.json"))
+    )
+    with pytest.raises(ArtifactError, match="measured without stubs, but .* with the stubs"):
+        _ = bench.gsi

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance import gsi
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
 from rap_env.workbench import Workbench, WorkbenchConfig, open_workbench
+from tests.envs.conftest import tiny_library
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
@@ -72,3 +74,67 @@ def test_one_workbench_for_each_config(tmp_path):
     other = open_workbench(replace(config, store=None))
     assert other is not first
     assert other.llm is first.llm  # one model in memory
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Settings for a tiny model in a folder of its own."""
+    folder = tmp_path / "model"
+    tiny_model(layers=3).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = CorpusConfig(windows=2, window_tokens=8)
+    return WorkbenchConfig(
+        model=str(folder), dtype="float32", calibration=text, gsi_removals=2,
+        store=str(tmp_path / "s.sqlite"),
+    )  # fmt: skip
+
+
+def test_a_plain_and_a_repaired_workbench_share_a_model_and_leave_each_other_alone(config):
+    plain = open_workbench(config)
+    repaired = open_workbench(replace(config, repair="library"))
+    assert repaired.llm.model is plain.llm.model
+    assert plain.memory.facts.repair == ""
+    assert repaired.memory.facts.repair == repaired.llm.facts.repair != ""
+    masks = [BlockMask.of(*removed) for removed in ((0,), (3,), (0, 3), (1, 4, 5))]
+    mixed = {plain: [], repaired: []}
+    for mask in masks:
+        for bench in (plain, repaired, plain):
+            mixed[bench].append(bench.scorer.nll(mask))
+    for bench, other in ((plain, repaired), (repaired, plain)):
+        with other.llm.masked(masks[-1]):  # what one has applied is none of the other's business
+            alone = Workbench(bench.llm, bench.scorer.corpus)
+            assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[bench]))
+            assert alone.scorer.evaluations == len(masks)
+            assert bench.llm.mask == masks[-1]
+    assert plain.scorer.dense_nll == repaired.scorer.dense_nll
+    assert set(mixed[plain]).isdisjoint(mixed[repaired])
+    assert plain.llm.mask == BlockMask()
+
+
+def test_importance_is_kept_apart_by_what_stands_in_the_blocks_places(config, tmp_path):
+    benches = [open_workbench(replace(config, repair=repair)) for repair in ("none", "library")]
+    orders = [bench.gsi for bench in benches]
+    assert orders[0].nll_after != orders[1].nll_after
+    assert len({bench._artifact("gsi") for bench in benches}) == 2
+    assert orders[1].provenance["scoring"]["repair"] == benches[1].memory.facts.repair
+    assert "repair" not in orders[0].provenance["scoring"]
+    for bench, order in zip(benches, orders, strict=True):
+        order.save(tmp_path / "gsi.json")
+        again = Workbench(bench.llm, bench.scorer.corpus, importance=str(tmp_path / "gsi.json"))
+        assert again.gsi == order
+    others = Workbench(
+        benches[0].llm, benches[0].scorer.corpus, importance=str(tmp_path / "gsi.json")
+    )
+    with pytest.raises(ArtifactError, match="measured with the stubs .* is loaded without stubs"):
+        _ = others.gsi
+
+
+def test_a_library_that_was_made_again_is_read_again(config, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    llm = open_workbench(config).llm
+    asked = replace(config, repair=str(path))
+    for seed in (5, 6):
+        library = tiny_library(llm, seed)
+        library.save(path)
+        assert open_workbench(asked).memory.facts.repair == library.sha256
+        assert open_workbench(asked) is open_workbench(asked)

@@ -128,6 +128,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros are seen), or an artifact |
     | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
     | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times quicker, see `gsi` |
+    | `repair` | `"none"` | what removed blocks leave: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
@@ -138,6 +139,13 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
 
     The first environment on a model and text measures the importance (minutes for GSI) and keeps
     it in the user's cache; all environments of a process share one model.
+
+    With `repair="none"` a removed block leaves nothing, as in the paper. Otherwise a *stub* stands
+    in its place, a small linear map with a mean: `"library"` fits one for each block on text that
+    the model writes (once, then kept in the cache), and a path names a file of
+    `rap_env.StubLibrary`. Spaces, rules and rewards stay the same. A stub's bytes count:
+    `peak_bytes` holds them, and a removal frees so much less. Losses and importance are those of
+    the model with stubs.
 
     ## Version History
     - v0: First version.
@@ -158,6 +166,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         importance: str = "gsi",
         gsi_removals: int | None = 16,
         gsi_method: str = "exact",
+        repair: str = "none",
         tasks: Sequence[str] | Mapping[str, Any] | None = None,
         infeasible: str = "error",
         invalid_action_penalty: float = 0.1,
@@ -177,6 +186,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
             importance=importance,
             gsi_removals=gsi_removals,
             gsi_method=gsi_method,
+            repair=repair,
             tasks=tasks,
             infeasible=infeasible,
             invalid_action_penalty=invalid_action_penalty,

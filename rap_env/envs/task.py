@@ -87,6 +87,7 @@ class PruningTask:
         importance: str = "gsi",
         gsi_removals: int | None = 16,
         gsi_method: str = "exact",
+        repair: str = "none",
         tasks: Sequence[str] | Mapping[str, Any] | None = None,
         infeasible: str = "error",
         invalid_action_penalty: float = 0.1,
@@ -105,6 +106,7 @@ class PruningTask:
             importance=importance,
             gsi_removals=gsi_removals,
             gsi_method=gsi_method,
+            repair=repair,
             store=store,
         )
         self.memory = self.workbench.memory

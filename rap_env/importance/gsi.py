@@ -110,7 +110,7 @@ class GSIProfile:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, or of another model.
+            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
         return cls(**load_profile(path, _KIND, _FORMAT, model))
 

@@ -29,7 +29,7 @@ def load_profile(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ArtifactError: It is truncated, altered, or made from other weights.
+        ArtifactError: It is truncated, altered, or made from other weights or with other stubs.
     """
     body = load_artifact(path, kind, version)
     provenance = body["provenance"]
@@ -39,4 +39,15 @@ def load_profile(
             f"dtype than the {model.facts.name} ({model.facts.dtype}) that is loaded; profile "
             "this model, or load the other one."
         )
+    theirs, ours = provenance["scoring"].get("repair", ""), model.facts.repair
+    if theirs != ours:
+        raise ArtifactError(
+            f"{os.fspath(path)} was measured {_with_stubs(theirs)}, but {model.facts.name} is "
+            f"loaded {_with_stubs(ours)}; profile it as it is loaded, or load it with the repair "
+            "that it was profiled with."
+        )
     return {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+
+
+def _with_stubs(repair: str) -> str:
+    return f"with the stubs {repair[:12]}" if repair else "without stubs"

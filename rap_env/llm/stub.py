@@ -40,8 +40,8 @@ class Stub(nn.Module):
     @classmethod
     def zeros(cls, rank: int, hidden_size: int, dtype: torch.dtype) -> Stub:
         """A stub that adds nothing, to be filled."""
-        down = torch.zeros(rank, hidden_size, dtype=dtype)
-        return cls(down, down.t().contiguous(), torch.zeros(hidden_size, dtype=dtype))
+        shapes = ((rank, hidden_size), (hidden_size, rank), (hidden_size,))
+        return cls(*(torch.zeros(shape, dtype=dtype) for shape in shapes))
 
     @property
     def rank(self) -> int:

@@ -1,10 +1,11 @@
 """A mask made permanent: a smaller checkpoint without the removed tensors.
 
 The folder holds safetensors, config, generation config and tokenizer as transformers writes
-them, and ``rap_pruned.json``, which names the removed blocks and carries checksums. Plain
-transformers would fill the removed blocks with random weights and only warn of it; so
-``config.json`` states the model type ``rap_pruned``, which its Auto classes refuse, and
-`load_pruned` is the way to load the folder.
+them, and ``rap_pruned.json``, which names the removed blocks, states the ranks of the stubs in
+their places, if there are any, and carries checksums. Plain transformers would fill the removed
+blocks with random weights, leave the stubs out, and only warn of it; so ``config.json`` states
+the model type ``rap_pruned``, which its Auto classes refuse, and `load_pruned` is the way to load
+the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.blocks import BlockMask
+from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.progress import transformers_bars
+from rap_env.llm.removed import Removed
+from rap_env.llm.stub import Stub
 
 PRUNED_FILE = "rap_pruned.json"
 """Name of the file that makes a folder a pruned checkpoint."""
@@ -41,6 +44,7 @@ def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]
     """Save what `mask` leaves of a model, so that the removed tensors are in no file.
 
     The folder appears only when it is complete. An older pruned checkpoint there is replaced.
+    Of a repaired model, the stubs of the removed blocks are saved along.
 
     Args:
         llm: The model; its current mask plays no part and is applied again afterwards.
@@ -76,8 +80,9 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     """Load what `save_pruned` saved; the removed blocks take no memory, not even while loading.
 
     Its logits equal those of the masked model bit for bit. Its blocks keep their names and
-    indices; the removed ones are in `ElasticLLM.pruned`, have 0 bytes, and no mask
-    brings them back.
+    indices; the removed ones are in `ElasticLLM.pruned`, and no mask brings them back. A removed
+    block has the bytes of the stub that was saved in its place, which a mask of that block takes
+    away, and 0 bytes without one.
 
     Args:
         folder: Where `save_pruned` saved.
@@ -97,16 +102,23 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     entries["model_type"] = body["model_type"]
     config = AutoConfig.for_model(**entries)
-    model = _load_model(folder, config, BlockMask.of(*body["removed"]), body["attention"])
+    ranks = dict.fromkeys(body["removed"]) | body.get("stub_ranks", {})
+    model = _load_model(folder, config, ranks, body["attention"])
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    return ElasticLLM(model.to(device), tokenizer, name=body["name"])
+    llm = ElasticLLM(model.to(device), tokenizer, name=body["name"])
+    for _, place, stub in _stubs(llm):
+        # Mapped from a file they are aligned in another way than in memory, and so a product
+        # with a single row is summed in another order.
+        place.stub = stub.on(llm.device)
+    return llm
 
 
 def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     with llm.masked(mask), transformers_bars(shown=False):
         llm.model.save_pretrained(folder)
+        stub_ranks = {block_name(index): stub.rank for index, _, stub in _stubs(llm)}
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)
     config_file = folder / "config.json"
@@ -117,6 +129,7 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     body = {
         "name": llm.name,
         "removed": list((mask | llm.pruned).names),
+        "stub_ranks": stub_ranks,
         "num_blocks": llm.num_blocks,
         "model_type": llm.model.config.model_type,
         "source_fingerprint": llm.fingerprint,
@@ -124,6 +137,14 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
         "files": _checksums(folder),
     }
     save_artifact(folder / PRUNED_FILE, _KIND, _VERSION, body)
+
+
+def _stubs(llm: ElasticLLM) -> Iterator[tuple[int, Removed, Stub]]:
+    """The stubs that stand in the model now: block, place and stub."""
+    for site in llm.adapter.sites(llm.model):
+        place = site.modules[0]
+        if isinstance(place, Removed) and isinstance(place.stub, Stub):
+            yield site.index, place, place.stub
 
 
 def _replace(folder: Path, work: Path) -> None:
@@ -144,9 +165,12 @@ def _checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _load_model(folder: Path, config: Any, removed: BlockMask, attention: str | None) -> Any:
+def _load_model(
+    folder: Path, config: Any, removed: Mapping[str, int | None], attention: str | None
+) -> Any:
+    """The model without the blocks of `removed`, which gives the rank of a stub or None each."""
     adapter = adapter_for(config)
-    removed.check(adapter.num_blocks)
+    BlockMask.of(*removed).check(adapter.num_blocks)
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with transformers_bars(shown=False):
@@ -172,14 +196,19 @@ def _load_model(folder: Path, config: Any, removed: BlockMask, attention: str | 
     return model
 
 
-def _without(base: Any, adapter: FamilyAdapter, removed: BlockMask) -> Any:
-    """`base`, built without some blocks, so that loading neither expects nor makes them."""
+def _without(base: Any, adapter: FamilyAdapter, removed: Mapping[str, int | None]) -> Any:
+    """`base`, built without some blocks, so that loading neither expects nor makes them.
+
+    Their stubs are built, for loading to fill.
+    """
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         sites = adapter.sites(self)
-        for index in removed:
-            sites[index].remove()
+        for name, rank in removed.items():
+            wide = adapter.hidden_size
+            stub = None if rank is None else Stub.zeros(rank, wide, self.dtype)
+            sites[block_index(name)].remove(stub)
 
     # The same name: transformers finds a class's renamed checkpoint keys by it.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})

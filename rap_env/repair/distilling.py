@@ -210,7 +210,7 @@ class _Trainer:
             ArtifactError: It is damaged, or of another run.
         """
         try:
-            state = torch.load(path, map_location=self._llm.device, weights_only=True)
+            state = dict(torch.load(path, map_location=self._llm.device, weights_only=True))
             found = state["run"]
         except _DAMAGE as error:
             raise ArtifactError(

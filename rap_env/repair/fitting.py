@@ -99,7 +99,11 @@ def fit_library(
     """
     ensure_disjoint(text, held_back)
     began = time.perf_counter()
-    fits = list(block_fits(llm, text, held_back, config, progress=progress))
+    fits = [
+        fit
+        for fit in block_fits(llm, text, held_back, config, progress=progress)
+        if fit.block not in llm.pruned  # nothing is left to remove
+    ]
     ranks = _ranks(fits, config)
     stubs = {fit.block: fit.stub(ranks[fit.block], llm.dtype) for fit in fits}
     provenance = {

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.blocks import block_index, block_name
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.stub import Stub
 
@@ -114,9 +114,13 @@ class StubLibrary:
                 f"{path} is no stub library that this version reads (format {_FORMAT}), but "
                 f"{header.get('kind')!r} of format {header.get('format')}; {again}."
             )
-        body = json.loads(header["body"])
-        library = cls(body["model"], body["fingerprint"], _stubs(tensors), body["provenance"])
-        if digest(body) != header["body_sha256"] or library.sha256 != body["sha256"]:
+        try:
+            body = json.loads(header["body"])
+            library = cls(body["model"], body["fingerprint"], _stubs(tensors), body["provenance"])
+            intact = (digest(body), library.sha256) == (header["body_sha256"], body["sha256"])
+        except (AttributeError, KeyError, TypeError, ValueError, UnknownNameError):
+            intact = False
+        if not intact:
             raise ArtifactError(
                 f"{path} was altered after it was written (checksum differs); {again}."
             )

@@ -28,11 +28,12 @@ def allocate(
     waiting: list[tuple[float, int, int]] = []
 
     def offer(block: int) -> None:
-        """The further choice that saves most per unit, if any saves."""
+        """The further choice that saves most per unit among those that fit, if any saves."""
         at, curve = place[block], losses[block]
         gains = [
             ((curve[at] - curve[to]) / (choices[to] - choices[at]), to)
             for to in range(at + 1, len(choices))
+            if choices[to] - choices[at] <= left
         ]
         best = max(gains, default=(0.0, at))
         if best[0] > 0:
@@ -43,9 +44,8 @@ def allocate(
     while waiting:
         _, block, to = heapq.heappop(waiting)
         cost = choices[to] - choices[place[block]]
-        if cost > left:
-            continue
-        left -= cost
-        place[block] = to
+        if cost <= left:
+            left -= cost
+            place[block] = to
         offer(block)
     return {block: choices[at] for block, at in place.items()}

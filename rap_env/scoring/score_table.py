@@ -46,7 +46,8 @@ class ScoreTable:
         context: Everything that determined the scores (`MaskScorer.context`).
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
-            (of `CorpusConfig`), ``importance`` and ``gsi_removals``.
+            (of `CorpusConfig`), ``importance``, ``gsi_removals``, ``gsi_method`` and ``repair``
+            (which older tables lack: they were measured without stubs).
         features: What an agent sees of the importance (`ImportanceFeatures`), each (2L,).
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.

@@ -9,6 +9,7 @@ import torch
 from rap_env.scoring.corpus import Corpus
 from rap_env.workbench import Workbench
 from tests.agents.synthetic import SyntheticBench
+from tests.envs.conftest import make_workbench
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 
@@ -31,3 +32,9 @@ def real_bench() -> Workbench:
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
     return Workbench(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False)
+
+
+@pytest.fixture(scope="session")
+def repaired_bench() -> Workbench:
+    """The same model, whose removed blocks leave stubs behind."""
+    return make_workbench(repaired=True, importance="gsi")

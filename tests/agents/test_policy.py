@@ -77,3 +77,16 @@ def test_mlp_policy_of_another_model_is_refused(runs, bench):
 def test_without_a_checkpoint_it_says_so(tmp_path, bench):
     with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
         TrainedPolicy.load(tmp_path, bench)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_bytes_of_stubs_count(repaired_bench, name):
+    memory = repaired_bench.memory
+    trained = untrained(name, repaired_bench)
+    for fraction in (0.95, 0.85, 0.75):
+        request = request_at(repaired_bench, 8, 64, fraction)
+        choice = trained.select(request)
+        parts = memory.breakdown(choice.mask, request)
+        assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in choice.mask) > 0
+        assert choice.fits
+        assert parts.peak <= request.budget_bytes

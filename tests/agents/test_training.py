@@ -318,3 +318,19 @@ def test_on_a_real_model(tmp_path, real_bench, name):
     choice = TrainedPolicy.load(tmp_path, real_bench).select(request_at(real_bench, 2, 16, 0.8))
     assert choice.fits
     assert choice.evaluations == choice.block_forwards == 0
+
+
+def test_on_a_repaired_model(tmp_path, repaired_bench):
+    settings = {
+        "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
+        "infeasible": "clip",
+    }
+    envs = make_envs(repaired_bench, **settings)
+    result = train(short("maskable_ppo", 128), envs, tmp_path, progress=False)
+    assert result.timesteps == 128
+    request = request_at(repaired_bench, 2, 16, 0.8)
+    choice = TrainedPolicy.load(tmp_path, repaired_bench).select(request)
+    parts = repaired_bench.memory.breakdown(choice.mask, request)
+    assert parts.stubs > 0
+    assert choice.fits
+    assert parts.peak <= request.budget_bytes

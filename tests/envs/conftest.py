@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.repair import FitConfig, StubLibrary, fit_library
 from rap_env.scoring.corpus import Corpus
 from rap_env.workbench import Workbench
 from tests.tiny import VOCAB_SIZE, tiny_llm
@@ -14,13 +16,33 @@ from tests.tiny import VOCAB_SIZE, tiny_llm
 LAYERS = 3
 
 
-def make_workbench(tokenizer: Any = None) -> Workbench:
+def tiny_tokens(seed: int = 0, windows: int = 2, length: int = 8) -> Corpus:
+    generator = torch.Generator().manual_seed(seed)
+    return Corpus.of_tokens(torch.randint(3, VOCAB_SIZE, (windows, length), generator=generator))
+
+
+def tiny_library(llm: ElasticLLM, seed: int = 5) -> StubLibrary:
+    """Stubs of rank 4, fitted on random tokens."""
+    text, held_back = tiny_tokens(seed, 8, 32), tiny_tokens(seed + 1, 4, 32)
+    return fit_library(llm, text, held_back, FitConfig(rank=4, ranks=None), progress=False)
+
+
+def make_workbench(
+    tokenizer: Any = None, *, repaired: bool = False, importance: str = "one_shot"
+) -> Workbench:
     torch.set_num_threads(1)
-    tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
     llm = tiny_llm(layers=LAYERS, tokenizer=tokenizer)
-    return Workbench(llm, Corpus.of_tokens(tokens), importance="one_shot", progress=False)
+    if repaired:
+        llm = tiny_library(llm).attach(llm)
+    return Workbench(llm, tiny_tokens(), importance=importance, progress=False)
 
 
 @pytest.fixture(scope="session")
 def workbench() -> Workbench:
     return make_workbench()
+
+
+@pytest.fixture(scope="session")
+def repaired() -> Workbench:
+    """The same model, whose removed blocks leave stubs behind."""
+    return make_workbench(repaired=True)

@@ -31,6 +31,16 @@ class TestAccuracy:
         assert steps[-1][-1]["reward_terms"] == {"accuracy": drop, "invalid_action": 0.0}
         assert "nll" in steps[-1][-1]
 
+    def test_with_stubs_the_tasks_are_run_on_the_repaired_model(self, bench):
+        tasks = {"names": ["rap_minimal_pairs", "rap_choice"], "limit": 12}
+        repaired = make_workbench(tokenizer=tiny_tokenizer(), repaired=True)
+        plain, stubs = (task_scorer(each, tasks) for each in (bench, repaired))
+        assert stubs.context == {**plain.context, "repair": repaired.memory.facts.repair}
+        masks = [BlockMask(), *(BlockMask.of(index) for index in range(6))]
+        found = [[scorer.mean_accuracy(mask) for mask in masks] for scorer in (plain, stubs)]
+        assert found[0][0] == found[1][0]  # the dense model has no stub anywhere
+        assert found[0] != found[1]
+
     def test_environments_share_the_tasks_of_a_workbench(self, bench):
         first = task_scorer(bench, ["rap_choice"])
         assert task_scorer(bench, {"names": ("rap_choice",)}) is first

@@ -14,6 +14,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
+from experiments.bench import workbench_config
 from experiments.cli import CONF_DIR
 from experiments.config import EvaluateConfig, as_config, parse_shape, register
 from experiments.errors import ExperimentError
@@ -25,7 +26,7 @@ from rap_env.workload import SAMPLERS
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if path.parent != CONF_DIR]
-PROGRAMS = ("profile", "train", "evaluate", "report", "demo", "export_scores")
+PROGRAMS = ("profile", "train", "evaluate", "report", "demo", "export_scores", "repair")
 NEEDED = {
     "model/custom": ["model.name=some/model"],
     "calibration/file": ["calibration.source=text.txt"],
@@ -48,8 +49,8 @@ def composed(program="train", *overrides):
 def test_some_files_were_found():
     assert len(FILES) >= 25
     assert {path.parent.name for path in GROUPS} == {
-        "model", "calibration", "importance", "workload", "reward", "env", "agent", "logger",
-        "experiment",
+        "model", "calibration", "importance", "repair", "stubs", "workload", "reward", "env",
+        "agent", "logger", "experiment",
     }  # fmt: skip
 
 
@@ -92,6 +93,14 @@ def test_names_in_the_files_exist():
         found = composed("evaluate", f"experiment={experiment}").evaluate
         assert set(found.baselines) <= set(BASELINES)
         assert set(found.tasks.names) <= set(GENERATED_TASKS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_repair_reaches_the_workbench_from_every_program(program):
+    assert workbench_config(composed(program)).repair == "none"
+    assert workbench_config(composed(program, "repair=library")).repair == "library"
+    asked = composed(program, "repair.name=some/stubs.safetensors")
+    assert workbench_config(asked).repair == "some/stubs.safetensors"
 
 
 def test_null_leaves_a_hyperparameter_to_the_agent():
@@ -160,6 +169,7 @@ def test_shapes_are_read():
          "ppo-budget_fraction_range=_0.6_0.7-s2"),
         (("evaluate", "ppo", 0, "evaluate.budgets=[0.9],seed=1"), "budgets=_0.9"),
         (("report", "ppo", 0, "name=x"), "report"),
+        (("train", "ppo", 0, "repair=library"), "ppo-s0"),
     ],
 )  # fmt: skip
 def test_runs_are_named_after_what_differs(arguments, label):

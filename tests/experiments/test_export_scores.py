@@ -22,6 +22,7 @@ from experiments.config import (
     ExportConfig,
     ImportanceConfig,
     ModelConfig,
+    RepairConfig,
     TextConfig,
 )
 from experiments.evaluate import evaluate
@@ -110,6 +111,34 @@ def test_an_agent_trains_on_a_table(config, exported):
               if "episode/loss" in record]  # fmt: skip
     assert losses
     assert (folder / "policy.png").exists()
+
+
+def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_path):
+    settings = replace(
+        config, name="repaired", repair=RepairConfig("library"), export=ExportConfig(masks=40)
+    )
+    path = export_scores(settings, settings.stage_dir("export_scores"))
+    table, plain, live = ScoreTable.load(path), ScoreTable.load(exported), open_bench(settings)
+    assert table.settings["repair"] == "library"
+    assert table.facts == live.memory.facts
+    assert table.facts.repair
+    assert len(table.scores) == 40, "of a store that also has 150 of the model without stubs"
+    assert all(table.scores[mask] == live.scorer.nll(BlockMask(mask)) for mask in table.scores)
+    assert table.dense_nll == plain.dense_nll
+    assert table.scores[frozenset([1])] != plain.scores[frozenset([1])]
+    with pytest.raises(RapError, match=r"repair\.name: 'library' -> 'none'"):
+        export_scores(replace(settings, repair=RepairConfig()), path.parent)
+    for repair in ("none", "library"):
+        on_table = replace(
+            settings, stage="train", name=f"on_repaired_{repair}", repair=RepairConfig(repair),
+            model=ModelConfig(name=f"score_table:{path}", device="auto", dtype="auto"),
+        )  # fmt: skip
+        folder = on_table.stage_dir("train") / "maskable_ppo-s0"
+        train(on_table, folder)
+        assert RunFolder(folder).read()["timesteps"] >= 64
+    on_plain = replace(on_table, model=ModelConfig(name=f"score_table:{exported}"))
+    with pytest.raises(RapError, match="measured with repair='none', so it cannot give"):
+        train(on_plain, tmp_path / "maskable_ppo-s0")
 
 
 def test_stages_that_need_the_model_refuse_a_table(config, exported, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hydra import initialize_config_dir
 
+from experiments.bench import open_bench
 from experiments.cli import CONF_DIR
 from experiments.config import (
     AgentConfig,
@@ -16,6 +18,7 @@ from experiments.config import (
     EvaluateConfig,
     ImportanceConfig,
     ModelConfig,
+    RepairConfig,
     TextConfig,
     register,
 )
@@ -28,7 +31,11 @@ from experiments.profile import profile
 from experiments.records import append_record, read_records, read_rows
 from experiments.runs import RunFolder
 from experiments.train import train
+from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
+from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.workload import Request
 from tests.tiny import tiny_model, tiny_tokenizer
 
 BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
@@ -240,3 +247,68 @@ def test_a_damaged_row_is_told_not_skipped(evaluated, tmp_path):
     append_record(tmp_path / "results.jsonl", {"method": "gsi"})
     with pytest.raises(ArtifactError, match="missing or unknown keys"):
         read_rows(tmp_path / "results.jsonl")
+
+
+@pytest.fixture(scope="module")
+def repaired(evaluated):
+    """The same comparison, but removed blocks leave stubs behind: profiled, trained, evaluated."""
+    settings = replace(evaluated, name="repaired", repair=RepairConfig("library"))
+    profile(settings, settings.stage_dir("profile"))
+    train(settings, settings.stage_dir("train") / "maskable_ppo-s0")
+    evaluate(settings, settings.stage_dir("evaluate"))
+    return settings
+
+
+def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
+    rows = read_rows(repaired.stage_dir("evaluate") / "results.jsonl")
+    plain = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")
+    assert len(rows) == len(plain)
+    bench = open_bench(repaired)
+    text = CorpusConfig(source="self", windows=3, window_tokens=12, role="report")
+    report = MaskScorer(bench.llm, load_corpus(text, bench.llm))
+    for row in rows:
+        mask, request = BlockMask.of(*row.mask), Request(**row.request, budget_bytes=1)
+        parts = bench.memory.breakdown(mask, request)
+        assert row.peak_bytes == parts.peak
+        assert (parts.stubs > 0) == bool(row.mask)
+        losses = report.window_nll(mask) - report.window_nll(BlockMask())
+        assert row.window_losses == losses.tolist()
+        calibrated = bench.scorer.nll(mask) - bench.scorer.dense_nll
+        assert row.loss_calibration == pytest.approx(calibrated)
+        assert row.fits != (row.method == "dense")
+
+
+def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evaluated, repaired):
+    def depends(rows):
+        return [row.provenance["depends_on"] for row in rows]
+
+    with_stubs = depends(read_rows(repaired.stage_dir("evaluate") / "results.jsonl"))
+    plain = depends(read_rows(evaluated.stage_dir("evaluate") / "results.jsonl"))
+    assert {each["repair"] for each in with_stubs} == {open_bench(repaired).memory.facts.repair}
+    texts = ("calibration_sha256", "report_sha256", "model_fingerprint")
+    for name in texts:  # the dense model writes the texts
+        assert {each[name] for each in with_stubs} == {each[name] for each in plain}
+    published = sorted((Path(__file__).parents[2] / "experiments/results").glob("*/evaluate"))
+    assert published
+    for folder in published:
+        for each in depends(read_rows(folder / "results.jsonl")):
+            assert each.keys() == plain[0].keys()
+
+
+def test_a_profile_with_stubs_says_which(profiled, repaired):
+    facts = [
+        json.loads((each.stage_dir("profile") / "profile.json").read_text())["facts"]
+        for each in (profiled, repaired)
+    ]
+    assert [one["repair"] for one in facts] == ["", open_bench(repaired).memory.facts.repair]
+
+
+def test_one_name_does_not_mix_repairs(evaluated):
+    other = replace(evaluated, repair=RepairConfig("library"))
+    refused = r"repair\.name: 'none' -> 'library'.*another name"
+    with pytest.raises(ExperimentError, match=refused):
+        profile(other, other.stage_dir("profile"))
+    with pytest.raises(ExperimentError, match=refused):
+        train(other, other.stage_dir("train") / "maskable_ppo-s0")
+    with pytest.raises(ArtifactError, match="measured without stubs, but .* with the stubs"):
+        evaluate(other, other.stage_dir("evaluate"))

@@ -14,6 +14,7 @@ from rap_env.importance.rounds import LazyRounds, Standing
 from rap_env.scoring import loss
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
+from tests.envs.conftest import tiny_library
 from tests.scoring.test_scorer import plain_nll, tokens
 from tests.tiny import tiny_llm
 
@@ -241,3 +242,14 @@ def test_unknown_method():
         UnknownNameError, match="GSI method 'fast'; known are 'exact', 'halving', 'lazy'"
     ):
         gsi(MaskScorer(tiny_llm(), tokens()), method="fast")
+
+
+def test_the_order_is_that_of_the_model_with_its_stubs(tmp_path):
+    llm, path = tiny_llm(layers=4, seed=1), tmp_path / "gsi.json"
+    repaired = tiny_library(llm).attach(llm)
+    order, levels = naive_order(repaired, tokens(), 3)
+    profile = gsi(MaskScorer(repaired, tokens()), stop=3, path=path, progress=False)
+    assert list(profile.order_indices) == [block.index for block in order]
+    assert profile.nll_after == pytest.approx(levels)
+    with pytest.raises(ArtifactError, match=r"gsi\.json was measured with the stubs"):
+        gsi(MaskScorer(llm, tokens()), stop=3, path=path, progress=False)

@@ -5,6 +5,7 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.partial import PartialForward
+from tests.llm.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm
 
@@ -15,7 +16,8 @@ MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMa
 def by_blocks(partial, ids, mask):
     state = partial.enter(ids)
     for step in partial.steps:
-        state = partial.run(tuple(block for block in step if block not in mask), state)
+        kept, gone = (tuple(b for b in step if (b in mask) == lost) for lost in (False, True))
+        state = partial.run(kept, state, gone)
     return partial.leave(state)
 
 
@@ -33,6 +35,34 @@ def test_blocks_one_by_one_are_the_whole_pass(family, dtype):
         assert torch.equal(found, expected), mask
         head = partial.logits(found.reshape(-1, found.shape[-1])).view(logits.shape)
         assert torch.allclose(head, logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_stubs_too(family, dtype):
+    llm, ids = tiny_llm(family, dtype=dtype), tokens()
+    view = repaired(llm)
+    partial, plain = PartialForward(view), PartialForward(llm)
+    for mask in MASKS:
+        with torch.inference_mode(), view.masked(mask):
+            expected = view.hidden(ids)
+        assert torch.equal(by_blocks(partial, ids, mask), expected), mask
+        assert torch.equal(by_blocks(plain, ids, mask), expected) == (mask == BlockMask()), mask
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_blocks_that_are_not_named_leave_no_stub(family):
+    llm, ids = tiny_llm(family), tokens()
+    stubs = random_stubs(llm)
+    partial, plain = PartialForward(llm.repaired(stubs, "random")), PartialForward(llm)
+    state = plain.enter(ids)
+    assert torch.equal(partial.run((1,), state), plain.run((1,), state))
+    assert partial.run((), state) is state
+    with torch.inference_mode():
+        alone, added = partial.run((), state, (0,)), stubs[0](state)
+    torch.testing.assert_close(alone, state + added)
+    no_stub = PartialForward(llm.repaired({1: stubs[1]}, "one"))
+    assert no_stub.run((), state, (0,)) is state
 
 
 def test_parallel_blocks_are_one_step():

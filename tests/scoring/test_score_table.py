@@ -168,3 +168,25 @@ def test_it_loads_neither_torch_nor_transformers(path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
+    bench = make_workbench(repaired=True)
+    table_of(bench, all_masks(BLOCKS, 2)).save(tmp_path / "r.json")
+    again = ScoreTable.load(tmp_path / "r.json")
+    assert again.facts == bench.memory.facts
+    assert len(again.facts.stub_bytes) == BLOCKS
+    assert min(again.facts.stub_bytes) > 0
+    assert again.context["repair"] == again.facts.repair == bench.llm.facts.repair
+    masks = all_masks(BLOCKS, 2)
+    assert TableScorer(again).nll_many(masks) == bench.scorer.nll_many(masks)
+
+
+def test_older_tables_know_of_no_stubs(table, path):
+    document = json.loads(path.read_text())
+    body = document["body"]
+    for name in ("stub_bytes", "repair"):
+        del body["facts"][name]
+    assert "repair" not in body["settings"]
+    save_artifact(path, document["kind"], document["version"], body)
+    assert ScoreTable.load(path).facts == table.facts

@@ -200,3 +200,43 @@ def test_a_search_is_not_quick_because_its_scores_are_known(bench):
     assert first.decision_s < 1
     assert again.decision_s >= again.evaluations * bench.scorer.evaluation_s
     assert make_baseline("one_shot", bench).select(request).decision_s < 1
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(("shape", "fraction"), [((1, 8), 0.9), ((8, 64), 0.8), ((8, 64), 0.7)])
+def test_on_a_repaired_model_the_bytes_of_stubs_count(repaired_bench, name, shape, fraction):
+    memory = repaired_bench.memory
+    request = Request.at_fraction(memory, *shape, fraction)
+    choice = make_baseline(name, repaired_bench).select(request)
+    parts = memory.breakdown(choice.mask, request)
+    assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in choice.mask)
+    assert choice.fits == (parts.peak <= request.budget_bytes)
+    if name in ORDERED:
+        assert choice.fits
+        assert parts.stubs > 0
+        assert choice.mask
+
+
+def test_a_budget_that_the_stubs_alone_exceed_takes_one_more_block(real_bench, repaired_bench):
+    """Without stubs two blocks would do; what they leave behind makes it three."""
+    order = make_baseline("one_shot", repaired_bench)._blocks
+    mask = BlockMask.of(*order[:2])
+    shape = (1, 8)
+    plain = real_bench.memory.peak_bytes(mask, Request(*shape, 1))
+    request = Request(*shape, plain)
+    assert make_baseline("one_shot", repaired_bench).select(request).mask == BlockMask.of(
+        *order[:3]
+    )
+
+
+def test_greedy_per_byte_scores_masks_with_their_stubs(repaired_bench):
+    request = Request.at_fraction(repaired_bench.memory, 8, 64, 0.95)
+    freed = repaired_bench.memory.freed_bytes(request)
+    dense, scan = repaired_bench.scorer.dense_nll, repaired_bench.scorer.scan(BlockMask())
+    over = repaired_bench.memory.dense_peak_bytes(8, 64) - request.budget_bytes
+    prices = {
+        block.index: (nll - dense) / min(freed[block.index], over) if nll > dense else nll - dense
+        for block, nll in scan.items()
+    }
+    chosen = make_baseline("greedy_per_byte", repaired_bench).select(request).mask
+    assert min(prices, key=prices.get) in chosen

@@ -1,0 +1,3 @@
+from tests.llm.conftest import lonely
+
+__all__ = ["lonely"]

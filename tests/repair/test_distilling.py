@@ -1,0 +1,190 @@
+"""Distillation: it learns, changes stubs alone, and is the same each time."""
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, InvalidRequestError, UnsupportedModelError
+from rap_env.llm.streamed import stream_llm
+from rap_env.memory import MemoryModel
+from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
+from rap_env.repair.masks import MaskDraw
+from rap_env.workload import FixedSampler, GridSampler, RequestSampler
+from tests.llm.stubs import random_stubs
+from tests.llm.test_elastic import weights_hash
+from tests.repair.texts import divergence_of, random_text, saved_model
+from tests.tiny import FAMILIES, tiny_llm
+
+LAYERS = 3
+TEXT, HELD_BACK = random_text(0, 20), random_text(1, 10)
+MASKS = [BlockMask.of(0, 3), BlockMask.of(1, 2, 5), BlockMask.of(0, 1, 4)]
+SHORT = DistillConfig(steps=12, windows=3, learning_rate=1e-2, warmup_steps=3, save_every=4)
+
+
+def tiny(name: str = "llama", **how):
+    return tiny_llm(name, layers=LAYERS, **how)
+
+
+def fitted(llm) -> StubLibrary:
+    config = FitConfig(rank=2, ranks=(0, 1, 2, 4))
+    return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
+
+
+def draw(llm, requests: RequestSampler | None = None, kind=MaskDraw, **settings) -> MaskDraw:
+    memory = MemoryModel(llm)
+    sampler = requests or GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
+    return kind(memory, sampler, np.linspace(0.1, 0.6, 2 * LAYERS), **settings)
+
+
+def distilled(llm, library, config=SHORT, *, masks=None, text=TEXT, path=None) -> StubLibrary:
+    masks = masks or draw(llm)
+    return distill(llm, library, text, masks, config, path=path, progress=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+def test_the_masked_models_come_nearer_to_the_dense_one(name: str) -> None:
+    llm = tiny(name)
+    library = fitted(llm)
+    config = DistillConfig(steps=150, windows=10, learning_rate=1e-2, warmup_steps=10)
+    learnt = distilled(llm, library, config)
+    before, after = (
+        [divergence_of(lib.attach(llm), TEXT, mask) for mask in MASKS] for lib in (library, learnt)
+    )
+    assert sum(after) < 0.9 * sum(before)
+    steps = learnt.provenance["divergences"]
+    assert len(steps) == 3  # a mean for each 50 updates
+    assert steps[-1] < steps[0]
+    assert learnt.ranks == library.ranks
+
+
+@pytest.mark.parametrize("wants_gradients", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_but_stubs_changes(name: str, wants_gradients: bool) -> None:
+    llm = tiny(name)
+    llm.model.requires_grad_(wants_gradients)
+    library, weights = fitted(llm), weights_hash(llm.model)
+    start = {index: stub.mean.clone() for index, stub in library.stubs.items()}
+    learnt = distilled(llm, library, DistillConfig(steps=3, windows=2))
+    assert weights_hash(llm.model) == weights
+    parameters = list(llm.model.parameters())
+    assert all(parameter.grad is None for parameter in parameters)
+    assert {parameter.requires_grad for parameter in parameters} == {wants_gradients}
+    assert llm.mask == BlockMask()
+    assert llm.facts.repair == ""
+    for index, stub in library.stubs.items():
+        assert torch.equal(stub.mean, start[index])  # the library that was given is left alone
+        assert not any(part.requires_grad for part in learnt.stubs[index].parameters())
+    assert learnt.sha256 != library.sha256
+
+
+def test_the_stubs_of_all_removed_blocks_learn() -> None:
+    llm = tiny()
+    library = fitted(llm)
+    learnt = distilled(
+        llm, library, masks=draw(llm, FixedSampler(MemoryModel(llm), 1, 8, budget_bytes=1))
+    )
+    for index, stub in library.stubs.items():
+        assert not torch.equal(learnt.stubs[index].mean, stub.mean)
+
+
+def test_a_budget_that_removes_nothing_teaches_nothing() -> None:
+    llm = tiny()
+    llm.model.requires_grad_(False)  # as load_llm() gives it
+    library = fitted(llm)
+    masks = draw(llm, FixedSampler(MemoryModel(llm), 1, 8, budget_bytes=10**9))
+    learnt = distilled(llm, library, masks=masks)
+    assert learnt.sha256 == library.sha256
+    assert learnt.provenance["divergences"] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_is_in_the_models_dtype_and_belongs_to_it(dtype, tmp_path) -> None:
+    llm = tiny(dtype=dtype)
+    learnt = distilled(llm, fitted(llm))
+    assert all(stub.down.dtype == dtype for stub in learnt.stubs.values())
+    learnt.save(tmp_path / "stubs.safetensors")
+    loaded = StubLibrary.load(tmp_path / "stubs.safetensors")
+    assert loaded.sha256 == learnt.sha256
+    assert loaded.attach(llm).facts.repair == learnt.sha256
+    known = loaded.provenance
+    assert known["run"]["settings"]["steps"] == 12
+    assert known["run"]["started_from"] == fitted(llm).sha256
+    assert known["text"]["sha256"] == TEXT.sha256
+    assert known["library"]["held_back"]["sha256"] == HELD_BACK.sha256
+
+
+def test_the_seed_determines_the_result() -> None:
+    llm = tiny()
+    library = fitted(llm)
+    first = distilled(llm, library)
+    assert distilled(llm, library).sha256 == first.sha256
+    assert distilled(tiny(), library).sha256 == first.sha256
+    other = DistillConfig(**{**vars(SHORT), "seed": 1})
+    assert distilled(llm, library, other).sha256 != first.sha256
+
+
+def test_the_mask_in_force_does_not_matter_and_stays() -> None:
+    llm = tiny()
+    library = fitted(llm)
+    expected = distilled(llm, library).sha256
+    with library.attach(llm).masked(MASKS[0]) as view:
+        inside = divergence_of(view, TEXT, MASKS[0])
+        assert distilled(llm, library).sha256 == expected
+        assert llm.mask == MASKS[0]
+        assert divergence_of(view, TEXT, MASKS[0]) == inside
+
+
+# Refusals
+
+
+def test_a_streamed_model_is_refused(lonely, tmp_path) -> None:
+    folder = saved_model(tmp_path / "m")
+    llm = stream_llm(folder, device="cpu", dtype="float32", max_memory_bytes=2**20)
+    library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
+    masks = MaskDraw(MemoryModel(llm), FixedSampler(MemoryModel(llm)), np.ones(llm.num_blocks))
+    with pytest.raises(UnsupportedModelError, match=r"is streamed .*load it with load_llm\(\)"):
+        distilled(llm, library, masks=masks)
+
+
+def test_stubs_of_another_model_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="were fitted on tiny-llama with other weights"):
+        distilled(tiny(seed=1), fitted(tiny()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps of a distillation must be at least 1, not 0"),
+        ({"windows": 0}, "windows"),
+        ({"warmup_steps": -1}, "warmup_steps of a distillation must be at least 0"),
+        ({"save_every": 0}, "save_every"),
+        ({"learning_rate": 0.0}, "must be above 0, not 0.0"),
+        ({"learning_rate": float("nan")}, "must be above 0, not nan"),
+    ],
+)
+def test_settings_out_of_range(settings, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        DistillConfig(**settings)
+
+
+def test_the_rate_rises_then_falls_along_half_a_cosine() -> None:
+    config = DistillConfig(steps=100, learning_rate=2.0, warmup_steps=10)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert int(np.argmax(rates)) == 9
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[50] == pytest.approx(2.0 * (0.05 + 0.95 / 2))
+    assert 0.1 <= rates[-1] < 0.11
+
+
+def test_every_window_is_learnt_from_once_an_epoch() -> None:
+    from rap_env.repair.distilling import _Trainer
+
+    llm = tiny()
+    config = DistillConfig(steps=20, windows=3)
+    trainer = _Trainer(llm, fitted(llm), TEXT, draw(llm), config)
+    seen = torch.cat([trainer._windows(step) for step in range(20)]).tolist()
+    epochs = [seen[:20], seen[20:40], seen[40:]]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1]

@@ -1,0 +1,205 @@
+"""Fitted libraries: right, bounded, and the same from a streamed model."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import CorpusError, InvalidRequestError
+from rap_env.llm import load_llm
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.streamed import stream_llm
+from rap_env.llm.surgery import load_pruned, save_pruned
+from rap_env.repair import FitConfig, StubLibrary, fit_library
+from rap_env.scoring.corpus import Corpus
+from tests.llm.test_elastic import MASKS, logits, weights_hash
+from tests.repair.texts import random_text, saved_model, state_error
+from tests.tiny import FAMILIES, tiny_llm, tiny_model
+
+TEXT, HELD_BACK = random_text(0, 40), random_text(1, 20)
+SMALL = FitConfig(rank=4, ranks=(0, 1, 2, 4, 8, 16))
+
+
+def fitted(llm: ElasticLLM, config: FitConfig = SMALL) -> StubLibrary:
+    return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_block_has_a_stub_that_helps(name: str, dtype) -> None:
+    llm = tiny_llm(name, dtype=dtype)
+    weights = weights_hash(llm.model)
+    library = fitted(llm)
+    assert sorted(library.stubs) == list(range(llm.num_blocks))
+    assert (library.model, library.fingerprint) == (llm.name, llm.fingerprint)
+    assert sum(library.ranks.values()) <= SMALL.rank * llm.num_blocks
+    assert library.nbytes <= llm.num_blocks * 16 * (2 * SMALL.rank + 1) * dtype.itemsize
+    assert all(stub.mean.dtype == dtype for stub in library.stubs.values())
+    assert all(0 <= error < 1 for error in library.provenance["held_back_errors"])
+    assert weights_hash(llm.model) == weights
+    assert library.attach(llm).facts.stub_bytes == tuple(
+        library.stubs[index].nbytes for index in range(llm.num_blocks)
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_neox_sequential", "opt"])
+def test_a_removed_block_is_missed_less_with_its_stub_on_text_held_back(name: str) -> None:
+    llm = tiny_llm(name)
+    view = fitted(llm).attach(llm)
+    for block in range(llm.num_blocks):
+        mask = BlockMask.of(block)
+        assert state_error(view, HELD_BACK, mask) < state_error(llm, HELD_BACK, mask), block
+
+
+def test_a_held_back_error_is_what_the_block_still_lacks() -> None:
+    llm = tiny_llm()
+    library = fitted(llm)
+    view = library.attach(llm)
+    # The last block's output enters the stream unchanged, so its error shows in the last state.
+    entering: list[torch.Tensor] = []
+    norm = llm.adapter.decoder(llm.model).norm
+    norm.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
+    with torch.no_grad():
+        for masked in (llm.masked(BlockMask()), llm.masked(BlockMask.of(3))):
+            with masked:
+                llm.hidden(HELD_BACK.tokens)
+        with view.masked(BlockMask.of(3)):
+            llm.hidden(HELD_BACK.tokens)
+    dense, without, with_stub = entering
+    share = (dense - with_stub).square().mean() / (dense - without).square().mean()
+    assert library.provenance["held_back_errors"][3] == pytest.approx(float(share), rel=1e-3)
+
+
+def test_a_block_that_is_linear_is_reproduced() -> None:
+    model = tiny_model()
+    layer = model.model.layers[0]
+    layer.mlp = nn.Linear(16, 16)  # the norm in front has a weight, which is linear too
+    llm = ElasticLLM(model, None, name="linear")
+    library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=None))
+    view, mask = library.attach(llm), BlockMask.of(1)
+    assert library.provenance["held_back_errors"][1] < 1e-6
+    with view.masked(mask):
+        found = logits(llm.model)
+    dense = logits(llm.model)
+    torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-3)
+    with llm.masked(mask):
+        assert (logits(llm.model) - dense).abs().max() > 0.1
+
+
+def test_blocks_that_read_one_state_are_fitted_to_it() -> None:
+    """With a parallel residual the feed-forward block does not see what attention added."""
+    model = tiny_model("gpt_neox")
+    model.gpt_neox.layers[0].mlp = nn.Linear(16, 16)
+    model.gpt_neox.layers[0].post_attention_layernorm = nn.RMSNorm(16, eps=1e-6)
+    llm = ElasticLLM(model, None, name="linear")
+    library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=None))
+    assert library.provenance["held_back_errors"][1] < 1e-6
+    with library.attach(llm).masked(BlockMask.of(1)) as view:
+        found = logits(view.model)
+    torch.testing.assert_close(found, logits(llm.model), rtol=1e-3, atol=1e-3)
+
+
+def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
+    llm = tiny_llm()
+    nbytes, errors = [], []
+    for rank in (0, 2, 8, 16):
+        library = fitted(llm, FitConfig(rank=rank, ridges=(1e-6,), ranks=None))
+        assert set(library.ranks.values()) == {rank}
+        nbytes.append(library.nbytes)
+        errors.append(state_error(library.attach(llm), TEXT, BlockMask.of(3)))
+    assert nbytes == [4 * 4 * 16 * (2 * rank + 1) for rank in (0, 2, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_ranks_go_where_they_save_most() -> None:
+    llm = tiny_llm(layers=3)
+    even = fitted(llm, FitConfig(rank=4, ranks=None))
+    uneven = fitted(llm, FitConfig(rank=4, ranks=tuple(range(17))))
+    assert len(set(uneven.ranks.values())) > 1
+    assert sum(uneven.provenance["held_back_errors"]) < sum(even.provenance["held_back_errors"])
+    assert uneven.nbytes <= even.nbytes
+
+
+def test_the_ridge_that_does_best_on_the_held_back_text_is_taken() -> None:
+    llm = tiny_llm()
+    ridges = (1e-6, 0.1, 1e4)
+    errors = [
+        fitted(llm, FitConfig(4, (ridge,), None)).provenance["held_back_errors"] for ridge in ridges
+    ]
+    library = fitted(llm, FitConfig(4, ridges, None))
+    for block, (ridge, error) in enumerate(
+        zip(library.provenance["ridge"], library.provenance["held_back_errors"], strict=True)
+    ):
+        choices = [of_ridge[block] for of_ridge in errors]
+        assert error == min(choices)
+        assert ridge == ridges[choices.index(error)]
+
+
+def test_a_rank_above_the_width_is_the_width() -> None:
+    library = fitted(tiny_llm(), FitConfig(rank=64))
+    assert set(library.ranks.values()) <= {0, 8, 16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
+def test_a_streamed_model_gives_the_same_stubs(name: str, dtype: str, lonely, tmp_path) -> None:
+    folder = saved_model(tmp_path / "m", name)
+    whole = fitted(load_llm(folder, device="cpu", dtype=dtype))
+    streamed = stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=2**20)
+    assert fitted(streamed).sha256 == whole.sha256
+    assert streamed.layer_reads <= streamed.adapter.num_layers + 1
+
+
+def test_the_mask_in_force_does_not_matter_and_stays() -> None:
+    llm = tiny_llm()
+    expected = fitted(llm).sha256
+    with llm.masked(MASKS["everything"]):
+        assert fitted(llm).sha256 == expected
+        assert llm.mask == MASKS["everything"]
+    view = fitted(llm).attach(llm)
+    assert fitted(view).sha256 == expected  # the dense model is fitted, whatever stands beside it
+
+
+def test_provenance_says_how_it_was_made(tmp_path) -> None:
+    library = fitted(tiny_llm())
+    library.save(tmp_path / "stubs.safetensors")
+    known = StubLibrary.load(tmp_path / "stubs.safetensors").provenance
+    assert known["text"]["sha256"] == TEXT.sha256
+    assert known["held_back"]["sha256"] == HELD_BACK.sha256
+    assert known["settings"]["rank"] == SMALL.rank
+    assert len(known["ridge"]) == len(known["held_back_errors"]) == 4
+    assert json.dumps(known)
+
+
+def test_blocks_that_a_model_lost_get_no_stub(tmp_path) -> None:
+    lost = BlockMask.of(0, 3)
+    llm = load_pruned(save_pruned(tiny_llm(), lost, tmp_path / "pruned"))
+    library = fitted(llm)
+    assert set(library.stubs) == set(range(llm.num_blocks)) - set(lost)
+    library.save(tmp_path / "stubs.safetensors")
+    view = StubLibrary.load(tmp_path / "stubs.safetensors").attach(llm)
+    assert state_error(view, TEXT, BlockMask.of(1)) < state_error(llm, TEXT, BlockMask.of(1))
+
+
+def test_texts_that_overlap_are_refused() -> None:
+    shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
+    with pytest.raises(CorpusError, match="share 12 tokens in a row"):
+        fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": -1}, "must be 0 or above"),
+        ({"ranks": (0, -4)}, "must be 0 or above"),
+        ({"rank": 4, "ranks": (8, 16)}, r"No rank of \(8, 16\) is within the mean rank of 4"),
+        ({"ranks": ()}, r"No rank of \(\) is within the mean rank of 64"),
+        ({"ridges": ()}, r"must be above 0, not \(\)"),
+        ({"ridges": (0.1, 0.0)}, "must be above 0"),
+    ],
+)
+def test_settings_out_of_range(settings, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        FitConfig(**settings)

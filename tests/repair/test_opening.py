@@ -1,0 +1,160 @@
+"""The stubs that a word or a path stands for: fitted once, kept whole, refused where damaged."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
+from rap_env.llm.loading import load_llm
+from rap_env.llm.streamed import stream_llm
+from rap_env.llm.surgery import load_pruned, save_pruned
+from rap_env.memory import MemoryModel
+from rap_env.paths import cache_dir
+from rap_env.repair import FitConfig, fit_library, open_library, opening, repair_label
+from rap_env.repair.library import StubLibrary
+from rap_env.scoring.corpus import load_corpus
+from rap_env.workload import Request
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+
+
+def kept_files():
+    return sorted(cache_dir().glob("repair/*.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Less text, where only what becomes of the file matters."""
+    monkeypatch.setattr(opening, "TEXT", replace(opening.TEXT, windows=4, window_tokens=16))
+    monkeypatch.setattr(opening, "HELD_BACK", replace(opening.HELD_BACK, windows=2))
+
+
+def test_the_library_is_the_one_of_the_stated_text_and_settings():
+    llm = tiny_llm()
+    found = open_library("library", llm, progress=False)
+    texts = [found.provenance[name] for name in ("text", "held_back")]
+    assert [(t["source"], t["role"], t["seed"], t["windows"]) for t in texts] == [
+        ("self", "calibration", 0, 64),
+        ("self", "selection", 0, 16),
+    ]
+    assert {t["window_tokens"] for t in texts} == {64}  # the positions of the tiny model
+    text, held_back = (load_corpus(config, llm) for config in opening._texts(llm))
+    assert fit_library(llm, text, held_back, FitConfig(), progress=False).sha256 == found.sha256
+
+
+def test_it_is_fitted_once_for_each_model(short, monkeypatch):
+    llm = tiny_llm()
+    first = open_library("library", llm, progress=False)
+    open_library("library", tiny_llm(seed=1), progress=False)
+    assert len(kept_files()) == 2
+    monkeypatch.setattr(opening, "fit_library", None)  # fitting again would fail
+    again = open_library("library", tiny_llm(), progress=False)
+    assert again.sha256 == first.sha256
+    with pytest.raises(TypeError):
+        open_library("library", tiny_llm(seed=2), progress=False)
+
+
+def test_a_path_is_read_and_nothing_is_fitted(short, tmp_path):
+    library = open_library("library", tiny_llm(), progress=False)
+    library.save(tmp_path / "mine.safetensors")
+    before = kept_files()
+    found = open_library(str(tmp_path / "mine.safetensors"), tiny_llm(seed=3), progress=False)
+    assert found.sha256 == library.sha256
+    assert kept_files() == before
+
+
+@pytest.mark.parametrize("name", ["libary", "no/such/file.safetensors", "."])
+def test_what_is_neither_a_word_nor_a_file(name):
+    with pytest.raises(UnknownNameError, match=r"repair .*'library', 'none'.*experiments\.repair"):
+        open_library(name, tiny_llm())
+
+
+def test_a_damaged_file_says_what_to_do(short):
+    llm = tiny_llm()
+    open_library("library", llm, progress=False)
+    (path,) = kept_files()
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ArtifactError, match="cut or altered; delete that file"):
+        open_library("library", llm, progress=False)
+    path.unlink()
+    assert open_library("library", llm, progress=False).stubs
+
+
+def test_a_model_without_a_start_token_cannot_write(short):
+    llm = tiny_llm()
+    llm.model.config.bos_token_id = llm.model.generation_config.bos_token_id = None
+    with pytest.raises(CorpusError, match="no start token"):
+        open_library("library", llm, progress=False)
+    assert not kept_files()
+
+
+def test_blocks_that_a_pruned_checkpoint_lacks_have_no_stub(short, tmp_path):
+    llm = tiny_llm(layers=3, tokenizer=tiny_tokenizer())
+    save_pruned(llm, BlockMask.of(1, 2), tmp_path / "pruned")
+    pruned = load_pruned(tmp_path / "pruned")
+    view = open_library("library", pruned, progress=False).attach(pruned)
+    assert [index for index, count in enumerate(view.facts.stub_bytes) if not count] == [1, 2]
+    assert min(MemoryModel(view).freed_bytes(Request(1, 8, 1))) >= 0
+
+
+def test_a_model_that_is_streamed_has_the_stubs_of_the_whole_one(short, tmp_path):
+    tiny_model(layers=3).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    whole = load_llm(tmp_path / "model", dtype="float32", device="cpu")
+    streamed = stream_llm(tmp_path / "model", max_memory_bytes=10**6, dtype="float32", device="cpu")
+    expected = open_library("library", whole, progress=False)
+    for path in kept_files():
+        path.unlink()
+    assert open_library("library", streamed, progress=False).sha256 == expected.sha256
+
+
+def _open_in_a_process(done):
+    torch.set_num_threads(1)
+    opening.TEXT = replace(opening.TEXT, windows=4, window_tokens=16)
+    opening.HELD_BACK = replace(opening.HELD_BACK, windows=2)
+    done.put(open_library("library", tiny_llm(), progress=False).sha256)
+
+
+def _fit_and_hang(at_work):
+    def save(self, path):
+        path.with_name(f".{path.name}.123-abcd").write_bytes(b"half")
+        at_work.set()
+        time.sleep(600)
+
+    StubLibrary.save = save
+    _open_in_a_process(multiprocessing.SimpleQueue())
+
+
+def test_two_processes_at_once_and_a_kill_leave_one_whole_file(short):
+    context = multiprocessing.get_context("spawn")
+    at_work, done = context.Event(), context.SimpleQueue()
+    killed = context.Process(target=_fit_and_hang, args=(at_work,))
+    killed.start()
+    assert at_work.wait(120)
+    others = [context.Process(target=_open_in_a_process, args=(done,)) for _ in range(2)]
+    for process in others:
+        process.start()
+    os.kill(killed.pid, signal.SIGKILL)
+    found = {done.get() for _ in others}
+    for process in (killed, *others):
+        process.join(120)
+    assert found == {open_library("library", tiny_llm(), progress=False).sha256}
+    (path,) = kept_files()
+    left = {file.name for file in path.parent.iterdir()} - {f".{path.name}.lock"}
+    assert left == {path.name}
+
+
+def test_records_name_a_file_without_its_place_on_the_machine():
+    assert repair_label("none") == "none"
+    assert repair_label("library") == "library"
+    assert repair_label("/home/me/runs/stubs.safetensors") == "runs/stubs.safetensors"

@@ -1,0 +1,124 @@
+"""Scores of masks with stubs: shared without changing a bit, and kept apart from those without."""
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.llm.streamed import stream_llm
+from rap_env.repair import StubLibrary
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.search import LeastSearch
+from rap_env.scoring.store import ScoreStore, context_key
+from tests.llm.stubs import random_stubs, repaired
+from tests.scoring.test_scorer import MASKS, plain_nll, tokens
+from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_blocks_change_no_bit(family, dtype):
+    view, ids = repaired(tiny_llm(family, dtype=dtype)), tokens()
+    single = [MaskScorer(view, ids).nll(mask) for mask in MASKS]
+    assert MaskScorer(view, ids).nll_many(MASKS) == single
+    one_by_one = MaskScorer(view, ids)
+    assert [one_by_one.nll(mask) for mask in MASKS] == single
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_models_own_loss(family):
+    llm, ids = tiny_llm(family), tokens()
+    view = repaired(llm)
+    scorer = MaskScorer(view, ids)
+    for mask in MASKS:
+        assert scorer.window_nll(mask) == pytest.approx(plain_nll(view, ids, mask), rel=2e-5), mask
+        without = np.array(plain_nll(llm, ids, mask))
+        assert np.allclose(scorer.window_nll(mask), without, rtol=2e-5) == (mask == BlockMask())
+    assert view.mask == BlockMask()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
+def test_masks_that_share_a_batch_differ_by_rounding_alone(family):
+    view, ids = repaired(tiny_llm(family, layers=3), (2, 0, 1, 3, 4, 2)), tokens()
+    masks = [BlockMask.of(2, index) for index in (0, 1, 3, 4, 5)] + MASKS
+    single = [MaskScorer(view, ids).nll(mask) for mask in masks]
+    together = MaskScorer(view, ids, masks_together=4)
+    assert together.nll_many(masks) == pytest.approx(single, abs=1e-5)
+
+
+def test_a_stub_counts_as_no_block():
+    llm, ids = tiny_llm(), tokens()
+    ours, plain = MaskScorer(repaired(llm), ids), MaskScorer(llm, ids)
+    for scorer in (ours, plain):
+        scorer.nll_many(MASKS)
+    assert ours.block_forwards == plain.block_forwards
+    assert ours.full_block_forwards == plain.full_block_forwards
+
+
+def test_a_search_finds_the_least_of_repaired_masks():
+    view, ids = repaired(tiny_llm(layers=3), (2, 0, 1, 3, 4, 2)), tokens()
+    scan = MaskScorer(view, ids).scan(BlockMask.of(3))
+    least = min(scan, key=scan.__getitem__)
+    scorer = MaskScorer(view, ids)
+    masks = list(scorer.candidates(BlockMask.of(3)).values())
+    found = LeastSearch(scorer).least(masks)
+    assert found.best == BlockMask.of(3, least)
+    assert found.nll[found.best] == scan[least]
+
+
+def test_scores_of_a_streamed_view_are_those_of_the_view_in_memory(lonely_model):
+    ids = tokens()
+    ours, theirs = (MaskScorer(repaired(llm), ids) for llm in (lonely_model, tiny_llm()))
+    assert ours.nll_many(MASKS) == theirs.nll_many(MASKS)
+    assert ours.context == theirs.context
+
+
+@pytest.fixture
+def lonely_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    return stream_llm(tmp_path / "m", device="cpu", dtype="float32", max_memory_bytes=2**21)
+
+
+# The store
+
+
+def libraries(llm):
+    """Two libraries that differ in one number."""
+    first, second = random_stubs(llm), random_stubs(llm)
+    with torch.no_grad():
+        second[3].mean[5] += 1e-6
+    return [StubLibrary(llm.name, llm.fingerprint, stubs) for stubs in (first, second)]
+
+
+def test_the_context_tells_stubs_apart_and_is_unchanged_without_them():
+    llm, ids = tiny_llm(), tokens()
+    plain = MaskScorer(llm, ids).context
+    assert "repair" not in plain
+    one, two = (MaskScorer(library.attach(llm), ids).context for library in libraries(llm))
+    assert len({context_key(context) for context in (plain, one, two)}) == 3
+    assert {k: v for k, v in one.items() if k != "repair"} == plain
+    assert one["repair"] == libraries(llm)[0].sha256
+    # Stubs given twice are the same stubs.
+    assert MaskScorer(libraries(llm)[0].attach(llm), ids).context == one
+    assert MaskScorer(llm, ids).context == plain
+
+
+def test_the_key_without_stubs_is_that_of_older_stores():
+    llm, ids = tiny_llm(), tokens()
+    context = MaskScorer(llm, ids).context
+    assert list(context)[:3] == ["model", "dtype", "device"]
+    assert (context["model"], context["dtype"]) == (llm.fingerprint, "float32")
+
+
+def test_one_store_keeps_both(tmp_path):
+    llm, ids = tiny_llm(), tokens()
+    store = ScoreStore(tmp_path / "scores.sqlite")
+    views = [llm, *(library.attach(llm) for library in libraries(llm))]
+    first = [MaskScorer(view, ids, store) for view in views]
+    scores = [scorer.nll_many(MASKS) for scorer in first]
+    assert [scorer.evaluations for scorer in first] == [len(MASKS)] * 3
+    assert scores[0] != scores[1]
+    again = [MaskScorer(view, ids, store) for view in views]
+    assert [scorer.nll_many(MASKS) for scorer in again] == scores
+    assert [scorer.evaluations for scorer in again] == [0] * 3
