@@ -136,8 +136,9 @@ class Corpus:
                 "give each the same window_tokens."
             )
         described = {name: part.provenance for name, part in parts.items()}
+        roles = dict.fromkeys(str(part.provenance.get("role", "")) for part in parts.values())
         tokens = torch.cat([part.tokens for part in parts.values()])
-        return cls.of_tokens(tokens, source="+".join(parts), parts=described)
+        return cls.of_tokens(tokens, source="+".join(parts), role="+".join(roles), parts=described)
 
     def spread(self, windows: int) -> Corpus:
         """So many windows, taken from all over the text at regular distances.

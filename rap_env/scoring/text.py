@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +154,16 @@ def _file_text(config: CorpusConfig) -> str:
                 f"Line {number} of {path} is no JSON object with the field {config.field!r}; "
                 "set `field` to the one that holds the text."
             ) from None
-    return "\n\n".join(documents)
+    return _joined(documents)
+
+
+def _joined(documents: Iterable[str]) -> str:
+    """Documents one after the other; one that is repeated is read once.
+
+    Data sets of questions repeat a passage for each question. Roles are cut by position, so two
+    of them could read the same passage.
+    """
+    return "\n\n".join(dict.fromkeys(documents))
 
 
 def _field_text(row: Mapping[str, Any], names: str) -> str:
@@ -170,7 +179,7 @@ def _hub_text(config: CorpusConfig) -> str:
     _, name, *subset = config.source.split(":")
     try:
         rows = load_dataset(name, *subset, split=config.split)
-        return "\n\n".join(_field_text(row, config.field) for row in rows)
+        return _joined(_field_text(row, config.field) for row in rows)
     except Exception as error:  # the hub's client has no common base class for its errors
         raise CorpusError(
             f"Cannot load the data set {name!r} ({config.split}, field {config.field!r}): "

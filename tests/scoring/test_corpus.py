@@ -171,3 +171,52 @@ def test_a_data_set_that_cannot_be_reached(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CorpusError, match="Check the name and the network"):
         load_corpus(CorpusConfig(source="hub:nobody/nothing-at-all"), llm())
+
+
+def test_a_document_that_is_repeated_is_read_once(tmp_path):
+    rows = [{"text": f"passage {number} " * 40} for number in range(6) for _ in range(2)]
+    repeated, single = tmp_path / "repeated.jsonl", tmp_path / "single.jsonl"
+    repeated.write_text("\n".join(json.dumps(row) for row in rows))
+    single.write_text("\n".join(json.dumps(row) for row in rows[::2]))
+    both = [
+        load_corpus(CorpusConfig(source=str(path), windows=2, window_tokens=8), llm())
+        for path in (repeated, single)
+    ]
+    assert both[0].sha256 == both[1].sha256
+
+
+def test_fields_are_joined(tmp_path):
+    rows = [
+        {"question": f"how many {number} are", "answer": f"there are {number} of"}
+        for number in range(60)
+    ]
+    apart, joined = tmp_path / "apart.jsonl", tmp_path / "joined.jsonl"
+    apart.write_text("\n".join(json.dumps(row) for row in rows))
+    joined.write_text(
+        "\n".join(json.dumps({"text": f"{row['question']} {row['answer']}"}) for row in rows)
+    )
+    settings = {"windows": 2, "window_tokens": 8}
+    of_two = CorpusConfig(source=str(apart), field="question+answer", **settings)
+    of_one = CorpusConfig(source=str(joined), **settings)
+    assert load_corpus(of_two, llm()).sha256 == load_corpus(of_one, llm()).sha256
+    with pytest.raises(CorpusError, match="'question\\+reply'"):
+        load_corpus(CorpusConfig(source=str(apart), field="question+reply", **settings), llm())
+
+
+def test_texts_are_joined_and_spread():
+    parts = {
+        name: Corpus.of_tokens(torch.arange(start, start + 12).view(4, 3), role="calibration")
+        for name, start in (("a", 0), ("b", 100))
+    }
+    joined = Corpus.joined(parts)
+    assert torch.equal(joined.tokens, torch.cat([part.tokens for part in parts.values()]))
+    assert (joined.provenance["source"], joined.provenance["role"]) == ("a+b", "calibration")
+    assert joined.provenance["parts"]["b"]["sha256"] == parts["b"].sha256
+    few = joined.spread(4)
+    assert torch.equal(few.tokens, joined.tokens[[0, 2, 4, 6]])
+    assert few.provenance["tokens"] == 12
+    assert few.sha256 != joined.sha256
+    with pytest.raises(CorpusError, match="From 1 to 8 windows can be taken of this text, not 9"):
+        joined.spread(9)
+    with pytest.raises(CorpusError, match=r"these have \{'a': 3, 'c': 4\}"):
+        Corpus.joined({"a": parts["a"], "c": Corpus.of_tokens(torch.zeros(2, 4).long())})
