@@ -111,16 +111,19 @@ class RepairBench:
             learning_rate=stubs.learning_rate,
             seed=self.config.seed,
         )
+        unfinished = self.folder / "distilling.pt"
         made = distill(
             self.llm,
             self.library,
             text,
             self._mask_draw(),
             settings,
-            path=self.folder / "distilling.pt",
+            path=unfinished,
             progress=self.config.progress,
         )
-        return self._kept(made, path)
+        self._kept(made, path)
+        unfinished.unlink()
+        return made
 
     def fitted(self, label: str, names: list[str], windows: int | None = None) -> StubLibrary:
         """A library fitted on some texts, from its file if it was fitted before.

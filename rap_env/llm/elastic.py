@@ -134,7 +134,7 @@ class ElasticLLM:
         """Whether something stands in the place of one of these blocks once it is removed."""
         return any(index in self._stubs for index in blocks)
 
-    def apply(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> None:  # noqa: B008
+    def apply(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> None:
         """Remove exactly the blocks of `mask`; all others are put back.
 
         Args:
@@ -155,7 +155,7 @@ class ElasticLLM:
         self,
         mask: BlockMask,
         *,
-        bare: BlockMask = BlockMask(),  # noqa: B008
+        bare: BlockMask = BlockMask(),
     ) -> Iterator[ElasticLLM]:
         """Apply `mask` for the duration of a ``with`` block, whatever happens in it.
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rap_env.repair.distilling import DistillConfig, distill
+    from rap_env.repair.distilling import distill
     from rap_env.repair.fitting import FitConfig, fit_library
     from rap_env.repair.library import StubLibrary
     from rap_env.repair.opening import open_library
     from rap_env.repair.per_mask import fit_for_mask
+    from rap_env.repair.trainer import DistillConfig
 
 __all__ = [
     "REPAIRS",
@@ -32,7 +33,7 @@ REPAIRS = ("none", "library")
 """What a setting ``repair`` may say; any other word is the path of a library's file."""
 
 _MODULES = {
-    "DistillConfig": "distilling",
+    "DistillConfig": "trainer",
     "FitConfig": "fitting",
     "StubLibrary": "library",
     "distill": "distilling",

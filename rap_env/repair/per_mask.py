@@ -23,7 +23,7 @@ def fit_for_mask(
     mask: BlockMask,
     text: Corpus,
     held_back: Corpus,
-    config: FitConfig = FitConfig(),  # noqa: B008
+    config: FitConfig = FitConfig(),
     *,
     ranks: Mapping[int, int] | None = None,
 ) -> StubLibrary:

@@ -179,11 +179,11 @@ def test_the_rate_rises_then_falls_along_half_a_cosine() -> None:
 
 
 def test_every_window_is_learnt_from_once_an_epoch() -> None:
-    from rap_env.repair.distilling import _Trainer
+    from rap_env.repair.trainer import Trainer
 
     llm = tiny()
     config = DistillConfig(steps=20, windows=3)
-    trainer = _Trainer(llm, fitted(llm), TEXT, draw(llm), config)
+    trainer = Trainer(llm, fitted(llm), TEXT, draw(llm), config)
     seen = torch.cat([trainer._windows(step) for step in range(20)]).tolist()
     epochs = [seen[:20], seen[20:40], seen[40:]]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)

@@ -51,7 +51,15 @@ def test_a_killed_run_goes_on_bit_for_bit(after: int, dtype, tmp_path) -> None:
     assert resumed.sha256 == whole.sha256
     assert resumed.provenance["divergences"] == whole.provenance["divergences"]
     assert len(masks.drawn) == SHORT.steps - after // SHORT.save_every * SHORT.save_every
-    assert not any(path.parent.glob("*") if path.parent.exists() else [])
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_finished_run_is_there_until_its_file_is_removed(tmp_path) -> None:
+    llm, path = tiny(), tmp_path / "progress.pt"
+    library = fitted(llm)
+    whole = distilled(llm, library, path=path)
+    masks = draw(llm, kind=Killed, after=0)  # no mask is drawn again
+    assert distilled(llm, library, masks=masks, path=path).sha256 == whole.sha256
 
 
 def test_two_kills_are_no_worse_than_one(tmp_path) -> None:
@@ -60,7 +68,7 @@ def test_two_kills_are_no_worse_than_one(tmp_path) -> None:
     killed_at(5, llm, library, path)
     killed_at(5, llm, library, path)
     assert distilled(llm, library, path=path).sha256 == distilled(llm, library).sha256
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_replayed_trace_goes_on_where_it_stood(tmp_path) -> None:

@@ -12,7 +12,7 @@ from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm
 
 
-def passed(llm, ids, mask=BlockMask()):  # noqa: B008 - a frozen value
+def passed(llm, ids, mask=BlockMask()):
     with torch.inference_mode(), llm.masked(mask):
         return llm.adapter.decoder(llm.model)(input_ids=ids, use_cache=False).last_hidden_state
 
