@@ -11,70 +11,8 @@ from torch import nn
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.llm.families import FAMILIES, Family
-from rap_env.llm.removed import Removed, RemovedAttention, RemovedFFN
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One attribute of a layer that holds a part of a block.
-
-    Modules are swapped in the parent's table of modules itself. ``setattr`` ends there too, after
-    looking for a parameter, a buffer or a plain attribute of that name; there is none, since
-    `original` was found in the table, and a mask may change between any two tokens.
-
-    Attributes:
-        parent: The module that has the attribute.
-        attribute: Its name.
-        original: The module that belongs there.
-        stand_in: What takes its place while the block is removed.
-    """
-
-    parent: nn.Module
-    attribute: str
-    original: nn.Module
-    stand_in: nn.Module
-
-    def remove(self) -> None:
-        """Put the stand-in there."""
-        self.parent._modules[self.attribute] = self.stand_in
-
-    def restore(self) -> None:
-        """Put the original back."""
-        self.parent._modules[self.attribute] = self.original
-
-
-@dataclass(frozen=True)
-class BlockSite:
-    """All slots of one block: its modules, and the norms that it alone uses.
-
-    Attributes:
-        index: Index of the block.
-        slots: The slots; the first one holds the attention or the last feed-forward module.
-    """
-
-    index: int
-    slots: tuple[Slot, ...]
-
-    @property
-    def gone(self) -> bool:
-        """Whether the model was built without the block, so that there is nothing to restore."""
-        return isinstance(self.slots[0].original, Removed)
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The block's own modules."""
-        return tuple(slot.original for slot in self.slots)
-
-    def remove(self, stub: nn.Module | None = None) -> None:
-        """Take the block out of its layer, and let a stub stand there, if one is given."""
-        cast("Removed", self.slots[0].stand_in).stub = stub
-        for slot in self.slots:
-            slot.remove()
-
-    def restore(self) -> None:
-        """Put the block back into its layer."""
-        for slot in self.slots:
-            slot.restore()
+from rap_env.llm.removed import RemovedAttention, RemovedFFN
+from rap_env.llm.sites import BlockSite, Slot
 
 
 @dataclass(frozen=True)

@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from rap_env.artifacts import canonical_json
 from rap_env.blocks import Block, BlockMask
-from rap_env.llm.adapter import BlockSite, adapter_for
+from rap_env.llm.adapter import adapter_for
+from rap_env.llm.fingerprint import fingerprint_of, named_weights, tensor_key
+from rap_env.llm.sites import LiveBlocks
 from rap_env.llm.stub import Stub
 from rap_env.memory import ModelFacts
-
-# Entries of a config that say nothing about what the model computes, or (dtype) that the
-# tensors themselves say.
-_VOLATILE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-
-
-@dataclass
-class _Live:
-    """What is in the places of a model's blocks; shared by all who see the model.
-
-    Attributes:
-        sites: Where each block lives, (2L,).
-        removed: The removed blocks by index, with the stub that stands there, if any does.
-    """
-
-    sites: tuple[BlockSite, ...]
-    removed: dict[int, Stub | None] = field(default_factory=dict)
-
-    def place(self, wanted: Mapping[int, Stub | None]) -> None:
-        """Remove exactly the blocks of `wanted`."""
-        for index in self.removed.keys() - wanted.keys():
-            self.sites[index].restore()
-        for index, stub in wanted.items():
-            if index not in self.removed or self.removed[index] is not stub:
-                self.sites[index].remove(stub)
-        self.removed = dict(wanted)
 
 
 class ElasticLLM:
@@ -82,7 +54,7 @@ class ElasticLLM:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
-        self._live = _Live(self.adapter.sites(model))
+        self._live = LiveBlocks(self.adapter.sites(model))
         self._stubs: Mapping[int, Stub] = {}
         self._repair = ""
         self._whole: ElasticLLM | None = None  # what a view was made of, which it keeps alive
@@ -201,11 +173,13 @@ class ElasticLLM:
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
         """Bytes of each block's own tensors, (2L,), and bytes of all else."""
         with self.masked(BlockMask()):
-            everywhere = [_key(tensor) for _, tensor in _weights(self.model)]
+            everywhere = [tensor_key(tensor) for _, tensor in named_weights(self.model)]
             seen = Counter(everywhere)
             own = []
             for site in self._live.sites:
-                inside = Counter(_key(t) for part in site.modules for _, t in _weights(part))
+                inside = Counter(
+                    tensor_key(t) for part in site.modules for _, t in named_weights(part)
+                )
                 # A tensor that also serves elsewhere (tied) is not freed with the block.
                 own.append(sum(key[-1] for key, n in inside.items() if n == seen[key]))
         return tuple(own), sum(key[-1] for key in seen) - sum(own)
@@ -223,7 +197,7 @@ class ElasticLLM:
         Independent of the mask, of the device and of where the model was loaded from.
         """
         with self.masked(BlockMask()):
-            return _fingerprint(self.model, self._read)
+            return fingerprint_of(self.model, self._read)
 
     def _stub_bytes(self) -> tuple[int, ...]:
         if not self._stubs:
@@ -259,30 +233,3 @@ class ElasticLLM:
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
         )
-
-
-def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers by name; a tied tensor under each of its names."""
-    for name, value in module.state_dict(keep_vars=True).items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
-
-
-def _key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
-    """Equal for two names of one tensor; its last entry is the tensor's bytes."""
-    return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
-
-
-def _fingerprint(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
-    config = json.loads(model.config.to_json_string())
-    kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
-    total = hashlib.sha256(canonical_json(kept).encode())
-    seen = set()
-    for name, tensor in sorted(_weights(model), key=lambda item: item[0]):
-        if (key := _key(tensor)) in seen:
-            continue
-        seen.add(key)
-        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = read(name, tensor).detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()
