@@ -211,6 +211,8 @@ class StubsConfig:
     """What is compared; empty to make the libraries alone."""
     cells: list[str] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
     """Requests and budgets: batch size x tokens @ share of the dense peak."""
+    study_cells: list[str] = field(default_factory=list)
+    """Those of the cells that the two studies below use; empty for all."""
     token_study: list[int] = field(default_factory=list)
     """Numbers of tokens to fit on, to show what they are worth; empty for no such study."""
     domain_study: list[str] = field(default_factory=list)
@@ -230,7 +232,15 @@ class StubsConfig:
         for name in self.domain_study:
             if name not in self.fit_texts:
                 raise UnknownNameError("text of stubs.domain_study", name, self.fit_texts)
+        for name in self.study_cells:
+            if name not in self.cells:
+                raise UnknownNameError("cell of stubs.study_cells", name, self.cells)
         _ = self.parsed_cells
+
+    def cells_of(self, study: str) -> list[tuple[int, int, float]]:
+        """The cells that a study of `experiments.repair_rows.STUDIES` uses."""
+        few = study != "grid" and self.study_cells
+        return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells
 
     @property
     def parsed_cells(self) -> list[tuple[int, int, float]]:

@@ -134,7 +134,7 @@ class Judge:
         found = {row.key: row for row in read_repair_rows(self._path)}
         config = self._bench.config
         bar = tqdm(
-            [(entry, cell) for entry in compared for cell in config.stubs.parsed_cells],
+            [(entry, cell) for entry in compared for cell in config.stubs.cells_of(entry.study)],
             desc="repair", unit="cell", dynamic_ncols=True,
             disable=None if config.progress else True,
         )  # fmt: skip

@@ -58,7 +58,7 @@ def config(tmp_path_factory):
                 fit_texts={"first": text(1, 12), "second": text(2)},
                 report_texts={"first": text(3), "third": text(4)},
                 rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
-                token_study=[24], domain_study=["second"],
+                study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
             ),
         )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_there_is_a_row_for_each_repair_cell_and_text(rows):
         assert found == {
             (cell, text) for cell in ((1, 16, 0.8), (2, 32, 0.7)) for text in ("first", "third")
         }
-    assert len(rows) == len(CELLS) * 2 * (4 + 1 + 1)
+    assert len(rows) == len(CELLS) * 2 * 4 + 2 * (1 + 1)
     assert {row.held_out_domain for row in rows if row.text == "third"} == {True}
 
 
@@ -117,8 +117,9 @@ def test_what_stubs_were_fitted_on_is_counted(rows):
     (domain,) = {tuple(row.fitted_on) for row in rows if row.study == "domain"}
     assert domain == ("second",)
     masks = {(row.study, row.cell): row.mask for row in rows if row.repair == "library"}
-    for cell in {row.cell for row in rows}:
-        assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
+    cell = (2, 32, 0.7)
+    assert {row.cell for row in rows if row.study != "grid"} == {cell}
+    assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
 
 
 def test_run_again_it_measures_nothing(config, rows, monkeypatch):
@@ -177,6 +178,8 @@ def test_settings_that_cannot_be_are_refused(config, tmp_path):
         StubsConfig(repairs=["nonsense"])
     with pytest.raises(UnknownNameError, match=r"domain_study.*'b'"):
         StubsConfig(fit_texts={"a": text(0)}, domain_study=["b"])
+    with pytest.raises(UnknownNameError, match=r"study_cells.*'1x16@0\.5'"):
+        StubsConfig(cells=CELLS, study_cells=["1x16@0.5"])
     with pytest.raises(ExperimentError, match="8x2048@0.85"):
         StubsConfig(cells=["8x2048"])
     with pytest.raises(ExperimentError, match="held_back_share"):
