@@ -202,7 +202,7 @@ class Judge:
                 bench.llm,
                 self._mask(entry, cell),
                 text.spread(min(_PER_MASK_WINDOWS, len(text.tokens))),
-                held_back,
+                bench.few_held_back(held_back, _PER_MASK_WINDOWS),
                 bench.fit_config,
                 ranks=ranks,
             )

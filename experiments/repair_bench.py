@@ -28,6 +28,7 @@ from rap_env.workload import make_sampler
 log = logging.getLogger(__name__)
 
 _LEAST_HELD_BACK = 4  # windows of each text
+_FEW_HELD_BACK = 64  # windows of all texts together
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,17 @@ class RepairBench:
             return self._found(path)
         text, held_back = self.texts.fitted(names)
         if windows is not None:
-            text = text.spread(windows)
+            text, held_back = text.spread(windows), self.few_held_back(held_back, windows)
         log.info("Fitting stubs (%s) on %d tokens.", label, text.tokens.numel())
         made = fit_library(
             self.llm, text, held_back, self.fit_config, progress=self.config.progress
         )
         return self._kept(made, path)
+
+    def few_held_back(self, held_back: Corpus, windows: int) -> Corpus:
+        """As much held-back text as so many fitted windows need: judging them all takes longer."""
+        share = round(self.config.stubs.held_back_share * windows)
+        return held_back.spread(min(len(held_back.tokens), max(_FEW_HELD_BACK, share)))
 
     def stubs_of(self, repair: str) -> StubLibrary | None:
         """The library of a repair; for ``per_mask`` the one whose masks and ranks are taken."""
