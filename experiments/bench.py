@@ -22,6 +22,7 @@ NEEDS_MODEL = {
     "evaluate": "judges masks on text that no table holds",
     "demo": "begins with its profile",
     "export_scores": "measures it",
+    "repair": "fits stubs to its hidden states",
 }
 """Why a stage needs a live model; the others do with a score table."""
 
@@ -64,12 +65,21 @@ def open_bench(config: Config, *, profiled: bool = True) -> Workbench:
         ExperimentError: The model is a score table, and the stage needs a live one.
         RapError: As loading the model, the text, the store or an artifact does.
     """
+    refuse_table(config)
+    return open_workbench(workbench_config(config, profiled=profiled))
+
+
+def refuse_table(config: Config) -> None:
+    """Refuse a score table where a stage needs a live model.
+
+    Raises:
+        ExperimentError: The model is a score table, and the stage needs a live one.
+    """
     if table_path(config.model.name) is not None and config.stage in NEEDS_MODEL:
         raise ExperimentError(
             f"experiments.{config.stage} needs a live model, since it {NEEDS_MODEL[config.stage]}, "
             f"but model.name is {config.model.name}; give the model whose scores these are."
         )
-    return open_workbench(workbench_config(config, profiled=profiled))
 
 
 def task_config(tasks: TasksConfig) -> TaskConfig:

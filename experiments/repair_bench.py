@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.bench import refuse_table
 from experiments.config import Config, TextConfig
 from experiments.errors import ExperimentError
 from rap_env.importance import GSIProfile, gsi
@@ -61,7 +62,7 @@ class RepairBench:
 
     Raises:
         CorpusError: A text is missing, too short, or overlaps with another.
-        ExperimentError: There is no text to fit or report on.
+        ExperimentError: There is no text to fit or report on, or no model that can be fitted.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -72,6 +73,12 @@ class RepairBench:
                 f"experiments.repair makes stubs, and compares them with none: leave repair.name "
                 f"at 'none', not {config.repair.name!r}."
             )
+        if config.model.max_memory_bytes and config.stubs.distill_steps:
+            raise ExperimentError(
+                "A model under model.max_memory_bytes is read a layer at a time, and distillation "
+                "needs gradients through all of them; set stubs.distill_steps=0, or drop the cap."
+            )
+        refuse_table(config)
         self.config, self.folder = config, folder
         model = config.model
         self.llm = shared_llm(

@@ -174,6 +174,12 @@ def test_settings_that_cannot_be_are_refused(config, tmp_path):
         repair(replace(config, stubs=replace(config.stubs, report_texts={})), tmp_path)
     with pytest.raises(ExperimentError, match=r"leave repair\.name"):
         repair(replace(config, repair=RepairConfig("library")), tmp_path / "other")
+    capped = replace(config.model, max_memory_bytes=10**9)
+    with pytest.raises(ExperimentError, match=r"set stubs\.distill_steps=0"):
+        repair(replace(config, model=capped), tmp_path / "capped")
+    table = replace(config.model, name="score_table:some/table.json")
+    with pytest.raises(ExperimentError, match="fits stubs to its hidden states"):
+        repair(replace(config, model=table), tmp_path / "table")
     with pytest.raises(UnknownNameError, match="nonsense"):
         StubsConfig(repairs=["nonsense"])
     with pytest.raises(UnknownNameError, match=r"domain_study.*'b'"):
