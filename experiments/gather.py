@@ -86,6 +86,8 @@ def gather(root: Path) -> ReportData:
             f"{root} has no records to report; run profile, train and evaluate, or repair, with "
             "the same name=... (or experiment=...) first."
         )
+    repair_notes = _repair_notes(root / "repair") if repair_rows else []
+    dense = repair_notes[-1].get("dense_accuracies") if repair_notes else None
     notes = [note for file in files if (note := RunFolder(file.parent).read())]
     return ReportData(
         root,
@@ -93,9 +95,9 @@ def gather(root: Path) -> ReportData:
         profile,
         runs,
         notes,
-        RepairComparison(repair_rows) if repair_rows else None,
+        RepairComparison(repair_rows, dense) if repair_rows else None,
         read_orders(root / "repair" / ORDERS) if repair_rows else {},
-        _repair_notes(root / "repair") if repair_rows else [],
+        repair_notes,
     )
 
 

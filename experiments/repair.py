@@ -81,12 +81,13 @@ def repair(config: Config, folder: Path) -> Path:
     run.start(config, frozen=_FROZEN)
     bench = RepairBench(config, folder)
     compared = list(entries(bench))
-    rows = Judge(bench).rows(compared)
+    judge = Judge(bench)
+    rows = judge.rows(compared)
     grid = [entry.repair for entry in compared if entry.study == "grid"]
     orders = {name: bench.importance(name) for name in grid if name != "per_mask"}
     if orders:
         write_orders(folder / ORDERS, orders)
-    run.finish(started, rows=len(rows))
+    run.finish(started, rows=len(rows), dense_accuracies=judge.accuracies(bench.llm, BlockMask()))
     log.info("Repair: %d rows in %s.", len(rows), folder / FILE)
     return folder / FILE
 
@@ -174,7 +175,7 @@ class Judge:
             loss_ci_low=loss.low,
             loss_ci_high=loss.high,
             window_losses=losses.tolist(),
-            accuracies=self._accuracies(view, mask) if entry.study == "grid" else {},
+            accuracies=self.accuracies(view, mask) if entry.study == "grid" else {},
             provenance=provenance,
         )
 
@@ -211,7 +212,8 @@ class Judge:
     def _scorer(self, view: ElasticLLM, text: str) -> MaskScorer:
         return MaskScorer(view, self._bench.texts.report[text], self._bench.store)
 
-    def _accuracies(self, view: ElasticLLM, mask: BlockMask) -> dict[str, float]:
+    def accuracies(self, view: ElasticLLM, mask: BlockMask) -> dict[str, float]:
+        """Accuracy of each lm-eval task in [0, 1]; none if none was asked for."""
         settings = self._bench.config.evaluate.tasks
         if not settings.names:
             return {}

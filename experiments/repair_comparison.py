@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,12 +60,16 @@ class RepairComparison:
 
     Args:
         rows: Its rows; of rows that measure the same, the last counts.
+        dense_accuracies: Accuracy of each lm-eval task without any removal, where it is known.
 
     Raises:
         ArtifactError: There are none, or they are of different models or texts.
     """
 
-    def __init__(self, rows: Iterable[RepairRow]) -> None:
+    def __init__(
+        self, rows: Iterable[RepairRow], dense_accuracies: Mapping[str, float] | None = None
+    ) -> None:
+        self.dense_accuracies = dict(dense_accuracies or {})
         last = {_same(row): row for row in rows}
         self.rows = list(last.values())
         if not self.rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.methods import TIMES, look
 from experiments.repair_comparison import Cell, RepairComparison
@@ -67,13 +67,13 @@ def repair_accuracy_table(found: RepairComparison) -> Table | None:
     rows = [row for row in found.study("grid") if row.accuracies]
     tasks = sorted({task for row in rows for task in row.accuracies})
     lines = []
+    if tasks and set(tasks) <= found.dense_accuracies.keys():
+        lines.append(["Dense model", *_accuracy_cells([found.dense_accuracies], tasks)])
     for repair in found.repairs:
         own = [row for row in rows if row.repair == repair and set(tasks) == set(row.accuracies)]
-        cells = {row.cell: row.accuracies for row in own}.values()
+        cells = list({row.cell: row.accuracies for row in own}.values())
         if cells:
-            means = [sum(cell[task] for cell in cells) / len(cells) for task in tasks]
-            shares = [percent(mean) for mean in [*means, sum(means) / len(means)]]
-            lines.append([look(repair).label, *shares])
+            lines.append([look(repair).label, *_accuracy_cells(cells, tasks)])
     return (["Repair", *tasks, "mean"], lines) if lines else None
 
 
@@ -194,6 +194,12 @@ def repair_ratio(ratio: Estimate | None) -> str:
 def text_label(found: RepairComparison, text: str) -> str:
     """The name of a report text, and whether it is of a kind that was not fitted on."""
     return f"{text} (not fitted on)" if found.is_other(text) else text
+
+
+def _accuracy_cells(cells: Sequence[Mapping[str, float]], tasks: Sequence[str]) -> list[str]:
+    """Mean accuracy of each task, and over all tasks."""
+    means = [sum(cell[task] for cell in cells) / len(cells) for task in tasks]
+    return [percent(mean) for mean in [*means, sum(means) / len(means)]]
 
 
 def _ratios(found: RepairComparison, rows: Sequence[RepairRow]) -> list[str]:

@@ -144,6 +144,10 @@ def test_accuracies_are_of_cells_whatever_the_text():
         [["Library", "40.0 %", "60.0 %", "50.0 %"]],
     )
     assert repair_accuracy_table(RepairComparison(rows[-1:])) is None
+    dense = {"task_one": 0.6, "task_two": 0.9, "another": 0.1}
+    _, lines = repair_accuracy_table(RepairComparison(rows, dense))
+    assert lines[0] == ["Dense model", "60.0 %", "90.0 %", "75.0 %"]
+    assert repair_accuracy_table(RepairComparison(rows, {"task_one": 0.6}))[1] == lines[1:]
 
 
 def test_the_main_table_has_a_line_a_request_and_budget(found):
