@@ -51,6 +51,8 @@ def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
                 axis.set_xlabel("peak memory (MiB)", fontsize=8)
             if place % columns == 0:
                 axis.set_ylabel(row_name, fontweight="bold")
+        if axes[0].get_yscale() == "linear":
+            axes[0].set_ylim(bottom=0)  # of all: they share it
         figure.supylabel(f"loss (nats/token{_log_words(axes[0])})", fontsize=9)
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center",
