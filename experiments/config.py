@@ -216,7 +216,9 @@ class StubsConfig:
     token_study: list[int] = field(default_factory=list)
     """Numbers of tokens to fit on, to show what they are worth; empty for no such study."""
     domain_study: list[str] = field(default_factory=list)
-    """Texts of `fit_texts` to fit on alone; empty for no such study."""
+    """Texts of `fit_texts` to fit on alone, as much of each; empty for no such study."""
+    alone: list[str] = field(default_factory=list)
+    """Texts of `fit_texts` to fit on alone, all of it, and to search masks with, on every cell."""
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers, cells and names."""
@@ -229,9 +231,10 @@ class StubsConfig:
         for name in self.repairs:
             if name not in REPAIRS:
                 raise UnknownNameError("repair", name, REPAIRS)
-        for name in self.domain_study:
-            if name not in self.fit_texts:
-                raise UnknownNameError("text of stubs.domain_study", name, self.fit_texts)
+        for study, names in (("domain_study", self.domain_study), ("alone", self.alone)):
+            for name in names:
+                if name not in self.fit_texts:
+                    raise UnknownNameError(f"text of stubs.{study}", name, self.fit_texts)
         for name in self.study_cells:
             if name not in self.cells:
                 raise UnknownNameError("cell of stubs.study_cells", name, self.cells)
@@ -239,7 +242,7 @@ class StubsConfig:
 
     def cells_of(self, study: str) -> list[tuple[int, int, float]]:
         """The cells that a study of `experiments.repair_rows.STUDIES` uses."""
-        few = study != "grid" and self.study_cells
+        few = study in ("tokens", "domain") and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells
 
     @property

@@ -114,6 +114,9 @@ def entries(bench: RepairBench) -> Iterator[Entry]:
     for name in stubs.domain_study:
         library = bench.fitted(f"domain-{name}", [name], least)
         yield Entry("domain", "library", [name], library, shared)
+    for name in stubs.alone:
+        library = bench.fitted(f"alone-{name}", [name])
+        yield Entry("alone", "library", [name], library, (name, library))
 
 
 class Judge:

@@ -11,7 +11,7 @@ from experiments.records import read_records
 from rap_env.artifacts import digest
 from rap_env.errors import ArtifactError
 
-STUDIES = ("grid", "tokens", "domain")
+STUDIES = ("grid", "tokens", "domain", "alone")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RepairRow:
     Attributes:
         study: ``"grid"``: every repair with a search of its own; ``"tokens"`` and ``"domain"``:
             libraries fitted on other amounts and kinds of text, under the masks of the grid's
-            library.
+            library; ``"alone"``: one fitted on one kind of text, with a search of its own.
         repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
         request: ``{"batch_size": int, "seq_len_tokens": int}``.
         budget_fraction: Budget as a share of the dense peak.

@@ -13,8 +13,9 @@ from experiments.tables import Table, counted, markdown, mebibytes, number, perc
 ARROW = " \N{RIGHTWARDS ARROW} "
 
 SAME_MASKS = (
-    "Each library is judged under the masks that the search with the whole library chose, and "
-    "compared, cell by cell, with removal without stubs under masks of its own search."
+    "Each library is judged under the masks that the search with the whole library chose (but "
+    "where own masks are stated), and compared, cell by cell, with removal without stubs under "
+    "masks of its own search."
 )
 """Caption of the studies of tokens and domains."""
 
@@ -95,6 +96,10 @@ def domain_table(found: RepairComparison) -> Table | None:
     for row in found.study("grid"):
         if row.repair == "library" and row.cell in cells:
             lines.setdefault((tuple(row.fitted_on), row.fit_tokens), []).append(row)
+    for row in found.study("alone"):
+        if row.cell in cells:
+            own = (f"{'+'.join(row.fitted_on)}, own masks",)
+            lines.setdefault((own, row.fit_tokens), []).append(row)
     header = ["Fitted on", "Tokens", *found.texts]
     rows = [
         [" + ".join(names), f"{count:,}", *_ratios(found, own)]
@@ -105,7 +110,8 @@ def domain_table(found: RepairComparison) -> Table | None:
 
 def goals_table(found: RepairComparison) -> Table | None:
     """Goals with what was reached; goals without rows are left out; None if all are."""
-    alone = [row for row in found.study("domain") if row.fitted_on == ["self"]]
+    alone = [row for row in found.study("alone") if row.fitted_on == ["self"]]
+    alone = alone or [row for row in found.study("domain") if row.fitted_on == ["self"]]
     by_text = [found.ratio([row for row in alone if row.text == text]) for text in found.texts]
     known = [ratio for ratio in by_text if ratio]
     goals = [

@@ -59,6 +59,7 @@ def config(tmp_path_factory):
                 report_texts={"first": text(3), "third": text(4)},
                 rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
                 study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
+                alone=["first"],
             ),
         )  # fmt: skip
 
@@ -78,7 +79,7 @@ def test_there_is_a_row_for_each_repair_cell_and_text(rows):
         assert found == {
             (cell, text) for cell in ((1, 16, 0.8), (2, 32, 0.7)) for text in ("first", "third")
         }
-    assert len(rows) == len(CELLS) * 2 * 4 + 2 * (1 + 1)
+    assert len(rows) == len(CELLS) * 2 * (4 + 1) + 2 * (1 + 1)
     assert {row.held_out_domain for row in rows if row.text == "third"} == {True}
 
 
@@ -113,12 +114,14 @@ def test_what_stubs_were_fitted_on_is_counted(rows):
     assert tokens == {
         ("grid", "none"): 0, ("grid", "library"): 20 * 12, ("grid", "distilled"): 20 * 12,
         ("grid", "per_mask"): 20 * 12, ("tokens", "library"): 24, ("domain", "library"): 8 * 12,
+        ("alone", "library"): 12 * 12,
     }  # fmt: skip
     (domain,) = {tuple(row.fitted_on) for row in rows if row.study == "domain"}
     assert domain == ("second",)
     masks = {(row.study, row.cell): row.mask for row in rows if row.repair == "library"}
     cell = (2, 32, 0.7)
-    assert {row.cell for row in rows if row.study != "grid"} == {cell}
+    assert {row.cell for row in rows if row.study in ("tokens", "domain")} == {cell}
+    assert {row.mask_from for row in rows if row.study == "alone"} == {"first"}
     assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
 
 
@@ -163,7 +166,7 @@ def test_text_that_is_fitted_on_is_not_reported_on(config, tmp_path):
     shared.write_text("the cat sat on the mat and looked at the dog. " * 200)
     source = TextConfig(source=str(shared), windows=4, window_tokens=36)
     stubs = replace(
-        config.stubs, fit_texts={"a": source}, report_texts={"a": source}, domain_study=[]
+        config.stubs, fit_texts={"a": source}, report_texts={"a": source}, domain_study=[], alone=[]
     )
     with pytest.raises(CorpusError, match="share"):
         repair(replace(config, stubs=stubs), tmp_path / "run")
