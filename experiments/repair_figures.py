@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from experiments.figures import INK, loss_scale, panels, style
+from experiments.figures import INK, panels, style
 from experiments.methods import TIMES, look
 from experiments.repair_comparison import RepairComparison
 from experiments.repair_tables import text_label
@@ -21,6 +21,9 @@ _TEXT_COLOURS = ("#2A78C2", "#159A74", "#8E4FA8", "#B5651D", "#4B6C8B", "#C8324B
 _MIB = 2**20
 
 
+_LEAST_SPAN = 0.06  # of the memory axis, as a share of its values
+
+
 def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
     """Loss over peak bytes, a panel for each report text and request, a colour for each repair.
 
@@ -34,7 +37,6 @@ def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
     )
     columns = len(shapes) if narrow else len(found.texts)
     rows = len(places) // columns
-    losses = [row.loss for row in found.study("grid")]
     with style():
         figure, axes = panels(
             rows, columns, narrow=narrow, height=2.1 + 0.8 / rows,
@@ -42,7 +44,6 @@ def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
         )  # fmt: skip
         for place, (axis, (text, shape)) in enumerate(zip(axes, places, strict=True)):
             _draw_peaks(axis, found, text, shape)
-            loss_scale(axis, losses, "y", label=False)
             names = (_text_words(found, text), _shape_words(shape))
             row_name, column_name = names if narrow else names[::-1]
             if place < columns:
@@ -51,9 +52,8 @@ def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
                 axis.set_xlabel("peak memory (MiB)", fontsize=8)
             if place % columns == 0:
                 axis.set_ylabel(row_name, fontweight="bold")
-        if axes[0].get_yscale() == "linear":
-            axes[0].set_ylim(bottom=0)  # of all: they share it
-        figure.supylabel(f"loss (nats/token{_log_words(axes[0])})", fontsize=9)
+        axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # of all: they share it
+        figure.supylabel("loss (nats/token)", fontsize=9)
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center",
             ncols=2 if narrow else 4,
@@ -99,6 +99,9 @@ def _draw_peaks(axis: Axes, found: RepairComparison, text: str, shape: Shape) ->
         for point in missed:
             axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
                       zorder=9)  # fmt: skip
+    low, high = axis.get_xlim()
+    spare = max(0.0, _LEAST_SPAN * high - (high - low)) / 2  # else a few kB look like a budget
+    axis.set_xlim(low - spare, high + spare)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
@@ -108,10 +111,6 @@ def _text_words(found: RepairComparison, text: str) -> str:
 
 def _shape_words(shape: Shape) -> str:
     return f"{shape[0]} {TIMES} {shape[1]:,} tokens"
-
-
-def _log_words(axis: Axes) -> str:
-    return ", log scale" if axis.get_yscale() == "log" else ""
 
 
 def _draw_ratios(axis: Axes, found: RepairComparison, text: str, colour: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.methods import TIMES, look
 from experiments.repair_comparison import Cell, RepairComparison
+from experiments.repair_orders import ORDERS_CAPTION, orders_table
 from experiments.repair_rows import RepairRow
 from experiments.statistics import Estimate
 from experiments.tables import Table, counted, markdown, mebibytes, number, percent
@@ -162,8 +164,13 @@ def summary_caption(found: RepairComparison) -> str:
     )
 
 
-def repair_markdown(found: RepairComparison) -> str:
-    """Every table, for ``repair_tables.md``."""
+def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = None) -> str:
+    """Every table, for ``repair_tables.md``.
+
+    Args:
+        found: The rows.
+        orders: GSI orders by repair, as `experiments.repair_orders.read_orders` gives them.
+    """
     parts = ["# Repair\n"]
     if found.summaries:
         parts += [f"{summary_caption(found)}\n", markdown(repair_summary_table(found))]
@@ -182,6 +189,10 @@ def repair_markdown(found: RepairComparison) -> str:
     if domains:
         parts += ["## Ratio to no stubs, fitted on (lines) and reported on (columns)\n",
                   f"{SAME_MASKS}\n", markdown(domains)]  # fmt: skip
+    ordered = orders_table(orders or {})
+    if ordered:
+        parts += ["## The order of importance, with stubs in place\n", f"{ORDERS_CAPTION}\n",
+                  markdown(ordered)]  # fmt: skip
     for text in found.texts if found.cells else []:
         parts += [f"## Loss with interval and peak memory, {text_label(found, text)}\n",
                   markdown(repair_text_table(found, text))]  # fmt: skip

@@ -59,7 +59,7 @@ def report(config: Config, folder: Path) -> Path:
         say(f"\n{terminal_text(data.comparison)}\n")
     if data.repair:
         with atomic_write(folder / "repair_tables.md") as file:
-            file.write(repair_markdown(data.repair).encode())
+            file.write(repair_markdown(data.repair, data.repair_orders).encode())
         say(f"\n{repair_terminal_text(data.repair)}\n")
     say(f"The report is {page}")
     return page
