@@ -212,13 +212,13 @@ class StubsConfig:
     cells: list[str] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
     """Requests and budgets: batch size x tokens @ share of the dense peak."""
     study_cells: list[str] = field(default_factory=list)
-    """Those of the cells that the two studies below use; empty for all."""
+    """Those of the cells that the studies below use; empty for all."""
     token_study: list[int] = field(default_factory=list)
     """Numbers of tokens to fit on, to show what they are worth; empty for no such study."""
     domain_study: list[str] = field(default_factory=list)
     """Texts of `fit_texts` to fit on alone, as much of each; empty for no such study."""
     alone: list[str] = field(default_factory=list)
-    """Texts of `fit_texts` to fit on alone, all of it, and to search masks with, on every cell."""
+    """Texts of `fit_texts` to fit on alone, all of it, and to search masks with."""
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers, cells and names."""
@@ -242,7 +242,7 @@ class StubsConfig:
 
     def cells_of(self, study: str) -> list[tuple[int, int, float]]:
         """The cells that a study of `experiments.repair_rows.STUDIES` uses."""
-        few = study in ("tokens", "domain") and self.study_cells
+        few = study != "grid" and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells
 
     @property
