@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.comparison import Comparison
 from experiments.errors import ExperimentError
-from experiments.records import read_records, read_rows
+from experiments.records import read_json, read_records, read_rows
 from experiments.repair_comparison import RepairComparison
 from experiments.repair_orders import FILE as ORDERS
 from experiments.repair_orders import read_orders
 from experiments.repair_rows import read_repair_rows
 from experiments.runs import RunFolder
-from rap_env.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def gather(root: Path) -> ReportData:
     """
     files = sorted((root / "evaluate").rglob("results.jsonl"))
     rows = [row for file in files for row in read_rows(file)]
-    profile = _read_json(root / "profile" / "profile.json")
+    profile = read_json(root / "profile" / "profile.json", made_by="the profile")
     runs = [_training_run(path) for path in training_dirs(root)]
     repair_rows = read_repair_rows(root / "repair" / "repair.jsonl")
     if not (rows or profile or runs or repair_rows):
@@ -142,13 +140,3 @@ def _repair_notes(path: Path) -> list[dict[str, Any]]:
     folder = RunFolder(path)
     note, settings = folder.read(), folder.settings() or {}
     return [{**note, "model": settings.get("model", {}).get("name", "")}] if note else []
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        raise ArtifactError(f"{path} is damaged; delete it and run the profile again.") from None
-    return dict(found)

@@ -70,6 +70,27 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_json(path: Path, *, made_by: str) -> dict[str, Any] | None:
+    """The content of a JSON file, or None if there is no file.
+
+    Args:
+        path: The file.
+        made_by: What has to be run to make it again.
+
+    Raises:
+        ArtifactError: It is no JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is damaged; delete it and run {made_by} again.")
+    return found
+
+
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace the file by these records, in one move."""
     with atomic_write(path) as file:

@@ -132,6 +132,7 @@ class Judge:
         self._path = bench.folder / FILE
         self._masks: dict[tuple[str, Cell], BlockMask] = {}
         self._own_stubs: dict[Cell, StubLibrary] = {}
+        self._accuracies: dict[tuple[str, BlockMask], dict[str, float]] = {}
 
     def rows(self, compared: list[Entry]) -> list[RepairRow]:
         """Rows of all entries on all cells and texts, appended to the file as they are made."""
@@ -222,8 +223,11 @@ class Judge:
             return {}
         from rap_env.scoring.tasks import TaskScorer
 
-        scorer = TaskScorer(view, task_config(settings), store=self._bench.store)
-        return scorer.accuracies(mask)
+        key = view.facts.repair, mask
+        if key not in self._accuracies:  # whatever the text: building a task takes seconds
+            scorer = TaskScorer(view, task_config(settings), store=self._bench.store)
+            self._accuracies[key] = scorer.accuracies(mask)
+        return self._accuracies[key]
 
     def _provenance(self, entry: Entry, text: str) -> dict[str, Any]:
         """What a row depends on, and the commit."""

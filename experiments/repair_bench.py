@@ -17,13 +17,11 @@ from rap_env.importance import GSIProfile, gsi
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import shared_llm
 from rap_env.memory import MemoryModel
-from rap_env.paths import cache_dir
 from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
 from rap_env.repair.masks import MaskDraw
 from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint, load_corpus
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.store import ScoreStore
-from rap_env.workbench import Workbench
+from rap_env.workbench import Workbench, open_store
 from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
@@ -87,8 +85,7 @@ class RepairBench:
             dtype=model.dtype,
             max_memory_bytes=model.max_memory_bytes,
         )
-        path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
-        self.store = None if path is None else ScoreStore(path)
+        self.store = open_store(config.store)
         self.calibration = self._load(config.calibration, "calibration")
         self.texts = self._texts()
         self.report = {
@@ -192,7 +189,7 @@ class RepairBench:
 
     def _found(self, path: Path) -> StubLibrary:
         library = StubLibrary.load(path)
-        library.attach(self.llm)  # refuses one of another model
+        library.check(self.llm)
         log.info("Found %s.", path)
         return library
 

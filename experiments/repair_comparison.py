@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from experiments.methods import rank
 from experiments.repair_rows import RepairRow
-from experiments.statistics import RESAMPLES, Estimate
+from experiments.statistics import RESAMPLES, SEED, Estimate, resample_weights
 from rap_env.errors import ArtifactError
 
 Cell = tuple[int, int, float]
@@ -24,8 +24,6 @@ Strata = list[npt.NDArray[np.float64]]
 """One array of shape (windows,) a report text; the sum of their means is the mean loss."""
 
 PLAIN = "none"
-
-_SEED = 20_250_517
 
 
 @dataclass(frozen=True)
@@ -237,11 +235,10 @@ def _estimate(top: Strata, bottom: Strata | None = None) -> Estimate | None:
 
     Windows of each text are resampled, the same for both; None if a divisor is not above 0.
     """
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(SEED)
     above, below = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     for place, values in enumerate(top):
-        counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
-        weights = counts / len(values)
+        weights = resample_weights(rng, len(values), RESAMPLES)
         above += weights @ values
         below += weights @ bottom[place] if bottom else 0.0
     mean = sum(float(values.mean()) for values in top)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.methods import look
+from experiments.records import read_json
 from experiments.tables import Table
 from rap_env.artifacts import atomic_write
-from rap_env.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,15 +43,7 @@ def read_orders(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: The file is damaged.
     """
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise ArtifactError(f"{path} is damaged; delete it and run experiments.repair again.")
-    return record
+    return read_json(path, made_by="experiments.repair") or {}
 
 
 def orders_table(orders: Mapping[str, Any]) -> Table | None:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 RESAMPLES = 2000
 """Bootstrap resamples; the end points of a 95 % interval then move by about 1 % of its width."""
 
-_SEED = 20_250_517
+SEED = 20_250_517
+"""Seeds every resampling, so that the same records give the same intervals."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ def bootstrap_mean(
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(f"A mean needs finite values, at least one; got {table!r}.")
     seeds, windows = table.shape
-    rng = np.random.default_rng(_SEED)
-    window_weights = _weights(rng, windows, resamples)
+    rng = np.random.default_rng(SEED)
+    window_weights = resample_weights(rng, windows, resamples)
     if seeds == 1:
         means = window_weights @ table[0]
     else:
-        seed_weights = _weights(rng, seeds, resamples)
+        seed_weights = resample_weights(rng, seeds, resamples)
         means = np.einsum("rs,sw,rw->r", seed_weights, table, window_weights, optimize=True)
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
@@ -110,7 +111,9 @@ def wilson_interval(accuracy: float, documents: int, *, level: float = 0.95) -> 
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _weights(rng: np.random.Generator, count: int, resamples: int) -> npt.NDArray[np.float64]:
+def resample_weights(
+    rng: np.random.Generator, count: int, resamples: int
+) -> npt.NDArray[np.float64]:
     """Share of each of `count` items in each resample, shape (resamples, count)."""
     counts = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
     return np.asarray(counts, dtype=np.float64) / count

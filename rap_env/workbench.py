@@ -176,6 +176,16 @@ def open_workbench(config: WorkbenchConfig) -> Workbench:
     return _open[key]
 
 
+def open_store(name: str | None) -> ScoreStore | None:
+    """The score store that `WorkbenchConfig.store` names; None keeps scores in memory.
+
+    Raises:
+        StoreError: The file is no score store, is damaged, or is of a newer format.
+    """
+    path = cache_dir() / "scores.sqlite" if name == "default" else name
+    return None if path is None else ScoreStore(path)
+
+
 def _opened(config: WorkbenchConfig, table: Path | None) -> Workbench:
     if table is not None:
         from rap_env.table_workbench import open_table
@@ -194,11 +204,10 @@ def _opened(config: WorkbenchConfig, table: Path | None) -> Workbench:
         from rap_env.repair import open_library
 
         llm = open_library(config.repair, llm).attach(llm)  # the shared model stays as it is
-    path = cache_dir() / "scores.sqlite" if config.store == "default" else config.store
     return Workbench(
         llm,
         load_corpus(config.calibration, llm),
-        None if path is None else ScoreStore(path),
+        open_store(config.store),
         importance=config.importance,
         gsi_removals=config.gsi_removals,
         gsi_method=config.gsi_method,

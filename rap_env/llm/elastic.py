@@ -117,10 +117,12 @@ class ElasticLLM:
             UnknownNameError: It names a block that the model does not have; nothing changes.
         """
         mask.check(self.num_blocks)
-        stubs = (
-            {} if not self._stubs else {i: self._stubs.get(i) for i in mask.indices - bare.indices}
+        self._live.place(
+            {
+                index: None if index in bare.indices else self._stubs.get(index)
+                for index in mask.indices
+            }
         )
-        self._live.place(dict.fromkeys(mask.indices) | stubs)
 
     @contextlib.contextmanager
     def masked(

@@ -60,11 +60,8 @@ class StubLibrary:
         """Rank of each stub, by name of the block."""
         return {block_name(index): stub.rank for index, stub in sorted(self.stubs.items())}
 
-    def attach(self, llm: ElasticLLM) -> ElasticLLM:
-        """The same live model, whose removed blocks leave these stubs behind.
-
-        It shares weights and mask with `llm`. Everything that takes a model takes it: scorers,
-        importance, memory arithmetic, generation, `save_pruned`.
+    def check(self, llm: ElasticLLM) -> None:
+        """Refuse a model that the stubs do not belong to.
 
         Raises:
             ArtifactError: The stubs were fitted on another model, or in another dtype.
@@ -75,6 +72,17 @@ class StubLibrary:
                 f"the {llm.name} ({llm.facts.dtype}) that is loaded; fit stubs for this model, or "
                 "load the other one."
             )
+
+    def attach(self, llm: ElasticLLM) -> ElasticLLM:
+        """The same live model, whose removed blocks leave these stubs behind.
+
+        It shares weights and mask with `llm`. Everything that takes a model takes it: scorers,
+        importance, memory arithmetic, generation, `save_pruned`.
+
+        Raises:
+            ArtifactError: The stubs were fitted on another model, or in another dtype.
+        """
+        self.check(llm)
         placed = {index: stub.on(llm.device) for index, stub in self.stubs.items()}
         return llm.repaired(placed, self.sha256)
 
