@@ -1,0 +1,136 @@
+"""The settings of all experiments: dataclasses give types and bounds, ``conf/`` gives values.
+
+Hydra merges the YAML files and the command line into `Config`, so a misspelt key or a wrong
+type is refused by name; `__post_init__` refuses values that cannot be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from experiments.config.evaluation import CompareConfig, EvaluateConfig, ReportConfig
+from experiments.config.learning import FrontierConfig, ScoreModelConfig, WarmStartConfig
+from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
+from experiments.config.parts import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
+from experiments.config.stubs import REPAIRS, StubsConfig
+from experiments.config.studies import SmallLMConfig, StabilityConfig, TextStudyConfig
+from experiments.config.training import (
+    WANDB_MODES,
+    AgentConfig,
+    DemoConfig,
+    EnvConfig,
+    LoggerConfig,
+)
+from experiments.errors import ExperimentError
+
+__all__ = [
+    "REPAIRS",
+    "WANDB_MODES",
+    "AgentConfig",
+    "CompareConfig",
+    "Config",
+    "DemoConfig",
+    "EnvConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FrontierConfig",
+    "ImportanceConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "RepairConfig",
+    "ReportConfig",
+    "ScoreModelConfig",
+    "SmallLMConfig",
+    "StabilityConfig",
+    "StubsConfig",
+    "TasksConfig",
+    "TextConfig",
+    "TextStudyConfig",
+    "WarmStartConfig",
+    "as_config",
+    "parse_cell",
+    "parse_shape",
+    "register",
+]
+
+
+@dataclass
+class Config:
+    """All settings. Every experiment reads the sections that it needs."""
+
+    stage: str = MISSING
+    """The experiment's name; set by the program."""
+    name: str = "default"
+    """Results lie in ``<runs_dir>/<name>``; one name holds one comparison."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    store: str | None = "default"
+    """Score store: ``default`` (in the user's cache), a file, or null."""
+    progress: bool = True
+    threads: int | None = None
+    """Threads of torch; null measures which number is fastest, and keeps to it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: TextConfig = field(default_factory=TextConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
+    stubs: StubsConfig = field(default_factory=StubsConfig)
+    workload: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    score_model: ScoreModelConfig = field(default_factory=ScoreModelConfig)
+    frontier: FrontierConfig = field(default_factory=FrontierConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
+    small_lm: SmallLMConfig = field(default_factory=SmallLMConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse names that are no folder name, and thread counts below one."""
+        if not re.fullmatch(r"[\w.+-]+", self.name):
+            raise ExperimentError(
+                f"name must be one folder name of letters, digits and . _ + -, not {self.name!r}."
+            )
+        at_least("config", 1, threads=self.threads)
+
+    @property
+    def root(self) -> Path:
+        """The folder of this comparison."""
+        return Path(self.runs_dir) / self.name
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder of one stage of this comparison."""
+        return self.root / stage
+
+
+def as_config(node: Any) -> Config:
+    """A typed, checked `Config` from what Hydra composed.
+
+    Raises:
+        RapError: A value cannot be.
+    """
+    config = OmegaConf.to_object(node)
+    if not isinstance(config, Config):
+        raise ExperimentError("The settings were not composed over the schema 'rap_schema'.")
+    return config
+
+
+def register() -> None:
+    """Give Hydra the schema and the resolver that names run folders."""
+    from experiments.runs import run_label
+
+    ConfigStore.instance().store(name="rap_schema", node=Config)
+    if not OmegaConf.has_resolver("rap_label"):
+        OmegaConf.register_new_resolver("rap_label", run_label)
