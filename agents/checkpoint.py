@@ -27,7 +27,7 @@ from rap_env.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
-_KIND, _VERSION = "checkpoint", 2
+_KIND, _VERSION = "checkpoint", 3
 _MANIFEST, _MODEL, _REPLAY = "checkpoint.json", "model.zip", "replay.npz"
 _KEEP = 2
 

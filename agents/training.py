@@ -33,6 +33,9 @@ MetricSink = Callable[[dict[str, float], int], None]
 MakeEnvs = Callable[[int], VectorEnv[Any, Any, Any]]
 """Makes a vector environment of so many lanes."""
 
+WarmStart = Callable[[BaseAlgorithm], object]
+"""Prepares a new model before it learns from rewards (`agents.imitation`)."""
+
 _RECENT_EPISODES = 50
 
 
@@ -72,6 +75,7 @@ def train(
     *,
     log_fns: Sequence[MetricSink] = (),
     progress: bool = True,
+    warm_start: WarmStart | None = None,
 ) -> TrainResult:
     """Train an agent, or go on with the training that `run_dir` holds.
 
@@ -87,6 +91,8 @@ def train(
         log_fns: Called after each episode and each update with metrics by name: ``episode/*``,
             ``train/*``, ``time/*``. After a resume, steps since the checkpoint come again.
         progress: Show a bar if there is a terminal.
+        warm_start: Called once with the new model before it learns; not after a resume. What
+            it costs in seconds and evaluations counts as the training's.
 
     Raises:
         ArtifactError: The run was begun with other settings, or all its checkpoints are damaged.
@@ -99,7 +105,7 @@ def train(
     try:
         checkpoint = latest_checkpoint(run_dir / "checkpoints")
         if checkpoint is None:
-            model, done = make_model(config, venv), {}
+            model, done = _new_model(config, venv, warm_start)
         else:
             check_same_run(checkpoint, config, venv)
             model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
@@ -120,6 +126,17 @@ def train(
         evaluations=int(recorder.totals["evaluations"]),
         seconds=recorder.totals["seconds"],
     )
+
+
+def _new_model(
+    config: AgentConfig, venv: VecEnv, warm_start: WarmStart | None
+) -> tuple[BaseAlgorithm, dict[str, float]]:
+    """A new model, warm if asked, and what that took so far."""
+    start = time.perf_counter()
+    model = make_model(config, venv)
+    if warm_start is not None:
+        warm_start(model)
+    return model, {"seconds": time.perf_counter() - start}
 
 
 def make_vector_env(config: AgentConfig, make_envs: MakeEnvs) -> VecEnv:

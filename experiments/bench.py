@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rap_env.scoring.tasks import TaskConfig
 
 GSI_FILE = "gsi.json"
+FRONTIER_FILE = "frontier.json"
 
 NEEDS_MODEL = {
     "profile": "measures the importance of its blocks",
@@ -30,6 +31,11 @@ NEEDS_MODEL = {
 def gsi_artifact(config: Config) -> Path:
     """Where this comparison's GSI artifact lies once it is profiled."""
     return config.stage_dir("profile") / GSI_FILE
+
+
+def frontier_artifact(config: Config) -> Path:
+    """Where this comparison's frontier table lies once it is built."""
+    return config.stage_dir("profile") / FRONTIER_FILE
 
 
 def workbench_config(config: Config, *, profiled: bool = True) -> WorkbenchConfig:
@@ -54,6 +60,7 @@ def workbench_config(config: Config, *, profiled: bool = True) -> WorkbenchConfi
         gsi_removals=config.importance.gsi_removals,
         gsi_method=config.importance.gsi_method,
         repair=config.repair.name,
+        frontier=str(frontier_artifact(config)),
         store=config.store,
     )
 

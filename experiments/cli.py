@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,13 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 EXIT_CODE = 2
 """Exit code of a mistake that the message explains."""
 
+EXTRAS = {
+    "hydra/sweeper/optuna": "sweeps",
+    "hydra/launcher/submitit": "slurm",
+    "hydra/launcher/ray'": "ray",
+}
+"""Extras of this package by how Hydra names the plugin that they bring."""
+
 Stage = Callable[[Config, Path], Any]
 
 register()  # on import, so that the worker processes of a parallel sweep have it too
@@ -34,16 +42,20 @@ def launch(stage: str, run: Stage) -> None:
 
     Args:
         stage: Name of the program, and of its file in ``conf/``.
-        run: Called with the settings and the run folder.
+        run: Called with the settings and the run folder. A number that it returns is what a
+            sweep with an optimiser minimises.
     """
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
-    def main(node: DictConfig) -> None:
+    def main(node: DictConfig) -> float | None:
         try:
             config = as_config(node)
+            if config.threads is None and has_neighbours(HydraConfig.get()):
+                config = replace(config, threads=1)
             if stage != "report":  # a report runs no model
                 set_threads(config)
-            run(config, Path(HydraConfig.get().runtime.output_dir))
+            result = run(config, Path(HydraConfig.get().runtime.output_dir))
+            return result if isinstance(result, float) else None
         except RapError as error:
             if HydraConfig.get().mode == RunMode.RUN:
                 _fail(str(error))
@@ -55,10 +67,29 @@ def launch(stage: str, run: Stage) -> None:
     try:
         main()
     except (RapError, HydraException, OmegaConfBaseException) as error:
-        _fail(_message(error))
+        _fail(_with_extra(_message(error)))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted; the same command goes on from here.\n")
         sys.exit(130)
+
+
+def has_neighbours(hydra: Any) -> bool:
+    """Whether jobs run side by side, as with every launcher but Hydra's own.
+
+    Each job then gets one thread of torch; those that would measure how many are fastest
+    would measure each other.
+    """
+    return bool(
+        hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
+    )
+
+
+def _with_extra(message: str) -> str:
+    """The message, with what to install where a plugin of Hydra is missing."""
+    for plugin, extra in EXTRAS.items():
+        if plugin in message:
+            return f'{message}\nIt comes with an extra: pip install -e ".[{extra}]"'
+    return message
 
 
 def _fail(message: str) -> NoReturn:

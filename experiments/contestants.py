@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,17 @@ from experiments.errors import ExperimentError
 from experiments.gather import method_and_seed, training_dirs
 from experiments.grid import Selector
 from experiments.runs import RunFolder
+from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
+from rap_env.scoring.score_table import ScoreTable, TableScorer
 from rap_env.workbench import Workbench
 
 REFERENCE = "dense"
+
+TABLE_FILE = "score_table.json"
+"""The score model that a run trained on, in its folder."""
+
+Scores = Callable[[Sequence[BlockMask]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Contestant:
         setup_evaluations: Masks scored once, before any request.
         selector: What chooses masks.
         identity: What its choices depend on beside the workbench, as plain values.
+        training_s: Seconds that it was trained for; None where none were noted.
     """
 
     method: str
@@ -40,6 +49,7 @@ class Contestant:
     setup_evaluations: int
     selector: Selector
     identity: dict[str, Any]
+    training_s: float | None = None
 
 
 def check_names(config: Config) -> None:
@@ -77,7 +87,8 @@ def contestants(config: Config, workbench: Workbench) -> Iterator[Contestant]:
     """
     yield _baseline(REFERENCE, None, workbench)
     for folder in agent_folders(config):
-        yield _agent(folder, workbench, config.importance.method)
+        for best_of in dict.fromkeys(config.evaluate.best_of):
+            yield _agent(folder, workbench, config.importance.method, best_of)
     for name in config.evaluate.baselines:
         if name == REFERENCE:
             continue
@@ -93,14 +104,41 @@ def _baseline(name: str, seed: int | None, workbench: Workbench) -> Contestant:
     )
 
 
-def _agent(folder: Path, workbench: Workbench, importance: str) -> Contestant:
+def decision_scores(folder: Path) -> Scores | None:
+    """Predicted scores that an agent picks the best of its proposals by, less is better.
+
+    Returns:
+        Those of the run's own score model (`TABLE_FILE` in its folder); None where it has none,
+        so that proposals are really scored.
+
+    Raises:
+        ArtifactError: The score model is damaged.
+    """
+    path = folder / TABLE_FILE
+    return TableScorer(ScoreTable.load(path)).nll_many if path.exists() else None
+
+
+def _agent(folder: Path, workbench: Workbench, importance: str, best_of: int) -> Contestant:
     method, seed = method_and_seed(folder)
-    policy = TrainedPolicy.load(folder, workbench)
+    identity: dict[str, Any] = {"run": folder.name}
+    scores = decision_scores(folder) if best_of > 1 else None
+    if best_of > 1:
+        method = f"{method}-best_of={best_of}"
+        identity |= {"best_of": best_of, "scores": _file_hash(folder / TABLE_FILE) or "real"}
+    policy = TrainedPolicy.load(
+        folder, workbench, best_of=best_of, score_masks=scores, scorer=workbench.scorer
+    )
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None  # the policy was loaded from it
+    identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
     facts = RunFolder(folder).read() or {}
     blocks = workbench.memory.facts.num_blocks
     features = {"gsi": lambda: workbench.gsi.evaluations, "one_shot": lambda: blocks + 1}
     setup = int(facts.get("evaluations", 0)) + features.get(importance, lambda: 0)()
-    identity = {"run": folder.name, "step": checkpoint.step, "files": checkpoint.body["files"]}
-    return Contestant(method, seed, policy.kv_aware, setup, policy, identity)
+    trained = facts.get("training_s")
+    return Contestant(method, seed, policy.kv_aware, setup, policy, identity, trained)
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 in hex; empty without a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

@@ -16,7 +16,7 @@ from experiments.cli import launch
 from experiments.comparison import Comparison
 from experiments.config import Config
 from experiments.contestants import Contestant, check_names, contestants
-from experiments.grid import Cell, grid_requests
+from experiments.grid import Asked, all_asked
 from experiments.loggers import Loggers, open_loggers
 from experiments.records import (
     ResultRow,
@@ -83,15 +83,13 @@ class Bench:
         if workbench.memory.facts.repair:  # rows without stubs keep the keys that they always had
             self.depends_on["repair"] = workbench.memory.facts.repair
 
-    def judge(
-        self, contestant: Contestant, cell: Cell, request: Request, choice: MaskChoice
-    ) -> ResultRow:
+    def judge(self, contestant: Contestant, asked: Asked, choice: MaskChoice) -> ResultRow:
         """The row of one choice.
 
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        mask, scorer = choice.mask, self.workbench.scorer
+        mask, request, scorer = choice.mask, asked.request, self.workbench.scorer
         losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
         loss = bootstrap_mean(losses)
         peak_bytes = self.workbench.memory.peak_bytes(mask, request)
@@ -100,7 +98,7 @@ class Bench:
             kv_aware=contestant.kv_aware,
             seed=contestant.seed,
             request={"batch_size": request.batch_size, "seq_len_tokens": request.seq_len_tokens},
-            budget_fraction=cell[2],
+            budget_fraction=asked.cell[2],
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
             fits=peak_bytes <= request.budget_bytes,
@@ -117,6 +115,9 @@ class Bench:
             evaluations=choice.evaluations,
             setup_evaluations=contestant.setup_evaluations,
             provenance=self.provenance(contestant),
+            sparsity=asked.sparsity,
+            outside=asked.outside,
+            training_s=contestant.training_s,
         )
 
     def provenance(self, contestant: Contestant) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class Bench:
 
 
 def evaluate(config: Config, folder: Path) -> Path:
-    """Compare all methods on the grid; rows that are already there are not computed again.
+    """Compare all methods on all cells; rows that are already there are not computed again.
 
     Args:
         config: All settings.
@@ -148,12 +149,12 @@ def evaluate(config: Config, folder: Path) -> Path:
     check_names(config)
     run, started = RunFolder(folder), time.monotonic()
     workbench = open_bench(config)
-    requests = grid_requests(config.evaluate, workbench.memory)
+    questions = all_asked(config.evaluate, workbench.memory)
     run.start(config)
     trim_curve(run.metrics, -1)  # an evaluation's metrics are those of its last session
     with open_loggers(config, folder, job="evaluate") as loggers:
         bench = Bench(config, workbench)
-        rows = _all_rows(config, run, bench, requests)
+        rows = _all_rows(config, run, bench, questions)
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))
     log.info("Evaluation: %d rows in %s.", len(rows), run.results)
@@ -161,15 +162,11 @@ def evaluate(config: Config, folder: Path) -> Path:
 
 
 def _all_rows(
-    config: Config, run: RunFolder, bench: Bench, requests: list[tuple[Cell, Request]]
+    config: Config, run: RunFolder, bench: Bench, questions: list[Asked]
 ) -> list[ResultRow]:
-    """Rows of all contestants on the grid, appended to the results as they are made."""
+    """Rows of all contestants on all cells, appended to the results as they are made."""
     entries = list(contestants(config, bench.workbench))
-    wanted = [
-        (row_key(entry.method, entry.seed, cell, bench.provenance(entry)), entry, cell, request)
-        for entry in entries
-        for cell, request in requests
-    ]
+    wanted = [(_key(entry, asked, bench), entry, asked) for entry in entries for asked in questions]
     found = sort_out(run, {key for key, *_ in wanted})
     todo = [item for item in wanted if item[0] not in found]
     if found:
@@ -179,12 +176,12 @@ def _all_rows(
         todo, initial=len(found), total=len(wanted), desc="evaluate", unit="row",
         disable=None if config.progress else True, dynamic_ncols=True,
     )  # fmt: skip
-    for key, entry, cell, request in bar:
+    for key, entry, asked in bar:
         bar.set_postfix_str(entry.method)
         if id(entry) not in warm:
-            _warm_up(entry, request)
+            _warm_up(entry, asked.request)
             warm.add(id(entry))
-        found[key] = bench.judge(entry, cell, request, entry.selector.select(request))
+        found[key] = bench.judge(entry, asked, entry.selector.select(asked.request))
         append_record(run.results, found[key].to_record())
     return list(found.values())
 
@@ -197,13 +194,19 @@ def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
     """
     aside = run.path / SET_ASIDE
     rows = [ResultRow.from_record(r) for r in [*read_records(aside), *read_records(run.results)]]
-    known = {row_key(row.method, row.seed, row.cell, row.provenance): row for row in rows}
+    known = {row.key: row for row in rows}
     others = [row.to_record() for key, row in known.items() if key not in wanted]
     found = {key: row for key, row in known.items() if key in wanted}
     if others:
         write_records(aside, others)
     write_records(run.results, [row.to_record() for row in found.values()])
     return found
+
+
+def _key(entry: Contestant, asked: Asked, bench: Bench) -> str:
+    """What the row will be known by."""
+    provenance = bench.provenance(entry)
+    return row_key(entry.method, entry.seed, asked.cell, provenance, asked.part)
 
 
 def _importance_identity(config: Config, workbench: Workbench) -> dict[str, Any]:

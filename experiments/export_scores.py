@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import islice
@@ -61,7 +61,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     _ = workbench.one_shot, workbench.features  # a table holds them; their masks count
     if config.export.masks is not None:
         measure(config, workbench)
-    table = table_of(config, workbench)
+    table = table_of(config, workbench, _scores(workbench))
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
@@ -78,7 +78,7 @@ def measure(config: Config, workbench: Workbench) -> None:
     """
     wanted, blocks = config.export.masks or 0, workbench.memory.facts.num_blocks
     known = _scores(workbench)
-    plan = planned_masks(blocks, _orders(workbench, config), config.seed)
+    plan = planned_masks(blocks, importance_orders(workbench, config), config.seed)
     missing = list(
         islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
     )
@@ -99,8 +99,16 @@ def measure(config: Config, workbench: Workbench) -> None:
             )  # fmt: skip
 
 
-def table_of(config: Config, workbench: Workbench) -> ScoreTable:
-    """The table of what a workbench's store has.
+def table_of(
+    config: Config, workbench: Workbench, scores: Mapping[BlockMask, float], **model: Any
+) -> ScoreTable:
+    """A table of some scores of a workbench.
+
+    Args:
+        config: All settings.
+        workbench: What the scores were measured with.
+        scores: Mean NLL of masks, nats per token.
+        **model: ``members`` and ``doubt`` of the score model, as in `ScoreTable.fitted`.
 
     Raises:
         ArtifactError: There are too few scores.
@@ -110,8 +118,9 @@ def table_of(config: Config, workbench: Workbench) -> ScoreTable:
     arrays = {name: array.tolist() for name, array in vars(features).items()}
     return ScoreTable.fitted(
         workbench.memory.facts,
-        _scores(workbench),
+        scores,
         seed=config.seed,
+        **model,
         context=dict(scorer.context),
         text=scorer.corpus.provenance,
         settings=_settings(config, workbench),
@@ -137,7 +146,7 @@ def _settings(config: Config, workbench: Workbench) -> dict[str, Any]:
     }
 
 
-def _orders(workbench: Workbench, config: Config) -> list[Sequence[int]]:
+def importance_orders(workbench: Workbench, config: Config) -> list[Sequence[int]]:
     """Orders of importance that masks are drawn around."""
     alone = np.argsort(workbench.one_shot.loss_rise, kind="stable").tolist()
     return [workbench.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.comparison import Comparison
 from experiments.errors import ExperimentError
-from experiments.records import read_json, read_records, read_rows
+from experiments.records import ResultRow, read_json, read_records, read_rows
 from experiments.repair_comparison import RepairComparison
 from experiments.repair_orders import FILE as ORDERS
 from experiments.repair_orders import read_orders
@@ -75,9 +76,9 @@ def gather(root: Path) -> ReportData:
         ArtifactError: A record is damaged.
     """
     files = sorted((root / "evaluate").rglob("results.jsonl"))
-    rows = [row for file in files for row in read_rows(file)]
+    runs = [training_run(path) for path in training_dirs(root)]
+    rows = with_training_s([row for file in files for row in read_rows(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
-    runs = [_training_run(path) for path in training_dirs(root)]
     repair_rows = read_repair_rows(root / "repair" / "repair.jsonl")
     if not (rows or profile or runs or repair_rows):
         raise ExperimentError(
@@ -97,6 +98,17 @@ def gather(root: Path) -> ReportData:
         read_orders(root / "repair" / ORDERS) if repair_rows else {},
         repair_notes,
     )
+
+
+def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> list[ResultRow]:
+    """The rows, with the seconds of training that they lack taken from the runs themselves."""
+    known = {run.label: run.facts.get("training_s") for run in runs}
+    found = []
+    for row in rows:
+        label = row.provenance.get("depends_on", {}).get("method", {}).get("run")
+        seconds = row.training_s if row.training_s is not None else known.get(label)
+        found.append(replace(row, training_s=seconds))
+    return found
 
 
 def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
@@ -126,7 +138,13 @@ def method_and_seed(path: Path) -> tuple[str, int]:
     return str(facts["method"]), int(facts["seed"])
 
 
-def _training_run(path: Path) -> TrainingRun:
+def training_run(path: Path) -> TrainingRun:
+    """What a training left in its folder.
+
+    Raises:
+        ExperimentError: The folder holds no training run.
+        ArtifactError: A record is damaged.
+    """
     folder = RunFolder(path)
     facts = folder.read() or {}
     method, seed = method_and_seed(path)

@@ -1,7 +1,8 @@
-"""The evaluation's grid, and what a policy chooses on it."""
+"""The cells of an evaluation, and what a policy chooses on its grid."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +25,28 @@ class Selector(Protocol):
 
     def select(self, request: Request) -> MaskChoice:
         """Choose the blocks to remove for a request."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question of an evaluation: a request at a budget.
+
+    Attributes:
+        cell: Batch size, sequence length in tokens, budget fraction.
+        request: The request, with its budget in bytes.
+        sparsity: Share of the block weights that the budget asks to be freed, if given so.
+        outside: Whether the cell lies outside the range that policies were trained on.
+    """
+
+    cell: Cell
+    request: Request
+    sparsity: float | None = None
+    outside: bool = False
+
+    @property
+    def part(self) -> str:
+        """Which part of the evaluation it belongs to, as in `ResultRow`."""
+        return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,36 @@ def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell,
             memory.check_feasible(request)
             found.append(((batch_size, seq_len_tokens, fraction), request))
     return found
+
+
+def all_asked(grid: EvaluateConfig, memory: MemoryModel) -> list[Asked]:
+    """Every cell of an evaluation: the grid, fixed sparsities, cells outside the training range.
+
+    Raises:
+        InvalidRequestError: A batch or length does not suit the model.
+        InfeasibleBudgetError: A budget is below what any mask can reach.
+    """
+    found = [Asked(cell, request) for cell, request in grid_requests(grid, memory)]
+    shape = min(grid.shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    found += [_at_sparsity(memory, shape, share) for share in sorted(set(grid.sparsities))]
+    for cell in dict.fromkeys(grid.outside_cells):
+        request = Request.at_fraction(memory, *cell)
+        memory.check_feasible(request)
+        found.append(Asked(cell, request, outside=True))
+    return found
+
+
+def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> Asked:
+    """A budget below the dense peak by a share of all blocks' bytes.
+
+    At a short request nearly all that a mask can free is weights, so to meet this budget is to
+    remove that share of the model's parameters, embeddings and head aside.
+    """
+    dense = memory.dense_peak_bytes(*shape)
+    budget = dense - math.ceil(share * sum(memory.facts.block_param_bytes))
+    request = Request(*shape, budget_bytes=max(1, budget))
+    memory.check_feasible(request)
+    return Asked((*shape, budget / dense), request, sparsity=share)
 
 
 def choices(

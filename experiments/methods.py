@@ -33,6 +33,9 @@ class Look:
 
 
 _LOOKS = {
+    "rap": Look("RAP policy", "#F0001C", "*", "block-wise policy, learned", True),
+    "group_maskable_ppo": Look("Group MaskablePPO", "#A61E4D", "o", "trained policy", True),
+    "group_ppo": Look("Group PPO", "#D9480F", "o", "trained policy", True),
     "maskable_ppo": Look("MaskablePPO", "#C8324B", "o", "trained policy", True),
     "ppo": Look("PPO", "#F2702E", "o", "trained policy", True),
     "masked_dqn": Look("Masked DQN", "#8E4FA8", "o", "trained policy", True),
@@ -41,10 +44,22 @@ _LOOKS = {
         "Greedy per byte", "#00707F", "s",
         "least loss rise per byte freed, measured again after each removal",
     ),
+    "oracle": Look("Oracle", "#12065E", "x", "the best of all masks, by brute force"),
+    "frontier": Look("Frontier table", "#5B2BE0", "h", "look-up of the best known mask"),
+    "evolutionary": Look("Evolutionary", "#2FA52F", "p", "EvoPress: switches at equal bytes"),
+    "beam": Look("Beam search", "#2FC98A", "H", "several masks grown side by side"),
+    "greedy_swaps": Look(
+        "Greedy with swaps", "#0B4A1E", "8", "greedy per byte, then swaps as long as they help"
+    ),
     "gsi": Look("GSI order", "#2B4C9B", "D", "a fixed order, found by removing one by one"),
     "knapsack": Look("Knapsack", "#35A79C", "^", "best set if one-shot loss rises added up"),
+    "one_shot_per_byte": Look(
+        "One-shot per byte", "#5C0A3C", "1", "order of loss rise per byte, measured once"
+    ),
     "one_shot": Look("One-shot", "#7B9A2D", "v", "order of loss rise, measured once"),
     "block_influence": Look("Block influence", "#9A5F2C", "P", "ShortGPT's cosine score"),
+    "shortgpt": Look("ShortGPT", "#F4A582", "d", "whole layers, by cosine score"),
+    "sleb": Look("SLEB", "#3F86FF", "|", "whole layers, measured again after each removal"),
     "attention_only": Look("Attention only", "#6CAFE0", "<", "one-shot order, attn blocks only"),
     "ffn_only": Look("FFN only", "#D5A41C", ">", "one-shot order, ffn blocks only"),
     "random": Look("Random", "#8D9299", "X", "random blocks until the request fits"),

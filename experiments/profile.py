@@ -8,12 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import GSI_FILE, open_bench
+import numpy as np
+from tqdm import tqdm
+
+from experiments.bench import GSI_FILE, frontier_artifact, open_bench
 from experiments.cli import launch
 from experiments.config import Config
 from experiments.runs import RunFolder
 from rap_env.artifacts import atomic_write
+from rap_env.importance import FrontierConfig, build_frontier
+from rap_env.scoring.scorer import ticker
 from rap_env.workbench import Workbench
+from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +29,8 @@ def profile(config: Config, folder: Path) -> Path:
 
     Args:
         config: All settings.
-        folder: Where ``profile.json``, ``gsi.json`` and ``one_shot.json`` go.
+        folder: Where ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if it is asked for,
+            ``frontier.json`` go.
 
     Returns:
         The path of ``profile.json``.
@@ -36,19 +43,48 @@ def profile(config: Config, folder: Path) -> Path:
     started = time.monotonic()
     path = folder / "profile.json"
     run.start(config, frozen=("model", "calibration", "importance", "repair"))
-    if path.exists():
-        log.info("Importance: found %s.", path)
-        return path
     workbench = open_bench(config, profiled=False)
+    if not path.exists():
+        _measure(config, workbench, folder, path)
+    if config.frontier.evaluations and not frontier_artifact(config).exists():
+        build_table(config, workbench, frontier_artifact(config))
+    run.finish(started)
+    log.info("Importance: %s.", path)
+    return path
+
+
+def build_table(config: Config, workbench: Workbench, path: Path) -> None:
+    """Build the frontier for the workload's requests; killed, it goes on out of the score store.
+
+    Raises:
+        NonFiniteScoreError: The model gave NaN or infinity.
+    """
+    settings = config.frontier
+    sampler = make_sampler(config.workload, workbench.memory)
+    rng = np.random.default_rng(config.seed)
+    requests = [sampler.sample(rng) for _ in range(settings.requests)]
+    search = FrontierConfig(
+        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
+    )
+    with tqdm(
+        total=settings.evaluations, desc="frontier", unit="mask",
+        disable=None if config.progress else True, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        frontier = build_frontier(workbench.scorer, requests, search, ticker(bar))
+    frontier.save(path)
+    log.info(
+        "Frontier: %d pairs of counts out of %d masks in %s.",
+        len(frontier.entries), frontier.evaluations, path,
+    )  # fmt: skip
+
+
+def _measure(config: Config, workbench: Workbench, folder: Path, path: Path) -> None:
     record = profile_record(workbench, with_gsi=config.importance.method == "gsi")
     workbench.one_shot.save(folder / "one_shot.json")
     if config.importance.method == "gsi":
         workbench.gsi.save(folder / GSI_FILE)
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1, allow_nan=False).encode())
-    run.finish(started)
-    log.info("Importance: wrote %s.", path)
-    return path
 
 
 def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:

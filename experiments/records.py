@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,11 @@ def trim_curve(path: Path, step: int) -> None:
         write_records(path, kept)
 
 
+PARTS = ("grid", "sparsity", "outside")
+"""Parts of an evaluation, never averaged together: its grid of requests and budgets, cells of a
+fixed sparsity, and cells outside the range that policies were trained on."""
+
+
 @dataclass(frozen=True)
 class ResultRow:
     """One method, one seed, one request, one budget: a line of ``results.jsonl``.
@@ -134,6 +139,10 @@ class ResultRow:
         evaluations: Masks scored by the model to decide on this request.
         setup_evaluations: Masks scored beforehand, once for all requests.
         provenance: Hashes, versions and commit that the numbers depend on.
+        sparsity: Share of the block weights that the budget asks to be freed, where the cell is
+            given so and not by its budget; None on the grid.
+        outside: Whether the cell lies outside the range that policies were trained on.
+        training_s: Seconds of training before any request; None where none was noted.
     """
 
     method: str
@@ -157,6 +166,9 @@ class ResultRow:
     evaluations: int
     setup_evaluations: int
     provenance: dict[str, Any] = field(default_factory=dict)
+    sparsity: float | None = None
+    outside: bool = False
+    training_s: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,6 +179,16 @@ class ResultRow:
     def cell(self) -> tuple[int, int, float]:
         """Batch size, sequence length and budget fraction: one cell of the grid."""
         return (*self.shape, self.budget_fraction)
+
+    @property
+    def part(self) -> str:
+        """Which part of an evaluation its cell belongs to, one of `PARTS`."""
+        return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
+
+    @property
+    def key(self) -> str:
+        """What this row shares with others that are the same result."""
+        return row_key(self.method, self.seed, self.cell, self.provenance, self.part)
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -181,13 +203,14 @@ class ResultRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ResultRow:
-        """The row that `to_record` gave.
+        """The row that `to_record` gave; what older records lack has its default.
 
         Raises:
             ArtifactError: Keys are missing or unknown.
         """
         known = {f.name for f in fields(cls)}
-        wrong = sorted(known.symmetric_difference(record))
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        wrong = sorted((needed - record.keys()) | (record.keys() - known))
         if wrong:
             raise ArtifactError(
                 f"A result record has missing or unknown keys: {', '.join(wrong)}; it was written "
@@ -197,12 +220,16 @@ class ResultRow:
 
 
 def row_key(
-    method: str, seed: int | None, cell: tuple[int, int, float], provenance: Mapping[str, Any]
+    method: str,
+    seed: int | None,
+    cell: tuple[int, int, float],
+    provenance: Mapping[str, Any],
+    part: str = "grid",
 ) -> str:
     """What makes two rows the same result: method, seed, cell, and all that it depends on."""
     batch_size, seq_len_tokens, fraction = cell
     depends = provenance.get("depends_on", {})
-    return digest([method, seed, batch_size, seq_len_tokens, fraction, depends])
+    return digest([method, seed, batch_size, seq_len_tokens, fraction, part, depends])
 
 
 def read_rows(path: Path) -> list[ResultRow]:

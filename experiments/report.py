@@ -28,7 +28,8 @@ from experiments.report_sections import (
     provenance_section,
 )
 from experiments.report_words import abstract, findings, key_numbers, subtitle
-from experiments.tables import tables_markdown, terminal_text
+from experiments.tables import terminal_text
+from experiments.verdict_tables import tables_markdown
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
 

@@ -6,20 +6,23 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from experiments import figures, policy_figures, tables
-from experiments.comparison import Comparison
 from experiments.gather import ReportData
+from experiments.goals import goals_table
 from experiments.html import Gallery, Section
-from experiments.methods import TIMES, look, rank
+from experiments.methods import TIMES, look
 from experiments.records import ResultRow
-from experiments.report_words import grid_words
+from experiments.report_verdicts import (
+    INTERVAL_WORDS,
+    add_cells,
+    add_part,
+    add_verdicts,
+    method_names,
+)
+from experiments.report_words import grid_words, text_words
+from experiments.verdict_tables import PART_TITLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-INTERVAL_WORDS = (
-    "Intervals are 95 % percentile bootstrap over held-out windows, drawn jointly for all methods, "
-    "and over seeds where a method has several."
-)
 
 
 def comparison_section(data: ReportData, gallery: Gallery) -> Section:
@@ -28,10 +31,12 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
     comparison = data.comparison
     if not comparison or not comparison.summaries:
         return section
-    named = _names(comparison)
+    named = method_names(comparison)
     section.text(
         f"{grid_words(comparison)} Loss is the rise of the negative log-likelihood over the dense "
-        "model's, in nats per token, on text that no method has seen; 0 is the dense model."
+        "model's, in nats per token, on text that no method has seen; 0 is the dense model. Beside "
+        "it stands the loss on the calibration text, on which methods search and train: where "
+        "that is the smaller one by more than it is for others, a method overfits its text."
     )
     if comparison.incomplete:
         section.text(
@@ -53,17 +58,13 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
         f"where the mask does not fit. {INTERVAL_WORDS}",
         partial(figures.loss_against_budget, comparison),
     )  # fmt: skip
-    for method in comparison.learned:
-        section.table(
-            tables.difference_table(comparison, method), named, words=True,
-            title=f"{look(method).label} minus each other method, paired over windows",
-        )  # fmt: skip
-    for shape in comparison.shapes:
-        title = f"{shape[0]} {TIMES} {shape[1]:,} tokens"
-        section.table(tables.loss_table(comparison, shape), named,
-                      title=f"Loss at each budget, {title}", folded=True)  # fmt: skip
-        section.table(tables.removed_table(comparison, shape), named, folded=True,
-                      title=f"Blocks removed (attn + ffn) and peak memory, {title}")  # fmt: skip
+    goals = goals_table(comparison)
+    if goals:
+        section.table(goals, title="Goals", words=True)
+    add_verdicts(section, comparison)
+    add_cells(section, comparison)
+    for part in PART_TITLES:
+        add_part(section, comparison, part)
     accuracy = tables.accuracy_table(comparison)
     if accuracy:
         section.table(accuracy, named, title="Accuracy of each task, mean over the grid")
@@ -181,7 +182,9 @@ def costs_section(data: ReportData) -> Section:
             "requests. In decision times a stored score counts with the time of a whole pass, "
             "somewhat more than it takes where masks share their first layers."
         )
-        section.table(tables.costs_table(data.comparison), _names(data.comparison), words=True)
+        section.table(
+            tables.costs_table(data.comparison), method_names(data.comparison), words=True
+        )
     return section
 
 
@@ -193,8 +196,8 @@ def method_section(data: ReportData) -> Section:
     depends = data.comparison.rows[0].provenance.get("depends_on", {})
     text, calibration = depends.get("report_text", {}), depends.get("calibration", {})
     section.text(
-        f"Methods choose on the calibration text alone ({_text_words(calibration)}); losses and "
-        f"accuracies are measured on other text ({_text_words(text)}), checked to share no run of "
+        f"Methods choose on the calibration text alone ({text_words(calibration)}); losses and "
+        f"accuracies are measured on other text ({text_words(text)}), checked to share no run of "
         "tokens with it. Each window stands alone: nothing is put before it, and every token but "
         "the first is predicted. Budgets count kept weights, embeddings and head, the KV cache of "
         "kept attention blocks, and a workspace."
@@ -252,23 +255,8 @@ def _curves(data: ReportData, narrow: bool) -> Figure:
     return found
 
 
-def _names(comparison: Comparison) -> dict[str, str]:
-    """First cells of tables -> methods; a seed count may follow the label."""
-    named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
-    for summary in comparison.summaries:
-        named[f"{look(summary.method).label} ({summary.loss.seeds})"] = summary.method
-    return named
-
-
 def _num_layers(data: ReportData, rows: list[ResultRow]) -> int:
     if data.profile:
         return int(data.profile["facts"]["num_layers"])
     names = [name for row in rows for name in row.mask]
     return 1 + max((int(name[5:].partition(".")[0]) for name in names), default=0)
-
-
-def _text_words(text: dict[str, object]) -> str:
-    if not text:
-        return "unknown"
-    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
-    return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"

@@ -43,7 +43,7 @@ def key_numbers(data: ReportData) -> list[dict[str, str]]:
     if not comparison or not comparison.summaries:
         return []
     found = []
-    policy, best, rest = _best_policy(comparison), _best_baseline(comparison), _random(comparison)
+    policy, best, rest = comparison.main_policy, _best_baseline(comparison), _random(comparison)
     if policy:
         found.append(
             _key(f"{policy.loss.mean:.3f}", f"nats/token lost by {look(policy.method).label}, "
@@ -68,7 +68,7 @@ def key_numbers(data: ReportData) -> list[dict[str, str]]:
 def findings(data: ReportData) -> list[str]:
     """What the comparison says, in words, for and against the policy."""
     comparison = data.comparison
-    policy = _best_policy(comparison) if comparison else None
+    policy = comparison.main_policy if comparison else None
     if not comparison or not policy:
         return []
     name = look(policy.method).label
@@ -76,7 +76,7 @@ def findings(data: ReportData) -> list[str]:
     worse: list[str] = []
     even: list[str] = []
     for other in comparison.summaries:
-        if look(other.method).learned or not other.fits_all:
+        if other.method in comparison.learned or not other.fits_all:
             continue
         difference = comparison.difference(policy.method, other.method)
         place = better if difference.high < 0 else worse if difference.low > 0 else even
@@ -118,13 +118,17 @@ def grid_words(comparison: Comparison) -> str:
     )
 
 
-def _best_policy(comparison: Comparison) -> Summary | None:
-    return next((s for s in comparison.summaries if look(s.method).learned), None)
+def text_words(text: dict[str, object]) -> str:
+    """Where a text comes from and how much of it there is, from its provenance."""
+    if not text:
+        return "unknown"
+    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
+    return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"
 
 
 def _best_baseline(comparison: Comparison) -> Summary | None:
     return next(
-        (s for s in comparison.summaries if not look(s.method).learned and s.fits_all), None
+        (s for s in comparison.summaries if s.method in comparison.baselines and s.fits_all), None
     )
 
 

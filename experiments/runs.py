@@ -26,9 +26,12 @@ PACKAGES = (
     "lm-eval", "hydra-core", "wandb", "tensorboard", "matplotlib",
 )  # fmt: skip
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_NAMING_SECTIONS = {"train": ("agent", "workload", "reward", "env"), "evaluate": ("evaluate",)}
+_NAMING_SECTIONS = {
+    "train": ("agent", "workload", "reward", "env", "warm_start", "score_model"),
+    "evaluate": ("evaluate",),
+}
 """Settings that runs of one comparison may differ in, by stage; they go into the run's name."""
-_NOT_NAMED = ("agent", "agent.name", "agent.total_timesteps")
+_NOT_NAMED = ("agent", "agent.name", "agent.label", "agent.total_timesteps")
 
 
 def run_label(stage: str, agent: str, seed: int | str, overrides: str = "") -> str:
@@ -39,7 +42,7 @@ def run_label(stage: str, agent: str, seed: int | str, overrides: str = "") -> s
 
     Args:
         stage: The experiment.
-        agent: Name of the agent; used for ``train`` only.
+        agent: Name or label of the agent; used for ``train`` only.
         seed: Seed of the run; used for ``train`` only.
         overrides: Hydra's ``override_dirname``.
     """

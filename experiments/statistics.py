@@ -7,7 +7,9 @@ Where a method has several seeds, seeds are resampled too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -60,17 +62,8 @@ def bootstrap_mean(
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(f"A mean needs finite values, at least one; got {table!r}.")
-    seeds, windows = table.shape
-    rng = np.random.default_rng(SEED)
-    window_weights = resample_weights(rng, windows, resamples)
-    if seeds == 1:
-        means = window_weights @ table[0]
-    else:
-        seed_weights = resample_weights(rng, seeds, resamples)
-        means = np.einsum("rs,sw,rw->r", seed_weights, table, window_weights, optimize=True)
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Estimate(float(table.mean()), float(low), float(high), seeds)
+    (means,) = _resampled(table, resamples=resamples)
+    return _estimate(table.mean(), means, level, len(table))
 
 
 def paired_difference(
@@ -80,19 +73,64 @@ def paired_difference(
 
     Args:
         first: Losses of one method, shape (windows,) or (seeds, windows).
-        second: Losses of another on the same windows; its seeds are averaged first.
+        second: Losses of another on the same windows; it may have other seeds, which are
+            resampled on their own.
         level: Probability that the interval should cover.
 
     Raises:
         ValueError: The two were not measured on the same number of windows.
     """
-    one = np.atleast_2d(np.asarray(first, dtype=np.float64))
-    two = np.atleast_2d(np.asarray(second, dtype=np.float64))
-    if one.shape[1] != two.shape[1]:
-        raise ValueError(
-            f"Paired losses need the same windows: {one.shape[1]} against {two.shape[1]}."
-        )
-    return bootstrap_mean(one - two.mean(axis=0), level=level)
+    one, two = _paired(first, second)
+    means, others = _resampled(one, two)
+    return _estimate(one.mean() - two.mean(), means - others, level, len(one))
+
+
+def relative_difference(
+    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = 0.95
+) -> Estimate | None:
+    """Mean of `first` divided by that of `second`, minus 1, resampled as `paired_difference` is.
+
+    Args:
+        first: As for `paired_difference`.
+        second: As for `paired_difference`.
+        level: Probability that the interval should cover.
+
+    Returns:
+        The estimate, -0.1 for a tenth less; None where `second` is not clearly above 0, so that
+        a ratio would say nothing.
+
+    Raises:
+        ValueError: The two were not measured on the same number of windows.
+    """
+    one, two = _paired(first, second)
+    means, others = _resampled(one, two)
+    if min(float(two.mean()), float(others.min())) <= 0:
+        return None
+    return _estimate(one.mean() / two.mean() - 1.0, means / others - 1.0, level, len(one))
+
+
+def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Two-sided bootstrap p-value of no difference in the mean; at least 2 in `RESAMPLES` + 1.
+
+    Raises:
+        ValueError: The two were not measured on the same number of windows.
+    """
+    means, others = _resampled(*_paired(first, second))
+    below, above = int(np.sum(means <= others)), int(np.sum(means >= others))
+    return float(min(1.0, 2.0 * (1 + min(below, above)) / (RESAMPLES + 1)))
+
+
+def holm(p_values: Sequence[float], *, level: float = 0.95) -> list[bool]:
+    """Which of several hypotheses of no difference are rejected, all together at one level.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    rejected = [False] * len(p_values)
+    for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[number] > (1.0 - level) / (len(p_values) - place):
+            break
+        rejected[number] = True
+    return rejected
 
 
 def wilson_interval(accuracy: float, documents: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -117,3 +155,47 @@ def resample_weights(
     """Share of each of `count` items in each resample, shape (resamples, count)."""
     counts = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
     return np.asarray(counts, dtype=np.float64) / count
+
+
+def _paired(
+    first: npt.ArrayLike, second: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    one = np.atleast_2d(np.asarray(first, dtype=np.float64))
+    two = np.atleast_2d(np.asarray(second, dtype=np.float64))
+    if one.shape[1] != two.shape[1]:
+        raise ValueError(
+            f"Paired losses need the same windows: {one.shape[1]} against {two.shape[1]}."
+        )
+    return one, two
+
+
+def _resampled(
+    *tables: npt.NDArray[np.float64], resamples: int = RESAMPLES
+) -> list[npt.NDArray[np.float64]]:
+    """Means of each table, (seeds, windows), in each resample: windows jointly, seeds apart."""
+    seeds = tuple(len(table) for table in tables)
+    windows, *by_table = _weights(tables[0].shape[1], seeds, resamples)
+    return [
+        np.sum((windows @ table.T) * weights, axis=1)
+        for table, weights in zip(tables, by_table, strict=True)
+    ]
+
+
+@lru_cache(16)  # the same for every pair of methods with so many windows and seeds
+def _weights(
+    windows: int, seeds: tuple[int, ...], resamples: int
+) -> tuple[npt.NDArray[np.float64], ...]:
+    """Weights of windows, (resamples, windows), then of each table's seeds, (resamples, seeds)."""
+    rng = np.random.default_rng(SEED)
+    found = [resample_weights(rng, windows, resamples)]
+    for count in seeds:  # a single seed is no draw
+        found.append(resample_weights(rng, count, resamples) if count > 1 else np.ones((1, 1)))
+    return tuple(found)
+
+
+def _estimate(
+    mean: float, resampled: npt.NDArray[np.float64], level: float, seeds: int
+) -> Estimate:
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(resampled, [tail, 1.0 - tail])
+    return Estimate(float(mean), float(low), float(high), seeds)

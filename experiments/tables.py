@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from experiments.comparison import REFERENCE, Cell, Comparison, Summary
 from experiments.methods import look, short_label
+from experiments.statistics import Estimate
 
 TERMINAL_COLUMNS = 100
 
@@ -36,12 +37,13 @@ def plain(table: Table) -> str:
 
 
 def summary_table(comparison: Comparison) -> Table:
-    """One row a method: mean loss, accuracy, cost and fit over the whole grid."""
-    header = ["Method", "Loss on held-out text", "Accuracy", "Evaluations", "Decision", "Fits"]
+    """One row a method: mean losses, accuracy, cost and fit over all cells."""
+    header = ["Method", "Loss on held-out text", "On calibration text", "Accuracy", "Evaluations",
+              "Decision", "Fits"]  # fmt: skip
     rows = [
         [
-            _name(s), _loss(s), percent(s.accuracy), number(s.evaluations),
-            seconds(s.decision_s), f"{s.fitting}/{s.rows}",
+            _name(s), str(s.loss), f"{s.loss_calibration:.3f}", percent(s.accuracy),
+            number(s.evaluations), seconds(s.decision_s), f"{s.fitting}/{s.rows}",
         ]
         for s in comparison.summaries
     ]  # fmt: skip
@@ -50,37 +52,16 @@ def summary_table(comparison: Comparison) -> Table:
 
 def costs_table(comparison: Comparison) -> Table:
     """What each method costs: once, and for each request."""
-    header = ["Method", "How it chooses", "KV-aware", "Evaluations once",
+    header = ["Method", "How it chooses", "KV-aware", "Evaluations once", "Training",
               "Evaluations a request", "Decision (median)"]  # fmt: skip
     rows = [
         [
             look(s.method).label, look(s.method).what, "yes" if s.kv_aware else "no",
-            f"{s.setup_evaluations:,}", number(s.evaluations), seconds(s.decision_s),
+            f"{s.setup_evaluations:,}", "-" if s.training_s is None else seconds(s.training_s),
+            number(s.evaluations), seconds(s.decision_s),
         ]
         for s in comparison.summaries
     ]  # fmt: skip
-    return header, rows
-
-
-def difference_table(comparison: Comparison, method: str) -> Table:
-    """Loss of one method minus each other's, paired over windows."""
-    header = ["Compared with", "Difference (nats/token)", "95 % interval", "Verdict"]
-    rows = []
-    for summary in comparison.summaries:
-        if summary.method == method:
-            continue
-        found = comparison.difference(method, summary.method)
-        verdict = "no clear difference"
-        if found.high < 0:
-            verdict = f"{look(method).label} loses less"
-        elif found.low > 0:
-            verdict = f"{look(method).label} loses more"
-        if not summary.fits_all:
-            verdict += " (the other misses budgets)"
-        rows.append(
-            [look(summary.method).label, f"{found.mean:+.3f}",
-             f"[{found.low:+.3f}, {found.high:+.3f}]", verdict]
-        )  # fmt: skip
     return header, rows
 
 
@@ -151,38 +132,38 @@ def terminal_text(comparison: Comparison) -> str:
         f"Loss: rise of the negative log-likelihood over the dense model, nats per token, on "
         f"{windows} windows that no method has seen; mean over requests {shapes} (batch x tokens) "
         f"and budgets {budgets} of the dense model's peak memory, with a 95 % interval; less is "
-        f"better. {accuracy}Evaluations: masks run through the model "
+        "better. Calibr.: the same on the calibration text, which a search may overfit. "
+        f"{accuracy}Evals: masks run through the model "
         "to decide on one request. Fits: how many choices were within their budget; methods that "
         "miss some stand last, for their losses do not compare. (n): seeds."
     )
+    return f"{plain(short_summary(comparison))}\n\n{textwrap.fill(legend, TERMINAL_COLUMNS)}"
+
+
+def short_summary(comparison: Comparison) -> Table:
+    """The summary in fewer columns of text."""
+    short = {"On calibration text": "Calibr.", "Evaluations": "Evals"}
     header, rows = summary_table(comparison)
     names = [_name(s, short_label(s.method)) for s in comparison.summaries]
-    shown = header, [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
-    return f"{plain(shown)}\n\n{textwrap.fill(legend, TERMINAL_COLUMNS)}"
-
-
-def tables_markdown(comparison: Comparison) -> str:
-    """Every table, for ``tables.md``."""
-    parts = ["# Comparison\n", markdown(summary_table(comparison))]
-    for method in comparison.learned:
-        if method in {s.method for s in comparison.summaries}:
-            parts += [f"## {look(method).label} minus each other method\n",
-                      markdown(difference_table(comparison, method))]  # fmt: skip
-    for shape in comparison.shapes:
-        title = f"{shape[0]} x {shape[1]} tokens"
-        parts += [f"## Loss, {title}\n", markdown(loss_table(comparison, shape)),
-                  f"## Blocks removed (attn + ffn) and peak memory, {title}\n",
-                  markdown(removed_table(comparison, shape))]  # fmt: skip
-    accuracy = accuracy_table(comparison)
-    if accuracy:
-        parts += ["## Accuracy\n", markdown(accuracy)]
-    parts += ["## Costs\n", markdown(costs_table(comparison))]
-    return "\n".join(parts)
+    cells = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
+    return [short.get(name, name) for name in header], cells
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as per cent, or a dash."""
     return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def signed_percent(value: float, digits: int = 1) -> str:
+    """A relative difference as per cent, with its sign."""
+    return f"{100 * value:+.{digits}f} %"
+
+
+def relative_words(found: Estimate | None) -> str:
+    """A relative difference with its interval in per cent, or a dash."""
+    if found is None:
+        return "-"
+    return f"{signed_percent(found.mean)} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def seconds(value: float) -> str:
@@ -212,13 +193,11 @@ def _name(summary: Summary, label: str = "") -> str:
     return f"{label or look(summary.method).label}{seeds}"
 
 
-def _loss(summary: Summary) -> str:
-    return str(summary.loss)
-
-
 def _budget(comparison: Comparison, cell: Cell) -> str:
-    size = next(row.budget_bytes for row in comparison.rows if row.cell == cell)
-    return f"{percent(cell[2], 0)} ({mebibytes(size)})"
+    row = next(row for row in comparison.rows if row.cell == cell)
+    if row.sparsity is not None:
+        return f"{percent(row.sparsity, 0)} sparsity ({mebibytes(row.budget_bytes)})"
+    return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 
 def _cell_loss(comparison: Comparison, method: str, cell: Cell) -> str:

@@ -6,27 +6,27 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-
-from gymnasium.vector import AutoresetMode
+from typing import Any
 
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.policy import TrainedPolicy
-from agents.training import TrainResult
-from agents.training import train as train_agent
+from agents.training import TrainingDivergedError, TrainResult
 from experiments.bench import open_bench
 from experiments.cli import launch
 from experiments.config import Config
+from experiments.errors import TrialPrunedError
 from experiments.figures import PNG_DPI, style
-from experiments.grid import Cell, choice_table, choices, grid_requests
+from experiments.grid import Cell, Choice, choice_table, choices, grid_requests
+from experiments.learn import learn
 from experiments.loggers import Loggers, open_loggers
+from experiments.objective import Judge, objective
 from experiments.policy_figures import removal_picture
+from experiments.pruning import Pruning, RunningTrial, running_trial
 from experiments.records import trim_curve
 from experiments.runs import RunFolder
 from rap_env.artifacts import atomic_write
-from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.workbench import Workbench
 from rap_env.workload import Request
 
@@ -34,16 +34,18 @@ log = logging.getLogger(__name__)
 
 FROZEN = (
     "model", "calibration", "importance", "repair", "workload", "reward", "env", "agent", "seed",
+    "warm_start", "score_model", "frontier",
 )  # fmt: skip
 """Settings that a run cannot change when it goes on."""
 
 
-def train(config: Config, folder: Path) -> Path:
+def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) -> Path:
     """Train an agent, or go on with it, and write down what its policy chooses.
 
     Args:
         config: All settings.
         folder: The run's folder; its name is the run's label.
+        trial: The trial of a sweep that this is; it may end the training early.
 
     Returns:
         The folder.
@@ -57,24 +59,28 @@ def train(config: Config, folder: Path) -> Path:
     record = run.start(
         config, frozen=FROZEN, method=method_of(folder.name, config.seed), seed=config.seed
     )
-    if "finished" in record and record.get("timesteps", 0) >= agent.total_timesteps:
+    if is_done(record, agent.total_timesteps, trial):
         log.info("Training: %s is done (%d steps).", folder.name, record["timesteps"])
         return folder
     workbench = open_bench(config)
     requests = grid_requests(config.evaluate, workbench.memory)  # refused now, not after hours
+    judge = Judge(config, workbench)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
     trim_curve(run.metrics, step)
     with open_loggers(config, folder, job="train", step=step) as loggers:
-        result = train_agent(
-            agent,
-            lambda num_envs: make_envs(config, workbench, num_envs),
-            folder,
-            log_fns=[loggers.log],
-            progress=config.progress,
-        )
-        show_policy(folder, requests, workbench, loggers)
-    run.finish(started, **facts_of(result))
+        sinks = [loggers.log]
+        if trial is not None:
+            sinks.append(Pruning(trial, agent.total_timesteps, folder))
+        try:
+            result = learn(config, agent, workbench, folder, sinks)
+            facts = facts_of(result)
+        except (TrialPrunedError, TrainingDivergedError) as stop:
+            facts = facts_of_stopped(folder, trial, stop)
+        found = show_policy(folder, requests, workbench, loggers)
+        facts |= judge.facts(found)
+        loggers.log({"objective": facts["objective"]}, facts["timesteps"])
+    run.finish(started, **facts)
     log.info("Training: %s is done.", folder.name)
     return folder
 
@@ -95,36 +101,48 @@ def agent_config(config: Config) -> AgentConfig:
         seed=config.seed,
         hyperparameters={k: v for k, v in agent.hyperparameters.items() if v is not None},
         normalize_reward=agent.normalize_reward,
+        policy_settings={k: v for k, v in agent.policy_settings.items() if v is not None},
     )
 
 
-def make_envs(config: Config, workbench: Workbench, num_envs: int) -> RAPPruneVectorEnv:
-    """The environments on a live workbench, stepped and scored together.
-
-    Raises:
-        RapError: A setting of workload, reward or environment cannot be.
-    """
-    return RAPPruneVectorEnv(
-        num_envs=num_envs,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        workbench=workbench,
-        workload=config.workload,
-        reward=config.reward,
-        tasks=asdict(config.env.tasks) if config.env.tasks.names else None,
-        infeasible=config.env.infeasible,
-        invalid_action_penalty=config.env.invalid_action_penalty,
-        max_invalid_actions=config.env.max_invalid_actions,
-    )
+def is_done(record: dict[str, Any], total_timesteps: int, trial: RunningTrial | None) -> bool:
+    """Whether nothing is left to train; one that a sweep stopped goes on outside of a sweep."""
+    if "finished" not in record:
+        return False
+    stopped = trial is not None and record.get("pruned", False)
+    return bool(stopped or record.get("timesteps", 0) >= total_timesteps)
 
 
-def facts_of(result: TrainResult) -> dict[str, object]:
+def facts_of(result: TrainResult) -> dict[str, Any]:
     """What ``run.json`` keeps of a training."""
     return {
+        "pruned": False,
         "timesteps": result.timesteps,
         "episodes": result.episodes,
         "evaluations": result.evaluations,
         "training_s": round(result.seconds, 2),
         "recent_loss": result.recent_loss if math.isfinite(result.recent_loss) else None,
+    }
+
+
+def facts_of_stopped(folder: Path, trial: RunningTrial | None, stop: Exception) -> dict[str, Any]:
+    """What ``run.json`` keeps of a trial that was given up: it counts as its last checkpoint is.
+
+    Raises:
+        TrainingDivergedError: The training diverged outside of a sweep, or before a checkpoint.
+    """
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if trial is None or checkpoint is None:
+        raise stop
+    log.info("%s", stop)
+    done = checkpoint.body["progress"]
+    return {
+        "pruned": True,
+        "stopped": str(stop),
+        "timesteps": checkpoint.step,
+        "episodes": int(done["episodes"]),
+        "evaluations": int(done["evaluations"]),
+        "training_s": round(done["seconds"], 2),
     }
 
 
@@ -138,8 +156,8 @@ def show_policy(
     requests: Sequence[tuple[Cell, Request]],
     workbench: Workbench,
     loggers: Loggers,
-) -> None:
-    """Draw and log which blocks the policy removes on the evaluation's grid."""
+) -> list[Choice]:
+    """Draw, log and return which blocks the policy removes on the evaluation's grid."""
     found = choices(TrainedPolicy.load(folder, workbench), requests, workbench)
     path = folder / "policy.png"
     figure = removal_picture(found, workbench.memory.facts.num_layers, narrow=False)
@@ -147,7 +165,18 @@ def show_policy(
         figure.savefig(file, format="png", dpi=PNG_DPI)
     loggers.image("policy/blocks_removed", path)
     loggers.table("policy/choices", *choice_table(found))
+    return found
+
+
+def run_trial(config: Config, folder: Path) -> float:
+    """Train an agent and say how good its policy is, which is what a sweep minimises.
+
+    Raises:
+        RapError: As `train` and `objective` do.
+    """
+    train(config, folder, trial=running_trial())
+    return objective(config, folder)
 
 
 if __name__ == "__main__":
-    launch("train", train)
+    launch("train", run_trial)

@@ -61,6 +61,10 @@ class ArtifactError(RapError, ValueError):
     """A saved artifact that is truncated, altered, too new, or of another model."""
 
 
+class SearchTooLargeError(RapError, ValueError):
+    """A search of all masks on a model with too many of them."""
+
+
 class StoreError(RapError, OSError):
     """A score store that is damaged or cannot be used."""
 

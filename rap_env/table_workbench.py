@@ -35,12 +35,20 @@ class TableWorkbench(Workbench):
         table: Where they come from.
         name: What to call the table in messages.
         importance: As in `WorkbenchConfig`.
+        frontier: As in `WorkbenchConfig`.
 
     Raises:
         ArtifactError: ``importance="gsi"``, but the table has no GSI order.
     """
 
-    def __init__(self, table: ScoreTable, name: str, *, importance: str = "gsi") -> None:
+    def __init__(
+        self,
+        table: ScoreTable,
+        name: str,
+        *,
+        importance: str = "gsi",
+        frontier: str | None = None,
+    ) -> None:
         # Not the base's: it would ask for a model.
         self.table = table
         self.name = name
@@ -49,6 +57,7 @@ class TableWorkbench(Workbench):
         # It has what environments and agents use; what needs text or a model needs `llm` too.
         self.scorer = cast("MaskScorer", TableScorer(table))
         self._importance = importance
+        self.frontier_path = frontier
         if importance == "gsi" and table.gsi is None:
             raise ArtifactError(self._no_gsi())
 
@@ -128,7 +137,7 @@ def open_table(path: Path, config: WorkbenchConfig) -> TableWorkbench:
         "%s: %d scores of %s (%s) on %d x %d tokens.", path, len(table.scores), table.facts.name,
         table.facts.dtype, text["windows"], text["window_tokens"],
     )  # fmt: skip
-    return TableWorkbench(table, str(path), importance=config.importance)
+    return TableWorkbench(table, str(path), importance=config.importance, frontier=config.frontier)
 
 
 def _check_settings(path: Path, table: ScoreTable, config: WorkbenchConfig) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rap_env.artifacts import canonical_json, digest
+from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
 from rap_env.repair import REPAIRS
@@ -21,7 +22,10 @@ from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
 
 if TYPE_CHECKING:  # a workbench without a live model loads no torch
-    from rap_env.importance import GSIProfile, ImportanceFeatures, OneShotProfile
+    import numpy as np
+    import numpy.typing as npt
+
+    from rap_env.importance import Frontier, GSIProfile, ImportanceFeatures, OneShotProfile
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
 
@@ -50,6 +54,8 @@ class WorkbenchConfig:
         repair: What stands in the place of removed blocks: ``"none"``; ``"library"``, stubs that
             are fitted on self-written text at the first use and kept; or the path of a library's
             file (see `rap_env.repair.open_library`).
+        frontier: Path of a frontier artifact (`rap_env.importance.build_frontier`), for what asks
+            for the best known masks; None where nothing does.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
     """
 
@@ -62,6 +68,7 @@ class WorkbenchConfig:
     gsi_removals: int | None = 16
     gsi_method: str = "exact"
     repair: str = "none"
+    frontier: str | None = None
     store: str | None = "default"
 
 
@@ -75,6 +82,7 @@ class Workbench:
         importance: As in `WorkbenchConfig`.
         gsi_removals: As in `WorkbenchConfig`.
         gsi_method: As in `WorkbenchConfig`.
+        frontier: As in `WorkbenchConfig`.
         folder: Where importance artifacts are kept; None keeps them in memory.
         progress: Whether long measurements draw progress bars.
     """
@@ -88,6 +96,7 @@ class Workbench:
         importance: str = "gsi",
         gsi_removals: int | None = None,
         gsi_method: str = "exact",
+        frontier: str | None = None,
         folder: Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -100,6 +109,7 @@ class Workbench:
         self._importance = importance
         self._gsi_removals = gsi_removals
         self._gsi_method = gsi_method
+        self.frontier_path = frontier
         self._folder = folder
         self._progress = progress
 
@@ -122,6 +132,13 @@ class Workbench:
         return profile
 
     @cached_property
+    def layer_influence(self) -> npt.NDArray[np.float64]:
+        """Block influence of each whole layer, shape (L,); one forward pass, on first use."""
+        from rap_env.importance.layers import layer_influence
+
+        return layer_influence(self.llm, self.scorer.batches)
+
+    @cached_property
     def gsi(self) -> GSIProfile:
         """The GSI order, measured on first use (minutes) and kept."""
         from rap_env.importance import GSIProfile, gsi
@@ -139,6 +156,23 @@ class Workbench:
             path=path,
             progress=self._progress,
         )
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The best known mask for each pair of counts of removed blocks.
+
+        Raises:
+            ArtifactError: None was given, or it is damaged or of another model.
+        """
+        from rap_env.importance import Frontier
+
+        path = self.frontier_path
+        if path is None or not Path(path).exists():
+            raise ArtifactError(
+                f"There is no frontier table ({path or 'no path was given'}); build one with "
+                "`python -m experiments.profile frontier.evaluations=3000`."
+            )
+        return Frontier.load(path, self.memory)
 
     @cached_property
     def features(self) -> ImportanceFeatures:
@@ -211,5 +245,6 @@ def _opened(config: WorkbenchConfig, table: Path | None) -> Workbench:
         importance=config.importance,
         gsi_removals=config.gsi_removals,
         gsi_method=config.gsi_method,
+        frontier=config.frontier,
         folder=cache_dir() / "importance",
     )

@@ -20,6 +20,7 @@ from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 PATH = [BlockMask.of(*blocks) for blocks in ((), (1,), (1, 4), (1, 4), (0, 1, 4))]  # one invalid
+BASELINE = BlockMask.of(2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +42,21 @@ def no_tasks() -> KeptShare:
 
 
 def play(reward, scorer, path=PATH) -> list[dict[str, float]]:
-    """What each step of an episode pays, with masks measured only where the reward asks for it."""
+    """What each step of an episode pays, with masks measured only where the reward asks for it.
+
+    The mask of the baseline, if the reward is relative to one, is `BASELINE`.
+    """
+    compared = None
+    if reward.relative_to is not None:
+        compared = scorer.nll(BASELINE) - scorer.dense_nll
     paid = []
     for number, (before, after) in enumerate(itertools.pairwise(path), start=2):
         ends = number == len(path)
         if ends or reward.pays_every_step:
             losses = [scorer.nll(mask) - scorer.dense_nll for mask in (before, after)]
             known = losses[0] if reward.pays_every_step else None
-            paid.append(reward.step(Outcome(after, losses[1], known, ends)))
+            outcome = Outcome(after, losses[1], known, ends, compared if ends else None)
+            paid.append(reward.step(outcome))
         else:
             paid.append(reward.nothing())
     return paid
@@ -64,6 +72,75 @@ def test_dense_and_terminal_timing_have_equal_returns(scorer, cap):
     assert loss > 0.05  # so that the cap bites
     assert returns["dense"] == pytest.approx(returns["terminal"], abs=1e-12)
     assert returns["terminal"] == pytest.approx(-loss if cap is None else -cap)
+
+
+@pytest.mark.parametrize("scale", ["nats", "log"])
+@pytest.mark.parametrize("relative_to", [None, "gsi"])
+@pytest.mark.parametrize("cap", [None, 0.05])
+def test_steps_add_up_on_every_scale_and_relative_to_a_baseline(scorer, scale, relative_to, cap):
+    settings = {"scale": scale, "relative_to": relative_to, "loss_cap": cap}
+    returns = [
+        sum(r["perplexity"] for r in play(make_reward({**spec, **settings}, no_tasks), scorer))
+        for spec in (_dense(), {"name": "perplexity"})
+    ]
+    assert returns[0] == pytest.approx(returns[1], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "expected"),
+    [
+        ({}, 0.0, 0.0),
+        ({}, 0.2, -math.log(5)),  # (0.2 + 0.05) / 0.05
+        ({}, 2.4, -math.log(49)),
+        ({"log_offset": 0.1}, 0.2, -math.log(3)),
+        ({"loss_cap": 0.2}, 7.0, -math.log(5)),
+        ({}, -0.01, 0.2),
+        ({}, -3.0, 60.0),  # far below minus the offset, where no logarithm is
+    ],
+)
+def test_the_log_scale_by_hand(settings, loss, expected):
+    term = PerplexityReward(scale="log", **settings)
+    assert term.step(Outcome(PATH[1], loss, None, ends=True)) == pytest.approx(expected)
+
+
+def test_the_log_scale_has_no_bend_at_zero():
+    around = [PerplexityReward(scale="log")._cost(loss) for loss in (-1e-7, 0.0, 1e-7)]
+    assert around[2] - around[1] == pytest.approx(around[1] - around[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "baseline_loss", "expected"),
+    [
+        ({}, 0.2, 0.5, 0.3),
+        ({}, 0.5, 0.2, -0.3),
+        ({"loss_cap": 0.4}, 0.3, 9.0, 0.1),
+        ({"scale": "log"}, 0.2, 0.45, math.log(2)),  # (0.45 + 0.05) / (0.2 + 0.05)
+        ({"scale": "log", "log_offset": 1.0}, 3.0, 1.0, -math.log(2)),
+        ({"scale": "log"}, 1.7, 1.7, 0.0),
+        ({"timing": "dense"}, 0.2, 0.5, 0.5 + 0.1 - 0.2),
+    ],
+)
+def test_an_advantage_over_a_baseline_by_hand(settings, loss, baseline_loss, expected):
+    term = PerplexityReward(relative_to="gsi", **settings)
+    outcome = Outcome(PATH[1], loss, 0.1, ends=True, baseline_loss=baseline_loss)
+    assert term.step(outcome) == pytest.approx(expected)
+
+
+def test_a_step_on_the_way_is_not_compared():
+    on_the_way = Outcome(PATH[1], 0.3, 0.1, ends=False)
+    assert PerplexityReward("dense", relative_to="gsi").step(on_the_way) == pytest.approx(-0.2)
+    assert PerplexityReward(relative_to="gsi").step(on_the_way) == 0.0
+    with pytest.raises(ValueError, match="needs the loss of the baseline's mask"):
+        PerplexityReward(relative_to="gsi").step(on_the_way._replace(ends=True))
+
+
+def test_a_baseline_is_asked_for_only_where_a_term_is_paid():
+    compared = {"name": "combined", "relative_to": "gsi"}
+    assert make_reward(compared, KeptShare).relative_to == "gsi"
+    only_accuracy = {**compared, "weights": {"perplexity": 0, "accuracy": 1}}
+    assert make_reward(only_accuracy, KeptShare).relative_to is None
+    assert make_reward("perplexity", no_tasks).relative_to is None
+    assert make_reward("accuracy", KeptShare).relative_to is None
 
 
 def test_the_dense_reward_pays_each_removal_what_it_adds(scorer):
@@ -127,6 +204,9 @@ def test_every_reward_works_by_name(scorer, name):
         ({"name": "perplexity", "time": 1}, "setting of the reward 'perplexity': 'time'; .*timing"),
         ({"name": "accuracy", "timing": "dense"}, "setting of the reward 'accuracy': 'timing'"),
         ({"name": "perplexity", "timing": "late"}, "timing of the reward 'late'; .*'terminal'"),
+        ({"name": "perplexity", "scale": "ln"}, "scale of the reward 'ln'; .*'log', 'nats'"),
+        ({"name": "combined", "relative_to": "gis"}, "baseline of the reward 'gis'; .* 'gsi'"),
+        ({"name": "accuracy", "relative_to": "gsi"}, "setting of the reward 'accuracy'"),
         ({"name": "combined", "weights": {"speed": 1}}, "reward term 'speed'; .*'accuracy'"),
     ],
 )
@@ -139,6 +219,8 @@ def test_unknown_names_list_the_known_ones(spec, message):
     ("spec", "message"),
     [
         ({"name": "perplexity", "loss_cap": 0}, "loss_cap must be above 0 .* not 0"),
+        ({"name": "perplexity", "log_offset": 0.0}, r"log_offset must be above 0 .* not 0\.0"),
+        ({"name": "perplexity", "log_offset": math.inf}, "not inf"),
         ({"name": "combined", "weights": {"accuracy": -1}}, "'accuracy' must be at least 0"),
         ({"name": "combined", "weights": {"accuracy": math.nan}}, "not nan"),
         ({"name": "combined", "weights": {"accuracy": 0}}, "needs a weight above 0"),

@@ -5,9 +5,15 @@ A plain dictionary is the registry: `make_baseline` makes one by name.
 
 from __future__ import annotations
 
-from agents.baselines.base import Baseline, Bench, MaskChoice
+from agents.baselines.base import Baseline, MaskChoice
+from agents.baselines.beam import BeamBaseline
+from agents.baselines.bench import Bench
+from agents.baselines.evolutionary import EvolutionaryBaseline
+from agents.baselines.frontier import FrontierBaseline
 from agents.baselines.greedy import GreedyPerByteBaseline
 from agents.baselines.knapsack import KnapsackBaseline
+from agents.baselines.layers import ShortGPTBaseline, SLEBBaseline
+from agents.baselines.oracle import OracleBaseline
 from agents.baselines.orders import (
     AttentionOnlyBaseline,
     BlockInfluenceBaseline,
@@ -15,8 +21,10 @@ from agents.baselines.orders import (
     FFNOnlyBaseline,
     GSIBaseline,
     OneShotBaseline,
+    OneShotPerByteBaseline,
     RandomBaseline,
 )
+from agents.baselines.swaps import GreedySwapsBaseline
 from rap_env.errors import UnknownNameError
 
 BASELINES: dict[str, type[Baseline]] = {
@@ -25,8 +33,16 @@ BASELINES: dict[str, type[Baseline]] = {
         RandomBaseline,
         GSIBaseline,
         GreedyPerByteBaseline,
+        GreedySwapsBaseline,
+        BeamBaseline,
+        EvolutionaryBaseline,
+        FrontierBaseline,
+        OracleBaseline,
         OneShotBaseline,
+        OneShotPerByteBaseline,
         BlockInfluenceBaseline,
+        ShortGPTBaseline,
+        SLEBBaseline,
         KnapsackBaseline,
         AttentionOnlyBaseline,
         FFNOnlyBaseline,

@@ -1,19 +1,20 @@
-"""What every way of choosing a mask gives, and what it is given."""
+"""What every way of choosing a mask gives, and what several of them need."""
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
-from rap_env.blocks import Block, BlockMask
+from agents.baselines.bench import Bench, Scorer
+from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.workload import Request
+
+_ROUNDING = 1e-6  # of sums of parts of a text
 
 
 @dataclass(frozen=True)
@@ -38,71 +39,6 @@ class MaskChoice:
     fits: bool = True
 
 
-class Scorer(Protocol):
-    """The part of `rap_env.scoring.MaskScorer` that choosing needs."""
-
-    evaluations: int
-
-    @property
-    def block_forwards(self) -> float:
-        """Blocks that were run on the whole text; on a part of it, that part."""
-
-    @property
-    def evaluation_s(self) -> float:
-        """Seconds of one pass over the text."""
-
-    @property
-    def dense_nll(self) -> float:
-        """NLL of the dense model, nats per token."""
-
-    def scan(self, mask: BlockMask) -> Mapping[Block, float]:
-        """For every kept block: the NLL without it too, nats per token."""
-
-
-class OneShot(Protocol):
-    """The part of `rap_env.importance.OneShotProfile` that choosing needs."""
-
-    @property
-    def loss_rise(self) -> npt.NDArray[np.float64]:
-        """Loss if one block is removed from the dense model, nats per token, shape (2L,)."""
-
-    @property
-    def block_influence(self) -> npt.NDArray[np.float64]:
-        """ShortGPT's influence of each block, shape (2L,)."""
-
-
-class GSI(Protocol):
-    """The part of `rap_env.importance.GSIProfile` that choosing needs."""
-
-    @property
-    def full_order(self) -> tuple[int, ...]:
-        """All blocks: in order of removal, the rest by the losses of the last round."""
-
-    @property
-    def evaluations(self) -> int:
-        """Masks that were run to find the order."""
-
-
-class Bench(Protocol):
-    """The part of `rap_env.workbench.Workbench` that choosing needs."""
-
-    @property
-    def memory(self) -> MemoryModel:
-        """Byte arithmetic of the model."""
-
-    @property
-    def scorer(self) -> Scorer:
-        """Scores on the calibration text."""
-
-    @property
-    def one_shot(self) -> OneShot:
-        """Importance measured from the dense model."""
-
-    @property
-    def gsi(self) -> GSI | None:
-        """The GSI order, if there is one."""
-
-
 class Baseline(ABC):
     """A way to choose a mask for a request without learning.
 
@@ -111,10 +47,16 @@ class Baseline(ABC):
     Args:
         workbench: The model's memory, scores and importance.
         seed: Seed of what is random in it.
+
+    Attributes:
+        name: What it is called.
+        kv_aware: Whether it counts the KV cache.
+        seeded: Whether what it chooses depends on the seed.
     """
 
     name: ClassVar[str]
     kv_aware: ClassVar[bool] = True
+    seeded: ClassVar[bool] = False
 
     def __init__(self, workbench: Bench, seed: int = 0) -> None:
         self.memory = workbench.memory
@@ -135,11 +77,11 @@ class Baseline(ABC):
         """
         self.memory.check(request.batch_size, request.seq_len_tokens)
         self.memory.check_feasible(request)
-        ran, forwards = self.scorer.evaluations, self.scorer.block_forwards
+        ran, forwards = self.scorer.passes, self.scorer.block_forwards
         start = time.perf_counter()
         mask, evaluations = self._choose(request)
         decision_s = time.perf_counter() - start
-        stored = evaluations - (self.scorer.evaluations - ran)
+        stored = evaluations - math.ceil(self.scorer.passes - ran - _ROUNDING)
         if stored > 0:  # a search is not quick because somebody ran it before
             decision_s += stored * self.scorer.evaluation_s
         return MaskChoice(
@@ -155,6 +97,43 @@ class Baseline(ABC):
         """The mask, and how many masks had to be scored to find it."""
 
 
+class Tally:
+    """Scores masks and counts them, each once.
+
+    Args:
+        scorer: What scores them.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._nll: dict[BlockMask, float] = {}
+
+    @property
+    def evaluations(self) -> int:
+        """Different masks asked for so far."""
+        return len(self._nll)
+
+    def nll_many(self, masks: Sequence[BlockMask]) -> list[float]:
+        """NLL of several masks, nats per token; what they share runs once."""
+        new = [mask for mask in dict.fromkeys(masks) if mask not in self._nll]
+        if new:
+            self._nll |= dict(zip(new, self._scorer.nll_many(new), strict=True))
+        return [self._nll[mask] for mask in masks]
+
+    def knows(self, mask: BlockMask) -> bool:
+        """Whether a mask was asked for already."""
+        return mask in self._nll
+
+    def nll(self, mask: BlockMask) -> float:
+        """NLL of one mask, nats per token."""
+        return self.nll_many([mask])[0]
+
+    def best(self, masks: Sequence[BlockMask]) -> BlockMask:
+        """The mask of least NLL; of equals the first."""
+        nll = dict(zip(masks, self.nll_many(masks), strict=True))
+        return min(nll, key=nll.__getitem__)
+
+
 def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:
     """Whether the request's peak bytes under `mask` are within its budget."""
     return memory.peak_bytes(mask, request) <= request.budget_bytes
@@ -168,3 +147,26 @@ def remove_until_fits(memory: MemoryModel, order: Iterable[int], request: Reques
             break
         mask |= BlockMask.of(index)
     return mask
+
+
+def put_back_needless(
+    memory: MemoryModel, mask: BlockMask, order: Iterable[int], request: Request
+) -> BlockMask:
+    """Put back every removed block that the request fits without, in the given order.
+
+    Args:
+        memory: Byte arithmetic of the model.
+        mask: A mask under which the request fits.
+        order: Blocks, those first that are best put back; others stay removed.
+        request: The request.
+    """
+    for index in order:
+        fewer = mask - BlockMask.of(index)
+        if index in mask and fits(memory, fewer, request):
+            mask = fewer
+    return mask
+
+
+def price_per_byte(loss_rise: float, useful_bytes: int) -> float:
+    """Nats per useful byte; a removal that lowers the loss is better the more it lowers it."""
+    return loss_rise / max(useful_bytes, 1) if loss_rise > 0 else loss_rise

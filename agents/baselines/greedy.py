@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from agents.baselines.base import Baseline, fits
+from agents.baselines.base import Baseline, Tally, fits, price_per_byte
 from rap_env.blocks import BlockMask
+from rap_env.memory import MemoryModel
 from rap_env.workload import Request
 
 
@@ -19,22 +20,19 @@ class GreedyPerByteBaseline(Baseline):
     name = "greedy_per_byte"
 
     def _choose(self, request: Request) -> tuple[BlockMask, int]:
-        freed = self.memory.freed_bytes(request)
-        mask, nll, evaluations = BlockMask(), 0.0, 0
-        while not fits(self.memory, mask, request):
-            if not mask:
-                nll, evaluations = self.scorer.dense_nll, 1
-            over = self.memory.peak_bytes(mask, request) - request.budget_bytes
-            found = self.scorer.scan(mask)
-            evaluations += len(found)
-            best = min(
-                found,
-                key=lambda block: _price(found[block] - nll, min(int(freed[block.index]), over)),
-            )
-            mask, nll = mask | BlockMask.of(best), found[best]
-        return mask, evaluations
+        tally = Tally(self.scorer)
+        return greedy_per_byte(self.memory, tally, request), tally.evaluations
 
 
-def _price(loss_rise: float, useful_bytes: int) -> float:
-    """Nats per useful byte; a removal that lowers the loss is better the more it lowers it."""
-    return loss_rise / max(useful_bytes, 1) if loss_rise > 0 else loss_rise
+def greedy_per_byte(memory: MemoryModel, tally: Tally, request: Request) -> BlockMask:
+    """The mask that removals at the least price, measured anew after each, lead to."""
+    freed = memory.freed_bytes(request)
+    mask = BlockMask()
+    while not fits(memory, mask, request):
+        over = memory.peak_bytes(mask, request) - request.budget_bytes
+        nll = tally.nll(mask)
+        kept = [index for index in range(memory.facts.num_blocks) if index not in mask]
+        found = dict(zip(kept, tally.nll_many([mask | BlockMask.of(i) for i in kept]), strict=True))
+        prices = {i: price_per_byte(found[i] - nll, min(int(freed[i]), over)) for i in kept}
+        mask |= BlockMask.of(min(kept, key=prices.__getitem__))
+    return mask

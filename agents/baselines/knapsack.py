@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.base import Bench, fits
+from agents.baselines.base import fits
+from agents.baselines.bench import Bench
 from agents.baselines.orders import OneShotBaseline
 from rap_env.blocks import BlockMask
 from rap_env.workload import Request

@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.base import Baseline, Bench, remove_until_fits
+from agents.baselines.base import Baseline, price_per_byte, remove_until_fits
+from agents.baselines.bench import Bench
 from rap_env.blocks import BlockKind, BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.workload import Request
@@ -30,6 +31,7 @@ class RandomBaseline(OrderBaseline):
     """Removes blocks at random; the same seed and request give the same mask."""
 
     name = "random"
+    seeded = True
 
     def _order(self, request: Request) -> Sequence[int]:
         key = [self.seed, request.batch_size, request.seq_len_tokens, request.budget_bytes]
@@ -62,6 +64,21 @@ class OneShotBaseline(OrderBaseline):
 
     def _order(self, request: Request) -> Sequence[int]:
         return self._blocks
+
+
+class OneShotPerByteBaseline(OneShotBaseline):
+    """Removes first what alone costs the dense model least for each byte the request gets."""
+
+    name = "one_shot_per_byte"
+
+    def __init__(self, workbench: Bench, seed: int = 0) -> None:
+        super().__init__(workbench, seed)
+        self._loss_rise = np.asarray(workbench.one_shot.loss_rise, dtype=np.float64)
+
+    def _order(self, request: Request) -> Sequence[int]:
+        freed = self.memory.freed_bytes(request)
+        prices = [price_per_byte(*pair) for pair in zip(self._loss_rise, freed, strict=True)]
+        return _ascending(np.array(prices))
 
 
 class _OneKindBaseline(OneShotBaseline):

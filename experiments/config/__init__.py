@@ -19,7 +19,12 @@ from experiments.config.learning import FrontierConfig, ScoreModelConfig, WarmSt
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.parts import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
 from experiments.config.stubs import REPAIRS, StubsConfig
-from experiments.config.studies import SmallLMConfig, StabilityConfig, TextStudyConfig
+from experiments.config.studies import (
+    OverfittingConfig,
+    SmallLMConfig,
+    StabilityConfig,
+    TextStudyConfig,
+)
 from experiments.config.training import (
     WANDB_MODES,
     AgentConfig,
@@ -43,6 +48,7 @@ __all__ = [
     "ImportanceConfig",
     "LoggerConfig",
     "ModelConfig",
+    "OverfittingConfig",
     "RepairConfig",
     "ReportConfig",
     "ScoreModelConfig",
@@ -89,9 +95,9 @@ class Config:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
+    overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
     small_lm: SmallLMConfig = field(default_factory=SmallLMConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -128,9 +134,14 @@ def as_config(node: Any) -> Config:
 
 
 def register() -> None:
-    """Give Hydra the schema and the resolver that names run folders."""
+    """Give Hydra the schemas and the resolver that names run folders."""
+    ConfigStore.instance().store(name="rap_schema", node=Config)
+    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
+    if not OmegaConf.has_resolver("rap_label"):
+        OmegaConf.register_new_resolver("rap_label", _labelled)
+
+
+def _labelled(stage: str, label: str | None, agent: str, seed: int | str, overrides: str) -> str:
     from experiments.runs import run_label
 
-    ConfigStore.instance().store(name="rap_schema", node=Config)
-    if not OmegaConf.has_resolver("rap_label"):
-        OmegaConf.register_new_resolver("rap_label", run_label)
+    return run_label(stage, label or agent, seed, overrides)

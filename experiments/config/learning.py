@@ -35,28 +35,37 @@ class ScoreModelConfig:
     """Training on predicted scores, checked and corrected with real ones in rounds."""
 
     rounds: int = 0
-    """Times that the score model is fitted anew; 0 trains on real scores alone."""
-    verify_masks: int = 64
-    """Masks that the policy chooses which are really scored after each round."""
+    """Times that the score model is fitted, the training divided among them; 0 trains on real
+    scores alone."""
+    first_masks: int = 1000
+    """Masks really scored before the first round, where no frontier table has scores already."""
+    verify_requests: int = 128
+    """Requests whose masks by the policy, the best and a drawn one, are really scored after each
+    round."""
+    members: int = 5
+    """Predictors of the ensemble."""
     doubt: float = 1.0
     """Standard deviations of the ensemble that are added to a predicted loss."""
 
     def __post_init__(self) -> None:
         """Refuse negative numbers."""
         at_least("score_model", 0, rounds=self.rounds, doubt=self.doubt)
-        at_least("score_model", 1, verify_masks=self.verify_masks)
+        at_least("score_model", 1, first_masks=self.first_masks, members=self.members)
+        at_least("score_model", 1, verify_requests=self.verify_requests)
 
 
 @dataclass
 class FrontierConfig:
-    """The table of best known masks: how much its search may cost."""
+    """The table of best known masks, which ``experiments.profile`` builds."""
 
-    evaluations: int = 3000
-    """Masks that are scored at most."""
+    evaluations: int = 0
+    """Masks that are scored at most; 0 builds no table."""
     deepest_loss: float = 3.0
     """Counts of blocks whose best mask is expected to lose more are left out, nats per token."""
+    requests: int = 512
+    """Requests drawn from the workload: their bytes decide which counts are of use."""
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
-        at_least("frontier", 1, evaluations=self.evaluations)
-        at_least("frontier", 0, deepest_loss=self.deepest_loss)
+        at_least("frontier", 0, evaluations=self.evaluations, deepest_loss=self.deepest_loss)
+        at_least("frontier", 1, requests=self.requests)

@@ -29,7 +29,10 @@ class AgentConfig:
     """An algorithm and how long it trains."""
 
     name: str = MISSING
-    """``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``."""
+    """``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``, ``group_ppo`` or
+    ``group_maskable_ppo``."""
+    label: str | None = None
+    """What its runs are called in folders and tables; null for the agent's name."""
     policy: str = "blockwise"
     """``blockwise`` (one network for all blocks) or ``mlp``."""
     total_timesteps: int = 20_000

@@ -118,6 +118,8 @@ class Episode:
         if self.measured is not None:
             info["nll"] = self.measured.nll
             info["loss"] = self.measured.loss
+            if self.measured.baseline_loss is not None:
+                info["baseline_loss"] = self.measured.baseline_loss
             if self.measured.predicted:
                 info["predicted"] = True
         if self.start.asked_budget_bytes is not None:

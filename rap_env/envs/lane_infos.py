@@ -59,9 +59,13 @@ def _measured(lanes: Lanes, shown: Flags) -> dict[str, Any]:
     if not known.any():
         return {}
     predicted = np.array([one is not None and one.predicted for one in found])
+    baselines = [None if one is None else one.baseline_loss for one in found]
+    compared = np.array([loss is not None for loss in baselines])
+    losses = np.array([loss or 0.0 for loss in baselines])
     return {
         **_entry("nll", np.array([0.0 if one is None else one.nll for one in found]), known),
         **_entry("loss", np.array([0.0 if one is None else one.loss for one in found]), known),
+        **(_entry("baseline_loss", losses, compared) if compared.any() else {}),
         **(_entry("predicted", predicted, predicted) if predicted.any() else {}),
     }
 

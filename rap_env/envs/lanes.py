@@ -13,8 +13,7 @@ from gymnasium.vector.utils import create_empty_array
 from rap_env.blocks import BlockMask
 from rap_env.envs.episode import RemovedBlocks
 from rap_env.envs.observation import BYTES_OVER, KEPT_AND_FREED, Observation
-from rap_env.envs.task import Measured, PruningTask, Start
-from rap_env.reward import Outcome
+from rap_env.envs.task import Due, Measured, PruningTask, Start
 from rap_env.workload import Request
 
 Flags = npt.NDArray[np.bool_]
@@ -127,17 +126,21 @@ class Lanes:
         task = self._task
         ends, acts = move.terminated | move.truncated, move.valid | move.invalid
         due = np.flatnonzero(acts if task.reward.pays_every_step else ends).tolist()
-        masks = [self.removed[lane].mask(int(move.index[lane])) for lane in due]
-        measured = dict(zip(due, task.measure(masks) if due else [], strict=True))
+        paid = task.pay([self._due(lane, move, bool(ends[lane])) for lane in due]) if due else []
+        measured: dict[int, Measured] = {}
         terms = {name: np.zeros(len(ends)) for name in task.reward.nothing()}
-        for lane, mask in zip(due, masks, strict=True):
-            before = self.measured[lane]
-            loss_before = None if before is None else before.loss
-            outcome = Outcome(mask, measured[lane].loss, loss_before, bool(ends[lane]))
-            for name, value in task.reward.step(outcome).items():
+        for lane, (found, shares) in zip(due, paid, strict=True):
+            measured[lane] = found
+            for name, value in shares.items():
                 terms[name][lane] = value
         terms["invalid_action"] = np.where(move.invalid, -task.penalty, 0.0)
         return terms, measured
+
+    def _due(self, lane: int, move: Move, ends: bool) -> Due:
+        """The step of a lane that pays."""
+        before = self.measured[lane]
+        mask = self.removed[lane].mask(int(move.index[lane]))
+        return Due(self.starts[lane], mask, None if before is None else before.loss, ends)
 
     def make(self, move: Move, measured: dict[int, Measured]) -> None:
         """Let a move happen.

@@ -14,9 +14,8 @@ from rap_env.blocks import BlockMask
 from rap_env.envs.episode import Episode
 from rap_env.envs.observation import Observation
 from rap_env.envs.parts import check_render_mode
-from rap_env.envs.task import PruningTask
+from rap_env.envs.task import Due, PruningTask
 from rap_env.render import Scene, render_ansi, render_rgb
-from rap_env.reward import Outcome
 from rap_env.workload import Request
 
 if TYPE_CHECKING:
@@ -85,6 +84,19 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
       return is the same, with less delay, for an evaluation a step.
     - A truncated episode pays the loss of the mask that it reached.
 
+    Losses of requests differ by orders of magnitude. Two settings of this reward keep a learner
+    from learning little else than which requests are hard; both work with either timing:
+    - `scale="log"` (default `"nats"`): minus `log((loss + log_offset) / log_offset)`, `log_offset`
+      being 0.05 nats per token by default; where the loss is negative, its tangent at 0.
+    - `relative_to="gsi"`, `"one_shot"` (that order, followed until the request fits) or
+      `"frontier"` (the best mask known): the last step pays in addition what that baseline loses
+      at the same request, so that the return is the advantage over it. It takes one more
+      evaluation for each new request. With `scale="log"` the return is a log ratio.
+
+    An episode that fails is paid like any other, and what it removed may lose less than a mask
+    that fits. So where invalid actions are not masked, `invalid_action_penalty` has to be so high
+    that giving up does not pay; on a log scale an episode is worth several units.
+
     `"accuracy"` pays the final mask's mean accuracy on `tasks` less the dense model's, and
     `{"name": "combined", "weights": {"perplexity": 1.0, "accuracy": 1.0}}` a weighted sum.
     `loss_cap` (nats per token, none by default) bounds what a ruined model can cost. Ranges and
@@ -110,6 +122,8 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     - `request`: dict of `batch_size`, `seq_len_tokens` and `budget_bytes`.
     - `nll` and `loss`: NLL and loss of the mask in nats per token; there at the reset, on the
       last step, and on each step where the reward measures it (`timing="dense"`).
+    - `baseline_loss`: on the last step, if the reward is `relative_to` a baseline: the loss of
+      that baseline's mask at the same request.
     - `predicted`: true; only beside an `nll` that is a prediction of a score table and no
       measurement.
     - `reward_terms`: dict of each term's share of the reward by name, `invalid_action` included;
@@ -128,6 +142,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros are seen), or an artifact |
     | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
     | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times quicker, see `gsi` |
+    | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `repair` | `"none"` | what removed blocks leave: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
@@ -166,6 +181,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         importance: str = "gsi",
         gsi_removals: int | None = 16,
         gsi_method: str = "exact",
+        frontier: str | None = None,
         repair: str = "none",
         tasks: Sequence[str] | Mapping[str, Any] | None = None,
         infeasible: str = "error",
@@ -186,6 +202,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
             importance=importance,
             gsi_removals=gsi_removals,
             gsi_method=gsi_method,
+            frontier=frontier,
             repair=repair,
             tasks=tasks,
             infeasible=infeasible,
@@ -256,9 +273,8 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         measured = now.measured if invalid else None
         terms = task.reward.nothing()
         if ends or task.reward.pays_every_step:
-            mask = now.removed.mask(index)
-            measured = task.measure([mask])[0]
-            terms = task.reward.step(Outcome(mask, measured.loss, now.loss, ends))
+            due = Due(now.start, now.removed.mask(index), now.loss, ends)
+            measured, terms = task.pay([due])[0]
         terms["invalid_action"] = -task.penalty if invalid else 0.0
         if not invalid:  # only now: all that can fail is done
             now.remove(index, peak_bytes)

@@ -13,9 +13,10 @@ from rap_env.blocks import BlockMask, block_name
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.envs.observation import ObservationBuilder
 from rap_env.envs.parts import check_choices, open_env_workbench, request_of, task_scorer
+from rap_env.envs.reference import make_reference
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
-from rap_env.reward import make_reward
+from rap_env.reward import Outcome, make_reward
 from rap_env.specs import check_settings
 from rap_env.workload import Request, RequestSampler, make_sampler
 
@@ -32,11 +33,30 @@ class Measured(NamedTuple):
         nll: NLL in nats per token.
         loss: NLL less the dense model's.
         predicted: The score is the prediction of a score table, not a measurement.
+        baseline_loss: Loss of the mask that the reward's baseline has for the same request, or
+            None where the reward did not ask for it.
     """
 
     nll: float
     loss: float
     predicted: bool
+    baseline_loss: float | None = None
+
+
+class Due(NamedTuple):
+    """A step that pays, before anything is measured.
+
+    Attributes:
+        start: The request of its episode and what it costs.
+        mask: The mask after the step.
+        loss_before: Loss of the mask before the step, or None if it was not measured.
+        ends: The episode ends with this step.
+    """
+
+    start: Start
+    mask: BlockMask
+    loss_before: float | None
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class PruningTask:
     Attributes:
         workbench: The model with its memory arithmetic, scorer and importance.
         sampler: Draws requests; environments that run side by side take a `twin` each.
-        reward: What a step pays.
+        reward: What a step pays; see `pay`.
         observations: What an agent sees.
         penalty: What an invalid action costs.
         most_invalid: Invalid actions that end an episode.
@@ -87,6 +107,7 @@ class PruningTask:
         importance: str = "gsi",
         gsi_removals: int | None = 16,
         gsi_method: str = "exact",
+        frontier: str | None = None,
         repair: str = "none",
         tasks: Sequence[str] | Mapping[str, Any] | None = None,
         infeasible: str = "error",
@@ -106,6 +127,7 @@ class PruningTask:
             importance=importance,
             gsi_removals=gsi_removals,
             gsi_method=gsi_method,
+            frontier=frontier,
             repair=repair,
             store=store,
         )
@@ -113,6 +135,7 @@ class PruningTask:
         self.num_blocks = self.memory.facts.num_blocks
         self.sampler = make_sampler(workload, self.memory)
         self.reward = make_reward(reward, lambda: task_scorer(self.workbench, tasks))
+        self._reference = make_reference(self.reward.relative_to, self.workbench)
         self.penalty = float(invalid_action_penalty)
         self.most_invalid = int(max_invalid_actions)
         self.observations = ObservationBuilder(self.memory, self.workbench.features)
@@ -137,6 +160,31 @@ class PruningTask:
         scorer, dense_nll = self.workbench.scorer, self.dense.nll
         scores = zip(masks, scorer.nll_many(masks), strict=True)
         return [Measured(nll, nll - dense_nll, scorer.is_predicted(mask)) for mask, nll in scores]
+
+    def pay(self, steps: Sequence[Due]) -> list[tuple[Measured, dict[str, float]]]:
+        """What the model says of each step's mask, and the reward's terms by name.
+
+        All missing scores are measured together, those of the baseline's masks included.
+
+        Raises:
+            NonFiniteScoreError: The model gave NaN or infinity.
+            InvalidRequestError: The frontier that the reward is relative to has no mask that fits.
+        """
+        baselines: dict[int, BlockMask] = {}
+        if self._reference is not None:
+            baselines = {
+                n: self._reference(step.start) for n, step in enumerate(steps) if step.ends
+            }
+        found = self.measure([*(step.mask for step in steps), *baselines.values()])
+        baseline_loss = {n: one.loss for n, one in zip(baselines, found[len(steps) :], strict=True)}
+        paid = []
+        for number, (step, measured) in enumerate(zip(steps, found, strict=False)):
+            measured = measured._replace(baseline_loss=baseline_loss.get(number))
+            outcome = Outcome(
+                step.mask, measured.loss, step.loss_before, step.ends, measured.baseline_loss
+            )
+            paid.append((measured, self.reward.step(outcome)))
+        return paid
 
     def start(
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None

@@ -112,12 +112,12 @@ def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
                 entered = before = state
                 for count, block in enumerate(step, start=1):
                     state = partial.run(step[:count], entered)
-                    total[block] += _one_minus_cosine(before, state)
+                    total[block] += one_minus_cosine(before, state)
                     before = state
     return (total / scorer.corpus.tokens.numel()).numpy()
 
 
-def _one_minus_cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def one_minus_cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Summed over tokens, in float64: influences are small differences from 1."""
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
     return (1 - cosine).sum().cpu()

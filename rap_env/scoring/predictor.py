@@ -8,7 +8,7 @@ block and one a pair of blocks say how blocks make each other worse or better.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -95,6 +95,29 @@ class LossPredictor:
         least = max(self.least[len(index)], LEAST_SHARE * float(alone.max()))
         return min(max(math.exp(min(log_loss, _MOST_LOG)) - self.offset, least), self.most)
 
+    def losses(self, removed: Removed, *, guarded: bool = True) -> Floats:
+        """The predicted losses of many masks at once, as `loss` gives them but for rounding.
+
+        Args:
+            removed: True for each removed block of each mask, (N, 2L).
+            guarded: Keep them between the guards; a search that measures what it proposes needs
+                to tell masks apart beyond them.
+
+        Returns:
+            Nats per token, (N,).
+        """
+        x = removed.astype(np.float64)
+        counts, ffn = removed.sum(axis=1), x[:, 1::2].sum(axis=1)
+        terms = _shape(x @ np.maximum(self._alone, 0), counts - ffn, ffn, self.offset)
+        log_loss = self.intercept + x @ self._linear + ((x @ self._pairs) * x).sum(axis=1)
+        log_loss += sum(weight * term for weight, term in zip(self.shape, terms, strict=True))
+        found = np.exp(np.minimum(log_loss, _MOST_LOG)) - self.offset
+        if not guarded:
+            return np.where(counts > 0, found, 0.0)
+        worst = np.where(removed, self._alone, -np.inf).max(axis=1, initial=-np.inf)
+        least = np.maximum(np.array(self.least)[counts], LEAST_SHARE * worst)
+        return np.where(counts > 0, np.minimum(np.maximum(found, least), self.most), 0.0)
+
     @cached_property
     def _alone(self) -> Floats:
         return np.array(self.alone)
@@ -131,11 +154,11 @@ def fit_predictor(
     order = np.random.default_rng(seed).permutation(len(losses))
     ends = np.round(np.cumsum(_SPLIT[:2]) * len(losses)).astype(int)
     to_fit, to_choose, held_out = np.split(order, ends)
-    fit = _Fit(removed, losses, alone, [to_fit, to_choose, held_out])
+    fit = Fit(removed, losses, alone, [to_fit, to_choose, held_out])
     candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
     best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
     judged = fit.solved([0, 1], *best)
-    predicted = np.array([judged.loss(np.flatnonzero(removed[i]).tolist()) for i in held_out])
+    predicted = judged.losses(removed[held_out])
     fidelity = Fidelity.of(
         predicted, losses[held_out], removed[held_out].sum(axis=1), removed.shape[1],
         fitted=len(to_fit) + len(to_choose),
@@ -143,17 +166,22 @@ def fit_predictor(
     return fit.solved([0, 1, 2], *best), fidelity
 
 
-class _Fit:
+class Fit:
     """Sums over parts of the data from which any candidate is solved."""
 
     def __init__(
-        self, removed: Removed, losses: Floats, alone: Floats, parts: list[npt.NDArray[np.int64]]
+        self,
+        removed: Removed,
+        losses: Floats,
+        alone: Floats,
+        parts: list[npt.NDArray[np.int64]],
+        reaches: Sequence[int] = REACHES,
     ) -> None:
         self.removed, self.losses, self.alone, self.parts = removed, losses, alone, parts
         self.offset = max(1e-6, float(np.median(np.abs(alone))) / 2)
         self.targets = np.log(np.maximum(losses, -self.offset / 2) + self.offset)
-        sizes = {reach: len(pair_indices(len(alone), reach)[0]) for reach in REACHES}
-        self.reaches = [r for r in REACHES if sizes[r] <= _MOST_PAIRS] or [min(REACHES)]
+        sizes = {reach: len(pair_indices(len(alone), reach)[0]) for reach in reaches}
+        self.reaches = [r for r in reaches if sizes[r] <= _MOST_PAIRS] or [min(reaches)]
         self._pairs = pair_indices(len(alone), self.reaches[-1])
         self._sums = [self._moments(part) for part in parts]
 
@@ -184,7 +212,7 @@ class _Fit:
 
     def error(self, predictor: LossPredictor, part: npt.NDArray[np.int64]) -> float:
         """Root mean squared error of log(loss + offset)."""
-        found = [predictor.loss(np.flatnonzero(self.removed[i]).tolist()) for i in part]
+        found = predictor.losses(self.removed[part])
         logs = np.log(np.maximum(found, -self.offset / 2) + self.offset)
         return float(np.sqrt(np.mean((logs - self.targets[part]) ** 2)))
 

@@ -20,13 +20,14 @@ from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.memory import ModelFacts
+from rap_env.scoring.ensemble import ScoreModel, fit_score_model
 from rap_env.scoring.fidelity import Fidelity
-from rap_env.scoring.predictor import LossPredictor, fit_predictor
+from rap_env.scoring.predictor import LossPredictor
 
 PREFIX = "score_table:"
 """What a model's name starts with if it is the path of a table."""
 
-_KIND, _FORMAT = "score table", 1
+_KIND, _FORMAT = "score table", 2
 _PREDICTIONS_KEPT = 2**17
 
 
@@ -65,12 +66,19 @@ class ScoreTable:
     one_shot: dict[str, Any]
     gsi: dict[str, Any] | None
     evaluation_s: float
-    predictor: LossPredictor
+    predictor: ScoreModel
     fidelity: Fidelity
 
     @classmethod
     def fitted(
-        cls, facts: ModelFacts, scores: Mapping[BlockMask, float], *, seed: int = 0, **origin: Any
+        cls,
+        facts: ModelFacts,
+        scores: Mapping[BlockMask, float],
+        *,
+        seed: int = 0,
+        members: int = 1,
+        doubt: float = 0.0,
+        **origin: Any,
     ) -> ScoreTable:
         """A table of measured scores, with a predictor fitted to them.
 
@@ -78,6 +86,8 @@ class ScoreTable:
             facts: Of the model.
             scores: Mean NLL of masks, nats per token.
             seed: Decides which masks are held out to judge the predictor.
+            members: As in `fit_score_model`, like `doubt`.
+            doubt: As in `ScoreModel`.
             **origin: The other attributes.
 
         Raises:
@@ -100,7 +110,9 @@ class ScoreTable:
         nll = np.array([scores[mask] for mask in masks])
         dense = scores[BlockMask()]
         alone = np.array([scores[mask] for mask in singles]) - dense
-        predictor, fidelity = fit_predictor(removed, nll - dense, alone, seed=seed)
+        predictor, fidelity = fit_score_model(
+            removed, nll - dense, alone, members=members, doubt=doubt, seed=seed
+        )
         held = {mask.indices: float(scores[mask]) for mask in masks}
         return cls(facts, held, predictor=predictor, fidelity=fidelity, **origin)
 
@@ -155,7 +167,8 @@ class ScoreTable:
         rows, blocks = np.nonzero(removed)
         ends = np.cumsum(np.bincount(rows, minlength=len(nll)))[:-1]
         masks = (frozenset(part.tolist()) for part in np.split(blocks, ends))
-        body["predictor"] = LossPredictor(**with_tuples(body["predictor"]))
+        members = (LossPredictor(**with_tuples(m)) for m in body["predictor"]["members"])
+        body["predictor"] = ScoreModel(tuple(members), body["predictor"]["doubt"])
         body["fidelity"] = Fidelity.from_json(body["fidelity"])
         return cls(facts=facts, scores=dict(zip(masks, nll, strict=True)), **body)
 
@@ -172,6 +185,8 @@ class TableScorer:
     Attributes:
         evaluations: 0: no mask is ever run.
         block_forwards: 0: no block is.
+        passes: 0 as well.
+        num_windows: 1: a table knows of no parts of the text.
         dense_nll: NLL of the dense model, nats per token.
         context: Everything that determined the scores.
         evaluation_s: Seconds that one evaluation took where the scores were measured.
@@ -179,6 +194,8 @@ class TableScorer:
 
     evaluations = 0
     block_forwards = 0
+    passes = 0.0
+    num_windows = 1
 
     def __init__(self, table: ScoreTable) -> None:
         self.dense_nll = table.dense_nll
@@ -228,6 +245,10 @@ class TableScorer:
                 self.nll(mask)
                 on_score(mask)
         return [self.nll(mask) for mask in masks]
+
+    def nll_on(self, masks: Sequence[BlockMask], _windows: Sequence[int]) -> list[float]:
+        """NLL of several masks on the whole text, which is the only part there is."""
+        return self.nll_many(masks)
 
     def scan(
         self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None

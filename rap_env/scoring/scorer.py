@@ -21,6 +21,7 @@ from rap_env.llm.partial import PartialForward
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.loss import HEAD_TOKENS, window_nll
 from rap_env.scoring.mask_runner import MaskRunner, chunks
+from rap_env.scoring.parts import TextParts
 from rap_env.scoring.states import Node, StateCache, branch_nodes
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.width import masks_at_once
@@ -97,6 +98,7 @@ class MaskScorer:
         path_bytes = len(self.runner.lows) * state_bytes
         self.stride = max(1, -(-path_bytes // max(1, at_once.cache_bytes)))
         self._scores: dict[BlockMask, npt.NDArray[np.float64]] = {}
+        self._parts = TextParts(self, prefix_cache_bytes)
         self.context = self._make_context(rows)
         self._key = context_key(self.context)
 
@@ -108,12 +110,23 @@ class MaskScorer:
     @property
     def block_forwards(self) -> float:
         """Blocks that were really run on the whole text; on a part of it, that part."""
-        return self.runner.block_runs / len(self.batches)
+        return self.runner.block_runs / len(self.batches) + self._parts.block_forwards
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the text."""
+        return int(self.corpus.tokens.shape[0])
+
+    @property
+    def passes(self) -> float:
+        """Masks that were really run; one run on a part of the text counts as that part."""
+        return self.evaluations + self._parts.windows_run / self.num_windows
 
     @property
     def share_saved(self) -> float:
         """Share of the block forwards of single full passes that was not needed."""
-        return 1 - self.block_forwards / max(1, self.full_block_forwards)
+        full = self.full_block_forwards + self._parts.full_block_forwards
+        return 1 - self.block_forwards / max(1, full)
 
     @cached_property
     def evaluation_s(self) -> float:
@@ -173,6 +186,18 @@ class MaskScorer:
             tick(on_score, group)
         tick(on_score, [mask for mask in distinct if mask not in missing])
         return [self.nll(mask) for mask in masks]
+
+    def nll_on(self, masks: Sequence[BlockMask], windows: Sequence[int]) -> list[float]:
+        """NLL of several masks on some windows of the text alone, nats per token.
+
+        What is known of a mask on the whole text is used; of the others nothing is stored,
+        since what a part of the text says is no score of it.
+
+        Args:
+            masks: What to score; repeated ones are measured once.
+            windows: Numbers of the windows, at least one.
+        """
+        return self._parts.nll_many(masks, tuple(windows))
 
     def scan(
         self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None

@@ -121,7 +121,7 @@ class ScoreStore:
         with self._errors():
             masks = self._connection.execute(query, (context_key, metric)).fetchall()
         for (text,) in masks:
-            mask = _mask_of(text)
+            mask = mask_of(text)
             values = self.get(context_key, mask, metric)
             if values is not None:
                 yield mask, values
@@ -181,7 +181,8 @@ def mask_key(mask: BlockMask) -> str:
     return ",".join(map(str, mask))
 
 
-def _mask_of(text: str) -> BlockMask:
+def mask_of(text: str) -> BlockMask:
+    """The mask that `mask_key` gave."""
     return BlockMask.of(*map(int, text.split(","))) if text else BlockMask()
 
 

@@ -7,6 +7,7 @@ look cheap are dear together).
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,9 @@ from rap_env.blocks import Block, BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.features import ImportanceFeatures
+from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.scoring.store import mask_key
 from rap_env.workload import Request
 
 DENSE_NLL = 2.5
@@ -41,6 +44,8 @@ def facts(layers: int = 4, attn_bytes: int = 1000, ffn_bytes: int = 3000) -> Mod
 class SyntheticScorer:
     """NLL = dense + sum of costs + interaction of neighbours, saturating at `cap` nats."""
 
+    num_windows = 4
+
     def __init__(self, costs, interaction=0.0, cap=np.inf):
         self.costs = np.asarray(costs, dtype=float)
         index = np.arange(len(self.costs))
@@ -48,6 +53,7 @@ class SyntheticScorer:
         self.pairs = interaction * near * np.sqrt(np.outer(np.abs(self.costs), np.abs(self.costs)))
         self.cap = cap
         self.evaluations = 0
+        self.windows_run = 0
         self.block_forwards = 0
         self.evaluation_s = 100.0
         self.scores = {}
@@ -57,6 +63,16 @@ class SyntheticScorer:
         removed[list(mask)] = 1
         total = removed @ self.costs + removed @ self.pairs @ removed / 2
         return total if np.isinf(self.cap) else self.cap * (1 - np.exp(-total / self.cap))
+
+    @property
+    def passes(self):
+        return self.evaluations + self.windows_run / self.num_windows
+
+    def nll_on(self, masks, windows):
+        """Every window has the same loss."""
+        new = {mask for mask in masks if mask not in self.scores}
+        self.windows_run += len(new) * len(windows)
+        return [DENSE_NLL + float(self.loss(mask)) for mask in masks]
 
     @property
     def known(self):
@@ -101,9 +117,30 @@ class SyntheticBench:
             marginal[best] = loss(mask | BlockMask.of(best)) - loss(mask)
             order.append(best)
             mask |= BlockMask.of(best)
+        self.layer_influence = self.one_shot.block_influence.reshape(-1, 2).sum(axis=1)
         self.gsi = SimpleNamespace(full_order=tuple(order), evaluations=100)
         rank = np.argsort(order) / (count - 1)
         self.features = ImportanceFeatures(rise, rank, marginal)
+
+    @cached_property
+    def frontier(self):
+        """For each pair of counts the blocks of each kind that alone cost least."""
+        order = np.argsort(self.one_shot.loss_rise)
+        attn, ffn = [int(i) for i in order if not i % 2], [int(i) for i in order if i % 2]
+        masks = [
+            BlockMask.of(*attn[:a], *ffn[:f])
+            for a in range(len(attn) + 1)
+            for f in range(len(ffn) + 1)
+        ]
+        return Frontier(
+            num_blocks=len(order),
+            dense_nll=DENSE_NLL,
+            scored={mask_key(m): DENSE_NLL + float(self.scorer.loss(m)) for m in masks},
+            evaluations_run=len(masks),
+            seconds=0.0,
+            settings={},
+            provenance={},
+        )
 
 
 def make_env(bench, **settings):

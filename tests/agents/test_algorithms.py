@@ -25,6 +25,16 @@ from tests.agents.synthetic import make_env
         ({"hyperparameters": {"learning_rate": -1e-3}}, AgentConfigError, "'learning_rate'"),
         ({"hyperparameters": {"n_steps": "many"}}, AgentConfigError, "'n_steps'.*not 'many'"),
         ({"hyperparameters": {"policy_kwargs": {"hidden": int}}}, AgentConfigError, "be plain"),
+        (
+            {"policy_settings": {"block_vector": 3}},
+            UnknownNameError,
+            "setting of the block-wise policy: 'block_vector'.*Did you mean 'block_vectors'",
+        ),
+        (
+            {"policy": "mlp", "policy_settings": {"hidden": 8}},
+            AgentConfigError,
+            "'mlp' has no policy_settings.*'hidden': 8.*choose policy='blockwise'",
+        ),
     ],
 )
 def test_impossible_settings_are_named(settings, error, text):
@@ -48,6 +58,15 @@ def test_given_hyperparameters_go_before_the_defaults(name, bench):
     assert model.batch_size == (32 if "ppo" in name else 64)
 
 
+def test_policy_settings_reach_the_network(bench):
+    settings = {"hidden": 7, "block_vectors": 5, "without": ["gsi"]}
+    config = AgentConfig("ppo", n_envs=1, policy_settings=settings)
+    policy = make_model(config, DummyVecEnv([make_env(bench)])).policy
+    assert policy.hidden == 7
+    assert policy.features_extractor.vectors.shape == (12, 5)
+
+
 def test_config_as_dict_makes_the_config_again():
-    config = AgentConfig("ppo", "mlp", 500, 2, 7, {"n_steps": 16})
+    settings = {"without": ["request"]}
+    config = AgentConfig("ppo", "blockwise", 500, 2, 7, {"n_steps": 16}, policy_settings=settings)
     assert AgentConfig(**config.as_dict()) == config

@@ -6,26 +6,24 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
-from agents.policies import Q_INVALID, BlockRows
+from agents.policies import Q_INVALID, action_scores
 from rap_env.blocks import BlockMask
+from rap_env.envs.observation import BLOCK_FEATURES
 from tests.agents.synthetic import SyntheticBench, make_env, request_at
 
 KINDS = [(name, policy) for name in ALGORITHMS for policy in ("blockwise", "mlp")]
 
 
-def model_of(name, policy, bench):
+def model_of(name, policy, bench, **settings):
     venv = DummyVecEnv([make_env(bench)])
-    return make_model(AgentConfig(name, policy, n_envs=1), venv)
+    return make_model(AgentConfig(name, policy, n_envs=1, policy_settings=settings), venv)
 
 
 def scores(model, observation):
     """Logits or Q values of one observation, shape (2L,)."""
-    policy = model.policy
-    tensors, _ = policy.obs_to_tensor(observation)
+    tensors, _ = model.policy.obs_to_tensor(observation)
     with torch.no_grad():
-        if "dqn" in type(model).__name__.lower():
-            return policy.q_net(tensors)[0].numpy()
-        return policy.get_distribution(tensors).distribution.logits[0].numpy()
+        return action_scores(model.policy, tensors)[0].numpy()
 
 
 def observed(bench, *removed, fraction=0.6):
@@ -64,19 +62,38 @@ def test_blockwise_scores_follow_the_blocks(name, bench):
         torch.randn(sum(p.numel() for p in model.policy.parameters())) * 0.3,
         model.policy.parameters(),
     )
-    observation = observed(bench, 5)
+    observation = observed(bench, 0)  # beside neither of the two
     swapped = {key: value.copy() for key, value in observation.items()}
     swapped["blocks"][[4, 9]] = swapped["blocks"][[9, 4]]
     before, after = scores(model, observation), scores(model, swapped)
     assert abs(before[4] - before[9]) > 1e-3
     assert after[4] == pytest.approx(before[9], abs=1e-5)
     assert after[9] == pytest.approx(before[4], abs=1e-5)
-    assert after[0] == pytest.approx(before[0], abs=1e-5)
+    assert after[6] == pytest.approx(before[6], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_settings_are_saved_and_loaded_too(tmp_path, bench, name):
+    settings = {"hidden": 8, "block_vectors": 3, "without": ["one_shot"]}
+    model = model_of(name, "blockwise", bench, **settings)
+    model.save(tmp_path / "model.zip")
+    again = type(model).load(tmp_path / "model.zip", device="cpu")
+    observation = observed(bench, 3)
+    seen = scores(again, observation)
+    assert np.array_equal(scores(model, observation), seen)
+    observation["blocks"][:, BLOCK_FEATURES.index("one_shot_loss")] = 0.5
+    assert np.array_equal(scores(again, observation), seen)
+    assert again.policy.hidden == 8
+    grown = model_of(name, "blockwise", bench)
+    assert sum(p.numel() for p in again.policy.parameters()) < sum(
+        p.numel() for p in grown.policy.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
 def test_first_choices_are_near_uniform(name, bench):
-    probabilities = np.exp(scores(model_of(name, "blockwise", bench), observed(bench)))
+    logits = torch.as_tensor(scores(model_of(name, "blockwise", bench), observed(bench)))
+    probabilities = logits.softmax(dim=0)
     assert probabilities.max() < 1.2 / 12
     assert probabilities.min() > 0.8 / 12
 
@@ -90,23 +107,24 @@ def test_only_masked_dqn_masks_its_q_values(bench, policy):
     assert (scores(model_of("dqn", policy, bench), observation) > Q_INVALID).all()
 
 
-def test_rows_are_finite_when_all_blocks_are_gone_or_look_alike(bench):
-    same = SyntheticBench([0.1] * 12)
-    observation = observed(same)
-    observation["action_mask"][:] = 0
-    rows = BlockRows(make_env(same)().observation_space)
-    tensors = {k: torch.as_tensor(v[None], dtype=torch.float32) for k, v in observation.items()}
-    out = rows(tensors)
-    assert out.shape == (1, 12, rows.features_dim)
-    assert torch.isfinite(out).all()
-
-
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_sb3s_predict_gives_valid_actions_where_masks_are_known(name, bench):
     model = model_of(name, "blockwise", bench)
     observation = observed(bench, *range(8), fraction=0.3)
-    arguments = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
+    arguments = {"action_masks": observation["action_mask"]} if "maskable" in name else {}
     for _ in range(30):
         action, _ = model.predict(observation, deterministic=False, **arguments)
         assert not ALGORITHMS[name].masked or int(action) not in BlockMask.of(*range(8))
         assert np.shape(action) == ()
+
+
+@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
+@pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
+def test_scores_are_the_logits_that_sb3_samples_from(bench, name, policy):
+    model = model_of(name, policy, bench)
+    observation = observed(bench, 3)
+    tensors, _ = model.policy.obs_to_tensor(observation)
+    logits = torch.as_tensor(scores(model, observation)).log_softmax(dim=0)
+    with torch.no_grad():
+        expected = model.policy.get_distribution(tensors).distribution.logits[0]
+    assert torch.allclose(logits, expected, atol=1e-6)

@@ -1,25 +1,38 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
+from agents import policy as policies
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
+from agents.baselines.base import fits
+from agents.errors import AgentConfigError
 from agents.policy import TrainedPolicy
 from agents.training import make_vector_env, train
+from rap_env.blocks import BlockMask
 from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.workload import Request
 from tests.agents.synthetic import SyntheticBench, make_envs, request_at
 
 
-def untrained(name, bench, policy="blockwise"):
+@pytest.fixture(autouse=True)
+def _same_weights_each_time():
+    torch.manual_seed(0)
+
+
+def untrained(name, bench, policy="blockwise", without=(), spread=0.5, **options):
     """A policy with random weights, whose favourite is as likely a removed block as a kept one."""
-    config = AgentConfig(name, policy, n_envs=1)
+    settings = {"without": list(without)} if without else {}
+    config = AgentConfig(name, policy, n_envs=1, policy_settings=settings)
     model = make_model(config, make_vector_env(config, make_envs(bench)))
     for parameter in model.policy.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return TrainedPolicy(model.policy, ObservationBuilder(bench.memory, bench.features))
+        torch.nn.init.normal_(parameter, std=spread)
+    builder = ObservationBuilder(bench.memory, bench.features)
+    return TrainedPolicy(model.policy, builder, **options)
 
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
@@ -35,6 +48,115 @@ def test_every_budget_is_met_without_a_score(bench, name, policy):
         assert choice.fits
         assert trained.select(request).mask == choice.mask
     assert bench.scorer.evaluations == before
+
+
+@pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
+def test_it_removes_what_the_network_likes_best_of_each_observation(bench, name):
+    trained = untrained(name, bench)
+    request, mask = request_at(bench, 2, 300, 0.5), BlockMask()
+    builder = ObservationBuilder(bench.memory, bench.features)
+    network = trained._policy
+    while not fits(bench.memory, mask, request):
+        observation = builder.build(request, mask)
+        given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
+        action, _ = network.predict(observation, deterministic=True, **given)
+        mask |= BlockMask.of(int(action))
+    assert trained.select(request).mask == mask
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn"])
+def test_without_the_request_it_is_one_static_order(bench, name):
+    torch.manual_seed(0)
+    blind, seeing = untrained(name, bench, without=["request"]), untrained(name, bench)
+    requests = [
+        request_at(bench, *shape, f)
+        for shape in [(1, 10), (16, 2000), (4, 500)]
+        for f in (0.4, 0.55, 0.7, 0.85)
+    ]
+    masks = sorted((blind.select(request).mask for request in requests), key=len)
+    assert len({len(mask) for mask in masks}) > 4
+    assert all(one.indices <= other.indices for one, other in itertools.pairwise(masks))
+    masks = sorted((seeing.select(request).mask for request in requests), key=len)
+    assert not all(one.indices <= other.indices for one, other in itertools.pairwise(masks))
+
+
+@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_best_of_several_is_the_one_that_scores_least(bench, monkeypatch, name, policy):
+    monkeypatch.setattr(policies, "_Q_TEMPERATURE", 2.0)  # random Q values fall into two heaps
+    judged = []
+
+    def score(masks):
+        judged.append(masks)
+        return [float(bench.scorer.loss(mask)) for mask in masks]
+
+    trained = untrained(name, bench, policy, spread=0.1, best_of=16, score_masks=score)
+    request = request_at(bench, 2, 300, 0.6)
+    favourite = trained.select(request, best_of=1)
+    assert not judged
+    choice = trained.select(request)
+    (masks,) = judged
+    assert masks[0] == favourite.mask
+    assert 3 < len(masks) == len(set(masks)) <= 16
+    assert all(fits(bench.memory, mask, request) for mask in masks)
+    for mask in masks:  # no sample goes on once it fits
+        assert any(
+            not fits(bench.memory, BlockMask(mask.indices - {block}), request) for block in mask
+        )
+    assert bench.scorer.loss(choice.mask) == min(bench.scorer.loss(mask) for mask in masks)
+    assert choice.evaluations == choice.block_forwards == 0
+    assert trained.select(request).mask == choice.mask
+
+
+def test_samples_are_as_likely_as_the_network_says(bench):
+    """The first removal alone, from 4,000 samples of a request that one block satisfies."""
+    trained = untrained("ppo", bench)
+    request = request_at(bench, 1, 10, 0.999)
+    with torch.no_grad():
+        for parameter in trained._policy.parameters():
+            parameter.mul_(0.2)  # less sure of itself
+    observation = ObservationBuilder(bench.memory, bench.features).build(request, BlockMask())
+    tensors, _ = trained._policy.obs_to_tensor(observation)
+    with torch.no_grad():
+        expected = trained._policy.get_distribution(tensors).distribution.probs[0].numpy()
+    masks = trained.sample(request, 4001)[1:]
+    counts = np.bincount([next(iter(mask)) for mask in masks], minlength=12)
+    assert 0.1 < expected.max() < 0.9
+    assert counts / 4000 == pytest.approx(expected, abs=0.035)  # 4 deviations
+
+
+def test_real_scores_count_as_evaluations(bench):
+    trained = untrained("ppo", bench, best_of=8, scorer=bench.scorer)
+    request = request_at(bench, 2, 300, 0.6)
+    before = bench.scorer.evaluations
+    choice = trained.select(request)
+    assert choice.evaluations == bench.scorer.evaluations - before > 3
+    assert choice.block_forwards > 0
+    assert choice.decision_s < 50
+    again = trained.select(request)  # from the store: still as many, and as slow as they were
+    assert again.evaluations == choice.evaluations
+    assert again.block_forwards == 0
+    assert again.decision_s > choice.evaluations * bench.scorer.evaluation_s
+    assert again.mask == choice.mask
+    assert trained.select(request, score_masks=lambda masks: range(len(masks))).evaluations == 0
+
+
+def test_a_score_that_is_no_number_never_wins(bench):
+    def score(masks):
+        return [np.nan, *range(len(masks), 1, -1)]
+
+    trained = untrained("ppo", bench, best_of=8, score_masks=score)
+    request = request_at(bench, 2, 300, 0.6)
+    last = list(dict.fromkeys(trained.sample(request, 8)))[-1]
+    assert trained.select(request).mask == last
+
+
+@pytest.mark.parametrize(("best_of", "text"), [(4, "needs something to tell"), (0, "at least 1")])
+def test_several_masks_need_a_judge(bench, best_of, text):
+    with pytest.raises(AgentConfigError, match=text):
+        untrained("ppo", bench, best_of=best_of)
+    with pytest.raises(AgentConfigError, match=text):
+        untrained("ppo", bench).select(request_at(bench, 2, 300, 0.6), best_of=best_of)
 
 
 def test_stops_at_the_first_mask_that_fits(bench):
@@ -56,10 +178,14 @@ def runs(tmp_path_factory):
     """One short training for each policy on a model of 4 layers."""
     folders = {}
     bench = SyntheticBench(np.linspace(0.1, 0.8, 8))
-    for policy in ("blockwise", "mlp"):
-        folders[policy] = tmp_path_factory.mktemp(policy)
-        config = AgentConfig("ppo", policy, 64, 2, hyperparameters={"n_steps": 32})
-        train(config, make_envs(bench), folders[policy], progress=False)
+    kinds = {"blockwise": {}, "mlp": {}, "vectors": {"block_vectors": 4}}
+    for kind, settings in kinds.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        policy = "mlp" if kind == "mlp" else "blockwise"
+        config = AgentConfig(
+            "ppo", policy, 64, 2, hyperparameters={"n_steps": 32}, policy_settings=settings
+        )
+        train(config, make_envs(bench), folders[kind], progress=False)
     return folders
 
 
@@ -72,6 +198,21 @@ def test_blockwise_policy_serves_a_model_with_more_layers(runs, bench):
 def test_mlp_policy_of_another_model_is_refused(runs, bench):
     with pytest.raises(ArtifactError, match="trained on a model of another shape.*train one"):
         TrainedPolicy.load(runs["mlp"], bench)
+
+
+def test_a_policy_with_block_vectors_serves_its_own_number_of_blocks_alone(runs, bench):
+    with pytest.raises(ArtifactError, match="vector for each of 8 blocks, but this model has 12"):
+        TrainedPolicy.load(runs["vectors"], bench)
+    own = SyntheticBench(np.linspace(0.2, 0.9, 8))
+    assert TrainedPolicy.load(runs["vectors"], own).select(request_at(own, 1, 10, 0.7)).fits
+
+
+def test_options_of_a_choice_can_be_loaded_with(runs, bench):
+    options = {"best_of": 8, "scorer": bench.scorer}
+    choice = TrainedPolicy.load(runs["blockwise"], bench, **options).select(
+        request_at(bench, 1, 10, 0.7)
+    )
+    assert 1 < choice.evaluations <= 8
 
 
 def test_without_a_checkpoint_it_says_so(tmp_path, bench):

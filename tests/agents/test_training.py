@@ -22,17 +22,15 @@ from agents.baselines import make_baseline
 from agents.checkpoint import latest_checkpoint
 from agents.policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
+from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.importance import ImportanceFeatures
 from tests.agents.synthetic import make_envs, request_at
 
 ROOT = Path(__file__).parents[2]
-SHORT = {
-    "ppo": {"n_steps": 16, "batch_size": 32, "n_epochs": 2},
-    "maskable_ppo": {"n_steps": 16, "batch_size": 32, "n_epochs": 2},
-    "dqn": {"learning_starts": 64, "batch_size": 16, "train_freq": 4},
-    "masked_dqn": {"learning_starts": 64, "batch_size": 16, "train_freq": 4},
-}
+_SHORT_PPO = {"n_steps": 16, "batch_size": 32, "n_epochs": 2}
+_SHORT_DQN = {"learning_starts": 64, "batch_size": 16, "train_freq": 4}
+SHORT = {name: _SHORT_DQN if "dqn" in name else _SHORT_PPO for name in ALGORITHMS}
 
 
 def short(name="maskable_ppo", steps=256, **settings):
@@ -202,12 +200,36 @@ def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
         ({"seed": 3}, "begun with seed=0 and cannot go on with seed=3"),
         ({"n_envs": 4}, "begun with n_envs=2"),
         ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "begun with hyperparameters="),
+        ({"policy_settings": {"without": ["gsi"]}}, "begun with policy_settings=.*without"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(tmp_path, bench, other, text):
     train(short(steps=32), make_envs(bench), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match=text):
         train(short(**other), make_envs(bench), tmp_path, progress=False)
+
+
+def test_a_warm_start_happens_once(tmp_path, bench):
+    calls, before = [], bench.scorer.evaluations
+
+    def warm_start(model):
+        calls.append(model.num_timesteps)
+        bench.scorer.nll(BlockMask.of(0, 2, 4, 6, 8, 10))  # a teacher may score masks
+        time.sleep(0.1)
+        with torch.no_grad():
+            for parameter in model.policy.parameters():
+                parameter.fill_(0.01)
+
+    settings = {"progress": False, "warm_start": warm_start}
+    result = train(short(steps=32), make_envs(bench), tmp_path, **settings)
+    assert calls == [0]
+    assert result.seconds > 0.1
+    assert result.evaluations == bench.scorer.evaluations - before
+    model = latest_checkpoint(tmp_path / "checkpoints").load_model()
+    values = [p.detach().ravel() for p in model.policy.parameters()]
+    assert torch.cat(values).sub(0.01).abs().max() < 0.05  # a few steps from where it began
+    train(short(steps=64), make_envs(bench), tmp_path, **settings)
+    assert calls == [0]
 
 
 def test_resuming_on_another_model_is_refused(tmp_path, bench, real_bench):
@@ -314,7 +336,7 @@ def test_on_a_real_model(tmp_path, real_bench, name):
     }
     result = train(short(name, 128), make_envs(real_bench, **settings), tmp_path, progress=False)
     assert result.timesteps == 128
-    assert result.evaluations > 0
+    assert real_bench.scorer.known > 10  # the agents share a bench, and there are 64 masks
     choice = TrainedPolicy.load(tmp_path, real_bench).select(request_at(real_bench, 2, 16, 0.8))
     assert choice.fits
     assert choice.evaluations == choice.block_forwards == 0

@@ -25,8 +25,11 @@ from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.workload import SAMPLERS
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
-GROUPS = [path for path in FILES if path.parent != CONF_DIR]
-PROGRAMS = ("profile", "train", "evaluate", "report", "demo", "export_scores", "repair")
+GROUPS = [path for path in FILES if path.parent.parent == CONF_DIR and path.parent.name != "sweep"]
+PROGRAMS = (
+    "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
+    "text_study", "overfitting", "small_lm",
+)  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],
     "calibration/file": ["calibration.source=text.txt"],
@@ -88,7 +91,9 @@ def test_names_in_the_files_exist():
     assert agents == set(ALGORITHMS)
     for name in agents:
         assert agent_config(composed("train", f"agent={name}", "seed=3")).name == name
-    assert {path.stem for path in (CONF_DIR / "workload").glob("*.yaml")} == set(SAMPLERS)
+    workloads = list((CONF_DIR / "workload").glob("*.yaml"))
+    assert {yaml.safe_load(path.read_text())["name"] for path in workloads} == set(SAMPLERS)
+    assert {path.stem for path in workloads} >= set(SAMPLERS)
     for experiment in ("demo", "main"):
         found = composed("evaluate", f"experiment={experiment}").evaluate
         assert set(found.baselines) <= set(BASELINES)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from experiments.config import AgentConfig, Config, LoggerConfig, ModelConfig
 from experiments.errors import ExperimentError
-from experiments.loggers import has_login, open_loggers, wandb_mode
+from experiments.loggers import open_loggers
 from experiments.records import read_records
+from experiments.wandb_run import has_login, wandb_mode
 from rap_env.errors import MissingDependencyError
 
 
@@ -85,6 +86,24 @@ def test_wandb_offline_keeps_curves_config_table_and_picture(config, no_login):
     text = json.dumps(records)
     assert "episode/loss" in text
     assert "total_timesteps" in text
+
+
+def test_wandb_compares_hyperparameters_as_they_were_used(config, no_login):
+    config.logger = LoggerConfig(wandb=True)
+    config.agent.hyperparameters = {"learning_rate": 0.007, "gae_lambda": None}
+    folder = config.stage_dir("train") / "ppo-s4"
+    with open_loggers(config, folder, job="train") as loggers:
+        loggers.log({"objective": 0.25}, 10)
+    records = whole(next((config.root / "wandb").glob("offline-run-*")))
+    run = next(record["run"] for record in records if "run" in record)
+    found = {item["key"]: json.loads(item["value_json"]) for item in run["config"]["update"]}
+    assert found["agent.hyperparameters.learning_rate"] == 0.007
+    assert found["agent.hyperparameters.gae_lambda"] == 0.98, "the agent's own default"
+    assert found["agent.total_timesteps"] == config.agent.total_timesteps
+    assert run["job_type"] == "train"
+    assert "agent" not in found
+    history = [record["history"]["item"] for record in records if "history" in record]
+    assert any("0.25" in item["value_json"] for row in history for item in row)
 
 
 def whole(run: Path) -> list[dict]:

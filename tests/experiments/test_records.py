@@ -109,6 +109,18 @@ def test_a_row_of_another_schema_names_the_keys():
         ResultRow.from_record(record)
 
 
+def test_rows_of_earlier_versions_have_what_they_lack_by_default():
+    record = make_row("gsi", (1, 128), 0.9).to_record()
+    for key in ("sparsity", "outside", "training_s"):
+        del record[key]
+    row = ResultRow.from_record(record)
+    assert (row.sparsity, row.outside, row.training_s, row.part) == (None, False, None, "grid")
+    published = sorted((Path(__file__).parents[2] / "experiments/results").glob("*/evaluate"))
+    assert published
+    for folder in published:
+        assert all(row.part == "grid" for row in read_rows(folder / "results.jsonl"))
+
+
 def test_a_row_is_another_one_if_anything_that_it_depends_on_differs():
     row = make_row("gsi", (1, 128), 0.9)
 
@@ -118,7 +130,15 @@ def test_a_row_is_another_one_if_anything_that_it_depends_on_differs():
 
     other = json.loads(json.dumps(row.provenance))
     other["depends_on"]["report_sha256"] = "c" * 64
-    keys = {key(), key(seed=1), key(method="ppo"), key(cell=(1, 128, 0.8)), key(provenance=other)}
-    assert len(keys) == 5
+    assert key() == row.key
+    keys = {
+        key(),
+        key(part="outside"),
+        key(seed=1),
+        key(method="ppo"),
+        key(cell=(1, 128, 0.8)),
+        key(provenance=other),
+    }
+    assert len(keys) == 6
     unrelated = {**row.provenance, "commit": "abc"}
     assert key(provenance=unrelated) == key()

@@ -19,12 +19,11 @@ from experiments.report import report
 from experiments.report_words import findings
 from experiments.tables import (
     accuracy_table,
-    difference_table,
     loss_table,
     summary_table,
-    tables_markdown,
     terminal_text,
 )
+from experiments.verdict_tables import difference_table, tables_markdown
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import FACTORS, make_row, make_rows, write_root
 
@@ -78,9 +77,9 @@ def test_differences_are_paired_and_judged(comparison):
     header, rows = difference_table(comparison, "maskable_ppo")
     verdicts = {row[0]: row[-1] for row in rows}
     assert header[0] == "Compared with"
-    assert verdicts["Greedy per byte"] == "MaskablePPO loses more"
-    assert verdicts["Random"] == "MaskablePPO loses less"
-    assert "misses budgets" in verdicts["Attention only"]
+    assert verdicts["Greedy per byte"] == "worse"
+    assert verdicts["Random"] == "better"
+    assert verdicts["Attention only"] == "better*", "it misses budgets"
     assert "MaskablePPO" not in verdicts
 
 
@@ -90,6 +89,15 @@ def test_tables_say_where_a_mask_does_not_fit(comparison):
     assert len(cells["One-shot"]) == 3
     assert "does not fit" in cells["Attention only"][2]
     assert not any("does not fit" in cell for cell in cells["One-shot"])
+
+
+def test_each_method_shows_what_it_loses_on_the_text_that_it_searched_on(comparison):
+    header, rows = summary_table(comparison)
+    held_out, searched = (header.index(f"{text} text") for text in ("Loss on held-out",
+                                                                    "On calibration"))  # fmt: skip
+    for row in rows:
+        loss = float(row[held_out].split()[0])
+        assert float(row[searched]) == pytest.approx(0.9 * loss, abs=1e-3)
 
 
 def test_accuracies_start_with_the_dense_model(comparison):
@@ -104,7 +112,7 @@ def test_without_tasks_there_is_no_accuracy():
     rows = [make_row(m, (1, 128), 0.9, accuracies={}) for m in ("dense", "gsi", "one_shot")]
     found = Comparison(rows)
     assert accuracy_table(found) is None
-    assert summary_table(found)[1][0][2] == "-"
+    assert summary_table(found)[1][0][3] == "-"
     assert "Accuracy:" not in terminal_text(found)
     assert "## Accuracy" not in tables_markdown(found)
 

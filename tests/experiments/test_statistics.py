@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.statistics import Estimate, bootstrap_mean, paired_difference
+from experiments.statistics import (
+    RESAMPLES,
+    Estimate,
+    bootstrap_mean,
+    difference_p,
+    holm,
+    paired_difference,
+    relative_difference,
+)
 
 
 def test_the_mean_is_the_mean_and_lies_within_its_interval():
@@ -66,3 +74,44 @@ def test_values_that_have_no_mean_are_refused(values):
 def test_other_windows_cannot_be_paired():
     with pytest.raises(ValueError, match="same windows: 2 against 3"):
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_seeds_of_the_other_method_widen_a_difference_too():
+    rng = np.random.default_rng(4)
+    one, windows = rng.normal(1.0, 0.1, 30), rng.normal(1.2, 0.1, 30)
+    alike = paired_difference(one, [windows, windows, windows])
+    apart = paired_difference(one, [windows - 0.5, windows, windows + 0.5])
+    assert alike.mean == pytest.approx(apart.mean)
+    assert apart.high - apart.low > 3 * (alike.high - alike.low)
+
+
+def test_a_relative_difference_is_a_ratio_of_means():
+    hardness = np.random.default_rng(5).uniform(0.5, 4.0, 24)
+    found = relative_difference(0.9 * hardness, hardness)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1)), (
+        "windows are resampled jointly, so that a tenth less on each is a tenth less for sure"
+    )
+    noisy = relative_difference(0.9 * hardness + np.linspace(-0.3, 0.3, 24), hardness)
+    assert noisy.low < -0.1 < noisy.high
+
+
+def test_there_is_no_ratio_to_a_loss_that_may_be_zero():
+    windows = np.linspace(-1.0, 1.1, 12)
+    assert relative_difference(windows + 1, windows) is None
+    assert relative_difference(windows, np.zeros(12)) is None
+
+
+def test_a_p_value_is_small_where_the_interval_leaves_zero_out():
+    rng = np.random.default_rng(6)
+    base = rng.normal(1.0, 0.5, 24)
+    clear, none = base + 0.2 + rng.normal(0, 0.05, 24), base + rng.normal(0, 0.05, 24)
+    assert difference_p(base, clear) == pytest.approx(2 / (RESAMPLES + 1)), "the least there is"
+    assert difference_p(base, none) > 0.05
+    assert difference_p(base, base) == 1.0
+
+
+def test_holm_rejects_in_order_and_stops_at_the_first_that_is_not_clear():
+    assert holm([0.04, 0.001, 0.03, 0.012]) == [False, True, False, True]
+    assert holm([0.04]) == [True]
+    assert holm([0.03, 0.03]) == [False, False]
+    assert holm([]) == []

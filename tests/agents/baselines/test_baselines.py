@@ -19,7 +19,8 @@ from tests.agents.synthetic import SyntheticBench, facts, request_at
 # attn, ffn of layers 0 to 3; an ffn block frees 3,000 bytes, an attn block 1,000 and its cache.
 COSTS = [0.5, 4.0, 0.02, 0.30, 0.01, 0.04, 0.03, 0.20]
 GRID = list(itertools.product([(1, 10), (1, 250), (8, 250)], [0.6, 0.8, 0.95]))
-ORDERED = ("random", "gsi", "one_shot", "block_influence", "greedy_per_byte", "knapsack")
+FITTING = set(BASELINES) - {"dense", "attention_only", "ffn_only"}
+SEARCHES = ("greedy_per_byte", "evolutionary", "beam", "greedy_swaps", "oracle", "sleb")
 
 
 @pytest.fixture
@@ -63,6 +64,18 @@ def test_one_shot_follows_its_order_to_the_block_that_makes_it_fit(bench):
         "layer02.attn",
         "layer03.attn",
     )
+
+
+def test_one_shot_per_byte_follows_the_price_of_the_request():
+    # 0.04 nats for 3,000 bytes are cheaper than 0.016 for 1,004 bytes, but not for 5,000.
+    bench = SyntheticBench([0.5, 4.0, 0.02, 0.30, 0.016, 0.04, 0.03, 0.20])
+    baseline = make_baseline("one_shot_per_byte", bench)
+    assert baseline.select(needing(bench, 100)).mask.names == ("layer02.ffn",)
+    long = Request(1, 1000, bench.memory.dense_peak_bytes(1, 1000) - 100)  # its cache counts
+    assert baseline.select(long).mask.names == ("layer02.attn",)
+    harmless = SyntheticBench([0.5, 4.0, 0.02, -0.1, 0.016, 0.04, 0.03, -0.2])
+    first = make_baseline("one_shot_per_byte", harmless)
+    assert first.select(needing(harmless, 100)).mask.names == ("layer03.ffn",)
 
 
 def test_block_influence_removes_the_least_influential(bench):
@@ -154,7 +167,7 @@ def test_costs_of_a_choice_are_counted(bench):
     assert first.block_forwards + second.block_forwards == bench.scorer.block_forwards - before
     assert make_baseline("one_shot", bench).select(request).evaluations == 0
     costs = {name: make_baseline(name, bench).setup_evaluations for name in BASELINES}
-    assert costs["one_shot"] == costs["knapsack"] == 9
+    assert costs["one_shot"] == costs["knapsack"] == costs["one_shot_per_byte"] == 9
     assert costs["gsi"] == bench.gsi.evaluations
     assert costs["random"] == costs["greedy_per_byte"] == costs["dense"] == 0
 
@@ -187,8 +200,8 @@ def test_on_a_real_model(real_bench, name):
     baseline = make_baseline(name, real_bench)
     choice = baseline.select(request)
     assert choice.fits == (name != "dense" and choice.fits)
-    assert choice.evaluations == 0 or name == "greedy_per_byte"
-    if name in ORDERED:
+    assert choice.evaluations == 0 or name in SEARCHES
+    if name in FITTING:
         peak = real_bench.memory.peak_bytes(choice.mask, request)
         assert peak <= request.budget_bytes
 
@@ -211,7 +224,7 @@ def test_on_a_repaired_model_the_bytes_of_stubs_count(repaired_bench, name, shap
     parts = memory.breakdown(choice.mask, request)
     assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in choice.mask)
     assert choice.fits == (parts.peak <= request.budget_bytes)
-    if name in ORDERED:
+    if name in FITTING:
         assert choice.fits
         assert parts.stubs > 0
         assert choice.mask

@@ -1,7 +1,4 @@
-"""Rewards: small classes that turn measurements of masks into numbers to be maximised.
-
-The environment measures, and only where a step pays: at the end of an episode, or at each step if
-the reward says so. So many environments can have their masks scored together.
+"""Reward terms: each turns measurements of masks into one number to be maximised.
 
 Each class states its range, its baseline (the mask whose reward is 0), whether it is
 deterministic, and what it gives when an episode fails (is truncated before the request fits).
@@ -11,16 +8,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.specs import check_settings, split_spec
 
 TIMINGS = ("terminal", "dense")
+
+SCALES = ("nats", "log")
+"""A loss as it is, or its logarithm."""
+
+COMPARED_TO = ("gsi", "one_shot", "frontier")
+"""Baselines that a reward can be relative to."""
 
 
 class MeasuresAccuracy(Protocol):
@@ -39,12 +39,15 @@ class Outcome(NamedTuple):
         loss_before: Loss of the mask before the step (the same one for an invalid action), or
             None if it was not measured.
         ends: The episode ends with this step, terminated or truncated.
+        baseline_loss: Loss of the mask that the baseline named by `RewardTerm.relative_to` has
+            for the same request; None if no term names one, or if the episode goes on.
     """
 
     mask: BlockMask
     loss: float
     loss_before: float | None
     ends: bool
+    baseline_loss: float | None = None
 
 
 class RewardTerm(ABC):
@@ -57,6 +60,8 @@ class RewardTerm(ABC):
     deterministic: ClassVar[bool] = True
     """The same masks always give the same rewards."""
     on_failure: ClassVar[str] = "what the mask reached is worth, as for an episode that fits"
+    relative_to: str | None = None
+    """Baseline whose loss at the same request is needed where an episode ends, or None."""
 
     @property
     def pays_every_step(self) -> bool:
@@ -74,39 +79,68 @@ class RewardTerm(ABC):
 
 @dataclass(frozen=True)
 class PerplexityReward(RewardTerm):
-    """Minus the loss of the final mask: its NLL less the dense model's, in nats per token.
+    """Minus the cost of the final mask: its loss, or the logarithm of it.
 
     The log of perplexity rather than perplexity: it adds up over steps, and a ruined model
-    does not drown all other episodes. With ``timing="dense"`` each step pays the NLL that its
+    does not drown all other episodes. With ``timing="dense"`` each step pays the cost that its
     removal adds; with ``"terminal"`` the last step pays the whole. Undiscounted, both give the
     same return, since the differences telescope; the dense one tells the agent sooner which
     removal hurt, the terminal one costs one model evaluation an episode and not one a step.
 
+    Losses of requests differ by orders of magnitude, so that a learner mostly learns which
+    requests are hard. Two settings take that out, one at a time or together:
+    ``relative_to`` adds a baseline's cost at the same request, so that the return is the
+    advantage over it, and 0 where the policy chooses the baseline's mask; ``scale="log"`` makes
+    the same ratio of losses worth the same at every request. Together the return is
+    ``log((baseline_loss + log_offset) / (loss + log_offset))``.
+
     Attributes:
         timing: ``"terminal"`` (default: an episode removes 10 to 30 blocks, so it is that much
-            cheaper) or ``"dense"``.
+            cheaper) or ``"dense"``. The baseline is paid by the last step in both.
         loss_cap: Losses above it count as this many nats per token; None for no cap (default:
             the return is then exactly minus the loss). Random masks reach 10 and more, where
             the text is worse than guessed at and more is no worse; a cap keeps their spread
-            from hiding the differences between good masks.
+            from hiding the differences between good masks. A baseline's loss is capped too.
+        scale: ``"nats"`` (default): the cost is the loss; ``"log"``: it is
+            ``log((loss + log_offset) / log_offset)``, and ``loss / log_offset`` where the loss is
+            negative. That is its tangent at 0: defined for every loss, and a mask a little
+            better than the dense model is worth a little and not infinitely much.
+        relative_to: ``"gsi"`` or ``"one_shot"``: the mask of that order, followed until the
+            request fits; ``"frontier"``: the best one known; None (default): the dense model.
+            Needs one more evaluation for each request that is new.
+        log_offset: Nats per token: losses well below it count as equally good.
 
     Raises:
-        UnknownNameError: There is no such timing.
-        InvalidRequestError: The cap is not above 0.
+        UnknownNameError: There is no such timing, scale or baseline.
+        InvalidRequestError: The cap or the offset is not above 0.
     """
 
     name: ClassVar[str] = "perplexity"
     range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)  # a rare mask beats the dense one
+    baseline: ClassVar[str] = (
+        "the dense model: no block removed gives 0; with relative_to it is that baseline's mask"
+    )
 
     timing: str = "terminal"
     loss_cap: float | None = None
+    scale: str = "nats"
+    relative_to: str | None = None
+    log_offset: float = 0.05
 
     def __post_init__(self) -> None:
         if self.timing not in TIMINGS:
             raise UnknownNameError("timing of the reward", self.timing, TIMINGS)
+        if self.scale not in SCALES:
+            raise UnknownNameError("scale of the reward", self.scale, SCALES)
+        if self.relative_to not in (None, *COMPARED_TO):
+            raise UnknownNameError("baseline of the reward", self.relative_to, COMPARED_TO)
         if self.loss_cap is not None and not self.loss_cap > 0:
             raise InvalidRequestError(
                 f"loss_cap must be above 0 nats per token, or None, not {self.loss_cap!r}."
+            )
+        if not 0 < self.log_offset < math.inf:
+            raise InvalidRequestError(
+                f"log_offset must be above 0 nats per token, not {self.log_offset!r}."
             )
 
     @property
@@ -115,15 +149,29 @@ class PerplexityReward(RewardTerm):
         return self.timing == "dense"
 
     def step(self, outcome: Outcome) -> float:
-        """Minus the loss added by this step (dense) or by the whole episode (terminal)."""
+        """Minus the cost added by this step (dense) or by the whole episode (terminal)."""
+        owed = self._baseline_cost(outcome) if outcome.ends else 0.0
         if not self.pays_every_step:
-            return -self._capped(outcome.loss) if outcome.ends else 0.0
+            return owed - self._cost(outcome.loss) if outcome.ends else 0.0
         if outcome.loss_before is None:
             raise ValueError("A dense reward needs the loss of the mask before each step.")
-        return self._capped(outcome.loss_before) - self._capped(outcome.loss)
+        return owed + self._cost(outcome.loss_before) - self._cost(outcome.loss)
 
-    def _capped(self, loss: float) -> float:
-        return loss if self.loss_cap is None else min(loss, self.loss_cap)
+    def _baseline_cost(self, outcome: Outcome) -> float:
+        if self.relative_to is None:
+            return 0.0
+        if outcome.baseline_loss is None:
+            raise ValueError("A relative reward needs the loss of the baseline's mask.")
+        return self._cost(outcome.baseline_loss)
+
+    def _cost(self, loss: float) -> float:
+        """What a loss counts as; 0 for the dense model."""
+        if self.loss_cap is not None:
+            loss = min(loss, self.loss_cap)
+        if self.scale == "nats":
+            return loss
+        share = loss / self.log_offset
+        return math.log1p(share) if share > 0 else share
 
 
 @dataclass(frozen=True)
@@ -147,76 +195,3 @@ class AccuracyReward(RewardTerm):
         if not outcome.ends or not outcome.mask:
             return 0.0
         return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(BlockMask())
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A weighted sum of terms.
-
-    Attributes:
-        weighted: Terms with their weights.
-    """
-
-    weighted: tuple[tuple[float, RewardTerm], ...]
-
-    @cached_property
-    def pays_every_step(self) -> bool:
-        """Whether each step pays, so that every mask on the way has to be measured."""
-        return any(term.pays_every_step for _, term in self.weighted)
-
-    def step(self, outcome: Outcome) -> dict[str, float]:
-        """Each term's share of the reward by name; the reward is their sum.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
-        return {term.name: weight * term.step(outcome) for weight, term in self.weighted}
-
-    def nothing(self) -> dict[str, float]:
-        """The shares of a step that pays nothing."""
-        return {term.name: 0.0 for _, term in self.weighted}
-
-
-REWARDS: dict[str, tuple[str, ...]] = {
-    "perplexity": ("timing", "loss_cap"),
-    "accuracy": (),
-    "combined": ("weights", "timing", "loss_cap"),
-}
-"""Every reward with the settings it has."""
-
-_COMBINED_WEIGHTS = {"perplexity": 1.0, "accuracy": 1.0}
-
-
-def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccuracy]) -> Reward:
-    """The reward that a spec names.
-
-    Args:
-        spec: ``"perplexity"``, ``"accuracy"`` or ``"combined"``, or a dict with that ``name``
-            and settings: ``timing`` and ``loss_cap`` as in `PerplexityReward`, and for
-            ``combined`` the ``weights`` by term (1 each by default; 0 leaves a term out).
-        tasks: Gives what measures accuracies; called only where it is needed.
-
-    Raises:
-        UnknownNameError: There is no such reward, setting, timing or term.
-        InvalidRequestError: A weight or the cap is out of its range.
-    """
-    name, settings = split_spec(spec, "reward", REWARDS)
-    check_settings(settings, f"the reward {name!r}", REWARDS[name])
-    weights = settings.pop("weights", _COMBINED_WEIGHTS) if name == "combined" else {name: 1.0}
-    for term, weight in weights.items():
-        if term not in _COMBINED_WEIGHTS:
-            raise UnknownNameError("reward term", term, _COMBINED_WEIGHTS)
-        if not 0 <= weight < math.inf:
-            raise InvalidRequestError(
-                f"The weight of the reward term {term!r} must be at least 0, not {weight!r}."
-            )
-    if not any(weights.values()):
-        raise InvalidRequestError("The reward 'combined' needs a weight above 0 for some term.")
-    if name != "accuracy":
-        perplexity = PerplexityReward(**settings)  # checks settings, used or not
-    weighted: list[tuple[float, RewardTerm]] = []
-    for term, weight in weights.items():
-        if weight:
-            kind = perplexity if term == "perplexity" else AccuracyReward(tasks())
-            weighted.append((float(weight), kind))
-    return Reward(tuple(weighted))

@@ -4,50 +4,10 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.traces import AZURE_CODE, AZURE_CONV, LEVELS, LengthTable, TraceError, fit_trace
 from rap_env.traces import main as fit_main
 from rap_env.workload import SAMPLERS, Request, make_sampler
-
-HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-
-
-@pytest.fixture
-def memory() -> MemoryModel:
-    return MemoryModel(
-        ModelFacts(
-            name="paper",
-            fingerprint="0" * 64,
-            dtype="bfloat16",
-            block_param_bytes=(1000, 4000) * 3,
-            base_bytes=3000,
-            kv_bytes_per_token=(8,) * 3,
-            kv_window_tokens=(None,) * 3,
-            itemsize=2,
-            hidden_size=1,
-            ffn_width=1,
-            vocab_size=10,
-            max_positions=2048,
-        )
-    )
-
-
-@pytest.fixture
-def trace(tmp_path):
-    path = tmp_path / "trace.csv"
-    rows = "".join(f"2023-11-16 18:17:0{n},{100 * n},{n}\n" for n in range(1, 6))
-    path.write_text(HEADER + rows)
-    return path
-
-
-def draws(sampler, count: int = 50, seed: int = 0) -> list[Request]:
-    rng = np.random.default_rng(seed)
-    return [sampler.sample(rng) for _ in range(count)]
-
-
-def share(memory: MemoryModel, request: Request) -> float:
-    dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
-    return request.budget_bytes / dense
+from tests.workload.drawing import HEADER, draws, share
 
 
 def test_request_refuses_what_is_no_whole_number():

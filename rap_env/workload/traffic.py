@@ -1,0 +1,121 @@
+"""Samplers that follow the traffic of a service."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
+from rap_env.workload.request import Request, whole
+from rap_env.workload.sampler import RequestSampler
+
+if TYPE_CHECKING:
+    from rap_env.memory import MemoryModel
+
+
+@dataclass
+class TrafficSampler(RequestSampler):
+    """Lengths from a service's traffic; batch sizes and budgets are drawn around them.
+
+    A trace says how long requests are, not how many a small server would batch nor how much
+    memory it has left, so both are drawn from stated ranges.
+
+    Attributes:
+        memory: The model's byte arithmetic; lengths are cut to its positions.
+        max_batch_size: The batch size is a power of two up to this, each as likely.
+        budget_fraction_range: Lowest and highest budget as shares of the dense peak; uniform.
+
+    Raises:
+        InvalidRequestError: A value is out of its range.
+    """
+
+    memory: MemoryModel
+    max_batch_size: int = 16
+    budget_fraction_range: Sequence[float] = (0.6, 0.95)
+
+    def __post_init__(self) -> None:
+        self.memory.check(whole("max_batch_size", self.max_batch_size), 1)
+        bounds = tuple(self.budget_fraction_range)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < 1:
+            raise InvalidRequestError(
+                "budget_fraction_range must be a lowest and a highest share of the dense peak, "
+                f"both between 0 and 1, not {list(bounds)!r}."
+            )
+
+    @abstractmethod
+    def draw_length(self, rng: np.random.Generator) -> int:
+        """Tokens of a sequence."""
+
+    def sample(self, rng: np.random.Generator) -> Request:
+        """A request with the traffic's next length."""
+        length = min(self.draw_length(rng), self.memory.facts.max_positions)
+        batch = 2 ** int(rng.integers(int(self.max_batch_size).bit_length()))
+        low, high = self.budget_fraction_range
+        fraction = float(rng.uniform(low, high))
+        return Request.at_fraction(self.memory, batch, length, fraction)
+
+
+class AzureConvSampler(TrafficSampler):
+    """Lengths as in the chat service of the Azure LLM inference trace 2023."""
+
+    table: LengthTable = AZURE_CONV
+
+    def draw_length(self, rng: np.random.Generator) -> int:
+        """A length of the fitted table."""
+        return self.table.sample(rng)
+
+
+class AzureCodeSampler(AzureConvSampler):
+    """Lengths as in the code-completion service of the Azure LLM inference trace 2023."""
+
+    table = AZURE_CODE
+
+
+@dataclass
+class TraceSampler(TrafficSampler):
+    """Lengths of a trace file, drawn with replacement or replayed in order.
+
+    Attributes:
+        path: A CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
+        order: ``"random"``, or ``"replay"``: in file order from the first, round and round.
+
+    Raises:
+        TraceError: The file is missing, empty or malformed.
+        UnknownNameError: There is no such order.
+        InvalidRequestError: A value is out of its range.
+    """
+
+    path: str = ""
+    order: str = "random"
+    _lengths: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _position: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ("random", "replay"):
+            raise UnknownNameError("order of a trace", self.order, ["random", "replay"])
+        if not self.path:
+            raise InvalidRequestError("The sampler 'trace' needs the setting 'path', a CSV file.")
+        self._lengths = read_trace(self.path)
+
+    @property
+    def position(self) -> int:
+        """Requests of the file replayed so far, those of earlier rounds included."""
+        return self._position
+
+    def restart(self, position: int = 0) -> None:
+        """Let a replay go on after `position` requests, at the start with the first one."""
+        self._position = position
+
+    def draw_length(self, rng: np.random.Generator) -> int:
+        """The next length of the file, or one drawn from it."""
+        if self.order == "random":
+            return int(rng.choice(self._lengths))
+        self._position += 1
+        return int(self._lengths[(self._position - 1) % len(self._lengths)])

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from agents.baselines.base import fits
+from agents.baselines.evolutionary import Evolution, EvolutionaryBaseline
+from rap_env.blocks import BlockMask
+from rap_env.workload import Request
+from tests.agents.synthetic import SyntheticBench, request_at
+
+REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6)]
+
+
+@pytest.fixture
+def small():
+    """4 layers whose blocks make each other dearer, so that no cheap mask is the best."""
+    rng = np.random.default_rng(3)
+    return SyntheticBench(rng.lognormal(-2, 1, 8), interaction=3.0)
+
+
+@pytest.fixture
+def large():
+    """20 layers: too many masks to try them all."""
+    rng = np.random.default_rng(4)
+    return SyntheticBench(rng.lognormal(-3, 1, 40), interaction=3.0)
+
+
+def least_loss(bench, request):
+    """By enumeration of all masks."""
+    blocks = range(bench.memory.facts.num_blocks)
+    masks = (
+        BlockMask.of(*chosen)
+        for count in range(len(blocks) + 1)
+        for chosen in itertools.combinations(blocks, count)
+    )
+    return min(bench.scorer.loss(mask) for mask in masks if fits(bench.memory, mask, request))
+
+
+@pytest.mark.parametrize("shape", REQUESTS)
+def test_finds_the_best_mask_of_a_small_model(small, shape):
+    request = request_at(small, *shape)
+    choice = EvolutionaryBaseline(small).select(request)
+    assert choice.fits
+    assert small.scorer.loss(choice.mask) == pytest.approx(least_loss(small, request))
+
+
+@pytest.mark.parametrize("shape", REQUESTS)
+@pytest.mark.parametrize("evaluations", [1, 10, 33, 100])
+def test_keeps_its_budget_and_is_no_worse_than_its_start(large, shape, evaluations):
+    request = request_at(large, *shape)
+    baseline = EvolutionaryBaseline(large, evaluations=evaluations)
+    starts = baseline._start_masks(request)[:evaluations]
+    start = min(large.scorer.loss(mask) for mask in starts)
+    choice = baseline.select(request)
+    assert choice.fits
+    assert choice.evaluations <= evaluations
+    assert large.scorer.loss(choice.mask) <= start
+
+
+def test_more_evaluations_find_better_masks(large):
+    request = request_at(large, 1, 10, 0.7)
+    losses = [
+        large.scorer.loss(EvolutionaryBaseline(large, 0, evaluations).select(request).mask)
+        for evaluations in (6, 60, 500)
+    ]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_seed_and_request_decide(large):
+    def masks(request, evaluations=20):
+        return [
+            EvolutionaryBaseline(large, seed, evaluations).select(request).mask for seed in range(6)
+        ]
+
+    request = request_at(large, 1, 10, 0.7)
+    first = masks(request)
+    assert masks(request) == first
+    assert len(set(first)) > 1
+    assert EvolutionaryBaseline.seeded
+
+
+def test_evaluations_are_passes_that_an_empty_store_would_need(large):
+    request = request_at(large, 1, 10, 0.7)
+    baseline = EvolutionaryBaseline(large, evaluations=60)
+    before = large.scorer.passes
+    first = baseline.select(request)
+    assert first.evaluations == np.ceil(large.scorer.passes - before)
+    assert first.decision_s < large.scorer.evaluation_s  # all of it was really run
+    again = baseline.select(request)
+    assert (again.mask, again.evaluations) == (first.mask, first.evaluations)
+    assert again.decision_s > large.scorer.evaluation_s
+
+
+def test_offspring_have_equal_bytes_and_nothing_needless(large):
+    request = request_at(large, 8, 250, 0.7)
+    baseline = EvolutionaryBaseline(large)
+    search = Evolution(baseline, request, 500)
+    search.begin(baseline._start_masks(request))
+    offspring = list(search._offspring(200))
+    assert len(set(offspring)) == len(offspring) == 200
+    for mask in offspring:
+        assert fits(large.memory, mask, request)
+        assert not any(fits(large.memory, mask - BlockMask.of(i), request) for i in mask)
+        assert len(search.parent & mask) > len(search.parent) / 2  # a few switches away
+
+
+def test_ends_once_nothing_new_is_left(small):
+    # One attention block suffices and any does: few masks are near, and none is tried twice.
+    dense = small.memory.dense_peak_bytes(1, 1)
+    choice = EvolutionaryBaseline(small).select(Request(1, 1, dense - 900))
+    assert len(choice.mask) == 1
+    assert choice.evaluations < 30
+
+
+def test_a_text_of_one_window_is_searched_too(small):
+    small.scorer.num_windows = 1
+    request = request_at(small, 8, 250, 0.8)
+    choice = EvolutionaryBaseline(small, evaluations=40).select(request)
+    assert choice.evaluations <= 40
+    assert small.scorer.windows_run == 0
+
+
+def test_setup_is_what_the_first_parents_need(small):
+    assert EvolutionaryBaseline(small).setup_evaluations == small.gsi.evaluations
+    small.gsi = None
+    assert EvolutionaryBaseline(small).setup_evaluations == 9

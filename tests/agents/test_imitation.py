@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from agents.algorithms import ALGORITHMS, AgentConfig, make_model
+from agents.demonstrations import TeacherStates
+from agents.errors import AgentConfigError
+from agents.imitation import Demonstration, ImitationConfig, imitate
+from agents.policy import TrainedPolicy
+from agents.training import make_vector_env, train
+from rap_env.blocks import BlockMask
+from rap_env.envs.observation import ObservationBuilder
+from rap_env.errors import UnknownNameError
+from rap_env.workload import Request
+from tests.agents.synthetic import make_envs
+
+MASKS = [(1, 4, 7), (0, 2, 9, 10), (3, 5), (2, 6, 8, 11), (10,)]
+SHAPES = [(1, 10), (16, 2000), (2, 100), (8, 500), (4, 4000)]
+QUICK = ImitationConfig(updates=300, batch_size=64)
+
+
+@pytest.fixture
+def teacher(bench):
+    """Masks that no search would find; the budget of each request is met by all of its mask."""
+    shown = []
+    for blocks, shape in zip(MASKS, SHAPES, strict=True):
+        mask = BlockMask.of(*blocks)
+        request = Request(*shape, bench.memory.peak_bytes(mask, Request(*shape, 1)))
+        shown.append(Demonstration(request, mask, -float(bench.scorer.loss(mask))))
+    return shown
+
+
+@pytest.fixture
+def builder(bench):
+    return ObservationBuilder(bench.memory, bench.features)
+
+
+def new_model(name, bench, **settings):
+    settings = {"n_envs": 2, "policy_settings": {"block_vectors": 8}, **settings}
+    config = AgentConfig(name, **settings)
+    return make_model(config, make_vector_env(config, make_envs(bench)))
+
+
+def weights(model):
+    return torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_policy_does_what_the_teacher_does(bench, builder, teacher, name):
+    model = new_model(name, bench)
+    result = imitate(model, teacher, builder, QUICK, progress=False)
+    policy = TrainedPolicy(model.policy, builder)
+    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+    assert result.agreement > 0.99
+
+
+def test_an_mlp_can_imitate_too(bench, builder, teacher):
+    model = new_model("maskable_ppo", bench, policy="mlp", policy_settings={})
+    imitate(model, teacher, builder, QUICK, progress=False)
+    policy = TrainedPolicy(model.policy, builder)
+    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+
+
+def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
+    returns = np.array([one.episode_return for one in teacher])
+    states = TeacherStates(teacher, builder, returns, gamma=0.5, batch_size=500, seed=0)
+    batch = states.draw()
+    seen_masks = set()
+    for right, kept, value in zip(batch.right, batch.kept, batch.returns, strict=True):
+        left = frozenset(torch.nonzero(right).ravel().tolist())
+        gone = frozenset(torch.nonzero(~kept).ravel().tolist())
+        target = BlockMask(left | gone)
+        shown = next(one for one in teacher if one.mask == target)
+        assert left
+        assert value == pytest.approx(shown.episode_return * 0.5 ** (len(left) - 1))
+        seen_masks.add((target, gone))
+    assert len(seen_masks) == sum(2 ** len(mask) - 1 for mask in MASKS)  # every one of them
+    assert torch.equal(batch.seen["action_mask"] > 0, batch.kept)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_values_are_in_the_unit_of_the_models_rewards(bench, builder, teacher, normalize):
+    model = new_model("ppo", bench, normalize_reward=normalize)
+    config = ImitationConfig(updates=400, batch_size=64)
+    imitate(model, teacher, builder, config, progress=False)
+    rewards = np.array([one.episode_return for one in teacher])
+    if normalize:
+        steps = [0.0] * sum(len(mask) - 1 for mask in MASKS)  # only the last one pays
+        unit = np.std([*steps, *rewards])
+        normalised = model.get_vec_normalize_env().normalize_reward(rewards)
+        assert normalised == pytest.approx(rewards / unit, rel=1e-3)
+        rewards = normalised
+    seen = [builder.build(one.request, BlockMask()) for one in teacher]
+    stacked = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+    with torch.no_grad():
+        values = model.policy.predict_values(model.policy.obs_to_tensor(stacked)[0])
+    assert values.ravel().numpy() == pytest.approx(rewards, abs=0.15 * float(np.ptp(rewards)))
+
+
+def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(bench, builder, teacher):
+    model = new_model("masked_dqn", bench, normalize_reward=False)
+    config = ImitationConfig(updates=400, batch_size=64, margin=0.5)
+    imitate(model, teacher, builder, config, progress=False)
+    for one in teacher:
+        tensors, _ = model.policy.obs_to_tensor(builder.build(one.request, BlockMask()))
+        with torch.no_grad():
+            values = model.policy.q_net(tensors)[0].numpy()
+            assert np.array_equal(model.policy.q_net_target(tensors)[0].numpy(), values)
+        right = np.isin(np.arange(12), list(one.mask))
+        assert values[right].mean() == pytest.approx(one.episode_return, abs=0.4)
+        assert values[right].max() - values[~right].max() > 0.3
+
+
+def test_unknown_returns_leave_values_and_rewards_alone(bench, builder, teacher):
+    unknown = [Demonstration(one.request, one.mask) for one in teacher]
+    model = new_model("ppo", bench)
+    critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]
+    imitate(model, unknown, builder, QUICK, progress=False)
+    after = list(model.policy.mlp_extractor.critic.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(critic, after, strict=True))
+    assert model.get_vec_normalize_env().ret_rms.var == 1.0
+    policy = TrainedPolicy(model.policy, builder)
+    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+
+
+@pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
+def test_same_seed_same_policy(bench, builder, teacher, name):
+    found = []
+    for seed in (0, 0, 1):
+        model = new_model(name, bench)
+        config = ImitationConfig(updates=20, batch_size=16, seed=seed)
+        imitate(model, teacher, builder, config, progress=False)
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_what_cannot_be_imitated_is_refused(bench, builder, teacher):
+    model = new_model("ppo", bench)
+    idle = [Demonstration(teacher[0].request, BlockMask())]
+    with pytest.raises(AgentConfigError, match="no demonstration removes a block"):
+        imitate(model, idle, builder)
+    foreign = [Demonstration(teacher[0].request, BlockMask.of(40))]
+    with pytest.raises(UnknownNameError):
+        imitate(model, foreign, builder)
+    with pytest.raises(AgentConfigError, match="updates of imitation must be at least 1, not 0"):
+        ImitationConfig(updates=0)
+
+
+@pytest.mark.parametrize("name", ["group_maskable_ppo", "masked_dqn"])
+def test_it_warms_up_a_training(tmp_path, bench, builder, teacher, name):
+    """Few steps after imitation the policy still does what the teacher does."""
+    rate = {"learning_rate": 1e-6}
+    config = AgentConfig(
+        name, "blockwise", 64, 2, hyperparameters=rate, policy_settings={"block_vectors": 8}
+    )
+    train(
+        config,
+        make_envs(bench),
+        tmp_path,
+        progress=False,
+        warm_start=lambda model: imitate(model, teacher, builder, QUICK, progress=False),
+    )
+    policy = TrainedPolicy.load(tmp_path, bench)
+    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]

@@ -1,0 +1,85 @@
+"""Workloads around other workloads, in environments that are resumed and run side by side."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from tests.envs.playing import COUNT, assert_same, make
+from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
+
+SHARES = {"name": "grid", "budget_fractions": [0.5, 0.55, 0.6]}
+POOL = {"name": "pool", "of": SHARES, "size": 3}
+CURRICULUM = {"name": "curriculum", "of": SHARES, "requests": 6, "start_fraction": 0.95}
+WORKLOADS = [POOL, CURRICULUM, {**CURRICULUM, "of": POOL}]
+
+
+def share(vector, lane: int) -> float:
+    request = vector.requests[lane]
+    shape = request.batch_size, request.seq_len_tokens
+    return request.budget_bytes / vector.memory.dense_peak_bytes(*shape)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_lanes_draw_what_single_environments_draw(workbench, mode, workload):
+    settings = {"workload": workload, "max_invalid_actions": 3}
+    vector = make_vector(workbench, autoreset_mode=mode, **settings)
+    assert_same(play_lanes(vector, 1), play_lanes(make_sync(workbench, mode, **settings), 1))
+
+
+def test_each_lane_has_a_curriculum_of_its_own_that_a_seed_begins_anew(workbench):
+    vector = make_vector(workbench, workload=CURRICULUM)
+    vector.reset(seed=0)
+    assert [share(vector, lane) for lane in range(LANES)] == pytest.approx([0.95] * LANES, abs=0.01)
+    only_first = np.arange(LANES) == 0
+    eased = []
+    for _ in range(5):
+        vector.reset(options={"reset_mask": only_first})
+        eased.append(share(vector, 0))
+    bounds = [0.95 * (1 - draw / 6) for draw in range(1, 6)]
+    assert all(found > bound - 0.01 for found, bound in zip(eased, bounds, strict=True))
+    assert max(eased[2:]) < 0.65
+    assert share(vector, 1) == pytest.approx(0.95, abs=0.01)
+    vector.reset(seed=0)
+    assert share(vector, 0) == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_pool_repeats_its_requests_in_all_lanes(workbench):
+    vector = make_vector(workbench, workload=POOL)
+    seen = {request for seed in range(10) for request in _requests(vector, seed)}
+    assert len(seen) <= POOL["size"]
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(workbench, mode, workload):
+    settings = {"autoreset_mode": mode, "workload": workload, "max_episode_steps": 4}
+    vector = make_vector(workbench, **settings)
+    vector.reset(seed=4)
+    resumed = make_vector(workbench, **settings)
+    for number, row in enumerate(np.random.default_rng(0).integers(COUNT, size=(24, LANES))):
+        result = vector.step(row)
+        if number:
+            assert_same(resumed.step(row), result)
+        over = result[2] | result[3]
+        if mode == AutoresetMode.DISABLED and over.any():
+            vector.reset(options={"reset_mask": over})
+        state = json.loads(json.dumps(vector.get_state()))
+        resumed = make_vector(workbench, **settings)
+        resumed.set_state(state)
+
+
+def test_single_environments_take_them_by_name(workbench):
+    env = make(workbench, workload=CURRICULUM)
+    budgets = [env.reset(seed=seed)[1]["request"]["budget_bytes"] for seed in (0, None, 0)]
+    assert budgets[0] == budgets[2]
+
+
+def _requests(vector, seed: int):
+    vector.reset(seed=seed)
+    return vector.requests

@@ -1,0 +1,184 @@
+"""Rewards that are relative to what a baseline reaches at the same request."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from agents.baselines import make_baseline
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.importance.frontier import Frontier
+from rap_env.scoring.store import mask_key
+from rap_env.table_workbench import TableWorkbench
+from tests.envs.conftest import make_workbench
+from tests.envs.playing import COUNT, assert_same, make, play, request_at
+from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
+from tests.envs.test_vector import CountsCalls
+from tests.scoring.tiny_table import all_masks, table_of
+
+LOG_DENSE = {"timing": "dense", "scale": "log"}
+FRONTIER = [BlockMask.of(*range(count)) for count in range(1, COUNT + 1)]
+POOL = {"name": "pool", "of": "grid", "size": 2}
+
+
+def relative(name: str, **settings) -> dict:
+    return {"name": "perplexity", "relative_to": name, **settings}
+
+
+def loss_of(bench, mask: BlockMask) -> float:
+    return bench.scorer.nll(mask) - bench.scorer.dense_nll
+
+
+def frontier_of(bench, masks) -> Frontier:
+    """A frontier that knows these masks."""
+    scores = zip(masks, bench.scorer.nll_many(masks), strict=True)
+    return Frontier(
+        num_blocks=COUNT,
+        dense_nll=bench.scorer.dense_nll,
+        scored={mask_key(mask): nll for mask, nll in scores},
+        evaluations_run=len(masks),
+        seconds=0.0,
+        settings={},
+        provenance={},
+    )
+
+
+@pytest.fixture(scope="module")
+def ordered():
+    """A workbench with a GSI order and a frontier."""
+    bench = make_workbench(importance="gsi")
+    bench.frontier = frontier_of(bench, FRONTIER)
+    return bench
+
+
+@pytest.mark.parametrize("name", ["gsi", "one_shot"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_return_is_the_advantage_over_the_baseline(ordered, name, seed):
+    env = make(ordered, reward=relative(name), workload="azure-conv")
+    *_, info = play(env, seed, masked=True)[-1]
+    expected = loss_of(ordered, make_baseline(name, ordered).select(env.request).mask)
+    assert info["baseline_loss"] == pytest.approx(expected, abs=1e-12)
+    assert info["reward_terms"]["perplexity"] == pytest.approx(expected - info["loss"])
+
+
+def test_the_frontier_answers_with_its_best_mask_that_fits(ordered):
+    env = make(ordered, reward=relative("frontier"))
+    env.reset(seed=0, options={"request": request_at(ordered, 0.7)})
+    over = False
+    while not over:
+        _, reward, over, _, info = env.step(env.action_masks().argmax())
+    peaks = {mask: ordered.memory.peak_bytes(mask, env.request) for mask in FRONTIER}
+    fitting = [mask for mask in FRONTIER if peaks[mask] <= env.request.budget_bytes]
+    assert 0 < len(fitting) < len(FRONTIER)
+    expected = min(loss_of(ordered, mask) for mask in fitting)
+    assert info["baseline_loss"] == pytest.approx(expected)
+    assert reward == pytest.approx(expected - info["loss"])
+
+
+@pytest.mark.parametrize("name", ["gsi", "one_shot"])
+@pytest.mark.parametrize("settings", [{}, {"scale": "log"}, {"timing": "dense"}, LOG_DENSE])
+def test_following_the_baselines_own_order_returns_nothing(ordered, name, settings):
+    order = ordered.gsi.full_order if name == "gsi" else ordered.one_shot.loss_rise.argsort()
+    env = make(ordered, reward=relative(name, **settings))
+    for seed in range(5):
+        env.reset(seed=seed)
+        rewards, over = [], False
+        while not over:
+            _, reward, over, _, info = env.step(int(order[len(rewards)]))
+            rewards.append(reward)
+        assert sum(rewards) == pytest.approx(0.0, abs=1e-12)
+        assert info["baseline_loss"] == info["loss"] != 0.0
+
+
+def test_with_the_log_scale_the_return_is_a_log_ratio(ordered):
+    env = make(ordered, reward=relative("gsi", scale="log", log_offset=0.2))
+    seen = 0
+    for seed in range(8):
+        (*_, reward, _, _, info) = play(env, seed, masked=True)[-1]
+        if min(info["baseline_loss"], info["loss"]) > 0:
+            ratio = (info["baseline_loss"] + 0.2) / (info["loss"] + 0.2)
+            assert reward == pytest.approx(math.log(ratio))
+            seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("reward", ["perplexity", relative("gsi"), relative("gsi", **LOG_DENSE)])
+def test_the_baseline_is_told_on_the_last_step_and_only_where_asked(ordered, reward):
+    (_, start), *steps = play(make(ordered, reward=reward), 3, masked=True)
+    told = ["baseline_loss" in info for info in (start, *(step[-1] for step in steps))]
+    assert told == [False] * len(steps) + [reward != "perplexity"]
+
+
+def test_a_baseline_is_measured_once_for_a_request(ordered):
+    bench = make_workbench(importance="gsi")
+    env = make(bench, reward=relative("gsi"), workload=POOL)
+    bench.scorer.nll(BlockMask())
+    before = bench.scorer.evaluations
+    masks = set()
+    for seed in range(6):
+        play(env, seed, masked=True)
+        masks |= {env.mask, make_baseline("gsi", bench).select(env.request).mask}
+    assert bench.scorer.evaluations - before <= len(masks)
+
+
+def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
+    shallow = TableWorkbench(table_of(ordered, all_masks(COUNT, 2), "gsi"), "shallow")
+    env = make(shallow, reward=relative("gsi"))
+    env.reset(seed=0, options={"request": request_at(ordered, 0.6)})
+    mask = make_baseline("gsi", ordered).select(env.request).mask
+    assert shallow.scorer.is_predicted(mask)
+    over = False
+    while not over:
+        _, _, over, _, info = env.step(env.action_masks().argmax())
+    assert info["baseline_loss"] == pytest.approx(loss_of(shallow, mask))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["gsi", "frontier"])
+@pytest.mark.parametrize("settings", [{}, LOG_DENSE])
+def test_lanes_are_paid_as_single_environments_are(ordered, mode, name, settings):
+    shared = {"reward": relative(name, **settings), "max_invalid_actions": 3}
+    happened = play_lanes(make_vector(ordered, autoreset_mode=mode, **shared), 1)
+    assert_same(happened, play_lanes(make_sync(ordered, mode, **shared), 1))
+    infos = [result[-1] for result in happened]
+    infos += [info["final_info"] for info in infos if "final_info" in info]
+    compared = [info["_baseline_loss"] for info in infos if "baseline_loss" in info]
+    assert sum(flags.sum() for flags in compared) > LANES
+
+
+def test_the_baselines_masks_are_scored_with_the_final_ones(ordered):
+    bench = CountsCalls(ordered)
+    bench.gsi = ordered.gsi
+    vector = make_vector(bench, reward=relative("gsi"), autoreset_mode="SameStep")
+    vector.reset(seed=0)
+    ended = []
+    for step in range(20):
+        _, _, terminated, truncated, _ = vector.step([step % COUNT] * LANES)
+        ended.append(int((terminated | truncated).sum()))
+    assert bench.asked == [2 * count for count in ended if count]
+
+
+def test_a_request_below_the_frontier_is_refused_and_changes_nothing():
+    bench = make_workbench()
+    bench.frontier = frontier_of(bench, [BlockMask.of(1)])
+    env = make(bench, reward=relative("frontier"))
+    env.reset(seed=0, options={"request": request_at(bench, 1e-6)})  # clipped: all must go
+    for action in range(COUNT - 1):
+        env.step(action)
+    with pytest.raises(InvalidRequestError, match="No mask of the frontier fits Request"):
+        env.step(COUNT - 1)
+    assert len(env.mask) == COUNT - 1
+
+
+def test_a_baseline_that_cannot_be_is_refused_when_made(ordered):
+    blind = make_workbench(importance="none")
+    for maker in (make, make_vector):
+        with pytest.raises(InvalidRequestError, match="importance='none' leaves it out"):
+            maker(blind, reward=relative("gsi"))
+        with pytest.raises(UnknownNameError, match="baseline of the reward 'greedy'"):
+            maker(ordered, reward=relative("greedy"))
+    only_accuracy = {"name": "combined", "weights": {"perplexity": 1, "accuracy": 0}}
+    make(blind, reward=only_accuracy)  # asks for no order
+    make(blind, reward=relative("one_shot"))  # has an order of its own

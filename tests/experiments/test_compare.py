@@ -1,0 +1,229 @@
+"""Any set of run folders side by side: groups stay apart, and JSON is all that is printed."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.compare import compare
+from experiments.compare_text import final_loss
+from experiments.config import CompareConfig
+from experiments.errors import ExperimentError
+from experiments.groups import read_groups
+from experiments.records import append_record
+from rap_env.errors import ArtifactError, UnknownNameError
+from tests.experiments.synthetic_records import DEPENDS, FACTORS, make_row, make_rows, write_root
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = {
+    "comparison": str, "model": str, "repair": str, "method": str, "request": str,
+    "budget_fraction": float, "loss_mean": float, "ci_low": float, "ci_high": float,
+    "evaluations": float, "decision_s": float, "seeds": int, "loss_calibration_mean": float,
+}  # fmt: skip
+
+
+def write_rows(folder, rows, model="some-model", repair="none"):
+    for row in rows:
+        append_record(folder / "evaluate" / "results.jsonl", row.to_record(), durable=False)
+    settings = {"model": {"name": model}, "repair": {"name": repair}}
+    (folder / "evaluate" / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def depending(**changes):
+    return {"depends_on": {**DEPENDS, **changes, "method": {}}}
+
+
+def as_json(*folders):
+    config = CompareConfig(runs=[str(folder) for folder in folders], format="json")
+    return json.loads(compare(config))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_root(tmp_path_factory.mktemp("runs") / "syn", agent_seeds=2)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two methods at one cell, in two comparisons of different models."""
+    for name, fingerprint, level in (("one", "f" * 64, 1.0), ("two", "e" * 64, 3.0)):
+        rows = [
+            make_row(m, (1, 128), 0.9, provenance=depending(model_fingerprint=fingerprint),
+                     window_losses=[level * factor] * 16)
+            for m, factor in (("gsi", 1.0), ("greedy_per_byte", 0.5))
+        ]  # fmt: skip
+        write_rows(tmp_path / "some" / name, rows, model=f"model-{name}")
+    return tmp_path / "some"
+
+
+def test_json_has_a_row_for_each_method_and_cell(root):
+    rows = as_json(root)
+    assert {row["method"] for row in rows} == set(FACTORS), "the dense model is no contestant"
+    assert len(rows) == 9 * len(FACTORS)
+    for row in rows:
+        for key, kind in SCHEMA.items():
+            assert isinstance(row[key], kind), key
+        assert row["comparison"] == "syn"
+        assert row["ci_low"] <= row["loss_mean"] <= row["ci_high"]
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["maskable_ppo"]["seeds"] == 2
+    assert by_method["maskable_ppo"]["learned"]
+    assert by_method["random"]["seeds"] == 3
+    assert not by_method["gsi"]["learned"]
+    assert {row["request"] for row in rows} == {"1x128", "4x1024", "8x2048"}
+
+
+def test_losses_are_those_of_the_report_text(pair):
+    rows = as_json(pair)
+    found = {(row["comparison"], row["method"]): row["loss_mean"] for row in rows}
+    assert found == {
+        ("one", "gsi"): 1.0, ("one", "greedy_per_byte"): 0.5,
+        ("two", "gsi"): 3.0, ("two", "greedy_per_byte"): 1.5,
+    }  # fmt: skip
+    assert {row["model"] for row in rows} == {"model-one", "model-two"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model_fingerprint", "report_sha256", "calibration_sha256", "repair"],
+)
+def test_rows_that_cannot_be_averaged_are_groups_of_their_own(tmp_path, change):
+    same = [make_row("gsi", (1, 128), 0.9, provenance=depending())]
+    other = make_row("gsi", (1, 128), 0.9, provenance=depending(**{change: "0" * 64}))
+    write_rows(tmp_path / "mixed", [*same, other])
+    groups, _ = read_groups([tmp_path])
+    assert [len(group.rows) for group in groups] == [1, 1]
+    names = {(group.name, group.model, group.repair) for group in groups}
+    assert len(names) == 2, "each can be told apart"
+
+
+def test_a_repair_is_called_what_the_run_called_it(tmp_path):
+    row = make_row("gsi", (1, 128), 0.9, provenance=depending(repair="9" * 64))
+    write_rows(tmp_path / "r", [row], repair="some/folder/distilled.safetensors")
+    assert as_json(tmp_path)[0]["repair"] == "distilled"
+
+
+def test_folders_are_found_at_any_depth_and_each_file_is_read_once(pair):
+    assert as_json(pair, pair / "one") == as_json(pair)
+    inner = as_json(pair / "one")
+    assert {row["comparison"] for row in inner} == {"one"}
+    assert len(inner) == 2
+    deep = as_json(pair.parent)
+    assert {row["comparison"] for row in deep} == {"some/one", "some/two"}
+
+
+def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
+    row = make_row("gsi", (1, 128), 0.9)
+    for label in ("a", "b"):
+        append_record(tmp_path / "x/evaluate" / label / "results.jsonl", row.to_record())
+    (found,) = as_json(tmp_path)
+    assert found["seeds"] == 1
+    assert found["loss_mean"] == pytest.approx(row.loss)
+    other = make_row("gsi", (1, 128), 0.9, mask=["layer00.attn"])
+    append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
+    with pytest.raises(ArtifactError, match="gsi .* have different masks"):
+        as_json(tmp_path)
+
+
+def test_cells_beside_the_grid_are_never_averaged_with_it(tmp_path):
+    rows = make_rows()
+    for method in ("gsi", "maskable_ppo"):
+        rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_losses=[50.0] * 16))
+        rows.append(make_row(method, (8, 8192), 0.5, outside=True, window_losses=[90.0] * 16))
+    write_rows(tmp_path / "x", rows)
+    parts = {row["part"]: row for row in as_json(tmp_path)}
+    assert parts["sparsity"]["sparsity"] == 0.2
+    assert parts["sparsity"]["loss_mean"] == 50.0
+    assert parts["outside"]["loss_mean"] == 90.0
+    (group,), _ = read_groups([tmp_path])
+    grid = {s.method: s.loss.mean for s in group.parts["grid"].summaries}
+    assert max(grid.values()) < 50.0
+    text = compare(CompareConfig(runs=str(tmp_path)))
+    assert "-- At fixed sparsity --" in text
+    assert "-- Outside the range that policies were trained on --" in text
+    page = compare(CompareConfig(runs=str(tmp_path), format="markdown"))
+    assert "20 % sparsity" in page
+
+
+def test_text_and_markdown_tell_verdicts_curves_and_costs(root):
+    text = compare(CompareConfig(runs=str(root)))
+    assert max(map(len, text.splitlines())) <= 100
+    lines = [line.split() for line in text.splitlines()]
+    greedy = next(
+        line for line in lines if line[:3] == ["Greedy", "per", "byte"] and "+" in line[3]
+    )
+    assert greedy[-1] == "worse"
+    assert "6.9 min" in text, "seconds of training, from the run itself"
+    assert "Attention only" in text
+    assert "even*" in text or "better*" in text or "worse*" in text, "it misses budgets"
+    page = compare(CompareConfig(runs=str(root), format="markdown"))
+    for line in page.splitlines():
+        assert line.startswith(("|", "#", "Final loss")) or not line
+    assert "# syn: " in page
+    assert "Better / even / worse" in page
+
+
+def test_final_losses_are_of_the_last_episodes(root):
+    _, (learning,) = read_groups([root])
+    assert {method: len(runs) for method, runs in learning.by_method.items()} == {"maskable_ppo": 2}
+    run = learning.runs[0]
+    steps, losses = run.series("episode/loss")
+    assert final_loss(run) == pytest.approx(sum(losses[-50:]) / 50)
+    assert final_loss(run) < sum(losses) / len(losses)
+    assert len(steps) > 50
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ExperimentError, match=r"no folder .*nothing; runs= names folders"):
+        compare(CompareConfig(runs=str(tmp_path / "nothing")))
+    with pytest.raises(ExperimentError, match="No records lie under"):
+        compare(CompareConfig(runs=str(tmp_path)))
+    with pytest.raises(UnknownNameError, match="Did you mean 'json'"):
+        CompareConfig(format="jsn")
+    with pytest.raises(ExperimentError, match="a folder or a list of folders"):
+        CompareConfig(runs=[])
+
+
+def run_compare(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.compare", *arguments],
+        capture_output=True, text=True, cwd=cwd, timeout=120,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+
+
+def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path):
+    done = run_compare(f"runs={ROOT}/experiments/results", "format=json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["comparison"] for row in rows} >= {"main", "seeds"}
+    assert {"gsi", "greedy_per_byte", "maskable_ppo"} <= {row["method"] for row in rows}
+    assert all(math.isfinite(row["loss_mean"]) for row in rows)
+    assert list(tmp_path.iterdir()) == [], "it makes no run folder"
+
+
+def test_the_program_refuses_in_one_sentence(tmp_path):
+    done = run_compare("runs=missing", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: There is no folder missing")
+    done = run_compare("rusn=missing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "rusn" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_comparing_loads_neither_torch_nor_wandb():
+    code = (
+        "import sys, experiments.compare\n"
+        "print([name for name in ('torch', 'wandb', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,149 @@
+"""Sweeps as a user runs them: a study that goes on, early stops, workers that share a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from experiments.cli import CONF_DIR, has_neighbours
+from experiments.config import register
+from experiments.runs import RunFolder
+from rap_env.scoring.store import ScoreStore
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps")
+    tiny_model(layers=4).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    return folder
+
+
+def run_train(base, *arguments, mode=("-m",)):
+    """A sweep on the tiny model; its folder of runs is ``base/runs``."""
+    command = [
+        sys.executable, "-m", "experiments.train", *mode,
+        "model=custom", f"model.name={base / 'model'}",
+        "model.device=cpu", "model.dtype=float32", "calibration.windows=3",
+        "calibration.window_tokens=12", "importance=none", "workload=grid",
+        "workload.batch_sizes=[1,2]", "workload.seq_lens_tokens=[16]",
+        "workload.budget_fractions=[0.9]", "evaluate.requests=[1x16]", "evaluate.budgets=[0.9]",
+        "agent.total_timesteps=128", "agent.n_envs=2", "agent.hyperparameters.batch_size=16",
+        "agent.hyperparameters.n_steps=16", "progress=false", f"runs_dir={base / 'runs'}",
+        f"store={base / 'scores.sqlite'}", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAP_CACHE_DIR": str(base / "cache")}
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+
+
+def runs_in(folder):
+    return [RunFolder(path.parent).read() for path in sorted(folder.glob("*/run.json"))]
+
+
+def test_a_study_is_kept_goes_on_and_stops_what_is_bad(base):
+    """Two trials; then the study is made three long, under a pruner that gives up everything."""
+    done = run_train(base, "+sweep=optuna", "name=tuning", "hydra.sweeper.n_trials=2")
+    assert done.returncode == 0, done.stderr
+    pruner = "hydra.callbacks.study.pruner"
+    never = "{_target_: optuna.pruners.ThresholdPruner, upper: -1000}"
+    done = run_train(base, "+sweep=optuna", "name=tuning", "hydra.sweeper.n_trials=3",
+                     f"~{pruner}", f"+{pruner}={never}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 trials are done" in done.stderr + done.stdout
+    folder = base / "runs" / "tuning" / "train"
+    study = optuna.load_study(study_name="tuning", storage=f"sqlite:///{folder / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    runs = runs_in(folder)
+    assert sorted(run["objective"] for run in runs) == sorted(t.value for t in study.trials)
+    best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(run["objective"] for run in runs)
+    marks = sorted(study.trials[0].intermediate_values)
+    assert marks[0] > 1, "nothing is reported before there is a checkpoint"
+    assert marks[-1] == 9
+    (stopped,) = (run for run in runs if run["pruned"])
+    assert stopped["timesteps"] < 128
+    assert "Trial 2 of the study stops" in stopped["stopped"]
+    assert all(run["timesteps"] == 128 for run in runs if not run["pruned"])
+
+
+def test_workers_share_a_live_model_and_one_store(base):
+    done = run_train(base, "name=together", "seed=0,1", "hydra/launcher=local",
+                     f"store={base / 'shared.sqlite'}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = base / "runs" / "together" / "train"
+    assert [run["timesteps"] for run in runs_in(folder)] == [128, 128]
+    settings = yaml.safe_load(next(folder.glob("*-s0/config.yaml")).read_text())
+    assert settings["threads"] == 1
+    store = ScoreStore(base / "shared.sqlite")
+    with sqlite3.connect(base / "shared.sqlite") as connection:
+        contexts = [key for (key,) in connection.execute("SELECT key FROM contexts")]
+    rows = [row for key in contexts for row in store.rows(key, "window_nll")]  # checks each sum
+    assert len(rows) == len(store) > 10
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "ray_cluster"])
+def test_a_launcher_that_is_not_installed_names_its_extra(base, launcher):
+    plugin = "hydra_ray_launcher" if "ray" in launcher else "hydra_submitit_launcher"
+    done = run_train(base, f"hydra/launcher={launcher}", mode=("--cfg", "hydra"))
+    if (Path(optuna.__file__).parents[1] / "hydra_plugins" / plugin).exists():
+        assert done.returncode == 0, done.stderr
+        return
+    extra = "ray" if "ray" in launcher else "slurm"
+    assert done.returncode == 2
+    assert f'pip install -e ".[{extra}]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def composed(*overrides):
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        return compose("train", overrides=list(overrides), return_hydra_config=True)
+
+
+def test_only_jobs_beside_others_get_one_thread():
+    multirun = "hydra.mode=MULTIRUN"
+    assert has_neighbours(composed("hydra/launcher=local", multirun).hydra)
+    assert not has_neighbours(composed("hydra/launcher=local", "hydra.mode=RUN").hydra)
+    assert not has_neighbours(composed(multirun).hydra)
+
+
+def test_the_search_asks_for_as_many_trials_as_run_at_once():
+    sweep = composed("+sweep=optuna", "name=x", "hydra/launcher=local", "hydra.launcher.n_jobs=3")
+    assert sweep.hydra.sweeper.n_jobs == 3
+    assert composed("+sweep=optuna").hydra.sweeper.n_jobs == 1
+    assert sweep.hydra.sweeper.study_name == "x"
+    assert sweep.hydra.sweeper.storage.url == "sqlite:///runs/x/train/study.db"
+
+
+def test_what_is_searched_are_settings_of_the_agent():
+    """Each hyperparameter of the search can be set to each end of its range."""
+    params = composed("+sweep=optuna").hydra.sweeper.params
+    assert len(params) >= 6
+    for name, choices in params.items():
+        first = json.loads(choices.split("(")[-1].split(",")[0])
+        key = name.lstrip("+")
+        node = composed(f"++{key}={first}")
+        for part in key.split("."):
+            node = node[part]
+        assert node == first
+        assert name.startswith("++") or composed(f"{name}={first}")
+
+
+def test_a_grid_of_every_agent():
+    assert dict(composed("+sweep=grid").hydra.sweeper.params) == {
+        "agent": "ppo,maskable_ppo,dqn,masked_dqn", "seed": "0,1,2",
+    }  # fmt: skip

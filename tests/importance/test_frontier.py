@@ -1,0 +1,114 @@
+"""The frontier: the best masks for each pair of counts, in few real scores."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.importance import Frontier, FrontierConfig, build_frontier, gsi
+from rap_env.memory import MemoryModel
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import ScoreStore
+from rap_env.workload import Request
+from tests.scoring.test_scorer import tokens
+from tests.tiny import tiny_llm
+
+LAYERS = 5
+FRACTIONS = (0.9, 0.8, 0.7, 0.6)
+
+
+def requests(llm):
+    memory = MemoryModel(llm)
+    shapes = itertools.product((1, 8), (8, 16), FRACTIONS)
+    return [Request.at_fraction(memory, *shape) for shape in shapes]
+
+
+def built(llm, store=None, **settings):
+    scorer = MaskScorer(llm, tokens(), store)
+    return build_frontier(scorer, requests(llm), FrontierConfig(batch=16, **settings))
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return tiny_llm(layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def frontier(llm):
+    return built(llm, evaluations=250)
+
+
+def test_its_entries_are_the_best_of_what_was_scored(frontier):
+    seen = [(mask.count("attn"), mask.count("ffn")) for mask, _ in frontier.entries]
+    assert len(set(seen)) == len(seen)
+    for mask, loss in frontier.entries:
+        counts = mask.count("attn"), mask.count("ffn")
+        same = [nll for other, nll in frontier.scores.items()
+                if (other.count("attn"), other.count("ffn")) == counts]  # fmt: skip
+        assert loss == min(same) - frontier.dense_nll
+
+
+def test_scores_are_the_models_and_are_counted(llm, frontier):
+    scorer = MaskScorer(llm, tokens())
+    some = list(frontier.scores)[::17]
+    assert [frontier.scores[mask] for mask in some] == scorer.nll_many(some)
+    assert frontier.evaluations == len(frontier.scores) == frontier.evaluations_run <= 250
+
+
+def test_answers_beat_the_order_of_gsi_and_come_near_the_best_of_all_masks(llm, frontier):
+    blocks, scorer, memory = range(2 * LAYERS), MaskScorer(llm, tokens()), MemoryModel(llm)
+    everything = [
+        BlockMask.of(*part)
+        for size in range(2 * LAYERS + 1)
+        for part in itertools.combinations(blocks, size)
+    ]
+    nll = dict(zip(everything, scorer.nll_many(everything), strict=True))
+    order = gsi(scorer, progress=False).order_indices
+    prefixes = [BlockMask.of(*order[:size]) for size in range(len(order) + 1)]
+    found, best, followed = [], [], []
+    for request in requests(llm):
+        fit = {m for m in nll if memory.peak_bytes(m, request) <= request.budget_bytes}
+        mask = frontier.best(memory, request)
+        assert mask in fit
+        found.append(nll[mask])
+        best.append(min(nll[mask] for mask in fit))
+        followed.append(next(nll[mask] for mask in prefixes if mask in fit))
+    assert np.mean(found) < np.mean(followed)
+    gained = (np.mean(followed) - np.mean(found)) / (np.mean(followed) - np.mean(best))
+    assert 0.7 < gained <= 1
+
+
+def test_nothing_fits_an_impossible_budget(llm, frontier):
+    assert frontier.best(MemoryModel(llm), Request(1, 8, 1)) is None
+
+
+def test_an_interrupted_search_is_repeated_out_of_the_store(llm, tmp_path):
+    whole = built(llm, evaluations=150)
+    store = ScoreStore(tmp_path / "scores.sqlite")
+    built(llm, store, evaluations=70)
+    again = built(llm, store, evaluations=150)
+    assert again.scored == whole.scored
+    assert again.evaluations == whole.evaluations
+    assert again.evaluations_run < whole.evaluations_run - 60
+
+
+def test_it_comes_back_from_its_file_and_is_refused_for_others(llm, frontier, tmp_path):
+    path = tmp_path / "frontier.json"
+    frontier.save(path)
+    again = Frontier.load(path, llm)
+    assert again.entries == frontier.entries
+    assert again.settings == frontier.settings
+    with pytest.raises(ArtifactError, match="other weights"):
+        Frontier.load(path, tiny_llm(layers=LAYERS, seed=9))
+    path.write_text(path.read_text().replace('"num_blocks":10', '"num_blocks":12', 1))
+    with pytest.raises(ArtifactError, match="altered"):
+        Frontier.load(path, llm)
+
+
+@pytest.mark.parametrize("wrong", [{"evaluations": 0}, {"looks": 0}, {"deepest_loss": 0.0}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(InvalidRequestError, match="must be at least 1"):
+        replace(FrontierConfig(), **wrong)

@@ -1,0 +1,69 @@
+"""An ensemble of predictors: its mean predicts, its spread grows where nobody measured."""
+
+import numpy as np
+import pytest
+
+from rap_env.scoring.ensemble import ScoreModel, fit_score_model
+from rap_env.scoring.fidelity import spearman
+from tests.scoring.test_predictor import BLOCKS, fitted, losses, masks
+
+ALONE = losses(np.eye(BLOCKS, dtype=bool))
+
+
+def shallow():
+    """Masks that remove few blocks, none of them the first two together."""
+    removed = masks(600, most=6)
+    return removed[~(removed[:, 0] & removed[:, 1])]
+
+
+@pytest.fixture(scope="module")
+def model():
+    removed = shallow()
+    return fit_score_model(removed, losses(removed), ALONE)[0]
+
+
+def test_it_predicts_masks_that_it_never_saw(model):
+    other = masks(300, most=6, seed=99)[1 + BLOCKS :]
+    assert spearman(model.losses(other), losses(other)) > 0.95
+
+
+def test_one_mask_is_predicted_as_among_others(model):
+    other = masks(50, seed=5)
+    alone = [model.loss(np.flatnonzero(row).tolist()) for row in other]
+    assert model.losses(other) == pytest.approx(alone, abs=1e-9)
+    assert model.losses(other)[0] == 0.0  # the dense model
+
+
+def test_members_disagree_more_on_masks_unlike_those_measured(model):
+    known = shallow()[1 + BLOCKS :]
+    deep = masks(400, seed=3)[1 + BLOCKS :]
+    deep = deep[deep.sum(axis=1) >= 10]
+    _, near = model.mean_and_spread(known, guarded=False)
+    _, far = model.mean_and_spread(deep, guarded=False)
+    assert np.median(far / losses(deep)) > 3 * np.median(near / losses(known))
+
+
+def test_doubt_makes_a_loss_worse_by_the_spread(model):
+    other = masks(50, seed=6)[1 + BLOCKS :]
+    doubtful = ScoreModel(model.members, doubt=2.0)
+    mean, spread = model.mean_and_spread(other)
+    assert doubtful.losses(other) == pytest.approx(mean + 2 * spread)
+    assert (doubtful.losses(other) >= model.losses(other)).all()
+
+
+def test_a_single_member_is_the_predictor_itself():
+    removed = masks(1500)
+    single, fidelity = fit_score_model(removed, losses(removed), ALONE, members=1)
+    predictor, same = fitted()
+    assert single.members[0].linear == predictor.linear
+    assert fidelity == same
+    assert single.mean_and_spread(removed)[1].max() == 0
+
+
+def test_guards_hold_for_many_masks_as_for_one(model):
+    other = masks(200, seed=7)
+    member = model.members[0]
+    alone = [member.loss(np.flatnonzero(row).tolist()) for row in other]
+    assert member.losses(other) == pytest.approx(alone, abs=1e-9)
+    free = member.losses(other, guarded=False)
+    assert (free != member.losses(other)).any()  # some guard was at work
