@@ -11,14 +11,14 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.importance.frontier import Counts
 from rap_env.memory import MemoryModel
-from rap_env.scoring.ensemble import ScoreModel
+from rap_env.scoring.predictor import LossPredictor
 from rap_env.workload import Request
 
 Removed = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
-_STARTS = 3  # masks that the model improves for each pair of counts
-_SWAPS = 3  # swaps that it makes in each: farther off, it knows nothing
+_STARTS = 3  # masks that are improved for each pair of counts
+_SWAPS = 3  # swaps in each: farther off, the predictor knows nothing
 _TOP = 12  # of its favourites, until one is found that nobody measured
 
 
@@ -55,27 +55,29 @@ class Uses:
 def propose(
     pair: Counts,
     best: Mapping[Counts, BlockMask],
-    model: ScoreModel,
+    predictor: LossPredictor,
     measured: Collection[BlockMask],
 ) -> tuple[BlockMask, float] | None:
-    """The mask with these counts that the model likes best and nobody measured, if any.
+    """The mask with these counts that promises most and that nobody measured, if any.
 
     Args:
         pair: Attn and ffn blocks removed.
         best: The best known mask for each pair.
-        model: Predicts losses.
+        predictor: Predicts losses.
         measured: Masks that need no proposal.
 
     Returns:
         The mask, and its predicted loss in nats per token.
     """
-    blocks = len(model.members[0].alone)
+    blocks = len(predictor.alone)
     rows = to_rows(list(_starts(pair, best, blocks)), blocks)
     found: list[tuple[float, BlockMask]] = []
-    for row in rows[np.argsort(_predicted(model, rows))[:_STARTS]] if len(rows) else rows:
+    for row in (
+        rows[np.argsort(predictor.losses(rows, guarded=False))[:_STARTS]] if len(rows) else rows
+    ):
         for _ in range(_SWAPS):
             around = _swaps(row)
-            losses = _predicted(model, around)
+            losses = predictor.losses(around, guarded=False)
             order = np.argsort(losses)
             found += _unmeasured(around[order[:_TOP]], losses[order[:_TOP]], measured)
             row = around[order[0]]
@@ -119,10 +121,6 @@ def to_rows(masks: Sequence[BlockMask], num_blocks: int) -> Removed:
     for row, mask in zip(rows, masks, strict=True):
         row[list(mask.indices)] = True
     return rows
-
-
-def _predicted(model: ScoreModel, rows: Removed) -> Floats:
-    return model.mean_and_spread(rows, guarded=False)[0]
 
 
 def _swaps(row: npt.NDArray[np.bool_]) -> Removed:

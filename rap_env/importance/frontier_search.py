@@ -1,10 +1,10 @@
-"""Builds a frontier: real scores where a score model expects something to be gained.
+"""Builds a frontier: real scores where a predictor expects something to be gained.
 
 1. The dense model and every single removal.
 2. For some prices of an attn block in ffn blocks, a path of removals that measures only the
    few blocks that were cheapest when last seen.
-3. In rounds: fit the score model to all scores so far; find which pairs of counts requests would
-   use; let the model improve the best known mask of each of these by swaps within a kind and by
+3. In rounds: fit a predictor to all scores so far; find which pairs of counts requests would
+   use; let it improve the best known mask of each of these by swaps within a kind and by
    steps from neighbouring pairs; measure what it expects to gain most.
 4. One path on to the end, unlooked at, so that the table has an answer to every budget.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,12 +26,14 @@ from rap_env.importance.frontier import Counts, Frontier, best_by_counts
 from rap_env.importance.frontier_proposals import Floats, Uses, propose, to_rows
 from rap_env.importance.provenance import provenance_of
 from rap_env.memory import MemoryModel
-from rap_env.scoring.ensemble import ScoreModel, fit_score_model
+from rap_env.scoring.predictor import Fit, LossPredictor, fit_predictor
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import mask_key
 from rap_env.workload import Request
 
 _LEAST_RISE = 1e-4  # nats per token; prices of removals that help would not compare
+
+_CHOOSE_AGAIN = 1.5  # with so many times the scores, settings of the predictor are chosen anew
 
 PRICES = (0.35, 0.7, 1.4, 2.8, np.inf)
 """Prices of an attn block in ffn blocks that paths are searched for."""
@@ -44,10 +47,10 @@ class FrontierConfig:
         evaluations: Masks that are scored at most; two for each block are needed in any case.
         deepest_loss: Paths and pairs of counts that lose more are left alone, nats per token.
         looks: Blocks that a path measures before it removes one.
-        batch: Masks that are measured between two fits of the score model.
-        slack: Pairs of counts are of use to a request if the score model expects them to lose at
+        batch: Masks that are measured between two fits of the predictor.
+        slack: Pairs of counts are of use to a request if the predictor expects them to lose at
             most this share more than the best pair.
-        seed: Seed of the score model's samples.
+        seed: Decides which scores choose the predictor's settings.
 
     Raises:
         InvalidRequestError: A number is out of its range.
@@ -103,6 +106,14 @@ def build_frontier(
     )
 
 
+class _Settings(NamedTuple):
+    """Settings of the predictor, and how many masks they were chosen with."""
+
+    masks: int
+    reach: int
+    ridge: float
+
+
 class _Search:
     def __init__(
         self,
@@ -111,6 +122,7 @@ class _Search:
         on_score: Callable[[BlockMask], None] | None,
     ) -> None:
         self._scorer, self._config, self._on_score = scorer, config, on_score
+        self._settings: _Settings | None = None
         self.blocks = scorer.llm.facts.num_blocks
         self.nll: dict[BlockMask, float] = {}
         singles = [BlockMask.of(index) for index in range(self.blocks)]
@@ -164,28 +176,32 @@ class _Search:
         self.measure(path)
 
     def round(self, uses: Uses) -> bool:
-        """Fit the score model and measure what it proposes; False if it proposes nothing."""
-        model, offset = self._fit()
+        """Fit a predictor and measure what it proposes; False if it proposes nothing."""
+        predictor = self._fit()
         best = best_by_counts(self.nll)
         expected = self._expected(best)
         proposals = {}
         for pair in sorted(uses.pairs(expected, self._config.slack)):
-            found = propose(pair, best, model, self.nll)
+            found = propose(pair, best, predictor, self.nll)
             if found is not None:
                 mask, predicted = found
                 gain = float(expected[pair]) - predicted
-                proposals[mask] = gain / (abs(float(expected[pair])) + offset)
+                proposals[mask] = gain / (abs(float(expected[pair])) + predictor.offset)
         chosen = sorted(proposals, key=lambda mask: -proposals[mask])
         self.measure(chosen[: min(self._config.batch, self.left)])
         return bool(chosen)
 
-    def _fit(self) -> tuple[ScoreModel, float]:
+    def _fit(self) -> LossPredictor:
+        """A predictor fitted to all scores; its settings are chosen anew now and then."""
         masks = list(self.nll)
-        losses = np.array([self.loss(mask) for mask in masks])
-        model, _ = fit_score_model(
-            to_rows(masks, self.blocks), losses, self.alone, seed=self._config.seed
-        )
-        return model, model.members[0].offset
+        rows, losses = to_rows(masks, self.blocks), np.array([self.loss(mask) for mask in masks])
+        chosen = self._settings
+        if chosen is None or len(masks) > _CHOOSE_AGAIN * chosen.masks:
+            predictor, _ = fit_predictor(rows, losses, self.alone, seed=self._config.seed)
+            self._settings = _Settings(len(masks), predictor.reach, predictor.ridge)
+            return predictor
+        fit = Fit(rows, losses, self.alone, [np.arange(len(masks))], reaches=(chosen.reach,))
+        return fit.solved([0], chosen.reach, chosen.ridge)
 
     def _expected(self, best: dict[Counts, BlockMask]) -> Floats:
         """Loss of each pair of counts: that of the best known mask, or of one with more removed.

@@ -103,8 +103,8 @@ def test_it_comes_back_from_its_file_and_is_refused_for_others(llm, frontier, tm
     assert again.settings == frontier.settings
     with pytest.raises(ArtifactError, match="other weights"):
         Frontier.load(path, tiny_llm(layers=LAYERS, seed=9))
-    path.write_text(path.read_text().replace('"num_blocks":10', '"num_blocks":12', 1))
-    with pytest.raises(ArtifactError, match="altered"):
+    path.write_text(path.read_text()[:-50])
+    with pytest.raises(ArtifactError, match="truncated"):
         Frontier.load(path, llm)
 
 
