@@ -14,8 +14,9 @@ The same scores give the same search, so an interrupted one is repeated out of t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -180,14 +181,14 @@ class _Search:
         predictor = self._fit()
         best = best_by_counts(self.nll)
         expected = self._expected(best)
-        proposals = {}
+        gains: dict[BlockMask, tuple[float, float]] = {}
         for pair in sorted(uses.pairs(expected, self._config.slack)):
             found = propose(pair, best, predictor, self.nll)
             if found is not None:
                 mask, predicted = found
                 gain = float(expected[pair]) - predicted
-                proposals[mask] = gain / (abs(float(expected[pair])) + predictor.offset)
-        chosen = sorted(proposals, key=lambda mask: -proposals[mask])
+                gains[mask] = gain, gain / (abs(float(expected[pair])) + predictor.offset)
+        chosen = _alternately(gains)
         self.measure(chosen[: min(self._config.batch, self.left)])
         return bool(chosen)
 
@@ -223,3 +224,9 @@ class _Search:
                     ]
                     table[attn, ffn] = min(before)
         return np.where(table <= self._config.deepest_loss, table, np.inf)
+
+
+def _alternately(gains: Mapping[BlockMask, tuple[float, float]]) -> list[BlockMask]:
+    """Masks that promise most, in nats and as a share in turn: else one kind of pair takes all."""
+    orders = [sorted(gains, key=lambda mask: -gains[mask][kind]) for kind in (0, 1)]
+    return list(dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))))
