@@ -203,7 +203,7 @@ def _verified(
     done = {record["round"]: record for record in read_records(path)}
     if number not in done:
         policy = TrainedPolicy.load(folder, bench, seed=number)
-        requests = draw_requests(config, workbench, config.score_model.verify_requests, 2, number)
+        requests = draw_requests(config, workbench, config.score_model.verify_requests, 2)
         favourites, others = [], []
         for request in requests:
             first, *drawn = policy.sample(request, 1 + _DRAWN)
