@@ -205,24 +205,13 @@ class _Search:
         return fit.solved([0], chosen.reach, chosen.ridge)
 
     def _expected(self, best: dict[Counts, BlockMask]) -> Floats:
-        """Loss of each pair of counts: that of the best known mask, or of one with more removed.
-
-        A pair that nobody measured is expected to lose what it takes to get there: the mask of a
-        neighbour, with the loss of the cheapest block added.
-        """
+        """What the table gives each pair of counts: its best mask, or one with more removed."""
         layers = self.blocks // 2
         table = np.full((layers + 1, layers + 1), np.inf)
-        for (attn, ffn), mask in best.items():
-            table[attn, ffn] = self.loss(mask)
-        steps = float(self.alone[::2].min()), float(self.alone[1::2].min())
-        for attn in range(layers + 1):
-            for ffn in range(layers + 1):
-                if np.isinf(table[attn, ffn]):
-                    before = [
-                        table[attn - 1, ffn] + steps[0] if attn else np.inf,
-                        table[attn, ffn - 1] + steps[1] if ffn else np.inf,
-                    ]
-                    table[attn, ffn] = min(before)
+        for pair, mask in best.items():
+            table[pair] = self.loss(mask)
+        for axis in (0, 1):
+            table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
         return np.where(table <= self._config.deepest_loss, table, np.inf)
 
 
