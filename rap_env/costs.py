@@ -7,7 +7,7 @@ for each batch size and sequence length; `rap_env.memory` remains the one place 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -77,6 +77,15 @@ class RequestCosts:
         peak = self.dense_peak_bytes - sum(self.freed[index] for index in removed)
         no_ffn = sum(index % 2 for index in removed) == len(self.freed_bytes) // 2
         return peak - self.last_ffn_bytes if no_ffn else peak
+
+    def remove_until_fits(self, order: Iterable[int], budget_bytes: int) -> BlockMask:
+        """The first blocks of an order, as many as the budget asks for; all if it asks for more."""
+        removed: list[int] = []
+        for index in order:
+            if self.peak_bytes(removed) <= budget_bytes:
+                break
+            removed.append(int(index))
+        return BlockMask.of(*removed)
 
 
 @lru_cache(maxsize=_KEPT_SHAPES, typed=True)

@@ -107,3 +107,15 @@ def test_numbers_that_are_not_whole_leave_no_trace(memory):
 
 def _bits(count: int) -> np.ndarray:
     return np.arange(2**count)[:, None] >> np.arange(count) & 1
+
+
+def test_an_order_is_followed_until_the_budget_is_met_or_it_ends(memory):
+    costs = request_costs(memory, 2, 16)
+    order = [3, 0, 5, 2]
+    for fraction in (1.0, 0.95, 0.8, 0.1):
+        budget = int(fraction * costs.dense_peak_bytes)
+        mask = costs.remove_until_fits(order, budget)
+        assert mask == BlockMask.of(*order[: len(mask)])
+        assert costs.peak_bytes(mask.indices) <= budget or len(mask) == len(order)
+        if mask:
+            assert costs.peak_bytes(order[: len(mask) - 1]) > budget

@@ -139,16 +139,6 @@ def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:
     return memory.peak_bytes(mask, request) <= request.budget_bytes
 
 
-def remove_until_fits(memory: MemoryModel, order: Iterable[int], request: Request) -> BlockMask:
-    """Remove blocks in the given order until the request fits or the order ends."""
-    mask = BlockMask()
-    for index in order:
-        if fits(memory, mask, request):
-            break
-        mask |= BlockMask.of(index)
-    return mask
-
-
 def put_back_needless(
     memory: MemoryModel, mask: BlockMask, order: Iterable[int], request: Request
 ) -> BlockMask:

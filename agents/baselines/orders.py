@@ -9,9 +9,10 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.base import Baseline, price_per_byte, remove_until_fits
+from agents.baselines.base import Baseline, price_per_byte
 from agents.baselines.bench import Bench
 from rap_env.blocks import BlockKind, BlockMask
+from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
 from rap_env.workload import Request
 
@@ -20,7 +21,8 @@ class OrderBaseline(Baseline):
     """Removes blocks in an order until the request fits."""
 
     def _choose(self, request: Request) -> tuple[BlockMask, int]:
-        return remove_until_fits(self.memory, self._order(request), request), 0
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        return costs.remove_until_fits(self._order(request), request.budget_bytes), 0
 
     @abstractmethod
     def _order(self, request: Request) -> Sequence[int]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rap_env.blocks import BlockMask
-from rap_env.costs import RequestCosts
 from rap_env.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -45,18 +44,8 @@ def make_reference(name: str | None, workbench: Workbench) -> Reference | None:
     return _from_order(workbench.gsi.full_order)
 
 
-def mask_until_fits(order: Sequence[int], costs: RequestCosts, budget_bytes: int) -> BlockMask:
-    """Remove blocks in the given order until the budget is met or the order ends."""
-    removed: list[int] = []
-    for index in order:
-        if costs.peak_bytes(removed) <= budget_bytes:
-            break
-        removed.append(index)
-    return BlockMask(frozenset(removed))
-
-
 def _from_order(order: Sequence[int]) -> Reference:
-    return lambda start: mask_until_fits(order, start.costs, start.request.budget_bytes)
+    return lambda start: start.costs.remove_until_fits(order, start.request.budget_bytes)
 
 
 def _from_frontier(workbench: Workbench) -> Reference:

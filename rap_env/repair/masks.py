@@ -61,9 +61,4 @@ class MaskDraw:
         freed = np.maximum(costs.freed_bytes, 1)
         price = np.log(np.maximum(self.losses, _LEAST_LOSS)) - np.log(freed)
         price = price + rng.choice(self.noise) * rng.standard_normal(len(price))
-        removed: list[int] = []
-        for index in np.argsort(price, kind="stable"):
-            if costs.peak_bytes(removed) <= request.budget_bytes:
-                break
-            removed.append(int(index))
-        return BlockMask.of(*removed)
+        return costs.remove_until_fits(np.argsort(price, kind="stable"), request.budget_bytes)
