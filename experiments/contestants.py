@@ -88,7 +88,8 @@ def contestants(config: Config, workbench: Workbench) -> Iterator[Contestant]:
     yield _baseline(REFERENCE, None, workbench)
     for folder in agent_folders(config):
         for best_of in dict.fromkeys(config.evaluate.best_of):
-            yield _agent(folder, workbench, config.importance.method, best_of)
+            usual = best_of == config.evaluate.best_of[0]
+            yield _agent(folder, workbench, config.importance.method, best_of, usual)
     for name in config.evaluate.baselines:
         if name == REFERENCE:
             continue
@@ -118,12 +119,16 @@ def decision_scores(folder: Path) -> Scores | None:
     return TableScorer(ScoreTable.load(path)).nll_many if path.exists() else None
 
 
-def _agent(folder: Path, workbench: Workbench, importance: str, best_of: int) -> Contestant:
+def _agent(
+    folder: Path, workbench: Workbench, importance: str, best_of: int, usual: bool
+) -> Contestant:
+    """A trained agent; where it decides in another way than is usual, its name says so."""
     method, seed = method_and_seed(folder)
     identity: dict[str, Any] = {"run": folder.name}
     scores = decision_scores(folder) if best_of > 1 else None
-    if best_of > 1:
+    if not usual:
         method = f"{method}-best_of={best_of}"
+    if best_of > 1:
         identity |= {"best_of": best_of, "scores": _file_hash(folder / TABLE_FILE) or "real"}
     policy = TrainedPolicy.load(
         folder, workbench, best_of=best_of, score_masks=scores, scorer=workbench.scorer

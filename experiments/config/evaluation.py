@@ -35,7 +35,8 @@ class EvaluateConfig:
     agents: list[str] | None = None
     """Run folders of trained agents; null for all of this experiment, [] for none."""
     best_of: list[int] = field(default_factory=lambda: [1])
-    """Masks that each agent proposes, of which the best by its scores is taken; 1 scores none."""
+    """Masks that each agent proposes, of which the best by its scores is taken; 1 scores none. The
+    first is the agents' usual way; others are methods of their own."""
     baselines: list[str] = field(default_factory=list)
     random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     text: TextConfig = field(default_factory=self_written)
