@@ -58,7 +58,7 @@ def launch(stage: str, run: Stage) -> None:
             return result if isinstance(result, float) else None
         except RapError as error:
             if HydraConfig.get().mode == RunMode.RUN:
-                _fail(str(error))
+                fail(str(error))
             # In a sweep the other jobs go on first, and Hydra hands the error back then. A
             # plain message survives the trip from a worker process.
             raise ExperimentError(str(error)) from None
@@ -67,7 +67,7 @@ def launch(stage: str, run: Stage) -> None:
     try:
         main()
     except (RapError, HydraException, OmegaConfBaseException) as error:
-        _fail(_with_extra(_message(error)))
+        fail(_with_extra(message(error)))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted; the same command goes on from here.\n")
         sys.exit(130)
@@ -92,12 +92,13 @@ def _with_extra(message: str) -> str:
     return message
 
 
-def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"Error: {message}\n")
+def fail(sentence: str) -> NoReturn:
+    """Say what is wrong, and end with the exit code of a mistake."""
+    sys.stderr.write(f"Error: {sentence}\n")
     sys.exit(EXIT_CODE)
 
 
-def _message(error: BaseException) -> str:
+def message(error: BaseException) -> str:
     """The message, with the cause that names the key where Hydra hides it."""
     parts = [str(error).strip()]
     cause = error.__cause__

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.cli import CONF_DIR, _fail, _message
+from experiments.cli import CONF_DIR, fail, message
 from experiments.compare_text import as_markdown, as_text
 from experiments.comparison import Cell, Comparison
 from experiments.config import CompareConfig
@@ -94,7 +94,7 @@ def _answer(node: DictConfig) -> None:
     try:
         answer = compare(config)
     except RapError as error:  # here, since Hydra adds words of its own to what leaves a job
-        _fail(str(error))
+        fail(str(error))
     sys.stdout.write(f"{answer}\n")
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     try:
         _answer()
     except (RapError, HydraException, OmegaConfBaseException) as error:
-        _fail(_message(error))
+        fail(message(error))
 
 
 if __name__ == "__main__":
