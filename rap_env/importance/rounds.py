@@ -238,7 +238,7 @@ class HalvingRounds(Rounds):
         else:
             pool = self._candidates(at)[:_HALVING_POOL]
             # Not always the same part first: what it happens to like would be removed first.
-            turn = len(at.order) % 2
+            turn = len(at.order) % min(2, len(parts))  # a text of one part has no other
             first, second = parts[turn : turn + 1], parts[1 - turn : 2 - turn]
             cuts = [(first, len(pool)), (second, _SEMIFINALISTS), (parts[2:], _FINALISTS)]
         return pool, [Stage(tuple(batches), most) for batches, most in cuts if batches]

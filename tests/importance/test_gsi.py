@@ -253,3 +253,11 @@ def test_the_order_is_that_of_the_model_with_its_stubs(tmp_path):
     assert profile.nll_after == pytest.approx(levels)
     with pytest.raises(ArtifactError, match=r"gsi\.json was measured with the stubs"):
         gsi(MaskScorer(llm, tokens()), stop=3, path=path, progress=False)
+
+
+def test_halving_does_with_a_text_of_one_window():
+    llm, ids = tiny_llm(layers=4), tokens(windows=1)
+    profile = gsi(MaskScorer(llm, ids), method="halving", stop=6, progress=False)
+    assert len(set(profile.order_indices)) == 6
+    removed = BlockMask.of(*profile.order_indices)
+    assert profile.nll_after[-1] == pytest.approx(MaskScorer(llm, ids).nll(removed), rel=1e-6)
