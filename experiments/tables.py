@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from experiments.comparison import REFERENCE, Cell, Comparison, Summary
 from experiments.methods import look, short_label
@@ -37,17 +37,20 @@ def plain(table: Table) -> str:
 
 
 def summary_table(comparison: Comparison) -> Table:
-    """One row a method: mean losses, accuracy, cost and fit over all cells."""
-    header = ["Method", "Loss on held-out text", "On calibration text", "Accuracy", "Evaluations",
-              "Decision", "Fits"]  # fmt: skip
-    rows = [
-        [
-            _name(s), str(s.loss), f"{s.loss_calibration:.3f}", percent(s.accuracy),
-            number(s.evaluations), seconds(s.decision_s), f"{s.fitting}/{s.rows}",
-        ]
-        for s in comparison.summaries
-    ]  # fmt: skip
-    return header, rows
+    """One row a method: mean losses, accuracy if tasks were run, cost and fit over all cells."""
+    columns: dict[str, Callable[[Summary], str]] = {
+        "Method": _name,
+        "Loss on held-out text": lambda s: str(s.loss),
+        "On calibration text": lambda s: f"{s.loss_calibration:.3f}",
+        "Accuracy": lambda s: percent(s.accuracy),
+        "Evaluations": lambda s: number(s.evaluations),
+        "Decision": lambda s: seconds(s.decision_s),
+        "Fits": lambda s: f"{s.fitting}/{s.rows}",
+    }
+    if all(summary.accuracy is None for summary in comparison.summaries):
+        del columns["Accuracy"]
+    rows = [[cell(summary) for cell in columns.values()] for summary in comparison.summaries]
+    return list(columns), rows
 
 
 def costs_table(comparison: Comparison) -> Table:
