@@ -1,11 +1,17 @@
 """An ensemble of predictors: its mean predicts, its spread grows where nobody measured."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
+from rap_env.blocks import BlockMask
 from rap_env.scoring.ensemble import ScoreModel, fit_score_model
 from rap_env.scoring.fidelity import spearman
+from rap_env.scoring.score_table import ScoreTable
+from tests.envs.conftest import make_workbench
 from tests.scoring.test_predictor import BLOCKS, fitted, losses, masks
+from tests.scoring.tiny_table import all_masks, table_of
 
 ALONE = losses(np.eye(BLOCKS, dtype=bool))
 
@@ -67,3 +73,19 @@ def test_guards_hold_for_many_masks_as_for_one(model):
     assert member.losses(other) == pytest.approx(alone, abs=1e-9)
     free = member.losses(other, guarded=False)
     assert (free != member.losses(other)).any()  # some guard was at work
+
+
+def test_a_table_keeps_the_ensemble_and_its_doubt(tmp_path):
+    workbench = make_workbench()
+    single = table_of(workbench, all_masks(6, 3))
+    scores = {BlockMask(indices): nll for indices, nll in single.scores.items()}
+    origin = {
+        f.name: getattr(single, f.name)
+        for f in fields(single)
+        if f.name not in ("facts", "scores", "predictor", "fidelity")
+    }
+    table = ScoreTable.fitted(single.facts, scores, members=3, doubt=2.0, **origin)
+    table.save(tmp_path / "table.json")
+    again = ScoreTable.load(tmp_path / "table.json").predictor
+    assert (len(again.members), again.doubt) == (3, 2.0)
+    assert again.loss([0, 1, 3, 4]) == table.predictor.loss([0, 1, 3, 4])
