@@ -136,8 +136,8 @@ def terminal_text(comparison: Comparison) -> str:
     legend = (
         f"Loss: rise of the negative log-likelihood over the dense model, nats per token, on "
         f"{windows} windows that no method has seen; mean over requests {shapes} (batch x tokens) "
-        f"and budgets {budgets} of the dense model's peak memory{common}, with a 95 % interval; less "
-        "is better. Calibr.: the same on the calibration text, which a search may overfit. "
+        f"and budgets {budgets} of the dense model's peak memory{common}, with a 95 % interval; "
+        "less is better. Calibr.: the same on the calibration text, which a search may overfit. "
         f"{accuracy}Evals: masks run through the model "
         "to decide on one request. Fits: how many choices were within their budget; methods that "
         "miss some stand last, for their losses do not compare. (n): seeds."

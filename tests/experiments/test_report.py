@@ -67,6 +67,7 @@ def test_a_mean_is_over_cells_that_all_methods_have():
     rows = [r for r in rows if not (r.method == "gsi" and r.budget_fraction == 0.7)]
     found = Comparison(rows)
     assert found.incomplete
+    assert "pairs that every method has)" in terminal_text(found).replace("\n", " ")
     assert {cell[2] for cell in found.cells} == {0.9, 0.8}
     whole = next(s for s in Comparison(make_rows()).summaries if s.method == "knapsack")
     part = next(s for s in found.summaries if s.method == "knapsack")
