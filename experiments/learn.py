@@ -32,7 +32,6 @@ from experiments.records import append_record, read_records
 from rap_env.blocks import BlockMask
 from rap_env.envs.observation import ObservationBuilder
 from rap_env.envs.vector import RAPPruneVectorEnv
-from rap_env.scoring.score_table import ScoreTable
 from rap_env.scoring.store import mask_key, mask_of
 from rap_env.table_workbench import TableWorkbench
 from rap_env.workbench import Workbench
@@ -229,6 +228,3 @@ def _verified(
         number, record["loss"], record["predicted_loss"],
     )  # fmt: skip
     return {mask_of(key): nll for key, nll in record["scored"].items()}
-
-
-__all__ = ["ScoreTable", "demonstrations", "draw_requests", "learn", "make_envs"]
