@@ -13,6 +13,7 @@ import torch
 from agents.observing import Counts, Flags, MaskObserver, as_tensors
 from rap_env.blocks import BlockMask
 from rap_env.envs.observation import ObservationBuilder
+from rap_env.scoring.predictor import to_rows
 from rap_env.workload import Request
 
 Floats = npt.NDArray[np.float64]
@@ -77,9 +78,8 @@ class TeacherStates:
         seed: int,
     ) -> None:
         self._observer = MaskObserver(builder, [one.request for one in shown])
-        self._targets = np.zeros((len(shown), builder.memory.facts.num_blocks), dtype=bool)
-        for row, one in zip(self._targets, shown, strict=True):
-            row[list(one.mask.check(len(row)).indices)] = True
+        blocks = builder.memory.facts.num_blocks
+        self._targets = to_rows([one.mask.check(blocks) for one in shown], blocks)
         self._returns = returns
         self._rng = np.random.default_rng(seed)
         self._batch_size = batch_size

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import Config, TasksConfig
+from experiments.config import Config, TasksConfig, TextConfig
 from experiments.errors import ExperimentError
-from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
 from rap_env.scoring.score_table import table_path
 from rap_env.workbench import Workbench, WorkbenchConfig, open_workbench
 
 if TYPE_CHECKING:
+    from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.tasks import TaskConfig
 
 GSI_FILE = "gsi.json"
@@ -87,6 +88,20 @@ def refuse_table(config: Config) -> None:
             f"experiments.{config.stage} needs a live model, since it {NEEDS_MODEL[config.stage]}, "
             f"but model.name is {config.model.name}; give the model whose scores these are."
         )
+
+
+def held_out_scorer(text: TextConfig, role: str, workbench: Workbench) -> MaskScorer:
+    """Scores masks on a text that no search has seen.
+
+    Raises:
+        CorpusError: The text is too short or overlaps with the calibration text.
+        ModelNotAvailableError: The workbench is a score table, which knows one text alone.
+    """
+    from rap_env.scoring.scorer import MaskScorer
+
+    corpus = load_corpus(CorpusConfig(**asdict(text), role=role), workbench.llm)
+    ensure_disjoint(workbench.scorer.corpus, corpus)
+    return MaskScorer(workbench.llm, corpus, workbench.store)
 
 
 def task_config(tasks: TasksConfig) -> TaskConfig:

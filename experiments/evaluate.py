@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import open_bench, task_config
+from experiments.bench import held_out_scorer, open_bench, task_config
 from experiments.cli import launch
 from experiments.comparison import Comparison
 from experiments.config import Config
@@ -31,8 +31,6 @@ from experiments.statistics import bootstrap_mean
 from experiments.tables import summary_table
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
-from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
-from rap_env.scoring.scorer import MaskScorer
 from rap_env.workbench import Workbench
 from rap_env.workload import Request
 
@@ -59,10 +57,8 @@ class Bench:
 
     def __init__(self, config: Config, workbench: Workbench) -> None:
         self.workbench = workbench
-        text = CorpusConfig(**asdict(config.evaluate.text), role="report")
-        corpus = load_corpus(text, workbench.llm)
-        ensure_disjoint(workbench.scorer.corpus, corpus)
-        self.report = MaskScorer(workbench.llm, corpus, workbench.store)
+        self.report = held_out_scorer(config.evaluate.text, "report", workbench)
+        corpus = self.report.corpus
         self.tasks = None
         if config.evaluate.tasks.names:
             from rap_env.scoring.tasks import TaskScorer

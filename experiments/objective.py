@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from agents.policy import TrainedPolicy
-from experiments.bench import open_bench
+from experiments.bench import held_out_scorer, open_bench
 from experiments.config import Config
 from experiments.grid import Choice, choices, grid_requests
 from experiments.runs import RunFolder
 from rap_env.blocks import BlockMask
-from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
 from rap_env.workbench import Workbench
 
 
@@ -36,12 +35,7 @@ class Judge:
         self._on = judged_on(config)
         self._scorer = workbench.scorer
         if config.evaluate.selection is not None:
-            from rap_env.scoring.scorer import MaskScorer
-
-            text = CorpusConfig(**asdict(config.evaluate.selection), role="selection")
-            corpus = load_corpus(text, workbench.llm)
-            ensure_disjoint(workbench.scorer.corpus, corpus)
-            self._scorer = MaskScorer(workbench.llm, corpus, workbench.store)
+            self._scorer = held_out_scorer(config.evaluate.selection, "selection", workbench)
 
     def facts(self, found: Sequence[Choice]) -> dict[str, Any]:
         """The mean loss over the grid, nats per token, and what it was measured on.

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from agents.baselines import make_baseline
 from agents.baselines.base import price_per_byte
 from agents.baselines.orders import GSIBaseline
 from experiments.cli import launch
@@ -21,11 +19,11 @@ from experiments.runs import RunFolder
 from experiments.statistics import bootstrap_mean, paired_difference
 from experiments.study_bench import (
     Judge,
-    Maker,
     Search,
     StudyBench,
     all_disjoint,
     bar,
+    baseline_maker,
     gsi_identity,
     reseeded,
 )
@@ -65,7 +63,8 @@ class GSIPerByteBaseline(GSIBaseline):
         return [int(index) for index in np.argsort(prices, kind="stable")]
 
 
-METHODS = ("gsi", GSIPerByteBaseline.name)
+OWN = {GSIPerByteBaseline.name: GSIPerByteBaseline}
+METHODS = ("gsi", *OWN)
 
 
 def overfitting(config: Config, folder: Path) -> Path:
@@ -111,7 +110,7 @@ def _rows(config: Config, folder: Path) -> list[StudyRow]:
     for (_, seed), corpus in bar(config, "overfitting", list(draws.items())):
         workbench, identity = bench.on(corpus), gsi_identity(config)
         for method in METHODS:
-            search = Search(method, TEXT, seed, workbench, _maker(method), identity)
+            search = Search(method, TEXT, seed, workbench, baseline_maker(method, **OWN), identity)
             rows += judge.rows(search, settings.parsed_cells)
     return rows
 
@@ -144,15 +143,6 @@ def _windows(rows: Sequence[StudyRow]) -> list[list[float]]:
         np.mean([row.window_losses for row in rows if row.seed == seed], axis=0).tolist()
         for seed in seeds
     ]
-
-
-def _maker(method: str) -> Maker:
-    def make(workbench: Workbench) -> tuple[Any, int]:
-        per_byte = method == GSIPerByteBaseline.name
-        baseline = GSIPerByteBaseline(workbench) if per_byte else make_baseline(method, workbench)
-        return baseline, baseline.setup_evaluations
-
-    return make
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from agents.baselines import make_baseline
 from agents.checkpoint import latest_checkpoint
 from agents.policy import TrainedPolicy
 from experiments.bench import open_bench
@@ -29,6 +28,7 @@ from experiments.study_bench import (
     StudyBench,
     all_disjoint,
     bar,
+    baseline_maker,
     gsi_identity,
     reseeded,
 )
@@ -138,7 +138,7 @@ def searches(
     """All that choose masks by what one text says."""
     for method in METHODS:
         identity = gsi_identity(bench.config) if method == "gsi" else {}
-        yield Search(method, name, seed, workbench, _baseline(method), identity)
+        yield Search(method, name, seed, workbench, baseline_maker(method), identity)
     for folder, own in agents:
         seen = bench.on(workbench.scorer.corpus, importance=own.importance.method)
         identity = {**_policy_identity(folder), **gsi_identity(bench.config)}
@@ -198,14 +198,6 @@ def _measured(method: str, workbench: Workbench) -> dict[str, Any]:
         "values": values.tolist(),
         "evaluations": evaluations,
     }
-
-
-def _baseline(method: str) -> Maker:
-    def make(workbench: Workbench) -> tuple[Any, int]:
-        baseline = make_baseline(method, workbench)
-        return baseline, baseline.setup_evaluations
-
-    return make
 
 
 def _policy(folder: Path) -> Maker:

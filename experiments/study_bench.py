@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from agents.baselines import BASELINES, Baseline
 from experiments.bench import open_bench
 from experiments.config import Config, TextConfig
 from experiments.errors import ExperimentError
@@ -216,6 +217,21 @@ class Judge:
             report_sha256=self._report[text].corpus.sha256,
             **search.identity,
         )
+
+
+def baseline_maker(method: str, **others: type[Baseline]) -> Maker:
+    """Makes the baseline of that name.
+
+    Args:
+        method: One of `agents.baselines.BASELINES`, or of `others`.
+        **others: Baselines of one study alone, by name.
+    """
+
+    def make(workbench: Workbench) -> tuple[Selector, int]:
+        baseline = {**BASELINES, **others}[method](workbench)
+        return baseline, baseline.setup_evaluations
+
+    return make
 
 
 def gsi_identity(config: Config) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from agents.baselines import BASELINES, make_baseline
+from agents.baselines import BASELINES
 from experiments.cli import launch
 from experiments.config import Config
 from experiments.config.studies import TextStudyConfig
@@ -17,11 +16,11 @@ from experiments.errors import ExperimentError
 from experiments.runs import RunFolder
 from experiments.study_bench import (
     Judge,
-    Maker,
     Search,
     StudyBench,
     all_disjoint,
     bar,
+    baseline_maker,
     gsi_identity,
 )
 from experiments.study_rows import StudyRow, search_evaluations
@@ -30,10 +29,10 @@ from experiments.text_study_search import LazyPerByteBaseline
 from experiments.text_study_tables import SHARED, SHARED_ALL, TextComparison
 from rap_env.errors import UnknownNameError
 from rap_env.scoring.corpus import Corpus
-from rap_env.workbench import Workbench
 
 FILE = "text_study.jsonl"
-METHODS = (*BASELINES, LazyPerByteBaseline.name)
+OWN = {LazyPerByteBaseline.name: LazyPerByteBaseline}
+METHODS = (*BASELINES, *OWN)
 _FROZEN = ("model", "repair", "text_study.method", "text_study.texts", "text_study.report_windows")
 
 
@@ -98,17 +97,7 @@ def _search(bench: StudyBench, name: str, corpus: Corpus) -> Search:
     method = bench.config.text_study.method
     identity = gsi_identity(bench.config) if method == "gsi" else {}
     seed = int(corpus.provenance.get("seed", 0))
-    return Search(method, name, seed, bench.on(corpus), _maker(method), identity)
-
-
-def _maker(method: str) -> Maker:
-    def make(workbench: Workbench) -> tuple[Any, int]:
-        if method == LazyPerByteBaseline.name:
-            return LazyPerByteBaseline(workbench), 0
-        baseline = make_baseline(method, workbench)
-        return baseline, baseline.setup_evaluations
-
-    return make
+    return Search(method, name, seed, bench.on(corpus), baseline_maker(method, **OWN), identity)
 
 
 def _check(settings: TextStudyConfig) -> None:

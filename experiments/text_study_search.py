@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from agents.baselines.base import Baseline, Tally, fits, price_per_byte
 from rap_env.blocks import BlockMask
+from rap_env.importance.rounds import beside
 from rap_env.workload import Request
 
 _WIDTH = 6
@@ -52,8 +53,8 @@ def _promising(
     tally: Tally, mask: BlockMask, known: Mapping[int, float], last: int, price: Price
 ) -> dict[int, float]:
     """The rise in NLL at the removal of some kept blocks, the best among them."""
-    beside = _beside(last, known)
-    waiting = sorted(known, key=lambda i: (i not in beside, price(i, known[i]), i))
+    nearest = beside(last, sorted(known))
+    waiting = sorted(known, key=lambda i: (i not in nearest, price(i, known[i]), i))
     measured: dict[int, float] = {}
     width = _WIDTH + _NEIGHBOURS
     while waiting:
@@ -70,10 +71,3 @@ def _rises(tally: Tally, mask: BlockMask, blocks: list[int]) -> dict[int, float]
     nll = tally.nll(mask)
     without = tally.nll_many([mask | BlockMask.of(index) for index in blocks])
     return {index: value - nll for index, value in zip(blocks, without, strict=True)}
-
-
-def _beside(index: int, kept: Mapping[int, float]) -> set[int]:
-    """The nearest kept block on either side of a removed one."""
-    before = [i for i in kept if i < index]
-    after = [i for i in kept if i > index]
-    return {*([max(before)] if before else []), *([min(after)] if after else [])}

@@ -11,11 +11,8 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.importance.frontier import Counts
 from rap_env.memory import MemoryModel
-from rap_env.scoring.predictor import LossPredictor
+from rap_env.scoring.predictor import Floats, LossPredictor, Removed, to_rows
 from rap_env.workload import Request
-
-Removed = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 _STARTS = 3  # masks that are improved for each pair of counts
 _SWAPS = 3  # swaps in each: farther off, the predictor knows nothing
@@ -72,9 +69,7 @@ def propose(
     blocks = len(predictor.alone)
     rows = to_rows(list(_starts(pair, best, blocks)), blocks)
     found: list[tuple[float, BlockMask]] = []
-    for row in (
-        rows[np.argsort(predictor.losses(rows, guarded=False))[:_STARTS]] if len(rows) else rows
-    ):
+    for row in rows[np.argsort(predictor.losses(rows, guarded=False))[:_STARTS]]:
         for _ in range(_SWAPS):
             around = _swaps(row)
             losses = predictor.losses(around, guarded=False)
@@ -113,14 +108,6 @@ def _starts(pair: Counts, best: Mapping[Counts, BlockMask], blocks: int) -> Iter
             for index in sorted(best[more].indices):
                 if index % 2 == kind:
                     yield BlockMask(best[more].indices - {index})
-
-
-def to_rows(masks: Sequence[BlockMask], num_blocks: int) -> Removed:
-    """True for each removed block of each mask, (N, 2L)."""
-    rows = np.zeros((len(masks), num_blocks), dtype=bool)
-    for row, mask in zip(rows, masks, strict=True):
-        row[list(mask.indices)] = True
-    return rows
 
 
 def _swaps(row: npt.NDArray[np.bool_]) -> Removed:

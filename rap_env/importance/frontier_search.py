@@ -24,10 +24,10 @@ import numpy as np
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.frontier import Counts, Frontier, best_by_counts
-from rap_env.importance.frontier_proposals import Floats, Uses, propose, to_rows
+from rap_env.importance.frontier_proposals import Uses, propose
 from rap_env.importance.provenance import provenance_of
 from rap_env.memory import MemoryModel
-from rap_env.scoring.predictor import Fit, LossPredictor, fit_predictor
+from rap_env.scoring.predictor import Fit, Floats, LossPredictor, fit_predictor, to_rows
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import mask_key
 from rap_env.workload import Request

@@ -105,11 +105,11 @@ class Rounds(ABC):
         elsewhere losses mostly grow.
         """
         found = self.scorer.candidates(at.removed)
-        beside = _beside(at.order[-1], [block.index for block in found])
+        nearest = beside(at.order[-1], [block.index for block in found])
 
         def likely(item: tuple[Block, BlockMask]) -> tuple[bool, float, int]:
             index = item[0].index
-            return index not in beside, at.losses[index], index
+            return index not in nearest, at.losses[index], index
 
         return sorted(found.items(), key=likely)
 
@@ -274,7 +274,7 @@ class HalvingRounds(Rounds):
         return sum(loss * self._shares[part] for part, loss in losses.items()) / weight
 
 
-def _beside(index: int, kept: Sequence[int]) -> set[int]:
+def beside(index: int, kept: Sequence[int]) -> set[int]:
     """The nearest kept block on either side of a removed one."""
     before, after = [i for i in kept if i < index], [i for i in kept if i > index]
     return {*before[-1:], *after[:1]}

@@ -8,7 +8,7 @@ block and one a pair of blocks say how blocks make each other worse or better.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -230,6 +230,14 @@ class Fit:
             table = np.column_stack([x, x[:, rows] * x[:, columns], *shape, ones, target])
             total += table.T @ table
         return total
+
+
+def to_rows(masks: Sequence[Iterable[int]], num_blocks: int) -> Removed:
+    """True for each removed block of each mask, given by indices, (N, 2L)."""
+    rows = np.zeros((len(masks), num_blocks), dtype=bool)
+    for row, mask in zip(rows, masks, strict=True):
+        row[list(mask)] = True
+    return rows
 
 
 def pair_indices(

@@ -22,7 +22,7 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.memory import ModelFacts
 from rap_env.scoring.ensemble import ScoreModel, fit_score_model
 from rap_env.scoring.fidelity import Fidelity
-from rap_env.scoring.predictor import LossPredictor
+from rap_env.scoring.predictor import LossPredictor, to_rows
 
 PREFIX = "score_table:"
 """What a model's name starts with if it is the path of a table."""
@@ -104,9 +104,7 @@ class ScoreTable:
                 f"{2 * facts.num_blocks} masks in all; measure more of them first."
             )
         masks = sorted(scores, key=tuple)
-        removed = np.zeros((len(masks), facts.num_blocks), dtype=bool)
-        for row, mask in zip(removed, masks, strict=True):
-            row[list(mask.indices)] = True
+        removed = to_rows(masks, facts.num_blocks)
         nll = np.array([scores[mask] for mask in masks])
         dense = scores[BlockMask()]
         alone = np.array([scores[mask] for mask in singles]) - dense
@@ -133,9 +131,7 @@ class ScoreTable:
         Raises:
             StorageFullError: The disk is full.
         """
-        removed = np.zeros((len(self.scores), self.facts.num_blocks), dtype=bool)
-        for row, mask in zip(removed, self.scores, strict=True):
-            row[list(mask)] = True
+        removed = to_rows(list(self.scores), self.facts.num_blocks)
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("facts", "predictor", "fidelity"):
             body[name] = asdict(body[name])
