@@ -49,6 +49,10 @@ class UnsupportedModelError(RapError, ValueError):
     """A model family whose blocks the project does not know, or a layout it cannot mask."""
 
 
+class UnsupportedCacheError(RapError, ValueError):
+    """A KV cache, or a way of decoding, that cannot follow a mask that changes in between."""
+
+
 class ModelNotAvailableError(RapError, OSError):
     """Neither the cache nor the network has the model."""
 
@@ -93,3 +97,19 @@ class MissingDependencyError(RapError, ImportError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_from
+
+
+class ServingSettingsError(RapError, ValueError):
+    """A limit or address that a server cannot work with."""
+
+
+class MemorySourceError(RapError, OSError):
+    """How much memory there is cannot be found out."""
+
+
+class QueueFullError(RapError, RuntimeError):
+    """Too many requests wait already; come back later."""
+
+
+class EngineClosedError(RapError, RuntimeError):
+    """An engine that was closed takes no more requests."""

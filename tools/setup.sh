@@ -34,6 +34,6 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 fi
 
 say "packages (about 500 MB the first time; a few minutes)"
-$pip install --constraint constraints.txt --editable '.[agents,eval,plots,sweeps,dev]' \
+$pip install --constraint constraints.txt --editable '.[agents,eval,plots,serve,sweeps,dev]' \
     > "$venv/setup.log" 2>&1 || { tail -n 30 "$venv/setup.log" >&2; exit 1; }
 say "done: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"

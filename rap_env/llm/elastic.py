@@ -5,18 +5,46 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.llm.adapter import adapter_for
+from rap_env.llm.device import return_freed_memory
 from rap_env.llm.fingerprint import fingerprint_of, named_weights, tensor_key
+from rap_env.llm.residency import BlockWeights, Residency, check_residency
 from rap_env.llm.sites import LiveBlocks
 from rap_env.llm.stub import Stub
 from rap_env.memory import ModelFacts
+
+if TYPE_CHECKING:
+    from rap_env.llm.live import Restore
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that are really in memory.
+
+    Attributes:
+        weights: Of the model's weights, stubs included.
+        kv_cache: Of the KV caches in use.
+    """
+
+    weights: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.kv_cache
 
 
 class ElasticLLM:
@@ -28,32 +56,38 @@ class ElasticLLM:
     leaves: its `state_dict()` and `parameters()` show the kept blocks alone, so lift the mask
     before you move, convert or save `model` as a whole.
 
-    Generation with a KV cache is exact under any mask, as long as the mask does not change
-    between the steps that share a cache. Two things differ from a dense model:
-    ``output_attentions`` and ``output_router_logits`` list the kept blocks alone, and a removed
-    attention block leaves 2 bytes a token and sequence in the cache (see `RemovedAttention`).
-    Not for use from several threads at once.
+    Generation with a KV cache is exact under any mask, and `apply` may change it between any two
+    steps, from any thread: see `generate`, `rap_env.llm.live_batch.LiveBatch` and
+    `set_residency`. Two things differ from a dense model: ``output_attentions`` and
+    ``output_router_logits`` list the kept blocks alone, and a removed attention block leaves 2
+    bytes a token and sequence in the cache (see `RemovedAttention`). Whoever calls `model`
+    by hand while another thread changes masks holds `exclusive` meanwhile.
 
     Args:
         model: A causal language model of a known family. It is put into evaluation mode.
         tokenizer: Its tokenizer, or None where only token ids are used.
         name: What the user called the model.
+        folder: Where its weights were read from, if from safetensors files.
 
     Attributes:
         model: The live model, as the current mask leaves it.
         tokenizer: As given.
         name: As given.
+        folder: As given.
         adapter: What the config says about the blocks.
 
     Raises:
         UnsupportedModelError: The family is unknown or its layout cannot be masked.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None
+    ) -> None:
         self.adapter = adapter_for(model.config)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.folder = folder
         self._live = LiveBlocks(self.adapter.sites(model))
         self._stubs: Mapping[int, Stub] = {}
         self._repair = ""
@@ -109,20 +143,25 @@ class ElasticLLM:
     def apply(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> None:
         """Remove exactly the blocks of `mask`; all others are put back.
 
+        It waits for the step that another thread may be in. Then keys and values of removed
+        blocks are freed in every cache that a generation uses, and their weights are let go of as
+        `set_residency` says, before others are brought back. Caches take up restored
+        blocks at their own next step.
+
         Args:
             mask: The blocks to remove.
             bare: Those among them in whose place no stub stands, whether or not there is one.
 
         Raises:
             UnknownNameError: It names a block that the model does not have; nothing changes.
+            UnsupportedCacheError: A cache in use cannot let go of a block; nothing changes.
+            ChecksumError: A restored block's file is damaged; blocks not yet restored stay removed.
+            ModelNotAvailableError: The same, with a file that is gone.
         """
-        mask.check(self.num_blocks)
-        self._live.place(
-            {
-                index: None if index in bare.indices else self._stubs.get(index)
-                for index in mask.indices
-            }
-        )
+        with self.exclusive():
+            wanted = self._wanted(mask, bare)
+            self._free_keys_and_values(mask)
+            self._live.place(wanted, let_go=True)
 
     @contextlib.contextmanager
     def masked(
@@ -133,7 +172,8 @@ class ElasticLLM:
     ) -> Iterator[ElasticLLM]:
         """Apply `mask` for the duration of a ``with`` block, whatever happens in it.
 
-        What was removed before is removed again afterwards.
+        What was removed before is removed again afterwards. Other threads neither run the model nor
+        change its mask meanwhile. Weights of blocks that are removed for this long stay in memory.
 
         Args:
             mask: As for `apply`.
@@ -142,12 +182,146 @@ class ElasticLLM:
         Raises:
             UnknownNameError: It names a block that the model does not have.
         """
-        before = self._live.removed
+        with self.exclusive():
+            before = dict(self._live.removed)
+            try:
+                self._live.place(self._wanted(mask, bare))
+                yield self
+            finally:
+                self._live.place(before, let_go=True)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """While this ``with`` block lasts, no other thread runs the model or changes its mask.
+
+        It may be nested. `apply`, `masked` and each step of a generation do it themselves.
+        """
+        return self._live.lock
+
+    @contextlib.contextmanager
+    def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
+        """Run without some more blocks than the mask removes, for the length of one step."""
+        before = dict(self._live.removed)
+        more = blocks - before.keys() - self.pruned.indices
+        if not more:
+            yield
+            return
         try:
-            self.apply(mask, bare=bare)
-            yield self
+            self._live.place({**{index: self._stubs.get(index) for index in more}, **before})
+            yield
         finally:
             self._live.place(before)
+
+    @property
+    def residency(self) -> Residency:
+        """What becomes of the weights of removed blocks; see `rap_env.llm.residency`."""
+        return "resident" if self._live.weights is None else self._live.weights.residency
+
+    def set_residency(self, residency: Residency) -> None:
+        """Say what becomes of the weights of removed blocks, those removed now included.
+
+        The first time that weights are not to stay, every block's weights move to a buffer of
+        their own, and it is checked where they can be read again: seconds for a GB.
+
+        Args:
+            residency: ``"resident"``, ``"offload"`` or ``"drop"``.
+
+        Raises:
+            UnknownNameError: There is no such residency.
+            UnsupportedModelError: ``"drop"`` without the model's own files.
+            StorageFullError: No room for a file to offload to.
+        """
+        check_residency(residency)
+        with self.exclusive():
+            if residency == self.residency:
+                return
+            removed = dict(self._live.removed)
+            self._live.place({})  # all weights in memory
+            self._live.weights = None
+            try:
+                if residency != "resident":
+                    self._live.weights = BlockWeights(
+                        *self._untied_parameters(),
+                        self.device,
+                        self.folder,
+                        residency,
+                        self.fingerprint,
+                    )
+            finally:
+                self._live.place(removed, let_go=True)
+        return_freed_memory()
+
+    @property
+    def held_bytes(self) -> HeldBytes:
+        """Bytes that the model's tensors and the KV caches in use take in memory now."""
+        with self.exclusive():
+            own, base = self._own_bytes
+            released = 0 if self._live.weights is None else self._live.weights.released_bytes
+            weights = base + sum(own) - released + sum(self._stub_bytes())
+            return HeldBytes(weights, self._kv_bytes())
+
+    def _kv_bytes(self) -> int:
+        caches = list(self._live.caches)
+        if not caches:
+            return 0
+        from rap_env.llm import kv
+
+        return sum(kv.held_bytes(cache) for cache in caches)
+
+    def watch(self, cache: Any) -> None:
+        """Let a KV cache follow the masks that `apply` sets, for as long as somebody uses it."""
+        self._live.caches.add(cache)
+
+    @property
+    def removed_attention(self) -> frozenset[int]:
+        """Layers without their attention block now."""
+        return frozenset(index // 2 for index in self._live.removed if index % 2 == 0) | frozenset(
+            index // 2 for index in self.pruned.indices if index % 2 == 0
+        )
+
+    def on_attention(self, layer: int, hook: Callable[..., Any]) -> None:
+        """Have the arguments of a layer's attention block pass through a hook, for good."""
+        if layer not in self._live.hooked:
+            self._live.hooked.add(layer)
+            attention = self._live.sites[2 * layer].slots[0].original
+            attention.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _wanted(self, mask: BlockMask, bare: BlockMask) -> dict[int, Stub | None]:
+        mask.check(self.num_blocks)
+        return {
+            index: None if index in bare.indices else self._stubs.get(index)
+            for index in mask.indices
+        }
+
+    def _free_keys_and_values(self, mask: BlockMask) -> None:
+        caches = list(self._live.caches)
+        if not caches:
+            return
+        from rap_env.llm import kv
+
+        layers = frozenset(index // 2 for index in mask.indices if index % 2 == 0)
+        for cache in caches:
+            if kv.held_by(cache, layers):
+                kv.check_cache(cache)
+        for cache in caches:
+            kv.let_go(cache, layers)
+
+    def _untied_parameters(self) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
+        """Parameters that serve one block alone, (2L,), and all others, by names in the model.
+
+        Those that share memory under several names are among the others if they are one object,
+        and nowhere if they are several: moving one would part them.
+        """
+        named = dict(self.model.named_parameters())  # one name for an object
+        users = Counter(tensor_key(parameter) for parameter in named.values())
+        alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
+        seen = Counter(tensor_key(tensor) for _, tensor in named_weights(self.model))
+        names = {id(parameter): name for name, parameter in alone.items()}
+        blocks = []
+        for site in self._live.sites:
+            inside = [p for part in site.modules for p in part.parameters() if id(p) in names]
+            blocks.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
+        taken = {name for block in blocks for name in block}
+        return blocks, {name: p for name, p in alone.items() if name not in taken}
 
     @property
     def spare_bytes(self) -> int | None:
@@ -162,14 +336,40 @@ class ElasticLLM:
 
         Sequences have no padding.
         """
-        output = self.adapter.decoder(self.model)(input_ids=input_ids, use_cache=False)
+        with self.exclusive():
+            output = self.adapter.decoder(self.model)(input_ids=input_ids, use_cache=False)
         last: torch.Tensor = output.last_hidden_state
         return last
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate` with the current mask, without gradients. Arguments as there."""
+    def generate(
+        self,
+        *args: Any,
+        restore: Restore = "refill",
+        before_step: Callable[[], object] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`model.generate` without gradients, under masks that may change between its steps.
+
+        Several threads may generate at once: their steps take turns.
+
+        Args:
+            *args: As for transformers' ``generate``.
+            restore: What an attention block that comes back does about the tokens so far:
+                ``"refill"``, ``"from_here"`` or ``"next_request"``; see `rap_env.llm.live`.
+            before_step: Called before each forward pass; it may apply another mask.
+            **kwargs: As for transformers' ``generate``.
+
+        Raises:
+            UnknownNameError: There is no such way of restoring.
+            UnsupportedCacheError: The mask changed, and the cache or the way of decoding cannot
+                follow. Also raised to who applies a mask that such a cache would have to follow.
+        """
+        from rap_env.llm.generation import generate
+        from rap_env.llm.live import check_restore
+
+        check_restore(restore)
         with torch.no_grad():
-            return self.model.generate(*args, **kwargs)
+            return generate(self, restore, before_step, args, kwargs)
 
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:

@@ -97,7 +97,10 @@ def load_llm(
     read_config(found.folder)
     log.info("Loading %s in %s on %s", found.name, kind, place)
     return ElasticLLM(
-        _load_weights(found.folder, kind).to(place), load_tokenizer(found.folder), name=found.name
+        _load_weights(found.folder, kind).to(place),
+        load_tokenizer(found.folder),
+        name=found.name,
+        folder=found.folder,
     )
 
 

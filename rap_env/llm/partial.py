@@ -73,9 +73,10 @@ class PartialForward:
         layer = (*blocks, *removed)[0] // 2
         args, kwargs = self._calls_for(state)[layer]
         others = frozenset((2 * layer, 2 * layer + 1)) - frozenset(blocks)
-        if blocks:
-            self._llm.hold_layer(layer)
-        with self._llm.masked(BlockMask(others), bare=BlockMask(others - frozenset(removed))):
+        bare = BlockMask(others - frozenset(removed))
+        with self._llm.masked(BlockMask(others), bare=bare):
+            if blocks:
+                self._llm.hold_layer(layer)
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -134,7 +135,7 @@ class PartialForward:
         layer: Callable[[int, torch.Tensor, _Call], torch.Tensor],
     ) -> torch.Tensor:
         """The decoder with `layer` in the place of every layer: only its ends are computed."""
-        with _replaced_forwards(self._layers, layer):
+        with self._llm.exclusive(), _replaced_forwards(self._layers, layer):
             output = self._decoder(input_ids=input_ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden

@@ -6,6 +6,7 @@ to the residual stream, and goes on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from torch import nn
 # transformers >= 5.24 hands its modules the cache as `cache`, older ones as
 # `past_key_values`; GPT-NeoX says `layer_past` in both.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among the keyword arguments of a module, or None."""
+    found = (arguments[name] for name in _CACHE_ARGUMENTS if arguments.get(name) is not None)
+    return next(found, None)
 
 
 class Removed(nn.Module):
@@ -34,6 +41,15 @@ class Removed(nn.Module):
             return _zeros_like(hidden_states)
         added: torch.Tensor = self.stub(hidden_states)
         return added
+
+
+PLACE_DTYPE = torch.uint8
+"""Of what stands in the cache for a token of a removed block; no model computes in it."""
+
+
+def places(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """What stands in the cache for tokens of a removed block, (batch, 1, tokens, 1)."""
+    return torch.zeros((batch, 1, tokens, 1), dtype=PLACE_DTYPE, device=device)
 
 
 def _zeros_like(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -62,15 +78,12 @@ class RemovedAttention(Removed):
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """What is added to states of shape (batch, tokens, hidden), and no attention weights."""
-        for name in _CACHE_ARGUMENTS:
-            cache = kwargs.get(name)
-            if cache is not None:
-                batch, tokens = hidden_states.shape[:2]
-                # One value wide, not zero: a cache layer without elements counts as empty.
-                shape = (batch, 1, tokens, 1)
-                row = torch.zeros(shape, dtype=torch.uint8, device=hidden_states.device)
-                cache.update(row, row, self.layer_idx)
-                break
+        cache = cache_in(kwargs)
+        if cache is not None:
+            batch, tokens = hidden_states.shape[:2]
+            # One value wide, not zero: a cache layer without elements counts as empty.
+            row = places(batch, tokens, hidden_states.device)
+            cache.update(row, row, self.layer_idx)
         return self._added(hidden_states), None
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
 from rap_env.llm.removed import Removed
+from rap_env.llm.residency import BlockWeights
 from rap_env.llm.stub import Stub
 
 
@@ -82,16 +85,39 @@ class LiveBlocks:
     Attributes:
         sites: Where each block lives, (2L,).
         removed: The removed blocks by index, with the stub that stands there, if any does.
+        lock: Held by whoever runs the model or changes what is in the places.
+        caches: KV caches in use.
+        weights: Lets go of removed blocks' weights; None: they stay.
+        hooked: Layers whose attention passes its arguments through a hook.
     """
 
     sites: tuple[BlockSite, ...]
     removed: dict[int, Stub | None] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    weights: BlockWeights | None = None
+    hooked: set[int] = field(default_factory=set)
 
-    def place(self, wanted: Mapping[int, Stub | None]) -> None:
-        """Remove exactly the blocks of `wanted`."""
-        for index in self.removed.keys() - wanted.keys():
-            self.sites[index].restore()
+    def place(self, wanted: Mapping[int, Stub | None], *, let_go: bool = False) -> None:
+        """Remove exactly the blocks of `wanted`.
+
+        Args:
+            wanted: The blocks, with their stubs.
+            let_go: Free the weights of all removed blocks, unless they are to stay. Before
+                others are brought back, so that no more than either mask needs is in memory.
+
+        Raises:
+            RapError: A block's weights cannot be read again; it and those after it stay removed.
+        """
         for index, stub in wanted.items():
             if index not in self.removed or self.removed[index] is not stub:
                 self.sites[index].remove(stub)
-        self.removed = dict(wanted)
+                self.removed[index] = stub
+        if self.weights is not None and let_go:
+            for index in wanted:
+                self.weights.let_go(index)
+        for index in self.removed.keys() - wanted.keys():
+            if self.weights is not None:
+                self.weights.bring_back(index)
+            self.sites[index].restore()
+            del self.removed[index]

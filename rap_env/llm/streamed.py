@@ -22,7 +22,9 @@ from rap_env.llm.config import read_config
 from rap_env.llm.device import choose_device, choose_dtype
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import PRUNED_FILE, load_tokenizer, locate
-from rap_env.llm.weight_files import StoredTensor, open_weights
+from rap_env.llm.residency import Residency, check_residency
+from rap_env.llm.stored import StoredTensor
+from rap_env.llm.weight_files import open_weights
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -170,6 +172,20 @@ class StreamedLLM(ElasticLLM):
     def layer_reads(self) -> int:
         """Layers that were read from files so far."""
         return self._held.reads
+
+    def set_residency(self, residency: Residency) -> None:
+        """Only ``"resident"``, which changes nothing: a streamed layer leaves by itself.
+
+        Raises:
+            UnknownNameError: There is no such residency.
+            UnsupportedModelError: Another one.
+        """
+        check_residency(residency)
+        if residency != "resident":
+            raise UnsupportedModelError(
+                f"A streamed model holds one layer at a time, whatever its mask is, so that there "
+                f"is nothing for residency={residency!r} to free; load it with load_llm()."
+            )
 
     def hold_layer(self, number: int) -> None:
         """Have the weights of a layer in memory; those of the layer held before are let go.

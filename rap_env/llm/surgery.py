@@ -107,7 +107,7 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    llm = ElasticLLM(model.to(device), tokenizer, name=body["name"])
+    llm = ElasticLLM(model.to(device), tokenizer, name=body["name"], folder=folder)
     for _, place, stub in _stubs(llm):
         # Mapped from a file they are aligned in another way than in memory, and so a product
         # with a single row is summed in another order.

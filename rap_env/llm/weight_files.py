@@ -4,96 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rap_env.artifacts import disk_errors
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.hub import has_all_weights
 from rap_env.llm.progress import transformers_bars
-
-_PIECE_VALUES = 2**20  # are converted at a time
-_LENGTH_BYTES = 8  # at the head of a safetensors file: the length of its table
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor in a safetensors file.
-
-    Attributes:
-        path: The file.
-        offset: Where its bytes begin in the file.
-        shape: Its shape.
-        stored_dtype: Its dtype in the file.
-        dtype: The dtype that it is wanted in.
-    """
-
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    stored_dtype: torch.dtype
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory, as it is wanted."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def reading_bytes(self) -> int:
-        """Bytes that reading it takes on a CPU beside the result."""
-        piece = min(math.prod(self.shape), _PIECE_VALUES)
-        return 0 if self.dtype == self.stored_dtype else piece * self.stored_dtype.itemsize
-
-    @torch.inference_mode(False)
-    def read(self, device: torch.device) -> torch.Tensor:
-        """A copy in memory.
-
-        The file is read, not mapped as safetensors' own reader does it: that maps the whole
-        file, and the pages that were touched would count as the process's memory.
-
-        Args:
-            device: Where the copy lies.
-
-        Raises:
-            ChecksumError: The file is truncated.
-            ModelNotAvailableError: It is gone.
-        """
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
-        direct = self.stored_dtype == self.dtype and tensor.device.type == "cpu"
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                for piece in torch.split(tensor.view(-1), _PIECE_VALUES):
-                    stored = piece if direct else torch.empty(len(piece), dtype=self.stored_dtype)
-                    into = stored.view(torch.uint8).numpy().data
-                    if file.readinto(into) < len(into):
-                        raise ChecksumError(
-                            f"The weights in {self.path} are truncated or damaged; get the model "
-                            "again."
-                        )
-                    if not direct:
-                        piece.copy_(stored)
-        except FileNotFoundError:
-            raise ModelNotAvailableError(
-                f"{self.path} is gone since the model was opened; put it back and open it again."
-            ) from None
-        return tensor
+from rap_env.llm.stored import DTYPES, StoredTensor, damaged, read_table
 
 
 def open_weights(
@@ -135,7 +59,9 @@ def open_weights(
     remove_hook_from_module(model, recurse=True)
     _set_dtype(model, dtype)
     expected = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
-    tables = {path: _table(path) for path in {Path(e["safetensors_file"]) for e in index.values()}}
+    tables = {
+        path: read_table(path) for path in {Path(e["safetensors_file"]) for e in index.values()}
+    }
     stored = {
         name: _stored(index[name], parameter.dtype, tables) for name, parameter in expected.items()
     }
@@ -146,13 +72,13 @@ def open_weights(
 def _load_offloaded(folder: Path, config: Any, work: Path) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    first = _table(min(folder.glob("*.safetensors")))
+    first = read_table(min(folder.glob("*.safetensors")))
     stored = Counter(entry["dtype"] for entry in first.values()).most_common(1)[0][0]
 
     with transformers_bars(shown=False), _quiet("accelerate"), disk_errors(work), readable(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_DTYPES.get(stored, torch.float32),  # in another one, every weight is read now
+            dtype=DTYPES.get(stored, torch.float32),  # in another one, every weight is read now
             device_map=_device_map(config),
             offload_folder=work,
             local_files_only=True,
@@ -211,32 +137,17 @@ def _offload_index(model: Any) -> Mapping[str, Mapping[str, str]]:
     return {}
 
 
-def _table(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors; offsets as in the file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        try:
-            table: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
-        except ValueError as error:
-            raise _damaged(path.parent, error) from error
-    table.pop("__metadata__", None)
-    begin = _LENGTH_BYTES + length
-    return {
-        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
-    }
-
-
 def _stored(
     place: Mapping[str, str], dtype: torch.dtype, tables: Mapping[Path, Mapping[str, Any]]
 ) -> StoredTensor:
     path = Path(place["safetensors_file"])
     entry = tables[path][place["weight_name"]]
-    if entry["dtype"] not in _DTYPES:
+    if entry["dtype"] not in DTYPES:
         raise UnsupportedModelError(
             f"{place['weight_name']!r} in {path} is of type {entry['dtype']}, and only weights of "
-            f"{', '.join(_DTYPES)} can be read a layer at a time; load the model with load_llm()."
+            f"{', '.join(DTYPES)} can be read a layer at a time; load the model with load_llm()."
         )
-    return StoredTensor(path, entry["at"], tuple(entry["shape"]), _DTYPES[entry["dtype"]], dtype)
+    return StoredTensor(path, entry["at"], tuple(entry["shape"]), DTYPES[entry["dtype"]], dtype)
 
 
 def _refuse_other_shapes(
@@ -248,12 +159,6 @@ def _refuse_other_shapes(
             f"{folder} holds {len(wrong)} tensors that do not fit its config: {wrong[0]!r} has "
             f"shape {stored[wrong[0]].shape}, and {tuple(expected[wrong[0]].shape)} was expected."
         )
-
-
-def _damaged(folder: Path, error: Exception) -> ChecksumError:
-    return ChecksumError(
-        f"The weights in {folder} are truncated or damaged ({error}); get the model again."
-    )
 
 
 def require_all_files(folder: Path) -> None:
@@ -291,7 +196,7 @@ def readable(folder: Path) -> Iterator[None]:
             raise
         if "os error 28" in str(error):  # a converted tensor did not fit on the disk
             raise OSError(errno.ENOSPC, str(error)) from error
-        raise _damaged(folder, error) from error
+        raise damaged(folder, error) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,287 @@
+"""Sequences that are generated side by side; they join, leave and outlive changes of the mask.
+
+Shapes: B sequences (rows), T tokens held for each, V entries of the head. Shorter rows are padded
+on the left, where no row looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from rap_env.errors import InvalidRequestError, UnsupportedCacheError
+from rap_env.llm import kv
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.live import (
+    Past,
+    Restore,
+    cache_argument,
+    check_restore,
+    follow,
+    positions_of,
+    refill,
+    step,
+)
+from rap_env.memory import PREFILL_CHUNK_TOKENS
+
+
+class LiveBatch:
+    """A batch of sequences with one KV cache on a live model.
+
+    Its mask is the model's: `ElasticLLM.apply` may change it between any two calls, from any
+    thread. Then an attention block that is removed lets go of its keys and values at once, and one
+    that is restored is dealt with at the next call that runs the model or joins batches: its cache
+    is filled again, or it stays out until the batch is empty (see `rap_env.llm.live`). Each call
+    takes the model for itself; the calls of one batch belong to one thread. A call that fails
+    leaves the rows as they were, and the next one computes their cache anew.
+
+    Args:
+        llm: The live model.
+        restore: ``"refill"`` or ``"next_request"``.
+
+    Raises:
+        UnsupportedCacheError: ``"from_here"``, which a batch that others join cannot have.
+        UnknownNameError: There is no such way of restoring.
+    """
+
+    def __init__(self, llm: ElasticLLM, *, restore: Restore = "refill") -> None:
+        check_restore(restore)
+        if restore == "from_here":
+            raise UnsupportedCacheError(
+                "restore='from_here' is for generate(): in a batch that others join, a block would "
+                "have seen another part of each sequence; use 'refill' or 'next_request'."
+            )
+        self._llm = llm
+        self._restore = restore
+        self._argument = cache_argument(llm.model)
+        self._rows: list[list[int]] = []
+        self._cache: Any = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of rows."""
+        return len(self._rows)
+
+    @property
+    def length(self) -> int:
+        """T, tokens held for each row, padding included; 0 without rows."""
+        return max(map(len, self._rows), default=0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the KV cache takes."""
+        return 0 if self._cache is None else kv.held_bytes(self._cache)
+
+    def tokens_of(self, row: int) -> list[int]:
+        """All tokens of a row so far, without padding."""
+        return list(self._rows[row])
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], chunk_tokens: int | None = None
+    ) -> torch.Tensor:
+        """Begin with one row a prompt.
+
+        Args:
+            prompts: Token ids, at least one each.
+            chunk_tokens: Most tokens of each row to run at once; less needs less workspace.
+
+        Returns:
+            Logits after the last token of each row, (B, V), float32.
+
+        Raises:
+            InvalidRequestError: There are rows already, or a prompt is empty.
+        """
+        if self._rows:
+            raise InvalidRequestError(
+                f"A batch of {self.size} rows cannot be begun again; keep([]) empties it."
+            )
+        rows = [list(map(int, prompt)) for prompt in prompts]
+        if not rows or not all(rows):
+            raise InvalidRequestError("A batch needs prompts of at least one token each.")
+        length = max(map(len, rows))
+        width = chunk_tokens or max(1, PREFILL_CHUNK_TOKENS // len(rows))
+        logits = torch.empty(0)
+        try:
+            for end in [*range(width, length, width), length]:
+                # All rows end together: the first chunks of short ones are padding.
+                held = self.length
+                self._rows = [row[: max(0, len(row) - (length - end))] for row in rows]
+                logits = self._forward(end - held)
+        except BaseException:
+            self._rows, self._cache = [], None
+            raise
+        return logits
+
+    def extend(self, tokens: Sequence[int]) -> torch.Tensor:
+        """One decoding step: a token more for each row.
+
+        Args:
+            tokens: One for each row.
+
+        Returns:
+            Logits after it, (B, V), float32.
+
+        Raises:
+            InvalidRequestError: There are not as many tokens as rows.
+        """
+        return self.append([[token] for token in tokens])
+
+    def append(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Several tokens more for each row, as many for one as for another; else as `extend`."""
+        counts = {len(new) for new in tokens}
+        if len(tokens) != self.size or len(counts) != 1 or 0 in counts:
+            raise InvalidRequestError(
+                f"{self.size} rows need as many lists of tokens, all of one length, not "
+                f"{len(tokens)} of lengths {sorted(counts)}."
+            )
+        before = self._rows
+        self._rows = [[*row, *map(int, new)] for row, new in zip(before, tokens, strict=True)]
+        try:
+            return self._forward(counts.pop())
+        except BaseException:
+            self._rows, self._cache = before, None
+            raise
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep some rows, in this order; the others' memory and shared padding are freed.
+
+        Args:
+            rows: Numbers of rows; none empties the batch.
+        """
+        with self._llm.exclusive():
+            before = self.length
+            self._rows = [self._rows[row] for row in rows]
+            if not self._rows or self._cache is None:
+                self._cache = None
+                return
+            index = torch.tensor(rows, device=self._llm.device)
+            cut = before - self.length
+            for layer in self._cache.layers:
+                _change(layer, self.length, lambda held: held[index], cut)
+
+    def join(self, other: LiveBatch) -> None:
+        """Append the rows of another batch, which is empty afterwards.
+
+        Both follow the model's mask first. What either lacks, both will lack.
+
+        Raises:
+            InvalidRequestError: It is of another model.
+        """
+        if other._llm._live is not self._llm._live:
+            raise InvalidRequestError("Batches can only be joined if they are of one model.")
+        if not other._rows:
+            return
+        with self._llm.exclusive(), torch.no_grad():
+            if not self._rows:
+                self._rows, self._cache = other._rows, other._cache
+            else:
+                self._append_rows(other)
+            other._rows, other._cache = [], None
+
+    def close(self) -> None:
+        """Forget all rows."""
+        self.keep([])
+
+    def _append_rows(self, other: LiveBatch) -> None:
+        try:
+            for batch in (self, other):
+                batch._follow()
+            absent = kv.missing(self._cache) | kv.missing(other._cache)
+            for batch in (self, other):
+                kv.let_go(batch._cache, absent)
+            rows = self._rows + other._rows
+            length = max(map(len, rows))
+            for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
+                _concatenate(mine, theirs, length)
+        except BaseException:
+            self._cache = other._cache = None  # some layers may be joined, others not
+            raise
+        self._rows = rows
+
+    def _follow(self) -> None:
+        if self._cache is None:
+            self._cache = self._new_cache()
+            refill(self._llm, self._cache, self._past())
+        else:
+            follow(self._llm, self._cache, self._restore, self._past)
+
+    @torch.no_grad()
+    def _forward(self, new: int) -> torch.Tensor:
+        """Run the last `new` tokens of each row, and give the logits after them, (B, V)."""
+        rows, held = self._past(), self.length - new
+        made_of = _first(rows, held)
+        with self._llm.exclusive():
+            if self._cache is None:
+                self._cache = self._new_cache()
+                if held:
+                    refill(self._llm, self._cache, made_of)
+            with step(self._llm, self._cache, self._restore, lambda: made_of):
+                output = self._llm.model(
+                    input_ids=rows.tokens[:, held:],
+                    attention_mask=rows.attention_mask,
+                    position_ids=rows.position_ids[:, held:],
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{self._argument: self._cache},
+                )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits.float()
+
+    def _past(self) -> Past:
+        """All rows as a matrix of T columns."""
+        device, length = self._llm.device, self.length
+        pads = [length - len(row) for row in self._rows]
+        padded = [[0] * pad + row for pad, row in zip(pads, self._rows, strict=True)]
+        tokens = torch.tensor(padded, device=device)
+        starts = torch.tensor(pads, device=device)[:, None]
+        mask = (torch.arange(length, device=device) >= starts).long()
+        return Past(tokens, mask, positions_of(mask))
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._llm.model.config)
+
+
+def _first(rows: Past, count: int) -> Past:
+    """The first `count` columns."""
+    return Past(
+        rows.tokens[:, :count], rows.attention_mask[:, :count], rows.position_ids[:, :count]
+    )
+
+
+def _held(layer: Any, length: int) -> int:
+    """Tokens that a layer holds of sequences of `length` tokens."""
+    return min(length, layer.sliding_window - 1) if layer.is_sliding else length
+
+
+def _change(
+    layer: Any, length: int, rows: Callable[[torch.Tensor], torch.Tensor], cut: int
+) -> None:
+    """Select rows of a layer, and cut off what only other rows had on the left."""
+    if layer.keys is None:
+        return
+    held = _held(layer, length)
+    for name in ("keys", "values"):
+        whole = getattr(layer, name)
+        setattr(layer, name, rows(whole[:, :, whole.shape[-2] - held :]).contiguous())
+    if layer.is_sliding:
+        layer.cumulative_length -= cut
+
+
+def _concatenate(mine: Any, theirs: Any, length: int) -> None:
+    """Append rows of another layer, with both padded to `length` tokens."""
+    held = _held(mine, length)
+    for name in ("keys", "values"):
+        parts = [_padded(getattr(layer, name), held) for layer in (mine, theirs)]
+        setattr(mine, name, torch.cat(parts))
+        setattr(theirs, name, None)
+    if mine.is_sliding:
+        mine.cumulative_length = length
+
+
+def _padded(held: torch.Tensor, tokens: int) -> torch.Tensor:
+    return functional.pad(held, (0, 0, tokens - held.shape[-2], 0))
