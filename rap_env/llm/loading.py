@@ -21,6 +21,7 @@ from rap_env.errors import (
     UnsupportedModelError,
 )
 from rap_env.llm import default_model
+from rap_env.llm.attention import pack_single_queries
 from rap_env.llm.config import read_config
 from rap_env.llm.device import choose_device, choose_dtype, keep_freed_memory
 from rap_env.llm.elastic import ElasticLLM
@@ -96,12 +97,10 @@ def load_llm(
         return _load_pruned(found.folder, place, None if dtype == "auto" else kind)
     read_config(found.folder)
     log.info("Loading %s in %s on %s", found.name, kind, place)
-    return ElasticLLM(
-        _load_weights(found.folder, kind).to(place),
-        load_tokenizer(found.folder),
-        name=found.name,
-        folder=found.folder,
-    )
+    loaded = _load_weights(found.folder, kind).to(place)
+    pack_single_queries(loaded)
+    tokenizer = load_tokenizer(found.folder)
+    return ElasticLLM(loaded, tokenizer, name=found.name, folder=found.folder)
 
 
 _shared: dict[tuple[str, ...], ElasticLLM] = {}

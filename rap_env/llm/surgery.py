@@ -27,6 +27,8 @@ from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
+from rap_env.llm.attention import NAME as PACKED_ATTENTION
+from rap_env.llm.attention import pack_single_queries
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.progress import transformers_bars
 from rap_env.llm.removed import Removed
@@ -107,7 +109,9 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    llm = ElasticLLM(model.to(device), tokenizer, name=body["name"], folder=folder)
+    model = model.to(device)
+    pack_single_queries(model)
+    llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
     for _, place, stub in _stubs(llm):
         # Mapped from a file they are aligned in another way than in memory, and so a product
         # with a single row is summed in another order.
@@ -126,6 +130,8 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     entries["model_type"] = _MODEL_TYPE
     config_file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     attention = llm.model.config._attn_implementation
+    if attention == PACKED_ATTENTION:
+        attention = "sdpa"  # of which it is the short way
     body = {
         "name": llm.name,
         "removed": list((mask | llm.pruned).names),

@@ -1,0 +1,74 @@
+"""Attention of a single new token on a CPU, many times as fast, with the same result.
+
+Where heads share keys and values, torch's kernel for a lone query on a CPU goes through them once
+for each head. With the heads of a group as the rows of one query matrix it goes through them once.
+Transformers does this itself where there is a mask, and leaves it to torch where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+NAME = "sdpa_packed"
+"""What the attention is called in a config while the model is live."""
+
+
+def pack_single_queries(model: Any) -> None:
+    """Let a model on a CPU that attends by ``sdpa`` take the short way for single tokens.
+
+    Args:
+        model: A transformers model; others than these stay as they are.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    config = model.config.get_text_config(decoder=True)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shared = kv_heads < config.num_attention_heads
+    if model.device.type != "cpu" or not shared or model.config._attn_implementation != "sdpa":
+        return
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if query.shape[2] > 1 or attention_mask is not None or set(kwargs) - _HARMLESS:
+            whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
+            return whole
+        return _single(query, key, value, scaling), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+# What families hand over that changes nothing for one query that sees all keys. With anything
+# else the model takes transformers' way.
+_HARMLESS = frozenset(
+    {"dropout", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
+)
+
+
+def _single(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attention of one token: queries (B, N, 1, D), keys and values (B, K, T, D), to (B, 1, N, D).
+
+    The heads of a group lie next to each other, so that regrouping them is a view.
+    """
+    batch, heads, _, width = query.shape
+    shared = key.shape[1]
+    rows = query.reshape(batch, shared, heads // shared, width)
+    found = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    return found.reshape(batch, 1, heads, found.shape[-1])

@@ -1,0 +1,54 @@
+"""The short way for single tokens gives what transformers' own way gives."""
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.llm.attention import NAME, pack_single_queries
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.llm.loading import load_llm
+from rap_env.llm.surgery import load_pruned, save_pruned
+from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_the_usual_way(name, dtype) -> None:
+    plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
+    pack_single_queries(packed.model)
+    for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
+        for mask in (BlockMask(), BlockMask.of(0, 3)):
+            found = []
+            for llm in (plain, packed):
+                llm.apply(mask)
+                batch = LiveBatch(llm)
+                batch.prefill(prompts)
+                found.append(torch.stack([batch.extend([n, n + 1]) for n in range(3, 9)]))
+            torch.testing.assert_close(
+                *found, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
+            )
+
+
+def test_it_is_taken_where_heads_share_keys_and_nowhere_else() -> None:
+    for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
+        model = tiny_model(name)
+        usual = model.config._attn_implementation
+        pack_single_queries(model)
+        assert model.config._attn_implementation == (NAME if taken else usual)
+
+
+def test_loaded_and_saved_models_keep_to_names_that_others_know(tmp_path) -> None:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    llm = load_llm(folder, dtype="float32", device="cpu")
+    assert llm.model.config._attn_implementation == NAME
+    assert llm.fingerprint == ElasticLLM(tiny_model(), None, name="same").fingerprint
+    save_pruned(llm, BlockMask.of(1), tmp_path / "pruned")
+    written = "".join(
+        path.read_text() for path in (tmp_path / "pruned").glob("*.json") if "rap" in path.name
+    )
+    assert NAME not in written
+    assert '"sdpa"' in written
+    assert load_pruned(tmp_path / "pruned").model.config._attn_implementation == NAME
