@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-BENCHMARKS := step load apply decode repair memory nll_many gsi stream
+BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream
 
 .PHONY: help setup demo test test-network bench lint format type lock clean
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -12,34 +12,33 @@ from torch import nn
 
 from agents.networks.settings import PolicySettings
 from rap_env.envs.observation import BLOCK_FEATURES, REQUEST_FEATURES
-
-NEIGHBOURS = (-2, -1, 1, 2)
-"""Places of the blocks beside one: those of its own layer and of the layers next to it."""
+from rap_env.runtime.rows import (
+    IMPORTANCE_FLOOR,
+    MOST_SPREADS,
+    NEIGHBOURS,
+    OVER_FLOOR,
+    PRICED,
+    SPREAD_FLOOR,
+    USEFUL_FLOOR,
+    row_columns,
+    row_width,
+    shown,
+)
 
 _OVER = REQUEST_FEATURES.index("bytes_over")
 _KIND = BLOCK_FEATURES.index("kind")
 _FREED = BLOCK_FEATURES.index("freed_share")
-_PRICED = ("one_shot_loss", "gsi_marginal_loss")
-_HIDES = {
-    "gsi": ("gsi_rank", "gsi_marginal_loss"),
-    "one_shot": ("one_shot_loss",),
-    "request": ("freed_share",),
-}
 _VECTOR_SPREAD = 0.3
 
 
 class BlockRows(BaseFeaturesExtractor):
     """Joins each block's features with what holds for the whole request.
 
-    A row is, of the block: its features; the same and the prices below standardised over the
-    kept blocks, so that what matters is how a block compares with the others, whatever the
-    model's size; the share of the bytes still over budget that it would free, at most 1;
-    whether it is kept; whether its neighbours are (beyond the ends all are), since a block
-    beside a removed one often loses its worth; its vector, if blocks have one. Of the whole:
-    the request; the mean features of the kept and of the removed blocks; the shares of attn and
-    of ffn blocks removed; the mean vector of the removed blocks. A price is the log of a
-    measured importance per useful byte: a ratio that a small network would need many episodes
-    to find.
+    What a row consists of is said by `rap_env.runtime.rows.row_columns`. Standardised features
+    say how a block compares with the others, whatever the model's size; a block beside a removed
+    one often loses its worth; a price is the log of a measured importance per useful byte, a
+    ratio that a small network would need many episodes to find. The NumPy network of the runtime
+    (`rap_env.runtime.network`) sees the same.
 
     Args:
         observation_space: That of `rap_env.envs.observation.ObservationBuilder`: a ``Dict``
@@ -57,15 +56,13 @@ class BlockRows(BaseFeaturesExtractor):
         without: Sequence[str] = (),
     ) -> None:
         checked = PolicySettings(block_vectors=block_vectors, without=tuple(without))
-        count, features = _shape(observation_space, "blocks")
-        request = _shape(observation_space, "request")[0]
-        of_block = 2 * features + len(_PRICED) + 2 + len(NEIGHBOURS) + block_vectors
-        of_whole = request + 2 * features + 2 + block_vectors
-        super().__init__(observation_space, features_dim=of_block + of_whole)
-        hidden = {column for name in checked.without for column in _HIDES[name]}
+        count = _shape(observation_space, "blocks")[0]
+        super().__init__(observation_space, features_dim=row_width(block_vectors))
+        self.columns = row_columns(block_vectors)
         self.see_request = "request" not in checked.without
-        self.register_buffer("_seen", _shown(BLOCK_FEATURES, hidden), persistent=False)
-        self.register_buffer("_priced", _shown(_PRICED, hidden), persistent=False)
+        for name, columns in (("_seen", BLOCK_FEATURES), ("_priced", PRICED)):
+            flags = torch.from_numpy(shown(columns, checked.without))
+            self.register_buffer(name, flags, persistent=False)
         vectors = _VECTOR_SPREAD * torch.randn(count, block_vectors)
         if block_vectors:
             self.vectors = nn.Parameter(vectors)
@@ -79,22 +76,36 @@ class BlockRows(BaseFeaturesExtractor):
         kept = observations["action_mask"].to(blocks.dtype).unsqueeze(-1)
         removed = 1 - kept
         useful = _useful(blocks, request) * kept
-        importance = blocks[:, :, [BLOCK_FEATURES.index(name) for name in _PRICED]]
-        prices = torch.log((importance + 1e-2) / (useful + 1e-3))
+        importance = blocks[:, :, [BLOCK_FEATURES.index(name) for name in PRICED]]
+        prices = torch.log((importance + IMPORTANCE_FLOOR) / (useful + USEFUL_FLOOR))
         priced = prices * cast(torch.Tensor, self._priced)
-        compared = _standardised(torch.cat([blocks, priced], dim=2), kept)
         vectors = self.vectors.expand(len(blocks), -1, -1)
-        whole = [request, _mean(blocks, kept), _mean(blocks, removed)]
-        whole += [_removed_by_kind(blocks, removed), _mean(vectors, removed)]
-        everywhere = torch.cat(whole, dim=1).unsqueeze(1).expand(-1, blocks.shape[1], -1)
-        own = [blocks, compared, useful, kept, _neighbours(kept), vectors]
-        return torch.cat([*own, everywhere], dim=2)
+        parts = {
+            "blocks": blocks,
+            "compared": _standardised(torch.cat([blocks, priced], dim=2), kept),
+            "useful": useful,
+            "kept": kept,
+            "neighbours": _neighbours(kept),
+            "vectors": vectors,
+            "request": request,
+            "mean_kept": _mean(blocks, kept),
+            "mean_removed": _mean(blocks, removed),
+            "removed_by_kind": _removed_by_kind(blocks, removed),
+            "removed_vectors": _mean(vectors, removed),
+        }
+        rows = [_for_each_block(parts[name], blocks.shape[1]) for name in self.columns]
+        return torch.cat(rows, dim=2)
+
+
+def _for_each_block(part: torch.Tensor, count: int) -> torch.Tensor:
+    """A part of the rows, (B, 2L, ...); one of the whole, (B, ...), is repeated for every block."""
+    return part if part.dim() == 3 else part.unsqueeze(1).expand(-1, count, -1)
 
 
 def _useful(blocks: torch.Tensor, request: torch.Tensor) -> torch.Tensor:
     """The share of the bytes over budget that each block would free, (B, 2L, 1), at most 1."""
     over = request[:, _OVER].reshape(-1, 1, 1)
-    return (blocks[:, :, [_FREED]] / (over + 1e-6)).clamp(max=1)
+    return (blocks[:, :, [_FREED]] / (over + OVER_FLOOR)).clamp(max=1)
 
 
 def _neighbours(kept: torch.Tensor) -> torch.Tensor:
@@ -121,11 +132,7 @@ def _standardised(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Deviations from the mean of the kept blocks, in units of their spread; 0 for the others."""
     centred = (values - _mean(values, kept).unsqueeze(1)) * kept
     spread = _mean(centred.square(), kept).sqrt().unsqueeze(1)
-    return (centred / (spread + 1e-4)).clamp(-3, 3)
-
-
-def _shown(names: Sequence[str], hidden: Collection[str]) -> torch.Tensor:
-    return torch.tensor([float(name not in hidden) for name in names])
+    return (centred / (spread + SPREAD_FLOOR)).clamp(-MOST_SPREADS, MOST_SPREADS)
 
 
 def _shape(space: spaces.Dict, key: str) -> tuple[int, ...]:

@@ -8,12 +8,10 @@ from typing import Any
 
 from agents.errors import AgentConfigError
 from rap_env.errors import UnknownNameError
+from rap_env.runtime.rows import ABLATIONS
 
 HIDDEN = 32
 """Hidden units of the networks, if nothing else is asked for."""
-
-ABLATIONS = ("gsi", "one_shot", "request")
-"""What a network can be kept from seeing."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import apply, decode, load, memory, repair
+from benchmarks import apply, decode, live, load, memory, repair
 from benchmarks.decoding import Decoding
 from benchmarks.traffic import ORDERS, Traffic
 from rap_env.blocks import BlockMask
@@ -99,6 +99,22 @@ def test_apply_ends_in_a_record_and_leaves_its_ratio(folder, tmp_path):
     found = record["measured"]
     share = 100 * found["change_s"]["low"] / found["decode_step_s"]["high"]
     assert 0 < share <= record["targets"][0]["reached"]
+
+
+def test_live_ends_in_a_record_with_what_it_took_and_freed(folder, tmp_path):
+    settings = live.LiveSettings(
+        repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder),
+        blocks=3, context_tokens=8, steps=2, refill_tokens=[4, 8], offloaded=[1, 2 * LAYERS],
+    )  # fmt: skip
+    live.main(settings)
+    record = _record(tmp_path)
+    measured = record["measured"]
+    assert set(measured["refill"]) == {"4", "8"}
+    assert 0 < measured["switch"]["remove_s"]["low"] <= measured["switch"]["remove_s"]["high"]
+    predicted = [row["predicted_bytes"] for row in measured["offload"].values()]
+    blocks = load_llm(folder).blocks
+    assert predicted[-1] == sum(block.param_bytes for block in blocks)
+    assert len(record["targets"]) == 4
 
 
 def test_decode_ends_in_a_record_of_every_order_and_share(folder, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import benchmarks
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-PROGRAMS = ("apply", "decode", "load", "memory", "repair")
+PROGRAMS = ("apply", "decide", "decode", "live", "load", "memory", "repair")
 
 
 def test_the_benchmarks_were_found():

@@ -1,0 +1,118 @@
+"""From a training's checkpoint to the small file that a live model's policy is loaded from."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.dqn.policies import DQNPolicy
+from torch import nn
+
+from agents.checkpoint import Checkpoint, latest_checkpoint
+from agents.networks.heads import ActorCriticHeads, BlockScores, DuelingHeads
+from agents.networks.rows import BlockRows
+from agents.networks.settings import PolicySettings
+from agents.policy import SeesBlocks
+from agents.transfer import fitting_policy
+from rap_env.envs.observation import ObservationBuilder
+from rap_env.errors import ArtifactError
+from rap_env.runtime.network_weights import Floats, NetworkWeights
+from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
+from rap_env.version import __version__
+
+
+def export_policy(run_dir: str | Path, workbench: SeesBlocks) -> PolicyFile:
+    """The policy of a training, as it serves one model without stable-baselines3.
+
+    Args:
+        run_dir: The run's folder; its newest whole checkpoint is taken.
+        workbench: The model that is served: its bytes, and the importance of its blocks as the
+            agent saw it. Another model than the agent was trained on is well where its policy
+            transfers.
+
+    Raises:
+        ArtifactError: There is no checkpoint, all are damaged, the policy is no block-wise one,
+            or it does not serve this model.
+    """
+    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
+    if checkpoint is None:
+        raise ArtifactError(f"{run_dir} holds no checkpoint; train an agent there first.")
+    if checkpoint.config.policy != "blockwise":
+        raise ArtifactError(
+            f"The policy in {run_dir} is of the kind {checkpoint.config.policy!r}, and only "
+            "block-wise ones can be exported; train one with agent.policy=blockwise."
+        )
+    builder = ObservationBuilder(workbench.memory, workbench.features)
+    without = PolicySettings.of(checkpoint.config.policy_settings).without
+    return PolicyFile(
+        network_weights(fitting_policy(checkpoint, builder), without),
+        workbench.features,
+        order_of(workbench.features),
+        PolicyModel.of(workbench.memory.facts),
+        _provenance(checkpoint, Path(run_dir)),
+    )
+
+
+def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> NetworkWeights:
+    """What of a block-wise policy chooses blocks: an actor, or the advantages among Q values.
+
+    Args:
+        policy: A block-wise policy of any agent.
+        without: What it was kept from seeing.
+
+    Raises:
+        ArtifactError: The policy is no block-wise one.
+    """
+    heads: object
+    rows: object
+    if isinstance(policy, DQNPolicy):
+        heads, rows = policy.q_net.q_net, policy.q_net.features_extractor
+    else:
+        actor_critic = cast(ActorCriticPolicy, policy)
+        heads, rows = actor_critic.mlp_extractor, actor_critic.pi_features_extractor
+    if not isinstance(heads, ActorCriticHeads | DuelingHeads) or not isinstance(rows, BlockRows):
+        raise ArtifactError(
+            f"A {type(policy).__name__} with a {type(heads).__name__} scores no single blocks, and "
+            "only block-wise policies can be exported; train one with agent.policy=blockwise."
+        )
+    scores = heads.actor if isinstance(heads, ActorCriticHeads) else heads.advantage
+    return _weights(scores, rows.vectors, without)
+
+
+def _weights(
+    scores: BlockScores, vectors: torch.Tensor, without: tuple[str, ...]
+) -> NetworkWeights:
+    first, second, last = (layer for layer in scores.net if isinstance(layer, nn.Linear))
+    return NetworkWeights(
+        first_weight=_array(first.weight),
+        first_bias=_array(first.bias),
+        second_weight=_array(second.weight),
+        second_bias=_array(second.bias),
+        last_weight=_array(last.weight)[0],  # its bias is the same for all blocks
+        linear_weight=_array(scores.linear.weight)[0],
+        vectors=_array(vectors) if vectors.shape[1] else np.zeros((0, 0), dtype=np.float32),
+        without=without,
+    )
+
+
+def _array(tensor: torch.Tensor) -> Floats:
+    return tensor.detach().cpu().float().numpy().copy()
+
+
+def _provenance(checkpoint: Checkpoint, run_dir: Path) -> dict[str, Any]:
+    """How the policy came to be, as plain values."""
+    config = checkpoint.config
+    return {
+        "run": run_dir.resolve().name,
+        "agent": config.name,
+        "seed": config.seed,
+        "steps": checkpoint.step,
+        "episodes": int(checkpoint.body["progress"].get("episodes", 0)),
+        "policy_settings": config.policy_settings,
+        "rap_env": __version__,
+        "stable_baselines3": metadata.version("stable-baselines3"),
+    }

@@ -1,0 +1,237 @@
+"""A decision of the exported policy, beside stable-baselines3's: ``python -m benchmarks.decide``.
+
+Every decision pays for all of it: what the request costs in bytes, its observation, and a pass of
+the network for each block that it removes. Nothing is known from an earlier request. Give
+``OMP_NUM_THREADS=1`` for one core: NumPy reads it when it starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.harness import (
+    ModelSettings,
+    Target,
+    alternate,
+    launch,
+    open_model,
+    ratios,
+    spread,
+    write_record,
+)
+from rap_env.blocks import BlockMask
+from rap_env.costs import request_costs
+from rap_env.envs.observation import ObservationBuilder
+from rap_env.errors import InvalidRequestError
+from rap_env.memory import MemoryModel
+from rap_env.runtime.policies import NetworkPolicy, load_policy
+from rap_env.workload import Request
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.policies import BasePolicy
+
+    from rap_env.runtime.policy_file import PolicyFile
+
+_MOST_MS = 5.0
+
+
+@dataclass
+class DecideSettings(ModelSettings):
+    """Settings of this benchmark."""
+
+    threads: int | None = 1
+    policy: str = "rap"
+    """``rap``, the policy that comes with the package, or the path of an exported one."""
+    requests: list[str] = field(
+        default_factory=lambda: ["1x128", "1x2048", "4x512", "4x1024", "8x1024", "8x2048"]
+    )
+    """Batch size x sequence length in tokens."""
+    budgets: list[float] = field(
+        default_factory=lambda: [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55]
+    )
+    """Shares of the dense peak, each with every request."""
+    rounds: int = 9
+    """Times that all of them are decided in one measurement."""
+
+
+@dataclass(eq=False)
+class Side:
+    """One way to decide.
+
+    Attributes:
+        choose: The decision.
+        requests: What is decided.
+        rounds: How often all of it is decided in one call.
+        masks: The masks that were chosen last.
+        milliseconds: Of each decision, a list for each call.
+        cpu_milliseconds: The same without what other processes took of the core meanwhile.
+    """
+
+    choose: Callable[[Request], BlockMask]
+    requests: Sequence[Request]
+    rounds: int
+    masks: list[BlockMask] = field(default_factory=list)
+    milliseconds: list[list[float]] = field(default_factory=list)
+    cpu_milliseconds: list[list[float]] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        """One measurement."""
+        wall, cpu, self.masks = [], [], []
+        for request in [*self.requests] * self.rounds:
+            request_costs.cache_clear()  # live requests seldom have the length of one before
+            began, began_cpu = time.perf_counter(), time.thread_time()
+            mask = self.choose(request)
+            cpu.append(1000 * (time.thread_time() - began_cpu))
+            wall.append(1000 * (time.perf_counter() - began))
+            self.masks.append(mask)
+        self.milliseconds.append(wall)
+        self.cpu_milliseconds.append(cpu)
+
+    def quantiles(self, repeats: int) -> dict[str, dict[str, float]]:
+        """Milliseconds over the last `repeats` calls, by what they are.
+
+        ``p50`` and ``p99`` are over the requests, each at the median of its rounds, so that they
+        tell dear requests from moments when the machine did something else; ``any_p99`` is over
+        all single decisions.
+        """
+        found = {}
+        kinds = {"": self.milliseconds, "cpu_": self.cpu_milliseconds}
+        for kind, calls in kinds.items():
+            each = np.array(calls[-repeats:]).reshape(repeats, self.rounds, len(self.requests))
+            typical, single = np.median(each, axis=1), each.reshape(repeats, -1)
+            for label, values, share in (
+                ("p50", typical, 0.5), ("p99", typical, 0.99), ("any_p99", single, 0.99),
+            ):  # fmt: skip
+                found[f"{kind}{label}_ms"] = spread(np.quantile(values, share, axis=1).tolist())
+        return found
+
+
+def main(settings: DecideSettings) -> None:
+    """Measure, then write the record.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        RapError: The model or the policy cannot be loaded.
+    """
+    from agents.policy import TrainedPolicy
+
+    memory = MemoryModel(open_model(settings).facts)
+    network = load_policy(settings.policy, memory)
+    if not isinstance(network, NetworkPolicy):
+        raise InvalidRequestError(f"policy={settings.policy} is no network; give an exported one.")
+    network = NetworkPolicy(memory, network.file, kept_answers=0)
+    file, requests = network.file, _requests(settings, memory)
+    builder = ObservationBuilder(memory, file.features)
+    trained = TrainedPolicy(torch_policy(file, builder), builder)
+    sides = {
+        "exported": Side(network.choose, requests, settings.rounds),
+        "torch": Side(lambda request: trained.select(request).mask, requests, settings.rounds),
+    }
+    seconds: dict[str, list[float]] = alternate(sides, settings.repeats)
+    _write(settings, memory, sides, seconds)
+
+
+def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
+    """The policy of stable-baselines3 with an exported one's weights; its critic is untrained.
+
+    Args:
+        file: The exported policy.
+        builder: Observes requests on the model that it is to serve.
+    """
+    import torch
+    from gymnasium import spaces
+
+    from agents.networks.settings import PolicySettings
+    from agents.policies import MaskableBlockwisePolicy
+
+    weights = file.weights
+    settings = PolicySettings(weights.hidden, weights.block_vectors, weights.without)
+    made: Any = MaskableBlockwisePolicy(
+        builder.space,
+        spaces.Discrete(builder.memory.facts.num_blocks),
+        lambda _: 0.0,
+        **settings.policy_kwargs(),
+    )
+    actor = made.mlp_extractor.actor
+    given = {
+        actor.net[0].weight: weights.first_weight,
+        actor.net[0].bias: weights.first_bias,
+        actor.net[2].weight: weights.second_weight,
+        actor.net[2].bias: weights.second_bias,
+        actor.net[4].weight: weights.last_weight[None],
+        actor.linear.weight: weights.linear_weight[None],
+    }
+    if weights.block_vectors:
+        given[made.features_extractor.vectors] = weights.vectors
+    with torch.no_grad():
+        for parameter, array in given.items():
+            parameter.copy_(torch.from_numpy(array))
+    policy: BasePolicy = made
+    return policy
+
+
+def _requests(settings: DecideSettings, memory: MemoryModel) -> list[Request]:
+    """All pairs of a request and a budget."""
+    shapes = []
+    for text in settings.requests:
+        batch_size, _, tokens = text.partition("x")
+        if not (batch_size.isdigit() and tokens.isdigit()):
+            raise InvalidRequestError(f"A request is written like 4x1024, not {text!r}.")
+        shapes.append((int(batch_size), int(tokens)))
+    return [Request.at_fraction(memory, *s, budget) for s in shapes for budget in settings.budgets]
+
+
+def _write(
+    settings: DecideSettings,
+    memory: MemoryModel,
+    sides: dict[str, Side],
+    seconds: dict[str, list[float]],
+) -> None:
+    exported, torch = sides["exported"], sides["torch"]
+    removed = [len(mask) for mask in exported.masks]
+    same = sum(a == b for a, b in zip(exported.masks, torch.masks, strict=True)) / len(removed)
+    count, decisions = memory.facts.num_blocks, len(exported.requests)
+    quantiles = {name: side.quantiles(settings.repeats) for name, side in sides.items()}
+    torch_ms = quantiles["torch"]["p50_ms"]["median"]
+    write_record(
+        "decide",
+        device="cpu",
+        settings=settings,
+        targets=[
+            Target.of(
+                f"ms of a decision on {count} blocks, p99 of {decisions} requests",
+                quantiles["exported"]["p99_ms"],
+                at_most=_MOST_MS,
+            ),
+            Target.of(
+                "times as fast as the same network in torch",
+                ratios(seconds["torch"], seconds["exported"]),
+                at_least=1.0,
+                against=f"stable-baselines3: {torch_ms:.1f} ms at the median",
+            ),
+        ],
+        measured={
+            **quantiles,
+            "blocks_removed_mean": float(np.mean(removed)),
+            "blocks_removed_most": max(removed),
+            "same_masks_share": same,
+        },
+        notes=[
+            "With the bytes of the request, its observation and a pass for each removed block; "
+            "nothing is kept from one decision to the next.",
+            f"p50 and p99 over the requests, each at the median of its {settings.rounds} rounds; "
+            "any_p99 over all single decisions; cpu: without what other processes took of the "
+            "core.",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    launch(DecideSettings, main)

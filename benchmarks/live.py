@@ -1,0 +1,188 @@
+"""Masks that change while the model generates: ``python -m benchmarks.live``.
+
+What a change costs beside a decode step, what filling keys and values again costs beside a prefill
+of the same tokens, and how much memory offloaded blocks really give back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import (
+    ModelSettings,
+    Target,
+    alternate,
+    launch,
+    open_model,
+    ratios,
+    spread,
+    write_record,
+)
+from rap_env.blocks import BlockMask
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+
+
+@dataclass
+class LiveSettings(ModelSettings):
+    """Settings of this benchmark."""
+
+    blocks: int = 20
+    """Blocks of the mask that comes and goes."""
+    context_tokens: int = 512
+    steps: int = 8
+    """Decode steps in one measurement."""
+    refill_tokens: list[int] = field(default_factory=lambda: [128, 512, 1024])
+    """Tokens in the cache when attention blocks come back."""
+    offloaded: list[int] = field(default_factory=lambda: [10, 20, 30, 40])
+    """Numbers of blocks to offload at once."""
+
+
+def main(settings: LiveSettings) -> None:
+    """Measure, then write the record.
+
+    Args:
+        settings: The settings.
+
+    Raises:
+        RapError: The model cannot be loaded.
+    """
+    llm = open_model(settings)
+    drawn = random.Random(0).sample(range(llm.num_blocks), llm.num_blocks)
+    mask = BlockMask.of(*drawn[: settings.blocks])
+    switch = _switching(llm, mask, settings)
+    refills = {str(n): _refilling(llm, mask, n, settings) for n in settings.refill_tokens}
+    offload = _offloading(llm, [BlockMask.of(*drawn[:n]) for n in settings.offloaded])
+    write_record(
+        "live",
+        device=str(llm.device),
+        settings=settings,
+        targets=[
+            Target.of(
+                "% of a decode step that removing blocks takes, their keys and values included",
+                switch["share_percent"],
+                at_most=2.0,
+                against=f"a dense decode step: {1000 * switch['step_s']['median']:.1f} ms",
+            ),
+            *(
+                Target.of(
+                    f"times a prefill that a refill of {n} tokens takes",
+                    found["ratio"],
+                    at_most=1.1,
+                    against=f"a prefill: {found['prefill_s']['median']:.2f} s",
+                )
+                for n, found in refills.items()
+            ),
+            Target(
+                "% that memory freed by offload differs from the predicted, at most",
+                None,
+                5.0,
+                max(abs(row["difference_percent"]) for row in offload.values()),
+                "the bytes of the blocks",
+            ),
+        ],
+        measured={"switch": switch, "refill": refills, "offload": offload},
+        notes=[
+            f"{llm.facts.dtype}; {settings.blocks} random blocks with resident weights; "
+            f"{settings.context_tokens} tokens of context.",
+            "Offload: resident memory of the process (CUDA: the allocator's), before and after.",
+        ],
+    )
+
+
+def _prompt(llm: ElasticLLM, tokens: int) -> list[int]:
+    return random.Random(1).choices(range(llm.adapter.vocab_size), k=tokens)
+
+
+def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict[str, Any]:
+    """Removing blocks of a model with a full cache and putting them back, beside decode steps."""
+    from rap_env.llm.live_batch import LiveBatch
+
+    prompt = _prompt(llm, settings.context_tokens)
+    remove_s, restore_s, step_s = [], [], []
+    for _ in range(settings.repeats + 1):  # the first one warms up
+        batch = LiveBatch(llm, restore="next_request")
+        batch.prefill([prompt])
+        batch.extend([0])
+        step_s.append(_seconds(lambda: [batch.extend([0]) for _ in range(settings.steps)]))  # noqa: B023
+        remove_s.append(_seconds(lambda: llm.apply(mask)))
+        restore_s.append(_seconds(lambda: llm.apply(BlockMask())))
+    steps = [seconds / settings.steps for seconds in step_s[1:]]
+    share = ratios([100 * seconds for seconds in remove_s[1:]], steps)
+    return {
+        "share_percent": share,
+        "step_s": spread(steps),
+        "remove_s": spread(remove_s[1:]),
+        "restore_s": spread(restore_s[1:]),
+    }
+
+
+def _refilling(
+    llm: ElasticLLM, mask: BlockMask, tokens: int, settings: LiveSettings
+) -> dict[str, Any]:
+    """The step that fills the cache again, less a plain step, beside a prefill."""
+    from rap_env.llm.live_batch import LiveBatch
+
+    prompt = _prompt(llm, tokens)
+    ready: list[LiveBatch] = []
+
+    def prepare() -> None:
+        ready.clear()
+        llm.apply(mask)
+        batch = LiveBatch(llm)
+        batch.prefill([prompt])
+        llm.apply(BlockMask())
+        ready.append(batch)
+
+    sides = {
+        "prepare": prepare,
+        "refill": lambda: ready[0].extend([0]),
+        "step": lambda: ready[0].extend([0]),
+        "prefill": lambda: LiveBatch(llm).prefill([prompt]),
+    }
+    seconds = alternate(sides, settings.repeats)
+    refill = [a - b for a, b in zip(seconds["refill"], seconds["step"], strict=True)]
+    return {
+        "ratio": ratios(refill, seconds["prefill"]),
+        "refill_s": spread(refill),
+        "prefill_s": spread(seconds["prefill"]),
+        "affected_layers": sum(index % 2 == 0 for index in mask),
+    }
+
+
+def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[str, Any]]:
+    """Memory that offloaded blocks give back, beside their bytes, and the time it takes."""
+    from rap_env.runtime.meter import ProcessMeter
+
+    llm.set_residency("offload")
+    meter = ProcessMeter(llm)
+    rows = {}
+    for mask in masks:
+        predicted = sum(llm.blocks[index].param_bytes for index in mask)
+        before = meter.used_bytes()
+        offload_s = _seconds(lambda: llm.apply(mask))  # noqa: B023
+        freed = before - meter.used_bytes()
+        restore_s = _seconds(lambda: llm.apply(BlockMask()))
+        rows[f"{len(mask)}_blocks"] = {
+            "predicted_bytes": predicted,
+            "freed_bytes": freed,
+            "difference_percent": 100 * (freed - predicted) / predicted,
+            "offload_s": offload_s,
+            "restore_s": restore_s,
+        }
+    return rows
+
+
+def _seconds(run: Any) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    launch(LiveSettings, main)

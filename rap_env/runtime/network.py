@@ -1,0 +1,246 @@
+"""The block-wise policy network at run time: a mask for a request, in NumPy and float32.
+
+It chooses what the trained network of `agents.networks` would choose, a block in each pass, and
+needs neither torch nor stable-baselines3. What makes a pass cheap is the first layer: the part
+of it that no removal changes is computed once for a model or a request, the part that is the
+same for all blocks once for all, and only what is left for each block.
+
+Shapes: 2L blocks, F features of a block, V entries of a block's vector, W columns of a row
+(`rap_env.runtime.rows`), H hidden units. Layers have H + 1 columns here: the last one carries the
+linear path of the network past its activations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rap_env.costs import request_costs
+from rap_env.envs.observation import (
+    BLOCK_FEATURES,
+    BYTES_OVER,
+    KEPT_AND_FREED,
+    ObservationBuilder,
+    bytes_over,
+)
+from rap_env.errors import ArtifactError
+from rap_env.runtime.network_weights import Floats, NetworkWeights
+from rap_env.runtime.rows import (
+    IMPORTANCE_FLOOR,
+    MOST_SPREADS,
+    NEIGHBOURS,
+    OVER_FLOOR,
+    PRICED,
+    SPREAD_FLOOR,
+    USEFUL_FLOOR,
+    row_columns,
+    shown,
+)
+from rap_env.workload import Request
+
+_FREED = BLOCK_FEATURES.index("freed_share")
+_FEATURES = len(BLOCK_FEATURES)
+_COMPARED = _FEATURES + len(PRICED)
+
+
+class _Layers(NamedTuple):
+    """The weights as a pass needs them; the last of the H + 1 columns is the linear path."""
+
+    varying: Floats  # of a block's compared features and useful share, (F + prices + 1, H + 1)
+    over: Floats  # of the share of the bytes over budget, (H + 1,)
+    mean_kept: Floats  # (F, H + 1)
+    near: Floats  # of each neighbour, (4, H + 1)
+    second: Floats  # (H + 1, H + 1)
+    second_bias: Floats  # (H + 1,)
+    last: Floats  # (H + 1,)
+    floor: Floats  # 0, and minus infinity for the linear path, which has no activation, (H + 1,)
+
+
+class BlockNetwork:
+    """Chooses blocks to remove from one model, again and again until a request fits.
+
+    Nothing changes after construction, so threads may share it.
+
+    Args:
+        weights: The trained weights.
+        builder: Observes requests on the model.
+
+    Raises:
+        ArtifactError: The weights have vectors for another number of blocks.
+    """
+
+    def __init__(self, weights: NetworkWeights, builder: ObservationBuilder) -> None:
+        self._builder = builder
+        self._count = builder.memory.facts.num_blocks
+        if weights.block_vectors and len(weights.vectors) != self._count:
+            raise ArtifactError(
+                f"The policy learned a vector for each of {len(weights.vectors)} blocks, but this "
+                f"model has {self._count}, so it cannot serve it; train one for this model, or "
+                "one with policy_settings.block_vectors=0, which serves both."
+            )
+        first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
+        parts = {n: first[c] for n, c in row_columns(weights.block_vectors).items()}
+        self._see_request = "request" not in weights.without
+        self._seen = shown(BLOCK_FEATURES, weights.without)
+        self._layers = _layers(weights, parts)
+        self._request_weight = parts["request"] * self._see_request
+        self._freed_weight = parts["blocks"][_FREED] * self._see_request
+        blocks = builder.dense(Request(1, 1, budget_bytes=1))["blocks"] * self._seen
+        blocks[:, _FREED] = 0.0
+        self._columns = np.ascontiguousarray(blocks.T)  # (F, 2L), all but what a request frees
+        priced = [BLOCK_FEATURES.index(name) for name in PRICED]
+        self._log_importance = np.log(self._columns[priced] + np.float32(IMPORTANCE_FLOOR))
+        vectors = weights.vectors if weights.block_vectors else blocks[:, :0]
+        self._own = _own_part(weights, parts, blocks, vectors)
+        self._gone = _gone_part(parts, blocks, vectors)
+        self._gone_kind = _gone_kind_part(parts, blocks)
+
+    def removals(self, request: Request) -> list[int]:
+        """The blocks to remove, in the order of their choice, until the request fits.
+
+        All of them if not even that makes it fit.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        costs = request_costs(self._builder.memory, request.batch_size, request.seq_len_tokens)
+        budget, peak = request.budget_bytes, costs.dense_peak_bytes
+        removed: list[int] = []
+        if peak <= budget:
+            return removed
+        state, ffn_left = _Pass(self, request), self._count // 2
+        while peak > budget and len(removed) < self._count:
+            index = state.favourite(bytes_over(peak, budget, costs.dense_peak_bytes))
+            state.remove(index)
+            removed.append(index)
+            peak -= costs.freed[index]
+            ffn_left -= index % 2
+            if index % 2 and not ffn_left:
+                peak -= costs.last_ffn_bytes
+        return removed
+
+
+class _Pass:
+    """What the network sees of one request and of the blocks that are left."""
+
+    def __init__(self, network: BlockNetwork, request: Request) -> None:
+        seen, count = network._builder.dense(request), network._count
+        freed = seen["blocks"][:, _FREED] * np.float32(network._see_request)
+        fixed = seen["request"].copy()
+        fixed[BYTES_OVER] = 0.0  # comes with each pass
+        self._network, self._layers = network, network._layers
+        self._freed: Floats = freed
+        self._values: Floats = np.empty((_COMPARED, count), dtype=np.float32)
+        self._values[:_FEATURES] = network._columns
+        self._values[_FREED] = freed
+        self._varying: Floats = np.empty((_COMPARED + 1, count), dtype=np.float32)
+        self._own = network._own + freed[:, None] * network._freed_weight
+        self._shared = fixed @ network._request_weight
+        self._gone: Floats = np.zeros_like(self._shared)
+        self._kept: Floats = np.ones(count, dtype=np.float32)
+        self._closed: Floats = np.zeros(count, dtype=np.float32)
+        self._left = count
+
+    def favourite(self, over: float) -> int:
+        """The kept block that the network likes best with so large a share over the budget."""
+        layers = self._layers
+        seen_over = np.float32(over) if self._network._see_request else np.float32(0.0)
+        mean = self._compare(seen_over)
+        shared = self._shared + seen_over * layers.over + mean[:_FEATURES] @ layers.mean_kept
+        if self._left < len(self._kept):
+            shared += self._gone / np.float32(len(self._kept) - self._left)
+        hidden = self._varying.T @ layers.varying
+        hidden += self._own
+        hidden += shared
+        np.maximum(hidden, layers.floor, out=hidden)
+        hidden = hidden @ layers.second
+        hidden += layers.second_bias
+        np.maximum(hidden, layers.floor, out=hidden)
+        scores = hidden @ layers.last
+        scores += self._closed
+        return int(scores.argmax())
+
+    def remove(self, index: int) -> None:
+        """Note that block `index` is gone."""
+        network = self._network
+        self._kept[index] = 0.0
+        self._closed[index] = -np.inf
+        self._left -= 1
+        self._gone += network._gone[index]
+        self._shared = self._shared + network._gone_kind[index]
+        for step, weight in zip(NEIGHBOURS, self._layers.near, strict=True):
+            if 0 <= index - step < len(self._kept):  # it is the neighbour of that block
+                self._own[index - step] -= weight
+
+    def _compare(self, over: np.float32) -> Floats:
+        """Fill in what each removal changes for all blocks.
+
+        Args:
+            over: Bytes over the budget as a share of the dense peak; 0 if that is not seen.
+
+        Returns:
+            Means of the features and prices over the kept blocks, (F + prices,).
+        """
+        values, kept, left = self._values, self._kept, np.float32(self._left)
+        compared, useful = self._varying[:-1], self._varying[-1]
+        np.divide(self._freed, over + np.float32(OVER_FLOOR), out=useful)
+        np.minimum(useful, np.float32(1.0), out=useful)
+        logs = np.log(useful + np.float32(USEFUL_FLOOR))
+        np.subtract(self._network._log_importance, logs, out=values[_FEATURES:])
+        mean = values @ kept
+        mean /= left
+        np.subtract(values, mean[:, None], out=compared)
+        spread = np.square(compared) @ kept
+        spread /= left
+        np.sqrt(spread, out=spread)
+        spread += np.float32(SPREAD_FLOOR)
+        compared /= spread[:, None]
+        np.minimum(compared, np.float32(MOST_SPREADS), out=compared)
+        np.maximum(compared, np.float32(-MOST_SPREADS), out=compared)
+        return mean
+
+
+def _layers(weights: NetworkWeights, parts: dict[str, Floats]) -> _Layers:
+    hidden = weights.hidden
+    compared = parts["compared"].copy()
+    compared[_FEATURES:] *= shown(PRICED, weights.without)[:, None]
+    second = np.zeros((hidden + 1, hidden + 1), dtype=np.float32)
+    second[:hidden, :hidden] = weights.second_weight.T
+    second[hidden, hidden] = 1.0
+    return _Layers(
+        varying=np.vstack([compared, parts["useful"]]),
+        over=parts["request"][BYTES_OVER].copy(),
+        mean_kept=parts["mean_kept"].copy(),
+        near=parts["neighbours"].copy(),
+        second=second,
+        second_bias=np.append(weights.second_bias, np.float32(0.0)),
+        last=np.append(weights.last_weight, np.float32(1.0)),
+        floor=np.append(np.zeros(hidden, np.float32), np.float32(-np.inf)),
+    )
+
+
+def _own_part(
+    weights: NetworkWeights, parts: dict[str, Floats], blocks: Floats, vectors: Floats
+) -> Floats:
+    """What the first layer makes of a kept block beside kept ones, for no request, (2L, H + 1)."""
+    bias = np.append(weights.first_bias, np.float32(0.0))
+    always = parts["kept"][0] + parts["neighbours"].sum(axis=0) + bias
+    own = blocks @ parts["blocks"] + vectors @ parts["vectors"] + always
+    return np.asarray(own, dtype=np.float32)
+
+
+def _gone_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Floats:
+    """What the first layer makes of each block if it alone is removed, (2L, H + 1)."""
+    blocks = blocks.copy()
+    blocks[:, KEPT_AND_FREED] = 0.0
+    gone = blocks @ parts["mean_removed"] + vectors @ parts["removed_vectors"]
+    return np.asarray(gone, dtype=np.float32)
+
+
+def _gone_kind_part(parts: dict[str, Floats], blocks: Floats) -> Floats:
+    """What it adds for each block that one more of its kind is removed, (2L, H + 1)."""
+    ffn = blocks[:, BLOCK_FEATURES.index("kind")]
+    kinds = np.stack([1 - ffn, ffn], axis=1)
+    shares = kinds / np.maximum(kinds.sum(axis=0), 1)
+    return np.asarray(shares @ parts["removed_by_kind"], dtype=np.float32)

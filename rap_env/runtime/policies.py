@@ -1,0 +1,245 @@
+"""What chooses a mask for a live request: the trained policy, tables, orders and fixed masks.
+
+Nothing here runs a model or loads torch; a choice depends on the request alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rap_env.blocks import BlockMask
+from rap_env.costs import request_costs
+from rap_env.envs.observation import ObservationBuilder
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.memory import HasFacts, MemoryModel
+from rap_env.runtime.network import BlockNetwork
+from rap_env.runtime.policy_file import PolicyFile
+from rap_env.workload import Request
+
+if TYPE_CHECKING:
+    from rap_env.features import ImportanceFeatures
+    from rap_env.importance.frontier import Frontier
+
+SAVED = Path(__file__).parent / "saved"
+"""Where the files lie that come with the package, named after their model."""
+
+DEFAULT_MODEL = "smollm2-135m"
+"""The model that the policy and the frontier of the package are for."""
+
+NAMED = ("dense", "frontier", "rap")
+"""What `load_policy` knows by name."""
+
+_KEPT_ANSWERS = 1024
+
+
+class MaskPolicy(Protocol):
+    """Chooses masks.
+
+    Attributes:
+        name: What to call it in records.
+    """
+
+    name: str
+
+    def choose(self, request: Request) -> BlockMask:
+        """A mask for a request. It need not fit, and choosing it changes nothing.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+
+
+class DensePolicy:
+    """Removes nothing, whatever the budget."""
+
+    name = "dense"
+
+    def choose(self, request: Request) -> BlockMask:
+        """The dense model."""
+        return BlockMask()
+
+
+class StaticPolicy:
+    """The same mask for every request.
+
+    Args:
+        mask: The mask.
+        name: What to call it in records.
+    """
+
+    def __init__(self, mask: BlockMask, name: str = "static") -> None:
+        self.mask = mask
+        self.name = name
+
+    def choose(self, request: Request) -> BlockMask:
+        """The mask."""
+        return self.mask
+
+
+class OrderPolicy:
+    """Removes blocks in one order until the request fits; all of them if it never does.
+
+    Args:
+        memory: The model's byte arithmetic.
+        order: Indices of blocks, first to be removed first.
+        name: What to call it in records.
+
+    Attributes:
+        order: The same.
+
+    Raises:
+        UnknownNameError: The order names a block that the model does not have.
+    """
+
+    def __init__(self, memory: MemoryModel, order: Iterable[int], name: str = "order") -> None:
+        self.memory = memory
+        self.order = tuple(order)
+        self.name = name
+        BlockMask.of(*self.order).check(memory.facts.num_blocks)
+
+    def choose(self, request: Request) -> BlockMask:
+        """The first blocks of the order, as many as the budget asks for.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        return costs.remove_until_fits(self.order, request.budget_bytes)
+
+
+class FrontierPolicy:
+    """Looks up the best known mask that fits.
+
+    Where none of the known masks fits, it gives the one that needs least.
+
+    Args:
+        memory: The model's byte arithmetic.
+        frontier: The model's best known masks.
+        name: What to call it in records.
+
+    Raises:
+        ArtifactError: The frontier is of a model with another number of blocks.
+    """
+
+    def __init__(self, memory: MemoryModel, frontier: Frontier, name: str = "frontier") -> None:
+        if frontier.num_blocks != memory.facts.num_blocks:
+            raise ArtifactError(
+                f"The frontier is of a model with {frontier.num_blocks} blocks, but "
+                f"{memory.facts.name} has {memory.facts.num_blocks}; profile this model."
+            )
+        self.memory = memory
+        self.frontier = frontier
+        self.name = name
+
+    def choose(self, request: Request) -> BlockMask:
+        """The dense model if it fits, else the known mask of least loss that does.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        if costs.dense_peak_bytes <= request.budget_bytes:
+            return BlockMask()
+        found = self.frontier.best(self.memory, request)
+        if found is None:
+            known = (mask for mask, _ in self.frontier.entries)
+            found = min(known, key=lambda mask: costs.peak_bytes(mask.indices), default=BlockMask())
+        return found
+
+
+class NetworkPolicy:
+    """A trained block-wise network: the mask that it likes best of those that fit.
+
+    Threads may share it. Where no mask fits, it removes every block.
+
+    Args:
+        memory: The model's byte arithmetic.
+        file: The exported policy.
+        features: Importance of the model's blocks; None takes what the file holds.
+        name: What to call it in records.
+        kept_answers: Answers that are kept for requests that come again; they are the same as
+            new ones.
+
+    Attributes:
+        order: The model's blocks in GSI order, length 2L; empty where no importance is known.
+        file: The exported policy.
+
+    Raises:
+        ArtifactError: As for `PolicyFile.features_for`.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryModel,
+        file: PolicyFile,
+        features: ImportanceFeatures | None = None,
+        name: str = "rap",
+        kept_answers: int = _KEPT_ANSWERS,
+    ) -> None:
+        seen, self.order = file.features_for(memory.facts, features)
+        self.memory = memory
+        self.file = file
+        self.name = name
+        self._network = BlockNetwork(file.weights, ObservationBuilder(memory, seen))
+        self._choose = lru_cache(maxsize=kept_answers)(self._decide)  # requests are values
+
+    def choose(self, request: Request) -> BlockMask:
+        """The blocks that the network removes, one after another, until the request fits.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        return self._choose(request)
+
+    def _decide(self, request: Request) -> BlockMask:
+        return BlockMask(frozenset(self._network.removals(request)))
+
+
+def load_policy(
+    source: str | os.PathLike[str],
+    model: HasFacts | MemoryModel,
+    *,
+    features: ImportanceFeatures | None = None,
+) -> MaskPolicy:
+    """A policy for a live model.
+
+    Args:
+        source: ``"rap"`` (the trained policy of the package, for the default model),
+            ``"frontier"`` (the package's table for the same), ``"dense"``, or the path of an
+            exported policy (``.safetensors``) or of a frontier artifact (``.json``).
+        model: The model that is served, or its byte arithmetic.
+        features: Importance of its blocks, for a network; None takes what its file holds.
+
+    Raises:
+        UnknownNameError: There is no policy of this name, and no such file.
+        ArtifactError: The file is damaged, or does not suit the model.
+    """
+    memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
+    if source == "dense":
+        return DensePolicy()
+    path = _path_of(source)
+    if path.suffix == ".json":
+        return FrontierPolicy(memory, _frontier(path, memory))
+    return NetworkPolicy(memory, PolicyFile.load(path), features)
+
+
+def _path_of(source: str | os.PathLike[str]) -> Path:
+    if source == "rap":
+        return SAVED / f"{DEFAULT_MODEL}.safetensors"
+    if source == "frontier":
+        return SAVED / f"{DEFAULT_MODEL}.frontier.json"
+    path = Path(source).expanduser()
+    if not path.is_file():
+        hint = "Any other word is the path of a file, and there is none of that name."
+        raise UnknownNameError("policy", os.fspath(source), NAMED, hint)
+    return path
+
+
+def _frontier(path: Path, memory: MemoryModel) -> Frontier:
+    from rap_env.importance.frontier import Frontier  # its package loads torch
+
+    return Frontier.load(path, memory)

@@ -1,0 +1,252 @@
+"""A trained policy as one small file: all that choosing masks for a live model needs.
+
+It is a safetensors file, so reading it runs no code of whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from rap_env.artifacts import atomic_write, canonical_json, digest
+from rap_env.errors import ArtifactError
+from rap_env.features import ImportanceFeatures
+from rap_env.memory import ModelFacts
+from rap_env.runtime.network_weights import NetworkWeights
+
+log = logging.getLogger(__name__)
+
+_KIND, _FORMAT = "exported policy", 1
+_HEADER = "rap_policy"
+_AGAIN = "export it again with `python -m experiments.export_policy`"
+_ORDER, _FEATURES, _NETWORK = "order", "features.", "network."
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PolicyModel:
+    """The model that a policy was exported for.
+
+    Attributes:
+        name: What the user called it.
+        fingerprint: SHA-256 over its weights and config, in hex.
+        dtype: Name of the weights' dtype.
+        num_blocks: 2L.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: str
+    num_blocks: int
+
+    @classmethod
+    def of(cls, facts: ModelFacts) -> PolicyModel:
+        """What of a model's facts a policy keeps."""
+        return cls(facts.name, facts.fingerprint, facts.dtype, facts.num_blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyFile:
+    """A trained block-wise policy, and what it sees of the model that it was exported for.
+
+    Attributes:
+        weights: Of the network, with its settings.
+        features: Importance of the model's blocks.
+        order: The model's blocks in GSI order, first to be removed first, length 2L; empty where
+            the policy saw no importance.
+        model: The model.
+        provenance: How the policy was trained: agent, seed, steps, versions.
+
+    Raises:
+        ArtifactError: The parts are of models with different numbers of blocks.
+    """
+
+    weights: NetworkWeights
+    features: ImportanceFeatures
+    order: tuple[int, ...]
+    model: PolicyModel
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        blocks = self.model.num_blocks
+        _check_features(self.features, blocks, self.model.name)
+        if self.order and sorted(self.order) != list(range(blocks)):
+            raise ArtifactError(
+                f"The order of a policy for {self.model.name} should name each of its {blocks} "
+                f"blocks once, but it is {list(self.order)}."
+            )
+        if self.weights.block_vectors and len(self.weights.vectors) != blocks:
+            raise ArtifactError(
+                f"The policy has vectors for {len(self.weights.vectors)} blocks, but "
+                f"{self.model.name} has {blocks}; {_AGAIN}."
+            )
+
+    def features_for(
+        self, facts: ModelFacts, features: ImportanceFeatures | None = None
+    ) -> tuple[ImportanceFeatures, tuple[int, ...]]:
+        """What the policy sees of a model's blocks, and the order to remove them in.
+
+        Args:
+            facts: The model that is to be served. If its weights are not those that the policy
+                was exported for, a warning is logged.
+            features: Importance of its blocks; None takes what the file holds.
+
+        Raises:
+            ArtifactError: The policy does not serve a model of this shape, or `features` are of
+                another one.
+        """
+        own = self.model
+        if self.weights.block_vectors and facts.num_blocks != own.num_blocks:
+            raise ArtifactError(
+                f"The policy for {own.name} learned a vector for each of {own.num_blocks} blocks, "
+                f"but {facts.name} has {facts.num_blocks}, so it cannot serve it; train one for "
+                "this model, or one with policy_settings.block_vectors=0, which serves both."
+            )
+        if features is not None:
+            _check_features(features, facts.num_blocks, facts.name)
+            return features, order_of(features)
+        if facts.num_blocks != own.num_blocks:
+            raise ArtifactError(
+                f"The policy was exported for {own.name} with {own.num_blocks} blocks, but "
+                f"{facts.name} has {facts.num_blocks}; give the importance of its blocks "
+                "(features=), or export a policy for it."
+            )
+        if facts.fingerprint != own.fingerprint:
+            log.warning(
+                "The policy was exported for %s (%s), and %s (%s) has other weights: it sees the "
+                "importance of the former's blocks, so it may choose badly.",
+                own.name, own.dtype, facts.name, facts.dtype,
+            )  # fmt: skip
+        return self.features, self.order
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a safetensors file with checksum; a file that is there is replaced.
+
+        Raises:
+            StorageFullError: The disk is full; what was there before is intact.
+        """
+        arrays = self._arrays()
+        body = {
+            "model": asdict(self.model),
+            "settings": {
+                "hidden": self.weights.hidden,
+                "block_vectors": self.weights.block_vectors,
+                "without": list(self.weights.without),
+            },
+            "provenance": self.provenance,
+            "arrays_sha256": _arrays_hash(arrays),
+        }
+        header = {"kind": _KIND, "format": _FORMAT, "sha256": digest(body), "body": body}
+        with atomic_write(path) as file:
+            file.write(safetensors.numpy.save(arrays, {_HEADER: canonical_json(header)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PolicyFile:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, of a newer format, or no exported policy.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"There is no exported policy at {path}; {_AGAIN}.")
+        header, arrays = _read(path)
+        body = _checked_body(path, header)
+        try:
+            intact = body["arrays_sha256"] == _arrays_hash(arrays)
+            weights = _part(arrays, _NETWORK)
+            made = cls(
+                NetworkWeights(**weights, without=tuple(body["settings"]["without"])),
+                ImportanceFeatures(**_part(arrays, _FEATURES)),
+                tuple(int(index) for index in arrays[_ORDER]),
+                PolicyModel(**body["model"]),
+                body["provenance"],
+            )
+        except (AttributeError, KeyError, TypeError):
+            intact = False
+        if not intact:
+            raise ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+        return made
+
+    def _arrays(self) -> Arrays:
+        features = {e.name: getattr(self.features, e.name) for e in fields(self.features)}
+        named = {f"{_NETWORK}{name}": array for name, array in self.weights.arrays().items()}
+        named |= {f"{_FEATURES}{n}": np.asarray(v, np.float64) for n, v in features.items()}
+        named[_ORDER] = np.array(self.order, dtype=np.int64)
+        return {name: np.ascontiguousarray(array) for name, array in named.items()}
+
+
+def order_of(features: ImportanceFeatures) -> tuple[int, ...]:
+    """The blocks in GSI order by their ranks; empty where all ranks are alike, as without GSI."""
+    if not np.ptp(features.gsi_rank):
+        return ()
+    return tuple(int(index) for index in np.argsort(features.gsi_rank, kind="stable"))
+
+
+def _check_features(features: ImportanceFeatures, blocks: int, name: str) -> None:
+    for entry in fields(features):
+        shape = np.shape(getattr(features, entry.name))
+        if shape != (blocks,):
+            raise ArtifactError(
+                f"The importance of {name} should have {blocks} values of {entry.name}, a value a "
+                f"block, not the shape {shape}."
+            )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
+    """The header and the arrays of a file that may be anything."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            names = list(file.keys()) if text is not None else []
+            arrays = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, TypeError):  # TypeError: a dtype that NumPy has not
+        raise ArtifactError(f"{path} is truncated or no exported policy; {_AGAIN}.") from None
+    if text is None:
+        raise ArtifactError(f"{path} holds tensors, but no exported policy; {_AGAIN}.")
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+    return header, arrays
+
+
+def _checked_body(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """What a header says of its policy, once it is known to be whole."""
+    found = header.get("kind"), header.get("format")
+    if found != (_KIND, _FORMAT):
+        raise ArtifactError(
+            f"{path} is a file of the kind {found[0]!r} and format {found[1]!r}, but this version "
+            f"reads {_KIND!r} of format {_FORMAT}; {_AGAIN}, or use the version that wrote it."
+        )
+    body = header.get("body")
+    if not isinstance(body, dict) or header.get("sha256") != digest(body):
+        raise ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+    return body
+
+
+def _part(arrays: Arrays, prefix: str) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def _arrays_hash(arrays: Arrays) -> str:
+    """SHA-256 of all arrays with their names, dtypes and shapes, in hex."""
+    total = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        total.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()

@@ -1,0 +1,157 @@
+"""The exported policy chooses what the trained one does, block for block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from agents.algorithms import ALGORITHMS, AgentConfig, make_model
+from agents.export import export_policy, network_weights
+from agents.policy import TrainedPolicy
+from agents.training import make_vector_env, train
+from rap_env.envs.observation import ObservationBuilder
+from rap_env.errors import ArtifactError
+from rap_env.runtime.network import BlockNetwork
+from rap_env.runtime.policies import NetworkPolicy, load_policy
+from rap_env.runtime.policy_file import PolicyFile
+from tests.agents.synthetic import SyntheticBench, make_envs, request_at
+
+SHAPES = [(1, 10), (4, 500), (16, 2000)]
+FRACTIONS = np.linspace(0.3, 0.99, 12)
+ABLATIONS = [(), ("gsi",), ("one_shot",), ("request",), ("gsi", "one_shot", "request")]
+
+
+def wide_bench(layers=15, seed=0):
+    costs = np.random.default_rng(seed).lognormal(-3, 0.8, 2 * layers)
+    return SyntheticBench(costs, interaction=2.0, cap=12.0)
+
+
+def untrained(name, bench, policy="blockwise", spread=None, **settings):
+    """A policy as it is before training, or with random weights of some spread."""
+    torch.manual_seed(0)
+    config = AgentConfig(name, policy, n_envs=1, policy_settings=settings)
+    model = make_model(config, make_vector_env(config, make_envs(bench)))
+    if spread:
+        for parameter in model.policy.parameters():
+            torch.nn.init.normal_(parameter, std=spread)
+    return model.policy
+
+
+def assert_same_choices(bench, policy, network):
+    """The same masks on a grid of requests."""
+    builder = ObservationBuilder(bench.memory, bench.features)
+    trained, found = TrainedPolicy(policy, builder), set()
+    for shape in SHAPES:
+        for fraction in FRACTIONS:
+            request = request_at(bench, *shape, fraction)
+            mask = trained.select(request, best_of=1).mask
+            assert frozenset(network.removals(request)) == mask.indices
+            found.add(mask)
+    return found
+
+
+@pytest.mark.parametrize("spread", [None, 0.3], ids=["first", "random"])
+@pytest.mark.parametrize("vectors", [0, 16])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_numpy_chooses_as_torch_does(name, vectors, spread):
+    bench = wide_bench()
+    policy = untrained(name, bench, spread=spread, hidden=24, block_vectors=vectors)
+    builder = ObservationBuilder(bench.memory, bench.features)
+    masks = assert_same_choices(bench, policy, BlockNetwork(network_weights(policy), builder))
+    assert len(masks) > 5
+
+
+@pytest.mark.parametrize("without", ABLATIONS, ids=lambda names: "-".join(names) or "nothing")
+@pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
+def test_so_it_does_under_every_ablation(name, without):
+    bench = wide_bench()
+    policy = untrained(name, bench, spread=0.3, block_vectors=4, without=list(without))
+    builder = ObservationBuilder(bench.memory, bench.features)
+    weights = network_weights(policy, without)
+    assert weights.without == without
+    assert_same_choices(bench, policy, BlockNetwork(weights, builder))
+
+
+def test_so_it_does_with_stubs(repaired_bench):
+    policy = untrained("maskable_ppo", repaired_bench, spread=0.3)
+    builder = ObservationBuilder(repaired_bench.memory, repaired_bench.features)
+    network, trained = (
+        BlockNetwork(network_weights(policy), builder),
+        TrainedPolicy(policy, builder),
+    )
+    for fraction in (0.95, 0.85, 0.75):
+        request = request_at(repaired_bench, 8, 64, fraction)
+        assert frozenset(network.removals(request)) == trained.select(request).mask.indices
+
+
+@pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
+def test_an_mlp_scores_no_single_blocks(name, bench):
+    with pytest.raises(ArtifactError, match="only block-wise policies can be exported"):
+        network_weights(untrained(name, bench, policy="mlp"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Short trainings on a model of 6 layers."""
+    kinds = {
+        "plain": ("maskable_ppo", "blockwise", {"without": ["one_shot"]}),
+        "vectors": ("ppo", "blockwise", {"block_vectors": 4}),
+        "mlp": ("ppo", "mlp", {}),
+    }
+    bench, folders = wide_bench(6), {}
+    for kind, (name, policy, settings) in kinds.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        config = AgentConfig(
+            name, policy, 64, 2, hyperparameters={"n_steps": 32}, policy_settings=settings
+        )
+        train(config, make_envs(bench), folders[kind], progress=False)
+    return bench, folders
+
+
+@pytest.mark.parametrize("kind", ["plain", "vectors"])
+def test_a_run_becomes_a_file_that_chooses_the_same(runs, kind, tmp_path):
+    bench, folders = runs
+    export_policy(folders[kind], bench).save(tmp_path / "policy.safetensors")
+    exported, trained = (
+        load_policy(tmp_path / "policy.safetensors", bench.memory),
+        TrainedPolicy.load(folders[kind], bench),
+    )
+    assert isinstance(exported, NetworkPolicy)
+    assert exported.order == bench.gsi.full_order
+    for shape in SHAPES:
+        for fraction in FRACTIONS:
+            request = request_at(bench, *shape, fraction)
+            assert exported.choose(request) == trained.select(request).mask
+
+
+def test_the_file_says_where_it_is_from(runs, tmp_path):
+    bench, folders = runs
+    export_policy(folders["plain"], bench).save(tmp_path / "policy.safetensors")
+    file = PolicyFile.load(tmp_path / "policy.safetensors")
+    assert file.provenance["run"] == folders["plain"].name
+    assert (file.provenance["agent"], file.provenance["seed"]) == ("maskable_ppo", 0)
+    assert file.provenance["steps"] == 64
+    assert file.model.num_blocks == 12
+    assert file.weights.without == ("one_shot",)
+
+
+def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):
+    _, folders = runs
+    larger = wide_bench(9, seed=1)
+    file = export_policy(folders["plain"], larger)
+    assert file.model.num_blocks == 18
+    exported = NetworkPolicy(larger.memory, file)
+    trained = TrainedPolicy.load(folders["plain"], larger)
+    request = request_at(larger, 4, 500, 0.6)
+    assert exported.choose(request) == trained.select(request).mask
+    with pytest.raises(ArtifactError, match="vector for each of 12 blocks, but this model has 18"):
+        export_policy(folders["vectors"], larger)
+
+
+def test_what_cannot_be_exported_says_why(runs, tmp_path):
+    bench, folders = runs
+    with pytest.raises(ArtifactError, match="of the kind 'mlp', and only block-wise ones"):
+        export_policy(folders["mlp"], bench)
+    with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
+        export_policy(tmp_path, bench)

@@ -1,0 +1,151 @@
+"""From a run's folder to a policy's file: as the run chose, wherever the folder lies now."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from agents.policy import TrainedPolicy
+from experiments.bench import open_bench
+from experiments.cli import CONF_DIR
+from experiments.config import (
+    AgentConfig,
+    Config,
+    EvaluateConfig,
+    FrontierConfig,
+    ImportanceConfig,
+    ModelConfig,
+    TextConfig,
+)
+from experiments.errors import ExperimentError
+from experiments.export_policy import ExportPolicyConfig, export, settings_of, thinned
+from experiments.profile import profile
+from experiments.train import train
+from rap_env.errors import ArtifactError
+from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
+from rap_env.workload import Request
+from tests.experiments.test_config import run_program
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings of a run on a random model of four layers, with a profile and a frontier."""
+    base = tmp_path_factory.mktemp("export_policy")
+    tiny_model(layers=4).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False, threads=1,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=3, window_tokens=12),
+            importance=ImportanceConfig(gsi_removals=3),
+            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
+                      "budget_fractions": [0.9]},
+            reward={"name": "perplexity"},
+            frontier=FrontierConfig(evaluations=40, requests=8),
+            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
+                              hyperparameters={"n_steps": 16, "batch_size": 16}),
+            evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9],
+                                    text=TextConfig(source="self", windows=3, window_tokens=12)),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    profile(config, config.stage_dir("profile"))
+    return train(config, config.stage_dir("train") / "maskable_ppo-s0")
+
+
+def asked(memory):
+    return [Request.at_fraction(memory, 2, 16, fraction) for fraction in (0.9, 0.8, 0.7)]
+
+
+def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
+    path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
+    workbench = open_bench(config)
+    exported = load_policy(path, workbench.memory)
+    assert isinstance(exported, NetworkPolicy)
+    trained = TrainedPolicy.load(run, workbench)
+    for request in asked(workbench.memory):
+        assert exported.choose(request) == trained.select(request).mask
+    assert exported.order == workbench.gsi.full_order
+    assert exported.file.model.fingerprint == workbench.memory.facts.fingerprint
+
+
+def test_the_best_known_masks_lie_beside_it(config, run, tmp_path):
+    export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
+    workbench = open_bench(config)
+    table = load_policy(tmp_path / "rap.frontier.json", workbench.memory)
+    assert isinstance(table, FrontierPolicy)
+    assert table.frontier.entries == workbench.frontier.entries
+    assert len(table.frontier.scored) == len(workbench.frontier.entries)
+    assert len(table.frontier.scored) < workbench.frontier.evaluations
+    assert table.frontier.settings["thinned_from_masks"] == workbench.frontier.evaluations
+    for request in asked(workbench.memory):
+        full = FrontierPolicy(workbench.memory, workbench.frontier)
+        assert table.choose(request) == full.choose(request)
+    assert thinned(table.frontier).scored == table.frontier.scored
+
+
+def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_path):
+    moved = shutil.copytree(config.root, tmp_path / "elsewhere" / "other")
+    found = settings_of(moved / "train" / run.name)
+    assert (found.root, found.model) == ((tmp_path / "elsewhere" / "other").resolve(), config.model)
+    shutil.rmtree(moved / "profile")
+    export(ExportPolicyConfig(str(moved / "train" / run.name), str(tmp_path / "rap.safetensors")))
+    assert not (tmp_path / "rap.frontier.json").exists(), "there is none without a profile"
+
+
+def test_a_run_in_a_place_of_its_own_keeps_its_words(config, run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "mine")
+    assert settings_of(copied).root == config.root
+
+
+def test_what_is_no_run_says_so(config, run, tmp_path):
+    with pytest.raises(ExperimentError, match="no run's folder: it holds no config.yaml"):
+        export(ExportPolicyConfig(str(tmp_path), "rap.safetensors"))
+    untrained = tmp_path / "train" / "x-s0"
+    untrained.mkdir(parents=True)
+    text = (run / "config.yaml").read_text()
+    (untrained / "config.yaml").write_text(text)
+    with pytest.raises(ArtifactError, match="holds no checkpoint"):
+        export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
+    settings = {**yaml.safe_load(text), "agnet": 1}
+    (untrained / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ExperimentError, match="does not know: .*agnet"):
+        export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
+
+
+def test_the_name_of_the_file_is_one_that_is_known_again():
+    with pytest.raises(ExperimentError, match=r"out must end in \.safetensors"):
+        ExportPolicyConfig("run", "policy.bin")
+
+
+def test_its_settings_compose():
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        node = compose("export_policy", overrides=["run=a", "out=b.safetensors"])
+        assert OmegaConf.to_object(node) == ExportPolicyConfig("a", "b.safetensors")
+        with pytest.raises(MissingMandatoryValue):
+            OmegaConf.to_object(compose("export_policy"))
+
+
+def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(tmp_path):
+    done = run_program(
+        "experiments.export_policy", "run=nowhere", "out=rap.safetensors", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr == "Error: nowhere is no run's folder: it holds no config.yaml.\n"
+    assert list(Path(tmp_path).iterdir()) == []
+    done = run_program("experiments.export_policy", "run=nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "out" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,160 @@
+"""Policies by themselves: what each chooses, and what can be loaded by name or path."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
+from rap_env.importance.frontier import Frontier
+from rap_env.runtime import policies
+from rap_env.runtime.policies import (
+    DensePolicy,
+    FrontierPolicy,
+    NetworkPolicy,
+    OrderPolicy,
+    StaticPolicy,
+    load_policy,
+)
+from rap_env.workload import Request
+from tests.runtime.made_policies import facts, features, memory, policy_file
+
+LOSSES = {"": 2.5, "0": 2.6, "1": 2.7, "0,1": 2.9, "0,1,3": 3.4}
+
+
+def frontier(layers=6, fingerprint="a" * 64):
+    """A few known masks of the made model."""
+    return Frontier(
+        num_blocks=2 * layers,
+        dense_nll=2.5,
+        scored=LOSSES,
+        evaluations_run=len(LOSSES),
+        seconds=0.0,
+        settings={},
+        provenance={"model": "made", "fingerprint": fingerprint, "scoring": {}},
+    )
+
+
+def at(fraction, shape=(1, 10), layers=6):
+    return Request.at_fraction(memory(layers), *shape, fraction)
+
+
+def just_fits(*removed, shape=(1, 10)):
+    """The request whose budget a mask meets to the byte."""
+    need = memory().peak_bytes(BlockMask.of(*removed), Request(*shape, 1))
+    return Request(*shape, need)
+
+
+def test_dense_and_static_ask_nothing():
+    mask = BlockMask.of(1, 5)
+    for fraction in (0.3, 1.0):
+        assert DensePolicy().choose(at(fraction)) == BlockMask()
+        assert StaticPolicy(mask).choose(at(fraction)) == mask
+    assert (DensePolicy().name, StaticPolicy(mask).name) == ("dense", "static")
+    assert StaticPolicy(mask, name="shortgpt").name == "shortgpt"
+
+
+def test_an_order_is_followed_until_the_request_fits():
+    policy = OrderPolicy(memory(), [3, 0, 5, 1])
+    assert policy.choose(at(1.0)) == BlockMask()
+    assert policy.choose(just_fits(3)) == BlockMask.of(3)
+    short = Request(1, 10, just_fits(3).budget_bytes - 1)
+    assert policy.choose(short) == BlockMask.of(3, 0)
+    assert policy.choose(Request(1, 10, 1)) == BlockMask.of(3, 0, 5, 1)
+    assert policy.order == (3, 0, 5, 1)
+
+
+def test_an_order_of_another_model_is_refused():
+    with pytest.raises(UnknownNameError, match=r"layer06\.attn"):
+        OrderPolicy(memory(), [0, 12])
+
+
+def test_the_frontier_gives_the_best_known_mask_that_fits():
+    policy = FrontierPolicy(memory(), frontier())
+    assert policy.choose(at(1.0)) == BlockMask()
+    assert policy.choose(just_fits(0)) == BlockMask.of(0)
+    assert policy.choose(just_fits(1)) == BlockMask.of(1)
+    assert policy.choose(just_fits(0, 1)) == BlockMask.of(0, 1)
+    assert policy.choose(Request(1, 10, 1)) == BlockMask.of(0, 1, 3), "the one that needs least"
+    assert policy.name == "frontier"
+
+
+def test_a_frontier_of_another_shape_is_refused():
+    with pytest.raises(ArtifactError, match="with 8 blocks, but made has 12"):
+        FrontierPolicy(memory(), frontier(4))
+
+
+@pytest.mark.parametrize("block_vectors", [0, 3])
+def test_the_network_meets_every_budget(block_vectors):
+    policy = NetworkPolicy(memory(), policy_file(block_vectors=block_vectors))
+    for shape in ((1, 10), (16, 2000)):
+        for fraction in (0.4, 0.6, 0.8, 0.999):
+            request = at(fraction, shape)
+            mask = policy.choose(request)
+            assert memory().peak_bytes(mask, request) <= request.budget_bytes
+    assert len(policy.choose(Request(1, 10, 1))) == 12
+    assert policy.name == "rap"
+    assert policy.order == policy_file().order
+
+
+def test_kept_answers_are_those_that_would_be_given_anew():
+    """Requests that differ in one part alone never share an answer."""
+    keeps = NetworkPolicy(memory(), policy_file(), kept_answers=4)
+    forgets = NetworkPolicy(memory(), policy_file(), kept_answers=0)
+    asked = [at(f, shape) for shape in ((1, 10), (2, 10), (1, 20)) for f in (0.5, 0.6, 0.7)]
+    for request in asked * 2 + asked[::-1]:
+        assert keeps.choose(request) == keeps.choose(request) == forgets.choose(request)
+    assert len({keeps.choose(request) for request in asked}) > 1
+
+
+@pytest.mark.parametrize("policy", ["order", "frontier", "network"])
+def test_what_the_model_cannot_serve_is_refused(policy):
+    made = {
+        "order": OrderPolicy(memory(), range(12)),
+        "frontier": FrontierPolicy(memory(), frontier()),
+        "network": NetworkPolicy(memory(), policy_file()),
+    }[policy]
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        made.choose(Request(1, 5000, 10**9))
+
+
+class TestLoadPolicy:
+    def test_by_path(self, tmp_path):
+        policy_file().save(tmp_path / "policy.safetensors")
+        frontier().save(tmp_path / "masks.json")
+        network = load_policy(tmp_path / "policy.safetensors", memory())
+        table = load_policy(str(tmp_path / "masks.json"), memory())
+        assert (type(network), type(table)) == (NetworkPolicy, FrontierPolicy)
+        request = at(0.7)
+        assert network.choose(request) == NetworkPolicy(memory(), policy_file()).choose(request)
+
+    def test_for_anything_that_knows_its_facts(self, tmp_path):
+        policy_file().save(tmp_path / "policy.safetensors")
+        live = SimpleNamespace(facts=facts())
+        assert load_policy(tmp_path / "policy.safetensors", live).choose(at(0.7))
+        assert type(load_policy("dense", live)) is DensePolicy
+
+    def test_for_another_number_of_layers_with_features(self, tmp_path):
+        policy_file().save(tmp_path / "policy.safetensors")
+        with pytest.raises(ArtifactError, match="give the importance of its blocks"):
+            load_policy(tmp_path / "policy.safetensors", memory(4))
+        policy = load_policy(tmp_path / "policy.safetensors", memory(4), features=features(4))
+        assert 0 < len(policy.choose(at(0.7, layers=4))) < 8
+
+    def test_by_name(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(policies, "SAVED", tmp_path)
+        policy_file().save(tmp_path / "smollm2-135m.safetensors")
+        frontier().save(tmp_path / "smollm2-135m.frontier.json")
+        assert load_policy("rap", memory()).name == "rap"
+        assert load_policy("frontier", memory()).name == "frontier"
+        with pytest.raises(ArtifactError, match="12 blocks, but made has 8"):
+            load_policy("rap", memory(4))
+        with pytest.raises(ArtifactError, match="other weights or another dtype"):
+            load_policy("frontier", memory(fingerprint="b" * 64))
+
+    @pytest.mark.parametrize("name", ["rapp", "some/policy.safetensors", "masks.json"])
+    def test_what_there_is_not(self, name):
+        with pytest.raises(UnknownNameError, match="known are 'dense', 'frontier', 'rap'"):
+            load_policy(name, memory())

@@ -1,0 +1,82 @@
+"""The policy and the table that come with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.memory import MemoryModel
+from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, load_policy
+from rap_env.runtime.policy_file import PolicyFile
+from rap_env.workload import Request
+
+POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
+TABLE = SAVED / f"{DEFAULT_MODEL}.frontier.json"
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """The default model's bytes, without the model."""
+    from tests.runtime.made_policies import facts
+
+    made, policy = facts(30), PolicyFile.load(POLICY)
+    return MemoryModel(
+        replace(
+            made, name=DEFAULT_MODEL, fingerprint=policy.model.fingerprint,
+            block_param_bytes=(1_770_624, 5_309_568) * 30, base_bytes=56_624_256,
+            kv_bytes_per_token=(768,) * 30, hidden_size=576, ffn_width=1536, vocab_size=49_152,
+            max_positions=8192,
+        )
+    )  # fmt: skip
+
+
+def test_the_files_are_small_and_name_no_place_of_a_machine():
+    assert POLICY.stat().st_size < 300_000
+    assert TABLE.stat().st_size < 200_000
+    told = json.dumps(PolicyFile.load(POLICY).provenance) + TABLE.read_text()
+    assert '"/' not in told, "an absolute path"
+
+
+@pytest.mark.parametrize("name", ["rap", "frontier"])
+def test_they_meet_the_budgets_that_they_are_for(memory, name, caplog):
+    policy = load_policy(name, memory)
+    for shape in ((1, 128), (4, 512), (8, 2048)):
+        found = []
+        for fraction in (1.0, 0.95, 0.85, 0.7):
+            request = Request.at_fraction(memory, *shape, fraction)
+            mask = policy.choose(request)
+            assert memory.peak_bytes(mask, request) <= request.budget_bytes
+            found.append(len(mask))
+        assert found[0] == 0 < found[1] <= found[2] <= found[3] < 40
+    assert not caplog.records
+
+
+def test_the_policy_looks_at_the_request(memory):
+    """Weights fill the memory of short requests and the cache that of long batches."""
+    policy = load_policy("rap", memory)
+    short, long = (
+        policy.choose(Request.at_fraction(memory, *shape, 0.8)) for shape in ((1, 128), (8, 2048))
+    )
+    assert short.count("ffn") > 2 * long.count("ffn")
+    assert long.count("attn") > 2 * long.count("ffn")
+
+
+def test_the_policy_brings_the_order_of_its_model(memory):
+    policy = load_policy("rap", memory)
+    assert isinstance(policy, NetworkPolicy)
+    assert sorted(policy.order) == list(range(60))
+    assert policy.file.model.num_blocks == 60
+
+
+@pytest.mark.network
+def test_they_are_of_the_default_model(caplog):
+    from rap_env.llm.loading import load_llm
+
+    llm = load_llm(DEFAULT_MODEL, dtype="bfloat16")
+    request = Request.at_fraction(MemoryModel(llm), 1, 128, 0.8)
+    for name in ("rap", "frontier"):
+        assert load_policy(name, llm).choose(request) != BlockMask()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
