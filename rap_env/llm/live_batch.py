@@ -6,6 +6,7 @@ on the left, where no row looks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ from rap_env.llm.live import (
     cache_argument,
     check_restore,
     follow,
-    positions_of,
     refill,
     step,
 )
@@ -137,12 +137,15 @@ class LiveBatch:
                 f"{self.size} rows need as many lists of tokens, all of one length, not "
                 f"{len(tokens)} of lengths {sorted(counts)}."
             )
-        before = self._rows
-        self._rows = [[*row, *map(int, new)] for row, new in zip(before, tokens, strict=True)]
+        count = counts.pop()
+        for row, new in zip(self._rows, tokens, strict=True):
+            row.extend(map(int, new))
         try:
-            return self._forward(counts.pop())
+            return self._forward(count)
         except BaseException:
-            self._rows, self._cache = before, None
+            self._cache = None
+            for row in self._rows:
+                del row[-count:]
             raise
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -151,16 +154,18 @@ class LiveBatch:
         Args:
             rows: Numbers of rows; none empties the batch.
         """
+        if list(rows) == list(range(self.size)):
+            return
         with self._llm.exclusive():
-            before = self.length
-            self._rows = [self._rows[row] for row in rows]
-            if not self._rows or self._cache is None:
-                self._cache = None
+            before, cache = self.length, self._cache
+            self._rows, self._cache = [self._rows[row] for row in rows], None
+            if not self._rows or cache is None:
                 return
             index = torch.tensor(rows, device=self._llm.device)
             cut = before - self.length
-            for layer in self._cache.layers:
+            for layer in cache.layers:
                 _change(layer, self.length, lambda held: held[index], cut)
+            self._cache = cache
 
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
@@ -204,25 +209,27 @@ class LiveBatch:
     def _follow(self) -> None:
         if self._cache is None:
             self._cache = self._new_cache()
-            refill(self._llm, self._cache, self._past())
+            refill(self._llm, self._cache, self._columns(0, self.length))
         else:
-            follow(self._llm, self._cache, self._restore, self._past)
+            made_of = functools.partial(self._columns, 0, self.length)
+            follow(self._llm, self._cache, self._restore, made_of)
 
     @torch.no_grad()
     def _forward(self, new: int) -> torch.Tensor:
         """Run the last `new` tokens of each row, and give the logits after them, (B, V)."""
-        rows, held = self._past(), self.length - new
-        made_of = _first(rows, held)
+        held = self.length - new
+        made_of = functools.partial(self._columns, 0, held)
+        columns = self._columns(held, self.length)
         with self._llm.exclusive():
             if self._cache is None:
                 self._cache = self._new_cache()
                 if held:
-                    refill(self._llm, self._cache, made_of)
-            with step(self._llm, self._cache, self._restore, lambda: made_of):
+                    refill(self._llm, self._cache, made_of())
+            with step(self._llm, self._cache, self._restore, made_of):
                 output = self._llm.model(
-                    input_ids=rows.tokens[:, held:],
-                    attention_mask=rows.attention_mask,
-                    position_ids=rows.position_ids[:, held:],
+                    input_ids=columns.tokens,
+                    attention_mask=columns.attention_mask,
+                    position_ids=columns.position_ids,
                     use_cache=True,
                     logits_to_keep=1,
                     **{self._argument: self._cache},
@@ -230,27 +237,25 @@ class LiveBatch:
         logits: torch.Tensor = output.logits[:, -1]
         return logits.float()
 
-    def _past(self) -> Past:
-        """All rows as a matrix of T columns."""
-        device, length = self._llm.device, self.length
-        pads = [length - len(row) for row in self._rows]
-        padded = [[0] * pad + row for pad, row in zip(pads, self._rows, strict=True)]
-        tokens = torch.tensor(padded, device=device)
-        starts = torch.tensor(pads, device=device)[:, None]
-        mask = (torch.arange(length, device=device) >= starts).long()
-        return Past(tokens, mask, positions_of(mask))
+    def _columns(self, first: int, end: int) -> Past:
+        """Columns of the matrix of all rows; the mask begins at column 0, as a cache needs it."""
+        device = self._llm.device
+        pads = [self.length - len(row) for row in self._rows]
+        tokens = [
+            [0] * (min(end, pad) - first) + row[max(0, first - pad) : max(0, end - pad)]
+            for pad, row in zip(pads, self._rows, strict=True)
+        ]
+        positions = torch.arange(end, device=device) - torch.tensor(pads, device=device)[:, None]
+        return Past(
+            torch.tensor(tokens, device=device),
+            (positions >= 0).long(),
+            positions[:, first:].clamp(min=0),
+        )
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache(config=self._llm.model.config)
-
-
-def _first(rows: Past, count: int) -> Past:
-    """The first `count` columns."""
-    return Past(
-        rows.tokens[:, :count], rows.attention_mask[:, :count], rows.position_ids[:, :count]
-    )
 
 
 def _held(layer: Any, length: int) -> int:

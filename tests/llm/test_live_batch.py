@@ -8,6 +8,7 @@ from rap_env.errors import InvalidRequestError, UnknownNameError, UnsupportedCac
 from rap_env.llm import live_batch
 from rap_env.llm.live_batch import LiveBatch
 from tests.llm.gated import gated_logits
+from tests.llm.stubs import repaired
 from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -230,3 +231,21 @@ def test_bad_calls_are_refused_and_change_nothing() -> None:
     with pytest.raises(InvalidRequestError, match="of one model"):
         batch.join(other)
     assert rows_of(batch) == [[3, 4], [5]]
+
+
+def test_stubs_stand_where_blocks_were_and_leave_when_those_come_back() -> None:
+    llm = tiny_llm()
+    view = repaired(llm)
+    view.apply(BlockMask.of(0, 3))
+    batch = LiveBatch(view)
+    batch.prefill(random_tokens(6, 6))
+    bare = LiveBatch(llm)
+    view.apply(BlockMask.of(3))
+    (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
+    logits = batch.extend(column)
+    fresh = LiveBatch(view)
+    fresh.prefill(random_tokens(6, 6))
+    assert torch.equal(logits, fresh.extend(column))
+    llm.apply(BlockMask.of(3))  # the same mask without stubs says something else
+    bare.prefill(random_tokens(6, 6))
+    assert not torch.equal(logits, bare.extend(column))
