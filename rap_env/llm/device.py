@@ -143,6 +143,17 @@ def keep_freed_memory() -> None:
             mallopt(_M_MMAP_MAX, 0)
 
 
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep few of the kernels that it compiles, one for each shape that it ever saw.
+
+    With the lengths of a service's requests these are thousands, half a megabyte each, which looks
+    like a leak; making one anew takes no time that could be measured. To be called before the
+    first product: the caches are made then. Whoever has set the variables keeps their values.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+
+
 def return_freed_memory() -> None:
     """Give memory that the C library holds back to the system, so that resident memory falls.
 

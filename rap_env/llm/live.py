@@ -70,7 +70,11 @@ def check_restore(name: str) -> None:
 
 @contextlib.contextmanager
 def step(
-    llm: ElasticLLM, cache: Any, restore: Restore, past: Callable[[], Past | None]
+    llm: ElasticLLM,
+    cache: Any,
+    restore: Restore,
+    past: Callable[[], Past | None],
+    most_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Iterator[None]:
     """The model as one step with `cache` needs it; no mask changes until the block ends.
 
@@ -79,6 +83,7 @@ def step(
         cache: The cache of the step, or None.
         restore: For attention blocks that the cache lacks and the mask has again.
         past: Gives what the cache was made of, or None if nobody knows; asked for a refill.
+        most_tokens: Most tokens to run at once in a refill.
 
     Raises:
         UnsupportedCacheError: The cache cannot follow the mask.
@@ -88,13 +93,19 @@ def step(
             yield
             return
         llm.watch(cache)
-        follow(llm, cache, restore, past)
+        follow(llm, cache, restore, past, most_tokens)
         absent = kv.missing(cache)
         with llm.without({2 * number for number in absent}):
             yield
 
 
-def follow(llm: ElasticLLM, cache: Any, restore: Restore, past: Callable[[], Past | None]) -> None:
+def follow(
+    llm: ElasticLLM,
+    cache: Any,
+    restore: Restore,
+    past: Callable[[], Past | None],
+    most_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> None:
     """Bring a cache to the model's mask, as far as `restore` wants; arguments as for `step`."""
     gone = llm.removed_attention
     kv.let_go(cache, gone)
@@ -112,10 +123,12 @@ def follow(llm: ElasticLLM, cache: Any, restore: Restore, past: Callable[[], Pas
             "tokens of this cache are not known (it was given with the new tokens alone, or made "
             "from embeddings). Give all tokens, or restore with 'from_here' or 'next_request'."
         )
-    refill(llm, cache, made_of)
+    refill(llm, cache, made_of, most_tokens)
 
 
-def refill(llm: ElasticLLM, cache: Any, past: Past) -> None:
+def refill(
+    llm: ElasticLLM, cache: Any, past: Past, most_tokens: int = PREFILL_CHUNK_TOKENS
+) -> None:
     """Compute a cache anew under the model's mask, in chunks that bound the workspace.
 
     What it held is freed first, so that no more than the new state is ever in memory.
@@ -124,10 +137,11 @@ def refill(llm: ElasticLLM, cache: Any, past: Past) -> None:
         llm: The live model.
         cache: The cache; it is filled in its place.
         past: What it was made of.
+        most_tokens: Most tokens, of all sequences together, to run at once.
     """
     kv.empty(cache)
     batch, length = past.tokens.shape
-    width = max(1, PREFILL_CHUNK_TOKENS // batch)
+    width = max(1, most_tokens // batch)
     decoder = llm.adapter.decoder(llm.model)
     name = cache_argument(decoder)
     for start in range(0, length, width):

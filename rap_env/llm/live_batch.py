@@ -41,13 +41,21 @@ class LiveBatch:
     Args:
         llm: The live model.
         restore: ``"refill"`` or ``"next_request"``.
+        most_tokens: Most tokens, of all rows together, to run at once in a refill, or in a
+            prefill that says nothing else; fewer need less workspace.
 
     Raises:
         UnsupportedCacheError: ``"from_here"``, which a batch that others join cannot have.
         UnknownNameError: There is no such way of restoring.
     """
 
-    def __init__(self, llm: ElasticLLM, *, restore: Restore = "refill") -> None:
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        *,
+        restore: Restore = "refill",
+        most_tokens: int = PREFILL_CHUNK_TOKENS,
+    ) -> None:
         check_restore(restore)
         if restore == "from_here":
             raise UnsupportedCacheError(
@@ -56,6 +64,7 @@ class LiveBatch:
             )
         self._llm = llm
         self._restore = restore
+        self._most_tokens = most_tokens
         self._argument = cache_argument(llm.model)
         self._rows: list[list[int]] = []
         self._cache: Any = None
@@ -102,7 +111,7 @@ class LiveBatch:
         if not rows or not all(rows):
             raise InvalidRequestError("A batch needs prompts of at least one token each.")
         length = max(map(len, rows))
-        width = chunk_tokens or max(1, PREFILL_CHUNK_TOKENS // len(rows))
+        width = chunk_tokens or max(1, self._most_tokens // len(rows))
         logits = torch.empty(0)
         try:
             for end in [*range(width, length, width), length]:
@@ -209,10 +218,10 @@ class LiveBatch:
     def _follow(self) -> None:
         if self._cache is None:
             self._cache = self._new_cache()
-            refill(self._llm, self._cache, self._columns(0, self.length))
+            refill(self._llm, self._cache, self._columns(0, self.length), self._most_tokens)
         else:
             made_of = functools.partial(self._columns, 0, self.length)
-            follow(self._llm, self._cache, self._restore, made_of)
+            follow(self._llm, self._cache, self._restore, made_of, self._most_tokens)
 
     @torch.no_grad()
     def _forward(self, new: int) -> torch.Tensor:
@@ -224,8 +233,8 @@ class LiveBatch:
             if self._cache is None:
                 self._cache = self._new_cache()
                 if held:
-                    refill(self._llm, self._cache, made_of())
-            with step(self._llm, self._cache, self._restore, made_of):
+                    refill(self._llm, self._cache, made_of(), self._most_tokens)
+            with step(self._llm, self._cache, self._restore, made_of, self._most_tokens):
                 output = self._llm.model(
                     input_ids=columns.tokens,
                     attention_mask=columns.attention_mask,

@@ -21,13 +21,18 @@ from rap_env.errors import (
     UnsupportedModelError,
 )
 from rap_env.llm import default_model
-from rap_env.llm.attention import pack_single_queries
 from rap_env.llm.config import read_config
-from rap_env.llm.device import choose_device, choose_dtype, keep_freed_memory
+from rap_env.llm.device import (
+    bound_kernel_caches,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+)
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.gguf_file import converted_gguf
 from rap_env.llm.hub import hub_folder
 from rap_env.llm.progress import transformers_bars
+from rap_env.llm.single import take_short_ways
 from rap_env.llm.weight_files import readable, refuse_missing, require_all_files
 from rap_env.paths import cache_dir
 
@@ -90,6 +95,7 @@ def load_llm(
             f"quantization={quantization!r} is not supported yet; leave it out (None)."
         )
     keep_freed_memory()
+    bound_kernel_caches()
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     found = locate(model)
@@ -98,7 +104,7 @@ def load_llm(
     read_config(found.folder)
     log.info("Loading %s in %s on %s", found.name, kind, place)
     loaded = _load_weights(found.folder, kind).to(place)
-    pack_single_queries(loaded)
+    take_short_ways(loaded)
     tokenizer = load_tokenizer(found.folder)
     return ElasticLLM(loaded, tokenizer, name=found.name, folder=found.folder)
 

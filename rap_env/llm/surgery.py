@@ -27,11 +27,11 @@ from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
-from rap_env.llm.attention import NAME as PACKED_ATTENTION
-from rap_env.llm.attention import pack_single_queries
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.progress import transformers_bars
 from rap_env.llm.removed import Removed
+from rap_env.llm.single import NAME as PACKED_ATTENTION
+from rap_env.llm.single import take_short_ways
 from rap_env.llm.stub import Stub
 
 PRUNED_FILE = "rap_pruned.json"
@@ -110,7 +110,7 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     model = model.to(device)
-    pack_single_queries(model)
+    take_short_ways(model)
     llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
     for _, place, stub in _stubs(llm):
         # Mapped from a file they are aligned in another way than in memory, and so a product

@@ -212,6 +212,21 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
     close(batch.extend([3, 4]), gated_logits(llm, rows_of(batch), {})[:, -1])
 
 
+def test_a_refill_runs_no_more_tokens_at_once_than_it_may() -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(0))
+    batch = LiveBatch(llm, most_tokens=6)
+    ran = []
+    llm.adapter.decoder(llm.model).register_forward_pre_hook(
+        lambda _, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    batch.prefill(random_tokens(8, 8))
+    llm.apply(BlockMask())
+    logits = grown(batch, 1)
+    assert ran == [6, 6, 4, 6, 6, 4, 2]
+    close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
+
+
 def test_bad_calls_are_refused_and_change_nothing() -> None:
     llm = tiny_llm()
     with pytest.raises(UnsupportedCacheError, match=r"use 'refill' or 'next_request'"):

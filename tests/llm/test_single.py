@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.attention import NAME, pack_single_queries
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
+from rap_env.llm.single import NAME, take_short_ways
 from rap_env.llm.surgery import load_pruned, save_pruned
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
@@ -16,7 +16,7 @@ from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_the_usual_way(name, dtype) -> None:
     plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
-    pack_single_queries(packed.model)
+    take_short_ways(packed.model)
     for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
         for mask in (BlockMask(), BlockMask.of(0, 3)):
             found = []
@@ -30,11 +30,24 @@ def test_logits_are_those_of_the_usual_way(name, dtype) -> None:
             )
 
 
+def test_the_head_gets_last_tokens_that_lie_side_by_side() -> None:
+    llm = tiny_llm()
+    take_short_ways(llm.model)
+    seen = []
+    llm.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].stride())
+    )
+    prompts = [[5, 9, 14, 3], [7, 8, 9, 10]]
+    logits = LiveBatch(llm).prefill(prompts)
+    assert seen == [(16, 16, 1)]
+    torch.testing.assert_close(logits, LiveBatch(tiny_llm()).prefill(prompts))
+
+
 def test_it_is_taken_where_heads_share_keys_and_nowhere_else() -> None:
     for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
         model = tiny_model(name)
         usual = model.config._attn_implementation
-        pack_single_queries(model)
+        take_short_ways(model)
         assert model.config._attn_implementation == (NAME if taken else usual)
 
 
