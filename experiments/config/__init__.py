@@ -18,6 +18,8 @@ from experiments.config.evaluation import CompareConfig, EvaluateConfig, ReportC
 from experiments.config.learning import FrontierConfig, ScoreModelConfig, WarmStartConfig
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.parts import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
+from experiments.config.replay import ReplayConfig
+from experiments.config.serving import ServeConfig, SoakConfig
 from experiments.config.stubs import REPAIRS, StubsConfig
 from experiments.config.studies import (
     OverfittingConfig,
@@ -50,9 +52,12 @@ __all__ = [
     "ModelConfig",
     "OverfittingConfig",
     "RepairConfig",
+    "ReplayConfig",
     "ReportConfig",
     "ScoreModelConfig",
+    "ServeConfig",
     "SmallLMConfig",
+    "SoakConfig",
     "StabilityConfig",
     "StubsConfig",
     "TasksConfig",
@@ -99,6 +104,10 @@ class Config:
     text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
     small_lm: SmallLMConfig = field(default_factory=SmallLMConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    soak: SoakConfig = field(default_factory=SoakConfig)
+    budget: dict[str, Any] = field(default_factory=dict)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -28,12 +28,13 @@ FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if path.parent.parent == CONF_DIR and path.parent.name != "sweep"]
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
-    "text_study", "overfitting", "small_lm",
+    "text_study", "overfitting", "small_lm", "replay",
 )  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],
     "calibration/file": ["calibration.source=text.txt"],
     "workload/trace": ["workload.path=trace.csv"],
+    "budget/file": ["budget.path=budget.csv"],
 }
 """What a group's file asks the user for."""
 
@@ -53,7 +54,7 @@ def test_some_files_were_found():
     assert len(FILES) >= 25
     assert {path.parent.name for path in GROUPS} == {
         "model", "calibration", "importance", "repair", "stubs", "workload", "reward", "env",
-        "agent", "logger", "experiment",
+        "agent", "logger", "experiment", "budget",
     }  # fmt: skip
 
 

@@ -1,0 +1,335 @@
+"""Keeps a live model within memory that moves: asks for masks, guards them, applies them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.runtime.chooser import Choice, Chooser
+from rap_env.runtime.decisions import Decision, DecisionLog, Why
+from rap_env.runtime.demand import NOTHING, Demand
+from rap_env.runtime.gauge import Gauge
+from rap_env.runtime.hysteresis import Room
+from rap_env.runtime.margin import LearnedMargin
+from rap_env.runtime.memory import MemorySource, open_memory
+from rap_env.runtime.meter import Meter, ProcessMeter
+from rap_env.runtime.needs import Coming, Needs
+from rap_env.runtime.switching import Switcher
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM, HeldBytes
+    from rap_env.runtime.policies import MaskPolicy
+
+_TRIES = 4  # of making a mask fit by measured bytes
+
+
+class RuntimeController:
+    """Holds measured bytes within a budget that moves, by changing a live model's mask.
+
+    The policy is asked when a request arrives, when the budget falls below what is needed, and when
+    there is room again. Its mask is taken only if what it needs, by the memory arithmetic, and what
+    was learned from the meter (`rap_env.runtime.margin`) fit together; else the guard removes more
+    blocks in its own order until they do.
+
+    **Going down** is immediate: `check` before each step. **Going up** waits while anything runs:
+    a mask that needs more is applied only after it would have fitted for `hold_s` without a break,
+    with `hysteresis_share` of the budget to spare. A budget that jitters around a threshold causes
+    one switch, not many. A request that finds nothing running gets its mask at once (`admit`).
+
+    One thread calls it, the one that runs the model; counters may be read from any.
+
+    Args:
+        llm: The live model. Set its residency first: with ``"resident"``, removing an FFN block
+            frees nothing, and the guard knows that.
+        policy: Chooses masks.
+        memory: Says the budget; or what `open_memory` takes.
+        meter: Measures what is used; by default that of the process or the device.
+        guard_order: Indices of blocks in the order in which the guard removes them. By
+            default the policy's `order` if it has one, else those that free most bytes first.
+            An empty one means no guard: the policy's mask fits or nothing does.
+        margin_share: Share of the dense model's weights to leave free in any case, before the
+            meter has taught better.
+        hysteresis_share: Share of the budget to leave free when blocks are brought back.
+        hold_s: Seconds for which there must have been room before they are.
+        log: Where to log decisions.
+        clock: Gives the time in seconds, for `hold_s` and the log.
+
+    Attributes:
+        decisions: How often the policy was asked.
+        decision_s: Seconds spent choosing, in total.
+        overhead_s: Seconds spent here altogether, switching and measuring included.
+
+    Raises:
+        InvalidRequestError: A share or a time is out of its range.
+        UnknownNameError: There is no such memory source, or no such block in the guard's order.
+        MemorySourceError: The system does not tell what is free.
+    """
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        policy: MaskPolicy,
+        memory: MemorySource | Callable[[], float] | int | str,
+        *,
+        meter: Meter | None = None,
+        guard_order: Sequence[int] | None = None,
+        margin_share: float = 0.0,
+        hysteresis_share: float = 0.05,
+        hold_s: float = 2.0,
+        log: DecisionLog | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 <= hysteresis_share < 1 or hold_s < 0 or margin_share < 0:
+            raise InvalidRequestError(
+                "hysteresis_share must be from 0 to below 1, hold_s and margin_share at least 0, "
+                f"not {hysteresis_share}, {hold_s} and {margin_share}."
+            )
+        self.llm = llm
+        self.needs = Needs(llm)
+        self.chooser = Chooser(policy, self.needs, guard_order)
+        facts = self.needs.memory.facts
+        weights = facts.base_bytes + sum(facts.block_param_bytes)
+        self.gauge = Gauge(
+            llm,
+            open_memory(memory, device=llm.device),
+            ProcessMeter(llm) if meter is None else meter,
+            self.needs,
+            LearnedMargin(int(margin_share * weights)),
+        )
+        self.hysteresis_share = hysteresis_share
+        self.hold_s = hold_s
+        self.clock = clock
+        self.decisions = 0
+        self.decision_s = self.overhead_s = 0.0
+        self._switcher = Switcher(llm, self.gauge, log, clock)
+        self._room = Room(hold_s)
+        self._refused: tuple[Demand, int] | None = None  # what fitted nothing, and in which room
+        self._enough: tuple[Demand, int] | None = None  # too little spare to ask the policy again
+        self._switched_for = NOTHING
+        self._next_pass = (0, 0)
+
+    @property
+    def policy(self) -> MaskPolicy:
+        """The policy that is asked."""
+        return self.chooser.policy
+
+    @property
+    def switches(self) -> int:
+        """How often the mask changed."""
+        return self._switcher.count
+
+    @property
+    def switch_s(self) -> float:
+        """Seconds spent switching, in total."""
+        return self._switcher.seconds
+
+    @property
+    def recent(self) -> Sequence[Decision]:
+        """The last decisions, the newest at the end."""
+        return self._switcher.recent
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget when last asked."""
+        return self.gauge.budget_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """What was measured last."""
+        return self.gauge.used_bytes
+
+    @property
+    def held(self) -> HeldBytes:
+        """Bytes of the tensors that were held after the last step."""
+        return self.gauge.held
+
+    @property
+    def margin(self) -> LearnedMargin:
+        """What is kept free beyond what masks need."""
+        return self.gauge.margin
+
+    def admit(self, demand: Demand, beside: Demand = NOTHING) -> bool:
+        """Make a request fit that has arrived: choose and apply a mask for it.
+
+        While others run, a mask that fits already stays. With nothing else running, when a switch
+        costs no refill, the policy is asked for a mask that suits the request, and one that needs
+        more than that of now is taken at once, if it fits with `hysteresis_share` to spare.
+
+        Args:
+            demand: All that will run with the request.
+            beside: What runs without it.
+
+        Returns:
+            Whether a mask fits.
+        """
+        with self._timed():
+            self.gauge.poll()
+            room = self.gauge.room_bytes(demand, self._coming(demand))
+            if self._refused and self._refused[0] == demand and room <= self._refused[1]:
+                return False
+            mask = self.llm.mask
+            need = self.needs.bytes(mask, demand)
+            if need > room:
+                choice = self._choose(demand, room)
+                if choice is None or not self._settle(choice, demand, "arrival"):
+                    self._refused = (demand, room)
+                    return False
+            elif mask and not beside:
+                self._suit(need, demand)
+            return True
+
+    def expect(self, tokens: int, growth_tokens: int) -> None:
+        """Say what the next pass through the model will do; `admit` and `check` count with it.
+
+        Args:
+            tokens: Tokens that it will run, of all sequences together; 0 for no pass.
+            growth_tokens: Tokens that caches will hold more afterwards, padding included.
+        """
+        self._next_pass = (tokens, growth_tokens)
+
+    def check(self, demand: Demand) -> bool:
+        """Before each step: give memory back that the budget does not allow, or take some again.
+
+        Args:
+            demand: All that runs.
+
+        Returns:
+            Whether it fits now. If not, no mask does: run less and call again.
+        """
+        with self._timed():
+            self.gauge.poll()
+            if not demand:
+                self.gauge.rest()
+            room = self.gauge.room_bytes(demand, self._coming(demand))
+            mask = self.llm.mask
+            need = self.needs.bytes(mask, demand)
+            if need > room:
+                self._room.close()
+                return self._shed(demand, room)
+            if mask:
+                self._maybe_restore(mask, need, demand)
+            return True
+
+    def observe(self, demand: Demand, kind: str = "step") -> int:
+        """After each step: learn from what the meter saw of it.
+
+        Args:
+            demand: The shape that was in memory, padding included.
+            kind: What the step did; kinds are learned apart.
+
+        Returns:
+            Most bytes that were measured since the last step or switch.
+        """
+        with self._timed():
+            return self.gauge.observe(demand, kind)
+
+    def could_fit(self, demand: Demand) -> bool:
+        """Whether a demand can ever fit: by the largest budget seen, or the source's limit.
+
+        From any thread.
+        """
+        most = self.gauge.limit_bytes() - self.margin.bytes
+        return self.chooser.least_bytes(demand, most) <= most
+
+    def hopeless(self, demand: Demand) -> bool:
+        """Whether a demand that nothing else runs beside can never fit, as far as is measured."""
+        kept = self.budget_bytes - self.gauge.exact_room_bytes(demand, self._coming(demand))
+        most = self.gauge.limit_bytes() - kept
+        return self.chooser.least_bytes(demand, most) > most
+
+    def before_step(self, demand: Demand) -> Callable[[], None]:
+        """For ``llm.generate(before_step=...)``: checks before each step of a lone batch.
+
+        Args:
+            demand: The batch at its final length. `admit` it first.
+
+        Returns:
+            A function that raises `InfeasibleBudgetError` when no mask fits any more.
+        """
+
+        def before() -> None:
+            self.observe(demand)
+            self.expect(demand.batch_size, demand.batch_size)
+            if not self.check(demand):
+                raise InfeasibleBudgetError(
+                    f"No mask fits {self.budget_bytes:,} bytes for {demand.batch_size} x "
+                    f"{demand.seq_len_tokens} tokens any more, with {self.margin.bytes:,} bytes "
+                    "of margin: raise the budget or generate less."
+                )
+
+        return before
+
+    def _suit(self, need: int, demand: Demand) -> None:
+        """With nothing running, take the policy's mask if it needs more than that of now."""
+        limit = int(self.budget_bytes * (1 - self.hysteresis_share)) - self.margin.bytes
+        choice = self._choose(demand, limit)
+        if choice is not None and choice.need_bytes > need:
+            self._settle(choice, demand, "arrival")
+
+    def _coming(self, demand: Demand) -> Coming:
+        return self.needs.coming(self.llm.mask, demand, *self._next_pass)
+
+    def _shed(self, demand: Demand, room: int) -> bool:
+        choice = self._choose(demand, room)
+        if choice is not None:
+            return self._settle(choice, demand, "budget_fell")
+        if not demand:  # nobody is there to be sent away: do what can be done
+            least = self.chooser.least(self.budget_bytes)
+            self._switch(
+                Choice(least, self.needs.bytes(least, demand), True), demand, "budget_fell"
+            )
+        return False
+
+    def _maybe_restore(self, mask: BlockMask, need: int, demand: Demand) -> None:
+        spare = int(self.budget_bytes * (1 - self.hysteresis_share)) - self.margin.bytes - need
+        freed = self.needs.freed_bytes(demand)
+        least = min(freed[index] for index in mask.indices)
+        held = self._room.held(self.clock(), spare, max(1, least))
+        if held is None or (self._enough and self._enough[0] == demand and held < self._enough[1]):
+            return
+        choice = self._choose(demand, need + held)
+        if choice is not None and choice.need_bytes > need:
+            left = demand.tokens < self._switched_for.tokens
+            self._settle(choice, demand, "left" if left else "room")
+        else:  # ask again when there is room for a block more
+            self._enough = (demand, held + max(1, least))
+
+    def _choose(self, demand: Demand, limit_bytes: int) -> Choice | None:
+        started = time.perf_counter()
+        choice, asked = self.chooser.choose(demand, limit_bytes)
+        seconds = time.perf_counter() - started
+        self.decisions += asked
+        self.decision_s += seconds
+        return None if choice is None else replace(choice, decision_s=seconds)
+
+    def _settle(self, choice: Choice, demand: Demand, why: Why) -> bool:
+        """Apply a mask; if it does not fit by what is measured then, try with less."""
+        chosen: Choice | None = choice
+        for _ in range(_TRIES):
+            if chosen is None:
+                return False
+            self._switch(chosen, demand, why)
+            room = self.gauge.exact_room_bytes(demand, self._coming(demand))
+            if chosen.need_bytes <= room:
+                return True
+            chosen = self._choose(demand, room)
+        return False
+
+    def _switch(self, choice: Choice, demand: Demand, why: Why) -> None:
+        if self._switcher.switch(choice, demand, why):
+            self._room.close()
+            self._switched_for = demand
+            self._refused = self._enough = None
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.overhead_s += time.perf_counter() - started

@@ -1,0 +1,87 @@
+"""What the sequences of a batch will need at most, as the shape that memory is counted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rap_env.errors import InvalidRequestError
+from rap_env.workload import Request
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A batch at its largest. ``Demand()`` is nothing at all, and false.
+
+    Attributes:
+        batch_size: Sequences side by side.
+        seq_len_tokens: Tokens of each of them, padding included.
+
+    Raises:
+        InvalidRequestError: One of them is negative, or one is 0 and the other is not.
+    """
+
+    batch_size: int = 0
+    seq_len_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.seq_len_tokens) < 0 or (
+            (self.batch_size == 0) != (self.seq_len_tokens == 0)
+        ):
+            raise InvalidRequestError(
+                f"A demand has sequences and tokens, or neither: not {self.batch_size} x "
+                f"{self.seq_len_tokens}."
+            )
+
+    def __bool__(self) -> bool:
+        return self.batch_size > 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences together, padding included."""
+        return self.batch_size * self.seq_len_tokens
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch size and tokens for the memory arithmetic, which knows no empty batch."""
+        return max(1, self.batch_size), max(1, self.seq_len_tokens)
+
+    def request(self, budget_bytes: int) -> Request:
+        """The same as a request with a budget; one token if there is nothing."""
+        return Request(*self.shape, budget_bytes=max(1, budget_bytes))
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, int]], *, uniform: bool = False) -> Demand:
+        """The most that rows of a left-padded batch will hold at one time.
+
+        All rows grow by a token a step. A row leaves when it has no tokens to come, and padding
+        that all others share is cut away then. So the batch holds most just before some row
+        leaves: then, rows that are still there x tokens of the longest of them.
+
+        Args:
+            rows: Tokens held and tokens to come, for each row.
+            uniform: Count all rows at the greatest final length instead. That is more, and right
+                also where the bytes of a row do not grow with its tokens (sliding windows).
+
+        Example:
+            Seven rows of 100 tokens with 10 to come, and one with 900 to come:
+
+            >>> rows = [(100, 10)] * 7 + [(100, 900)]
+            >>> Demand.of(rows), Demand.of(rows, uniform=True).seq_len_tokens
+            (Demand(batch_size=1, seq_len_tokens=1000), 1000)
+        """
+        most, longest, best = 0, 0, cls()
+        for count, (held, coming) in enumerate(
+            sorted(rows, key=lambda row: row[1], reverse=True), start=1
+        ):
+            longest = max(longest, held)
+            final = longest + coming
+            if uniform:
+                best = cls(count, max(best.seq_len_tokens, final))
+            elif count * final > most:
+                most, best = count * final, cls(count, final)
+        return best
+
+
+NOTHING = Demand()
+"""No sequence at all."""

@@ -1,0 +1,147 @@
+"""How a row's next token is drawn: transformers' own warpers, and a random stream for each row.
+
+Shapes: B rows, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rap_env.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How much to generate, and how.
+
+    Attributes:
+        max_new_tokens: Most tokens to generate.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Draw among the likeliest tokens that together have this probability.
+        top_k: Draw among so many likeliest tokens; 0 for all.
+        seed: Of the random stream; None for one that differs each time.
+        stop_token_ids: Tokens that end the text. They are not part of it.
+
+    Raises:
+        InvalidRequestError: A value is out of its range.
+    """
+
+    max_new_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+        checks = (
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number of at least 1"),
+            ("temperature", _between(self.temperature, 0, 100), "from 0 to 100"),
+            ("top_p", self.top_p > 0 and _between(self.top_p, 0, 1), "above 0 and at most 1"),
+            ("top_k", _whole(self.top_k, 0), "a whole number of at least 0"),
+            ("seed", self.seed is None or _whole(self.seed, -(2**63)), "a whole number or None"),
+        )
+        for name, good, wanted in checks:
+            if not good:
+                raise InvalidRequestError(f"{name} must be {wanted}, not {getattr(self, name)!r}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+class Drawn(NamedTuple):
+    """A token, and its log-probability in nats under the model itself (before any warping)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass
+class RowSampler:
+    """Draws the tokens of one row.
+
+    Its stream of random numbers is its own, so what is drawn depends on neither neighbours nor the
+    time; it is drawn on the CPU, so that a seed means the same on any device.
+
+    Args:
+        params: How to draw.
+    """
+
+    params: SamplingParams
+    _warpers: list[Any] = field(init=False, repr=False)
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self._warpers = []
+        if params.greedy:
+            return
+        if params.temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k:
+            self._warpers.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(params.top_p))
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """The next token for logits of shape (V,)."""
+        if self.params.greedy:
+            return int(logits.argmax())
+        scores = logits[None]
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        chances = torch.softmax(scores[0], dim=-1).cpu()
+        return int(torch.multinomial(chances, 1, generator=self._generator))
+
+
+def draw_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Drawn | None]:
+    """The next token of each row.
+
+    Args:
+        samplers: One for each row.
+        logits: (B, V), float32.
+
+    Returns:
+        For each row what was drawn, or None if its logits are not finite numbers.
+    """
+    totals = torch.logsumexp(logits, dim=-1)
+    best, likeliest = logits.max(dim=-1)
+    tokens: list[int] = likeliest.tolist()
+    sums: list[float] = totals.tolist()
+    scores: list[float] = best.tolist()
+    drawn: list[Drawn | None] = []
+    for row, sampler in enumerate(samplers):
+        if not math.isfinite(sums[row]):
+            drawn.append(None)
+        elif sampler.params.greedy:
+            drawn.append(Drawn(tokens[row], scores[row] - sums[row]))
+        else:
+            token = sampler.draw(logits[row])
+            drawn.append(Drawn(token, float(logits[row, token]) - sums[row]))
+    return drawn
+
+
+def _whole(value: Any, least: int) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and value >= least
+
+
+def _between(value: float, least: float, most: float) -> bool:
+    return bool(least <= value <= most)

@@ -1,0 +1,140 @@
+"""What Prometheus is told: memory, budget, mask, queue, requests and latencies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from rap_env.blocks import KINDS, BlockMask
+from rap_env.serving.settings import ServingSettings
+from rap_env.version import __version__
+
+if TYPE_CHECKING:
+    from rap_env.runtime.engine import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class ServingMetrics:
+    """Counters of the server, and at each scrape the engine's state.
+
+    Args:
+        engine: The engine to look at.
+        settings: Names for the info line.
+
+    Attributes:
+        requests: Requests by endpoint and outcome: ``ok``, ``disconnected``, or the code of
+            the error that the client got.
+        first_token_s: Seconds from arrival to first token.
+        per_token_s: Seconds per token after the first, one value an answer.
+    """
+
+    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "rap_requests", "Requests by endpoint and outcome.", ["endpoint", "outcome"],
+            registry=self._registry,
+        )  # fmt: skip
+        self.first_token_s = Histogram(
+            "rap_time_to_first_token_seconds", "From a request's arrival to its first token.",
+            buckets=_FIRST_TOKEN_S, registry=self._registry,
+        )  # fmt: skip
+        self.per_token_s = Histogram(
+            "rap_time_per_output_token_seconds", "Mean of an answer's tokens after the first.",
+            buckets=_PER_TOKEN_S, registry=self._registry,
+        )  # fmt: skip
+        self._registry.register(_EngineState(engine, settings))
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self._registry)
+
+
+class _EngineState(Collector):
+    """Reads the engine once a scrape."""
+
+    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: else the registry would scrape at once to learn the names."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """All that a scrape shows of the engine."""
+        stats = self._engine.stats()
+        yield from self._build()
+        yield from _mask_metrics(stats.mask)
+        yield _gauge("memory_used_bytes", "Measured bytes that the runtime takes.",
+                     stats.used_bytes)  # fmt: skip
+        yield _gauge("memory_budget_bytes", "Bytes that the runtime may take.", stats.budget_bytes)
+        held = GaugeMetricFamily(
+            "rap_memory_held_bytes", "Bytes of tensors in memory.", labels=["part"]
+        )
+        held.add_metric(["weights"], stats.held.weights)
+        held.add_metric(["kv_cache"], stats.held.kv_cache)
+        yield held
+        yield _gauge("queue_length", "Answers that wait.", stats.queued)
+        yield _gauge("running", "Answers that are being generated.", stats.running)
+        yield from self._totals()
+
+    def _totals(self) -> Iterable[Metric]:
+        stats, controller = self._engine.stats(), self._engine.controller
+        answers = CounterMetricFamily(
+            "rap_answers", "Answers by how they ended in the engine.", labels=["outcome"]
+        )
+        for outcome in ("served", "refused", "cancelled", "failed"):
+            answers.add_metric([outcome], getattr(stats, outcome))
+        yield answers
+        tokens = CounterMetricFamily("rap_tokens", "Tokens by where they are.", labels=["part"])
+        tokens.add_metric(["prompt"], stats.prompt_tokens)
+        tokens.add_metric(["generated"], stats.tokens)
+        yield tokens
+        yield _counter("preemptions", "Answers put back into the queue.", stats.preemptions)
+        yield _counter("mask_switches", "Changes of the mask.", controller.switches)
+        yield _counter("mask_decisions", "Times that a mask was chosen.", controller.decisions)
+        yield _counter("controller_overhead_seconds", "Time spent on choosing and switching masks.",
+                       stats.overhead_s)  # fmt: skip
+        yield _counter("busy_seconds", "Time spent in steps of the engine.", stats.busy_s)
+
+    def _build(self) -> Iterable[Metric]:
+        yield InfoMetricFamily(
+            "rap_build",
+            "What serves.",
+            {
+                "version": __version__,
+                "model": self._settings.model_name,
+                "policy": self._settings.policy_name,
+            },
+        )
+
+
+def _mask_metrics(mask: BlockMask) -> Iterable[Metric]:
+    removed = GaugeMetricFamily("rap_blocks_removed", "Removed blocks by kind.", labels=["kind"])
+    for kind in KINDS:
+        removed.add_metric([kind], mask.count(kind))
+    yield removed
+    names = " ".join(mask.names)
+    digest = hashlib.sha256(names.encode()).hexdigest()[:12]
+    yield InfoMetricFamily("rap_mask", "The removed blocks.", {"removed": names, "digest": digest})
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"rap_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"rap_{name}", text, value=value)

@@ -1,0 +1,66 @@
+"""A replay of a tiny model: its settings, and random policies and tables for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from experiments.config import Config, ModelConfig, ReplayConfig, TextConfig
+from rap_env.blocks import BlockMask
+from rap_env.importance import Frontier
+from rap_env.llm.loading import load_llm
+from rap_env.runtime.policy_file import PolicyFile, PolicyModel
+from rap_env.scoring.store import mask_key
+from tests.runtime import made_policies
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LAYERS = 4
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+STEPS = {"name": "step", "unit": "fraction", "times_s": [0, 2, 3], "levels": [1.1, 0.36, 1.1]}
+
+
+def write_model(base: Path) -> None:
+    """A model folder, a text, a trace of 24 requests in 6 s, a policy and a frontier table."""
+    tiny_model(layers=LAYERS).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz ,."), 2400)
+    (base / "story.txt").write_text("".join(letters))
+    lines = [f"2023-11-16 18:00:{n / 4:09.6f},{8 + 7 * n % 23},{3 + n % 6}" for n in range(24)]
+    (base / "trace.csv").write_text(HEAD + "\n".join(lines) + "\n")
+    llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
+    seen = made_policies.features(LAYERS)
+    policy = PolicyFile(
+        made_policies.weights(LAYERS), seen, made_policies.order_of(seen), PolicyModel.of(llm.facts)
+    )
+    policy.save(base / "policy.safetensors")
+    rng = np.random.default_rng(1)
+    masks = [BlockMask.of(*rng.permutation(2 * LAYERS)[:k].tolist())
+             for k in range(2 * LAYERS + 1) for _ in range(4)]  # fmt: skip
+    provenance = {"model": llm.name, "fingerprint": llm.facts.fingerprint, "scoring": {}}
+    scored = {mask_key(mask): 4.0 + len(mask) + float(rng.random()) for mask in masks}
+    Frontier(2 * LAYERS, scored[mask_key(BlockMask())], scored, 0, 0.0, {}, provenance).save(
+        base / "frontier.json"
+    )
+
+
+def tiny_replay(base: Path, **changed) -> Config:
+    """Settings of a replay of what `write_model` wrote."""
+    text = TextConfig(source=str(base / "story.txt"), windows=6, window_tokens=36)
+    settings = ReplayConfig(
+        trace=str(base / "trace.csv"), minutes=1, every=1, time_scale=1.0, token_scale=1.0,
+        max_prompt_tokens=28, max_new_tokens=8,
+        text=text, known_share=0.25, known_task="rap_recall", reference="3x30",
+        policy=str(base / "policy.safetensors"), frontier=str(base / "frontier.json"),
+        max_batch_size=3, max_queue=8, queue_timeout_s=1.5, prefill_chunk_tokens=16, hold_s=0.2,
+        greedy_tokens=8, meter="tensors", residency="drop", mask_loss_windows=1,
+        figures=False,
+    )  # fmt: skip
+    config = Config(
+        stage="replay", name="tiny", runs_dir=str(base / "runs"), progress=False, store=None,
+        model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+        calibration=TextConfig(source="self", windows=2, window_tokens=12, seed=9),
+        budget=dict(STEPS), replay=settings,
+    )  # fmt: skip
+    return replace(config, **changed)

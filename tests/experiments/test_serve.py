@@ -1,0 +1,169 @@
+"""The program that serves: its settings, its first words, its end, and its restart after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("httpx", reason="httpx is not installed")
+
+import httpx
+
+from experiments.cli import CONF_DIR
+from experiments.config import ServeConfig, SoakConfig, as_config, register
+from experiments.config.serving import parse_bytes
+from experiments.errors import ExperimentError
+from rap_env.errors import RapError, UnknownNameError
+from tests.serving.tokenizers import chat_tokenizer
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1048576", 2**20), ("2.5GiB", 5 * 2**29), ("800 MB", 800 * 10**6), ("1kB", 1000),
+        ("512KiB", 2**19), (" 3 B ", 3),
+    ],
+)  # fmt: skip
+def test_bytes_are_read_with_their_unit(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "2 GX", "1e9", "two"])
+def test_what_is_no_number_of_bytes_is_named(text):
+    with pytest.raises(ExperimentError, match=re.escape(repr(text))):
+        parse_bytes(text)
+
+
+def test_the_defaults_compose_and_are_local():
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        config = as_config(compose("serve"))
+        soak = as_config(compose("soak"))
+    assert config.stage == "serve"
+    assert config.serve == ServeConfig()
+    assert config.serve.host == "127.0.0.1"
+    assert config.serve.policy == "rap"
+    assert soak.soak == SoakConfig()
+    assert soak.soak.requests == 10_000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"memory": "much"}, "'much' is no number of bytes"),
+        ({"residency": "gone"}, "residency"),
+        ({"restore": "from_here"}, "restore"),
+        ({"port": 70000}, "port"),
+        ({"max_queue": 0}, "max_queue"),
+    ],
+)
+def test_impossible_settings_are_named(wrong, words):
+    with pytest.raises(RapError, match=words):
+        ServeConfig(**wrong)
+    assert ServeConfig(memory="300MiB").memory_source == 300 * 2**20
+    assert ServeConfig().memory_source == "auto"
+
+
+def test_impossible_soaks_are_named():
+    with pytest.raises(ExperimentError, match="at most 1"):
+        SoakConfig(bad_share=0.5, cancel_share=0.6)
+    with pytest.raises(UnknownNameError, match="soak.meter"):
+        SoakConfig(meter="guess")
+    with pytest.raises(ExperimentError, match="hang_s"):
+        SoakConfig(hang_s=0)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model(layers=4).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Served:
+    """The program in a process of its own."""
+
+    def __init__(self, folder, runs, *overrides):
+        command = [
+            sys.executable, "-m", "experiments.serve", "model=custom", f"model.name={folder}",
+            "model.dtype=float32", "threads=1", f"runs_dir={runs}", "serve.port=0",
+            "serve.policy=dense", "serve.model_name=tiny", *overrides,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.lstrip().startswith("curl "):
+                break
+        found = re.search(r"http://[\d.]+:\d+", "".join(self.lines))
+        assert found, "".join(self.lines)
+        self.url = found[0]
+
+    def ask(self, **more):
+        body = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 8, **more}
+        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+        response.raise_for_status()
+        return response.json()["choices"][0]["text"]
+
+
+def test_after_a_kill_it_serves_at_once_and_its_log_is_whole(model_folder, tmp_path):
+    decisions = tmp_path / "default" / "serve" / "decisions.jsonl"
+    first = Served(model_folder, tmp_path)
+    try:
+        text = "".join(first.lines)
+        assert "tiny is served at" in text
+        assert "policy: dense" in text
+        assert str(decisions) in text
+        answer = first.ask()
+        first.process.kill()
+        assert first.process.wait(20) == -signal.SIGKILL
+        with decisions.open("a") as file:
+            file.write('{"time_s": 1}\n{"time_s": 2, "wh')  # as a kill may leave it
+        port = first.url.rpartition(":")[2]
+        second = Served(model_folder, tmp_path, f"serve.port={port}")
+    finally:
+        first.process.kill()
+    try:
+        assert second.url == first.url
+        assert second.ask() == answer
+        assert [json.loads(line) for line in decisions.open()] == [{"time_s": 1}]
+        second.process.send_signal(signal.SIGTERM)
+        rest, _ = second.process.communicate(timeout=30)
+        assert second.process.returncode == 0
+        assert "Ended: 1 answers with 8 tokens" in rest
+    finally:
+        second.process.kill()
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(model_folder, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            [sys.executable, "-m", "experiments.serve", f"serve.port={port}", "threads=1",
+             f"runs_dir={tmp_path}", "model=custom", "model.name=/nowhere/at/all"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert f"Cannot listen at 127.0.0.1:{port}" in result.stderr
+    assert "choose another port" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,108 @@
+"""A tiny live model with a budget, a clock and a meter that a test moves by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.demand import Demand
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.meter import TensorMeter
+from rap_env.runtime.needs import Needs
+from rap_env.runtime.policies import DensePolicy
+from rap_env.runtime.sampling import SamplingParams
+from tests.tiny import VOCAB_SIZE, tiny_llm
+
+PLENTY = 10**9
+
+
+class NoisyMeter(TensorMeter):
+    """Tensors, and `noise_bytes` that nobody accounts for."""
+
+    noise_bytes = 0
+
+    def used_bytes(self) -> int:
+        return super().used_bytes() + self.noise_bytes
+
+    def peak_bytes(self) -> int:
+        return max(super().peak_bytes(), self.used_bytes())
+
+
+class Stand:
+    """The model, its controller, and on demand an engine."""
+
+    def __init__(
+        self,
+        *,
+        name="llama",
+        layers=3,
+        policy=None,
+        residency="offload",
+        budget=PLENTY,
+        mask=BlockMask(),
+        meter=NoisyMeter,
+        **settings,
+    ) -> None:
+        self.llm = tiny_llm(name, layers=layers)
+        self.llm.set_residency(residency)
+        self.llm.apply(mask)
+        self.budget_bytes = budget
+        self.time_s = 0.0
+        self.meter = meter(self.llm)
+        self.needs = Needs(self.llm)
+        self.policy = policy or DensePolicy()
+        self.controller = RuntimeController(
+            self.llm,
+            self.policy,
+            lambda: self.budget_bytes,
+            meter=self.meter,
+            clock=lambda: self.time_s,
+            **settings,
+        )
+        self.records = []
+
+    @property
+    def mask(self) -> BlockMask:
+        return self.llm.mask
+
+    @property
+    def everything(self) -> BlockMask:
+        return BlockMask.of(*range(self.llm.num_blocks))
+
+    def need(self, mask, demand: Demand) -> int:
+        return self.needs.bytes(mask, demand)
+
+    def engine(self, **settings) -> Engine:
+        engine = Engine(self.llm, self.controller, clock=lambda: self.time_s, **settings)
+        engine.observers.append(self.records.append)
+        return engine
+
+    def run(self, engine: Engine, *, turns=500, seconds=0.1, before=None) -> int:
+        """Take turns until nothing is to be done; how many there were."""
+        for turn in range(turns):
+            if before is not None:
+                before(turn)
+            if not engine.step():
+                return turn
+            self.time_s += seconds
+        raise AssertionError(f"still busy after {turns} turns")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+def greedy(new: int, **settings) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new, **settings)
+
+
+@torch.no_grad()
+def alone(llm, prompt_ids, new: int, mask=BlockMask()) -> list[int]:
+    """What greedy decoding gives without a cache, a batch or an engine."""
+    ids = list(prompt_ids)
+    with llm.masked(mask):
+        for _ in range(new):
+            ids.append(int(llm.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt_ids) :]

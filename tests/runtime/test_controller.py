@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    MemorySourceError,
+    UnknownNameError,
+)
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.runtime.decisions import DecisionLog
+from rap_env.runtime.demand import NOTHING, Demand
+from rap_env.runtime.policies import DensePolicy, OrderPolicy, StaticPolicy
+from tests.runtime.stand import Stand
+
+DEMAND = Demand(4, 40)
+ORDER = (5, 0, 3, 2, 1, 4)
+
+
+class Says:
+    """A policy that says what it is told to, and counts how often it is asked."""
+
+    name = "says"
+
+    def __init__(self, mask) -> None:
+        self.mask = mask
+        self.asked = []
+
+    def choose(self, request):
+        self.asked.append(request)
+        if isinstance(self.mask, Exception):
+            raise self.mask
+        return self.mask
+
+
+def ordered(**settings) -> Stand:
+    """A stand whose policy removes blocks in a known order until the request fits."""
+    stand = Stand(guard_order=ORDER, **settings)
+    stand.controller.chooser.policy = OrderPolicy(stand.needs.memory, ORDER)
+    return stand
+
+
+def between(stand, count: int, demand=DEMAND) -> int:
+    """A budget for which so many blocks of the order must go."""
+    most = stand.need(BlockMask.of(*ORDER[:count]), demand)
+    less = stand.need(BlockMask.of(*ORDER[: count - 1]), demand) if count else most + 100
+    return (most + less) // 2
+
+
+def test_a_request_that_fits_leaves_the_model_as_it_is():
+    stand = ordered()
+    assert stand.controller.admit(DEMAND)
+    assert (stand.mask, stand.controller.switches, stand.controller.decisions) == (
+        BlockMask(),
+        0,
+        0,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_at_arrival_as_many_blocks_go_as_the_budget_asks_for(count):
+    stand = ordered()
+    stand.budget_bytes = between(stand, count)
+    assert stand.controller.admit(DEMAND)
+    assert stand.mask == BlockMask.of(*ORDER[:count])
+    assert stand.controller.recent[-1].why == "arrival"
+
+
+def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked():
+    stand = ordered()
+    stand.budget_bytes = stand.need(stand.everything, DEMAND) - 1
+    assert not stand.controller.admit(DEMAND)
+    assert (stand.mask, stand.controller.decisions) == (BlockMask(), 0)
+
+
+def test_could_fit_looks_at_the_largest_budget_and_at_the_sources_limit():
+    stand = ordered()
+    least = stand.need(stand.everything, DEMAND)
+    stand.controller.gauge.most_bytes = 0
+    stand.budget_bytes = least - 1
+    assert not stand.controller.could_fit(DEMAND)
+    stand.budget_bytes = least
+    assert stand.controller.could_fit(DEMAND)
+    stand.budget_bytes = 0
+    assert stand.controller.could_fit(DEMAND)  # there was such a budget once
+    stand.controller.gauge.most_bytes = 0
+    stand.controller.gauge.memory.limit_bytes = least
+    assert stand.controller.could_fit(DEMAND)
+
+
+def test_a_budget_that_falls_is_followed_before_the_next_step():
+    stand = ordered()
+    assert stand.controller.check(DEMAND)
+    stand.budget_bytes = between(stand, 2)
+    assert stand.controller.check(DEMAND)
+    assert stand.mask == BlockMask.of(*ORDER[:2])
+    assert stand.controller.recent[-1].why == "budget_fell"
+    assert stand.meter.used_bytes() <= stand.budget_bytes
+
+
+def test_a_budget_that_nothing_fits_is_said_so_that_less_is_run():
+    stand = ordered()
+    stand.budget_bytes = stand.need(stand.everything, DEMAND) - 1
+    assert not stand.controller.check(DEMAND)
+    assert stand.mask == BlockMask()
+    assert stand.controller.check(Demand(1, 10))
+
+
+def test_with_nothing_to_run_all_goes_that_the_guard_may_take():
+    stand = ordered()
+    stand.budget_bytes = 10
+    assert not stand.controller.check(NOTHING)
+    assert stand.mask == stand.everything
+
+
+def test_the_guard_makes_a_mask_fit_that_does_not():
+    stand = Stand(policy=Says(BlockMask.of(4)), guard_order=ORDER)
+    expected = BlockMask.of(4, 5, 0)
+    stand.budget_bytes = stand.need(expected, DEMAND)
+    assert stand.controller.admit(DEMAND)
+    assert stand.mask == expected
+    assert stand.controller.recent[-1].guarded
+
+
+def test_the_policys_own_mask_is_taken_if_it_fits():
+    mask = BlockMask.of(1, 2, 3)
+    stand = Stand(policy=Says(mask), guard_order=ORDER)
+    stand.budget_bytes = stand.need(mask, DEMAND) + 10
+    assert stand.controller.admit(DEMAND)
+    assert stand.mask == mask
+    assert not stand.controller.recent[-1].guarded
+    assert stand.policy.asked[-1].budget_bytes == stand.budget_bytes
+
+
+@pytest.mark.parametrize("said", [RuntimeError("no"), BlockMask.of(99), None])
+def test_a_policy_that_fails_is_replaced_by_the_guard(said, caplog):
+    stand = Stand(policy=Says(said), guard_order=ORDER)
+    stand.budget_bytes = between(stand, 3)
+    assert stand.controller.admit(DEMAND)
+    assert stand.mask == BlockMask.of(*ORDER[:3])
+    assert "'says' failed" in caplog.text
+
+
+def test_the_guards_order_is_the_policys_or_else_by_bytes():
+    policy = Says(BlockMask())
+    policy.order = ORDER
+    stand = Stand(policy=policy)
+    assert stand.controller.chooser.order(DEMAND) == ORDER
+    freed = stand.needs.freed_bytes(DEMAND)
+    by_bytes = Stand(policy=Says(BlockMask())).controller.chooser.order(DEMAND)
+    assert sorted(by_bytes) == list(range(6))
+    assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
+    with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
+        Stand(guard_order=(6,))
+
+
+def test_an_empty_order_means_the_policys_mask_or_nothing():
+    mask = BlockMask.of(0, 1)
+    stand = Stand(policy=StaticPolicy(mask), guard_order=(), mask=mask)
+    stand.budget_bytes = need = stand.need(mask, DEMAND)
+    assert stand.controller.admit(DEMAND)
+    stand.budget_bytes = need - 1
+    assert not stand.controller.check(DEMAND)
+    assert not stand.controller.admit(DEMAND)
+    assert stand.mask == mask
+
+
+@pytest.mark.parametrize("wrong", [{"hysteresis_share": 1.0}, {"hold_s": -1}, {"margin_share": -1}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(InvalidRequestError, match="must be from 0"):
+        Stand(**wrong)
+
+
+def test_room_must_last_before_blocks_come_back():
+    stand = ordered(hold_s=2.0)
+    stand.budget_bytes = between(stand, 3)
+    stand.controller.check(DEMAND)
+    stand.budget_bytes = 10**9
+    for time_s in (0.0, 1.0, 1.9):
+        stand.time_s = time_s
+        assert stand.controller.check(DEMAND)
+        assert len(stand.mask) == 3
+    stand.time_s = 2.0
+    stand.controller.check(DEMAND)
+    assert stand.mask == BlockMask()
+    assert stand.controller.recent[-1].why == "room"
+
+
+def test_a_dip_while_it_waits_begins_the_wait_anew():
+    stand = ordered(hold_s=2.0)
+    tight = stand.budget_bytes = between(stand, 3)
+    for time_s, budget in ((0.0, tight), (0.1, 10**9), (1.0, tight), (1.1, 10**9), (2.5, 10**9)):
+        stand.time_s, stand.budget_bytes = time_s, budget
+        stand.controller.check(DEMAND)
+    assert len(stand.mask) == 3
+    stand.time_s = 3.2
+    stand.controller.check(DEMAND)
+    assert stand.mask == BlockMask()
+
+
+def test_only_what_would_have_fitted_all_the_time_comes_back():
+    stand = ordered(hold_s=2.0, hysteresis_share=0.0)
+    budgets = [between(stand, 5), 10**9, between(stand, 2), 10**9]
+    for time_s, budget in enumerate(budgets):
+        stand.time_s, stand.budget_bytes = float(time_s), budget
+        stand.controller.check(DEMAND)
+    assert stand.mask == BlockMask.of(*ORDER[:2])
+
+
+def test_a_request_that_left_makes_room_too():
+    stand = ordered(hold_s=1.0)
+    stand.budget_bytes = between(stand, 4)
+    stand.controller.check(DEMAND)
+    for time_s in (0.5, 1.5):
+        stand.time_s = time_s
+        stand.controller.check(Demand(1, 20))
+    assert len(stand.mask) < 4
+    assert stand.controller.recent[-1].why == "left"
+
+
+def switches(budget_of, *, share, hold_s, seconds=60) -> int:
+    stand = ordered(hysteresis_share=share, hold_s=hold_s)
+    threshold = stand.need(BlockMask.of(*ORDER[:2]), DEMAND)
+    for step in range(seconds * 10):
+        stand.time_s = step / 10
+        stand.budget_bytes = int(threshold * budget_of(stand.time_s))
+        assert stand.controller.check(DEMAND)
+    return stand.controller.switches
+
+
+def jitter(time_s: float) -> float:
+    return 1 + 0.03 * random.Random(time_s).uniform(-1, 1)
+
+
+def sine(time_s: float) -> float:
+    return 1 + 0.03 * math.sin(2 * math.pi * time_s / 1.5)
+
+
+@pytest.mark.parametrize("budget_of", [jitter, sine])
+def test_a_budget_that_moves_around_a_threshold_does_not_make_it_flap(budget_of):
+    assert switches(budget_of, share=0.05, hold_s=2.0) <= 2
+    assert switches(budget_of, share=0.0, hold_s=0.0) > 30
+
+
+def test_a_slow_sine_is_followed_down_and_up_once_each_way():
+    count = switches(
+        lambda time_s: 1 + 0.3 * math.sin(2 * math.pi * time_s / 30), share=0.05, hold_s=2.0
+    )
+    assert 4 <= count <= 2 * 2 * len(ORDER)
+
+
+def test_a_policy_that_wants_no_more_is_not_asked_again_and_again():
+    mask = BlockMask.of(0, 2)
+    stand = Stand(policy=Says(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
+    for step in range(200):
+        stand.time_s = step / 10
+        assert stand.controller.check(DEMAND)
+    assert stand.mask == mask
+    assert len(stand.policy.asked) == 1
+
+
+def test_while_others_run_a_mask_that_fits_stays():
+    policy = Says(BlockMask())
+    stand = Stand(policy=policy, guard_order=ORDER, mask=BlockMask.of(1))
+    assert stand.controller.admit(DEMAND, beside=Demand(1, 5))
+    assert (stand.mask, policy.asked) == (BlockMask.of(1), [])
+    assert stand.controller.admit(DEMAND)
+    assert stand.mask == BlockMask()
+
+
+def test_a_new_request_gets_blocks_back_at_once_if_they_fit_with_something_to_spare():
+    stand = ordered(hysteresis_share=0.05)
+    stand.budget_bytes = between(stand, 3)
+    stand.controller.admit(DEMAND)
+    dense = stand.need(BlockMask(), DEMAND)
+    stand.budget_bytes = int(dense * 1.02)
+    assert stand.controller.admit(DEMAND)
+    assert 0 < len(stand.mask) < 3
+    stand.budget_bytes = int(dense * 1.06)
+    assert stand.controller.admit(DEMAND)
+    assert stand.mask == BlockMask()
+
+
+def test_bytes_that_nobody_foresaw_are_learned_and_kept_free():
+    stand = ordered()
+    stand.budget_bytes = between(stand, 2)
+    stand.controller.admit(DEMAND)
+    stand.meter.noise_bytes = 3 * 10**5
+    stand.controller.observe(DEMAND, "prefill")
+    learned = stand.controller.margin.bytes
+    assert learned == pytest.approx(3 * 10**5 - stand.needs.workspace_bytes(DEMAND), abs=10)
+    stand.budget_bytes += learned
+    assert stand.controller.check(DEMAND)
+    assert len(stand.mask) == 2
+
+
+def test_measured_bytes_over_the_budget_cost_blocks_though_the_prediction_fits():
+    stand = ordered()
+    stand.budget_bytes = stand.need(BlockMask(), DEMAND)
+    assert stand.controller.check(DEMAND)
+    stand.meter.noise_bytes = stand.budget_bytes - stand.llm.held_bytes.total + 1000
+    assert stand.controller.check(DEMAND)
+    assert stand.mask
+    assert stand.meter.used_bytes() <= stand.budget_bytes
+
+
+def test_bytes_that_appear_while_it_switches_are_learned_at_once():
+    stand = ordered()
+    stand.budget_bytes = between(stand, 1)
+    apply = stand.llm.apply
+
+    def noisy_apply(mask):
+        apply(mask)
+        stand.meter.noise_bytes = stand.budget_bytes - stand.needs.bytes(mask, NOTHING) + 2000
+
+    stand.llm.apply = noisy_apply
+    stand.controller.check(DEMAND)
+    assert stand.controller.switches > 1
+    assert stand.controller.margin.bytes > 0
+
+
+def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
+    stand = ordered()
+    stand.controller.check(DEMAND)
+
+    def fails(used_bytes):
+        raise MemorySourceError("gone")
+
+    stand.controller.gauge.memory.budget_bytes = fails
+    assert stand.controller.check(DEMAND)
+    assert stand.controller.budget_bytes == stand.budget_bytes
+    assert "stays at" in caplog.text
+
+
+def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
+    path = tmp_path / "decisions.jsonl"
+    stand = ordered(log=DecisionLog(path))
+    dense = stand.llm.held_bytes.total
+    stand.budget_bytes = between(stand, 2)
+    stand.time_s = 7.0
+    stand.controller.check(DEMAND)
+    record = json.loads(path.read_text())
+    assert record["time_s"] == 7.0
+    assert (record["from"], record["to"]) == ([], list(BlockMask.of(*ORDER[:2]).names))
+    assert record["bytes_before"] == dense
+    assert record["bytes_after"] == stand.llm.held_bytes.total < dense
+    assert record["budget_bytes"] == stand.budget_bytes
+    assert record["demand"] == {"batch_size": 4, "seq_len_tokens": 40}
+    assert record["switch_s"] > 0
+
+
+def test_seconds_and_counts_add_up():
+    stand = ordered()
+    stand.budget_bytes = between(stand, 2)
+    stand.controller.check(DEMAND)
+    controller = stand.controller
+    assert (controller.decisions, controller.switches) == (1, 1)
+    assert 0 < controller.decision_s + controller.switch_s <= controller.overhead_s
+
+
+def test_generate_is_held_within_its_budget_too():
+    stand = ordered()
+    demand = Demand(2, 30)
+    stand.controller.admit(demand)
+    before, seen = stand.controller.before_step(demand), []
+    budgets = iter([10**9] * 5 + [between(stand, 3, demand)] * 100)
+
+    def step():
+        stand.budget_bytes = next(budgets)
+        before()
+        seen.append((stand.llm.held_bytes.total, stand.budget_bytes))
+
+    import torch
+
+    ids = torch.full((2, 10), 7)
+    stand.llm.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, before_step=step)
+    assert len(stand.mask) == 3
+    assert all(held <= budget for held, budget in seen)
+    stand.budget_bytes = 10
+    with pytest.raises(InfeasibleBudgetError, match="raise the budget or generate less"):
+        before()
+
+
+def test_keys_and_values_in_use_count_as_used():
+    stand = ordered(policy=DensePolicy())
+    batch = LiveBatch(stand.llm)
+    batch.prefill([[5] * 40] * 4)
+    stand.controller.check(DEMAND)
+    assert stand.controller.used_bytes == stand.llm.held_bytes.total
+    assert stand.controller.used_bytes > stand.llm.held_bytes.weights

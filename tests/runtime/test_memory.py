@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rap_env.errors import MemorySourceError, UnknownNameError
+from rap_env.runtime.memory import (
+    CgroupMemory,
+    CudaMemory,
+    GivenMemory,
+    MemorySource,
+    open_memory,
+)
+
+MIB = 2**20
+UNLIMITED = 9223372036854771712
+
+
+class Machine:
+    """Folders that look like /sys/fs/cgroup and /proc."""
+
+    def __init__(self, root) -> None:
+        self.mount, self.proc = root / "cgroup", root / "proc"
+        (self.proc / "self").mkdir(parents=True)
+        self.mount.mkdir()
+        self.meminfo(total_mib=8192, available_mib=4096)
+
+    def meminfo(self, total_mib, available_mib) -> None:
+        lines = f"MemTotal: {total_mib * 1024} kB\nMemAvailable:   {available_mib * 1024} kB\n"
+        (self.proc / "meminfo").write_text(lines)
+
+    def groups(self, text) -> None:
+        (self.proc / "self" / "cgroup").write_text(text)
+
+    def files(self, folder, **content) -> None:
+        (self.mount / folder).mkdir(parents=True, exist_ok=True)
+        for name, value in content.items():
+            (self.mount / folder / name.replace("memory_", "memory.")).write_text(f"{value}\n")
+
+    def v2(self, folder, *, limit, used_mib, stat="", **more) -> None:
+        self.files(
+            folder, memory_max=limit, memory_current=used_mib * MIB, memory_stat=stat, **more
+        )
+
+    def v1(self, folder, *, limit, used_mib, stat="") -> None:
+        self.files(
+            folder,
+            memory_limit_in_bytes=limit,
+            memory_usage_in_bytes=used_mib * MIB,
+            memory_stat=stat,
+        )
+
+    def open(self, reserve_bytes=0) -> CgroupMemory:
+        return CgroupMemory(reserve_bytes, mount=self.mount, proc=self.proc)
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_version_2_budget_is_what_is_used_and_what_the_limit_leaves(machine):
+    machine.groups("0::/app\n")
+    machine.v2("app", limit=1000 * MIB, used_mib=300)
+    memory = machine.open()
+    assert memory.free_bytes() == 700 * MIB
+    assert memory.budget_bytes(used_bytes=200 * MIB) == 900 * MIB
+    assert memory.limit_bytes == 1000 * MIB
+
+
+def test_cache_that_can_be_dropped_is_free_and_mapped_or_dirty_pages_are_not(machine):
+    machine.groups("0::/app\n")
+    stat = (
+        f"anon {100 * MIB}\ninactive_file {90 * MIB}\nactive_file {60 * MIB}\n"
+        f"file_mapped {30 * MIB}\nfile_dirty {15 * MIB}\nfile_writeback {5 * MIB}"
+    )
+    machine.v2("app", limit=1000 * MIB, used_mib=300, stat=stat)
+    assert machine.open().free_bytes() == (700 + 150 - 50) * MIB
+
+
+def test_the_tightest_of_the_groups_above_holds_and_limits_may_move(machine):
+    machine.groups("0::/pod/app\n")
+    machine.v2("pod/app", limit="max", used_mib=100)
+    machine.v2("pod", limit=500 * MIB, used_mib=450)
+    memory = machine.open()
+    assert memory.free_bytes() == 50 * MIB
+    machine.v2("pod", limit=800 * MIB, used_mib=450)
+    assert memory.free_bytes() == 350 * MIB
+    machine.v2("pod/app", limit=120 * MIB, used_mib=100)
+    assert memory.free_bytes() == 20 * MIB
+
+
+def test_version_2_counts_the_throttling_limit_too(machine):
+    machine.groups("0::/app\n")
+    machine.v2("app", limit=1000 * MIB, used_mib=100, memory_high=400 * MIB)
+    assert machine.open().free_bytes() == 300 * MIB
+
+
+def test_the_machine_itself_is_the_limit_where_no_group_has_one(machine):
+    machine.groups("0::/\n")
+    memory = machine.open(reserve_bytes=96 * MIB)
+    assert memory.budget_bytes(used_bytes=10 * MIB) == (10 + 4096 - 96) * MIB
+    assert memory.limit_bytes == (8192 - 96) * MIB
+
+
+def test_a_machine_with_less_than_the_group_allows_is_the_limit(machine):
+    machine.groups("0::/app\n")
+    machine.v2("app", limit=100_000 * MIB, used_mib=0)
+    assert machine.open().free_bytes() == 4096 * MIB
+
+
+def test_version_1_reads_its_own_names_and_sums_over_the_groups_below(machine):
+    machine.groups("9:name=systemd:/\n4:memory:/box/app\n0::/\n")
+    stat = f"inactive_file 1\ntotal_inactive_file {40 * MIB}\ntotal_mapped_file {10 * MIB}"
+    machine.v1("memory/box/app", limit=UNLIMITED, used_mib=100)
+    machine.v1("memory/box", limit=600 * MIB, used_mib=500, stat=stat)
+    machine.v1("memory", limit=UNLIMITED, used_mib=700)
+    assert machine.open().free_bytes() == (100 + 30) * MIB
+
+
+def test_version_1_with_several_controllers_in_a_line(machine):
+    machine.groups("3:cpu,cpuacct:/\n2:hugetlb,memory:/app\n")
+    machine.v1("memory/app", limit=256 * MIB, used_mib=56)
+    assert machine.open().free_bytes() == 200 * MIB
+
+
+@pytest.mark.parametrize("path", ["/docker/0123abcd", "/../../host"])
+def test_in_a_container_the_root_of_the_mount_is_its_own_group(machine, path):
+    machine.groups(f"0::{path}\n")
+    machine.v2(".", limit=512 * MIB, used_mib=12)
+    assert machine.open().free_bytes() == 500 * MIB
+
+
+def test_no_budget_is_below_zero(machine):
+    machine.groups("0::/app\n")
+    machine.v2("app", limit=100 * MIB, used_mib=130)
+    memory = machine.open()
+    assert memory.free_bytes() == -30 * MIB
+    assert memory.budget_bytes(used_bytes=50 * MIB) == 20 * MIB
+    assert memory.budget_bytes(used_bytes=10 * MIB) == 0
+
+
+def test_a_system_that_tells_nothing_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(MemorySourceError, match="give the budget as a number of bytes"):
+        CgroupMemory(mount=tmp_path, proc=tmp_path)
+
+
+def test_a_group_that_cannot_be_read_any_more_says_so(machine):
+    machine.groups("0::/app\n")
+    machine.v2("app", limit=100 * MIB, used_mib=50)
+    memory = machine.open()
+    (machine.mount / "app" / "memory.current").unlink()
+    with pytest.raises(MemorySourceError, match="cannot be read"):
+        memory.budget_bytes(0)
+
+
+def test_this_machine_can_be_asked():
+    memory = open_memory("auto", device="cpu")
+    assert isinstance(memory, CgroupMemory)
+    assert memory.budget_bytes(0) > 0
+
+
+def test_a_given_budget_does_not_depend_on_what_is_used():
+    amounts = iter([100, 250.9, -5])
+    memory = GivenMemory(lambda: next(amounts))
+    assert [memory.budget_bytes(used) for used in (0, 10**9, 0)] == [100, 250, 0]
+    assert memory.limit_bytes is None
+
+
+def test_a_fixed_budget_is_its_own_limit():
+    assert GivenMemory(70).limit_bytes == 70
+    assert GivenMemory(lambda: 50, limit_bytes=90).limit_bytes == 90
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_function_that_gives_no_number_is_refused(wrong):
+    with pytest.raises(MemorySourceError, match="should give a number of bytes"):
+        GivenMemory(lambda: wrong).budget_bytes(0)
+
+
+def test_settings_become_sources():
+    given = GivenMemory(5)
+    assert open_memory(given) is given
+    assert open_memory(1234).budget_bytes(0) == 1234
+    assert open_memory(lambda: 77).budget_bytes(0) == 77
+    assert isinstance(open_memory("cgroup", reserve_bytes=3), MemorySource)
+
+
+@pytest.mark.parametrize("wrong", ["swap", 1.5, None, True])
+def test_unknown_settings_name_the_known_ones(wrong):
+    with pytest.raises(UnknownNameError, match="'auto', 'cgroup', 'cuda'"):
+        open_memory(wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_its_memory_cannot_be_asked_for():
+    with pytest.raises(MemorySourceError, match="does not say how much memory"):
+        CudaMemory()
+
+
+@pytest.mark.gpu
+def test_a_cuda_budget_counts_what_the_allocator_keeps_as_free():
+    memory = CudaMemory(reserve_bytes=1 << 20)
+    before = memory.budget_bytes(0)
+    block = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    held = memory.budget_bytes(64 << 20)
+    del block
+    assert abs(held - before) < 8 << 20
+    assert abs(memory.budget_bytes(0) - before) < 8 << 20

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import mmap
+import sys
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import MemorySourceError
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.runtime.meter import ProcessMeter, ResidentMeter, TensorMeter
+from tests.tiny import tiny_llm
+
+MIB = 2**20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def test_tensors_are_counted_exactly_and_the_most_is_since_the_last_question():
+    llm = tiny_llm()
+    meter = TensorMeter(llm)
+    weights = llm.held_bytes.weights
+    assert meter.used_bytes() == weights
+    batch = LiveBatch(llm)
+    batch.prefill([[3, 4, 5]])
+    full = meter.used_bytes()
+    assert full == weights + batch.kv_bytes
+    batch.close()
+    assert meter.used_bytes() == weights
+    assert meter.peak_bytes() == full
+    assert meter.peak_bytes() == weights
+
+
+@linux
+def test_the_process_is_measured_less_what_it_took_beside_the_model():
+    llm = tiny_llm()
+    meter = ProcessMeter(llm)
+    assert isinstance(meter.inner, ResidentMeter)
+    before = meter.used_bytes()
+    assert abs(before - llm.held_bytes.total) < 4 * MIB
+    touched = mmap.mmap(-1, 64 * MIB)
+    touched.write(b"x" * len(touched))
+    assert meter.used_bytes() - before > 60 * MIB
+    touched.close()
+    assert meter.used_bytes() - before < 30 * MIB
+    assert meter.peak_bytes() - before > 60 * MIB
+
+
+@linux
+def test_the_high_water_mark_begins_anew_with_each_question():
+    meter = ResidentMeter(tiny_llm())
+    touched = mmap.mmap(-1, 64 * MIB)
+    touched.write(b"x" * len(touched))
+    touched.close()
+    first, second = meter.peak_bytes(), meter.peak_bytes()
+    assert first - second > 40 * MIB
+
+
+@linux
+def test_without_a_mark_that_can_be_reset_the_most_is_what_was_seen(tmp_path):
+    def write(now_mib):
+        text = f"Name: x\nVmHWM:  {900 * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
+        (tmp_path / "status").write_text(text)
+
+    (tmp_path / "clear_refs").mkdir()  # cannot be written to
+    llm = tiny_llm()
+    write(100)
+    meter = ResidentMeter(llm, process=tmp_path)
+    model = llm.held_bytes.total
+    for now_mib in (140, 120):
+        write(now_mib)
+        meter.used_bytes()
+    assert meter.used_bytes() == model + 20 * MIB
+    assert meter.peak_bytes() == model + 40 * MIB
+    assert meter.peak_bytes() == model + 20 * MIB
+
+
+@linux
+def test_a_process_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(MemorySourceError, match="use TensorMeter"):
+        ResidentMeter(tiny_llm(), process=tmp_path / "none")
+
+
+def test_making_a_meter_changes_neither_mask_nor_caches():
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(0, 3))
+    ProcessMeter(llm)
+    assert llm.mask == BlockMask.of(0, 3)
+    assert llm.held_bytes.kv_cache == 0
+
+
+@pytest.mark.gpu
+def test_on_a_cuda_device_temporary_tensors_count_in_the_peak():
+    import torch
+
+    llm = tiny_llm()
+    llm.model.to("cuda")
+    meter = ProcessMeter(llm)
+    before = meter.used_bytes()
+    block = torch.ones(16 * MIB, dtype=torch.uint8, device="cuda")
+    del block
+    assert meter.used_bytes() == before
+    assert meter.peak_bytes() - before == 16 * MIB
+    assert meter.peak_bytes() == before

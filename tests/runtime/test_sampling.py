@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rap_env.errors import InvalidRequestError
+from rap_env.runtime.sampling import RowSampler, SamplingParams, draw_rows
+
+
+def logits(rows=3, vocab=50, seed=0) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled(**settings) -> SamplingParams:
+    return SamplingParams(temperature=settings.pop("temperature", 1.0), **settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrong"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("seed", "x"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(setting, wrong):
+    with pytest.raises(InvalidRequestError, match=f"{setting} must be"):
+        SamplingParams(**{setting: wrong})
+
+
+def test_greedy_takes_the_likeliest_token_with_its_own_log_probability():
+    scores = logits()
+    expected = torch.log_softmax(scores, dim=-1)
+    for row, drawn in enumerate(draw_rows([RowSampler(SamplingParams())] * 3, scores)):
+        assert drawn.token_id == int(scores[row].argmax())
+        assert drawn.logprob == pytest.approx(float(expected[row].max()), abs=1e-5)
+
+
+def test_the_log_probability_is_the_models_whatever_the_temperature():
+    scores = logits(1)
+    drawn = draw_rows([RowSampler(sampled(temperature=2.0, top_k=5, seed=3))], scores)[0]
+    expected = torch.log_softmax(scores[0], dim=-1)[drawn.token_id]
+    assert drawn.logprob == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_row_draws_the_same_whoever_its_neighbours_are():
+    scores, others = logits(), logits(seed=9)
+    lone = RowSampler(sampled(seed=5))
+    among = [RowSampler(sampled(seed=1)), RowSampler(sampled(seed=5)), RowSampler(SamplingParams())]
+    for step in range(20):
+        mixed = torch.roll(others, step, dims=1)
+        mixed[1] = scores[step % 3]
+        assert draw_rows(among, mixed)[1] == draw_rows([lone], scores[step % 3][None])[0]
+
+
+def test_seeds_repeat_and_no_seed_differs():
+    scores = torch.zeros(1, 1000)
+
+    def drawn(seed):
+        sampler = RowSampler(sampled(seed=seed))
+        return [draw_rows([sampler], scores)[0].token_id for _ in range(8)]
+
+    assert drawn(4) == drawn(4) != drawn(5)
+    assert drawn(None) != drawn(None)
+
+
+def test_top_k_and_top_p_bound_what_can_be_drawn():
+    scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    cases = (({"top_k": 2}, {0, 1}), ({"top_p": 0.75}, {0, 1}), ({"top_k": 1}, {0}))
+    for bound, allowed in cases:
+        sampler = RowSampler(sampled(seed=0, **bound))
+        seen = {draw_rows([sampler], scores)[0].token_id for _ in range(200)}
+        assert seen == allowed, bound
+
+
+def test_frequencies_follow_the_warped_probabilities():
+    scores = torch.log(torch.tensor([[0.6, 0.3, 0.1]]))
+    sampler = RowSampler(sampled(temperature=0.5, seed=0))
+    draws = [draw_rows([sampler], scores)[0].token_id for _ in range(4000)]
+    weights = [0.36, 0.09, 0.01]
+    for token, weight in enumerate(weights):
+        assert draws.count(token) / 4000 == pytest.approx(weight / sum(weights), abs=0.03)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_gives_nothing_and_its_neighbours_go_on(bad):
+    scores = logits()
+    scores[1, 7] = bad
+    drawn = draw_rows(
+        [RowSampler(SamplingParams()), RowSampler(sampled()), RowSampler(sampled())], scores
+    )
+    assert drawn[1] is None
+    assert drawn[0] is not None
+    assert drawn[2] is not None
+
+
+def test_tokens_that_are_ruled_out_are_no_error():
+    scores = logits(1)
+    scores[0, 3:] = -math.inf
+    assert draw_rows([RowSampler(sampled(seed=0))], scores)[0].token_id < 3

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.tickets import EndEvent, Ticket, TokenEvent
+
+
+def ticket(**settings) -> Ticket:
+    return Ticket((3, 4), SamplingParams(), 1.0, **settings)
+
+
+def token(number: int) -> TokenEvent:
+    return TokenEvent(number, -0.5, 2.0 + number)
+
+
+def test_a_ticket_tells_what_has_become_of_it():
+    made = ticket()
+    assert not made.done
+    for number in (7, 8):
+        made.emit(token(number))
+    made.emit(EndEvent("stop", None, 20.0))
+    assert made.result(timeout_s=0) is made
+    assert (made.token_ids, made.logprobs) == ([7, 8], [-0.5, -0.5])
+    assert (made.first_token_s, made.ended_s, made.reason, made.error) == (9.0, 20.0, "stop", None)
+
+
+def test_nothing_follows_an_end():
+    made, heard = ticket(), []
+    made.listen(heard.append)
+    made.emit(EndEvent("error", "It broke.", 5.0))
+    made.emit(token(7))
+    made.emit(EndEvent("length", None, 6.0))
+    assert heard == [EndEvent("error", "It broke.", 5.0)]
+    assert (made.reason, made.token_ids) == ("error", [])
+
+
+def test_who_listens_late_hears_everything():
+    made, heard = ticket(), []
+    made.emit(token(7))
+    made.listen(heard.append)
+    made.emit(token(8))
+    made.emit(EndEvent("length", None, 9.0))
+    after = []
+    made.listen(after.append)
+    assert heard == after
+    assert [type(event) for event in heard] == [TokenEvent, TokenEvent, EndEvent]
+
+
+def test_a_listener_that_raises_harms_nobody_and_is_not_called_again(caplog):
+    made, heard, calls = ticket(), [], []
+
+    def broken(event):
+        calls.append(event)
+        raise RuntimeError("no")
+
+    made.listen(broken)
+    made.listen(heard.append)
+    for number in (1, 2, 3):
+        made.emit(token(number))
+    assert len(calls) == 1
+    assert len(heard) == 3
+    assert "not called again" in caplog.text
+
+
+def test_waiting_ends_with_the_ticket_or_with_the_patience():
+    made = ticket()
+    with pytest.raises(TimeoutError, match="has not ended"):
+        made.result(timeout_s=0.01)
+    threading.Timer(0.05, made.emit, [EndEvent("length", None, 1.0)]).start()
+    assert made.result(timeout_s=10).reason == "length"
+
+
+def test_cancelling_wakes_the_engine_until_it_has_ended():
+    calls = []
+    made = ticket(on_cancel=lambda: calls.append(1))
+    made.cancel()
+    assert made.cancelled
+    made.emit(EndEvent("cancelled", None, 1.0))
+    made.cancel()
+    assert calls == [1]
+
+
+def test_numbers_are_all_different():
+    assert len({ticket().id for _ in range(5)}) == 5

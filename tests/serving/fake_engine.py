@@ -1,0 +1,77 @@
+"""An engine that says what a test tells it to, for what a real one seldom does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+from rap_env.blocks import BlockMask
+from rap_env.runtime.tickets import EndEvent, Ticket, TokenEvent
+
+
+class FakeEngine:
+    """Gives each request the same tokens, at a pace.
+
+    Args:
+        tokenizer: What `text` is tokenised with.
+        text: What every answer says.
+        pace_s: Seconds before each token.
+        gate: Waited for before the last token, if given.
+        end: Reason of the end, or an exception that `submit` raises.
+        error: Its sentence.
+    """
+
+    def __init__(self, tokenizer, text="hello", *, pace_s=0.0, gate=None, end="stop", error=None):
+        self.tokens = tokenizer.encode(text, add_special_tokens=False)
+        self.pace_s = pace_s
+        self.gate = gate
+        self.end = end
+        self.error = error
+        self.max_seq_len_tokens = 64
+        self.tickets = []
+        self.alive = True
+        self.closed = False
+        self.controller = SimpleNamespace(switches=3, decisions=5)
+        self.llm = SimpleNamespace(
+            model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7]))
+        )
+
+    def start(self):
+        pass
+
+    def close(self, timeout_s=None):
+        self.closed = True
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    def submit(self, prompt_ids, params, listener=None):
+        if isinstance(self.end, Exception):
+            raise self.end
+        ticket = Ticket(tuple(prompt_ids), params, time.monotonic())
+        ticket.listen(listener)
+        self.tickets.append(ticket)
+        threading.Thread(target=self._play, args=[ticket], daemon=True).start()
+        return ticket
+
+    def _play(self, ticket):
+        for number, token in enumerate(self.tokens):
+            if number == ticket.params.max_new_tokens:
+                return ticket.emit(EndEvent("length", None, time.monotonic()))
+            time.sleep(self.pace_s)
+            while self.gate and number == len(self.tokens) - 1 and not ticket.cancelled:
+                if self.gate.wait(0.01):
+                    break
+            if ticket.cancelled:
+                return ticket.emit(EndEvent("cancelled", None, time.monotonic()))
+            ticket.emit(TokenEvent(token, -0.5, time.monotonic()))
+        ticket.emit(EndEvent(self.end, self.error, time.monotonic()))
+        return None
+
+    def stats(self):
+        return SimpleNamespace(
+            queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
+            prompt_tokens=50, mask=BlockMask.of("layer00.attn", "layer01.ffn", "layer01.attn"),
+            budget_bytes=1000, held=SimpleNamespace(weights=600, kv_cache=70, total=670),
+            used_bytes=700, preemptions=4, overhead_s=0.25, busy_s=9.0,
+        )  # fmt: skip

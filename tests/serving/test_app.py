@@ -1,0 +1,433 @@
+"""The API by its wire format: answers, streams, errors, health and metrics."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rap_env.errors import (
+    EngineClosedError,
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from tests.serving.conftest import served
+from tests.serving.fake_engine import FakeEngine
+from tests.serving.tokenizers import byte_tokenizer
+from tests.tiny import tiny_tokenizer
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+PLAIN = {"model": "tiny", "prompt": "hi"}
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer):
+    with served(FakeEngine(tokenizer, "hello world"), tokenizer) as found:
+        yield found
+
+
+def post(server, body, route="chat/completions", **kwargs):
+    if not isinstance(body, bytes | str):
+        body = json.dumps(body)
+    headers = {"content-type": "application/json", **kwargs.pop("headers", {})}
+    url = f"{server.url}/v1/{route}"
+    return httpx.post(url, content=body, headers=headers, timeout=30, **kwargs)
+
+
+def error_of(response, status):
+    assert response.status_code == status
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+def events_of(response):
+    *lines, last = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert last == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_a_chat_answer_has_all_that_the_api_says(server):
+    body = post(server, {**CHAT, "max_tokens": 20}).json()
+    assert body["object"] == "chat.completion"
+    assert body["id"].startswith("chatcmpl-")
+    assert body["model"] == "tiny"
+    assert body["system_fingerprint"].startswith("fp_")
+    choice = body["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "hello world", "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"] is None
+    prompt = len("user: hi\nassistant: ")
+    assert body["usage"] == {
+        "prompt_tokens": prompt, "completion_tokens": 11, "total_tokens": prompt + 11,
+    }  # fmt: skip
+
+
+def test_a_plain_answer_has_16_tokens_unless_asked_for_more(server):
+    body = post(server, PLAIN, "completions").json()
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [
+        {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "stop"}
+    ]
+    assert server.service.engine.tickets[-1].params.max_new_tokens == 16
+
+
+def test_length_is_the_reason_when_tokens_run_out(server):
+    choice = post(server, {**CHAT, "max_completion_tokens": 5}).json()["choices"][0]
+    assert choice["message"]["content"] == "hello"
+    assert choice["finish_reason"] == "length"
+
+
+def test_stop_strings_end_the_answer_and_the_ticket(server):
+    body = post(server, {**CHAT, "stop": ["o w", "rld"]}).json()
+    assert body["choices"][0]["message"]["content"] == "hell"
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert server.service.engine.tickets[-1].cancelled
+
+
+def test_several_answers_to_several_prompts(server):
+    asked = {**PLAIN, "prompt": ["ab", [4, 5, 6]], "n": 2, "seed": 5}
+    body = post(server, asked, "completions").json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert body["usage"]["prompt_tokens"] == 5
+    assert body["usage"]["completion_tokens"] == 44
+    tickets = server.service.engine.tickets[-4:]
+    assert [len(ticket.prompt_ids) for ticket in tickets] == [2, 2, 3, 3]
+    assert len({ticket.params.seed for ticket in tickets}) == 4
+
+
+def test_sampling_is_passed_on_as_the_api_means_it(server):
+    post(server, {**CHAT, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 3})
+    params = server.service.engine.tickets[-1].params
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 7, 3)
+    assert params.stop_token_ids == (2, 7)
+    post(server, CHAT)
+    assert server.service.engine.tickets[-1].params.temperature == 1
+    post(server, {**CHAT, "top_p": 0})
+    assert server.service.engine.tickets[-1].params.greedy
+
+
+def test_a_chat_stream_says_who_speaks_then_pieces_then_why_it_ended(server):
+    response = post(server, {**CHAT, "stream": True, "stream_options": {"include_usage": True}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    first, *middle, end, usage = events_of(response)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    deltas = [event["choices"][0]["delta"]["content"] for event in middle]
+    assert "".join(deltas) == "hello world"
+    assert len(deltas) == 11
+    assert end["choices"][0] == {
+        "index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 11
+    assert {event["object"] for event in (first, *middle, end, usage)} == {"chat.completion.chunk"}
+    assert len({event["id"] for event in (first, *middle, end, usage)}) == 1
+    assert all(event["usage"] is None for event in (first, *middle, end))
+
+
+def test_a_plain_stream_has_text_in_every_event(server):
+    events = events_of(post(server, {**PLAIN, "stream": True}, "completions"))
+    assert "".join(event["choices"][0]["text"] for event in events) == "hello world"
+    assert [event["choices"][0]["finish_reason"] for event in events][-1] == "stop"
+    assert not any("usage" in event for event in events)
+
+
+def test_streams_of_several_answers_are_told_apart(server):
+    events = events_of(post(server, {**CHAT, "stream": True, "n": 2}))
+    for index in (0, 1):
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in own) == "hello world"
+        assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == ["stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_the_chosen_tokens(server, stream):
+    response = post(server, {**CHAT, "logprobs": True, "stream": stream})
+    if stream:
+        choices = [event["choices"][0] for event in events_of(response)]
+        entries = [e for c in choices if c["logprobs"] for e in c["logprobs"]["content"]]
+    else:
+        entries = response.json()["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in entries) == "hello world"
+    assert entries[0] == {"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": []}
+
+
+def test_log_probabilities_of_a_plain_answer(server):
+    body = post(server, {**PLAIN, "logprobs": 0}, "completions").json()
+    found = body["choices"][0]["logprobs"]
+    assert found["tokens"] == list("hello world")
+    assert found["token_logprobs"] == [-0.5] * 11
+    assert found["text_offset"] == list(range(11))
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code", "words"),
+    [
+        ({"messages": None}, "messages", "invalid_type", "list"),
+        ({"messages": []}, "messages", "invalid_value", "at least one"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_type", "text"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value",
+         "'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "messages[0].content", "invalid_type", "text"),
+        ({"messages": ["hi"]}, "messages[0]", "invalid_type", "dict"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+         "messages", "invalid_value", "system comes first"),
+        ({"model": 3}, "model", "invalid_type", "string"),
+        ({"temperature": 3}, "temperature", "invalid_value", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "invalid_type", "'hot'"),
+        ({"top_p": -1}, "top_p", "invalid_value", "0"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value", "1"),
+        ({"max_tokens": 1.5}, "max_tokens", "invalid_type", "1.5"),
+        ({"max_tokens": True}, "max_tokens", "invalid_type", "True"),
+        ({"max_tokens": 10**6}, "max_tokens", "invalid_value", "at most 2048"),
+        ({"max_tokens": 60}, "messages", "context_length_exceeded", "64 tokens"),
+        ({"n": 0}, "n", "invalid_value", "1"),
+        ({"n": 9}, "n", "invalid_value", "at most 8"),
+        ({"n": 10**30}, "n", "invalid_value", "at most 8"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value", "at most 4"),
+        ({"stop": [""]}, "stop", "invalid_value", "empty"),
+        ({"stop": 5}, "stop", "invalid_type", "string"),
+        ({"stop": "x" * 257}, "stop", "invalid_value", "256"),
+        ({"seed": 2**70}, "seed", "invalid_value", "seed"),
+        ({"stream": "yes"}, "stream", "invalid_type", "boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
+        ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter", "chosen"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format",
+         "unsupported_parameter", "free text"),
+        ({"frequency_penalty": 1}, "frequency_penalty", "unsupported_parameter", "penal"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter", "bias"),
+        ({"temprature": 1}, "temprature", "unknown_parameter", "temprature"),
+        ({"prompt": "hi"}, "prompt", "unknown_parameter", "prompt"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(server, change, param, code, words):
+    error = error_of(post(server, {**CHAT, **change}), 400)
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error", param, code,
+    )  # fmt: skip
+    assert words in error["message"]
+    assert len(error["message"]) < 400
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"prompt": []}, "prompt", "list"),
+        ({"prompt": [["a"]]}, "prompt", "token ids"),
+        ({"prompt": [1, "a"]}, "prompt", "token ids"),
+        ({"prompt": {"text": "a"}}, "prompt", "string"),
+        ({"prompt": ["a"] * 9}, "prompt", "at most 8"),
+        ({"prompt": "a" * 64}, "prompt", "maximum context length"),
+        ({"logprobs": 2}, "logprobs", "0"),
+        ({"logprobs": True}, "logprobs", "True"),
+        ({"echo": True}, "echo", "not supported"),
+        ({"best_of": 2}, "best_of", "not supported"),
+        ({"suffix": "end"}, "suffix", "not supported"),
+    ],
+)
+def test_a_wrong_field_of_a_plain_completion_is_named(server, change, param, words):
+    error = error_of(post(server, {**PLAIN, **change}, "completions"), 400)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_a_missing_field_is_named(server):
+    error = error_of(post(server, {"model": "tiny"}), 400)
+    assert (error["param"], error["code"]) == ("messages", "missing_required_parameter")
+    assert error_of(post(server, {"prompt": "a"}, "completions"), 400)["param"] == "model"
+
+
+def test_fields_that_change_nothing_pass(server):
+    harmless = {
+        "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "n": None,
+        "presence_penalty": 0, "frequency_penalty": 0.0, "top_logprobs": None, "stop": None,
+        "modalities": ["text"], "parallel_tool_calls": True, "logprobs": False, "top_k": -1,
+    }  # fmt: skip
+    assert post(server, {**CHAT, **harmless}).status_code == 200
+
+
+def test_parts_and_developer_messages_are_text(server):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": parts}]
+    post(server, {**CHAT, "messages": messages})
+    ids = server.service.engine.tickets[-1].prompt_ids
+    assert server.service.tokenizer.decode(ids) == "system: be\nuser: ab\nassistant: "
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "{", "[1]", "nul", '"text"', "[" * 10000, '{"model": NaN}', b"\xff\xfe\x00", "1" * 9999,
+     '{"model": "\\ud800", "messages": []}'],
+    ids=["empty", "open", "list", "word", "text", "deep", "nan", "binary", "long", "half"],
+)  # fmt: skip
+def test_what_is_no_json_object_is_told_so(server, body):
+    assert error_of(post(server, body), 400)["code"] == "invalid_json"
+
+
+def test_another_content_type_is_refused(server):
+    headers = {"content-type": "text/plain"}
+    assert error_of(post(server, CHAT, headers=headers), 400)["code"] == "unsupported_content_type"
+
+
+def test_another_model_is_not_found(server):
+    for body, route in ((CHAT, "chat/completions"), (PLAIN, "completions")):
+        error = error_of(post(server, {**body, "model": "gpt-4"}, route), 404)
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+        assert "`gpt-4`" in error["message"]
+
+
+def test_models_are_listed(server):
+    listed = httpx.get(f"{server.url}/v1/models").json()
+    assert listed["object"] == "list"
+    assert [(m["id"], m["object"]) for m in listed["data"]] == [("tiny", "model")]
+    assert httpx.get(f"{server.url}/v1/models/tiny").json() == listed["data"][0]
+    error_of(httpx.get(f"{server.url}/v1/models/org/other"), 404)
+
+
+def test_other_paths_and_methods_are_errors_of_the_same_shape(server):
+    assert "/v1/embeddings" in error_of(post(server, {}, "embeddings"), 404)["message"]
+    error_of(httpx.get(f"{server.url}/v1/chat/completions"), 405)
+
+
+@pytest.mark.parametrize("known_length", [True, False])
+def test_a_body_that_is_too_long_is_refused_while_it_is_read(tokenizer, known_length):
+    with served(FakeEngine(tokenizer), tokenizer, max_body_bytes=1000) as server:
+        body = json.dumps({**CHAT, "user": "x" * 3_000_000}).encode()
+        if not known_length:
+            whole = body
+            body = (whole[i : i + 50_000] for i in range(0, len(whole), 50_000))
+        headers = {"content-type": "application/json"}
+        url = f"{server.url}/v1/chat/completions"
+        response = httpx.post(url, content=body, headers=headers)
+        error = error_of(response, 413)
+        assert error["code"] == "request_too_large"
+        assert "1000 bytes" in error["message"]
+        assert post(server, CHAT).status_code == 200
+
+
+def test_only_prompts_within_the_limit_are_taken(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer, max_prompt_tokens=3) as server:
+        assert post(server, {**PLAIN, "prompt": "abc"}, "completions").status_code == 200
+        error = error_of(post(server, {**PLAIN, "prompt": "abcd"}, "completions"), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert "at most 3" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "code"),
+    [
+        (QueueFullError("64 requests wait already."), 429, "rate_limit_exceeded"),
+        (InfeasibleBudgetError("No mask fits."), 503, "insufficient_memory"),
+        (EngineClosedError("The engine is closed."), 503, "shutting_down"),
+        (InvalidRequestError("Token 99 does not exist."), 400, "invalid_value"),
+        (RuntimeError("broken"), 500, "internal_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_has_a_status(tokenizer, raised, status, code, stream):
+    with served(FakeEngine(tokenizer, end=raised), tokenizer) as server:
+        response = post(server, {**CHAT, "stream": stream})
+        error = error_of(response, status)
+        assert error["code"] == code
+        if status != 500:
+            assert error["message"] == str(raised)
+        assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_before_the_first_token_has_a_status(tokenizer, stream):
+    engine = FakeEngine(tokenizer, "", end="error", error="Logits are not finite.")
+    with served(engine, tokenizer) as server:
+        error = error_of(post(server, {**CHAT, "stream": stream}), 500)
+        assert error["message"] == "Logits are not finite."
+
+
+def test_a_failure_in_a_stream_is_its_last_event(tokenizer):
+    engine = FakeEngine(tokenizer, "ab", end="error", error="Out of memory.")
+    with served(engine, tokenizer) as server:
+        lines = post(server, {**CHAT, "stream": True}).text.split("\n\n")
+        last = json.loads([line for line in lines if line][-1].removeprefix("data: "))
+        assert last["error"]["message"] == "Out of memory."
+
+
+def test_without_a_chat_template_plain_completions_remain():
+    tokenizer = tiny_tokenizer()
+    with served(FakeEngine(tokenizer), tokenizer) as server:
+        error = error_of(post(server, CHAT), 400)
+        assert error["code"] == "no_chat_template"
+        assert "/v1/completions" in error["message"]
+        assert post(server, PLAIN, "completions").status_code == 200
+
+
+def test_characters_of_several_tokens_arrive_whole():
+    tokenizer = byte_tokenizer()
+    with served(FakeEngine(tokenizer, "né 你👍"), tokenizer) as server:
+        events = events_of(post(server, {**PLAIN, "stream": True}, "completions"))
+        assert [e["choices"][0]["text"] for e in events] == ["n", "é", " ", "你", "👍", ""]
+
+
+def test_an_empty_prompt_needs_a_start_token(server):
+    assert post(server, {"model": "tiny"}, "completions").status_code == 200
+    assert server.service.engine.tickets[-1].prompt_ids == (1,)
+    tokenizer = byte_tokenizer()
+    with served(FakeEngine(tokenizer), tokenizer) as other:
+        error_of(post(other, {"model": "tiny"}, "completions"), 400)
+
+
+def test_health_says_whether_the_engine_lives(tokenizer):
+    engine = FakeEngine(tokenizer)
+    with served(engine, tokenizer) as server:
+        assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "model": "tiny"}
+        engine.alive = False
+        response = httpx.get(f"{server.url}/healthz")
+        assert response.status_code == 503
+    assert engine.closed
+
+
+def test_metrics_are_what_prometheus_reads(tokenizer):
+    with served(FakeEngine(tokenizer, "abc"), tokenizer, policy_name="rap") as server:
+        assert post(server, CHAT).status_code == 200
+        assert post(server, {**CHAT, "n": 0}).status_code == 400
+        response = httpx.get(f"{server.url}/metrics")
+    families = {f.name: f for f in text_string_to_metric_families(response.text)}
+    samples = {
+        (s.name, *sorted(s.labels.values())): s.value for f in families.values() for s in f.samples
+    }
+    assert samples["rap_memory_used_bytes",] == 700
+    assert samples["rap_memory_budget_bytes",] == 1000
+    assert samples["rap_memory_held_bytes", "kv_cache"] == 70
+    assert samples["rap_blocks_removed", "attn"] == 2
+    assert samples["rap_blocks_removed", "ffn"] == 1
+    assert samples["rap_queue_length",] == 1
+    assert samples["rap_running",] == 2
+    assert samples["rap_mask_switches_total",] == 3
+    assert samples["rap_controller_overhead_seconds_total",] == 0.25
+    assert samples["rap_requests_total", "chat", "ok"] == 1
+    assert samples["rap_requests_total", "chat", "invalid_value"] == 1
+    assert samples["rap_time_to_first_token_seconds_count",] == 1
+    assert samples["rap_time_per_output_token_seconds_count",] == 1
+    (mask,) = families["rap_mask_info"].samples
+    assert mask.labels["removed"] == "layer00.attn layer01.attn layer01.ffn"
+    (build,) = families["rap_build_info"].samples
+    assert build.labels["policy"] == "rap"
+
+
+def test_pieces_arrive_while_others_are_still_to_come(tokenizer):
+    gate = threading.Event()
+    with served(FakeEngine(tokenizer, "abc", gate=gate), tokenizer) as server:
+        body = {**PLAIN, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert '"text": "a"' in next(lines)
+            assert not server.service.engine.tickets[0].done
+            gate.set()
+            assert list(lines)[-2:] == ["data: [DONE]", ""]

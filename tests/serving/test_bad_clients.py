@@ -1,0 +1,167 @@
+"""Bad clients get an error or lose their connection; the others do not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.serving.conftest import served
+from tests.serving.fake_engine import FakeEngine
+
+BODY = {"model": "tiny", "prompt": "hi"}
+HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
+    "content-length: {length}\r\n\r\n"
+)
+
+
+def raw(server, data=b""):
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def request(body, **more):
+    content = json.dumps({**body, **more}).encode()
+    return HEAD.format(length=len(content)).encode() + content
+
+
+def everything(connection):
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received
+
+
+def eventually(true, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def outcome(server, name):
+    samples = server.service.metrics.requests.collect()[0].samples
+    return sum(
+        s.value for s in samples if s.name == "rap_requests_total" and s.labels["outcome"] == name
+    )
+
+
+def answers(server):
+    response = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=20)
+    return response.status_code == 200 and response.json()["choices"][0]["text"] != ""
+
+
+def test_a_slow_body_times_out_and_nobody_waits_for_it(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer, body_timeout_s=0.3) as server:
+        slow = raw(server, HEAD.format(length=1000).encode() + b'{"model":')
+        assert answers(server)
+        received = everything(slow)
+        assert received.startswith(b"HTTP/1.1 408")
+        assert b"request_timeout" in received
+
+
+def test_a_header_that_does_not_come_costs_the_connection(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer, header_timeout_s=0.3) as server:
+        for begun in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: te"):
+            assert everything(raw(server, begun)) == b""
+        again = raw(server, request(BODY))
+        assert again.recv(10) == b"HTTP/1.1 2"
+        again.sendall(b"GET /heal")  # a second request that is never finished
+        assert b"hello" in everything(again)
+        assert answers(server)
+
+
+def test_a_long_answer_is_no_idle_connection(tokenizer):
+    engine = FakeEngine(tokenizer, "abcdef", pace_s=0.1)
+    with served(engine, tokenizer, header_timeout_s=0.2) as server:
+        assert answers(server)
+
+
+def test_connections_beyond_the_most_are_told_so(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
+        idle = [raw(server) for _ in range(3)]
+        eventually(lambda: len(server._server.server_state.connections) == 3)
+        refused = everything(raw(server, request(BODY)))
+        assert refused.startswith(b"HTTP/1.1 503")
+        error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "too_many_connections"
+        for connection in idle:
+            connection.close()
+        eventually(lambda: not server._server.server_state.connections)
+        assert answers(server)
+
+
+def test_what_is_no_http_is_told_so(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer) as server:
+        assert everything(raw(server, b"\x16\x03\x01\x02\x00hello\r\n\r\n")).startswith(
+            b"HTTP/1.1 400"
+        )
+        assert answers(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disconnect_cancels_the_ticket(tokenizer, stream, begun):
+    text = "abc" if begun else "a"  # the gate is before the last token
+    engine = FakeEngine(tokenizer, text, gate=threading.Event())
+    with served(engine, tokenizer) as server:
+        connection = raw(server, request(BODY, stream=stream, max_tokens=50))
+        if stream and begun:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        eventually(lambda: engine.tickets)
+        assert not engine.tickets[0].cancelled
+        connection.close()
+        eventually(lambda: engine.tickets[0].done)
+        assert engine.tickets[0].reason == "cancelled"
+        eventually(lambda: outcome(server, "disconnected") == 1)
+        engine.gate.set()
+        assert answers(server)
+
+
+def test_a_disconnect_in_a_body_leaves_nothing_behind(tokenizer):
+    engine = FakeEngine(tokenizer)
+    with served(engine, tokenizer) as server:
+        raw(server, HEAD.format(length=1000).encode() + b'{"model":').close()
+        eventually(lambda: outcome(server, "disconnected") == 1)
+        assert not engine.tickets
+        assert answers(server)
+
+
+def test_an_answer_that_is_not_read_is_cut_off(tokenizer):
+    engine = FakeEngine(tokenizer, "a" * 60)
+    engine.max_seq_len_tokens = 10**6
+    engine.tokens = engine.tokens * 1000
+    with served(engine, tokenizer, write_timeout_s=0.5, max_new_tokens=10**6) as server:
+        connection = raw(server)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(request(BODY, stream=True, max_tokens=10**5))
+        eventually(lambda: outcome(server, "disconnected") == 1)
+        eventually(lambda: not server._server.server_state.connections)
+        assert engine.tickets[0].cancelled or engine.tickets[0].done
+
+
+def test_all_choices_are_cancelled_when_one_is_refused(tokenizer):
+    engine = FakeEngine(tokenizer, "abc", gate=threading.Event())
+    submit = engine.submit
+
+    def once(*args):
+        from rap_env.errors import QueueFullError
+
+        if engine.tickets:
+            raise QueueFullError("The queue is full.")
+        return submit(*args)
+
+    engine.submit = once
+    with served(engine, tokenizer) as server:
+        response = httpx.post(f"{server.url}/v1/completions", json={**BODY, "n": 2})
+        assert response.status_code == 429
+        eventually(lambda: engine.tickets[0].reason == "cancelled")
