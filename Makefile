@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream
 
-.PHONY: help setup demo test test-network bench lint format type lock clean
+.PHONY: help setup demo test test-network bench soak lint format type lock clean
 
 help:  ## Show what there is to make.
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test-network: setup  ## Run the tests that download the default model.
 bench: setup  ## Run all benchmarks and print their table (wants a quiet machine).
 	@for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done
 	@$(RUN) -m benchmarks.table
+
+soak: setup  ## Serve 10,000 good and bad requests under a moving budget (half an hour at most).
+	@OMP_NUM_THREADS=1 $(RUN) -m experiments.soak
 
 lint: setup  ## Check style and formatting.
 	@$(RUN) -m ruff check .

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from rap_env.errors import RapError
     from rap_env.importance import GSIProfile, OneShotProfile, gsi, one_shot
     from rap_env.llm.elastic import ElasticLLM
+    from rap_env.llm.live_batch import LiveBatch
     from rap_env.llm.loading import load_llm, shared_llm
     from rap_env.llm.streamed import stream_llm
     from rap_env.llm.surgery import load_pruned, save_pruned
     from rap_env.memory import MemoryModel
     from rap_env.repair import StubLibrary, fit_library, open_library
+    from rap_env.runtime.controller import RuntimeController
+    from rap_env.runtime.engine import Engine
+    from rap_env.runtime.policies import load_policy
     from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
     from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.store import ScoreStore
@@ -39,7 +43,9 @@ _MODULES = {
     "Corpus": "scoring.corpus",
     "CorpusConfig": "scoring.corpus",
     "ElasticLLM": "llm.elastic",
+    "Engine": "runtime.engine",
     "GSIProfile": "importance",
+    "LiveBatch": "llm.live_batch",
     "MaskScorer": "scoring.scorer",
     "MemoryModel": "memory",
     "ObservationBuilder": "envs.observation",
@@ -48,6 +54,7 @@ _MODULES = {
     "RAPPruneVectorEnv": "envs.vector",
     "RapError": "errors",
     "Request": "workload",
+    "RuntimeController": "runtime.controller",
     "ScoreStore": "scoring.store",
     "StubLibrary": "repair",
     "TaskConfig": "scoring.tasks",
@@ -58,6 +65,7 @@ _MODULES = {
     "gsi": "importance",
     "load_corpus": "scoring.corpus",
     "load_llm": "llm.loading",
+    "load_policy": "runtime.policies",
     "load_pruned": "llm.surgery",
     "make_sampler": "workload",
     "one_shot": "importance",
@@ -74,7 +82,9 @@ __all__ = [
     "Corpus",
     "CorpusConfig",
     "ElasticLLM",
+    "Engine",
     "GSIProfile",
+    "LiveBatch",
     "MaskScorer",
     "MemoryModel",
     "ObservationBuilder",
@@ -83,6 +93,7 @@ __all__ = [
     "RAPPruneVectorEnv",
     "RapError",
     "Request",
+    "RuntimeController",
     "ScoreStore",
     "StubLibrary",
     "TaskConfig",
@@ -94,6 +105,7 @@ __all__ = [
     "gsi",
     "load_corpus",
     "load_llm",
+    "load_policy",
     "load_pruned",
     "make_sampler",
     "one_shot",

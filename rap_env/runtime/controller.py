@@ -187,7 +187,7 @@ class RuntimeController:
         """Say what the next pass through the model will do; `admit` and `check` count with it.
 
         Args:
-            tokens: Tokens that it will run, of all sequences together; 0 for no pass.
+            tokens: Tokens that it will run, of all sequences together; 0 if that is not known.
             growth_tokens: Tokens that caches will hold more afterwards, padding included.
         """
         self._next_pass = (tokens, growth_tokens)
@@ -292,7 +292,10 @@ class RuntimeController:
         held = self._room.held(self.clock(), spare, max(1, least))
         if held is None or (self._enough and self._enough[0] == demand and held < self._enough[1]):
             return
-        choice = self._choose(demand, need + held)
+        self.gauge.trim()
+        exact = self.gauge.exact_room_bytes(demand, self._coming(demand))
+        limit = min(need + held, exact - int(self.budget_bytes * self.hysteresis_share))
+        choice = self._choose(demand, limit)
         if choice is not None and choice.need_bytes > need:
             left = demand.tokens < self._switched_for.tokens
             self._settle(choice, demand, "left" if left else "room")

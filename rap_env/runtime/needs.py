@@ -109,15 +109,15 @@ class Needs:
         Args:
             mask: The mask that it runs with.
             demand: What is served.
-            tokens: Tokens that it runs, of all sequences together; 0 for no pass.
+            tokens: Tokens that it runs, of all sequences together; 0 if that is not known.
             growth_tokens: Tokens that caches hold more afterwards, padding included.
         """
+        copied = max(self._now(demand).copied_bytes)
         if tokens == 0:
-            return Coming()
+            return Coming(workspace=copied)
         facts = self.memory.facts
         activations = self.memory.workspace_bytes(Request(1, tokens, 1))
         logits = demand.batch_size * facts.vocab_size * _LOGIT_BYTES
-        copied = max(self._now(demand).copied_bytes)
         kept = sum(
             size
             for layer, size in enumerate(facts.kv_bytes_per_token)

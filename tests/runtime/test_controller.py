@@ -310,7 +310,7 @@ def test_measured_bytes_over_the_budget_cost_blocks_though_the_prediction_fits()
     assert stand.meter.used_bytes() <= stand.budget_bytes
 
 
-def test_bytes_that_appear_while_it_switches_are_learned_at_once():
+def test_bytes_that_appear_while_it_switches_cost_more_blocks_at_once():
     stand = ordered()
     stand.budget_bytes = between(stand, 1)
     apply = stand.llm.apply
@@ -320,9 +320,30 @@ def test_bytes_that_appear_while_it_switches_are_learned_at_once():
         stand.meter.noise_bytes = stand.budget_bytes - stand.needs.bytes(mask, NOTHING) + 2000
 
     stand.llm.apply = noisy_apply
-    stand.controller.check(DEMAND)
+    fits = stand.controller.check(DEMAND)
     assert stand.controller.switches > 1
+    assert not fits or stand.meter.used_bytes() <= stand.budget_bytes
+
+
+def test_a_pass_that_could_grow_beyond_the_budget_costs_blocks_before_it_runs():
+    stand = ordered()
+    stand.budget_bytes = stand.need(BlockMask(), DEMAND)
+    stand.controller.expect(80, 160)
+    assert stand.controller.check(DEMAND)
+    assert stand.mask
+    coming = stand.needs.coming(stand.mask, DEMAND, 80, 160)
+    assert stand.meter.used_bytes() + coming.total <= stand.budget_bytes
+
+
+def test_at_rest_a_burst_is_forgotten_and_freed_memory_given_back():
+    stand = ordered()
+    stand.meter.noise_bytes = 10**6
+    stand.controller.observe(DEMAND, "decode")
     assert stand.controller.margin.bytes > 0
+    stand.meter.noise_bytes = 0
+    for _ in range(1100):
+        stand.controller.check(NOTHING)
+    assert stand.controller.margin.bytes == 0
 
 
 def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
