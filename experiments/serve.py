@@ -13,7 +13,6 @@ from experiments.config import Config
 from experiments.console import say
 from experiments.serving_stack import (
     decision_log,
-    limit_kernel_caches,
     open_engine,
     open_model,
     open_source,
@@ -95,5 +94,4 @@ def farewell(engine: Engine) -> str:
 
 
 if __name__ == "__main__":
-    limit_kernel_caches()
     launch("serve", serve)

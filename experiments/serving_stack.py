@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -23,22 +22,7 @@ if TYPE_CHECKING:
 
 EngineKind = TypeVar("EngineKind", bound=Engine)
 
-_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-_KERNELS = "64"
-
 DECISIONS_FILE = "decisions.jsonl"
-
-
-def limit_kernel_caches() -> None:
-    """Have torch keep few compiled kernels on a CPU; before the first model runs.
-
-    Kernels are compiled for each shape, and a server sees a new one with each length of a prompt
-    and each size of a batch. By default a thousand are kept, twice over: in bfloat16 more than
-    100 MiB that grow for hours, look like a leak, and cost blocks of the model. With these few,
-    no step became slower that could be measured.
-    """
-    for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, _KERNELS)
 
 
 def open_model(config: Config) -> ElasticLLM:

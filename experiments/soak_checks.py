@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from experiments.soak_world import Answer
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live import cache_argument
-from rap_env.runtime.tickets import Ticket
 
 TIE_ROUNDINGS = 4.0
 """Roundings of the largest logit within which two logits count as equal: a batch adds up in another
@@ -61,46 +61,46 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(fresh: ElasticLLM, tickets: Sequence[Ticket], *, controls: int = 40) -> Agreement:
+def agreement(fresh: ElasticLLM, answers: Sequence[Answer], *, controls: int = 40) -> Agreement:
     """Compute answers again with a model that took no part.
 
     Args:
         fresh: The same model, loaded anew.
-        tickets: Answers, each made under one mask.
+        answers: What was kept.
         controls: How many are also compared under another mask.
     """
     found = Agreement()
-    by_mask: dict[BlockMask, list[Ticket]] = defaultdict(list)
-    for ticket in tickets:
-        by_mask[ticket.masks[0]].append(ticket)
+    by_mask: dict[BlockMask, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        by_mask[answer.mask].append(answer)
     found.masks = len(by_mask)
     for mask, group in by_mask.items():
         with fresh.masked(mask):
-            for ticket in group:
-                _compare(fresh, ticket, found)
-    for ticket in tickets[:controls]:
-        other = BlockMask(ticket.masks[0].indices ^ {fresh.num_blocks // 2})
+            for answer in group:
+                _compare(fresh, answer, found)
+    for answer in answers[:controls]:
+        other = BlockMask(answer.mask.indices ^ {fresh.num_blocks // 2})
         control = Agreement()
         with fresh.masked(other):
-            _compare(fresh, ticket, control)
+            _compare(fresh, answer, control)
         found.control_answers += 1
         found.control_wrong += control.wrong_answers
     return found
 
 
-def _compare(fresh: ElasticLLM, ticket: Ticket, found: Agreement) -> None:
-    logits = _token_by_token(fresh, ticket)
+def _compare(fresh: ElasticLLM, answer: Answer, found: Agreement) -> None:
+    logits = _token_by_token(fresh, answer)
     tolerance = TIE_ROUNDINGS * torch.finfo(fresh.dtype).eps * logits.abs().amax(dim=-1)
     tolerance = tolerance.clamp(min=LEAST_TOLERANCE)
-    wrong, ties, apart = _differences(ticket, logits, tolerance)
+    wrong, ties, apart = _differences(answer, logits, tolerance)
     if wrong.any():
-        itself = (_at_once(fresh, ticket) - logits).abs().amax(dim=-1)
+        itself = (_at_once(fresh, answer) - logits).abs().amax(dim=-1)
         wrong, ties, apart = _differences(
-            ticket, logits, torch.maximum(tolerance, itself.cummax(dim=0).values)
+            answer, logits, torch.maximum(tolerance, itself.cummax(dim=0).values)
         )
         found.unstable += not wrong.any()
     found.answers += 1
-    found.tokens += len(ticket.token_ids)
+    found.tokens += len(answer.token_ids)
     found.near_ties += int(ties.sum())
     found.wrong_tokens += int(wrong.sum())
     found.wrong_answers += bool(wrong.any())
@@ -108,31 +108,31 @@ def _compare(fresh: ElasticLLM, ticket: Ticket, found: Agreement) -> None:
 
 
 def _differences(
-    ticket: Ticket, logits: torch.Tensor, tolerance: torch.Tensor
+    answer: Answer, logits: torch.Tensor, tolerance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which tokens are wrong, which are near-ties, and how far log probabilities are apart.
 
     Args:
-        ticket: An answer of T tokens.
+        answer: An answer of T tokens.
         logits: Those of the fresh model, (T, V).
         tolerance: What counts as equal, (T,).
     """
-    chosen = torch.tensor(ticket.token_ids)[:, None]
+    chosen = torch.tensor(answer.token_ids)[:, None]
     behind = logits.amax(dim=-1) - logits.gather(1, chosen)[:, 0]
     logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
-    apart = (logprobs - torch.tensor(ticket.logprobs)).abs()
+    apart = (logprobs - torch.tensor(answer.logprobs)).abs()
     wrong = apart > tolerance
     ties = torch.zeros_like(wrong)
-    if ticket.params.greedy:
+    if answer.greedy:
         wrong |= behind > tolerance
         ties = (behind > 0) & ~wrong
     return wrong, ties, apart
 
 
-def _token_by_token(fresh: ElasticLLM, ticket: Ticket) -> torch.Tensor:
+def _token_by_token(fresh: ElasticLLM, answer: Answer) -> torch.Tensor:
     """Logits for each token of an answer, (T, V), as plain generation computes them."""
     logits, cache = [], None
-    pieces = [list(ticket.prompt_ids), *([token] for token in ticket.token_ids[:-1])]
+    pieces = [list(answer.prompt_ids), *([token] for token in answer.token_ids[:-1])]
     with torch.no_grad():
         for piece in pieces:
             output = fresh.model(
@@ -145,12 +145,12 @@ def _token_by_token(fresh: ElasticLLM, ticket: Ticket) -> torch.Tensor:
     return torch.stack(logits)
 
 
-def _at_once(fresh: ElasticLLM, ticket: Ticket) -> torch.Tensor:
+def _at_once(fresh: ElasticLLM, answer: Answer) -> torch.Tensor:
     """The same logits, from one pass over the whole text."""
-    ids = [*ticket.prompt_ids, *ticket.token_ids[:-1]]
+    ids = [*answer.prompt_ids, *answer.token_ids[:-1]]
     with torch.no_grad():
         output = fresh.model(input_ids=torch.tensor([ids], device=fresh.device), use_cache=False)
-    logits: torch.Tensor = output.logits[0, len(ticket.prompt_ids) - 1 :].float().cpu()
+    logits: torch.Tensor = output.logits[0, len(answer.prompt_ids) - 1 :].float().cpu()
     return logits
 
 

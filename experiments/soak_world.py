@@ -6,9 +6,10 @@ import logging
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
@@ -21,6 +22,7 @@ from rap_env.workload import Request
 log = logging.getLogger(__name__)
 
 _MOST_PROBLEMS = 50
+_MOST_RECENT = 64
 
 
 class World:
@@ -126,27 +128,60 @@ class RandomMasks:
         return OrderPolicy(self._memory, order).choose(request)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is kept of a ticket that was made under one mask from start to end.
+
+    Attributes:
+        prompt_ids: Tokens of the prompt.
+        token_ids: Tokens of the answer, (T,).
+        logprobs: Their log probabilities, (T,).
+        mask: The mask.
+        greedy: Whether the likeliest token was always taken.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    mask: BlockMask
+    greedy: bool
+
+    @classmethod
+    def of(cls, ticket: Ticket) -> Answer:
+        """A ticket's answer."""
+        return cls(
+            ticket.prompt_ids,
+            tuple(ticket.token_ids),
+            tuple(ticket.logprobs),
+            ticket.masks[0],
+            ticket.params.greedy,
+        )
+
+
 class Sample:
-    """Tickets that were made under one mask from start to end, each as likely to be kept.
+    """Answers made under one mask from start to end, each as likely to be kept.
+
+    It holds little, and no more as time goes on: memory is watched while it is filled.
 
     Args:
         size: How many are kept.
         seed: Of the choice.
 
     Attributes:
-        kept: The tickets.
+        kept: The answers.
         eligible: How many there were to choose from.
-        masks: Masks that tokens were made under, all of them.
+        changed: How many were made while the mask changed.
+        masks: Hashes of the masks that tokens were made under, all of them.
     """
 
     def __init__(self, size: int = 400, seed: int = 0) -> None:
         self.size = size
-        self.kept: list[Ticket] = []
+        self.kept: list[Answer] = []
         self.eligible = 0
-        self.masks: set[BlockMask] = set()
         self.changed = 0
+        self.masks: set[int] = set()
         self._running: list[Ticket] = []
-        self._recent: dict[tuple[int, ...], Ticket] = {}
+        self._recent: OrderedDict[tuple[int, ...], Ticket] = OrderedDict()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
@@ -155,11 +190,13 @@ class Sample:
         with self._lock:
             self._running.append(ticket)
             self._recent[ticket.prompt_ids] = ticket
-            if len(self._running) >= 64:
+            if len(self._recent) > _MOST_RECENT:
+                self._recent.popitem(last=False)  # of a client that went away and never asked
+            if len(self._running) >= _MOST_RECENT:
                 self._sort_out()
 
     def take(self, prompt_ids: Sequence[int]) -> Ticket | None:
-        """The last ticket for a prompt; only once."""
+        """The last ticket for a prompt; only once, and only if it was made lately."""
         with self._lock:
             return self._recent.pop(tuple(prompt_ids), None)
 
@@ -174,21 +211,18 @@ class Sample:
         self._running = [ticket for ticket in self._running if not ticket.done]
         for ticket in ended:
             self._consider(ticket)
-        if len(self._recent) > 1024:
-            self._recent.clear()  # of clients that went away and never asked
 
     def _consider(self, ticket: Ticket) -> None:
         masks = set(ticket.masks)
-        self.masks |= masks
-        if len(masks) > 1:
-            self.changed += 1
+        self.masks.update(map(hash, masks))
+        self.changed += len(masks) > 1
         if len(masks) != 1:
             return
         self.eligible += 1
         if len(self.kept) < self.size:
-            self.kept.append(ticket)
+            self.kept.append(Answer.of(ticket))
         elif (place := self._random.randrange(self.eligible)) < self.size:
-            self.kept[place] = ticket
+            self.kept[place] = Answer.of(ticket)
 
 
 class RecordingEngine(Engine):

@@ -16,8 +16,9 @@ def set_threads(config: Config) -> None:
     Rounding depends on the number of threads, so all stages of a comparison, and a
     comparison that goes on after a stop, use the number that its first stage chose.
     """
-    from rap_env.llm.device import use_threads
+    from rap_env.llm.device import bound_kernel_caches, use_threads
 
+    bound_kernel_caches()  # before the first product, which may be the measurement of threads
     use_threads(config.threads or _kept(config.root / _FILE))
 
 

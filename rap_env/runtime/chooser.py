@@ -94,6 +94,33 @@ class Chooser:
         choice = self.fitted(said, demand, limit_bytes)
         return None if choice is None else replace(choice, guarded=choice.mask != said), True
 
+    def without_refill(
+        self, choice: Choice, before: BlockMask, demand: Demand, limit_bytes: int
+    ) -> Choice:
+        """A choice without attention blocks that come back: each token so far would run again.
+
+        The blocks stay removed, and of those that were to go instead, as many stay as fit.
+
+        Args:
+            choice: What was chosen.
+            before: The mask of now.
+            demand: What is served.
+            limit_bytes: What the mask may need.
+        """
+        back = {index for index in (before - choice.mask).indices if index % 2 == 0}
+        if not back:
+            return choice
+        mask = choice.mask | BlockMask(frozenset(back))
+        for index in reversed(self.order(demand)):
+            fewer = mask - BlockMask.of(index)
+            if (
+                index in mask
+                and index not in before
+                and (self._needs.bytes(fewer, demand) <= limit_bytes)
+            ):
+                mask = fewer
+        return Choice(mask, self._needs.bytes(mask, demand), guarded=True)
+
     def fitted(self, mask: BlockMask, demand: Demand, limit_bytes: int) -> Choice | None:
         """A mask with more blocks removed by the guard until it fits; None if it never does."""
         fitted = self._needs.fitted(mask, self.order(demand), demand, limit_bytes)

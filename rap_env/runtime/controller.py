@@ -5,27 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
-from rap_env.runtime.chooser import Choice, Chooser
-from rap_env.runtime.decisions import Decision, DecisionLog, Why
+from rap_env.runtime.adjusting import Adjuster
+from rap_env.runtime.chooser import Chooser
+from rap_env.runtime.decisions import Decision, DecisionLog
 from rap_env.runtime.demand import NOTHING, Demand
 from rap_env.runtime.gauge import Gauge
-from rap_env.runtime.hysteresis import Room
 from rap_env.runtime.margin import LearnedMargin
 from rap_env.runtime.memory import MemorySource, open_memory
 from rap_env.runtime.meter import Meter, ProcessMeter
-from rap_env.runtime.needs import Coming, Needs
+from rap_env.runtime.needs import Needs
 from rap_env.runtime.switching import Switcher
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM, HeldBytes
     from rap_env.runtime.policies import MaskPolicy
-
-_TRIES = 4  # of making a mask fit by measured bytes
 
 
 class RuntimeController:
@@ -60,8 +56,6 @@ class RuntimeController:
         clock: Gives the time in seconds, for `hold_s` and the log.
 
     Attributes:
-        decisions: How often the policy was asked.
-        decision_s: Seconds spent choosing, in total.
         overhead_s: Seconds spent here altogether, switching and measuring included.
 
     Raises:
@@ -101,22 +95,35 @@ class RuntimeController:
             self.needs,
             LearnedMargin(int(margin_share * weights)),
         )
-        self.hysteresis_share = hysteresis_share
         self.hold_s = hold_s
-        self.clock = clock
-        self.decisions = 0
-        self.decision_s = self.overhead_s = 0.0
+        self.overhead_s = 0.0
         self._switcher = Switcher(llm, self.gauge, log, clock)
-        self._room = Room(hold_s)
+        self._adjuster = Adjuster(
+            llm,
+            self.chooser,
+            self.needs,
+            self.gauge,
+            self._switcher,
+            hysteresis_share=hysteresis_share,
+            hold_s=hold_s,
+            clock=clock,
+        )
         self._refused: tuple[Demand, int] | None = None  # what fitted nothing, and in which room
-        self._enough: tuple[Demand, int] | None = None  # too little spare to ask the policy again
-        self._switched_for = NOTHING
-        self._next_pass = (0, 0)
 
     @property
     def policy(self) -> MaskPolicy:
         """The policy that is asked."""
         return self.chooser.policy
+
+    @property
+    def decisions(self) -> int:
+        """How often the policy was asked."""
+        return self._adjuster.decisions
+
+    @property
+    def decision_s(self) -> float:
+        """Seconds spent choosing, in total."""
+        return self._adjuster.decision_s
 
     @property
     def switches(self) -> int:
@@ -169,18 +176,17 @@ class RuntimeController:
         """
         with self._timed():
             self.gauge.poll()
-            room = self.gauge.room_bytes(demand, self._coming(demand))
+            room = self.gauge.room_bytes(demand, self._adjuster.coming(demand))
             if self._refused and self._refused[0] == demand and room <= self._refused[1]:
                 return False
             mask = self.llm.mask
             need = self.needs.bytes(mask, demand)
             if need > room:
-                choice = self._choose(demand, room)
-                if choice is None or not self._settle(choice, demand, "arrival"):
+                if not self._adjuster.fit(demand, room, "arrival", running=bool(beside)):
                     self._refused = (demand, room)
                     return False
             elif mask and not beside:
-                self._suit(need, demand)
+                self._adjuster.suit(need, demand)
             return True
 
     def expect(self, tokens: int, growth_tokens: int) -> None:
@@ -190,7 +196,7 @@ class RuntimeController:
             tokens: Tokens that it will run, of all sequences together; 0 if that is not known.
             growth_tokens: Tokens that caches will hold more afterwards, padding included.
         """
-        self._next_pass = (tokens, growth_tokens)
+        self._adjuster.next_pass = (tokens, growth_tokens)
 
     def check(self, demand: Demand) -> bool:
         """Before each step: give memory back that the budget does not allow, or take some again.
@@ -205,14 +211,16 @@ class RuntimeController:
             self.gauge.poll()
             if not demand:
                 self.gauge.rest()
-            room = self.gauge.room_bytes(demand, self._coming(demand))
+            room = self.gauge.room_bytes(demand, self._adjuster.coming(demand))
             mask = self.llm.mask
             need = self.needs.bytes(mask, demand)
             if need > room:
-                self._room.close()
-                return self._shed(demand, room)
+                fits = self._adjuster.fit(demand, room, "budget_fell", running=bool(demand))
+                if not fits and not demand:
+                    self._adjuster.empty()
+                return fits
             if mask:
-                self._maybe_restore(mask, need, demand)
+                self._adjuster.restore(need, demand)
             return True
 
     def observe(self, demand: Demand, kind: str = "step") -> int:
@@ -226,6 +234,8 @@ class RuntimeController:
             Most bytes that were measured since the last step or switch.
         """
         with self._timed():
+            if kind != "prefill":
+                self._adjuster.decoded()
             return self.gauge.observe(demand, kind)
 
     def could_fit(self, demand: Demand) -> bool:
@@ -238,7 +248,10 @@ class RuntimeController:
 
     def hopeless(self, demand: Demand) -> bool:
         """Whether a demand that nothing else runs beside can never fit, as far as is measured."""
-        kept = self.budget_bytes - self.gauge.exact_room_bytes(demand, self._coming(demand))
+        self.gauge.trim()
+        kept = self.budget_bytes - self.gauge.exact_room_bytes(
+            demand, self._adjuster.coming(demand)
+        )
         most = self.gauge.limit_bytes() - kept
         return self.chooser.least_bytes(demand, most) > most
 
@@ -263,71 +276,6 @@ class RuntimeController:
                 )
 
         return before
-
-    def _suit(self, need: int, demand: Demand) -> None:
-        """With nothing running, take the policy's mask if it needs more than that of now."""
-        limit = int(self.budget_bytes * (1 - self.hysteresis_share)) - self.margin.bytes
-        choice = self._choose(demand, limit)
-        if choice is not None and choice.need_bytes > need:
-            self._settle(choice, demand, "arrival")
-
-    def _coming(self, demand: Demand) -> Coming:
-        return self.needs.coming(self.llm.mask, demand, *self._next_pass)
-
-    def _shed(self, demand: Demand, room: int) -> bool:
-        choice = self._choose(demand, room)
-        if choice is not None:
-            return self._settle(choice, demand, "budget_fell")
-        if not demand:  # nobody is there to be sent away: do what can be done
-            least = self.chooser.least(self.budget_bytes)
-            self._switch(
-                Choice(least, self.needs.bytes(least, demand), True), demand, "budget_fell"
-            )
-        return False
-
-    def _maybe_restore(self, mask: BlockMask, need: int, demand: Demand) -> None:
-        spare = int(self.budget_bytes * (1 - self.hysteresis_share)) - self.margin.bytes - need
-        freed = self.needs.freed_bytes(demand)
-        least = min(freed[index] for index in mask.indices)
-        held = self._room.held(self.clock(), spare, max(1, least))
-        if held is None or (self._enough and self._enough[0] == demand and held < self._enough[1]):
-            return
-        self.gauge.trim()
-        exact = self.gauge.exact_room_bytes(demand, self._coming(demand))
-        limit = min(need + held, exact - int(self.budget_bytes * self.hysteresis_share))
-        choice = self._choose(demand, limit)
-        if choice is not None and choice.need_bytes > need:
-            left = demand.tokens < self._switched_for.tokens
-            self._settle(choice, demand, "left" if left else "room")
-        else:  # ask again when there is room for a block more
-            self._enough = (demand, held + max(1, least))
-
-    def _choose(self, demand: Demand, limit_bytes: int) -> Choice | None:
-        started = time.perf_counter()
-        choice, asked = self.chooser.choose(demand, limit_bytes)
-        seconds = time.perf_counter() - started
-        self.decisions += asked
-        self.decision_s += seconds
-        return None if choice is None else replace(choice, decision_s=seconds)
-
-    def _settle(self, choice: Choice, demand: Demand, why: Why) -> bool:
-        """Apply a mask; if it does not fit by what is measured then, try with less."""
-        chosen: Choice | None = choice
-        for _ in range(_TRIES):
-            if chosen is None:
-                return False
-            self._switch(chosen, demand, why)
-            room = self.gauge.exact_room_bytes(demand, self._coming(demand))
-            if chosen.need_bytes <= room:
-                return True
-            chosen = self._choose(demand, room)
-        return False
-
-    def _switch(self, choice: Choice, demand: Demand, why: Why) -> None:
-        if self._switcher.switch(choice, demand, why):
-            self._room.close()
-            self._switched_for = demand
-            self._refused = self._enough = None
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

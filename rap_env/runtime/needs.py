@@ -103,6 +103,16 @@ class Needs:
         layer = max(batch * min(tokens, window) * size for size, window in self._layers)
         return self.memory.workspace_bytes(demand.request(1)) + layer
 
+    def refill_bytes(self, mask: BlockMask, demand: Demand) -> int:
+        """What a refill of all rows may take beyond the workspace of its passes.
+
+        Its caches grow from nothing, each time into a new place, and leave the old ones behind
+        as holes in the heap: up to half of the final bytes were measured.
+        """
+        copied = self._now(demand).copied_bytes
+        kept = sum(n for layer, n in enumerate(copied) if 2 * layer not in mask.indices)
+        return kept // 2
+
     def coming(self, mask: BlockMask, demand: Demand, tokens: int, growth_tokens: int) -> Coming:
         """What a pass asks for.
 

@@ -156,12 +156,11 @@ class PolicyFile:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: There is no such file.
             ArtifactError: It is truncated, altered, of a newer format, or no exported policy.
         """
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"There is no exported policy at {path}; {_AGAIN}.")
+            raise ArtifactError(f"There is no exported policy at {path}; {_AGAIN}.")
         header, arrays = _read(path)
         body = _checked_body(path, header)
         try:

@@ -21,6 +21,7 @@ from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
+    from rap_env.runtime.records import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -89,12 +90,14 @@ class _EngineState(Collector):
         yield held
         yield _gauge("queue_length", "Answers that wait.", stats.queued)
         yield _gauge("running", "Answers that are being generated.", stats.running)
-        yield from self._totals()
+        yield from self._totals(stats)
 
-    def _totals(self) -> Iterable[Metric]:
-        stats, controller = self._engine.stats(), self._engine.controller
+    def _totals(self, stats: EngineStats) -> Iterable[Metric]:
+        controller = self._engine.controller
         answers = CounterMetricFamily(
-            "rap_answers", "Answers by how they ended in the engine.", labels=["outcome"]
+            "rap_answers",
+            "Answers by how they ended in the engine; a stop string cancels what would follow.",
+            labels=["outcome"],
         )
         for outcome in ("served", "refused", "cancelled", "failed"):
             answers.add_metric([outcome], getattr(stats, outcome))

@@ -15,7 +15,7 @@ from experiments.cli import CONF_DIR
 from experiments.config import as_config, register
 from experiments.soak import run_soak, soak, summary
 from experiments.soak_checks import agreement, growth
-from experiments.soak_world import Sample, World
+from experiments.soak_world import Answer, Sample, World
 from rap_env.blocks import BlockMask
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.tickets import EndEvent, Ticket, TokenEvent
@@ -81,7 +81,7 @@ def test_a_wrong_answer_fails_the_soak(model_folder, tmp_path, monkeypatch):
     assert "FAILED" in summary(record)
 
 
-def ticket_of(llm, mask, prompt, tokens=6):
+def answer_of(llm, mask, prompt, tokens=6):
     """What a plain model generates under a mask."""
     import torch
 
@@ -95,21 +95,20 @@ def ticket_of(llm, mask, prompt, tokens=6):
             ticket.masks.append(mask)
             ticket.emit(TokenEvent(token, float(logprobs[token]), 0.0))
     ticket.emit(EndEvent("length", None, 0.0))
-    return ticket
+    return Answer.of(ticket)
 
 
 def test_agreement_sees_right_and_wrong_answers():
     llm = tiny_llm(layers=4)
     masks = [BlockMask(), BlockMask.of(1, 4)]
-    right = [ticket_of(llm, mask, [5, 6, 7]) for mask in masks]
+    right = [answer_of(llm, mask, [5, 6, 7]) for mask in masks]
     found = agreement(llm, right)
     assert (found.answers, found.tokens, found.masks) == (2, 12, 2)
     assert found.wrong_answers == found.wrong_tokens == 0
     assert found.worst_logprob < 1e-4
     assert found.control_wrong == found.control_answers == 2
-    wrong = ticket_of(llm, masks[0], [5, 6, 7])
-    wrong.masks = [masks[1]] * 6
-    assert agreement(llm, [wrong]).wrong_answers == 1
+    wrong = answer_of(llm, masks[0], [5, 6, 7])
+    assert agreement(llm, [replace(wrong, mask=masks[1])]).wrong_answers == 1
 
 
 def test_growth_compares_the_second_tenth_with_the_last():
@@ -130,7 +129,7 @@ def test_the_sample_is_bounded_and_leaves_out_changed_masks():
     assert sample.eligible == 100
     assert sample.changed == 400
     assert len(sample.kept) == 10
-    assert max(ticket.prompt_ids[0] for ticket in sample.kept) > 100
+    assert max(answer.prompt_ids[0] for answer in sample.kept) > 100
 
 
 def test_clients_rest_when_asked_to():

@@ -42,6 +42,7 @@ class Stand:
         budget=PLENTY,
         mask=BlockMask(),
         meter=NoisyMeter,
+        clock=None,
         **settings,
     ) -> None:
         self.llm = tiny_llm(name, layers=layers)
@@ -57,7 +58,7 @@ class Stand:
             self.policy,
             lambda: self.budget_bytes,
             meter=self.meter,
-            clock=lambda: self.time_s,
+            clock=clock or (lambda: self.time_s),
             **settings,
         )
         self.records = []

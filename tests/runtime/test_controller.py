@@ -325,6 +325,37 @@ def test_bytes_that_appear_while_it_switches_cost_more_blocks_at_once():
     assert not fits or stand.meter.used_bytes() <= stand.budget_bytes
 
 
+def test_a_budget_that_falls_brings_no_attention_back_among_what_runs():
+    before, said = BlockMask.of(0), BlockMask.of(1, 2, 3, 5)
+    for running in (True, False):
+        stand = Stand(policy=Says(said), guard_order=ORDER, mask=before)
+        stand.budget_bytes = stand.need(said, DEMAND)
+        assert stand.need(before, DEMAND) > stand.budget_bytes
+        if running:
+            assert stand.controller.check(DEMAND)
+            assert 0 in stand.mask
+            assert stand.mask != before | said  # what need not go stays
+            assert stand.controller.recent[-1].guarded
+        else:
+            assert stand.controller.admit(DEMAND)
+            assert stand.mask == said
+        assert stand.need(stand.mask, DEMAND) <= stand.budget_bytes
+
+
+def test_attention_comes_back_with_room_only_where_a_refill_fits_too():
+    for share, dense in ((0.9, False), (1.1, True)):
+        stand = Stand(guard_order=ORDER, mask=BlockMask.of(0), hysteresis_share=0.0, hold_s=1.0)
+        refill = stand.needs.refill_bytes(BlockMask(), DEMAND)
+        assert refill > 0
+        stand.budget_bytes = stand.need(BlockMask(), DEMAND) + int(share * refill)
+        for time_s in (0.0, 1.0):
+            stand.time_s = time_s
+            stand.controller.check(DEMAND)
+        assert (stand.mask == BlockMask()) == dense
+        refill = stand.needs.refill_bytes(stand.mask, DEMAND)
+        assert 0 in stand.mask or stand.need(stand.mask, DEMAND) + refill <= stand.budget_bytes
+
+
 def test_a_pass_that_could_grow_beyond_the_budget_costs_blocks_before_it_runs():
     stand = ordered()
     stand.budget_bytes = stand.need(BlockMask(), DEMAND)

@@ -163,8 +163,7 @@ def test_an_idle_engine_gives_memory_up_and_takes_it_again():
 @pytest.fixture
 def served():
     """An engine in a thread of its own, on real time."""
-    stand = Stand(hold_s=0.0, hysteresis_share=0.0)
-    stand.controller.clock = time.monotonic
+    stand = Stand(hold_s=0.0, hysteresis_share=0.0, clock=time.monotonic)
     engine = Engine(stand.llm, stand.controller, max_batch_size=4, prefill_chunk_tokens=64)
     stand.controller.gauge.most_bytes = PLENTY
     engine.start()

@@ -73,7 +73,7 @@ def test_a_file_of_another_kind_is_refused(path, tmp_path):
         PolicyFile.load(path)
     with pytest.raises(ArtifactError, match="truncated or no exported policy"):
         PolicyFile.load(tmp_path)  # a folder
-    with pytest.raises(FileNotFoundError, match="There is no exported policy at"):
+    with pytest.raises(ArtifactError, match="There is no exported policy at"):
         PolicyFile.load(tmp_path / "nothing.safetensors")
 
 
