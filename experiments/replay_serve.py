@@ -158,6 +158,7 @@ class Server:
             queue_timeout_s=settings.queue_timeout_s,
             clock=self._clock,
         )  # fmt: skip
+        self._engine.warm_up()  # as `Engine.start` does; it takes none of the replay's time
         self._engine.observers.append(self._on_step)
 
     def _loop(self, bar: tqdm[Any]) -> None:

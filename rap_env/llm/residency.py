@@ -19,6 +19,7 @@ left them mapped, and a mapping holds every page of the file that was ever read.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -232,7 +233,18 @@ def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
     """Memory that goes back to the system as soon as no tensor uses it."""
     if device.type != "cpu" or nbytes == 0:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    return torch.frombuffer(_mapping(nbytes), dtype=torch.uint8)
+
+
+def _mapping(nbytes: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, nbytes)
+    # Private, in large pages where the system has them: it is filled in half the time.
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
 
 
 def _pinned(block: _Block) -> torch.Tensor:
