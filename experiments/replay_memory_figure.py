@@ -19,7 +19,12 @@ from experiments.tables import percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_METHODS = {"static_gsi": "gsi", "static_shortgpt": "shortgpt", "greedy": "greedy_per_byte"}
+_METHODS = {
+    "static_gsi": "gsi",
+    "static_gsi_lean": "sleb",  # a colour of its own
+    "static_shortgpt": "shortgpt",
+    "greedy": "greedy_per_byte",
+}
 _STRIP_COLUMNS = 1200
 _MIB = 2**20
 

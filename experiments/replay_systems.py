@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from rap_env.runtime.budgets import Budget
 
 
+_OF_GSI = ("static_gsi", "static_gsi_lean")
+
+
 @dataclass(frozen=True)
 class System:
     """One way to serve.
@@ -80,8 +83,9 @@ class SystemMaker:
         """
         makers: dict[str, Callable[[], System]] = {
             "dense": lambda: System("dense", DensePolicy(), ()),
-            "static_gsi": lambda: self._static("static_gsi", [(i,) for i in self._gsi_order()]),
-            "static_shortgpt": lambda: self._static("static_shortgpt", self._layers()),
+            "static_gsi": lambda: self._static("static_gsi", self._gsi_groups(), self._full),
+            "static_gsi_lean": lambda: self._static("static_gsi_lean", self._gsi_groups(), 1),
+            "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), self._full),
             "greedy": lambda: self._greedy(around),
             "frontier": lambda: System("frontier", self._frontier, self._guard_order),
             "rap": self._rap,
@@ -98,7 +102,7 @@ class SystemMaker:
         for name in names:
             if name == "rap":
                 _ = self._trained
-            if name == "static_gsi":
+            if name in _OF_GSI:
                 self._gsi_order()
             if name in ("frontier", "oracle"):
                 _ = self._frontier
@@ -115,7 +119,7 @@ class SystemMaker:
             return digest([weights, list(self._trained.order)])
         if name in ("frontier", "oracle"):
             return digest(self._frontier.frontier.scored)
-        return digest(list(self._gsi_order())) if name == "static_gsi" else None
+        return digest(list(self._gsi_order())) if name in _OF_GSI else None
 
     @cached_property
     def _trained(self) -> MaskPolicy:
@@ -154,16 +158,26 @@ class SystemMaker:
         policy = GreedyPolicy(self._memory, scorer, around)
         return System("greedy", policy, self._guard_order, {"text_tokens": tokens.numel()})
 
-    def _static(self, name: str, groups: Sequence[tuple[int, ...]]) -> System:
+    @property
+    def _full(self) -> int:
+        """Rows of the batch that a static mask always has room for."""
+        settings = self._config.replay
+        return settings.static_batch or settings.max_batch_size
+
+    def _gsi_groups(self) -> list[tuple[int, ...]]:
+        return [(index,) for index in self._gsi_order()]
+
+    def _static(self, name: str, groups: Sequence[tuple[int, ...]], rows: int) -> System:
         """The least pruned mask of an order that always fits.
 
-        That is: the first groups of blocks, as many as it takes for the longest request, in a
-        batch of ``replay.static_batch``, to fit the least budget of the run. Where even all of
-        them do not suffice, the batch that counts is made smaller.
+        That is: the first groups of blocks, as many as it takes for so many rows of the longest
+        request to fit the least budget of the run. Where even all of them do not suffice, the
+        batch that counts is made smaller. With more rows nobody waits; with one the model is
+        the largest that can still serve anybody at any time, and batches wait for room.
         """
         settings = self._config.replay
         least = self._budget.least(0.0, self._load.last_s + settings.queue_timeout_s)
-        for batch in range(settings.static_batch or settings.max_batch_size, 0, -1):
+        for batch in range(rows, 0, -1):
             request = Request(batch, self._load.longest_tokens, least)
             mask = BlockMask()
             for group in groups:

@@ -26,6 +26,7 @@ LEGEND = (
 LABELS = {
     "dense": "Dense",
     "static_gsi": "Static, GSI",
+    "static_gsi_lean": "Static, lean",
     "static_shortgpt": "Static, ShortGPT",
     "greedy": "Greedy, live",
     "frontier": "Frontier table",
@@ -138,7 +139,8 @@ def system_label(name: str) -> str:
 
 def megabyte_seconds(row: ReplayRow) -> str:
     """Byte-seconds above the budget, for people."""
-    return "0" if row.violation_byte_s == 0 else f"{row.violation_byte_s / 1e6:,.3g} MB s"
+    amount = row.violation_byte_s / 1e6
+    return "0" if amount == 0 else f"{amount:{',.0f' if amount >= 100 else '.3g'}} MB s"
 
 
 def _seconds(value: float | None) -> str:

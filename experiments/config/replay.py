@@ -8,7 +8,10 @@ from experiments.config.parts import TextConfig, at_least, parse_shape
 from experiments.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 
-SYSTEMS = ("dense", "static_gsi", "static_shortgpt", "greedy", "frontier", "rap", "oracle")
+SYSTEMS = (
+    "dense", "static_gsi", "static_gsi_lean", "static_shortgpt", "greedy", "frontier", "rap",
+    "oracle",
+)  # fmt: skip
 """Systems that can be replayed."""
 
 TIMINGS = ("wall", "cpu")
@@ -68,7 +71,7 @@ class ReplayConfig:
     gsi: str | None = None
     """GSI artifact of the system ``static_gsi``; null takes the order in the policy file."""
     static_batch: int | None = None
-    """Rows that a static mask is chosen for; null for `max_batch_size`."""
+    """Rows that static masks are chosen for (``static_gsi_lean``: one); null: `max_batch_size`."""
     greedy_tokens: int = 16
     """Tokens of the text on which the system ``greedy`` measures while it serves."""
     max_batch_size: int = 8

@@ -55,6 +55,7 @@ class Gauge:
         self._needs = needs
         self.memory = memory
         self.meter = meter
+        self._correct = getattr(meter, "no_less_than", None)  # not every meter can be wrong so
         self.margin = margin
         self.held = llm.held_bytes
         self._explained = self.held.total
@@ -87,6 +88,9 @@ class Gauge:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
+        if peak < self.held.total and self._correct is not None:
+            self._correct(self.held.total)
+            peak = self.held.total
         known = self.held.total + self._needs.workspace_bytes(demand)
         self._explained = max(self._explained, known)
         self.margin.note(kind, peak - self._explained)

@@ -88,7 +88,8 @@ class ResidentMeter:
 
     Freed memory that the C library holds back counts until it is given back
     (`rap_env.llm.device.return_freed_memory`). Where the kernel's high-water mark cannot be reset,
-    the most is that of the moments at which somebody asked.
+    the most is that of the moments at which somebody asked. The rest of the process may shrink
+    after the meter was made (kernels reclaim pages that nobody uses); see `no_less_than`.
 
     Args:
         llm: The live model, on the CPU.
@@ -129,14 +130,29 @@ class ResidentMeter:
         self._most = now
         return peak
 
+    def no_less_than(self, held_bytes: int) -> None:
+        """Learn from what tensors hold for certain that the rest of the process has shrunk.
+
+        Else the runtime would look smaller than it is, and be allowed more than there is.
+
+        Args:
+            held_bytes: Bytes of weights and KV caches in memory now.
+        """
+        self._beside = max(0, min(self._beside, self._resident()[1] - held_bytes))
+
     def _read(self) -> tuple[int, int]:
-        """The high-water mark and what is resident now."""
+        """The high-water mark and what is resident now, less what is beside the model."""
+        peak, now = (max(0, resident - self._beside) for resident in self._resident())
+        self._most = max(self._most, now)
+        return peak, now
+
+    def _resident(self) -> tuple[int, int]:
+        """The high-water mark of the whole process, and what is resident now."""
         status = os.pread(self._status, 8192, 0)
         peak, now = (
-            max(0, int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024 - beside)
-            for name, beside in ((b"VmHWM:", self._beside), (b"VmRSS:", self._beside))
+            int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024
+            for name in (b"VmHWM:", b"VmRSS:")
         )
-        self._most = max(self._most, now)
         return peak, now
 
 
@@ -163,6 +179,11 @@ class ProcessMeter:
     def peak_bytes(self) -> int:
         """Most bytes that it took since the last call of this."""
         return self.inner.peak_bytes()
+
+    def no_less_than(self, held_bytes: int) -> None:
+        """As for `ResidentMeter`; other meters cannot be wrong in this way."""
+        if isinstance(self.inner, ResidentMeter):
+            self.inner.no_less_than(held_bytes)
 
 
 def warm_up(llm: ElasticLLM, tokens: int = 8) -> None:

@@ -56,6 +56,26 @@ def test_the_high_water_mark_begins_anew_with_each_question():
 
 
 @linux
+def test_a_process_that_shrank_is_found_out_by_what_tensors_hold(tmp_path):
+    def write(now_mib):
+        status = f"VmHWM:\t{now_mib * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
+        (tmp_path / "status").write_text(status.ljust(200))
+
+    write(500)
+    llm = tiny_llm()
+    meter = ResidentMeter(llm, process=tmp_path)
+    held = llm.held_bytes.total
+    write(450)  # fifty of what had been there beside the model are gone
+    assert meter.used_bytes() == 0
+    meter.no_less_than(held)
+    assert meter.used_bytes() == held
+    write(460)
+    assert meter.used_bytes() == held + 10 * MIB
+    meter.no_less_than(held)
+    assert meter.used_bytes() == held + 10 * MIB
+
+
+@linux
 def test_without_a_mark_that_can_be_reset_the_most_is_what_was_seen(tmp_path):
     def write(now_mib):
         text = f"Name: x\nVmHWM:  {900 * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
