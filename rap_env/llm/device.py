@@ -151,7 +151,7 @@ def bound_kernel_caches() -> None:
     first product: the caches are made then. Whoever has set the variables keeps their values.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
+        os.environ.setdefault(name, "16")
 
 
 def return_freed_memory() -> None:
