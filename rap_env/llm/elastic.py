@@ -8,43 +8,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.fingerprint import fingerprint_of, named_weights, tensor_key
-from rap_env.llm.residency import BlockWeights, Residency, check_residency
-from rap_env.llm.sites import LiveBlocks
+from rap_env.llm.residency import (
+    BlockWeights,
+    Residency,
+    check_residency,
+    untied_parameters,
+)
+from rap_env.llm.sites import HeldBytes, LiveBlocks
 from rap_env.llm.stub import Stub
 from rap_env.memory import ModelFacts
 
 if TYPE_CHECKING:
     from rap_env.llm.live import Restore
-
-
-@dataclass(frozen=True)
-class HeldBytes:
-    """Bytes that are really in memory.
-
-    Attributes:
-        weights: Of the model's weights, stubs included.
-        kv_cache: Of the KV caches in use.
-    """
-
-    weights: int
-    kv_cache: int
-
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.weights + self.kv_cache
 
 
 class ElasticLLM:
@@ -160,7 +145,7 @@ class ElasticLLM:
         """
         with self.exclusive():
             wanted = self._wanted(mask, bare)
-            self._free_keys_and_values(mask)
+            self._live.free_keys_and_values(mask)
             self._live.place(wanted, let_go=True)
 
     @contextlib.contextmanager
@@ -240,7 +225,7 @@ class ElasticLLM:
             try:
                 if residency != "resident":
                     self._live.weights = BlockWeights(
-                        *self._untied_parameters(),
+                        *untied_parameters(self.model, self._live.sites),
                         self.device,
                         self.folder,
                         residency,
@@ -257,15 +242,7 @@ class ElasticLLM:
             own, base = self._own_bytes
             released = 0 if self._live.weights is None else self._live.weights.released_bytes
             weights = base + sum(own) - released + sum(self._stub_bytes())
-            return HeldBytes(weights, self._kv_bytes())
-
-    def _kv_bytes(self) -> int:
-        caches = list(self._live.caches)
-        if not caches:
-            return 0
-        from rap_env.llm import kv
-
-        return sum(kv.held_bytes(cache) for cache in caches)
+            return HeldBytes(weights, self._live.kv_bytes())
 
     def watch(self, cache: Any) -> None:
         """Let a KV cache follow the masks that `apply` sets, for as long as somebody uses it."""
@@ -291,37 +268,6 @@ class ElasticLLM:
             index: None if index in bare.indices else self._stubs.get(index)
             for index in mask.indices
         }
-
-    def _free_keys_and_values(self, mask: BlockMask) -> None:
-        caches = list(self._live.caches)
-        if not caches:
-            return
-        from rap_env.llm import kv
-
-        layers = frozenset(index // 2 for index in mask.indices if index % 2 == 0)
-        for cache in caches:
-            if kv.held_by(cache, layers):
-                kv.check_cache(cache)
-        for cache in caches:
-            kv.let_go(cache, layers)
-
-    def _untied_parameters(self) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
-        """Parameters that serve one block alone, (2L,), and all others, by names in the model.
-
-        Those that share memory under several names are among the others if they are one object,
-        and nowhere if they are several: moving one would part them.
-        """
-        named = dict(self.model.named_parameters())  # one name for an object
-        users = Counter(tensor_key(parameter) for parameter in named.values())
-        alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
-        seen = Counter(tensor_key(tensor) for _, tensor in named_weights(self.model))
-        names = {id(parameter): name for name, parameter in alone.items()}
-        blocks = []
-        for site in self._live.sites:
-            inside = [p for part in site.modules for p in part.parameters() if id(p) in names]
-            blocks.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
-        taken = {name for block in blocks for name in block}
-        return blocks, {name: p for name, p in alone.items() if name not in taken}
 
     @property
     def spare_bytes(self) -> int | None:

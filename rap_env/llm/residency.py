@@ -21,16 +21,18 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import UnknownNameError, UnsupportedModelError
+from rap_env.llm.fingerprint import named_weights, tensor_key
 from rap_env.llm.stored import StoredTensor, stored_tensors
 from rap_env.paths import cache_dir
 
@@ -40,6 +42,14 @@ Residency = Literal["resident", "offload", "drop"]
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
 _ALIGN_BYTES = 64  # what vector instructions like best, and torch's own allocator gives
+
+
+class HasModules(Protocol):
+    """A block of a live model."""
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Its modules."""
 
 
 def check_residency(name: str) -> None:
@@ -227,6 +237,31 @@ class BlockWeights:
                 file.write(save({p.name: p.parameter.data.contiguous() for p in block.parts}))
             files = block.among(stored_tensors(path.parent, path.name))
         return files
+
+
+def untied_parameters(
+    model: nn.Module, sites: Iterable[HasModules]
+) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
+    """Parameters that serve one block alone, (2L,), and all others, by names in the model.
+
+    Those that share memory under several names are among the others if they are one object,
+    and nowhere if they are several: moving one would part them.
+
+    Args:
+        model: The model, with every block in its place.
+        sites: Its blocks, in order of index.
+    """
+    named = dict(model.named_parameters())  # one name for an object
+    users = Counter(tensor_key(parameter) for parameter in named.values())
+    alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
+    seen = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
+    names = {id(parameter): name for name, parameter in alone.items()}
+    blocks = []
+    for site in sites:
+        inside = [p for part in site.modules for p in part.parameters() if id(p) in names]
+        blocks.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
+    taken = {name for block in blocks for name in block}
+    return blocks, {name: p for name, p in alone.items() if name not in taken}
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from rap_env.blocks import BlockMask
 from rap_env.llm.removed import Removed
 from rap_env.llm.residency import BlockWeights
 from rap_env.llm.stub import Stub
@@ -78,6 +79,24 @@ class BlockSite:
             slot.restore()
 
 
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that are really in memory.
+
+    Attributes:
+        weights: Of the model's weights, stubs included.
+        kv_cache: Of the KV caches in use.
+    """
+
+    weights: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.kv_cache
+
+
 @dataclass
 class LiveBlocks:
     """What is in the places of a model's blocks; shared by all who see the model.
@@ -121,3 +140,30 @@ class LiveBlocks:
                 self.weights.bring_back(index)
             self.sites[index].restore()
             del self.removed[index]
+
+    def free_keys_and_values(self, mask: BlockMask) -> None:
+        """Let every cache in use go of the attention blocks of a mask.
+
+        Raises:
+            UnsupportedCacheError: Some cache cannot; nothing changes in any.
+        """
+        caches = list(self.caches)
+        if not caches:
+            return
+        from rap_env.llm import kv  # loads a part of transformers
+
+        layers = frozenset(index // 2 for index in mask.indices if index % 2 == 0)
+        for cache in caches:
+            if kv.held_by(cache, layers):
+                kv.check_cache(cache)
+        for cache in caches:
+            kv.let_go(cache, layers)
+
+    def kv_bytes(self) -> int:
+        """Bytes of all caches in use."""
+        caches = list(self.caches)
+        if not caches:
+            return 0
+        from rap_env.llm import kv
+
+        return sum(kv.held_bytes(cache) for cache in caches)

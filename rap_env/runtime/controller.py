@@ -20,7 +20,8 @@ from rap_env.runtime.needs import Needs
 from rap_env.runtime.switching import Switcher
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM, HeldBytes
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.llm.sites import HeldBytes
     from rap_env.runtime.policies import MaskPolicy
 
 
