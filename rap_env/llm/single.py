@@ -31,6 +31,15 @@ def take_short_ways(model: Any) -> None:
         _pack_single_queries(model)
 
 
+def attention_name(model: Any) -> str:
+    """What a model's attention is called by others; the short way is one of ``sdpa``'s.
+
+    Scores do not depend on it: their sequences have more than one token.
+    """
+    name = str(getattr(model.config, "_attn_implementation", ""))
+    return "sdpa" if name == NAME else name
+
+
 def _alone(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
     """The last tokens' states (B, 1, H) as a tensor of their own, if they are part of another."""
     states = args[0]

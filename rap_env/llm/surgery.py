@@ -30,8 +30,7 @@ from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.progress import transformers_bars
 from rap_env.llm.removed import Removed
-from rap_env.llm.single import NAME as PACKED_ATTENTION
-from rap_env.llm.single import take_short_ways
+from rap_env.llm.single import attention_name, take_short_ways
 from rap_env.llm.stub import Stub
 
 PRUNED_FILE = "rap_pruned.json"
@@ -129,9 +128,7 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     entries = json.loads(config_file.read_text(encoding="utf-8"))
     entries["model_type"] = _MODEL_TYPE
     config_file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    attention = llm.model.config._attn_implementation
-    if attention == PACKED_ATTENTION:
-        attention = "sdpa"  # of which it is the short way
+    attention = attention_name(llm.model)
     body = {
         "name": llm.name,
         "removed": list((mask | llm.pruned).names),

@@ -18,6 +18,7 @@ from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial import PartialForward
+from rap_env.llm.single import attention_name
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.loss import HEAD_TOKENS, window_nll
 from rap_env.scoring.mask_runner import MaskRunner, chunks
@@ -288,7 +289,7 @@ class MaskScorer:
         return {
             **self.llm.facts.identity,
             "device": device_kind(self.llm.device),
-            "attention": str(getattr(model.config, "_attn_implementation", "")),
+            "attention": attention_name(model),
             "tokens": self.corpus.sha256,
             "shape": list(self.corpus.tokens.shape),
             "batch_windows": rows,

@@ -17,6 +17,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.single import attention_name
 from rap_env.scoring import continuations, harness
 from rap_env.scoring.encoding import RequestEncoder
 from rap_env.scoring.store import ScoreStore, context_key
@@ -221,7 +222,7 @@ class TaskScorer:
         return {
             **self.llm.facts.identity,
             "device": device_kind(self.llm.device),
-            "attention": str(getattr(self.llm.model.config, "_attn_implementation", "")),
+            "attention": attention_name(self.llm.model),
             "batch": [
                 continuations.BATCH_ROWS,
                 continuations.BATCH_TOKENS,

@@ -19,6 +19,7 @@ from rap_env.errors import (
     UnsupportedModelError,
 )
 from rap_env.llm import load_llm, loading, save_pruned, shared_llm
+from rap_env.llm.single import attention_name
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
@@ -53,7 +54,7 @@ def test_it_is_ready_for_inference(folder: Path) -> None:
     llm = load_llm(folder, device="cpu")
     assert not llm.model.training
     assert not any(parameter.requires_grad for parameter in llm.model.parameters())
-    assert llm.model.config._attn_implementation == "sdpa"
+    assert attention_name(llm.model) == "sdpa"
     assert llm.model.config.use_cache
     assert llm.tokenizer.padding_side == "left"
 
