@@ -102,6 +102,21 @@ def save_checkpoint(
     return final
 
 
+def checkpoint_of(run_dir: str | Path) -> Checkpoint:
+    """The newest whole checkpoint of a run.
+
+    Args:
+        run_dir: The run's folder.
+
+    Raises:
+        ArtifactError: There is none, or all are damaged.
+    """
+    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
+    if checkpoint is None:
+        raise ArtifactError(f"{run_dir} holds no checkpoint; train an agent there first.")
+    return checkpoint
+
+
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint, or None if there is none at all.
 

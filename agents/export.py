@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
-from agents.checkpoint import Checkpoint, latest_checkpoint
+from agents.checkpoint import Checkpoint, checkpoint_of
 from agents.networks.heads import ActorCriticHeads, BlockScores, DuelingHeads
 from agents.networks.rows import BlockRows
 from agents.networks.settings import PolicySettings
@@ -38,9 +38,7 @@ def export_policy(run_dir: str | Path, workbench: SeesBlocks) -> PolicyFile:
         ArtifactError: There is no checkpoint, all are damaged, the policy is no block-wise one,
             or it does not serve this model.
     """
-    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
-    if checkpoint is None:
-        raise ArtifactError(f"{run_dir} holds no checkpoint; train an agent there first.")
+    checkpoint = checkpoint_of(run_dir)
     if checkpoint.config.policy != "blockwise":
         raise ArtifactError(
             f"The policy in {run_dir} is of the kind {checkpoint.config.policy!r}, and only "

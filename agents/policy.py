@@ -13,14 +13,13 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.baselines.base import MaskChoice
-from agents.checkpoint import latest_checkpoint
+from agents.checkpoint import checkpoint_of
 from agents.errors import AgentConfigError
 from agents.observing import MaskObserver, as_tensors
 from agents.policies import action_scores
 from agents.transfer import fitting_policy
 from rap_env.blocks import BlockMask
 from rap_env.envs.observation import ObservationBuilder
-from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.workload import Request
 
@@ -127,9 +126,7 @@ class TrainedPolicy:
                 on a model of another shape.
             AgentConfigError: As for the class.
         """
-        checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
-        if checkpoint is None:
-            raise ArtifactError(f"{run_dir} holds no checkpoint; train an agent there first.")
+        checkpoint = checkpoint_of(run_dir)
         builder = ObservationBuilder(workbench.memory, workbench.features)
         return cls(
             fitting_policy(checkpoint, builder),

@@ -123,7 +123,7 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
-            seconds[name].append(_seconds(run))
+            seconds[name].append(seconds_of(run))
     return seconds
 
 
@@ -243,7 +243,8 @@ def write_record(
     return path
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that a call takes, until a CUDA device in use has done its work as well."""
     gc.collect()  # so that no side pays for what another one left
     _synchronise()
     began = time.perf_counter()

@@ -7,7 +7,6 @@ of the same tokens, and how much memory offloaded blocks really give back.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from benchmarks.harness import (
     launch,
     open_model,
     ratios,
+    seconds_of,
     spread,
     write_record,
 )
@@ -109,9 +109,9 @@ def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict
         batch = LiveBatch(llm, restore="next_request")
         batch.prefill([prompt])
         batch.extend([0])
-        step_s.append(_seconds(lambda: [batch.extend([0]) for _ in range(settings.steps)]))  # noqa: B023
-        remove_s.append(_seconds(lambda: llm.apply(mask)))
-        restore_s.append(_seconds(lambda: llm.apply(BlockMask())))
+        step_s.append(seconds_of(lambda: [batch.extend([0]) for _ in range(settings.steps)]))  # noqa: B023
+        remove_s.append(seconds_of(lambda: llm.apply(mask)))
+        restore_s.append(seconds_of(lambda: llm.apply(BlockMask())))
     steps = [seconds / settings.steps for seconds in step_s[1:]]
     share = ratios([100 * seconds for seconds in remove_s[1:]], steps)
     return {
@@ -165,9 +165,9 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
     for mask in masks:
         predicted = sum(llm.blocks[index].param_bytes for index in mask)
         before = meter.used_bytes()
-        offload_s = _seconds(lambda: llm.apply(mask))  # noqa: B023
+        offload_s = seconds_of(lambda: llm.apply(mask))  # noqa: B023
         freed = before - meter.used_bytes()
-        restore_s = _seconds(lambda: llm.apply(BlockMask()))
+        restore_s = seconds_of(lambda: llm.apply(BlockMask()))
         rows[f"{len(mask)}_blocks"] = {
             "predicted_bytes": predicted,
             "freed_bytes": freed,
@@ -176,12 +176,6 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
             "restore_s": restore_s,
         }
     return rows
-
-
-def _seconds(run: Any) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,30 @@ from rap_env.artifacts import atomic_write, digest, disk_errors
 from rap_env.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_other_keys(
+    record: Mapping[str, Any], row: Any, what: str, again: str, optional: Collection[str] = ()
+) -> None:
+    """Refuse a record that another version wrote.
+
+    Args:
+        record: What was read.
+        row: The dataclass that it should become.
+        what: What to call it, at the start of a sentence.
+        again: What to do in a new run folder.
+        optional: Fields that it may lack.
+
+    Raises:
+        ArtifactError: Keys are missing or unknown.
+    """
+    known = {f.name for f in fields(row)}
+    wrong = sorted((known - set(optional) - record.keys()) | (record.keys() - known))
+    if wrong:
+        raise ArtifactError(
+            f"{what} has missing or unknown keys: {', '.join(wrong)}; it was written by another "
+            f"version, so {again} in a new run folder."
+        )
 
 
 def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
@@ -208,14 +232,8 @@ class ResultRow:
         Raises:
             ArtifactError: Keys are missing or unknown.
         """
-        known = {f.name for f in fields(cls)}
-        needed = {f.name for f in fields(cls) if f.default is MISSING}
-        wrong = sorted((needed - record.keys()) | (record.keys() - known))
-        if wrong:
-            raise ArtifactError(
-                f"A result record has missing or unknown keys: {', '.join(wrong)}; it was written "
-                "by another version, so run the evaluation again in a new run folder."
-            )
+        optional = {f.name for f in fields(cls) if f.default is not MISSING}
+        refuse_other_keys(record, cls, "A result record", "run the evaluation again", optional)
         return cls(**record)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.records import read_records
+from experiments.records import read_records, refuse_other_keys
 from rap_env.artifacts import digest
-from rap_env.errors import ArtifactError
 
 STUDIES = ("grid", "tokens", "domain", "alone")
 
@@ -90,12 +89,7 @@ class RepairRow:
         Raises:
             ArtifactError: Keys are missing or unknown.
         """
-        wrong = sorted({f.name for f in fields(cls)}.symmetric_difference(record))
-        if wrong:
-            raise ArtifactError(
-                f"A repair record has missing or unknown keys: {', '.join(wrong)}; it was written "
-                "by another version, so make it again in a new run folder."
-            )
+        refuse_other_keys(record, cls, "A repair record", "make it again")
         return cls(**record)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.records import read_records
+from experiments.records import read_records, refuse_other_keys
 from rap_env.artifacts import digest
-from rap_env.errors import ArtifactError
 
 OUTCOMES = ("served", "refused", "queue_full", "timed_out", "unserved", "failed")
 """What may become of a request: served to its last token; refused because no mask would ever fit
@@ -137,12 +136,7 @@ class ReplayRow:
         Raises:
             ArtifactError: Keys are missing or unknown.
         """
-        wrong = sorted({f.name for f in fields(cls)}.symmetric_difference(record))
-        if wrong:
-            raise ArtifactError(
-                f"A replay record has missing or unknown keys: {', '.join(wrong)}; it was written "
-                "by another version, so run the replay again in a new run folder."
-            )
+        refuse_other_keys(record, cls, "A replay record", "run the replay again")
         return cls(**record)
 
 

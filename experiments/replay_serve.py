@@ -69,6 +69,7 @@ class Server:
         self._arrived = 0
         self._step_s = self._busy_s = 0.0
         self._meter: Meter
+        self._decisions: DecisionLog
         self._controller: WatchedController
         self._engine: Engine
 
@@ -93,6 +94,7 @@ class Server:
                 self._loop(bar)
         finally:
             self._engine.close()
+            self._decisions.close()
             self._llm.apply(BlockMask())
         joules = energy.joules()
         for handled in self._handled:
@@ -139,6 +141,7 @@ class Server:
         self._meter = TensorMeter(llm) if settings.meter == "tensors" else ProcessMeter(llm)
         most = self._budget.most(0.0, self._horizon_s)
         memory = GivenMemory(lambda: self._budget.at(self._clock()), limit_bytes=most)
+        self._decisions = DecisionLog(self._log)
         self._controller = WatchedController(
             llm, system.policy, memory,
             meter=self._meter,
@@ -146,7 +149,7 @@ class Server:
             margin_share=settings.margin_share,
             hysteresis_share=settings.hysteresis_share,
             hold_s=settings.hold_s,
-            log=DecisionLog(self._log),
+            log=self._decisions,
             clock=self._clock,
         )  # fmt: skip
         self._engine = Engine(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from experiments.records import read_records
+from experiments.records import read_records, refuse_other_keys
 from rap_env.artifacts import digest
-from rap_env.errors import ArtifactError
 
 Cell = tuple[int, int, float]
 
@@ -28,13 +27,7 @@ class _Record:
         Raises:
             ArtifactError: Keys are missing or unknown.
         """
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        wrong = sorted(known.symmetric_difference(record))
-        if wrong:
-            raise ArtifactError(
-                f"A study's record has missing or unknown keys: {', '.join(wrong)}; it was "
-                "written by another version, so run the study again in a new run folder."
-            )
+        refuse_other_keys(record, cls, "A study's record", "run the study again")
         return cls(**record)
 
 

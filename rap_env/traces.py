@@ -10,8 +10,10 @@ tables here were fitted with `fit_trace` to the Azure LLM inference trace 2023 (
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -65,6 +67,34 @@ class LengthTable:
         return int(self.at(rng.random()))
 
 
+@contextlib.contextmanager
+def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[csv.DictReader[str]]:
+    """The lines of a trace file by column.
+
+    Args:
+        path: A CSV file; a leading ``~`` is the user's home.
+        needed: Columns that it must have.
+
+    Raises:
+        TraceError: The file is missing or no CSV file, also while it is read, or lacks a column.
+    """
+    try:
+        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header = tuple(reader.fieldnames or ())
+            if not set(needed) <= set(header):
+                raise TraceError(
+                    f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
+                    f"{', '.join(header) or 'nothing'}."
+                )
+            yield reader
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(
+            f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
+            f"{', '.join(COLUMNS)}."
+        ) from None
+
+
 def read_trace(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
     """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
 
@@ -75,21 +105,8 @@ def read_trace(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
         TraceError: The file is missing, has other columns, no request, or a line whose token
             counts are no whole numbers of at least 0 (with at least 1 in all).
     """
-    try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            header = tuple(reader.fieldnames or ())
-            if not set(COLUMNS[1:]) <= set(header):
-                raise TraceError(
-                    f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
-                    f"{', '.join(header) or 'nothing'}."
-                )
-            lengths = [_tokens(path, reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(
-            f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
-            f"{', '.join(COLUMNS)}."
-        ) from None
+    with open_trace(path, COLUMNS[1:]) as reader:
+        lengths = [_tokens(path, reader.line_num, row) for row in reader]
     if not lengths:
         raise TraceError(f"The trace {path} has a header but no request.")
     return np.array(lengths, dtype=np.int64)

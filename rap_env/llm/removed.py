@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+PLACE_DTYPE = torch.uint8
+"""Of what stands in the cache for a token of a removed block; no model computes in it."""
+
 # transformers >= 5.24 hands its modules the cache as `cache`, older ones as
 # `past_key_values`; GPT-NeoX says `layer_past` in both.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -41,10 +44,6 @@ class Removed(nn.Module):
             return _zeros_like(hidden_states)
         added: torch.Tensor = self.stub(hidden_states)
         return added
-
-
-PLACE_DTYPE = torch.uint8
-"""Of what stands in the cache for a token of a removed block; no model computes in it."""
 
 
 def places(batch: int, tokens: int, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -98,7 +98,13 @@ class _Block:
 
     def pack(self) -> None:
         """Move the weights into a buffer of their own."""
-        self._fill(lambda part: part.parameter.data)
+        self._point_to(self._copied_to(_buffer(self.buffer_bytes, self.device)))
+
+    def pin(self) -> None:
+        """Keep a copy in pinned host memory."""
+        self.host = self._copied_to(
+            torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
+        )
 
     def let_go(self) -> None:
         """Free the buffer."""
@@ -115,15 +121,11 @@ class _Block:
         """
         if self.host is not None:
             buffer = self.host.to(self.device, non_blocking=True)
-            self._point_to(buffer)
-        elif self.device.type == "cpu":
+        else:
             buffer = _buffer(self.buffer_bytes, self.device)
             for part, stored in zip(self.parts, self.files, strict=True):
                 stored.read_into(part.view(buffer))
-            self._point_to(buffer)
-        else:
-            read = {part.name: stored for part, stored in zip(self.parts, self.files, strict=True)}
-            self._fill(lambda part: read[part.name].read(self.device))
+        self._point_to(buffer)
         self.released = False
 
     def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
@@ -141,11 +143,10 @@ class _Block:
             for part, stored in zip(self.parts, files, strict=True)
         )
 
-    def _fill(self, content: Callable[[_Part], torch.Tensor]) -> None:
-        buffer = _buffer(self.buffer_bytes, self.device)
+    def _copied_to(self, buffer: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
-            part.view(buffer).copy_(content(part))
-        self._point_to(buffer)
+            part.view(buffer).copy_(part.parameter.data)
+        return buffer
 
     def _point_to(self, buffer: torch.Tensor) -> None:
         for part in self.parts:
@@ -198,7 +199,7 @@ class BlockWeights:
         if block.released or not block.parts:
             return
         if block.device.type == "cuda" and self.residency == "offload" and block.host is None:
-            block.host = _pinned(block)  # kept from then on: weights are never written
+            block.pin()  # kept from then on: weights are never written
         block.let_go()
 
     def bring_back(self, index: int) -> None:
@@ -280,13 +281,6 @@ def _mapping(nbytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
-
-
-def _pinned(block: _Block) -> torch.Tensor:
-    host = torch.empty(block.buffer_bytes, dtype=torch.uint8, pin_memory=True)
-    for part in block.parts:
-        part.view(host).copy_(part.parameter.data)
-    return host
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
 from rap_env.errors import UnknownNameError
-from rap_env.traces import AZURE_CODE, AZURE_CONV, COLUMNS, LengthTable, TraceError
+from rap_env.traces import (
+    AZURE_CODE,
+    AZURE_CONV,
+    COLUMNS,
+    LengthTable,
+    TraceError,
+    open_trace,
+)
 
 FITTED: dict[str, tuple[LengthTable, float]] = {
     "azure-conv": (AZURE_CONV, 0.149),
@@ -117,14 +123,8 @@ def read_arrivals(path: str | PathLike[str], thinning: Thinning) -> tuple[Arriva
     Raises:
         TraceError: The file is missing or malformed, its times go back, or nothing is left.
     """
-    try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
-            found = thinning.apply(_rows(path, csv.DictReader(file), 60 * thinning.minutes))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(
-            f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
-            f"{', '.join(COLUMNS)}."
-        ) from None
+    with open_trace(path, COLUMNS) as reader:
+        found = thinning.apply(_rows(path, reader, 60 * thinning.minutes))
     if not found:
         raise TraceError(f"The trace {path} has no request.")
     return found
@@ -133,12 +133,6 @@ def read_arrivals(path: str | PathLike[str], thinning: Thinning) -> tuple[Arriva
 def _rows(
     path: str | PathLike[str], reader: csv.DictReader[str], end_s: float
 ) -> Iterator[Arrival]:
-    header = tuple(reader.fieldnames or ())
-    if not set(COLUMNS) <= set(header):
-        raise TraceError(
-            f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
-            f"{', '.join(header) or 'nothing'}."
-        )
     start = latest = None
     for row in reader:
         moment, arrival = _row(path, reader.line_num, row)
