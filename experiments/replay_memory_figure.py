@@ -25,6 +25,7 @@ _METHODS = {
     "static_shortgpt": "shortgpt",
     "greedy": "greedy_per_byte",
 }
+_MARKERS = {"dense": "o", "static_gsi_lean": "v"}
 _STRIP_COLUMNS = 1200
 _MIB = 2**20
 
@@ -32,7 +33,7 @@ _MIB = 2**20
 def system_look(name: str) -> Look:
     """How a system is drawn: as the method that it serves with."""
     found = look(_METHODS.get(name, name))
-    return replace(found, marker="o") if name == "dense" else found
+    return replace(found, marker=_MARKERS.get(name, found.marker))
 
 
 def draw_system(

@@ -117,11 +117,12 @@ def let_go(cache: Any, layers: AbstractSet[int]) -> None:
     if going:
         check_cache(cache)
     for number in going:
-        layer = cache.layers[number]
-        cache.layers[number] = layer = _plain(layer)
-        batch, held = layer.keys.shape[0], layer.keys.shape[-2]
-        layer.keys = places(batch, held, layer.keys.device)
-        layer.values = places(batch, held, layer.keys.device)
+        was = cache.layers[number]
+        row = places(was.keys.shape[0], _tokens_to_keep(was), was.keys.device)
+        cache.layers[number] = layer = _plain(was)
+        if layer is not was:
+            layer.lazy_initialization(row, row)
+        layer.keys, layer.values = row, row.clone()
 
 
 def begin_late(cache: Any, layers: Iterable[int]) -> None:
@@ -152,7 +153,7 @@ def empty(cache: Any) -> None:
     """
     check_cache(cache)
     for number, layer in enumerate(cache.layers):
-        cache.layers[number] = layer = _plain(layer, empty=True)
+        cache.layers[number] = layer = _plain(layer)
         layer.keys = layer.values = None
         layer.is_initialized = False
         for name in ("cumulative_length", "cumulative_length_int"):
@@ -193,19 +194,20 @@ def _filled(cache: Any) -> Iterator[tuple[int, Any]]:
             yield number, layer
 
 
-def _plain(layer: Any, *, empty: bool = False) -> Any:
-    """The layer itself, or for a late one a layer of transformers' own, of the whole length."""
+def _tokens_to_keep(layer: Any) -> int:
+    """Tokens for which a layer needs places: those that it holds, or a late one would hold."""
+    if not isinstance(layer, _Late):
+        return int(layer.keys.shape[-2])
+    length = int(layer.get_seq_length())  # type: ignore[attr-defined]
+    return min(length, layer.sliding_window - 1) if layer.is_sliding else length  # type: ignore[attr-defined]
+
+
+def _plain(layer: Any) -> Any:
+    """The layer itself, or for a late one an empty layer of transformers' own, of its length."""
     if not isinstance(layer, _Late):
         return layer
-    length = int(layer.get_seq_length())  # type: ignore[attr-defined]
-    plain: Any
-    if isinstance(layer, LateSlidingLayer):
-        plain = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-        plain.cumulative_length = length
-        length = min(length, layer.sliding_window - 1)
-    else:
-        plain = DynamicLayer()  # type: ignore[no-untyped-call]
-    if not empty and layer.keys is not None:
-        plain.lazy_initialization(layer.keys, layer.values)
-        plain.keys = plain.values = places(layer.keys.shape[0], length, layer.keys.device)
+    if not isinstance(layer, LateSlidingLayer):
+        return DynamicLayer()  # type: ignore[no-untyped-call]
+    plain = DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+    plain.cumulative_length = layer.cumulative_length
     return plain
