@@ -10,11 +10,13 @@ from rap_env.runtime.demand import Demand
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.meter import TensorMeter
 from rap_env.runtime.needs import Needs
-from rap_env.runtime.policies import DensePolicy
+from rap_env.runtime.policies import DensePolicy, OrderPolicy
 from rap_env.runtime.sampling import SamplingParams
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 PLENTY = 10**9
+DEMAND = Demand(4, 40)
+ORDER = (5, 0, 3, 2, 1, 4)
 
 
 class NoisyMeter(TensorMeter):
@@ -107,3 +109,33 @@ def alone(llm, prompt_ids, new: int, mask=BlockMask()) -> list[int]:
         for _ in range(new):
             ids.append(int(llm.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt_ids) :]
+
+
+class Says:
+    """A policy that says what it is told to, and counts how often it is asked."""
+
+    name = "says"
+
+    def __init__(self, mask) -> None:
+        self.mask = mask
+        self.asked = []
+
+    def choose(self, request):
+        self.asked.append(request)
+        if isinstance(self.mask, Exception):
+            raise self.mask
+        return self.mask
+
+
+def ordered(**settings) -> Stand:
+    """A stand whose policy removes blocks in a known order until the request fits."""
+    stand = Stand(guard_order=ORDER, **settings)
+    stand.controller.chooser.policy = OrderPolicy(stand.needs.memory, ORDER)
+    return stand
+
+
+def between(stand, count: int, demand=DEMAND) -> int:
+    """A budget for which so many blocks of the order must go."""
+    most = stand.need(BlockMask.of(*ORDER[:count]), demand)
+    less = stand.need(BlockMask.of(*ORDER[: count - 1]), demand) if count else most + 100
+    return (most + less) // 2
