@@ -20,7 +20,7 @@ demo: setup  ## The main job on the default model: importance, training, compari
 	@$(RUN) -m experiments.demo
 
 test: setup  ## Run the tests (no network, no GPU needed).
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not network and not gpu"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 -m "not slow and not network and not gpu"
 
 test-network: setup  ## Run the tests that download the default model.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "network or slow"

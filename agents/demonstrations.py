@@ -12,9 +12,9 @@ import torch
 
 from agents.observing import Counts, Flags, MaskObserver, as_tensors
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from rap_env.scoring.predictor import to_rows
-from rap_env.workload import Request
 
 Floats = npt.NDArray[np.float64]
 

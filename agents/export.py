@@ -18,19 +18,19 @@ from agents.networks.rows import BlockRows
 from agents.networks.settings import PolicySettings
 from agents.policy import SeesBlocks
 from agents.transfer import fitting_policy
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError
+from rap_env.observation import ObservationBuilder
 from rap_env.runtime.network_weights import Floats, NetworkWeights
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
 from rap_env.version import __version__
 
 
-def export_policy(run_dir: str | Path, workbench: SeesBlocks) -> PolicyFile:
+def export_policy(run_dir: str | Path, context: SeesBlocks) -> PolicyFile:
     """The policy of a training, as it serves one model without stable-baselines3.
 
     Args:
         run_dir: The run's folder; its newest whole checkpoint is taken.
-        workbench: The model that is served: its bytes, and the importance of its blocks as the
+        context: The model that is served: its bytes, and the importance of its blocks as the
             agent saw it. Another model than the agent was trained on is well where its policy
             transfers.
 
@@ -44,13 +44,13 @@ def export_policy(run_dir: str | Path, workbench: SeesBlocks) -> PolicyFile:
             f"The policy in {run_dir} is of the kind {checkpoint.config.policy!r}, and only "
             "block-wise ones can be exported; train one with agent.policy=blockwise."
         )
-    builder = ObservationBuilder(workbench.memory, workbench.features)
+    builder = ObservationBuilder(context.memory, context.features)
     without = PolicySettings.of(checkpoint.config.policy_settings).without
     return PolicyFile(
         network_weights(fitting_policy(checkpoint, builder), without),
-        workbench.features,
-        order_of(workbench.features),
-        PolicyModel.of(workbench.memory.facts),
+        context.features,
+        order_of(context.features),
+        PolicyModel.of(context.memory.facts),
         _provenance(checkpoint, Path(run_dir)),
     )
 

@@ -21,7 +21,7 @@ from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 
-from rap_env.envs.observation import BYTES_OVER
+from rap_env.observation import BYTES_OVER
 
 _DECIMALS = 6  # of a request's features; they are shares and logs in [0, 1]
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from agents.demonstrations import Batch, Demonstration, Floats, TeacherStates
 from agents.errors import AgentConfigError
 from agents.policies import action_scores
-from rap_env.envs.observation import ObservationBuilder
+from rap_env.observation import ObservationBuilder
 
 __all__ = ["Demonstration", "ImitationConfig", "ImitationResult", "imitate"]
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from rap_env.costs import request_costs
-from rap_env.envs.observation import BYTES_OVER, KEPT_AND_FREED, Observation, ObservationBuilder
-from rap_env.workload import Request
+from rap_env.observation import BYTES_OVER, KEPT_AND_FREED, Observation, ObservationBuilder
+from rap_env.request import Request
 
 Flags = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]

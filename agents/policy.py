@@ -19,9 +19,9 @@ from agents.observing import MaskObserver, as_tensors
 from agents.policies import action_scores
 from agents.transfer import fitting_policy
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 
 if TYPE_CHECKING:
     from rap_env.importance import ImportanceFeatures
@@ -34,7 +34,7 @@ _Q_TEMPERATURE = 0.25
 
 
 class SeesBlocks(Protocol):
-    """The part of `rap_env.workbench.Workbench` that a trained policy needs: no scorer."""
+    """The part of `rap_env.context.live.PruningContext` that a trained policy needs: no scorer."""
 
     @property
     def memory(self) -> MemoryModel:
@@ -109,7 +109,7 @@ class TrainedPolicy:
     def load(
         cls,
         run_dir: str | Path,
-        workbench: SeesBlocks,
+        context: SeesBlocks,
         *,
         best_of: int = 1,
         score_masks: ScoreMasks | None = None,
@@ -127,7 +127,7 @@ class TrainedPolicy:
             AgentConfigError: As for the class.
         """
         checkpoint = checkpoint_of(run_dir)
-        builder = ObservationBuilder(workbench.memory, workbench.features)
+        builder = ObservationBuilder(context.memory, context.features)
         return cls(
             fitting_policy(checkpoint, builder),
             builder,

@@ -298,5 +298,5 @@ class _SinkWriter(KVWriter):
 
 def _evaluations(venv: VecEnv) -> int:
     """Masks that had to be known so far by what the environments share; 0 if they don't say."""
-    bench = venv.get_attr("workbench", indices=[0])[0] if venv.has_attr("workbench") else None
+    bench = venv.get_attr("context", indices=[0])[0] if venv.has_attr("context") else None
     return int(bench.scorer.known) if bench is not None else 0

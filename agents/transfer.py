@@ -8,8 +8,8 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 
 from agents.checkpoint import Checkpoint
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError
+from rap_env.observation import ObservationBuilder
 
 
 def fitting_policy(checkpoint: Checkpoint, builder: ObservationBuilder) -> BasePolicy:

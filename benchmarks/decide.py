@@ -26,11 +26,11 @@ from benchmarks.harness import (
 )
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from rap_env.runtime.policies import NetworkPolicy, load_policy
-from rap_env.workload import Request
 
 if TYPE_CHECKING:
     from stable_baselines3.common.policies import BasePolicy

@@ -25,7 +25,7 @@ from rap_env.errors import RapError
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 """Where records lie that the README's table is made from."""
 
 _EXIT_CODE = 2

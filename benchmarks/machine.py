@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import git_state
+from experiments.comparison.run_folder import git_state
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "rap-env")
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")

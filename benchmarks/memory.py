@@ -18,7 +18,7 @@ from benchmarks.traffic import ORDERS, Traffic
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -85,7 +85,7 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
         InvalidRequestError: The request is not longer than its answer.
     """
     from benchmarks.decoding import Decoding
-    from rap_env.llm.measure import measured_peak
+    from benchmarks.held_bytes import measured_peak
 
     if request.seq_len_tokens <= steps:
         raise InvalidRequestError(

@@ -20,11 +20,11 @@ from agents.training import train
 from benchmarks.harness import Target, launch, ratios, spread, write_record
 from benchmarks.scoring import Bench, ScoringSettings, naive_loop, open_bench
 from rap_env.blocks import BlockMask
+from rap_env.context.live import PruningContext
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
-from rap_env.workbench import Workbench
 
 _AGAINST = "one full forward of a plain model for each mask"
 _NAMES = {
@@ -116,18 +116,18 @@ def rollout_masks(bench: Bench, timing: str, steps: int) -> list[BlockMask]:
     with tempfile.TemporaryDirectory() as folder:
         store = ScoreStore(Path(folder) / "scores.sqlite")
         text = load_corpus(CorpusConfig(windows=1, window_tokens=128), bench.llm)
-        workbench = Workbench(bench.llm, text, store, importance="none", progress=False)
+        context = PruningContext(bench.llm, text, store, importance="none", progress=False)
         train(
             AgentConfig(name="maskable_ppo", total_timesteps=steps),
             lambda lanes: RAPPruneVectorEnv(
                 num_envs=lanes,
-                workbench=workbench,
+                context=context,
                 reward={"name": "perplexity", "timing": timing},
                 autoreset_mode="SameStep",
             ),
             Path(folder) / "run",
         )
-        rows = store.rows(context_key(workbench.scorer.context), METRIC)
+        rows = store.rows(context_key(context.scorer.context), METRIC)
         masks = sorted((mask for mask, _ in rows if mask), key=tuple)
         store.close()
     return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]

@@ -45,7 +45,7 @@ class StepSettings(Settings):
 
 
 @dataclass(frozen=True, eq=False)
-class KnownWorkbench:
+class KnownPruningContext:
     """The bytes of one model and the scorer of another with as many blocks.
 
     Survives the deep copy that `gymnasium.make` makes of its arguments.
@@ -55,7 +55,7 @@ class KnownWorkbench:
     scorer: MaskScorer
     features: ImportanceFeatures
 
-    def __deepcopy__(self, memo: object) -> KnownWorkbench:
+    def __deepcopy__(self, memo: object) -> KnownPruningContext:
         return self
 
 
@@ -97,7 +97,7 @@ class Player:
         return time.perf_counter() - began
 
 
-def known_workbench(settings: StepSettings) -> KnownWorkbench:
+def known_context(settings: StepSettings) -> KnownPruningContext:
     """The default model's blocks and bytes, and a tiny random model that scores masks quickly."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -119,12 +119,14 @@ def known_workbench(settings: StepSettings) -> KnownWorkbench:
     models: Any = AutoModelForCausalLM
     tiny = ElasticLLM(models.from_config(config), None, name="tiny")
     scorer = MaskScorer(tiny, Corpus.of_tokens(torch.randint(64, (1, 8))))
-    return KnownWorkbench(MemoryModel(facts), scorer, ImportanceFeatures.none(facts.num_blocks))
+    return KnownPruningContext(
+        MemoryModel(facts), scorer, ImportanceFeatures.none(facts.num_blocks)
+    )
 
 
-def players(settings: StepSettings, workbench: KnownWorkbench) -> dict[str, Player]:
+def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, Player]:
     """Every side of the comparison, by name."""
-    rap = {"id": "RAPPrune-v0", "workbench": workbench, "workload": settings.workload}
+    rap = {"id": "RAPPrune-v0", "context": context, "workload": settings.workload}
 
     def player(make: Callable[..., Any], count: int, **arguments: Any) -> Player:
         env = make(**arguments)
@@ -155,10 +157,10 @@ def main(settings: StepSettings) -> None:
     from rap_env.llm.device import use_threads
 
     use_threads(settings.threads or 1)  # nothing that is timed runs on torch
-    workbench = known_workbench(settings)
-    sides = players(settings, workbench)
+    context = known_context(settings)
+    sides = players(settings, context)
     seconds = alternate(sides, settings.repeats)  # the warm-up scores all masks that come
-    measured_after_warm_up = workbench.scorer.evaluations
+    measured_after_warm_up = context.scorer.evaluations
 
     steps = settings.steps * settings.rounds
     lane_steps = settings.vector_steps * settings.lanes * settings.rounds

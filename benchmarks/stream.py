@@ -134,7 +134,7 @@ def _scan(llm: ElasticLLM, corpus: Corpus) -> dict[str, float]:
 
 def _peak(llm: ElasticLLM, corpus: Corpus, expected: dict[str, float]) -> tuple[int, bool]:
     """Bytes at the peak of a scan, with resident weights, and whether scores are as expected."""
-    from rap_env.llm.measure import measured_peak
+    from benchmarks.held_bytes import measured_peak
 
     resident = llm.facts.base_bytes  # facts first: they read every weight
     gc.collect()

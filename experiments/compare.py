@@ -17,11 +17,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.cli import CONF_DIR, fail, message
-from experiments.compare_text import as_markdown, as_text
-from experiments.comparison import Cell, Comparison
+from experiments.comparison.groups import Group, read_groups
+from experiments.comparison.summaries import Cell, Comparison
+from experiments.comparison.text import as_markdown, as_text
 from experiments.config import CompareConfig
-from experiments.groups import Group, read_groups
+from experiments.launch import CONF_DIR, fail, message
 from rap_env.errors import RapError
 
 

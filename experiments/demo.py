@@ -14,13 +14,13 @@ from typing import Any
 from hydra import compose
 from omegaconf import OmegaConf
 
-from experiments.cli import launch
+from experiments.comparison.run_folder import run_label
 from experiments.config import AgentConfig, Config
 from experiments.console import say
 from experiments.evaluate import evaluate
+from experiments.launch import launch
 from experiments.profile import profile
 from experiments.report import report
-from experiments.runs import run_label
 from experiments.train import train
 
 log = logging.getLogger(__name__)

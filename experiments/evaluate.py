@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import held_out_scorer, open_bench, task_config
-from experiments.cli import launch
-from experiments.comparison import Comparison
-from experiments.config import Config
-from experiments.contestants import Contestant, check_names, contestants
-from experiments.grid import Asked, all_asked
-from experiments.loggers import Loggers, open_loggers
-from experiments.records import (
+from experiments.comparison.grid import Asked, all_asked
+from experiments.comparison.methods import Contestant, check_names, contestants
+from experiments.comparison.records import (
     ResultRow,
     append_record,
     read_records,
@@ -26,13 +21,18 @@ from experiments.records import (
     trim_curve,
     write_records,
 )
-from experiments.runs import RunFolder, git_state
-from experiments.statistics import bootstrap_mean
-from experiments.tables import summary_table
+from experiments.comparison.run_folder import RunFolder, git_state
+from experiments.comparison.statistics import bootstrap_mean
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import summary_table
+from experiments.config import Config
+from experiments.contexts import held_out_scorer, open_bench, task_config
+from experiments.launch import launch
+from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
-from rap_env.workbench import Workbench
-from rap_env.workload import Request
+from rap_env.context.live import PruningContext
+from rap_env.request import Request
 
 if TYPE_CHECKING:
     from agents.baselines import MaskChoice
@@ -48,36 +48,36 @@ class Bench:
 
     Args:
         config: All settings.
-        workbench: The model and the calibration text that methods may look at.
+        context: The model and the calibration text that methods may look at.
 
     Raises:
         CorpusError: The report text is too short or overlaps with the calibration text.
         UnknownNameError: There is no such task.
     """
 
-    def __init__(self, config: Config, workbench: Workbench) -> None:
-        self.workbench = workbench
-        self.report = held_out_scorer(config.evaluate.text, "report", workbench)
+    def __init__(self, config: Config, context: PruningContext) -> None:
+        self.context = context
+        self.report = held_out_scorer(config.evaluate.text, "report", context)
         corpus = self.report.corpus
         self.tasks = None
         if config.evaluate.tasks.names:
             from rap_env.scoring.tasks import TaskScorer
 
             settings = task_config(config.evaluate.tasks)
-            self.tasks = TaskScorer(workbench.llm, settings, store=workbench.store)
+            self.tasks = TaskScorer(context.llm, settings, store=context.store)
         self.git = git_state()
         self.depends_on: dict[str, Any] = {
-            "model_fingerprint": workbench.memory.facts.fingerprint,
-            "dtype": workbench.memory.facts.dtype,
-            "calibration": workbench.scorer.corpus.provenance,
-            "calibration_sha256": workbench.scorer.corpus.sha256,
+            "model_fingerprint": context.memory.facts.fingerprint,
+            "dtype": context.memory.facts.dtype,
+            "calibration": context.scorer.corpus.provenance,
+            "calibration_sha256": context.scorer.corpus.sha256,
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
-            "importance": _importance_identity(config, workbench),
+            "importance": _importance_identity(config, context),
         }
-        if workbench.memory.facts.repair:  # rows without stubs keep the keys that they always had
-            self.depends_on["repair"] = workbench.memory.facts.repair
+        if context.memory.facts.repair:  # rows without stubs keep the keys that they always had
+            self.depends_on["repair"] = context.memory.facts.repair
 
     def judge(self, contestant: Contestant, asked: Asked, choice: MaskChoice) -> ResultRow:
         """The row of one choice.
@@ -85,10 +85,10 @@ class Bench:
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        mask, request, scorer = choice.mask, asked.request, self.workbench.scorer
+        mask, request, scorer = choice.mask, asked.request, self.context.scorer
         losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
         loss = bootstrap_mean(losses)
-        peak_bytes = self.workbench.memory.peak_bytes(mask, request)
+        peak_bytes = self.context.memory.peak_bytes(mask, request)
         return ResultRow(
             method=contestant.method,
             kv_aware=contestant.kv_aware,
@@ -144,12 +144,12 @@ def evaluate(config: Config, folder: Path) -> Path:
     """
     check_names(config)
     run, started = RunFolder(folder), time.monotonic()
-    workbench = open_bench(config)
-    questions = all_asked(config.evaluate, workbench.memory)
+    context = open_bench(config)
+    questions = all_asked(config.evaluate, context.memory)
     run.start(config)
     trim_curve(run.metrics, -1)  # an evaluation's metrics are those of its last session
     with open_loggers(config, folder, job="evaluate") as loggers:
-        bench = Bench(config, workbench)
+        bench = Bench(config, context)
         rows = _all_rows(config, run, bench, questions)
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))
@@ -161,7 +161,7 @@ def _all_rows(
     config: Config, run: RunFolder, bench: Bench, questions: list[Asked]
 ) -> list[ResultRow]:
     """Rows of all contestants on all cells, appended to the results as they are made."""
-    entries = list(contestants(config, bench.workbench))
+    entries = list(contestants(config, bench.context))
     wanted = [(_key(entry, asked, bench), entry, asked) for entry in entries for asked in questions]
     found = sort_out(run, {key for key, *_ in wanted})
     todo = [item for item in wanted if item[0] not in found]
@@ -205,9 +205,9 @@ def _key(entry: Contestant, asked: Asked, bench: Bench) -> str:
     return row_key(entry.method, entry.seed, asked.cell, provenance, asked.part)
 
 
-def _importance_identity(config: Config, workbench: Workbench) -> dict[str, Any]:
+def _importance_identity(config: Config, context: PruningContext) -> dict[str, Any]:
     """The importance that agents see; a longer GSI may change what they choose."""
-    features = workbench.features
+    features = context.features
     values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
     return {
         "method": config.importance.method,

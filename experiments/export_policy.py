@@ -17,12 +17,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agents.export import export_policy
-from experiments.bench import frontier_artifact, open_bench
-from experiments.cli import CONF_DIR, fail, message
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config, as_config
 from experiments.console import say
+from experiments.contexts import frontier_artifact, open_bench
 from experiments.errors import ExperimentError
-from experiments.runs import RunFolder
+from experiments.launch import CONF_DIR, fail, message
 from rap_env.errors import RapError
 from rap_env.importance import Frontier
 from rap_env.scoring.store import mask_key
@@ -63,13 +63,13 @@ def export(config: ExportPolicyConfig) -> Path:
         RapError: As loading the model, the text or an artifact does, and as `export_policy` does.
     """
     settings = settings_of(Path(config.run))
-    workbench = open_bench(settings)
-    file, path = export_policy(config.run, workbench), Path(config.out)
+    context = open_bench(settings)
+    file, path = export_policy(config.run, context), Path(config.out)
     file.save(path)
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
     if frontier_artifact(settings).exists():
         beside = path.with_suffix(FRONTIER_SUFFIX)
-        thinned(workbench.frontier).save(beside)
+        thinned(context.frontier).save(beside)
         say(f"{beside}: {beside.stat().st_size:,} bytes, the best known masks.")
     return path
 

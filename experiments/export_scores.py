@@ -1,8 +1,8 @@
 """``python -m experiments.export_scores``: a table of scores, to train without the model.
 
 It holds what the store has of the model on the calibration text, and the importance that agents
-see. ``export.masks=20000`` first measures masks (see `experiments.mask_plan`) until the store
-has so many; killed at any moment, the same command goes on and makes the same table.
+see. ``export.masks=20000`` first measures masks (see `experiments.training.mask_sampling`) until
+the store has so many; killed at any moment, the same command goes on and makes the same table.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import open_bench
-from experiments.cli import launch
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.console import say
+from experiments.contexts import open_bench
 from experiments.errors import ExperimentError
-from experiments.mask_plan import planned_masks
-from experiments.runs import RunFolder
+from experiments.launch import launch
+from experiments.training.mask_sampling import planned_masks
 from rap_env.blocks import BlockMask
+from rap_env.context.live import PruningContext
 from rap_env.repair import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
 from rap_env.scoring.scorer import METRIC, ticker
 from rap_env.scoring.store import context_key
-from rap_env.workbench import Workbench
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ def export_scores(config: Config, folder: Path) -> Path:
         RapError: A setting cannot be, the store has too few scores, or measuring failed.
     """
     run, started = RunFolder(folder), time.monotonic()
-    workbench = open_bench(config)
-    _check(config, workbench)
+    context = open_bench(config)
+    _check(config, context)
     run.start(config, frozen=("model", "calibration", "importance", "repair", "seed"))
-    _ = workbench.one_shot, workbench.features  # a table holds them; their masks count
+    _ = context.one_shot, context.features  # a table holds them; their masks count
     if config.export.masks is not None:
-        measure(config, workbench)
-    table = table_of(config, workbench, _scores(workbench))
+        measure(config, context)
+    table = table_of(config, context, _scores(context))
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
@@ -70,15 +70,15 @@ def export_scores(config: Config, folder: Path) -> Path:
     return path
 
 
-def measure(config: Config, workbench: Workbench) -> None:
+def measure(config: Config, context: PruningContext) -> None:
     """Score planned masks until the store has `config.export.masks`.
 
     Raises:
         NonFiniteScoreError: The model gave NaN or infinity.
     """
-    wanted, blocks = config.export.masks or 0, workbench.memory.facts.num_blocks
-    known = _scores(workbench)
-    plan = planned_masks(blocks, importance_orders(workbench, config), config.seed)
+    wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
+    known = _scores(context)
+    plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     missing = list(
         islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
     )
@@ -89,7 +89,7 @@ def measure(config: Config, workbench: Workbench) -> None:
     ) as bar:  # fmt: skip
         for start in range(0, len(missing), CHUNK_MASKS):
             chunk = missing[start : start + CHUNK_MASKS]
-            workbench.scorer.nll_many(chunk, ticker(bar))
+            context.scorer.nll_many(chunk, ticker(bar))
             done = start + len(chunk)
             per_s = done / (time.perf_counter() - began)
             end = datetime.now() + timedelta(seconds=(len(missing) - done) / per_s)
@@ -100,44 +100,44 @@ def measure(config: Config, workbench: Workbench) -> None:
 
 
 def table_of(
-    config: Config, workbench: Workbench, scores: Mapping[BlockMask, float], **model: Any
+    config: Config, context: PruningContext, scores: Mapping[BlockMask, float], **model: Any
 ) -> ScoreTable:
-    """A table of some scores of a workbench.
+    """A table of some scores of a context.
 
     Args:
         config: All settings.
-        workbench: What the scores were measured with.
+        context: What the scores were measured with.
         scores: Mean NLL of masks, nats per token.
         **model: ``members`` and ``doubt`` of the score model, as in `ScoreTable.fitted`.
 
     Raises:
         ArtifactError: There are too few scores.
     """
-    scorer, features = workbench.scorer, workbench.features
+    scorer, features = context.scorer, context.features
     with_gsi = config.importance.method == "gsi"
     arrays = {name: array.tolist() for name, array in vars(features).items()}
     return ScoreTable.fitted(
-        workbench.memory.facts,
+        context.memory.facts,
         scores,
         seed=config.seed,
         **model,
         context=dict(scorer.context),
         text=scorer.corpus.provenance,
-        settings=_settings(config, workbench),
+        settings=_settings(config, context),
         features=arrays,
-        one_shot=asdict(workbench.one_shot),
-        gsi=asdict(workbench.gsi) if with_gsi else None,
+        one_shot=asdict(context.one_shot),
+        gsi=asdict(context.gsi) if with_gsi else None,
         evaluation_s=scorer.evaluation_s,
     )
 
 
-def _settings(config: Config, workbench: Workbench) -> dict[str, Any]:
+def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
     """The settings that whoever opens the table may repeat; no path of this machine."""
     text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
-    text["source"] = workbench.scorer.corpus.provenance["source"]
+    text["source"] = context.scorer.corpus.provenance["source"]
     return {
-        "device": workbench.llm.device.type,
-        "dtype": workbench.memory.facts.dtype,
+        "device": context.llm.device.type,
+        "dtype": context.memory.facts.dtype,
         "calibration": text,
         "importance": config.importance.method,
         "gsi_removals": config.importance.gsi_removals,
@@ -146,13 +146,13 @@ def _settings(config: Config, workbench: Workbench) -> dict[str, Any]:
     }
 
 
-def importance_orders(workbench: Workbench, config: Config) -> list[Sequence[int]]:
+def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
     """Orders of importance that masks are drawn around."""
-    alone = np.argsort(workbench.one_shot.loss_rise, kind="stable").tolist()
-    return [workbench.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
+    alone = np.argsort(context.one_shot.loss_rise, kind="stable").tolist()
+    return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
 
 
-def _check(config: Config, workbench: Workbench) -> None:
+def _check(config: Config, context: PruningContext) -> None:
     """Refuse what cannot become a table, before anything is measured.
 
     Raises:
@@ -160,18 +160,18 @@ def _check(config: Config, workbench: Workbench) -> None:
             masks are to be measured than half of those that the model has.
     """
     name, blocks, wanted = (
-        workbench.llm.name,
-        workbench.memory.facts.num_blocks,
+        context.llm.name,
+        context.memory.facts.num_blocks,
         config.export.masks,
     )
-    if workbench.store is None:
+    if context.store is None:
         raise ExperimentError(
             "A score table is made from a score store, but store is null; set store=default or "
             "store=FILE."
         )
-    if wanted is None and not _scores(workbench):
+    if wanted is None and not _scores(context):
         raise ExperimentError(
-            f"The store {workbench.store.path} has no scores of {name} on this calibration text, "
+            f"The store {context.store.path} has no scores of {name} on this calibration text, "
             "dtype, device and number of threads; measure some with export.masks=20000, or use "
             "the settings that the scores were made with."
         )
@@ -182,10 +182,10 @@ def _check(config: Config, workbench: Workbench) -> None:
         )
 
 
-def _scores(workbench: Workbench) -> dict[BlockMask, float]:
+def _scores(context: PruningContext) -> dict[BlockMask, float]:
     """Mean NLL of all masks that the store has of this model and text, nats per token."""
-    assert workbench.store is not None
-    rows = workbench.store.rows(context_key(workbench.scorer.context), METRIC)
+    assert context.store is not None
+    rows = context.store.rows(context_key(context.scorer.context), METRIC)
     return {mask: float(np.array(values).mean()) for mask, values in rows}
 
 

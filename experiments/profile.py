@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench import GSI_FILE, frontier_artifact, open_bench
-from experiments.cli import launch
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
-from experiments.runs import RunFolder
+from experiments.contexts import GSI_FILE, frontier_artifact, open_bench
+from experiments.launch import launch
 from rap_env.artifacts import atomic_write
+from rap_env.context.live import PruningContext
 from rap_env.importance import FrontierConfig, build_frontier
 from rap_env.scoring.scorer import ticker
-from rap_env.workbench import Workbench
 from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
@@ -43,24 +43,24 @@ def profile(config: Config, folder: Path) -> Path:
     started = time.monotonic()
     path = folder / "profile.json"
     run.start(config, frozen=("model", "calibration", "importance", "repair"))
-    workbench = open_bench(config, profiled=False)
+    context = open_bench(config, profiled=False)
     if not path.exists():
-        _measure(config, workbench, folder, path)
+        _measure(config, context, folder, path)
     if config.frontier.evaluations and not frontier_artifact(config).exists():
-        build_table(config, workbench, frontier_artifact(config))
+        build_table(config, context, frontier_artifact(config))
     run.finish(started)
     log.info("Importance: %s.", path)
     return path
 
 
-def build_table(config: Config, workbench: Workbench, path: Path) -> None:
+def build_table(config: Config, context: PruningContext, path: Path) -> None:
     """Build the frontier for the workload's requests; killed, it goes on out of the score store.
 
     Raises:
         NonFiniteScoreError: The model gave NaN or infinity.
     """
     settings = config.frontier
-    sampler = make_sampler(config.workload, workbench.memory)
+    sampler = make_sampler(config.workload, context.memory)
     rng = np.random.default_rng(config.seed)
     requests = [sampler.sample(rng) for _ in range(settings.requests)]
     search = FrontierConfig(
@@ -70,7 +70,7 @@ def build_table(config: Config, workbench: Workbench, path: Path) -> None:
         total=settings.evaluations, desc="frontier", unit="mask",
         disable=None if config.progress else True, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        frontier = build_frontier(workbench.scorer, requests, search, ticker(bar))
+        frontier = build_frontier(context.scorer, requests, search, ticker(bar))
     frontier.save(path)
     log.info(
         "Frontier: %d pairs of counts out of %d masks in %s.",
@@ -78,22 +78,22 @@ def build_table(config: Config, workbench: Workbench, path: Path) -> None:
     )  # fmt: skip
 
 
-def _measure(config: Config, workbench: Workbench, folder: Path, path: Path) -> None:
-    record = profile_record(workbench, with_gsi=config.importance.method == "gsi")
-    workbench.one_shot.save(folder / "one_shot.json")
+def _measure(config: Config, context: PruningContext, folder: Path, path: Path) -> None:
+    record = profile_record(context, with_gsi=config.importance.method == "gsi")
+    context.one_shot.save(folder / "one_shot.json")
     if config.importance.method == "gsi":
-        workbench.gsi.save(folder / GSI_FILE)
+        context.gsi.save(folder / GSI_FILE)
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1, allow_nan=False).encode())
 
 
-def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
+def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]:
     """Everything that the report shows of a model and its importance, as plain values.
 
     Losses are in nats per token; lists over blocks are in order of index, length 2L.
     """
-    facts = workbench.memory.facts
-    one_shot = workbench.one_shot
+    facts = context.memory.facts
+    one_shot = context.one_shot
     record: dict[str, Any] = {
         "facts": {
             "name": facts.name, "fingerprint": facts.fingerprint, "dtype": facts.dtype,
@@ -102,8 +102,8 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
             "kv_bytes_per_token": list(facts.kv_bytes_per_token),
             "max_positions": facts.max_positions, "repair": facts.repair,
         },
-        "memory_shares": workbench.memory.shares(),
-        "calibration": workbench.scorer.corpus.provenance,
+        "memory_shares": context.memory.shares(),
+        "calibration": context.scorer.corpus.provenance,
         "dense_nll": one_shot.dense_nll,
         "one_shot": {
             "loss_rise": one_shot.loss_rise.tolist(),
@@ -114,7 +114,7 @@ def profile_record(workbench: Workbench, *, with_gsi: bool) -> dict[str, Any]:
         "gsi": None,
     }  # fmt: skip
     if with_gsi:
-        gsi = workbench.gsi
+        gsi = context.gsi
         record["dense_nll"] = gsi.dense_nll
         record["gsi"] = {
             "method": gsi.method,

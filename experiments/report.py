@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.cli import launch
-from experiments.config import Config
-from experiments.console import say
-from experiments.gather import ReportData, gather
-from experiments.html import Gallery, write_page
-from experiments.repair_tables import repair_markdown
-from experiments.report_repair import (
-    REPAIR_ABSTRACT,
-    repair_findings,
-    repair_key_numbers,
-    repair_section,
-    repair_terminal_text,
-)
-from experiments.report_sections import (
+from experiments.comparison.html import Gallery, write_page
+from experiments.comparison.pairwise_tables import tables_markdown
+from experiments.comparison.report_data import ReportData, gather
+from experiments.comparison.sections import (
     comparison_section,
     costs_section,
     importance_section,
@@ -27,9 +17,19 @@ from experiments.report_sections import (
     policy_section,
     provenance_section,
 )
-from experiments.report_words import abstract, findings, key_numbers, subtitle
-from experiments.tables import terminal_text
-from experiments.verdict_tables import tables_markdown
+from experiments.comparison.sentences import abstract, findings, key_numbers, subtitle
+from experiments.comparison.tables import terminal_text
+from experiments.config import Config
+from experiments.console import say
+from experiments.launch import launch
+from experiments.repair.report import (
+    REPAIR_ABSTRACT,
+    repair_findings,
+    repair_key_numbers,
+    repair_section,
+    repair_terminal_text,
+)
+from experiments.repair.tables import repair_markdown
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
 

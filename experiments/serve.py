@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.cli import launch
 from experiments.config import Config
 from experiments.console import say
-from experiments.serving_stack import (
+from experiments.launch import launch
+from experiments.serving import (
     decision_log,
     open_engine,
     open_model,

@@ -13,22 +13,22 @@ from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.policy import TrainedPolicy
 from agents.training import TrainingDivergedError, TrainResult
-from experiments.bench import open_bench
-from experiments.cli import launch
+from experiments.comparison.figures import PNG_DPI, style
+from experiments.comparison.grid import Cell, Choice, choice_table, choices, grid_requests
+from experiments.comparison.policy_figures import removal_picture
+from experiments.comparison.records import trim_curve
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
+from experiments.contexts import open_bench
 from experiments.errors import TrialPrunedError
-from experiments.figures import PNG_DPI, style
-from experiments.grid import Cell, Choice, choice_table, choices, grid_requests
-from experiments.learn import learn
-from experiments.loggers import Loggers, open_loggers
-from experiments.objective import Judge, objective
-from experiments.policy_figures import removal_picture
-from experiments.pruning import Pruning, RunningTrial, running_trial
-from experiments.records import trim_curve
-from experiments.runs import RunFolder
+from experiments.launch import launch
+from experiments.training.loggers import Loggers, open_loggers
+from experiments.training.objective import Judge, objective
+from experiments.training.optuna_trials import Pruning, RunningTrial, running_trial
+from experiments.training.score_model import learn
 from rap_env.artifacts import atomic_write
-from rap_env.workbench import Workbench
-from rap_env.workload import Request
+from rap_env.context.live import PruningContext
+from rap_env.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
     if is_done(record, agent.total_timesteps, trial):
         log.info("Training: %s is done (%d steps).", folder.name, record["timesteps"])
         return folder
-    workbench = open_bench(config)
-    requests = grid_requests(config.evaluate, workbench.memory)  # refused now, not after hours
-    judge = Judge(config, workbench)
+    context = open_bench(config)
+    requests = grid_requests(config.evaluate, context.memory)  # refused now, not after hours
+    judge = Judge(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
     trim_curve(run.metrics, step)
@@ -73,11 +73,11 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
         if trial is not None:
             sinks.append(Pruning(trial, agent.total_timesteps, folder))
         try:
-            result = learn(config, agent, workbench, folder, sinks)
+            result = learn(config, agent, context, folder, sinks)
             facts = facts_of(result)
         except (TrialPrunedError, TrainingDivergedError) as stop:
             facts = facts_of_stopped(folder, trial, stop)
-        found = show_policy(folder, requests, workbench, loggers)
+        found = show_policy(folder, requests, context, loggers)
         facts |= judge.facts(found)
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
@@ -154,13 +154,13 @@ def method_of(label: str, seed: int) -> str:
 def show_policy(
     folder: Path,
     requests: Sequence[tuple[Cell, Request]],
-    workbench: Workbench,
+    context: PruningContext,
     loggers: Loggers,
 ) -> list[Choice]:
     """Draw, log and return which blocks the policy removes on the evaluation's grid."""
-    found = choices(TrainedPolicy.load(folder, workbench), requests, workbench)
+    found = choices(TrainedPolicy.load(folder, context), requests, context)
     path = folder / "policy.png"
-    figure = removal_picture(found, workbench.memory.facts.num_layers, narrow=False)
+    figure = removal_picture(found, context.memory.facts.num_layers, narrow=False)
     with style(), atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=PNG_DPI)
     loggers.image("policy/blocks_removed", path)

@@ -15,7 +15,7 @@ from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.blocks import Block, BlockMask
-    from rap_env.envs.observation import ObservationBuilder
+    from rap_env.context.live import ContextConfig, PruningContext, open_context
     from rap_env.envs.prune import RAPPruneEnv
     from rap_env.envs.vector import RAPPruneVectorEnv
     from rap_env.errors import RapError
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from rap_env.llm.streamed import stream_llm
     from rap_env.llm.surgery import load_pruned, save_pruned
     from rap_env.memory import MemoryModel
+    from rap_env.observation import ObservationBuilder
     from rap_env.repair import StubLibrary, fit_library, open_library
+    from rap_env.request import Request
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
     from rap_env.runtime.policies import load_policy
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
     from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.store import ScoreStore
     from rap_env.scoring.tasks import TaskConfig, TaskScorer
-    from rap_env.workbench import Workbench, WorkbenchConfig, open_workbench
-    from rap_env.workload import Request, make_sampler
+    from rap_env.workload import make_sampler
 
 _MODULES = {
     "Block": "blocks",
@@ -48,19 +49,19 @@ _MODULES = {
     "LiveBatch": "llm.live_batch",
     "MaskScorer": "scoring.scorer",
     "MemoryModel": "memory",
-    "ObservationBuilder": "envs.observation",
+    "ObservationBuilder": "observation",
     "OneShotProfile": "importance",
     "RAPPruneEnv": "envs.prune",
     "RAPPruneVectorEnv": "envs.vector",
     "RapError": "errors",
-    "Request": "workload",
+    "Request": "request",
     "RuntimeController": "runtime.controller",
     "ScoreStore": "scoring.store",
     "StubLibrary": "repair",
     "TaskConfig": "scoring.tasks",
     "TaskScorer": "scoring.tasks",
-    "Workbench": "workbench",
-    "WorkbenchConfig": "workbench",
+    "PruningContext": "context",
+    "ContextConfig": "context",
     "fit_library": "repair",
     "gsi": "importance",
     "load_corpus": "scoring.corpus",
@@ -70,7 +71,7 @@ _MODULES = {
     "make_sampler": "workload",
     "one_shot": "importance",
     "open_library": "repair",
-    "open_workbench": "workbench",
+    "open_context": "context",
     "save_pruned": "llm.surgery",
     "shared_llm": "llm.loading",
     "stream_llm": "llm.streamed",
@@ -79,6 +80,7 @@ _MODULES = {
 __all__ = [
     "Block",
     "BlockMask",
+    "ContextConfig",
     "Corpus",
     "CorpusConfig",
     "ElasticLLM",
@@ -89,6 +91,7 @@ __all__ = [
     "MemoryModel",
     "ObservationBuilder",
     "OneShotProfile",
+    "PruningContext",
     "RAPPruneEnv",
     "RAPPruneVectorEnv",
     "RapError",
@@ -98,8 +101,6 @@ __all__ = [
     "StubLibrary",
     "TaskConfig",
     "TaskScorer",
-    "Workbench",
-    "WorkbenchConfig",
     "__version__",
     "fit_library",
     "gsi",
@@ -109,8 +110,8 @@ __all__ = [
     "load_pruned",
     "make_sampler",
     "one_shot",
+    "open_context",
     "open_library",
-    "open_workbench",
     "save_pruned",
     "shared_llm",
     "stream_llm",

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
-
-if TYPE_CHECKING:
-    from rap_env.workload import Request
+from rap_env.request import Request
 
 _KEPT_SHAPES = 4096  # of a few kilobytes each
 
@@ -95,8 +92,6 @@ def request_costs(memory: MemoryModel, batch_size: int, seq_len_tokens: int) -> 
     Raises:
         InvalidRequestError: The model cannot serve the batch or the length.
     """
-    from rap_env.workload import Request  # workload builds on this, not the other way round
-
     request = Request(batch_size, seq_len_tokens, budget_bytes=1)
     memory.check(batch_size, seq_len_tokens)
     freed_bytes = memory.freed_bytes(request)

@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
+from rap_env.request import Request
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from rap_env.workload import Request
 
 PREFILL_CHUNK_TOKENS = 2048
 """Tokens of a prompt that are run at once; servers bound it, so the workspace is bounded."""
@@ -290,6 +289,4 @@ class MemoryModel:
 
 
 def _unbounded(batch_size: int, seq_len_tokens: int) -> Request:
-    from rap_env.workload import Request  # workload builds on memory, not the other way round
-
     return Request(batch_size, seq_len_tokens, budget_bytes=2**62)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rap_env.blocks import KINDS, BlockMask
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont

@@ -9,7 +9,7 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel, ModelFacts
-from rap_env.workload import Request
+from rap_env.request import Request
 
 LAYERS = 4
 SHAPES = [(1, 1), (1, 2000), (3, 17), (64, 512)]

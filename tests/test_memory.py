@@ -16,7 +16,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts
-from rap_env.workload import Request
+from rap_env.request import Request
 
 FACTS = ModelFacts(
     name="made-up",

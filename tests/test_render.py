@@ -8,7 +8,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.render import SIZE, Scene, human_bytes, render_ansi, render_rgb
-from rap_env.workload import Request
+from rap_env.request import Request
 
 _MIB = 2**20
 BLUE, ORANGE = (0, 114, 178), (230, 159, 0)  # FFN and attention weights

@@ -53,7 +53,7 @@ BASELINES: dict[str, type[Baseline]] = {
 __all__ = ["BASELINES", "Baseline", "Bench", "MaskChoice", "make_baseline"]
 
 
-def make_baseline(name: str, workbench: Bench, seed: int = 0) -> Baseline:
+def make_baseline(name: str, context: Bench, seed: int = 0) -> Baseline:
     """The baseline called `name`, its shared profiles measured or loaded.
 
     Raises:
@@ -61,4 +61,4 @@ def make_baseline(name: str, workbench: Bench, seed: int = 0) -> Baseline:
     """
     if name not in BASELINES:
         raise UnknownNameError("baseline", name, BASELINES)
-    return BASELINES[name](workbench, seed)
+    return BASELINES[name](context, seed)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from agents.baselines.bench import Bench, Scorer
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 
 _ROUNDING = 1e-6  # of sums of parts of a text
 
@@ -45,7 +45,7 @@ class Baseline(ABC):
     Removal goes on until the request's peak bytes, KV cache included, are within budget.
 
     Args:
-        workbench: The model's memory, scores and importance.
+        context: The model's memory, scores and importance.
         seed: Seed of what is random in it.
 
     Attributes:
@@ -58,9 +58,9 @@ class Baseline(ABC):
     kv_aware: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        self.memory = workbench.memory
-        self.scorer = workbench.scorer
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        self.memory = context.memory
+        self.scorer = context.scorer
         self.seed = seed
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from agents.baselines.base import Baseline, Tally, fits, price_per_byte
 from agents.baselines.bench import Bench
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class BeamBaseline(Baseline):
@@ -18,15 +18,15 @@ class BeamBaseline(Baseline):
     `width` times the evaluations of `greedy_per_byte`.
 
     Args:
-        workbench: The model's memory and scores.
+        context: The model's memory and scores.
         seed: Not used: nothing is random.
         width: Masks in the beam, at least 1.
     """
 
     name = "beam"
 
-    def __init__(self, workbench: Bench, seed: int = 0, width: int = 4) -> None:
-        super().__init__(workbench, seed)
+    def __init__(self, context: Bench, seed: int = 0, width: int = 4) -> None:
+        super().__init__(context, seed)
         self.width = width
 
     def _choose(self, request: Request) -> tuple[BlockMask, int]:

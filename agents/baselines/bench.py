@@ -1,4 +1,4 @@
-"""What a way of choosing a mask is given: the parts of a workbench that it needs."""
+"""What a way of choosing a mask is given: the parts of a context that it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class Scorer(Protocol):
@@ -75,7 +75,7 @@ class Frontier(Protocol):
 
 
 class Bench(Protocol):
-    """The part of `rap_env.workbench.Workbench` that choosing needs."""
+    """The part of `rap_env.context.live.PruningContext` that choosing needs."""
 
     @property
     def memory(self) -> MemoryModel:

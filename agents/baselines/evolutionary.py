@@ -12,7 +12,7 @@ from agents.baselines.bench import Bench
 from agents.baselines.knapsack import KnapsackBaseline
 from agents.baselines.orders import GSIBaseline, OneShotPerByteBaseline
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 
 _OFFSPRING = 32
 _SURVIVORS = (8, 2)  # masks that go on after a stage on a part of the text
@@ -35,7 +35,7 @@ class EvolutionaryBaseline(Baseline):
     are exhausted.
 
     Args:
-        workbench: The model's memory, scores and importance.
+        context: The model's memory, scores and importance.
         seed: Seed of the mutations; they depend on the request too.
         evaluations: Most passes over the whole text for a request; a mask run on a part of it
             counts as that part; at least 1, never exceeded.
@@ -44,15 +44,15 @@ class EvolutionaryBaseline(Baseline):
     name = "evolutionary"
     seeded = True
 
-    def __init__(self, workbench: Bench, seed: int = 0, evaluations: int = 500) -> None:
-        super().__init__(workbench, seed)
+    def __init__(self, context: Bench, seed: int = 0, evaluations: int = 500) -> None:
+        super().__init__(context, seed)
         self._starts: list[Baseline] = [
-            KnapsackBaseline(workbench),
-            OneShotPerByteBaseline(workbench),
+            KnapsackBaseline(context),
+            OneShotPerByteBaseline(context),
         ]
-        if workbench.gsi is not None:
-            self._starts.insert(0, GSIBaseline(workbench))
-        self._last = np.argsort(-np.asarray(workbench.one_shot.loss_rise), kind="stable").tolist()
+        if context.gsi is not None:
+            self._starts.insert(0, GSIBaseline(context))
+        self._last = np.argsort(-np.asarray(context.one_shot.loss_rise), kind="stable").tolist()
         self.evaluations = evaluations
 
     @property

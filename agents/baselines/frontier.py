@@ -6,7 +6,7 @@ from agents.baselines.base import Baseline, fits
 from agents.baselines.bench import Bench
 from agents.baselines.orders import GSIBaseline
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class FrontierBaseline(Baseline):
@@ -15,15 +15,15 @@ class FrontierBaseline(Baseline):
     Where no known mask fits it follows the GSI order.
 
     Raises:
-        ArtifactError: No known mask fits, and the workbench has no GSI order.
+        ArtifactError: No known mask fits, and the context has no GSI order.
     """
 
     name = "frontier"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        self._workbench = workbench
-        self._frontier = workbench.frontier
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._context = context
+        self._frontier = context.frontier
 
     @property
     def setup_evaluations(self) -> int:
@@ -35,5 +35,5 @@ class FrontierBaseline(Baseline):
             return BlockMask(), 0
         found = self._frontier.best(self.memory, request)
         if found is None:
-            found = GSIBaseline(self._workbench).select(request).mask
+            found = GSIBaseline(self._context).select(request).mask
         return found, 0

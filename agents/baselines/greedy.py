@@ -5,7 +5,7 @@ from __future__ import annotations
 from agents.baselines.base import Baseline, Tally, fits, price_per_byte
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class GreedyPerByteBaseline(Baseline):

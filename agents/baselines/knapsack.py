@@ -9,7 +9,7 @@ from agents.baselines.base import fits
 from agents.baselines.bench import Bench
 from agents.baselines.orders import OneShotBaseline
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class KnapsackBaseline(OneShotBaseline):
@@ -21,9 +21,9 @@ class KnapsackBaseline(OneShotBaseline):
 
     name = "knapsack"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        self._loss_rise = np.asarray(workbench.one_shot.loss_rise, dtype=np.float64)
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._loss_rise = np.asarray(context.one_shot.loss_rise, dtype=np.float64)
 
     def _choose(self, request: Request) -> tuple[BlockMask, int]:
         if fits(self.memory, BlockMask(), request):

@@ -7,7 +7,7 @@ import numpy as np
 from agents.baselines.base import Baseline, Tally, fits
 from agents.baselines.bench import Bench
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class ShortGPTBaseline(Baseline):
@@ -19,9 +19,9 @@ class ShortGPTBaseline(Baseline):
 
     name = "shortgpt"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        self._layers = np.argsort(workbench.layer_influence, kind="stable").tolist()
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._layers = np.argsort(context.layer_influence, kind="stable").tolist()
 
     @property
     def setup_evaluations(self) -> int:

@@ -8,7 +8,7 @@ from agents.baselines.base import Baseline, Tally, fits
 from agents.baselines.bench import Bench
 from rap_env.blocks import BlockMask
 from rap_env.errors import SearchTooLargeError
-from rap_env.workload import Request
+from rap_env.request import Request
 
 MOST_BLOCKS = 12
 """Blocks of the largest model whose masks are all scored: 4,096 of them."""
@@ -27,8 +27,8 @@ class OracleBaseline(Baseline):
 
     name = "oracle"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
         blocks = self.memory.facts.num_blocks
         if blocks > MOST_BLOCKS:
             raise SearchTooLargeError(

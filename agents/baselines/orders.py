@@ -14,7 +14,7 @@ from agents.baselines.bench import Bench
 from rap_env.blocks import BlockKind, BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class OrderBaseline(Baseline):
@@ -55,9 +55,9 @@ class OneShotBaseline(OrderBaseline):
 
     name = "one_shot"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        self._blocks = _ascending(workbench.one_shot.loss_rise)
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._blocks = _ascending(context.one_shot.loss_rise)
 
     @property
     def setup_evaluations(self) -> int:
@@ -73,9 +73,9 @@ class OneShotPerByteBaseline(OneShotBaseline):
 
     name = "one_shot_per_byte"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        self._loss_rise = np.asarray(workbench.one_shot.loss_rise, dtype=np.float64)
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._loss_rise = np.asarray(context.one_shot.loss_rise, dtype=np.float64)
 
     def _order(self, request: Request) -> Sequence[int]:
         freed = self.memory.freed_bytes(request)
@@ -116,9 +116,9 @@ class BlockInfluenceBaseline(OrderBaseline):
 
     name = "block_influence"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        self._blocks = _ascending(workbench.one_shot.block_influence)
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._blocks = _ascending(context.one_shot.block_influence)
 
     @property
     def setup_evaluations(self) -> int:
@@ -133,20 +133,20 @@ class GSIBaseline(OrderBaseline):
     """Follows the GSI order until the request fits; after its end the last round's losses.
 
     Raises:
-        ArtifactError: The workbench has no GSI order.
+        ArtifactError: The context has no GSI order.
     """
 
     name = "gsi"
 
-    def __init__(self, workbench: Bench, seed: int = 0) -> None:
-        super().__init__(workbench, seed)
-        if workbench.gsi is None:
+    def __init__(self, context: Bench, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        if context.gsi is None:
             raise ArtifactError(
-                "The baseline 'gsi' needs a GSI order, but this workbench has none; open it "
+                "The baseline 'gsi' needs a GSI order, but this context has none; open it "
                 "with importance='gsi' or with the path of a GSI artifact."
             )
-        self._blocks = workbench.gsi.full_order
-        self._setup_evaluations = workbench.gsi.evaluations
+        self._blocks = context.gsi.full_order
+        self._setup_evaluations = context.gsi.evaluations
 
     @property
     def setup_evaluations(self) -> int:

@@ -6,7 +6,7 @@ from agents.baselines.base import Baseline, Tally, fits
 from agents.baselines.bench import Bench
 from agents.baselines.greedy import greedy_per_byte
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 class GreedySwapsBaseline(Baseline):
@@ -18,15 +18,15 @@ class GreedySwapsBaseline(Baseline):
     with the evaluations.
 
     Args:
-        workbench: The model's memory and scores.
+        context: The model's memory and scores.
         seed: Not used: nothing is random.
         extra_evaluations: Most masks scored for a request after those of the greedy search.
     """
 
     name = "greedy_swaps"
 
-    def __init__(self, workbench: Bench, seed: int = 0, extra_evaluations: int = 500) -> None:
-        super().__init__(workbench, seed)
+    def __init__(self, context: Bench, seed: int = 0, extra_evaluations: int = 500) -> None:
+        super().__init__(context, seed)
         self.extra_evaluations = extra_evaluations
 
     def _choose(self, request: Request) -> tuple[BlockMask, int]:

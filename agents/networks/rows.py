@@ -11,8 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from agents.networks.settings import PolicySettings
-from rap_env.envs.observation import BLOCK_FEATURES, REQUEST_FEATURES
-from rap_env.runtime.rows import (
+from rap_env.block_rows import (
     IMPORTANCE_FLOOR,
     MOST_SPREADS,
     NEIGHBOURS,
@@ -24,6 +23,7 @@ from rap_env.runtime.rows import (
     row_width,
     shown,
 )
+from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES
 
 _OVER = REQUEST_FEATURES.index("bytes_over")
 _KIND = BLOCK_FEATURES.index("kind")
@@ -34,14 +34,14 @@ _VECTOR_SPREAD = 0.3
 class BlockRows(BaseFeaturesExtractor):
     """Joins each block's features with what holds for the whole request.
 
-    What a row consists of is said by `rap_env.runtime.rows.row_columns`. Standardised features
+    What a row consists of is said by `rap_env.block_rows.row_columns`. Standardised features
     say how a block compares with the others, whatever the model's size; a block beside a removed
     one often loses its worth; a price is the log of a measured importance per useful byte, a
     ratio that a small network would need many episodes to find. The NumPy network of the runtime
     (`rap_env.runtime.network`) sees the same.
 
     Args:
-        observation_space: That of `rap_env.envs.observation.ObservationBuilder`: a ``Dict``
+        observation_space: That of `rap_env.observation.ObservationBuilder`: a ``Dict``
             with ``request`` (R,), ``blocks`` (2L, F) and ``action_mask`` (2L,).
         block_vectors: As in `PolicySettings`.
         without: As in `PolicySettings`; what is hidden reads 0.

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from agents.errors import AgentConfigError
+from rap_env.block_rows import ABLATIONS
 from rap_env.errors import UnknownNameError
-from rap_env.runtime.rows import ABLATIONS
 
 HIDDEN = 32
 """Hidden units of the networks, if nothing else is asked for."""

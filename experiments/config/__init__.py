@@ -151,6 +151,6 @@ def register() -> None:
 
 
 def _labelled(stage: str, label: str | None, agent: str, seed: int | str, overrides: str) -> str:
-    from experiments.runs import run_label
+    from experiments.comparison.run_folder import run_label
 
     return run_label(stage, label or agent, seed, overrides)

@@ -62,7 +62,7 @@ class StubsConfig:
         _ = self.parsed_cells
 
     def cells_of(self, study: str) -> list[tuple[int, int, float]]:
-        """The cells that a study of `experiments.repair_rows.STUDIES` uses."""
+        """The cells that a study of `experiments.repair.rows.STUDIES` uses."""
         few = study != "grid" and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells
 

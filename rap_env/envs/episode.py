@@ -8,14 +8,14 @@ from functools import lru_cache
 from typing import Any
 
 from rap_env.blocks import BlockMask, block_name
-from rap_env.envs.observation import (
+from rap_env.envs.task import Measured, Start
+from rap_env.observation import (
     BYTES_OVER,
     KEPT_AND_FREED,
     Observation,
     ObservationBuilder,
     bytes_over,
 )
-from rap_env.envs.task import Measured, Start
 
 _name = lru_cache(maxsize=4096)(block_name)
 

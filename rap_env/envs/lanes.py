@@ -12,9 +12,9 @@ from gymnasium.vector.utils import create_empty_array
 
 from rap_env.blocks import BlockMask
 from rap_env.envs.episode import RemovedBlocks
-from rap_env.envs.observation import BYTES_OVER, KEPT_AND_FREED, Observation
 from rap_env.envs.task import Due, Measured, PruningTask, Start
-from rap_env.workload import Request
+from rap_env.observation import BYTES_OVER, KEPT_AND_FREED, Observation
+from rap_env.request import Request
 
 Flags = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]

@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy
 from rap_env.specs import check_settings
-from rap_env.workload import Request
 
 if TYPE_CHECKING:
-    from rap_env.workbench import Workbench
+    from rap_env.context.live import PruningContext
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: refuse it, or raise it to the least one."""
@@ -22,35 +22,37 @@ INFEASIBLE = ("error", "clip")
 TASK_DOCUMENTS = 20
 """Documents of each task in an accuracy reward: 3 tasks of 20 take seconds a mask on a CPU."""
 
-_task_scorers: WeakKeyDictionary[Workbench, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
+_task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
 
-def open_env_workbench(calibration: str | Mapping[str, Any] | None, **settings: Any) -> Workbench:
-    """The workbench of an environment, shared with all of the process that measure the same.
+def open_env_context(
+    calibration: str | Mapping[str, Any] | None, **settings: Any
+) -> PruningContext:
+    """The context of an environment, shared with all of the process that measure the same.
 
     Args:
         calibration: Source of the text, dict of `CorpusConfig` settings, or None.
-        settings: Of `WorkbenchConfig`.
+        settings: Of `ContextConfig`.
 
     Raises:
         UnknownNameError: The calibration has no such setting.
         RapError: As loading the model, the text, the store or an artifact does.
     """
+    from rap_env.context.live import ContextConfig, open_context
     from rap_env.scoring.corpus import CorpusConfig
-    from rap_env.workbench import WorkbenchConfig, open_workbench
 
     corpus = {"source": calibration} if isinstance(calibration, str) else dict(calibration or {})
     check_settings(corpus, "the calibration", [entry.name for entry in fields(CorpusConfig)])
-    return open_workbench(WorkbenchConfig(calibration=CorpusConfig(**corpus), **settings))
+    return open_context(ContextConfig(calibration=CorpusConfig(**corpus), **settings))
 
 
 def task_scorer(
-    workbench: Workbench, tasks: Sequence[str] | Mapping[str, Any] | None
+    context: PruningContext, tasks: Sequence[str] | Mapping[str, Any] | None
 ) -> MeasuresAccuracy:
-    """What measures task accuracies on a workbench; one for each set of tasks.
+    """What measures task accuracies on a context; one for each set of tasks.
 
     Args:
-        workbench: The model and the score store.
+        context: The model and the score store.
         tasks: Names of tasks, dict of `TaskConfig` settings, or None for the generated ones.
             Without a ``limit``, `TASK_DOCUMENTS` documents of each are used.
 
@@ -68,9 +70,9 @@ def task_scorer(
     if not isinstance(settings["names"], str):
         settings["names"] = tuple(settings["names"])
     config = TaskConfig(**settings)
-    made = _task_scorers.setdefault(workbench, {})
+    made = _task_scorers.setdefault(context, {})
     if config not in made:  # building the requests of a task takes seconds
-        made[config] = TaskScorer(workbench.llm, config, store=workbench.store)
+        made[config] = TaskScorer(context.llm, config, store=context.store)
     return made[config]
 
 

@@ -12,14 +12,14 @@ from gymnasium.error import ResetNeeded
 
 from rap_env.blocks import BlockMask
 from rap_env.envs.episode import Episode
-from rap_env.envs.observation import Observation
 from rap_env.envs.parts import check_render_mode
 from rap_env.envs.task import Due, PruningTask
+from rap_env.observation import Observation
 from rap_env.render import Scene, render_ansi, render_rgb
-from rap_env.workload import Request
+from rap_env.request import Request
 
 if TYPE_CHECKING:
-    from rap_env.workbench import Workbench
+    from rap_env.context.live import PruningContext
 
 
 class RAPPruneEnv(gym.Env[Observation, np.int64]):
@@ -150,7 +150,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | `max_invalid_actions` | `10` | invalid actions that end an episode |
     | `device`, `dtype` | `"auto"` | where and in what precision the model runs |
     | `store` | `"default"` | file of scores; `None` keeps them in memory |
-    | `workbench` | `None` | a live `Workbench`, for direct construction; never for `make` |
+    | `context` | `None` | a live `PruningContext`, for direct construction; never for `make` |
 
     The first environment on a model and text measures the importance (minutes for GSI) and keeps
     it in the user's cache; all environments of a process share one model.
@@ -191,7 +191,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         dtype: str = "auto",
         store: str | None = "default",
         render_mode: str | None = None,
-        workbench: Workbench | None = None,
+        context: PruningContext | None = None,
     ) -> None:
         self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
         self._task = PruningTask(
@@ -211,9 +211,9 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
             device=device,
             dtype=dtype,
             store=store,
-            workbench=workbench,
+            context=context,
         )
-        self.workbench = self._task.workbench
+        self.context = self._task.context
         self.memory = self._task.memory
         self.observation_space = self._task.observations.space
         self.action_space = gym.spaces.Discrete(self._task.num_blocks)

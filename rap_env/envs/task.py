@@ -11,17 +11,18 @@ import numpy as np
 
 from rap_env.blocks import BlockMask, block_name
 from rap_env.costs import RequestCosts, request_costs
-from rap_env.envs.observation import ObservationBuilder
-from rap_env.envs.parts import check_choices, open_env_workbench, request_of, task_scorer
+from rap_env.envs.parts import check_choices, open_env_context, request_of, task_scorer
 from rap_env.envs.reference import make_reference
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from rap_env.reward import Outcome, make_reward
 from rap_env.specs import check_settings
-from rap_env.workload import Request, RequestSampler, make_sampler
+from rap_env.workload import RequestSampler, make_sampler
 
 if TYPE_CHECKING:
-    from rap_env.workbench import Workbench
+    from rap_env.context.live import PruningContext
 
 _MOST_DRAWS = 100
 
@@ -88,7 +89,7 @@ class PruningTask:
     The arguments are those of `rap_env.RAPPruneEnv`.
 
     Attributes:
-        workbench: The model with its memory arithmetic, scorer and importance.
+        context: The model with its memory arithmetic, scorer and importance.
         sampler: Draws requests; environments that run side by side take a `twin` each.
         reward: What a step pays; see `pay`.
         observations: What an agent sees.
@@ -116,10 +117,10 @@ class PruningTask:
         device: str = "auto",
         dtype: str = "auto",
         store: str | None = "default",
-        workbench: Workbench | None = None,
+        context: PruningContext | None = None,
     ) -> None:
         check_choices(infeasible, invalid_action_penalty, max_invalid_actions)
-        self.workbench = workbench or open_env_workbench(
+        self.context = context or open_env_context(
             model=model,
             device=device,
             dtype=dtype,
@@ -131,14 +132,14 @@ class PruningTask:
             repair=repair,
             store=store,
         )
-        self.memory = self.workbench.memory
+        self.memory = self.context.memory
         self.num_blocks = self.memory.facts.num_blocks
         self.sampler = make_sampler(workload, self.memory)
-        self.reward = make_reward(reward, lambda: task_scorer(self.workbench, tasks))
-        self._reference = make_reference(self.reward.relative_to, self.workbench)
+        self.reward = make_reward(reward, lambda: task_scorer(self.context, tasks))
+        self._reference = make_reference(self.reward.relative_to, self.context)
         self.penalty = float(invalid_action_penalty)
         self.most_invalid = int(max_invalid_actions)
-        self.observations = ObservationBuilder(self.memory, self.workbench.features)
+        self.observations = ObservationBuilder(self.memory, self.context.features)
         self._infeasible = infeasible
 
     @cached_property
@@ -148,8 +149,8 @@ class PruningTask:
         Raises:
             NonFiniteScoreError: The dense model gave NaN or infinity.
         """
-        nll = self.workbench.scorer.dense_nll
-        return Measured(nll, 0.0, self.workbench.scorer.is_predicted(BlockMask()))
+        nll = self.context.scorer.dense_nll
+        return Measured(nll, 0.0, self.context.scorer.is_predicted(BlockMask()))
 
     def measure(self, masks: Sequence[BlockMask]) -> list[Measured]:
         """What the model says of masks; the missing scores are measured together.
@@ -157,7 +158,7 @@ class PruningTask:
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        scorer, dense_nll = self.workbench.scorer, self.dense.nll
+        scorer, dense_nll = self.context.scorer, self.dense.nll
         scores = zip(masks, scorer.nll_many(masks), strict=True)
         return [Measured(nll, nll - dense_nll, scorer.is_predicted(mask)) for mask, nll in scores]
 

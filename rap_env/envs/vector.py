@@ -23,12 +23,12 @@ from rap_env.envs.lane_checks import (
 )
 from rap_env.envs.lane_infos import final_infos, lane_infos
 from rap_env.envs.lanes import Flags, Lanes
-from rap_env.envs.observation import Observation
 from rap_env.envs.parts import check_render_mode
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.task import PruningTask
+from rap_env.observation import Observation
 from rap_env.render import Scene, render_ansi, render_rgb
-from rap_env.workload import Request
+from rap_env.request import Request
 
 _EACH = {
     "mask": "masks",
@@ -61,7 +61,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         settings: As for the single environment.
 
     Attributes:
-        workbench: The model with its memory arithmetic, scorer and importance.
+        context: The model with its memory arithmetic, scorer and importance.
         memory: The model's byte arithmetic.
 
     Raises:
@@ -95,7 +95,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
         self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
         self._task = task = PruningTask(model, **settings)
-        self.workbench, self.memory = task.workbench, task.memory
+        self.context, self.memory = task.context, task.memory
         self.single_observation_space = task.observations.space
         self.single_action_space = gym.spaces.Discrete(task.num_blocks)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

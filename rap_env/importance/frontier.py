@@ -18,8 +18,8 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.importance.provenance import load_profile
 from rap_env.memory import HasFacts, MemoryModel
+from rap_env.request import Request
 from rap_env.scoring.store import mask_of
-from rap_env.workload import Request
 
 _KIND, _FORMAT = "frontier", 1
 

@@ -11,8 +11,8 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.importance.frontier import Counts
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.scoring.predictor import Floats, LossPredictor, Removed, to_rows
-from rap_env.workload import Request
 
 _STARTS = 3  # masks that are improved for each pair of counts
 _SWAPS = 3  # swaps in each: farther off, the predictor knows nothing

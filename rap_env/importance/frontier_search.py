@@ -27,10 +27,10 @@ from rap_env.importance.frontier import Counts, Frontier, best_by_counts
 from rap_env.importance.frontier_proposals import Uses, propose
 from rap_env.importance.provenance import provenance_of
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.scoring.predictor import Fit, Floats, LossPredictor, fit_predictor, to_rows
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import mask_key
-from rap_env.workload import Request
 
 _LEAST_RISE = 1e-4  # nats per token; prices of removals that help would not compare
 

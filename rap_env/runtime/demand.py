@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rap_env.errors import InvalidRequestError
-from rap_env.workload import Request
+from rap_env.request import Request
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.runtime.demand import Demand
-from rap_env.workload import Request
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM

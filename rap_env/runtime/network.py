@@ -6,7 +6,7 @@ of it that no removal changes is computed once for a model or a request, the par
 same for all blocks once for all, and only what is left for each block.
 
 Shapes: 2L blocks, F features of a block, V entries of a block's vector, W columns of a row
-(`rap_env.runtime.rows`), H hidden units. Layers have H + 1 columns here: the last one carries the
+(`rap_env.block_rows`), H hidden units. Layers have H + 1 columns here: the last one carries the
 linear path of the network past its activations.
 """
 
@@ -16,17 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rap_env.costs import request_costs
-from rap_env.envs.observation import (
-    BLOCK_FEATURES,
-    BYTES_OVER,
-    KEPT_AND_FREED,
-    ObservationBuilder,
-    bytes_over,
-)
-from rap_env.errors import ArtifactError
-from rap_env.runtime.network_weights import Floats, NetworkWeights
-from rap_env.runtime.rows import (
+from rap_env.block_rows import (
     IMPORTANCE_FLOOR,
     MOST_SPREADS,
     NEIGHBOURS,
@@ -37,7 +27,17 @@ from rap_env.runtime.rows import (
     row_columns,
     shown,
 )
-from rap_env.workload import Request
+from rap_env.costs import request_costs
+from rap_env.errors import ArtifactError
+from rap_env.observation import (
+    BLOCK_FEATURES,
+    BYTES_OVER,
+    KEPT_AND_FREED,
+    ObservationBuilder,
+    bytes_over,
+)
+from rap_env.request import Request
+from rap_env.runtime.network_weights import Floats, NetworkWeights
 
 _FREED = BLOCK_FEATURES.index("freed_share")
 _FEATURES = len(BLOCK_FEATURES)

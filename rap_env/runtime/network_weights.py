@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.block_rows import ABLATIONS, row_width
 from rap_env.errors import ArtifactError
-from rap_env.runtime.rows import ABLATIONS, row_width
 
 Floats = npt.NDArray[np.float32]
 
@@ -25,7 +25,7 @@ class NetworkWeights:
         last_weight: Of the score, (H,).
         linear_weight: Of the path from a row straight to its score, (W,).
         vectors: What each block carries, (2L, V); V = 0 for a network that serves any L.
-        without: Names out of `rap_env.runtime.rows.ABLATIONS`.
+        without: Names out of `rap_env.block_rows.ABLATIONS`.
 
     Raises:
         ArtifactError: The shapes do not fit together, a weight is not finite, or there is no

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.memory import HasFacts, MemoryModel
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from rap_env.runtime.network import BlockNetwork
 from rap_env.runtime.policy_file import PolicyFile
-from rap_env.workload import Request
 
 if TYPE_CHECKING:
     from rap_env.features import ImportanceFeatures

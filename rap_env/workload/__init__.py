@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rap_env.specs import check_settings, split_spec
 from rap_env.workload.listed import FixedSampler, GridSampler
-from rap_env.workload.request import Request
 from rap_env.workload.sampler import RequestSampler
 from rap_env.workload.shaped import CurriculumSampler, PoolSampler
 from rap_env.workload.traffic import (
@@ -33,7 +32,6 @@ __all__ = [
     "FixedSampler",
     "GridSampler",
     "PoolSampler",
-    "Request",
     "RequestSampler",
     "TraceSampler",
     "TrafficSampler",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rap_env.errors import InvalidRequestError
-from rap_env.workload.request import Request, whole
+from rap_env.request import Request, whole
 from rap_env.workload.sampler import RequestSampler
 
 if TYPE_CHECKING:

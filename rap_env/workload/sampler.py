@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from rap_env.workload.request import Request
+from rap_env.request import Request
 
 if TYPE_CHECKING:
     from rap_env.memory import MemoryModel

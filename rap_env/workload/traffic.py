@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
-from rap_env.workload.request import Request, whole
+from rap_env.request import Request, whole
 from rap_env.workload.sampler import RequestSampler
+from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
 
 if TYPE_CHECKING:
     from rap_env.memory import MemoryModel

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from rap_env.context.live import PruningContext
 from rap_env.importance.frontier_search import FrontierConfig, build_frontier
+from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
-from rap_env.workbench import Workbench
-from rap_env.workload import Request
 from tests.agents.synthetic import SyntheticBench
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 
@@ -29,21 +29,23 @@ def bench() -> SyntheticBench:
 
 
 @pytest.fixture(scope="session")
-def real_bench() -> Workbench:
+def real_bench() -> PruningContext:
     """A real model of 3 layers with random weights."""
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
-    return with_frontier(Workbench(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False))
+    return with_frontier(
+        PruningContext(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False)
+    )
 
 
 @pytest.fixture(scope="session")
-def repaired_bench() -> Workbench:
+def repaired_bench() -> PruningContext:
     """The same model, whose removed blocks leave stubs behind."""
-    return with_frontier(make_workbench(repaired=True, importance="gsi"))
+    return with_frontier(make_context(repaired=True, importance="gsi"))
 
 
-def with_frontier(bench: Workbench) -> Workbench:
-    """The workbench with a small table of the best known masks."""
+def with_frontier(bench: PruningContext) -> PruningContext:
+    """The context with a small table of the best known masks."""
     requests = [Request.at_fraction(bench.memory, 2, 16, fraction) for fraction in (0.9, 0.7)]
     bench.frontier = build_frontier(bench.scorer, requests, FrontierConfig(evaluations=20))
     return bench

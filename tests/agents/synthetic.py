@@ -18,8 +18,8 @@ from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.features import ImportanceFeatures
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.request import Request
 from rap_env.scoring.store import mask_key
-from rap_env.workload import Request
 
 DENSE_NLL = 2.5
 
@@ -101,7 +101,7 @@ class SyntheticScorer:
 
 
 class SyntheticBench:
-    """Stands where a workbench would: memory, scorer, importance and features."""
+    """Stands where a context would: memory, scorer, importance and features."""
 
     def __init__(self, costs, model=None, **scorer):
         self.memory = MemoryModel(model or facts(len(costs) // 2))
@@ -145,13 +145,13 @@ class SyntheticBench:
 
 def make_env(bench, **settings):
     """`RAPPrune-v0` itself, on losses that cost nothing."""
-    return lambda: RAPPruneEnv(workbench=bench, **settings)
+    return lambda: RAPPruneEnv(context=bench, **settings)
 
 
 def make_envs(bench, **settings):
     """Many of them, stepped together."""
     return lambda num_envs: RAPPruneVectorEnv(
-        workbench=bench, num_envs=num_envs, autoreset_mode="SameStep", **settings
+        context=bench, num_envs=num_envs, autoreset_mode="SameStep", **settings
     )
 
 

@@ -10,8 +10,8 @@ from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.export import export_policy, network_weights
 from agents.policy import TrainedPolicy
 from agents.training import make_vector_env, train
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError
+from rap_env.observation import ObservationBuilder
 from rap_env.runtime.network import BlockNetwork
 from rap_env.runtime.policies import NetworkPolicy, load_policy
 from rap_env.runtime.policy_file import PolicyFile

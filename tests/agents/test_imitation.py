@@ -11,9 +11,9 @@ from agents.imitation import Demonstration, ImitationConfig, imitate
 from agents.policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import UnknownNameError
-from rap_env.workload import Request
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from tests.agents.synthetic import make_envs
 
 MASKS = [(1, 4, 7), (0, 2, 9, 10), (3, 5), (2, 6, 8, 11), (10,)]

@@ -5,9 +5,9 @@ import pytest
 
 from agents.observing import MaskObserver
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import InvalidRequestError
-from rap_env.workload import Request
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from tests.agents.synthetic import request_at
 
 

@@ -13,9 +13,9 @@ from agents.errors import AgentConfigError
 from agents.policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
-from rap_env.workload import Request
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, make_envs, request_at
 
 

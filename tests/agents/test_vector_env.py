@@ -92,7 +92,7 @@ def test_lanes_answer_by_index(bench):
     envs.step(np.arange(LANES))
     masks = envs.env_method("action_masks", indices=[2, 0])
     assert [row.tolist().index(False) for row in masks] == [2, 0]
-    assert envs.get_attr("workbench", indices=1) == [bench]
+    assert envs.get_attr("context", indices=1) == [bench]
     assert envs.has_attr("action_masks")
     assert not envs.has_attr("speed")
     assert envs.env_is_wrapped(gym.Wrapper) == [False] * LANES

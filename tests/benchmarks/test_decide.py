@@ -7,12 +7,12 @@ import pytest
 from agents.policy import TrainedPolicy
 from benchmarks.decide import DecideSettings, Side, main, torch_policy
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.loading import load_llm
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from rap_env.runtime.policies import NetworkPolicy
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
-from rap_env.workload import Request
 from tests.runtime.made_policies import features, memory, policy_file, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -16,7 +16,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.llm.loading import load_llm
 from rap_env.llm.surgery import load_pruned, save_pruned
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 LAYERS = 4

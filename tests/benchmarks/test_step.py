@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.step import Player, StepSettings, known_workbench, main, players
+from benchmarks.step import Player, StepSettings, known_context, main, players
 from rap_env.blocks import BlockMask
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -21,11 +21,11 @@ def settings(tmp_path_factory) -> StepSettings:
 
 @pytest.fixture(scope="module")
 def sides(settings) -> dict[str, Player]:
-    return players(settings, known_workbench(settings))
+    return players(settings, known_context(settings))
 
 
 def test_every_score_is_known_after_one_play(sides):
-    scorer = sides["single"].env.unwrapped.workbench.scorer
+    scorer = sides["single"].env.unwrapped.context.scorer
     for side in sides.values():
         side()
     scored = scorer.evaluations
@@ -56,9 +56,9 @@ def test_blocks_and_bytes_are_those_of_the_model(settings, sides):
     assert sides["vector"].env.num_envs == 3
     assert (
         memory.facts.fingerprint
-        != sides["single"].env.unwrapped.workbench.scorer.llm.facts.fingerprint
+        != sides["single"].env.unwrapped.context.scorer.llm.facts.fingerprint
     )
-    assert sides["single"].env.unwrapped.workbench.scorer.nll(BlockMask.of(15)) > 0
+    assert sides["single"].env.unwrapped.context.scorer.nll(BlockMask.of(15)) > 0
 
 
 def test_a_record_is_written(settings, tmp_path, capsys):

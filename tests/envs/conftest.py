@@ -1,4 +1,4 @@
-"""A real workbench around a tiny random model: all that an environment needs, in milliseconds."""
+"""A real context around a tiny random model: all that an environment needs, in milliseconds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from rap_env.context.live import PruningContext
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.repair import FitConfig, StubLibrary, fit_library
 from rap_env.scoring.corpus import Corpus
-from rap_env.workbench import Workbench
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 LAYERS = 3
@@ -27,22 +27,22 @@ def tiny_library(llm: ElasticLLM, seed: int = 5) -> StubLibrary:
     return fit_library(llm, text, held_back, FitConfig(rank=4, ranks=None), progress=False)
 
 
-def make_workbench(
+def make_context(
     tokenizer: Any = None, *, repaired: bool = False, importance: str = "one_shot"
-) -> Workbench:
+) -> PruningContext:
     torch.set_num_threads(1)
     llm = tiny_llm(layers=LAYERS, tokenizer=tokenizer)
     if repaired:
         llm = tiny_library(llm).attach(llm)
-    return Workbench(llm, tiny_tokens(), importance=importance, progress=False)
+    return PruningContext(llm, tiny_tokens(), importance=importance, progress=False)
 
 
 @pytest.fixture(scope="session")
-def workbench() -> Workbench:
-    return make_workbench()
+def context() -> PruningContext:
+    return make_context()
 
 
 @pytest.fixture(scope="session")
-def repaired() -> Workbench:
+def repaired() -> PruningContext:
     """The same model, whose removed blocks leave stubs behind."""
-    return make_workbench(repaired=True)
+    return make_context(repaired=True)

@@ -1,4 +1,4 @@
-"""Environments on a workbench, and random episodes in them."""
+"""Environments on a context, and random episodes in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.envs.conftest import LAYERS
 
 COUNT = 2 * LAYERS
@@ -16,12 +16,12 @@ LONG = {"batch_size": 8, "seq_len_tokens": 64}  # its budgets need attention blo
 USUAL = {"workload": "grid", "infeasible": "clip"}  # a tiny model's workspace is large
 
 
-def make(workbench, **settings) -> RAPPruneEnv:
-    return RAPPruneEnv(workbench=workbench, **{**USUAL, **settings})
+def make(context, **settings) -> RAPPruneEnv:
+    return RAPPruneEnv(context=context, **{**USUAL, **settings})
 
 
-def request_at(workbench, fraction: float = 0.8) -> Request:
-    return Request.at_fraction(workbench.memory, *LONG.values(), fraction)
+def request_at(context, fraction: float = 0.8) -> Request:
+    return Request.at_fraction(context.memory, *LONG.values(), fraction)
 
 
 def play(env, seed: int, masked: bool = False) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""Vector environments on a workbench, and random episodes in them."""
+"""Vector environments on a context, and random episodes in them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LANES = 5
 MODES = list(AutoresetMode)
 
 
-def make_vector(workbench, **settings) -> RAPPruneVectorEnv:
-    return RAPPruneVectorEnv(workbench=workbench, num_envs=LANES, **{**USUAL, **settings})
+def make_vector(context, **settings) -> RAPPruneVectorEnv:
+    return RAPPruneVectorEnv(context=context, num_envs=LANES, **{**USUAL, **settings})
 
 
-def make_sync(workbench, mode, steps=None, **settings) -> SyncVectorEnv:
+def make_sync(context, mode, steps=None, **settings) -> SyncVectorEnv:
     def one() -> gym.Env:
-        env = make(workbench, **settings)
+        env = make(context, **settings)
         return env if steps is None else TimeLimit(env, steps)
 
     return SyncVectorEnv([one] * LANES, autoreset_mode=mode)

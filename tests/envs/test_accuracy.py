@@ -5,7 +5,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.envs.parts import TASK_DOCUMENTS, task_scorer
 from rap_env.errors import UnknownNameError
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.envs.playing import make, play
 from tests.tiny import tiny_tokenizer
 
@@ -13,7 +13,7 @@ from tests.tiny import tiny_tokenizer
 @pytest.fixture(scope="module")
 def bench():
     pytest.importorskip("lm_eval")
-    return make_workbench(tokenizer=tiny_tokenizer())
+    return make_context(tokenizer=tiny_tokenizer())
 
 
 class TestAccuracy:
@@ -33,7 +33,7 @@ class TestAccuracy:
 
     def test_with_stubs_the_tasks_are_run_on_the_repaired_model(self, bench):
         tasks = {"names": ["rap_minimal_pairs", "rap_choice"], "limit": 12}
-        repaired = make_workbench(tokenizer=tiny_tokenizer(), repaired=True)
+        repaired = make_context(tokenizer=tiny_tokenizer(), repaired=True)
         plain, stubs = (task_scorer(each, tasks) for each in (bench, repaired))
         assert stubs.context == {**plain.context, "repair": repaired.memory.facts.repair}
         masks = [BlockMask(), *(BlockMask.of(index) for index in range(6))]
@@ -41,7 +41,7 @@ class TestAccuracy:
         assert found[0][0] == found[1][0]  # the dense model has no stub anywhere
         assert found[0] != found[1]
 
-    def test_environments_share_the_tasks_of_a_workbench(self, bench):
+    def test_environments_share_the_tasks_of_a_context(self, bench):
         first = task_scorer(bench, ["rap_choice"])
         assert task_scorer(bench, {"names": ("rap_choice",)}) is first
         assert task_scorer(bench, {"names": ("rap_choice",), "limit": 3}) is not first

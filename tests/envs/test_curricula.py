@@ -25,14 +25,14 @@ def share(vector, lane: int) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_lanes_draw_what_single_environments_draw(workbench, mode, workload):
+def test_lanes_draw_what_single_environments_draw(context, mode, workload):
     settings = {"workload": workload, "max_invalid_actions": 3}
-    vector = make_vector(workbench, autoreset_mode=mode, **settings)
-    assert_same(play_lanes(vector, 1), play_lanes(make_sync(workbench, mode, **settings), 1))
+    vector = make_vector(context, autoreset_mode=mode, **settings)
+    assert_same(play_lanes(vector, 1), play_lanes(make_sync(context, mode, **settings), 1))
 
 
-def test_each_lane_has_a_curriculum_of_its_own_that_a_seed_begins_anew(workbench):
-    vector = make_vector(workbench, workload=CURRICULUM)
+def test_each_lane_has_a_curriculum_of_its_own_that_a_seed_begins_anew(context):
+    vector = make_vector(context, workload=CURRICULUM)
     vector.reset(seed=0)
     assert [share(vector, lane) for lane in range(LANES)] == pytest.approx([0.95] * LANES, abs=0.01)
     only_first = np.arange(LANES) == 0
@@ -48,8 +48,8 @@ def test_each_lane_has_a_curriculum_of_its_own_that_a_seed_begins_anew(workbench
     assert share(vector, 0) == pytest.approx(0.95, abs=0.01)
 
 
-def test_a_pool_repeats_its_requests_in_all_lanes(workbench):
-    vector = make_vector(workbench, workload=POOL)
+def test_a_pool_repeats_its_requests_in_all_lanes(context):
+    vector = make_vector(context, workload=POOL)
     seen = {request for seed in range(10) for request in _requests(vector, seed)}
     assert len(seen) <= POOL["size"]
     assert len(seen) > 1
@@ -57,11 +57,11 @@ def test_a_pool_repeats_its_requests_in_all_lanes(workbench):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_a_saved_state_goes_on_as_if_nothing_had_happened(workbench, mode, workload):
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, workload):
     settings = {"autoreset_mode": mode, "workload": workload, "max_episode_steps": 4}
-    vector = make_vector(workbench, **settings)
+    vector = make_vector(context, **settings)
     vector.reset(seed=4)
-    resumed = make_vector(workbench, **settings)
+    resumed = make_vector(context, **settings)
     for number, row in enumerate(np.random.default_rng(0).integers(COUNT, size=(24, LANES))):
         result = vector.step(row)
         if number:
@@ -70,12 +70,12 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(workbench, mode, workl
         if mode == AutoresetMode.DISABLED and over.any():
             vector.reset(options={"reset_mask": over})
         state = json.loads(json.dumps(vector.get_state()))
-        resumed = make_vector(workbench, **settings)
+        resumed = make_vector(context, **settings)
         resumed.set_state(state)
 
 
-def test_single_environments_take_them_by_name(workbench):
-    env = make(workbench, workload=CURRICULUM)
+def test_single_environments_take_them_by_name(context):
+    env = make(context, workload=CURRICULUM)
     budgets = [env.reset(seed=seed)[1]["request"]["budget_bytes"] for seed in (0, None, 0)]
     assert budgets[0] == budgets[2]
 

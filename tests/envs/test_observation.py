@@ -6,27 +6,27 @@ import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder, squash
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance import ImportanceFeatures
-from rap_env.workload import Request
+from rap_env.observation import ObservationBuilder, squash
+from rap_env.request import Request
 from tests.envs.conftest import LAYERS
 from tests.envs.playing import COUNT, make, play
 
 
 @pytest.fixture
-def builder(workbench) -> ObservationBuilder:
+def builder(context) -> ObservationBuilder:
     features = ImportanceFeatures(
         one_shot=np.array([1.0, 0.0, -2.0, 3.0, 0.5, np.inf]),
         gsi_rank=np.linspace(0, 1, COUNT),
         gsi_marginal_loss=np.full(COUNT, 0.25),
     )
-    return ObservationBuilder(workbench.memory, features)
+    return ObservationBuilder(context.memory, features)
 
 
 @pytest.fixture
-def request_(workbench) -> Request:
-    return Request.at_fraction(workbench.memory, 4, 32, 0.75)
+def request_(context) -> Request:
+    return Request.at_fraction(context.memory, 4, 32, 0.75)
 
 
 def test_request_features_are_what_the_table_says(builder, request_):
@@ -105,10 +105,10 @@ def test_what_the_model_does_not_have_is_refused(builder, request_):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_episode_shows_what_is_built_for_its_masks(workbench, masked):
-    builder = ObservationBuilder(workbench.memory, workbench.features)
+def test_an_episode_shows_what_is_built_for_its_masks(context, masked):
+    builder = ObservationBuilder(context.memory, context.features)
     for seed, workload in itertools.product(range(10), ("grid", "azure-conv")):
-        env = make(workbench, workload=workload)
+        env = make(context, workload=workload)
         for step, (seen, *_, info) in enumerate(play(env, seed, masked)):
             built = builder.build(Request(**info["request"]), BlockMask.of(*info["removed"]))
             for key, array in built.items():
@@ -116,8 +116,8 @@ def test_an_episode_shows_what_is_built_for_its_masks(workbench, masked):
                 assert seen[key].dtype == array.dtype
 
 
-def test_an_episode_is_not_disturbed_by_what_is_done_to_its_observations(workbench):
-    env = make(workbench)
+def test_an_episode_is_not_disturbed_by_what_is_done_to_its_observations(context):
+    env = make(context)
     plain = play(env, 0, masked=True)
     env.action_space.seed(0)
     seen, _ = env.reset(seed=0)

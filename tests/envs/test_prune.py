@@ -14,72 +14,72 @@ import rap_env
 from rap_env.blocks import BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import NonFiniteScoreError, UnknownNameError
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, make, play, request_at
 
 
 class TestContract:
     @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
-    def test_gymnasium_accepts_it(self, workbench, workload):
-        env = make(workbench, workload=workload, reward=DENSE_TIMING)
+    def test_gymnasium_accepts_it(self, context, workload):
+        env = make(context, workload=workload, reward=DENSE_TIMING)
         check_env(env, skip_render_check=True, skip_close_check=True)
 
     @pytest.mark.filterwarnings("error", "ignore:.*unconventional shape:UserWarning")
-    def test_stable_baselines_accepts_it(self, workbench):
+    def test_stable_baselines_accepts_it(self, context):
         checker = pytest.importorskip("stable_baselines3.common.env_checker")
-        checker.check_env(make(workbench))
+        checker.check_env(make(context))
 
     @pytest.mark.parametrize("name", ["PPO", "DQN"])
-    def test_agents_of_stable_baselines_learn_on_it(self, workbench, name):
+    def test_agents_of_stable_baselines_learn_on_it(self, context, name):
         sb3 = pytest.importorskip("stable_baselines3")
         short = {"n_steps": 16, "batch_size": 16} if name == "PPO" else {"learning_starts": 8}
-        env = make(workbench)
+        env = make(context)
         agent = getattr(sb3, name)("MultiInputPolicy", env, seed=0, device="cpu", **short)
         agent.learn(32)
         action, _ = agent.predict(env.reset(seed=1)[0], deterministic=True)
         assert env.action_space.contains(action.item())
 
-    def test_maskable_ppo_finds_the_masks(self, workbench):
+    def test_maskable_ppo_finds_the_masks(self, context):
         contrib = pytest.importorskip("sb3_contrib")
-        env = make(workbench, invalid_action_penalty=1e6)
+        env = make(context, invalid_action_penalty=1e6)
         agent = contrib.MaskablePPO("MultiInputPolicy", env, n_steps=32, batch_size=16, seed=0)
         agent.learn(32)
         assert agent.rollout_buffer.rewards.min() > -1e5  # no invalid action was taken
 
-    def test_several_run_as_a_vector_environment(self, workbench):
-        envs = gym.vector.SyncVectorEnv([lambda: make(workbench) for _ in range(3)])
+    def test_several_run_as_a_vector_environment(self, context):
+        envs = gym.vector.SyncVectorEnv([lambda: make(context) for _ in range(3)])
         seen, infos = envs.reset(seed=0)
         assert seen["blocks"].shape == (3, COUNT, 7)
         seen, _, _, _, infos = envs.step(np.array([0, 1, 2]))
         assert [len(removed) for removed in infos["removed"]] == [1, 1, 1]
         assert [row.tolist().index(0) for row in seen["action_mask"]] == [0, 1, 2]
 
-    def test_it_flattens(self, workbench):
-        env = FlattenObservation(make(workbench))
+    def test_it_flattens(self, context):
+        env = FlattenObservation(make(context))
         seen, _ = env.reset(seed=0)
         assert seen.shape == (5 + 7 * COUNT + COUNT,)
         assert env.observation_space.contains(seen)
 
     @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-    def test_random_play_is_the_same_for_the_same_seed(self, workbench, reward):
-        one, other = (make(workbench, reward=reward, workload="azure-conv") for _ in range(2))
+    def test_random_play_is_the_same_for_the_same_seed(self, context, reward):
+        one, other = (make(context, reward=reward, workload="azure-conv") for _ in range(2))
         for seed in range(10):
             first, second = play(one, seed), play(other, seed)
             assert data_equivalence(first, second)
             assert not data_equivalence(first[0], play(one, seed + 100)[0])
 
-    def test_random_play_leaves_the_weights_as_they_were(self, workbench):
-        weights = workbench.llm.model.state_dict()
+    def test_random_play_leaves_the_weights_as_they_were(self, context):
+        weights = context.llm.model.state_dict()
         before = {name: tensor.clone() for name, tensor in weights.items()}
-        play(make(workbench, reward=DENSE_TIMING), 99)
-        assert workbench.llm.mask == BlockMask()
+        play(make(context, reward=DENSE_TIMING), 99)
+        assert context.llm.mask == BlockMask()
         assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
 
 
 class TestEpisode:
     @pytest.mark.parametrize("seed", range(10))
-    def test_each_valid_action_removes_a_block_until_the_request_fits(self, workbench, seed):
-        env = make(workbench, reward=DENSE_TIMING)
+    def test_each_valid_action_removes_a_block_until_the_request_fits(self, context, seed):
+        env = make(context, reward=DENSE_TIMING)
         (_, start), *steps = play(env, seed, masked=True)
         budget = start["request"]["budget_bytes"]
         peaks = [start["peak_bytes"], *(info["peak_bytes"] for *_, info in steps)]
@@ -94,33 +94,33 @@ class TestEpisode:
             mask = BlockMask.of(*info["removed"])
             assert env.observation_space.contains(seen)
             assert seen["action_mask"].tolist() == [int(n not in mask) for n in range(COUNT)]
-            assert info["nll"] == pytest.approx(workbench.scorer.nll(mask))
+            assert info["nll"] == pytest.approx(context.scorer.nll(mask))
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_both_timings_have_the_same_return(self, workbench, seed):
+    def test_both_timings_have_the_same_return(self, context, seed):
         returns = []
         for reward in ("perplexity", DENSE_TIMING):
-            steps = play(make(workbench, reward=reward), seed)[1:]
+            steps = play(make(context, reward=reward), seed)[1:]
             returns.append(sum(reward for _, reward, *_ in steps))
         assert returns[0] == pytest.approx(returns[1])
 
-    def test_the_return_of_valid_actions_is_minus_the_loss(self, workbench):
-        steps = play(make(workbench), 3, masked=True)[1:]
+    def test_the_return_of_valid_actions_is_minus_the_loss(self, context):
+        steps = play(make(context), 3, masked=True)[1:]
         assert sum(reward for _, reward, *_ in steps) == pytest.approx(-steps[-1][-1]["loss"])
 
-    def test_reward_terms_add_up(self, workbench):
-        for _, reward, _, _, info in play(make(workbench, reward=DENSE_TIMING), 5)[1:]:
+    def test_reward_terms_add_up(self, context):
+        for _, reward, _, _, info in play(make(context, reward=DENSE_TIMING), 5)[1:]:
             assert reward == pytest.approx(sum(info["reward_terms"].values()))
             assert set(info["reward_terms"]) == {"perplexity", "invalid_action"}
 
-    def test_nll_is_told_when_it_was_measured(self, workbench):
-        (_, start), *steps = play(make(workbench), 3, masked=True)
-        assert start["nll"] == workbench.scorer.dense_nll
+    def test_nll_is_told_when_it_was_measured(self, context):
+        (_, start), *steps = play(make(context), 3, masked=True)
+        assert start["nll"] == context.scorer.dense_nll
         assert start["loss"] == 0.0
         assert [("nll" in info) for *_, info in steps] == [False] * (len(steps) - 1) + [True]
 
     def test_one_evaluation_an_episode_by_default(self):
-        bench = make_workbench()
+        bench = make_context()
         env = make(bench)
         env.reset(seed=0)
         bench.scorer.nll(BlockMask())
@@ -129,9 +129,9 @@ class TestEpisode:
         assert len(steps) > 1
         assert bench.scorer.evaluations - before == 1
 
-    def test_an_invalid_action_changes_nothing_and_costs(self, workbench):
-        env = make(workbench, invalid_action_penalty=0.25)
-        env.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+    def test_an_invalid_action_changes_nothing_and_costs(self, context):
+        env = make(context, invalid_action_penalty=0.25)
+        env.reset(seed=0, options={"request": request_at(context, 0.7)})
         seen, *_ = env.step(1)
         again, reward, terminated, truncated, info = env.step(np.int64(1))
         assert data_equivalence(seen, again)
@@ -140,23 +140,23 @@ class TestEpisode:
         assert info["removed"] == ["layer00.ffn"]
         assert env.action_masks().tolist() == [True, False, True, True, True, True]
 
-    def test_invalid_actions_truncate_at_the_stated_number(self, workbench):
-        env = make(workbench, max_invalid_actions=2)
-        env.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+    def test_invalid_actions_truncate_at_the_stated_number(self, context):
+        env = make(context, max_invalid_actions=2)
+        env.reset(seed=0, options={"request": request_at(context, 0.7)})
         ends = [env.step(1)[2:4] for _ in range(3)]
         assert ends == [(False, False), (False, False), (False, True)]
 
-    def test_a_truncated_episode_pays_the_loss_it_reached(self, workbench):
-        env = make(workbench, max_invalid_actions=1, invalid_action_penalty=0.0)
-        env.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+    def test_a_truncated_episode_pays_the_loss_it_reached(self, context):
+        env = make(context, max_invalid_actions=1, invalid_action_penalty=0.0)
+        env.reset(seed=0, options={"request": request_at(context, 0.7)})
         env.step(0)
         _, reward, _, truncated, info = env.step(0)
-        loss = workbench.scorer.nll(BlockMask.of(0)) - workbench.scorer.dense_nll
+        loss = context.scorer.nll(BlockMask.of(0)) - context.scorer.dense_nll
         assert truncated
         assert (reward, info["loss"]) == (pytest.approx(-loss), pytest.approx(loss))
 
-    def test_step_needs_a_running_episode(self, workbench):
-        env = make(workbench)
+    def test_step_needs_a_running_episode(self, context):
+        env = make(context)
         with pytest.raises(ResetNeeded, match="call reset"):
             env.step(0)
         play(env, 0)
@@ -166,15 +166,15 @@ class TestEpisode:
         assert env.mask == BlockMask()
 
     @pytest.mark.parametrize("action", [-1, COUNT, 0.5])
-    def test_an_action_that_is_none_is_refused_and_changes_nothing(self, workbench, action):
-        env = make(workbench)
+    def test_an_action_that_is_none_is_refused_and_changes_nothing(self, context, action):
+        env = make(context)
         env.reset(seed=0)
         with pytest.raises(UnknownNameError, match=r"Unknown action .*5 \(layer02\.ffn\)"):
             env.step(action)
         assert env.mask == BlockMask()
 
     def test_nan_from_the_model_leaves_the_episode_where_it_was(self):
-        bench = make_workbench()
+        bench = make_context()
         env = make(bench, reward=DENSE_TIMING)
         start, _ = env.reset(seed=0, options={"request": request_at(bench, 0.7)})
         head = bench.llm.model.get_output_embeddings().weight

@@ -8,11 +8,11 @@ import pytest
 
 from agents.baselines import make_baseline
 from rap_env.blocks import BlockMask
+from rap_env.context.table import TableContext
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.scoring.store import mask_key
-from rap_env.table_workbench import TableWorkbench
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, assert_same, make, play, request_at
 from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
 from tests.envs.test_vector import CountsCalls
@@ -47,8 +47,8 @@ def frontier_of(bench, masks) -> Frontier:
 
 @pytest.fixture(scope="module")
 def ordered():
-    """A workbench with a GSI order and a frontier."""
-    bench = make_workbench(importance="gsi")
+    """A context with a GSI order and a frontier."""
+    bench = make_context(importance="gsi")
     bench.frontier = frontier_of(bench, FRONTIER)
     return bench
 
@@ -112,7 +112,7 @@ def test_the_baseline_is_told_on_the_last_step_and_only_where_asked(ordered, rew
 
 
 def test_a_baseline_is_measured_once_for_a_request(ordered):
-    bench = make_workbench(importance="gsi")
+    bench = make_context(importance="gsi")
     env = make(bench, reward=relative("gsi"), workload=POOL)
     bench.scorer.nll(BlockMask())
     before = bench.scorer.evaluations
@@ -124,7 +124,7 @@ def test_a_baseline_is_measured_once_for_a_request(ordered):
 
 
 def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
-    shallow = TableWorkbench(table_of(ordered, all_masks(COUNT, 2), "gsi"), "shallow")
+    shallow = TableContext(table_of(ordered, all_masks(COUNT, 2), "gsi"), "shallow")
     env = make(shallow, reward=relative("gsi"))
     env.reset(seed=0, options={"request": request_at(ordered, 0.6)})
     mask = make_baseline("gsi", ordered).select(env.request).mask
@@ -161,7 +161,7 @@ def test_the_baselines_masks_are_scored_with_the_final_ones(ordered):
 
 
 def test_a_request_below_the_frontier_is_refused_and_changes_nothing():
-    bench = make_workbench()
+    bench = make_context()
     bench.frontier = frontier_of(bench, [BlockMask.of(1)])
     env = make(bench, reward=relative("frontier"))
     env.reset(seed=0, options={"request": request_at(bench, 1e-6)})  # clipped: all must go
@@ -173,7 +173,7 @@ def test_a_request_below_the_frontier_is_refused_and_changes_nothing():
 
 
 def test_a_baseline_that_cannot_be_is_refused_when_made(ordered):
-    blind = make_workbench(importance="none")
+    blind = make_context(importance="none")
     for maker in (make, make_vector):
         with pytest.raises(InvalidRequestError, match="importance='none' leaves it out"):
             maker(blind, reward=relative("gsi"))

@@ -7,18 +7,18 @@ from gymnasium.wrappers import RecordVideo
 from tests.envs.playing import DENSE_TIMING, make, play, request_at
 
 
-def test_text(workbench):
-    env = make(workbench, render_mode="ansi")
-    env.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+def test_text(context):
+    env = make(context, render_mode="ansi")
+    env.reset(seed=0, options={"request": request_at(context, 0.7)})
     assert "loss     +0.000 nats" in env.render()
     env.step(0)
     assert "attn     .##" in env.render()
     assert "measured when the episode ends" in env.render()
 
 
-def test_picture(workbench):
-    env = make(workbench, render_mode="rgb_array", reward=DENSE_TIMING)
-    env.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+def test_picture(context):
+    env = make(context, render_mode="rgb_array", reward=DENSE_TIMING)
+    env.reset(seed=0, options={"request": request_at(context, 0.7)})
     before = env.render()
     env.step(0)
     after = env.render()
@@ -28,16 +28,16 @@ def test_picture(workbench):
     assert not np.array_equal(before, after)
 
 
-def test_without_a_mode_it_warns(workbench):
-    env = make(workbench)
+def test_without_a_mode_it_warns(context):
+    env = make(context)
     env.reset(seed=0)
     with pytest.warns(UserWarning, match="render_mode"):
         assert env.render() is None
 
 
-def test_a_video_can_be_recorded(workbench, tmp_path):
+def test_a_video_can_be_recorded(context, tmp_path):
     pytest.importorskip("moviepy")
-    env = make(workbench, render_mode="rgb_array")
+    env = make(context, render_mode="rgb_array")
     with RecordVideo(env, str(tmp_path / "videos"), disable_logger=True) as recorded:
         play(recorded, 0, masked=True)
     (video,) = tmp_path.glob("videos/*.mp4")

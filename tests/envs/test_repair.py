@@ -13,7 +13,7 @@ from rap_env.blocks import BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.llm.loading import shared_llm
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.envs.conftest import tiny_library
 from tests.envs.playing import DENSE_TIMING, assert_same, make, play, request_at
 from tests.envs.playing_lanes import make_sync, make_vector, play_lanes
@@ -26,18 +26,18 @@ def test_gymnasium_accepts_it(repaired, workload):
     check_env(env, skip_render_check=True, skip_close_check=True)
 
 
-def test_spaces_and_info_are_those_without_stubs(workbench, repaired):
-    plain, stubs = make(workbench), make(repaired)
+def test_spaces_and_info_are_those_without_stubs(context, repaired):
+    plain, stubs = make(context), make(repaired)
     assert stubs.observation_space == plain.observation_space
     assert stubs.action_space == plain.action_space
     ends = [play(env, 3, masked=True)[-1][-1] for env in (plain, stubs)]
     assert ends[0].keys() == ends[1].keys()
 
 
-def test_the_dense_model_is_the_same_one(workbench, repaired):
+def test_the_dense_model_is_the_same_one(context, repaired):
     (_, plain), (_, stubs) = (
         make(bench).reset(seed=0, options={"request": request_at(bench, 0.7)})
-        for bench in (workbench, repaired)
+        for bench in (context, repaired)
     )
     assert stubs == plain  # no block is removed, so no stub stands anywhere
 
@@ -57,27 +57,27 @@ def test_the_bytes_of_stubs_count_until_the_request_fits(repaired, seed):
     assert all(after < before for before, after in itertools.pairwise(peaks))
 
 
-def test_an_agent_sees_what_a_removal_frees_less_its_stub(workbench, repaired):
-    request = request_at(workbench, 0.7)
+def test_an_agent_sees_what_a_removal_frees_less_its_stub(context, repaired):
+    request = request_at(context, 0.7)
     plain, stubs = (
         make(bench).reset(seed=0, options={"request": request})[0]["blocks"][:, 3]
-        for bench in (workbench, repaired)
+        for bench in (context, repaired)
     )
-    dense = workbench.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+    dense = context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
     lost = [count / dense for count in repaired.memory.facts.stub_bytes]
     assert plain - stubs == pytest.approx(lost, abs=1e-6)
 
 
-def test_rewards_are_those_of_the_model_with_stubs(workbench, repaired):
-    options = {"request": request_at(workbench, 0.8)}
+def test_rewards_are_those_of_the_model_with_stubs(context, repaired):
+    options = {"request": request_at(context, 0.8)}
     found = {}
-    for bench in (workbench, repaired):
+    for bench in (context, repaired):
         env = make(bench, reward=DENSE_TIMING)
         env.reset(seed=0, options=options)
         *_, info = env.step(1)
         found[bench] = info["nll"]
         assert info["nll"] == bench.scorer.nll(BlockMask.of(1))
-    assert found[workbench] != found[repaired]
+    assert found[context] != found[repaired]
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -115,7 +115,7 @@ def test_make_takes_the_words_and_a_path(settings, tmp_path):
     fitted = gym.make("RAPPrune-v0", repair="library", **settings)
     again = gym.make_vec("RAPPrune-v0", num_envs=2, repair="library", **settings)
     assert fitted.spec.kwargs["repair"] == "library"
-    assert again.workbench is fitted.unwrapped.workbench
+    assert again.context is fitted.unwrapped.context
     mine = tiny_library(shared_llm(settings["model"], dtype="float32"))
     mine.save(tmp_path / "mine.safetensors")
     own = gym.make("RAPPrune-v0", repair=str(tmp_path / "mine.safetensors"), **settings)

@@ -4,15 +4,15 @@ import pytest
 from gymnasium.error import ResetNeeded
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.envs.playing import COUNT, LONG, make, request_at
 
 
-def test_the_workload_draws_and_options_override(workbench):
-    env = make(workbench)
+def test_the_workload_draws_and_options_override(context):
+    env = make(context)
     drawn = {env.reset(seed=seed)[1]["request"]["budget_bytes"] for seed in range(8)}
     assert len(drawn) > 3
-    request = request_at(workbench, 0.7)
+    request = request_at(context, 0.7)
     for given in (
         request,
         {**LONG, "budget_bytes": request.budget_bytes},
@@ -22,48 +22,48 @@ def test_the_workload_draws_and_options_override(workbench):
         assert env.request == request
 
 
-def test_options_do_not_disturb_the_workload(workbench):
-    plain, other = make(workbench), make(workbench)
+def test_options_do_not_disturb_the_workload(context):
+    plain, other = make(context), make(context)
     first = [plain.reset(seed=4)[1]["request"], plain.reset()[1]["request"]]
-    other.reset(seed=4, options={"request": request_at(workbench)})
+    other.reset(seed=4, options={"request": request_at(context)})
     assert [other.reset()[1]["request"]] == first[:1]
 
 
-def test_a_replay_starts_again_on_a_seeded_reset(workbench, tmp_path):
+def test_a_replay_starts_again_on_a_seeded_reset(context, tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"t,{n},1\n" for n in (9, 19, 29))
     )
     spec = {"name": "trace", "path": str(path), "order": "replay"}
-    env = make(workbench, workload=spec)
+    env = make(context, workload=spec)
     seeds = (0, None, None, None, 7)
     seen = [env.reset(seed=seed)[1]["request"]["seq_len_tokens"] for seed in seeds]
     assert seen == [10, 20, 30, 10, 10]
 
 
-def test_requests_that_fit_the_dense_model_are_drawn_again(workbench):
-    small, large = (workbench.memory.dense_peak_bytes(1, n) for n in (8, 64))
+def test_requests_that_fit_the_dense_model_are_drawn_again(context):
+    small, large = (context.memory.dense_peak_bytes(1, n) for n in (8, 64))
     budget = (small + large) // 2
     grid = {"name": "grid", "batch_sizes": [1], "seq_lens_tokens": [8, 64]}
-    env = make(workbench, workload={**grid, "budget_bytes": [budget]})
+    env = make(context, workload={**grid, "budget_bytes": [budget]})
     lengths = {env.reset(seed=n)[1]["request"]["seq_len_tokens"] for n in range(12)}
     assert lengths == {64}
 
 
-def test_a_workload_that_never_needs_pruning_is_refused(workbench):
-    env = make(workbench, workload={"name": "fixed", "budget_bytes": 2**60})
+def test_a_workload_that_never_needs_pruning_is_refused(context):
+    env = make(context, workload={"name": "fixed", "budget_bytes": 2**60})
     with pytest.raises(InvalidRequestError, match=r"each of 100 requests .* smaller budgets"):
         env.reset(seed=0)
 
 
-def test_an_option_that_fits_the_dense_model_is_refused(workbench):
-    env = make(workbench)
+def test_an_option_that_fits_the_dense_model_is_refused(context):
+    env = make(context)
     with pytest.raises(InvalidRequestError, match=r"dense model already fits .* smaller"):
         env.reset(options={"request": {**LONG, "budget_fraction": 1.0}})
 
 
-def test_an_infeasible_budget_is_refused_at_reset(workbench):
-    env = make(workbench, infeasible="error", workload={"name": "fixed", **LONG})
+def test_an_infeasible_budget_is_refused_at_reset(context):
+    env = make(context, infeasible="error", workload={"name": "fixed", **LONG})
     with pytest.raises(InfeasibleBudgetError, match=r"every block removed.*infeasible='clip'"):
         env.reset(options={"request": {**LONG, "budget_bytes": 10}})
     with pytest.raises(ResetNeeded):
@@ -75,12 +75,12 @@ def test_an_infeasible_budget_is_refused_at_reset(workbench):
     assert list(env.mask.names) == mask_before  # the running episode goes on
 
 
-def test_an_infeasible_budget_is_clipped_on_demand(workbench):
-    env = make(workbench, infeasible="clip")
+def test_an_infeasible_budget_is_clipped_on_demand(context):
+    env = make(context, infeasible="clip")
     options = {"request": {**LONG, "budget_bytes": 10}}
     _, info = env.reset(seed=0, options=options)
     assert info["infeasible"] == {"asked_budget_bytes": 10}
-    assert info["request"]["budget_bytes"] == workbench.memory.least_peak_bytes(env.request)
+    assert info["request"]["budget_bytes"] == context.memory.least_peak_bytes(env.request)
     infos = [env.step(n)[-1] for n in range(COUNT - 1)]
     assert all("infeasible" in info for info in infos)
     _, _, terminated, _, info = env.step(COUNT - 1)
@@ -102,11 +102,11 @@ def test_an_infeasible_budget_is_clipped_on_demand(workbench):
         ([1, 2, 3], InvalidRequestError, "must be a Request or a dict"),
     ],
 )
-def test_bad_requests_are_refused(workbench, request_, error, message):
+def test_bad_requests_are_refused(context, request_, error, message):
     with pytest.raises(error, match=message):
-        make(workbench).reset(options={"request": request_})
+        make(context).reset(options={"request": request_})
 
 
-def test_a_misspelt_option_is_refused(workbench):
+def test_a_misspelt_option_is_refused(context):
     with pytest.raises(UnknownNameError, match="setting of reset: 'requests'"):
-        make(workbench).reset(options={"requests": request_at(workbench)})
+        make(context).reset(options={"requests": request_at(context)})

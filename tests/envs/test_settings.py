@@ -21,9 +21,9 @@ from tests.tiny import tiny_model, tiny_tokenizer
         ({"max_invalid_actions": 1.5}, InvalidRequestError, r"at least 1, not 1\.5"),
     ],
 )
-def test_impossible_settings_are_refused_when_made(workbench, settings, error, message):
+def test_impossible_settings_are_refused_when_made(context, settings, error, message):
     with pytest.raises(error, match=message):
-        make(workbench, **settings)
+        make(context, **settings)
 
 
 def test_a_misspelt_calibration_key_is_refused_before_a_model_loads():
@@ -44,7 +44,7 @@ def test_make_takes_plain_values(tmp_path, monkeypatch):
         "store": str(tmp_path / "scores.sqlite"),
     }
     env, twin = (gym.make("RAPPrune-v0", **settings) for _ in range(2))
-    assert env.unwrapped.workbench is twin.unwrapped.workbench
+    assert env.unwrapped.context is twin.unwrapped.context
     assert env.spec.kwargs == settings
     steps = play(env, 0, masked=True)
     assert steps[-1][2]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, assert_same, request_at
 from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
 
@@ -11,10 +11,10 @@ from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
 @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
-def test_it_plays_as_single_environments_do(workbench, mode, reward, workload):
+def test_it_plays_as_single_environments_do(context, mode, reward, workload):
     settings = {"reward": reward, "workload": workload, "max_invalid_actions": 3}
-    vector = make_vector(workbench, autoreset_mode=mode, **settings)
-    sync = make_sync(workbench, mode, **settings)
+    vector = make_vector(context, autoreset_mode=mode, **settings)
+    sync = make_sync(context, mode, **settings)
     for seed in range(3):
         happened = play_lanes(vector, seed)
         assert_same(happened, play_lanes(sync, seed))
@@ -24,21 +24,21 @@ def test_it_plays_as_single_environments_do(workbench, mode, reward, workload):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_replayed_trace_goes_on_in_each_lane_as_in_single_environments(workbench, mode, tmp_path):
+def test_a_replayed_trace_goes_on_in_each_lane_as_in_single_environments(context, mode, tmp_path):
     path = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(9, 60, 7))
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
     workload = {"name": "trace", "path": str(path), "order": "replay"}
-    vector = make_vector(workbench, autoreset_mode=mode, workload=workload)
-    assert_same(play_lanes(vector, 1), play_lanes(make_sync(workbench, mode, workload=workload), 1))
+    vector = make_vector(context, autoreset_mode=mode, workload=workload)
+    assert_same(play_lanes(vector, 1), play_lanes(make_sync(context, mode, workload=workload), 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_limit_of_steps_truncates_as_gymnasium_does(workbench, mode):
+def test_a_limit_of_steps_truncates_as_gymnasium_does(context, mode):
     settings = {"invalid_action_penalty": 0.5, "reward": DENSE_TIMING}
-    vector = make_vector(workbench, autoreset_mode=mode, max_episode_steps=3, **settings)
+    vector = make_vector(context, autoreset_mode=mode, max_episode_steps=3, **settings)
     happened = play_lanes(vector, 2)
-    assert_same(happened, play_lanes(make_sync(workbench, mode, steps=3, **settings), 2))
+    assert_same(happened, play_lanes(make_sync(context, mode, steps=3, **settings), 2))
     assert any(result[3].any() for result in happened if len(result) == 5)
 
 
@@ -46,7 +46,7 @@ def test_rewards_with_accuracy_are_those_of_single_environments():
     pytest.importorskip("lm_eval")
     from tests.tiny import tiny_tokenizer
 
-    bench = make_workbench(tokenizer=tiny_tokenizer())
+    bench = make_context(tokenizer=tiny_tokenizer())
     settings = {
         "reward": {"name": "combined", "timing": "dense"},
         "tasks": {"names": ["rap_choice"], "limit": 4},
@@ -58,10 +58,10 @@ def test_rewards_with_accuracy_are_those_of_single_environments():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_requests_given_at_the_reset_are_those_of_single_environments(workbench, mode):
-    options = {"request": request_at(workbench, 0.7)}
-    vector = make_vector(workbench, autoreset_mode=mode)
-    sync = make_sync(workbench, mode)
+def test_requests_given_at_the_reset_are_those_of_single_environments(context, mode):
+    options = {"request": request_at(context, 0.7)}
+    vector = make_vector(context, autoreset_mode=mode)
+    sync = make_sync(context, mode)
     seeds = [3, None, 5, 6, 7]
     vector.reset(seed=1)
     sync.reset(seed=1)
@@ -72,8 +72,8 @@ def test_requests_given_at_the_reset_are_those_of_single_environments(workbench,
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_predicted_scores_are_said_to_be_so(workbench, mode, reward):
-    bench = PredictsOddMasks(workbench)
+def test_predicted_scores_are_said_to_be_so(context, mode, reward):
+    bench = PredictsOddMasks(context)
     settings = {"reward": reward, "max_invalid_actions": 3}
     happened = play_lanes(make_vector(bench, autoreset_mode=mode, **settings), 0)
     assert_same(happened, play_lanes(make_sync(bench, mode, **settings), 0))
@@ -91,7 +91,7 @@ def test_predicted_scores_are_said_to_be_so(workbench, mode, reward):
 
 
 class CountsCalls:
-    """A real workbench that notes how many masks are asked for at a time."""
+    """A real context that notes how many masks are asked for at a time."""
 
     def __init__(self, bench) -> None:
         self.bench, self.asked = bench, []
@@ -106,14 +106,14 @@ class CountsCalls:
 
 
 class PredictsOddMasks(CountsCalls):
-    """A real workbench that calls its scores of odd numbers of removals predictions."""
+    """A real context that calls its scores of odd numbers of removals predictions."""
 
     def is_predicted(self, mask):
         return len(mask) % 2 == 1
 
 
-def test_the_scores_of_a_step_are_asked_for_together(workbench):
-    bench = CountsCalls(workbench)
+def test_the_scores_of_a_step_are_asked_for_together(context):
+    bench = CountsCalls(context)
     vector = make_vector(bench, reward=DENSE_TIMING, autoreset_mode="SameStep")
     vector.reset(seed=0)
     for step in range(1, 4):

@@ -14,16 +14,16 @@ import rap_env
 from rap_env.blocks import BlockMask
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, USUAL, assert_same, request_at
 from tests.envs.playing_lanes import LANES, MODES, make_vector, play_lanes
 
 
-def test_gymnasium_makes_it(workbench):
+def test_gymnasium_makes_it(context):
     class Holder:
         """Survives the deep copy of a spec."""
 
-        memory, features, scorer = workbench.memory, workbench.features, workbench.scorer
+        memory, features, scorer = context.memory, context.features, context.scorer
 
         def __deepcopy__(self, memo):
             return self
@@ -31,7 +31,7 @@ def test_gymnasium_makes_it(workbench):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         envs = gym.make_vec(
-            "RAPPrune-v0", num_envs=3, workbench=Holder(), max_episode_steps=7, **USUAL
+            "RAPPrune-v0", num_envs=3, context=Holder(), max_episode_steps=7, **USUAL
         )
     assert type(envs) is RAPPruneVectorEnv is rap_env.RAPPruneVectorEnv
     assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
@@ -42,8 +42,8 @@ def test_gymnasium_makes_it(workbench):
     assert envs.single_action_space == gym.spaces.Discrete(COUNT)
 
 
-def test_results_are_not_touched_by_later_steps(workbench):
-    vector = make_vector(workbench, autoreset_mode="SameStep")
+def test_results_are_not_touched_by_later_steps(context):
+    vector = make_vector(context, autoreset_mode="SameStep")
     happened = play_lanes(vector, 0, steps=20)
     kept = play_lanes(vector, 0, steps=20)
     play_lanes(vector, 5, steps=20)
@@ -60,31 +60,31 @@ def test_results_are_not_touched_by_later_steps(workbench):
     assert infos["removed"].tolist() == [None, [], None, None, None]
 
 
-def test_what_lanes_have_can_be_asked_for_by_name(workbench):
-    vector = make_vector(workbench)
-    vector.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+def test_what_lanes_have_can_be_asked_for_by_name(context):
+    vector = make_vector(context)
+    vector.reset(seed=0, options={"request": request_at(context, 0.7)})
     vector.step(np.arange(LANES))
     assert vector.action_masks().tolist() == (1 - np.eye(COUNT))[:LANES].astype(bool).tolist()
     assert [row.tolist().index(False) for row in vector.call("action_masks")] == list(range(LANES))
     assert vector.get_attr("mask") == tuple(BlockMask.of(lane) for lane in range(LANES))
-    assert vector.get_attr("request") == (request_at(workbench, 0.7),) * LANES
-    assert vector.get_attr("workbench") == (workbench,) * LANES
+    assert vector.get_attr("request") == (request_at(context, 0.7),) * LANES
+    assert vector.get_attr("context") == (context,) * LANES
     assert vector.get_attr("render_mode") == (None,) * LANES
     with pytest.raises(AttributeError, match="no attribute 'speed'"):
         vector.get_attr("speed")
 
 
-def test_it_renders_every_lane(workbench):
-    vector = make_vector(workbench, render_mode="ansi")
-    vector.reset(seed=0, options={"request": request_at(workbench, 0.7)})
+def test_it_renders_every_lane(context):
+    vector = make_vector(context, render_mode="ansi")
+    vector.reset(seed=0, options={"request": request_at(context, 0.7)})
     vector.step(np.array([0, 0, 0, 0, 2]))
     pictures = vector.render()
     assert ["attn     .##" in text for text in pictures] == [True] * 4 + [False]
     assert vector.call("render") == pictures
-    images = make_vector(workbench, render_mode="rgb_array")
+    images = make_vector(context, render_mode="rgb_array")
     images.reset(seed=0)
     assert [image.dtype for image in images.render()] == [np.uint8] * LANES
-    silent = make_vector(workbench)
+    silent = make_vector(context)
     silent.reset(seed=0)
     with pytest.warns(UserWarning, match="render_mode"):
         assert silent.call("render") == (None,) * LANES
@@ -92,13 +92,13 @@ def test_it_renders_every_lane(workbench):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_a_saved_state_goes_on_as_if_nothing_had_happened(workbench, mode, reward):
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, reward):
     settings = {"autoreset_mode": mode, "reward": reward, "max_episode_steps": 9}
-    vector = make_vector(workbench, **settings)
+    vector = make_vector(context, **settings)
     rng = np.random.default_rng(0)
     actions = rng.integers(COUNT, size=(40, LANES))
     vector.reset(seed=4)
-    resumed = make_vector(workbench, **settings)
+    resumed = make_vector(context, **settings)
     for number, row in enumerate(actions):
         result = vector.step(row)
         if number:
@@ -107,12 +107,12 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(workbench, mode, rewar
         if mode == AutoresetMode.DISABLED and over.any():
             result = vector.reset(options={"reset_mask": over})
         state = json.loads(json.dumps(vector.get_state()))
-        resumed = make_vector(workbench, **settings)
+        resumed = make_vector(context, **settings)
         assert_same(resumed.set_state(state), result[0])
 
 
 def test_a_failing_model_leaves_all_lanes_where_they_were():
-    bench = make_workbench()
+    bench = make_context()
     vector = make_vector(bench, reward=DENSE_TIMING)
     vector.reset(seed=0, options={"request": request_at(bench, 0.7)})
     head = bench.llm.model.get_output_embeddings().weight
@@ -131,8 +131,8 @@ def test_a_failing_model_leaves_all_lanes_where_they_were():
     assert vector.masks[4] == BlockMask.of(1, 3)
 
 
-def test_lanes_that_are_over_wait_for_their_reset(workbench):
-    vector = make_vector(workbench, autoreset_mode="Disabled", max_episode_steps=1)
+def test_lanes_that_are_over_wait_for_their_reset(context):
+    vector = make_vector(context, autoreset_mode="Disabled", max_episode_steps=1)
     with pytest.raises(ResetNeeded, match="call reset"):
         vector.step(np.zeros(LANES, dtype=int))
     with pytest.raises(ResetNeeded, match="call reset"):
@@ -154,9 +154,9 @@ def test_lanes_that_are_over_wait_for_their_reset(workbench):
         ({"budget": 1}, TypeError, "unexpected keyword argument 'budget'"),
     ],
 )
-def test_impossible_settings_are_refused(workbench, settings, error, message):
+def test_impossible_settings_are_refused(context, settings, error, message):
     with pytest.raises(error, match=message):
-        RAPPruneVectorEnv(workbench=workbench, **{"num_envs": 2, **settings})
+        RAPPruneVectorEnv(context=context, **{"num_envs": 2, **settings})
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_impossible_settings_are_refused(workbench, settings, error, message):
         ([0.0] * LANES, UnknownNameError, r"Unknown action 0\.0"),
     ],
 )
-def test_impossible_actions_are_refused_and_change_nothing(workbench, actions, error, message):
-    vector = make_vector(workbench)
+def test_impossible_actions_are_refused_and_change_nothing(context, actions, error, message):
+    vector = make_vector(context)
     vector.reset(seed=0)
     with pytest.raises(error, match=message):
         vector.step(np.array(actions))
@@ -186,6 +186,6 @@ def test_impossible_actions_are_refused_and_change_nothing(workbench, actions, e
         ({"options": {"requests": 1}}, UnknownNameError, "setting of reset: 'requests'"),
     ],
 )
-def test_impossible_resets_are_refused(workbench, given, error, message):
+def test_impossible_resets_are_refused(context, given, error, message):
     with pytest.raises(error, match=message):
-        make_vector(workbench).reset(**given)
+        make_vector(context).reset(**given)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from experiments.records import ResultRow, append_record
-from experiments.repair_rows import RepairRow
+from experiments.comparison.records import ResultRow, append_record
+from experiments.repair.rows import RepairRow
 
 FIT_TEXTS = ("self", "wiki", "code")
 REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}

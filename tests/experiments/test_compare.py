@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from experiments.compare import compare
-from experiments.compare_text import final_loss
+from experiments.comparison.groups import read_groups
+from experiments.comparison.records import append_record
+from experiments.comparison.text import final_loss
 from experiments.config import CompareConfig
 from experiments.errors import ExperimentError
-from experiments.groups import read_groups
-from experiments.records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
 from tests.experiments.synthetic_records import DEPENDS, FACTORS, make_row, make_rows, write_root
 
@@ -199,7 +199,7 @@ def run_compare(*arguments, cwd):
 
 
 def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path):
-    done = run_compare(f"runs={ROOT}/experiments/results", "format=json", cwd=tmp_path)
+    done = run_compare(f"runs={ROOT}/results", "format=json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["comparison"] for row in rows} >= {"main", "seeds"}

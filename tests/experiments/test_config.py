@@ -14,11 +14,11 @@ from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
-from experiments.bench import workbench_config
-from experiments.cli import CONF_DIR
+from experiments.comparison.run_folder import run_label
 from experiments.config import EvaluateConfig, as_config, parse_shape, register
+from experiments.contexts import context_config
 from experiments.errors import ExperimentError
-from experiments.runs import run_label
+from experiments.launch import CONF_DIR
 from experiments.train import agent_config
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
@@ -102,11 +102,11 @@ def test_names_in_the_files_exist():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_repair_reaches_the_workbench_from_every_program(program):
-    assert workbench_config(composed(program)).repair == "none"
-    assert workbench_config(composed(program, "repair=library")).repair == "library"
+def test_repair_reaches_the_context_from_every_program(program):
+    assert context_config(composed(program)).repair == "none"
+    assert context_config(composed(program, "repair=library")).repair == "library"
     asked = composed(program, "repair.name=some/stubs.safetensors")
-    assert workbench_config(asked).repair == "some/stubs.safetensors"
+    assert context_config(asked).repair == "some/stubs.safetensors"
 
 
 def test_null_leaves_a_hyperparameter_to_the_agent():

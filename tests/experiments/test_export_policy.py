@@ -12,8 +12,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from agents.policy import TrainedPolicy
-from experiments.bench import open_bench
-from experiments.cli import CONF_DIR
 from experiments.config import (
     AgentConfig,
     Config,
@@ -23,13 +21,15 @@ from experiments.config import (
     ModelConfig,
     TextConfig,
 )
+from experiments.contexts import open_bench
 from experiments.errors import ExperimentError
 from experiments.export_policy import ExportPolicyConfig, export, settings_of, thinned
+from experiments.launch import CONF_DIR
 from experiments.profile import profile
 from experiments.train import train
 from rap_env.errors import ArtifactError
+from rap_env.request import Request
 from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
-from rap_env.workload import Request
 from tests.experiments.test_config import run_program
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -71,27 +71,27 @@ def asked(memory):
 
 def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
     path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
-    workbench = open_bench(config)
-    exported = load_policy(path, workbench.memory)
+    context = open_bench(config)
+    exported = load_policy(path, context.memory)
     assert isinstance(exported, NetworkPolicy)
-    trained = TrainedPolicy.load(run, workbench)
-    for request in asked(workbench.memory):
+    trained = TrainedPolicy.load(run, context)
+    for request in asked(context.memory):
         assert exported.choose(request) == trained.select(request).mask
-    assert exported.order == workbench.gsi.full_order
-    assert exported.file.model.fingerprint == workbench.memory.facts.fingerprint
+    assert exported.order == context.gsi.full_order
+    assert exported.file.model.fingerprint == context.memory.facts.fingerprint
 
 
 def test_the_best_known_masks_lie_beside_it(config, run, tmp_path):
     export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
-    workbench = open_bench(config)
-    table = load_policy(tmp_path / "rap.frontier.json", workbench.memory)
+    context = open_bench(config)
+    table = load_policy(tmp_path / "rap.frontier.json", context.memory)
     assert isinstance(table, FrontierPolicy)
-    assert table.frontier.entries == workbench.frontier.entries
-    assert len(table.frontier.scored) == len(workbench.frontier.entries)
-    assert len(table.frontier.scored) < workbench.frontier.evaluations
-    assert table.frontier.settings["thinned_from_masks"] == workbench.frontier.evaluations
-    for request in asked(workbench.memory):
-        full = FrontierPolicy(workbench.memory, workbench.frontier)
+    assert table.frontier.entries == context.frontier.entries
+    assert len(table.frontier.scored) == len(context.frontier.entries)
+    assert len(table.frontier.scored) < context.frontier.evaluations
+    assert table.frontier.settings["thinned_from_masks"] == context.frontier.evaluations
+    for request in asked(context.memory):
+        full = FrontierPolicy(context.memory, context.frontier)
         assert table.choose(request) == full.choose(request)
     assert thinned(table.frontier).scored == table.frontier.scored
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 import gymnasium as gym
 import pytest
 
-from experiments.bench import open_bench
+from experiments.comparison.records import read_records
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import (
     AgentConfig,
     Config,
@@ -25,11 +26,10 @@ from experiments.config import (
     RepairConfig,
     TextConfig,
 )
+from experiments.contexts import open_bench
 from experiments.evaluate import evaluate
 from experiments.export_scores import TABLE_FILE, export_scores
 from experiments.profile import profile
-from experiments.records import read_records
-from experiments.runs import RunFolder
 from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import RapError

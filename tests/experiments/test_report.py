@@ -8,22 +8,22 @@ from html.parser import HTMLParser
 
 import pytest
 
-from experiments.comparison import Comparison
-from experiments.config import Config
-from experiments.errors import ExperimentError
-from experiments.figures import loss_against_budget
-from experiments.gather import gather
-from experiments.methods import look
-from experiments.records import append_record
-from experiments.report import report
-from experiments.report_words import findings
-from experiments.tables import (
+from experiments.comparison.figures import loss_against_budget
+from experiments.comparison.labels import look
+from experiments.comparison.pairwise_tables import difference_table, tables_markdown
+from experiments.comparison.records import append_record
+from experiments.comparison.report_data import gather
+from experiments.comparison.sentences import findings
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import (
     accuracy_table,
     loss_table,
     summary_table,
     terminal_text,
 )
-from experiments.verdict_tables import difference_table, tables_markdown
+from experiments.config import Config
+from experiments.errors import ExperimentError
+from experiments.report import report
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import FACTORS, make_row, make_rows, write_root
 

@@ -18,10 +18,10 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 
 import httpx
 
-from experiments.cli import CONF_DIR
 from experiments.config import ServeConfig, SoakConfig, as_config, register
 from experiments.config.serving import parse_bytes
 from experiments.errors import ExperimentError
+from experiments.launch import CONF_DIR
 from rap_env.errors import RapError, UnknownNameError
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model

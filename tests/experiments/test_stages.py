@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from experiments.bench import open_bench
-from experiments.cli import CONF_DIR
+from experiments.comparison.methods import check_names
+from experiments.comparison.records import append_record, read_records, read_rows
+from experiments.comparison.report_data import gather, training_dirs
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import (
     AgentConfig,
     Config,
@@ -22,20 +24,18 @@ from experiments.config import (
     TextConfig,
     register,
 )
-from experiments.contestants import check_names
+from experiments.contexts import open_bench
 from experiments.demo import demo, demo_agents
 from experiments.errors import ExperimentError
 from experiments.evaluate import SET_ASIDE, evaluate
-from experiments.gather import gather, training_dirs
+from experiments.launch import CONF_DIR
 from experiments.profile import profile
-from experiments.records import append_record, read_records, read_rows
-from experiments.runs import RunFolder
 from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
+from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.workload import Request
 from tests.tiny import tiny_model, tiny_tokenizer
 
 BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
@@ -288,7 +288,7 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
     texts = ("calibration_sha256", "report_sha256", "model_fingerprint")
     for name in texts:  # the dense model writes the texts
         assert {each[name] for each in with_stubs} == {each[name] for each in plain}
-    published = sorted((Path(__file__).parents[2] / "experiments/results").rglob("results.jsonl"))
+    published = sorted((Path(__file__).parents[2] / "results").rglob("results.jsonl"))
     assert published
     for path in published:
         for each in depends(read_rows(path)):

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from experiments.cli import CONF_DIR, has_neighbours
+from experiments.comparison.run_folder import RunFolder
 from experiments.config import register
-from experiments.runs import RunFolder
+from experiments.launch import CONF_DIR, has_neighbours
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import tiny_model, tiny_tokenizer
 

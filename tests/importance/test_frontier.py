@@ -10,9 +10,9 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance import Frontier, FrontierConfig, build_frontier, gsi
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from rap_env.workload import Request
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm
 

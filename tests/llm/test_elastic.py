@@ -11,7 +11,7 @@ from rap_env.errors import UnknownNameError
 from rap_env.llm.adapter import BlockSite
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.llm.generation import token_by_token
 from tests.tiny import FAMILIES, LAYERS, padded_batch, randomise, tiny_llm, tiny_model
 

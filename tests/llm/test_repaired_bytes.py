@@ -9,7 +9,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.llm.stubs import RANKS, repaired
 from tests.llm.test_elastic import EVERY_FAMILY, EVERY_MASK, MASKS, NUM_BLOCKS, logits
 from tests.llm.test_repaired import EVERY_DTYPE

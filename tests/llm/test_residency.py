@@ -21,7 +21,7 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.tiny import (
     FAMILIES,
     LAYERS,

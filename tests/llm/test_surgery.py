@@ -15,7 +15,7 @@ from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError
 from rap_env.llm import surgery
 from rap_env.llm.surgery import PRUNED_FILE, load_pruned, save_pruned
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.llm.generation import token_by_token
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_tokenizer
 

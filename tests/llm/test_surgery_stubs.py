@@ -9,7 +9,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.llm.surgery import PRUNED_FILE, load_pruned, save_pruned
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.llm.stubs import RANKS, random_stubs, repaired
 from tests.llm.test_surgery import EVERYTHING, MASK, logits, tensor_bytes
 from tests.tiny import FAMILIES, padded_batch, tiny_llm

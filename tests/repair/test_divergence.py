@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rap_env.llm.measure import measured_peak
+from benchmarks.held_bytes import measured_peak
 from rap_env.llm.partial import PartialForward
 from rap_env.repair.divergence import divergence
 from rap_env.scoring.loss import HEAD_TOKENS

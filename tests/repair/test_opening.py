@@ -19,8 +19,8 @@ from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
 from rap_env.repair import FitConfig, fit_library, open_library, opening, repair_label
 from rap_env.repair.library import StubLibrary
+from rap_env.request import Request
 from rap_env.scoring.corpus import load_corpus
-from rap_env.workload import Request
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 

@@ -5,9 +5,9 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.runtime.demand import NOTHING, Demand
 from rap_env.runtime.needs import Needs
-from rap_env.workload import Request
 from tests.tiny import tiny_llm
 
 DEMAND = Demand(3, 20)

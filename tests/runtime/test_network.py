@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rap_env.block_rows import row_columns, row_width
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import ObservationBuilder
 from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
 from rap_env.runtime.network import BlockNetwork
-from rap_env.runtime.rows import row_columns, row_width
-from rap_env.workload import Request
 from tests.runtime.made_policies import features, memory, weights
 
 SHAPES = [(1, 10), (16, 2000), (4, 500)]
@@ -123,7 +123,7 @@ def test_choosing_loads_neither_torch_nor_a_training_library():
         "import sys\n"
         "from tests.runtime.made_policies import memory, policy_file\n"
         "from rap_env.runtime.policies import NetworkPolicy\n"
-        "from rap_env.workload import Request\n"
+        "from rap_env.request import Request\n"
         "model = memory()\n"
         "policy = NetworkPolicy(model, policy_file())\n"
         "assert policy.choose(Request.at_fraction(model, 4, 500, 0.7))\n"

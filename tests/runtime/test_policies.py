@@ -9,6 +9,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
+from rap_env.request import Request
 from rap_env.runtime import policies
 from rap_env.runtime.policies import (
     DensePolicy,
@@ -18,7 +19,6 @@ from rap_env.runtime.policies import (
     StaticPolicy,
     load_policy,
 )
-from rap_env.workload import Request
 from tests.runtime.made_policies import facts, features, memory, policy_file
 
 LOSSES = {"": 2.5, "0": 2.6, "1": 2.7, "0,1": 2.9, "0,1,3": 3.4}

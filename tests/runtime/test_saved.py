@@ -9,9 +9,9 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.request import Request
 from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, load_policy
 from rap_env.runtime.policy_file import PolicyFile
-from rap_env.workload import Request
 
 POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
 TABLE = SAVED / f"{DEFAULT_MODEL}.frontier.json"

@@ -9,7 +9,7 @@ from rap_env.blocks import BlockMask
 from rap_env.scoring.ensemble import ScoreModel, fit_score_model
 from rap_env.scoring.fidelity import spearman
 from rap_env.scoring.score_table import ScoreTable
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.scoring.test_predictor import BLOCKS, fitted, losses, masks
 from tests.scoring.tiny_table import all_masks, table_of
 
@@ -76,8 +76,8 @@ def test_guards_hold_for_many_masks_as_for_one(model):
 
 
 def test_a_table_keeps_the_ensemble_and_its_doubt(tmp_path):
-    workbench = make_workbench()
-    single = table_of(workbench, all_masks(6, 3))
+    context = make_context()
+    single = table_of(context, all_masks(6, 3))
     scores = {BlockMask(indices): nll for indices, nll in single.scores.items()}
     origin = {
         f.name: getattr(single, f.name)

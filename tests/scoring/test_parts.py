@@ -9,7 +9,7 @@ from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
@@ -59,7 +59,7 @@ def test_nothing_of_a_part_is_stored(scorer, tmp_path):
 
 
 def test_a_table_has_one_part_the_whole_text():
-    bench = make_workbench()
+    bench = make_context()
     scorer = TableScorer(table_of(bench, all_masks(6)))
     masks = [BlockMask.of(1), BlockMask.of(0, 3)]
     assert scorer.num_windows == 1

@@ -13,20 +13,20 @@ from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
-from tests.envs.conftest import make_workbench
+from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of
 
 BLOCKS = 6
 
 
 @pytest.fixture(scope="module")
-def workbench():
-    return make_workbench()
+def context():
+    return make_context()
 
 
 @pytest.fixture(scope="module")
-def table(workbench):
-    return table_of(workbench, all_masks(BLOCKS, 3))
+def table(context):
+    return table_of(context, all_masks(BLOCKS, 3))
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def test_a_table_comes_back_from_its_file(table, path):
     assert again.dense_nll == table.scores[frozenset()]
 
 
-def test_measured_scores_are_the_models_to_the_last_bit(workbench, path):
+def test_measured_scores_are_the_models_to_the_last_bit(context, path):
     scorer = TableScorer(ScoreTable.load(path))
     masks = all_masks(BLOCKS, 3)
-    assert scorer.nll_many(masks) == workbench.scorer.nll_many(masks)
-    assert scorer.dense_nll == workbench.scorer.dense_nll
-    assert scorer.scan(BlockMask.of(1)) == workbench.scorer.scan(BlockMask.of(1))
-    assert scorer.context == json.loads(json.dumps(dict(workbench.scorer.context)))
+    assert scorer.nll_many(masks) == context.scorer.nll_many(masks)
+    assert scorer.dense_nll == context.scorer.dense_nll
+    assert scorer.scan(BlockMask.of(1)) == context.scorer.scan(BlockMask.of(1))
+    assert scorer.context == json.loads(json.dumps(dict(context.scorer.context)))
     assert not any(map(scorer.is_predicted, masks))
 
 
@@ -81,11 +81,11 @@ def test_a_block_that_the_model_lacks(table):
         TableScorer(table).nll(BlockMask.of(6))
 
 
-def test_too_few_scores(workbench):
+def test_too_few_scores(context):
     with pytest.raises(ArtifactError, match=r"without layer02\.ffn: not measured.*too few"):
-        table_of(workbench, all_masks(BLOCKS, 1)[:-1])
+        table_of(context, all_masks(BLOCKS, 1)[:-1])
     with pytest.raises(ArtifactError, match="7 scores of .* too few.* 12 masks in all"):
-        table_of(workbench, all_masks(BLOCKS, 1))
+        table_of(context, all_masks(BLOCKS, 1))
 
 
 def test_damaged_files_are_refused(table, path, tmp_path):
@@ -171,7 +171,7 @@ def test_it_loads_neither_torch_nor_transformers(path):
 
 
 def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
-    bench = make_workbench(repaired=True)
+    bench = make_context(repaired=True)
     table_of(bench, all_masks(BLOCKS, 2)).save(tmp_path / "r.json")
     again = ScoreTable.load(tmp_path / "r.json")
     assert again.facts == bench.memory.facts

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from itertools import chain, combinations
 
 from rap_env.blocks import BlockMask
+from rap_env.context.live import PruningContext
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
-from rap_env.workbench import Workbench
 
 
 def all_masks(num_blocks: int, most: int | None = None) -> list[BlockMask]:
@@ -19,30 +19,30 @@ def all_masks(num_blocks: int, most: int | None = None) -> list[BlockMask]:
 
 
 def table_of(
-    workbench: Workbench,
+    context: PruningContext,
     masks: list[BlockMask],
     importance: str = "one_shot",
     gsi_removals: int | None = None,
 ) -> ScoreTable:
     """A table that holds the live scores of some masks."""
-    scorer = workbench.scorer
+    scorer = context.scorer
     tokens = scorer.corpus.tokens
     text = CorpusConfig(source="tokens", windows=tokens.shape[0], window_tokens=tokens.shape[1])
     return ScoreTable.fitted(
-        workbench.memory.facts,
+        context.memory.facts,
         dict(zip(masks, scorer.nll_many(masks), strict=True)),
         context=dict(scorer.context),
         text=scorer.corpus.provenance,
         settings={
             "device": "cpu",
-            "dtype": workbench.memory.facts.dtype,
+            "dtype": context.memory.facts.dtype,
             "calibration": asdict(text),
             "importance": importance,
             "gsi_removals": gsi_removals,
             "gsi_method": "exact",
         },
-        features={name: array.tolist() for name, array in vars(workbench.features).items()},
-        one_shot=asdict(workbench.one_shot),
-        gsi=asdict(workbench.gsi) if importance == "gsi" else None,
+        features={name: array.tolist() for name, array in vars(context.features).items()},
+        one_shot=asdict(context.one_shot),
+        gsi=asdict(context.gsi) if importance == "gsi" else None,
         evaluation_s=0.25,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rap_env.memory import MemoryModel
-from rap_env.workload import Request
+from rap_env.request import Request
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.traces import AZURE_CODE, AZURE_CONV, LEVELS, LengthTable, TraceError, fit_trace
-from rap_env.traces import main as fit_main
-from rap_env.workload import SAMPLERS, Request, make_sampler
+from rap_env.request import Request
+from rap_env.workload import SAMPLERS, make_sampler
+from rap_env.workload.traces import (
+    AZURE_CODE,
+    AZURE_CONV,
+    LEVELS,
+    LengthTable,
+    TraceError,
+    fit_trace,
+)
+from rap_env.workload.traces import main as fit_main
 from tests.workload.drawing import HEADER, draws, share
 
 

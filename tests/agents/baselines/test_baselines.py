@@ -13,7 +13,7 @@ from rap_env.errors import (
     InvalidRequestError,
     UnknownNameError,
 )
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, facts, request_at
 
 # attn, ffn of layers 0 to 3; an ffn block frees 3,000 bytes, an attn block 1,000 and its cache.

@@ -8,7 +8,7 @@ import pytest
 from agents.baselines.base import fits
 from agents.baselines.evolutionary import Evolution, EvolutionaryBaseline
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, request_at
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6)]

@@ -7,7 +7,7 @@ import pytest
 from agents.baselines import make_baseline
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, request_at
 
 

@@ -8,7 +8,7 @@ import pytest
 from agents.baselines import make_baseline
 from agents.baselines.knapsack import cheapest_cover
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench
 
 

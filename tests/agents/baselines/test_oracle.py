@@ -9,7 +9,7 @@ from agents.baselines.base import fits
 from agents.baselines.oracle import MOST_BLOCKS, OracleBaseline
 from rap_env.blocks import BlockMask
 from rap_env.errors import SearchTooLargeError
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, request_at
 
 SHAPES = [(2, 16, 0.85), (8, 64, 0.8), (8, 64, 0.7)]

@@ -11,7 +11,7 @@ from agents.baselines.beam import BeamBaseline
 from agents.baselines.greedy import GreedyPerByteBaseline
 from agents.baselines.swaps import GreedySwapsBaseline
 from rap_env.blocks import BlockMask
-from rap_env.workload import Request
+from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, request_at
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]

@@ -6,7 +6,7 @@ import torch
 
 from agents.networks.rows import BlockRows
 from rap_env.blocks import BlockMask
-from rap_env.envs.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
+from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
 from tests.agents.synthetic import SyntheticBench, request_at
 
 

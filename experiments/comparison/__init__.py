@@ -1,0 +1,1 @@
+"""Comparisons of methods: records, statistics, tables, figures and the HTML report."""

@@ -1,0 +1,110 @@
+"""The page: parts put into the template, with nothing that a browser would have to fetch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.comparison.figures import PNG_DPI, Draw, style, svg_uri
+from experiments.comparison.labels import look
+from experiments.comparison.tables import Table
+from rap_env.artifacts import atomic_write
+from rap_env.errors import MissingDependencyError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A paragraph, table, figure or list of facts of a section."""
+
+    kind: Literal["text", "table", "figure", "facts"]
+    body: Any
+    title: str = ""
+    folded: bool = False
+    words: bool = False
+
+
+@dataclass
+class Section:
+    """A heading with its parts."""
+
+    name: str
+    title: str
+    parts: list[Part] = field(default_factory=list)
+
+    def text(self, body: str) -> None:
+        """Add a paragraph."""
+        self.parts.append(Part("text", body))
+
+    def table(
+        self, table: Table, methods: dict[str, str] | None = None, *,
+        title: str = "", folded: bool = False, words: bool = False,
+    ) -> None:  # fmt: skip
+        """Add a table.
+
+        Args:
+            table: Header and rows.
+            methods: Method behind each first cell, for its colour.
+            title: A heading of its own.
+            folded: Whether it opens only on a click.
+            words: Whether its cells are words, hence left-aligned.
+        """
+        header, rows = table
+        named = methods or {}
+        shown = [
+            {
+                "cells": cells,
+                "colour": look(named[cells[0]]).colour if cells[0] in named else "",
+                "learned": cells[0] in named and look(named[cells[0]]).learned,
+            }
+            for cells in rows
+        ]
+        self.parts.append(Part("table", {"header": header, "rows": shown}, title, folded, words))
+
+    def facts(self, pairs: list[tuple[str, str]], title: str = "") -> None:
+        """Add a list of names and values."""
+        self.parts.append(Part("facts", pairs, title))
+
+
+class Gallery:
+    """Draws figures for the page and as PNG files beside it, and numbers them.
+
+    Args:
+        folder: Where the PNG files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+
+    def add(self, section: Section, name: str, title: str, caption: str, draw: Draw) -> None:
+        """Draw a figure in both forms and put it into a section."""
+        self.count += 1
+        wide = draw(False)
+        with style(), atomic_write(self.folder / f"{name}.png") as file:
+            wide.savefig(file, format="png", dpi=PNG_DPI)
+        body = {
+            "name": name, "number": self.count, "title": title, "caption": caption,
+            "wide": svg_uri(wide), "narrow": svg_uri(draw(True)),
+        }  # fmt: skip
+        section.parts.append(Part("figure", body))
+
+
+def write_page(path: Path, **content: Any) -> None:
+    """Render the template to a file.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+        StorageFullError: The disk is full.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingDependencyError("jinja2", "The report", "plots") from None
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template("report.html.j2").render(**content)
+    with atomic_write(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,237 @@
+"""Run folders: everything that is needed to know what made the numbers in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.config import Config
+from experiments.errors import ExperimentError
+from rap_env.artifacts import atomic_write
+
+PACKAGES = (
+    "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",
+    "lm-eval", "hydra-core", "wandb", "tensorboard", "matplotlib",
+)  # fmt: skip
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_NAMING_SECTIONS = {
+    "train": ("agent", "workload", "reward", "env", "warm_start", "score_model"),
+    "evaluate": ("evaluate",),
+}
+"""Settings that runs of one comparison may differ in, by stage; they go into the run's name."""
+_NOT_NAMED = ("agent", "agent.name", "agent.label", "agent.total_timesteps")
+
+
+def run_label(stage: str, agent: str, seed: int | str, overrides: str = "") -> str:
+    """Name of a run's folder: agent, what differs from the defaults, seed.
+
+    >>> run_label("train", "dqn", 1, "agent=dqn,agent.hyperparameters.gamma=0.9")
+    'dqn-gamma=0.9-s1'
+
+    Args:
+        stage: The experiment.
+        agent: Name or label of the agent; used for ``train`` only.
+        seed: Seed of the run; used for ``train`` only.
+        overrides: Hydra's ``override_dirname``.
+    """
+    named = []
+    for item in re.split(r",(?=[\w./@+~-]+=)", overrides) if overrides else []:
+        key, _, value = item.partition("=")
+        key = key.lstrip("+~")
+        section = key.split(".")[0].split("/")[0]
+        if section in _NAMING_SECTIONS.get(stage, ()) and key not in _NOT_NAMED:
+            named.append(f"{key.split('.')[-1]}={value}")
+    text = re.sub(r"[^\w.=+-]+", "_", "-".join(named)).strip("_")
+    if len(text) > 60:
+        text = f"{text[:50]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if stage == "train":
+        return "-".join(part for part in (agent, text, f"s{seed}") if part)
+    return text or stage
+
+
+def provenance(seeds: dict[str, int]) -> dict[str, Any]:
+    """Versions, machine, commit and seeds, as plain values for a record."""
+    return {
+        "python": platform.python_version(),
+        "packages": _package_versions(),
+        "machine": _machine(),
+        "git": git_state(),
+        "seeds": seeds,
+    }
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder: ``config.yaml``, ``run.json``, and what the stage writes."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics, one JSON line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """Result rows, one JSON line each."""
+        return self.path / "results.jsonl"
+
+    def start(
+        self, config: Config, *, frozen: tuple[str, ...] = (), **facts: Any
+    ) -> dict[str, Any]:
+        """Write what is known at the start; called again when a run resumes.
+
+        Args:
+            config: All settings.
+            frozen: Dotted names of sections that must not change when the run resumes.
+            **facts: What else to keep in ``run.json``.
+
+        Returns:
+            The content of ``run.json``.
+
+        Raises:
+            ExperimentError: A frozen section differs from that of the run's first start.
+        """
+        settings = asdict(config)
+        self._check_unchanged(settings, frozen)
+        self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        record = self.read() or {"stage": config.stage, "starts": [], "seconds": 0.0}
+        seeds = {"run": config.seed, "calibration": config.calibration.seed,
+                 "report_text": config.evaluate.text.seed}  # fmt: skip
+        record.update(facts, provenance=provenance(seeds))
+        record["starts"].append(datetime.now(UTC).isoformat(timespec="seconds"))
+        self._write("run.json", json.dumps(record, indent=1))
+        return record
+
+    def finish(self, started: float, **facts: Any) -> None:
+        """Note that the run ended well.
+
+        Args:
+            started: `time.monotonic()` at the start of this session of the run.
+            **facts: What else to keep in ``run.json``.
+        """
+        record = self.read() or {"seconds": 0.0}
+        record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - started, 2)
+        record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        record.update(facts)
+        self._write("run.json", json.dumps(record, indent=1))
+
+    def read(self) -> dict[str, Any] | None:
+        """The content of ``run.json``, or None if the run never started."""
+        path = self.path / "run.json"
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ExperimentError(f"{path} is damaged; delete the file and run again.")
+        return record
+
+    def settings(self) -> dict[str, Any] | None:
+        """The content of ``config.yaml``, or None."""
+        path = self.path / "config.yaml"
+        return yaml.safe_load(path.read_text()) if path.exists() else None
+
+    def _check_unchanged(self, settings: dict[str, Any], frozen: tuple[str, ...]) -> None:
+        before = self.settings()
+        if before is None:
+            return
+        # A setting that there was not when the run began had what is its default now.
+        old, new = flatten(_filled(before, asdict(Config()))), flatten(settings)
+        changed = sorted(
+            key for key in old.keys() | new.keys()
+            if old.get(key) != new.get(key)
+            and any(key == name or key.startswith(f"{name}.") for name in frozen)
+            and key != "agent.total_timesteps"  # training longer is going on
+        )  # fmt: skip
+        if changed:
+            shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:4])
+            raise ExperimentError(
+                f"{self.path} holds a run with other settings ({shown}); choose another name=..., "
+                "or delete the folder to start it again."
+            )
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic_write(self.path / name) as file:
+            file.write(text.encode())
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _filled(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts with what they lack taken from `defaults`."""
+    filled = {
+        key: _filled(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        else value
+        for key, value in tree.items()
+    }
+    return {**defaults, **filled}
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    machine: dict[str, Any] = {"system": platform.system(), "cpu": _cpu_name()}
+    if "torch" in sys.modules:  # provenance must not be what loads torch
+        torch = sys.modules["torch"]
+        machine["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            machine["gpu"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout and whether it has local changes; None outside a repository."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(_REPOSITORY), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,245 @@
+"""Result rows brought together: one summary a method, one estimate a cell."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.comparison.labels import look, rank
+from experiments.comparison.records import ResultRow
+from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_difference
+from rap_env.errors import ArtifactError
+
+Cell = tuple[int, int, float]
+"""Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
+
+REFERENCE = "dense"
+
+MAIN_POLICY = "rap"
+"""Label of the runs of the policy that a comparison is about."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method over all cells.
+
+    Attributes:
+        method: Its name.
+        loss: Mean loss over cells, seeds and windows, nats per token, with a 95 % interval.
+        loss_calibration: Mean loss on the text that it may have searched on, nats per token.
+        accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
+        evaluations: Mean number of masks scored to decide on one request.
+        setup_evaluations: Masks scored once, before any request.
+        training_s: Mean seconds of training, over seeds; None where none were noted.
+        decision_s: Median seconds from request to mask.
+        fitting: Rows whose peak is within the budget.
+        rows: All its rows.
+        kv_aware: Whether it counts the KV cache.
+    """
+
+    method: str
+    loss: Estimate
+    loss_calibration: float
+    accuracy: float | None
+    evaluations: float
+    setup_evaluations: int
+    training_s: float | None
+    decision_s: float
+    fitting: int
+    rows: int
+    kv_aware: bool
+
+    @property
+    def fits_all(self) -> bool:
+        """Whether it met every budget."""
+        return self.fitting == self.rows
+
+
+class Comparison:
+    """All rows of one part of one evaluation.
+
+    Args:
+        rows: Result rows; all must be measured on the same report text. A row that stands there
+            twice counts once.
+        part: Which part of the evaluation, one of `experiments.comparison.records.PARTS`;
+            rows of other parts are found by `other_part`.
+
+    Raises:
+        ArtifactError: There are none, they were measured on different texts or models, or two
+            are of the same method, seed and cell but of different masks.
+    """
+
+    def __init__(self, rows: Iterable[ResultRow], part: str = "grid") -> None:
+        self._all_rows = list(rows)
+        self.part = part
+        self.rows = _distinct(row for row in self._all_rows if row.part == part)
+        if not self.rows:
+            raise ArtifactError(
+                "There are no result rows to compare; run `python -m experiments.evaluate` first."
+            )
+        self._check_same_text()
+
+    def other_part(self, part: str) -> Comparison | None:
+        """Another part of the same evaluation; None where it has no rows."""
+        there = any(row.part == part for row in self._all_rows)
+        return Comparison(self._all_rows, part) if there else None
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """All methods, in the order of legends."""
+        return sorted({row.method for row in self.rows}, key=lambda m: (rank(m), m))
+
+    @cached_property
+    def compared(self) -> list[str]:
+        """All methods but the dense reference."""
+        return [method for method in self.methods if method != REFERENCE]
+
+    @cached_property
+    def learned(self) -> list[str]:
+        """The trained ones."""
+        return [method for method in self.methods if self._is_learned(method)]
+
+    @cached_property
+    def baselines(self) -> list[str]:
+        """The compared methods that were not trained."""
+        return [method for method in self.compared if method not in self.learned]
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Batch sizes and lengths, small to large."""
+        return sorted({row.shape for row in self.rows}, key=lambda s: (s[0] * s[1], s))
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Cells that every compared method has; means are taken over these alone."""
+        have = [
+            {row.cell for row in self.rows if row.method == method}
+            for method in self.compared or self.methods
+        ]
+        return sorted(set.intersection(*have), key=lambda c: (c[0] * c[1], c[0], -c[2]))
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether some method lacks cells that another has."""
+        return len(self.cells) < len({r.cell for r in self.rows if r.method != REFERENCE})
+
+    @property
+    def budgets(self) -> list[float]:
+        """Budget fractions, from loose to tight."""
+        return sorted({row.budget_fraction for row in self.rows}, reverse=True)
+
+    def at(self, method: str, cell: Cell) -> list[ResultRow]:
+        """Rows of a method at a cell, one a seed."""
+        return self._by_cell.get((method, cell), [])
+
+    def loss_at(self, method: str, cell: Cell) -> Estimate | None:
+        """Loss of a method at a cell over windows and seeds, or None if it has no row."""
+        losses = self.losses_at(method, cell)
+        return bootstrap_mean(losses) if losses else None
+
+    def window_means(
+        self, method: str, cells: Sequence[Cell] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Losses averaged over cells (those that all methods have), shape (seeds, windows).
+
+        Seeds that lack a cell are left out, so that each average is over the same cells.
+        """
+        cells = self.cells if cells is None else cells
+        seeds: dict[int | None, list[Sequence[float]]] = defaultdict(list)
+        for cell in cells:
+            for row in self.at(method, cell):
+                seeds[row.seed].append(row.window_losses)
+        whole = [losses for losses in seeds.values() if len(losses) == len(cells)]
+        return np.asarray(np.mean(np.array(whole, dtype=np.float64), axis=1))
+
+    def difference(self, method: str, other: str) -> Estimate:
+        """Mean loss of `method` minus that of `other`, paired over windows."""
+        return paired_difference(self.window_means(method), self.window_means(other))
+
+    def losses_at(self, method: str, cell: Cell) -> list[list[float]]:
+        """Losses of a method at a cell, shape (seeds, windows)."""
+        return [row.window_losses for row in self.at(method, cell)]
+
+    @cached_property
+    def summaries(self) -> list[Summary]:
+        """One summary a compared method: those that meet every budget first, by loss."""
+        if not self.cells:
+            return []
+        found = [self._summary(method) for method in self.compared]
+        return sorted(found, key=lambda s: (not s.fits_all, s.loss.mean))
+
+    @property
+    def main_policy(self) -> Summary | None:
+        """The trained method that the comparison is about; None without any.
+
+        It is the one called `MAIN_POLICY`, else that of the least loss on the calibration text:
+        to choose by report text would be to search on it.
+        """
+        trained = [s for s in self.summaries if s.method in self.learned]
+        named = [s for s in trained if s.method == MAIN_POLICY]
+        return min(named or trained, key=lambda s: s.loss_calibration, default=None)
+
+    @cached_property
+    def _by_cell(self) -> dict[tuple[str, Cell], list[ResultRow]]:
+        found: dict[tuple[str, Cell], list[ResultRow]] = defaultdict(list)
+        for row in self.rows:
+            found[row.method, row.cell].append(row)
+        return found
+
+    def _summary(self, method: str) -> Summary:
+        rows = [row for cell in self.cells for row in self.at(method, cell)]
+        accuracies = [row.mean_accuracy for row in rows if row.mean_accuracy is not None]
+        trained = [row.training_s for row in rows if row.training_s is not None]
+        return Summary(
+            method=method,
+            loss=bootstrap_mean(self.window_means(method)),
+            loss_calibration=float(np.mean([row.loss_calibration for row in rows])),
+            accuracy=float(np.mean(accuracies)) if accuracies else None,
+            evaluations=float(np.mean([row.evaluations for row in rows])),
+            setup_evaluations=max(row.setup_evaluations for row in rows),
+            training_s=float(np.mean(trained)) if trained else None,
+            decision_s=float(np.median([row.decision_s for row in rows])),
+            fitting=sum(row.fits for row in rows),
+            rows=len(rows),
+            kv_aware=all(row.kv_aware for row in rows),
+        )
+
+    def _is_learned(self, method: str) -> bool:
+        identities = [
+            row.provenance.get("depends_on", {}).get("method", {})
+            for row in self.rows
+            if row.method == method
+        ]
+        return look(method).learned or any("run" in identity for identity in identities)
+
+    def _check_same_text(self) -> None:
+        for key in ("report_sha256", "model_fingerprint"):
+            seen = {str(row.provenance.get("depends_on", {}).get(key)) for row in self.rows}
+            if len(seen) > 1:
+                raise ArtifactError(
+                    f"The result rows differ in {key} ({len(seen)} values), so their losses "
+                    "cannot be compared; report one run folder at a time."
+                )
+
+
+def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """The rows, the same result once: the one that was measured last.
+
+    Raises:
+        ArtifactError: Two are of the same method, seed and cell, but of different masks.
+    """
+    found: dict[tuple[object, ...], ResultRow] = {}
+    for row in rows:
+        place = row.method, row.seed, row.cell
+        if found.setdefault(place, row).mask != row.mask:
+            raise ArtifactError(
+                f"Two result rows of {row.method} (seed {row.seed}) at {row.cell} have different "
+                "masks: they come from different settings; report one run folder at a time."
+            )
+        found[place] = row
+    return list(found.values())

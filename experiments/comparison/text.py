@@ -1,0 +1,154 @@
+"""What `experiments.compare` prints for people: text for the terminal, or Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.comparison.groups import Group, Learning
+from experiments.comparison.labels import look, short_label
+from experiments.comparison.pairwise_tables import (
+    COUNTS_CAPTION,
+    PART_CAPTIONS,
+    PART_TITLES,
+    short_differences,
+    tables_markdown,
+)
+from experiments.comparison.report_data import TrainingRun
+from experiments.comparison.sentences import text_words
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import (
+    TERMINAL_COLUMNS,
+    Table,
+    markdown,
+    plain,
+    seconds,
+    terminal_text,
+)
+from experiments.comparison.targets import goals_table
+
+LAST_EPISODES = 50
+"""Episodes at the end of a training that its final loss is the mean of."""
+
+LEARNING_CAPTION = (
+    f"Final loss: mean over the last {LAST_EPISODES} training episodes (sampled actions, "
+    "calibration text, nats per token), over seeds, with the least and the greatest seed."
+)
+
+
+def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
+    """All groups for the terminal, one after the other, then what trainings came to."""
+    parts = [_group_text(group) for group in groups]
+    for found in learning:
+        parts.append(
+            f"== {_title(found)}: training ==\n\n{plain(learning_table(found))}\n\n"
+            f"{_filled(LEARNING_CAPTION)}"
+        )
+    return "\n\n\n".join(parts)
+
+
+def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
+    """All tables in Markdown."""
+    parts = []
+    for group in groups:
+        first, *others = group.parts.values()
+        parts.append(tables_markdown(first, _title(group)))
+        parts += [tables_markdown(other, _title(group)) for other in others if first.part != "grid"]
+    for found in learning:
+        parts.append(
+            f"# {_title(found)}: training\n\n{markdown(learning_table(found))}\n"
+            f"{LEARNING_CAPTION}\n"
+        )
+    return "\n".join(parts).rstrip()
+
+
+def learning_table(found: Learning) -> Table:
+    """What the trainings of each method came to and what they cost, over seeds."""
+    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final loss"]
+    rows = []
+    for method, runs in found.by_method.items():
+        losses = [loss for run in runs if (loss := final_loss(run)) is not None]
+        shown = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]" if losses else "-"
+        rows.append(
+            [
+                short_label(method), str(len(runs)), _mean_fact(runs, "timesteps"),
+                _mean_fact(runs, "evaluations"), _training_time(runs), shown,
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+def final_loss(run: TrainingRun) -> float | None:
+    """Mean loss of a training's last episodes, nats per token; None where none was logged."""
+    _, losses = run.series("episode/loss")
+    if losses:
+        return float(np.mean(losses[-LAST_EPISODES:]))
+    recent = run.facts.get("recent_loss")
+    return None if recent is None else float(recent)
+
+
+def _group_text(group: Group) -> str:
+    depends = group.depends_on
+    parts = [
+        f"== {_title(group)} ==",
+        _filled(
+            f"Report text: {text_words(depends.get('report_text', {}))}. Calibration text: "
+            f"{text_words(depends.get('calibration', {}))}."
+        ),
+    ]
+    for part, comparison in group.parts.items():
+        if part in PART_TITLES:
+            parts += [f"-- {PART_TITLES[part]} --", _filled(PART_CAPTIONS[part])]
+        parts += _comparison_text(comparison)
+    return "\n\n".join(parts)
+
+
+def _comparison_text(comparison: Comparison) -> list[str]:
+    if not comparison.summaries:
+        return ["No pair of request and budget is shared by all methods, so none are compared."]
+    parts = [terminal_text(comparison), plain(setup_table(comparison))]
+    learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
+    for method in learned:
+        title = f"{look(method).label} minus each other method (nats per token, paired):"
+        parts.append(f"{title}\n\n{plain(short_differences(comparison, method))}")
+    if learned:
+        parts.append(_filled(COUNTS_CAPTION))
+    goals = goals_table(comparison) if comparison.part == "grid" else None
+    return [*parts, plain(goals)] if goals else parts
+
+
+def setup_table(comparison: Comparison) -> Table:
+    """What each method costs once, before any request."""
+    header = ["Cost once", "Evaluations", "Training"]
+    rows = [
+        [
+            short_label(s.method), f"{s.setup_evaluations:,}",
+            "-" if s.training_s is None else seconds(s.training_s),
+        ]
+        for s in comparison.summaries
+    ]  # fmt: skip
+    return header, rows
+
+
+def _title(found: Group | Learning) -> str:
+    repair = "no repair" if found.repair == "none" else f"repair {found.repair}"
+    return f"{found.name}: {found.model}, {repair}"
+
+
+def _mean_fact(runs: Sequence[TrainingRun], key: str) -> str:
+    known = [run.facts[key] for run in runs if run.facts.get(key) is not None]
+    return f"{np.mean(known):,.0f}" if known else "-"
+
+
+def _training_time(runs: Sequence[TrainingRun]) -> str:
+    """Mean seconds of the finished runs; how many are not finished."""
+    known = [run.facts["training_s"] for run in runs if "training_s" in run.facts]
+    open_runs = sum("finished" not in run.facts for run in runs)
+    mean = seconds(float(np.mean(known))) if known else "-"
+    return f"{mean} ({open_runs} unfinished)" if open_runs else mean
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, TERMINAL_COLUMNS)

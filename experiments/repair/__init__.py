@@ -1,0 +1,1 @@
+"""Repair: fit and distil stubs, and measure what they recover."""

@@ -1,0 +1,1 @@
+"""Replay: the same arrivals under the same moving budget for several serving systems."""

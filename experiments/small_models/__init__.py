@@ -1,0 +1,1 @@
+"""Small language models that are trained from scratch in minutes."""

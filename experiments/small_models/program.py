@@ -1,0 +1,152 @@
+"""``python -m experiments.small_models``: a small language model, trained from scratch in minutes.
+
+With 6 layers it has 12 blocks and 4,096 masks, so that all can be tried, and its blocks may differ
+in cost as those of few models at hand do. It is saved as an ordinary model folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison.run_folder import RunFolder, provenance
+from experiments.config import Config
+from experiments.console import say
+from experiments.errors import ExperimentError
+from experiments.small_models.models import untrained
+from experiments.small_models.text import TextSource, TrainingText, train_tokenizer
+from experiments.small_models.training import SmallTrainer
+from rap_env.artifacts import digest, load_artifact, save_artifact
+from rap_env.llm.device import choose_device, choose_dtype
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import load_llm
+from rap_env.llm.model_folder import made_once
+from rap_env.llm.progress import transformers_bars
+from rap_env.scoring.scorer import MaskScorer
+
+log = logging.getLogger(__name__)
+
+RECORD = "small_lm.json"
+"""What the model was made of, beside its weights."""
+
+_KIND, _VERSION = "rap-env.small-lm", 1
+_PROGRESS = "training.pt"
+
+
+def small_lm(config: Config, folder: Path) -> Path:
+    """Train a small model, or find it; killed, the same command goes on.
+
+    Args:
+        config: All settings.
+        folder: The run's folder.
+
+    Returns:
+        The model's folder; whatever takes a model takes it.
+
+    Raises:
+        RapError: A setting cannot be, a text is missing or too short, or a folder holds
+            something else.
+    """
+    run, started = RunFolder(folder), time.monotonic()
+    path = Path(config.small_lm.path) if config.small_lm.path else folder / "model"
+    _check_place(path, _settings(config))
+    run.start(config)
+    made_once(path, lambda work: _make(config, folder, work))
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    record = read_record(path)
+    run.finish(started, held_out_nll=record["held_out_nll"])
+    _report(path, record)
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What the model in a folder was made of.
+
+    Raises:
+        FileNotFoundError: It is no model of this program.
+        ArtifactError: The record is damaged.
+    """
+    return load_artifact(path / RECORD, _KIND, _VERSION)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """All that a model depends on beside the content of its text."""
+    settings = asdict(config.small_lm)
+    del settings["path"]
+    return {**settings, "seed": config.seed, "dtype": config.model.dtype}
+
+
+def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds something else than the model of these settings.
+
+    Raises:
+        ExperimentError: It does.
+        ArtifactError: Its record is damaged.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        found = read_record(path)["settings"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ExperimentError(
+            f"{path} holds something else than a small model; give another small_lm.path."
+        ) from None
+    if changed := sorted(name for name in settings if found.get(name) != settings[name]):
+        raise ExperimentError(
+            f"{path} holds a model with another {', '.join(changed)}; give another small_lm.path, "
+            "or delete the folder to train it again."
+        )
+
+
+def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
+    """Train a model and save it; gives what the folder's manifest notes of it."""
+    settings, source = config.small_lm, TextSource(config)
+    tokenizer = train_tokenizer(source.characters(), settings.vocab_size, settings.max_positions)
+    device = choose_device(config.model.device)
+    dtype = choose_dtype(config.model.dtype, device)
+    model = untrained(settings, tokenizer, config.seed).to(device)
+    texts = source.tokens(ElasticLLM(model, tokenizer, name=settings.family))
+    log.info(
+        "Training %.1f million weights on %d tokens, %.1f times over, in %s on %s.",
+        model.num_parameters() / 1e6, texts.joined.tokens.numel(),
+        settings.steps * settings.batch_windows / len(texts.joined.tokens), dtype, device,
+    )  # fmt: skip
+    made_of = {"settings": _settings(config), "text_sha256": texts.joined.sha256}
+    trainer = SmallTrainer(model, texts.joined, settings, config.seed, dtype)
+    trainer.train(folder / _PROGRESS, digest(made_of), progress=config.progress)
+    with transformers_bars(shown=False):
+        model.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    record = {
+        **made_of,
+        "parameters": model.num_parameters(),
+        "trained_in": str(dtype).removeprefix("torch."),
+        "steps": trainer.step,
+        "seconds": trainer.seconds,
+        "loss_every_100_steps": trainer.curve,
+        "held_out_nll": _held_out_nll(config, work, texts),
+        "texts": {name: dict(text.provenance) for name, text in texts.fit.items()},
+        "held_out_texts": {name: dict(text.provenance) for name, text in texts.held_out.items()},
+        "provenance": provenance({"run": config.seed}),
+    }
+    save_artifact(work / RECORD, _KIND, _VERSION, record)
+    return made_of
+
+
+def _held_out_nll(config: Config, work: Path, texts: TrainingText) -> dict[str, float]:
+    """NLL of the saved model on text that it never saw, by name, nats per token."""
+    llm = load_llm(work, device=config.model.device, dtype=config.model.dtype)
+    return {name: MaskScorer(llm, text).dense_nll for name, text in texts.held_out.items()}
+
+
+def _report(path: Path, record: Mapping[str, Any]) -> None:
+    nll = ", ".join(f"{name} {value:.3f}" for name, value in record["held_out_nll"].items())
+    say(
+        f"{record['parameters'] / 1e6:.2f} million weights, {record['steps']} steps in "
+        f"{record['seconds']:.0f} s; held-out NLL in nats per token: {nll}."
+    )
+    say(f"The model is in {path}; use it as model.name={path}")

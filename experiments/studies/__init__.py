@@ -1,0 +1,1 @@
+"""Studies of calibration text: stability, overfitting and the kind of text."""

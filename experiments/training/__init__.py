@@ -1,0 +1,1 @@
+"""Training: what an agent learns from, sweeps, and where metrics go."""

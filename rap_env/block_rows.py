@@ -1,0 +1,91 @@
+"""What a block-wise policy network sees of each block: the columns of its row, and their numbers.
+
+Training (`agents.networks`, in torch) and the runtime (`rap_env.runtime.network`, in NumPy) build
+the same row from these names, so neither can drift from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES
+
+NEIGHBOURS = (-2, -1, 1, 2)
+"""Places of the blocks beside one: those of its own layer and of the layers next to it."""
+
+PRICED = ("one_shot_loss", "gsi_marginal_loss")
+"""Features of which a row also has the price: the log of importance per useful byte."""
+
+HIDES = {
+    "gsi": ("gsi_rank", "gsi_marginal_loss"),
+    "one_shot": ("one_shot_loss",),
+    "request": ("freed_share",),
+}
+"""The columns that each ablation hides; ``request`` hides the request itself too."""
+
+ABLATIONS = tuple(HIDES)
+"""What a network can be kept from seeing."""
+
+OVER_FLOOR = 1e-6
+"""Added to the share of the bytes over budget, by which a freed share is divided."""
+
+IMPORTANCE_FLOOR = 1e-2
+"""Added to an importance before its price is taken."""
+
+USEFUL_FLOOR = 1e-3
+"""Added to a useful share before a price is taken."""
+
+SPREAD_FLOOR = 1e-4
+"""Added to the spread over blocks by which a deviation is divided."""
+
+MOST_SPREADS = 3.0
+"""Deviations are cut off at so many spreads."""
+
+
+def row_columns(block_vectors: int = 0) -> dict[str, slice]:
+    """The parts of a row by name, and which of its columns each part takes.
+
+    Of the block: ``blocks`` (its features), ``compared`` (the same and the prices, standardised
+    over the kept blocks), ``useful`` (the share of the bytes over budget that it would free, at
+    most 1), ``kept``, ``neighbours`` (whether those are kept; 1 beyond the ends), ``vectors``
+    (its own vector). Of the whole: ``request``, ``mean_kept`` and ``mean_removed`` (features of
+    the kept and of the removed blocks), ``removed_by_kind`` (shares of the attn and of the ffn
+    blocks), ``removed_vectors`` (mean over the removed blocks).
+
+    Args:
+        block_vectors: Width of the vector that each block has, 0 for none.
+    """
+    features = len(BLOCK_FEATURES)
+    widths = {
+        "blocks": features,
+        "compared": features + len(PRICED),
+        "useful": 1,
+        "kept": 1,
+        "neighbours": len(NEIGHBOURS),
+        "vectors": block_vectors,
+        "request": len(REQUEST_FEATURES),
+        "mean_kept": features,
+        "mean_removed": features,
+        "removed_by_kind": 2,
+        "removed_vectors": block_vectors,
+    }
+    columns, start = {}, 0
+    for name, width in widths.items():
+        columns[name] = slice(start, start + width)
+        start += width
+    return columns
+
+
+def row_width(block_vectors: int = 0) -> int:
+    """Columns of a row, W."""
+    last = list(row_columns(block_vectors).values())[-1]
+    return int(last.stop)
+
+
+def shown(names: Sequence[str], without: Collection[str]) -> npt.NDArray[np.float32]:
+    """1 for each feature that a network sees, 0 for what the ablations `without` hide."""
+    hidden = {column for name in without for column in HIDES[name]}
+    return np.array([float(name not in hidden) for name in names], dtype=np.float32)

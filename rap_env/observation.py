@@ -1,0 +1,132 @@
+"""What an agent sees of a request and a mask. Pure: no model is run, so policies use it live."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from rap_env.blocks import BlockMask
+from rap_env.costs import request_costs
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.importance import ImportanceFeatures
+
+REQUEST_FEATURES = ("budget", "batch_size", "seq_len", "bytes_over", "kv_share")
+"""Columns of the observation's ``request``."""
+
+BLOCK_FEATURES = (
+    "kind",
+    "depth",
+    "kept",
+    "freed_share",
+    "one_shot_loss",
+    "gsi_rank",
+    "gsi_marginal_loss",
+)
+"""Columns of the observation's ``blocks``."""
+
+MAX_BATCH_LOG2 = 8
+"""A batch of 256 sequences or more is seen as 1.0."""
+
+BYTES_OVER = REQUEST_FEATURES.index("bytes_over")
+"""The column of ``request`` that depends on the mask."""
+
+KEPT_AND_FREED = slice(BLOCK_FEATURES.index("kept"), BLOCK_FEATURES.index("freed_share") + 1)
+"""The columns of ``blocks`` that are zero once a block is removed."""
+
+Observation = dict[str, npt.NDArray[Any]]
+
+
+class ObservationBuilder:
+    """Builds observations of one model with L layers.
+
+    Args:
+        memory: The model's byte arithmetic.
+        features: What was measured of each block once (see `rap_env.importance`).
+
+    Attributes:
+        space: ``Dict`` of ``request`` (5,) and ``blocks`` (2L, 7), float32 in [0, 1], and
+            ``action_mask`` (2L,), int8, 1 where a block may still be removed.
+    """
+
+    def __init__(self, memory: MemoryModel, features: ImportanceFeatures) -> None:
+        self.memory = memory
+        count = memory.facts.num_blocks
+        self.space: spaces.Space[Observation] = spaces.Dict(  # type: ignore[assignment]
+            {
+                "request": spaces.Box(0.0, 1.0, (len(REQUEST_FEATURES),), np.float32),
+                "blocks": spaces.Box(0.0, 1.0, (count, len(BLOCK_FEATURES)), np.float32),
+                "action_mask": spaces.MultiBinary(count),
+            }
+        )
+        index = np.arange(count)
+        table = np.zeros((count, len(BLOCK_FEATURES)), dtype=np.float32)
+        table[:, 0] = index % 2
+        table[:, 1] = (index // 2) / max(1, memory.facts.num_layers - 1)
+        table[:, 2] = 1.0
+        table[:, 4] = squash(features.one_shot)
+        table[:, 5] = np.clip(features.gsi_rank, 0.0, 1.0)
+        table[:, 6] = squash(features.gsi_marginal_loss)
+        self._dense = table  # the columns that no request changes, with every block kept
+        self._longest_log2 = np.log2(max(2, memory.facts.max_positions))
+
+    def dense(self, request: Request) -> Observation:
+        """The observation of the dense model under `request`, in arrays of its own.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the request.
+        """
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        peak = costs.dense_peak_bytes
+        seen = [
+            min(1.0, request.budget_bytes / peak),
+            min(1.0, np.log2(request.batch_size) / MAX_BATCH_LOG2),
+            min(1.0, np.log2(request.seq_len_tokens) / self._longest_log2),
+            bytes_over(peak, request.budget_bytes, peak),
+            costs.kv_cache_bytes / peak,
+        ]
+        blocks = self._dense.copy()
+        blocks[:, 3] = costs.freed_share
+        return {
+            "request": np.array(seen, dtype=np.float32),
+            "blocks": blocks,
+            "action_mask": np.ones(len(blocks), dtype=np.int8),
+        }
+
+    def build(self, request: Request, mask: BlockMask) -> Observation:
+        """The observation of `mask` under `request`, in arrays of its own.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the request.
+            UnknownNameError: The mask names blocks that the model does not have.
+        """
+        seen = self.dense(request)
+        if not mask:
+            return seen
+        removed = list(mask.check(self.memory.facts.num_blocks).indices)
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        seen["request"][BYTES_OVER] = bytes_over(
+            costs.peak_bytes(removed), request.budget_bytes, costs.dense_peak_bytes
+        )
+        seen["blocks"][removed, KEPT_AND_FREED] = 0.0
+        seen["action_mask"][removed] = 0
+        return seen
+
+
+def bytes_over(peak_bytes: int, budget_bytes: int, dense_peak_bytes: int) -> float:
+    """Bytes above the budget as a share of the dense peak, in [0, 1]."""
+    return min(1.0, max(0, peak_bytes - budget_bytes) / dense_peak_bytes)
+
+
+def squash(loss: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Losses in nats per token onto [0, 1): x / (1 + x), 0 for what is below 0.
+
+    A loss has no upper bound: infinity gives 1.
+    """
+    positive = np.maximum(np.asarray(loss, dtype=np.float64), 0.0)
+    return np.asarray(1.0 - 1.0 / (1.0 + positive), dtype=np.float32)

@@ -1,0 +1,171 @@
+"""Request lengths of public service traces: read from a file, or drawn from a small fitted table.
+
+The lengths of a service have several humps (a chat service answers short questions and long
+pasted texts), which no simple formula follows; a table of quantiles does, in 44 numbers. The two
+tables here were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et al.,
+"Splitwise", ISCA 2024; CC BY 4.0). To fit one to a file of your own::
+
+    python -m rap_env.workload.traces FILE.csv
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.errors import RapError
+
+COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""Header of a trace file: the public Azure form, one request a line, in time order."""
+
+LEVELS: tuple[float, ...] = (
+    0.0, 0.01, *(round(0.025 * k, 3) for k in range(1, 40)), 0.99, 0.999, 1.0,
+)  # fmt: skip
+"""Probabilities at which a `LengthTable` keeps its quantiles: every 2.5 %, and 1, 99 and 99.9 %."""
+
+
+class TraceError(RapError, ValueError):
+    """A trace file that is missing, empty or malformed."""
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """A distribution of sequence lengths, as its quantiles.
+
+    Attributes:
+        quantiles: Tokens of a sequence (prompt and generated) at each of `LEVELS`, ascending.
+
+    Raises:
+        TraceError: The quantiles are too few or too many, not ascending, or below 1.
+    """
+
+    quantiles: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ascending = all(a <= b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
+        if len(self.quantiles) != len(LEVELS) or not ascending or self.quantiles[0] < 1:
+            raise TraceError(
+                f"A length table needs {len(LEVELS)} ascending quantiles of at least 1 token, "
+                f"not {self.quantiles!r}."
+            )
+
+    def at(self, level: float | npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """Lengths in tokens at probabilities in [0, 1], interpolated on a log scale."""
+        logs = np.asarray(np.interp(np.asarray(level), LEVELS, np.log(self.quantiles)))
+        return np.asarray(np.rint(np.exp(logs)), dtype=np.int64)
+
+    def sample(self, rng: np.random.Generator) -> int:
+        """One length in tokens: the quantile at a uniform draw."""
+        return int(self.at(rng.random()))
+
+
+@contextlib.contextmanager
+def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[csv.DictReader[str]]:
+    """The lines of a trace file by column.
+
+    Args:
+        path: A CSV file; a leading ``~`` is the user's home.
+        needed: Columns that it must have.
+
+    Raises:
+        TraceError: The file is missing or no CSV file, also while it is read, or lacks a column.
+    """
+    try:
+        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header = tuple(reader.fieldnames or ())
+            if not set(needed) <= set(header):
+                raise TraceError(
+                    f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
+                    f"{', '.join(header) or 'nothing'}."
+                )
+            yield reader
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(
+            f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
+            f"{', '.join(COLUMNS)}."
+        ) from None
+
+
+def read_trace(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
+    """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
+
+    Args:
+        path: A CSV file with the columns `COLUMNS` (more are ignored).
+
+    Raises:
+        TraceError: The file is missing, has other columns, no request, or a line whose token
+            counts are no whole numbers of at least 0 (with at least 1 in all).
+    """
+    with open_trace(path, COLUMNS[1:]) as reader:
+        lengths = [_tokens(path, reader.line_num, row) for row in reader]
+    if not lengths:
+        raise TraceError(f"The trace {path} has a header but no request.")
+    return np.array(lengths, dtype=np.int64)
+
+
+def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> int:
+    values = [row[column] for column in COLUMNS[1:]]
+    try:
+        context, generated = map(int, values)
+    except (TypeError, ValueError):
+        context = generated = -1
+    if min(context, generated) < 0 or context + generated < 1:
+        raise TraceError(
+            f"Line {line} of the trace {path} should hold two token counts, not "
+            f"{values[0]!r} and {values[1]!r}; correct or remove it."
+        )
+    return context + generated
+
+
+def fit_trace(path: str | PathLike[str]) -> LengthTable:
+    """The length table of a trace file: its empirical quantiles at `LEVELS`.
+
+    Raises:
+        TraceError: As for `read_trace`.
+    """
+    found = np.quantile(read_trace(path), LEVELS, method="nearest")
+    return LengthTable(tuple(int(value) for value in found))
+
+
+# fmt: off
+AZURE_CONV = LengthTable((
+    81, 149, 252, 315, 356, 391, 431, 447, 461, 476, 485, 491, 497, 504, 511, 521, 534, 561,
+    987, 1248, 1375, 1406, 1423, 1439, 1453, 1467, 1480, 1494, 1508, 1523, 1542, 1567, 1602,
+    1663, 1849, 2265, 2731, 4111, 4127, 4145, 4175, 4229, 5348, 14089,
+))
+"""Chat requests: python -m rap_env.workload.traces azure_2023_conv.csv, the 13,927 before 18:55."""
+
+AZURE_CODE = LengthTable((
+    12, 36, 64, 96, 129, 172, 212, 268, 343, 406, 504, 598, 701, 793, 890, 960, 1040, 1094,
+    1166, 1272, 1376, 1482, 1601, 1704, 1799, 1911, 2049, 2169, 2302, 2434, 2561, 2733,
+    2931, 3163, 3543, 3969, 4482, 5113, 6105, 7222, 7447, 7461, 7566, 7841,
+))
+"""Code completion: python -m rap_env.workload.traces azure_2023_code.csv, 7,000 before 18:55."""
+# fmt: on
+
+
+def main(arguments: list[str]) -> int:
+    """Write the table fitted to the trace file named on the command line; the exit status."""
+    if len(arguments) != 1:
+        sys.stderr.write("Usage: python -m rap_env.workload.traces FILE.csv\n")
+        return 2
+    try:
+        table = fit_trace(arguments[0])
+    except TraceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{table}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

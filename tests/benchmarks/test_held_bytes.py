@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks.held_bytes import measured_peak
+
+CPU = torch.device("cpu")
+KIB = 1024
+
+
+def _floats(kib: int) -> torch.Tensor:
+    return torch.ones(kib * KIB // 4)
+
+
+def test_the_peak_counts_what_is_alive_at_once_and_not_what_was_there_before():
+    before = _floats(64)
+    with measured_peak(CPU) as measured:
+        first = _floats(8)
+        second = _floats(4)
+        del first
+        third = _floats(2)
+    assert measured.peak_bytes == 12 * KIB
+    assert measured.left_bytes == 6 * KIB == (second.numel() + third.numel()) * 4
+    assert before.numel() == 16 * KIB
+
+
+def test_temporary_tensors_inside_an_operation_count():
+    logits, wanted = torch.randn(64, 100), torch.zeros(64, dtype=torch.long)
+    with measured_peak(CPU) as measured:
+        functional.cross_entropy(logits, wanted)
+    assert measured.peak_bytes >= logits.numel() * 4  # log-probabilities, seen by nobody
+    assert measured.left_bytes == 0
+
+
+def test_no_work_needs_nothing():
+    with measured_peak(CPU) as measured:
+        pass
+    assert (measured.peak_bytes, measured.left_bytes) == (0, 0)
+
+
+def test_an_error_in_the_block_comes_out_and_the_next_block_measures_again():
+    with pytest.raises(ZeroDivisionError), measured_peak(CPU):
+        1 / 0  # noqa: B018
+    with measured_peak(CPU) as measured:
+        _floats(8)
+    assert measured.peak_bytes == 8 * KIB
+
+
+@pytest.mark.gpu
+def test_the_allocator_of_a_gpu_is_asked_the_same():
+    with measured_peak(torch.device("cuda:0")) as measured:
+        first = torch.ones(1 << 20, device="cuda:0")
+        del first
+    assert measured.peak_bytes == 4 << 20
+    assert measured.left_bytes == 0

@@ -1,0 +1,144 @@
+"""One context for all that measure: shared, kept between runs, never mixed up."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.context.live import ContextConfig, PruningContext, open_context
+from rap_env.errors import ArtifactError
+from rap_env.importance import gsi
+from rap_env.scoring.corpus import Corpus, CorpusConfig
+from rap_env.scoring.store import ScoreStore
+from tests.envs.conftest import tiny_library
+from tests.scoring.test_scorer import tokens
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+
+
+def bench(tmp_path, **settings):
+    settings = {"folder": tmp_path, "progress": False, **settings}
+    return PruningContext(tiny_llm(layers=3), Corpus.of_tokens(tokens()), **settings)
+
+
+def test_importance_is_measured_once_and_kept(tmp_path):
+    first = bench(tmp_path, gsi_removals=2)
+    assert len(first.gsi.order) == 2
+    without = first.one_shot.nll_without
+    assert first.scorer.evaluations == 6 + 5 + 1
+    again = bench(tmp_path, gsi_removals=2)
+    assert again.gsi == first.gsi
+    assert again.one_shot.nll_without == without
+    assert again.features.gsi_rank.tolist() == first.gsi.rank.tolist()
+    assert again.scorer.evaluations == 0
+
+
+def test_what_an_agent_sees_does_not_depend_on_what_was_measured_before(tmp_path):
+    fresh = bench(tmp_path / "a", gsi_removals=1).features
+    longer = bench(tmp_path / "b", gsi_removals=4)
+    assert len(longer.gsi.order) == 4
+    after = bench(tmp_path / "b", gsi_removals=1).features
+    assert np.array_equal(fresh.gsi_marginal_loss, after.gsi_marginal_loss)
+    assert np.array_equal(fresh.gsi_rank, after.gsi_rank)
+
+
+def test_kinds_of_importance(tmp_path):
+    none = bench(tmp_path, importance="none")
+    assert not none.features.one_shot.any()
+    assert none.scorer.evaluations == 0
+    single = bench(tmp_path, importance="one_shot")
+    assert np.array_equal(single.features.one_shot, single.one_shot.loss_rise)
+
+
+def test_an_artifact_by_path(tmp_path):
+    path = tmp_path / "mine.json"
+    profile = gsi(bench(tmp_path).scorer, stop=3, path=path, progress=False)
+    assert bench(tmp_path, importance=str(path)).gsi == profile
+    other = PruningContext(
+        tiny_llm(layers=3, seed=9), Corpus.of_tokens(tokens()), importance=str(path)
+    )
+    with pytest.raises(ArtifactError, match="other weights"):
+        _ = other.gsi
+
+
+def test_one_context_for_each_config(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = CorpusConfig(windows=2, window_tokens=8)
+    config = ContextConfig(
+        model=str(folder), dtype="float32", calibration=text, store=str(tmp_path / "s.sqlite")
+    )
+    first = open_context(config)
+    assert open_context(config) is first
+    first.scorer.scan(first.llm.mask)
+    assert len(ScoreStore(tmp_path / "s.sqlite")) == 4
+    other = open_context(replace(config, store=None))
+    assert other is not first
+    assert other.llm is first.llm  # one model in memory
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Settings for a tiny model in a folder of its own."""
+    folder = tmp_path / "model"
+    tiny_model(layers=3).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = CorpusConfig(windows=2, window_tokens=8)
+    return ContextConfig(
+        model=str(folder), dtype="float32", calibration=text, gsi_removals=2,
+        store=str(tmp_path / "s.sqlite"),
+    )  # fmt: skip
+
+
+def test_a_plain_and_a_repaired_context_share_a_model_and_leave_each_other_alone(config):
+    plain = open_context(config)
+    repaired = open_context(replace(config, repair="library"))
+    assert repaired.llm.model is plain.llm.model
+    assert plain.memory.facts.repair == ""
+    assert repaired.memory.facts.repair == repaired.llm.facts.repair != ""
+    masks = [BlockMask.of(*removed) for removed in ((0,), (3,), (0, 3), (1, 4, 5))]
+    mixed = {plain: [], repaired: []}
+    for mask in masks:
+        for bench in (plain, repaired, plain):
+            mixed[bench].append(bench.scorer.nll(mask))
+    for bench, other in ((plain, repaired), (repaired, plain)):
+        with other.llm.masked(masks[-1]):  # what one has applied is none of the other's business
+            alone = PruningContext(bench.llm, bench.scorer.corpus)
+            assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[bench]))
+            assert alone.scorer.evaluations == len(masks)
+            assert bench.llm.mask == masks[-1]
+    assert plain.scorer.dense_nll == repaired.scorer.dense_nll
+    assert set(mixed[plain]).isdisjoint(mixed[repaired])
+    assert plain.llm.mask == BlockMask()
+
+
+def test_importance_is_kept_apart_by_what_stands_in_the_blocks_places(config, tmp_path):
+    benches = [open_context(replace(config, repair=repair)) for repair in ("none", "library")]
+    orders = [bench.gsi for bench in benches]
+    assert orders[0].nll_after != orders[1].nll_after
+    assert len({bench._artifact("gsi") for bench in benches}) == 2
+    assert orders[1].provenance["scoring"]["repair"] == benches[1].memory.facts.repair
+    assert "repair" not in orders[0].provenance["scoring"]
+    for bench, order in zip(benches, orders, strict=True):
+        order.save(tmp_path / "gsi.json")
+        again = PruningContext(
+            bench.llm, bench.scorer.corpus, importance=str(tmp_path / "gsi.json")
+        )
+        assert again.gsi == order
+    others = PruningContext(
+        benches[0].llm, benches[0].scorer.corpus, importance=str(tmp_path / "gsi.json")
+    )
+    with pytest.raises(ArtifactError, match="measured with the stubs .* is loaded without stubs"):
+        _ = others.gsi
+
+
+def test_a_library_that_was_made_again_is_read_again(config, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    llm = open_context(config).llm
+    asked = replace(config, repair=str(path))
+    for seed in (5, 6):
+        library = tiny_library(llm, seed)
+        library.save(path)
+        assert open_context(asked).memory.facts.repair == library.sha256
+        assert open_context(asked) is open_context(asked)

@@ -1,0 +1,226 @@
+"""The environment on a score table: the episodes of the live model, without the model."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from rap_env.context.live import ContextConfig, PruningContext, open_context
+from rap_env.envs.prune import RAPPruneEnv
+from rap_env.errors import ArtifactError, ModelNotAvailableError
+from rap_env.importance import gsi
+from rap_env.scoring.corpus import CorpusConfig
+from tests.envs.conftest import make_context
+from tests.scoring.tiny_table import all_masks, table_of
+
+BLOCKS = 6
+WORKLOAD = {
+    "name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16, 48],
+    "budget_fractions": [0.6, 0.8, 0.9],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def live():
+    return make_context()
+
+
+@pytest.fixture
+def model(live, tmp_path):
+    """The name of a table with every mask."""
+    table_of(live, all_masks(BLOCKS)).save(tmp_path / "t.json")
+    return f"score_table:{tmp_path / 't.json'}"
+
+
+@pytest.fixture
+def shallow(live, tmp_path):
+    """The name of a table that lacks masks of three removals and more."""
+    table_of(live, all_masks(BLOCKS, 2)).save(tmp_path / "s.json")
+    return f"score_table:{tmp_path / 's.json'}"
+
+
+def play(env, episodes=6):
+    """Everything that an agent with random actions sees."""
+    rng, seen = np.random.default_rng(3), []
+    for episode in range(episodes):
+        observation, info = env.reset(seed=episode)
+        seen.append((observation, 0.0, False, info))
+        over = False
+        while not over:
+            observation, reward, terminated, truncated, info = env.step(rng.integers(BLOCKS))
+            over = terminated or truncated
+            seen.append((observation, reward, terminated, info))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def repaired_live():
+    return make_context(repaired=True)
+
+
+@pytest.fixture
+def repaired_model(repaired_live, tmp_path):
+    """The name of a table of a model whose removed blocks leave stubs behind."""
+    table = table_of(repaired_live, all_masks(BLOCKS))
+    table = replace(table, settings={**table.settings, "repair": "runs/stubs.safetensors"})
+    table.save(tmp_path / "r.json")
+    return f"score_table:{tmp_path / 'r.json'}"
+
+
+@pytest.mark.parametrize("timing", ["terminal", "dense"])
+def test_the_same_episodes_as_with_the_live_model(live, model, timing):
+    settings = {"workload": WORKLOAD, "reward": {"name": "perplexity", "timing": timing}}
+    expected = play(RAPPruneEnv(context=live, **settings))
+    found = play(gym.make("RAPPrune-v0", model=model, importance="one_shot", **settings))
+    assert len(found) == len(expected) > 12
+    for (seen, *rest), (wanted, *others) in zip(found, expected, strict=True):
+        assert rest == others, "rewards and infos to the last bit"
+        assert all(np.array_equal(seen[key], wanted[key]) for key in wanted)
+    assert not any("predicted" in info for *_, info in found)
+
+
+def test_predicted_scores_are_flagged_where_they_are_shown(shallow):
+    env = gym.make("RAPPrune-v0", model=shallow, importance="one_shot", workload=WORKLOAD)
+    infos = [info for *_, info in play(env)]
+    deep = [info for info in infos if "nll" in info and len(info["removed"]) > 2]
+    assert deep
+    assert all(info["predicted"] is True for info in deep)
+    assert not any("predicted" in info for info in infos if info not in deep)
+
+
+CODE = """
+import sys
+import gymnasium as gym, numpy as np, rap_env
+env = gym.make("RAPPrune-v0", model={model!r}, importance="one_shot", workload={workload!r})
+env.reset(seed=0)
+rng, ended = np.random.default_rng(0), 0
+for _ in range(60):
+    *_, terminated, truncated, info = env.step(rng.integers(6))
+    if terminated or truncated:
+        ended += 1
+        assert "nll" in info
+        env.reset()
+assert ended > 3
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_stepping_loads_neither_torch_nor_transformers(model):
+    code = CODE.format(model=model, workload=WORKLOAD)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_needs_the_model_says_so(live, model):
+    bench = open_context(ContextConfig(model=model, importance="one_shot"))
+    with pytest.raises(ModelNotAvailableError, match="no model, which .*tasks.*give the model"):
+        _ = bench.llm
+    with pytest.raises(ModelNotAvailableError, match=r"score table .*t\.json"):
+        gym.make("RAPPrune-v0", model=model, importance="one_shot", reward="accuracy")
+    assert bench.store is None
+    assert bench.memory.facts == live.memory.facts
+    assert bench.one_shot == live.one_shot
+
+
+def test_kinds_of_importance(live, model):
+    def opened(importance):
+        return open_context(ContextConfig(model=model, importance=importance))
+
+    assert not opened("none").features.one_shot.any()
+    assert np.array_equal(opened("one_shot").features.gsi_rank, live.features.gsi_rank)
+    with pytest.raises(ArtifactError, match=r"no GSI order; pass importance='one_shot'"):
+        opened("gsi")
+
+
+def test_a_table_with_gsi_gives_what_the_live_model_gave(tmp_path):
+    base = make_context()
+    live = PruningContext(base.llm, base.scorer.corpus, gsi_removals=2, progress=False)
+    table = table_of(live, all_masks(BLOCKS, 2), importance="gsi", gsi_removals=2)
+    table.save(tmp_path / "g.json")
+    name = f"score_table:{tmp_path / 'g.json'}"
+    bench = open_context(ContextConfig(model=name))
+    for array in ("one_shot", "gsi_rank", "gsi_marginal_loss"):
+        assert np.array_equal(getattr(bench.features, array), getattr(live.features, array))
+    assert bench.gsi == live.gsi
+    single = open_context(ContextConfig(model=name, importance="one_shot"))
+    assert np.array_equal(single.features.one_shot, live.one_shot.loss_rise)
+    gsi(live.scorer, stop=3, path=tmp_path / "mine.json", progress=False)
+    other = open_context(ContextConfig(model=name, importance=str(tmp_path / "mine.json")))
+    assert len(other.gsi.order) == 3
+    assert np.array_equal(other.features.gsi_rank, other.gsi.rank)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"dtype": "bfloat16"}, "dtype='float32', so it cannot give dtype='bfloat16'"),
+        ({"device": "cuda"}, "cannot give device='cuda'"),
+        ({"gsi_removals": 3}, "cannot give gsi_removals=3"),
+        ({"calibration": CorpusConfig(windows=9)}, r"calibration\.windows=2, so .*windows=9"),
+        ({"calibration": CorpusConfig(source="text.txt")}, r"calibration\.source='text\.txt'"),
+    ],
+)
+def test_settings_that_a_table_cannot_honour(model, settings, text):
+    with pytest.raises(ArtifactError, match=text):
+        open_context(ContextConfig(model=model, importance="one_shot", **settings))
+
+
+def test_settings_that_it_was_measured_with(model):
+    text = CorpusConfig(windows=2, window_tokens=8)
+    config = ContextConfig(
+        model=model, importance="one_shot", dtype="float32", device="cpu", calibration=text
+    )
+    assert open_context(config) is open_context(config)
+
+
+def test_a_table_that_was_made_again_is_read_again(live, model, tmp_path):
+    config = ContextConfig(model=model, importance="one_shot")
+    assert len(open_context(config).table.scores) == 2**BLOCKS
+    table_of(live, all_masks(BLOCKS, 2)).save(tmp_path / "t.json")
+    assert len(open_context(config).table.scores) == 22
+
+
+def test_files_that_are_not_there_or_no_table(tmp_path):
+    with pytest.raises(ModelNotAvailableError, match=r"none\.json"):
+        gym.make("RAPPrune-v0", model=f"score_table:{tmp_path / 'none.json'}")
+    (tmp_path / "other.json").write_text(json.dumps({"kind": "x"}))
+    with pytest.raises(ArtifactError, match="truncated or no artifact"):
+        gym.make("RAPPrune-v0", model=f"score_table:{tmp_path / 'other.json'}")
+
+
+def test_a_table_with_stubs_gives_the_episodes_of_the_repaired_model(repaired_live, repaired_model):
+    settings = {"workload": WORKLOAD, "reward": {"name": "perplexity", "timing": "dense"}}
+    expected = play(RAPPruneEnv(context=repaired_live, **settings))
+    found = play(gym.make("RAPPrune-v0", model=repaired_model, importance="one_shot", **settings))
+    assert len(found) == len(expected) > 12
+    for (seen, *rest), (wanted, *others) in zip(found, expected, strict=True):
+        assert rest == others
+        assert all(np.array_equal(seen[key], wanted[key]) for key in wanted)
+
+
+def test_the_repair_of_a_table_is_the_default_or_the_same(model, repaired_model, tmp_path):
+    def opened(name, repair):
+        return open_context(ContextConfig(model=name, importance="one_shot", repair=repair))
+
+    assert opened(repaired_model, "none").memory.facts.repair
+    path = tmp_path / "runs" / "stubs.safetensors"  # the same file, wherever the folder lies
+    assert opened(repaired_model, str(path)).memory.facts.repair
+    with pytest.raises(ArtifactError, match=r"repair='runs/stubs\.safetensors', so it cannot give"):
+        opened(repaired_model, "library")
+    # This table has no word on repair, like those that older versions made.
+    with pytest.raises(ArtifactError, match="repair='none', so it cannot give repair='library'"):
+        opened(model, "library")
+
+
+def test_importance_of_another_repair_is_refused_for_a_table_too(live, repaired_model, tmp_path):
+    gsi(live.scorer, stop=2, path=tmp_path / "plain.json", progress=False)
+    bench = open_context(
+        ContextConfig(model=repaired_model, importance=str(tmp_path / "plain.json"))
+    )
+    with pytest.raises(ArtifactError, match="measured without stubs, but .* with the stubs"):
+        _ = bench.gsi

@@ -1,0 +1,170 @@
+"""Cells beside the grid, and agents that propose several masks: on a tiny real model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+
+from experiments.compare import compare, result_rows
+from experiments.comparison.grid import all_asked
+from experiments.comparison.groups import read_groups
+from experiments.comparison.methods import TABLE_FILE, contestants, decision_scores
+from experiments.comparison.records import read_rows
+from experiments.config import (
+    AgentConfig,
+    CompareConfig,
+    Config,
+    EvaluateConfig,
+    ImportanceConfig,
+    ModelConfig,
+    TextConfig,
+)
+from experiments.contexts import open_bench
+from experiments.errors import ExperimentError
+from experiments.evaluate import evaluate
+from experiments.train import train
+from rap_env.blocks import BlockMask
+from rap_env.errors import InfeasibleBudgetError
+from rap_env.request import Request
+from rap_env.scoring.score_table import ScoreTable
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a random model of four layers in a folder of its own."""
+    base = tmp_path_factory.mktemp("cells")
+    tiny_model(layers=4).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="test", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=3, window_tokens=12),
+            importance=ImportanceConfig(method="one_shot"),
+            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
+                      "budget_fractions": [0.9]},
+            reward={"name": "perplexity"},
+            agent=AgentConfig(name="maskable_ppo", total_timesteps=32, n_envs=2,
+                              hyperparameters={"n_steps": 16, "batch_size": 16}),
+            evaluate=EvaluateConfig(
+                requests=["2x32", "1x16"], budgets=[0.9], sparsities=[0.3, 0.1],
+                outside=["4x48@0.75"], baselines=["greedy_per_byte", "one_shot"], best_of=[1, 4],
+                text=TextConfig(source="self", windows=3, window_tokens=12),
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(config):
+    train(config, config.stage_dir("train") / "rap-s0")
+    evaluate(config, config.stage_dir("evaluate"))
+    return config
+
+
+def rows_of(config):
+    return read_rows(config.stage_dir("evaluate") / "results.jsonl")
+
+
+def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):
+    memory = open_bench(config).memory
+    asked = all_asked(config.evaluate, memory)
+    assert [one.part for one in asked] == ["grid"] * 2 + ["sparsity"] * 2 + ["outside"]
+    for one in asked[2:4]:
+        assert one.cell[:2] == (1, 16)
+        blocks = sum(memory.facts.block_param_bytes)
+        freed = memory.dense_peak_bytes(1, 16) - one.request.budget_bytes
+        assert 0 <= freed - one.sparsity * blocks < 1
+        assert one.cell[2] == one.request.budget_bytes / memory.dense_peak_bytes(1, 16)
+    assert [one.sparsity for one in asked[2:4]] == [0.1, 0.3]
+    assert asked[4].cell == (4, 48, 0.75)
+
+
+def test_cells_that_no_mask_meets_are_refused(config):
+    memory = open_bench(config).memory
+    with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
+        all_asked(replace(config.evaluate, outside=["1x16@0.01"]), memory)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sparsities": [1.5]}, "evaluate.sparsities are fractions of all blocks' bytes"),
+        ({"outside": ["4x48"]}, "A cell is BATCHxTOKENS@BUDGET"),
+        ({"best_of": [0]}, "evaluate.best_of must be at least 1, not 0"),
+        ({"best_of": []}, "evaluate.best_of needs an entry"),
+    ],
+)
+def test_impossible_cells_are_named(config, change, sentence):
+    with pytest.raises(ExperimentError, match=sentence):
+        replace(config.evaluate, **change)
+
+
+def test_every_method_has_a_row_for_every_cell_that_says_its_part(evaluated):
+    rows = rows_of(evaluated)
+    methods = {"dense", "rap", "rap-best_of=4", "greedy_per_byte", "one_shot"}
+    assert {row.method for row in rows} == methods
+    parts = [(row.method, row.part) for row in rows]
+    for method in methods:
+        assert [parts.count((method, p)) for p in ("grid", "sparsity", "outside")] == [2, 2, 1]
+    memory = open_bench(evaluated).memory
+    for row in rows:
+        if row.method != "dense":
+            assert row.fits
+        if row.part == "sparsity" and row.fits:
+            request = Request(1, 16, row.budget_bytes)
+            freed = memory.freed_bytes(request)[list(BlockMask.of(*row.mask).indices)].sum()
+            assert freed >= 0.99 * row.sparsity * sum(memory.facts.block_param_bytes)
+
+
+def test_the_best_of_several_masks_is_really_scored_and_no_worse(evaluated):
+    rows = {(row.method, row.cell, row.part): row for row in rows_of(evaluated)}
+    for (method, cell, part), row in rows.items():
+        if method == "rap":
+            best = rows["rap-best_of=4", cell, part]
+            assert best.loss_calibration <= row.loss_calibration + 1e-6
+            assert row.evaluations == 0
+            assert best.evaluations <= 4
+    assert any(row.evaluations > 1 for row in rows.values() if row.method == "rap-best_of=4")
+    assert all(row.training_s > 0 for row in rows.values() if row.method.startswith("rap"))
+    assert all(row.training_s is None for row in rows.values() if row.method == "one_shot")
+
+
+def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
+    bench = open_bench(evaluated)
+    folder = evaluated.stage_dir("train") / "rap-s0"
+    assert decision_scores(folder) is None
+    blocks = range(bench.memory.facts.num_blocks)
+    masks = [BlockMask.of(*some) for size in (0, 1, 2) for some in combinations(blocks, size)]
+    scores = dict(zip(masks, bench.scorer.nll_many(masks), strict=True))
+    table = ScoreTable.fitted(
+        bench.memory.facts, scores, context=dict(bench.scorer.context), text={}, settings={},
+        features={}, one_shot={}, gsi=None, evaluation_s=0.1,
+    )  # fmt: skip
+    table.save(folder / TABLE_FILE)
+    try:
+        found = {entry.method: entry for entry in contestants(evaluated, bench)}
+        predicted = decision_scores(folder)(masks[:20])
+        assert list(predicted) == pytest.approx(list(scores.values())[:20])
+    finally:
+        (folder / TABLE_FILE).unlink()
+    entry = found["rap-best_of=4"]
+    assert entry.identity["scores"] != "real"
+    assert entry.selector.select(Request.at_fraction(bench.memory, 1, 16, 0.8)).evaluations == 0
+    assert "scores" not in found["rap"].identity
+
+
+def test_parts_are_compared_apart(evaluated):
+    groups, learning = read_groups([evaluated.root])
+    assert [part for group in groups for part in group.parts] == ["grid", "sparsity", "outside"]
+    assert [run.method for found in learning for run in found.runs] == ["rap"]
+    rows = result_rows(groups)
+    assert {row["sparsity"] for row in rows if row["part"] == "sparsity"} == {0.1, 0.3}
+    assert groups[0].parts["grid"].learned == ["rap", "rap-best_of=4"]
+    assert groups[0].parts["grid"].main_policy.method == "rap"
+    text = compare(CompareConfig(runs=str(evaluated.root)))
+    assert text.count("minus each other method") == 2 * 3

@@ -1,0 +1,134 @@
+"""Verdicts on rows whose differences are known, and the goals made of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.comparison.pairwise import Counts, relative_on, verdict_on, verdicts
+from experiments.comparison.pairwise_tables import difference_table, tables_markdown
+from experiments.comparison.records import PARTS
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.targets import competing_cells, goals_table
+from rap_env.errors import ArtifactError
+from tests.experiments.synthetic_records import WINDOWS, make_row
+
+CELLS = [((1, 128), budget) for budget in (0.9, 0.8, 0.7)] + [((8, 2048), 0.9)]
+HARDNESS = np.linspace(0.5, 1.5, WINDOWS)  # of mean 1: windows are hard for all alike
+NOISE = np.tile([-0.2, 0.2], WINDOWS // 2)
+
+
+def rows_of(method, factors, *, seeds=(None,), noise=0.0, **changes):
+    """A row a cell and seed, whose mean loss is the cell's factor."""
+    return [
+        make_row(method, shape, budget, seed=seed,
+                 window_losses=(factor * HARDNESS + noise * NOISE).tolist(), **changes)
+        for (shape, budget), factor in zip(CELLS, factors, strict=True)
+        for seed in seeds
+    ]  # fmt: skip
+
+
+def comparison(*groups):
+    return Comparison([row for rows in groups for row in rows])
+
+
+def test_a_verdict_counts_pairs_and_judges_the_mean():
+    found = verdict_on(
+        comparison(
+            rows_of("ppo", [0.8, 0.9, 1.3, 1.0], seeds=(0, 1), noise=0.01),
+            rows_of("gsi", [1.0, 1.0, 1.0, 1.0]),
+        ),
+        "ppo", "gsi",
+    )  # fmt: skip
+    assert found.cells == found.corrected == Counts(2, 1, 1)
+    assert found.difference.mean == pytest.approx(0.0, abs=1e-9)
+    assert found.relative.mean == pytest.approx(0.0, abs=1e-9)
+    assert found.word == "even"
+
+
+def test_a_tenth_less_is_a_tenth_less():
+    both = comparison(rows_of("ppo", [0.9] * 4, seeds=(0,)), rows_of("gsi", [1.0] * 4))
+    found = verdict_on(both, "ppo", "gsi")
+    assert (found.relative.low, found.relative.high) == pytest.approx((-0.1, -0.1))
+    assert (found.word, found.cells) == ("better", Counts(4, 0, 0))
+    assert verdict_on(both, "gsi", "ppo").word == "worse"
+    assert verdict_on(both, "ppo", "knapsack") is None
+    half = relative_on(both, "ppo", "gsi", both.cells[:2])
+    assert half.mean == pytest.approx(-0.1)
+    assert relative_on(both, "ppo", "gsi", []) is None
+
+
+def test_many_pairs_need_clearer_differences_to_count_together():
+    """A difference that is just clear alone is not so among four that are tested together."""
+    noisy = rows_of("ppo", [0.885, 1.0, 1.0, 1.0], seeds=(0,), noise=1.0)
+    found = verdict_on(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
+    assert found.cells == Counts(1, 3, 0)
+    assert found.corrected == Counts(0, 4, 0)
+
+
+def test_verdicts_stand_in_order_and_never_on_the_method_itself():
+    both = comparison(
+        rows_of("ppo", [1.0] * 4, seeds=(0,)),
+        rows_of("gsi", [1.2] * 4),
+        rows_of("knapsack", [0.8] * 4, fits=False),
+        rows_of("one_shot", [0.9] * 4),
+    )
+    assert [v.other for v in verdicts(both, "ppo")] == ["one_shot", "gsi", "knapsack"]
+    assert [v.other_fits for v in verdicts(both, "ppo")] == [True, True, False]
+    _, table = difference_table(both, "ppo")
+    assert [row[-1] for row in table] == ["worse", "better", "worse*"]
+
+
+def test_goals_are_met_or_not_as_the_numbers_say():
+    both = comparison(
+        rows_of("rap", [0.85] * 4, seeds=(0, 1), decision_s=0.004, evaluations=0),
+        rows_of("ppo", [0.1] * 4, seeds=(0,)),
+        rows_of("gsi", [1.0] * 4),
+        rows_of("greedy_per_byte", [0.8] * 4, decision_s=8.0),
+        rows_of("evolutionary", [0.84] * 4),
+        rows_of("frontier", [0.8] * 4),
+    )
+    assert both.main_policy.method == "rap", "not the one that does best on the report text"
+    header, rows = goals_table(both)
+    met = {row[0]: row[-1] for row in rows}
+    assert met["loses less than the GSI order in the mean"] == "yes"
+    assert met["not above greedy per byte in the mean"] == "no"
+    assert met["quicker to decide than greedy per byte"] == "yes"
+    within = [row for row in rows if row[0].startswith("loss in the mean against")]
+    assert [row[2:] for row in within] == [["+2 % or less", "yes"], ["+2 % or less", "no"]]
+    assert header[-1] == "Met"
+    assert goals_table(comparison(rows_of("gsi", [1.0] * 4))) is None
+
+
+def test_weights_and_cache_compete_where_the_greedy_search_removes_both():
+    both = comparison(
+        rows_of("greedy_per_byte", [1.0] * 4, attn_removed=2, ffn_removed=0)[:2]
+        + rows_of("greedy_per_byte", [1.0] * 4, attn_removed=2, ffn_removed=1)[2:]
+    )
+    assert competing_cells(both) == [(1, 128, 0.7), (8, 2048, 0.9)]
+
+
+def test_the_main_policy_is_not_chosen_by_report_text():
+    both = comparison(
+        rows_of("ppo", [0.5] * 4, seeds=(0,), loss_calibration=0.9),
+        rows_of("maskable_ppo", [0.8] * 4, seeds=(0,), loss_calibration=0.4),
+    )
+    assert both.main_policy.method == "maskable_ppo"
+
+
+def test_parts_are_told_apart():
+    rows = rows_of("gsi", [1.0] * 4)
+    rows += rows_of("gsi", [2.0] * 4, sparsity=0.1) + rows_of("gsi", [3.0] * 4, outside=True)
+    found = Comparison(rows)
+    parts = [found if part == "grid" else found.other_part(part) for part in PARTS]
+    assert [part.summaries[0].loss.mean for part in parts] == pytest.approx([1.0, 2.0, 3.0])
+    page = tables_markdown(found)
+    assert page.index("# At fixed sparsity") < page.index("# Outside the range")
+    assert Comparison(rows_of("gsi", [1.0] * 4)).other_part("outside") is None
+
+
+def test_rows_that_contradict_each_other_are_refused():
+    row = make_row("gsi", (1, 128), 0.9)
+    assert len(Comparison([row, row]).rows) == 1
+    with pytest.raises(ArtifactError, match="have different masks"):
+        Comparison([row, make_row("gsi", (1, 128), 0.9, mask=["layer00.ffn"])])

@@ -1,0 +1,145 @@
+"""Records survive kills, and damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.comparison.records import (
+    ResultRow,
+    append_record,
+    read_records,
+    read_rows,
+    row_key,
+    trim_curve,
+    write_records,
+)
+from rap_env.errors import ArtifactError
+from tests.experiments.synthetic_records import make_row
+
+
+def test_what_is_appended_is_read_back_in_order(tmp_path):
+    path = tmp_path / "deep" / "r.jsonl"
+    for number in range(3):
+        append_record(path, {"n": number})
+    assert read_records(path) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert read_records(tmp_path / "none.jsonl") == []
+
+
+def test_a_torn_last_line_is_dropped_and_the_next_record_stands_on_its_own(tmp_path, caplog):
+    path = tmp_path / "r.jsonl"
+    append_record(path, {"n": 0})
+    with path.open("a") as file:
+        file.write('{"n": 1, "los')
+    assert read_records(path) == [{"n": 0}]
+    assert "torn line" in caplog.text
+    append_record(path, {"n": 2})
+    assert read_records(path) == [{"n": 0}, {"n": 2}]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"n": 0}\n{"n": \n{"n": 2}\n')
+    with pytest.raises(ArtifactError, match=r"Line 2 of .*r\.jsonl is no JSON record"):
+        read_records(path)
+
+
+def test_a_record_without_a_number_is_refused_and_nothing_is_written(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, {"n": 0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_record(path, {"n": float("nan")})
+    assert read_records(path) == [{"n": 0}]
+
+
+def test_killed_writers_lose_nothing_that_was_appended(tmp_path):
+    path = tmp_path / "r.jsonl"
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from experiments.comparison.records import append_record\n"
+        "n = 0\nwhile True:\n"
+        "    append_record(Path(sys.argv[1]), {'n': n, 'pad': 'x' * 200})\n"
+        "    print(n, flush=True)\n    n += 1\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    confirmed = -1
+    for line in process.stdout:
+        confirmed = int(line)
+        if confirmed >= 20:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    numbers = [record["n"] for record in read_records(path)]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) > confirmed
+
+
+def test_metrics_beyond_a_checkpoint_are_dropped_before_they_come_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_records(path, [{"step": step, "loss": 1.0} for step in (10, 20, 20, 30)])
+    trim_curve(path, 20)
+    assert [record["step"] for record in read_records(path)] == [10, 20, 20]
+    trim_curve(path, 0)
+    assert read_records(path) == []
+    trim_curve(tmp_path / "none.jsonl", 0)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_rows_keep_every_field(tmp_path):
+    row = make_row("gsi", (4, 1024), 0.8)
+    append_record(tmp_path / "r.jsonl", row.to_record())
+    assert read_rows(tmp_path / "r.jsonl") == [row]
+    assert row.cell == (4, 1024, 0.8)
+    assert row.attn_removed + row.ffn_removed == len(row.mask)
+
+
+def test_a_row_of_another_schema_names_the_keys():
+    record = make_row("gsi", (1, 128), 0.9).to_record()
+    del record["loss"]
+    record["speed"] = 1
+    with pytest.raises(ArtifactError, match="missing or unknown keys: loss, speed"):
+        ResultRow.from_record(record)
+
+
+def test_rows_of_earlier_versions_have_what_they_lack_by_default():
+    record = make_row("gsi", (1, 128), 0.9).to_record()
+    for key in ("sparsity", "outside", "training_s"):
+        del record[key]
+    row = ResultRow.from_record(record)
+    assert (row.sparsity, row.outside, row.training_s, row.part) == (None, False, None, "grid")
+    published = sorted((Path(__file__).parents[3] / "results").glob("*/evaluate"))
+    assert published
+    for folder in published:
+        assert all(row.part == "grid" for row in read_rows(folder / "results.jsonl"))
+
+
+def test_a_row_is_another_one_if_anything_that_it_depends_on_differs():
+    row = make_row("gsi", (1, 128), 0.9)
+
+    def key(**changes):
+        values = {"method": "gsi", "seed": None, "cell": row.cell, "provenance": row.provenance}
+        return row_key(**{**values, **changes})
+
+    other = json.loads(json.dumps(row.provenance))
+    other["depends_on"]["report_sha256"] = "c" * 64
+    assert key() == row.key
+    keys = {
+        key(),
+        key(part="outside"),
+        key(seed=1),
+        key(method="ppo"),
+        key(cell=(1, 128, 0.8)),
+        key(provenance=other),
+    }
+    assert len(keys) == 6
+    unrelated = {**row.provenance, "commit": "abc"}
+    assert key(provenance=unrelated) == key()

@@ -1,0 +1,105 @@
+"""Run folders know what made them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.comparison.run_folder import RunFolder, flatten, provenance
+from experiments.config import (
+    AgentConfig,
+    Config,
+    ImportanceConfig,
+    ModelConfig,
+    RepairConfig,
+    TextConfig,
+)
+from experiments.errors import ExperimentError
+
+
+@pytest.fixture
+def config():
+    return Config(stage="train", name="x", agent=AgentConfig(name="ppo"), seed=3)
+
+
+def test_a_folder_holds_config_versions_machine_and_seeds(tmp_path, config):
+    run = RunFolder(tmp_path / "ppo-s3")
+    run.start(config, method="ppo", seed=3)
+    facts, settings = run.read(), run.settings()
+    assert settings["agent"]["name"] == "ppo"
+    assert facts["method"] == "ppo"
+    assert facts["provenance"]["packages"]["torch"]
+    assert facts["provenance"]["seeds"]["run"] == 3
+    assert facts["provenance"]["machine"]["cpu"]
+    assert "finished" not in facts
+    run.finish(time.monotonic() - 2, timesteps=7)
+    assert run.read()["timesteps"] == 7
+    assert run.read()["seconds"] >= 2
+
+
+def test_resuming_adds_a_start_and_the_time(tmp_path, config):
+    run = RunFolder(tmp_path)
+    for _ in range(2):
+        run.start(config)
+        run.finish(time.monotonic() - 1)
+    assert len(run.read()["starts"]) == 2
+    assert run.read()["seconds"] >= 2
+
+
+def test_other_settings_are_refused_by_name(tmp_path, config):
+    run = RunFolder(tmp_path)
+    run.start(config, frozen=("agent", "seed"))
+    changed = replace(config, agent=replace(config.agent, n_envs=2))
+    with pytest.raises(ExperimentError, match=r"agent\.n_envs: 8 -> 2.*another name"):
+        run.start(changed, frozen=("agent", "seed"))
+    longer = replace(config, agent=replace(config.agent, total_timesteps=99), progress=False)
+    run.start(longer, frozen=("agent", "seed"))
+    assert run.settings()["agent"]["total_timesteps"] == 99
+
+
+def test_a_damaged_note_says_what_to_do(tmp_path, config):
+    run = RunFolder(tmp_path)
+    run.start(config)
+    (tmp_path / "run.json").write_text('{"stage": ')
+    with pytest.raises(ExperimentError, match="is damaged; delete the file"):
+        run.read()
+
+
+def test_provenance_and_flattening():
+    found = provenance({"run": 1})
+    assert found["python"].count(".") == 2
+    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
+
+
+def test_a_run_from_before_there_was_repair_had_none(tmp_path, config):
+    run = RunFolder(tmp_path)
+    run.start(config, frozen=("agent", "repair"))
+    settings = run.settings()
+    for section in ("repair", "stubs"):
+        del settings[section]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ExperimentError, match=r"repair\.name: 'none' -> 'library'"):
+        run.start(replace(config, repair=RepairConfig("library")), frozen=("agent", "repair"))
+    run.start(config, frozen=("agent", "repair"))
+    assert run.settings()["repair"] == {"name": "none"}
+
+
+@pytest.mark.parametrize("name", ["main", "seeds"])
+def test_published_settings_can_be_gone_on_with(tmp_path, name):
+    """They were written before there were repair and ways of GSI."""
+    published = Path(__file__).parents[3] / "results" / name / "evaluate/config.yaml"
+    settings = yaml.safe_load(published.read_text())
+    (tmp_path / "config.yaml").write_text(published.read_text())
+    sections = {
+        "model": ModelConfig, "calibration": TextConfig, "importance": ImportanceConfig,
+    }  # fmt: skip
+    same = Config(stage="profile", **{key: made(**settings[key]) for key, made in sections.items()})
+    frozen = (*sections, "repair")
+    RunFolder(tmp_path).start(same, frozen=frozen)
+    with pytest.raises(ExperimentError, match="holds a run with other settings"):
+        RunFolder(tmp_path).start(replace(same, repair=RepairConfig("library")), frozen=frozen)

@@ -1,0 +1,117 @@
+"""Intervals cover what they should, and pairing helps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.comparison.statistics import (
+    RESAMPLES,
+    Estimate,
+    bootstrap_mean,
+    difference_p,
+    holm,
+    paired_difference,
+    relative_difference,
+)
+
+
+def test_the_mean_is_the_mean_and_lies_within_its_interval():
+    values = np.random.default_rng(0).normal(1.0, 0.3, 40)
+    found = bootstrap_mean(values)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low < found.mean < found.high
+    # The normal approximation for 40 draws: 1.96 standard errors on either side.
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.15)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        found = bootstrap_mean(rng.normal(0.0, 1.0, 30), resamples=400)
+        covered += found.low <= 0.0 <= found.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_the_same_values_give_the_same_interval():
+    values = [0.1, 0.5, 0.2, 0.9]
+    assert bootstrap_mean(values) == bootstrap_mean(values)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    windows = np.random.default_rng(2).normal(1.0, 0.1, 30)
+    alike = bootstrap_mean([windows, windows, windows])
+    apart = bootstrap_mean([windows - 0.5, windows, windows + 0.5])
+    assert alike.mean == pytest.approx(apart.mean)
+    assert apart.high - apart.low > 3 * (alike.high - alike.low)
+    assert apart.seeds == 3
+
+
+def test_one_value_is_its_own_interval():
+    assert bootstrap_mean([0.25]) == Estimate(0.25, 0.25, 0.25, 1)
+
+
+def test_pairing_tells_apart_what_single_intervals_cannot():
+    rng = np.random.default_rng(3)
+    hardness = rng.normal(2.0, 1.0, 24)  # windows differ far more than the methods
+    one = hardness + rng.normal(0, 0.01, 24)
+    two = hardness + 0.05 + rng.normal(0, 0.01, 24)
+    first, second = bootstrap_mean(one), bootstrap_mean(two)
+    assert first.high > second.low, "alone they overlap"
+    difference = paired_difference(one, two)
+    assert difference.high < 0
+    assert difference.mean == pytest.approx(-0.05, abs=0.01)
+
+
+@pytest.mark.parametrize("values", [[], [np.nan, 1.0], [np.inf]])
+def test_values_that_have_no_mean_are_refused(values):
+    with pytest.raises(ValueError, match="finite values"):
+        bootstrap_mean(values)
+
+
+def test_other_windows_cannot_be_paired():
+    with pytest.raises(ValueError, match="same windows: 2 against 3"):
+        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_seeds_of_the_other_method_widen_a_difference_too():
+    rng = np.random.default_rng(4)
+    one, windows = rng.normal(1.0, 0.1, 30), rng.normal(1.2, 0.1, 30)
+    alike = paired_difference(one, [windows, windows, windows])
+    apart = paired_difference(one, [windows - 0.5, windows, windows + 0.5])
+    assert alike.mean == pytest.approx(apart.mean)
+    assert apart.high - apart.low > 3 * (alike.high - alike.low)
+
+
+def test_a_relative_difference_is_a_ratio_of_means():
+    hardness = np.random.default_rng(5).uniform(0.5, 4.0, 24)
+    found = relative_difference(0.9 * hardness, hardness)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1)), (
+        "windows are resampled jointly, so that a tenth less on each is a tenth less for sure"
+    )
+    noisy = relative_difference(0.9 * hardness + np.linspace(-0.3, 0.3, 24), hardness)
+    assert noisy.low < -0.1 < noisy.high
+
+
+def test_there_is_no_ratio_to_a_loss_that_may_be_zero():
+    windows = np.linspace(-1.0, 1.1, 12)
+    assert relative_difference(windows + 1, windows) is None
+    assert relative_difference(windows, np.zeros(12)) is None
+
+
+def test_a_p_value_is_small_where_the_interval_leaves_zero_out():
+    rng = np.random.default_rng(6)
+    base = rng.normal(1.0, 0.5, 24)
+    clear, none = base + 0.2 + rng.normal(0, 0.05, 24), base + rng.normal(0, 0.05, 24)
+    assert difference_p(base, clear) == pytest.approx(2 / (RESAMPLES + 1)), "the least there is"
+    assert difference_p(base, none) > 0.05
+    assert difference_p(base, base) == 1.0
+
+
+def test_holm_rejects_in_order_and_stops_at_the_first_that_is_not_clear():
+    assert holm([0.04, 0.001, 0.03, 0.012]) == [False, True, False, True]
+    assert holm([0.04]) == [True]
+    assert holm([0.03, 0.03]) == [False, False]
+    assert holm([]) == []

@@ -1,0 +1,213 @@
+"""The repair program on a tiny real model: libraries, rows, resumed, refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from experiments.config import (
+    Config,
+    EvaluateConfig,
+    ImportanceConfig,
+    ModelConfig,
+    RepairConfig,
+    StubsConfig,
+    TextConfig,
+)
+from experiments.errors import ExperimentError
+from experiments.repair.orders import FILE as ORDERS
+from experiments.repair.orders import orders_table, read_orders
+from experiments.repair.program import FILE, repair
+from experiments.repair.rows import RepairRow, read_repair_rows
+from experiments.repair.setup import RepairBench
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
+from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
+from rap_env.repair import StubLibrary
+from rap_env.request import Request
+from rap_env.scoring.scorer import MaskScorer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+CELLS = ["1x16@0.8", "2x32@0.7"]
+
+
+def text(seed: int, windows: int = 8) -> TextConfig:
+    return TextConfig(source="self", windows=windows, window_tokens=12, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.mktemp("repair")
+    tiny_model(layers=4).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="repair", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=text(9, 3),
+            importance=ImportanceConfig(gsi_removals=3),
+            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
+                      "budget_fractions": [0.9, 0.7]},
+            evaluate=EvaluateConfig(),
+            stubs=StubsConfig(
+                fit_texts={"first": text(1, 12), "second": text(2)},
+                report_texts={"first": text(3), "third": text(4)},
+                rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
+                study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
+                alone=["first"],
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(config) -> list[RepairRow]:
+    return read_repair_rows(repair(config, config.stage_dir("repair")))
+
+
+def _grid(rows: list[RepairRow], name: str) -> list[RepairRow]:
+    return [row for row in rows if (row.study, row.repair) == ("grid", name)]
+
+
+def test_there_is_a_row_for_each_repair_cell_and_text(rows):
+    for name in ("none", "library", "distilled", "per_mask"):
+        found = {(row.cell, row.text) for row in _grid(rows, name)}
+        assert found == {
+            (cell, text) for cell in ((1, 16, 0.8), (2, 32, 0.7)) for text in ("first", "third")
+        }
+    assert len(rows) == len(CELLS) * 2 * 4 + 2 * (1 + 1 + 1)
+    assert {row.held_out_domain for row in rows if row.text == "third"} == {True}
+
+
+def test_every_mask_fits_its_budget_with_its_stubs(config, rows):
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    library = StubLibrary.load(config.stage_dir("repair") / "library.safetensors")
+    for row in rows:
+        assert row.peak_bytes <= row.budget_bytes
+        request = Request(*row.cell[:2], row.budget_bytes)
+        plain = MemoryModel(llm).peak_bytes(BlockMask.of(*row.mask), request)
+        if row.repair == "none":
+            assert row.peak_bytes == plain
+        elif row.study == "grid" and row.repair in ("library", "per_mask"):
+            stubs = sum(library.stubs[index].nbytes for index in BlockMask.of(*row.mask))
+            assert row.peak_bytes == plain + stubs
+
+
+def test_a_row_is_the_loss_of_the_repaired_mask_over_the_dense_model(config, rows):
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    bench = RepairBench(config, config.stage_dir("repair"))
+    for row in (*_grid(rows, "library"), *_grid(rows, "distilled"), *_grid(rows, "none")):
+        library = {"none": None, "library": bench.library, "distilled": bench.distilled}[row.repair]
+        view = llm if library is None else library.attach(llm)
+        scorer = MaskScorer(view, bench.texts.report[row.text])
+        loss = scorer.nll(BlockMask.of(*row.mask)) - scorer.dense_nll
+        assert row.loss == pytest.approx(loss, abs=1e-6)
+        assert row.loss_ci_low <= row.loss <= row.loss_ci_high
+
+
+def test_what_stubs_were_fitted_on_is_counted(rows):
+    tokens = {(row.study, row.repair): row.fit_tokens for row in rows}
+    assert tokens == {
+        ("grid", "none"): 0, ("grid", "library"): 20 * 12, ("grid", "distilled"): 20 * 12,
+        ("grid", "per_mask"): 20 * 12, ("tokens", "library"): 24, ("domain", "library"): 8 * 12,
+        ("alone", "library"): 12 * 12,
+    }  # fmt: skip
+    (domain,) = {tuple(row.fitted_on) for row in rows if row.study == "domain"}
+    assert domain == ("second",)
+    masks = {(row.study, row.cell): row.mask for row in rows if row.repair == "library"}
+    cell = (2, 32, 0.7)
+    assert {row.cell for row in rows if row.study != "grid"} == {cell}
+    assert {row.mask_from for row in rows if row.study == "alone"} == {"first"}
+    assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
+
+
+def test_run_again_it_measures_nothing(config, rows, monkeypatch):
+    def measured(*_: object) -> None:
+        raise AssertionError("a row was measured again")
+
+    monkeypatch.setattr("experiments.repair.program.Judge._row", measured)
+    again = read_repair_rows(repair(config, config.stage_dir("repair")))
+    assert again == rows
+
+
+def test_a_lost_row_alone_is_made_again(config, rows, tmp_path):
+    folder = config.stage_dir("repair")
+    path = folder / FILE
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-2]) + lines[-1][:40])  # killed in the middle of a line
+    repair(config, folder)
+    assert {row.key: row.loss for row in read_repair_rows(path)} == {
+        row.key: row.loss for row in rows
+    }
+
+
+def test_other_settings_are_refused_in_the_same_folder(config, rows):
+    other = replace(config, stubs=replace(config.stubs, rank=3))
+    with pytest.raises(ExperimentError, match=r"stubs\.rank: 2 -> 3"):
+        repair(other, config.stage_dir("repair"))
+
+
+def test_a_damaged_library_is_refused(config, rows, tmp_path):
+    folder = tmp_path / "repair"
+    folder.mkdir()
+    whole = (config.stage_dir("repair") / "library.safetensors").read_bytes()
+    (folder / "library.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ArtifactError, match="truncated"):
+        repair(config, folder)
+
+
+def test_text_that_is_fitted_on_is_not_reported_on(config, tmp_path):
+    shared = tmp_path / "shared.txt"
+    shared.write_text("the cat sat on the mat and looked at the dog. " * 200)
+    source = TextConfig(source=str(shared), windows=4, window_tokens=36)
+    stubs = replace(
+        config.stubs, fit_texts={"a": source}, report_texts={"a": source}, domain_study=[], alone=[]
+    )
+    with pytest.raises(CorpusError, match="share"):
+        repair(replace(config, stubs=stubs), tmp_path / "run")
+
+
+def test_settings_that_cannot_be_are_refused(config, tmp_path):
+    with pytest.raises(ExperimentError, match="need an entry each"):
+        repair(replace(config, stubs=replace(config.stubs, report_texts={})), tmp_path)
+    with pytest.raises(ExperimentError, match=r"leave repair\.name"):
+        repair(replace(config, repair=RepairConfig("library")), tmp_path / "other")
+    capped = replace(config.model, max_memory_bytes=10**9)
+    with pytest.raises(ExperimentError, match=r"set stubs\.distill_steps=0"):
+        repair(replace(config, model=capped), tmp_path / "capped")
+    table = replace(config.model, name="score_table:some/table.json")
+    with pytest.raises(ExperimentError, match="fits stubs to its hidden states"):
+        repair(replace(config, model=table), tmp_path / "table")
+    with pytest.raises(UnknownNameError, match="nonsense"):
+        StubsConfig(repairs=["nonsense"])
+    with pytest.raises(UnknownNameError, match=r"domain_study.*'b'"):
+        StubsConfig(fit_texts={"a": text(0)}, domain_study=["b"])
+    with pytest.raises(UnknownNameError, match=r"study_cells.*'1x16@0\.5'"):
+        StubsConfig(cells=CELLS, study_cells=["1x16@0.5"])
+    with pytest.raises(ExperimentError, match="8x2048@0.85"):
+        StubsConfig(cells=["8x2048"])
+    with pytest.raises(ExperimentError, match="held_back_share"):
+        StubsConfig(held_back_share=math.nan)
+
+
+def test_the_order_of_importance_is_measured_with_stubs_in_place(config, rows):
+    orders = read_orders(config.stage_dir("repair") / ORDERS)
+    assert list(orders) == ["none", "library", "distilled"]
+    library = StubLibrary.load(config.stage_dir("repair") / "library.safetensors")
+    assert orders["none"]["stubs"] == ""
+    assert orders["library"]["stubs"] == library.sha256
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    scorer = MaskScorer(
+        library.attach(llm), RepairBench(config, config.stage_dir("repair")).calibration
+    )
+    removed = orders["library"]["order"]
+    loss = scorer.nll(BlockMask.of(*removed)) - scorer.dense_nll
+    assert orders["library"]["loss_after"][-1] == pytest.approx(loss, abs=1e-6)
+    header, lines = orders_table(orders)
+    assert header[1:] == ["3 removed", "first 3 shared with no stubs", "attn of first 3"]
+    assert lines[0][1:3] == [f"{orders['none']['loss_after'][2]:.3f}", "3"]

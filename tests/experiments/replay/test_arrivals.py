@@ -1,0 +1,105 @@
+"""Arrivals: read from a trace file or drawn, thinned and scaled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.replay.arrivals import FITTED, Arrival, Thinning, drawn_arrivals, read_arrivals
+from rap_env.errors import UnknownNameError
+from rap_env.workload.traces import TraceError
+
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.fixture
+def trace(tmp_path):
+    lines = [
+        "2023-11-16 18:59:58.0000000,100,10",
+        "2023-11-16 18:59:58.5000000,200,20",
+        "2023-11-16 19:00:02.2500000,4000,0",
+        "2023-11-16 19:00:58.0000000,7,7",
+        "2023-11-16 19:05:00.0000000,1,1",
+    ]
+    path = tmp_path / "trace.csv"
+    path.write_text(HEAD + "\n".join(lines) + "\n")
+    return path
+
+
+def test_times_count_from_the_first_request(trace):
+    found = read_arrivals(trace, Thinning(minutes=10, max_prompt_tokens=9999))
+    assert found == (
+        Arrival(0.0, 100, 10), Arrival(0.5, 200, 20), Arrival(4.25, 4000, 1), Arrival(60.0, 7, 7),
+        Arrival(302.0, 1, 1),
+    )  # fmt: skip
+    assert found[1].total_tokens == 220
+
+
+def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
+    found = read_arrivals(
+        trace,
+        Thinning(minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300),
+    )
+    assert found == (Arrival(0.0, 10, 1), Arrival(4.25 / 4, 300, 1))
+    other = Thinning(minutes=1, token_scale=0.1, new_token_scale=2.0)
+    assert read_arrivals(trace, other)[1] == Arrival(0.5, 20, 40)
+    assert len(read_arrivals(trace, Thinning(minutes=1))) == 3  # the end is not part of it
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("", "has no request"),
+        ("yesterday,1,1\n", "Line 2 .*'yesterday'"),
+        ("2023-11-16 18:59:58,one,1\n", "Line 2"),
+        ("2023-11-16 18:59:58,-1,5\n", "Line 2"),
+        ("2023-11-16 18:59:58,0,0\n", "Line 2"),
+        ("2023-11-16 18:59:58,1,1\n2023-11-16 18:59:57,1,1\n", "Line 3 .*sort"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_line(tmp_path, lines, sentence):
+    (tmp_path / "trace.csv").write_text(HEAD + lines)
+    with pytest.raises(TraceError, match=sentence):
+        read_arrivals(tmp_path / "trace.csv", Thinning())
+
+
+def test_missing_files_and_columns_are_refused(tmp_path):
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_arrivals(tmp_path / "nothing.csv", Thinning())
+    (tmp_path / "trace.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
+    with pytest.raises(TraceError, match="needs the columns TIMESTAMP"):
+        read_arrivals(tmp_path / "trace.csv", Thinning())
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"every": 0}, "every"), ({"minutes": 0}, "minutes"), ({"time_scale": -1.0}, "time_scale"),
+     ({"token_scale": float("nan")}, "token_scale"), ({"max_new_tokens": 1.5}, "max_new_tokens")],
+)  # fmt: skip
+def test_impossible_thinning_is_refused(settings, name):
+    with pytest.raises(TraceError, match=name):
+        Thinning(**settings)
+
+
+def test_drawn_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
+    thinning = Thinning(minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6)
+    for name, (table, share) in FITTED.items():
+        found = drawn_arrivals(name, 60, thinning, seed=1)
+        assert len(found) == pytest.approx(3600, rel=0.05)
+        gaps = np.diff([arrival.time_s for arrival in found])
+        assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
+        totals = [arrival.total_tokens for arrival in found]
+        assert np.median(totals) == pytest.approx(float(table.at(0.5)), rel=0.1)
+        new = sum(arrival.new_tokens for arrival in found)
+        assert new / sum(totals) == pytest.approx(share, rel=0.1)
+        assert found == drawn_arrivals(name, 60, thinning, seed=1)
+        assert found != drawn_arrivals(name, 60, thinning, seed=2)
+
+
+def test_unknown_traffic_and_no_arrivals_are_refused():
+    with pytest.raises(UnknownNameError, match="Did you mean 'azure-conv'"):
+        drawn_arrivals("azure-conf", 60, Thinning())
+    with pytest.raises(TraceError, match="arrivals_per_minute"):
+        drawn_arrivals("azure-conv", 0, Thinning())
+    with pytest.raises(TraceError, match="No request arrives"):
+        drawn_arrivals("azure-conv", 0.001, Thinning(minutes=0.001))

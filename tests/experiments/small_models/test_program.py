@@ -1,0 +1,232 @@
+"""Small models trained on the spot: what they learn from, what they cost, killed and resumed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments.config import Config, ImportanceConfig, ModelConfig, SmallLMConfig, TextConfig
+from experiments.errors import ExperimentError
+from experiments.profile import profile
+from experiments.small_models import training as small_lm_training
+from experiments.small_models.program import read_record, small_lm
+from experiments.small_models.text import BOS, train_tokenizer
+from experiments.small_models.training import SmallTrainer
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
+from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+STEPS = 30
+WINDOW_TOKENS = 24
+WORDS = ["the", "a", "cat", "dog", "bird", "saw", "took", "gave", "red", "stone", "river", "near"]
+
+
+def sentences(words: list[str], count: int) -> str:
+    drawn = np.random.default_rng(0).choice(words, size=(count, 6))
+    return "\n".join(" ".join(row) + "." for row in drawn)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Settings for a model that is trained in a second."""
+    path = tmp_path / "text.txt"
+    path.write_text(sentences(WORDS, 900))
+
+    def config(family="uniform", run="run", **changes) -> Config:
+        text = TextConfig(source=str(path), windows=60, window_tokens=WINDOW_TOKENS)
+        small = SmallLMConfig(
+            family=family, layers=4, hidden_size=16, heads=2, ffn_size=16, experts=3,
+            expert_size=12, sliding_window_tokens=6, max_positions=64, vocab_size=300,
+            steps=STEPS, batch_windows=4, learning_rate=1e-2, texts={"words": text},
+            held_out_windows=5,
+        )  # fmt: skip
+        return Config(
+            stage="small_lm", name=run, runs_dir=str(tmp_path / "runs"), progress=False,
+            store=None, model=ModelConfig(name="unused", device="cpu", dtype="float32"),
+            small_lm=replace(small, **changes),
+        )  # fmt: skip
+
+    return config
+
+
+def trained(config: Config):
+    return small_lm(config, config.stage_dir("small_lm"))
+
+
+@pytest.mark.parametrize("family", ["uniform", "unequal"])
+def test_it_learns_and_is_an_ordinary_model_folder(family, make):
+    config = make(family)
+    path = trained(config)
+    record, llm = read_record(path), load_llm(path, device="cpu", dtype="float32")
+    text = CorpusConfig(
+        source=config.small_lm.texts["words"].source, windows=5, window_tokens=WINDOW_TOKENS,
+        role="selection",
+    )  # fmt: skip
+    nll = MaskScorer(llm, load_corpus(text, llm)).dense_nll
+    assert record["held_out_nll"] == {"words": pytest.approx(nll, abs=1e-6)}
+    assert nll < math.log(len(llm.tokenizer)) - 1
+    assert record["steps"] == STEPS
+    assert record["parameters"] == llm.model.num_parameters()
+    assert llm.num_blocks == 8
+    assert sorted(file.name for file in path.parent.iterdir() if not file.name.startswith(".")) == [
+        "config.yaml", "model", "run.json",
+    ]  # fmt: skip
+
+
+def test_blocks_cost_the_same_or_not_by_family(make):
+    request = Request(2, 40, budget_bytes=2**40)
+    uniform = MemoryModel(load_llm(trained(make("uniform", "a"))))
+    freed = uniform.freed_bytes(request).reshape(4, 2)
+    assert len({*freed[:, 0]}) == len({*freed[:, 1]}) == 1
+    unequal = MemoryModel(load_llm(trained(make("unequal", "b"))))
+    freed = unequal.freed_bytes(request).reshape(4, 2)
+    assert unequal.facts.kv_window_tokens == (5, None, 5, None)
+    assert len({*map(tuple, freed)}) == 4  # each combination of cheap and dear blocks
+    assert freed[1, 0] == freed[3, 0] > freed[0, 0] == freed[2, 0]
+    assert freed[1, 1] == freed[2, 1] > freed[0, 1] == freed[3, 1]
+
+
+def test_it_writes_text_of_its_own_and_is_profiled_like_any_model(make, tmp_path):
+    path = trained(make())
+    llm = load_llm(path)
+    text = load_corpus(CorpusConfig(windows=2, window_tokens=20), llm, progress=False)
+    written = llm.tokenizer.decode(text.tokens.flatten())
+    known = [letter in " .\n" + "".join(WORDS) for letter in written]
+    assert sum(known) > 0.8 * len(known)
+    config = replace(
+        make(), stage="profile", model=ModelConfig(name=str(path)),
+        calibration=TextConfig(source="self", windows=2, window_tokens=20),
+        importance=ImportanceConfig(gsi_removals=2),
+    )  # fmt: skip
+    assert profile(config, tmp_path / "profile").exists()
+
+
+def test_neither_model_nor_tokenizer_sees_more_than_the_calibration_part(make, tmp_path):
+    first, rest = sentences(WORDS, 1000), sentences([word.upper() for word in WORDS], 1700)
+    assert len(first) < 0.42 * len(first + rest)
+    path = tmp_path / "two_kinds.txt"
+    path.write_text(first + rest)
+    text = TextConfig(source=str(path), windows=60, window_tokens=WINDOW_TOKENS)
+    llm = load_llm(trained(make(texts={"both": text})))
+    entries = [entry for entry in llm.tokenizer.get_vocab() if entry.isalpha()]
+    assert any(len(entry) > 1 for entry in entries if entry.islower())
+    assert not any(len(entry) > 1 for entry in entries if entry.isupper())
+    rare = llm.tokenizer("RIVER", add_special_tokens=False)["input_ids"]
+    known = llm.tokenizer(" river", add_special_tokens=False)["input_ids"]
+    assert len(rare) == 5 > len(known)
+
+
+def test_without_files_another_model_writes_the_text(make, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "writer")
+    tiny_tokenizer().save_pretrained(tmp_path / "writer")
+    text = TextConfig(source="self", windows=20, window_tokens=40)
+    path = trained(make(texts={"own": text}, writer=str(tmp_path / "writer")))
+    (found,) = read_record(path)["texts"].values()
+    assert (found["source"], found["role"]) == ("self", "calibration")
+    assert found["tokens"] > 0
+
+
+def test_a_killed_run_leaves_no_model_and_goes_on(make, monkeypatch):
+    monkeypatch.setattr(small_lm_training, "SAVE_EVERY", 10)
+    whole = load_llm(trained(make(run="whole"))).fingerprint
+    update, done = SmallTrainer._update, []
+
+    def killed(trainer: SmallTrainer) -> float:
+        if len(done) == 17:
+            raise KeyboardInterrupt
+        done.append(trainer.step)
+        return update(trainer)
+
+    config = make(run="killed")
+    monkeypatch.setattr(SmallTrainer, "_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config)
+    assert not (config.stage_dir("small_lm") / "model").exists()
+    done.append(-1)
+    path = trained(config)
+    assert done[18:] == list(range(10, STEPS))
+    assert load_llm(path).fingerprint == whole
+    assert not (config.stage_dir("small_lm") / "training.pt").exists()
+
+
+def test_a_finished_model_is_not_trained_again_and_other_settings_are_refused(make, monkeypatch):
+    path = trained(make())
+
+    def updated(_: object) -> float:
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr(SmallTrainer, "_update", updated)
+    assert trained(make()) == path
+    with pytest.raises(ExperimentError, match="another learning_rate"):
+        trained(make(learning_rate=1e-3))
+    with pytest.raises(ExperimentError, match="another seed"):
+        trained(replace(make(), seed=1))
+
+
+def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "notes.txt").write_text("keep")
+    for place in (other, other / "notes.txt"):
+        with pytest.raises(ExperimentError, match="something else"):
+            trained(make(path=str(place)))
+    assert (other / "notes.txt").read_text() == "keep"
+
+
+def test_progress_that_is_damaged_or_of_another_run_is_refused(make, monkeypatch):
+    monkeypatch.setattr(small_lm_training, "SAVE_EVERY", 10)
+    update = SmallTrainer._update
+
+    def killed(trainer: SmallTrainer) -> float:
+        if trainer.step == 12:
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    monkeypatch.setattr(SmallTrainer, "_update", killed)
+    config = make()
+    with pytest.raises(KeyboardInterrupt):
+        trained(config)
+    with pytest.raises(ArtifactError, match="other text or settings"):
+        trained(make(learning_rate=1e-3))
+    path = config.stage_dir("small_lm") / "training.pt"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ArtifactError, match="damaged"):
+        trained(config)
+
+
+def test_the_tokenizer_gives_any_text_back():
+    tokenizer = train_tokenizer([sentences(WORDS, 50)], vocab_size=280, max_positions=64)
+    text = "  Grüße, 世界!\n\tthe cat 🐈"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) <= 280
+    assert tokenizer.bos_token_id == tokenizer(BOS)["input_ids"][0]
+    again = train_tokenizer([sentences(WORDS, 50)], vocab_size=280, max_positions=64)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_cannot_be_is_refused(make, tmp_path):
+    with pytest.raises(UnknownNameError, match=r"small_lm\.family.*uniform"):
+        make(family="mixed")
+    with pytest.raises(ExperimentError, match="8 heads, not 24"):
+        make(heads=8, hidden_size=24)
+    with pytest.raises(ExperimentError, match=r"small_lm\.vocab_size must be at least 258"):
+        make(vocab_size=100)
+    short = TextConfig(source=str(tmp_path / "text.txt"), windows=4000, window_tokens=24)
+    with pytest.raises(CorpusError, match="Give a longer text"):
+        trained(make(texts={"short": short}))
+
+
+def test_removing_every_block_still_gives_a_finite_loss(make):
+    llm = load_llm(trained(make("unequal")), device="cpu", dtype="float32")
+    text = load_corpus(CorpusConfig(windows=2, window_tokens=20), llm, progress=False)
+    scorer = MaskScorer(llm, text)
+    assert math.isfinite(scorer.nll(BlockMask.all_of(llm.blocks)))

@@ -1,0 +1,188 @@
+"""Metrics reach every place that was asked for, without an account or a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.comparison.records import read_records
+from experiments.config import AgentConfig, Config, LoggerConfig, ModelConfig
+from experiments.errors import ExperimentError
+from experiments.training.loggers import open_loggers
+from experiments.training.wandb_run import has_login, wandb_mode
+from rap_env.errors import MissingDependencyError
+
+
+@pytest.fixture
+def no_login(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(
+        stage="train", name="cmp", runs_dir=str(tmp_path / "runs"), agent=AgentConfig(name="ppo"),
+        model=ModelConfig(name="tiny"), seed=4,
+    )  # fmt: skip
+
+
+def fill(loggers, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "picture.png"
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(picture)
+    for step in (10, 20):
+        loggers.log({"episode/loss": 1.0 / step, "bad": float("nan")}, step)
+    loggers.table("choices", ["request", "loss"], [["1x128", 0.5]])
+    loggers.image("policy", picture)
+
+
+def test_json_lines_are_always_written(config):
+    folder = config.stage_dir("train") / "ppo-s4"
+    with open_loggers(config, folder, job="train") as loggers:
+        assert len(loggers.parts) == 1
+        fill(loggers, folder.parent)
+    assert read_records(folder / "metrics.jsonl") == [
+        {"step": 10, "episode/loss": 0.1, "bad": None},
+        {"step": 20, "episode/loss": 0.05, "bad": None},
+    ]
+
+
+def test_tensorboard_gets_scalars_text_and_image(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config.logger = LoggerConfig(tensorboard=True)
+    folder = config.stage_dir("train") / "ppo-s4"
+    with open_loggers(config, folder, job="train") as loggers:
+        fill(loggers, folder)
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in found.Scalars("episode/loss")] == [10, 20]
+    assert found.Tags()["images"] == ["policy"]
+    assert "choices/text_summary" in found.Tags()["tensors"]
+
+
+def test_wandb_offline_keeps_curves_config_table_and_picture(config, no_login):
+    config.logger = LoggerConfig(wandb=True)
+    folder = config.stage_dir("train") / "ppo-s4"
+    with open_loggers(config, folder, job="train") as loggers:
+        fill(loggers, folder)
+    runs = list((config.root / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1, "in the folder that all runs of the comparison share"
+    media = {path.suffix for path in runs[0].rglob("files/media/**/*") if path.is_file()}
+    assert media == {".png", ".json"}
+    records = whole(runs[0])
+    run = next(record["run"] for record in records if "run" in record)
+    assert (run["display_name"], run["run_group"]) == ("ppo-s4", "cmp")
+    assert set(run["tags"]) == {"ppo", "seed-4", "tiny"}
+    text = json.dumps(records)
+    assert "episode/loss" in text
+    assert "total_timesteps" in text
+
+
+def test_wandb_compares_hyperparameters_as_they_were_used(config, no_login):
+    config.logger = LoggerConfig(wandb=True)
+    config.agent.hyperparameters = {"learning_rate": 0.007, "gae_lambda": None}
+    folder = config.stage_dir("train") / "ppo-s4"
+    with open_loggers(config, folder, job="train") as loggers:
+        loggers.log({"objective": 0.25}, 10)
+    records = whole(next((config.root / "wandb").glob("offline-run-*")))
+    run = next(record["run"] for record in records if "run" in record)
+    found = {item["key"]: json.loads(item["value_json"]) for item in run["config"]["update"]}
+    assert found["agent.hyperparameters.learning_rate"] == 0.007
+    assert found["agent.hyperparameters.gae_lambda"] == 0.98, "the agent's own default"
+    assert found["agent.total_timesteps"] == config.agent.total_timesteps
+    assert run["job_type"] == "train"
+    assert "agent" not in found
+    history = [record["history"]["item"] for record in records if "history" in record]
+    assert any("0.25" in item["value_json"] for row in history for item in row)
+
+
+def whole(run: Path) -> list[dict]:
+    """All records of a run; wandb's service may still be writing them for a moment."""
+    for _ in range(100):
+        records = inspect(run)
+        if any("exit" in record for record in records):
+            break
+        time.sleep(0.1)
+    return records
+
+
+def inspect(run: Path) -> list[dict]:
+    """Records of an offline run, read with wandb's own schema (there is no public reader)."""
+    from google.protobuf.json_format import MessageToDict
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts, found = (next(run.glob("*.wandb"))).read_bytes(), 7, [], []
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts.append(data[place + 7 : place + 7 + size])
+        place += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record.FromString(b"".join(parts))
+            found.append(MessageToDict(record, preserving_proto_field_name=True))
+            parts = []
+    return found
+
+
+def test_a_resumed_run_keeps_its_id(config, no_login):
+    config.logger = LoggerConfig(wandb=True)
+    folder = config.stage_dir("train") / "ppo-s4"
+    for step in (1, 2):
+        with open_loggers(config, folder, job="train") as loggers:
+            loggers.log({"a": 1.0}, step)
+    ids = {path.name.split("-")[3] for path in (config.root / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1
+
+
+def test_the_mode_follows_the_login(no_login, monkeypatch):
+    assert not has_login()
+    assert wandb_mode("auto") == "offline"
+    with pytest.raises(ExperimentError, match="no login; run `wandb login` first"):
+        wandb_mode("online")
+    assert wandb_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode("auto") == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    no_login.write_text("machine api.wandb.ai login user password invented-for-this-test\n")
+    no_login.chmod(0o600)
+    assert has_login()
+    assert wandb_mode("auto") == "online"
+    assert wandb_mode("offline") == "offline"
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_package_is_named(config, monkeypatch, package, no_login):
+    hidden = "torch.utils.tensorboard" if package == "tensorboard" else package
+    monkeypatch.setitem(sys.modules, hidden, None)
+    config.logger = LoggerConfig(**{package: True})
+    expected = rf"logger={package} needs the package '{package}'; install it with"
+    with (
+        pytest.raises(MissingDependencyError, match=expected),
+        open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train"),
+    ):
+        pass
+
+
+def test_importing_the_loggers_loads_neither():
+    code = (
+        "import sys, experiments.training.loggers; "
+        "print([m for m in ('wandb', 'tensorboard', 'torch', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,54 @@
+"""The mix of masks that a table measures."""
+
+from itertools import islice
+
+import numpy as np
+
+from experiments.training.mask_sampling import DEEPEST, planned_masks
+from rap_env.blocks import BlockMask
+
+BLOCKS = 60
+ORDERS = [list(range(BLOCKS)), list(range(BLOCKS))[::-1]]
+
+
+def first(number, orders=ORDERS, seed=0):
+    return list(islice(planned_masks(BLOCKS, orders, seed), number))
+
+
+def test_masks_come_once_and_in_a_fixed_order():
+    masks = first(3000)
+    assert len(set(masks)) == 3000
+    assert masks == first(3000)
+    assert masks[:1000] == first(1000)
+    assert set(first(3000, seed=1)) != set(masks)
+
+
+def test_the_dense_model_and_every_single_removal_come_first():
+    masks = first(64)
+    assert masks[0] == BlockMask()
+    assert {len(mask) for mask in masks[1:61]} == {1}
+    assert [len(mask) for mask in masks[61:]] == [30, 30, 60]
+
+
+def test_every_depth_is_there_and_small_masks_too():
+    counts = np.bincount([len(mask) for mask in first(6000)], minlength=BLOCKS + 1)
+    assert (counts > 0).all()
+    assert counts[2] + counts[3] > 300  # a tenth is pairs and triples
+    deep = counts[round(DEEPEST * BLOCKS) + 1 :].sum()
+    assert 0.05 < deep / 6000 < 0.12  # of the random ones alone, 40 % are so deep
+
+
+def test_most_masks_lie_near_an_order():
+    masks = [mask for mask in first(4000, ORDERS[:1]) if 5 <= len(mask) <= 20]
+    place = np.array([np.mean(list(mask)) / len(mask) for mask in masks])
+    ideal = np.array([(len(mask) - 1) / 2 / len(mask) for mask in masks])
+    assert np.median(place - ideal) < 0.6
+    random = (BLOCKS - 1) / 2 / np.array([len(mask) for mask in masks])
+    assert np.median(place) < np.median(random)
+
+
+def test_all_prefixes_of_an_episode_are_there():
+    masks = set(first(2000))
+    chains = [mask for mask in masks if len(mask) == 15 and any(
+        mask - BlockMask.of(block) in masks for block in mask)]  # fmt: skip
+    assert len(chains) > 10

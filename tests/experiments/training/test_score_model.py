@@ -1,0 +1,138 @@
+"""Warm start and training on predicted scores: real scores correct it, and it resumes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agents.policy import TrainedPolicy
+from experiments.comparison.records import append_record, read_records
+from experiments.comparison.run_folder import RunFolder
+from experiments.config import (
+    AgentConfig,
+    Config,
+    EvaluateConfig,
+    FrontierConfig,
+    ImportanceConfig,
+    ModelConfig,
+    ScoreModelConfig,
+    TextConfig,
+    WarmStartConfig,
+)
+from experiments.contexts import open_bench
+from experiments.profile import profile
+from experiments.train import train
+from experiments.training.score_model import ROUNDS_FILE, demonstrations, draw_requests
+from rap_env.scoring.score_table import ScoreTable
+from rap_env.scoring.store import mask_of
+from tests.tiny import tiny_model, tiny_tokenizer
+
+WORKLOAD = {
+    "name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 16],
+    "budget_fractions": [0.8, 0.9],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a random model of five layers, profiled with a frontier."""
+    base = tmp_path_factory.mktemp("learn")
+    tiny_model(layers=5).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        made = Config(
+            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"), threads=1, workload=WORKLOAD,
+            reward={"name": "perplexity", "relative_to": "frontier"},
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=3, window_tokens=12),
+            importance=ImportanceConfig(gsi_removals=3),
+            frontier=FrontierConfig(evaluations=120, requests=16),
+            warm_start=WarmStartConfig(teacher="frontier", requests=16, updates=150),
+            score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
+            agent=AgentConfig(
+                name="maskable_ppo", total_timesteps=256, n_envs=4,
+                hyperparameters={"n_steps": 16, "learning_rate": 1e-4},
+                policy_settings={"block_vectors": 4},
+            ),
+            evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9]),
+        )  # fmt: skip
+        profile(replace(made, stage="profile"), made.stage_dir("profile"))
+        yield made
+
+
+def folder_of(config, label="agent-s0"):
+    return config.stage_dir("train") / label
+
+
+def test_the_policy_starts_where_its_teacher_is(config):
+    context = open_bench(config)
+    started = replace(
+        config,
+        score_model=ScoreModelConfig(),
+        agent=replace(config.agent, total_timesteps=64, hyperparameters={"learning_rate": 1e-9}),
+    )
+    policy = TrainedPolicy.load(train(started, folder_of(config, "warm-s0")), context)
+    shown = demonstrations(config, context)
+    # This random model's best masks remove more than they must; an episode ends when it fits.
+    within = [policy.select(one.request).mask.indices <= one.mask.indices for one in shown]
+    assert np.mean(within) > 0.9
+
+
+def test_demonstrations_fit_and_are_the_frontiers(config):
+    context = open_bench(config)
+    for shown in demonstrations(config, context):
+        assert shown.mask == context.frontier.best(context.memory, shown.request)
+        peak = context.memory.peak_bytes(shown.mask, shown.request)
+        assert peak <= shown.request.budget_bytes
+
+
+def test_rounds_verify_with_real_scores_and_learn_from_them(config):
+    folder = train(config, folder_of(config))
+    context, rounds = open_bench(config), read_records(folder / ROUNDS_FILE)
+    assert [record["round"] for record in rounds] == [0, 1]
+    scored = [{mask_of(key): nll for key, nll in r["scored"].items()} for r in rounds]
+    for found in scored:
+        assert list(found.values()) == context.scorer.nll_many(list(found))
+    table = ScoreTable.load(folder / "score_table.json")
+    assert {mask.indices for mask in scored[0]} <= table.scores.keys()  # the next round knows them
+    known = context.frontier.scores.keys() | scored[0].keys() | scored[1].keys()
+    assert RunFolder(folder).read()["evaluations"] == len(known)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_killed_training_goes_on_as_if_it_had_not_been(config, monkeypatch, at):
+    whole, killed = train(config, folder_of(config)), folder_of(config, f"killed{at}-s0")
+    calls = []
+
+    def die(path, record):
+        calls.append(record)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        append_record(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.training.score_model.append_record", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, killed)
+    train(config, killed)
+    assert read_records(killed / ROUNDS_FILE) == read_records(whole / ROUNDS_FILE)
+    found = [TrainedPolicy.load(folder, open_bench(config)) for folder in (whole, killed)]
+    requests = draw_requests(config, open_bench(config), 8, 7)
+    first, second = ([policy.select(r).mask for r in requests] for policy in found)
+    assert first == second
+
+
+def test_without_a_frontier_planned_masks_are_scored_first(config):
+    alone = replace(
+        config, name="alone", frontier=FrontierConfig(), warm_start=WarmStartConfig(),
+        reward={"name": "perplexity"},
+        score_model=replace(config.score_model, first_masks=60, rounds=1),
+    )  # fmt: skip
+    folder = train(alone, folder_of(alone))
+    evaluations = RunFolder(folder).read()["evaluations"]
+    scored = read_records(folder / ROUNDS_FILE)[0]["scored"]
+    assert 60 <= evaluations <= 60 + len(scored)
