@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from experiments.config import Config, ServeConfig
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
+from rap_env.policy import MaskPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory import MemorySource, open_memory
-from rap_env.runtime.policies import MaskPolicy
 
 if TYPE_CHECKING:
     from rap_env.llm.live import Restore

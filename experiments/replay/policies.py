@@ -10,8 +10,8 @@ from experiments.replay.budgets import Budget
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.memory import MemoryModel
+from rap_env.policy import MaskPolicy
 from rap_env.request import Request
-from rap_env.runtime.policies import MaskPolicy
 from rap_env.scoring.scorer import MaskScorer
 
 

@@ -16,11 +16,11 @@ from experiments.replay.policies import GreedyPolicy, OraclePolicy, Surroundings
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 from rap_env.runtime.policies import (
     DensePolicy,
     FrontierPolicy,
-    MaskPolicy,
     NetworkPolicy,
     StaticPolicy,
     load_policy,

@@ -12,7 +12,7 @@ from rap_env.runtime.demand import NOTHING, Demand
 from rap_env.runtime.needs import Needs
 
 if TYPE_CHECKING:
-    from rap_env.runtime.policies import MaskPolicy
+    from rap_env.policy import MaskPolicy
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from rap_env.runtime.switching import Switcher
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.sites import HeldBytes
-    from rap_env.runtime.policies import MaskPolicy
+    from rap_env.policy import MaskPolicy
 
 
 class RuntimeController:

@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.memory import HasFacts, MemoryModel
 from rap_env.observation import ObservationBuilder
+from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 from rap_env.runtime.network import BlockNetwork
 from rap_env.runtime.policy_file import PolicyFile
@@ -34,23 +35,6 @@ NAMED = ("dense", "frontier", "rap")
 """What `load_policy` knows by name."""
 
 _KEPT_ANSWERS = 1024
-
-
-class MaskPolicy(Protocol):
-    """Chooses masks.
-
-    Attributes:
-        name: What to call it in records.
-    """
-
-    name: str
-
-    def choose(self, request: Request) -> BlockMask:
-        """A mask for a request. It need not fit, and choosing it changes nothing.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
 
 
 class DensePolicy:

@@ -1,0 +1,27 @@
+"""The interface of everything that chooses masks: baselines, trained policies, lookup tables."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rap_env.blocks import BlockMask
+from rap_env.request import Request
+
+
+class MaskPolicy(Protocol):
+    """Chooses the mask for a request.
+
+    Attributes:
+        name: The policy's name in records and tables.
+    """
+
+    name: str
+
+    def choose(self, request: Request) -> BlockMask:
+        """Return a mask for a request. It does not have to fit the budget.
+
+        The call changes no model.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch size or the length.
+        """
