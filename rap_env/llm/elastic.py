@@ -255,13 +255,6 @@ class ElasticLLM:
             index // 2 for index in self.pruned.indices if index % 2 == 0
         )
 
-    def on_attention(self, layer: int, hook: Callable[..., Any]) -> None:
-        """Have the arguments of a layer's attention block pass through a hook, for good."""
-        if layer not in self._live.hooked:
-            self._live.hooked.add(layer)
-            attention = self._live.sites[2 * layer].slots[0].original
-            attention.register_forward_pre_hook(hook, with_kwargs=True)
-
     def _wanted(self, mask: BlockMask, bare: BlockMask) -> dict[int, Stub | None]:
         mask.check(self.num_blocks)
         return {
@@ -301,7 +294,7 @@ class ElasticLLM:
         Args:
             *args: As for transformers' ``generate``.
             restore: What an attention block that comes back does about the tokens so far:
-                ``"refill"``, ``"from_here"`` or ``"next_request"``; see `rap_env.llm.live`.
+                ``"refill"`` or ``"next_request"``; see `rap_env.llm.live`.
             before_step: Called before each forward pass; it may apply another mask.
             **kwargs: As for transformers' ``generate``.
 

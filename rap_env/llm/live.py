@@ -9,8 +9,6 @@ Restore          Bytes                         Time
 ===============  ============================  =======================================
 ``refill``       its KV cache of all tokens    a pass of all tokens over all kept
                                                blocks, without the head
-``from_here``    its KV cache of the tokens    none
-                 from now on
 ``next_request`` none until the cache is new   none
 ===============  ============================  =======================================
 
@@ -31,13 +29,12 @@ import torch
 
 from rap_env.errors import UnknownNameError, UnsupportedCacheError
 from rap_env.llm import kv
-from rap_env.llm.removed import cache_in
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
-Restore = Literal["refill", "from_here", "next_request"]
+Restore = Literal["refill", "next_request"]
 """What a restored attention block does about the tokens that came before."""
 
 RESTORES: tuple[Restore, ...] = get_args(Restore)
@@ -112,16 +109,12 @@ def follow(
     back = kv.missing(cache) - gone
     if not back or restore == "next_request":
         return
-    if restore == "from_here":
-        kv.begin_late(cache, back)
-        _mask_late_layers(llm, back)
-        return
     made_of = past()
     if made_of is None:
         raise UnsupportedCacheError(
             "An attention block came back, and its keys and values cannot be computed again: the "
             "tokens of this cache are not known (it was given with the new tokens alone, or made "
-            "from embeddings). Give all tokens, or restore with 'from_here' or 'next_request'."
+            "from embeddings). Give all tokens, or restore with 'next_request'."
         )
     refill(llm, cache, made_of, most_tokens)
 
@@ -164,21 +157,3 @@ def cache_argument(module: torch.nn.Module) -> str:
     """What this version of transformers calls the cache: ``cache`` or ``past_key_values``."""
     known = inspect.signature(module.forward).parameters
     return "cache" if "cache" in known else "past_key_values"
-
-
-def _mask_late_layers(llm: ElasticLLM, layers: frozenset[int]) -> None:
-    """Show the attention of late layers the part of the mask that they hold, from now on."""
-    for number in layers:
-        llm.on_attention(number, _late_hook(number))
-
-
-def _late_hook(number: int) -> Callable[..., Any]:
-    def show_own_tokens(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = cache_in(kwargs)
-        if cache is None or kwargs.get("attention_mask") is None:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        mask = kv.late_mask(cache.layers[number], kwargs["attention_mask"], hidden.shape[1])
-        return args, {**kwargs, "attention_mask": mask}
-
-    return show_own_tokens

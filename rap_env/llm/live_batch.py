@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rap_env.errors import InvalidRequestError, UnsupportedCacheError
+from rap_env.errors import InvalidRequestError
 from rap_env.llm import kv
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live import (
@@ -45,7 +45,6 @@ class LiveBatch:
             prefill that says nothing else; fewer need less workspace.
 
     Raises:
-        UnsupportedCacheError: ``"from_here"``, which a batch that others join cannot have.
         UnknownNameError: There is no such way of restoring.
     """
 
@@ -57,11 +56,6 @@ class LiveBatch:
         most_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> None:
         check_restore(restore)
-        if restore == "from_here":
-            raise UnsupportedCacheError(
-                "restore='from_here' is for generate(): in a batch that others join, a block would "
-                "have seen another part of each sequence; use 'refill' or 'next_request'."
-            )
         self._llm = llm
         self._restore = restore
         self._most_tokens = most_tokens

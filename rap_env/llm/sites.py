@@ -107,7 +107,6 @@ class LiveBlocks:
         lock: Held by whoever runs the model or changes what is in the places.
         caches: KV caches in use.
         weights: Lets go of removed blocks' weights; None: they stay.
-        hooked: Layers whose attention passes its arguments through a hook.
     """
 
     sites: tuple[BlockSite, ...]
@@ -115,7 +114,6 @@ class LiveBlocks:
     lock: threading.RLock = field(default_factory=threading.RLock)
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     weights: BlockWeights | None = None
-    hooked: set[int] = field(default_factory=set)
 
     def place(self, wanted: Mapping[int, Stub | None], *, let_go: bool = False) -> None:
         """Remove exactly the blocks of `wanted`.

@@ -64,7 +64,7 @@ def test_the_defaults_compose_and_are_local():
     [
         ({"memory": "much"}, "'much' is no number of bytes"),
         ({"residency": "gone"}, "residency"),
-        ({"restore": "from_here"}, "restore"),
+        ({"restore": "later"}, "restore"),
         ({"port": 70000}, "port"),
         ({"max_queue": 0}, "max_queue"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import InvalidRequestError, UnknownNameError, UnsupportedCacheError
+from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.llm import live_batch
 from rap_env.llm.live_batch import LiveBatch
 from tests.llm.gated import gated_logits
@@ -229,8 +229,6 @@ def test_a_refill_runs_no_more_tokens_at_once_than_it_may() -> None:
 
 def test_bad_calls_are_refused_and_change_nothing() -> None:
     llm = tiny_llm()
-    with pytest.raises(UnsupportedCacheError, match=r"use 'refill' or 'next_request'"):
-        LiveBatch(llm, restore="from_here")
     with pytest.raises(UnknownNameError, match="way of restoring"):
         LiveBatch(llm, restore="refil")
     batch = LiveBatch(llm)

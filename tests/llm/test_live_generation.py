@@ -55,13 +55,13 @@ def real_rows(sequences: torch.Tensor) -> list[list[int]]:
     return [row[pad:].tolist() for row, pad in zip(sequences, pads, strict=True)]
 
 
-def assert_greedy(llm, sequences, removed, late=None, start=0) -> None:
+def assert_greedy(llm, sequences, removed, start=0) -> None:
     """Every token from the `start`-th new one on is the likeliest under the gates."""
     length = sequences.shape[1] - 1
     gates = {index: gate[:length] for index, gate in removed.items()}
     with llm.masked(BlockMask()):
         rows = [row[:-1] for row in real_rows(sequences)]
-        logits = gated_logits(llm, rows, gates, late)
+        logits = gated_logits(llm, rows, gates)
     first = padded_batch()["input_ids"].shape[1] + start
     seen = logits[:, first - 1 :].float()
     chosen = seen.gather(2, sequences[:, first:, None]).squeeze(2)
@@ -84,18 +84,6 @@ def test_refill_makes_the_state_of_the_new_mask_from_the_start(name, gone) -> No
 
 @EVERY_FAMILY
 @EVERY_BACK
-def test_from_here_a_block_sees_what_came_since(name, gone) -> None:
-    llm = tiny_llm(name)
-    llm.apply(gone)
-    out = generate(llm, Switch(llm, at_3=BlockMask()), restore="from_here")
-    begin = PROMPT + 2  # the token that the third step feeds
-    gates = {index: [True] * begin + [False] * 99 for index in gone}
-    late = {index // 2: [begin] for index in gone if index % 2 == 0}
-    assert_greedy(llm, out, gates, late)
-
-
-@EVERY_FAMILY
-@EVERY_BACK
 def test_the_next_request_has_the_block_and_this_one_has_not(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
@@ -108,18 +96,17 @@ def test_the_next_request_has_the_block_and_this_one_has_not(name, gone) -> None
 
 
 @EVERY_FAMILY
-def test_removed_restored_removed_again_and_restored_from_here(name) -> None:
+def test_removed_restored_removed_again_and_restored(name) -> None:
     llm = tiny_llm(name)
     masks = {"at_1": ATTENTION, "at_3": BlockMask(), "at_4": BlockMask.of(0), "at_5": BlockMask()}
-    out = generate(llm, Switch(llm, **masks), restore="from_here")
-    gates = {
-        0: [False] * PROMPT + [True, True, False, True] + [False] * 99,
-        2: [False] * PROMPT + [True, True] + [False] * 99,
-    }
-    assert_greedy(llm, out, gates, {0: [PROMPT + 2, PROMPT + 4], 1: [PROMPT + 2]})
+    out = generate(llm, Switch(llm, **masks))
+    gates = {0: [False] * PROMPT + [True, True], 2: [False] * PROMPT + [True, True]}
+    before = {index: [*gate, *[False] * 99] for index, gate in gates.items()}
+    assert_greedy(llm, out[:, : PROMPT + 3], before)
+    assert_greedy(llm, out, {}, start=5)
 
 
-@pytest.mark.parametrize("restore", ["refill", "from_here"])
+@pytest.mark.parametrize("restore", ["refill", "next_request"])
 def test_a_block_that_comes_and_goes_before_a_token(restore) -> None:
     llm = tiny_llm()
     llm.apply(ATTENTION)
@@ -173,18 +160,6 @@ def test_a_static_cache_is_refilled_too(name, gone) -> None:
     assert_greedy(llm, out, {i: [False] * begin + [True] * 99 for i in gone})
 
 
-def test_a_static_cache_has_one_length_for_all_layers() -> None:
-    llm = tiny_llm()
-    llm.apply(ATTENTION)
-    with pytest.raises(UnsupportedCacheError, match="static cache, whose layers all hold"):
-        generate(
-            llm,
-            Switch(llm, at_3=BlockMask()),
-            restore="from_here",
-            cache_implementation="static",
-        )
-
-
 class TestGivenCache:
     """A cache that somebody filled before, maybe under another mask."""
 
@@ -221,10 +196,9 @@ class TestGivenCache:
         ask = {"input_ids": batch["input_ids"][:, 5:]}
         with pytest.raises(UnsupportedCacheError, match="the tokens of this cache are not known"):
             generate(llm, **ask, **self.filled(llm, ATTENTION))
-        out = generate(llm, **ask, **self.filled(llm, ATTENTION), restore="from_here")
+        out = generate(llm, **ask, **self.filled(llm, ATTENTION), restore="next_request")
         whole = torch.cat([batch["input_ids"][:, :5], out], dim=1)
-        gates = {index: [True] * 5 + [False] * 99 for index in ATTENTION}
-        assert_greedy(llm, whole, gates, {0: [5], 1: [5]})
+        assert_greedy(llm, whole, {index: [True] * 99 for index in ATTENTION})
 
     def test_embeddings_are_not_enough_either(self) -> None:
         llm = tiny_llm()
