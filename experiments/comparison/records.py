@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from rap_env.artifacts import atomic_write, digest, disk_errors
 from rap_env.errors import ArtifactError
@@ -20,28 +20,87 @@ from rap_env.errors import ArtifactError
 logger = logging.getLogger(__name__)
 
 
-def refuse_other_keys(
-    record: Mapping[str, Any], row: Any, what: str, again: str, optional: Collection[str] = ()
-) -> None:
-    """Refuse a record that another version wrote.
+class Record:
+    """Base of dataclasses that are stored as one JSON object a line.
+
+    Fields with a plain default may be missing in older records; other keys must all be there.
+
+    Attributes:
+        record_name: What error messages call a record, at the start of a sentence.
+        rerun: What to do in a new run folder if a record is of another version.
+        dropped_keys: Keys of older records that are read and ignored.
+    """
+
+    record_name: ClassVar[str] = "A record"
+    rerun: ClassVar[str] = "run the program again"
+    dropped_keys: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def key(self) -> str:
+        """Identifies a result: a resumed run does not compute a row with the same key again."""
+        raise NotImplementedError
+
+    def to_record(self) -> dict[str, Any]:
+        """Return a plain dict for one JSON line."""
+        return asdict(cast("Any", self))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Restore what `to_record` returned.
+
+        Raises:
+            ArtifactError: Keys are missing or unknown.
+        """
+        known = fields(cast("Any", cls))
+        required = {f.name for f in known if f.default is MISSING}
+        kept = {name: value for name, value in record.items() if name not in cls.dropped_keys}
+        wrong = sorted((required - kept.keys()) | (kept.keys() - {f.name for f in known}))
+        if wrong:
+            raise ArtifactError(
+                f"{cls.record_name} has missing or unknown keys: {', '.join(wrong)}; it was "
+                f"written by another version, so {cls.rerun} in a new run folder."
+            )
+        return cls(**kept)
+
+    @classmethod
+    def read(cls, path: Path) -> list[Self]:
+        """Read all records of a file; none if there is no file.
+
+        Raises:
+            ArtifactError: The file or one of its records is damaged.
+        """
+        return [cls.from_record(record) for record in read_records(path)]
+
+
+RowT = TypeVar("RowT", bound=Record)
+
+
+class RowFile(Generic[RowT]):
+    """Rows in a JSON-lines file, each computed only once: a resumed run finds the earlier ones.
 
     Args:
-        record: What was read.
-        row: The dataclass that it should become.
-        what: What to call it, at the start of a sentence.
-        again: What to do in a new run folder.
-        optional: Fields that it may lack.
+        path: The file; it need not exist yet.
+        row_type: Class of its rows.
 
     Raises:
-        ArtifactError: Keys are missing or unknown.
+        ArtifactError: The file or one of its rows is damaged.
     """
-    known = {f.name for f in fields(row)}
-    wrong = sorted((known - set(optional) - record.keys()) | (record.keys() - known))
-    if wrong:
-        raise ArtifactError(
-            f"{what} has missing or unknown keys: {', '.join(wrong)}; it was written by another "
-            f"version, so {again} in a new run folder."
-        )
+
+    def __init__(self, path: Path, row_type: type[RowT]) -> None:
+        self._path = path
+        self._rows = {row.key: row for row in row_type.read(path)}
+
+    def get(self, key: str, compute: Callable[[], RowT]) -> RowT:
+        """Return the row with this key; compute it and append it if the file has none.
+
+        Raises:
+            StorageFullError: The disk is full; earlier rows are intact.
+        """
+        if key not in self._rows:
+            row = compute()
+            append_record(self._path, row.to_record())
+            self._rows[key] = row
+        return self._rows[key]
 
 
 def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
@@ -136,7 +195,7 @@ fixed sparsity, and cells outside the range that policies were trained on."""
 
 
 @dataclass(frozen=True)
-class ResultRow:
+class ResultRow(Record):
     """One method, one seed, one request, one budget: a line of ``results.jsonl``.
 
     Losses are in nats per token: the mask's NLL minus the dense model's on the same windows.
@@ -194,6 +253,9 @@ class ResultRow:
     outside: bool = False
     training_s: float | None = None
 
+    record_name = "A result record"
+    rerun = "run the evaluation again"
+
     @property
     def shape(self) -> tuple[int, int]:
         """Batch size and sequence length in tokens."""
@@ -221,21 +283,6 @@ class ResultRow:
             return None
         return sum(self.accuracies.values()) / len(self.accuracies)
 
-    def to_record(self) -> dict[str, Any]:
-        """A plain dict for one JSON line."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> ResultRow:
-        """The row that `to_record` gave; what older records lack has its default.
-
-        Raises:
-            ArtifactError: Keys are missing or unknown.
-        """
-        optional = {f.name for f in fields(cls) if f.default is not MISSING}
-        refuse_other_keys(record, cls, "A result record", "run the evaluation again", optional)
-        return cls(**record)
-
 
 def row_key(
     method: str,
@@ -256,7 +303,7 @@ def read_rows(path: Path) -> list[ResultRow]:
     Raises:
         ArtifactError: The file or one of its rows is damaged.
     """
-    return [ResultRow.from_record(record) for record in read_records(path)]
+    return ResultRow.read(path)
 
 
 def _cut_torn_line(descriptor: int, path: Path) -> None:

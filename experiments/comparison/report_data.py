@@ -13,7 +13,7 @@ from experiments.comparison.summaries import Comparison
 from experiments.errors import ExperimentError
 from experiments.repair.orders import FILE as ORDERS
 from experiments.repair.orders import read_orders
-from experiments.repair.rows import read_repair_rows
+from experiments.repair.rows import RepairRow
 from experiments.repair.summaries import RepairComparison
 
 
@@ -79,7 +79,7 @@ def gather(root: Path) -> ReportData:
     runs = [training_run(path) for path in training_dirs(root)]
     rows = with_training_s([row for file in files for row in read_rows(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
-    repair_rows = read_repair_rows(root / "repair" / "repair.jsonl")
+    repair_rows = RepairRow.read(root / "repair" / "repair.jsonl")
     if not (rows or profile or runs or repair_rows):
         raise ExperimentError(
             f"{root} has no records to report; run profile, train and evaluate, or repair, with "

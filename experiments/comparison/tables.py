@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from experiments.comparison.labels import look, short_label
 from experiments.comparison.statistics import Estimate
 from experiments.comparison.summaries import REFERENCE, Cell, Comparison, Summary
+from experiments.console import say
+from rap_env.artifacts import atomic_write
 
 TERMINAL_COLUMNS = 100
+TABLES_FILE = "tables.md"
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
@@ -34,6 +38,22 @@ def plain(table: Table) -> str:
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def wrapped(text: str) -> str:
+    """Break text into lines for the terminal."""
+    return textwrap.fill(text, TERMINAL_COLUMNS)
+
+
+def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
+    """Write ``tables.md`` into a run folder, and print the terminal form.
+
+    Raises:
+        StorageFullError: The disk is full.
+    """
+    with atomic_write(folder / TABLES_FILE) as file:
+        file.write(in_markdown.encode())
+    say(in_terminal)
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -142,7 +162,7 @@ def terminal_text(comparison: Comparison) -> str:
         "to decide on one request. Fits: how many choices were within their budget; methods that "
         "miss some stand last, for their losses do not compare. (n): seeds."
     )
-    return f"{plain(short_summary(comparison))}\n\n{textwrap.fill(legend, TERMINAL_COLUMNS)}"
+    return f"{plain(short_summary(comparison))}\n\n{wrapped(legend)}"
 
 
 def short_summary(comparison: Comparison) -> Table:
@@ -162,6 +182,11 @@ def percent(value: float | None, digits: int = 1) -> str:
 def signed_percent(value: float, digits: int = 1) -> str:
     """A relative difference as per cent, with its sign."""
     return f"{100 * value:+.{digits}f} %"
+
+
+def signed(found: Estimate) -> str:
+    """A difference with its sign and interval."""
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def relative_words(found: Estimate | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,12 +19,12 @@ from experiments.comparison.report_data import TrainingRun
 from experiments.comparison.sentences import text_words
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
-    TERMINAL_COLUMNS,
     Table,
     markdown,
     plain,
     seconds,
     terminal_text,
+    wrapped,
 )
 from experiments.comparison.targets import goals_table
 
@@ -44,7 +43,7 @@ def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
     for found in learning:
         parts.append(
             f"== {_title(found)}: training ==\n\n{plain(learning_table(found))}\n\n"
-            f"{_filled(LEARNING_CAPTION)}"
+            f"{wrapped(LEARNING_CAPTION)}"
         )
     return "\n\n\n".join(parts)
 
@@ -93,14 +92,14 @@ def _group_text(group: Group) -> str:
     depends = group.depends_on
     parts = [
         f"== {_title(group)} ==",
-        _filled(
+        wrapped(
             f"Report text: {text_words(depends.get('report_text', {}))}. Calibration text: "
             f"{text_words(depends.get('calibration', {}))}."
         ),
     ]
     for part, comparison in group.parts.items():
         if part in PART_TITLES:
-            parts += [f"-- {PART_TITLES[part]} --", _filled(PART_CAPTIONS[part])]
+            parts += [f"-- {PART_TITLES[part]} --", wrapped(PART_CAPTIONS[part])]
         parts += _comparison_text(comparison)
     return "\n\n".join(parts)
 
@@ -114,7 +113,7 @@ def _comparison_text(comparison: Comparison) -> list[str]:
         title = f"{look(method).label} minus each other method (nats per token, paired):"
         parts.append(f"{title}\n\n{plain(short_differences(comparison, method))}")
     if learned:
-        parts.append(_filled(COUNTS_CAPTION))
+        parts.append(wrapped(COUNTS_CAPTION))
     goals = goals_table(comparison) if comparison.part == "grid" else None
     return [*parts, plain(goals)] if goals else parts
 
@@ -148,7 +147,3 @@ def _training_time(runs: Sequence[TrainingRun]) -> str:
     open_runs = sum("finished" not in run.facts for run in runs)
     mean = seconds(float(np.mean(known))) if known else "-"
     return f"{mean} ({open_runs} unfinished)" if open_runs else mean
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, TERMINAL_COLUMNS)

@@ -20,7 +20,7 @@ from experiments.config import Config
 from experiments.contexts import task_config
 from experiments.repair.orders import FILE as ORDERS
 from experiments.repair.orders import write_orders
-from experiments.repair.rows import RepairRow, read_repair_rows, row_key
+from experiments.repair.rows import RepairRow, row_key
 from experiments.repair.setup import RepairBench
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
@@ -135,7 +135,7 @@ class Judge:
 
     def rows(self, compared: list[Entry]) -> list[RepairRow]:
         """Rows of all entries on all cells and texts, appended to the file as they are made."""
-        found = {row.key: row for row in read_repair_rows(self._path)}
+        found = {row.key: row for row in RepairRow.read(self._path)}
         config = self._bench.config
         bar = tqdm(
             [(entry, cell) for entry in compared for cell in config.stubs.cells_of(entry.study)],

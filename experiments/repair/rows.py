@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.comparison.records import read_records, refuse_other_keys
+from experiments.comparison.records import Record
 from rap_env.artifacts import digest
 
 STUDIES = ("grid", "tokens", "domain", "alone")
 
 
 @dataclass(frozen=True)
-class RepairRow:
+class RepairRow(Record):
     """One repair, request, budget and report text: a line of ``repair.jsonl``.
 
     Losses are in nats per token: NLL of the repaired mask less the dense model's.
@@ -62,6 +61,9 @@ class RepairRow:
     accuracies: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    record_name = "A repair record"
+    rerun = "make it again"
+
     @property
     def cell(self) -> tuple[int, int, float]:
         """Batch size, sequence length and budget fraction."""
@@ -78,20 +80,6 @@ class RepairRow:
         """What makes two rows the same result."""
         return row_key(self.study, self.repair, self.cell, self.text, self.provenance)
 
-    def to_record(self) -> dict[str, Any]:
-        """A plain dict for one JSON line."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> RepairRow:
-        """The row that `to_record` gave.
-
-        Raises:
-            ArtifactError: Keys are missing or unknown.
-        """
-        refuse_other_keys(record, cls, "A repair record", "make it again")
-        return cls(**record)
-
 
 def row_key(
     study: str,
@@ -102,12 +90,3 @@ def row_key(
 ) -> str:
     """As `RepairRow.key`, known before the row is measured."""
     return digest([study, repair, *cell, text, provenance.get("depends_on", {})])
-
-
-def read_repair_rows(path: Path) -> list[RepairRow]:
-    """All rows of a ``repair.jsonl``; none if there is no file.
-
-    Raises:
-        ArtifactError: The file or one of its rows is damaged.
-    """
-    return [RepairRow.from_record(record) for record in read_records(path)]

@@ -26,7 +26,7 @@ from experiments.comparison.figures import (
 )
 from experiments.comparison.records import read_records
 from experiments.replay.memory_figure import draw_system, system_look
-from experiments.replay.rows import ReplayRow, read_replay_rows
+from experiments.replay.rows import ReplayRow
 from experiments.replay.tables import system_label
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
@@ -68,7 +68,7 @@ def read_replayed(folder: Path) -> Replayed:
     Raises:
         ArtifactError: A record is damaged.
     """
-    latest = {row.system: row for row in read_replay_rows(folder / "replay.jsonl")}
+    latest = {row.system: row for row in ReplayRow.read(folder / "replay.jsonl")}
     rows = list(latest.values())
     steps = {n: read_records(folder / "replay_steps" / f"{n}.jsonl") for n in latest}
     requests = {n: read_records(folder / "replay_requests" / f"{n}.jsonl") for n in latest}

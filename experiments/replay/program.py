@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.run_folder import provenance as run_provenance
+from experiments.comparison.tables import publish_tables
 from experiments.config import Config, ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget, make_budget
 from experiments.replay.load import Load, make_load
 from experiments.replay.quality import QualityJudge
-from experiments.replay.rows import ReplayRow, read_replay_rows, row_key
+from experiments.replay.rows import ReplayRow, row_key
 from experiments.replay.serve import Server
 from experiments.replay.summary import judged, make_row, write_details
 from experiments.replay.systems import SystemMaker
 from experiments.replay.tables import replay_markdown, replay_text
-from experiments.studies.tables import show
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
 
@@ -63,7 +63,7 @@ def replay(config: Config, folder: Path) -> Path:
     run.start(config, frozen=frozen)
     rows = Replay(config, folder).rows()
     run.finish(started, rows=len(rows))
-    show(folder, replay_markdown(rows), replay_text(rows))
+    publish_tables(folder, replay_markdown(rows), replay_text(rows))
     if config.replay.figures:
         _draw(folder)
     return folder / FILE
@@ -94,7 +94,7 @@ class Replay:
     def rows(self) -> list[ReplayRow]:
         """A row for each system, in the order of the settings, appended as they are made."""
         path = self._folder / FILE
-        found = {row.key: row for row in read_replay_rows(path)}
+        found = {row.key: row for row in ReplayRow.read(path)}
         wanted = []
         for name in self._config.replay.systems:
             provenance = self._provenance(name)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.comparison.records import read_records, refuse_other_keys
+from experiments.comparison.records import Record
 from rap_env.artifacts import digest
 
 OUTCOMES = ("served", "refused", "queue_full", "timed_out", "unserved", "failed")
@@ -17,7 +16,7 @@ would change any more; ended by an error."""
 
 
 @dataclass(frozen=True)
-class ReplayRow:
+class ReplayRow(Record):
     """One system: a line of ``replay.jsonl``. Times are seconds of the replay's clock.
 
     Attributes:
@@ -120,35 +119,15 @@ class ReplayRow:
     notes: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    record_name = "A replay record"
+    rerun = "run the replay again"
+
     @property
     def key(self) -> str:
         """What makes two rows the same result."""
         return row_key(self.system, self.provenance)
 
-    def to_record(self) -> dict[str, Any]:
-        """A plain dict for one JSON line."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> ReplayRow:
-        """The row that `to_record` gave.
-
-        Raises:
-            ArtifactError: Keys are missing or unknown.
-        """
-        refuse_other_keys(record, cls, "A replay record", "run the replay again")
-        return cls(**record)
-
 
 def row_key(system: str, provenance: Mapping[str, Any]) -> str:
     """As `ReplayRow.key`, known before the system is run."""
     return digest([system, provenance.get("depends_on", {})])
-
-
-def read_replay_rows(path: Path) -> list[ReplayRow]:
-    """All rows of a ``replay.jsonl``; none if there is no file.
-
-    Raises:
-        ArtifactError: The file or one of its rows is damaged.
-    """
-    return [ReplayRow.from_record(record) for record in read_records(path)]

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.comparison.statistics import Estimate, wilson_interval
-from experiments.comparison.tables import Table, markdown, mebibytes, percent, plain, seconds
+from experiments.comparison.tables import (
+    Table,
+    markdown,
+    mebibytes,
+    percent,
+    plain,
+    seconds,
+    wrapped,
+)
 from experiments.replay.rows import ReplayRow
-from experiments.studies.tables import wrapped
 
 LEGEND = (
     "Every system gets the same arrivals under the same budget. Over budget: measured bytes above "

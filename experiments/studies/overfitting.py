@@ -13,7 +13,7 @@ from agents.baselines.orders import GSIBaseline
 from experiments.comparison.labels import look
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.statistics import bootstrap_mean, paired_difference
-from experiments.comparison.tables import Table, markdown, plain
+from experiments.comparison.tables import Table, markdown, plain, publish_tables, signed, wrapped
 from experiments.config import Config
 from experiments.console import say
 from experiments.errors import ExperimentError
@@ -29,7 +29,6 @@ from experiments.studies.setup import (
     gsi_identity,
     reseeded,
 )
-from experiments.studies.tables import show, signed, wrapped
 from rap_env.context.live import PruningContext
 from rap_env.request import Request
 
@@ -90,7 +89,7 @@ def overfitting(config: Config, folder: Path) -> Path:
     run.finish(started, rows=len(rows), evaluations=evaluations)
     table = gap_table(rows)
     in_markdown = f"# Overfitting\n\n{CAPTION}\n\n{markdown(table)}"
-    show(folder, in_markdown, f"{plain(table)}\n\n{wrapped(CAPTION)}\n")
+    publish_tables(folder, in_markdown, f"{plain(table)}\n\n{wrapped(CAPTION)}\n")
     say(f"{evaluations:,} evaluations to find the orders; {len(rows)} records in {folder / FILE}.")
     return folder / FILE
 

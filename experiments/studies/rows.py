@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
-from experiments.comparison.records import read_records, refuse_other_keys
+from experiments.comparison.records import Record
 from rap_env.artifacts import digest
 
 Cell = tuple[int, int, float]
 
 
-class _Record:
-    """A dataclass that is one JSON line."""
-
-    def to_record(self) -> dict[str, Any]:
-        """A plain dict for one JSON line."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """What `to_record` gave.
-
-        Raises:
-            ArtifactError: Keys are missing or unknown.
-        """
-        refuse_other_keys(record, cls, "A study's record", "run the study again")
-        return cls(**record)
+class _StudyRecord(Record):
+    record_name = "A study's record"
+    rerun = "run the study again"
 
 
 @dataclass(frozen=True)
-class StudyRow(_Record):
+class StudyRow(_StudyRecord):
     """One mask on one report text.
 
     Losses are in nats per token: the mask's NLL minus the dense model's.
@@ -92,7 +78,7 @@ class StudyRow(_Record):
 
 
 @dataclass(frozen=True)
-class OrderRow(_Record):
+class OrderRow(_StudyRecord):
     """The order of importance on one text.
 
     Attributes:
@@ -136,24 +122,6 @@ def row_key(
 ) -> str:
     """As `StudyRow.key`, known before the mask is searched."""
     return digest([method, searched_on, seed, *cell, text, dict(depends_on)])
-
-
-def read_study_rows(path: Path) -> list[StudyRow]:
-    """All rows of a study; none if there is no file.
-
-    Raises:
-        ArtifactError: The file or one of its rows is damaged.
-    """
-    return [StudyRow.from_record(record) for record in read_records(path)]
-
-
-def read_order_rows(path: Path) -> list[OrderRow]:
-    """All orders of a study; none if there is no file.
-
-    Raises:
-        ArtifactError: The file or one of its rows is damaged.
-    """
-    return [OrderRow.from_record(record) for record in read_records(path)]
 
 
 def search_evaluations(rows: list[StudyRow], *, per_cell: bool) -> int:

@@ -18,7 +18,7 @@ from experiments.comparison.statistics import bootstrap_mean
 from experiments.config import Config, TextConfig
 from experiments.contexts import open_bench
 from experiments.errors import ExperimentError
-from experiments.studies.rows import Cell, StudyRow, read_study_rows, row_key
+from experiments.studies.rows import Cell, StudyRow, row_key
 from rap_env.blocks import BlockMask
 from rap_env.context.live import PruningContext
 from rap_env.paths import cache_dir
@@ -155,7 +155,7 @@ class Judge:
         self._study, self._bench, self._path = study, bench, path
         own = bench.own
         self._report = {name: MaskScorer(own.llm, text, own.store) for name, text in report.items()}
-        self._found = {row.key: row for row in read_study_rows(path)}
+        self._found = {row.key: row for row in StudyRow.read(path)}
 
     def rows(self, search: Search, cells: Sequence[Cell]) -> list[StudyRow]:
         """A row for each cell and report text."""

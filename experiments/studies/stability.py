@@ -15,12 +15,13 @@ from agents.policy import TrainedPolicy
 from experiments.comparison.records import append_record
 from experiments.comparison.report_data import method_and_seed
 from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.tables import publish_tables
 from experiments.config import Config, ImportanceConfig, TextConfig
 from experiments.console import say
 from experiments.contexts import open_bench
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.studies.rows import OrderRow, StudyRow, read_order_rows
+from experiments.studies.rows import OrderRow, StudyRow
 from experiments.studies.setup import (
     Judge,
     Maker,
@@ -33,7 +34,6 @@ from experiments.studies.setup import (
     reseeded,
 )
 from experiments.studies.stability_tables import stability_markdown, stability_text
-from experiments.studies.tables import show
 from rap_env.blocks import block_name
 from rap_env.context.live import PruningContext
 from rap_env.scoring.corpus import Corpus
@@ -75,7 +75,7 @@ def stability(config: Config, folder: Path) -> Path:
     evaluations = sum(order.evaluations for order in orders)
     run.finish(started, orders=len(orders), rows=len(rows), evaluations=evaluations)
     top = settings.top
-    show(folder, stability_markdown(orders, rows, top), stability_text(orders, rows, top))
+    publish_tables(folder, stability_markdown(orders, rows, top), stability_text(orders, rows, top))
     say(f"{evaluations:,} evaluations for {len(orders)} orders; records in {folder}.")
     return folder / FILE
 
@@ -111,7 +111,7 @@ class Orders:
 
     def __init__(self, bench: StudyBench, path: Path) -> None:
         self._bench, self._path = bench, path
-        self._found = {row.key: row for row in read_order_rows(path)}
+        self._found = {row.key: row for row in OrderRow.read(path)}
         self.rows: list[OrderRow] = []
 
     def measure(self, name: str, seed: int, context: PruningContext) -> None:

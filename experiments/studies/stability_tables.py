@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.comparison.labels import look
-from experiments.comparison.tables import Table, markdown, percent, plain
+from experiments.comparison.tables import Table, markdown, percent, plain, wrapped
 from experiments.studies.agreement import Agreement, agreements
 from experiments.studies.rows import OrderRow, StudyRow
-from experiments.studies.tables import wrapped
 
 AGREEMENT_CAPTION = (
     "Kendall's tau of the importance of all blocks (one-shot) or of their places in the order "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from agents.baselines import BASELINES
 from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.tables import publish_tables
 from experiments.config import Config
 from experiments.config.studies import TextStudyConfig
 from experiments.console import say
@@ -24,7 +25,6 @@ from experiments.studies.setup import (
     baseline_maker,
     gsi_identity,
 )
-from experiments.studies.tables import show
 from experiments.studies.text_search import LazyPerByteBaseline
 from experiments.studies.text_tables import SHARED, SHARED_ALL, TextComparison
 from rap_env.errors import UnknownNameError
@@ -57,7 +57,7 @@ def text_study(config: Config, folder: Path) -> Path:
     evaluations = search_evaluations(rows, per_cell=config.text_study.method != "gsi")
     run.finish(started, rows=len(rows), evaluations=evaluations)
     found = TextComparison(rows)
-    show(folder, found.markdown(), found.text())
+    publish_tables(folder, found.markdown(), found.text())
     say(f"{evaluations:,} evaluations to search the masks; {len(rows)} records in {folder / FILE}.")
     return folder / FILE
 

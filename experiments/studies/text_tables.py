@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_difference
-from experiments.comparison.tables import Table, markdown, percent, plain
+from experiments.comparison.tables import Table, markdown, percent, plain, signed, wrapped
 from experiments.studies.rows import Cell, StudyRow
-from experiments.studies.tables import signed, wrapped
 
 SHARED = "shared"
 """A mask searched on a part of every kind, together as long as the text of one kind."""

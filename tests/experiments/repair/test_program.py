@@ -20,7 +20,7 @@ from experiments.errors import ExperimentError
 from experiments.repair.orders import FILE as ORDERS
 from experiments.repair.orders import orders_table, read_orders
 from experiments.repair.program import FILE, repair
-from experiments.repair.rows import RepairRow, read_repair_rows
+from experiments.repair.rows import RepairRow
 from experiments.repair.setup import RepairBench
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
@@ -66,7 +66,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(config) -> list[RepairRow]:
-    return read_repair_rows(repair(config, config.stage_dir("repair")))
+    return RepairRow.read(repair(config, config.stage_dir("repair")))
 
 
 def _grid(rows: list[RepairRow], name: str) -> list[RepairRow]:
@@ -130,7 +130,7 @@ def test_run_again_it_measures_nothing(config, rows, monkeypatch):
         raise AssertionError("a row was measured again")
 
     monkeypatch.setattr("experiments.repair.program.Judge._row", measured)
-    again = read_repair_rows(repair(config, config.stage_dir("repair")))
+    again = RepairRow.read(repair(config, config.stage_dir("repair")))
     assert again == rows
 
 
@@ -141,7 +141,7 @@ def test_a_lost_row_alone_is_made_again(config, rows, tmp_path):
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-2]) + lines[-1][:40])  # killed in the middle of a line
     repair(config, folder)
-    assert {row.key: row.loss for row in read_repair_rows(path)} == {
+    assert {row.key: row.loss for row in RepairRow.read(path)} == {
         row.key: row.loss for row in rows
     }
 

@@ -13,7 +13,7 @@ from experiments.config.replay import SYSTEMS
 from experiments.errors import ExperimentError
 from experiments.replay.figures import draw_all, main, read_replayed
 from experiments.replay.program import DECISIONS, FILE, REFERENCES, replay
-from experiments.replay.rows import OUTCOMES, ReplayRow, read_replay_rows
+from experiments.replay.rows import OUTCOMES, ReplayRow
 from experiments.replay.summary import REQUESTS, STEPS
 from experiments.replay.tables import replay_markdown, replay_text
 from experiments.replay.time_series import mask_of_code
@@ -47,7 +47,7 @@ def folder(config):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return {row.system: row for row in read_replay_rows(folder / FILE)}
+    return {row.system: row for row in ReplayRow.read(folder / FILE)}
 
 
 def test_every_system_has_a_row_in_the_order_of_the_settings(rows):
@@ -314,7 +314,7 @@ def test_drawn_traffic_needs_no_file(config, tmp_path):
         config, tmp_path, trace=None, minutes=0.5, arrivals_per_minute=20, token_scale=0.02,
         systems=["rap"], figures=False, mask_loss_windows=0,
     )  # fmt: skip
-    (row,) = read_replay_rows(replay(changed, run))
+    (row,) = ReplayRow.read(replay(changed, run))
     assert row.provenance["load"]["trace"] == "fitted azure-conv"
     assert row.served == row.requests
     assert row.mask_loss_mean is None

@@ -19,7 +19,7 @@ from experiments.config import (
 )
 from experiments.errors import ExperimentError
 from experiments.studies.overfitting import FILE, GSIPerByteBaseline, gap_table, overfitting
-from experiments.studies.rows import StudyRow, read_study_rows
+from experiments.studies.rows import StudyRow
 from rap_env.blocks import BlockMask
 from rap_env.context.live import PruningContext
 from rap_env.llm.loading import load_llm
@@ -61,7 +61,7 @@ def folder(config):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return read_study_rows(folder / FILE)
+    return StudyRow.read(folder / FILE)
 
 
 def test_small_texts_are_drawn_with_more_seeds_than_large_ones(rows):
@@ -103,7 +103,7 @@ def test_killed_it_goes_on_with_the_same_numbers(config, folder, rows, monkeypat
     whole = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(whole[: 2 * len(whole) // 3])
     overfitting(config, folder)
-    assert {row.key: row.loss for row in read_study_rows(folder / FILE)} == {
+    assert {row.key: row.loss for row in StudyRow.read(folder / FILE)} == {
         row.key: row.loss for row in rows
     }
 
@@ -119,7 +119,7 @@ def test_killed_it_goes_on_with_the_same_numbers(config, folder, rows, monkeypat
 def test_more_sizes_may_be_added_but_not_another_search(config, folder, rows):
     more = replace(config.overfitting, windows=[2, 3, 4, 8], most_windows=None, seeds=[0])
     overfitting(replace(config, overfitting=more), folder)
-    assert len(read_study_rows(folder / FILE)) == len(rows) + 2 * 2
+    assert len(StudyRow.read(folder / FILE)) == len(rows) + 2 * 2
     other = replace(config, importance=replace(config.importance, gsi_method="exact"))
     with pytest.raises(ExperimentError, match=r"importance\.gsi_method"):
         overfitting(other, folder)

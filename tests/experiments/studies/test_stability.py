@@ -19,7 +19,7 @@ from experiments.config import (
 )
 from experiments.errors import ExperimentError
 from experiments.studies.agreement import agreements, kendall_tau, overlap
-from experiments.studies.rows import OrderRow, read_order_rows, read_study_rows
+from experiments.studies.rows import OrderRow, StudyRow
 from experiments.studies.stability import FILE, ORDERS, OWN_TEXT, stability
 from experiments.train import train
 from rap_env.blocks import BlockMask, block_name
@@ -76,7 +76,7 @@ def folder(config):
 
 
 def test_every_draw_of_every_text_has_both_orders(folder):
-    orders = read_order_rows(folder / ORDERS)
+    orders = OrderRow.read(folder / ORDERS)
     draws = {(text, seed) for text in ("self", "story") for seed in (0, 1)}
     for method in ("one_shot", "gsi"):
         assert {(o.searched_on, o.seed) for o in orders if o.method == method} == draws
@@ -87,7 +87,7 @@ def test_every_draw_of_every_text_has_both_orders(folder):
 
 def test_importance_is_the_loss_without_the_block_on_that_text(config, folder):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
-    for order in read_order_rows(folder / ORDERS):
+    for order in OrderRow.read(folder / ORDERS):
         if (order.method, order.searched_on, order.seed) == ("one_shot", "story", 1):
             text = replace(config.stability.texts["story"], seed=1)
             scorer = MaskScorer(llm, load_corpus(CorpusConfig(**vars(text)), llm))
@@ -102,7 +102,7 @@ def test_masks_are_judged_on_one_report_text_at_equal_bytes(config, folder):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     text = CorpusConfig(**vars(config.evaluate.text), role="report")
     scorer = MaskScorer(llm, load_corpus(text, llm))
-    rows = read_study_rows(folder / FILE)
+    rows = StudyRow.read(folder / FILE)
     assert len(rows) == 2 * 2 * 2 * 2  # methods, texts, seeds, cells
     for row in rows:
         assert row.peak_bytes <= row.budget_bytes
@@ -113,21 +113,21 @@ def test_masks_are_judged_on_one_report_text_at_equal_bytes(config, folder):
 
 
 def test_masks_follow_their_order(folder):
-    orders = {(o.method, o.searched_on, o.seed): o for o in read_order_rows(folder / ORDERS)}
-    for row in read_study_rows(folder / FILE):
+    orders = {(o.method, o.searched_on, o.seed): o for o in OrderRow.read(folder / ORDERS)}
+    for row in StudyRow.read(folder / FILE):
         order = orders[row.method, row.searched_on, row.seed]
         assert set(row.mask) == set(order.order[: len(row.mask)])
         assert row.evaluations == order.evaluations
 
 
 def test_killed_it_goes_on_with_the_same_numbers(config, folder, monkeypatch):
-    before = {row.key: (row.loss, row.mask) for row in read_study_rows(folder / FILE)}
+    before = {row.key: (row.loss, row.mask) for row in StudyRow.read(folder / FILE)}
     rows, orders = (folder / FILE).read_bytes(), (folder / ORDERS).read_bytes()
     (folder / FILE).write_bytes(rows[: len(rows) // 2])  # in the middle of a line
     (folder / ORDERS).write_bytes(b"".join(orders.splitlines(keepends=True)[:-1]))
     stability(config, folder)
-    assert {r.key: (r.loss, r.mask) for r in read_study_rows(folder / FILE)} == before
-    assert len(read_order_rows(folder / ORDERS)) == len(orders.splitlines())
+    assert {r.key: (r.loss, r.mask) for r in StudyRow.read(folder / FILE)} == before
+    assert len(OrderRow.read(folder / ORDERS)) == len(orders.splitlines())
 
     def measured(*_: object) -> None:
         raise AssertionError("measured again")
@@ -147,7 +147,7 @@ def test_a_policy_is_shown_the_importance_of_each_text(config, folder):
     train(trained, run)
     settings = replace(config.stability, agents=[str(run)])
     again = stability(replace(config, stability=settings), folder)
-    rows = [row for row in read_study_rows(again) if row.method == "maskable_ppo-s0"]
+    rows = [row for row in StudyRow.read(again) if row.method == "maskable_ppo-s0"]
     shown = {(row.searched_on, row.seed) for row in rows}
     assert shown == {("self", 0), ("self", 1), ("story", 0), ("story", 1), (OWN_TEXT, 9)}
     assert all(row.peak_bytes <= row.budget_bytes and row.evaluations == 0 for row in rows)
@@ -157,7 +157,7 @@ def test_a_policy_is_shown_the_importance_of_each_text(config, folder):
 
 def test_the_run_says_what_it_took_and_writes_its_tables(config, folder):
     facts = RunFolder(folder).read()
-    orders = read_order_rows(folder / ORDERS)
+    orders = OrderRow.read(folder / ORDERS)
     assert facts["evaluations"] == sum(order.evaluations for order in orders)
     tables = (folder / "tables.md").read_text()
     assert "same text, other draw" in tables

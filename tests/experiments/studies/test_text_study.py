@@ -19,7 +19,7 @@ from experiments.config import (
     TextStudyConfig,
 )
 from experiments.errors import ExperimentError
-from experiments.studies.rows import StudyRow, read_study_rows
+from experiments.studies.rows import StudyRow
 from experiments.studies.text_search import LazyPerByteBaseline
 from experiments.studies.text_study import FILE, searched_texts, text_study
 from experiments.studies.text_tables import OTHERS, SHARED, SHARED_ALL, TextComparison
@@ -71,7 +71,7 @@ def folder(config):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return read_study_rows(folder / FILE)
+    return StudyRow.read(folder / FILE)
 
 
 def test_every_mask_is_judged_on_every_kind(rows):
@@ -121,7 +121,7 @@ def test_killed_it_goes_on_and_searches_only_what_is_missing(config, folder, row
     whole = (folder / FILE).read_bytes().splitlines(keepends=True)
     (folder / FILE).write_bytes(b"".join(whole[:-2]) + whole[-2][:50])
     text_study(config, folder)
-    assert {row.key: row.loss for row in read_study_rows(folder / FILE)} == {
+    assert {row.key: row.loss for row in StudyRow.read(folder / FILE)} == {
         row.key: row.loss for row in rows
     }
 
