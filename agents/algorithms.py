@@ -48,8 +48,8 @@ class AgentConfig:
     """Which agent is trained, for how long and how.
 
     Attributes:
-        name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``group_ppo``,
-            ``group_maskable_ppo``, ``dqn`` or ``masked_dqn``.
+        name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``dqn`` or
+            ``masked_dqn``.
         policy: ``blockwise`` (one small network looks at every block) or ``mlp``.
         total_timesteps: Environment steps, one removed block each; PPO ends its last rollout.
         n_envs: Environments stepped together in one process; they share one model.

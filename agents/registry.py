@@ -17,7 +17,6 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from agents.group_ppo import GroupMaskablePPO, GroupPPO
 from agents.masked_dqn import MaskedDQN
 from agents.policies import (
     BlockwisePolicy,
@@ -96,27 +95,21 @@ _DQN_DEFAULTS = {
 }
 
 
-def _ppo(cls: type[BaseAlgorithm]) -> Algorithm:
-    policies: dict[str, str | type[BasePolicy]] = {
-        "blockwise": BlockwisePolicy,
-        "mlp": "MultiInputPolicy",
-    }
-    return Algorithm(cls, policies, _PPO_DEFAULTS, masked=False, checkpoint_steps=1)
-
-
-def _maskable_ppo(cls: type[BaseAlgorithm]) -> Algorithm:
-    policies: dict[str, str | type[BasePolicy]] = {
-        "blockwise": MaskableBlockwisePolicy,
-        "mlp": "MultiInputPolicy",
-    }
-    return Algorithm(cls, policies, _PPO_DEFAULTS, masked=True, checkpoint_steps=1)
-
-
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": _ppo(PPO),
-    "maskable_ppo": _maskable_ppo(MaskablePPO),
-    "group_ppo": _ppo(GroupPPO),
-    "group_maskable_ppo": _maskable_ppo(GroupMaskablePPO),
+    "ppo": Algorithm(
+        cls=PPO,
+        policies={"blockwise": BlockwisePolicy, "mlp": "MultiInputPolicy"},
+        defaults=_PPO_DEFAULTS,
+        masked=False,
+        checkpoint_steps=1,
+    ),
+    "maskable_ppo": Algorithm(
+        cls=MaskablePPO,
+        policies={"blockwise": MaskableBlockwisePolicy, "mlp": "MultiInputPolicy"},
+        defaults=_PPO_DEFAULTS,
+        masked=True,
+        checkpoint_steps=1,
+    ),
     "dqn": Algorithm(
         cls=DQN,
         policies={"blockwise": BlockwiseQPolicy, "mlp": "MultiInputPolicy"},

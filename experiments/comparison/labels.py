@@ -34,8 +34,6 @@ class Look:
 
 _LOOKS = {
     "rap": Look("RAP policy", "#F0001C", "*", "block-wise policy, learned", True),
-    "group_maskable_ppo": Look("Group MaskablePPO", "#A61E4D", "o", "trained policy", True),
-    "group_ppo": Look("Group PPO", "#D9480F", "o", "trained policy", True),
     "maskable_ppo": Look("MaskablePPO", "#C8324B", "o", "trained policy", True),
     "ppo": Look("PPO", "#F2702E", "o", "trained policy", True),
     "masked_dqn": Look("Masked DQN", "#8E4FA8", "o", "trained policy", True),

@@ -29,8 +29,7 @@ class AgentConfig:
     """An algorithm and how long it trains."""
 
     name: str = MISSING
-    """``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``, ``group_ppo`` or
-    ``group_maskable_ppo``."""
+    """``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``."""
     label: str | None = None
     """What its runs are called in folders and tables; null for the agent's name."""
     policy: str = "blockwise"

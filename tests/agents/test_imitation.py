@@ -149,7 +149,7 @@ def test_what_cannot_be_imitated_is_refused(bench, builder, teacher):
         ImitationConfig(updates=0)
 
 
-@pytest.mark.parametrize("name", ["group_maskable_ppo", "masked_dqn"])
+@pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
 def test_it_warms_up_a_training(tmp_path, bench, builder, teacher, name):
     """Few steps after imitation the policy still does what the teacher does."""
     rate = {"learning_rate": 1e-6}
