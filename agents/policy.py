@@ -24,7 +24,7 @@ from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
 
 if TYPE_CHECKING:
-    from rap_env.importance import ImportanceFeatures
+    from rap_env.observation import ImportanceFeatures
 
 ScoreMasks = Callable[[Sequence[BlockMask]], Sequence[float]]
 """Gives a number for each mask, the less the better: its loss, or its NLL."""
@@ -34,7 +34,7 @@ _Q_TEMPERATURE = 0.25
 
 
 class SeesBlocks(Protocol):
-    """The part of `rap_env.context.live.PruningContext` that a trained policy needs: no scorer."""
+    """The part of `rap_env.context.PruningContext` that a trained policy needs: no scorer."""
 
     @property
     def memory(self) -> MemoryModel:
@@ -48,7 +48,9 @@ class SeesBlocks(Protocol):
 class RealScorer(Protocol):
     """The part of `rap_env.scoring.MaskScorer` that judging masks needs."""
 
-    evaluations: int
+    @property
+    def evaluations(self) -> int:
+        """Number of masks that were run through the model."""
 
     @property
     def block_forwards(self) -> float:

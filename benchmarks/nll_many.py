@@ -20,7 +20,7 @@ from agents.training import train
 from benchmarks.harness import Target, launch, ratios, spread, write_record
 from benchmarks.scoring import Bench, ScoringSettings, naive_loop, open_bench
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.live import LiveContext
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
 from rap_env.scoring.scorer import METRIC, MaskScorer
@@ -116,7 +116,7 @@ def rollout_masks(bench: Bench, timing: str, steps: int) -> list[BlockMask]:
     with tempfile.TemporaryDirectory() as folder:
         store = ScoreStore(Path(folder) / "scores.sqlite")
         text = load_corpus(CorpusConfig(windows=1, window_tokens=128), bench.llm)
-        context = PruningContext(bench.llm, text, store, importance="none", progress=False)
+        context = LiveContext(bench.llm, text, store, importance="none", progress=False)
         train(
             AgentConfig(name="maskable_ppo", total_timesteps=steps),
             lambda lanes: RAPPruneVectorEnv(

@@ -20,8 +20,8 @@ from benchmarks.harness import (
     write_record,
 )
 from rap_env.costs import request_costs
-from rap_env.features import ImportanceFeatures
 from rap_env.memory import MemoryModel
+from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from experiments.config import Config, TasksConfig, TextConfig
 from experiments.errors import ExperimentError
-from rap_env.context.live import ContextConfig, PruningContext, open_context
+from rap_env.context.base import ContextConfig, PruningContext
+from rap_env.context.opening import open_context
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
 from rap_env.scoring.score_table import table_path
 
@@ -100,7 +101,7 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
     from rap_env.scoring.scorer import MaskScorer
 
     corpus = load_corpus(CorpusConfig(**asdict(text), role=role), context.llm)
-    ensure_disjoint(context.scorer.corpus, corpus)
+    ensure_disjoint(context.corpus, corpus)
     return MaskScorer(context.llm, corpus, context.store)
 
 

@@ -31,7 +31,7 @@ from experiments.launch import launch
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class Bench:
         self.depends_on: dict[str, Any] = {
             "model_fingerprint": context.memory.facts.fingerprint,
             "dtype": context.memory.facts.dtype,
-            "calibration": context.scorer.corpus.provenance,
-            "calibration_sha256": context.scorer.corpus.sha256,
+            "calibration": context.corpus.provenance,
+            "calibration_sha256": context.corpus.sha256,
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),

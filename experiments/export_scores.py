@@ -27,7 +27,7 @@ from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.training.mask_sampling import planned_masks
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.repair import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
@@ -122,7 +122,7 @@ def table_of(
         seed=config.seed,
         **model,
         context=dict(scorer.context),
-        text=scorer.corpus.provenance,
+        text=context.corpus.provenance,
         settings=_settings(config, context),
         features=arrays,
         one_shot=asdict(context.one_shot),
@@ -134,7 +134,7 @@ def table_of(
 def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
     """The settings that whoever opens the table may repeat; no path of this machine."""
     text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
-    text["source"] = context.scorer.corpus.provenance["source"]
+    text["source"] = context.corpus.provenance["source"]
     return {
         "device": context.llm.device.type,
         "dtype": context.memory.facts.dtype,

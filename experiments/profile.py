@@ -16,7 +16,8 @@ from experiments.config import Config
 from experiments.contexts import GSI_FILE, frontier_artifact, open_bench
 from experiments.launch import launch
 from rap_env.artifacts import atomic_write
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
+from rap_env.context.opening import require_live
 from rap_env.importance import FrontierConfig, build_frontier
 from rap_env.scoring.scorer import ticker
 from rap_env.workload import make_sampler
@@ -70,7 +71,7 @@ def build_table(config: Config, context: PruningContext, path: Path) -> None:
         total=settings.evaluations, desc="frontier", unit="mask",
         disable=None if config.progress else True, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        frontier = build_frontier(context.scorer, requests, search, ticker(bar))
+        frontier = build_frontier(require_live(context).scorer, requests, search, ticker(bar))
     frontier.save(path)
     log.info(
         "Frontier: %d pairs of counts out of %d masks in %s.",
@@ -103,7 +104,7 @@ def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]
             "max_positions": facts.max_positions, "repair": facts.repair,
         },
         "memory_shares": context.memory.shares(),
-        "calibration": context.scorer.corpus.provenance,
+        "calibration": context.corpus.provenance,
         "dense_nll": one_shot.dense_nll,
         "one_shot": {
             "loss_rise": one_shot.loss_rise.tolist(),

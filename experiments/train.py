@@ -27,7 +27,7 @@ from experiments.training.objective import Judge, objective
 from experiments.training.optuna_trials import Pruning, RunningTrial, running_trial
 from experiments.training.score_model import learn
 from rap_env.artifacts import atomic_write
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)

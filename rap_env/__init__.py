@@ -15,7 +15,8 @@ from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.blocks import Block, BlockMask
-    from rap_env.context.live import ContextConfig, PruningContext, open_context
+    from rap_env.context.base import ContextConfig, PruningContext
+    from rap_env.context.opening import open_context
     from rap_env.envs.prune import RAPPruneEnv
     from rap_env.envs.vector import RAPPruneVectorEnv
     from rap_env.errors import RapError

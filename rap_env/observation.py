@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,6 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.importance import ImportanceFeatures
 
 REQUEST_FEATURES = ("budget", "batch_size", "seq_len", "bytes_over", "kv_share")
 """Columns of the observation's ``request``."""
@@ -40,6 +38,33 @@ KEPT_AND_FREED = slice(BLOCK_FEATURES.index("kept"), BLOCK_FEATURES.index("freed
 """The columns of ``blocks`` that are zero once a block is removed."""
 
 Observation = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceFeatures:
+    """Importance of the 2L blocks as plain arrays.
+
+    Attributes:
+        one_shot: Loss rise without the block alone, nats per token, (2L,).
+        gsi_rank: Place in the GSI order, 0 = removed first, 1 = last, (2L,).
+        gsi_marginal_loss: Loss rise at its removal in that order, nats per token, (2L,).
+    """
+
+    one_shot: npt.NDArray[np.float64]
+    gsi_rank: npt.NDArray[np.float64]
+    gsi_marginal_loss: npt.NDArray[np.float64]
+
+    @classmethod
+    def none(cls, num_blocks: int) -> ImportanceFeatures:
+        """Zeros: an agent that has to find out by itself."""
+        zeros = np.zeros(num_blocks)
+        return cls(zeros, zeros, zeros)
+
+    @classmethod
+    def from_one_shot(cls, loss_rise: npt.NDArray[np.float64]) -> ImportanceFeatures:
+        """The one-shot order in the place of the GSI order, where no GSI was run."""
+        rank = np.argsort(np.argsort(loss_rise, kind="stable")) / max(1, len(loss_rise) - 1)
+        return cls(loss_rise, rank, loss_rise)
 
 
 class ObservationBuilder:

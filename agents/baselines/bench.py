@@ -75,7 +75,7 @@ class Frontier(Protocol):
 
 
 class Bench(Protocol):
-    """The part of `rap_env.context.live.PruningContext` that choosing needs."""
+    """The part of `rap_env.context.PruningContext` that choosing needs."""
 
     @property
     def memory(self) -> MemoryModel:

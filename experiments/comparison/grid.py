@@ -14,7 +14,7 @@ from rap_env.request import Request
 
 if TYPE_CHECKING:
     from agents.baselines import MaskChoice
-    from rap_env.context.live import PruningContext
+    from rap_env.context.base import PruningContext
 
 Cell = tuple[int, int, float]
 """Batch size, sequence length in tokens, budget as a fraction of the dense peak."""

@@ -17,7 +17,7 @@ from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.errors import ExperimentError
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.errors import UnknownNameError
 from rap_env.scoring.score_table import ScoreTable, TableScorer
 

@@ -13,7 +13,9 @@ import numpy as np
 from experiments.config import Config, TextConfig
 from experiments.contexts import refuse_table
 from experiments.errors import ExperimentError
-from rap_env.context.live import PruningContext, open_store
+from rap_env.context.base import PruningContext
+from rap_env.context.live import LiveContext
+from rap_env.context.opening import open_store
 from rap_env.importance import GSIProfile, gsi
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import shared_llm
@@ -174,7 +176,7 @@ class RepairBench:
     def context(self, library: StubLibrary | None) -> PruningContext:
         """What a search for masks looks at, with these stubs or none."""
         view = self.view(library)
-        return PruningContext(view, self.calibration, self.store, importance="none", progress=False)
+        return LiveContext(view, self.calibration, self.store, importance="none", progress=False)
 
     def view(self, library: StubLibrary | None) -> ElasticLLM:
         """The model, with these stubs or none."""

@@ -124,7 +124,7 @@ class Replay:
 
     def _scorer(self) -> MaskScorer | None:
         """Measures masks on the first windows of the prompts' text."""
-        from rap_env.context.live import open_store
+        from rap_env.context.opening import open_store
         from rap_env.scoring.scorer import MaskScorer
 
         settings = self._config.replay

@@ -29,7 +29,7 @@ from experiments.studies.setup import (
     gsi_identity,
     reseeded,
 )
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.request import Request
 
 FILE = "overfitting.jsonl"

@@ -20,7 +20,8 @@ from experiments.contexts import open_bench
 from experiments.errors import ExperimentError
 from experiments.studies.rows import Cell, StudyRow, row_key
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
+from rap_env.context.live import LiveContext
 from rap_env.paths import cache_dir
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint, load_corpus
@@ -69,7 +70,7 @@ class StudyBench:
     def on(self, corpus: Corpus, *, importance: str = "gsi") -> PruningContext:
         """The same model and store with another text to search on."""
         settings = self.config.importance
-        return PruningContext(
+        return LiveContext(
             self.own.llm,
             corpus,
             self.own.store,
@@ -195,7 +196,7 @@ class Judge:
             method=search.method,
             searched_on=search.searched_on,
             seed=search.seed,
-            tokens=scorer.corpus.tokens.numel(),
+            tokens=search.context.corpus.tokens.numel(),
             request={"batch_size": cell[0], "seq_len_tokens": cell[1]},
             budget_fraction=cell[2],
             budget_bytes=request.budget_bytes,
@@ -213,7 +214,7 @@ class Judge:
 
     def _provenance(self, search: Search, text: str) -> dict[str, Any]:
         return self._bench.provenance(
-            search.context.scorer.corpus,
+            search.context.corpus,
             report_sha256=self._report[text].corpus.sha256,
             **search.identity,
         )

@@ -35,7 +35,7 @@ from experiments.studies.setup import (
 )
 from experiments.studies.stability_tables import stability_markdown, stability_text
 from rap_env.blocks import block_name
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.scoring.corpus import Corpus
 
 FILE, ORDERS = "stability.jsonl", "orders.jsonl"
@@ -96,7 +96,7 @@ def _measure(config: Config, folder: Path) -> tuple[list[OrderRow], list[StudyRo
         for search in searches(bench, name, seed, context, agents):
             rows += judge.rows(search, cells)
     for agent, own in agents:
-        all_disjoint([open_bench(own).scorer.corpus], list(report.values()))
+        all_disjoint([open_bench(own).corpus], list(report.values()))
         rows += judge.rows(_own_search(agent, own), cells)
     return orders.rows, rows
 
@@ -116,7 +116,7 @@ class Orders:
 
     def measure(self, name: str, seed: int, context: PruningContext) -> None:
         """Put the orders on one text among the rows."""
-        corpus = context.scorer.corpus
+        corpus = context.corpus
         for method in METHODS:
             identity = gsi_identity(self._bench.config) if method == "gsi" else {}
             provenance = self._bench.provenance(corpus, **identity)
@@ -140,7 +140,7 @@ def searches(
         identity = gsi_identity(bench.config) if method == "gsi" else {}
         yield Search(method, name, seed, context, baseline_maker(method), identity)
     for folder, own in agents:
-        seen = bench.on(context.scorer.corpus, importance=own.importance.method)
+        seen = bench.on(context.corpus, importance=own.importance.method)
         identity = {**_policy_identity(folder), **gsi_identity(bench.config)}
         yield Search(folder.name, name, seed, seen, _policy(folder), identity)
 

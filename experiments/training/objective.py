@@ -14,7 +14,7 @@ from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.contexts import held_out_scorer, open_bench
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 
 
 class Judge:

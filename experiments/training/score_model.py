@@ -30,7 +30,7 @@ from experiments.config import Config
 from experiments.export_scores import TABLE_FILE, importance_orders, table_of
 from experiments.training.mask_sampling import planned_masks
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.observation import ObservationBuilder

@@ -1,6 +1,6 @@
-"""A context without a model: everything that environments and agents ask of one, out of a file.
+"""The context of a score table: everything that environments and agents need, without a model.
 
-Stepping such an environment costs microseconds and loads neither torch nor transformers.
+A step of such an environment takes microseconds; neither torch nor transformers is loaded.
 """
 
 from __future__ import annotations
@@ -9,37 +9,43 @@ import logging
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from rap_env.context.live import IMPORTANCES, ContextConfig, PruningContext
+from rap_env.context.base import IMPORTANCES, ContextConfig, importance_features, load_frontier
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.memory import MemoryModel
+from rap_env.observation import ImportanceFeatures
 from rap_env.repair import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
 
 if TYPE_CHECKING:
-    from rap_env.importance import GSIProfile, ImportanceFeatures, OneShotProfile
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.importance.frontier import Frontier
+    from rap_env.importance.gsi import GSIProfile
+    from rap_env.importance.one_shot import OneShotProfile
 
 log = logging.getLogger(__name__)
 
 
-class TableContext(PruningContext):
-    """Memory arithmetic, scores and importance of a model that is not there.
+class TableContext:
+    """Memory arithmetic, scores and importance from a score table.
+
+    What needs text or a model (`llm`, `corpus`, `layer_influence`) raises
+    `ModelNotAvailableError`.
 
     Args:
-        table: Where they come from.
-        name: What to call the table in messages.
+        table: The score table.
+        name: What error messages call the table.
         importance: As in `ContextConfig`.
         frontier: As in `ContextConfig`.
 
     Raises:
         ArtifactError: ``importance="gsi"``, but the table has no GSI order.
     """
+
+    store = None
 
     def __init__(
         self,
@@ -49,20 +55,17 @@ class TableContext(PruningContext):
         importance: str = "gsi",
         frontier: str | None = None,
     ) -> None:
-        # Not the base's: it would ask for a model.
         self.table = table
         self.name = name
-        self.store = None
         self.memory = MemoryModel(table.facts)
-        # It has what environments and agents use; what needs text or a model needs `llm` too.
-        self.scorer = cast("MaskScorer", TableScorer(table))
-        self._importance = importance
+        self.scorer = TableScorer(table)
         self.frontier_path = frontier
+        self._importance = importance
         if importance == "gsi" and table.gsi is None:
             raise ArtifactError(self._no_gsi())
 
     @property
-    def llm(self) -> ElasticLLM:
+    def llm(self) -> NoReturn:
         """There is none.
 
         Raises:
@@ -73,10 +76,12 @@ class TableContext(PruningContext):
             f"or generation needs; give the model itself ({self.table.facts.name})."
         )
 
+    corpus = layer_influence = llm
+
     @cached_property
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block."""
-        from rap_env.importance import OneShotProfile
+        from rap_env.importance.one_shot import OneShotProfile
 
         return OneShotProfile(**with_tuples(self.table.one_shot))
 
@@ -85,9 +90,10 @@ class TableContext(PruningContext):
         """The GSI order.
 
         Raises:
-            ArtifactError: The table has none.
+            ArtifactError: The table has none, or the artifact that ``importance`` names is
+                damaged or of another model.
         """
-        from rap_env.importance import GSIProfile
+        from rap_env.importance.gsi import GSIProfile
 
         if self._importance not in IMPORTANCES:
             return GSIProfile.load(self._importance, self.memory)
@@ -96,16 +102,23 @@ class TableContext(PruningContext):
         return GSIProfile(**with_tuples(self.table.gsi))
 
     @cached_property
-    def features(self) -> ImportanceFeatures:
-        """What an agent sees of the importance scores, the same as with the live model."""
-        from rap_env.features import ImportanceFeatures
+    def frontier(self) -> Frontier:
+        """The best known mask for each pair of counts of removed blocks.
 
+        Raises:
+            ArtifactError: As for `load_frontier`.
+        """
+        return load_frontier(self.frontier_path, self.memory)
+
+    @cached_property
+    def features(self) -> ImportanceFeatures:
+        """The importance of the blocks, equal to what the live model's context gives."""
         if self._importance == self.table.settings["importance"]:
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
-        if self._importance == "one_shot":
+        if self._importance == "one_shot":  # without the profile, whose module loads torch
             return ImportanceFeatures.from_one_shot(self.table.loss_alone)
-        return super().features
+        return importance_features(self, self._importance)
 
     def _no_gsi(self) -> str:
         held = self.table.settings["importance"]
@@ -116,11 +129,10 @@ class TableContext(PruningContext):
 
 
 def open_table(path: Path, config: ContextConfig) -> TableContext:
-    """The context of a score table.
+    """Open the context of a score table.
 
-    The table was measured in one way. A setting that is left at its default takes what the
-    table holds, and any other value has to be what it holds. `ContextConfig.store` is of no
-    use here: nothing is measured.
+    A table was measured with certain settings. A setting at its default takes the table's value;
+    any other value must equal the table's. `ContextConfig.store` is ignored: nothing is measured.
 
     Args:
         path: The table's file.
@@ -128,7 +140,7 @@ def open_table(path: Path, config: ContextConfig) -> TableContext:
 
     Raises:
         ModelNotAvailableError: There is no such file.
-        ArtifactError: It is damaged, of another format, or was measured in another way.
+        ArtifactError: It is damaged, of another format, or was measured with other settings.
     """
     table = ScoreTable.load(path)
     _check_settings(path, table, config)
@@ -141,7 +153,7 @@ def open_table(path: Path, config: ContextConfig) -> TableContext:
 
 
 def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> None:
-    """Refuse what a table cannot give."""
+    """Reject settings that differ from those that the table was measured with."""
     held, text = table.settings, table.settings["calibration"]
     default, asked_text = ContextConfig(), config.calibration
     asked: list[tuple[str, Any, Any, Any]] = [
@@ -153,7 +165,7 @@ def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> Non
         (name, getattr(config, name), getattr(default, name), held[name])
         for name in ("device", "dtype", "gsi_removals", "gsi_method")
     ]
-    measured_repair = held.get("repair", default.repair)  # older tables know of none
+    measured_repair = held.get("repair", default.repair)  # absent from older tables
     asked.append(("repair", repair_label(config.repair), default.repair, measured_repair))
     for name, value, unset, measured in asked:
         if value not in (unset, measured):

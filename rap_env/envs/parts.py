@@ -14,7 +14,7 @@ from rap_env.reward import MeasuresAccuracy
 from rap_env.specs import check_settings
 
 if TYPE_CHECKING:
-    from rap_env.context.live import PruningContext
+    from rap_env.context.base import PruningContext
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: refuse it, or raise it to the least one."""
@@ -38,7 +38,8 @@ def open_env_context(
         UnknownNameError: The calibration has no such setting.
         RapError: As loading the model, the text, the store or an artifact does.
     """
-    from rap_env.context.live import ContextConfig, open_context
+    from rap_env.context.base import ContextConfig
+    from rap_env.context.opening import open_context
     from rap_env.scoring.corpus import CorpusConfig
 
     corpus = {"source": calibration} if isinstance(calibration, str) else dict(calibration or {})

@@ -19,7 +19,7 @@ from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request
 
 if TYPE_CHECKING:
-    from rap_env.context.live import PruningContext
+    from rap_env.context.base import PruningContext
 
 
 class RAPPruneEnv(gym.Env[Observation, np.int64]):

@@ -11,7 +11,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from rap_env.context.live import PruningContext
+    from rap_env.context.base import PruningContext
     from rap_env.envs.task import Start
 
 Reference = Callable[["Start"], BlockMask]

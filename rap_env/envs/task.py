@@ -22,7 +22,7 @@ from rap_env.specs import check_settings
 from rap_env.workload import RequestSampler, make_sampler
 
 if TYPE_CHECKING:
-    from rap_env.context.live import PruningContext
+    from rap_env.context.base import PruningContext
 
 _MOST_DRAWS = 100
 

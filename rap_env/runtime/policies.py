@@ -22,8 +22,8 @@ from rap_env.runtime.network import BlockNetwork
 from rap_env.runtime.policy_file import PolicyFile
 
 if TYPE_CHECKING:
-    from rap_env.features import ImportanceFeatures
     from rap_env.importance.frontier import Frontier
+    from rap_env.observation import ImportanceFeatures
 
 SAVED = Path(__file__).parent / "saved"
 """Where the files lie that come with the package, named after their model."""

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError
-from rap_env.features import ImportanceFeatures
 from rap_env.memory import ModelFacts
+from rap_env.observation import ImportanceFeatures
 from rap_env.runtime.network_weights import NetworkWeights
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
+from rap_env.context.live import LiveContext
 from rap_env.importance.frontier_search import FrontierConfig, build_frontier
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
@@ -33,9 +34,7 @@ def real_bench() -> PruningContext:
     """A real model of 3 layers with random weights."""
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
-    return with_frontier(
-        PruningContext(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False)
-    )
+    return with_frontier(LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False))
 
 
 @pytest.fixture(scope="session")

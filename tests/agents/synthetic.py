@@ -15,9 +15,9 @@ import numpy as np
 from rap_env.blocks import Block, BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.vector import RAPPruneVectorEnv
-from rap_env.features import ImportanceFeatures
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.observation import ImportanceFeatures
 from rap_env.request import Request
 from rap_env.scoring.store import mask_key
 

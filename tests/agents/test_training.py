@@ -24,7 +24,7 @@ from agents.policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.importance import ImportanceFeatures
+from rap_env.observation import ImportanceFeatures
 from tests.agents.synthetic import make_envs, request_at
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.context.live import ContextConfig, PruningContext, open_context
+from rap_env.context.base import ContextConfig
+from rap_env.context.live import LiveContext
+from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError
 from rap_env.importance import gsi
 from rap_env.scoring.corpus import Corpus, CorpusConfig
@@ -18,7 +20,7 @@ from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 def bench(tmp_path, **settings):
     settings = {"folder": tmp_path, "progress": False, **settings}
-    return PruningContext(tiny_llm(layers=3), Corpus.of_tokens(tokens()), **settings)
+    return LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens()), **settings)
 
 
 def test_importance_is_measured_once_and_kept(tmp_path):
@@ -54,7 +56,7 @@ def test_an_artifact_by_path(tmp_path):
     path = tmp_path / "mine.json"
     profile = gsi(bench(tmp_path).scorer, stop=3, path=path, progress=False)
     assert bench(tmp_path, importance=str(path)).gsi == profile
-    other = PruningContext(
+    other = LiveContext(
         tiny_llm(layers=3, seed=9), Corpus.of_tokens(tokens()), importance=str(path)
     )
     with pytest.raises(ArtifactError, match="other weights"):
@@ -104,7 +106,7 @@ def test_a_plain_and_a_repaired_context_share_a_model_and_leave_each_other_alone
             mixed[bench].append(bench.scorer.nll(mask))
     for bench, other in ((plain, repaired), (repaired, plain)):
         with other.llm.masked(masks[-1]):  # what one has applied is none of the other's business
-            alone = PruningContext(bench.llm, bench.scorer.corpus)
+            alone = LiveContext(bench.llm, bench.scorer.corpus)
             assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[bench]))
             assert alone.scorer.evaluations == len(masks)
             assert bench.llm.mask == masks[-1]
@@ -122,11 +124,9 @@ def test_importance_is_kept_apart_by_what_stands_in_the_blocks_places(config, tm
     assert "repair" not in orders[0].provenance["scoring"]
     for bench, order in zip(benches, orders, strict=True):
         order.save(tmp_path / "gsi.json")
-        again = PruningContext(
-            bench.llm, bench.scorer.corpus, importance=str(tmp_path / "gsi.json")
-        )
+        again = LiveContext(bench.llm, bench.scorer.corpus, importance=str(tmp_path / "gsi.json"))
         assert again.gsi == order
-    others = PruningContext(
+    others = LiveContext(
         benches[0].llm, benches[0].scorer.corpus, importance=str(tmp_path / "gsi.json")
     )
     with pytest.raises(ArtifactError, match="measured with the stubs .* is loaded without stubs"):

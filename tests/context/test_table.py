@@ -9,7 +9,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from rap_env.context.live import ContextConfig, PruningContext, open_context
+from rap_env.context.base import ContextConfig
+from rap_env.context.live import LiveContext
+from rap_env.context.opening import open_context
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance import gsi
@@ -139,7 +141,7 @@ def test_kinds_of_importance(live, model):
 
 def test_a_table_with_gsi_gives_what_the_live_model_gave(tmp_path):
     base = make_context()
-    live = PruningContext(base.llm, base.scorer.corpus, gsi_removals=2, progress=False)
+    live = LiveContext(base.llm, base.scorer.corpus, gsi_removals=2, progress=False)
     table = table_of(live, all_masks(BLOCKS, 2), importance="gsi", gsi_removals=2)
     table.save(tmp_path / "g.json")
     name = f"score_table:{tmp_path / 'g.json'}"

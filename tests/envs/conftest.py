@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
+from rap_env.context.live import LiveContext
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.repair import FitConfig, StubLibrary, fit_library
 from rap_env.scoring.corpus import Corpus
@@ -34,7 +35,7 @@ def make_context(
     llm = tiny_llm(layers=LAYERS, tokenizer=tokenizer)
     if repaired:
         llm = tiny_library(llm).attach(llm)
-    return PruningContext(llm, tiny_tokens(), importance=importance, progress=False)
+    return LiveContext(llm, tiny_tokens(), importance=importance, progress=False)
 
 
 @pytest.fixture(scope="session")

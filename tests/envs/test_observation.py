@@ -7,8 +7,7 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.importance import ImportanceFeatures
-from rap_env.observation import ObservationBuilder, squash
+from rap_env.observation import ImportanceFeatures, ObservationBuilder, squash
 from rap_env.request import Request
 from tests.envs.conftest import LAYERS
 from tests.envs.playing import COUNT, make, play

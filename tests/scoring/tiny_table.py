@@ -6,7 +6,7 @@ from dataclasses import asdict
 from itertools import chain, combinations
 
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.base import PruningContext
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
 

@@ -21,7 +21,7 @@ from experiments.errors import ExperimentError
 from experiments.studies.overfitting import FILE, GSIPerByteBaseline, gap_table, overfitting
 from experiments.studies.rows import StudyRow
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.live import LiveContext
 from rap_env.llm.loading import load_llm
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
@@ -88,7 +88,7 @@ def test_losses_are_those_on_the_text_searched_on_and_on_text_never_seen(config,
 def test_per_byte_removes_what_lost_least_for_the_bytes_that_it_frees(config):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     corpus = load_corpus(CorpusConfig(**vars(config.calibration)), llm)
-    context = PruningContext(llm, corpus, gsi_removals=4, progress=False)
+    context = LiveContext(llm, corpus, gsi_removals=4, progress=False)
     request = Request.at_fraction(context.memory, 1, 16, 0.8)
     mask = GSIPerByteBaseline(context).select(request).mask
     freed = context.memory.freed_bytes(request)

@@ -24,7 +24,7 @@ from experiments.studies.text_search import LazyPerByteBaseline
 from experiments.studies.text_study import FILE, searched_texts, text_study
 from experiments.studies.text_tables import OTHERS, SHARED, SHARED_ALL, TextComparison
 from rap_env.blocks import BlockMask
-from rap_env.context.live import PruningContext
+from rap_env.context.live import LiveContext
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
@@ -102,7 +102,7 @@ def test_a_shared_text_has_a_part_of_every_kind_and_the_tokens_of_one(config, ro
 def test_a_kinds_mask_is_what_the_search_finds_on_its_calibration_text(config, rows):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     text = CorpusConfig(**vars(config.text_study.texts["few"]))
-    search = GreedyPerByteBaseline(PruningContext(llm, load_corpus(text, llm), progress=False))
+    search = GreedyPerByteBaseline(LiveContext(llm, load_corpus(text, llm), progress=False))
     report = load_corpus(replace(text, role="report", windows=4), llm)
     ensure_disjoint(load_corpus(text, llm), report)
     scorer = MaskScorer(llm, report)
@@ -176,8 +176,8 @@ def test_the_lazy_search_finds_what_the_whole_one_finds_with_fewer_evaluations(t
         CorpusConfig(source=str(_letters(tmp_path)), windows=2, window_tokens=32),
         tiny_llm(layers=12, tokenizer=tiny_tokenizer()),
     )
-    whole = GreedyPerByteBaseline(PruningContext(llm, text, progress=False))
-    lazy = LazyPerByteBaseline(PruningContext(llm, text, progress=False))
+    whole = GreedyPerByteBaseline(LiveContext(llm, text, progress=False))
+    lazy = LazyPerByteBaseline(LiveContext(llm, text, progress=False))
     request = Request.at_fraction(lazy.memory, 1, 32, 0.7)
     one, two = whole.select(request), lazy.select(request)
     assert two.fits

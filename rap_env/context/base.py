@@ -1,0 +1,170 @@
+"""What every pruning context offers, its configuration, and what the two kinds share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from rap_env.errors import ArtifactError
+from rap_env.observation import ImportanceFeatures
+from rap_env.scoring.corpus import CorpusConfig
+
+if TYPE_CHECKING:  # a context without a live model loads no torch
+    import numpy as np
+    import numpy.typing as npt
+
+    from rap_env.importance.frontier import Frontier
+    from rap_env.importance.gsi import GSIProfile
+    from rap_env.importance.one_shot import OneShotProfile
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.memory import MemoryModel
+    from rap_env.scoring.corpus import Corpus
+    from rap_env.scoring.interface import Scorer
+    from rap_env.scoring.store import ScoreStore
+
+IMPORTANCES = ("gsi", "one_shot", "none")
+"""Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """What to measure with: plain values, so that it can be a key and be written to records.
+
+    Attributes:
+        model: Alias, hub id, folder or GGUF file; or ``"score_table:PATH"``, which has scores
+            and no model (see `rap_env.context.table`).
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
+        max_memory_bytes: Memory cap under which layers are read from files one at a time (see
+            `rap_env.stream_llm`); None loads the whole model.
+        calibration: The text that masks are searched on.
+        importance: ``"gsi"`` (measured once, then cached), ``"one_shot"`` (2L evaluations),
+            ``"none"``, or the path of a GSI artifact.
+        gsi_removals: Number of removals after which GSI stops; None orders all blocks.
+        gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.importance.gsi`.
+        repair: What replaces removed blocks: ``"none"``; ``"library"``, stubs that are fitted on
+            self-generated text at the first use and cached; or the path of a library's file
+            (see `rap_env.repair.open_library`).
+        frontier: Path of a frontier artifact (`rap_env.importance.build_frontier`); None if
+            nothing needs the best known masks.
+        store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
+    """
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_memory_bytes: int | None = None
+    calibration: CorpusConfig = field(default_factory=CorpusConfig)
+    importance: str = "gsi"
+    gsi_removals: int | None = 16
+    gsi_method: str = "exact"
+    repair: str = "none"
+    frontier: str | None = None
+    store: str | None = "default"
+
+
+class PruningContext(Protocol):
+    """A model with its memory arithmetic, calibration text, scorer and importance.
+
+    Environments, agents, baselines and experiments take a context, so that all of them measure
+    the same masks on the same text and share one model and one score store. `LiveContext` has a
+    live model; `TableContext` has a score table and no model.
+    """
+
+    @property
+    def memory(self) -> MemoryModel:
+        """The model's byte arithmetic."""
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores masks on the calibration text."""
+
+    @property
+    def store(self) -> ScoreStore | None:
+        """Where scores are stored; None if they are kept in memory or come from a table."""
+
+    @property
+    def llm(self) -> ElasticLLM:
+        """The live model.
+
+        Raises:
+            ModelNotAvailableError: The context is a score table.
+        """
+
+    @property
+    def corpus(self) -> Corpus:
+        """The calibration text.
+
+        Raises:
+            ModelNotAvailableError: The context is a score table.
+        """
+
+    @property
+    def one_shot(self) -> OneShotProfile:
+        """One-shot importance of every block."""
+
+    @property
+    def gsi(self) -> GSIProfile:
+        """The GSI order.
+
+        Raises:
+            ArtifactError: A file that should hold it is damaged or of another model, or the
+                score table has none.
+        """
+
+    @property
+    def layer_influence(self) -> npt.NDArray[np.float64]:
+        """Block influence of each whole layer, shape (L,).
+
+        Raises:
+            ModelNotAvailableError: The context is a score table.
+        """
+
+    @property
+    def frontier_path(self) -> str | None:
+        """Path of the frontier artifact, if one was given."""
+
+    @property
+    def frontier(self) -> Frontier:
+        """The best known mask for each pair of counts of removed blocks.
+
+        Raises:
+            ArtifactError: No path was given, or the file is missing, damaged or of another model.
+        """
+
+    @property
+    def features(self) -> ImportanceFeatures:
+        """The importance of the blocks, as an agent observes it."""
+
+
+def importance_features(context: PruningContext, importance: str) -> ImportanceFeatures:
+    """The importance that an agent observes: measured, or zeros for ``"none"``.
+
+    Args:
+        context: Has the importance; it is measured now if it was not before.
+        importance: As in `ContextConfig`.
+    """
+    if importance == "none":
+        return ImportanceFeatures.none(context.memory.facts.num_blocks)
+    if importance == "one_shot":
+        return ImportanceFeatures.from_one_shot(context.one_shot.loss_rise)
+    gsi = context.gsi
+    return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_loss)
+
+
+def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:
+    """Read a frontier artifact.
+
+    Raises:
+        ArtifactError: No path was given, or the file is missing, damaged or of another model.
+    """
+    from rap_env.importance.frontier import Frontier
+
+    if path is None or not Path(path).exists():
+        raise ArtifactError(
+            f"There is no frontier artifact ({path or 'no path was given'}); build one with "
+            "rap_env.importance.build_frontier(scorer, requests).save(path), or in a checkout "
+            "with `python -m experiments.profile frontier.evaluations=3000`."
+        )
+    return Frontier.load(path, memory)

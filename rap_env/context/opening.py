@@ -1,0 +1,89 @@
+"""Open the context that a configuration describes; one per configuration in a process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rap_env.artifacts import canonical_json
+from rap_env.context.base import ContextConfig, PruningContext
+from rap_env.context.live import LiveContext
+from rap_env.context.table import open_table
+from rap_env.errors import ModelNotAvailableError
+from rap_env.paths import cache_dir
+from rap_env.repair import REPAIRS
+from rap_env.scoring.score_table import table_path
+from rap_env.scoring.store import ScoreStore
+
+_open: dict[str, PruningContext] = {}
+
+
+def open_context(config: ContextConfig) -> PruningContext:
+    """The context for a configuration; equal configurations share one in a process.
+
+    Raises:
+        RapError: As loading the model, the text, the stubs, the store, a table or an artifact does.
+    """
+    key, table = canonical_json(asdict(config)), table_path(config.model)
+    library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
+    for file in (table, library):
+        if file is not None and file.exists():
+            key += f" {file.stat().st_mtime_ns}"  # a file that was rewritten is opened again
+    if key not in _open:
+        _open[key] = _open_live(config) if table is None else open_table(table, config)
+    return _open[key]
+
+
+def _open_live(config: ContextConfig) -> LiveContext:
+    """A new context of a live model; the model itself is shared within a process.
+
+    Raises:
+        RapError: As loading the model, the text, the stubs or the store does.
+    """
+    from rap_env.llm.loading import shared_llm
+    from rap_env.scoring.corpus import load_corpus
+
+    llm = shared_llm(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        max_memory_bytes=config.max_memory_bytes,
+    )
+    if config.repair != "none":
+        from rap_env.repair.opening import open_library
+
+        llm = open_library(config.repair, llm).attach(llm)  # the shared model stays as it is
+    return LiveContext(
+        llm,
+        load_corpus(config.calibration, llm),
+        open_store(config.store),
+        importance=config.importance,
+        gsi_removals=config.gsi_removals,
+        gsi_method=config.gsi_method,
+        frontier=config.frontier,
+        folder=cache_dir() / "importance",
+    )
+
+
+def require_live(context: PruningContext) -> LiveContext:
+    """The same context, if it has a live model.
+
+    Raises:
+        ModelNotAvailableError: It is a score table.
+    """
+    if isinstance(context, LiveContext):
+        return context
+    raise ModelNotAvailableError(
+        f"A live model is needed, but the context of {context.memory.facts.name} has only its "
+        "scores; open the model itself."
+    )
+
+
+def open_store(name: str | None) -> ScoreStore | None:
+    """The score store that `ContextConfig.store` names; None keeps scores in memory.
+
+    Raises:
+        StoreError: The file is no score store, is damaged, or has a newer format.
+    """
+    path = cache_dir() / "scores.sqlite" if name == "default" else name
+    return None if path is None else ScoreStore(path)
