@@ -158,7 +158,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     With `repair="none"` a removed block leaves nothing, as in the paper. Otherwise a *stub* stands
     in its place, a small linear map with a mean: `"library"` fits one for each block on text that
     the model writes (once, then kept in the cache), and a path names a file of
-    `rap_env.StubLibrary`. Spaces, rules and rewards stay the same. A stub's bytes count:
+    `rap_env.repair.StubLibrary`. Spaces, rules and rewards stay the same. A stub's bytes count:
     `peak_bytes` holds them, and a removal frees so much less. Losses and importance are those of
     the model with stubs.
 
