@@ -20,8 +20,8 @@ from agents.policy import SeesBlocks
 from agents.transfer import fitting_policy
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
-from rap_env.runtime.network_weights import Floats, NetworkWeights
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
+from rap_env.runtime.policy_network import Floats, NetworkWeights
 from rap_env.version import __version__
 
 

@@ -157,7 +157,7 @@ def _refilling(
 
 def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[str, Any]]:
     """Memory that offloaded blocks give back, beside their bytes, and the time it takes."""
-    from rap_env.runtime.meter import ProcessMeter
+    from rap_env.runtime.memory_meter import ProcessMeter
 
     llm.set_residency("offload")
     meter = ProcessMeter(llm)

@@ -13,7 +13,7 @@ from rap_env.policy import MaskPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory import MemorySource, open_memory
+from rap_env.runtime.memory_source import MemorySource, open_memory
 
 if TYPE_CHECKING:
     from rap_env.llm.live import Restore

@@ -1,7 +1,7 @@
 """What a block-wise policy network sees of each block: the columns of its row, and their numbers.
 
-Training (`agents.networks`, in torch) and the runtime (`rap_env.runtime.network`, in NumPy) build
-the same row from these names, so neither can drift from the other.
+Training (`agents.networks`, in torch) and the runtime (`rap_env.runtime.policy_network`, in
+NumPy) build the same row from these names, so neither can drift from the other.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class BlockRows(BaseFeaturesExtractor):
     say how a block compares with the others, whatever the model's size; a block beside a removed
     one often loses its worth; a price is the log of a measured importance per useful byte, a
     ratio that a small network would need many episodes to find. The NumPy network of the runtime
-    (`rap_env.runtime.network`) sees the same.
+    (`rap_env.runtime.policy_network`) sees the same.
 
     Args:
         observation_space: That of `rap_env.observation.ObservationBuilder`: a ``Dict``

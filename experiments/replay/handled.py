@@ -9,7 +9,7 @@ from experiments.replay.monitor import WatchedController
 from experiments.replay.systems import System
 from experiments.replay.time_series import Trail
 from rap_env.runtime.engine import EngineStats
-from rap_env.runtime.tickets import Ticket
+from rap_env.runtime.request_handle import RequestHandle
 
 _WAITED_TOO_LONG, _NEVER_FITS = "waited longer", "fit no budget"
 """What the engine says of requests that it gives up."""
@@ -21,51 +21,51 @@ class Handled:
 
     Attributes:
         asked: The request.
-        ticket: What the engine made of it; None if it was refused.
+        handle: What the engine made of it; None if it was refused.
         outcome: One of `experiments.replay.rows.OUTCOMES`.
         waited: Whether it waited because there was no room.
     """
 
     asked: Asked
-    ticket: Ticket | None = None
+    handle: RequestHandle | None = None
     outcome: str = "unserved"
     waited: bool = False
 
     @property
     def ttft_s(self) -> float | None:
         """Seconds from its arrival to its first token; None without one."""
-        if self.ticket is None or self.ticket.first_token_s is None:
+        if self.handle is None or self.handle.first_token_s is None:
             return None
-        return self.ticket.first_token_s - self.asked.time_s
+        return self.handle.first_token_s - self.asked.time_s
 
     @property
     def tpot_s(self) -> float | None:
         """Seconds of each token after the first; None where there was but one."""
-        ticket = self.ticket
-        if ticket is None or ticket.first_token_s is None or ticket.ended_s is None:
+        handle = self.handle
+        if handle is None or handle.first_token_s is None or handle.ended_s is None:
             return None
-        more = len(ticket.token_ids) - 1
-        return (ticket.ended_s - ticket.first_token_s) / more if more > 0 else None
+        more = len(handle.token_ids) - 1
+        return (handle.ended_s - handle.first_token_s) / more if more > 0 else None
 
     @property
     def ended(self) -> bool:
         """Whether there is nothing more to come."""
         refused = self.outcome in ("refused", "queue_full")
-        return refused or bool(self.ticket and self.ticket.done)
+        return refused or bool(self.handle and self.handle.done)
 
     def note_end(self) -> None:
-        """Take the outcome over from a ticket that is done."""
-        ticket = self.ticket
-        if ticket is None or not ticket.done:
+        """Take the outcome over from a request handle that is done."""
+        handle = self.handle
+        if handle is None or not handle.done:
             return
-        error = ticket.error or ""
-        if ticket.reason in ("length", "stop"):
+        error = handle.error or ""
+        if handle.reason in ("length", "stop"):
             self.outcome = "served"
         elif _WAITED_TOO_LONG in error:
             self.outcome = "timed_out"
         elif _NEVER_FITS in error:
             self.outcome = "refused"
-        elif ticket.reason == "error":
+        elif handle.reason == "error":
             self.outcome = "failed"
 
 

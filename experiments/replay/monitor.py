@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.demand import NOTHING, Demand
-from rap_env.runtime.meter import Meter
+from rap_env.runtime.memory_meter import Meter
 
 
 class WatchedController(RuntimeController):
@@ -31,14 +31,14 @@ class WatchedController(RuntimeController):
         self._own_meter = meter
         super().__init__(*args, meter=meter, **settings)
 
-    def admit(self, demand: Demand, beside: Demand = NOTHING) -> bool:
+    def admit(self, demand: BatchShape, beside: BatchShape = EMPTY_BATCH) -> bool:
         """As `RuntimeController.admit`."""
         with self._new_peak_if_it_fell():
             admitted = super().admit(demand, beside)
         self.turned_away = not admitted
         return admitted
 
-    def check(self, demand: Demand) -> bool:
+    def check(self, demand: BatchShape) -> bool:
         """As `RuntimeController.check`."""
         with self._new_peak_if_it_fell():
             return super().check(demand)

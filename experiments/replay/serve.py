@@ -23,8 +23,8 @@ from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.llm.device import return_freed_memory
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine, StepRecord
-from rap_env.runtime.memory import GivenMemory
-from rap_env.runtime.meter import Meter, ProcessMeter, TensorMeter
+from rap_env.runtime.memory_meter import Meter, ProcessMeter, TensorMeter
+from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.policies import StaticPolicy
 from rap_env.runtime.sampling import SamplingParams
 
@@ -110,11 +110,11 @@ class Server:
 
     def remaining_s(self) -> float:
         """Seconds that the oldest requests, as many as run at once, will still take."""
-        open_ = [h for h in self._handled[: self._arrived] if h.ticket and not h.ticket.done]
+        open_ = [h for h in self._handled[: self._arrived] if h.handle and not h.handle.done]
         tokens = [
-            h.asked.new_tokens - len(h.ticket.token_ids)
+            h.asked.new_tokens - len(h.handle.token_ids)
             for h in open_[: self._settings.max_batch_size]
-            if h.ticket is not None
+            if h.handle is not None
         ]
         return max(tokens, default=0) * self._step_s
 
@@ -187,7 +187,7 @@ class Server:
             self._arrived += 1
             params = SamplingParams(max_new_tokens=handled.asked.new_tokens)
             try:
-                handled.ticket = self._engine.submit(handled.asked.prompt_ids, params)
+                handled.handle = self._engine.submit(handled.asked.prompt_ids, params)
             except InfeasibleBudgetError:
                 handled.outcome = "refused"
             except QueueFullError:
@@ -203,7 +203,7 @@ class Server:
         coming = []
         if self._arrived < len(self._handled):
             coming.append(self._handled[self._arrived].asked.time_s)
-        waiting = [h for h in self._handled[: self._arrived] if h.ticket and not h.ticket.done]
+        waiting = [h for h in self._handled[: self._arrived] if h.handle and not h.handle.done]
         if waiting:
             patience = waiting[0].asked.time_s + self._settings.queue_timeout_s
             coming.append(max(patience, now + _PATIENT_JUMP_S))
@@ -229,8 +229,8 @@ class Server:
         for handled in reversed(self._handled[: self._arrived]):
             if queued <= 0:
                 return
-            ticket = handled.ticket
-            if ticket is not None and not ticket.done and ticket.first_token_s is None:
+            handle = handled.handle
+            if handle is not None and not handle.done and handle.first_token_s is None:
                 handled.waited = True
                 queued -= 1
 

@@ -46,8 +46,8 @@ def judged(served: Served, judge: QualityJudge) -> Judged:
     Raises:
         NonFiniteScoreError: The model gave NaN or infinity.
     """
-    done = [h for h in served.handled if h.outcome == "served" and h.ticket and h.ticket.token_ids]
-    qualities = {h.asked.number: judge.judge(h.asked, h.ticket.token_ids) for h in done if h.ticket}
+    done = [h for h in served.handled if h.outcome == "served" and h.handle and h.handle.token_ids]
+    qualities = {h.asked.number: judge.judge(h.asked, h.handle.token_ids) for h in done if h.handle}
     return Judged(served, qualities, judge.mask_loss(_tokens_by_mask(done)))
 
 
@@ -69,11 +69,11 @@ def make_row(
     servable = sum(_fits_alone(h.asked, budget.most(0.0, end), memory) for h in served.handled)
     ttft = [h.ttft_s for h in done if h.ttft_s is not None]
     tpot = [h.tpot_s for h in done if h.tpot_s is not None]
-    tokens = sum(len(h.ticket.token_ids) for h in done if h.ticket)
+    tokens = sum(len(h.handle.token_ids) for h in done if h.handle)
     by_mask = _tokens_by_mask(done)
     controller = served.controller
     stats = served.stats
-    duration = max((h.ticket.ended_s or 0.0 for h in done if h.ticket), default=0.0)
+    duration = max((h.handle.ended_s or 0.0 for h in done if h.handle), default=0.0)
     duration -= served.handled[0].asked.time_s
     return ReplayRow(
         system=served.system.name,
@@ -126,7 +126,7 @@ def write_details(folder: Path, found: Judged) -> None:
 
 
 def _request(handled: Handled, quality: Quality | None) -> dict[str, Any]:
-    asked, ticket = handled.asked, handled.ticket
+    asked, handle = handled.asked, handled.handle
     record = {
         "number": asked.number,
         "arrived_s": round(asked.time_s, 4),
@@ -136,9 +136,9 @@ def _request(handled: Handled, quality: Quality | None) -> dict[str, Any]:
         "waited": handled.waited,
         "ttft_s": _rounded(handled.ttft_s),
         "tpot_s": _rounded(handled.tpot_s),
-        "tokens": len(ticket.token_ids) if ticket else 0,
-        "preemptions": ticket.preemptions if ticket else 0,
-        "masks": len(set(ticket.masks)) if ticket else 0,
+        "tokens": len(handle.token_ids) if handle else 0,
+        "preemptions": handle.preemptions if handle else 0,
+        "masks": len(set(handle.masks)) if handle else 0,
         "removed_mean": _rounded(_mean_removed(_tokens_by_mask([handled]))),
     }
     if quality is not None:
@@ -177,7 +177,7 @@ def _quality(qualities: Sequence[Quality], mask_loss: float | None, tokens: int)
 
 def _tokens_by_mask(handled: Sequence[Handled]) -> dict[BlockMask, int]:
     """Tokens generated under each mask."""
-    return dict(Counter(mask for h in handled if h.ticket for mask in h.ticket.masks))
+    return dict(Counter(mask for h in handled if h.handle for mask in h.handle.masks))
 
 
 def _mean_removed(tokens: dict[BlockMask, int]) -> float | None:

@@ -30,7 +30,7 @@ class Target:
         model: The model's name.
         token_ids: Tokens that prompts are made of.
         tokenizer: The model's tokenizer.
-        sample: What the engine keeps of its tickets.
+        sample: What the engine keeps of its handles.
     """
 
     url: str
@@ -169,10 +169,10 @@ class Client:
             self._world.problem(f"The answer to {body} was {choices} with {usage}.")
         if "prompt" not in body or n > 1 or "stop" in body:
             return
-        ticket = self._target.sample.take(body["prompt"])
-        if ticket is None or ticket.params.max_new_tokens != body["max_tokens"]:
+        handle = self._target.sample.take(body["prompt"])
+        if handle is None or handle.params.max_new_tokens != body["max_tokens"]:
             return  # of another request with the same prompt
-        if choices[0][0] != plain_text(self._target.tokenizer, ticket.token_ids):
+        if choices[0][0] != plain_text(self._target.tokenizer, handle.token_ids):
             self._world.problem(f"The answer to {body} was {choices[0][0]!r}, not its tokens.")
 
     def _cancel(self) -> str:

@@ -21,9 +21,9 @@ from rap_env.blocks import BlockMask
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
-from rap_env.runtime.demand import Demand
-from rap_env.runtime.memory import GivenMemory
-from rap_env.runtime.meter import ProcessMeter, TensorMeter
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_meter import ProcessMeter, TensorMeter
+from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Trial:
         special = set(llm.tokenizer.all_special_ids)
         self._token_ids = [n for n in range(llm.adapter.vocab_size) if n not in special]
         longest = config.soak.prompt_tokens + 2 * config.soak.answer_tokens
-        everything = Demand(config.serve.max_batch_size, longest)
-        self._full_bytes = self._engine.controller.needs.bytes(BlockMask(), everything)
+        everything = BatchShape(config.serve.max_batch_size, longest)
+        self._full_bytes = self._engine.controller.estimator.peak_bytes(BlockMask(), everything)
         self._rest_prompt = self._random.sample(self._token_ids, min(12, len(self._token_ids)))
         self._rss: list[int] = []
         self._rest_answers: set[tuple[int, ...]] = set()
@@ -202,9 +202,9 @@ class Trial:
     def _rest_answer(self) -> tuple[int, ...]:
         """What the dense model says to a prompt that is always the same."""
         params = SamplingParams(max_new_tokens=_REST_TOKENS)
-        ticket = self._engine.submit(self._rest_prompt, params)
-        ticket.result(self._config.soak.hang_s)
-        return tuple(ticket.token_ids)
+        handle = self._engine.submit(self._rest_prompt, params)
+        handle.result(self._config.soak.hang_s)
+        return tuple(handle.token_ids)
 
     def _await_rest(self) -> None:
         """Give what clients left behind the time to end."""

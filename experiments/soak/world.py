@@ -16,8 +16,8 @@ from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.policies import OrderPolicy
+from rap_env.runtime.request_handle import Event, Listener, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.tickets import Event, Listener, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class RandomMasks:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is kept of a ticket that was made under one mask from start to end.
+    """What is kept of a request handle that was made under one mask from start to end.
 
     Attributes:
         prompt_ids: Tokens of the prompt.
@@ -147,14 +147,14 @@ class Answer:
     greedy: bool
 
     @classmethod
-    def of(cls, ticket: Ticket) -> Answer:
-        """A ticket's answer."""
+    def of(cls, handle: RequestHandle) -> Answer:
+        """A request request's answer."""
         return cls(
-            ticket.prompt_ids,
-            tuple(ticket.token_ids),
-            tuple(ticket.logprobs),
-            ticket.masks[0],
-            ticket.params.greedy,
+            handle.prompt_ids,
+            tuple(handle.token_ids),
+            tuple(handle.logprobs),
+            handle.masks[0],
+            handle.params.greedy,
         )
 
 
@@ -180,49 +180,49 @@ class Sample:
         self.eligible = 0
         self.changed = 0
         self.masks: set[int] = set()
-        self._running: list[Ticket] = []
-        self._recent: OrderedDict[tuple[int, ...], Ticket] = OrderedDict()
+        self._running: list[RequestHandle] = []
+        self._recent: OrderedDict[tuple[int, ...], RequestHandle] = OrderedDict()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
-    def note(self, ticket: Ticket) -> None:
-        """A ticket was made."""
+    def note(self, handle: RequestHandle) -> None:
+        """A request handle was made."""
         with self._lock:
-            self._running.append(ticket)
-            self._recent[ticket.prompt_ids] = ticket
+            self._running.append(handle)
+            self._recent[handle.prompt_ids] = handle
             if len(self._recent) > _MOST_RECENT:
                 self._recent.popitem(last=False)  # of a client that went away and never asked
             if len(self._running) >= _MOST_RECENT:
                 self._sort_out()
 
-    def take(self, prompt_ids: Sequence[int]) -> Ticket | None:
-        """The last ticket for a prompt; only once, and only if it was made lately."""
+    def take(self, prompt_ids: Sequence[int]) -> RequestHandle | None:
+        """The last handle for a prompt; only once, and only if it was made lately."""
         with self._lock:
             return self._recent.pop(tuple(prompt_ids), None)
 
-    def unfinished(self) -> list[Ticket]:
+    def unfinished(self) -> list[RequestHandle]:
         """Tickets that have not ended."""
         with self._lock:
             self._sort_out()
             return list(self._running)
 
     def _sort_out(self) -> None:
-        ended = [ticket for ticket in self._running if ticket.done]
-        self._running = [ticket for ticket in self._running if not ticket.done]
-        for ticket in ended:
-            self._consider(ticket)
+        ended = [handle for handle in self._running if handle.done]
+        self._running = [handle for handle in self._running if not handle.done]
+        for handle in ended:
+            self._consider(handle)
 
-    def _consider(self, ticket: Ticket) -> None:
-        masks = set(ticket.masks)
+    def _consider(self, handle: RequestHandle) -> None:
+        masks = set(handle.masks)
         self.masks.update(map(hash, masks))
         self.changed += len(masks) > 1
         if len(masks) != 1:
             return
         self.eligible += 1
         if len(self.kept) < self.size:
-            self.kept.append(Answer.of(ticket))
+            self.kept.append(Answer.of(handle))
         elif (place := self._random.randrange(self.eligible)) < self.size:
-            self.kept[place] = Answer.of(ticket)
+            self.kept[place] = Answer.of(handle)
 
 
 class RecordingEngine(Engine):
@@ -238,7 +238,7 @@ class RecordingEngine(Engine):
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None
-    ) -> Ticket:
+    ) -> RequestHandle:
         """As `Engine.submit`."""
 
         def heard(event: Event) -> None:
@@ -246,6 +246,6 @@ class RecordingEngine(Engine):
             if listener is not None:
                 listener(event)
 
-        ticket = super().submit(prompt_ids, params, heard)
-        self.sample.note(ticket)
-        return ticket
+        handle = super().submit(prompt_ids, params, heard)
+        self.sample.note(handle)
+        return handle

@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
-from rap_env.runtime.adjusting import Adjuster
-from rap_env.runtime.chooser import Chooser
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
-from rap_env.runtime.demand import NOTHING, Demand
-from rap_env.runtime.gauge import Gauge
-from rap_env.runtime.margin import LearnedMargin
-from rap_env.runtime.memory import MemorySource, open_memory
-from rap_env.runtime.meter import Meter, ProcessMeter
-from rap_env.runtime.needs import Needs
-from rap_env.runtime.switching import Switcher
+from rap_env.runtime.mask_choice import MaskChooser
+from rap_env.runtime.mask_controller import MaskController, MaskSwitcher
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_meter import Meter, ProcessMeter
+from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
+from rap_env.runtime.memory_source import MemorySource, open_memory
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -30,8 +28,8 @@ class RuntimeController:
 
     The policy is asked when a request arrives, when the budget falls below what is needed, and when
     there is room again. Its mask is taken only if what it needs, by the memory arithmetic, and what
-    was learned from the meter (`rap_env.runtime.margin`) fit together; else the guard removes more
-    blocks in its own order until they do.
+    was learned from the meter (`rap_env.runtime.memory_monitor`) fit together; else the guard
+    removes more blocks in its own order until they do.
 
     **Going down** is immediate: `check` before each step. **Going up** waits while anything runs:
     a mask that needs more is applied only after it would have fitted for `hold_s` without a break,
@@ -85,46 +83,46 @@ class RuntimeController:
                 f"not {hysteresis_share}, {hold_s} and {margin_share}."
             )
         self.llm = llm
-        self.needs = Needs(llm)
-        self.chooser = Chooser(policy, self.needs, guard_order)
-        facts = self.needs.memory.facts
+        self.estimator = MemoryEstimator(llm)
+        self.mask_chooser = MaskChooser(policy, self.estimator, guard_order)
+        facts = self.estimator.memory.facts
         weights = facts.base_bytes + sum(facts.block_param_bytes)
-        self.gauge = Gauge(
+        self.monitor = MemoryMonitor(
             llm,
             open_memory(memory, device=llm.device),
             ProcessMeter(llm) if meter is None else meter,
-            self.needs,
-            LearnedMargin(int(margin_share * weights)),
+            self.estimator,
+            SafetyMargin(int(margin_share * weights)),
         )
         self.hold_s = hold_s
         self.overhead_s = 0.0
-        self._switcher = Switcher(llm, self.gauge, log, clock)
-        self._adjuster = Adjuster(
+        self._switcher = MaskSwitcher(llm, self.monitor, log, clock)
+        self._mask_controller = MaskController(
             llm,
-            self.chooser,
-            self.needs,
-            self.gauge,
+            self.mask_chooser,
+            self.estimator,
+            self.monitor,
             self._switcher,
             hysteresis_share=hysteresis_share,
             hold_s=hold_s,
             clock=clock,
         )
-        self._refused: tuple[Demand, int] | None = None  # what fitted nothing, and in which room
+        self._refused: tuple[BatchShape, int] | None = None  # fitted nothing, in this room
 
     @property
     def policy(self) -> MaskPolicy:
         """The policy that is asked."""
-        return self.chooser.policy
+        return self.mask_chooser.policy
 
     @property
     def decisions(self) -> int:
         """How often the policy was asked."""
-        return self._adjuster.decisions
+        return self._mask_controller.decisions
 
     @property
     def decision_s(self) -> float:
         """Seconds spent choosing, in total."""
-        return self._adjuster.decision_s
+        return self._mask_controller.decision_s
 
     @property
     def switches(self) -> int:
@@ -144,24 +142,24 @@ class RuntimeController:
     @property
     def budget_bytes(self) -> int:
         """The budget when last asked."""
-        return self.gauge.budget_bytes
+        return self.monitor.budget_bytes
 
     @property
     def used_bytes(self) -> int:
         """What was measured last."""
-        return self.gauge.used_bytes
+        return self.monitor.used_bytes
 
     @property
     def held(self) -> HeldBytes:
         """Bytes of the tensors that were held after the last step."""
-        return self.gauge.held
+        return self.monitor.held
 
     @property
-    def margin(self) -> LearnedMargin:
+    def margin(self) -> SafetyMargin:
         """What is kept free beyond what masks need."""
-        return self.gauge.margin
+        return self.monitor.margin
 
-    def admit(self, demand: Demand, beside: Demand = NOTHING) -> bool:
+    def admit(self, shape: BatchShape, beside: BatchShape = EMPTY_BATCH) -> bool:
         """Make a request fit that has arrived: choose and apply a mask for it.
 
         While others run, a mask that fits already stays. With nothing else running, when a switch
@@ -169,25 +167,25 @@ class RuntimeController:
         more than that of now is taken at once, if it fits with `hysteresis_share` to spare.
 
         Args:
-            demand: All that will run with the request.
+            shape: All that will run with the request.
             beside: What runs without it.
 
         Returns:
             Whether a mask fits.
         """
         with self._timed():
-            self.gauge.poll()
-            room = self.gauge.room_bytes(demand, self._adjuster.coming(demand))
-            if self._refused and self._refused[0] == demand and room <= self._refused[1]:
+            self.monitor.poll()
+            room = self.monitor.room_bytes(shape, self._mask_controller.coming(shape))
+            if self._refused and self._refused[0] == shape and room <= self._refused[1]:
                 return False
             mask = self.llm.mask
-            need = self.needs.bytes(mask, demand)
+            need = self.estimator.peak_bytes(mask, shape)
             if need > room:
-                if not self._adjuster.fit(demand, room, "arrival", running=bool(beside)):
-                    self._refused = (demand, room)
+                if not self._mask_controller.fit(shape, room, "arrival", running=bool(beside)):
+                    self._refused = (shape, room)
                     return False
             elif mask and not beside:
-                self._adjuster.suit(need, demand)
+                self._mask_controller.suit(need, shape)
             return True
 
     def expect(self, tokens: int, growth_tokens: int) -> None:
@@ -197,38 +195,38 @@ class RuntimeController:
             tokens: Tokens that it will run, of all sequences together; 0 if that is not known.
             growth_tokens: Tokens that caches will hold more afterwards, padding included.
         """
-        self._adjuster.next_pass = (tokens, growth_tokens)
+        self._mask_controller.next_pass = (tokens, growth_tokens)
 
-    def check(self, demand: Demand) -> bool:
+    def check(self, shape: BatchShape) -> bool:
         """Before each step: give memory back that the budget does not allow, or take some again.
 
         Args:
-            demand: All that runs.
+            shape: All that runs.
 
         Returns:
             Whether it fits now. If not, no mask does: run less and call again.
         """
         with self._timed():
-            self.gauge.poll()
-            if not demand:
-                self.gauge.rest()
-            room = self.gauge.room_bytes(demand, self._adjuster.coming(demand))
+            self.monitor.poll()
+            if not shape:
+                self.monitor.rest()
+            room = self.monitor.room_bytes(shape, self._mask_controller.coming(shape))
             mask = self.llm.mask
-            need = self.needs.bytes(mask, demand)
+            need = self.estimator.peak_bytes(mask, shape)
             if need > room:
-                fits = self._adjuster.fit(demand, room, "budget_fell", running=bool(demand))
-                if not fits and not demand:
-                    self._adjuster.empty()
+                fits = self._mask_controller.fit(shape, room, "budget_fell", running=bool(shape))
+                if not fits and not shape:
+                    self._mask_controller.empty()
                 return fits
             if mask:
-                self._adjuster.restore(need, demand)
+                self._mask_controller.restore(need, shape)
             return True
 
-    def observe(self, demand: Demand, kind: str = "step") -> int:
+    def observe(self, shape: BatchShape, kind: str = "step") -> int:
         """After each step: learn from what the meter saw of it.
 
         Args:
-            demand: The shape that was in memory, padding included.
+            shape: The shape that was in memory, padding included.
             kind: What the step did; kinds are learned apart.
 
         Returns:
@@ -236,43 +234,43 @@ class RuntimeController:
         """
         with self._timed():
             if kind != "prefill":
-                self._adjuster.decoded()
-            return self.gauge.observe(demand, kind)
+                self._mask_controller.decoded()
+            return self.monitor.observe(shape, kind)
 
-    def could_fit(self, demand: Demand) -> bool:
-        """Whether a demand can ever fit: by the largest budget seen, or the source's limit.
+    def could_fit(self, shape: BatchShape) -> bool:
+        """Whether a shape can ever fit: by the largest budget seen, or the source's limit.
 
         From any thread.
         """
-        most = self.gauge.limit_bytes() - self.margin.bytes
-        return self.chooser.least_bytes(demand, most) <= most
+        most = self.monitor.limit_bytes() - self.margin.bytes
+        return self.mask_chooser.least_bytes(shape, most) <= most
 
-    def hopeless(self, demand: Demand) -> bool:
-        """Whether a demand that nothing else runs beside can never fit, as far as is measured."""
-        self.gauge.trim()
-        kept = self.budget_bytes - self.gauge.exact_room_bytes(
-            demand, self._adjuster.coming(demand)
+    def never_fits(self, shape: BatchShape) -> bool:
+        """Whether a shape that nothing else runs beside can never fit, as far as is measured."""
+        self.monitor.trim()
+        kept = self.budget_bytes - self.monitor.exact_room_bytes(
+            shape, self._mask_controller.coming(shape)
         )
-        most = self.gauge.limit_bytes() - kept
-        return self.chooser.least_bytes(demand, most) > most
+        most = self.monitor.limit_bytes() - kept
+        return self.mask_chooser.least_bytes(shape, most) > most
 
-    def before_step(self, demand: Demand) -> Callable[[], None]:
+    def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """For ``llm.generate(before_step=...)``: checks before each step of a lone batch.
 
         Args:
-            demand: The batch at its final length. `admit` it first.
+            shape: The batch at its final length. `admit` it first.
 
         Returns:
             A function that raises `InfeasibleBudgetError` when no mask fits any more.
         """
 
         def before() -> None:
-            self.observe(demand)
-            self.expect(demand.batch_size, demand.batch_size)
-            if not self.check(demand):
+            self.observe(shape)
+            self.expect(shape.batch_size, shape.batch_size)
+            if not self.check(shape):
                 raise InfeasibleBudgetError(
-                    f"No mask fits {self.budget_bytes:,} bytes for {demand.batch_size} x "
-                    f"{demand.seq_len_tokens} tokens any more, with {self.margin.bytes:,} bytes "
+                    f"No mask fits {self.budget_bytes:,} bytes for {shape.batch_size} x "
+                    f"{shape.seq_len_tokens} tokens any more, with {self.margin.bytes:,} bytes "
                     "of margin: raise the budget or generate less."
                 )
 

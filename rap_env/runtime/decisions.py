@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rap_env.blocks import BlockMask
-from rap_env.runtime.demand import Demand
+from rap_env.runtime.batch_shape import BatchShape
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Decision:
         bytes_before: Measured before the switch.
         bytes_after: Measured after it.
         budget_bytes: The budget that it had to fit.
-        demand: What it had to fit for.
+        shape: What it had to fit for.
         decision_s: Seconds that it took to choose the mask.
         switch_s: Seconds that it took to apply it.
         guarded: Whether the policy's mask did not do, and the guard chose.
@@ -47,7 +47,7 @@ class Decision:
     bytes_before: int
     bytes_after: int
     budget_bytes: int
-    demand: Demand
+    shape: BatchShape
     decision_s: float
     switch_s: float
     guarded: bool
@@ -63,7 +63,7 @@ class Decision:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "budget_bytes": self.budget_bytes,
-            "demand": asdict(self.demand),
+            "demand": asdict(self.shape),
             "decision_s": self.decision_s,
             "switch_s": self.switch_s,
             "guarded": self.guarded,

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
-from rap_env.runtime.jobs import Job
-from rap_env.runtime.line import WaitingLine
-from rap_env.runtime.outcomes import Outcomes
-from rap_env.runtime.records import EngineStats, StepRecord
+from rap_env.runtime.metrics import EngineStats, Metrics, StepRecord
+from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.tickets import Listener, Ticket
-from rap_env.runtime.turns import Turns
+from rap_env.runtime.scheduler import RequestQueue, Scheduler
+from rap_env.runtime.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -33,7 +31,7 @@ IDLE_POLL_S = 0.1
 class Engine:
     """Continuous batching over a live model whose mask follows the budget.
 
-    Each turn (`step`) takes at most one newcomer out of the line, runs at most one chunk of its
+    Each turn (`step`) takes at most one prefilling out of the line, runs at most one chunk of its
     prompt, and decodes a token for every row of the batch; so a long prompt holds nobody up for
     longer than a chunk. Before each pass through the model the controller looks at the budget. A
     request waits while no mask fits it beside what runs. If no mask fits what runs, the newest
@@ -75,7 +73,7 @@ class Engine:
         queue_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        facts = controller.needs.memory.facts
+        facts = controller.estimator.memory.facts
         longest = facts.max_positions if max_seq_len_tokens is None else max_seq_len_tokens
         limits = (max_batch_size, max_queue, longest, prefill_chunk_tokens)
         if min(limits) < 1 or longest > facts.max_positions:
@@ -90,13 +88,13 @@ class Engine:
         self.max_seq_len_tokens = longest
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self._vocab_size = facts.vocab_size
-        self._line = WaitingLine(max_queue)
-        self._outcomes = Outcomes(clock)
-        self._turns = Turns(
+        self._queue = RequestQueue(max_queue)
+        self._metrics = Metrics(clock)
+        self._scheduler = Scheduler(
             llm,
             controller,
-            self._line,
-            self._outcomes,
+            self._queue,
+            self._metrics,
             max_batch_size=max_batch_size,
             chunk_tokens=prefill_chunk_tokens,
             restore=restore,
@@ -111,7 +109,7 @@ class Engine:
     @property
     def observers(self) -> list[Callable[[StepRecord], None]]:
         """Called with a `StepRecord` after each pass."""
-        return self._turns.observers
+        return self._scheduler.observers
 
     @property
     def alive(self) -> bool:
@@ -120,13 +118,13 @@ class Engine:
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None
-    ) -> Ticket:
+    ) -> RequestHandle:
         """Queue a request up; from any thread.
 
         Args:
             prompt_ids: Tokens of the prompt, at least one.
             params: How much to generate, and how.
-            listener: Called with each event, see `Ticket.listen`.
+            listener: Called with each event, see `RequestHandle.listen`.
 
         Raises:
             InvalidRequestError: The prompt is empty, too long with what is to come, or holds what
@@ -135,20 +133,20 @@ class Engine:
             QueueFullError: Too many requests wait.
             EngineClosedError: The engine was closed.
         """
-        ticket = Ticket(
+        handle = RequestHandle(
             self._checked(prompt_ids, params), params, self.clock(), on_cancel=self._wake.set
         )
-        job = Job(ticket)
+        sequence = TokenSequence(handle)
         if listener is not None:
-            ticket.listen(listener)
+            handle.listen(listener)
         try:
-            self._turns.check_feasible(job)
-            self._line.append(job)
+            self._scheduler.check_feasible(sequence)
+            self._queue.append(sequence)
         except (InfeasibleBudgetError, QueueFullError):
-            self._outcomes.tally.refused += 1
+            self._metrics.counters.refused += 1
             raise
         self._wake.set()
-        return ticket
+        return handle
 
     def step(self) -> bool:
         """One turn.
@@ -160,11 +158,11 @@ class Engine:
             if self._closing:
                 return False
             started, spent = time.perf_counter(), self.controller.overhead_s
-            worked = self._turns.turn()
+            worked = self._scheduler.turn()
             if worked:
-                tally = self._outcomes.tally
-                tally.busy_s += time.perf_counter() - started
-                tally.overhead_s += self.controller.overhead_s - spent
+                counters = self._metrics.counters
+                counters.busy_s += time.perf_counter() - started
+                counters.overhead_s += self.controller.overhead_s - spent
             return worked
 
     def warm_up(self) -> None:
@@ -174,7 +172,7 @@ class Engine:
         """
         tokens = min(self.prefill_chunk_tokens, self.max_seq_len_tokens - 1)
         with self._turn_lock:
-            self._turns.warm_up(max(1, tokens))
+            self._scheduler.warm_up(max(1, tokens))
 
     def start(self) -> None:
         """Take turns in a thread of its own, until `close`."""
@@ -191,15 +189,15 @@ class Engine:
         """
         self._closing = True
         self._wake.set()
-        waiting = self._line.close()
+        waiting = self._queue.close()
         stopped = self._turn_lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
         try:
-            newcomer = self._turns.newcomer
-            running = [*self._turns.jobs, *([newcomer.job] if newcomer else [])]
-            for job in (*running, *waiting, *self._line.close()):
-                self._outcomes.end(job, "cancelled", "The engine was closed.")
+            prefilling = self._scheduler.prefilling
+            running = [*self._scheduler.sequences, *([prefilling.sequence] if prefilling else [])]
+            for sequence in (*running, *waiting, *self._queue.close()):
+                self._metrics.end(sequence, "cancelled", "The engine was closed.")
             if stopped:
-                self._turns.forget_all()
+                self._scheduler.forget_all()
         finally:
             if stopped:
                 self._turn_lock.release()
@@ -208,23 +206,23 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A summary; from any thread, without waiting for a step."""
-        tally, controller = self._outcomes.tally, self.controller
+        counters, controller = self._metrics.counters, self.controller
         return EngineStats(
-            queued=len(self._line),
-            running=len(self._turns.jobs) + (self._turns.newcomer is not None),
-            served=tally.served,
-            refused=tally.refused,
-            cancelled=tally.cancelled,
-            failed=tally.failed,
-            tokens=tally.tokens,
-            prompt_tokens=tally.prompt_tokens,
-            preemptions=tally.preemptions,
-            mask=self._turns.mask,
+            queued=len(self._queue),
+            running=len(self._scheduler.sequences) + (self._scheduler.prefilling is not None),
+            served=counters.served,
+            refused=counters.refused,
+            cancelled=counters.cancelled,
+            failed=counters.failed,
+            tokens=counters.tokens,
+            prompt_tokens=counters.prompt_tokens,
+            preemptions=counters.preemptions,
+            mask=self._scheduler.mask,
             budget_bytes=controller.budget_bytes,
             held=controller.held,
             used_bytes=controller.used_bytes,
-            overhead_s=tally.overhead_s,
-            busy_s=tally.busy_s,
+            overhead_s=counters.overhead_s,
+            busy_s=counters.busy_s,
         )
 
     def _checked(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

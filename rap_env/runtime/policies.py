@@ -18,8 +18,8 @@ from rap_env.memory import HasFacts, MemoryModel
 from rap_env.observation import ObservationBuilder
 from rap_env.policy import MaskPolicy
 from rap_env.request import Request
-from rap_env.runtime.network import BlockNetwork
 from rap_env.runtime.policy_file import PolicyFile
+from rap_env.runtime.policy_network import BlockNetwork
 
 if TYPE_CHECKING:
     from rap_env.importance.frontier import Frontier

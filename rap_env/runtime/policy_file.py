@@ -22,7 +22,7 @@ from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError
 from rap_env.memory import ModelFacts
 from rap_env.observation import ImportanceFeatures
-from rap_env.runtime.network_weights import NetworkWeights
+from rap_env.runtime.policy_network import NetworkWeights
 
 log = logging.getLogger(__name__)
 

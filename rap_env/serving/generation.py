@@ -14,8 +14,8 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.tickets import EndEvent, Event, Ticket, TokenEvent
 from rap_env.serving.errors import ApiError, failed, invalid, queue_full, unavailable
 from rap_env.serving.text import Detokenizer, StopStrings, plain_text
 
@@ -88,7 +88,7 @@ class _Choice:
     index: int
     detokenizer: Detokenizer
     stops: StopStrings
-    ticket: Ticket | None = None
+    handle: RequestHandle | None = None
     tokens: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
@@ -152,12 +152,12 @@ class Generation:
         """
         try:
             for choice in self._choices:
-                choice.ticket = self._submit(choice)
+                choice.handle = self._submit(choice)
         except BaseException as error:
             self.cancel()
             raise _as_api_error(error) from error
 
-    def _submit(self, choice: _Choice) -> Ticket:
+    def _submit(self, choice: _Choice) -> RequestHandle:
         def listen(event: Event) -> None:  # called in a thread of the engine
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, event))
@@ -173,8 +173,8 @@ class Generation:
         """
         self._closing = self._closing or closing
         for choice in self._choices:
-            if choice.ticket is not None and not choice.ended:
-                choice.ticket.cancel()
+            if choice.handle is not None and not choice.ended:
+                choice.handle.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What comes, as it comes, until every answer has ended.
@@ -203,12 +203,12 @@ class Generation:
         choice.last_s = event.time_s
         if choice.tokens == 1:
             choice.first_s = event.time_s
-            assert choice.ticket is not None
-            self._on_first(max(0.0, event.time_s - choice.ticket.arrived_s))
+            assert choice.handle is not None
+            self._on_first(max(0.0, event.time_s - choice.handle.arrived_s))
         text = choice.stops.add(choice.detokenizer.add(event.token_id))
         if choice.stops.found:
-            assert choice.ticket is not None
-            choice.ticket.cancel()
+            assert choice.handle is not None
+            choice.handle.cancel()
             return Piece(choice.index, text, self._taken(choice), "stop")
         if self._plan.logprobs:
             choice.pending.append(self._logprob(event))

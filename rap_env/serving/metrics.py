@@ -21,7 +21,7 @@ from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
-    from rap_env.runtime.records import EngineStats
+    from rap_env.runtime.metrics import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

@@ -12,9 +12,9 @@ from agents.policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
-from rap_env.runtime.network import BlockNetwork
 from rap_env.runtime.policies import NetworkPolicy, load_policy
 from rap_env.runtime.policy_file import PolicyFile
+from rap_env.runtime.policy_network import BlockNetwork
 from tests.agents.synthetic import SyntheticBench, make_envs, request_at
 
 SHAPES = [(1, 10), (4, 500), (16, 2000)]

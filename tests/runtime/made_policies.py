@@ -7,8 +7,8 @@ import numpy as np
 from rap_env.block_rows import row_width
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.observation import ImportanceFeatures
-from rap_env.runtime.network_weights import NetworkWeights
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
+from rap_env.runtime.policy_network import NetworkWeights
 
 
 def facts(layers=6, fingerprint="a" * 64, name="made"):

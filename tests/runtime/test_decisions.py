@@ -10,8 +10,8 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.runtime import decisions
+from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
-from rap_env.runtime.demand import Demand
 
 
 def made(number: int = 0) -> Decision:
@@ -24,7 +24,7 @@ def made(number: int = 0) -> Decision:
         bytes_before=1000,
         bytes_after=700,
         budget_bytes=800,
-        demand=Demand(2, 30),
+        shape=BatchShape(2, 30),
         decision_s=0.001,
         switch_s=0.002,
         guarded=True,

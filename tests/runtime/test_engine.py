@@ -13,10 +13,10 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from rap_env.runtime.demand import Demand
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.request_handle import EndEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.tickets import EndEvent, TokenEvent
-from tests.runtime.stand import Stand, alone, greedy, prompt
+from tests.runtime.harness import Harness, alone, greedy, prompt
 
 MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
 
@@ -24,17 +24,17 @@ MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding", "gemma2"])
 def test_a_row_gets_what_it_would_get_alone(name, mask):
-    stand = Stand(name=name, mask=mask)
-    stand.controller.chooser.policy = _Static(mask)
-    engine = stand.engine(max_batch_size=3, prefill_chunk_tokens=4)
+    harness = Harness(name=name, mask=mask)
+    harness.controller.mask_chooser.policy = _Static(mask)
+    engine = harness.engine(max_batch_size=3, prefill_chunk_tokens=4)
     prompts = [prompt(length, seed) for seed, length in enumerate((3, 9, 14, 1, 6))]
-    tickets = [engine.submit(ids, greedy(7 + n)) for n, ids in enumerate(prompts)]
-    stand.run(engine)
-    assert max(record.rows for record in stand.records) == 3
-    for number, (ids, ticket) in enumerate(zip(prompts, tickets, strict=True)):
-        assert ticket.reason == "length"
-        assert ticket.token_ids == alone(stand.llm, ids, 7 + number, mask)
-        assert set(ticket.masks) == {mask}
+    handles = [engine.submit(ids, greedy(7 + n)) for n, ids in enumerate(prompts)]
+    harness.run(engine)
+    assert max(record.rows for record in harness.records) == 3
+    for number, (ids, handle) in enumerate(zip(prompts, handles, strict=True)):
+        assert handle.reason == "length"
+        assert handle.token_ids == alone(harness.llm, ids, 7 + number, mask)
+        assert set(handle.masks) == {mask}
 
 
 class _Static:
@@ -48,22 +48,22 @@ class _Static:
 
 
 def test_who_comes_later_joins_between_steps():
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
     first = engine.submit(prompt(5), greedy(12))
     for _ in range(4):
         engine.step()
     assert len(first.token_ids) > 2
     second = engine.submit(prompt(11, 1), greedy(4))
-    stand.run(engine)
+    harness.run(engine)
     assert second.ended_s <= first.ended_s
-    assert first.token_ids == alone(stand.llm, prompt(5), 12)
-    assert second.token_ids == alone(stand.llm, prompt(11, 1), 4)
+    assert first.token_ids == alone(harness.llm, prompt(5), 12)
+    assert second.token_ids == alone(harness.llm, prompt(11, 1), 4)
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode():
-    stand = Stand()
-    engine = stand.engine(prefill_chunk_tokens=4)
+    harness = Harness()
+    engine = harness.engine(prefill_chunk_tokens=4)
     running = engine.submit(prompt(3), greedy(30))
     engine.step()
     engine.submit(prompt(24, 1), greedy(2))
@@ -71,7 +71,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode():
         before = len(running.token_ids)
         engine.step()
         assert len(running.token_ids) == before + 1
-    kinds = [record.kind for record in stand.records]
+    kinds = [record.kind for record in harness.records]
     assert kinds == ["prefill", "decode"] * 7
 
 
@@ -79,96 +79,96 @@ def test_seeded_sampling_does_not_depend_on_neighbours():
     params = SamplingParams(max_new_tokens=10, temperature=1.3, top_k=20, seed=11)
 
     def drawn(neighbours):
-        stand = Stand()
-        engine = stand.engine()
+        harness = Harness()
+        engine = harness.engine()
         for number in range(neighbours):
             engine.submit(prompt(4 + number, number), SamplingParams(8, temperature=1.0))
-        ticket = engine.submit(prompt(6, 99), params)
-        stand.run(engine)
-        return ticket.token_ids
+        handle = engine.submit(prompt(6, 99), params)
+        harness.run(engine)
+        return handle.token_ids
 
     assert drawn(0) == drawn(3)
 
 
 def test_log_probabilities_are_those_of_the_model():
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
     ids = prompt(6)
-    ticket = engine.submit(ids, greedy(5))
-    stand.run(engine)
+    handle = engine.submit(ids, greedy(5))
+    harness.run(engine)
     with torch.no_grad():
-        logits = stand.llm.model(input_ids=torch.tensor([ids + ticket.token_ids])).logits[0]
+        logits = harness.llm.model(input_ids=torch.tensor([ids + handle.token_ids])).logits[0]
     expected = torch.log_softmax(logits.float(), dim=-1)
-    for number, (token, logprob) in enumerate(zip(ticket.token_ids, ticket.logprobs, strict=True)):
+    for number, (token, logprob) in enumerate(zip(handle.token_ids, handle.logprobs, strict=True)):
         assert logprob == pytest.approx(float(expected[len(ids) - 1 + number, token]), abs=1e-4)
 
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
-    stand = Stand()
+    harness = Harness()
     for seed in range(50):
         ids = prompt(6, seed)
-        expected = alone(stand.llm, ids, 12)
+        expected = alone(harness.llm, ids, 12)
         stop = expected[-1]
         if expected.index(stop) >= 2:
             break
-    engine = stand.engine()
-    ticket = engine.submit(ids, greedy(12, stop_token_ids=(stop,)))
-    stand.run(engine)
-    assert ticket.reason == "stop"
-    assert ticket.token_ids == expected[: expected.index(stop)]
-    assert len(ticket.masks) == len(ticket.token_ids)
+    engine = harness.engine()
+    handle = engine.submit(ids, greedy(12, stop_token_ids=(stop,)))
+    harness.run(engine)
+    assert handle.reason == "stop"
+    assert handle.token_ids == expected[: expected.index(stop)]
+    assert len(handle.masks) == len(handle.token_ids)
     assert engine.stats().served == 1
 
 
 def test_events_tell_the_story_in_order_with_times():
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
     heard = []
-    ticket = engine.submit(prompt(3), greedy(4), heard.append)
-    stand.run(engine)
+    handle = engine.submit(prompt(3), greedy(4), heard.append)
+    harness.run(engine)
     *tokens, end = heard
-    assert [event.token_id for event in tokens] == ticket.token_ids
+    assert [event.token_id for event in tokens] == handle.token_ids
     assert all(isinstance(event, TokenEvent) for event in tokens)
     times = [event.time_s for event in tokens]
     assert times == sorted(times)
-    assert end == EndEvent("length", None, ticket.ended_s)
-    assert ticket.arrived_s == 0.0
-    assert ticket.first_token_s == times[0]
+    assert end == EndEvent("length", None, handle.ended_s)
+    assert handle.arrived_s == 0.0
+    assert handle.first_token_s == times[0]
 
 
 def test_a_listener_that_raises_harms_nobody(caplog):
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
 
     def broken(event):
         raise RuntimeError("no")
 
     first = engine.submit(prompt(3), greedy(5), broken)
     second = engine.submit(prompt(4, 1), greedy(5))
-    stand.run(engine)
+    harness.run(engine)
     assert (first.reason, second.reason) == ("length", "length")
-    assert second.token_ids == alone(stand.llm, prompt(4, 1), 5)
+    assert second.token_ids == alone(harness.llm, prompt(4, 1), 5)
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3, 6])
 def test_cancelling_ends_a_request_wherever_it_is_and_the_others_go_on(turns):
-    stand = Stand()
-    engine = stand.engine(prefill_chunk_tokens=2)
+    harness = Harness()
+    engine = harness.engine(prefill_chunk_tokens=2)
     staying = engine.submit(prompt(4), greedy(15))
     leaving = engine.submit(prompt(6, 1), greedy(20))
     for _ in range(turns):
         engine.step()
     leaving.cancel()
-    stand.run(engine)
+    harness.run(engine)
     assert leaving.reason == "cancelled"
     assert len(leaving.token_ids) < 20
-    assert staying.token_ids == alone(stand.llm, prompt(4), 15)
+    assert staying.token_ids == alone(harness.llm, prompt(4), 15)
     assert engine.stats().cancelled == 1
-    assert stand.llm.held_bytes.kv_cache == 0
+    assert harness.llm.held_bytes.kv_cache == 0
 
 
 def test_requests_that_make_no_sense_are_refused_at_once():
-    engine = Stand().engine(max_seq_len_tokens=20)
+    engine = Harness().engine(max_seq_len_tokens=20)
     with pytest.raises(InvalidRequestError, match="prompt is empty"):
         engine.submit([], greedy(1))
     with pytest.raises(InvalidRequestError, match="15 tokens of prompt and 6 new ones"):
@@ -185,20 +185,20 @@ def test_requests_that_make_no_sense_are_refused_at_once():
 )
 def test_limits_that_make_no_sense_are_refused(wrong):
     with pytest.raises(InvalidRequestError, match="must be at least 1"):
-        Stand().engine(**wrong)
+        Harness().engine(**wrong)
 
 
 def test_the_whole_context_can_be_used():
-    stand = Stand()
-    engine = stand.engine()
-    tickets = [engine.submit(prompt(length, length), greedy(64 - length)) for length in (60, 2)]
-    stand.run(engine)
-    assert [len(ticket.token_ids) for ticket in tickets] == [4, 62]
-    assert max(record.length for record in stand.records) <= 64
+    harness = Harness()
+    engine = harness.engine()
+    handles = [engine.submit(prompt(length, length), greedy(64 - length)) for length in (60, 2)]
+    harness.run(engine)
+    assert [len(handle.token_ids) for handle in handles] == [4, 62]
+    assert max(record.length for record in harness.records) <= 64
 
 
 def test_more_than_the_queue_holds_is_refused():
-    engine = Stand().engine(max_queue=2)
+    engine = Harness().engine(max_queue=2)
     for _ in range(2):
         engine.submit(prompt(3), greedy(2))
     with pytest.raises(QueueFullError, match="2 requests wait already"):
@@ -207,11 +207,11 @@ def test_more_than_the_queue_holds_is_refused():
 
 
 def test_who_waits_too_long_is_told_so():
-    stand = Stand()
-    engine = stand.engine(max_batch_size=1, queue_timeout_s=1.0)
+    harness = Harness()
+    engine = harness.engine(max_batch_size=1, queue_timeout_s=1.0)
     first = engine.submit(prompt(3), greedy(30))
     second = engine.submit(prompt(3), greedy(2))
-    stand.run(engine)
+    harness.run(engine)
     assert first.reason == "length"
     assert second.reason == "error"
     assert "waited longer than 1.0 s" in second.error
@@ -219,46 +219,46 @@ def test_who_waits_too_long_is_told_so():
 
 
 def test_nobody_goes_past_who_waits_at_the_front():
-    stand = Stand()
-    engine = stand.engine(max_batch_size=2)
-    tickets = [engine.submit(prompt(3, n), greedy(6)) for n in range(5)]
-    stand.run(engine)
-    firsts = [ticket.first_token_s for ticket in tickets]
+    harness = Harness()
+    engine = harness.engine(max_batch_size=2)
+    handles = [engine.submit(prompt(3, n), greedy(6)) for n in range(5)]
+    harness.run(engine)
+    firsts = [handle.first_token_s for handle in handles]
     assert firsts == sorted(firsts)
 
 
 def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(caplog):
-    stand = Stand()
-    engine = stand.engine()
-    tickets = [engine.submit(prompt(3 + n, n), greedy(10)) for n in range(2)]
+    harness = Harness()
+    engine = harness.engine()
+    handles = [engine.submit(prompt(3 + n, n), greedy(10)) for n in range(2)]
     for _ in range(4):
         engine.step()
-    forward, calls = stand.llm.model.forward, []
+    forward, calls = harness.llm.model.forward, []
 
     @functools.wraps(forward)
     def broken(*args, **kwargs):
         calls.append(1)
         raise RuntimeError("out of luck")
 
-    stand.llm.model.forward = broken
+    harness.llm.model.forward = broken
     engine.step()
-    stand.llm.model.forward = forward
-    for ticket in tickets:
-        assert ticket.reason == "error"
-        assert "out of luck" in ticket.error
+    harness.llm.model.forward = forward
+    for handle in handles:
+        assert handle.reason == "error"
+        assert "out of luck" in handle.error
     after = engine.submit(prompt(5), greedy(4))
-    stand.run(engine)
-    assert after.token_ids == alone(stand.llm, prompt(5), 4)
+    harness.run(engine)
+    assert after.token_ids == alone(harness.llm, prompt(5), 4)
     assert engine.stats().failed == 2
 
 
 def test_a_prompt_that_fails_ends_alone():
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
     running = engine.submit(prompt(3), greedy(10))
     engine.step()
     failing = engine.submit(prompt(20, 1), greedy(5))
-    forward = stand.llm.model.forward
+    forward = harness.llm.model.forward
 
     @functools.wraps(forward)
     def broken(*args, **kwargs):
@@ -266,78 +266,78 @@ def test_a_prompt_that_fails_ends_alone():
             raise RuntimeError("too long")
         return forward(*args, **kwargs)
 
-    stand.llm.model.forward = broken
-    stand.run(engine)
+    harness.llm.model.forward = broken
+    harness.run(engine)
     assert failing.reason == "error"
     assert running.reason == "length"
 
 
 def test_logits_that_are_not_finite_end_a_request():
-    stand = Stand()
-    engine = stand.engine()
-    ticket = engine.submit(prompt(3), greedy(10))
+    harness = Harness()
+    engine = harness.engine()
+    handle = engine.submit(prompt(3), greedy(10))
     engine.step()
     with torch.no_grad():
-        stand.llm.model.get_output_embeddings().weight.fill_(math.nan)
-    stand.run(engine)
-    assert ticket.reason == "error"
-    assert "no finite logits" in ticket.error
+        harness.llm.model.get_output_embeddings().weight.fill_(math.nan)
+    harness.run(engine)
+    assert handle.reason == "error"
+    assert "no finite logits" in handle.error
 
 
 def test_a_summary_counts_everything():
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
     for n in range(3):
         engine.submit(prompt(4, n), greedy(5))
     engine.step()
     early = engine.stats()
     assert (early.queued, early.running, early.tokens) == (2, 1, 2)
-    stand.run(engine)
+    harness.run(engine)
     stats = engine.stats()
     assert (stats.queued, stats.running, stats.served) == (0, 0, 3)
     assert (stats.tokens, stats.prompt_tokens) == (15, 12)
     assert stats.mask == BlockMask()
-    assert stats.held == stand.llm.held_bytes
+    assert stats.held == harness.llm.held_bytes
     assert 0 < stats.overhead_s < stats.busy_s
 
 
 def test_records_tell_what_each_step_did():
-    stand = Stand()
-    engine = stand.engine()
+    harness = Harness()
+    engine = harness.engine()
     engine.submit(prompt(4), greedy(3))
-    stand.run(engine)
-    assert [(r.kind, r.rows, r.length) for r in stand.records] == [
+    harness.run(engine)
+    assert [(r.kind, r.rows, r.length) for r in harness.records] == [
         ("prefill", 1, 4),
         ("decode", 1, 5),
         ("decode", 1, 6),
     ]
-    for record in stand.records:
-        assert record.budget_bytes == stand.budget_bytes
+    for record in harness.records:
+        assert record.budget_bytes == harness.budget_bytes
         assert record.duration_s > 0
         assert record.peak_bytes >= record.held.weights
 
 
 def test_closing_ends_everything():
-    stand = Stand()
-    engine = stand.engine(max_batch_size=1)
-    tickets = [engine.submit(prompt(3, n), greedy(20)) for n in range(3)]
+    harness = Harness()
+    engine = harness.engine(max_batch_size=1)
+    handles = [engine.submit(prompt(3, n), greedy(20)) for n in range(3)]
     for _ in range(3):
         engine.step()
     engine.close()
-    for ticket in tickets:
-        assert (ticket.reason, ticket.error) == ("cancelled", "The engine was closed.")
+    for handle in handles:
+        assert (handle.reason, handle.error) == ("cancelled", "The engine was closed.")
     assert not engine.step()
-    assert stand.llm.held_bytes.kv_cache == 0
+    assert harness.llm.held_bytes.kv_cache == 0
     with pytest.raises(EngineClosedError, match="takes no more requests"):
         engine.submit(prompt(3), greedy(2))
     engine.close()
 
 
 def test_what_can_never_fit_is_refused():
-    stand = Stand()
-    least = stand.need(stand.everything, Demand(1, 30))
-    stand.budget_bytes = stand.controller.gauge.most_bytes = least - 1
-    engine = stand.engine()
+    harness = Harness()
+    least = harness.need(harness.everything, BatchShape(1, 30))
+    harness.budget_bytes = harness.controller.monitor.most_bytes = least - 1
+    engine = harness.engine()
     with pytest.raises(InfeasibleBudgetError, match="whatever is removed"):
         engine.submit(prompt(21), greedy(10))
     engine.submit(prompt(11), greedy(10))
@@ -345,10 +345,10 @@ def test_what_can_never_fit_is_refused():
 
 
 def test_warming_up_teaches_the_margin_and_leaves_nothing_behind():
-    stand = Stand()
-    engine = stand.engine(prefill_chunk_tokens=8)
-    stand.meter.noise_bytes = 10**6
+    harness = Harness()
+    engine = harness.engine(prefill_chunk_tokens=8)
+    harness.meter.noise_bytes = 10**6
     engine.warm_up()
-    assert stand.controller.margin.bytes > 9 * 10**5
-    assert stand.llm.held_bytes.kv_cache == 0
+    assert harness.controller.margin.bytes > 9 * 10**5
+    assert harness.llm.held_bytes.kv_cache == 0
     assert engine.stats().tokens == 0

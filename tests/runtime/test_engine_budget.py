@@ -9,185 +9,185 @@ import time
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.runtime.demand import Demand
+from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine
-from tests.runtime.stand import PLENTY, Stand, alone, greedy, prompt
+from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt
 
 
 def test_measured_bytes_stay_within_a_budget_that_jumps():
-    stand = Stand(layers=4, hold_s=0.3)
-    engine = stand.engine(prefill_chunk_tokens=4, max_batch_size=4)
-    top = stand.need(BlockMask(), Demand(4, 40))
-    least = stand.need(stand.everything, Demand(1, 40))
+    harness = Harness(layers=4, hold_s=0.3)
+    engine = harness.engine(prefill_chunk_tokens=4, max_batch_size=4)
+    top = harness.need(BlockMask(), BatchShape(4, 40))
+    least = harness.need(harness.everything, BatchShape(1, 40))
     draw = random.Random(0)
-    tickets = []
+    handles = []
 
     def before(turn):
         if turn % 8 == 0:
-            stand.budget_bytes = int(draw.uniform(0.8 * least, top))
+            harness.budget_bytes = int(draw.uniform(0.8 * least, top))
         if turn < 80 and turn % 4 == 0:
-            tickets.append(engine.submit(prompt(draw.randint(1, 20), turn), greedy(20)))
+            handles.append(engine.submit(prompt(draw.randint(1, 20), turn), greedy(20)))
         if turn > 150:
-            stand.budget_bytes = PLENTY
+            harness.budget_bytes = PLENTY
 
-    stand.controller.gauge.most_bytes = PLENTY
+    harness.controller.monitor.most_bytes = PLENTY
     for turn in range(400):
         before(turn)
         engine.step()
-        stand.time_s += 0.1
-    assert all(ticket.reason == "length" for ticket in tickets)
+        harness.time_s += 0.1
+    assert all(handle.reason == "length" for handle in handles)
     assert engine.stats().preemptions > 0
-    assert stand.controller.switches > 10
-    for record in stand.records:
+    assert harness.controller.switches > 10
+    for record in harness.records:
         assert record.peak_bytes <= record.budget_bytes
         assert record.held.total <= record.budget_bytes
 
 
 def test_the_newest_makes_room_and_goes_on_from_its_tokens():
-    stand = Stand(guard_order=())
-    engine = stand.engine()
+    harness = Harness(guard_order=())
+    engine = harness.engine()
     first = engine.submit(prompt(4), greedy(20))
     second = engine.submit(prompt(5, 1), greedy(20))
     for _ in range(6):
         engine.step()
     assert engine.stats().running == 2
-    stand.budget_bytes = stand.need(BlockMask(), Demand(1, 30))
+    harness.budget_bytes = harness.need(BlockMask(), BatchShape(1, 30))
     engine.step()
     assert (engine.stats().running, engine.stats().queued) == (1, 1)
     assert second.preemptions == 1
     kept = list(second.token_ids)
     assert kept
-    stand.run(engine)
+    harness.run(engine)
     assert first.ended_s < second.ended_s
-    for ticket, ids in ((first, prompt(4)), (second, prompt(5, 1))):
-        assert ticket.token_ids == alone(stand.llm, ids, 20)
+    for handle, ids in ((first, prompt(4)), (second, prompt(5, 1))):
+        assert handle.token_ids == alone(harness.llm, ids, 20)
     assert second.token_ids[: len(kept)] == kept
 
 
 def test_who_had_to_leave_is_first_in_line():
-    stand = Stand(guard_order=())
-    engine = stand.engine()
-    tickets = [engine.submit(prompt(4, n), greedy(12)) for n in range(4)]
+    harness = Harness(guard_order=())
+    engine = harness.engine()
+    handles = [engine.submit(prompt(4, n), greedy(12)) for n in range(4)]
     for _ in range(3):
         engine.step()
     assert engine.stats().running == 3
-    stand.budget_bytes = stand.need(BlockMask(), Demand(2, 20))
-    stand.run(engine)
-    firsts = [ticket.ended_s for ticket in tickets]
+    harness.budget_bytes = harness.need(BlockMask(), BatchShape(2, 20))
+    harness.run(engine)
+    firsts = [handle.ended_s for handle in handles]
     assert firsts == sorted(firsts)
-    assert sum(ticket.preemptions for ticket in tickets) == 1
+    assert sum(handle.preemptions for handle in handles) == 1
 
 
 def test_a_request_waits_while_nothing_fits_it_beside_what_runs():
-    stand = Stand(guard_order=())
-    stand.budget_bytes = stand.need(BlockMask(), Demand(1, 30))
-    engine = stand.engine()
-    tickets = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
-    stand.run(engine)
-    assert max(record.rows for record in stand.records) == 1
-    assert tickets[1].first_token_s >= tickets[0].ended_s
-    assert [ticket.preemptions for ticket in tickets] == [0, 0]
+    harness = Harness(guard_order=())
+    harness.budget_bytes = harness.need(BlockMask(), BatchShape(1, 30))
+    engine = harness.engine()
+    handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
+    harness.run(engine)
+    assert max(record.rows for record in harness.records) == 1
+    assert handles[1].first_token_s >= handles[0].ended_s
+    assert [handle.preemptions for handle in handles] == [0, 0]
 
 
 def test_nothing_happens_while_the_budget_is_too_small_for_anything():
-    stand = Stand()
-    engine = stand.engine()
-    ticket = engine.submit(prompt(5), greedy(5))
-    stand.budget_bytes = 10
+    harness = Harness()
+    engine = harness.engine()
+    handle = engine.submit(prompt(5), greedy(5))
+    harness.budget_bytes = 10
     assert not engine.step()
-    assert stand.mask == stand.everything
-    assert not ticket.done
-    stand.budget_bytes = PLENTY
-    stand.run(engine)
-    assert ticket.reason == "length"
-    assert set(ticket.masks) == {BlockMask()}
+    assert harness.mask == harness.everything
+    assert not handle.done
+    harness.budget_bytes = PLENTY
+    harness.run(engine)
+    assert handle.reason == "length"
+    assert set(handle.masks) == {BlockMask()}
 
 
 def test_what_grew_hopeless_is_refused_though_it_was_taken():
-    stand = Stand()
-    engine = stand.engine()
-    ticket = engine.submit(prompt(5), greedy(20))
-    stand.budget_bytes = stand.controller.gauge.most_bytes = 1000
+    harness = Harness()
+    engine = harness.engine()
+    handle = engine.submit(prompt(5), greedy(20))
+    harness.budget_bytes = harness.controller.monitor.most_bytes = 1000
     engine.step()
-    assert ticket.reason == "error"
-    assert "fit no budget" in ticket.error
+    assert handle.reason == "error"
+    assert "fit no budget" in handle.error
 
 
 def test_tokens_say_under_which_mask_they_were_made():
-    stand = Stand(hold_s=0.5)
-    engine = stand.engine()
-    ticket = engine.submit(prompt(5), greedy(40))
+    harness = Harness(hold_s=0.5)
+    engine = harness.engine()
+    handle = engine.submit(prompt(5), greedy(40))
 
     def before(turn):
-        low = stand.need(BlockMask.of(0, 1, 2), Demand(1, 45))
-        stand.budget_bytes = low if 10 <= turn < 20 else PLENTY
+        low = harness.need(BlockMask.of(0, 1, 2), BatchShape(1, 45))
+        harness.budget_bytes = low if 10 <= turn < 20 else PLENTY
 
-    stand.run(engine, before=before)
-    assert len(ticket.masks) == len(ticket.token_ids) == 40
-    sizes = [len(mask) for mask in ticket.masks]
+    harness.run(engine, before=before)
+    assert len(handle.masks) == len(handle.token_ids) == 40
+    sizes = [len(mask) for mask in handle.masks]
     assert sizes[0] == 0 < max(sizes)
     assert sizes[-1] == 0
-    assert [decision.why for decision in stand.controller.recent] == ["budget_fell", "room"]
+    assert [decision.why for decision in harness.controller.recent] == ["budget_fell", "room"]
 
 
 def test_after_a_mask_has_changed_rows_are_what_the_new_mask_makes_of_them():
-    stand = Stand(hold_s=0.0, hysteresis_share=0.0)
-    engine = stand.engine()
-    ticket = engine.submit(prompt(5), greedy(30))
+    harness = Harness(hold_s=0.0, hysteresis_share=0.0)
+    engine = harness.engine()
+    handle = engine.submit(prompt(5), greedy(30))
 
     def before(turn):
-        low = stand.need(BlockMask.of(0, 2), Demand(1, 34))
-        stand.budget_bytes = low if 5 <= turn < 12 else PLENTY
+        low = harness.need(BlockMask.of(0, 2), BatchShape(1, 34))
+        harness.budget_bytes = low if 5 <= turn < 12 else PLENTY
 
-    stand.run(engine, before=before)
-    back = max(n for n, mask in enumerate(ticket.masks) if mask) + 1
+    harness.run(engine, before=before)
+    back = max(n for n, mask in enumerate(handle.masks) if mask) + 1
     assert 5 < back < 25
-    ids = prompt(5) + ticket.token_ids[:back]
-    assert ticket.token_ids[back:] == alone(stand.llm, ids, 30 - back)
+    ids = prompt(5) + handle.token_ids[:back]
+    assert handle.token_ids[back:] == alone(harness.llm, ids, 30 - back)
 
 
 def test_an_idle_engine_gives_memory_up_and_takes_it_again():
-    stand = Stand(hold_s=1.0)
-    engine = stand.engine()
-    dense = stand.llm.held_bytes.total
-    stand.budget_bytes = dense // 2
+    harness = Harness(hold_s=1.0)
+    engine = harness.engine()
+    dense = harness.llm.held_bytes.total
+    harness.budget_bytes = dense // 2
     assert not engine.step()
-    assert stand.llm.held_bytes.total <= dense // 2
-    stand.budget_bytes = PLENTY
+    assert harness.llm.held_bytes.total <= dense // 2
+    harness.budget_bytes = PLENTY
     for _ in range(3):
-        stand.time_s += 1.0
+        harness.time_s += 1.0
         engine.step()
-    assert stand.mask == BlockMask()
+    assert harness.mask == BlockMask()
 
 
 @pytest.fixture
 def served():
     """An engine in a thread of its own, on real time."""
-    stand = Stand(hold_s=0.0, hysteresis_share=0.0, clock=time.monotonic)
-    engine = Engine(stand.llm, stand.controller, max_batch_size=4, prefill_chunk_tokens=64)
-    stand.controller.gauge.most_bytes = PLENTY
+    harness = Harness(hold_s=0.0, hysteresis_share=0.0, clock=time.monotonic)
+    engine = Engine(harness.llm, harness.controller, max_batch_size=4, prefill_chunk_tokens=64)
+    harness.controller.monitor.most_bytes = PLENTY
     engine.start()
-    yield stand, engine
+    yield harness, engine
     engine.close(timeout_s=30)
 
 
 def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
-    stand, engine = served
-    tight = stand.need(BlockMask.of(0, 3, 4), Demand(3, 40))
-    tickets, stop = [], threading.Event()
+    harness, engine = served
+    tight = harness.need(BlockMask.of(0, 3, 4), BatchShape(3, 40))
+    handles, stop = [], threading.Event()
 
     def move_the_budget():
         draw = random.Random(1)
         while not stop.wait(0.003):
-            stand.budget_bytes = draw.choice([PLENTY, tight, 10])
+            harness.budget_bytes = draw.choice([PLENTY, tight, 10])
 
     def ask():
         draw = random.Random(2)
         for number in range(40):
             ids = prompt(draw.randint(1, 20), number)
-            tickets.append((ids, engine.submit(ids, greedy(draw.randint(1, 20)))))
+            handles.append((ids, engine.submit(ids, greedy(draw.randint(1, 20)))))
             if number % 5 == 0:
-                draw.choice(tickets)[1].cancel()
+                draw.choice(handles)[1].cancel()
             time.sleep(draw.uniform(0, 0.01))
 
     threads = [threading.Thread(target=work) for work in (move_the_budget, ask)]
@@ -197,14 +197,14 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
     time.sleep(0.1)
     stop.set()
     threads[0].join()
-    stand.budget_bytes = PLENTY
+    harness.budget_bytes = PLENTY
     constant = 0
-    for ids, ticket in tickets:
-        assert ticket.result(timeout_s=60).reason in ("length", "cancelled")
-        if len(set(ticket.masks)) == 1:
+    for ids, handle in handles:
+        assert handle.result(timeout_s=60).reason in ("length", "cancelled")
+        if len(set(handle.masks)) == 1:
             constant += 1
-            expected = alone(stand.llm, ids, len(ticket.token_ids), ticket.masks[0])
-            assert ticket.token_ids == expected
+            expected = alone(harness.llm, ids, len(handle.token_ids), handle.masks[0])
+            assert handle.token_ids == expected
     assert constant > 3
     stats = engine.stats()
     assert stats.served + stats.cancelled == 40
@@ -212,14 +212,14 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
 
 
 def test_closing_while_it_runs_ends_all_and_the_thread(served):
-    stand, engine = served
-    tickets = [engine.submit(prompt(4, n), greedy(50)) for n in range(10)]
-    tickets[0].listen(lambda event: None)
+    harness, engine = served
+    handles = [engine.submit(prompt(4, n), greedy(50)) for n in range(10)]
+    handles[0].listen(lambda event: None)
     engine.close(timeout_s=30)
-    assert all(ticket.result(timeout_s=1).reason in ("length", "cancelled") for ticket in tickets)
+    assert all(handle.result(timeout_s=1).reason in ("length", "cancelled") for handle in handles)
     assert not engine.alive
     assert not any(thread.name == "rap-engine" for thread in threading.enumerate())
-    assert stand.llm.held_bytes.kv_cache == 0
+    assert harness.llm.held_bytes.kv_cache == 0
 
 
 def test_an_idle_thread_wakes_up_at_once(served):

@@ -7,7 +7,7 @@ import time
 from types import SimpleNamespace
 
 from rap_env.blocks import BlockMask
-from rap_env.runtime.tickets import EndEvent, Ticket, TokenEvent
+from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 
 
 class FakeEngine:
@@ -29,7 +29,7 @@ class FakeEngine:
         self.end = end
         self.error = error
         self.max_seq_len_tokens = 64
-        self.tickets = []
+        self.handles = []
         self.alive = True
         self.closed = False
         self.controller = SimpleNamespace(switches=3, decisions=5)
@@ -42,30 +42,30 @@ class FakeEngine:
 
     def close(self, timeout_s=None):
         self.closed = True
-        for ticket in self.tickets:
-            ticket.cancel()
+        for handle in self.handles:
+            handle.cancel()
 
     def submit(self, prompt_ids, params, listener=None):
         if isinstance(self.end, Exception):
             raise self.end
-        ticket = Ticket(tuple(prompt_ids), params, time.monotonic())
-        ticket.listen(listener)
-        self.tickets.append(ticket)
-        threading.Thread(target=self._play, args=[ticket], daemon=True).start()
-        return ticket
+        handle = RequestHandle(tuple(prompt_ids), params, time.monotonic())
+        handle.listen(listener)
+        self.handles.append(handle)
+        threading.Thread(target=self._play, args=[handle], daemon=True).start()
+        return handle
 
-    def _play(self, ticket):
+    def _play(self, handle):
         for number, token in enumerate(self.tokens):
-            if number == ticket.params.max_new_tokens:
-                return ticket.emit(EndEvent("length", None, time.monotonic()))
+            if number == handle.params.max_new_tokens:
+                return handle.emit(EndEvent("length", None, time.monotonic()))
             time.sleep(self.pace_s)
-            while self.gate and number == len(self.tokens) - 1 and not ticket.cancelled:
+            while self.gate and number == len(self.tokens) - 1 and not handle.cancelled:
                 if self.gate.wait(0.01):
                     break
-            if ticket.cancelled:
-                return ticket.emit(EndEvent("cancelled", None, time.monotonic()))
-            ticket.emit(TokenEvent(token, -0.5, time.monotonic()))
-        ticket.emit(EndEvent(self.end, self.error, time.monotonic()))
+            if handle.cancelled:
+                return handle.emit(EndEvent("cancelled", None, time.monotonic()))
+            handle.emit(TokenEvent(token, -0.5, time.monotonic()))
+        handle.emit(EndEvent(self.end, self.error, time.monotonic()))
         return None
 
     def stats(self):

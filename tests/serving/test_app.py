@@ -75,7 +75,7 @@ def test_a_plain_answer_has_16_tokens_unless_asked_for_more(server):
     assert body["choices"] == [
         {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "stop"}
     ]
-    assert server.service.engine.tickets[-1].params.max_new_tokens == 16
+    assert server.service.engine.handles[-1].params.max_new_tokens == 16
 
 
 def test_length_is_the_reason_when_tokens_run_out(server):
@@ -88,7 +88,7 @@ def test_stop_strings_end_the_answer_and_the_ticket(server):
     body = post(server, {**CHAT, "stop": ["o w", "rld"]}).json()
     assert body["choices"][0]["message"]["content"] == "hell"
     assert body["choices"][0]["finish_reason"] == "stop"
-    assert server.service.engine.tickets[-1].cancelled
+    assert server.service.engine.handles[-1].cancelled
 
 
 def test_several_answers_to_several_prompts(server):
@@ -97,20 +97,20 @@ def test_several_answers_to_several_prompts(server):
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert body["usage"]["prompt_tokens"] == 5
     assert body["usage"]["completion_tokens"] == 44
-    tickets = server.service.engine.tickets[-4:]
-    assert [len(ticket.prompt_ids) for ticket in tickets] == [2, 2, 3, 3]
-    assert len({ticket.params.seed for ticket in tickets}) == 4
+    handles = server.service.engine.handles[-4:]
+    assert [len(handle.prompt_ids) for handle in handles] == [2, 2, 3, 3]
+    assert len({handle.params.seed for handle in handles}) == 4
 
 
 def test_sampling_is_passed_on_as_the_api_means_it(server):
     post(server, {**CHAT, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 3})
-    params = server.service.engine.tickets[-1].params
+    params = server.service.engine.handles[-1].params
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 7, 3)
     assert params.stop_token_ids == (2, 7)
     post(server, CHAT)
-    assert server.service.engine.tickets[-1].params.temperature == 1
+    assert server.service.engine.handles[-1].params.temperature == 1
     post(server, {**CHAT, "top_p": 0})
-    assert server.service.engine.tickets[-1].params.greedy
+    assert server.service.engine.handles[-1].params.greedy
 
 
 def test_a_chat_stream_says_who_speaks_then_pieces_then_why_it_ended(server):
@@ -259,7 +259,7 @@ def test_parts_and_developer_messages_are_text(server):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": parts}]
     post(server, {**CHAT, "messages": messages})
-    ids = server.service.engine.tickets[-1].prompt_ids
+    ids = server.service.engine.handles[-1].prompt_ids
     assert server.service.tokenizer.decode(ids) == "system: be\nuser: ab\nassistant: "
 
 
@@ -377,7 +377,7 @@ def test_characters_of_several_tokens_arrive_whole():
 
 def test_an_empty_prompt_needs_a_start_token(server):
     assert post(server, {"model": "tiny"}, "completions").status_code == 200
-    assert server.service.engine.tickets[-1].prompt_ids == (1,)
+    assert server.service.engine.handles[-1].prompt_ids == (1,)
     tokenizer = byte_tokenizer()
     with served(FakeEngine(tokenizer), tokenizer) as other:
         error_of(post(other, {"model": "tiny"}, "completions"), 400)
@@ -428,6 +428,6 @@ def test_pieces_arrive_while_others_are_still_to_come(tokenizer):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             lines = response.iter_lines()
             assert '"text": "a"' in next(lines)
-            assert not server.service.engine.tickets[0].done
+            assert not server.service.engine.handles[0].done
             gate.set()
             assert list(lines)[-2:] == ["data: [DONE]", ""]

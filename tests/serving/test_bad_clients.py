@@ -117,11 +117,11 @@ def test_a_disconnect_cancels_the_ticket(tokenizer, stream, begun):
         connection = raw(server, request(BODY, stream=stream, max_tokens=50))
         if stream and begun:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-        eventually(lambda: engine.tickets)
-        assert not engine.tickets[0].cancelled
+        eventually(lambda: engine.handles)
+        assert not engine.handles[0].cancelled
         connection.close()
-        eventually(lambda: engine.tickets[0].done)
-        assert engine.tickets[0].reason == "cancelled"
+        eventually(lambda: engine.handles[0].done)
+        assert engine.handles[0].reason == "cancelled"
         eventually(lambda: outcome(server, "disconnected") == 1)
         engine.gate.set()
         assert answers(server)
@@ -132,7 +132,7 @@ def test_a_disconnect_in_a_body_leaves_nothing_behind(tokenizer):
     with served(engine, tokenizer) as server:
         raw(server, HEAD.format(length=1000).encode() + b'{"model":').close()
         eventually(lambda: outcome(server, "disconnected") == 1)
-        assert not engine.tickets
+        assert not engine.handles
         assert answers(server)
 
 
@@ -146,7 +146,7 @@ def test_an_answer_that_is_not_read_is_cut_off(tokenizer):
         connection.sendall(request(BODY, stream=True, max_tokens=10**5))
         eventually(lambda: outcome(server, "disconnected") == 1)
         eventually(lambda: not server._server.server_state.connections)
-        assert engine.tickets[0].cancelled or engine.tickets[0].done
+        assert engine.handles[0].cancelled or engine.handles[0].done
 
 
 def test_all_choices_are_cancelled_when_one_is_refused(tokenizer):
@@ -156,7 +156,7 @@ def test_all_choices_are_cancelled_when_one_is_refused(tokenizer):
     def once(*args):
         from rap_env.errors import QueueFullError
 
-        if engine.tickets:
+        if engine.handles:
             raise QueueFullError("The queue is full.")
         return submit(*args)
 
@@ -164,4 +164,4 @@ def test_all_choices_are_cancelled_when_one_is_refused(tokenizer):
     with served(engine, tokenizer) as server:
         response = httpx.post(f"{server.url}/v1/completions", json={**BODY, "n": 2})
         assert response.status_code == 429
-        eventually(lambda: engine.tickets[0].reason == "cancelled")
+        eventually(lambda: engine.handles[0].reason == "cancelled")

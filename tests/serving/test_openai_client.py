@@ -10,11 +10,11 @@ import openai
 import pytest
 
 from rap_env.blocks import BlockMask
+from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.demand import Demand
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory import GivenMemory
-from rap_env.runtime.meter import TensorMeter
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.policies import OrderPolicy
 from tests.serving.conftest import client_of, served
 from tests.tiny import tiny_llm
@@ -38,7 +38,7 @@ class Budget:
         self.engine.observers.append(lambda record: self.masks.append(record.mask))
 
     def need(self, removed, demand):
-        return self.controller.needs.bytes(BlockMask.of(*range(removed)), demand)
+        return self.controller.estimator.peak_bytes(BlockMask.of(*range(removed)), demand)
 
 
 def _memory(llm):
@@ -169,7 +169,7 @@ def test_the_mask_changes_while_a_stream_runs(client, budget):
     for number, chunk in enumerate(stream):
         text += chunk.choices[0].delta.content or ""
         if number == 5:
-            budget.bytes = budget.need(3, Demand(1, 60))
+            budget.bytes = budget.need(3, BatchShape(1, 60))
     assert text != before
     masks = [len(mask) for mask in budget.masks]
     assert masks[0] == 0

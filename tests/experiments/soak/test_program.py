@@ -17,8 +17,8 @@ from experiments.soak.checks import agreement, growth
 from experiments.soak.program import run_soak, soak, summary
 from experiments.soak.world import Answer, Sample, World
 from rap_env.blocks import BlockMask
+from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.tickets import EndEvent, Ticket, TokenEvent
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_llm, tiny_model
 
@@ -67,12 +67,12 @@ def test_a_wrong_answer_fails_the_soak(model_folder, tmp_path, monkeypatch):
 
     note = soak_world.Sample.note
 
-    def altered(self, ticket):
-        emit = ticket.emit
-        ticket.emit = lambda event: emit(
+    def altered(self, handle):
+        emit = handle.emit
+        handle.emit = lambda event: emit(
             replace(event, token_id=7) if isinstance(event, TokenEvent) else event
         )
-        note(self, ticket)
+        note(self, handle)
 
     monkeypatch.setattr(soak_world.Sample, "note", altered)
     record = run_soak(config(model_folder, "soak.requests=40", "soak.bad_share=0"), tmp_path)
@@ -85,17 +85,17 @@ def answer_of(llm, mask, prompt, tokens=6):
     """What a plain model generates under a mask."""
     import torch
 
-    ticket = Ticket(tuple(prompt), SamplingParams(max_new_tokens=tokens), 0.0)
+    handle = RequestHandle(tuple(prompt), SamplingParams(max_new_tokens=tokens), 0.0)
     ids = list(prompt)
     with llm.masked(mask), torch.no_grad():
         for _ in range(tokens):
             logprobs = llm.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             token = int(logprobs.argmax())
             ids.append(token)
-            ticket.masks.append(mask)
-            ticket.emit(TokenEvent(token, float(logprobs[token]), 0.0))
-    ticket.emit(EndEvent("length", None, 0.0))
-    return Answer.of(ticket)
+            handle.masks.append(mask)
+            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0))
+    handle.emit(EndEvent("length", None, 0.0))
+    return Answer.of(handle)
 
 
 def test_agreement_sees_right_and_wrong_answers():
@@ -121,10 +121,10 @@ def test_growth_compares_the_second_tenth_with_the_last():
 def test_the_sample_is_bounded_and_leaves_out_changed_masks():
     sample = Sample(size=10)
     for number in range(500):
-        ticket = Ticket((number,), SamplingParams(), 0.0)
-        ticket.masks = [BlockMask(), BlockMask.of(number % 2)] if number % 5 else [BlockMask()]
-        ticket.emit(EndEvent("length", None, 0.0))
-        sample.note(ticket)
+        handle = RequestHandle((number,), SamplingParams(), 0.0)
+        handle.masks = [BlockMask(), BlockMask.of(number % 2)] if number % 5 else [BlockMask()]
+        handle.emit(EndEvent("length", None, 0.0))
+        sample.note(handle)
     assert sample.unfinished() == []
     assert sample.eligible == 100
     assert sample.changed == 400

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
-from rap_env.runtime.memory import (
+from rap_env.runtime.memory_source import (
     CgroupMemory,
     CudaMemory,
     GivenMemory,

@@ -7,19 +7,58 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import MemorySourceError
 from rap_env.llm.device import return_freed_memory
-from rap_env.runtime.demand import Demand
-from rap_env.runtime.margin import LearnedMargin
-from rap_env.runtime.memory import MemorySource
-from rap_env.runtime.meter import Meter
-from rap_env.runtime.needs import Coming, Needs
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
+from rap_env.runtime.memory_meter import Meter
+from rap_env.runtime.memory_source import MemorySource
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
+
+class SafetyMargin:
+    """Bytes to keep free on top of a prediction: the most that recent steps took beyond theirs.
+
+    The arithmetic knows weights and KV cache exactly and estimates the workspace. It does not
+    know what libraries keep, nor how a heap is cut up. All of that lasts, so what was seen is
+    expected again. But it is forgotten after `window` to twice as many steps of the same kind that
+    did not show it again: a single burst of somebody else's in the same process would otherwise
+    cost blocks for good. Each kind of step forgets for itself: a thousand quiet decoding steps
+    say nothing about the next prompt.
+
+    Args:
+        least_bytes: Never less than this.
+        window: Steps of a kind after which a new maximum is begun.
+    """
+
+    def __init__(self, least_bytes: int = 0, window: int = 512) -> None:
+        self.least_bytes = least_bytes
+        self._window = window
+        self._kinds: dict[str, list[int]] = {}  # steps in this window, its maximum, the last one's
+        self.bytes = max(0, least_bytes)
+
+    def note(self, kind: str, beyond_bytes: int) -> None:
+        """Take in how far a step went beyond its prediction.
+
+        Args:
+            kind: What the step did (``"prefill"``, ``"decode"``, ...).
+            beyond_bytes: Bytes above the prediction; negative if it was not reached.
+        """
+        seen = self._kinds.setdefault(kind, [0, 0, 0])
+        seen[0] += 1
+        if beyond_bytes > seen[1]:
+            seen[1] = beyond_bytes
+        elif seen[0] < self._window:
+            return
+        if seen[0] >= self._window:
+            self._kinds[kind] = [0, max(0, beyond_bytes), seen[1]]
+        self.bytes = max(self.least_bytes, *(max(k[1], k[2]) for k in self._kinds.values()))
+
+
 log = logging.getLogger(__name__)
 
 
-class Gauge:
+class MemoryMonitor:
     """Reads the meter and the memory source, and learns from them.
 
     On a CPU freed memory stays with the process until it is given back (`trim`), and is used again
@@ -30,7 +69,7 @@ class Gauge:
         llm: The live model.
         memory: Says the budget.
         meter: Measures what is used.
-        needs: Counts what is foreseen.
+        estimator: Counts what is foreseen.
         margin: What to keep free.
 
     Attributes:
@@ -48,11 +87,11 @@ class Gauge:
         llm: ElasticLLM,
         memory: MemorySource,
         meter: Meter,
-        needs: Needs,
-        margin: LearnedMargin,
+        estimator: MemoryEstimator,
+        margin: SafetyMargin,
     ) -> None:
         self._llm = llm
-        self._needs = needs
+        self._estimator = estimator
         self.memory = memory
         self.meter = meter
         self._correct = getattr(meter, "no_less_than", None)  # not every meter can be wrong so
@@ -84,14 +123,14 @@ class Gauge:
         self.most_bytes = max(self.most_bytes, budget)
         return budget
 
-    def observe(self, demand: Demand, kind: str) -> int:
+    def observe(self, shape: BatchShape, kind: str) -> int:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total and self._correct is not None:
             self._correct(self.held.total)
             peak = self.held.total
-        known = self.held.total + self._needs.workspace_bytes(demand)
+        known = self.held.total + self._estimator.workspace_bytes(shape)
         self._explained = max(self._explained, known)
         self.margin.note(kind, peak - self._explained)
         return peak
@@ -113,25 +152,25 @@ class Gauge:
         self.held = self._llm.held_bytes
         self._explained = self.held.total
 
-    def room_bytes(self, demand: Demand, coming: Coming) -> int:
-        """What masks may need for a demand, so that the coming pass stays within the budget.
+    def room_bytes(self, shape: BatchShape, coming: PassEstimate) -> int:
+        """What masks may need for a shape, so that the coming pass stays within the budget.
 
         That is the budget without the margin, as long as what is used now, with all that the pass
         may ask for on top, fits. If not, freed memory goes back first; if it still does not,
         what the process holds beside its tensors is more than the margin, and counts instead.
 
         Args:
-            demand: What is to be served.
+            shape: What is to be served.
             coming: What the pass asks for.
         """
         if self.used_bytes + coming.total > self.budget_bytes:
             self.trim()
             if self.used_bytes + coming.total > self.budget_bytes:
-                return self.exact_room_bytes(demand, coming)
+                return self.exact_room_bytes(shape, coming)
         return self.budget_bytes - self.margin.bytes
 
-    def exact_room_bytes(self, demand: Demand, coming: Coming) -> int:
+    def exact_room_bytes(self, shape: BatchShape, coming: PassEstimate) -> int:
         """The same right after a trim, with what the process holds beside its tensors counted."""
         beside = self.used_bytes - self.held.total
-        beyond = beside + coming.workspace - self._needs.workspace_bytes(demand)
+        beyond = beside + coming.workspace - self._estimator.workspace_bytes(shape)
         return self.budget_bytes - max(self.margin.bytes, beyond)

@@ -56,7 +56,7 @@ Event = TokenEvent | EndEvent
 Listener = Callable[[Event], None]
 
 
-class Ticket:
+class RequestHandle:
     """A request and what has become of it. The engine writes it; anybody may read and cancel it.
 
     Args:
@@ -66,7 +66,7 @@ class Ticket:
         on_cancel: Called when somebody cancels it, from any thread.
 
     Attributes:
-        id: A number that no other ticket of this process has.
+        id: A number that no other handle of this process has.
         prompt_ids: As given.
         params: As given.
         arrived_s: As given.
@@ -120,14 +120,14 @@ class Ticket:
         if wake is not None:
             wake()
 
-    def result(self, timeout_s: float | None = None) -> Ticket:
+    def result(self, timeout_s: float | None = None) -> RequestHandle:
         """Wait for the end.
 
         Args:
             timeout_s: Longest to wait, in seconds; None for as long as it takes.
 
         Returns:
-            This ticket.
+            This handle.
 
         Raises:
             TimeoutError: It has not ended by then; it goes on.

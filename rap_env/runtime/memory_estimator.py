@@ -18,7 +18,7 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
-from rap_env.runtime.demand import Demand
+from rap_env.runtime.batch_shape import BatchShape
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -32,7 +32,7 @@ _PASS_SHARE = 2.5  # passes took up to 2.3 times the estimated workspace, in bfl
 
 
 @dataclass(frozen=True)
-class Coming:
+class PassEstimate:
     """Most bytes that one pass through the model asks for, if it uses no freed memory again.
 
     Attributes:
@@ -51,7 +51,7 @@ class Coming:
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """Bytes of one demand under one residency.
+    """Bytes of one shape under one residency.
 
     Attributes:
         costs: What the memory model says.
@@ -71,7 +71,7 @@ class _Table:
         return self.costs.peak_bytes(removed) + kept + copied
 
 
-class Needs:
+class MemoryEstimator:
     """Counts what masks need on a live model.
 
     Args:
@@ -89,54 +89,56 @@ class Needs:
         self._layers = set(zip(facts.kv_bytes_per_token, windows, strict=True))
         self._table = lru_cache(maxsize=_KEPT_TABLES)(self._count)
 
-    def bytes(self, mask: BlockMask, demand: Demand) -> int:
-        """Most bytes that the model takes with a mask while it serves a demand.
+    def peak_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
+        """Most bytes that the model takes with a mask while it serves a shape.
 
         Raises:
             InvalidRequestError: The model cannot serve so many tokens.
         """
-        return self._now(demand).bytes(mask.indices)
+        return self._now(shape).bytes(mask.indices)
 
-    def workspace_bytes(self, demand: Demand) -> int:
+    def workspace_bytes(self, shape: BatchShape) -> int:
         """What the memory model expects of activations and logits, and of copying a layer."""
-        batch, tokens = demand.shape
+        batch, tokens = shape.at_least_one
         layer = max(batch * min(tokens, window) * size for size, window in self._layers)
-        return self.memory.workspace_bytes(demand.request(1)) + layer
+        return self.memory.workspace_bytes(shape.request(1)) + layer
 
-    def refill_bytes(self, mask: BlockMask, demand: Demand) -> int:
+    def refill_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
         """What a refill of all rows may take beyond the workspace of its passes.
 
         Its caches grow from nothing, each time into a new place, and leave the old ones behind
         as holes in the heap: up to half of the final bytes were measured.
         """
-        copied = self._now(demand).copied_bytes
+        copied = self._now(shape).copied_bytes
         kept = sum(n for layer, n in enumerate(copied) if 2 * layer not in mask.indices)
         return kept // 2
 
-    def coming(self, mask: BlockMask, demand: Demand, tokens: int, growth_tokens: int) -> Coming:
+    def coming(
+        self, mask: BlockMask, shape: BatchShape, tokens: int, growth_tokens: int
+    ) -> PassEstimate:
         """What a pass asks for.
 
         Args:
             mask: The mask that it runs with.
-            demand: What is served.
+            shape: What is served.
             tokens: Tokens that it runs, of all sequences together; 0 if that is not known.
             growth_tokens: Tokens that caches hold more afterwards, padding included.
         """
-        copied = max(self._now(demand).copied_bytes)
+        copied = max(self._now(shape).copied_bytes)
         if tokens == 0:
-            return Coming(workspace=copied)
+            return PassEstimate(workspace=copied)
         facts = self.memory.facts
         activations = self.memory.workspace_bytes(Request(1, tokens, 1))
-        logits = demand.batch_size * facts.vocab_size * _LOGIT_BYTES
+        logits = shape.batch_size * facts.vocab_size * _LOGIT_BYTES
         kept = sum(
             size
             for layer, size in enumerate(facts.kv_bytes_per_token)
             if 2 * layer not in mask.indices
         )
-        return Coming(int(_PASS_SHARE * activations) + logits + copied, growth_tokens * kept)
+        return PassEstimate(int(_PASS_SHARE * activations) + logits + copied, growth_tokens * kept)
 
     def fitted(
-        self, mask: BlockMask, order: Iterable[int], demand: Demand, limit_bytes: int
+        self, mask: BlockMask, order: Iterable[int], shape: BatchShape, limit_bytes: int
     ) -> BlockMask | None:
         """A mask, with more blocks removed until it needs no more than a limit.
 
@@ -145,13 +147,13 @@ class Needs:
         Args:
             mask: Where to begin.
             order: Indices of blocks, those to be removed first at the front.
-            demand: What is to be served.
+            shape: What is to be served.
             limit_bytes: The limit.
 
         Returns:
             The first mask that fits, or None if none does.
         """
-        table = self._now(demand)
+        table = self._now(shape)
         removed = set(mask.indices)
         need = table.bytes(removed)
         passed_over = []
@@ -171,20 +173,20 @@ class Needs:
             need = table.bytes(removed)
         return BlockMask(frozenset(removed)) if need <= limit_bytes else None
 
-    def freed_bytes(self, demand: Demand) -> tuple[int, ...]:
+    def freed_bytes(self, shape: BatchShape) -> tuple[int, ...]:
         """What the removal of each block frees, (2L,)."""
-        table = self._now(demand)
+        table = self._now(shape)
         pairs = zip(table.costs.freed, table.kept_bytes, strict=True)
         return tuple(freed - kept for freed, kept in pairs)
 
-    def _now(self, demand: Demand) -> _Table:
-        return self._table(demand, self._llm.residency == "resident")
+    def _now(self, shape: BatchShape) -> _Table:
+        return self._table(shape, self._llm.residency == "resident")
 
-    def _count(self, demand: Demand, resident: bool) -> _Table:
-        batch, tokens = demand.shape
+    def _count(self, shape: BatchShape, resident: bool) -> _Table:
+        batch, tokens = shape.at_least_one
         costs = request_costs(self.memory, batch, tokens)
         params = self.memory.facts.block_param_bytes
-        layers = self.memory.kv_bytes_by_layer(batch, tokens).tolist() if demand else []
+        layers = self.memory.kv_bytes_by_layer(batch, tokens).tolist() if shape else []
         places = _PLACE_BYTES * batch * tokens
         kept = tuple(
             (weights if resident else 0) + (places if index % 2 == 0 else 0)

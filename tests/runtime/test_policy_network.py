@@ -17,7 +17,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
-from rap_env.runtime.network import BlockNetwork
+from rap_env.runtime.policy_network import BlockNetwork
 from tests.runtime.made_policies import features, memory, weights
 
 SHAPES = [(1, 10), (16, 2000), (4, 500)]

@@ -8,51 +8,51 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.llm.live_batch import LiveBatch
-from rap_env.runtime.demand import Demand
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import RowSampler
-from rap_env.runtime.tickets import Ticket
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.live import Restore
 
 
-class Job:
-    """A ticket, with the random stream that its tokens are drawn from.
+class TokenSequence:
+    """A request handle, with the random stream that its tokens are drawn from.
 
     Args:
-        ticket: The ticket.
+        handle: The handle.
 
     Attributes:
-        ticket: As given.
+        handle: As given.
         sampler: Draws its tokens.
         waits_since_s: Since when it has been in line, on the engine's clock.
     """
 
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
-        self.sampler = RowSampler(ticket.params)
-        self.waits_since_s = ticket.arrived_s
+    def __init__(self, handle: RequestHandle) -> None:
+        self.handle = handle
+        self.sampler = RowSampler(handle.params)
+        self.waits_since_s = handle.arrived_s
 
     @property
     def tokens(self) -> list[int]:
         """All tokens known: those of the prompt and those generated."""
-        return [*self.ticket.prompt_ids, *self.ticket.token_ids]
+        return [*self.handle.prompt_ids, *self.handle.token_ids]
 
     @property
     def known_tokens(self) -> int:
         """How many these are."""
-        return len(self.ticket.prompt_ids) + len(self.ticket.token_ids)
+        return len(self.handle.prompt_ids) + len(self.handle.token_ids)
 
     @property
     def pending(self) -> int:
         """The last token, which the model has not seen yet."""
-        return self.ticket.token_ids[-1]
+        return self.handle.token_ids[-1]
 
     @property
     def final_tokens(self) -> int:
         """Most tokens that the model will see of it: the last one generated is not run."""
-        return len(self.ticket.prompt_ids) + self.ticket.params.max_new_tokens - 1
+        return len(self.handle.prompt_ids) + self.handle.params.max_new_tokens - 1
 
     def progress(self, *, in_batch: bool) -> tuple[int, int]:
         """Tokens that the cache holds and tokens to come.
@@ -65,20 +65,22 @@ class Job:
         return known, self.final_tokens - known
 
 
-class Newcomer:
-    """A job whose prompt is run in chunks, in a batch of its own.
+class PrefillingSequence:
+    """A sequence whose prompt is run in chunks, in a batch of its own.
 
     Args:
-        job: The job.
+        sequence: The sequence.
         llm: The live model.
         restore: As for `LiveBatch`.
         chunk_tokens: Most tokens of a chunk.
     """
 
-    def __init__(self, job: Job, llm: ElasticLLM, restore: Restore, chunk_tokens: int) -> None:
-        self.job = job
+    def __init__(
+        self, sequence: TokenSequence, llm: ElasticLLM, restore: Restore, chunk_tokens: int
+    ) -> None:
+        self.sequence = sequence
         self.batch = LiveBatch(llm, restore=restore, most_tokens=chunk_tokens)
-        self._left: Sequence[int] = job.tokens
+        self._left: Sequence[int] = sequence.tokens
         self._chunk_tokens = chunk_tokens
 
     @property
@@ -103,22 +105,26 @@ class Newcomer:
         return (None if self._left else logits), len(chunk)
 
 
-def demand_of(
-    running: Iterable[Job], newcomer: Job | None = None, steps: int = 0, *, uniform: bool = False
-) -> Demand:
-    """The most that jobs will hold together.
+def shape_of(
+    running: Iterable[TokenSequence],
+    prefilling: TokenSequence | None = None,
+    steps: int = 0,
+    *,
+    uniform: bool = False,
+) -> BatchShape:
+    """The most that sequences will hold together.
 
     Args:
         running: Jobs that decode.
-        newcomer: One that will join them, its prompt counted in full from now on.
+        prefilling: One that will join them, its prompt counted in full from now on.
         steps: Tokens that the others will be ahead by the time it joins.
-        uniform: As for `Demand.of`.
+        uniform: As for `BatchShape.of`.
     """
     rows = []
-    for job in running:
-        held, coming = job.progress(in_batch=True)
+    for sequence in running:
+        held, coming = sequence.progress(in_batch=True)
         ahead = min(steps, coming)
         rows.append((held + ahead, coming - ahead))
-    if newcomer is not None:
-        rows.append(newcomer.progress(in_batch=False))
-    return Demand.of(rows, uniform=uniform)
+    if prefilling is not None:
+        rows.append(prefilling.progress(in_batch=False))
+    return BatchShape.of(rows, uniform=uniform)

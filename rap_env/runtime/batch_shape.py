@@ -10,8 +10,8 @@ from rap_env.request import Request
 
 
 @dataclass(frozen=True)
-class Demand:
-    """A batch at its largest. ``Demand()`` is nothing at all, and false.
+class BatchShape:
+    """A batch at its largest. ``BatchShape()`` is nothing at all, and false.
 
     Attributes:
         batch_size: Sequences side by side.
@@ -29,7 +29,7 @@ class Demand:
             (self.batch_size == 0) != (self.seq_len_tokens == 0)
         ):
             raise InvalidRequestError(
-                f"A demand has sequences and tokens, or neither: not {self.batch_size} x "
+                f"A shape has sequences and tokens, or neither: not {self.batch_size} x "
                 f"{self.seq_len_tokens}."
             )
 
@@ -42,16 +42,16 @@ class Demand:
         return self.batch_size * self.seq_len_tokens
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def at_least_one(self) -> tuple[int, int]:
         """Batch size and tokens for the memory arithmetic, which knows no empty batch."""
         return max(1, self.batch_size), max(1, self.seq_len_tokens)
 
     def request(self, budget_bytes: int) -> Request:
         """The same as a request with a budget; one token if there is nothing."""
-        return Request(*self.shape, budget_bytes=max(1, budget_bytes))
+        return Request(*self.at_least_one, budget_bytes=max(1, budget_bytes))
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[int, int]], *, uniform: bool = False) -> Demand:
+    def of(cls, rows: Iterable[tuple[int, int]], *, uniform: bool = False) -> BatchShape:
         """The most that rows of a left-padded batch will hold at one time.
 
         All rows grow by a token a step. A row leaves when it has no tokens to come, and padding
@@ -67,8 +67,8 @@ class Demand:
             Seven rows of 100 tokens with 10 to come, and one with 900 to come:
 
             >>> rows = [(100, 10)] * 7 + [(100, 900)]
-            >>> Demand.of(rows), Demand.of(rows, uniform=True).seq_len_tokens
-            (Demand(batch_size=1, seq_len_tokens=1000), 1000)
+            >>> BatchShape.of(rows), BatchShape.of(rows, uniform=True).seq_len_tokens
+            (BatchShape(batch_size=1, seq_len_tokens=1000), 1000)
         """
         most, longest, best = 0, 0, cls()
         for count, (held, coming) in enumerate(
@@ -83,5 +83,5 @@ class Demand:
         return best
 
 
-NOTHING = Demand()
+EMPTY_BATCH = BatchShape()
 """No sequence at all."""

@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
+from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.tickets import EndEvent, Ticket, TokenEvent
 
 
-def ticket(**settings) -> Ticket:
-    return Ticket((3, 4), SamplingParams(), 1.0, **settings)
+def handle(**settings) -> RequestHandle:
+    return RequestHandle((3, 4), SamplingParams(), 1.0, **settings)
 
 
 def token(number: int) -> TokenEvent:
@@ -17,7 +17,7 @@ def token(number: int) -> TokenEvent:
 
 
 def test_a_ticket_tells_what_has_become_of_it():
-    made = ticket()
+    made = handle()
     assert not made.done
     for number in (7, 8):
         made.emit(token(number))
@@ -28,7 +28,7 @@ def test_a_ticket_tells_what_has_become_of_it():
 
 
 def test_nothing_follows_an_end():
-    made, heard = ticket(), []
+    made, heard = handle(), []
     made.listen(heard.append)
     made.emit(EndEvent("error", "It broke.", 5.0))
     made.emit(token(7))
@@ -38,7 +38,7 @@ def test_nothing_follows_an_end():
 
 
 def test_who_listens_late_hears_everything():
-    made, heard = ticket(), []
+    made, heard = handle(), []
     made.emit(token(7))
     made.listen(heard.append)
     made.emit(token(8))
@@ -50,7 +50,7 @@ def test_who_listens_late_hears_everything():
 
 
 def test_a_listener_that_raises_harms_nobody_and_is_not_called_again(caplog):
-    made, heard, calls = ticket(), [], []
+    made, heard, calls = handle(), [], []
 
     def broken(event):
         calls.append(event)
@@ -66,7 +66,7 @@ def test_a_listener_that_raises_harms_nobody_and_is_not_called_again(caplog):
 
 
 def test_waiting_ends_with_the_ticket_or_with_the_patience():
-    made = ticket()
+    made = handle()
     with pytest.raises(TimeoutError, match="has not ended"):
         made.result(timeout_s=0.01)
     threading.Timer(0.05, made.emit, [EndEvent("length", None, 1.0)]).start()
@@ -75,7 +75,7 @@ def test_waiting_ends_with_the_ticket_or_with_the_patience():
 
 def test_cancelling_wakes_the_engine_until_it_has_ended():
     calls = []
-    made = ticket(on_cancel=lambda: calls.append(1))
+    made = handle(on_cancel=lambda: calls.append(1))
     made.cancel()
     assert made.cancelled
     made.emit(EndEvent("cancelled", None, 1.0))
@@ -84,4 +84,4 @@ def test_cancelling_wakes_the_engine_until_it_has_ended():
 
 
 def test_numbers_are_all_different():
-    assert len({ticket().id for _ in range(5)}) == 5
+    assert len({handle().id for _ in range(5)}) == 5

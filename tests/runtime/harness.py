@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.demand import Demand
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.meter import TensorMeter
-from rap_env.runtime.needs import Needs
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.policies import DensePolicy, OrderPolicy
 from rap_env.runtime.sampling import SamplingParams
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 PLENTY = 10**9
-DEMAND = Demand(4, 40)
+SHAPE = BatchShape(4, 40)
 ORDER = (5, 0, 3, 2, 1, 4)
 
 
@@ -31,8 +31,8 @@ class NoisyMeter(TensorMeter):
         return max(super().peak_bytes(), self.used_bytes())
 
 
-class Stand:
-    """The model, its controller, and on demand an engine."""
+class Harness:
+    """The model, its controller, and on shape an engine."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Stand:
         self.budget_bytes = budget
         self.time_s = 0.0
         self.meter = meter(self.llm)
-        self.needs = Needs(self.llm)
+        self.estimator = MemoryEstimator(self.llm)
         self.policy = policy or DensePolicy()
         self.controller = RuntimeController(
             self.llm,
@@ -73,8 +73,8 @@ class Stand:
     def everything(self) -> BlockMask:
         return BlockMask.of(*range(self.llm.num_blocks))
 
-    def need(self, mask, demand: Demand) -> int:
-        return self.needs.bytes(mask, demand)
+    def need(self, mask, shape: BatchShape) -> int:
+        return self.estimator.peak_bytes(mask, shape)
 
     def engine(self, **settings) -> Engine:
         engine = Engine(self.llm, self.controller, clock=lambda: self.time_s, **settings)
@@ -127,15 +127,15 @@ class Says:
         return self.mask
 
 
-def ordered(**settings) -> Stand:
-    """A stand whose policy removes blocks in a known order until the request fits."""
-    stand = Stand(guard_order=ORDER, **settings)
-    stand.controller.chooser.policy = OrderPolicy(stand.needs.memory, ORDER)
-    return stand
+def ordered(**settings) -> Harness:
+    """A harness whose policy removes blocks in a known order until the request fits."""
+    harness = Harness(guard_order=ORDER, **settings)
+    harness.controller.mask_chooser.policy = OrderPolicy(harness.estimator.memory, ORDER)
+    return harness
 
 
-def between(stand, count: int, demand=DEMAND) -> int:
+def between(harness, count: int, shape=SHAPE) -> int:
     """A budget for which so many blocks of the order must go."""
-    most = stand.need(BlockMask.of(*ORDER[:count]), demand)
-    less = stand.need(BlockMask.of(*ORDER[: count - 1]), demand) if count else most + 100
+    most = harness.need(BlockMask.of(*ORDER[:count]), shape)
+    less = harness.need(BlockMask.of(*ORDER[: count - 1]), shape) if count else most + 100
     return (most + less) // 2

@@ -8,7 +8,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError
 from rap_env.llm.live_batch import LiveBatch
-from rap_env.runtime.meter import ProcessMeter, ResidentMeter, TensorMeter
+from rap_env.runtime.memory_meter import ProcessMeter, ResidentMeter, TensorMeter
 from tests.tiny import tiny_llm
 
 MIB = 2**20

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rap_env.errors import InvalidRequestError
-from rap_env.runtime.demand import NOTHING, Demand
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 
 
 def simulated(rows) -> int:
@@ -18,35 +18,35 @@ def simulated(rows) -> int:
 
 
 def test_nothing_is_false_and_has_a_shape_for_the_arithmetic():
-    assert not NOTHING
-    assert NOTHING.request(0).seq_len_tokens == 1
-    assert Demand.of([]) == NOTHING
-    assert Demand(2, 5).tokens == 10
+    assert not EMPTY_BATCH
+    assert EMPTY_BATCH.request(0).seq_len_tokens == 1
+    assert BatchShape.of([]) == EMPTY_BATCH
+    assert BatchShape(2, 5).tokens == 10
 
 
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
 def test_half_a_demand_is_refused(wrong):
     with pytest.raises(InvalidRequestError, match="or neither"):
-        Demand(*wrong)
+        BatchShape(*wrong)
 
 
 def test_one_row_ends_at_its_final_length():
-    assert Demand.of([(7, 13)]) == Demand(1, 20)
+    assert BatchShape.of([(7, 13)]) == BatchShape(1, 20)
 
 
 def test_the_most_is_what_a_simulation_finds():
     draw = random.Random(0)
     for _ in range(200):
         rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(draw.randint(1, 9))]
-        assert Demand.of(rows).tokens == simulated(rows), rows
+        assert BatchShape.of(rows).tokens == simulated(rows), rows
 
 
 def test_uniform_demand_covers_every_row_at_every_time():
     draw = random.Random(1)
     for _ in range(50):
         rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(5)]
-        demand = Demand.of(rows, uniform=True)
-        assert demand.batch_size == 5
-        assert demand.seq_len_tokens == max(held + coming for held, coming in rows) or (
-            demand.tokens >= simulated(rows)
+        shape = BatchShape.of(rows, uniform=True)
+        assert shape.batch_size == 5
+        assert shape.seq_len_tokens == max(held + coming for held, coming in rows) or (
+            shape.tokens >= simulated(rows)
         )

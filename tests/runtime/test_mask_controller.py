@@ -1,0 +1,179 @@
+"""Going up with patience: when blocks come back, and when they stay away."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.mask_controller import Debounce
+from tests.runtime.harness import ORDER, SHAPE, Harness, Says, between, ordered
+
+
+def test_room_must_last_before_blocks_come_back():
+    harness = ordered(hold_s=2.0)
+    harness.budget_bytes = between(harness, 3)
+    harness.controller.check(SHAPE)
+    harness.budget_bytes = 10**9
+    for time_s in (0.0, 1.0, 1.9):
+        harness.time_s = time_s
+        assert harness.controller.check(SHAPE)
+        assert len(harness.mask) == 3
+    harness.time_s = 2.0
+    harness.controller.check(SHAPE)
+    assert harness.mask == BlockMask()
+    assert harness.controller.recent[-1].why == "room"
+
+
+def test_a_dip_while_it_waits_begins_the_wait_anew():
+    harness = ordered(hold_s=2.0)
+    tight = harness.budget_bytes = between(harness, 3)
+    for time_s, budget in ((0.0, tight), (0.1, 10**9), (1.0, tight), (1.1, 10**9), (2.5, 10**9)):
+        harness.time_s, harness.budget_bytes = time_s, budget
+        harness.controller.check(SHAPE)
+    assert len(harness.mask) == 3
+    harness.time_s = 3.2
+    harness.controller.check(SHAPE)
+    assert harness.mask == BlockMask()
+
+
+def test_only_what_would_have_fitted_all_the_time_comes_back():
+    harness = ordered(hold_s=2.0, hysteresis_share=0.0)
+    budgets = [between(harness, 5), 10**9, between(harness, 2), 10**9]
+    for time_s, budget in enumerate(budgets):
+        harness.time_s, harness.budget_bytes = float(time_s), budget
+        harness.controller.check(SHAPE)
+    assert harness.mask == BlockMask.of(*ORDER[:2])
+
+
+def test_a_request_that_left_makes_room_too():
+    harness = ordered(hold_s=1.0)
+    harness.budget_bytes = between(harness, 4)
+    harness.controller.check(SHAPE)
+    for time_s in (0.5, 1.5):
+        harness.time_s = time_s
+        harness.controller.check(BatchShape(1, 20))
+    assert len(harness.mask) < 4
+    assert harness.controller.recent[-1].why == "left"
+
+
+def switches(budget_of, *, share, hold_s, seconds=60) -> int:
+    harness = ordered(hysteresis_share=share, hold_s=hold_s)
+    threshold = harness.need(BlockMask.of(*ORDER[:2]), SHAPE)
+    for step in range(seconds * 10):
+        harness.time_s = step / 10
+        harness.budget_bytes = int(threshold * budget_of(harness.time_s))
+        assert harness.controller.check(SHAPE)
+    return harness.controller.switches
+
+
+def jitter(time_s: float) -> float:
+    return 1 + 0.03 * random.Random(time_s).uniform(-1, 1)
+
+
+def sine(time_s: float) -> float:
+    return 1 + 0.03 * math.sin(2 * math.pi * time_s / 1.5)
+
+
+@pytest.mark.parametrize("budget_of", [jitter, sine])
+def test_a_budget_that_moves_around_a_threshold_does_not_make_it_flap(budget_of):
+    assert switches(budget_of, share=0.05, hold_s=2.0) <= 2
+    assert switches(budget_of, share=0.0, hold_s=0.0) > 30
+
+
+def test_a_slow_sine_is_followed_down_and_up_once_each_way():
+    count = switches(
+        lambda time_s: 1 + 0.3 * math.sin(2 * math.pi * time_s / 30), share=0.05, hold_s=2.0
+    )
+    assert 4 <= count <= 2 * 2 * len(ORDER)
+
+
+def test_a_policy_that_wants_no_more_is_not_asked_again_and_again():
+    mask = BlockMask.of(0, 2)
+    harness = Harness(policy=Says(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
+    for step in range(200):
+        harness.time_s = step / 10
+        assert harness.controller.check(SHAPE)
+    assert harness.mask == mask
+    assert len(harness.policy.asked) == 1
+
+
+def test_while_others_run_a_mask_that_fits_stays():
+    policy = Says(BlockMask())
+    harness = Harness(policy=policy, guard_order=ORDER, mask=BlockMask.of(1))
+    assert harness.controller.admit(SHAPE, beside=BatchShape(1, 5))
+    assert (harness.mask, policy.asked) == (BlockMask.of(1), [])
+    assert harness.controller.admit(SHAPE)
+    assert harness.mask == BlockMask()
+
+
+def test_a_new_request_gets_blocks_back_at_once_if_they_fit_with_something_to_spare():
+    harness = ordered(hysteresis_share=0.05)
+    harness.budget_bytes = between(harness, 3)
+    harness.controller.admit(SHAPE)
+    dense = harness.need(BlockMask(), SHAPE)
+    harness.budget_bytes = int(dense * 1.02)
+    assert harness.controller.admit(SHAPE)
+    assert 0 < len(harness.mask) < 3
+    harness.budget_bytes = int(dense * 1.06)
+    assert harness.controller.admit(SHAPE)
+    assert harness.mask == BlockMask()
+
+
+def test_a_budget_that_falls_brings_no_attention_back_among_what_runs():
+    before, said = BlockMask.of(0), BlockMask.of(1, 2, 3, 5)
+    for running in (True, False):
+        harness = Harness(policy=Says(said), guard_order=ORDER, mask=before)
+        harness.budget_bytes = harness.need(said, SHAPE)
+        assert harness.need(before, SHAPE) > harness.budget_bytes
+        if running:
+            assert harness.controller.check(SHAPE)
+            assert 0 in harness.mask
+            assert harness.mask != before | said  # what need not go stays
+            assert harness.controller.recent[-1].guarded
+        else:
+            assert harness.controller.admit(SHAPE)
+            assert harness.mask == said
+        assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes
+
+
+def test_attention_comes_back_with_room_only_where_a_refill_fits_too():
+    for share, dense in ((0.9, False), (1.1, True)):
+        harness = Harness(guard_order=ORDER, mask=BlockMask.of(0), hysteresis_share=0.0, hold_s=1.0)
+        refill = harness.estimator.refill_bytes(BlockMask(), SHAPE)
+        assert refill > 0
+        harness.budget_bytes = harness.need(BlockMask(), SHAPE) + int(share * refill)
+        for time_s in (0.0, 1.0):
+            harness.time_s = time_s
+            harness.controller.check(SHAPE)
+        assert (harness.mask == BlockMask()) == dense
+        refill = harness.estimator.refill_bytes(harness.mask, SHAPE)
+        assert (
+            0 in harness.mask or harness.need(harness.mask, SHAPE) + refill <= harness.budget_bytes
+        )
+
+
+def test_room_must_last_and_gives_the_least_that_was_free():
+    room = Debounce(hold_s=2.0)
+    spares = [(0.0, 50), (1.0, 30), (1.9, 80)]
+    assert [room.held(time_s, spare, 20) for time_s, spare in spares] == [None] * 3
+    assert room.held(2.0, 90, 20) == 30
+
+
+def test_a_moment_without_room_begins_the_time_anew():
+    room = Debounce(hold_s=2.0)
+    for time_s, spare in ((0.0, 50), (1.0, 10), (1.5, 50), (3.0, 50)):
+        assert room.held(time_s, spare, 20) is None
+    assert room.held(3.5, 60, 20) == 50
+
+
+def test_after_it_was_given_a_new_time_begins():
+    room = Debounce(hold_s=1.0)
+    room.held(0.0, 50, 20)
+    assert room.held(1.0, 50, 20) == 50
+    assert room.held(1.5, 50, 20) is None
+    room.close()
+    assert room.held(2.4, 50, 20) is None

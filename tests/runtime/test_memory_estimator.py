@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from tests.tiny import tiny_llm
+
+SHAPE = BatchShape(3, 20)
+PROMPTS = [[5] * 20] * 3
+
+
+@pytest.fixture
+def llm():
+    made = tiny_llm(layers=3)
+    made.set_residency("offload")
+    return made
+
+
+def test_a_mask_needs_its_peak_bytes_and_a_layer_of_keys_and_values_again(llm):
+    memory, estimator = MemoryModel(llm), MemoryEstimator(llm)
+    peak = memory.peak_bytes(BlockMask(), Request(3, 20, 1))
+    layer = int(memory.kv_bytes_by_layer(3, 20)[0])
+    assert estimator.peak_bytes(BlockMask(), SHAPE) == peak + layer
+
+
+@pytest.mark.parametrize("residency", ["offload", "resident"])
+@pytest.mark.parametrize("blocks", [(), (0,), (1, 2), (0, 2, 4), (1, 3, 5), tuple(range(6))])
+def test_needs_cover_what_is_held_and_no_more_than_workspace_and_copies(llm, residency, blocks):
+    llm.set_residency(residency)
+    mask, estimator = BlockMask.of(*blocks), MemoryEstimator(llm)
+    llm.apply(mask)
+    batch = LiveBatch(llm)
+    batch.prefill(PROMPTS)
+    held = llm.held_bytes.total
+    need = estimator.peak_bytes(mask, SHAPE)
+    assert held <= need <= held + estimator.workspace_bytes(SHAPE)
+
+
+def test_resident_weights_are_not_freed_and_the_guard_passes_over_them(llm):
+    llm.set_residency("resident")
+    estimator = MemoryEstimator(llm)
+    freed = estimator.freed_bytes(SHAPE)
+    assert set(freed[1::2]) == {0}
+    assert min(freed[0::2]) > 0
+    limit = estimator.peak_bytes(BlockMask.of(0, 2), SHAPE)
+    assert estimator.fitted(BlockMask(), [1, 0, 3, 2, 5, 4], SHAPE, limit) == BlockMask.of(0, 2)
+
+
+def test_nothing_to_serve_needs_the_weights_and_a_token(llm):
+    estimator = MemoryEstimator(llm)
+    held = llm.held_bytes.total
+    assert held < estimator.peak_bytes(BlockMask(), EMPTY_BATCH) < held + 2000
+
+
+def test_the_guard_removes_in_order_and_no_more_than_it_must(llm):
+    estimator, order = MemoryEstimator(llm), [4, 1, 0, 5, 2, 3]
+    for count in range(7):
+        expected = BlockMask.of(*order[:count])
+        limit = estimator.peak_bytes(expected, SHAPE)
+        assert estimator.fitted(BlockMask(), order, SHAPE, limit) == expected
+    everything = estimator.peak_bytes(BlockMask.of(*order), SHAPE)
+    assert estimator.fitted(BlockMask(), order, SHAPE, everything - 1) is None
+    assert estimator.fitted(BlockMask(), [], SHAPE, everything) is None
+
+
+def test_the_guard_begins_with_the_mask_it_is_given(llm):
+    estimator = MemoryEstimator(llm)
+    limit = estimator.peak_bytes(BlockMask.of(3, 4), SHAPE)
+    assert estimator.fitted(BlockMask.of(3), [4, 1], SHAPE, limit) == BlockMask.of(3, 4)
+    assert estimator.fitted(BlockMask.of(3, 4, 5), [1], SHAPE, limit) == BlockMask.of(3, 4, 5)
+
+
+def test_windows_bound_what_a_row_holds():
+    estimator = MemoryEstimator(tiny_llm("mistral_sliding"))
+    short, long = (estimator.workspace_bytes(BatchShape(1, tokens)) for tokens in (20, 21))
+    model = estimator.memory
+    activations = model.workspace_bytes(Request(1, 21, 1)) - model.workspace_bytes(
+        Request(1, 20, 1)
+    )
+    assert long - short == activations
