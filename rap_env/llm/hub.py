@@ -1,4 +1,4 @@
-"""Models of the hub: found in its own cache first, fetched only if they are not there."""
+"""Models of the Hugging Face hub: taken from its cache, and downloaded only if missing there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from typing import Any
 
 from rap_env.artifacts import disk_errors
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
+from rap_env.llm.progress import hub_bars
 
 log = logging.getLogger(__name__)
 
 PROBE_S = 5.0
-"""The hub counts as out of reach when it has not answered after so many seconds."""
+"""Seconds without an answer after which the hub counts as unreachable."""
+
+OFFLINE_VARIABLE = "RAP_OFFLINE"
+"""Environment variable that forbids every download; ``HF_HUB_OFFLINE`` forbids the hub alone."""
+_TRUE = {"1", "ON", "YES", "TRUE"}
 
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
@@ -28,11 +33,11 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
 def cached_hub_folder(repo_id: str, revision: str | None = None) -> Path | None:
-    """The folder of a model in the hub's cache on this machine; None if it is not whole there."""
+    """The folder of a model in the hub's cache on this machine; None if it is not complete."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    # Not snapshot_download: it misses the files that nobody needs (pictures, other formats).
+    # Not snapshot_download: it would miss files that are not needed (pictures, other formats).
     try:
         config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     except HFValidationError:
@@ -43,8 +48,10 @@ def cached_hub_folder(repo_id: str, revision: str | None = None) -> Path | None:
     return folder if has_all_weights(folder) else None
 
 
-def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], object]) -> Path:
-    """The folder of a hub model, fetched if it is not in the hub's cache yet.
+def hub_folder(
+    repo_id: str, revision: str | None, check: Callable[[Path], object], *, progress: bool = True
+) -> Path:
+    """The folder of a hub model, downloaded if it is not in the hub's cache yet.
 
     A model that is in the cache is used as it is, without a look at the network, so that a run
     gives the same with and without one; name a revision to get another.
@@ -53,21 +60,22 @@ def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], objec
         repo_id: ``organisation/name``.
         revision: Branch, tag or commit; None is the main branch.
         check: Called with the folder as soon as its config is there, before any weights are
-            fetched; raises if the model is of no use.
+            downloaded; raises if the model cannot be used.
+        progress: Show progress bars on a terminal.
 
     Raises:
-        ModelNotAvailableError: It is neither cached nor to be had.
+        ModelNotAvailableError: It is neither cached nor can it be downloaded.
         UnsupportedModelError: It has no weights that transformers reads.
         StorageFullError: The disk is full.
     """
     folder = cached_hub_folder(repo_id, revision)
     if folder is None:
-        folder = _fetch(repo_id, revision, check)
+        folder = _fetch(repo_id, revision, check, progress)
     return folder
 
 
 def has_all_weights(folder: Path) -> bool:
-    """Whether a folder has a config and every weight file that it speaks of."""
+    """Whether a folder has a config and every weight file that its index names."""
     if not (folder / "config.json").is_file():
         return False
     for name in _INDEXES:
@@ -80,34 +88,49 @@ def has_all_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SINGLES)
 
 
-def offline() -> bool:
-    """Whether the user switched the hub off (``HF_HUB_OFFLINE``)."""
+def downloads_forbidden() -> bool:
+    """Whether the user forbade all downloads (``RAP_OFFLINE=1``)."""
+    return os.environ.get(OFFLINE_VARIABLE, "").upper() in _TRUE
+
+
+def _offline_variable() -> str | None:
+    """The environment variable that forbids the use of the hub, if one does."""
     from huggingface_hub import constants
 
-    now = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    return now or bool(constants.HF_HUB_OFFLINE)
+    if downloads_forbidden():
+        return OFFLINE_VARIABLE
+    now = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    return "HF_HUB_OFFLINE" if now or constants.HF_HUB_OFFLINE else None
 
 
-def _fetch(repo_id: str, revision: str | None, check: Callable[[Path], object]) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetch(
+    repo_id: str, revision: str | None, check: Callable[[Path], object], progress: bool
+) -> Path:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
-    if offline():
+    if variable := _offline_variable():
         raise ModelNotAvailableError(
-            f"{repo_id} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it with a "
-            "network at hand, or give the path of a model folder or GGUF file."
+            f"{repo_id} is not in the hub's cache and {variable} is set; unset it and try again "
+            "with a network, or give the path of a model folder or GGUF file."
         )
-    small, weights = _wanted(_ask(repo_id, revision), repo_id)
+    info = _ask(repo_id, revision)
+    small, weights = _wanted(info, repo_id)
+    sizes = [file.size for file in info.siblings if file.rfilename in {*small, *weights}]
+    total = "size unknown" if None in sizes else f"{sum(sizes) / 1e6:,.0f} MB"
+    log.warning(
+        "Downloading %s from the Hugging Face hub, %s, into %s. Set %s=1 to forbid downloads.",
+        repo_id, total, constants.HF_HUB_CACHE, OFFLINE_VARIABLE,
+    )  # fmt: skip
     try:
-        with disk_errors(repo_id):
+        with disk_errors(repo_id), hub_bars(shown=progress):
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=small))
             check(folder)
-            log.info("Downloading the weights of %s", repo_id)
             snapshot_download(repo_id, revision=revision, allow_patterns=weights)
     except GatedRepoError as error:
         raise ModelNotAvailableError(
-            f"The hub asks for an accepted licence before it gives {repo_id}; accept it on the "
-            "model's page and set HF_TOKEN."
+            f"{repo_id} is a gated model of the hub; accept its licence on the model's page and "
+            "set HF_TOKEN."
         ) from error
     except Exception as error:
         if isinstance(error, OSError) or _is_http(error):
@@ -117,7 +140,7 @@ def _fetch(repo_id: str, revision: str | None, check: Callable[[Path], object]) 
 
 
 def _ask(repo_id: str, revision: str | None) -> Any:
-    """What the hub knows of a model; waits `PROBE_S` at most, name resolution included."""
+    """The hub's description of a model; waits at most `PROBE_S`, name resolution included."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HFValidationError,
@@ -129,7 +152,9 @@ def _ask(repo_id: str, revision: str | None) -> Any:
 
     def ask() -> None:
         try:
-            answers.put(HfApi().model_info(repo_id, revision=revision, timeout=PROBE_S))
+            answers.put(
+                HfApi().model_info(repo_id, revision=revision, timeout=PROBE_S, files_metadata=True)
+            )
         except Exception as error:
             answers.put(error)
 
@@ -144,7 +169,7 @@ def _ask(repo_id: str, revision: str | None) -> Any:
         ) from answer
     if isinstance(answer, RepositoryNotFoundError | HFValidationError):
         raise ModelNotAvailableError(
-            f"The hub has no model {repo_id!r} that you may read; check the spelling, and set "
+            f"The hub has no model {repo_id!r} that you can read; check the spelling, and set "
             "HF_TOKEN if it is private."
         ) from answer
     if isinstance(answer, Exception):
@@ -153,7 +178,7 @@ def _ask(repo_id: str, revision: str | None) -> Any:
 
 
 def _wanted(info: Any, repo_id: str) -> tuple[list[str], list[str]]:
-    """Small files and weight files to fetch; safetensors where there are any."""
+    """Names of small files and of weight files to download; safetensors where there are any."""
     names = [sibling.rfilename for sibling in info.siblings or []]
     for pattern in (_SAFETENSORS, _PICKLES):
         weights = [name for name in names if pattern.fullmatch(name)]
@@ -166,7 +191,7 @@ def _wanted(info: Any, repo_id: str) -> tuple[list[str], list[str]]:
 
 
 def _is_http(error: Exception) -> bool:
-    """Whether an error comes from the hub's HTTP client, whichever one its version uses."""
+    """Whether an error comes from the hub client's HTTP library, which depends on its version."""
     roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(roots & {"httpx", "httpx2", "httpcore", "requests"})
 

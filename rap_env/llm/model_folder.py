@@ -48,6 +48,17 @@ def is_intact(folder: Path) -> bool:
         return False
 
 
+def manifest_source(folder: Path) -> dict[str, Any]:
+    """What `make` noted as the source of a folder that `made_once` made.
+
+    Raises:
+        FileNotFoundError: It is no such folder.
+        ArtifactError: Its manifest is damaged.
+    """
+    source: dict[str, Any] = load_artifact(folder / MANIFEST, _KIND, _VERSION)["source"]
+    return source
+
+
 def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
     """The folder, made now if it is not there or damaged.
 

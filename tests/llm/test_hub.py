@@ -102,7 +102,7 @@ def test_a_repository_without_weights_is_refused(serve: Serve, checkpoint: Path)
 
 def test_a_model_that_the_hub_does_not_have(serve: Serve) -> None:
     serve()
-    with pytest.raises(ModelNotAvailableError, match=r"no model 'org/tinny' that you may read"):
+    with pytest.raises(ModelNotAvailableError, match=r"no model 'org/tinny' that you can read"):
         load_llm("org/tinny")
 
 
@@ -130,6 +130,24 @@ def test_offline_and_not_cached(lonely: Path) -> None:
         match=r"org/tiny is not in the hub's cache and HF_HUB_OFFLINE is set",
     ):
         load_llm("org/tiny")
+
+
+def test_downloads_can_be_forbidden(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = serve()
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    with pytest.raises(ModelNotAvailableError, match="org/tiny is not .* and RAP_OFFLINE is set"):
+        load_llm("org/tiny")
+    assert not fake.served
+
+
+def test_a_download_says_what_from_where_and_into_which_folder(
+    serve: Serve, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (checkpoint / "model.safetensors").open("ab") as file:
+        file.write(bytes(5_000_000))
+    serve()
+    hub.hub_folder("org/tiny", None, lambda _: None)
+    assert f"org/tiny from the Hugging Face hub, 5 MB, into {tmp_path / 'hub'}" in caplog.text
 
 
 def test_a_hub_that_refuses_the_connection(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:

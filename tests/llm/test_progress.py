@@ -1,21 +1,24 @@
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 import threading
 from pathlib import Path
 
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
-from rap_env.llm import progress
-from rap_env.llm.progress import growing_folder_bar, transformers_bars
+from rap_env.llm.progress import folder_bytes, growing_folder_bar, hub_bars, transformers_bars
 
 
 def test_bytes_of_a_folder_with_folders_in_it(tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "a").write_bytes(b"123")
     (tmp_path / "deep" / "er" / "b").write_bytes(b"12345")
-    assert progress._bytes_in(tmp_path) == 8
-    assert progress._bytes_in(tmp_path / "none") == 0
+    assert folder_bytes(tmp_path) == 8
+    assert folder_bytes(tmp_path / "none") == 0
 
 
 def test_folders_may_vanish_while_they_are_counted(tmp_path: Path) -> None:
@@ -30,7 +33,7 @@ def test_folders_may_vanish_while_they_are_counted(tmp_path: Path) -> None:
     writer = threading.Thread(target=churn)
     writer.start()
     try:
-        assert {progress._bytes_in(tmp_path) for _ in range(500)} <= {0, 1}
+        assert {folder_bytes(tmp_path) for _ in range(500)} <= {0, 1}
     finally:
         done.set()
         writer.join()
@@ -41,6 +44,28 @@ def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
     with growing_folder_bar(tmp_path, 10, "Downloading"):
         assert threading.active_count() > before
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bar_is_seen_on_a_terminal_unless_it_is_not_wanted(
+    tmp_path: Path, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with growing_folder_bar(tmp_path, 10, "Downloading", shown=shown):
+        pass
+    assert ("Downloading" in sys.stderr.getvalue()) == shown
+
+
+def test_the_hubs_bars_are_put_back() -> None:
+    assert not are_progress_bars_disabled()
+    for shown in (True, False):
+        with hub_bars(shown=shown):
+            assert are_progress_bars_disabled() is not shown
+        assert not are_progress_bars_disabled()
 
 
 def test_transformers_bars_are_put_back() -> None:
