@@ -1,0 +1,46 @@
+"""Settings of the documentation site: Sphinx with Furo and MyST. Build it with ``make docs``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]
+
+import generate  # noqa: E402 - the paths come first
+
+from rap_env import __version__  # noqa: E402
+
+project = "RAP"
+author = "the RAP contributors"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "_generated"]
+html_theme = "furo"
+html_title = f"RAP {release}"
+html_static_path: list[str] = []
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # included tables begin below the page's first level
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+napoleon_use_rtype = False
+nitpicky = False
+
+
+def _replace_environment_docstring(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Link to the environment's page in place of its class docstring, which is Markdown."""
+    if name == "rap_env.RAPPruneEnv":
+        lines[:] = ["``RAPPrune-v0``; see :doc:`environment`.", ""]
+
+
+def setup(app: Any) -> None:
+    """Generate pages and tables before Sphinx reads the sources."""
+    app.connect("builder-inited", lambda _: generate.write_all(DOCS))
+    app.connect("autodoc-process-docstring", _replace_environment_docstring)

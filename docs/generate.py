@@ -1,0 +1,162 @@
+"""Generates what the documentation does not type: result tables, the environment's page, pictures.
+
+``python docs/generate.py`` writes ``docs/_generated``; `docs/conf.py` does so at each build. All
+numbers come from the committed records in ``results/``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+COMPARISONS = (
+    "learning",
+    "learning_scratch",
+    "evolution",
+    "small_unequal",
+    "small_uniform",
+    "transfer",
+    "learning_library",
+    "seeds",
+)
+"""Folders of ``results/`` with a comparison of methods."""
+
+REPLAY_FIGURES = ("replay_memory.png", "replay_latency.png")
+
+
+def write_all(docs: Path) -> None:
+    """Write every generated file.
+
+    Args:
+        docs: The folder of the documentation's sources.
+    """
+    folder = docs / "_generated"
+    folder.mkdir(exist_ok=True)
+    details = docs / "results" / "details"
+    details.mkdir(exist_ok=True)
+    for name in COMPARISONS:
+        text = comparison_markdown(name)
+        _write(details / f"{name}.md", f"---\norphan: true\n---\n\n{text}\n")
+        _write(folder / f"{name}.md", first_tables(text))
+    _write(folder / "ablation.md", ablation_table())
+    _write(folder / "replay.md", replay_markdown())
+    _write(folder / "repair.md", repair_markdown())
+    _write(folder / "soak.md", soak_table())
+    _write(folder / "benchmarks.md", benchmarks_table())
+    _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
+    _write(folder / "environment.md", environment_page())
+    _write(folder / "commands.md", command_reference())
+    for name in REPLAY_FIGURES:
+        shutil.copy(RESULTS / "replay" / "replay" / "figures" / name, folder / name)
+    from architecture import draw_architecture
+
+    draw_architecture(folder / "architecture.svg")
+
+
+def comparison_markdown(name: str) -> str:
+    """All tables of one comparison, as ``python -m experiments.compare`` prints them."""
+    from experiments.compare import compare
+    from experiments.config import CompareConfig
+
+    return compare(CompareConfig(runs=str(RESULTS / name), format="markdown"))
+
+
+def first_tables(text: str) -> str:
+    """The summary and the first verdict table of a comparison, without the page's title."""
+    _, *sections = text.split("\n## ")
+    summary = text.split("\n## ")[0].partition("\n")[2].strip()
+    shown = [summary]
+    if sections and " minus each other method" in sections[0].partition("\n")[0]:
+        shown.append(f"**{sections[0].strip()}".replace("\n", "**\n", 1))
+    return "\n\n".join(shown) + "\n"
+
+
+def ablation_table() -> str:
+    """The objective of each ablation: mean ΔNLL of the policy alone on the calibration text."""
+    rows = []
+    for path in sorted((RESULTS / "ablation" / "train").glob("*/run.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        rows.append((float(facts["objective"]), path.parent.name))
+    head = "| Training run | ΔNLL on calibration text |\n| :--- | ---: |\n"
+    return head + "\n".join(f"| `{name}` | {value:.3f} |" for value, name in sorted(rows)) + "\n"
+
+
+def replay_markdown() -> str:
+    """The tables of the replay, below the page's first level."""
+    from experiments.replay.rows import read_replay_rows
+    from experiments.replay.tables import replay_markdown as tables
+
+    rows = read_replay_rows(RESULTS / "replay" / "replay" / "replay.jsonl")
+    return tables(rows).partition("\n")[2]
+
+
+def repair_markdown() -> str:
+    """The tables of the repair experiment, below the page's first level."""
+    from experiments.comparison.report_data import gather
+    from experiments.repair.tables import repair_markdown as tables
+
+    data = gather(RESULTS / "repair")
+    assert data.repair is not None
+    return tables(data.repair, data.repair_orders).partition("\n")[2]
+
+
+def soak_table() -> str:
+    """What the soak test counted."""
+    record = json.loads((RESULTS / "soak.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    agreement, memory = record["agreement"], record["rss_bytes"]
+    rows = {
+        "requests": f"{record['requests']:,} in {record['seconds'] / 60:.0f} minutes",
+        "by kind": ", ".join(f"{count:,} {kind}" for kind, count in record["kinds"].items()),
+        "changes of the budget": f"{record['budget_changes']:,}",
+        "mask switches": f"{record['switches']:,} among {record['masks']:,} masks",
+        "wrong answers": f"{agreement['wrong_answers']} of {agreement['answers']}",
+        "wrong answers of the control": (
+            f"{agreement['control_wrong']} of {agreement['control_answers']}"
+        ),
+        "growth of resident memory at rest": f"{memory['growth']:.1%} (goal: at most 2 %)",
+        "checks that failed": ", ".join(k for k, ok in record["checks"].items() if not ok) or "none",
+    }
+    return "| Soak | |\n| :--- | :--- |\n" + "".join(f"| {k} | {v} |\n" for k, v in rows.items())
+
+
+def benchmarks_table() -> str:
+    """The table of all benchmarks."""
+    from benchmarks.table import markdown, read_records
+
+    return markdown(read_records()) + "\n"
+
+
+def environment_page() -> str:
+    """The environment's page, from its class docstring as Gymnasium makes its own."""
+    from rap_env.envs.prune import RAPPruneEnv
+
+    text = inspect.cleandoc(RAPPruneEnv.__doc__ or "")
+    return f"# RAPPrune-v0\n\n{text}\n"
+
+
+def command_reference() -> str:
+    """The help of each ``rap`` command."""
+    return ""
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file only if its text changed, so that Sphinx rebuilds no more than it must."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str]) -> Any:
+    """Write everything to ``docs/_generated``."""
+    write_all(Path(arguments[1]) if len(arguments) > 1 else Path(__file__).resolve().parent)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT)]
+    main(sys.argv)
