@@ -1,0 +1,147 @@
+"""Every code block of README and docs runs, on a tiny model in the place of the default one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from rap_env.llm.default_model import GGUF_SHA256
+from rap_env.llm.gguf_file import gguf_folder_name
+from rap_env.llm.model_folder import made_once, models_dir
+from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LANGUAGES = {"python", "bash"}
+
+TINY = {  # what makes each program short; everything else is as the page says
+    "profile": ["calibration.windows=1", "calibration.window_tokens=8", "importance.gsi_removals=1",
+                "importance.gsi_method=lazy", "frontier.evaluations=0"],
+    "train": [],
+}  # fmt: skip
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of one language on a page, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [code for found, code in BLOCK.findall(text) if found == language]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Environment variables under which the default model's name loads a tiny random one."""
+    base = tmp_path_factory.mktemp("docs")
+    variables = {
+        **os.environ,
+        "RAP_CACHE_DIR": str(base / "cache"),
+        "RAP_MODEL_SOURCE": "pypi",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=96, num_attention_heads=2,
+        num_key_value_heads=1, num_hidden_layers=8, max_position_embeddings=8192,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+
+    def make(folder: Path) -> dict[str, str]:
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return {"file": "tiny"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", variables["RAP_CACHE_DIR"])
+        made_once(models_dir() / gguf_folder_name(GGUF_SHA256), make)
+    return variables
+
+
+def test_blocks_are_found_and_of_known_languages():
+    found = {
+        (page, language)
+        for page in PAGES
+        for language, _ in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+        if not language.startswith("{")
+    }
+    assert {language for _, language in found} <= LANGUAGES
+    assert {("README.md", "python"), ("README.md", "bash")} <= found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_runs(page, environment, tmp_path):
+    code = "\n".join(blocks(page, "python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page's bash blocks, comments cut off, continued lines joined."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if shlex.split(line, comments=True)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+def test_commands_run(page, environment, tmp_path):
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        problem = run_command(words, environment, tmp_path)
+        assert not problem, f"{command}\n{problem}"
+
+
+def run_command(words: list[str], environment: dict[str, str], folder: Path) -> str:
+    """Run one command, or check it as far as that goes without a network; what went wrong."""
+    if words[0] == "git":
+        return ""
+    if words[0] == "make":
+        return _ended(
+            ["make", "--dry-run", "--directory", str(ROOT), *words[1:]], environment, ROOT
+        )
+    if words[:2] == ["pip", "install"]:
+        return installable(words[2:])
+    if words[:2] == ["rap", "serve"]:
+        return serves(words[1:], environment, folder)
+    if words[0] == "rap":
+        return _ended([sys.executable, "-m", "rap_env.cli", *words[1:]], environment, folder)
+    assert words[:2] == ["python", "-m"], "a kind of command that this test does not know"
+    program = words[2].removeprefix("experiments.")
+    overrides = TINY[program]
+    if any(word.startswith("experiment=") or "wiki.jsonl" in word for word in words):
+        overrides = ["--cfg", "job"]  # needs data that is not here: the settings are composed
+    return _ended([sys.executable, *words[1:], *overrides], environment, folder)
+
+
+def installable(words: list[str]) -> str:
+    """Whether a ``pip install`` of this project names extras and groups that there are."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    known = set(metadata["project"]["optional-dependencies"]) | set(metadata["dependency-groups"])
+    asked = words[1:] if words[0] == "--group" else re.findall(r"\[(.*)\]", words[-1])
+    unknown = {name for names in asked for name in names.split(",")} - known
+    return f"no extra or group {unknown}" if unknown else ""
+
+
+def serves(words: list[str], environment: dict[str, str], folder: Path) -> str:
+    """Start a server, ask it one question, stop it."""
+    raise NotImplementedError
+
+
+def _ended(command: list[str], environment: dict[str, str], folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
