@@ -1,4 +1,4 @@
-"""Draws the packages of ``rap_env`` by layer, with an arrow for each import between them."""
+"""Draws the packages of ``rap_env`` by layer, with arrows for the imports between them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def room(module: str) -> str | None:
     return parts[1] if parts[1] in named else _ABOVE.get(parts[1], "values and bytes")
 
 
-def arrows() -> dict[tuple[str, str], int]:
-    """How many import statements lead from each package to each other one."""
-    found: dict[tuple[str, str], int] = {}
+def arrows() -> set[tuple[str, str]]:
+    """Which package imports which, function-local and type-checking imports included."""
+    found: set[tuple[str, str]] = set()
     for path in PACKAGE.rglob("*.py"):
         own = room(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
         if own is None or path == PACKAGE / "__init__.py":
@@ -48,12 +48,28 @@ def arrows() -> dict[tuple[str, str], int]:
             for module in modules:
                 other = room(module) if module.startswith("rap_env.") else None
                 if other and other != own:
-                    found[own, other] = found.get((own, other), 0) + 1
+                    found.add((own, other))
     return found
 
 
+def reduced(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The arrows without those that a longer way implies (the transitive reduction)."""
+    below: dict[str, set[str]] = {}
+    for start, end in edges:
+        below.setdefault(start, set()).add(end)
+
+    def reaches(start: str, end: str) -> bool:
+        return any(end == next_ or reaches(next_, end) for next_ in below.get(start, ()))
+
+    return {
+        (start, end)
+        for start, end in edges
+        if not any(reaches(other, end) for other in below[start] - {end})
+    }
+
+
 def draw_architecture(path: Path) -> None:
-    """Write the picture as SVG."""
+    """Write the picture as SVG: direct imports, without those that a longer way implies."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -74,13 +90,13 @@ def draw_architecture(path: Path) -> None:
                 )
             )  # fmt: skip
             axes.text(x, height, name, ha="center", va="center", fontsize=10, zorder=3)
-    for (start, end), count in sorted(arrows().items()):
+    for start, end in sorted(reduced(arrows())):
         (x0, y0), (x1, y1) = centre[start], centre[end]
-        bend = 0.0 if abs(y0 - y1) <= 1 else 0.25
+        bend = 0.0 if abs(y0 - y1) <= 1 or x0 != x1 else 0.4
         axes.add_patch(
             FancyArrowPatch(
-                (x0, y0), (x1, y1), shrinkA=16, shrinkB=16, arrowstyle="-|>", mutation_scale=9,
-                linewidth=0.5 + 0.1 * min(count, 15), color="#8795ab",
+                (x0, y0), (x1, y1), shrinkA=16, shrinkB=16, arrowstyle="-|>", mutation_scale=10,
+                linewidth=1.0, color="#5b6f92",
                 connectionstyle=f"arc3,rad={bend}", zorder=0,
             )
         )  # fmt: skip

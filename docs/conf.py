@@ -15,13 +15,15 @@ from rap_env import __version__  # noqa: E402
 
 project = "RAP"
 author = "the RAP contributors"
+copyright = author
 release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"RAP {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # included tables begin below the page's first level
@@ -29,6 +31,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 nitpicky = False
 
 

@@ -222,10 +222,13 @@ def api_page() -> str:
     for name in sorted(rap_env.__all__, key=str.lower):
         thing = getattr(rap_env, name)
         if inspect.isclass(thing):
-            parts.append(f".. autoclass:: rap_env.{name}\n   :members:\n")
+            directive = f".. autoclass:: rap_env.{name}\n   :members:\n"
         elif inspect.isfunction(thing):
-            parts.append(f".. autofunction:: rap_env.{name}\n")
-    return "```{eval-rst}\n" + "\n".join(parts) + "```\n"
+            directive = f".. autofunction:: rap_env.{name}\n"
+        else:
+            continue
+        parts.append(f"## {name}\n\n```{{eval-rst}}\n{directive}```\n")
+    return "\n".join(parts)
 
 
 def command_reference() -> str:

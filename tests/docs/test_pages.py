@@ -1,0 +1,35 @@
+"""README and docs: length, links, and numbers that come from the records."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.docs.test_code_blocks import PAGES, ROOT
+
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md"])
+def test_links_within_the_repository_lead_somewhere(page):
+    path = ROOT / page
+    targets = LINK.findall(path.read_text(encoding="utf-8"))
+    own = [target for target in targets if "://" not in target and "_generated" not in target]
+    assert [target for target in own if not (path.parent / target).exists()] == []
+
+
+def test_the_readme_has_the_numbers_of_the_records():
+    code = "import generate; print(generate.readme_results(), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    results = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert done.stdout in results, "run `python docs/generate.py`"
