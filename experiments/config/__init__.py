@@ -19,7 +19,7 @@ from experiments.config.learning import FrontierConfig, ScoreModelConfig, WarmSt
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.parts import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
 from experiments.config.replay import ReplayConfig
-from experiments.config.serving import ServeConfig, SoakConfig
+from experiments.config.serving import SoakConfig, serve_defaults
 from experiments.config.stubs import REPAIRS, StubsConfig
 from experiments.config.studies import (
     OverfittingConfig,
@@ -55,7 +55,6 @@ __all__ = [
     "ReplayConfig",
     "ReportConfig",
     "ScoreModelConfig",
-    "ServeConfig",
     "SmallLMConfig",
     "SoakConfig",
     "StabilityConfig",
@@ -104,7 +103,7 @@ class Config:
     text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
     small_lm: SmallLMConfig = field(default_factory=SmallLMConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
+    serve: dict[str, Any] = field(default_factory=serve_defaults)
     soak: SoakConfig = field(default_factory=SoakConfig)
     budget: dict[str, Any] = field(default_factory=dict)
     replay: ReplayConfig = field(default_factory=ReplayConfig)

@@ -14,7 +14,7 @@ import httpx
 
 from experiments.config import SoakConfig
 from experiments.soak.world import Sample, World
-from rap_env.serving.text import plain_text
+from rap_env.serving.detokenizer import plain_text
 
 REFUSED = (429, 503)
 """Status codes that are right where memory is short."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.comparison.run_folder import provenance
 from experiments.config import Config
-from experiments.serving import decision_log, open_engine, open_model, serving_settings
+from experiments.config.serving import server_settings
 from experiments.soak.checks import Agreement, agreement, growth, resident_bytes
 from experiments.soak.clients import Client, Target
 from experiments.soak.world import RandomMasks, RecordingEngine, Sample, World
@@ -25,6 +25,7 @@ from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import ProcessMeter, TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.sampling import SamplingParams
+from rap_env.serving.stack import build_stack, load_served_model
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ class Trial:
     Args:
         config: All settings.
         folder: The run's folder, for the log of decisions and the stacks of a hang.
+
+    Raises:
+        MissingDependencyError: The extra ``serve`` is not installed.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -49,25 +53,26 @@ class Trial:
         self._random = random.Random(config.seed)
         self._budget_bytes = _AMPLE
         self._budget_lock = threading.Lock()
-        self._decisions = decision_log(config.serve, folder)
-        llm = open_model(config)
+        settings = server_settings(config, folder)
+        llm = load_served_model(settings)
         tensors = config.soak.meter == "tensors"
-        self._engine = open_engine(
-            llm,
-            config.serve,
+        self._stack = build_stack(
+            settings,
+            llm=llm,
             policy=RandomMasks(MemoryModel(llm), config.seed),
             memory=GivenMemory(lambda: self._budget_bytes, limit_bytes=_AMPLE),
-            log=self._decisions,
-            kind=RecordingEngine,
+            engine_class=RecordingEngine,
             meter=TensorMeter(llm) if tensors else ProcessMeter(llm),
             hold_s=_HOLD_S,
         )
+        assert isinstance(self._stack.engine, RecordingEngine)
+        self._engine = self._stack.engine
         self._engine.world = self._world
         self._sample = self._engine.sample = Sample(config.soak.checks, config.seed)
         special = set(llm.tokenizer.all_special_ids)
         self._token_ids = [n for n in range(llm.adapter.vocab_size) if n not in special]
         longest = config.soak.prompt_tokens + 2 * config.soak.answer_tokens
-        everything = BatchShape(config.serve.max_batch_size, longest)
+        everything = BatchShape(settings.max_batch_size, longest)
         self._full_bytes = self._engine.controller.estimator.peak_bytes(BlockMask(), everything)
         self._rest_prompt = self._random.sample(self._token_ids, min(12, len(self._token_ids)))
         self._rss: list[int] = []
@@ -79,22 +84,15 @@ class Trial:
         self._seconds = 0.0
 
     def run(self) -> None:
-        """Serve, ask, and check.
-
-        Raises:
-            MissingDependencyError: The extra ``serve`` is not installed.
-        """
-        from rap_env.serving.app import create_app
+        """Serve, send requests, and check the answers."""
         from rap_env.serving.server import BackgroundServer
 
-        settings = serving_settings(self._config, self._engine)
-        app = create_app(self._engine, self._engine.llm.tokenizer, settings)
         started = time.monotonic()
-        server = BackgroundServer(app)
+        server = BackgroundServer(self._stack.app)
         with server:
             target = Target(
                 server.url,
-                settings.model_name,
+                self._stack.settings.served_name,
                 self._token_ids,
                 self._engine.llm.tokenizer,
                 self._sample,
@@ -105,8 +103,7 @@ class Trial:
             if self._hung:
                 self._engine.close(timeout_s=5)
         self._unfinished = len(self._sample.unfinished())
-        if self._decisions is not None:
-            self._decisions.close()
+        self._stack.close()
         if not self._hung:
             self._verify()
 

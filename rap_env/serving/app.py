@@ -1,9 +1,13 @@
-"""The server's routes: OpenAI's completions, health and metrics."""
+"""ASGI application: OpenAI's completion routes, health and metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
+import time
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -12,11 +16,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
-from rap_env.serving.errors import ApiError, failed, unknown_model
-from rap_env.serving.metrics import CONTENT_TYPE
-from rap_env.serving.schemas import ChatRequest, CompletionRequest
-from rap_env.serving.service import Service
-from rap_env.serving.settings import ServingSettings
+from rap_env.serving.errors import ApiError, failed, unavailable, unknown_model
+from rap_env.serving.generation import Generation
+from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
+from rap_env.serving.prompts import RequestBuilder, stop_tokens
+from rap_env.serving.responses import ResponseWriter, usage_of
+from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.streaming import EventStreamResponse, watch_disconnect
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -24,15 +31,140 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLIENT_GONE = 499
-"""Status for the log alone: nobody is there to read it."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a response that no client receives, as in nginx's log."""
+
+Schema = type[ChatCompletionRequest] | type[CompletionRequest]
 
 
-def create_app(engine: Engine, tokenizer: Any, settings: ServingSettings) -> FastAPI:
-    """The server's application; the engine is started and closed with it.
+class Service:
+    """State that the routes share: the engine, the metrics and the running generations.
 
     Args:
-        engine: What generates; not started.
+        engine: The engine, not started.
+        tokenizer: Its tokenizer.
+        settings: Names and limits.
+
+    Attributes:
+        metrics: Metrics of the server.
+        closing: Whether the server is shutting down and accepts no more requests.
+        started: Unix time at which it was made, in seconds.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.metrics = ServingMetrics(engine, settings)
+        self.closing = False
+        self.started = int(time.time())
+        self._running: set[Generation] = set()
+        self._builder = RequestBuilder(
+            tokenizer,
+            settings,
+            context_tokens=engine.max_seq_len_tokens,
+            stop_token_ids=stop_tokens(engine.llm, tokenizer),
+        )
+        made_of = (engine.llm.fingerprint, engine.controller.policy.name, __version__)
+        digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
+        self.system_fingerprint = f"fp_{digest[:10]}"
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        """Start the engine with the server and close it with the server."""
+        self.engine.start()
+        try:
+            yield
+        finally:
+            self.closing = True
+            await asyncio.to_thread(self.engine.close, timeout_s=self.settings.shutdown_grace_s)
+
+    def cancel_running(self) -> None:
+        """Cancel all running generations because the server shuts down."""
+        for generation in list(self._running):
+            generation.cancel(closing=True)
+
+    async def respond(self, request: Request, schema: Schema) -> Response:
+        """Respond to a completion request; errors become responses in the format of the API."""
+        try:
+            return await self._complete(request, schema)
+        except ClientDisconnect:
+            self.count(request, "disconnected")
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except ApiError as error:
+            self.count(request, error.outcome)
+            return error_response(error)
+        except RapError as error:
+            log.exception("A request failed")
+            self.count(request, "error")
+            return error_response(failed(str(error)))
+
+    async def _complete(self, request: Request, schema: Schema) -> Response:
+        if self.closing:
+            raise unavailable("The server is shutting down; ask again later.", "shutting_down")
+        body = await read_body(request, schema, self.settings)
+        generation = Generation(
+            self.engine,
+            self.tokenizer,
+            await asyncio.to_thread(self._builder.build, body),
+            on_first=self.metrics.first_token_s.observe,
+            on_end=self.metrics.per_token_s.observe,
+        )
+        generation.start()
+        self._running.add(generation)
+        writer = ResponseWriter(
+            generation.request,
+            model=self.settings.served_name,
+            fingerprint=self.system_fingerprint,
+        )
+        respond = self._stream if generation.request.stream else self._whole
+        return await respond(request, generation, writer)
+
+    async def _whole(
+        self, request: Request, generation: Generation, writer: ResponseWriter
+    ) -> Response:
+        try:
+            async with watch_disconnect(request, generation) as client:
+                deltas = [delta async for delta in generation.deltas()]
+        except ApiError:
+            if client.disconnected:
+                raise ClientDisconnect from None
+            raise
+        finally:
+            self._finish(generation)
+        self.count(request, "ok")
+        return JSONResponse(writer.whole(deltas, usage_of(generation)))
+
+    async def _stream(
+        self, request: Request, generation: Generation, writer: ResponseWriter
+    ) -> Response:
+        def ended(outcome: str) -> None:
+            self._finish(generation)
+            self.count(request, outcome)
+
+        stream = EventStreamResponse(request, generation, writer, ended)
+        try:
+            await stream.first()  # an error before the first token still sets the status
+        except BaseException:
+            self._finish(generation)
+            raise
+        return stream
+
+    def _finish(self, generation: Generation) -> None:
+        self._running.discard(generation)
+        generation.cancel()
+
+    def count(self, request: Request, outcome: str) -> None:
+        """Count a request that has ended."""
+        chat = request.url.path.endswith("/chat/completions")
+        self.metrics.requests.labels("chat" if chat else "completions", outcome).inc()
+
+
+def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> FastAPI:
+    """Make the server's application, which starts and closes the engine.
+
+    Args:
+        engine: The engine, not started.
         tokenizer: The model's tokenizer.
         settings: Names and limits.
 
@@ -46,7 +178,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServingSettings) -> Fas
     )  # fmt: skip
     app.state.service = service
     _add_completions(app, service)
-    _add_looks(app, service)
+    _add_status(app, service)
     _add_errors(app, service)
     return app
 
@@ -54,35 +186,18 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServingSettings) -> Fas
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answered(service, request, ChatRequest)
+        return await service.respond(request, ChatCompletionRequest)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answered(service, request, CompletionRequest)
+        return await service.respond(request, CompletionRequest)
 
 
-async def _answered(
-    service: Service, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
-) -> Response:
-    """The answer, or the error as the API writes it."""
-    try:
-        return await service.complete(request, kind)
-    except ClientDisconnect:
-        service.count(request, "disconnected")
-        return Response(status_code=CLIENT_GONE)
-    except ApiError as error:
-        service.count(request, error.outcome)
-        return as_response(error)
-    except RapError as error:
-        log.exception("A request failed")
-        service.count(request, "error")
-        return as_response(failed(str(error)))
+def _add_status(app: FastAPI, service: Service) -> None:
+    served = service.settings.served_name
 
-
-def _add_looks(app: FastAPI, service: Service) -> None:
     def described() -> dict[str, Any]:
-        name = service.settings.model_name
-        return {"id": name, "object": "model", "created": service.started, "owned_by": "rap-env"}
+        return {"id": served, "object": "model", "created": service.started, "owned_by": "rap-env"}
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -90,8 +205,8 @@ def _add_looks(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if name != service.settings.model_name:
-            return as_response(unknown_model(name, service.settings.model_name))
+        if name != served:
+            return error_response(unknown_model(name, served))
         return JSONResponse(described())
 
     @app.get("/healthz")
@@ -100,11 +215,11 @@ def _add_looks(app: FastAPI, service: Service) -> None:
             return JSONResponse({"status": "closing"}, 503)
         if not service.engine.alive:
             return JSONResponse({"status": "engine stopped"}, 503)
-        return JSONResponse({"status": "ok", "model": service.settings.model_name})
+        return JSONResponse({"status": "ok", "model": served})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        # In a thread: a look at the process's memory may wait for a step to end.
+        # In a thread: reading the memory of the process may wait for a step to end.
         text = await asyncio.to_thread(service.metrics.render)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
@@ -116,16 +231,16 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         texts = {404: f"Invalid URL ({where})", 405: f"Method not allowed ({where})"}
         message = texts.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
-        return as_response(ApiError(error.status_code, message, headers=headers))
+        return error_response(ApiError(error.status_code, message, headers=headers))
 
     async def broken(request: Request, _error: Exception) -> Response:
         service.count(request, "error")
-        return as_response(failed("The server had an error while it processed your request."))
+        return error_response(failed("The server had an error while it processed your request."))
 
     app.add_exception_handler(HTTPException, no_route)
     app.add_exception_handler(Exception, broken)
 
 
-def as_response(error: ApiError) -> Response:
-    """An error as the API writes it."""
+def error_response(error: ApiError) -> Response:
+    """Response for an error, in the format of the API."""
     return JSONResponse(error.to_json(), error.status, headers=error.headers)

@@ -1,4 +1,4 @@
-"""Errors as the OpenAI API gives them: a status code and a JSON object with four keys."""
+"""Errors of the OpenAI API: a status code and a JSON object with four keys."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from rap_env.errors import RapError
 
 
 class ApiError(RapError):
-    """What a client is told when its request is not answered.
+    """Error response to a request.
 
     Args:
         status: HTTP status code.
-        message: One sentence: what is wrong, what was seen, what to do.
+        message: What is wrong, the value seen, what to do.
         kind: The API's error type.
-        param: The request's field at fault, if it is one.
-        code: The API's code for programs, if it has one.
-        headers: More headers for the response.
+        param: The field of the request that is wrong, if it is one field.
+        code: The API's error code, if there is one.
+        headers: Additional headers of the response.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class ApiError(RapError):
 
     @property
     def outcome(self) -> str:
-        """A word for the metrics: the code, or a name for the status."""
+        """Label in the metrics: the code, or a name for the status."""
         return self.code or ("invalid" if self.status < 500 else "error")
 
     def to_json(self) -> dict[str, Any]:
-        """The response's body."""
+        """Body of the response."""
         return {
             "error": {
                 "message": str(self),
@@ -54,12 +54,12 @@ class ApiError(RapError):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
-    """400: the request itself is wrong."""
+    """400: the request is invalid."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unsupported(param: str, hint: str) -> ApiError:
-    """400: the API knows this field, and this server cannot do what it asks."""
+    """400: the field exists in the API but this server does not support it."""
     return ApiError(
         400,
         f"Unsupported parameter: '{param}' is not supported with this server; {hint}",
@@ -69,7 +69,7 @@ def unsupported(param: str, hint: str) -> ApiError:
 
 
 def unknown_model(name: str, known: str) -> ApiError:
-    """404: another model than the one that is served."""
+    """404: the model is not the one that is served."""
     return ApiError(
         404,
         f"The model `{shown(name)}` does not exist or you do not have access to it; "
@@ -80,7 +80,7 @@ def unknown_model(name: str, known: str) -> ApiError:
 
 
 def too_large(limit_bytes: int) -> ApiError:
-    """413: the body is longer than the server reads."""
+    """413: the body is longer than the limit."""
     return ApiError(
         413,
         f"The request body is longer than {limit_bytes} bytes, the most that this server reads.",
@@ -100,23 +100,23 @@ def too_slow(timeout_s: float) -> ApiError:
 
 
 def queue_full(message: str) -> ApiError:
-    """429: too many requests wait already."""
+    """429: the queue is full."""
     return ApiError(
         429, message, kind="requests", code="rate_limit_exceeded", headers={"retry-after": "1"}
     )
 
 
 def unavailable(message: str, code: str = "service_unavailable") -> ApiError:
-    """503: the server cannot answer this now."""
+    """503: the server cannot answer this request now."""
     return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "1"})
 
 
 def failed(message: str) -> ApiError:
-    """500: something that should not happen did."""
+    """500: an unexpected error."""
     return ApiError(500, message, kind="server_error", code="internal_error")
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value for an error message, cut where it is long."""
+    """Text of a value for an error message, shortened to `most` characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]}..."

@@ -1,4 +1,4 @@
-"""One request's answers, from the engine's threads to the server's event loop."""
+"""Runs a generation request: engine events become text in the server's event loop."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from rap_env.errors import (
 )
 from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
+from rap_env.serving.detokenizer import Detokenizer, StopStrings, plain_text
 from rap_env.serving.errors import ApiError, failed, invalid, queue_full, unavailable
-from rap_env.serving.text import Detokenizer, StopStrings, plain_text
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
-LEAST_LOGPROB = -9999.0
-"""What the API writes for a probability of zero."""
+MIN_LOGPROB = -9999.0
+"""Value that the API writes for a probability of zero."""
 
 
 @dataclass(frozen=True)
-class Logprob:
+class TokenLogprob:
     """A token and its log probability.
 
     Attributes:
-        token: Its text, which is no whole character for some.
+        token: Its text, which may be a part of a character.
         logprob: Natural logarithm of its probability.
     """
 
@@ -40,44 +40,60 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be generated for one request.
+class GenerationRequest:
+    """What to generate for one HTTP request, and how to write the response.
 
     Attributes:
         prompts: Token ids of each prompt.
-        n: Answers to each of them.
-        params: How to sample.
-        stops: Strings that end an answer.
-        logprobs: Whether log probabilities are wanted.
+        params: Sampling parameters.
+        n: Number of answers to each prompt.
+        stop_strings: Strings that end an answer.
+        logprobs: Whether to return log probabilities.
+        chat: Whether it is a chat completion.
+        stream: Whether to stream the response.
+        include_usage: Whether a stream ends with the numbers of tokens.
     """
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     n: int = 1
-    stops: Sequence[str] = ()
+    stop_strings: Sequence[str] = ()
     logprobs: bool = False
+    chat: bool = False
+    stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of answers."""
+        return len(self.prompts) * self.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
 
     def params_of(self, number: int) -> SamplingParams:
-        """How answer `number` is sampled; with a seed, each answer has its own."""
+        """Sampling parameters of answer `number`; with a seed, each answer has its own seed."""
         if self.params.seed is None:
             return self.params
         return replace(self.params, seed=(self.params.seed + number) % 2**63)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What came for one answer.
+class OutputDelta:
+    """New output of one answer.
 
     Attributes:
-        index: Which answer.
-        text: New text, perhaps none.
-        logprobs: Of the tokens that came, if wanted.
-        finish_reason: ``"stop"`` or ``"length"`` with the last piece.
+        index: Number of the answer.
+        text: New text; may be empty.
+        logprobs: Log probabilities of its tokens, if requested.
+        finish_reason: ``"stop"`` or ``"length"`` in the last delta.
     """
 
     index: int
     text: str
-    logprobs: tuple[Logprob, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
 
 
@@ -93,16 +109,16 @@ class _Choice:
     first_s: float = 0.0
     last_s: float = 0.0
     ended: bool = False
-    pending: list[Logprob] = field(default_factory=list)
+    pending: list[TokenLogprob] = field(default_factory=list)
 
 
 class Generation:
-    """The answers to one request. Made, listened to and closed in one event loop.
+    """Generates the answers to one request. All methods run in one event loop.
 
     Args:
-        engine: What generates.
+        engine: The engine.
         tokenizer: Its tokenizer.
-        plan: What to generate.
+        request: What to generate.
         on_first: Called with the seconds from arrival to each answer's first token.
         on_end: Called with the seconds per token after the first, for answers that have any.
     """
@@ -111,44 +127,34 @@ class Generation:
         self,
         engine: Engine,
         tokenizer: Any,
-        plan: Plan,
+        request: GenerationRequest,
         *,
         on_first: Callable[[float], None] = lambda seconds: None,
         on_end: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._plan = plan
+        self.request = request
         self._on_first = on_first
         self._on_end = on_end
         self._queue: asyncio.Queue[tuple[_Choice, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self._choices = [
-            _Choice(number, Detokenizer(tokenizer), StopStrings(plan.stops))
-            for number in range(len(plan.prompts) * plan.n)
+            _Choice(number, Detokenizer(tokenizer), StopStrings(request.stop_strings))
+            for number in range(request.size)
         ]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once."""
-        return sum(map(len, self._plan.prompts))
 
     @property
     def completion_tokens(self) -> int:
         """Tokens generated so far, over all answers."""
         return sum(choice.tokens for choice in self._choices)
 
-    @property
-    def size(self) -> int:
-        """Number of answers."""
-        return len(self._choices)
-
     def start(self) -> None:
-        """Hand all answers to the engine, or none.
+        """Submit all answers to the engine, or none.
 
         Raises:
-            ApiError: The engine does not take them: 400, 429 or 503.
+            ApiError: The engine rejects them: 400, 429 or 503.
         """
         try:
             for choice in self._choices:
@@ -159,46 +165,46 @@ class Generation:
 
     def _submit(self, choice: _Choice) -> RequestHandle:
         def listen(event: Event) -> None:  # called in a thread of the engine
-            with contextlib.suppress(RuntimeError):  # the loop has ended
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, event))
 
-        prompt = self._plan.prompts[choice.index // self._plan.n]
-        return self._engine.submit(prompt, self._plan.params_of(choice.index), listen)
+        prompt = self.request.prompts[choice.index // self.request.n]
+        return self._engine.submit(prompt, self.request.params_of(choice.index), listen)
 
     def cancel(self, *, closing: bool = False) -> None:
-        """Have the engine stop; `pieces` ends soon after.
+        """Cancel all answers; `deltas` ends soon after.
 
         Args:
-            closing: Whether that is because the server ends, which the client is then told.
+            closing: Whether the reason is the server's shutdown; the error response says so.
         """
         self._closing = self._closing or closing
         for choice in self._choices:
             if choice.handle is not None and not choice.ended:
                 choice.handle.cancel()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """What comes, as it comes, until every answer has ended.
+    async def deltas(self) -> AsyncIterator[OutputDelta]:
+        """Yield new output until every answer has ended.
 
         Raises:
-            ApiError: The engine failed, gave up waiting, or was told to stop.
+            ApiError: The engine failed, rejected the request, or was cancelled.
         """
-        running = self.size
+        running = self.request.size
         while running:
             choice, event = await self._queue.get()
             if choice.ended:
                 continue
-            piece = self._token(choice, event) if isinstance(event, TokenEvent) else None
+            delta = self._token(choice, event) if isinstance(event, TokenEvent) else None
             if isinstance(event, EndEvent):
-                piece = self._end(choice, event)
-            if piece is None:
+                delta = self._end(choice, event)
+            if delta is None:
                 continue
-            if piece.finish_reason is not None:
+            if delta.finish_reason is not None:
                 choice.ended = True
                 running -= 1
-                self._note_pace(choice)
-            yield piece
+                self._observe_pace(choice)
+            yield delta
 
-    def _token(self, choice: _Choice, event: TokenEvent) -> Piece | None:
+    def _token(self, choice: _Choice, event: TokenEvent) -> OutputDelta | None:
         choice.tokens += 1
         choice.last_s = event.time_s
         if choice.tokens == 1:
@@ -209,18 +215,18 @@ class Generation:
         if choice.stops.found:
             assert choice.handle is not None
             choice.handle.cancel()
-            return Piece(choice.index, text, self._taken(choice), "stop")
-        if self._plan.logprobs:
+            return OutputDelta(choice.index, text, self._take_logprobs(choice), "stop")
+        if self.request.logprobs:
             choice.pending.append(self._logprob(event))
-        return Piece(choice.index, text, self._taken(choice)) if text else None
+        return OutputDelta(choice.index, text, self._take_logprobs(choice)) if text else None
 
-    def _end(self, choice: _Choice, event: EndEvent) -> Piece:
+    def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
         if event.reason not in ("stop", "length"):
             raise self._failure(event)
         text = choice.stops.add(choice.detokenizer.finish())
         reason = "stop" if choice.stops.found else event.reason
         text += choice.stops.finish()
-        return Piece(choice.index, text, self._taken(choice), reason)
+        return OutputDelta(choice.index, text, self._take_logprobs(choice), reason)
 
     def _failure(self, event: EndEvent) -> ApiError:
         if self._closing:
@@ -232,21 +238,21 @@ class Generation:
             return unavailable(message, "insufficient_memory")
         return failed(message)
 
-    def _taken(self, choice: _Choice) -> tuple[Logprob, ...]:
-        taken, choice.pending = tuple(choice.pending), []
-        return taken
+    def _take_logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
+        logprobs, choice.pending = tuple(choice.pending), []
+        return logprobs
 
-    def _logprob(self, event: TokenEvent) -> Logprob:
+    def _logprob(self, event: TokenEvent) -> TokenLogprob:
         token = plain_text(self._tokenizer, [event.token_id])
-        return Logprob(token, max(LEAST_LOGPROB, event.logprob))
+        return TokenLogprob(token, max(MIN_LOGPROB, event.logprob))
 
-    def _note_pace(self, choice: _Choice) -> None:
+    def _observe_pace(self, choice: _Choice) -> None:
         if choice.tokens > 1:
             self._on_end(max(0.0, choice.last_s - choice.first_s) / (choice.tokens - 1))
 
 
 def _as_api_error(error: BaseException) -> BaseException:
-    """What a client is told when the engine does not take a request."""
+    """Error response for an error that the engine raised at submission."""
     if isinstance(error, QueueFullError):
         return queue_full(str(error))
     if isinstance(error, InfeasibleBudgetError):

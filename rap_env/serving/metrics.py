@@ -1,4 +1,4 @@
-"""What Prometheus is told: memory, budget, mask, queue, requests and latencies."""
+"""Prometheus metrics: memory, budget, mask, queue, requests and latencies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from rap_env.blocks import KINDS, BlockMask
-from rap_env.serving.settings import ServingSettings
+from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -29,20 +29,20 @@ _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 
 
 class ServingMetrics:
-    """Counters of the server, and at each scrape the engine's state.
+    """Counters of the server; each scrape also reads the engine's state.
 
     Args:
-        engine: The engine to look at.
-        settings: Names for the info line.
+        engine: The engine to observe.
+        settings: The server's settings.
 
     Attributes:
         requests: Requests by endpoint and outcome: ``ok``, ``disconnected``, or the code of
-            the error that the client got.
+            the error response.
         first_token_s: Seconds from arrival to first token.
-        per_token_s: Seconds per token after the first, one value an answer.
+        per_token_s: Mean seconds per token after the first, one value per answer.
     """
 
-    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "rap_requests", "Requests by endpoint and outcome.", ["endpoint", "outcome"],
@@ -59,23 +59,23 @@ class ServingMetrics:
         self._registry.register(_EngineState(engine, settings))
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Return the metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
 
 class _EngineState(Collector):
-    """Reads the engine once a scrape."""
+    """Reads the engine once per scrape."""
 
-    def __init__(self, engine: Engine, settings: ServingSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self._engine = engine
         self._settings = settings
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: else the registry would scrape at once to learn the names."""
+        """Return nothing; otherwise the registry would scrape at once to learn the names."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """All that a scrape shows of the engine."""
+        """Metrics of the engine's state."""
         stats = self._engine.stats()
         yield from self._build()
         yield from _mask_metrics(stats.mask)
@@ -119,8 +119,8 @@ class _EngineState(Collector):
             "What serves.",
             {
                 "version": __version__,
-                "model": self._settings.model_name,
-                "policy": self._settings.policy_name,
+                "model": self._settings.served_name,
+                "policy": self._engine.controller.policy.name,
             },
         )
 

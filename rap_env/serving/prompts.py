@@ -1,4 +1,4 @@
-"""From messages or prompts to token ids."""
+"""Convert a validated body to a generation request: tokenize it and check the server's limits."""
 
 from __future__ import annotations
 
@@ -6,38 +6,136 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rap_env.serving.errors import invalid, shown
-from rap_env.serving.schemas import ChatRequest, CompletionRequest
+from rap_env.runtime.sampling import SamplingParams
+from rap_env.serving.errors import ApiError, invalid, shown, unknown_model
+from rap_env.serving.generation import GenerationRequest
+from rap_env.serving.schemas import BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
+from rap_env.serving.settings import ServerSettings
 
+DEFAULT_COMPLETION_TOKENS = 16
+"""Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of messages, and what the chat template calls them."""
-_OTHER_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio")
+"""Roles of messages, and their names in chat templates."""
+_UNSUPPORTED_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio")
 
 
-class PromptReader:
-    """Makes token ids of what a request asks.
+class RequestBuilder:
+    """Makes generation requests from validated bodies.
 
     Args:
-        tokenizer: A tokenizer of transformers.
-        max_messages: Most messages of a chat.
-        max_prompts: Most prompts of a completion.
+        tokenizer: The model's tokenizer.
+        settings: The server's limits.
+        context_tokens: Most tokens of a prompt and its answer together.
+        stop_token_ids: Tokens that end an answer.
     """
 
-    def __init__(self, tokenizer: Any, *, max_messages: int, max_prompts: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: ServerSettings,
+        *,
+        context_tokens: int,
+        stop_token_ids: Sequence[int],
+    ) -> None:
+        self._settings = settings
+        self._context_tokens = context_tokens
+        self._stop_token_ids = tuple(stop_token_ids)
         self._tokenizer = tokenizer
-        self._max_messages = max_messages
-        self._max_prompts = max_prompts
-        self._lock = threading.Lock()  # a tokenizer's settings are not safe between threads
+        self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
-    def read(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
-        """The token ids of each prompt; a chat is one.
+    def build(self, body: ChatCompletionRequest | CompletionRequest) -> GenerationRequest:
+        """Tokenize a body and check it against the limits. Long texts take a while.
 
         Raises:
-            ApiError: There is no chat template, or messages or prompts are wrong (400).
+            ApiError: The model is not the served one (404), or a limit is exceeded (400).
         """
-        if isinstance(asked, ChatRequest):
-            return [self._chat(asked.messages)]
-        return self._prompts(asked.prompt)
+        if body.model != self._settings.served_name:
+            raise unknown_model(body.model, self._settings.served_name)
+        stop_strings = self._stop_strings(body)
+        self._check_new_tokens(body)
+        if isinstance(body, ChatCompletionRequest):
+            prompts = [self._chat(body.messages)]
+        else:
+            prompts = self._prompts(body.prompt)
+        n = body.n or 1
+        if n * len(prompts) > self._settings.max_choices:
+            raise invalid(
+                f"This server gives at most {self._settings.max_choices} answers to one request, "
+                f"and {n * len(prompts)} were asked for.",
+                "n",
+            )
+        longest = max(map(len, prompts))
+        self._check_prompt(longest, body)
+        return GenerationRequest(
+            prompts=prompts,
+            params=self._sampling(body, self._max_new_tokens(body, longest)),
+            n=n,
+            stop_strings=stop_strings,
+            logprobs=body.wants_logprobs,
+            chat=isinstance(body, ChatCompletionRequest),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
+
+    def _stop_strings(self, body: BaseCompletionRequest) -> list[str]:
+        most, longest = self._settings.max_stop_strings, self._settings.max_stop_chars
+        found = body.stop_strings
+        if len(found) > most:
+            raise invalid(f"'stop' may have at most {most} strings, not {len(found)}.", "stop")
+        if any(len(text) > longest for text in found):
+            raise invalid(f"A stop string may have at most {longest} characters.", "stop")
+        return found
+
+    def _check_new_tokens(self, body: BaseCompletionRequest) -> None:
+        most = self._settings.max_new_tokens
+        if body.new_tokens is not None and body.new_tokens > most:
+            raise invalid(
+                f"max_tokens is too large: {body.new_tokens}. This server gives at most {most} "
+                "tokens in an answer.",
+                "max_tokens",
+            )
+
+    def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
+        most = self._settings.max_prompt_tokens
+        if most is not None and tokens > most:
+            raise self._too_long(
+                f"The prompt has {tokens} tokens; this server reads at most {most}.", body
+            )
+        new = body.new_tokens or 1
+        if tokens + new > self._context_tokens:
+            raise self._too_long(
+                f"This model's maximum context length is {self._context_tokens} tokens. However, "
+                f"you requested {tokens + new} tokens ({tokens} in the prompt, {new} in the "
+                "completion). Please reduce the length of the prompt or of the completion.",
+                body,
+            )
+
+    @staticmethod
+    def _too_long(message: str, body: BaseCompletionRequest) -> ApiError:
+        field = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
+        return invalid(message, field, "context_length_exceeded")
+
+    def _max_new_tokens(self, body: BaseCompletionRequest, prompt_tokens: int) -> int:
+        if body.new_tokens is not None:
+            return body.new_tokens
+        chat = isinstance(body, ChatCompletionRequest)
+        default = self._settings.default_chat_tokens if chat else DEFAULT_COMPLETION_TOKENS
+        most = min(default, self._settings.max_new_tokens)
+        return max(1, min(most, self._context_tokens - prompt_tokens))
+
+    def _sampling(self, body: BaseCompletionRequest, max_new_tokens: int) -> SamplingParams:
+        temperature = 1.0 if body.temperature is None else body.temperature
+        top_p = 1.0 if body.top_p is None else body.top_p
+        if top_p == 0:  # an empty nucleus: take the most likely token
+            temperature, top_p = 0.0, 1.0
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=max(0, body.top_k or 0),
+            seed=body.seed,
+            stop_token_ids=self._stop_token_ids,
+        )
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         if not getattr(self._tokenizer, "chat_template", None):
@@ -48,10 +146,10 @@ class PromptReader:
             )
         if not messages:
             raise invalid("'messages' must have at least one message.", "messages")
-        if len(messages) > self._max_messages:
+        most = self._settings.max_messages
+        if len(messages) > most:
             raise invalid(
-                f"'messages' may have at most {self._max_messages} messages, not {len(messages)}.",
-                "messages",
+                f"'messages' may have at most {most} messages, not {len(messages)}.", "messages"
             )
         turns = [_turn(number, message) for number, message in enumerate(messages)]
         try:
@@ -63,7 +161,7 @@ class PromptReader:
                 return self._encode(text, add_special_tokens=False)
         except ImportError:
             raise
-        except Exception as error:  # templates are programs, and refuse in many ways
+        except Exception as error:  # a template is a program that may raise anything
             raise invalid(
                 f"The model's chat template refuses these messages: {shown(str(error))}.",
                 "messages",
@@ -81,14 +179,12 @@ class PromptReader:
                 "prompt",
                 "invalid_type",
             )
-        if len(prompt) > self._max_prompts:
-            raise invalid(
-                f"'prompt' may have at most {self._max_prompts} entries, not {len(prompt)}.",
-                "prompt",
-            )
-        return [self._one(entry) for entry in prompt]
+        most = self._settings.max_choices
+        if len(prompt) > most:
+            raise invalid(f"'prompt' may have at most {most} entries, not {len(prompt)}.", "prompt")
+        return [self._prompt(entry) for entry in prompt]
 
-    def _one(self, entry: Any) -> list[int]:
+    def _prompt(self, entry: Any) -> list[int]:
         if isinstance(entry, str):
             with self._lock:
                 ids = self._encode(entry, add_special_tokens=True)
@@ -106,7 +202,7 @@ class PromptReader:
             return ids
         if start is None:
             raise invalid("The prompt has no tokens, and the model needs one.", "prompt")
-        return [int(start)]  # an empty text still has its start
+        return [int(start)]  # an empty text still has its start token
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: Sequence[int] = self._tokenizer.encode(
@@ -116,7 +212,7 @@ class PromptReader:
 
 
 def _is_ids(value: Any) -> bool:
-    """Whether it is a list of token ids, and not empty."""
+    """Whether it is a non-empty list of token ids."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -125,10 +221,10 @@ def _is_ids(value: Any) -> bool:
 
 
 def _turn(number: int, message: dict[str, Any]) -> dict[str, str]:
-    """One message as templates expect it.
+    """One message as chat templates expect it.
 
     Raises:
-        ApiError: Its role or content is not text (400).
+        ApiError: Its role is unknown or its content is not text (400).
     """
     where = f"messages[{number}]"
     role = message.get("role")
@@ -138,7 +234,7 @@ def _turn(number: int, message: dict[str, Any]) -> dict[str, str]:
             f"{', '.join(map(repr, ROLES))}.",
             f"{where}.role",
         )
-    for name in _OTHER_MESSAGE_FIELDS:
+    for name in _UNSUPPORTED_MESSAGE_FIELDS:
         if message.get(name):
             raise invalid(f"'{where}.{name}' is not supported: messages are text.", where)
     return {"role": ROLES[role], "content": _content(message.get("content"), where)}
@@ -160,3 +256,12 @@ def _content(content: Any, where: str) -> str:
         f"{where}.content",
         "invalid_type",
     )
+
+
+def stop_tokens(llm: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end an answer: those of the generation config and of the tokenizer."""
+    config = getattr(llm.model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    ids = set(found if isinstance(found, list | tuple) else [found])
+    ids.add(getattr(tokenizer, "eos_token_id", None))
+    return tuple(sorted(token for token in ids if token is not None))

@@ -1,29 +1,45 @@
-"""What a request may say: the fields that this server acts on, typed and bounded."""
+"""Request bodies: read within limits of size and time, parsed, and validated.
+
+The models declare the fields that this server acts on. Of all other fields, those that cannot
+change the answer are ignored, and the rest is rejected: silently ignoring them would give a
+wrong answer, and an unknown field is most likely misspelt.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from starlette.requests import ClientDisconnect, Request
 
-from rap_env.serving.errors import ApiError, invalid, shown
-from rap_env.serving.fields import check_other_fields
+from rap_env.serving.errors import ApiError, invalid, shown, too_large, too_slow, unsupported
+from rap_env.serving.settings import ServerSettings
+
+LINGER_BYTES = 8 * 1024 * 1024
+"""Bytes of a rejected body that are still read and dropped: a client that is cut off while it
+sends seldom reads the error response."""
+LINGER_S = 2.0
+"""Longest time for that, in seconds."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-_MOST_SEED = 2**63 - 1
+_MAX_SEED = 2**63 - 1
 
 
 class StreamOptions(BaseModel):
-    """How a stream ends."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: StrictBool | None = None
 
 
-class CommonRequest(BaseModel):
-    """What both kinds of completion have in common.
+class BaseCompletionRequest(BaseModel):
+    """Fields that both kinds of completion share.
 
-    `top_k` is not of the API; as in other servers, 0 or -1 is off.
+    `top_k` is not part of the OpenAI API; as in other servers, 0 or -1 disables it.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -36,15 +52,15 @@ class CommonRequest(BaseModel):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-_MOST_SEED - 1, le=_MOST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
     stop: Any = None
 
     @property
-    def stops(self) -> list[str]:
+    def stop_strings(self) -> list[str]:
         """The stop strings.
 
         Raises:
-            ApiError: They are no strings (400).
+            ApiError: They are not strings (400).
         """
         given = [self.stop] if isinstance(self.stop, str) else self.stop
         if given is None:
@@ -62,17 +78,17 @@ class CommonRequest(BaseModel):
 
     @property
     def new_tokens(self) -> int | None:
-        """Most tokens of an answer, if the request says so."""
+        """Most tokens of an answer, if the request sets a number."""
         return self.max_tokens
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the log probability of each token is asked for."""
+        """Whether the request asks for log probabilities."""
         return False
 
 
-class ChatRequest(CommonRequest):
-    """The body of ``POST /v1/chat/completions``."""
+class ChatCompletionRequest(BaseCompletionRequest):
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -80,57 +96,135 @@ class ChatRequest(CommonRequest):
 
     @property
     def new_tokens(self) -> int | None:
-        """Most tokens of an answer; `max_tokens` is the field's older name."""
+        """Most tokens of an answer; `max_tokens` is the older name of the field."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the log probability of each token is asked for."""
+        """Whether the request asks for log probabilities."""
         return bool(self.logprobs)
 
 
-class CompletionRequest(CommonRequest):
-    """The body of ``POST /v1/completions``."""
+class CompletionRequest(BaseCompletionRequest):
+    """Body of ``POST /v1/completions``."""
 
     prompt: Any = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the log probability of each token is asked for."""
+        """Whether the request asks for log probabilities."""
         return self.logprobs is not None
 
 
-Asked = TypeVar("Asked", bound=CommonRequest)
+BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
 
 
-def read_request(kind: type[Asked], body: dict[str, Any]) -> Asked:
-    """A checked request.
+async def read_body(request: Request, schema: type[BodyT], settings: ServerSettings) -> BodyT:
+    """Read and validate the body of an HTTP request.
 
     Args:
-        kind: `ChatRequest` or `CompletionRequest`.
-        body: What the client sent.
+        request: The HTTP request; its body has not been read.
+        schema: `ChatCompletionRequest` or `CompletionRequest`.
+        settings: Limits of size and time.
 
     Raises:
-        ApiError: A field is missing, wrong, unknown, or asks for what there is not (400).
+        ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it declares its
+            length, 408 if it is too slow.
+        ClientDisconnect: The client disconnected.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if kind.lower() != "application/json":
+        raise invalid(
+            f"Unsupported content type: '{shown(kind)}'; send 'Content-Type: application/json'.",
+            code="unsupported_content_type",
+        )
+    return validate(schema, parse_json(await _read(request, settings)))
+
+
+async def _read(request: Request, settings: ServerSettings) -> bytes:
+    most = settings.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > most:
+        if "expect" not in request.headers and int(declared) <= LINGER_BYTES:
+            await _drop_rest(request)
+        raise too_large(most)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    break
+    except TimeoutError:
+        raise too_slow(settings.body_timeout_s) from None
+    if len(body) > most:
+        await _drop_rest(request)
+        raise too_large(most)
+    return bytes(body)
+
+
+async def _drop_rest(request: Request) -> None:
+    """Read and drop the rest of a body, within `LINGER_BYTES` and `LINGER_S`."""
+    seen = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_S):
+            while seen < LINGER_BYTES:
+                message = await request.receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                seen += len(message.get("body", b""))
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ApiError: The body is not a JSON object (400).
     """
     try:
-        asked = kind.model_validate(body)
+        found = json.loads(body, parse_constant=_reject_constant)
+        if b"\\u" in body:  # may be half of a surrogate pair, which no response could quote
+            json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise invalid(
+            f"We could not parse the JSON body of your request: {shown(str(error))}.",
+            code="invalid_json",
+        ) from None
+    if not isinstance(found, dict):
+        raise invalid(
+            f"The body must be a JSON object, not {type(found).__name__}.", code="invalid_json"
+        )
+    return found
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
+    """Validate a parsed body.
+
+    Raises:
+        ApiError: A field is missing, invalid, unknown or not supported (400).
+    """
+    try:
+        request = schema.model_validate(body)
     except ValidationError as error:
-        raise _first_mistake(error) from None
-    check_other_fields(asked.model_extra or {}, chat=kind is ChatRequest)
-    if isinstance(asked, CompletionRequest) and asked.logprobs:
+        raise _first_error(error) from None
+    _check_other_fields(request.model_extra or {}, chat=schema is ChatCompletionRequest)
+    if isinstance(request, CompletionRequest) and request.logprobs:
         raise invalid(
             "Only the log probability of the chosen tokens is known; 'logprobs' must be 0.",
             "logprobs",
         )
-    if asked.stream_options is not None and not asked.stream:
+    if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
-    return asked
+    return request
 
 
-def _first_mistake(error: ValidationError) -> ApiError:
-    """The first of what pydantic found, in the API's words."""
+def _first_error(error: ValidationError) -> ApiError:
+    """Convert the first error of pydantic to one of the API."""
     found = error.errors(include_url=False)[0]
     name, *inside = found["loc"]
     param = str(name) + "".join(
@@ -147,3 +241,67 @@ def _first_mistake(error: ValidationError) -> ApiError:
         param,
         "invalid_type" if wrong_type else "invalid_value",
     )
+
+
+_IGNORED = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention", "parallel_tool_calls", "prediction",
+    }
+)  # fmt: skip
+"""Fields about billing, storage or speed; they cannot change the answer."""
+
+_NO_TOOLS = "it calls no tools; leave it out."
+_NO_PENALTY = "tokens are not penalised here; set it to 0 or leave it out."
+_TEXT_ONLY = "it reads and writes text; leave it out."
+_EMPTY: tuple[Any, ...] = (None, [], {}, False)
+
+# For each unsupported field: the values that have no effect, and a hint for the error message.
+_COMMON: dict[str, tuple[tuple[Any, ...], str]] = {
+    "frequency_penalty": ((None, 0), _NO_PENALTY),
+    "presence_penalty": ((None, 0), _NO_PENALTY),
+    "logit_bias": ((None, {}), "no logits are biased here; leave it out."),
+}
+_CHAT = {
+    **_COMMON,
+    "tools": (_EMPTY, _NO_TOOLS),
+    "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
+    "functions": (_EMPTY, _NO_TOOLS),
+    "function_call": ((None, "none", "auto"), _NO_TOOLS),
+    "response_format": (
+        (None, {"type": "text"}),
+        "answers are free text; use {'type': 'text'} or leave it out.",
+    ),
+    "top_logprobs": (
+        (None, 0),
+        "only the log probability of the chosen tokens is known; set it to 0.",
+    ),
+    "modalities": ((None, ["text"]), _TEXT_ONLY),
+    "audio": ((None,), _TEXT_ONLY),
+    "web_search_options": ((None,), "it searches nothing; leave it out."),
+    "reasoning_effort": ((None, "none"), "it has no reasoning modes; leave it out."),
+    "verbosity": ((None, "medium"), "it has no verbosity modes; leave it out."),
+}
+_COMPLETION = {
+    **_COMMON,
+    "echo": ((None, False), "put the prompt before the answer yourself, or leave it out."),
+    "suffix": ((None, ""), "it completes prompts at their end alone; leave it out."),
+    "best_of": ((None, 1), "ask for several answers with 'n' and choose among them yourself."),
+}
+
+
+def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
+    """Check the fields that no schema declares.
+
+    Raises:
+        ApiError: One is unknown, or would change the answer (400).
+    """
+    limits = _CHAT if chat else _COMPLETION
+    for name, value in fields.items():
+        if name in _IGNORED:
+            continue
+        if name not in limits:
+            raise invalid(f"Unknown parameter: '{shown(name)}'.", shown(name), "unknown_parameter")
+        neutral, hint = limits[name]
+        if not any(value == other for other in neutral):
+            raise unsupported(name, hint)

@@ -1,39 +1,114 @@
-"""uvicorn with the manners that a server needs: patience with an end, none with idlers."""
+"""uvicorn with a connection limit, timeouts for slow clients, and a graceful shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rap_env.errors import ServingSettingsError
-from rap_env.serving.connections import guarded_protocol
-from rap_env.serving.service import Service
+from rap_env.serving.app import Service
+from rap_env.serving.errors import unavailable
+from rap_env.serving.settings import ServerSettings
 
-_MOST_HEADER_BYTES = 64 * 1024
+_MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
-_LAST_S = 5
-"""Seconds after the grace in which cancelled answers are still written to their clients."""
+_FLUSH_S = 5
+"""Seconds after the grace period in which error responses are still written to clients."""
+
+
+def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
+    """Make uvicorn's HTTP protocol with a connection limit and timeouts.
+
+    It closes connections that do not send a header in time or do not read their answer, and
+    rejects connections above the limit with status 503.
+    """
+
+    class GuardedProtocol(H11Protocol):
+        _header_timer: asyncio.TimerHandle | None = None
+        _write_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > settings.max_connections:
+                transport.write(_FULL)
+                transport.close()
+                return
+            self._header_timer = self.loop.call_later(settings.header_timeout_s, self._no_header)
+
+        def handle_events(self) -> None:
+            before = self.cycle
+            super().handle_events()
+            if self.cycle is not before:
+                self._header_timer = _cancelled(self._header_timer)
+            elif self._header_timer is None and (before is None or before.response_complete):
+                # The first bytes of another request on this connection.
+                self._header_timer = self.loop.call_later(
+                    settings.header_timeout_s, self._no_header
+                )
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._header_timer = _cancelled(self._header_timer)
+            self._write_timer = _cancelled(self._write_timer)
+            super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._write_timer = self.loop.call_later(settings.write_timeout_s, self._abort)
+
+        def resume_writing(self) -> None:
+            self._write_timer = _cancelled(self._write_timer)
+            super().resume_writing()
+
+        def _no_header(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self._abort()
+
+        def _abort(self) -> None:
+            self.transport.abort()
+
+    return GuardedProtocol
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer; return None, the new value of its variable."""
+    if timer is not None:
+        timer.cancel()
+    return None
+
+
+def _raw_response() -> bytes:
+    error = unavailable("Too many connections; ask again later.", "too_many_connections")
+    body = json.dumps(error.to_json()).encode()
+    head = (
+        f"HTTP/1.1 {error.status} Service Unavailable\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+_FULL = _raw_response()
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends in order.
+    """A uvicorn server with a graceful shutdown.
 
-    At SIGTERM or SIGINT it takes no more requests; those that run get `shutdown_grace_s`, then
-    they are cancelled and their clients told so.
+    At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s` to
+    finish; then they are cancelled with an error response.
 
     Args:
-        app: What `create_app` gave.
-        on_ready: Called once it can be asked.
+        app: An application of `create_app`.
+        on_ready: Called when the server accepts requests.
     """
 
     def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -53,30 +128,31 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(grace_s) + 1 + _LAST_S,
-                h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+                timeout_graceful_shutdown=int(grace_s) + 1 + _FLUSH_S,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             )
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, let the running ones end for a while, then end them."""
+        """Accept no more requests, let running ones finish within the grace period, then cancel."""
         self._service.closing = True
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._service.settings.shutdown_grace_s, self._service.end_running)
+        grace_s = self._service.settings.shutdown_grace_s
+        timer = loop.call_later(grace_s, self._service.cancel_running)
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End in order; at a second SIGINT, at once.
+        """Shut down gracefully; at a second SIGINT, immediately.
 
-        uvicorn would raise the signal again after that, and the program could not clean up.
+        uvicorn itself would raise the signal again afterwards, and the program could not clean up.
         """
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
@@ -84,13 +160,13 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, not listening yet; port 0 takes a free one.
+    """Bind a socket to an address, without listening; port 0 takes a free one.
 
     Raises:
-        ServingSettingsError: The address is taken, forbidden, or not of this machine.
+        ServingSettingsError: The address is in use, forbidden, or not of this machine.
     """
     try:
-        if not 0 <= port <= 65535:  # the system would take the lower bits
+        if not 0 <= port <= 65535:  # the system would take its lower 16 bits
             raise OverflowError("a port is a number from 0 to 65535")
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -104,14 +180,16 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         taken = getattr(error, "errno", None) == errno.EADDRINUSE
         remedy = (
-            "end what listens there, or choose another port" if taken else "check host and port"
+            "stop the program that listens there, or choose another port"
+            if taken
+            else "check host and port"
         )
         raise ServingSettingsError(f"Cannot listen at {host}:{port} ({error}); {remedy}.") from None
     return bound
 
 
 def url_of(bound: socket.socket) -> str:
-    """The address that a socket is bound to, as a client writes it."""
+    """URL of a bound socket, for clients."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
@@ -119,16 +197,16 @@ def url_of(bound: socket.socket) -> str:
 
 
 class BackgroundServer:
-    """A server in a thread of its own, within a ``with`` block: for tests and measurements.
+    """Runs a server in a thread, within a ``with`` block; for tests and measurements.
 
     Args:
-        app: What `create_app` gave.
-        host: Where to listen.
+        app: An application of `create_app`.
+        host: Address to listen at.
         port: The port; 0 takes a free one.
-        start_timeout_s: Seconds in which it must have started.
+        start_timeout_s: Seconds in which it must start.
 
     Attributes:
-        url: Its address, once it has been entered.
+        url: Its address.
     """
 
     def __init__(
@@ -151,15 +229,10 @@ class BackgroundServer:
             time.sleep(0.01)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
-    def stop(self, **_: Any) -> None:
-        """End in order, and wait for the end."""
+    def stop(self) -> None:
+        """Shut down gracefully and wait for the end."""
         self._server.handle_exit(signal.SIGTERM, None)
         self._thread.join()

@@ -1,51 +1,121 @@
-"""What a server allows its clients."""
+"""Settings of a server: what it serves, within which memory, and what it allows its clients."""
 
 from __future__ import annotations
 
+import re
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from rap_env.errors import ServingSettingsError
+import yaml
 
-_COUNTS = (
-    "max_body_bytes", "max_connections", "max_new_tokens", "default_chat_tokens", "max_choices",
-    "max_stop_strings", "max_stop_chars", "max_messages",
+from rap_env.errors import ServingSettingsError, UnknownNameError
+from rap_env.specs import check_settings
+
+MEMORY_SOURCES = ("auto", "cgroup", "cuda")
+CHOICES = {
+    "residency": ("resident", "offload", "drop"),
+    "restore": ("refill", "next_request"),
+}
+"""Allowed values of settings that are names."""
+
+_AT_LEAST_1 = (
+    "threads", "max_batch_size", "max_queue", "max_seq_len_tokens", "prefill_chunk_tokens",
+    "max_body_bytes", "max_connections", "max_prompt_tokens", "max_new_tokens",
+    "default_chat_tokens", "max_choices", "max_stop_strings", "max_stop_chars", "max_messages",
 )  # fmt: skip
-_SECONDS = ("header_timeout_s", "body_timeout_s", "write_timeout_s", "shutdown_grace_s")
+_SECONDS = (
+    "queue_timeout_s", "header_timeout_s", "body_timeout_s", "write_timeout_s", "shutdown_grace_s",
+)  # fmt: skip
+_UNITS = {
+    "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
+    "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
+}  # fmt: skip
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
 
 
-@dataclass(frozen=True)
-class ServingSettings:
-    """Names and limits of a server.
-
-    Attributes:
-        model_name: What clients write as ``model``.
-        policy_name: Who chooses masks; part of the system fingerprint.
-        fingerprint: Hash of the model's weights, hex.
-        max_body_bytes: Longest request body. With `max_connections` it bounds what requests can
-            take beside the model's budget.
-        max_connections: Connections at once; more are refused with status 503.
-        max_prompt_tokens: Longest prompt; None for what the engine accepts.
-        max_new_tokens: Most tokens that one answer may ask for.
-        default_chat_tokens: Tokens of a chat answer that does not ask for a number.
-        max_choices: Most answers to one request (prompts x ``n``).
-        max_stop_strings: Most stop strings; the OpenAI API allows 4.
-        max_stop_chars: Longest stop string, in characters.
-        max_messages: Most messages of a chat.
-        header_timeout_s: Seconds in which a request's header must be complete.
-        body_timeout_s: Seconds in which its body must be complete.
-        write_timeout_s: Seconds for which a client may leave its answer unread before its
-            connection is cut.
-        shutdown_grace_s: Seconds that running requests get when the server is told to end.
+def parse_bytes(text: str | int) -> int:
+    """Convert ``"2.5GiB"``, ``"800 MB"`` or ``"1048576"`` to a number of bytes.
 
     Raises:
-        ServingSettingsError: A limit is below 1, or a time is not above 0.
+        ServingSettingsError: The text has another form.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None or match[2] not in _UNITS:
+        raise ServingSettingsError(
+            f"{text!r} is not a number of bytes; write it as 2.5GiB, 800MB or 1048576."
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """All settings of a server.
+
+    Attributes:
+        model: Model to serve: an alias such as ``smollm2-135m``, a hub id, a folder or a GGUF file.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        threads: Threads of torch; null for torch's own number.
+        policy: Policy that chooses masks: ``rap``, ``frontier``, ``dense``, or the path of an
+            exported policy.
+        memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
+            ``cuda``, or a number of bytes such as ``2.5GiB``.
+        reserve: Bytes to leave free if the budget is the system's free memory.
+        residency: Where the weights of removed blocks are kept: ``resident``, ``offload`` or
+            ``drop``.
+        restore: How a restored attention block gets the KV cache of earlier tokens: ``refill``
+            or ``next_request``.
+        decisions: File that each change of the mask is appended to as a JSON line; null for none.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+        model_name: Name that clients send as ``model``; null for `model`.
+        max_batch_size: Most sequences in a batch.
+        max_queue: Most requests that wait; more are rejected with status 429.
+        queue_timeout_s: Seconds after which a waiting request is rejected; null for never.
+        max_seq_len_tokens: Most tokens of a prompt and its answer; null for the model's maximum.
+        prefill_chunk_tokens: Prompt tokens per step. Smaller chunks delay running answers less.
+        max_prompt_tokens: Most tokens of a prompt; null for what the engine accepts.
+        max_new_tokens: Most tokens that a request may ask for in one answer.
+        default_chat_tokens: Most tokens of a chat answer if the request does not set a number.
+        max_choices: Most answers to one request (prompts x ``n``).
+        max_stop_strings: Most stop strings; the OpenAI API allows 4.
+        max_stop_chars: Most characters of a stop string.
+        max_messages: Most messages of a chat.
+        max_body_bytes: Most bytes of a request body. With `max_connections` it bounds the memory
+            that requests take beside the model's budget.
+        max_connections: Most open connections; more are rejected with status 503.
+        header_timeout_s: Seconds in which a request's header must be complete.
+        body_timeout_s: Seconds in which a request's body must be complete.
+        write_timeout_s: Seconds for which a client may leave its answer unread before its
+            connection is closed.
+        shutdown_grace_s: Seconds that running requests get to finish when the server shuts down.
+
+    Raises:
+        ServingSettingsError: A value has the wrong type or is out of range.
+        UnknownNameError: A name is not among the known ones.
     """
 
-    model_name: str
-    policy_name: str = "dense"
-    fingerprint: str = ""
-    max_body_bytes: int = 256 * 1024
-    max_connections: int = 128
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    policy: str = "rap"
+    memory: str | int = "auto"
+    reserve: str | int = "128MiB"
+    residency: str = "offload"
+    restore: str = "refill"
+    decisions: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str | None = None
+    max_batch_size: int = 8
+    max_queue: int = 64
+    queue_timeout_s: float | None = 120.0
+    max_seq_len_tokens: int | None = None
+    prefill_chunk_tokens: int = 256
     max_prompt_tokens: int | None = None
     max_new_tokens: int = 2048
     default_chat_tokens: int = 256
@@ -53,19 +123,101 @@ class ServingSettings:
     max_stop_strings: int = 4
     max_stop_chars: int = 256
     max_messages: int = 1024
+    max_body_bytes: int = 256 * 1024
+    max_connections: int = 128
     header_timeout_s: float = 20.0
     body_timeout_s: float = 20.0
     write_timeout_s: float = 60.0
     shutdown_grace_s: float = 10.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _COUNTS and value < 1:
-                raise ServingSettingsError(f"{field.name} must be at least 1, not {value}.")
-            if field.name in _SECONDS and not value > 0:
-                raise ServingSettingsError(f"{field.name} must be above 0 seconds, not {value}.")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+        for name, types in setting_types().items():
+            value = getattr(self, name)
+            self._check_type(name, value, types)
+            if name in CHOICES and value not in CHOICES[name]:
+                raise UnknownNameError(name, value, CHOICES[name])
+            if name in _AT_LEAST_1 and value is not None and value < 1:
+                raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
+            if name in _SECONDS and value is not None and not value > 0:
+                raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
+        if not 0 <= self.port <= 65535:
+            raise ServingSettingsError(f"port must be from 0 to 65535, not {self.port}.")
+        _ = self.memory_source, self.reserve_bytes  # raise if they are not numbers of bytes
+
+    @staticmethod
+    def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
+        allowed = (*types, int) if float in types else types
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            words = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise ServingSettingsError(f"{name} must be of type {words}, not {value!r}.")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ServerSettings:
+        """Make settings of names and values, such as a file holds.
+
+        Raises:
+            UnknownNameError: A name is not a setting; the message lists the settings.
+            ServingSettingsError: A value has the wrong type or is out of range.
+        """
+        check_settings(values, "the server", setting_types())
+        return cls(**values)
+
+    @property
+    def served_name(self) -> str:
+        """Name that clients send as ``model``."""
+        return self.model_name or self.model
+
+    @property
+    def memory_source(self) -> str | int:
+        """Name of the memory source, or the budget in bytes."""
+        return self.memory if self.memory in MEMORY_SOURCES else parse_bytes(self.memory)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes to leave free."""
+        return parse_bytes(self.reserve)
+
+
+def setting_types() -> dict[str, tuple[type, ...]]:
+    """Types that each setting accepts, by its name."""
+    hints = get_type_hints(ServerSettings)
+    return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(ServerSettings)}
+
+
+def setting_help() -> dict[str, str]:
+    """Description of each setting, by its name, from the docstring of `ServerSettings`."""
+    text = (ServerSettings.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
+    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", words).replace("`", "") for name, words in found}
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Read names and values from a YAML (``.yaml``, ``.yml``) or TOML (``.toml``) file.
+
+    Raises:
+        ServingSettingsError: The file does not exist, has another suffix or is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text)
+        elif path.suffix == ".toml":
+            values = tomllib.loads(text)
+        else:
             raise ServingSettingsError(
-                f"max_prompt_tokens must be at least 1, or None, not {self.max_prompt_tokens}."
+                f"{path} must have the suffix .yaml, .yml or .toml, not {path.suffix!r}."
             )
+    except OSError as error:
+        raise ServingSettingsError(f"Cannot read {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError) as error:  # also TOMLDecodeError, UnicodeDecodeError
+        if isinstance(error, ServingSettingsError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ServingSettingsError(f"{path} is not valid {path.suffix[1:]}: {reason}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ServingSettingsError(
+            f"{path} must hold settings as 'name: value', not a {type(values).__name__}."
+        )
+    return values

@@ -12,68 +12,48 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("httpx", reason="httpx is not installed")
 
 import httpx
 
-from experiments.config import ServeConfig, SoakConfig, as_config, register
-from experiments.config.serving import parse_bytes
+from experiments.config import SoakConfig, as_config, register
+from experiments.config.serving import server_settings
 from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR
-from rap_env.errors import RapError, UnknownNameError
+from rap_env.errors import UnknownNameError
+from rap_env.serving.settings import ServerSettings
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("1048576", 2**20), ("2.5GiB", 5 * 2**29), ("800 MB", 800 * 10**6), ("1kB", 1000),
-        ("512KiB", 2**19), (" 3 B ", 3),
-    ],
-)  # fmt: skip
-def test_bytes_are_read_with_their_unit(text, expected):
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "2 GX", "1e9", "two"])
-def test_what_is_no_number_of_bytes_is_named(text):
-    with pytest.raises(ExperimentError, match=re.escape(repr(text))):
-        parse_bytes(text)
-
-
-def test_the_defaults_compose_and_are_local():
+def test_the_defaults_compose_and_are_local(tmp_path):
     register()
     with initialize_config_dir(str(CONF_DIR), version_base=None):
         config = as_config(compose("serve"))
         soak = as_config(compose("soak"))
     assert config.stage == "serve"
-    assert config.serve == ServeConfig()
-    assert config.serve.host == "127.0.0.1"
-    assert config.serve.policy == "rap"
+    settings = server_settings(config, tmp_path)
+    decisions = str(tmp_path / "decisions.jsonl")
+    assert settings == ServerSettings(model="smollm2-135m", decisions=decisions)
+    assert settings.host == "127.0.0.1"
+    assert settings.policy == "rap"
     assert soak.soak == SoakConfig()
     assert soak.soak.requests == 10_000
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"memory": "much"}, "'much' is no number of bytes"),
-        ({"residency": "gone"}, "residency"),
-        ({"restore": "later"}, "restore"),
-        ({"port": 70000}, "port"),
-        ({"max_queue": 0}, "max_queue"),
-    ],
-)
-def test_impossible_settings_are_named(wrong, words):
-    with pytest.raises(RapError, match=words):
-        ServeConfig(**wrong)
-    assert ServeConfig(memory="300MiB").memory_source == 300 * 2**20
-    assert ServeConfig().memory_source == "auto"
+def test_an_unknown_or_invalid_setting_is_named(tmp_path):
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        with pytest.raises(HydraException, match="prot"):
+            compose("serve", overrides=["serve.prot=1"])
+        config = as_config(compose("serve", overrides=["serve.residency=gone"]))
+    with pytest.raises(UnknownNameError, match="residency"):
+        server_settings(config, tmp_path)
 
 
 def test_impossible_soaks_are_named():

@@ -15,10 +15,10 @@ def served(engine, tokenizer, **settings):
     """A client's address of a server over an engine, and what its routes share."""
     from rap_env.serving.app import create_app
     from rap_env.serving.server import BackgroundServer
-    from rap_env.serving.settings import ServingSettings
+    from rap_env.serving.settings import ServerSettings
 
     given = {"model_name": "tiny", "shutdown_grace_s": 5.0, **settings}
-    app = create_app(engine, tokenizer, ServingSettings(**given))
+    app = create_app(engine, tokenizer, ServerSettings(**given))
     with BackgroundServer(app) as server:
         server.service = app.state.service
         yield server

@@ -32,9 +32,12 @@ class FakeEngine:
         self.handles = []
         self.alive = True
         self.closed = False
-        self.controller = SimpleNamespace(switches=3, decisions=5)
+        self.controller = SimpleNamespace(
+            switches=3, decisions=5, policy=SimpleNamespace(name="dense")
+        )
         self.llm = SimpleNamespace(
-            model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7]))
+            fingerprint="0123",
+            model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),
         )
 
     def start(self):

@@ -1,16 +1,47 @@
-"""Limits that cannot be are named, and so is a package that is not there."""
+"""Settings are checked and read from files, and a missing package is named."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import re
+from dataclasses import asdict, fields
 
 import pytest
 
-import rap_env.serving
-from rap_env.errors import MissingDependencyError, ServingSettingsError
+from rap_env.errors import (
+    MissingDependencyError,
+    RapError,
+    ServingSettingsError,
+    UnknownNameError,
+)
+from rap_env.llm.live import RESTORES
+from rap_env.llm.residency import RESIDENCIES
+from rap_env.serving import require_extra
 from rap_env.serving.server import bind, url_of
-from rap_env.serving.settings import ServingSettings
+from rap_env.serving.settings import (
+    CHOICES,
+    ServerSettings,
+    parse_bytes,
+    read_settings_file,
+    setting_help,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1048576", 2**20), ("2.5GiB", 5 * 2**29), ("800 MB", 800 * 10**6), ("1kB", 1000),
+        ("512KiB", 2**19), (" 3 B ", 3), (4096, 4096),
+    ],
+)  # fmt: skip
+def test_bytes_are_read_with_their_unit(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "2 GX", "1e9", "two"])
+def test_what_is_not_a_number_of_bytes_is_named(text):
+    with pytest.raises(ServingSettingsError, match=re.escape(repr(text))):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -21,21 +52,88 @@ from rap_env.serving.settings import ServingSettings
         ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
         ({"body_timeout_s": 0}, "body_timeout_s must be above 0 seconds"),
         ({"shutdown_grace_s": float("nan")}, "shutdown_grace_s"),
+        ({"memory": "much"}, "'much' is not a number of bytes"),
+        ({"residency": "gone"}, "residency"),
+        ({"restore": "from_here"}, "restore"),
+        ({"port": 70000}, "port must be from 0 to 65535"),
+        ({"max_queue": 0}, "max_queue"),
+        ({"port": "8000"}, "port must be of type int, not '8000'"),
+        ({"max_batch_size": True}, "max_batch_size must be of type int, not True"),
+        ({"queue_timeout_s": "long"}, "queue_timeout_s must be of type float or null"),
     ],
 )
-def test_a_limit_that_cannot_be_is_named(wrong, words):
+def test_an_invalid_value_is_named(wrong, words):
+    with pytest.raises(RapError, match=words):
+        ServerSettings(**wrong)
+
+
+def test_memory_is_a_source_or_a_number_of_bytes():
+    assert ServerSettings(memory="300MiB").memory_source == 300 * 2**20
+    assert ServerSettings(memory=1000).memory_source == 1000
+    assert ServerSettings().memory_source == "auto"
+    assert ServerSettings().reserve_bytes == 128 * 2**20
+
+
+def test_names_are_those_of_the_model():
+    assert CHOICES == {"residency": RESIDENCIES, "restore": RESTORES}
+
+
+def test_every_setting_has_a_description():
+    assert list(setting_help()) == [field.name for field in fields(ServerSettings)]
+    assert setting_help()["port"] == "Port to listen at; 0 takes a free one."
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".yaml", "policy: dense\nport: 0\nqueue_timeout_s: null\nmemory: 300MiB\n"),
+        (".yml", "{policy: dense, port: 0, queue_timeout_s: ~, memory: 300MiB}"),
+        (".toml", 'policy = "dense"\nport = 0\nmemory = "300MiB"\n'),
+    ],
+)
+def test_files_give_settings(tmp_path, suffix, text):
+    path = tmp_path / f"serve{suffix}"
+    path.write_text(text)
+    found = ServerSettings.from_mapping(read_settings_file(path))
+    timeout_s = 120.0 if suffix == ".toml" else None
+    assert asdict(found) == asdict(
+        ServerSettings(policy="dense", port=0, memory="300MiB", queue_timeout_s=timeout_s)
+    )
+
+
+def test_an_unknown_setting_is_named_with_the_known_ones():
+    with pytest.raises(UnknownNameError, match="'prot'.*'max_queue'.*Did you mean 'port'"):
+        ServerSettings.from_mapping({"prot": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("absent.yaml", None, "Cannot read .*absent.yaml: No such file"),
+        ("a.ini", "", "suffix .yaml, .yml or .toml, not '.ini'"),
+        ("a.yaml", "a: [", "a.yaml is not valid yaml"),
+        ("a.toml", "a = ", "a.toml is not valid toml"),
+        ("a.yaml", "- a", "must hold settings as 'name: value', not a list"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
     with pytest.raises(ServingSettingsError, match=words):
-        ServingSettings("tiny", **wrong)
+        read_settings_file(tmp_path / name)
+
+
+def test_an_empty_file_sets_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("# nothing\n")
+    assert read_settings_file(tmp_path / "a.yaml") == {}
 
 
 @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "prometheus_client", "jinja2"])
 def test_a_missing_package_is_named_with_its_extra(module, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == module else find(name)
-    )
+    monkeypatch.setattr("rap_env.serving.find_spec", lambda n: None if n == module else find(n))
     with pytest.raises(MissingDependencyError, match=r"rap-env\[serve\]"):
-        importlib.reload(rap_env.serving)
+        require_extra()
 
 
 def test_an_address_is_taken_once():

@@ -1,4 +1,4 @@
-"""The JSON of answers, whole and in chunks, as the API writes it."""
+"""JSON of the API's responses: whole, and as server-sent events."""
 
 from __future__ import annotations
 
@@ -9,66 +9,56 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rap_env.serving.generation import Logprob, Piece
+from rap_env.serving.generation import Generation, GenerationRequest, OutputDelta, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
-"""The last line of a stream."""
+"""Last event of a stream."""
 
 
 @dataclass
-class _Whole:
-    """An answer as far as it has come."""
+class _Choice:
+    """One answer, assembled from its deltas."""
 
     text: str = ""
-    logprobs: list[Logprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
 
-class AnswerWriter:
-    """Writes one request's answers.
+class ResponseWriter:
+    """Writes the response to one request.
 
     Args:
-        chat: Whether it is a chat completion.
-        model: What the client calls the model.
+        request: The generation request.
+        model: Name of the model.
         fingerprint: The system fingerprint.
-        logprobs: Whether log probabilities are written.
-        include_usage: Whether a stream ends with the numbers of tokens.
     """
 
-    def __init__(
-        self,
-        *,
-        chat: bool,
-        model: str,
-        fingerprint: str,
-        logprobs: bool = False,
-        include_usage: bool = False,
-    ) -> None:
-        self._chat = chat
-        self._logprobs = logprobs
-        self._include_usage = include_usage
+    def __init__(self, request: GenerationRequest, *, model: str, fingerprint: str) -> None:
+        self._chat = request.chat
+        self._logprobs = request.logprobs
+        self._include_usage = request.include_usage
+        self._size = request.size
         self._lengths: dict[int, int] = {}  # characters written of each answer
         self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, pieces: Iterable[Piece], size: int, usage: Mapping[str, int]) -> dict[str, Any]:
-        """The response without streaming.
+    def whole(self, deltas: Iterable[OutputDelta], usage: Mapping[str, int]) -> dict[str, Any]:
+        """Body of the response without streaming.
 
         Args:
-            pieces: All pieces of all answers.
-            size: Number of answers.
+            deltas: All deltas of all answers.
             usage: Numbers of tokens.
         """
-        answers = [_Whole() for _ in range(size)]
-        for piece in pieces:
-            answer = answers[piece.index]
-            answer.text += piece.text
-            answer.logprobs += piece.logprobs
-            answer.finish_reason = piece.finish_reason or answer.finish_reason
+        answers = [_Choice() for _ in range(self._size)]
+        for delta in deltas:
+            answer = answers[delta.index]
+            answer.text += delta.text
+            answer.logprobs += delta.logprobs
+            answer.finish_reason = delta.finish_reason or answer.finish_reason
         return {
             **self._head,
             "object": "chat.completion" if self._chat else "text_completion",
@@ -76,7 +66,7 @@ class AnswerWriter:
             "usage": dict(usage),
         }
 
-    def _whole_choice(self, index: int, answer: _Whole) -> dict[str, Any]:
+    def _whole_choice(self, index: int, answer: _Choice) -> dict[str, Any]:
         common = {
             "index": index,
             "finish_reason": answer.finish_reason,
@@ -87,28 +77,28 @@ class AnswerWriter:
             return {**common, "message": message}
         return {**common, "text": answer.text}
 
-    def opening(self, size: int) -> list[bytes]:
-        """What a stream begins with: in a chat, who speaks."""
+    def opening(self) -> list[bytes]:
+        """First events of a stream: in a chat, the role of each answer."""
         if not self._chat:
             return []
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(i, {"delta": delta}, [], None) for i in range(size)]
+        return [self._chunk(i, {"delta": delta}, [], None) for i in range(self._size)]
 
-    def chunks(self, piece: Piece) -> list[bytes]:
-        """The events of a stream for one piece; its end is an event of its own in a chat."""
+    def chunks(self, delta: OutputDelta) -> list[bytes]:
+        """Events of a stream for one delta; in a chat, the finish reason is an event of its own."""
         if not self._chat:
-            body = {"text": piece.text}
-            return [self._chunk(piece.index, body, piece.logprobs, piece.finish_reason)]
+            body = {"text": delta.text}
+            return [self._chunk(delta.index, body, delta.logprobs, delta.finish_reason)]
         events = []
-        if piece.text or piece.logprobs:
-            delta = {"content": piece.text}
-            events.append(self._chunk(piece.index, {"delta": delta}, piece.logprobs, None))
-        if piece.finish_reason:
-            events.append(self._chunk(piece.index, {"delta": {}}, [], piece.finish_reason))
+        if delta.text or delta.logprobs:
+            content = {"delta": {"content": delta.text}}
+            events.append(self._chunk(delta.index, content, delta.logprobs, None))
+        if delta.finish_reason:
+            events.append(self._chunk(delta.index, {"delta": {}}, [], delta.finish_reason))
         return events
 
     def closing(self, usage: Mapping[str, int]) -> list[bytes]:
-        """What a stream ends with."""
+        """Last events of a stream."""
         if not self._include_usage:
             return [DONE]
         return [event({**self._stream_head(), "choices": [], "usage": dict(usage)}), DONE]
@@ -117,7 +107,7 @@ class AnswerWriter:
         self,
         index: int,
         body: Mapping[str, Any],
-        logprobs: Sequence[Logprob],
+        logprobs: Sequence[TokenLogprob],
         finish_reason: str | None,
     ) -> bytes:
         choice = {
@@ -135,7 +125,7 @@ class AnswerWriter:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return {**self._head, "object": kind}
 
-    def _logprobs_json(self, index: int, found: Sequence[Logprob]) -> dict[str, Any] | None:
+    def _logprobs_json(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         if self._chat:
@@ -152,7 +142,7 @@ class AnswerWriter:
         }
 
 
-def _chat_logprob(entry: Logprob) -> dict[str, Any]:
+def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
     whole = "\N{REPLACEMENT CHARACTER}" not in entry.token
     return {
         "token": entry.token,
@@ -162,15 +152,16 @@ def _chat_logprob(entry: Logprob) -> dict[str, Any]:
     }
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """The numbers of tokens, as the API writes them."""
+def usage_of(generation: Generation) -> dict[str, int]:
+    """Numbers of tokens in the format of the API."""
+    prompt, completion = generation.request.prompt_tokens, generation.completion_tokens
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
     }
 
 
 def event(content: Mapping[str, Any]) -> bytes:
-    """One server-sent event; its JSON is ASCII, so that no reader finds line breaks in it."""
+    """One server-sent event. Its JSON is ASCII, so that no client finds a line break in it."""
     return f"data: {json.dumps(content)}\n\n".encode()

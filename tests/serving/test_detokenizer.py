@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rap_env.serving.text import UNFINISHED, Detokenizer, StopStrings
+from rap_env.serving.detokenizer import UNFINISHED, Detokenizer, StopStrings
 from tests.serving.tokenizers import byte_tokenizer, metaspace_tokenizer
 
 TEXTS = (

@@ -1,4 +1,4 @@
-"""From token ids to text, piece by piece: whole characters only, and nothing after a stop."""
+"""Incremental detokenization: whole characters only, and no text after a stop string."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer writes for bytes that are no whole character (yet)."""
-_MOST_UNFINISHED = 3
-"""Bytes of a character in UTF-8, less the last one: so many may wait for it."""
-_MOST_TOKENS = 64
-"""Tokens after which bytes that never became a character are given out as they are."""
+"""What a tokenizer writes for bytes that are not a whole character (yet)."""
+_MAX_UNFINISHED = 3
+"""Bytes of a UTF-8 character without its last one: so many may wait for it."""
+_MAX_TOKENS = 64
+"""Tokens after which bytes that never became a character are returned as they are."""
 
 
 class Detokenizer:
-    """Decodes a growing sequence; what it has given out never changes.
+    """Decodes a growing sequence of tokens; text that it has returned never changes.
 
-    The text of a token depends on what is before it (a leading space is dropped at the start
-    of a text) and, where a character has several bytes, on what comes after it. So each step
-    decodes a short window that begins with tokens whose text is out already, and holds back
-    what may still change. The work of a step does not grow with the sequence.
+    The text of a token depends on the tokens before it (a leading space is dropped at the start
+    of a text) and, if a character has several bytes, on the tokens after it. So each step decodes
+    a short window that begins with tokens whose text was already returned, and holds back text
+    that may still change. The work per step does not grow with the sequence.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -28,16 +28,16 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._context = 0  # leading tokens of the window whose text is out
-        self._given = 0  # characters of the window's text that are out
+        self._context = 0  # leading tokens of the window whose text was returned
+        self._given = 0  # characters of the window's text that were returned
 
     def add(self, token_id: int) -> str:
-        """The text that became certain with this token; often that of the token alone."""
+        """Add a token and return the text that is final now, often that of the token alone."""
         self._window.append(token_id)
         text = self._decode(self._window)
         waiting = len(text) - len(text.rstrip(UNFINISHED))
-        waiting = min(waiting, _MOST_UNFINISHED)
-        if len(self._window) - self._context > _MOST_TOKENS:
+        waiting = min(waiting, _MAX_UNFINISHED)
+        if len(self._window) - self._context > _MAX_TOKENS:
             waiting = 0
         certain = len(text) - waiting
         piece = text[self._given : certain]
@@ -47,7 +47,7 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """What was held back, once there are no more tokens."""
+        """Return the text that was held back; call it after the last token."""
         text = self._decode(self._window)
         piece = text[self._given :]
         self._given = len(text)
@@ -64,7 +64,7 @@ class Detokenizer:
 
 
 def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of some tokens, without special ones and not prettified."""
+    """Decode tokens without special tokens and without cleaning up spaces."""
     text: str = tokenizer.decode(
         list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -72,13 +72,13 @@ def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, wherever pieces begin and end.
+    """Truncates streamed text before the first of several stop strings.
 
     Args:
-        strings: The strings, none of them empty.
+        strings: The stop strings, none of them empty.
 
     Attributes:
-        found: Whether one of them has come; nothing comes after it.
+        found: Whether a stop string was seen; no text is returned after it.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
@@ -87,7 +87,7 @@ class StopStrings:
         self.found = False
 
     def add(self, piece: str) -> str:
-        """The text that is certain to come before any of the strings."""
+        """Add text and return the part that cannot belong to a stop string."""
         if self.found:
             return ""
         text = self._held + piece
@@ -96,17 +96,17 @@ class StopStrings:
             self.found = True
             self._held = ""
             return text[: min(starts)]
-        keep = self._begun(text)
+        keep = self._partial_match(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back, once no more text comes."""
+        """Return the text that was held back; call it after the last text."""
         held, self._held = self._held, ""
         return held
 
-    def _begun(self, text: str) -> int:
-        """Length of the longest end of `text` with which one of the strings begins."""
+    def _partial_match(self, text: str) -> int:
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = min(len(text), max((len(string) - 1 for string in self._strings), default=0))
         for length in range(longest, 0, -1):
             if any(string.startswith(text[-length:]) for string in self._strings):

@@ -1,0 +1,169 @@
+"""Build a server from its settings: model, policy, controller, engine and HTTP application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from rap_env.llm.device import use_threads
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import load_llm
+from rap_env.policy import MaskPolicy
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.decisions import DecisionLog
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_source import MemorySource, open_memory
+from rap_env.runtime.policies import load_policy
+from rap_env.serving import require_extra
+from rap_env.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from rap_env.llm.live import Restore
+    from rap_env.llm.residency import Residency
+
+
+@dataclass(frozen=True)
+class ServerStack:
+    """All parts of a server; nothing is started yet.
+
+    Attributes:
+        settings: The settings.
+        engine: The engine, with its controller and model. The application starts and closes it.
+        app: The ASGI application.
+        memory_name: Name of the memory source.
+        decisions: Log of the controller's decisions, if any; `close` closes it.
+    """
+
+    settings: ServerSettings
+    engine: Engine
+    app: FastAPI
+    memory_name: str
+    decisions: DecisionLog | None
+
+    def close(self) -> None:
+        """Close the log of decisions."""
+        if self.decisions is not None:
+            self.decisions.close()
+
+
+def load_served_model(settings: ServerSettings) -> ElasticLLM:
+    """Load the model and set its residency.
+
+    Raises:
+        RapError: The model cannot be loaded.
+    """
+    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    llm.set_residency(cast("Residency", settings.residency))
+    return llm
+
+
+def build_stack(
+    settings: ServerSettings,
+    *,
+    llm: ElasticLLM | None = None,
+    policy: MaskPolicy | None = None,
+    memory: MemorySource | None = None,
+    engine_class: type[Engine] = Engine,
+    **controls: Any,
+) -> ServerStack:
+    """Build all parts of a server.
+
+    Args:
+        settings: The settings.
+        llm: Model with its residency set; None loads the model of the settings.
+        policy: Policy; None loads that of the settings.
+        memory: Memory source; None opens that of the settings.
+        engine_class: `Engine` or a subclass.
+        **controls: Further arguments of `RuntimeController`.
+
+    Raises:
+        RapError: The model, the policy or the memory source is not available, a limit does not
+            suit the model, or the extra ``serve`` is not installed.
+    """
+    require_extra()
+    from rap_env.serving.app import create_app
+
+    decisions = DecisionLog(settings.decisions) if settings.decisions else None
+    try:
+        llm = load_served_model(settings) if llm is None else llm
+        policy = load_policy(settings.policy, llm) if policy is None else policy
+        if memory is None:
+            reserve = settings.reserve_bytes
+            memory = open_memory(settings.memory_source, device=llm.device, reserve_bytes=reserve)
+        engine = engine_class(
+            llm,
+            RuntimeController(llm, policy, memory, log=decisions, **controls),
+            max_batch_size=settings.max_batch_size,
+            max_queue=settings.max_queue,
+            max_seq_len_tokens=settings.max_seq_len_tokens,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            restore=cast("Restore", settings.restore),
+            queue_timeout_s=settings.queue_timeout_s,
+        )
+        app = create_app(engine, llm.tokenizer, settings)
+    except BaseException:
+        if decisions is not None:
+            decisions.close()
+        raise
+    return ServerStack(settings, engine, app, memory.name, decisions)
+
+
+def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        settings: The settings.
+        say: Shows a text to the user.
+
+    Raises:
+        RapError: As for `build_stack`, or the address is not available.
+    """
+    require_extra()
+    from rap_env.serving.server import Server, bind, url_of
+
+    with bind(settings.host, settings.port) as bound:  # fail before the model is loaded
+        if settings.threads is not None:
+            use_threads(settings.threads)
+        stack = build_stack(settings)
+        try:
+            text = greeting(stack, url_of(bound))
+            Server(stack.app, on_ready=lambda: say(text)).run(sockets=[bound])
+            say(farewell(stack.engine))
+        finally:
+            stack.close()
+
+
+def greeting(stack: ServerStack, url: str) -> str:
+    """Text for the user once the server answers."""
+    controller, name = stack.engine.controller, stack.settings.served_name
+    chat = bool(getattr(stack.engine.llm.tokenizer, "chat_template", None))
+    route = "chat/completions" if chat else "completions"
+    body = (
+        '{"model": "%s", "messages": [{"role": "user", "content": "Hello!"}]}'
+        if chat
+        else '{"model": "%s", "prompt": "Once upon a time"}'
+    ) % name
+    lines = [
+        f"{name} is served at {url} (Ctrl+C ends it).",
+        f"Memory: {controller.budget_bytes / 2**30:.2f} GiB now ({stack.memory_name}); "
+        f"policy: {controller.policy.name}; removed weights: {stack.settings.residency}.",
+    ]
+    if stack.decisions is not None:
+        lines.append(f"Each change of the mask is a line in {stack.decisions.path}.")
+    lines += [
+        f"Health: {url}/healthz, metrics: {url}/metrics. Try it:",
+        f"  curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{body}'",
+    ]
+    return "\n".join(lines)
+
+
+def farewell(engine: Engine) -> str:
+    """Summary of what the engine did, in one line."""
+    stats = engine.stats()
+    return (
+        f"Ended: {stats.served} answers with {stats.tokens} tokens, {stats.cancelled} cancelled, "
+        f"{engine.controller.switches} changes of the mask."
+    )
