@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rap_env.costs import request_costs
+from rap_env.costs import VectorByteTracker, request_costs
 from rap_env.observation import BYTES_OVER, KEPT_AND_FREED, Observation, ObservationBuilder
 from rap_env.request import Request
 
@@ -30,12 +30,12 @@ class MaskObserver:
     def __init__(self, builder: ObservationBuilder, requests: Sequence[Request]) -> None:
         memory = builder.memory
         dense = [builder.dense(request) for request in requests]
-        costs = [request_costs(memory, r.batch_size, r.seq_len_tokens) for r in requests]
         self._request = np.stack([seen["request"] for seen in dense])
         self._blocks = np.stack([seen["blocks"] for seen in dense])
-        self._freed = np.stack([cost.freed_bytes for cost in costs])
-        self._dense_peak = np.array([cost.dense_peak_bytes for cost in costs])
-        self._last_ffn = np.array([cost.last_ffn_bytes for cost in costs])
+        self._bytes = VectorByteTracker(len(requests), memory.facts.num_blocks)
+        for row, request in enumerate(requests):
+            costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
+            self._bytes.start(row, costs)
         self._budget = np.array([request.budget_bytes for request in requests])
 
     def over_bytes(self, which: Counts, removed: Flags) -> Counts:
@@ -48,8 +48,7 @@ class MaskObserver:
         Returns:
             Bytes, (n,).
         """
-        peak = self._dense_peak[which] - (self._freed[which] * removed).sum(axis=1)
-        peak -= self._last_ffn[which] * removed[:, 1::2].all(axis=1)
+        peak = self._bytes.peaks_of(which, removed)
         return np.asarray(np.maximum(0, peak - self._budget[which]))
 
     def observe(self, which: Counts, removed: Flags) -> Observation:
@@ -59,7 +58,7 @@ class MaskObserver:
             ``request`` (n, R), ``blocks`` (n, 2L, F) and ``action_mask`` (n, 2L), float32 all.
         """
         request, blocks = self._request[which], self._blocks[which]
-        over = self.over_bytes(which, removed) / self._dense_peak[which]
+        over = self.over_bytes(which, removed) / self._bytes.dense_peak_bytes[which]
         request[:, BYTES_OVER] = np.minimum(1.0, over)
         kept = (~removed).astype(np.float32)
         blocks[:, :, KEPT_AND_FREED] *= kept[:, :, None]

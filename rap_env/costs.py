@@ -1,14 +1,14 @@
-"""What each removal frees for a request: looked up and subtracted instead of added up anew.
+"""Bytes that each removal frees for a request, and trackers of the peak while blocks are removed.
 
-A mask's peak bytes are the dense model's, less what each removed block frees, less what the
-workspace shrinks by when no FFN block is left. None of it depends on the budget, so it is kept
-for each batch size and sequence length; `rap_env.memory` remains the one place of the arithmetic.
+A mask's peak bytes are the dense model's, minus what each removed block frees, minus what the
+workspace shrinks by when no FFN block is left. None of it depends on the budget, so it is cached
+for each batch size and sequence length. `rap_env.memory` defines the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -18,7 +18,10 @@ from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 
-_KEPT_SHAPES = 4096  # of a few kilobytes each
+Flags = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
+
+_CACHED_SHAPES = 4096  # a few kilobytes each
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,21 +31,19 @@ class RequestCosts:
     Attributes:
         dense_peak_bytes: Peak bytes of the unpruned model.
         kv_cache_bytes: Bytes of its KV cache.
-        freed_bytes: Weight and cache bytes that each block's removal frees, less what its stub
-            takes, (2L,), read-only.
-        memory: The model's byte arithmetic.
-        request: A request with this batch size and length; its budget does not matter.
+        freed_bytes: Weight and cache bytes that each block's removal frees, minus the bytes of its
+            stub, (2L,), read-only.
+        last_ffn_bytes: Bytes by which the workspace shrinks when the last FFN block is removed.
     """
 
     dense_peak_bytes: int
     kv_cache_bytes: int
-    freed_bytes: npt.NDArray[np.int64]
-    memory: MemoryModel = field(repr=False)
-    request: Request = field(repr=False)
+    freed_bytes: Counts
+    last_ffn_bytes: int
 
     @cached_property
     def freed(self) -> tuple[int, ...]:
-        """`freed_bytes` as whole numbers of Python, which are faster one at a time."""
+        """`freed_bytes` as Python integers, which are faster one at a time."""
         return tuple(self.freed_bytes.tolist())
 
     @cached_property
@@ -53,50 +54,149 @@ class RequestCosts:
         return share
 
     @cached_property
-    def last_ffn_bytes(self) -> int:
-        """Bytes by which the workspace shrinks when the last FFN block goes."""
-        ffn_blocks = BlockMask(frozenset(range(1, len(self.freed), 2)))
-        rest = self.memory.peak_bytes(ffn_blocks, self.request)
-        return self.dense_peak_bytes - sum(self.freed[1::2]) - rest
-
-    @cached_property
     def fixed_bytes(self) -> int:
-        """Bytes that stay whatever is removed, stubs included; but see `last_ffn_bytes`."""
+        """Bytes left when every block is removed, without the effect of `last_ffn_bytes`."""
         return self.dense_peak_bytes - int(self.freed_bytes.sum())
 
-    @cached_property
+    @property
     def least_peak_bytes(self) -> int:
         """Peak bytes with every block removed: no mask needs less."""
         return self.fixed_bytes - self.last_ffn_bytes
 
     def peak_bytes(self, removed: Collection[int]) -> int:
         """Peak bytes without the `removed` blocks, given by index."""
-        peak = self.dense_peak_bytes - sum(self.freed[index] for index in removed)
-        no_ffn = sum(index % 2 for index in removed) == len(self.freed_bytes) // 2
-        return peak - self.last_ffn_bytes if no_ffn else peak
+        return self.tracker(removed).peak_bytes
+
+    def tracker(self, removed: Collection[int] = ()) -> ByteTracker:
+        """A tracker that starts with the `removed` blocks, given by index."""
+        return ByteTracker(self.dense_peak_bytes, self.freed, self.last_ffn_bytes, removed)
 
     def remove_until_fits(self, order: Iterable[int], budget_bytes: int) -> BlockMask:
-        """The first blocks of an order, as many as the budget asks for; all if it asks for more."""
-        removed: list[int] = []
+        """The shortest prefix of an order that fits the budget, or all of it if none does."""
+        tracker, removed = self.tracker(), []
         for index in order:
-            if self.peak_bytes(removed) <= budget_bytes:
+            if tracker.peak_bytes <= budget_bytes:
                 break
+            tracker.remove(int(index))
             removed.append(int(index))
         return BlockMask.of(*removed)
 
 
-@lru_cache(maxsize=_KEPT_SHAPES, typed=True)
+class ByteTracker:
+    """Peak bytes of one request while blocks are removed one by one.
+
+    Args:
+        dense_peak_bytes: Peak bytes with every block.
+        freed: Bytes that each block's removal frees, length 2L.
+        last_ffn_bytes: Bytes that the removal of the last FFN block frees in addition.
+        removed: Indices of the blocks that are removed already, each once.
+
+    Attributes:
+        peak_bytes: Peak bytes now.
+    """
+
+    __slots__ = ("_ffn_left", "_freed", "_last_ffn_bytes", "peak_bytes")
+
+    def __init__(
+        self,
+        dense_peak_bytes: int,
+        freed: Sequence[int],
+        last_ffn_bytes: int,
+        removed: Collection[int] = (),
+    ) -> None:
+        self._freed = freed
+        self._last_ffn_bytes = last_ffn_bytes
+        self._ffn_left = len(freed) // 2 - sum(index % 2 for index in removed)
+        self.peak_bytes = dense_peak_bytes - sum(freed[index] for index in removed)
+        if not self._ffn_left:
+            self.peak_bytes -= last_ffn_bytes
+
+    def peak_without(self, index: int) -> int:
+        """Peak bytes if the kept block `index` is removed too."""
+        peak = self.peak_bytes - self._freed[index]
+        return peak - self._last_ffn_bytes if index % 2 and self._ffn_left == 1 else peak
+
+    def remove(self, index: int) -> None:
+        """Remove the kept block `index`."""
+        self.peak_bytes = self.peak_without(index)
+        self._ffn_left -= index % 2
+
+
+class VectorByteTracker:
+    """Peak bytes of n requests while blocks are removed from each one: `ByteTracker` as arrays.
+
+    Args:
+        count: Number of requests, n.
+        num_blocks: 2L.
+
+    Attributes:
+        dense_peak_bytes: Peak bytes of each request with every block, (n,).
+        peak_bytes: Peak bytes of each request now, (n,).
+    """
+
+    def __init__(self, count: int, num_blocks: int) -> None:
+        self.dense_peak_bytes = np.zeros(count, dtype=np.int64)
+        self.peak_bytes = np.zeros(count, dtype=np.int64)
+        self._freed = np.zeros((count, num_blocks), dtype=np.int64)
+        self._last_ffn_bytes = np.zeros(count, dtype=np.int64)
+        self._ffn_left = np.zeros(count, dtype=np.int64)
+        self._rows = np.arange(count)
+
+    def start(self, row: int, costs: RequestCosts, removed: Collection[int] = ()) -> None:
+        """Start request `row` with the `removed` blocks, given by index."""
+        self.dense_peak_bytes[row] = costs.dense_peak_bytes
+        self.peak_bytes[row] = costs.peak_bytes(removed)
+        self._freed[row] = costs.freed_bytes
+        self._last_ffn_bytes[row] = costs.last_ffn_bytes
+        self._ffn_left[row] = len(costs.freed_bytes) // 2 - sum(index % 2 for index in removed)
+
+    def peak_without(self, index: Counts, removes: Flags) -> Counts:
+        """Peak bytes of each request, (n,), if those with a flag lose the kept block `index`."""
+        freed = self._freed[self._rows, index]
+        freed += self._last_ffn_bytes * (self._ffn_left == 1) * (index % 2)
+        return np.asarray(self.peak_bytes - freed * removes)
+
+    def remove(self, index: Counts, removes: Flags, peak_bytes: Counts) -> None:
+        """Remove the kept blocks `index` where there is a flag.
+
+        Args:
+            index: A block of each request, (n,).
+            removes: Whether the request loses it, (n,).
+            peak_bytes: What `peak_without` gave for them, (n,).
+        """
+        self.peak_bytes = peak_bytes
+        self._ffn_left -= index % 2 * removes
+
+    def peaks_of(self, rows: Counts, removed: Flags) -> Counts:
+        """Peak bytes of whole masks, whatever was removed so far.
+
+        Args:
+            rows: The request of each mask, (m,).
+            removed: The blocks that each mask removes, (m, 2L).
+
+        Returns:
+            Bytes, (m,).
+        """
+        peak = self.dense_peak_bytes[rows] - (self._freed[rows] * removed).sum(axis=1)
+        peak -= self._last_ffn_bytes[rows] * removed[:, 1::2].all(axis=1)
+        return np.asarray(peak)
+
+
+@lru_cache(maxsize=_CACHED_SHAPES, typed=True)
 def request_costs(memory: MemoryModel, batch_size: int, seq_len_tokens: int) -> RequestCosts:
-    """The costs of a batch size and a sequence length; those asked for last are kept.
+    """The costs of a batch size and a sequence length; the most recent ones are cached.
 
     Raises:
         InvalidRequestError: The model cannot serve the batch or the length.
     """
     request = Request(batch_size, seq_len_tokens, budget_bytes=1)
-    memory.check(batch_size, seq_len_tokens)
+    dense_peak_bytes = memory.dense_peak_bytes(batch_size, seq_len_tokens)
     freed_bytes = memory.freed_bytes(request)
     freed_bytes.flags.writeable = False
-    blocks = int(freed_bytes.sum()) + sum(memory.facts.stub_bytes)  # nothing is removed yet
-    peak = memory.facts.base_bytes + blocks + memory.workspace_bytes(request)
-    kv = int(memory.kv_bytes_by_layer(batch_size, seq_len_tokens).sum())
-    return RequestCosts(peak, kv, freed_bytes, memory, request)
+    workspace, without_ffn = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
+    return RequestCosts(
+        dense_peak_bytes,
+        memory.kv_cache_bytes(batch_size, seq_len_tokens),
+        freed_bytes,
+        workspace - without_ffn,
+    )

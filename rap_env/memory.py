@@ -26,6 +26,7 @@ PREFILL_CHUNK_TOKENS = 2048
 """Tokens of a prompt that are run at once; servers bound it, so the workspace is bounded."""
 
 _LOGIT_BYTES = 4  # logits are compared in float32
+_NO_WINDOW = 2**62  # tokens
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,33 @@ class MemoryModel:
         none = (0,) * self.facts.num_blocks
         return np.array(self.facts.stub_bytes or none, dtype=np.int64)
 
+    @cached_property
+    def _own_bytes(self) -> npt.NDArray[np.int64]:
+        """Weight bytes that each block's removal frees, (2L,)."""
+        return self._param_bytes - self._stub_bytes
+
+    @cached_property
+    def _dense_weight_bytes(self) -> int:
+        return self.facts.base_bytes + sum(self.facts.block_param_bytes)
+
+    @cached_property
+    def _cache_groups(self) -> tuple[tuple[int, int], ...]:
+        """Most tokens a cache holds and bytes per token, summed over layers with equal windows."""
+        groups: dict[int, int] = {}
+        for window, size in zip(self._windows.tolist(), self.facts.kv_bytes_per_token, strict=True):
+            groups[window] = groups.get(window, 0) + size
+        return tuple(groups.items())
+
+    @cached_property
+    def _windows(self) -> npt.NDArray[np.int64]:
+        """Most tokens that each layer's cache holds, (L,)."""
+        windows = (_NO_WINDOW if w is None else w for w in self.facts.kv_window_tokens)
+        return np.array(list(windows), dtype=np.int64)
+
+    @cached_property
+    def _bytes_per_token(self) -> npt.NDArray[np.int64]:
+        return np.array(self.facts.kv_bytes_per_token, dtype=np.int64)
+
     def check(self, batch_size: int, seq_len_tokens: int) -> None:
         """Refuse a batch or a length that the model cannot serve.
 
@@ -177,16 +205,17 @@ class MemoryModel:
 
     def kv_bytes_by_layer(self, batch_size: int, seq_len_tokens: int) -> npt.NDArray[np.int64]:
         """Bytes of each layer's cache after `seq_len_tokens` tokens a sequence, shape (L,)."""
-        held = [
-            seq_len_tokens if window is None else min(seq_len_tokens, window)
-            for window in self.facts.kv_window_tokens
-        ]
-        per_token = np.array(self.facts.kv_bytes_per_token, dtype=np.int64)
-        return batch_size * np.array(held, dtype=np.int64) * per_token
+        return batch_size * np.minimum(seq_len_tokens, self._windows) * self._bytes_per_token
+
+    def kv_cache_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
+        """Bytes of the dense model's cache after `seq_len_tokens` tokens a sequence."""
+        return batch_size * sum(
+            min(seq_len_tokens, window) * size for window, size in self._cache_groups
+        )
 
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
         """Weight and cache bytes that each block's removal frees, less its stub's, shape (2L,)."""
-        freed = self._param_bytes - self._stub_bytes
+        freed = self._own_bytes.copy()
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
 
@@ -216,8 +245,14 @@ class MemoryModel:
         return self.breakdown(mask, request).peak
 
     def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
-        """Peak bytes of the unpruned model."""
-        return self.peak_bytes(BlockMask(), _unbounded(batch_size, seq_len_tokens))
+        """Peak bytes of the unpruned model.
+
+        Raises:
+            InvalidRequestError: As for `check`.
+        """
+        self.check(batch_size, seq_len_tokens)
+        kv_cache = self.kv_cache_bytes(batch_size, seq_len_tokens)
+        return self._dense_weight_bytes + kv_cache + self._workspace(batch_size, seq_len_tokens)
 
     def least_peak_bytes(self, request: Request) -> int:
         """Peak bytes with every block removed: no mask needs less."""
@@ -281,11 +316,14 @@ class MemoryModel:
 
     def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
+        return self._workspace(request.batch_size, request.seq_len_tokens, any_ffn)
+
+    def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
         facts = self.facts
-        tokens = min(request.batch_size * request.seq_len_tokens, PREFILL_CHUNK_TOKENS)
+        tokens = min(batch_size * seq_len_tokens, PREFILL_CHUNK_TOKENS)
         inner = max(4 * facts.hidden_size, 2 * facts.ffn_width if any_ffn else 0)
         activations = tokens * facts.itemsize * (3 * facts.hidden_size + inner)
-        return activations + request.batch_size * facts.vocab_size * _LOGIT_BYTES
+        return activations + batch_size * facts.vocab_size * _LOGIT_BYTES
 
 
 def _unbounded(batch_size: int, seq_len_tokens: int) -> Request:

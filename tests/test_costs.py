@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.costs import request_costs
+from rap_env.costs import VectorByteTracker, request_costs
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.request import Request
@@ -119,3 +119,46 @@ def test_an_order_is_followed_until_the_budget_is_met_or_it_ends(memory):
         assert costs.peak_bytes(mask.indices) <= budget or len(mask) == len(order)
         if mask:
             assert costs.peak_bytes(order[: len(mask) - 1]) > budget
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_trackers_follow_removals_in_any_order(memory, shape):
+    costs, rng = request_costs(memory, *shape), np.random.default_rng(0)
+    orders = np.array([rng.permutation(2 * LAYERS) for _ in range(6)])
+    vector = VectorByteTracker(len(orders), 2 * LAYERS)
+    singles = [costs.tracker(order[:2]) for order in orders]
+    for row, order in enumerate(orders):
+        vector.start(row, costs, order[:2])
+    for step in range(2, 2 * LAYERS):
+        index, removes = orders[:, step], np.ones(len(orders), dtype=bool)
+        vector.remove(index, removes, vector.peak_without(index, removes))
+        for row, (tracker, order) in enumerate(zip(singles, orders, strict=True)):
+            expected = memory.peak_bytes(BlockMask.of(*order[: step + 1]), Request(*shape, 1))
+            assert tracker.peak_without(order[step]) == expected
+            tracker.remove(order[step])
+            assert tracker.peak_bytes == vector.peak_bytes[row] == expected
+
+
+def test_a_vector_tracker_leaves_requests_without_a_flag_as_they_are(memory):
+    vector, shapes = VectorByteTracker(3, 2 * LAYERS), [(1, 5), (2, 30), (3, 17)]
+    every_ffn = list(range(1, 2 * LAYERS, 2))
+    for row, shape in enumerate(shapes):
+        vector.start(row, request_costs(memory, *shape), every_ffn[1:])
+    removes = np.array([True, False, True])
+    before, index = vector.peak_bytes.copy(), np.ones(3, dtype=int)
+    vector.remove(index, removes, vector.peak_without(index, removes))
+    assert vector.peak_bytes[1] == before[1]
+    for row in (0, 2):
+        assert vector.peak_bytes[row] == request_costs(memory, *shapes[row]).peak_bytes(every_ffn)
+    vector.remove(index, ~removes, vector.peak_without(index, ~removes))
+    assert vector.peak_bytes[1] == request_costs(memory, *shapes[1]).peak_bytes(every_ffn)
+
+
+def test_peaks_of_whole_masks_are_those_of_the_memory_model(memory):
+    vector, removed = VectorByteTracker(len(SHAPES), 2 * LAYERS), _bits(2 * LAYERS) > 0
+    for row, shape in enumerate(SHAPES):
+        vector.start(row, request_costs(memory, *shape))
+    rows = np.arange(len(removed)) % len(SHAPES)
+    for row, bits, peak in zip(rows, removed, vector.peaks_of(rows, removed), strict=True):
+        mask = BlockMask(frozenset(np.flatnonzero(bits)))
+        assert peak == memory.peak_bytes(mask, Request(*SHAPES[row], 1))
