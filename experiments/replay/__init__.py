@@ -1,1 +1,1 @@
-"""Replay: the same arrivals under the same moving budget for several serving systems."""
+"""Replay: several serving systems on the same arrivals under the same moving budget."""

@@ -1,27 +1,28 @@
-"""``python -m experiments.replay``: the same arrivals and budget for each system, measured."""
+"""``python -m experiments.replay``: measure several systems on the same arrivals and budget."""
 
 from __future__ import annotations
 
 import logging
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.records import append_record
+from experiments.comparison.records import RowFile
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.run_folder import provenance as run_provenance
 from experiments.comparison.tables import publish_tables
 from experiments.config import Config, ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget, make_budget
-from experiments.replay.load import Load, make_load
-from experiments.replay.quality import QualityJudge
-from experiments.replay.rows import ReplayRow, row_key
-from experiments.replay.serve import Server
-from experiments.replay.summary import judged, make_row, write_details
-from experiments.replay.systems import SystemMaker
+from experiments.replay.harness import ReplayHarness
+from experiments.replay.outcomes import evaluate_run, make_row, write_details
+from experiments.replay.quality import QualityEvaluator
+from experiments.replay.records import ReplayRow, row_key
+from experiments.replay.systems import SystemFactory
 from experiments.replay.tables import replay_markdown, replay_text
+from experiments.replay.workload import Workload, make_workload
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
 
@@ -34,24 +35,24 @@ log = logging.getLogger(__name__)
 FILE, REFERENCES, DECISIONS = "replay.jsonl", "references.jsonl", "decisions"
 
 _FREE = ("systems", "figures")
-"""Settings of a replay that may change when it goes on."""
+"""Settings that may change when a replay is resumed."""
 _PATHS = ("trace", "text", "data_root", "policy", "frontier", "gsi")
-"""Settings that name files; what is in the files goes into the records instead."""
+"""Settings that name files; records hold hashes of their content instead."""
 
 
 def replay(config: Config, folder: Path) -> Path:
-    """Run every system over the same arrivals; one whose row is there is not run again.
+    """Run every system on the same workload; systems with a row already are not run again.
 
     Args:
         config: All settings.
-        folder: Where ``replay.jsonl``, the files beside it, tables and figures go.
+        folder: Folder for ``replay.jsonl``, the files beside it, tables and figures.
 
     Returns:
         The path of ``replay.jsonl``.
 
     Raises:
-        RapError: A setting cannot be, a trace, text, policy or table is missing or damaged, or a
-            record is.
+        RapError: A setting is invalid, or a trace, text, policy, table or record is missing or
+            damaged.
     """
     if not config.budget:
         raise ExperimentError(
@@ -70,7 +71,7 @@ def replay(config: Config, folder: Path) -> Path:
 
 
 class Replay:
-    """Everything that all systems share: the model, the arrivals, the budget, the judge.
+    """What all systems share: model, workload and budget.
 
     Args:
         config: All settings.
@@ -87,43 +88,45 @@ class Replay:
         self._memory = MemoryModel(self._llm)
         self.reference_bytes = self._memory.dense_peak_bytes(*config.replay.reference_shape)
         self.budget: Budget = make_budget(config.budget, self.reference_bytes)
-        self.load: Load = make_load(config, self._llm)
-        self._maker = SystemMaker(config, self._llm, self.load, self.budget)
-        self._maker.check(config.replay.systems)
+        self.workload: Workload = make_workload(config, self._llm)
+        self._factory = SystemFactory(config, self._llm, self.workload, self.budget)
+        self._factory.check(config.replay.systems)
 
     def rows(self) -> list[ReplayRow]:
-        """A row for each system, in the order of the settings, appended as they are made."""
-        path = self._folder / FILE
-        found = {row.key: row for row in ReplayRow.read(path)}
-        wanted = []
+        """Return a row for each system, in the order of the settings; new rows are appended."""
+        file = RowFile(self._folder / FILE, ReplayRow)
+        rows = []
         for name in self._config.replay.systems:
             provenance = self._provenance(name)
-            key = row_key(name, provenance)
-            if key not in found:
-                found[key] = self._run(name, provenance)
-                append_record(path, found[key].to_record())
-                log.info("%s: %s", name, _in_words(found[key]))
-            wanted.append(found[key])
-        return wanted
+            rows.append(file.get(row_key(name, provenance), partial(self._run, name, provenance)))
+        return rows
 
     def _run(self, name: str, provenance: dict[str, Any]) -> ReplayRow:
         decisions = self._folder / DECISIONS / f"{name}.jsonl"
-        decisions.unlink(missing_ok=True)  # of a run of this system that was killed
+        decisions.unlink(missing_ok=True)  # left by an interrupted run of this system
         settings, progress = self._config.replay, self._config.progress
-        server = Server(settings, self._llm, self.load, self.budget, decisions)
-        served = server.run(name, self._maker, progress=progress)
-        self._llm.set_residency("resident")  # judging needs the dense model, and serves nobody
-        found = judged(served, self._judge())
+        harness = ReplayHarness(settings, self._llm, self.workload, self.budget, decisions)
+        run = harness.run(name, self._factory, progress=progress)
+        self._llm.set_residency("resident")  # the evaluation needs the dense model
+        # A new evaluator for each system: its memory must not count while the next system runs.
+        evaluator = QualityEvaluator(
+            self._llm,
+            self.workload,
+            self._folder / REFERENCES,
+            self._scorer(),
+            progress=progress,
+        )
+        found = evaluate_run(run, evaluator)
         write_details(self._folder, found)
-        return make_row(found, self.budget, self._memory, provenance)
-
-    def _judge(self) -> QualityJudge:
-        """A new one each time: what it keeps in memory should not be there while others serve."""
-        path, progress = self._folder / REFERENCES, self._config.progress
-        return QualityJudge(self._llm, self.load, path, self._scorer(), progress=progress)
+        row = make_row(found, self.budget, self._memory, provenance)
+        log.info(
+            "%s: %d of %d requests served in %.0f s (%.0f s of work), %d violations of the budget",
+            name, row.served, row.requests, row.duration_s, row.busy_s, row.violations,
+        )  # fmt: skip
+        return row
 
     def _scorer(self) -> MaskScorer | None:
-        """Measures masks on the first windows of the prompts' text."""
+        """Return a scorer on the first windows of the prompts' text; None if none is wanted."""
         from rap_env.context.opening import open_store
         from rap_env.scoring.scorer import MaskScorer
 
@@ -136,7 +139,7 @@ class Replay:
         return MaskScorer(self._llm, corpus.spread(windows), open_store(self._config.store))
 
     def _provenance(self, name: str) -> dict[str, Any]:
-        """What the row of a system depends on, and what made it."""
+        """Describe what the row of a system depends on, and what made it."""
         config, facts = self._config, self._memory.facts
         settings = {k: v for k, v in asdict(config.replay).items() if k not in (*_FREE, *_PATHS)}
         budget = {k: Path(v).name if k == "path" else v for k, v in config.budget.items()}
@@ -145,14 +148,14 @@ class Replay:
             "model_fingerprint": facts.fingerprint,
             "dtype": facts.dtype,
             "num_layers": facts.num_layers,
-            "load_sha256": self.load.provenance["sha256"],
+            "load_sha256": self.workload.provenance["sha256"],
             "budget": budget,
             "reference_bytes": self.reference_bytes,
-            "chooser_sha256": self._maker.source_sha256(name),
+            "chooser_sha256": self._factory.source_sha256(name),
             "settings": settings,
         }
         made = run_provenance({"replay": config.seed})
-        return {"depends_on": depends_on, "load": self.load.provenance, **made}
+        return {"depends_on": depends_on, "load": self.workload.provenance, **made}
 
 
 def _load(config: Config) -> ElasticLLM:
@@ -161,19 +164,12 @@ def _load(config: Config) -> ElasticLLM:
     return load_llm(config.model.name, device=config.model.device, dtype=config.model.dtype)
 
 
-def _in_words(row: ReplayRow) -> str:
-    return (
-        f"{row.served} of {row.requests} requests served in {row.duration_s:.0f} s "
-        f"({row.busy_s:.0f} s of work), {row.violations} violations of the budget"
-    )
-
-
 def _draw(folder: Path) -> None:
-    """The figures, where matplotlib is there."""
+    """Draw the figures, if matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401 - an extra of the package
     except ImportError:
-        log.info("No figures are drawn: matplotlib comes with `pip install 'rap-env[plots]'`.")
+        log.info("No figures: matplotlib is not installed (`pip install 'rap-env[plots]'`).")
         return
     from experiments.replay.figures import draw_all
 

@@ -1,4 +1,4 @@
-"""How good what was generated is: judged by the dense model, after all serving is done."""
+"""Quality of generated text, measured with the dense model after a system has finished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.comparison.records import append_record, read_records
-from experiments.replay.load import Asked, Load, is_right
+from experiments.replay.workload import ReplayRequest, Workload, is_correct
 from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
 from rap_env.llm.elastic import ElasticLLM
@@ -21,16 +21,16 @@ from rap_env.llm.partial import PartialForward
 from rap_env.scoring.loss import token_nll
 from rap_env.scoring.scorer import MaskScorer
 
-_ROWS = 8
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the dense model itself goes on with, greedily, on one request.
+    """The dense model's own greedy continuation of one request.
 
     Attributes:
-        token_ids: Its tokens, as many as were asked for.
-        nll: What it loses on them, nats per token.
+        token_ids: Its tokens, as many as the request asks for.
+        nll: Their NLL under the dense model, nats per token.
     """
 
     token_ids: tuple[int, ...]
@@ -38,14 +38,14 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Quality:
-    """What one served request is worth.
+class OutputQuality:
+    """Quality of the text generated for one request.
 
     Attributes:
-        nll: What the dense model loses on its tokens, nats per token.
-        reference_nll: The same on the dense model's own greedy continuation.
-        same: Tokens that are the same as there, in the same place.
-        right: Whether it begins with the known answer; None where none is known.
+        nll: NLL of its tokens under the dense model, nats per token.
+        reference_nll: NLL of the dense model's own greedy continuation.
+        same: Number of tokens equal to that continuation at the same position.
+        right: Whether it begins with the known answer; None without a known answer.
     """
 
     nll: float
@@ -54,126 +54,126 @@ class Quality:
     right: bool | None
 
     @property
-    def loss(self) -> float:
-        """Nats per token above the dense model's own continuation."""
+    def delta_nll(self) -> float:
+        """NLL above that of the dense model's own continuation, nats per token."""
         return self.nll - self.reference_nll
 
 
-class QualityJudge:
-    """Judges generated tokens.
+class QualityEvaluator:
+    """Measures the quality of generated tokens.
 
     Args:
-        llm: The live model; its mask is put back after each call.
-        load: The requests.
-        path: Where the dense model's own continuations are kept, JSON lines.
-        scorer: Measures masks on held-out text; None leaves that out.
+        llm: The live model; each call restores its mask.
+        workload: The requests.
+        path: JSON-lines file of the dense model's own continuations.
+        scorer: Measures masks on held-out text; None skips that measurement.
         progress: Whether to draw progress bars.
     """
 
     def __init__(
         self,
         llm: ElasticLLM,
-        load: Load,
+        workload: Workload,
         path: Path,
         scorer: MaskScorer | None = None,
         *,
         progress: bool = False,
     ) -> None:
         self._llm = llm
-        self._load = load
+        self._workload = workload
         self._path = path
         self._scorer = scorer
         self._progress = progress
 
     @cached_property
     def references(self) -> dict[int, Reference]:
-        """The dense model's continuation of every request, by its number; made once and kept."""
+        """The dense model's continuation of every request, by number; computed once and stored."""
         found = {
             int(record["number"]): Reference(tuple(record["token_ids"]), float(record["nll"]))
             for record in read_records(self._path)
         }
-        left = [asked for asked in self._load.requests if asked.number not in found]
-        left.sort(key=lambda asked: (asked.new_tokens, len(asked.prompt_ids)))
+        left = [r for r in self._workload.requests if r.number not in found]
+        left.sort(key=lambda request: (request.new_tokens, len(request.prompt_ids)))
         bar = tqdm(total=len(left), desc="dense continuations", unit="request", leave=False,
                    disable=None if self._progress else True)  # fmt: skip
         with bar:
-            for start in range(0, len(left), _ROWS):
-                group = left[start : start + _ROWS]
-                for asked, reference in zip(group, self._continue(group), strict=True):
-                    found[asked.number] = reference
-                    record = {"number": asked.number, "token_ids": list(reference.token_ids),
+            for start in range(0, len(left), _BATCH_SIZE):
+                group = left[start : start + _BATCH_SIZE]
+                for request, reference in zip(group, self._continue(group), strict=True):
+                    found[request.number] = reference
+                    record = {"number": request.number, "token_ids": list(reference.token_ids),
                               "nll": round(reference.nll, 6)}  # fmt: skip
                     append_record(self._path, record, durable=False)
                 bar.update(len(group))
         return found
 
-    def judge(self, asked: Asked, token_ids: Sequence[int]) -> Quality:
-        """The quality of what was generated for a request, at least a token.
+    def evaluate(self, request: ReplayRequest, token_ids: Sequence[int]) -> OutputQuality:
+        """Measure what was generated for a request, at least one token.
 
         Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
+            NonFiniteScoreError: The model returned NaN or infinity.
         """
-        reference = self.references[asked.number]
+        reference = self.references[request.number]
         same = sum(a == b for a, b in zip(token_ids, reference.token_ids, strict=False))
         equal = same == len(token_ids) == len(reference.token_ids)
-        nll = reference.nll if equal else self._nll(asked.prompt_ids, token_ids)
+        nll = reference.nll if equal else self._nll(request.prompt_ids, token_ids)
         right = None
-        if asked.answer is not None:
+        if request.answer is not None:
             text = self._llm.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-            right = is_right(asked.answer, text)
-        return Quality(nll, reference.nll, same, right)
+            right = is_correct(request.answer, text)
+        return OutputQuality(nll, reference.nll, same, right)
 
-    def mask_loss(self, tokens: Mapping[BlockMask, int]) -> float | None:
-        """Loss of masks on held-out text, mean over the tokens that each generated; None if none.
+    def mask_delta_nll(self, tokens: Mapping[BlockMask, int]) -> float | None:
+        """ΔNLL of masks on held-out text, mean over generated tokens; None if not measured.
 
         Args:
-            tokens: Tokens that were generated under each mask.
+            tokens: Number of tokens generated under each mask.
         """
         if self._scorer is None or not tokens:
             return None
         masks = list(tokens)
-        losses = np.array(self._scorer.nll_many(masks)) - self._scorer.dense_nll
-        return float(np.average(losses, weights=[tokens[mask] for mask in masks]))
+        deltas = np.array(self._scorer.nll_many(masks)) - self._scorer.dense_nll
+        return float(np.average(deltas, weights=[tokens[mask] for mask in masks]))
 
     @torch.inference_mode()
     def _nll(self, prompt: Sequence[int], generated: Sequence[int]) -> float:
-        """What the dense model loses on generated tokens after their prompt, nats per token."""
+        """NLL of generated tokens after their prompt under the dense model, nats per token."""
         ids = torch.tensor([[*prompt, *generated]], device=self._llm.device)
         with self._llm.masked(BlockMask()):
             states = self._llm.hidden(ids)[0, len(prompt) - 1 : -1]
             logits = PartialForward(self._llm).logits(states)
         return self._finite(float(token_nll(logits, ids[0, len(prompt) :]).double().mean()))
 
-    def _continue(self, group: Sequence[Asked]) -> list[Reference]:
-        """Greedy continuations of a few requests side by side."""
+    def _continue(self, group: Sequence[ReplayRequest]) -> list[Reference]:
+        """Return the greedy continuations of a batch of requests."""
         with self._llm.masked(BlockMask()):
             batch = LiveBatch(self._llm)
             running = list(range(len(group)))
             tokens: list[list[int]] = [[] for _ in group]
-            losses: list[list[float]] = [[] for _ in group]
-            logits = batch.prefill([asked.prompt_ids for asked in group])
+            nll: list[list[float]] = [[] for _ in group]
+            logits = batch.prefill([request.prompt_ids for request in group])
             while running:
                 best = logits.log_softmax(dim=-1).max(dim=-1)
-                for place, row in enumerate(running):
-                    tokens[row].append(int(best.indices[place]))
-                    losses[row].append(-float(best.values[place]))
+                for index, row in enumerate(running):
+                    tokens[row].append(int(best.indices[index]))
+                    nll[row].append(-float(best.values[index]))
                 left = [p for p, row in enumerate(running)
                         if len(tokens[row]) < group[row].new_tokens]  # fmt: skip
                 if len(left) < len(running):
                     batch.keep(left)
-                    running = [running[place] for place in left]
+                    running = [running[index] for index in left]
                 if running:
                     logits = batch.extend([tokens[row][-1] for row in running])
             batch.close()
         return [
-            Reference(tuple(ids), self._finite(float(np.mean(nll))))
-            for ids, nll in zip(tokens, losses, strict=True)
+            Reference(tuple(ids), self._finite(float(np.mean(values))))
+            for ids, values in zip(tokens, nll, strict=True)
         ]
 
     def _finite(self, nll: float) -> float:
         if not np.isfinite(nll):
             raise NonFiniteScoreError(
-                f"{self._llm.name} gave a non-finite NLL on generated text; check the weights, or "
-                "load the model with model.dtype=float32."
+                f"{self._llm.name} returned a non-finite NLL on generated text; check the weights, "
+                "or load the model with model.dtype=float32."
             )
         return nll

@@ -1,20 +1,23 @@
-"""The systems of a replay: what chooses masks in each, and what may be removed beyond that."""
+"""The systems of a replay: how each of them chooses masks, and what it may remove beyond that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from agents.baselines.base import price_per_byte
 from experiments.config import Config
 from experiments.errors import ExperimentError
-from experiments.replay.load import Load
-from experiments.replay.policies import GreedyPolicy, OraclePolicy, Surroundings
+from experiments.replay.budgets import Budget
+from experiments.replay.workload import Workload
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
+from rap_env.costs import RequestCosts, request_costs
 from rap_env.memory import MemoryModel
 from rap_env.policy import MaskPolicy
 from rap_env.request import Request
@@ -29,11 +32,108 @@ from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
 from rap_env.scoring.scorer import MaskScorer
 
 if TYPE_CHECKING:
-    from experiments.replay.budgets import Budget
     from rap_env.llm.elastic import ElasticLLM
 
+_GSI_SYSTEMS = ("static_gsi", "static_gsi_lean")
 
-_OF_GSI = ("static_gsi", "static_gsi_lean")
+
+class ReplayState(Protocol):
+    """What the policies `OraclePolicy` and `GreedyPolicy` read of the running replay."""
+
+    def remaining_s(self) -> float:
+        """Seconds until the running requests finish."""
+
+    def time_s(self) -> float:
+        """Current time of the replay."""
+
+    def margin_bytes(self) -> int:
+        """Bytes that the controller keeps free below the budget."""
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """Enter while a policy runs the model itself, so that its time and memory are counted."""
+
+
+class OraclePolicy:
+    """Wraps a policy with knowledge of the future budget.
+
+    It chooses for the minimum of the budget over the time that the running requests still need,
+    so that the mask need not change while they run.
+
+    Args:
+        inner: The wrapped policy.
+        budget: The budget of the whole replay.
+        state: The running replay.
+    """
+
+    name = "oracle"
+
+    def __init__(self, inner: MaskPolicy, budget: Budget, state: ReplayState) -> None:
+        self._inner = inner
+        self._budget = budget
+        self._state = state
+
+    def choose(self, request: Request) -> BlockMask:
+        """Choose a mask for the minimum of the budget while the request runs.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        now = self._state.time_s()
+        least = self._budget.least(now, now + self._state.remaining_s())
+        budget_bytes = max(1, min(request.budget_bytes, least - self._state.margin_bytes()))
+        return self._inner.choose(Request(request.batch_size, request.seq_len_tokens, budget_bytes))
+
+
+class GreedyPolicy:
+    """Greedy per byte, measured while serving.
+
+    It keeps one path of removals. A request gets the shortest prefix of the path that fits. If
+    the whole path does not fit, the path grows by the block with the smallest rise in NLL per
+    freed byte, which takes a measurement of every remaining block. The path is cleared when the
+    dense model fits again. The text stays the same, so no mask is measured twice.
+
+    Args:
+        memory: The model's byte arithmetic.
+        scorer: Measures masks.
+        state: The running replay, which counts the time and memory of the measurements.
+    """
+
+    name = "greedy"
+
+    def __init__(self, memory: MemoryModel, scorer: MaskScorer, state: ReplayState) -> None:
+        self._memory = memory
+        self._scorer = scorer
+        self._state = state
+        self._path: list[int] = []
+
+    def choose(self, request: Request) -> BlockMask:
+        """Return the shortest fitting prefix of the path; the path is extended if needed.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        costs = request_costs(self._memory, request.batch_size, request.seq_len_tokens)
+        if costs.dense_peak_bytes <= request.budget_bytes:
+            self._path.clear()
+            return BlockMask()
+        if costs.least_peak_bytes > request.budget_bytes:
+            return BlockMask.all_of(self._memory.facts.blocks)
+        while costs.peak_bytes(self._path) > request.budget_bytes:
+            self._path.append(self._next(costs, request.budget_bytes))
+        return costs.remove_until_fits(self._path, request.budget_bytes)
+
+    def _next(self, costs: RequestCosts, budget_bytes: int) -> int:
+        """Measure which block to remove after those of the path."""
+        mask = BlockMask.of(*self._path)
+        over = costs.peak_bytes(self._path) - budget_bytes
+        with self._state.measuring():
+            nll = self._scorer.nll(mask)
+            scan = self._scorer.scan(mask)
+        prices = {
+            block.index: price_per_byte(found - nll, min(costs.freed[block.index], over))
+            for block, found in scan.items()
+        }
+        return min(prices, key=prices.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -42,10 +142,10 @@ class System:
 
     Attributes:
         name: As in ``replay.systems``.
-        policy: What chooses masks.
-        guard_order: Blocks that may be removed where the policy's mask does not fit, first to be
-            removed first; None leaves that to the controller, and an empty one forbids it.
-        notes: What else there is to know, for the records.
+        policy: Chooses masks.
+        guard_order: Blocks that may be removed if the policy's mask does not fit, in the order of
+            removal; None leaves that to the controller, an empty tuple forbids it.
+        notes: Facts for the records, such as a static mask.
     """
 
     name: str
@@ -54,61 +154,63 @@ class System:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class SystemMaker:
+class SystemFactory:
     """Makes the systems of a replay.
 
     Args:
         config: All settings.
         llm: The live model.
-        load: What is asked.
+        workload: The requests.
         budget: The budget.
     """
 
-    def __init__(self, config: Config, llm: ElasticLLM, load: Load, budget: Budget) -> None:
+    def __init__(self, config: Config, llm: ElasticLLM, workload: Workload, budget: Budget) -> None:
         self._config = config
         self._llm = llm
-        self._load = load
+        self._workload = workload
         self._budget = budget
         self._memory = MemoryModel(llm)
 
-    def make(self, name: str, around: Surroundings) -> System:
-        """A system by its name.
+    def make(self, name: str, state: ReplayState) -> System:
+        """Make a system by its name.
 
         Args:
             name: One of ``replay.systems``.
-            around: For those that know more than a request.
+            state: The running replay, for the oracle and the greedy policy.
 
         Raises:
-            RapError: Its policy, table or order is missing, damaged, or of another model.
+            RapError: The policy, table or order is missing, damaged, or of another model.
         """
+        settings = self._config.replay
+        full = settings.static_batch or settings.max_batch_size
         makers: dict[str, Callable[[], System]] = {
             "dense": lambda: System("dense", DensePolicy(), ()),
-            "static_gsi": lambda: self._static("static_gsi", self._gsi_groups(), self._full),
+            "static_gsi": lambda: self._static("static_gsi", self._gsi_groups(), full),
             "static_gsi_lean": lambda: self._static("static_gsi_lean", self._gsi_groups(), 1),
-            "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), self._full),
-            "greedy": lambda: self._greedy(around),
+            "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), full),
+            "greedy": lambda: self._greedy(state),
             "frontier": lambda: System("frontier", self._frontier, self._guard_order),
             "rap": self._rap,
-            "oracle": lambda: self._oracle(around),
+            "oracle": lambda: self._oracle(state),
         }
         return makers[name]()
 
     def check(self, names: Iterable[str]) -> None:
-        """Find out before anything is run whether all systems can be made.
+        """Load the files of all systems, so that a missing one fails before any system runs.
 
         Raises:
-            RapError: One cannot be.
+            RapError: A file is missing, damaged, or of another model.
         """
         for name in names:
             if name == "rap":
                 _ = self._trained
-            if name in _OF_GSI:
+            if name in _GSI_SYSTEMS:
                 self._gsi_order()
             if name in ("frontier", "oracle"):
                 _ = self._frontier
 
     def source_sha256(self, name: str) -> str | None:
-        """Hash of the policy, table or order that a system gets from outside; None without any.
+        """Hash of the policy, table or order that a system reads from a file; None without one.
 
         Raises:
             RapError: As for `make`.
@@ -119,7 +221,7 @@ class SystemMaker:
             return digest([weights, list(self._trained.order)])
         if name in ("frontier", "oracle"):
             return digest(self._frontier.frontier.scored)
-        return digest(list(self._gsi_order())) if name in _OF_GSI else None
+        return digest(list(self._gsi_order())) if name in _GSI_SYSTEMS else None
 
     @cached_property
     def _trained(self) -> MaskPolicy:
@@ -130,15 +232,15 @@ class SystemMaker:
         found = load_policy(self._config.replay.frontier, self._memory)
         if not isinstance(found, FrontierPolicy):
             raise ExperimentError(
-                f"replay.frontier should be a frontier artifact (.json), but "
-                f"{self._config.replay.frontier} is none; build one with "
+                f"replay.frontier must be a frontier artifact (.json), but "
+                f"{self._config.replay.frontier} is not; build one with "
                 "`python -m experiments.profile frontier.evaluations=3000`."
             )
         return found
 
     @cached_property
     def _guard_order(self) -> tuple[int, ...] | None:
-        """The GSI order, where there is one; else the controller takes what is largest."""
+        """The GSI order; None without one, and the controller then removes the largest blocks."""
         try:
             return self._gsi_order()
         except (ExperimentError, OSError, ValueError):
@@ -148,37 +250,31 @@ class SystemMaker:
         order = getattr(self._trained, "order", ()) or self._guard_order
         return System("rap", self._trained, order)
 
-    def _oracle(self, around: Surroundings) -> System:
-        policy = OraclePolicy(self._frontier, self._budget, around)
+    def _oracle(self, state: ReplayState) -> System:
+        policy = OraclePolicy(self._frontier, self._budget, state)
         return System("oracle", policy, self._guard_order)
 
-    def _greedy(self, around: Surroundings) -> System:
+    def _greedy(self, state: ReplayState) -> System:
         tokens = self._calibration.tokens[:1, : self._config.replay.greedy_tokens]
         scorer = MaskScorer(self._llm, Corpus.of_tokens(tokens))
-        policy = GreedyPolicy(self._memory, scorer, around)
+        policy = GreedyPolicy(self._memory, scorer, state)
         return System("greedy", policy, self._guard_order, {"text_tokens": tokens.numel()})
-
-    @property
-    def _full(self) -> int:
-        """Rows of the batch that a static mask always has room for."""
-        settings = self._config.replay
-        return settings.static_batch or settings.max_batch_size
 
     def _gsi_groups(self) -> list[tuple[int, ...]]:
         return [(index,) for index in self._gsi_order()]
 
     def _static(self, name: str, groups: Sequence[tuple[int, ...]], rows: int) -> System:
-        """The least pruned mask of an order that always fits.
+        """Make a system with the least pruned mask of an order that always fits.
 
-        That is: the first groups of blocks, as many as it takes for so many rows of the longest
-        request to fit the least budget of the run. Where even all of them do not suffice, the
-        batch that counts is made smaller. With more rows nobody waits; with one the model is
-        the largest that can still serve anybody at any time, and batches wait for room.
+        The mask removes the fewest groups of blocks with which a batch of `rows` longest requests
+        fits the minimum of the budget. If removing all groups does not suffice, the batch shrinks.
+        A large batch never waits; a batch of one keeps the largest model that can serve every
+        request at any time, and further requests wait for memory.
         """
         settings = self._config.replay
-        least = self._budget.least(0.0, self._load.last_s + settings.queue_timeout_s)
+        least = self._budget.least(0.0, self._workload.last_s + settings.queue_timeout_s)
         for batch in range(rows, 0, -1):
-            request = Request(batch, self._load.longest_tokens, least)
+            request = Request(batch, self._workload.longest_tokens, least)
             mask = BlockMask()
             for group in groups:
                 if self._memory.peak_bytes(mask, request) <= least:
@@ -189,15 +285,15 @@ class SystemMaker:
                          "seq_len_tokens": request.seq_len_tokens}  # fmt: skip
                 return System(name, StaticPolicy(mask, name), (), notes)
         raise ExperimentError(
-            f"No mask of {self._llm.name} fits one request of {self._load.longest_tokens} tokens "
-            f"into the least budget of the replay ({least:,} bytes); raise the budget's floor."
+            f"No mask of {self._llm.name} fits one request of {self._workload.longest_tokens} "
+            f"tokens into the minimum of the budget ({least:,} bytes); raise the budget's floor."
         )
 
     def _gsi_order(self) -> tuple[int, ...]:
-        """Blocks in GSI order.
+        """Return the blocks in GSI order.
 
         Raises:
-            ExperimentError: There is none.
+            ExperimentError: No GSI order was given.
         """
         if self._config.replay.gsi is not None:
             from rap_env.importance import GSIProfile
@@ -218,7 +314,7 @@ class SystemMaker:
         )
 
     def _layers(self) -> list[tuple[int, ...]]:
-        """Whole layers, that first which turns the hidden state least (ShortGPT)."""
+        """Return whole layers in ascending order of block influence (ShortGPT)."""
         from rap_env.importance.layers import layer_influence
 
         scorer = MaskScorer(self._llm, self._calibration)
@@ -228,7 +324,6 @@ class SystemMaker:
 
     @cached_property
     def _calibration(self) -> Corpus:
-        """The text on which whoever measures does so; no part of the prompts."""
-        settings = self._config.calibration
-        text = CorpusConfig(**asdict(settings))
+        """The text that masks are measured on; it shares nothing with the prompts."""
+        text = CorpusConfig(**asdict(self._config.calibration))
         return load_corpus(text, self._llm, progress=self._config.progress)

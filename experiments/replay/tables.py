@@ -14,21 +14,20 @@ from experiments.comparison.tables import (
     seconds,
     wrapped,
 )
-from experiments.replay.rows import ReplayRow
+from experiments.replay.records import ReplayRow
 
 LEGEND = (
     "Every system gets the same arrivals under the same budget. Over budget: measured bytes above "
-    "the budget that held when a step began, integrated over time. Served: requests that got all "
-    "their tokens; those that any mask fits are counted apart. TTFT: seconds from arrival to the "
-    "first token; TPOT: seconds of each token after it; both of served requests, in the replay's "
-    "time, which runs while the engine works and jumps over idle time. Loss: what the dense model "
-    "loses on the generated tokens, less what it loses on its own greedy continuation of the same "
-    "prompts, nats per token, with a 95 % interval over requests. Masks' loss: rise of the NLL on "
-    "text from a file, mean over generated tokens. Controller: seconds of deciding and switching "
-    "as a share of all work."
+    "the budget at the start of a step, integrated over time. Served: requests that got all their "
+    "tokens; servable requests are those that some mask fits. TTFT: time from arrival to first "
+    "token; TPOT: time per output token after it; both of served requests, in the time of the "
+    "replay, which skips idle time. ΔNLL of output: NLL of the generated tokens under the dense "
+    "model minus that of its own greedy continuation of the same prompts, nats/token, with a 95 % "
+    "interval over requests. ΔNLL of masks: rise in NLL on held-out text, nats/token. Removed: "
+    "blocks. Both are means over generated tokens. Controller: decisions and switches as a share "
+    "of all work."
 )
-"""What the columns mean."""
-
+"""Meaning of the columns."""
 
 LABELS = {
     "dense": "Dense",
@@ -40,12 +39,12 @@ LABELS = {
     "rap": "RAP policy",
     "oracle": "Oracle",
 }
-"""Names of systems for people."""
+"""Display names of systems."""
 
 
 def serving_table(rows: Sequence[ReplayRow]) -> Table:
-    """Who was served, within which memory."""
-    header = ["System", "Served", "of servable", "Refused", "Gave up", "Waited", "Over budget",
+    """Served requests, and memory against the budget."""
+    header = ["System", "Served", "of servable", "Refused", "Failed", "Waited", "Over budget",
               "Steps over", "Peak"]  # fmt: skip
     return header, [
         [
@@ -59,7 +58,7 @@ def serving_table(rows: Sequence[ReplayRow]) -> Table:
 
 
 def latency_table(rows: Sequence[ReplayRow]) -> Table:
-    """How long it took."""
+    """Latency percentiles and throughput."""
     header = ["System", "TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99", "Tokens/s"]
     names = [f"{kind}_p{p}_s" for kind in ("ttft", "tpot") for p in (50, 95, 99)]
     return header, [
@@ -73,11 +72,18 @@ def latency_table(rows: Sequence[ReplayRow]) -> Table:
 
 
 def quality_table(rows: Sequence[ReplayRow]) -> Table:
-    """How good what was generated is."""
-    header = ["System", "Loss", "Masks' loss", "Same tokens", "Accuracy", "Blocks removed"]
+    """Quality of the generated text."""
+    header = [
+        "System",
+        "ΔNLL of output",
+        "ΔNLL of masks",
+        "Same tokens",
+        "Accuracy",
+        "Blocks removed",
+    ]
     return header, [
         [
-            system_label(row.system), _loss(row), _number(row.mask_loss_mean, 3),
+            system_label(row.system), _delta_nll(row), _number(row.mask_loss_mean, 3),
             percent(row.same_fraction, 0), _accuracy(row), _number(row.removed_mean, 1),
         ]
         for row in rows
@@ -85,15 +91,13 @@ def quality_table(rows: Sequence[ReplayRow]) -> Table:
 
 
 def costs_table(rows: Sequence[ReplayRow]) -> Table:
-    """What adapting costs."""
-    header = ["System", "Switches", "each", "Decisions", "each", "Masks", "Preempted", "Controller",
-              "Energy"]  # fmt: skip
+    """Cost of adaptation: switches, decisions, preemptions."""
+    header = ["System", "Switches", "each", "Decisions", "each", "Masks", "Preempted", "Controller"]
     return header, [
         [
             system_label(row.system), f"{row.switches}", _each(row.switch_s, row.switches),
             f"{row.decisions}", _each(row.decision_s, row.decisions), f"{row.masks}",
             f"{row.preemptions}", percent(row.controller_overhead_fraction, 2),
-            "-" if row.energy_j is None else f"{row.energy_j / 1e3:.2f} kJ",
         ]
         for row in rows
     ]  # fmt: skip
@@ -103,9 +107,9 @@ TABLES = {
     "Served, and memory": serving_table,
     "Latency": latency_table,
     "Quality": quality_table,
-    "Cost of adapting": costs_table,
+    "Cost of adaptation": costs_table,
 }
-"""All tables by their title."""
+"""All tables by title."""
 
 
 def replay_markdown(rows: Sequence[ReplayRow]) -> str:
@@ -122,7 +126,7 @@ def replay_text(rows: Sequence[ReplayRow]) -> str:
 
 
 def setting_words(rows: Sequence[ReplayRow]) -> str:
-    """What was replayed, in a sentence or two."""
+    """Describe what was replayed."""
     if not rows:
         return "No system was run."
     row = rows[0]
@@ -133,19 +137,19 @@ def setting_words(rows: Sequence[ReplayRow]) -> str:
         f"{row.requests} requests of {load.get('trace', 'a trace')} within "
         f"{load.get('last_arrival_s', 0):.0f} s (prompts of {prompt:.0f} and "
         f"answers of {new:.0f} tokens on average) to "
-        f"{depends.get('model', 'a model')}, under a budget that moves ({budget.get('name', '-')}; "
+        f"{depends.get('model', 'a model')}, under a moving budget ({budget.get('name', '-')}; "
         f"at least {mebibytes(row.budget_least_bytes)}, 100 % being "
         f"{mebibytes(depends.get('reference_bytes', 0))})."
     )
 
 
 def system_label(name: str) -> str:
-    """What a system is called."""
+    """Display name of a system."""
     return LABELS.get(name, name)
 
 
 def megabyte_seconds(row: ReplayRow) -> str:
-    """Byte-seconds above the budget, for people."""
+    """Format the byte-seconds above the budget."""
     amount = row.violation_byte_s / 1e6
     return "0" if amount == 0 else f"{amount:{',.0f' if amount >= 100 else '.3g'}} MB s"
 
@@ -162,7 +166,7 @@ def _each(total_s: float, count: int) -> str:
     return seconds(total_s / count) if count else "-"
 
 
-def _loss(row: ReplayRow) -> str:
+def _delta_nll(row: ReplayRow) -> str:
     if row.loss_mean is None or row.loss_ci_low is None or row.loss_ci_high is None:
         return "-"
     return str(Estimate(row.loss_mean, row.loss_ci_low, row.loss_ci_high))

@@ -1,34 +1,36 @@
-"""What a system did over time: steps and idle times, bytes against the budget, masks."""
+"""Time series of a replay: steps and idle intervals, memory against the budget, masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.replay.budgets import Budget
 from rap_env.blocks import BlockMask
 
-IDLE = "idle"
-"""The kind of a moment in which nothing runs."""
+Value = TypeVar("Value", BlockMask, str)
 
-KEPT_ROWS = 600
-"""About so many rows of a trail are written; a row then stands for several steps."""
+IDLE = "idle"
+"""Kind of an interval in which no request runs."""
+
+MAX_RECORDS = 600
+"""Approximate number of records that are written; a record then stands for several steps."""
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One step, or a time in which nothing ran.
+class Interval:
+    """One engine step, or a time without a running request.
 
     Attributes:
-        time_s: When it began.
-        duration_s: How long it took.
-        kind: As the engine calls it, or `IDLE`.
-        rows: Sequences that ran.
+        time_s: Start.
+        duration_s: Duration.
+        kind: Kind of the engine step, or `IDLE`.
+        rows: Running sequences.
         length: Tokens of each of them, padding included.
         mask: The mask under which they ran.
-        peak_bytes: Most bytes that were measured in it.
-        budget_bytes: The budget when it began.
+        peak_bytes: Maximum of the measured bytes.
+        budget_bytes: The budget at the start.
     """
 
     time_s: float
@@ -42,7 +44,7 @@ class Moment:
 
     @property
     def end_s(self) -> float:
-        """When it ended."""
+        """End of the interval."""
         return self.time_s + self.duration_s
 
     @property
@@ -51,54 +53,54 @@ class Moment:
         return max(0, self.peak_bytes - self.budget_bytes)
 
     def late_byte_s(self, budget: Budget) -> float:
-        """Byte-seconds above what the budget fell to while it went on."""
+        """Byte-seconds above a budget that fell during the interval."""
         within = min(self.peak_bytes, self.budget_bytes)
         pieces = budget.pieces(self.time_s, self.end_s)
         return sum(max(0, within - level) * seconds for seconds, level in pieces)
 
 
 @dataclass(frozen=True)
-class Trail:
-    """All moments of a system, in order of time."""
+class TimeSeries:
+    """All intervals of a system, in order of time."""
 
-    moments: tuple[Moment, ...]
+    intervals: tuple[Interval, ...]
 
     @property
     def violation_byte_s(self) -> float:
         """Integral of measured bytes above the budget, in byte-seconds."""
-        return sum(moment.over_bytes * moment.duration_s for moment in self.moments)
+        return sum(interval.over_bytes * interval.duration_s for interval in self.intervals)
 
     @property
     def violations(self) -> int:
-        """Moments with measured bytes above the budget."""
-        return sum(moment.over_bytes > 0 for moment in self.moments)
+        """Intervals with measured bytes above the budget."""
+        return sum(interval.over_bytes > 0 for interval in self.intervals)
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes that were measured."""
-        return max((moment.peak_bytes for moment in self.moments), default=0)
+        """Maximum of the measured bytes."""
+        return max((interval.peak_bytes for interval in self.intervals), default=0)
 
     def late_byte_s(self, budget: Budget) -> float:
         """Byte-seconds above a budget that fell while a step ran, up to its end."""
-        return sum(m.late_byte_s(budget) for m in self.moments if m.kind != IDLE)
+        return sum(m.late_byte_s(budget) for m in self.intervals if m.kind != IDLE)
 
-    def thinned(self, rows: int = KEPT_ROWS) -> list[dict[str, Any]]:
-        """The trail as records, steps of a short while together.
+    def downsampled(self, count: int = MAX_RECORDS) -> list[dict[str, Any]]:
+        """Return about `count` records, each of consecutive intervals.
 
-        A record has the most bytes and the least budget of its steps, the most sequences, and the
-        mask (see `mask_code`) and kind that lasted longest.
+        A record has bytes and budget of the interval with the largest excess over the budget, the
+        maximum of sequences and tokens, and the mask and kind that lasted longest.
         """
-        if not self.moments:
+        if not self.intervals:
             return []
-        start, end = self.moments[0].time_s, self.moments[-1].end_s
-        width = max(end - start, 1e-9) / rows
-        groups: dict[int, list[Moment]] = {}
-        for moment in self.moments:
-            groups.setdefault(int((moment.time_s - start) / width), []).append(moment)
+        start, end = self.intervals[0].time_s, self.intervals[-1].end_s
+        width = max(end - start, 1e-9) / count
+        groups: dict[int, list[Interval]] = {}
+        for interval in self.intervals:
+            groups.setdefault(int((interval.time_s - start) / width), []).append(interval)
         return [_record(group) for group in groups.values()]
 
 
-def _record(group: Sequence[Moment]) -> dict[str, Any]:
+def _record(group: Sequence[Interval]) -> dict[str, Any]:
     worst = max(group, key=lambda m: m.peak_bytes - m.budget_bytes)
     return {
         "time_s": round(group[0].time_s, 4),
@@ -108,24 +110,24 @@ def _record(group: Sequence[Moment]) -> dict[str, Any]:
         "length": max(m.length for m in group),
         "peak_bytes": worst.peak_bytes,
         "budget_bytes": worst.budget_bytes,
-        "mask": _longest((mask_code(m.mask), m.duration_s) for m in group),
+        "mask": list(_longest((m.mask, m.duration_s) for m in group).names),
     }
 
 
-def _longest(entries: Iterable[tuple[str, float]]) -> str:
-    """The name that lasted longest."""
-    held: dict[str, float] = {}
-    for name, seconds in entries:
-        held[name] = held.get(name, 0.0) + seconds
+def _longest(entries: Iterable[tuple[Value, float]]) -> Value:
+    """Return the value with the longest total duration."""
+    held: dict[Value, float] = {}
+    for value, seconds in entries:
+        held[value] = held.get(value, 0.0) + seconds
     return max(held, key=held.__getitem__)
 
 
-def mask_code(mask: BlockMask) -> str:
-    """A mask in few letters: a hexadecimal number whose bit i stands for removed block i."""
-    return format(sum(1 << index for index in mask.indices), "x")
+def recorded_mask(value: Sequence[str] | str) -> BlockMask:
+    """Read the mask of a record: names of the removed blocks.
 
-
-def mask_of_code(code: str) -> BlockMask:
-    """The mask that `mask_code` wrote."""
-    bits = int(code, 16)
-    return BlockMask(frozenset(i for i in range(bits.bit_length()) if bits >> i & 1))
+    Older records hold a hexadecimal number whose bit i stands for the removed block i.
+    """
+    if isinstance(value, str):
+        bits = int(value, 16)
+        return BlockMask(frozenset(i for i in range(bits.bit_length()) if bits >> i & 1))
+    return BlockMask.of(*value)

@@ -13,7 +13,6 @@ from experiments.launch import CONF_DIR
 from experiments.replay.budgets import (
     BUDGETS,
     BudgetError,
-    ConstantBudget,
     CoTenantBudget,
     SineBudget,
     StepBudget,
@@ -27,7 +26,7 @@ TENANTS = CoTenantBudget(1000, 400, (100, 200), arrivals_per_minute=20, mean_sta
 
 
 def test_a_constant_budget_stays():
-    budget = ConstantBudget(7)
+    budget = StepBudget((0,), (7,))
     assert {budget.at(t) for t in (-1, 0, 5, 1e6)} == {7}
     assert budget.least(0, 1e6) == budget.most(0, 1e6) == 7
     assert budget.next_change(0, 1e6) is None
@@ -64,7 +63,7 @@ def test_steps_start_again_after_their_period():
     assert budget.least(15, 24) == 100
 
 
-def test_a_sine_swings_around_its_mean():
+def test_a_sine_swings_state_its_mean():
     budget = SineBudget(1000, 300, period_s=40)
     seen = [budget.at(t) for t in np.arange(0, 80, 0.1)]
     assert np.mean(seen) == pytest.approx(1000, abs=5)
@@ -184,7 +183,7 @@ def test_a_missing_file_is_refused(tmp_path):
         (
             {"name": "cotenants", "capacity": 1, "floor": 0.6, "sizes": [],
              "arrivals_per_minute": 1, "mean_stay_s": 1},
-            "needs a size",
+            "at least one tenant size",
         ),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Parts of a replay on their own: clock, energy, trail, prompts, and the systems' policies."""
+"""Parts of a replay on their own: clock, time series, prompts, and the systems' policies."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 
 from experiments.config import ReplayConfig
-from experiments.replay.budgets import ConstantBudget, StepBudget
-from experiments.replay.clock import ReplayClock
-from experiments.replay.energy import EnergyMeter
-from experiments.replay.load import is_right, known_answers, make_load
-from experiments.replay.policies import GreedyPolicy, OraclePolicy
-from experiments.replay.systems import SystemMaker
-from experiments.replay.time_series import IDLE, Moment, Trail, mask_code, mask_of_code
+from experiments.replay.budgets import StepBudget
+from experiments.replay.harness import ReplayClock
+from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory
+from experiments.replay.time_series import IDLE, Interval, TimeSeries, recorded_mask
+from experiments.replay.workload import is_correct, known_answers, make_workload
 from rap_env.blocks import BlockMask
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
@@ -29,7 +27,7 @@ from tests.tiny import tiny_llm
 
 
 class Time:
-    """A stopwatch that somebody else moves on."""
+    """A stopwatch that the test moves on."""
 
     def __init__(self):
         self.now = 100.0
@@ -38,8 +36,8 @@ class Time:
         return self.now
 
 
-class Around:
-    """A replay in which what runs goes on for ten seconds."""
+class FakeState:
+    """A replay whose running requests take ten more seconds."""
 
     def __init__(self, time_s=0.0, margin=0):
         self.measured = 0
@@ -61,7 +59,7 @@ class Around:
 
 
 def moment(time_s, seconds, peak, budget, kind="decode", mask=BlockMask()):
-    return Moment(time_s, seconds, kind, 1, 8, mask, peak, budget)
+    return Interval(time_s, seconds, kind, 1, 8, mask, peak, budget)
 
 
 @pytest.fixture(scope="module")
@@ -97,84 +95,67 @@ def test_the_clock_runs_only_while_there_is_work():
     assert clock() == 10.75
 
 
-def test_energy_is_that_of_whole_packages_and_survives_a_wrap(tmp_path):
-    for name, label, energy in (
-        ("intel-rapl:0", "package-0", 9_000_000), ("intel-rapl:0:0", "core", 5), ("dtpm:0", "x", 1)
-    ):  # fmt: skip
-        zone = tmp_path / name
-        zone.mkdir()
-        (zone / "name").write_text(f"{label}\n")
-        (zone / "energy_uj").write_text(f"{energy}\n")
-        (zone / "max_energy_range_uj").write_text("10000000\n")
-    meter = EnergyMeter(tmp_path, devices=False)
-    assert meter.joules() == 0
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("9500000\n")
-    assert meter.joules() == pytest.approx(0.5)
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("250000\n")
-    assert meter.joules() == pytest.approx(1.25)
-
-
-def test_a_machine_that_tells_no_energy_gives_none(tmp_path):
-    assert EnergyMeter(tmp_path / "nothing", devices=False).joules() is None
-
-
 def test_violations_are_bytes_times_seconds_above_the_budget_at_the_start():
-    trail = Trail((
+    series = TimeSeries((
         moment(0, 2, peak=120, budget=100), moment(2, 3, peak=90, budget=100),
         moment(5, 4, peak=130, budget=100, kind=IDLE),
     ))  # fmt: skip
-    assert trail.violation_byte_s == 2 * 20 + 4 * 30
-    assert trail.violations == 2
-    assert trail.peak_bytes == 130
+    assert series.violation_byte_s == 2 * 20 + 4 * 30
+    assert series.violations == 2
+    assert series.peak_bytes == 130
 
 
 def test_what_falls_while_a_step_runs_is_counted_apart():
     budget = StepBudget((0, 10), (100, 60))
-    trail = Trail((moment(8, 5, peak=90, budget=100), moment(13, 1, peak=50, budget=60)))
-    assert trail.violation_byte_s == 0
-    assert trail.late_byte_s(budget) == pytest.approx(30 * 3)
-    over = Trail((moment(8, 5, peak=110, budget=100),))
+    series = TimeSeries((moment(8, 5, peak=90, budget=100), moment(13, 1, peak=50, budget=60)))
+    assert series.violation_byte_s == 0
+    assert series.late_byte_s(budget) == pytest.approx(30 * 3)
+    over = TimeSeries((moment(8, 5, peak=110, budget=100),))
     assert over.violation_byte_s == 50  # the 10 bytes that were too many from the start
     assert over.late_byte_s(budget) == pytest.approx(40 * 3)
 
 
-def test_a_thinned_trail_keeps_the_worst_moments():
+def test_a_downsampled_series_keeps_the_worst_intervals():
     moments = [moment(n, 1, peak=50, budget=100, mask=BlockMask.of(n % 2)) for n in range(1000)]
     moments[555] = moment(555, 1, peak=150, budget=100)
-    thinned = Trail(tuple(moments)).thinned(rows=100)
-    assert len(thinned) == 100
-    assert max(step["peak_bytes"] - step["budget_bytes"] for step in thinned) == 50
-    assert thinned[0]["time_s"] == 0
-    assert thinned[-1]["until_s"] == 1000
-    assert all(a["until_s"] <= b["time_s"] for a, b in itertools.pairwise(thinned))
-    assert Trail(()).thinned() == []
+    kept = TimeSeries(tuple(moments)).downsampled(count=100)
+    assert len(kept) == 100
+    assert max(step["peak_bytes"] - step["budget_bytes"] for step in kept) == 50
+    assert kept[0]["time_s"] == 0
+    assert kept[-1]["until_s"] == 1000
+    assert all(a["until_s"] <= b["time_s"] for a, b in itertools.pairwise(kept))
+    assert TimeSeries(()).downsampled() == []
 
 
-def test_masks_have_a_code():
-    for mask in (BlockMask(), BlockMask.of(0), BlockMask.of(3, 59, 17)):
-        assert mask_of_code(mask_code(mask)) == mask
+def test_masks_are_recorded_by_name_and_older_numbers_are_read():
+    mask = BlockMask.of(3, 59, 17)
+    (record,) = TimeSeries((moment(0, 1, 5, 9, mask=mask),)).downsampled()
+    assert record["mask"] == list(mask.names)
+    assert recorded_mask(record["mask"]) == mask
+    assert recorded_mask("800000000020008") == mask
+    assert recorded_mask("0") == recorded_mask([]) == BlockMask()
 
 
 def test_prompts_are_cut_from_the_text_and_end_where_arrivals_say(loaded):
     config, llm = loaded
-    load = make_load(config, llm)
-    assert [asked.number for asked in load.requests] == list(range(24))
-    known = [asked for asked in load.requests if asked.answer is not None]
+    workload = make_workload(config, llm)
+    assert [asked.number for asked in workload.requests] == list(range(24))
+    known = [asked for asked in workload.requests if asked.answer is not None]
     assert len(known) == 6
     text = CorpusConfig(**asdict(config.replay.text), role="report")
     stream = load_corpus(text, llm).tokens.flatten().tolist() * 2
     places = range(len(stream))
-    for asked in load.requests:
+    for asked in workload.requests:
         if asked.answer is None:
             prompt = list(asked.prompt_ids)
             assert len(prompt) == min(28, 8 + 7 * asked.number % 23)
             assert any(stream[place : place + len(prompt)] == prompt for place in places)
             assert asked.new_tokens == 3 + asked.number % 6
-    assert load.longest_tokens == max(a.total_tokens for a in load.requests)
-    again = make_load(config, llm)
-    assert again == load
-    other = make_load(replace(config, seed=1), llm)
-    assert other.provenance["sha256"] != load.provenance["sha256"]
+    assert workload.longest_tokens == max(a.total_tokens for a in workload.requests)
+    again = make_workload(config, llm)
+    assert again == workload
+    other = make_workload(replace(config, seed=1), llm)
+    assert other.provenance["sha256"] != workload.provenance["sha256"]
 
 
 def test_known_answers_follow_their_prompts():
@@ -200,8 +181,8 @@ def test_lambada_asks_for_the_last_word(tmp_path):
     ("generated", "right"),
     [(" sea", True), ("sea, and", True), ("seaside", False), ("the sea", False), ("", False)],
 )
-def test_an_answer_is_right_if_it_comes_first_as_a_whole_word(generated, right):
-    assert is_right("sea", generated) is right
+def test_an_answer_is_correct_if_it_comes_first_as_a_whole_word(generated, right):
+    assert is_correct("sea", generated) is right
 
 
 def test_the_oracle_chooses_for_the_least_budget_to_come():
@@ -211,10 +192,10 @@ def test_the_oracle_chooses_for_the_least_budget_to_come():
     budget = StepBudget((0, 8, 50), (2 * dense, int(0.9 * dense), int(0.5 * dense)))
     inner = OrderPolicy(memory, range(2 * LAYERS))
     request = Request(2, 16, 2 * dense)
-    oracle = OraclePolicy(inner, budget, Around(time_s=0))
+    oracle = OraclePolicy(inner, budget, FakeState(time_s=0))
     assert len(inner.choose(request)) == 0
     assert oracle.choose(request) == inner.choose(Request(2, 16, int(0.9 * dense)))
-    margin = OraclePolicy(inner, budget, Around(time_s=0, margin=dense // 5))
+    margin = OraclePolicy(inner, budget, FakeState(time_s=0, margin=dense // 5))
     assert len(margin.choose(request)) > len(oracle.choose(request)) > 0
     small = Request(2, 16, dense // 2)  # what there is now counts too
     assert oracle.choose(small) == inner.choose(small)
@@ -225,11 +206,11 @@ def test_greedy_removes_what_costs_least_and_measures_no_mask_twice():
 
     llm = tiny_llm(layers=LAYERS)
     memory = MemoryModel(llm)
-    scorer, around = MaskScorer(llm, torch.arange(3, 15)[None]), Around()
-    policy = GreedyPolicy(memory, scorer, around)
+    scorer, state = MaskScorer(llm, torch.arange(3, 15)[None]), FakeState()
+    policy = GreedyPolicy(memory, scorer, state)
     dense = memory.dense_peak_bytes(1, 16)
     assert policy.choose(Request(1, 16, dense)) == BlockMask()
-    assert around.measured == 0
+    assert state.measured == 0
     # One block that suffices: of those that free enough, the one with the least loss.
     freed = memory.freed_bytes(Request(1, 16, 1))
     mask = policy.choose(Request(1, 16, dense - 1))
@@ -249,35 +230,35 @@ def test_greedy_removes_what_costs_least_and_measures_no_mask_twice():
 
 def test_static_masks_are_the_least_pruned_of_their_order(loaded):
     config, llm = loaded
-    load, memory = make_load(config, llm), MemoryModel(llm)
-    dense = memory.dense_peak_bytes(3, load.longest_tokens)
-    maker = SystemMaker(config, llm, load, ConstantBudget(int(0.9 * dense)))
-    system = maker.make("static_gsi", Around())
-    order = maker._gsi_order()
+    workload, memory = make_workload(config, llm), MemoryModel(llm)
+    dense = memory.dense_peak_bytes(3, workload.longest_tokens)
+    factory = SystemFactory(config, llm, workload, StepBudget((0,), (int(0.9 * dense),)))
+    system = factory.make("static_gsi", FakeState())
+    order = factory._gsi_order()
     count = len(system.policy.mask)
     assert system.policy.mask == BlockMask.of(*order[:count])
     assert system.guard_order == ()
-    request = Request(3, load.longest_tokens, int(0.9 * dense))
+    request = Request(3, workload.longest_tokens, int(0.9 * dense))
     assert memory.peak_bytes(BlockMask.of(*order[:count]), request) <= request.budget_bytes
     assert memory.peak_bytes(BlockMask.of(*order[: count - 1]), request) > request.budget_bytes
-    layers = maker.make("static_shortgpt", Around()).policy.mask
+    layers = factory.make("static_shortgpt", FakeState()).policy.mask
     assert {index ^ 1 for index in layers} == set(layers)  # whole layers
 
 
 def test_dense_and_static_systems_may_not_be_guarded(loaded):
     config, llm = loaded
-    maker = SystemMaker(config, llm, make_load(config, llm), ConstantBudget(10**9))
+    factory = SystemFactory(config, llm, make_workload(config, llm), StepBudget((0,), (10**9,)))
     for name in ("dense", "static_gsi", "static_shortgpt"):
-        assert maker.make(name, Around()).guard_order == ()
+        assert factory.make(name, FakeState()).guard_order == ()
     for name in ("rap", "frontier", "oracle", "greedy"):
-        assert sorted(maker.make(name, Around()).guard_order) == list(range(2 * LAYERS))
+        assert sorted(factory.make(name, FakeState()).guard_order) == list(range(2 * LAYERS))
 
 
 def test_systems_depend_on_what_is_in_their_files(loaded, base):
     config, llm = loaded
-    load = make_load(config, llm)
-    maker = SystemMaker(config, llm, load, ConstantBudget(10**9))
-    hashes = {n: maker.source_sha256(n) for n in ("rap", "frontier", "oracle", "dense", "greedy")}
+    workload = make_workload(config, llm)
+    factory = SystemFactory(config, llm, workload, StepBudget((0,), (10**9,)))
+    hashes = {n: factory.source_sha256(n) for n in ("rap", "frontier", "oracle", "dense", "greedy")}
     assert hashes["dense"] is hashes["greedy"] is None
     assert hashes["frontier"] == hashes["oracle"] != hashes["rap"]
     assert np.unique([len(str(h)) for h in hashes.values() if h]).tolist() == [64]

@@ -11,12 +11,12 @@ from experiments.comparison.records import read_records
 from experiments.config import Config, ReplayConfig, TextConfig
 from experiments.config.replay import SYSTEMS
 from experiments.errors import ExperimentError
-from experiments.replay.figures import draw_all, main, read_replayed
+from experiments.replay.figures import draw_all, main, read_replay
+from experiments.replay.outcomes import REQUESTS, STEPS
 from experiments.replay.program import DECISIONS, FILE, REFERENCES, replay
-from experiments.replay.rows import OUTCOMES, ReplayRow
-from experiments.replay.summary import REQUESTS, STEPS
+from experiments.replay.records import OUTCOMES, ReplayRow
 from experiments.replay.tables import replay_markdown, replay_text
-from experiments.replay.time_series import mask_of_code
+from experiments.replay.time_series import recorded_mask
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, RapError, UnknownNameError
 from rap_env.llm.loading import load_llm
@@ -58,7 +58,7 @@ def test_all_systems_saw_the_same_requests_under_the_same_budget(folder, rows):
     assert len({row.provenance["depends_on"]["load_sha256"] for row in rows.values()}) == 1
     asked = {
         name: [(r["number"], r["arrived_s"], r["prompt_tokens"], r["new_tokens"]) for r in records]
-        for name, records in read_replayed(folder).requests.items()
+        for name, records in read_replay(folder).requests.items()
     }
     assert len(asked["dense"]) == 24
     assert all(found == asked["dense"] for found in asked.values())
@@ -96,7 +96,7 @@ def test_the_dense_model_never_removes_and_holds_more_than_the_budget_when_it_fa
     assert dense.switches == 0
     assert dense.removed_mean == 0
     assert dense.violation_byte_s > 0
-    assert {s["mask"] for s in read_records(folder / STEPS / "dense.jsonl")} == {"0"}
+    assert all(s["mask"] == [] for s in read_records(folder / STEPS / "dense.jsonl"))
 
 
 def test_static_masks_always_fit_and_never_change(config, folder, rows):
@@ -111,7 +111,7 @@ def test_static_masks_always_fit_and_never_change(config, folder, rows):
         least = Request(*shape, rows[name].budget_least_bytes)
         assert memory.peak_bytes(mask, least) <= least.budget_bytes
         steps = read_records(folder / STEPS / f"{name}.jsonl")
-        assert {mask_of_code(step["mask"]) for step in steps} == {mask}
+        assert {recorded_mask(step["mask"]) for step in steps} == {mask}
         assert rows[name].switches == 0
 
 
@@ -133,13 +133,13 @@ def test_losses_are_means_over_served_requests(folder, rows):
 def test_references_are_the_dense_models_greedy_continuations(config, folder):
     import torch
 
-    from experiments.replay.load import make_load
+    from experiments.replay.workload import make_workload
 
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
-    load = make_load(config, llm)
+    workload = make_workload(config, llm)
     found = {r["number"]: r for r in read_records(folder / REFERENCES)}
     assert set(found) == set(range(24))
-    for asked in load.requests[:5]:
+    for asked in workload.requests[:5]:
         ids = torch.tensor([asked.prompt_ids])
         losses = []
         for token in found[asked.number]["token_ids"]:
@@ -183,10 +183,10 @@ def test_a_killed_system_starts_anew_and_the_others_stay(config, folder, monkeyp
     kept = lines[:-1]
     (folder / FILE).write_bytes(b"".join(kept) + lines[-1][: len(lines[-1]) // 2])
     ran = []
-    serve = "experiments.replay.serve.Server.run"
-    from experiments.replay.serve import Server
+    serve = "experiments.replay.harness.ReplayHarness.run"
+    from experiments.replay.harness import ReplayHarness
 
-    original = Server.run
+    original = ReplayHarness.run
 
     def noted(self, name, *args, **kwargs):
         ran.append(name)
@@ -233,12 +233,13 @@ def test_tables_have_a_line_for_each_system(folder, rows):
 
 
 def test_the_picture_shows_as_many_layers_as_the_model_has(folder):
-    assert read_replayed(folder).num_layers == LAYERS
+    assert read_replay(folder).num_layers == LAYERS
 
 
 def test_a_row_of_another_version_is_refused(rows):
     record = rows["rap"].to_record()
     assert ReplayRow.from_record(record) == rows["rap"]
+    assert ReplayRow.from_record({**record, "energy_j": None}) == rows["rap"]  # an older record
     with pytest.raises(ArtifactError, match="unknown keys: colour"):
         ReplayRow.from_record({**record, "colour": "red"})
 

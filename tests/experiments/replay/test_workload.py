@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.replay.arrivals import FITTED, Arrival, Thinning, drawn_arrivals, read_arrivals
+from experiments.replay.workload import (
+    FITTED_TRAFFIC,
+    Arrival,
+    Thinning,
+    read_arrivals,
+    sample_arrivals,
+)
 from rap_env.errors import UnknownNameError
 from rap_env.workload.traces import TraceError
 
@@ -81,10 +87,10 @@ def test_impossible_thinning_is_refused(settings, name):
         Thinning(**settings)
 
 
-def test_drawn_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
+def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
     thinning = Thinning(minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6)
-    for name, (table, share) in FITTED.items():
-        found = drawn_arrivals(name, 60, thinning, seed=1)
+    for name, (table, share) in FITTED_TRAFFIC.items():
+        found = sample_arrivals(name, 60, thinning, seed=1)
         assert len(found) == pytest.approx(3600, rel=0.05)
         gaps = np.diff([arrival.time_s for arrival in found])
         assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
@@ -92,14 +98,14 @@ def test_drawn_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
         assert np.median(totals) == pytest.approx(float(table.at(0.5)), rel=0.1)
         new = sum(arrival.new_tokens for arrival in found)
         assert new / sum(totals) == pytest.approx(share, rel=0.1)
-        assert found == drawn_arrivals(name, 60, thinning, seed=1)
-        assert found != drawn_arrivals(name, 60, thinning, seed=2)
+        assert found == sample_arrivals(name, 60, thinning, seed=1)
+        assert found != sample_arrivals(name, 60, thinning, seed=2)
 
 
 def test_unknown_traffic_and_no_arrivals_are_refused():
     with pytest.raises(UnknownNameError, match="Did you mean 'azure-conv'"):
-        drawn_arrivals("azure-conf", 60, Thinning())
+        sample_arrivals("azure-conf", 60, Thinning())
     with pytest.raises(TraceError, match="arrivals_per_minute"):
-        drawn_arrivals("azure-conv", 0, Thinning())
+        sample_arrivals("azure-conv", 0, Thinning())
     with pytest.raises(TraceError, match="No request arrives"):
-        drawn_arrivals("azure-conv", 0.001, Thinning(minutes=0.001))
+        sample_arrivals("azure-conv", 0.001, Thinning(minutes=0.001))

@@ -1,0 +1,282 @@
+"""Outcomes: what became of each request, and the row of a system that follows from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.comparison.records import write_records
+from experiments.comparison.statistics import bootstrap_mean
+from experiments.replay.budgets import Budget
+from experiments.replay.quality import OutputQuality, QualityEvaluator
+from experiments.replay.records import ReplayRow
+from experiments.replay.systems import System
+from experiments.replay.time_series import TimeSeries
+from experiments.replay.workload import ReplayRequest
+from rap_env.blocks import BlockMask
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import EngineStats
+from rap_env.runtime.request_handle import RequestHandle
+
+STEPS, REQUESTS = "replay_steps", "replay_requests"
+"""Folders beside ``replay.jsonl`` with a JSON-lines file for each system."""
+
+_WAITED_TOO_LONG, _NEVER_FITS = "waited longer", "fit no budget"
+"""Parts of the engine's messages about requests that it gives up."""
+
+
+@dataclass
+class RequestOutcome:
+    """What became of one request.
+
+    Attributes:
+        request: The request.
+        handle: Its handle in the engine; None if it was rejected.
+        outcome: One of `experiments.replay.records.OUTCOMES`.
+        waited: Whether it waited because memory was short.
+    """
+
+    request: ReplayRequest
+    handle: RequestHandle | None = None
+    outcome: str = "unserved"
+    waited: bool = False
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token, in seconds from the arrival; None without a token."""
+        if self.handle is None or self.handle.first_token_s is None:
+            return None
+        return self.handle.first_token_s - self.request.time_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first, in seconds; None with fewer than two tokens."""
+        handle = self.handle
+        if handle is None or handle.first_token_s is None or handle.ended_s is None:
+            return None
+        more = len(handle.token_ids) - 1
+        return (handle.ended_s - handle.first_token_s) / more if more > 0 else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further token will follow."""
+        refused = self.outcome in ("refused", "queue_full")
+        return refused or bool(self.handle and self.handle.done)
+
+    def update(self) -> None:
+        """Set the outcome from the handle, if the handle is done."""
+        handle = self.handle
+        if handle is None or not handle.done:
+            return
+        error = handle.error or ""
+        if handle.reason in ("length", "stop"):
+            self.outcome = "served"
+        elif _WAITED_TOO_LONG in error:
+            self.outcome = "timed_out"
+        elif _NEVER_FITS in error:
+            self.outcome = "refused"
+        elif handle.reason == "error":
+            self.outcome = "failed"
+
+
+@dataclass(frozen=True)
+class SystemRun:
+    """The run of one system.
+
+    Attributes:
+        system: The system.
+        outcomes: What became of each request, in order of arrival.
+        series: Steps and idle intervals over time.
+        controller: The controller, with its counters.
+        stats: Counters of the engine.
+        busy_s: Seconds of the engine's steps that did work.
+    """
+
+    system: System
+    outcomes: tuple[RequestOutcome, ...]
+    series: TimeSeries
+    controller: RuntimeController
+    stats: EngineStats
+    busy_s: float
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """The run of a system, and the quality of its output.
+
+    Attributes:
+        run: The run.
+        qualities: Quality of each served request, by its number.
+        mask_delta_nll: ΔNLL of the masks on held-out text, mean over generated tokens, in nats
+            per token; None if it was not measured.
+    """
+
+    run: SystemRun
+    qualities: dict[int, OutputQuality]
+    mask_delta_nll: float | None
+
+
+def evaluate_run(run: SystemRun, evaluator: QualityEvaluator) -> EvaluatedRun:
+    """Measure the quality of everything that a system generated.
+
+    Raises:
+        NonFiniteScoreError: The model returned NaN or infinity.
+    """
+    done = [o for o in run.outcomes if o.outcome == "served" and o.handle and o.handle.token_ids]
+    qualities = {
+        o.request.number: evaluator.evaluate(o.request, o.handle.token_ids)
+        for o in done
+        if o.handle
+    }
+    return EvaluatedRun(run, qualities, evaluator.mask_delta_nll(_tokens_by_mask(done)))
+
+
+def make_row(
+    found: EvaluatedRun, budget: Budget, memory: MemoryModel, provenance: dict[str, Any]
+) -> ReplayRow:
+    """Make the row of a system.
+
+    Args:
+        found: Its evaluated run.
+        budget: The budget.
+        memory: The model's byte arithmetic.
+        provenance: As in `ReplayRow`.
+    """
+    run, series = found.run, found.run.series
+    done = [o for o in run.outcomes if o.outcome == "served"]
+    counts = Counter(o.outcome for o in run.outcomes)
+    end = series.intervals[-1].end_s if series.intervals else 0.0
+    servable = sum(_fits_alone(o.request, budget.most(0.0, end), memory) for o in run.outcomes)
+    ttft = [o.ttft_s for o in done if o.ttft_s is not None]
+    tpot = [o.tpot_s for o in done if o.tpot_s is not None]
+    tokens = sum(len(o.handle.token_ids) for o in done if o.handle)
+    by_mask = _tokens_by_mask(done)
+    controller = run.controller
+    stats = run.stats
+    duration = max((o.handle.ended_s or 0.0 for o in done if o.handle), default=0.0)
+    duration -= run.outcomes[0].request.time_s
+    return ReplayRow(
+        system=run.system.name,
+        requests=len(run.outcomes),
+        served=len(done),
+        served_fraction=len(done) / len(run.outcomes),
+        servable=servable,
+        served_fraction_of_servable=len(done) / servable if servable else None,
+        refused=counts["refused"],
+        queue_full=counts["queue_full"],
+        timed_out=counts["timed_out"],
+        failed=counts["failed"] + counts["unserved"],
+        queued=sum(o.waited for o in run.outcomes),
+        preemptions=stats.preemptions,
+        violation_byte_s=series.violation_byte_s,
+        violations=series.violations,
+        late_byte_s=series.late_byte_s(budget),
+        peak_bytes=series.peak_bytes,
+        budget_least_bytes=budget.least(0.0, end),
+        **_percentiles("ttft", ttft),
+        **_percentiles("tpot", tpot),
+        tokens=tokens,
+        tokens_per_s=tokens / duration if duration > 0 else 0.0,
+        duration_s=max(0.0, duration),
+        busy_s=run.busy_s,
+        controller_overhead_fraction=stats.overhead_s / stats.busy_s if stats.busy_s else 0.0,
+        decisions=controller.decisions,
+        decision_s=controller.decision_s,
+        switches=controller.switches,
+        switch_s=controller.switch_s,
+        masks=len(by_mask),
+        removed_mean=_mean_removed(by_mask),
+        **_quality(list(found.qualities.values()), found.mask_delta_nll, tokens),
+        notes=run.system.notes,
+        provenance=provenance,
+    )
+
+
+def write_details(folder: Path, found: EvaluatedRun) -> None:
+    """Write what figures need beside the row: steps over time, and a record for each request.
+
+    Raises:
+        StorageFullError: The disk is full.
+    """
+    name = f"{found.run.system.name}.jsonl"
+    write_records(folder / STEPS / name, found.run.series.downsampled())
+    requests = [
+        _request_record(o, found.qualities.get(o.request.number)) for o in found.run.outcomes
+    ]
+    write_records(folder / REQUESTS / name, requests)
+
+
+def _request_record(outcome: RequestOutcome, quality: OutputQuality | None) -> dict[str, Any]:
+    request, handle = outcome.request, outcome.handle
+    record = {
+        "number": request.number,
+        "arrived_s": round(request.time_s, 4),
+        "prompt_tokens": len(request.prompt_ids),
+        "new_tokens": request.new_tokens,
+        "outcome": outcome.outcome,
+        "waited": outcome.waited,
+        "ttft_s": _rounded(outcome.ttft_s),
+        "tpot_s": _rounded(outcome.tpot_s),
+        "tokens": len(handle.token_ids) if handle else 0,
+        "preemptions": handle.preemptions if handle else 0,
+        "masks": len(set(handle.masks)) if handle else 0,
+        "removed_mean": _rounded(_mean_removed(_tokens_by_mask([outcome]))),
+    }
+    if quality is not None:
+        record |= {
+            "nll": _rounded(quality.nll), "loss": _rounded(quality.delta_nll), "same": quality.same,
+            "right": quality.right,
+        }  # fmt: skip
+    return record
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _percentiles(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """Return p50, p95 and p99 under the names of the row."""
+    found = np.percentile(values, [50, 95, 99]).tolist() if values else [None] * 3
+    return {f"{name}_p{p}_s": value for p, value in zip((50, 95, 99), found, strict=True)}
+
+
+def _quality(
+    qualities: Sequence[OutputQuality], mask_delta_nll: float | None, tokens: int
+) -> dict[str, Any]:
+    """Return the entries of the row on quality."""
+    delta = bootstrap_mean([q.delta_nll for q in qualities]) if qualities else None
+    known = [q.right for q in qualities if q.right is not None]
+    return {
+        "loss_mean": delta.mean if delta else None,
+        "loss_ci_low": delta.low if delta else None,
+        "loss_ci_high": delta.high if delta else None,
+        "mask_loss_mean": mask_delta_nll,
+        "generated_nll_mean": float(np.mean([q.nll for q in qualities])) if qualities else None,
+        "same_fraction": sum(q.same for q in qualities) / tokens if tokens else None,
+        "accuracy": sum(known) / len(known) if known else None,
+        "accuracy_n": len(known),
+    }
+
+
+def _tokens_by_mask(outcomes: Sequence[RequestOutcome]) -> dict[BlockMask, int]:
+    """Count the tokens generated under each mask."""
+    return dict(Counter(mask for o in outcomes if o.handle for mask in o.handle.masks))
+
+
+def _mean_removed(tokens: dict[BlockMask, int]) -> float | None:
+    """Mean number of removed blocks over tokens."""
+    if not tokens:
+        return None
+    return float(np.average([len(mask) for mask in tokens], weights=list(tokens.values())))
+
+
+def _fits_alone(request: ReplayRequest, most_bytes: int, memory: MemoryModel) -> bool:
+    """Whether a mask exists with which the request, alone, fits into `most_bytes`."""
+    return memory.least_peak_bytes(Request(1, request.total_tokens, most_bytes)) <= most_bytes
