@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ from agents.checkpoint import Checkpoint, checkpoint_of
 from agents.networks.heads import ActorCriticHeads, BlockScores, DuelingHeads
 from agents.networks.rows import BlockRows
 from agents.networks.settings import PolicySettings
-from agents.policy import SeesBlocks
-from agents.transfer import fitting_policy
+from agents.trained_policy import fitting_policy
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
 from rap_env.runtime.policy_network import Floats, NetworkWeights
 from rap_env.version import __version__
 
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
 
-def export_policy(run_dir: str | Path, context: SeesBlocks) -> PolicyFile:
+
+def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
     """The policy of a training, as it serves one model without stable-baselines3.
 
     Args:

@@ -120,7 +120,7 @@ def main(settings: DecideSettings) -> None:
     Raises:
         RapError: The model or the policy cannot be loaded.
     """
-    from agents.policy import TrainedPolicy
+    from agents.trained_policy import TrainedPolicy
 
     memory = MemoryModel(open_model(settings).facts)
     network = load_policy(settings.policy, memory)
@@ -132,7 +132,7 @@ def main(settings: DecideSettings) -> None:
     trained = TrainedPolicy(torch_policy(file, builder), builder)
     sides = {
         "exported": Side(network.choose, requests, settings.rounds),
-        "torch": Side(lambda request: trained.select(request).mask, requests, settings.rounds),
+        "torch": Side(trained.choose, requests, settings.rounds),
     }
     seconds: dict[str, list[float]] = alternate(sides, settings.repeats)
     _write(settings, memory, sides, seconds)

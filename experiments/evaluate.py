@@ -6,11 +6,12 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from agents.baselines.base import MeasuredChoice, measure_choice
 from experiments.comparison.grid import Asked, all_asked
 from experiments.comparison.methods import Contestant, check_names, contestants
 from experiments.comparison.records import (
@@ -33,9 +34,6 @@ from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from agents.baselines import MaskChoice
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +77,7 @@ class Bench:
         if context.memory.facts.repair:  # rows without stubs keep the keys that they always had
             self.depends_on["repair"] = context.memory.facts.repair
 
-    def judge(self, contestant: Contestant, asked: Asked, choice: MaskChoice) -> ResultRow:
+    def judge(self, contestant: Contestant, asked: Asked, choice: MeasuredChoice) -> ResultRow:
         """The row of one choice.
 
         Raises:
@@ -177,7 +175,8 @@ def _all_rows(
         if id(entry) not in warm:
             _warm_up(entry, asked.request)
             warm.add(id(entry))
-        found[key] = bench.judge(entry, asked, entry.selector.select(asked.request))
+        choice = measure_choice(entry.policy, asked.request, bench.context.scorer)
+        found[key] = bench.judge(entry, asked, choice)
         append_record(run.results, found[key].to_record())
     return list(found.values())
 
@@ -218,7 +217,7 @@ def _importance_identity(config: Config, context: PruningContext) -> dict[str, A
 def _warm_up(contestant: Contestant, request: Request) -> None:
     """One unmeasured choice of a trained policy: the first call pays for torch's set-up."""
     if "run" in contestant.identity:
-        contestant.selector.select(request)
+        contestant.policy.choose(request)
 
 
 def _log_results(comparison: Comparison, loggers: Loggers) -> None:

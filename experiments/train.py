@@ -11,7 +11,7 @@ from typing import Any
 
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, TrainResult
 from experiments.comparison.figures import PNG_DPI, style
 from experiments.comparison.grid import Cell, Choice, choice_table, choices, grid_requests

@@ -1,31 +1,38 @@
-"""Ways to choose a mask without learning, each aware of the KV cache and counted in evaluations.
+"""Methods that choose a mask without learning, each aware of the KV cache unless it says not.
 
-A plain dictionary is the registry: `make_baseline` makes one by name.
+`BASELINES` is the registry; `make_baseline` makes one by name.
 """
 
 from __future__ import annotations
 
-from agents.baselines.base import Baseline, MaskChoice
-from agents.baselines.beam import BeamBaseline
-from agents.baselines.bench import Bench
+from typing import TYPE_CHECKING
+
+from agents.baselines.base import Baseline
 from agents.baselines.evolutionary import EvolutionaryBaseline
-from agents.baselines.frontier import FrontierBaseline
-from agents.baselines.greedy import GreedyPerByteBaseline
 from agents.baselines.knapsack import KnapsackBaseline
-from agents.baselines.layers import ShortGPTBaseline, SLEBBaseline
-from agents.baselines.oracle import OracleBaseline
 from agents.baselines.orders import (
     AttentionOnlyBaseline,
     BlockInfluenceBaseline,
     DenseBaseline,
     FFNOnlyBaseline,
+    FrontierBaseline,
     GSIBaseline,
     OneShotBaseline,
     OneShotPerByteBaseline,
     RandomBaseline,
+    ShortGPTBaseline,
 )
-from agents.baselines.swaps import GreedySwapsBaseline
+from agents.baselines.searches import (
+    BeamBaseline,
+    GreedyPerByteBaseline,
+    GreedySwapsBaseline,
+    OracleBaseline,
+    SLEBBaseline,
+)
 from rap_env.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
 
 BASELINES: dict[str, type[Baseline]] = {
     baseline.name: baseline
@@ -50,14 +57,15 @@ BASELINES: dict[str, type[Baseline]] = {
     )
 }
 
-__all__ = ["BASELINES", "Baseline", "Bench", "MaskChoice", "make_baseline"]
+__all__ = ["BASELINES", "Baseline", "make_baseline"]
 
 
-def make_baseline(name: str, context: Bench, seed: int = 0) -> Baseline:
-    """The baseline called `name`, its shared profiles measured or loaded.
+def make_baseline(name: str, context: PruningContext, seed: int = 0) -> Baseline:
+    """Make a baseline; the importance that it needs is measured or loaded.
 
     Raises:
         UnknownNameError: There is no such baseline.
+        ArtifactError: The context lacks an importance order or table that the baseline needs.
     """
     if name not in BASELINES:
         raise UnknownNameError("baseline", name, BASELINES)

@@ -1,4 +1,4 @@
-"""What every way of choosing a mask gives, and what several of them need."""
+"""The interface of baselines, what several of them share, and how a choice is measured."""
 
 from __future__ import annotations
 
@@ -7,131 +7,174 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Protocol
 
-from agents.baselines.bench import Bench, Scorer
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 
-_ROUNDING = 1e-6  # of sums of parts of a text
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+    from rap_env.scoring.interface import Scorer
+
+_ROUNDING = 1e-6  # error of a sum of fractions of a text
 
 
-@dataclass(frozen=True)
-class MaskChoice:
-    """A mask chosen for one request, and what the choice cost.
+class CountingPolicy(MaskPolicy, Protocol):
+    """A policy that counts the masks it had to score.
 
     Attributes:
-        mask: The blocks to remove.
-        evaluations: Masks whose score the choice needed, a score kept from before counted too:
-            what a server with an empty store would have to run for this request.
-        block_forwards: Blocks that were really run on the calibration text meanwhile.
-        decision_s: Wall time of the choice in seconds. A score that was kept from before counts
-            with the time of one pass over the calibration text (no less than it took).
-        fits: Whether the request fits its budget under `mask`; False only where the method
-            cannot reach it (``dense``, or one kind of block alone).
+        evaluations: Passes over the calibration text that all choices so far needed, rounded up
+            for each request. A stored score counts too: the number says what a server with an
+            empty score store would have to run.
     """
 
-    mask: BlockMask
     evaluations: int
-    block_forwards: float
-    decision_s: float
-    fits: bool = True
 
 
 class Baseline(ABC):
-    """A way to choose a mask for a request without learning.
+    """Chooses a mask without learning; implements `CountingPolicy`.
 
-    Removal goes on until the request's peak bytes, KV cache included, are within budget.
+    A baseline removes blocks until the request's peak bytes, KV cache included, are within the
+    budget. Only ``dense`` and the baselines that remove a single kind of block may fail to
+    reach it.
 
     Args:
-        context: The model's memory, scores and importance.
-        seed: Seed of what is random in it.
+        context: Memory model, scorer and importance of the model that is pruned.
+        seed: Seed of everything random in the baseline.
 
     Attributes:
-        name: What it is called.
-        kv_aware: Whether it counts the KV cache.
-        seeded: Whether what it chooses depends on the seed.
+        name: Name in the registry and in records.
+        kv_aware: Whether the baseline counts the KV cache.
+        seeded: Whether its choices depend on the seed.
+        evaluations: As in `CountingPolicy`.
     """
 
-    name: ClassVar[str]
-    kv_aware: ClassVar[bool] = True
-    seeded: ClassVar[bool] = False
+    name: str
+    kv_aware = True
+    seeded = False
 
-    def __init__(self, context: Bench, seed: int = 0) -> None:
+    def __init__(self, context: PruningContext, seed: int = 0) -> None:
         self.memory = context.memory
         self.scorer = context.scorer
         self.seed = seed
+        self.evaluations = 0
 
     @property
     def setup_evaluations(self) -> int:
-        """Masks that had to be scored once, before the first request; 0 if none."""
+        """Masks scored once, before the first request."""
         return 0
 
-    def select(self, request: Request) -> MaskChoice:
-        """Choose the blocks to remove for `request`.
+    def choose(self, request: Request) -> BlockMask:
+        """Return the blocks to remove for a request.
 
         Raises:
-            InvalidRequestError: The batch or the length does not suit the model.
-            InfeasibleBudgetError: No mask at all fits the budget.
+            InvalidRequestError: The model cannot serve the batch size or the length.
+            InfeasibleBudgetError: No mask fits the budget.
         """
         self.memory.check(request.batch_size, request.seq_len_tokens)
         self.memory.check_feasible(request)
-        ran, forwards = self.scorer.passes, self.scorer.block_forwards
-        start = time.perf_counter()
-        mask, evaluations = self._choose(request)
-        decision_s = time.perf_counter() - start
-        stored = evaluations - math.ceil(self.scorer.passes - ran - _ROUNDING)
-        if stored > 0:  # a search is not quick because somebody ran it before
-            decision_s += stored * self.scorer.evaluation_s
-        return MaskChoice(
-            mask=mask,
-            evaluations=evaluations,
-            block_forwards=self.scorer.block_forwards - forwards,
-            decision_s=decision_s,
-            fits=fits(self.memory, mask, request),
-        )
+        scores = CountingScorer(self.scorer)
+        mask = self._choose(request, scores)
+        self.evaluations += scores.evaluations
+        return mask
 
     @abstractmethod
-    def _choose(self, request: Request) -> tuple[BlockMask, int]:
-        """The mask, and how many masks had to be scored to find it."""
+    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+        """Return the mask; score masks only through `scores`, which counts them."""
 
 
-class Tally:
-    """Scores masks and counts them, each once.
+class CountingScorer:
+    """Scores masks for one request and counts the passes over the text that this needs.
+
+    A mask that was scored on the whole text is remembered and counts once.
 
     Args:
-        scorer: What scores them.
+        scorer: Runs the masks, or finds their scores in its store.
     """
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
         self._nll: dict[BlockMask, float] = {}
+        self._windows = 0  # scored on a part of the text
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the text."""
+        return self._scorer.num_windows
 
     @property
     def evaluations(self) -> int:
-        """Different masks asked for so far."""
-        return len(self._nll)
+        """Passes over the whole text so far, rounded up; a part of the text counts as that part."""
+        return len(self._nll) + -(-self._windows // self.num_windows)
 
     def nll_many(self, masks: Sequence[BlockMask]) -> list[float]:
-        """NLL of several masks, nats per token; what they share runs once."""
+        """NLL of several masks, nats per token; common prefixes of the masks run once."""
         new = [mask for mask in dict.fromkeys(masks) if mask not in self._nll]
         if new:
             self._nll |= dict(zip(new, self._scorer.nll_many(new), strict=True))
         return [self._nll[mask] for mask in masks]
 
-    def knows(self, mask: BlockMask) -> bool:
-        """Whether a mask was asked for already."""
-        return mask in self._nll
+    def nll_on(self, masks: Sequence[BlockMask], windows: Sequence[int]) -> list[float]:
+        """NLL of several masks on some windows of the text, nats per token; not remembered."""
+        self._windows += len(masks) * len(windows)
+        return self._scorer.nll_on(masks, windows)
 
     def nll(self, mask: BlockMask) -> float:
         """NLL of one mask, nats per token."""
         return self.nll_many([mask])[0]
 
     def best(self, masks: Sequence[BlockMask]) -> BlockMask:
-        """The mask of least NLL; of equals the first."""
+        """Return the mask with the lowest NLL; the first one of equals."""
         nll = dict(zip(masks, self.nll_many(masks), strict=True))
         return min(nll, key=nll.__getitem__)
+
+    def first_affordable(self, masks: Sequence[BlockMask], limit: int) -> list[BlockMask]:
+        """Score and return the first masks that keep `evaluations` within `limit`."""
+        left = limit - self.evaluations
+        chosen = []
+        for mask in masks:
+            left -= mask not in self._nll
+            if left >= 0:
+                chosen.append(mask)
+        self.nll_many(chosen)
+        return chosen
+
+
+@dataclass(frozen=True)
+class MeasuredChoice:
+    """A mask chosen for one request, and the cost of choosing it.
+
+    Attributes:
+        mask: The blocks to remove.
+        evaluations: Masks whose scores the choice needed, stored scores included.
+        decision_s: Wall time of the choice in seconds. A stored score counts with the time of
+            one pass over the calibration text.
+    """
+
+    mask: BlockMask
+    evaluations: int
+    decision_s: float
+
+
+def measure_choice(policy: CountingPolicy, request: Request, scorer: Scorer) -> MeasuredChoice:
+    """Let a policy choose a mask, and measure the cost.
+
+    Args:
+        policy: A baseline or a trained policy.
+        request: The request.
+        scorer: The scorer that the policy uses; tells which scores were stored.
+    """
+    counted, ran = policy.evaluations, scorer.passes
+    start = time.perf_counter()
+    mask = policy.choose(request)
+    decision_s = time.perf_counter() - start
+    evaluations = policy.evaluations - counted
+    stored = evaluations - math.ceil(scorer.passes - ran - _ROUNDING)
+    if stored > 0:  # a stored score does not make the search itself faster
+        decision_s += stored * scorer.evaluation_s
+    return MeasuredChoice(mask, evaluations, decision_s)
 
 
 def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:
@@ -139,15 +182,15 @@ def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:
     return memory.peak_bytes(mask, request) <= request.budget_bytes
 
 
-def put_back_needless(
+def restore_unneeded(
     memory: MemoryModel, mask: BlockMask, order: Iterable[int], request: Request
 ) -> BlockMask:
-    """Put back every removed block that the request fits without, in the given order.
+    """Restore every removed block without which the request still fits.
 
     Args:
         memory: Byte arithmetic of the model.
         mask: A mask under which the request fits.
-        order: Blocks, those first that are best put back; others stay removed.
+        order: Blocks that may be restored, in the order in which this is tried.
         request: The request.
     """
     for index in order:
@@ -157,6 +200,6 @@ def put_back_needless(
     return mask
 
 
-def price_per_byte(loss_rise: float, useful_bytes: int) -> float:
-    """Nats per useful byte; a removal that lowers the loss is better the more it lowers it."""
-    return loss_rise / max(useful_bytes, 1) if loss_rise > 0 else loss_rise
+def price_per_byte(delta_nll: float, useful_bytes: int) -> float:
+    """Nats per useful byte of a removal; a negative `delta_nll` is its own price, at any size."""
+    return delta_nll / max(useful_bytes, 1) if delta_nll > 0 else delta_nll

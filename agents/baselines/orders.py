@@ -1,32 +1,34 @@
-"""Baselines that follow one order of blocks until the request fits."""
+"""Baselines that score nothing per request: fixed orders of removal, and the frontier table."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.base import Baseline, price_per_byte
-from agents.baselines.bench import Bench
+from agents.baselines.base import Baseline, CountingScorer, fits, price_per_byte
+from agents.baselines.searches import whole_layer
 from rap_env.blocks import BlockKind, BlockMask
 from rap_env.costs import request_costs
-from rap_env.errors import ArtifactError
 from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
 
 
 class OrderBaseline(Baseline):
     """Removes blocks in an order until the request fits."""
 
-    def _choose(self, request: Request) -> tuple[BlockMask, int]:
+    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
-        return costs.remove_until_fits(self._order(request), request.budget_bytes), 0
+        return costs.remove_until_fits(self._order(request), request.budget_bytes)
 
     @abstractmethod
     def _order(self, request: Request) -> Sequence[int]:
-        """Indices of blocks, first to be removed first."""
+        """Return block indices in order of removal."""
 
 
 class RandomBaseline(OrderBaseline):
@@ -41,7 +43,7 @@ class RandomBaseline(OrderBaseline):
 
 
 class DenseBaseline(OrderBaseline):
-    """Removes nothing; the reference that seldom fits."""
+    """Removes nothing; the reference, which seldom fits."""
 
     name = "dense"
     kv_aware = False
@@ -51,17 +53,18 @@ class DenseBaseline(OrderBaseline):
 
 
 class OneShotBaseline(OrderBaseline):
-    """Removes first what alone costs the dense model least."""
+    """Removes blocks in ascending order of their one-shot importance."""
 
     name = "one_shot"
 
-    def __init__(self, context: Bench, seed: int = 0) -> None:
+    def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        self._blocks = _ascending(context.one_shot.loss_rise)
+        self._delta_nll = np.asarray(context.one_shot.loss_rise, dtype=np.float64)
+        self._blocks = _ascending(self._delta_nll)
 
     @property
     def setup_evaluations(self) -> int:
-        """The dense model, and each block left out once."""
+        """The dense model, and the model without each block in turn."""
         return self.memory.facts.num_blocks + 1
 
     def _order(self, request: Request) -> Sequence[int]:
@@ -69,24 +72,20 @@ class OneShotBaseline(OrderBaseline):
 
 
 class OneShotPerByteBaseline(OneShotBaseline):
-    """Removes first what alone costs the dense model least for each byte the request gets."""
+    """Removes blocks in ascending order of one-shot importance per byte freed for the request."""
 
     name = "one_shot_per_byte"
 
-    def __init__(self, context: Bench, seed: int = 0) -> None:
-        super().__init__(context, seed)
-        self._loss_rise = np.asarray(context.one_shot.loss_rise, dtype=np.float64)
-
     def _order(self, request: Request) -> Sequence[int]:
         freed = self.memory.freed_bytes(request)
-        prices = [price_per_byte(*pair) for pair in zip(self._loss_rise, freed, strict=True)]
+        prices = [price_per_byte(*pair) for pair in zip(self._delta_nll, freed, strict=True)]
         return _ascending(np.array(prices))
 
 
 class _OneKindBaseline(OneShotBaseline):
     """The one-shot order within one kind of block; may end before the request fits."""
 
-    kind: ClassVar[BlockKind]
+    kind: BlockKind
 
     def _order(self, request: Request) -> Sequence[int]:
         kinds = {block.index: block.kind for block in self.memory.facts.blocks}
@@ -108,21 +107,20 @@ class FFNOnlyBaseline(_OneKindBaseline):
 
 
 class BlockInfluenceBaseline(OrderBaseline):
-    """Removes first what turns the hidden state least (ShortGPT, arXiv 2403.03853).
+    """Removes the blocks that change the hidden state least (ShortGPT, arXiv 2403.03853).
 
-    Deviates from the paper in that an attention and an ffn block are ranked on their own and
-    not as one layer.
+    Deviates from the paper: attention and FFN blocks are ranked separately and not as one layer.
     """
 
     name = "block_influence"
 
-    def __init__(self, context: Bench, seed: int = 0) -> None:
+    def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
         self._blocks = _ascending(context.one_shot.block_influence)
 
     @property
     def setup_evaluations(self) -> int:
-        """One pass of the dense model gives the influence of all blocks."""
+        """One pass of the dense model measures the influence of all blocks."""
         return 1
 
     def _order(self, request: Request) -> Sequence[int]:
@@ -130,31 +128,80 @@ class BlockInfluenceBaseline(OrderBaseline):
 
 
 class GSIBaseline(OrderBaseline):
-    """Follows the GSI order until the request fits; after its end the last round's losses.
+    """Follows the GSI order until the request fits.
 
-    Raises:
-        ArtifactError: The context has no GSI order.
+    Blocks that GSI did not remove follow in the order of their losses in its last round.
     """
 
     name = "gsi"
 
-    def __init__(self, context: Bench, seed: int = 0) -> None:
+    def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        if context.gsi is None:
-            raise ArtifactError(
-                "The baseline 'gsi' needs a GSI order, but this context has none; open it "
-                "with importance='gsi' or with the path of a GSI artifact."
-            )
-        self._blocks = context.gsi.full_order
-        self._setup_evaluations = context.gsi.evaluations
+        self._gsi = context.gsi
 
     @property
     def setup_evaluations(self) -> int:
-        """Masks that were run to find the order."""
-        return self._setup_evaluations
+        """Masks that were scored to find the order."""
+        return self._gsi.evaluations
 
     def _order(self, request: Request) -> Sequence[int]:
-        return self._blocks
+        return self._gsi.full_order
+
+
+class ShortGPTBaseline(Baseline):
+    """Removes the layers that change the hidden state least (Men et al. 2024).
+
+    arXiv 2403.03853: block influence (eq. 1) of each whole layer of the dense model, measured
+    once. Deviates from the paper: layers are removed until the request fits and not until a
+    given number is removed.
+    """
+
+    name = "shortgpt"
+
+    def __init__(self, context: PruningContext, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._layers = np.argsort(context.layer_influence, kind="stable").tolist()
+
+    @property
+    def setup_evaluations(self) -> int:
+        """One pass of the dense model measures the influence of all layers."""
+        return 1
+
+    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+        mask = BlockMask()
+        for layer in self._layers:
+            if fits(self.memory, mask, request):
+                break
+            mask |= whole_layer(layer)
+        return mask
+
+
+class FrontierBaseline(Baseline):
+    """Looks up the known mask of lowest NLL under which the request fits.
+
+    Where no known mask fits it follows the GSI order.
+
+    Raises:
+        ArtifactError: No known mask fits, and the context has no GSI order.
+    """
+
+    name = "frontier"
+
+    def __init__(self, context: PruningContext, seed: int = 0) -> None:
+        super().__init__(context, seed)
+        self._context = context
+        self._frontier = context.frontier
+
+    @property
+    def setup_evaluations(self) -> int:
+        """Masks that were scored to build the table."""
+        return self._frontier.evaluations
+
+    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+        if fits(self.memory, BlockMask(), request):
+            return BlockMask()
+        found = self._frontier.best(self.memory, request)
+        return GSIBaseline(self._context).choose(request) if found is None else found
 
 
 def _ascending(values: npt.NDArray[np.float64]) -> list[int]:

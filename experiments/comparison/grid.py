@@ -5,26 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from experiments.comparison.tables import mebibytes, percent
 from experiments.config import EvaluateConfig
 from rap_env.memory import MemoryModel
+from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 
 if TYPE_CHECKING:
-    from agents.baselines import MaskChoice
     from rap_env.context.base import PruningContext
 
 Cell = tuple[int, int, float]
 """Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
-
-
-class Selector(Protocol):
-    """A trained policy or a baseline."""
-
-    def select(self, request: Request) -> MaskChoice:
-        """Choose the blocks to remove for a request."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +108,12 @@ def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> A
 
 
 def choices(
-    policy: Selector, requests: Sequence[tuple[Cell, Request]], context: PruningContext
+    policy: MaskPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
 ) -> list[Choice]:
     """What a policy chooses on the grid, with its loss on the calibration text."""
     found = []
     for cell, request in requests:
-        mask = policy.select(request).mask
+        mask = policy.choose(request)
         found.append(
             Choice(
                 cell,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from agents.baselines import BASELINES, make_baseline
+from agents.baselines.base import CountingPolicy
 from agents.checkpoint import latest_checkpoint
-from agents.policy import TrainedPolicy
-from experiments.comparison.grid import Selector
+from agents.trained_policy import TrainedPolicy
 from experiments.comparison.report_data import method_and_seed, training_dirs
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
@@ -38,7 +38,7 @@ class Contestant:
         seed: Seed of the agent or the random baseline, None where nothing is drawn.
         kv_aware: Whether it counts the KV cache when it decides.
         setup_evaluations: Masks scored once, before any request.
-        selector: What chooses masks.
+        policy: The policy that chooses masks.
         identity: What its choices depend on beside the context, as plain values.
         training_s: Seconds that it was trained for; None where none were noted.
     """
@@ -47,7 +47,7 @@ class Contestant:
     seed: int | None
     kv_aware: bool
     setup_evaluations: int
-    selector: Selector
+    policy: CountingPolicy
     identity: dict[str, Any]
     training_s: float | None = None
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from agents.baselines.greedy import GreedyPerByteBaseline
+from agents.baselines.searches import GreedyPerByteBaseline
 from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.comparison.statistics import bootstrap_mean
@@ -191,7 +191,7 @@ class Judge:
         name, library = entry.searched_with
         if (name, cell) not in self._masks:
             search = GreedyPerByteBaseline(self._bench.context(library))
-            self._masks[name, cell] = search.select(self._request(cell)).mask
+            self._masks[name, cell] = search.choose(self._request(cell))
         return self._masks[name, cell]
 
     def _stubs(self, entry: Entry, cell: Cell) -> StubLibrary | None:

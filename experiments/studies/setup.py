@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from agents.baselines import BASELINES, Baseline
+from agents.baselines.base import CountingPolicy
 from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import git_state
 from experiments.comparison.statistics import bootstrap_mean
@@ -28,10 +29,7 @@ from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint, load_c
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.scorer import MaskScorer
 
-if TYPE_CHECKING:
-    from experiments.comparison.grid import Selector
-
-Maker = Callable[[PruningContext], tuple["Selector", int]]
+Maker = Callable[[PruningContext], tuple[CountingPolicy, int]]
 """From a context: what chooses masks, and the evaluations that it needed beforehand."""
 
 
@@ -129,15 +127,16 @@ class Search:
     identity: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def made(self) -> tuple[Selector, int]:
+    def made(self) -> tuple[CountingPolicy, int]:
         """What chooses, and the evaluations that it needed beforehand."""
         return self.maker(self.context)
 
     def choose(self, request: Request) -> tuple[BlockMask, int]:
         """The mask for a request, and the evaluations that it needed."""
-        selector, beforehand = self.made
-        choice = selector.select(request)
-        return choice.mask, beforehand + choice.evaluations
+        policy, beforehand = self.made
+        before = policy.evaluations
+        mask = policy.choose(request)
+        return mask, beforehand + policy.evaluations - before
 
 
 class Judge:
@@ -228,7 +227,7 @@ def baseline_maker(method: str, **others: type[Baseline]) -> Maker:
         **others: Baselines of one study alone, by name.
     """
 
-    def make(context: PruningContext) -> tuple[Selector, int]:
+    def make(context: PruningContext) -> tuple[CountingPolicy, int]:
         baseline = {**BASELINES, **others}[method](context)
         return baseline, baseline.setup_evaluations
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from agents.checkpoint import latest_checkpoint
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from experiments.comparison.records import append_record
 from experiments.comparison.report_data import method_and_seed
 from experiments.comparison.run_folder import RunFolder

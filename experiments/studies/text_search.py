@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from agents.baselines.base import Baseline, Tally, fits, price_per_byte
+from agents.baselines.base import Baseline, CountingScorer, fits, price_per_byte
 from rap_env.blocks import BlockMask
 from rap_env.importance.rounds import beside
 from rap_env.request import Request
@@ -28,8 +28,8 @@ class LazyPerByteBaseline(Baseline):
 
     name = "lazy_per_byte"
 
-    def _choose(self, request: Request) -> tuple[BlockMask, int]:
-        tally, freed = Tally(self.scorer), self.memory.freed_bytes(request)
+    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+        freed = self.memory.freed_bytes(request)
         mask, last = BlockMask(), None
         known: dict[int, float] = {}
         while not fits(self.memory, mask, request):
@@ -39,18 +39,18 @@ class LazyPerByteBaseline(Baseline):
                 return price_per_byte(rise, min(int(freed[index]), over))
 
             if last is None:
-                measured = _rises(tally, mask, list(range(self.memory.facts.num_blocks)))
+                measured = _rises(scores, mask, list(range(self.memory.facts.num_blocks)))
             else:
-                measured = _promising(tally, mask, known, last, price)
+                measured = _promising(scores, mask, known, last, price)
             last = min(measured, key=lambda index: (price(index, measured[index]), index))
             known |= measured
             del known[last]
             mask |= BlockMask.of(last)
-        return mask, tally.evaluations
+        return mask
 
 
 def _promising(
-    tally: Tally, mask: BlockMask, known: Mapping[int, float], last: int, price: Price
+    scores: CountingScorer, mask: BlockMask, known: Mapping[int, float], last: int, price: Price
 ) -> dict[int, float]:
     """The rise in NLL at the removal of some kept blocks, the best among them."""
     nearest = beside(last, sorted(known))
@@ -59,15 +59,15 @@ def _promising(
     width = _WIDTH + _NEIGHBOURS
     while waiting:
         now, waiting, width = waiting[:width], waiting[width:], _WIDTH
-        measured |= _rises(tally, mask, now)
+        measured |= _rises(scores, mask, now)
         best = min(price(index, rise) for index, rise in measured.items())
         if waiting and best <= price(waiting[0], known[waiting[0]]):
             break
     return measured
 
 
-def _rises(tally: Tally, mask: BlockMask, blocks: list[int]) -> dict[int, float]:
+def _rises(scores: CountingScorer, mask: BlockMask, blocks: list[int]) -> dict[int, float]:
     """The rise in NLL if each of some blocks goes as well, nats per token."""
-    nll = tally.nll(mask)
-    without = tally.nll_many([mask | BlockMask.of(index) for index in blocks])
+    nll = scores.nll(mask)
+    without = scores.nll_many([mask | BlockMask.of(index) for index in blocks])
     return {index: value - nll for index, value in zip(blocks, without, strict=True)}

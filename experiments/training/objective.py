@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from experiments.comparison.grid import Choice, choices, grid_requests
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config

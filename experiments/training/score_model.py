@@ -20,9 +20,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
-from agents.baselines.greedy import GreedyPerByteBaseline
+from agents.baselines.searches import GreedyPerByteBaseline
 from agents.imitation import Demonstration, ImitationConfig, imitate
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
 from experiments.comparison.records import append_record, read_records
@@ -172,7 +172,7 @@ def demonstrations(config: Config, bench: PruningContext) -> list[Demonstration]
     requests = draw_requests(config, bench, settings.requests, 1)
     if settings.teacher == "greedy":
         greedy = GreedyPerByteBaseline(bench)
-        masks: list[BlockMask | None] = [greedy.select(request).mask for request in requests]
+        masks: list[BlockMask | None] = [greedy.choose(request) for request in requests]
     else:
         masks = [bench.frontier.best(bench.memory, request) for request in requests]
     pairs = zip(requests, masks, strict=True)

@@ -8,7 +8,7 @@ import torch
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.export import export_policy, network_weights
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
@@ -45,7 +45,7 @@ def assert_same_choices(bench, policy, network):
     for shape in SHAPES:
         for fraction in FRACTIONS:
             request = request_at(bench, *shape, fraction)
-            mask = trained.select(request, best_of=1).mask
+            mask = trained.choose(request)
             assert frozenset(network.removals(request)) == mask.indices
             found.add(mask)
     return found
@@ -82,7 +82,7 @@ def test_so_it_does_with_stubs(repaired_bench):
     )
     for fraction in (0.95, 0.85, 0.75):
         request = request_at(repaired_bench, 8, 64, fraction)
-        assert frozenset(network.removals(request)) == trained.select(request).mask.indices
+        assert frozenset(network.removals(request)) == trained.choose(request).indices
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
@@ -122,7 +122,7 @@ def test_a_run_becomes_a_file_that_chooses_the_same(runs, kind, tmp_path):
     for shape in SHAPES:
         for fraction in FRACTIONS:
             request = request_at(bench, *shape, fraction)
-            assert exported.choose(request) == trained.select(request).mask
+            assert exported.choose(request) == trained.choose(request)
 
 
 def test_the_file_says_where_it_is_from(runs, tmp_path):
@@ -144,7 +144,7 @@ def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):
     exported = NetworkPolicy(larger.memory, file)
     trained = TrainedPolicy.load(folders["plain"], larger)
     request = request_at(larger, 4, 500, 0.6)
-    assert exported.choose(request) == trained.select(request).mask
+    assert exported.choose(request) == trained.choose(request)
     with pytest.raises(ArtifactError, match="vector for each of 12 blocks, but this model has 18"):
         export_policy(folders["vectors"], larger)
 

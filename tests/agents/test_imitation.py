@@ -8,7 +8,7 @@ from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.demonstrations import TeacherStates
 from agents.errors import AgentConfigError
 from agents.imitation import Demonstration, ImitationConfig, imitate
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
@@ -52,7 +52,7 @@ def test_the_policy_does_what_the_teacher_does(bench, builder, teacher, name):
     model = new_model(name, bench)
     result = imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
     assert result.agreement > 0.99
 
 
@@ -60,7 +60,7 @@ def test_an_mlp_can_imitate_too(bench, builder, teacher):
     model = new_model("maskable_ppo", bench, policy="mlp", policy_settings={})
     imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
 
 
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
@@ -122,7 +122,7 @@ def test_unknown_returns_leave_values_and_rewards_alone(bench, builder, teacher)
     assert all(torch.equal(one, other) for one, other in zip(critic, after, strict=True))
     assert model.get_vec_normalize_env().ret_rms.var == 1.0
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
@@ -164,4 +164,4 @@ def test_it_warms_up_a_training(tmp_path, bench, builder, teacher, name):
         warm_start=lambda model: imitate(model, teacher, builder, QUICK, progress=False),
     )
     policy = TrainedPolicy.load(tmp_path, bench)
-    assert [policy.select(one.request).mask for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]

@@ -19,8 +19,9 @@ from agents import checkpoint as checkpoints
 from agents import training
 from agents.algorithms import ALGORITHMS, AgentConfig
 from agents.baselines import make_baseline
+from agents.baselines.base import fits
 from agents.checkpoint import latest_checkpoint
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
@@ -314,7 +315,7 @@ def test_no_bar_without_a_terminal(tmp_path, bench, capfd):
 def mean_loss(bench, method):
     shapes = [(1, 10), (1, 500), (8, 500), (4, 2000)]
     requests = [request_at(bench, *shape, f) for shape in shapes for f in (0.6, 0.7, 0.8, 0.9)]
-    return np.mean([bench.scorer.loss(method.select(request).mask) for request in requests])
+    return np.mean([bench.scorer.loss(method.choose(request)) for request in requests])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -337,9 +338,10 @@ def test_on_a_real_model(tmp_path, real_bench, name):
     result = train(short(name, 128), make_envs(real_bench, **settings), tmp_path, progress=False)
     assert result.timesteps == 128
     assert real_bench.scorer.known > 10  # the agents share a bench, and there are 64 masks
-    choice = TrainedPolicy.load(tmp_path, real_bench).select(request_at(real_bench, 2, 16, 0.8))
-    assert choice.fits
-    assert choice.evaluations == choice.block_forwards == 0
+    before, request = real_bench.scorer.passes, request_at(real_bench, 2, 16, 0.8)
+    mask = TrainedPolicy.load(tmp_path, real_bench).choose(request)
+    assert fits(real_bench.memory, mask, request)
+    assert real_bench.scorer.passes == before
 
 
 def test_on_a_repaired_model(tmp_path, repaired_bench):
@@ -351,8 +353,7 @@ def test_on_a_repaired_model(tmp_path, repaired_bench):
     result = train(short("maskable_ppo", 128), envs, tmp_path, progress=False)
     assert result.timesteps == 128
     request = request_at(repaired_bench, 2, 16, 0.8)
-    choice = TrainedPolicy.load(tmp_path, repaired_bench).select(request)
-    parts = repaired_bench.memory.breakdown(choice.mask, request)
+    mask = TrainedPolicy.load(tmp_path, repaired_bench).choose(request)
+    parts = repaired_bench.memory.breakdown(mask, request)
     assert parts.stubs > 0
-    assert choice.fits
     assert parts.peak <= request.budget_bytes

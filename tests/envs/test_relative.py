@@ -58,7 +58,7 @@ def ordered():
 def test_the_return_is_the_advantage_over_the_baseline(ordered, name, seed):
     env = make(ordered, reward=relative(name), workload="azure-conv")
     *_, info = play(env, seed, masked=True)[-1]
-    expected = loss_of(ordered, make_baseline(name, ordered).select(env.request).mask)
+    expected = loss_of(ordered, make_baseline(name, ordered).choose(env.request))
     assert info["baseline_loss"] == pytest.approx(expected, abs=1e-12)
     assert info["reward_terms"]["perplexity"] == pytest.approx(expected - info["loss"])
 
@@ -119,7 +119,7 @@ def test_a_baseline_is_measured_once_for_a_request(ordered):
     masks = set()
     for seed in range(6):
         play(env, seed, masked=True)
-        masks |= {env.mask, make_baseline("gsi", bench).select(env.request).mask}
+        masks |= {env.mask, make_baseline("gsi", bench).choose(env.request)}
     assert bench.scorer.evaluations - before <= len(masks)
 
 
@@ -127,7 +127,7 @@ def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
     shallow = TableContext(table_of(ordered, all_masks(COUNT, 2), "gsi"), "shallow")
     env = make(shallow, reward=relative("gsi"))
     env.reset(seed=0, options={"request": request_at(ordered, 0.6)})
-    mask = make_baseline("gsi", ordered).select(env.request).mask
+    mask = make_baseline("gsi", ordered).choose(env.request)
     assert shallow.scorer.is_predicted(mask)
     over = False
     while not over:

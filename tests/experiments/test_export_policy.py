@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from experiments.config import (
     AgentConfig,
     Config,
@@ -76,7 +76,7 @@ def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
     assert isinstance(exported, NetworkPolicy)
     trained = TrainedPolicy.load(run, context)
     for request in asked(context.memory):
-        assert exported.choose(request) == trained.select(request).mask
+        assert exported.choose(request) == trained.choose(request)
     assert exported.order == context.gsi.full_order
     assert exported.file.model.fingerprint == context.memory.facts.fingerprint
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from agents.baselines import make_baseline
+from agents.baselines.base import fits, measure_choice
 from rap_env.blocks import BlockMask
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, request_at
@@ -29,20 +30,20 @@ def layers(*numbers):
 @pytest.mark.parametrize("fraction", [0.95, 0.8, 0.6])
 def test_both_blocks_of_a_layer_go_together(bench, name, fraction):
     request = request_at(bench, 8, 250, fraction)
-    choice = make_baseline(name, bench).select(request)
-    assert choice.fits
-    assert choice.mask
-    removed = {index // 2 for index in choice.mask}
-    assert choice.mask == layers(*removed)
-    fewer = [choice.mask - layers(number) for number in removed]
+    mask = make_baseline(name, bench).choose(request)
+    assert fits(bench.memory, mask, request)
+    assert mask
+    removed = {index // 2 for index in mask}
+    assert mask == layers(*removed)
+    fewer = [mask - layers(number) for number in removed]
     assert min(bench.memory.peak_bytes(m, request) for m in fewer) > request.budget_bytes
 
 
 def test_shortgpt_follows_the_influence_of_layers(bench):
     bench.layer_influence = np.array([0.4, 0.3, 0.1, 0.2])
     shortgpt = make_baseline("shortgpt", bench)
-    assert shortgpt.select(needing(bench, 100)).mask == layers(2)
-    choice = shortgpt.select(needing(bench, LAYER_BYTES + 1))
+    assert shortgpt.choose(needing(bench, 100)) == layers(2)
+    choice = measure_choice(shortgpt, needing(bench, LAYER_BYTES + 1), bench.scorer)
     assert choice.mask == layers(2, 3)
     assert (choice.evaluations, shortgpt.setup_evaluations) == (0, 1)
 
@@ -51,8 +52,8 @@ def test_sleb_measures_again_after_each_removal(bench):
     # Alone layer 2 costs least and layer 3 next, but without layer 2 layer 3 is dear.
     bench.scorer.pairs[4, 6] = bench.scorer.pairs[6, 4] = 2.0
     sleb = make_baseline("sleb", bench)
-    assert sleb.select(needing(bench, 100)).mask == layers(2)
-    choice = sleb.select(needing(bench, LAYER_BYTES + 1))
+    assert sleb.choose(needing(bench, 100)) == layers(2)
+    choice = measure_choice(sleb, needing(bench, LAYER_BYTES + 1), bench.scorer)
     assert choice.mask == layers(1, 2)
     assert choice.evaluations == 4 + 3
     assert sleb.setup_evaluations == 0
@@ -60,6 +61,6 @@ def test_sleb_measures_again_after_each_removal(bench):
 
 def test_on_a_real_model_the_influence_is_measured(real_bench):
     request = Request.at_fraction(real_bench.memory, 2, 16, 0.9)
-    choice = make_baseline("shortgpt", real_bench).select(request)
+    mask = make_baseline("shortgpt", real_bench).choose(request)
     least = int(np.argmin(real_bench.layer_influence))
-    assert layers(least) <= choice.mask
+    assert layers(least) <= mask

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from agents.baselines import make_baseline
-from agents.baselines.base import fits
-from agents.baselines.beam import BeamBaseline
-from agents.baselines.greedy import GreedyPerByteBaseline
-from agents.baselines.swaps import GreedySwapsBaseline
+from agents.baselines.base import fits, measure_choice
+from agents.baselines.searches import BeamBaseline, GreedyPerByteBaseline, GreedySwapsBaseline
 from rap_env.blocks import BlockMask
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticBench, request_at
@@ -39,24 +37,24 @@ def large():
 def test_gets_out_of_greedys_trap(name):
     bench = trap()
     request = needing(bench, 1500)  # two attention blocks
-    assert 0 in make_baseline("greedy_per_byte", bench).select(request).mask
-    choice = make_baseline(name, bench).select(request)
-    assert choice.mask == BlockMask.of("layer01.attn", "layer02.attn")
+    assert 0 in make_baseline("greedy_per_byte", bench).choose(request)
+    mask = make_baseline(name, bench).choose(request)
+    assert mask == BlockMask.of("layer01.attn", "layer02.attn")
 
 
 def test_a_beam_of_one_is_caught_in_it():
     bench = trap()
     request = needing(bench, 1500)
-    assert 0 in BeamBaseline(bench, width=1).select(request).mask
-    assert 0 not in BeamBaseline(bench, width=2).select(request).mask
+    assert 0 in BeamBaseline(bench, width=1).choose(request)
+    assert 0 not in BeamBaseline(bench, width=2).choose(request)
 
 
 def test_beam_counts_every_mask_once():
     bench = trap()
-    choice = BeamBaseline(bench, width=2).select(needing(bench, 1500))
+    choice = measure_choice(BeamBaseline(bench, width=2), needing(bench, 1500), bench.scorer)
     # The dense model, 8 blocks, then 7 more behind each of two blocks, one pair being the same.
     assert choice.evaluations == 1 + 8 + 7 + 7 - 1 == bench.scorer.evaluations
-    again = BeamBaseline(bench, width=2).select(needing(bench, 1500))
+    again = measure_choice(BeamBaseline(bench, width=2), needing(bench, 1500), bench.scorer)
     assert (again.mask, again.evaluations) == (choice.mask, choice.evaluations)
     assert again.decision_s > bench.scorer.evaluation_s * again.evaluations
 
@@ -64,52 +62,56 @@ def test_beam_counts_every_mask_once():
 def test_beam_counts_useful_bytes_only():
     # Per byte layer02.ffn is cheapest, but an attention block suffices at less loss.
     bench = SyntheticBench([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
-    assert BeamBaseline(bench).select(needing(bench, 900)).mask == BlockMask.of("layer02.attn")
-    assert BeamBaseline(bench).select(needing(bench, 3000)).mask == BlockMask.of("layer02.ffn")
+    assert BeamBaseline(bench).choose(needing(bench, 900)) == BlockMask.of("layer02.attn")
+    assert BeamBaseline(bench).choose(needing(bench, 3000)) == BlockMask.of("layer02.ffn")
 
 
 def test_beam_gives_the_best_mask_that_it_met():
     """A removal that lowers the loss is taken though the request fits without it."""
     bench = SyntheticBench([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
-    assert "layer01.attn" in BeamBaseline(bench).select(needing(bench, 3500)).mask
+    assert "layer01.attn" in BeamBaseline(bench).choose(needing(bench, 3500))
 
 
 @pytest.mark.parametrize("shape", REQUESTS)
 def test_a_wider_beam_scores_more(large, shape):
     request = request_at(large, *shape)
-    narrow, wide = (BeamBaseline(large, width=width).select(request) for width in (1, 4))
-    assert narrow.fits
-    assert wide.fits
+    narrow, wide = (
+        measure_choice(BeamBaseline(large, width=width), request, large.scorer) for width in (1, 4)
+    )
+    assert fits(large.memory, narrow.mask, request)
+    assert fits(large.memory, wide.mask, request)
     assert narrow.evaluations < wide.evaluations <= 4 * narrow.evaluations
 
 
 @pytest.mark.parametrize("shape", REQUESTS)
 def test_swaps_end_where_no_swap_helps(large, shape):
     request = request_at(large, *shape)
-    choice = GreedySwapsBaseline(large, extra_evaluations=10**6).select(request)
-    greedy = GreedyPerByteBaseline(large).select(request)
-    assert large.scorer.loss(choice.mask) <= large.scorer.loss(greedy.mask)
-    kept = [index for index in range(24) if index not in choice.mask]
-    for removed in choice.mask:
-        fewer = choice.mask - BlockMask.of(removed)
+    choice = GreedySwapsBaseline(large, extra_evaluations=10**6).choose(request)
+    greedy = GreedyPerByteBaseline(large).choose(request)
+    assert large.scorer.loss(choice) <= large.scorer.loss(greedy)
+    kept = [index for index in range(24) if index not in choice]
+    for removed in choice:
+        fewer = choice - BlockMask.of(removed)
         for near in (fewer, *(fewer | BlockMask.of(index) for index in kept)):
             if fits(large.memory, near, request):
-                assert large.scorer.loss(near) >= large.scorer.loss(choice.mask)
+                assert large.scorer.loss(near) >= large.scorer.loss(choice)
 
 
 @pytest.mark.parametrize("extra", [0, 5, 40])
 def test_swaps_keep_their_budget(large, extra):
     request = request_at(large, 1, 10, 0.7)
-    greedy = GreedyPerByteBaseline(large).select(request)
-    choice = GreedySwapsBaseline(large, extra_evaluations=extra).select(request)
+    greedy = measure_choice(GreedyPerByteBaseline(large), request, large.scorer)
+    choice = measure_choice(
+        GreedySwapsBaseline(large, extra_evaluations=extra), request, large.scorer
+    )
     assert choice.evaluations <= greedy.evaluations + extra
-    assert choice.fits
+    assert fits(large.memory, choice.mask, request)
     if not extra:
         assert (choice.mask, choice.evaluations) == (greedy.mask, greedy.evaluations)
 
 
 def test_swaps_count_what_greedy_scored_once(large):
     request = request_at(large, 1, 10, 0.7)
-    choice = GreedySwapsBaseline(large).select(request)
+    choice = measure_choice(GreedySwapsBaseline(large), request, large.scorer)
     assert choice.evaluations == large.scorer.evaluations
     assert choice.decision_s < large.scorer.evaluation_s  # all of it was run just now

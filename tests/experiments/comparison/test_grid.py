@@ -154,7 +154,8 @@ def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
         (folder / TABLE_FILE).unlink()
     entry = found["rap-best_of=4"]
     assert entry.identity["scores"] != "real"
-    assert entry.selector.select(Request.at_fraction(bench.memory, 1, 16, 0.8)).evaluations == 0
+    entry.policy.choose(Request.at_fraction(bench.memory, 1, 16, 0.8))
+    assert entry.policy.evaluations == 0
     assert "scores" not in found["rap"].identity
 
 

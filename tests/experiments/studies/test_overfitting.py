@@ -90,7 +90,7 @@ def test_per_byte_removes_what_lost_least_for_the_bytes_that_it_frees(config):
     corpus = load_corpus(CorpusConfig(**vars(config.calibration)), llm)
     context = LiveContext(llm, corpus, gsi_removals=4, progress=False)
     request = Request.at_fraction(context.memory, 1, 16, 0.8)
-    mask = GSIPerByteBaseline(context).select(request).mask
+    mask = GSIPerByteBaseline(context).choose(request)
     freed = context.memory.freed_bytes(request)
     losses = context.gsi.marginal_loss
     prices = np.array([price_per_byte(*pair) for pair in zip(losses, freed, strict=True)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from agents.baselines import GreedyPerByteBaseline
+from agents.baselines.base import fits, measure_choice
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.statistics import paired_difference
 from experiments.config import (
@@ -109,7 +110,7 @@ def test_a_kinds_mask_is_what_the_search_finds_on_its_calibration_text(config, r
     for row in rows:
         if row.searched_on == "few" and row.text == "few":
             request = Request(*row.cell[:2], row.budget_bytes)
-            choice = search.select(request)
+            choice = measure_choice(search, request, search.scorer)
             assert row.mask == list(choice.mask.names)
             assert row.evaluations == choice.evaluations
             loss = scorer.nll(BlockMask.of(*row.mask)) - scorer.dense_nll
@@ -179,8 +180,8 @@ def test_the_lazy_search_finds_what_the_whole_one_finds_with_fewer_evaluations(t
     whole = GreedyPerByteBaseline(LiveContext(llm, text, progress=False))
     lazy = LazyPerByteBaseline(LiveContext(llm, text, progress=False))
     request = Request.at_fraction(lazy.memory, 1, 32, 0.7)
-    one, two = whole.select(request), lazy.select(request)
-    assert two.fits
+    one, two = (measure_choice(by, request, by.scorer) for by in (whole, lazy))
+    assert fits(lazy.memory, two.mask, request)
     assert two.evaluations < 0.8 * one.evaluations
     scorer = MaskScorer(llm, text)
     dense = scorer.dense_nll
@@ -195,10 +196,10 @@ def test_the_lazy_search_is_exact_where_losses_add_up():
     whole, lazy = GreedyPerByteBaseline(parts()), LazyPerByteBaseline(parts())
     for fraction in (0.95, 0.8, 0.6):
         request = Request.at_fraction(lazy.memory, 2, 64, fraction)
-        one, two = whole.select(request), lazy.select(request)
+        one, two = (measure_choice(by, request, by.scorer) for by in (whole, lazy))
         assert two.mask == one.mask
         assert two.evaluations < one.evaluations or len(one.mask) == 1
-    dense = lazy.select(Request.at_fraction(lazy.memory, 2, 64, 1.0))
+    dense = measure_choice(lazy, Request.at_fraction(lazy.memory, 2, 64, 1.0), lazy.scorer)
     assert (len(dense.mask), dense.evaluations) == (0, 0)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from experiments.comparison.grid import grid_requests
 from experiments.comparison.records import read_records
 from experiments.comparison.run_folder import RunFolder
@@ -61,7 +61,7 @@ def expected(config, folder, scorer):
     """The mean loss, from parts of the library alone."""
     context = open_bench(config)
     policy = TrainedPolicy.load(folder, context)
-    masks = [policy.select(request).mask
+    masks = [policy.choose(request)
              for _, request in grid_requests(config.evaluate, context.memory)]  # fmt: skip
     return sum(scorer.nll(mask) - scorer.dense_nll for mask in masks) / len(masks)
 

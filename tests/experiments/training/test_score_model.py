@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.policy import TrainedPolicy
+from agents.trained_policy import TrainedPolicy
 from experiments.comparison.records import append_record, read_records
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import (
@@ -78,7 +78,7 @@ def test_the_policy_starts_where_its_teacher_is(config):
     policy = TrainedPolicy.load(train(started, folder_of(config, "warm-s0")), context)
     shown = demonstrations(config, context)
     # This random model's best masks remove more than they must; an episode ends when it fits.
-    within = [policy.select(one.request).mask.indices <= one.mask.indices for one in shown]
+    within = [policy.choose(one.request).indices <= one.mask.indices for one in shown]
     assert np.mean(within) > 0.9
 
 
@@ -122,7 +122,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(config, monkeypatch, at
     assert read_records(killed / ROUNDS_FILE) == read_records(whole / ROUNDS_FILE)
     found = [TrainedPolicy.load(folder, open_bench(config)) for folder in (whole, killed)]
     requests = draw_requests(config, open_bench(config), 8, 7)
-    first, second = ([policy.select(r).mask for r in requests] for policy in found)
+    first, second = ([policy.choose(r) for r in requests] for policy in found)
     assert first == second
 
 

@@ -1,0 +1,222 @@
+"""A trained policy at decision time: from a request to a mask by passes of a small network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.dqn.policies import DQNPolicy
+
+from agents.checkpoint import Checkpoint, checkpoint_of
+from agents.errors import AgentConfigError
+from agents.observing import MaskObserver, as_tensors
+from agents.policies import action_scores
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError
+from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+    from rap_env.scoring.interface import Scorer
+
+ScoreMasks = Callable[[Sequence[BlockMask]], Sequence[float]]
+"""Returns a number for each mask, lower is better: its delta_nll or its NLL."""
+
+_Q_TEMPERATURE = 0.25
+"""Temperature of sampling by Q values, in units of their spread over an observation's blocks."""
+
+
+class TrainedPolicy:
+    """Chooses masks with a trained network of any agent; implements `MaskPolicy`.
+
+    It repeatedly removes the block with the highest logit until the request fits. Removed blocks
+    are never considered, also for agents that were trained without action masks. With `best_of`
+    above 1 it also samples masks from the network, all of them in parallel, and returns the one
+    with the lowest score.
+
+    Args:
+        policy: The network.
+        builder: Builds its observations.
+        best_of: Number of masks among which it chooses: the greedy one and samples.
+        score_masks: Predicts scores of masks; if `best_of` is above 1, this or `scorer` is needed.
+        scorer: Measures scores instead, if there is no `score_masks`; each mask then counts in
+            `evaluations`.
+        seed: Seed of the samples; the same request always gets the same samples.
+
+    Attributes:
+        evaluations: Masks whose measured scores all choices so far needed, stored scores
+            included.
+
+    Raises:
+        AgentConfigError: `best_of` is below 1, or above 1 without anything that scores masks.
+    """
+
+    name = "rap"
+    kv_aware = True
+
+    def __init__(
+        self,
+        policy: BasePolicy,
+        builder: ObservationBuilder,
+        *,
+        best_of: int = 1,
+        score_masks: ScoreMasks | None = None,
+        scorer: Scorer | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(best_of, bool) or not isinstance(best_of, int) or best_of < 1:
+            raise AgentConfigError(
+                f"best_of must be a whole number of at least 1, not {best_of!r}."
+            )
+        if best_of > 1 and score_masks is None and scorer is None:
+            raise AgentConfigError(
+                f"best_of={best_of} needs a way to score masks; pass score_masks (predictions) "
+                "or scorer (measurements)."
+            )
+        self._policy = policy
+        self._policy.set_training_mode(False)
+        self._builder = builder
+        self._best_of = best_of
+        self._score_masks = score_masks
+        self._scorer = scorer
+        self._seed = seed
+        self.evaluations = 0
+
+    @classmethod
+    def load(
+        cls,
+        run_dir: str | Path,
+        context: PruningContext,
+        *,
+        best_of: int = 1,
+        score_masks: ScoreMasks | None = None,
+        scorer: Scorer | None = None,
+        seed: int = 0,
+    ) -> TrainedPolicy:
+        """Load the policy of the newest undamaged checkpoint in a run's folder.
+
+        A block-wise policy also serves a model with another number of layers, unless its
+        blocks have learned vectors.
+
+        Args:
+            run_dir: The run's folder.
+            context: The model that is pruned.
+            best_of: As for the class.
+            score_masks: As for the class.
+            scorer: As for the class.
+            seed: As for the class.
+
+        Raises:
+            ArtifactError: There is no checkpoint, all are damaged, or the policy was trained
+                on a model of another shape.
+            AgentConfigError: As for the class.
+        """
+        checkpoint = checkpoint_of(run_dir)
+        builder = ObservationBuilder(context.memory, context.features)
+        return cls(
+            fitting_policy(checkpoint, builder),
+            builder,
+            best_of=best_of,
+            score_masks=score_masks,
+            scorer=scorer,
+            seed=seed,
+        )
+
+    def choose(self, request: Request) -> BlockMask:
+        """Return the blocks to remove for a request.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch size or the length.
+            InfeasibleBudgetError: No mask fits the budget.
+        """
+        memory = self._builder.memory
+        memory.check(request.batch_size, request.seq_len_tokens)
+        memory.check_feasible(request)
+        masks = list(dict.fromkeys(self.sample(request, self._best_of)))
+        if len(masks) == 1:
+            return masks[0]
+        score = self._score_masks
+        if score is None:
+            assert self._scorer is not None  # checked by __init__
+            score = self._scorer.nll_many
+            self.evaluations += len(masks)
+        scores = np.nan_to_num(np.asarray(score(masks), dtype=np.float64), nan=np.inf)
+        return masks[int(np.argmin(scores))]
+
+    @torch.inference_mode()
+    def sample(self, request: Request, count: int) -> list[BlockMask]:
+        """Return masks under which `request` fits: the greedy one, then `count` - 1 samples.
+
+        All of them grow in parallel, by one block in each pass of the network.
+        """
+        observer = MaskObserver(self._builder, [request])
+        removed = np.zeros((count, self._builder.memory.facts.num_blocks), dtype=bool)
+        which = np.zeros(count, dtype=np.int64)
+        generator = torch.Generator().manual_seed(self._seed)
+        grows = np.flatnonzero(observer.over_bytes(which, removed))
+        while len(grows):
+            seen = as_tensors(observer.observe(which[grows], removed[grows]))
+            logits = self._logits(seen)
+            noise = torch.rand((count, logits.shape[1]), generator=generator)
+            gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))  # argmax = a sample
+            gumbel[0] = 0.0
+            chosen = (logits + gumbel[torch.from_numpy(grows)]).argmax(dim=1)
+            removed[grows, chosen.numpy()] = True
+            grows = grows[observer.over_bytes(which[grows], removed[grows]) > 0]
+        return [BlockMask(frozenset(np.flatnonzero(row).tolist())) for row in removed]
+
+    def _logits(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of the next block, minus infinity for removed blocks, (B, 2L)."""
+        scores = action_scores(self._policy, observation)
+        kept = observation["action_mask"] > 0
+        if isinstance(self._policy, DQNPolicy):  # Q values have no scale of their own
+            count = kept.sum(dim=1, keepdim=True)
+            centred = scores - (scores * kept).sum(dim=1, keepdim=True) / count
+            spread = (centred.square() * kept).sum(dim=1, keepdim=True).div(count).sqrt()
+            scores = centred / (_Q_TEMPERATURE * spread + 1e-8)
+        return scores.masked_fill(~kept, -torch.inf)
+
+
+def fitting_policy(checkpoint: Checkpoint, builder: ObservationBuilder) -> BasePolicy:
+    """Return the checkpoint's network, rebuilt for the model's spaces if they differ.
+
+    Raises:
+        ArtifactError: The policy was trained on a model of another shape and does not transfer.
+    """
+    policy: BasePolicy = checkpoint.load_model().policy
+    space, num_blocks = builder.space, builder.memory.facts.num_blocks
+    if policy.observation_space == space:
+        return policy
+    if checkpoint.config.policy == "blockwise":
+        _check_block_vectors(checkpoint, policy, num_blocks)
+        arguments = policy._get_constructor_parameters()
+        arguments["observation_space"] = space
+        arguments["action_space"] = spaces.Discrete(num_blocks)
+        other: BasePolicy = type(policy)(**arguments)
+        try:
+            other.load_state_dict(policy.state_dict())
+        except RuntimeError:
+            pass  # the checkpoint has another set of features
+        else:
+            return other
+    raise ArtifactError(
+        f"The policy in {checkpoint.folder} was trained on a model of another shape: it sees "
+        f"{policy.observation_space}, but this model gives {space}; train a policy for this model."
+    )
+
+
+def _check_block_vectors(checkpoint: Checkpoint, policy: BasePolicy, num_blocks: int) -> None:
+    """Reject a policy with learned block vectors for a model with another number of blocks."""
+    trained_on = int(cast(spaces.Discrete, policy.action_space).n)
+    if checkpoint.config.policy_settings.get("block_vectors") and trained_on != num_blocks:
+        raise ArtifactError(
+            f"The policy in {checkpoint.folder} learned a vector for each of {trained_on} blocks, "
+            f"but this model has {num_blocks}; train a policy for this model, or one with "
+            "policy_settings.block_vectors=0, which serves any number of blocks."
+        )
