@@ -105,7 +105,7 @@ def replay_markdown() -> str:
 
 def repair_markdown() -> str:
     """The tables of the repair experiment, below the page's first level."""
-    from experiments.comparison.report_data import gather
+    from experiments.comparison.loading import gather
     from experiments.repair.tables import repair_markdown as tables
 
     data = gather(RESULTS / "repair")

@@ -7,22 +7,37 @@ answer goes to the standard output, and nothing else does.
 from __future__ import annotations
 
 import json
-import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-import hydra
 import numpy as np
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from experiments.comparison.groups import Group, read_groups
-from experiments.comparison.summaries import Cell, Comparison
-from experiments.comparison.text import as_markdown, as_text
+from experiments.comparison.formatting import (
+    Table,
+    look,
+    markdown,
+    plain,
+    seconds,
+    short_label,
+    text_words,
+    wrapped,
+)
+from experiments.comparison.loading import Group, Learning, read_groups
+from experiments.comparison.pairwise import targets_table
+from experiments.comparison.run_folder import TrainingRun
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import (
+    COUNTS_CAPTION,
+    PART_CAPTIONS,
+    PART_TITLES,
+    short_differences,
+    tables_markdown,
+    terminal_text,
+)
 from experiments.config import CompareConfig
-from experiments.launch import CONF_DIR, fail, message
-from rap_env.errors import RapError
+from experiments.config.common import Cell
+from experiments.launch import launch_reader
 
 
 def compare(config: CompareConfig) -> str:
@@ -87,25 +102,131 @@ def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[
     }
 
 
-@hydra.main(version_base=None, config_path=str(CONF_DIR), config_name="compare")
-def _answer(node: DictConfig) -> None:
-    config = OmegaConf.to_object(node)
-    assert isinstance(config, CompareConfig)  # conf/compare.yaml starts from its schema
-    try:
-        answer = compare(config)
-    except RapError as error:  # here, since Hydra adds words of its own to what leaves a job
-        fail(str(error))
-    sys.stdout.write(f"{answer}\n")
+LAST_EPISODES = 50
+"""Episodes at the end of a training that its final loss is the mean of."""
+
+LEARNING_CAPTION = (
+    f"Final loss: mean over the last {LAST_EPISODES} training episodes (sampled actions, "
+    "calibration text, nats per token), over seeds, with the least and the greatest seed."
+)
 
 
-def main() -> None:
-    """Print the answer; a mistake ends in one sentence."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a traceback
-    try:
-        _answer()
-    except (RapError, HydraException, OmegaConfBaseException) as error:
-        fail(message(error))
+def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
+    """All groups for the terminal, one after the other, then what trainings came to."""
+    parts = [_group_text(group) for group in groups]
+    for found in learning:
+        parts.append(
+            f"== {_title(found)}: training ==\n\n{plain(learning_table(found))}\n\n"
+            f"{wrapped(LEARNING_CAPTION)}"
+        )
+    return "\n\n\n".join(parts)
+
+
+def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
+    """All tables in Markdown."""
+    parts = []
+    for group in groups:
+        first, *others = group.parts.values()
+        parts.append(tables_markdown(first, _title(group)))
+        parts += [tables_markdown(other, _title(group)) for other in others if first.part != "grid"]
+    for found in learning:
+        parts.append(
+            f"# {_title(found)}: training\n\n{markdown(learning_table(found))}\n"
+            f"{LEARNING_CAPTION}\n"
+        )
+    return "\n".join(parts).rstrip()
+
+
+def learning_table(found: Learning) -> Table:
+    """What the trainings of each method came to and what they cost, over seeds."""
+    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final loss"]
+    rows = []
+    for method, runs in found.by_method.items():
+        losses = [loss for run in runs if (loss := final_loss(run)) is not None]
+        shown = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]" if losses else "-"
+        rows.append(
+            [
+                short_label(method), str(len(runs)), _mean_fact(runs, "timesteps"),
+                _mean_fact(runs, "evaluations"), _training_time(runs), shown,
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+def final_loss(run: TrainingRun) -> float | None:
+    """Mean loss of a training's last episodes, nats per token; None where none was logged."""
+    _, losses = run.series("episode/loss")
+    if losses:
+        return float(np.mean(losses[-LAST_EPISODES:]))
+    recent = run.facts.get("recent_loss")
+    return None if recent is None else float(recent)
+
+
+def _group_text(group: Group) -> str:
+    depends = group.depends_on
+    parts = [
+        f"== {_title(group)} ==",
+        wrapped(
+            f"Report text: {text_words(depends.get('report_text', {}))}. Calibration text: "
+            f"{text_words(depends.get('calibration', {}))}."
+        ),
+    ]
+    for part, comparison in group.parts.items():
+        if part in PART_TITLES:
+            parts += [f"-- {PART_TITLES[part]} --", wrapped(PART_CAPTIONS[part])]
+        parts += _comparison_text(comparison)
+    return "\n\n".join(parts)
+
+
+def _comparison_text(comparison: Comparison) -> list[str]:
+    if not comparison.summaries:
+        return ["No pair of request and budget is shared by all methods, so none are compared."]
+    parts = [terminal_text(comparison), plain(setup_table(comparison))]
+    learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
+    for method in learned:
+        title = f"{look(method).label} minus each other method (nats per token, paired):"
+        parts.append(f"{title}\n\n{plain(short_differences(comparison, method))}")
+    if learned:
+        parts.append(wrapped(COUNTS_CAPTION))
+    goals = targets_table(comparison) if comparison.part == "grid" else None
+    return [*parts, plain(goals)] if goals else parts
+
+
+def setup_table(comparison: Comparison) -> Table:
+    """What each method costs once, before any request."""
+    header = ["Cost once", "Evaluations", "Training"]
+    rows = [
+        [
+            short_label(s.method), f"{s.setup_evaluations:,}",
+            "-" if s.training_s is None else seconds(s.training_s),
+        ]
+        for s in comparison.summaries
+    ]  # fmt: skip
+    return header, rows
+
+
+def _title(found: Group | Learning) -> str:
+    repair = "no repair" if found.repair == "none" else f"repair {found.repair}"
+    return f"{found.name}: {found.model}, {repair}"
+
+
+def _mean_fact(runs: Sequence[TrainingRun], key: str) -> str:
+    known = [run.facts[key] for run in runs if run.facts.get(key) is not None]
+    return f"{np.mean(known):,.0f}" if known else "-"
+
+
+def _training_time(runs: Sequence[TrainingRun]) -> str:
+    """Mean seconds of the finished runs; how many are not finished."""
+    known = [run.facts["training_s"] for run in runs if "training_s" in run.facts]
+    open_runs = sum("finished" not in run.facts for run in runs)
+    mean = seconds(float(np.mean(known))) if known else "-"
+    return f"{mean} ({open_runs} unfinished)" if open_runs else mean
+
+
+def main(config: CompareConfig) -> None:
+    """Print the comparison to the standard output."""
+    sys.stdout.write(f"{compare(config)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    launch_reader("compare", CompareConfig, main)

@@ -67,7 +67,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
     )
 
 
-def open_bench(config: Config, *, profiled: bool = True) -> PruningContext:
+def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
     """The context of this comparison; one for each config in a process.
 
     Raises:

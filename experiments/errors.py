@@ -7,7 +7,3 @@ from rap_env.errors import RapError
 
 class ExperimentError(RapError, ValueError):
     """A setting, run folder or record that an experiment cannot work with."""
-
-
-class TrialPrunedError(RapError):
-    """A sweep's trial is clearly worse than others were at the same step, so it stops."""

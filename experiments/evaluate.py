@@ -12,14 +12,19 @@ import numpy as np
 from tqdm import tqdm
 
 from agents.baselines.base import MeasuredChoice, measure_choice
-from experiments.comparison.grid import Asked, all_asked
-from experiments.comparison.methods import Contestant, check_names, contestants
+from experiments.comparison.evaluation import (
+    EvaluationCell,
+    Method,
+    build_methods,
+    check_names,
+    evaluation_cells,
+)
 from experiments.comparison.records import (
     ResultRow,
     append_record,
     read_records,
     row_key,
-    trim_curve,
+    trim_metrics,
     write_records,
 )
 from experiments.comparison.run_folder import RunFolder, git_state
@@ -27,7 +32,7 @@ from experiments.comparison.statistics import bootstrap_mean
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import summary_table
 from experiments.config import Config
-from experiments.contexts import held_out_scorer, open_bench, task_config
+from experiments.contexts import build_context, held_out_scorer, task_config
 from experiments.launch import launch
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
@@ -77,7 +82,7 @@ class Bench:
         if context.memory.facts.repair:  # rows without stubs keep the keys that they always had
             self.depends_on["repair"] = context.memory.facts.repair
 
-    def judge(self, contestant: Contestant, asked: Asked, choice: MeasuredChoice) -> ResultRow:
+    def judge(self, contestant: Method, asked: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
         """The row of one choice.
 
         Raises:
@@ -114,7 +119,7 @@ class Bench:
             training_s=contestant.training_s,
         )
 
-    def provenance(self, contestant: Contestant) -> dict[str, Any]:
+    def provenance(self, contestant: Method) -> dict[str, Any]:
         """What a row depends on; ``method`` is what only this contestant depends on."""
         depends_on = {**self.depends_on, "method": contestant.identity}
         return {"depends_on": depends_on, "git": self.git}
@@ -142,10 +147,10 @@ def evaluate(config: Config, folder: Path) -> Path:
     """
     check_names(config)
     run, started = RunFolder(folder), time.monotonic()
-    context = open_bench(config)
-    questions = all_asked(config.evaluate, context.memory)
+    context = build_context(config)
+    questions = evaluation_cells(config.evaluate, context.memory)
     run.start(config)
-    trim_curve(run.metrics, -1)  # an evaluation's metrics are those of its last session
+    trim_metrics(run.metrics, -1)  # an evaluation's metrics are those of its last session
     with open_loggers(config, folder, job="evaluate") as loggers:
         bench = Bench(config, context)
         rows = _all_rows(config, run, bench, questions)
@@ -156,10 +161,10 @@ def evaluate(config: Config, folder: Path) -> Path:
 
 
 def _all_rows(
-    config: Config, run: RunFolder, bench: Bench, questions: list[Asked]
+    config: Config, run: RunFolder, bench: Bench, questions: list[EvaluationCell]
 ) -> list[ResultRow]:
-    """Rows of all contestants on all cells, appended to the results as they are made."""
-    entries = list(contestants(config, bench.context))
+    """Rows of all build_methods on all cells, appended to the results as they are made."""
+    entries = list(build_methods(config, bench.context))
     wanted = [(_key(entry, asked, bench), entry, asked) for entry in entries for asked in questions]
     found = sort_out(run, {key for key, *_ in wanted})
     todo = [item for item in wanted if item[0] not in found]
@@ -198,7 +203,7 @@ def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
     return found
 
 
-def _key(entry: Contestant, asked: Asked, bench: Bench) -> str:
+def _key(entry: Method, asked: EvaluationCell, bench: Bench) -> str:
     """What the row will be known by."""
     provenance = bench.provenance(entry)
     return row_key(entry.method, entry.seed, asked.cell, provenance, asked.part)
@@ -214,7 +219,7 @@ def _importance_identity(config: Config, context: PruningContext) -> dict[str, A
     }
 
 
-def _warm_up(contestant: Contestant, request: Request) -> None:
+def _warm_up(contestant: Method, request: Request) -> None:
     """One unmeasured choice of a trained policy: the first call pays for torch's set-up."""
     if "run" in contestant.identity:
         contestant.policy.choose(request)

@@ -6,47 +6,23 @@ run itself needed, such as its text, at the same place.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agents.export import export_policy
 from experiments.comparison.run_folder import RunFolder
-from experiments.config import Config, as_config
-from experiments.console import say
-from experiments.contexts import frontier_artifact, open_bench
+from experiments.config import Config, ExportPolicyConfig, as_config
+from experiments.console import message, say
+from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
-from experiments.launch import CONF_DIR, fail, message
-from rap_env.errors import RapError
+from experiments.launch import launch_reader
 from rap_env.importance import Frontier
 from rap_env.scoring.store import mask_key
 
-SUFFIX = ".safetensors"
 FRONTIER_SUFFIX = ".frontier.json"
-
-
-@dataclass
-class ExportPolicyConfig:
-    """What is exported, and where to."""
-
-    run: str = MISSING
-    """Folder of a training, such as runs/learning/train/rap-s0."""
-    out: str = MISSING
-    """The file to write; its name ends in .safetensors."""
-
-    def __post_init__(self) -> None:
-        """Refuse a name that `load_policy` would not know again."""
-        if not self.out.endswith((SUFFIX, MISSING)):
-            raise ExperimentError(f"out must end in {SUFFIX}, such as rap{SUFFIX}, not {self.out}.")
-
-
-ConfigStore.instance().store(name="export_policy_schema", node=ExportPolicyConfig)
 
 
 def export(config: ExportPolicyConfig) -> Path:
@@ -63,7 +39,7 @@ def export(config: ExportPolicyConfig) -> Path:
         RapError: As loading the model, the text or an artifact does, and as `export_policy` does.
     """
     settings = settings_of(Path(config.run))
-    context = open_bench(settings)
+    context = build_context(settings)
     file, path = export_policy(config.run, context), Path(config.out)
     file.save(path)
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
@@ -103,24 +79,5 @@ def thinned(frontier: Frontier) -> Frontier:
     return replace(frontier, scored=scored, settings=settings)
 
 
-@hydra.main(version_base=None, config_path=str(CONF_DIR), config_name="export_policy")
-def _run(node: DictConfig) -> None:
-    try:
-        config = OmegaConf.to_object(node)
-        assert isinstance(config, ExportPolicyConfig)  # conf/export_policy.yaml says so
-        export(config)
-    except RapError as error:  # here, since Hydra adds words of its own to what leaves a job
-        fail(str(error))
-
-
-def main() -> None:
-    """Export; a mistake ends in one sentence."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing a traceback
-    try:
-        _run()
-    except (RapError, HydraException, OmegaConfBaseException) as error:
-        fail(message(error))
-
-
 if __name__ == "__main__":
-    main()
+    launch_reader("export_policy", ExportPolicyConfig, export)

@@ -1,7 +1,7 @@
 """``python -m experiments.export_scores``: a table of scores, to train without the model.
 
 It holds what the store has of the model on the calibration text, and the importance that agents
-see. ``export.masks=20000`` first measures masks (see `experiments.training.mask_sampling`) until
+see. ``export.masks=20000`` first measures masks (see `experiments.training.score_tables`) until
 the store has so many; killed at any moment, the same command goes on and makes the same table.
 """
 
@@ -9,34 +9,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
 from experiments.console import say
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.training.mask_sampling import planned_masks
+from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
-from rap_env.repair import repair_label
-from rap_env.scoring.corpus import CorpusConfig
-from rap_env.scoring.score_table import ScoreTable
 from rap_env.scoring.scorer import METRIC, ticker
 from rap_env.scoring.store import context_key
 
 log = logging.getLogger(__name__)
 
-TABLE_FILE = "score_table.json"
 CHUNK_MASKS = 256
 """Masks handed over at once: the more, the more first blocks they share."""
 
@@ -55,7 +49,7 @@ def export_scores(config: Config, folder: Path) -> Path:
         RapError: A setting cannot be, the store has too few scores, or measuring failed.
     """
     run, started = RunFolder(folder), time.monotonic()
-    context = open_bench(config)
+    context = build_context(config)
     _check(config, context)
     run.start(config, frozen=("model", "calibration", "importance", "repair", "seed"))
     _ = context.one_shot, context.features  # a table holds them; their masks count
@@ -97,59 +91,6 @@ def measure(config: Config, context: PruningContext) -> None:
                 "Measured %d of %d masks, %.2f a second; all are done about %s.",
                 len(known) + done, wanted, per_s, f"{end:%a %H:%M}",
             )  # fmt: skip
-
-
-def table_of(
-    config: Config, context: PruningContext, scores: Mapping[BlockMask, float], **model: Any
-) -> ScoreTable:
-    """A table of some scores of a context.
-
-    Args:
-        config: All settings.
-        context: What the scores were measured with.
-        scores: Mean NLL of masks, nats per token.
-        **model: ``members`` and ``doubt`` of the score model, as in `ScoreTable.fitted`.
-
-    Raises:
-        ArtifactError: There are too few scores.
-    """
-    scorer, features = context.scorer, context.features
-    with_gsi = config.importance.method == "gsi"
-    arrays = {name: array.tolist() for name, array in vars(features).items()}
-    return ScoreTable.fitted(
-        context.memory.facts,
-        scores,
-        seed=config.seed,
-        **model,
-        context=dict(scorer.context),
-        text=context.corpus.provenance,
-        settings=_settings(config, context),
-        features=arrays,
-        one_shot=asdict(context.one_shot),
-        gsi=asdict(context.gsi) if with_gsi else None,
-        evaluation_s=scorer.evaluation_s,
-    )
-
-
-def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
-    """The settings that whoever opens the table may repeat; no path of this machine."""
-    text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
-    text["source"] = context.corpus.provenance["source"]
-    return {
-        "device": context.llm.device.type,
-        "dtype": context.memory.facts.dtype,
-        "calibration": text,
-        "importance": config.importance.method,
-        "gsi_removals": config.importance.gsi_removals,
-        "gsi_method": config.importance.gsi_method,
-        "repair": repair_label(config.repair.name),
-    }
-
-
-def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
-    """Orders of importance that masks are drawn around."""
-    alone = np.argsort(context.one_shot.loss_rise, kind="stable").tolist()
-    return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
 
 
 def _check(config: Config, context: PruningContext) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
-from experiments.contexts import GSI_FILE, frontier_artifact, open_bench
+from experiments.contexts import GSI_FILE, build_context, frontier_artifact
 from experiments.launch import launch
 from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
@@ -44,7 +44,7 @@ def profile(config: Config, folder: Path) -> Path:
     started = time.monotonic()
     path = folder / "profile.json"
     run.start(config, frozen=("model", "calibration", "importance", "repair"))
-    context = open_bench(config, profiled=False)
+    context = build_context(config, profiled=False)
     if not path.exists():
         _measure(config, context, folder, path)
     if config.frontier.evaluations and not frontier_artifact(config).exists():

@@ -13,19 +13,25 @@ from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, TrainResult
-from experiments.comparison.figures import PNG_DPI, style
-from experiments.comparison.grid import Cell, Choice, choice_table, choices, grid_requests
-from experiments.comparison.policy_figures import removal_picture
-from experiments.comparison.records import trim_curve
+from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
+from experiments.comparison.figures import removal_picture
+from experiments.comparison.plotting import PNG_DPI, style
+from experiments.comparison.records import trim_metrics
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
-from experiments.contexts import open_bench
-from experiments.errors import TrialPrunedError
+from experiments.config.common import Cell
+from experiments.contexts import build_context
 from experiments.launch import launch
 from experiments.training.loggers import Loggers, open_loggers
-from experiments.training.objective import Judge, objective
-from experiments.training.optuna_trials import Pruning, RunningTrial, running_trial
 from experiments.training.score_model import learn
+from experiments.training.sweeps import (
+    ObjectiveScorer,
+    Pruning,
+    RunningTrial,
+    TrialPrunedError,
+    objective,
+    running_trial,
+)
 from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.request import Request
@@ -62,12 +68,12 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
     if is_done(record, agent.total_timesteps, trial):
         log.info("Training: %s is done (%d steps).", folder.name, record["timesteps"])
         return folder
-    context = open_bench(config)
+    context = build_context(config)
     requests = grid_requests(config.evaluate, context.memory)  # refused now, not after hours
-    judge = Judge(config, context)
+    judge = ObjectiveScorer(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
-    trim_curve(run.metrics, step)
+    trim_metrics(run.metrics, step)
     with open_loggers(config, folder, job="train", step=step) as loggers:
         sinks = [loggers.log]
         if trial is not None:

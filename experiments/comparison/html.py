@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.comparison.figures import PNG_DPI, Draw, style, svg_uri
-from experiments.comparison.labels import look
-from experiments.comparison.tables import Table
+from experiments.comparison.formatting import Table, look
+from experiments.comparison.plotting import PNG_DPI, Draw, style, svg_uri
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
 

@@ -181,7 +181,7 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
             file.write((json.dumps(record, allow_nan=False) + "\n").encode())
 
 
-def trim_curve(path: Path, step: int) -> None:
+def trim_metrics(path: Path, step: int) -> None:
     """Drop metrics of steps beyond `step`: a run that resumes there will write them again."""
     records = read_records(path)
     kept = [record for record in records if record.get("step", 0) <= step]

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from experiments.comparison.records import read_records
 from experiments.config import Config
 from experiments.errors import ExperimentError
 from rap_env.artifacts import atomic_write
@@ -25,12 +26,17 @@ PACKAGES = (
     "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",
     "lm-eval", "hydra-core", "wandb", "tensorboard", "matplotlib",
 )  # fmt: skip
+
+TABLE_FILE = "score_table.json"
+"""Name of the score table that a training used, in its run folder."""
 _REPOSITORY = Path(__file__).resolve().parents[2]
+
 _NAMING_SECTIONS = {
     "train": ("agent", "workload", "reward", "env", "warm_start", "score_model"),
     "evaluate": ("evaluate",),
 }
 """Settings that runs of one comparison may differ in, by stage; they go into the run's name."""
+
 _NOT_NAMED = ("agent", "agent.name", "agent.label", "agent.total_timesteps")
 
 
@@ -235,3 +241,71 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What one training left.
+
+    Attributes:
+        label: Folder name, such as ``maskable_ppo-s0``.
+        method: The label without its seed.
+        seed: The run's seed.
+        curve: Metrics in order of step.
+        facts: The content of ``run.json``.
+        settings: The content of ``config.yaml``.
+    """
+
+    label: str
+    method: str
+    seed: int
+    curve: list[dict[str, Any]]
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was logged."""
+        points = [(r["step"], r[name]) for r in self.curve if r.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
+    """Folders of training runs under a comparison's folder, sorted by name.
+
+    Args:
+        root: The comparison's folder.
+        finished: Leave out runs that have not come to their end.
+    """
+    found = sorted(path.parent for path in (root / "train").glob("*/run.json"))
+    if not finished:
+        return found
+    return [path for path in found if "finished" in (RunFolder(path).read() or {})]
+
+
+def method_and_seed(path: Path) -> tuple[str, int]:
+    """Method and seed of a training run's folder, as its ``run.json`` says.
+
+    Raises:
+        ExperimentError: The folder holds no training run.
+    """
+    facts = RunFolder(path).read()
+    if not facts or "method" not in facts:
+        raise ExperimentError(
+            f"{path} holds no training run; give a folder that experiments.train made."
+        )
+    return str(facts["method"]), int(facts["seed"])
+
+
+def training_run(path: Path) -> TrainingRun:
+    """What a training left in its folder.
+
+    Raises:
+        ExperimentError: The folder holds no training run.
+        ArtifactError: A record is damaged.
+    """
+    folder = RunFolder(path)
+    facts = folder.read() or {}
+    method, seed = method_and_seed(path)
+    return TrainingRun(
+        path.name, method, seed, read_records(folder.metrics), facts, folder.settings() or {}
+    )

@@ -5,24 +5,41 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison import figures, policy_figures, tables
-from experiments.comparison.html import Gallery, Section
-from experiments.comparison.labels import TIMES, look
-from experiments.comparison.pairwise_sections import (
-    INTERVAL_WORDS,
-    add_cells,
-    add_part,
-    add_verdicts,
-    method_names,
+from experiments.comparison import figures, tables
+from experiments.comparison.formatting import (
+    TIMES,
+    counted,
+    look,
+    percent,
+    rank,
+    seconds,
+    text_words,
 )
-from experiments.comparison.pairwise_tables import PART_TITLES
+from experiments.comparison.html import Gallery, Section
+from experiments.comparison.loading import ReportData
+from experiments.comparison.pairwise import targets_table
 from experiments.comparison.records import ResultRow
-from experiments.comparison.report_data import ReportData
-from experiments.comparison.sentences import grid_words, text_words
-from experiments.comparison.targets import goals_table
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import (
+    COUNTS_CAPTION,
+    HOLM_CAPTION,
+    PART_CAPTIONS,
+    PART_TITLES,
+    difference_table,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def grid_words(comparison: Comparison) -> str:
+    """The grid in a sentence."""
+    shapes = ", ".join(f"{batch} {TIMES} {tokens:,}" for batch, tokens in comparison.shapes)
+    budgets = ", ".join(percent(budget, 0) for budget in comparison.budgets)
+    return (
+        f"Requests (batch {TIMES} tokens of prompt and answer): {shapes}. Budgets: {budgets} of "
+        "what the dense model needs for the request."
+    )
 
 
 def comparison_section(data: ReportData, gallery: Gallery) -> Section:
@@ -41,12 +58,12 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
     if comparison.incomplete:
         section.text(
             "Some methods lack results for some pairs of request and budget; means are over the "
-            f"{tables.counted(len(comparison.cells), 'pair')} that all methods have."
+            f"{counted(len(comparison.cells), 'pair')} that all methods have."
         )
     section.table(tables.summary_table(comparison), named)
     gallery.add(
         section, "overview", "Every method over the whole grid",
-        f"Mean over {tables.counted(len(comparison.cells), 'pair')} of request and budget; "
+        f"Mean over {counted(len(comparison.cells), 'pair')} of request and budget; "
         f"hollow marks miss some budgets, so their losses do not compare. {INTERVAL_WORDS} The "
         "dotted line is the dense model's accuracy.",
         partial(figures.overview, comparison),
@@ -58,10 +75,10 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
         f"where the mask does not fit. {INTERVAL_WORDS}",
         partial(figures.loss_against_budget, comparison),
     )  # fmt: skip
-    goals = goals_table(comparison)
+    goals = targets_table(comparison)
     if goals:
         section.table(goals, title="Goals", words=True)
-    add_verdicts(section, comparison)
+    add_pairwise_tables(section, comparison)
     add_cells(section, comparison)
     for part in PART_TITLES:
         add_part(section, comparison, part)
@@ -89,7 +106,7 @@ def policy_section(data: ReportData, gallery: Gallery) -> Section:
             f"Each line is a request (batch {TIMES} tokens) at a budget (% of the dense peak), "
             f"each column a layer. {shade} Short requests are heavy with FFN weights, long "
             "ones with KV cache, which only attention blocks free.",
-            partial(policy_figures.removal_picture, rows, _num_layers(data, rows)),
+            partial(figures.removal_picture, rows, _num_layers(data, rows)),
         )  # fmt: skip
     return section
 
@@ -149,12 +166,12 @@ def learning_section(data: ReportData, gallery: Gallery) -> Section:
     section = Section("learning", "Learning")
     if not data.runs:
         return section
-    if policy_figures.learning_curves(data.runs, narrow=False):
+    if figures.learning_curves(data.runs, narrow=False):
         gallery.add(
             section, "learning_curves", "Learning curves",
             "Training episodes, whose requests are drawn anew each time and whose actions are "
             "sampled, so their losses are above those of the finished policy. Each point is the "
-            f"mean of up to {policy_figures.SMOOTHED_EPISODES} episodes. Left: loss of the mask "
+            f"mean of up to {figures.SMOOTHED_EPISODES} episodes. Left: loss of the mask "
             "that the episode ended with. Right: what the agent is paid, penalties included. "
             "Where a method has several seeds, thin lines are seeds and the thick one their mean.",
             lambda narrow: _curves(data, narrow),
@@ -163,7 +180,7 @@ def learning_section(data: ReportData, gallery: Gallery) -> Section:
     rows = [
         [
             run.label, f"{run.facts.get('timesteps', 0):,}", str(run.seed),
-            tables.seconds(run.facts.get("training_s", 0.0)),
+            seconds(run.facts.get("training_s", 0.0)),
             f"{run.facts.get('evaluations', 0):,}",
         ]
         for run in data.runs
@@ -245,12 +262,12 @@ def _run_facts(note: dict[str, Any], stage: str) -> list[tuple[str, str]]:
         ("Python", found["python"]),
         ("Packages", packages),
         ("Seeds", ", ".join(f"{k} {v}" for k, v in found["seeds"].items())),
-        (stage, f"{tables.seconds(note.get('seconds', 0))}, ended {note.get('finished', '-')}"),
+        (stage, f"{seconds(note.get('seconds', 0))}, ended {note.get('finished', '-')}"),
     ]
 
 
 def _curves(data: ReportData, narrow: bool) -> Figure:
-    found = policy_figures.learning_curves(data.runs, narrow)
+    found = figures.learning_curves(data.runs, narrow)
     assert found is not None  # asked before
     return found
 
@@ -260,3 +277,51 @@ def _num_layers(data: ReportData, rows: list[ResultRow]) -> int:
         return int(data.profile["facts"]["num_layers"])
     names = [name for row in rows for name in row.mask]
     return 1 + max((int(name[5:].partition(".")[0]) for name in names), default=0)
+
+
+INTERVAL_WORDS = (
+    "Intervals are 95 % percentile bootstrap over held-out windows, drawn jointly for all methods, "
+    "and over seeds where a method has several."
+)
+
+
+def add_pairwise_tables(section: Section, comparison: Comparison, where: str = "") -> None:
+    """A table of each learned method against all others."""
+    shown = [s.method for s in comparison.summaries if s.method in comparison.learned]
+    for method in shown:
+        section.table(
+            difference_table(comparison, method), method_names(comparison),
+            title=f"{look(method).label} minus each other method{where}, paired over windows",
+        )  # fmt: skip
+    if shown:
+        section.text(f"{COUNTS_CAPTION} {HOLM_CAPTION}")
+
+
+def add_cells(section: Section, comparison: Comparison, folded: bool = True) -> None:
+    """Losses and removed blocks at each budget, request by request."""
+    named = method_names(comparison)
+    for shape in comparison.shapes:
+        title = f"{shape[0]} {TIMES} {shape[1]:,} tokens"
+        section.table(tables.loss_table(comparison, shape), named,
+                      title=f"Loss at each budget, {title}", folded=folded)  # fmt: skip
+        section.table(tables.removed_table(comparison, shape), named, folded=True,
+                      title=f"Blocks removed (attn + ffn) and peak memory, {title}")  # fmt: skip
+
+
+def add_part(section: Section, comparison: Comparison, part: str) -> None:
+    """Summary, pairwise_comparisons and losses of cells beside the grid, if there are any."""
+    other = comparison.other_part(part)
+    if not other or not other.summaries:
+        return
+    section.table(tables.summary_table(other), method_names(other), title=PART_TITLES[part])
+    section.text(PART_CAPTIONS[part])
+    add_pairwise_tables(section, other, f" ({PART_TITLES[part].lower()})")
+    add_cells(section, other, folded=False)
+
+
+def method_names(comparison: Comparison) -> dict[str, str]:
+    """First cells of tables -> methods; a seed count may follow the label."""
+    named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
+    for summary in comparison.summaries:
+        named[f"{look(summary.method).label} ({summary.loss.seeds})"] = summary.method
+    return named

@@ -10,13 +10,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.labels import look, rank
+from experiments.comparison.formatting import look, rank
 from experiments.comparison.records import ResultRow
 from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_difference
+from experiments.config.common import Cell
 from rap_env.errors import ArtifactError
-
-Cell = tuple[int, int, float]
-"""Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
 
 REFERENCE = "dense"
 

@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
-from experiments.comparison.labels import look, short_label
-from experiments.comparison.statistics import Estimate
-from experiments.comparison.summaries import REFERENCE, Cell, Comparison, Summary
-from experiments.console import say
-from rap_env.artifacts import atomic_write
-
-TERMINAL_COLUMNS = 100
-TABLES_FILE = "tables.md"
-
-Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
-
-
-def markdown(table: Table) -> str:
-    """A table in Markdown; the first column is left-aligned, the others right."""
-    header, rows = table
-    rule = [":---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
-
-
-def plain(table: Table) -> str:
-    """A table as aligned text."""
-    header, rows = table
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "  ".join([first, *rest]).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def wrapped(text: str) -> str:
-    """Break text into lines for the terminal."""
-    return textwrap.fill(text, TERMINAL_COLUMNS)
-
-
-def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
-    """Write ``tables.md`` into a run folder, and print the terminal form.
-
-    Raises:
-        StorageFullError: The disk is full.
-    """
-    with atomic_write(folder / TABLES_FILE) as file:
-        file.write(in_markdown.encode())
-    say(in_terminal)
+from experiments.comparison.formatting import (
+    Table,
+    look,
+    markdown,
+    mebibytes,
+    number,
+    percent,
+    plain,
+    relative_words,
+    seconds,
+    short_label,
+    wrapped,
+)
+from experiments.comparison.pairwise import PairwiseComparison, pairwise_comparisons, targets_table
+from experiments.comparison.summaries import REFERENCE, Comparison, Summary
+from experiments.config.common import Cell
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -174,50 +140,6 @@ def short_summary(comparison: Comparison) -> Table:
     return [short.get(name, name) for name in header], cells
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent, or a dash."""
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def signed_percent(value: float, digits: int = 1) -> str:
-    """A relative difference as per cent, with its sign."""
-    return f"{100 * value:+.{digits}f} %"
-
-
-def signed(found: Estimate) -> str:
-    """A difference with its sign and interval."""
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-
-
-def relative_words(found: Estimate | None) -> str:
-    """A relative difference with its interval in per cent, or a dash."""
-    if found is None:
-        return "-"
-    return f"{signed_percent(found.mean)} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def seconds(value: float) -> str:
-    """A duration in ms, s or min."""
-    if value >= 120:
-        return f"{value / 60:.1f} min"
-    return f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
-
-
-def number(value: float) -> str:
-    """A count, with a decimal only where it is a mean that needs one."""
-    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, such as "1 pair" or "4 pairs"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def mebibytes(value: float) -> str:
-    """Bytes as MiB, for people."""
-    return f"{value / 2**20:,.0f} MiB"
-
-
 def _name(summary: Summary, label: str = "") -> str:
     seeds = f" ({summary.loss.seeds})" if summary.loss.seeds > 1 else ""
     return f"{label or look(summary.method).label}{seeds}"
@@ -236,3 +158,88 @@ def _cell_loss(comparison: Comparison, method: str, cell: Cell) -> str:
         return ""
     fits = all(row.fits for row in comparison.at(method, cell))
     return f"{found}{'' if fits else ' (does not fit)'}"
+
+
+PART_TITLES = {
+    "sparsity": "At fixed sparsity",
+    "outside": "Outside the range that policies were trained on",
+}
+
+PART_CAPTIONS = {
+    "sparsity": (
+        "Budgets that ask for a share of the block weights to be freed, at a short request, so "
+        "that nearly all that is freed is weights: a share of the parameters, embeddings and head "
+        "aside."
+    ),
+    "outside": (
+        "Requests or budgets that no policy met in its training: longer, with a larger batch, or "
+        "tighter."
+    ),
+}
+
+COUNTS_CAPTION = (
+    "Better / even / worse (+/=/-): pairs of request and budget at which the 95 % interval of the "
+    "difference lies below 0, holds 0, or lies above it. Relative: mean loss divided by the "
+    "other's, less 1. Verdict: the same for the mean over all pairs; *: the other misses budgets, "
+    "so that its loss does not compare."
+)
+
+HOLM_CAPTION = "By Holm: the same counts where all pairs are tested together at a level of 5 %."
+
+
+def difference_table(comparison: Comparison, method: str) -> Table:
+    """Loss of one method minus each other's, paired over windows and seeds."""
+    header = ["Compared with", "Difference (nats/token)", "Relative", "Better / even / worse",
+              "By Holm", "PairwiseComparison"]  # fmt: skip
+    rows = [_difference_row(found) for found in pairwise_comparisons(comparison, method)]
+    return header, rows
+
+
+def short_differences(comparison: Comparison, method: str) -> Table:
+    """The same for the terminal, at most 100 columns wide: without Holm's correction."""
+    header = ["Compared with", "Difference", "Relative", "+/=/-", "PairwiseComparison"]
+    rows = []
+    for found in pairwise_comparisons(comparison, method):
+        _, difference, relative, cells, _, verdict = _difference_row(found)
+        rows.append([short_label(found.other), difference, relative, cells, verdict])
+    return header, rows
+
+
+def tables_markdown(comparison: Comparison, title: str = "Comparison") -> str:
+    """Every table, for ``tables.md``."""
+    parts = [f"# {title}\n", *_part_tables(comparison)]
+    goals = targets_table(comparison)
+    if goals:
+        parts += ["## Goals\n", markdown(goals)]
+    accuracy = accuracy_table(comparison)
+    if accuracy:
+        parts += ["## Accuracy\n", markdown(accuracy)]
+    parts += ["## Costs\n", markdown(costs_table(comparison))]
+    for part, heading in PART_TITLES.items():
+        other = comparison.other_part(part)
+        if other:
+            parts += [f"# {heading}\n", *_part_tables(other)]
+    return "\n".join(parts)
+
+
+def _part_tables(comparison: Comparison) -> list[str]:
+    parts = [markdown(summary_table(comparison))]
+    for method in comparison.learned:
+        if method in {s.method for s in comparison.summaries}:
+            parts += [f"## {look(method).label} minus each other method\n",
+                      markdown(difference_table(comparison, method))]  # fmt: skip
+    for shape in comparison.shapes:
+        title = f"{shape[0]} x {shape[1]} tokens"
+        parts += [f"## Loss, {title}\n", markdown(loss_table(comparison, shape)),
+                  f"## Blocks removed (attn + ffn) and peak memory, {title}\n",
+                  markdown(removed_table(comparison, shape))]  # fmt: skip
+    return parts
+
+
+def _difference_row(found: PairwiseComparison) -> list[str]:
+    mean, low, high = found.difference.mean, found.difference.low, found.difference.high
+    return [
+        look(found.other).label, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+        relative_words(found.relative), str(found.cells), str(found.corrected),
+        found.word if found.other_fits else f"{found.word}*",
+    ]  # fmt: skip

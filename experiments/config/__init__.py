@@ -11,16 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from experiments.config.common import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
 from experiments.config.evaluation import CompareConfig, EvaluateConfig, ReportConfig
-from experiments.config.learning import FrontierConfig, ScoreModelConfig, WarmStartConfig
-from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
-from experiments.config.parts import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
+from experiments.config.model import (
+    REPAIRS,
+    ExportConfig,
+    ExportPolicyConfig,
+    ImportanceConfig,
+    ModelConfig,
+    RepairConfig,
+    StubsConfig,
+)
 from experiments.config.replay import ReplayConfig
 from experiments.config.serving import SoakConfig, serve_defaults
-from experiments.config.stubs import REPAIRS, StubsConfig
 from experiments.config.studies import (
     OverfittingConfig,
     SmallLMConfig,
@@ -32,7 +37,10 @@ from experiments.config.training import (
     AgentConfig,
     DemoConfig,
     EnvConfig,
+    FrontierConfig,
     LoggerConfig,
+    ScoreModelConfig,
+    WarmStartConfig,
 )
 from experiments.errors import ExperimentError
 
@@ -46,6 +54,7 @@ __all__ = [
     "EnvConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExportPolicyConfig",
     "FrontierConfig",
     "ImportanceConfig",
     "LoggerConfig",
@@ -66,7 +75,6 @@ __all__ = [
     "as_config",
     "parse_cell",
     "parse_shape",
-    "register",
 ]
 
 
@@ -139,17 +147,3 @@ def as_config(node: Any) -> Config:
     if not isinstance(config, Config):
         raise ExperimentError("The settings were not composed over the schema 'rap_schema'.")
     return config
-
-
-def register() -> None:
-    """Give Hydra the schemas and the resolver that names run folders."""
-    ConfigStore.instance().store(name="rap_schema", node=Config)
-    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
-    if not OmegaConf.has_resolver("rap_label"):
-        OmegaConf.register_new_resolver("rap_label", _labelled)
-
-
-def _labelled(stage: str, label: str | None, agent: str, seed: int | str, overrides: str) -> str:
-    from experiments.comparison.run_folder import run_label
-
-    return run_label(stage, label or agent, seed, overrides)

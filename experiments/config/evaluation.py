@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.config.parts import (
+from experiments.config.common import (
     TasksConfig,
     TextConfig,
     at_least,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config.parts import at_least
+from experiments.config.common import at_least
 from experiments.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.serving.settings import ServerSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.config.parts import TextConfig, at_least, parse_cell
+from experiments.config.common import TextConfig, at_least, parse_cell
 from experiments.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 

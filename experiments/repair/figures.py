@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from experiments.comparison.figures import INK, panels, style
-from experiments.comparison.labels import TIMES, look
+from experiments.comparison.formatting import TIMES, look
+from experiments.comparison.plotting import INK, panels, style
 from experiments.repair.summaries import RepairComparison
 from experiments.repair.tables import text_label
 

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.labels import look
+from experiments.comparison.formatting import Table, look
 from experiments.comparison.records import read_json
-from experiments.comparison.tables import Table
 from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.comparison.statistics import bootstrap_mean
 from experiments.config import Config
+from experiments.config.common import Cell
 from experiments.contexts import task_config
 from experiments.repair.orders import FILE as ORDERS
 from experiments.repair.orders import write_orders
@@ -31,7 +32,6 @@ from rap_env.scoring.scorer import MaskScorer
 
 log = logging.getLogger(__name__)
 
-Cell = tuple[int, int, float]
 
 FILE = "repair.jsonl"
 _PER_MASK_WINDOWS = 64

@@ -5,10 +5,9 @@ from __future__ import annotations
 import textwrap
 from functools import partial
 
+from experiments.comparison.formatting import TERMINAL_COLUMNS, TIMES, look, percent, plain
 from experiments.comparison.html import Gallery, Section
-from experiments.comparison.labels import TIMES, look
-from experiments.comparison.report_data import ReportData
-from experiments.comparison.tables import TERMINAL_COLUMNS, percent, plain
+from experiments.comparison.loading import ReportData
 from experiments.repair import figures as repair_figures
 from experiments.repair import tables as repair_tables
 from experiments.repair.orders import ORDERS_CAPTION, orders_table

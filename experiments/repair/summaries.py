@@ -9,13 +9,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.labels import rank
+from experiments.comparison.formatting import rank
 from experiments.comparison.statistics import RESAMPLES, SEED, Estimate, resample_weights
+from experiments.config.common import Cell
 from experiments.repair.rows import RepairRow
 from rap_env.errors import ArtifactError
-
-Cell = tuple[int, int, float]
-"""Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
 
 Pair = tuple[Cell, str]
 """A cell and the report text on which it was measured."""

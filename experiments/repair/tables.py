@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.comparison.labels import TIMES, look
+from experiments.comparison.formatting import (
+    TIMES,
+    Table,
+    counted,
+    look,
+    markdown,
+    mebibytes,
+    number,
+    percent,
+)
 from experiments.comparison.statistics import Estimate
-from experiments.comparison.tables import Table, counted, markdown, mebibytes, number, percent
+from experiments.config.common import Cell
 from experiments.repair.orders import ORDERS_CAPTION, orders_table
 from experiments.repair.rows import RepairRow
-from experiments.repair.summaries import Cell, RepairComparison
+from experiments.repair.summaries import RepairComparison
 
 ARROW = " \N{RIGHTWARDS ARROW} "
 

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.figures import (
+from experiments.comparison.formatting import (
+    KIND_COLOURS,
+    Look,
+    look,
+    percent,
+)
+from experiments.comparison.plotting import (
     FAINT,
     INK,
     PNG_DPI,
@@ -25,9 +31,7 @@ from experiments.comparison.figures import (
     plain_log_ticks,
     style,
 )
-from experiments.comparison.labels import KIND_COLOURS, Look, look
 from experiments.comparison.records import read_records
-from experiments.comparison.tables import percent
 from experiments.replay.records import ReplayRow
 from experiments.replay.tables import megabyte_seconds, system_label
 from experiments.replay.time_series import recorded_mask

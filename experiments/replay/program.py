@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.comparison.formatting import (
+    publish_tables,
+)
 from experiments.comparison.records import RowFile
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.run_folder import provenance as run_provenance
-from experiments.comparison.tables import publish_tables
 from experiments.config import Config, ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget, make_budget

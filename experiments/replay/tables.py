@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.comparison.statistics import Estimate, wilson_interval
-from experiments.comparison.tables import (
+from experiments.comparison.formatting import (
     Table,
     markdown,
     mebibytes,
@@ -14,6 +13,7 @@ from experiments.comparison.tables import (
     seconds,
     wrapped,
 )
+from experiments.comparison.statistics import Estimate, wilson_interval
 from experiments.replay.records import ReplayRow
 
 LEGEND = (

@@ -10,10 +10,17 @@ import numpy as np
 
 from agents.baselines.base import price_per_byte
 from agents.baselines.orders import GSIBaseline
-from experiments.comparison.labels import look
+from experiments.comparison.formatting import (
+    Table,
+    look,
+    markdown,
+    plain,
+    publish_tables,
+    signed,
+    wrapped,
+)
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.statistics import bootstrap_mean, paired_difference
-from experiments.comparison.tables import Table, markdown, plain, publish_tables, signed, wrapped
 from experiments.config import Config
 from experiments.console import say
 from experiments.errors import ExperimentError

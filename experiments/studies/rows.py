@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.comparison.records import Record
+from experiments.config.common import Cell
 from rap_env.artifacts import digest
-
-Cell = tuple[int, int, float]
 
 
 class _StudyRecord(Record):

@@ -17,9 +17,10 @@ from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import git_state
 from experiments.comparison.statistics import bootstrap_mean
 from experiments.config import Config, TextConfig
-from experiments.contexts import open_bench
+from experiments.config.common import Cell
+from experiments.contexts import build_context
 from experiments.errors import ExperimentError
-from experiments.studies.rows import Cell, StudyRow, row_key
+from experiments.studies.rows import StudyRow, row_key
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
@@ -51,7 +52,7 @@ class StudyBench:
                 f"{config.model.name}, which has scores of one; give the model itself."
             )
         self.config = config
-        self.own = open_bench(config, profiled=False)
+        self.own = build_context(config, profiled=False)
         self.git = git_state()
 
     def load(self, text: TextConfig, role: str) -> Corpus:

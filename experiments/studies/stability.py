@@ -12,13 +12,17 @@ import numpy as np
 
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
+from experiments.comparison.formatting import (
+    publish_tables,
+)
 from experiments.comparison.records import append_record
-from experiments.comparison.report_data import method_and_seed
-from experiments.comparison.run_folder import RunFolder
-from experiments.comparison.tables import publish_tables
+from experiments.comparison.run_folder import (
+    RunFolder,
+    method_and_seed,
+)
 from experiments.config import Config, ImportanceConfig, TextConfig
 from experiments.console import say
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.studies.rows import OrderRow, StudyRow
@@ -96,7 +100,7 @@ def _measure(config: Config, folder: Path) -> tuple[list[OrderRow], list[StudyRo
         for search in searches(bench, name, seed, context, agents):
             rows += judge.rows(search, cells)
     for agent, own in agents:
-        all_disjoint([open_bench(own).corpus], list(report.values()))
+        all_disjoint([build_context(own).corpus], list(report.values()))
         rows += judge.rows(_own_search(agent, own), cells)
     return orders.rows, rows
 
@@ -168,7 +172,7 @@ def _own_search(folder: Path, own: Config) -> Search:
     """A policy that is shown the importance that it was trained with."""
     identity = {**_policy_identity(folder), **gsi_identity(own)}
     seed = own.calibration.seed
-    return Search(folder.name, OWN_TEXT, seed, open_bench(own), _policy(folder), identity)
+    return Search(folder.name, OWN_TEXT, seed, build_context(own), _policy(folder), identity)
 
 
 def _draws(bench: StudyBench) -> dict[Draw, Corpus]:

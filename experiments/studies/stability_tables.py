@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.comparison.labels import look
-from experiments.comparison.tables import Table, markdown, percent, plain, wrapped
+from experiments.comparison.formatting import Table, look, markdown, percent, plain, wrapped
 from experiments.studies.agreement import Agreement, agreements
 from experiments.studies.rows import OrderRow, StudyRow
 

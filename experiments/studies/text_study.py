@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents.baselines import BASELINES
+from experiments.comparison.formatting import publish_tables
 from experiments.comparison.run_folder import RunFolder
-from experiments.comparison.tables import publish_tables
 from experiments.config import Config
 from experiments.config.studies import TextStudyConfig
 from experiments.console import say

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from experiments.comparison.formatting import Table, markdown, percent, plain, signed, wrapped
 from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_difference
-from experiments.comparison.tables import Table, markdown, percent, plain, signed, wrapped
-from experiments.studies.rows import Cell, StudyRow
+from experiments.config.common import Cell
+from experiments.studies.rows import StudyRow
 
 SHARED = "shared"
 """A mask searched on a part of every kind, together as long as the text of one kind."""

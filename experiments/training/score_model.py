@@ -26,9 +26,9 @@ from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
 from experiments.comparison.records import append_record, read_records
+from experiments.comparison.run_folder import TABLE_FILE
 from experiments.config import Config
-from experiments.export_scores import TABLE_FILE, importance_orders, table_of
-from experiments.training.mask_sampling import planned_masks
+from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext

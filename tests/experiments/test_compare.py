@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.compare import compare
-from experiments.comparison.groups import read_groups
+from experiments.compare import compare, final_loss
+from experiments.comparison.loading import read_groups
 from experiments.comparison.records import append_record
-from experiments.comparison.text import final_loss
 from experiments.config import CompareConfig
 from experiments.errors import ExperimentError
 from rap_env.errors import ArtifactError, UnknownNameError

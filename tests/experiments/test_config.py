@@ -15,10 +15,10 @@ from omegaconf.errors import MissingMandatoryValue
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
 from experiments.comparison.run_folder import run_label
-from experiments.config import EvaluateConfig, as_config, parse_shape, register
+from experiments.config import EvaluateConfig, as_config, parse_shape
 from experiments.contexts import context_config
 from experiments.errors import ExperimentError
-from experiments.launch import CONF_DIR
+from experiments.launch import CONF_DIR, register
 from experiments.train import agent_config
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.scoring.generated_tasks import GENERATED_TASKS

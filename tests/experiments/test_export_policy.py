@@ -21,7 +21,7 @@ from experiments.config import (
     ModelConfig,
     TextConfig,
 )
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.export_policy import ExportPolicyConfig, export, settings_of, thinned
 from experiments.launch import CONF_DIR
@@ -71,7 +71,7 @@ def asked(memory):
 
 def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
     path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
-    context = open_bench(config)
+    context = build_context(config)
     exported = load_policy(path, context.memory)
     assert isinstance(exported, NetworkPolicy)
     trained = TrainedPolicy.load(run, context)
@@ -83,7 +83,7 @@ def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
 
 def test_the_best_known_masks_lie_beside_it(config, run, tmp_path):
     export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
-    context = open_bench(config)
+    context = build_context(config)
     table = load_policy(tmp_path / "rap.frontier.json", context.memory)
     assert isinstance(table, FrontierPolicy)
     assert table.frontier.entries == context.frontier.entries

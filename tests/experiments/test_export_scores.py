@@ -15,7 +15,7 @@ import gymnasium as gym
 import pytest
 
 from experiments.comparison.records import read_records
-from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import (
     AgentConfig,
     Config,
@@ -26,9 +26,9 @@ from experiments.config import (
     RepairConfig,
     TextConfig,
 )
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.evaluate import evaluate
-from experiments.export_scores import TABLE_FILE, export_scores
+from experiments.export_scores import export_scores
 from experiments.profile import profile
 from experiments.train import train
 from rap_env.blocks import BlockMask
@@ -74,7 +74,7 @@ def test_a_table_holds_what_was_asked_for_and_says_how_good_it_is(config, export
     table = ScoreTable.load(exported)
     assert exported.name == TABLE_FILE
     assert len(table.scores) == MASKS
-    live = open_bench(config)
+    live = build_context(config)
     for mask in [BlockMask(), BlockMask.of(3), *map(BlockMask, list(table.scores)[-5:])]:
         assert table.scores[mask.indices] == live.scorer.nll(mask)
     assert live.scorer.evaluations < 2 * MASKS
@@ -92,7 +92,7 @@ def test_a_table_holds_what_was_asked_for_and_says_how_good_it_is(config, export
 
 
 def test_without_a_number_it_takes_what_the_store_has(config, exported, tmp_path):
-    live = open_bench(config)
+    live = build_context(config)
     live.scorer.nll(BlockMask.of(0, 2, 4, 6, 7))
     path = tmp_path / "deep" / "mine.json"
     settings = replace(config, export=ExportConfig(path=str(path)))
@@ -118,7 +118,7 @@ def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_
         config, name="repaired", repair=RepairConfig("library"), export=ExportConfig(masks=40)
     )
     path = export_scores(settings, settings.stage_dir("export_scores"))
-    table, plain, live = ScoreTable.load(path), ScoreTable.load(exported), open_bench(settings)
+    table, plain, live = ScoreTable.load(path), ScoreTable.load(exported), build_context(settings)
     assert table.settings["repair"] == "library"
     assert table.facts == live.memory.facts
     assert table.facts.repair
@@ -162,7 +162,7 @@ def test_an_empty_store_is_told_before_anything_is_measured(config, tmp_path):
     empty = replace(config, store=str(tmp_path / "empty.sqlite"), export=ExportConfig())
     with pytest.raises(RapError, match=r"has no scores of .*export\.masks=20000"):
         export_scores(empty, tmp_path / "run")
-    assert open_bench(empty).scorer.evaluations == 0
+    assert build_context(empty).scorer.evaluations == 0
     with pytest.raises(RapError, match="store is null"):
         export_scores(replace(config, store=None), tmp_path / "run")
 

@@ -9,21 +9,21 @@ from html.parser import HTMLParser
 import pytest
 
 from experiments.comparison.figures import loss_against_budget
-from experiments.comparison.labels import look
-from experiments.comparison.pairwise_tables import difference_table, tables_markdown
+from experiments.comparison.formatting import look
+from experiments.comparison.loading import gather
 from experiments.comparison.records import append_record
-from experiments.comparison.report_data import gather
-from experiments.comparison.sentences import findings
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     accuracy_table,
+    difference_table,
     loss_table,
     summary_table,
+    tables_markdown,
     terminal_text,
 )
 from experiments.config import Config
 from experiments.errors import ExperimentError
-from experiments.report import report
+from experiments.report import findings, report
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import FACTORS, make_row, make_rows, write_root
 
@@ -76,12 +76,12 @@ def test_a_mean_is_over_cells_that_all_methods_have():
 
 def test_differences_are_paired_and_judged(comparison):
     header, rows = difference_table(comparison, "maskable_ppo")
-    verdicts = {row[0]: row[-1] for row in rows}
+    pairwise_comparisons = {row[0]: row[-1] for row in rows}
     assert header[0] == "Compared with"
-    assert verdicts["Greedy per byte"] == "worse"
-    assert verdicts["Random"] == "better"
-    assert verdicts["Attention only"] == "better*", "it misses budgets"
-    assert "MaskablePPO" not in verdicts
+    assert pairwise_comparisons["Greedy per byte"] == "worse"
+    assert pairwise_comparisons["Random"] == "better"
+    assert pairwise_comparisons["Attention only"] == "better*", "it misses budgets"
+    assert "MaskablePPO" not in pairwise_comparisons
 
 
 def test_tables_say_where_a_mask_does_not_fit(comparison):

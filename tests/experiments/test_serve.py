@@ -19,10 +19,10 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 
 import httpx
 
-from experiments.config import SoakConfig, as_config, register
+from experiments.config import SoakConfig, as_config
 from experiments.config.serving import server_settings
 from experiments.errors import ExperimentError
-from experiments.launch import CONF_DIR
+from experiments.launch import CONF_DIR, register
 from rap_env.errors import UnknownNameError
 from rap_env.serving.settings import ServerSettings
 from tests.serving.tokenizers import chat_tokenizer

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from experiments.comparison.methods import check_names
+from experiments.comparison.evaluation import check_names
+from experiments.comparison.loading import gather
 from experiments.comparison.records import append_record, read_records, read_rows
-from experiments.comparison.report_data import gather, training_dirs
-from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.run_folder import RunFolder, training_dirs
 from experiments.config import (
     AgentConfig,
     Config,
@@ -22,13 +22,12 @@ from experiments.config import (
     ModelConfig,
     RepairConfig,
     TextConfig,
-    register,
 )
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.demo import demo, demo_agents
 from experiments.errors import ExperimentError
 from experiments.evaluate import SET_ASIDE, evaluate
-from experiments.launch import CONF_DIR
+from experiments.launch import CONF_DIR, register
 from experiments.profile import profile
 from experiments.train import train
 from rap_env.blocks import BlockMask
@@ -263,7 +262,7 @@ def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
     rows = read_rows(repaired.stage_dir("evaluate") / "results.jsonl")
     plain = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")
     assert len(rows) == len(plain)
-    bench = open_bench(repaired)
+    bench = build_context(repaired)
     text = CorpusConfig(source="self", windows=3, window_tokens=12, role="report")
     report = MaskScorer(bench.llm, load_corpus(text, bench.llm))
     for row in rows:
@@ -284,7 +283,7 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
 
     with_stubs = depends(read_rows(repaired.stage_dir("evaluate") / "results.jsonl"))
     plain = depends(read_rows(evaluated.stage_dir("evaluate") / "results.jsonl"))
-    assert {each["repair"] for each in with_stubs} == {open_bench(repaired).memory.facts.repair}
+    assert {each["repair"] for each in with_stubs} == {build_context(repaired).memory.facts.repair}
     texts = ("calibration_sha256", "report_sha256", "model_fingerprint")
     for name in texts:  # the dense model writes the texts
         assert {each[name] for each in with_stubs} == {each[name] for each in plain}
@@ -301,7 +300,7 @@ def test_a_profile_with_stubs_says_which(profiled, repaired):
         json.loads((each.stage_dir("profile") / "profile.json").read_text())["facts"]
         for each in (profiled, repaired)
     ]
-    assert [one["repair"] for one in facts] == ["", open_bench(repaired).memory.facts.repair]
+    assert [one["repair"] for one in facts] == ["", build_context(repaired).memory.facts.repair]
 
 
 def test_one_name_does_not_mix_repairs(evaluated):

@@ -15,8 +15,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from experiments.comparison.run_folder import RunFolder
-from experiments.config import register
-from experiments.launch import CONF_DIR, has_neighbours
+from experiments.launch import CONF_DIR, register, runs_in_parallel
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -96,15 +95,15 @@ def test_workers_share_a_live_model_and_one_store(base):
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "ray_cluster"])
-def test_a_launcher_that_is_not_installed_names_its_extra(base, launcher):
+def test_a_launcher_that_is_not_installed_names_its_group(base, launcher):
     plugin = "hydra_ray_launcher" if "ray" in launcher else "hydra_submitit_launcher"
     done = run_train(base, f"hydra/launcher={launcher}", mode=("--cfg", "hydra"))
     if (Path(optuna.__file__).parents[1] / "hydra_plugins" / plugin).exists():
         assert done.returncode == 0, done.stderr
         return
-    extra = "ray" if "ray" in launcher else "slurm"
+    group = "ray" if "ray" in launcher else "slurm"
     assert done.returncode == 2
-    assert f'pip install -e ".[{extra}]"' in done.stderr
+    assert f"pip install --group {group}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -116,9 +115,9 @@ def composed(*overrides):
 
 def test_only_jobs_beside_others_get_one_thread():
     multirun = "hydra.mode=MULTIRUN"
-    assert has_neighbours(composed("hydra/launcher=local", multirun).hydra)
-    assert not has_neighbours(composed("hydra/launcher=local", "hydra.mode=RUN").hydra)
-    assert not has_neighbours(composed(multirun).hydra)
+    assert runs_in_parallel(composed("hydra/launcher=local", multirun).hydra)
+    assert not runs_in_parallel(composed("hydra/launcher=local", "hydra.mode=RUN").hydra)
+    assert not runs_in_parallel(composed(multirun).hydra)
 
 
 def test_the_search_asks_for_as_many_trials_as_run_at_once():

@@ -5,11 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.comparison.pairwise import Counts, relative_on, verdict_on, verdicts
-from experiments.comparison.pairwise_tables import difference_table, tables_markdown
+from experiments.comparison.pairwise import (
+    Counts,
+    compare_pair,
+    competing_cells,
+    pairwise_comparisons,
+    relative_on,
+    targets_table,
+)
 from experiments.comparison.records import PARTS
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.targets import competing_cells, goals_table
+from experiments.comparison.tables import difference_table, tables_markdown
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import WINDOWS, make_row
 
@@ -33,7 +39,7 @@ def comparison(*groups):
 
 
 def test_a_verdict_counts_pairs_and_judges_the_mean():
-    found = verdict_on(
+    found = compare_pair(
         comparison(
             rows_of("ppo", [0.8, 0.9, 1.3, 1.0], seeds=(0, 1), noise=0.01),
             rows_of("gsi", [1.0, 1.0, 1.0, 1.0]),
@@ -48,11 +54,11 @@ def test_a_verdict_counts_pairs_and_judges_the_mean():
 
 def test_a_tenth_less_is_a_tenth_less():
     both = comparison(rows_of("ppo", [0.9] * 4, seeds=(0,)), rows_of("gsi", [1.0] * 4))
-    found = verdict_on(both, "ppo", "gsi")
+    found = compare_pair(both, "ppo", "gsi")
     assert (found.relative.low, found.relative.high) == pytest.approx((-0.1, -0.1))
     assert (found.word, found.cells) == ("better", Counts(4, 0, 0))
-    assert verdict_on(both, "gsi", "ppo").word == "worse"
-    assert verdict_on(both, "ppo", "knapsack") is None
+    assert compare_pair(both, "gsi", "ppo").word == "worse"
+    assert compare_pair(both, "ppo", "knapsack") is None
     half = relative_on(both, "ppo", "gsi", both.cells[:2])
     assert half.mean == pytest.approx(-0.1)
     assert relative_on(both, "ppo", "gsi", []) is None
@@ -61,7 +67,7 @@ def test_a_tenth_less_is_a_tenth_less():
 def test_many_pairs_need_clearer_differences_to_count_together():
     """A difference that is just clear alone is not so among four that are tested together."""
     noisy = rows_of("ppo", [0.885, 1.0, 1.0, 1.0], seeds=(0,), noise=1.0)
-    found = verdict_on(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
+    found = compare_pair(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
     assert found.cells == Counts(1, 3, 0)
     assert found.corrected == Counts(0, 4, 0)
 
@@ -73,8 +79,8 @@ def test_verdicts_stand_in_order_and_never_on_the_method_itself():
         rows_of("knapsack", [0.8] * 4, fits=False),
         rows_of("one_shot", [0.9] * 4),
     )
-    assert [v.other for v in verdicts(both, "ppo")] == ["one_shot", "gsi", "knapsack"]
-    assert [v.other_fits for v in verdicts(both, "ppo")] == [True, True, False]
+    assert [v.other for v in pairwise_comparisons(both, "ppo")] == ["one_shot", "gsi", "knapsack"]
+    assert [v.other_fits for v in pairwise_comparisons(both, "ppo")] == [True, True, False]
     _, table = difference_table(both, "ppo")
     assert [row[-1] for row in table] == ["worse", "better", "worse*"]
 
@@ -89,7 +95,7 @@ def test_goals_are_met_or_not_as_the_numbers_say():
         rows_of("frontier", [0.8] * 4),
     )
     assert both.main_policy.method == "rap", "not the one that does best on the report text"
-    header, rows = goals_table(both)
+    header, rows = targets_table(both)
     met = {row[0]: row[-1] for row in rows}
     assert met["loses less than the GSI order in the mean"] == "yes"
     assert met["not above greedy per byte in the mean"] == "no"
@@ -97,7 +103,7 @@ def test_goals_are_met_or_not_as_the_numbers_say():
     within = [row for row in rows if row[0].startswith("loss in the mean against")]
     assert [row[2:] for row in within] == [["+2 % or less", "yes"], ["+2 % or less", "no"]]
     assert header[-1] == "Met"
-    assert goals_table(comparison(rows_of("gsi", [1.0] * 4))) is None
+    assert targets_table(comparison(rows_of("gsi", [1.0] * 4))) is None
 
 
 def test_weights_and_cache_compete_where_the_greedy_search_removes_both():

@@ -17,7 +17,7 @@ from experiments.comparison.records import (
     read_records,
     read_rows,
     row_key,
-    trim_curve,
+    trim_metrics,
     write_records,
 )
 from rap_env.errors import ArtifactError
@@ -86,11 +86,11 @@ def test_killed_writers_lose_nothing_that_was_appended(tmp_path):
 def test_metrics_beyond_a_checkpoint_are_dropped_before_they_come_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_records(path, [{"step": step, "loss": 1.0} for step in (10, 20, 20, 30)])
-    trim_curve(path, 20)
+    trim_metrics(path, 20)
     assert [record["step"] for record in read_records(path)] == [10, 20, 20]
-    trim_curve(path, 0)
+    trim_metrics(path, 0)
     assert read_records(path) == []
-    trim_curve(tmp_path / "none.jsonl", 0)
+    trim_metrics(tmp_path / "none.jsonl", 0)
     assert not (tmp_path / "none.jsonl").exists()
 
 

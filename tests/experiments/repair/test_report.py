@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.comparison.labels import TIMES, look
-from experiments.comparison.report_data import gather
+from experiments.comparison.formatting import TIMES, look
+from experiments.comparison.loading import gather
 from experiments.comparison.statistics import bootstrap_mean
 from experiments.config import Config
 from experiments.repair.figures import loss_against_peak, ratio_against_tokens

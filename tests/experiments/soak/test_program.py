@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("httpx", reason="httpx is not installed")
 
-from experiments.config import as_config, register
-from experiments.launch import CONF_DIR
+from experiments.config import as_config
+from experiments.launch import CONF_DIR, register
 from experiments.soak.checks import agreement, growth
 from experiments.soak.program import run_soak, soak, summary
 from experiments.soak.world import Answer, Sample, World

@@ -15,8 +15,7 @@ from PIL import Image
 from experiments.comparison.records import read_records
 from experiments.config import AgentConfig, Config, LoggerConfig, ModelConfig
 from experiments.errors import ExperimentError
-from experiments.training.loggers import open_loggers
-from experiments.training.wandb_run import has_login, wandb_mode
+from experiments.training.loggers import has_login, open_loggers, wandb_mode
 from rap_env.errors import MissingDependencyError
 
 

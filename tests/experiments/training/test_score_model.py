@@ -21,7 +21,7 @@ from experiments.config import (
     TextConfig,
     WarmStartConfig,
 )
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.profile import profile
 from experiments.train import train
 from experiments.training.score_model import ROUNDS_FILE, demonstrations, draw_requests
@@ -69,7 +69,7 @@ def folder_of(config, label="agent-s0"):
 
 
 def test_the_policy_starts_where_its_teacher_is(config):
-    context = open_bench(config)
+    context = build_context(config)
     started = replace(
         config,
         score_model=ScoreModelConfig(),
@@ -83,7 +83,7 @@ def test_the_policy_starts_where_its_teacher_is(config):
 
 
 def test_demonstrations_fit_and_are_the_frontiers(config):
-    context = open_bench(config)
+    context = build_context(config)
     for shown in demonstrations(config, context):
         assert shown.mask == context.frontier.best(context.memory, shown.request)
         peak = context.memory.peak_bytes(shown.mask, shown.request)
@@ -92,7 +92,7 @@ def test_demonstrations_fit_and_are_the_frontiers(config):
 
 def test_rounds_verify_with_real_scores_and_learn_from_them(config):
     folder = train(config, folder_of(config))
-    context, rounds = open_bench(config), read_records(folder / ROUNDS_FILE)
+    context, rounds = build_context(config), read_records(folder / ROUNDS_FILE)
     assert [record["round"] for record in rounds] == [0, 1]
     scored = [{mask_of(key): nll for key, nll in r["scored"].items()} for r in rounds]
     for found in scored:
@@ -120,8 +120,8 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(config, monkeypatch, at
             train(config, killed)
     train(config, killed)
     assert read_records(killed / ROUNDS_FILE) == read_records(whole / ROUNDS_FILE)
-    found = [TrainedPolicy.load(folder, open_bench(config)) for folder in (whole, killed)]
-    requests = draw_requests(config, open_bench(config), 8, 7)
+    found = [TrainedPolicy.load(folder, build_context(config)) for folder in (whole, killed)]
+    requests = draw_requests(config, build_context(config), 8, 7)
     first, second = ([policy.choose(r) for r in requests] for policy in found)
     assert first == second
 

@@ -8,9 +8,13 @@ from itertools import combinations
 import pytest
 
 from experiments.compare import compare, result_rows
-from experiments.comparison.grid import all_asked
-from experiments.comparison.groups import read_groups
-from experiments.comparison.methods import TABLE_FILE, contestants, decision_scores
+from experiments.comparison.evaluation import (
+    TABLE_FILE,
+    build_methods,
+    decision_scores,
+    evaluation_cells,
+)
+from experiments.comparison.loading import read_groups
 from experiments.comparison.records import read_rows
 from experiments.config import (
     AgentConfig,
@@ -21,7 +25,7 @@ from experiments.config import (
     ModelConfig,
     TextConfig,
 )
-from experiments.contexts import open_bench
+from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.train import train
@@ -71,8 +75,8 @@ def rows_of(config):
 
 
 def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):
-    memory = open_bench(config).memory
-    asked = all_asked(config.evaluate, memory)
+    memory = build_context(config).memory
+    asked = evaluation_cells(config.evaluate, memory)
     assert [one.part for one in asked] == ["grid"] * 2 + ["sparsity"] * 2 + ["outside"]
     for one in asked[2:4]:
         assert one.cell[:2] == (1, 16)
@@ -85,9 +89,9 @@ def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):
 
 
 def test_cells_that_no_mask_meets_are_refused(config):
-    memory = open_bench(config).memory
+    memory = build_context(config).memory
     with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
-        all_asked(replace(config.evaluate, outside=["1x16@0.01"]), memory)
+        evaluation_cells(replace(config.evaluate, outside=["1x16@0.01"]), memory)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_every_method_has_a_row_for_every_cell_that_says_its_part(evaluated):
     parts = [(row.method, row.part) for row in rows]
     for method in methods:
         assert [parts.count((method, p)) for p in ("grid", "sparsity", "outside")] == [2, 2, 1]
-    memory = open_bench(evaluated).memory
+    memory = build_context(evaluated).memory
     for row in rows:
         if row.method != "dense":
             assert row.fits
@@ -135,7 +139,7 @@ def test_the_best_of_several_masks_is_really_scored_and_no_worse(evaluated):
 
 
 def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
-    bench = open_bench(evaluated)
+    bench = build_context(evaluated)
     folder = evaluated.stage_dir("train") / "rap-s0"
     assert decision_scores(folder) is None
     blocks = range(bench.memory.facts.num_blocks)
@@ -147,7 +151,7 @@ def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
     )  # fmt: skip
     table.save(folder / TABLE_FILE)
     try:
-        found = {entry.method: entry for entry in contestants(evaluated, bench)}
+        found = {entry.method: entry for entry in build_methods(evaluated, bench)}
         predicted = decision_scores(folder)(masks[:20])
         assert list(predicted) == pytest.approx(list(scores.values())[:20])
     finally:

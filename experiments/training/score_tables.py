@@ -17,14 +17,22 @@ blocks: no budget that a served model meets asks for more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from experiments.config import Config
 from rap_env.blocks import BlockMask
+from rap_env.context.base import PruningContext
+from rap_env.repair import repair_label
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.score_table import ScoreTable
 
 SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
+
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Standard deviations of the noise on a block's place in an order, as shares of the order."""
 
@@ -93,3 +101,56 @@ def _draws(
         "episode": prefixes,
         "pair": lambda rng: [some(rng, 2, min(3, num_blocks))],
     }
+
+
+def table_of(
+    config: Config, context: PruningContext, scores: Mapping[BlockMask, float], **model: Any
+) -> ScoreTable:
+    """A table of some scores of a context.
+
+    Args:
+        config: All settings.
+        context: What the scores were measured with.
+        scores: Mean NLL of masks, nats per token.
+        **model: ``members`` and ``doubt`` of the score model, as in `ScoreTable.fitted`.
+
+    Raises:
+        ArtifactError: There are too few scores.
+    """
+    scorer, features = context.scorer, context.features
+    with_gsi = config.importance.method == "gsi"
+    arrays = {name: array.tolist() for name, array in vars(features).items()}
+    return ScoreTable.fitted(
+        context.memory.facts,
+        scores,
+        seed=config.seed,
+        **model,
+        context=dict(scorer.context),
+        text=context.corpus.provenance,
+        settings=_settings(config, context),
+        features=arrays,
+        one_shot=asdict(context.one_shot),
+        gsi=asdict(context.gsi) if with_gsi else None,
+        evaluation_s=scorer.evaluation_s,
+    )
+
+
+def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
+    """The settings that whoever opens the table may repeat; no path of this machine."""
+    text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
+    text["source"] = context.corpus.provenance["source"]
+    return {
+        "device": context.llm.device.type,
+        "dtype": context.memory.facts.dtype,
+        "calibration": text,
+        "importance": config.importance.method,
+        "gsi_removals": config.importance.gsi_removals,
+        "gsi_method": config.importance.gsi_method,
+        "repair": repair_label(config.repair.name),
+    }
+
+
+def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
+    """Orders of importance that masks are drawn around."""
+    alone = np.argsort(context.one_shot.loss_rise, kind="stable").tolist()
+    return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]

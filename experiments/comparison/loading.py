@@ -1,4 +1,4 @@
-"""Records of any set of run folders, in groups whose losses may be averaged together."""
+"""Reads a comparison's records. A report is made from these alone: no model, no scoring."""
 
 from __future__ import annotations
 
@@ -9,11 +9,90 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import PARTS, ResultRow, read_rows
-from experiments.comparison.report_data import TrainingRun, training_run, with_training_s
-from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.records import PARTS, ResultRow, read_json, read_rows
+from experiments.comparison.run_folder import RunFolder, TrainingRun, training_dirs, training_run
 from experiments.comparison.summaries import Comparison
 from experiments.errors import ExperimentError
+from experiments.repair.orders import FILE as ORDERS
+from experiments.repair.orders import read_orders
+from experiments.repair.rows import RepairRow
+from experiments.repair.summaries import RepairComparison
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All records under one comparison's folder.
+
+    Attributes:
+        root: That folder.
+        comparison: Result rows, or None before an evaluation.
+        profile: The content of ``profile/profile.json``, or None.
+        runs: Training runs.
+        evaluations: The content of each evaluation's ``run.json``.
+        repair: Repair rows, or None before ``experiments.repair``.
+        repair_orders: Its GSI orders, by repair; empty without.
+        repair_notes: The content of its ``run.json``, with the model's name; empty without.
+    """
+
+    root: Path
+    comparison: Comparison | None
+    profile: dict[str, Any] | None
+    runs: list[TrainingRun]
+    evaluations: list[dict[str, Any]]
+    repair: RepairComparison | None
+    repair_orders: dict[str, Any]
+    repair_notes: list[dict[str, Any]]
+
+
+def gather(root: Path) -> ReportData:
+    """Read everything under a comparison's folder.
+
+    Raises:
+        ExperimentError: There is nothing to report.
+        ArtifactError: A record is damaged.
+    """
+    files = sorted((root / "evaluate").rglob("results.jsonl"))
+    runs = [training_run(path) for path in training_dirs(root)]
+    rows = with_training_s([row for file in files for row in read_rows(file)], runs)
+    profile = read_json(root / "profile" / "profile.json", made_by="the profile")
+    repair_rows = RepairRow.read(root / "repair" / "repair.jsonl")
+    if not (rows or profile or runs or repair_rows):
+        raise ExperimentError(
+            f"{root} has no records to report; run profile, train and evaluate, or repair, with "
+            "the same name=... (or experiment=...) first."
+        )
+    repair_notes = _repair_notes(root / "repair") if repair_rows else []
+    dense = repair_notes[-1].get("dense_accuracies") if repair_notes else None
+    notes = [note for file in files if (note := RunFolder(file.parent).read())]
+    return ReportData(
+        root,
+        Comparison(rows) if rows else None,
+        profile,
+        runs,
+        notes,
+        RepairComparison(repair_rows, dense) if repair_rows else None,
+        read_orders(root / "repair" / ORDERS) if repair_rows else {},
+        repair_notes,
+    )
+
+
+def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> list[ResultRow]:
+    """The rows, with the seconds of training that they lack taken from the runs themselves."""
+    known = {run.label: run.facts.get("training_s") for run in runs}
+    found = []
+    for row in rows:
+        label = row.provenance.get("depends_on", {}).get("method", {}).get("run")
+        seconds = row.training_s if row.training_s is not None else known.get(label)
+        found.append(replace(row, training_s=seconds))
+    return found
+
+
+def _repair_notes(path: Path) -> list[dict[str, Any]]:
+    """What `experiments.repair` noted of its run; nothing where rows were copied alone."""
+    folder = RunFolder(path)
+    note, settings = folder.read(), folder.settings() or {}
+    return [{**note, "model": settings.get("model", {}).get("name", "")}] if note else []
+
 
 _STAGES = ("evaluate", "train")
 

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.comparison.statistics import Estimate
+from experiments.console import say
+from rap_env.artifacts import atomic_write
+
+
+def text_words(text: dict[str, object]) -> str:
+    """Where a text comes from and how much of it there is, from its provenance."""
+    if not text:
+        return "unknown"
+    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
+    return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"
+
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 """Between batch and tokens, in words for people."""
@@ -104,3 +120,92 @@ def rank(method: str) -> int:
         if method == name or method.startswith(f"{name}-"):
             return place
     return len(names)
+
+
+TERMINAL_COLUMNS = 100
+
+TABLES_FILE = "tables.md"
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown; the first column is left-aligned, the others right."""
+    header, rows = table
+    rule = [":---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
+
+
+def plain(table: Table) -> str:
+    """A table as aligned text."""
+    header, rows = table
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def wrapped(text: str) -> str:
+    """Break text into lines for the terminal."""
+    return textwrap.fill(text, TERMINAL_COLUMNS)
+
+
+def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
+    """Write ``tables.md`` into a run folder, and print the terminal form.
+
+    Raises:
+        StorageFullError: The disk is full.
+    """
+    with atomic_write(folder / TABLES_FILE) as file:
+        file.write(in_markdown.encode())
+    say(in_terminal)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent, or a dash."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def signed_percent(value: float, digits: int = 1) -> str:
+    """A relative difference as per cent, with its sign."""
+    return f"{100 * value:+.{digits}f} %"
+
+
+def signed(found: Estimate) -> str:
+    """A difference with its sign and interval."""
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def relative_words(found: Estimate | None) -> str:
+    """A relative difference with its interval in per cent, or a dash."""
+    if found is None:
+        return "-"
+    return f"{signed_percent(found.mean)} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def seconds(value: float) -> str:
+    """A duration in ms, s or min."""
+    if value >= 120:
+        return f"{value / 60:.1f} min"
+    return f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def number(value: float) -> str:
+    """A count, with a decimal only where it is a mean that needs one."""
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as "1 pair" or "4 pairs"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes as MiB, for people."""
+    return f"{value / 2**20:,.0f} MiB"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.config import Config
-from experiments.threads import set_threads
+from experiments.launch import set_threads
 from rap_env.llm import device
 
 

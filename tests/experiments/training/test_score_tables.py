@@ -4,7 +4,7 @@ from itertools import islice
 
 import numpy as np
 
-from experiments.training.mask_sampling import DEEPEST, planned_masks
+from experiments.training.score_tables import DEEPEST, planned_masks
 from rap_env.blocks import BlockMask
 
 BLOCKS = 60

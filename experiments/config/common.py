@@ -9,7 +9,11 @@ from omegaconf import MISSING
 
 from experiments.errors import ExperimentError
 
+Cell = tuple[int, int, float]
+"""Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
+
 _SHAPE = re.compile(r"(\d+)x(\d+)")
+
 _CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
 
 

@@ -1,0 +1,275 @@
+"""The cells of an evaluation, and what a policy chooses on its grid."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agents.baselines import BASELINES, make_baseline
+from agents.baselines.base import CountingPolicy
+from agents.checkpoint import latest_checkpoint
+from agents.trained_policy import TrainedPolicy
+from experiments.comparison.formatting import mebibytes, percent
+from experiments.comparison.run_folder import TABLE_FILE, RunFolder, method_and_seed, training_dirs
+from experiments.comparison.summaries import REFERENCE
+from experiments.config import Config, EvaluateConfig
+from experiments.config.common import Cell
+from experiments.errors import ExperimentError
+from rap_env.blocks import BlockMask
+from rap_env.context.base import PruningContext
+from rap_env.errors import UnknownNameError
+from rap_env.memory import MemoryModel
+from rap_env.policy import MaskPolicy
+from rap_env.request import Request
+from rap_env.scoring.score_table import ScoreTable, TableScorer
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+
+@dataclass(frozen=True)
+class EvaluationCell:
+    """One question of an evaluation: a request at a budget.
+
+    Attributes:
+        cell: Batch size, sequence length in tokens, budget fraction.
+        request: The request, with its budget in bytes.
+        sparsity: Share of the block weights that the budget asks to be freed, if given so.
+        outside: Whether the cell lies outside the range that policies were trained on.
+    """
+
+    cell: Cell
+    request: Request
+    sparsity: float | None = None
+    outside: bool = False
+
+    @property
+    def part(self) -> str:
+        """Which part of the evaluation it belongs to, as in `ResultRow`."""
+        return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one method chose at one cell.
+
+    Attributes:
+        cell: Batch size, sequence length in tokens, budget fraction.
+        mask: Names of the removed blocks.
+        budget_bytes: The budget.
+        peak_bytes: Peak bytes of the mask.
+        loss_calibration: Loss on the calibration text, nats per token.
+    """
+
+    cell: Cell
+    mask: list[str]
+    budget_bytes: int
+    peak_bytes: int
+    loss_calibration: float
+
+
+def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell, Request]]:
+    """Every cell of the grid with its request.
+
+    Raises:
+        InvalidRequestError: A batch or length does not suit the model.
+        InfeasibleBudgetError: A budget is below what any mask can reach.
+    """
+    found = []
+    for batch_size, seq_len_tokens in grid.shapes:
+        for fraction in sorted(set(grid.budgets), reverse=True):
+            request = Request.at_fraction(memory, batch_size, seq_len_tokens, fraction)
+            memory.check_feasible(request)
+            found.append(((batch_size, seq_len_tokens, fraction), request))
+    return found
+
+
+def evaluation_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
+    """Every cell of an evaluation: the grid, fixed sparsities, cells outside the training range.
+
+    Raises:
+        InvalidRequestError: A batch or length does not suit the model.
+        InfeasibleBudgetError: A budget is below what any mask can reach.
+    """
+    found = [EvaluationCell(cell, request) for cell, request in grid_requests(grid, memory)]
+    shape = min(grid.shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    found += [_at_sparsity(memory, shape, share) for share in sorted(set(grid.sparsities))]
+    for cell in dict.fromkeys(grid.outside_cells):
+        request = Request.at_fraction(memory, *cell)
+        memory.check_feasible(request)
+        found.append(EvaluationCell(cell, request, outside=True))
+    return found
+
+
+def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
+    """A budget below the dense peak by a share of all blocks' bytes.
+
+    At a short request nearly all that a mask can free is weights, so to meet this budget is to
+    remove that share of the model's parameters, embeddings and head aside.
+    """
+    dense = memory.dense_peak_bytes(*shape)
+    budget = dense - math.ceil(share * sum(memory.facts.block_param_bytes))
+    request = Request(*shape, budget_bytes=max(1, budget))
+    memory.check_feasible(request)
+    return EvaluationCell((*shape, budget / dense), request, sparsity=share)
+
+
+def choices(
+    policy: MaskPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
+) -> list[Choice]:
+    """What a policy chooses on the grid, with its loss on the calibration text."""
+    found = []
+    for cell, request in requests:
+        mask = policy.choose(request)
+        found.append(
+            Choice(
+                cell,
+                list(mask.names),
+                request.budget_bytes,
+                context.memory.peak_bytes(mask, request),
+                context.scorer.nll(mask) - context.scorer.dense_nll,
+            )
+        )
+    return found
+
+
+def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | float]]]:
+    """Choices as a table for a logger."""
+    header = ["request", "budget", "budget_mib", "peak_mib", "attn_removed", "ffn_removed",
+              "loss_calibration"]  # fmt: skip
+    rows: list[list[str | float]] = [
+        [
+            f"{c.cell[0]}x{c.cell[1]}", percent(c.cell[2], 0), mebibytes(c.budget_bytes),
+            mebibytes(c.peak_bytes), sum(name.endswith(".attn") for name in c.mask),
+            sum(name.endswith(".ffn") for name in c.mask), round(c.loss_calibration, 4),
+        ]
+        for c in found
+    ]  # fmt: skip
+    return header, rows
+
+
+Scores = Callable[[Sequence[BlockMask]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with one seed.
+
+    Attributes:
+        method: Its name.
+        seed: Seed of the agent or the random baseline, None where nothing is drawn.
+        kv_aware: Whether it counts the KV cache when it decides.
+        setup_evaluations: Masks scored once, before any request.
+        policy: The policy that chooses masks.
+        identity: What its choices depend on beside the context, as plain values.
+        training_s: Seconds that it was trained for; None where none were noted.
+    """
+
+    method: str
+    seed: int | None
+    kv_aware: bool
+    setup_evaluations: int
+    policy: CountingPolicy
+    identity: dict[str, Any]
+    training_s: float | None = None
+
+
+def check_names(config: Config) -> None:
+    """Refuse unknown baselines and folders before anything is measured.
+
+    Raises:
+        UnknownNameError: There is no such baseline.
+        ExperimentError: A folder holds no training run, or there is nothing to compare.
+    """
+    for name in config.evaluate.baselines:
+        if name not in BASELINES:
+            raise UnknownNameError("baseline", name, BASELINES)
+    folders = agent_folders(config)
+    for folder in folders:
+        method_and_seed(folder)
+    if not folders and not config.evaluate.baselines:
+        raise ExperimentError(
+            "There is nothing to evaluate: no finished training in "
+            f"{config.stage_dir('train')}, and evaluate.baselines is empty."
+        )
+
+
+def agent_folders(config: Config) -> list[Path]:
+    """Folders of the agents to evaluate: those asked for, or all finished ones."""
+    if config.evaluate.agents is not None:
+        return [Path(folder) for folder in config.evaluate.agents]
+    return training_dirs(config.root, finished=True)
+
+
+def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
+    """The dense reference, the trained agents, then the baselines.
+
+    Raises:
+        ArtifactError: A run has no whole checkpoint, or one of another model.
+    """
+    yield _baseline(REFERENCE, None, context)
+    for folder in agent_folders(config):
+        for best_of in dict.fromkeys(config.evaluate.best_of):
+            usual = best_of == config.evaluate.best_of[0]
+            yield _agent(folder, context, config.importance.method, best_of, usual)
+    for name in config.evaluate.baselines:
+        if name == REFERENCE:
+            continue
+        seeds: list[int | None] = [*config.evaluate.random_seeds] if name == "random" else [None]
+        for seed in seeds:
+            yield _baseline(name, seed, context)
+
+
+def _baseline(name: str, seed: int | None, context: PruningContext) -> Method:
+    baseline = make_baseline(name, context, seed or 0)
+    return Method(
+        name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, {"baseline": name}
+    )
+
+
+def decision_scores(folder: Path) -> Scores | None:
+    """Predicted scores that an agent picks the best of its proposals by, less is better.
+
+    Returns:
+        Those of the run's own score model (`TABLE_FILE` in its folder); None where it has none,
+        so that proposals are really scored.
+
+    Raises:
+        ArtifactError: The score model is damaged.
+    """
+    path = folder / TABLE_FILE
+    return TableScorer(ScoreTable.load(path)).nll_many if path.exists() else None
+
+
+def _agent(
+    folder: Path, context: PruningContext, importance: str, best_of: int, usual: bool
+) -> Method:
+    """A trained agent; where it decides in another way than is usual, its name says so."""
+    method, seed = method_and_seed(folder)
+    identity: dict[str, Any] = {"run": folder.name}
+    scores = decision_scores(folder) if best_of > 1 else None
+    if not usual:
+        method = f"{method}-best_of={best_of}"
+    if best_of > 1:
+        identity |= {"best_of": best_of, "scores": _file_hash(folder / TABLE_FILE) or "real"}
+    policy = TrainedPolicy.load(
+        folder, context, best_of=best_of, score_masks=scores, scorer=context.scorer
+    )
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None  # the policy was loaded from it
+    identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
+    facts = RunFolder(folder).read() or {}
+    blocks = context.memory.facts.num_blocks
+    features = {"gsi": lambda: context.gsi.evaluations, "one_shot": lambda: blocks + 1}
+    setup = int(facts.get("evaluations", 0)) + features.get(importance, lambda: 0)()
+    trained = facts.get("training_s")
+    return Method(method, seed, policy.kv_aware, setup, policy, identity, trained)
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 in hex; empty without a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
