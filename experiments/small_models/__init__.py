@@ -1,1 +1,1 @@
-"""Small language models that are trained from scratch in minutes."""
+"""Small language models, trained from scratch in minutes."""

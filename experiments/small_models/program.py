@@ -1,7 +1,7 @@
-"""``python -m experiments.small_models``: a small language model, trained from scratch in minutes.
+"""``python -m experiments.small_models``: train a small language model from scratch in minutes.
 
-With 6 layers it has 12 blocks and 4,096 masks, so that all can be tried, and its blocks may differ
-in cost as those of few models at hand do. It is saved as an ordinary model folder.
+With 6 layers it has 12 blocks and 4,096 masks, few enough to evaluate all of them, and its blocks
+can differ strongly in cost. It is saved as an ordinary model folder.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from experiments.comparison.run_folder import RunFolder, provenance
 from experiments.config import Config
 from experiments.console import say
 from experiments.errors import ExperimentError
-from experiments.small_models.models import untrained
-from experiments.small_models.text import TextSource, TrainingText, train_tokenizer
-from experiments.small_models.training import SmallTrainer
+from experiments.small_models.data import TextSource, TrainingText, train_tokenizer
+from experiments.small_models.training import Trainer, untrained
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.llm.device import choose_device, choose_dtype
 from rap_env.llm.elastic import ElasticLLM
@@ -31,24 +30,24 @@ from rap_env.scoring.scorer import MaskScorer
 log = logging.getLogger(__name__)
 
 RECORD = "small_lm.json"
-"""What the model was made of, beside its weights."""
+"""Record of settings, text and results, beside the weights."""
 
 _KIND, _VERSION = "rap-env.small-lm", 1
 _PROGRESS = "training.pt"
 
 
 def small_lm(config: Config, folder: Path) -> Path:
-    """Train a small model, or find it; killed, the same command goes on.
+    """Train a small model, unless it exists; an interrupted run resumes.
 
     Args:
         config: All settings.
         folder: The run's folder.
 
     Returns:
-        The model's folder; whatever takes a model takes it.
+        The model's folder, which can be used as any model.
 
     Raises:
-        RapError: A setting cannot be, a text is missing or too short, or a folder holds
+        RapError: A setting is invalid, a text is missing or too short, or the folder holds
             something else.
     """
     run, started = RunFolder(folder), time.monotonic()
@@ -64,24 +63,24 @@ def small_lm(config: Config, folder: Path) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What the model in a folder was made of.
+    """Read the record of the model in a folder.
 
     Raises:
-        FileNotFoundError: It is no model of this program.
+        FileNotFoundError: The folder holds no model of this program.
         ArtifactError: The record is damaged.
     """
     return load_artifact(path / RECORD, _KIND, _VERSION)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """All that a model depends on beside the content of its text."""
+    """Everything that a model depends on, except the content of its text."""
     settings = asdict(config.small_lm)
     del settings["path"]
     return {**settings, "seed": config.seed, "dtype": config.model.dtype}
 
 
 def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something else than the model of these settings.
+    """Raise an error if the folder holds anything but the model of these settings.
 
     Raises:
         ExperimentError: It does.
@@ -93,17 +92,17 @@ def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
         found = read_record(path)["settings"]
     except (FileNotFoundError, NotADirectoryError):
         raise ExperimentError(
-            f"{path} holds something else than a small model; give another small_lm.path."
+            f"{path} holds something else than a small model; choose another small_lm.path."
         ) from None
     if changed := sorted(name for name in settings if found.get(name) != settings[name]):
         raise ExperimentError(
-            f"{path} holds a model with another {', '.join(changed)}; give another small_lm.path, "
-            "or delete the folder to train it again."
+            f"{path} holds a model with another {', '.join(changed)}; choose another "
+            "small_lm.path, or delete the folder to train it again."
         )
 
 
 def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
-    """Train a model and save it; gives what the folder's manifest notes of it."""
+    """Train a model and save it; return what the folder's manifest records."""
     settings, source = config.small_lm, TextSource(config)
     tokenizer = train_tokenizer(source.characters(), settings.vocab_size, settings.max_positions)
     device = choose_device(config.model.device)
@@ -111,12 +110,12 @@ def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
     model = untrained(settings, tokenizer, config.seed).to(device)
     texts = source.tokens(ElasticLLM(model, tokenizer, name=settings.family))
     log.info(
-        "Training %.1f million weights on %d tokens, %.1f times over, in %s on %s.",
+        "Training %.1f million weights on %d tokens for %.1f epochs in %s on %s.",
         model.num_parameters() / 1e6, texts.joined.tokens.numel(),
         settings.steps * settings.batch_windows / len(texts.joined.tokens), dtype, device,
     )  # fmt: skip
     made_of = {"settings": _settings(config), "text_sha256": texts.joined.sha256}
-    trainer = SmallTrainer(model, texts.joined, settings, config.seed, dtype)
+    trainer = Trainer(model, texts.joined, settings, config.seed, dtype)
     trainer.train(folder / _PROGRESS, digest(made_of), progress=config.progress)
     with transformers_bars(shown=False):
         model.save_pretrained(work)
@@ -138,7 +137,7 @@ def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
 
 
 def _held_out_nll(config: Config, work: Path, texts: TrainingText) -> dict[str, float]:
-    """NLL of the saved model on text that it never saw, by name, nats per token."""
+    """NLL of the saved model on held-out text, by name, nats per token."""
     llm = load_llm(work, device=config.model.device, dtype=config.model.dtype)
     return {name: MaskScorer(llm, text).dense_nll for name, text in texts.held_out.items()}
 

@@ -1,4 +1,7 @@
-"""How a small language model is trained: AdamW, half a cosine, and progress that is kept."""
+"""Build and train a small language model: AdamW, cosine decay with warmup, and checkpoints.
+
+There are two families: one whose blocks cost the same, and one whose blocks do not.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,95 @@ from rap_env.scoring.corpus import Corpus
 
 log = logging.getLogger(__name__)
 
+EXPERTS_PER_TOKEN = 2
+_BALANCE = 0.01  # weight of the auxiliary loss that balances the experts
+
 SAVE_EVERY = 100
-"""Updates after which progress is saved."""
+"""Updates between two checkpoints."""
 
 _CLIP_NORM = 1.0
-_LAST_RATE = 0.05  # share of the learning rate that is left at the end
+_FINAL_RATE = 0.05  # learning rate at the end, as a share
 _WARMUP_SHARE = 0.05  # of all updates
-_DECAY = 0.1
+_WEIGHT_DECAY = 0.1
 
-# What torch.load and the first look at its result raise if a file is cut, edited or another's.
+# Raised by torch.load, or by reading its result, if a file is truncated, edited or foreign.
 _DAMAGE = (
     pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError
 )  # fmt: skip
 
 
-class SmallTrainer:
-    """A model in float32 with its optimizer and its text.
+def untrained(settings: SmallLMConfig, tokenizer: Any, seed: int) -> Any:
+    """Build a causal language model with random weights in float32.
 
     Args:
-        model: A causal language model; it is trained in place.
-        text: What to train on.
-        settings: How long and how fast.
-        seed: Seeds the order of the text.
-        dtype: Of the products, ``torch.bfloat16`` or ``torch.float32``; weights are in float32.
+        settings: Family and sizes.
+        tokenizer: Defines the vocabulary, and the start and the end token.
+        seed: Seed of the weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    make = {"uniform": _uniform, "unequal": _unequal}[settings.family]
+    config = make(settings, _shared(settings, tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto.from_config(config, dtype=torch.float32)
+
+
+def _shared(settings: SmallLMConfig, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.ffn_size,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads,
+        "max_position_embeddings": settings.max_positions,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _uniform(settings: SmallLMConfig, shared: dict[str, Any]) -> Any:
+    """Llama: all attn blocks cost a request the same, and so do all ffn blocks."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**shared)
+
+
+def _unequal(settings: SmallLMConfig, shared: dict[str, Any]) -> Any:
+    """Qwen2-MoE: every other attn block has a sliding window; pairs of layers alternate experts.
+
+    With at least four layers, each of the four combinations of cheap and expensive blocks occurs.
+    """
+    from transformers import Qwen2MoeConfig
+
+    layers = range(settings.layers)
+    return Qwen2MoeConfig(
+        **shared,
+        use_sliding_window=True,
+        sliding_window=settings.sliding_window_tokens,
+        layer_types=["full_attention" if n % 2 else "sliding_attention" for n in layers],
+        mlp_only_layers=[n for n in layers if n % 4 in (0, 3)],
+        num_experts=settings.experts,
+        num_experts_per_tok=EXPERTS_PER_TOKEN,
+        moe_intermediate_size=settings.expert_size,
+        shared_expert_intermediate_size=settings.expert_size,
+        router_aux_loss_coef=_BALANCE,
+    )
+
+
+class Trainer:
+    """Trains a causal language model in float32.
+
+    Args:
+        model: The model; it is trained in place.
+        text: The training text.
+        settings: Steps, batch size and learning rate.
+        seed: Seed of the order of the text.
+        dtype: Type of matrix products, ``torch.bfloat16`` (autocast) or ``torch.float32``.
     """
 
     def __init__(
@@ -55,25 +124,25 @@ class SmallTrainer:
         self._half = dtype == torch.bfloat16
         grouped: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
         for parameter in model.parameters():
-            grouped[parameter.ndim > 1].append(parameter)  # norms and biases do not decay
+            grouped[parameter.ndim > 1].append(parameter)  # no weight decay for norms and biases
         self._adam = torch.optim.AdamW(
             [
-                {"params": grouped[True], "weight_decay": _DECAY},
+                {"params": grouped[True], "weight_decay": _WEIGHT_DECAY},
                 {"params": grouped[False], "weight_decay": 0.0},
             ],
             betas=(0.9, 0.95),
         )
 
     def train(self, path: Path, run: str, *, progress: bool) -> None:
-        """Train to the end.
+        """Train to the last step.
 
         Args:
-            path: Where progress is kept, so that a killed run goes on.
-            run: Hash of all that the training depends on.
+            path: Checkpoint file, from which an interrupted run resumes.
+            run: Hash of everything that the training depends on.
             progress: Whether to draw a progress bar.
 
         Raises:
-            ArtifactError: What lies at `path` is damaged or of another run.
+            ArtifactError: The checkpoint is damaged or of another run.
         """
         if path.exists():
             self._restore(path, run)
@@ -96,15 +165,15 @@ class SmallTrainer:
 
     @property
     def curve(self) -> list[float]:
-        """Mean loss of every `SAVE_EVERY` updates, nats per token."""
+        """Mean training loss of every `SAVE_EVERY` updates, nats per token."""
         return [
             float(np.mean(self.losses[at : at + SAVE_EVERY]))
             for at in range(0, self.step, SAVE_EVERY)
         ]
 
     def _update(self) -> float:
-        """One update; gives its loss in nats per token (with the experts' balance, if any)."""
-        began = time.perf_counter()
+        """Make one update; return its loss in nats per token (with the balance loss, if any)."""
+        started = time.perf_counter()
         ids = self._batch(self.step).to(self._model.device)
         routed = (
             {"output_router_logits": True} if hasattr(self._model, "router_aux_loss_coef") else {}
@@ -119,25 +188,25 @@ class SmallTrainer:
         self._adam.step()
         self.step += 1
         self.losses.append(float(loss.detach()))
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - started
         return self.losses[-1]
 
     def _rate(self, step: int) -> float:
-        """Learning rate of an update, the first one being 0."""
+        """Learning rate of an update; the first update has step 0."""
         steps = self._settings.steps
-        rise = min(1.0, (step + 1) / max(1.0, _WARMUP_SHARE * steps))
-        fall = (1 + math.cos(math.pi * step / steps)) / 2
-        return self._settings.learning_rate * rise * (_LAST_RATE + (1 - _LAST_RATE) * fall)
+        warmup = min(1.0, (step + 1) / max(1.0, _WARMUP_SHARE * steps))
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        return self._settings.learning_rate * warmup * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
 
     def _batch(self, step: int) -> torch.Tensor:
-        """Windows of an update: all of them in a random order, then in another one, and so on."""
+        """Windows of an update; each epoch visits all windows in a new random order."""
         count, size = len(self._tokens), self._settings.batch_windows
         chosen = []
         for place in range(step * size, (step + 1) * size):
             epoch, at = divmod(place, count)
             chosen.append(self._order(epoch)[at])
         ids = self._tokens[torch.tensor(chosen)]
-        # Scores are of windows without a start token, but a model that writes begins with one.
+        # Scores use windows without a start token, but generation begins with one.
         start = torch.full_like(ids[:, :1], self._model.config.bos_token_id)
         ids[::2] = torch.cat([start, ids[:, :-1]], dim=1)[::2]
         return ids
@@ -159,13 +228,13 @@ class SmallTrainer:
             found = state["run"]
         except _DAMAGE as error:
             raise ArtifactError(
-                f"{path} is damaged or holds no training of a small model; delete it to begin anew."
+                f"{path} is damaged or is no checkpoint of a small model; delete it to start again."
             ) from error
         if found != run:
             raise ArtifactError(
-                f"{path} holds a training with other text or settings; delete it to begin anew."
+                f"{path} is a checkpoint with other text or settings; delete it to start again."
             )
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self._model.load_state_dict(state["model"])
         self._adam.load_state_dict(state["adam"])
-        log.info("Going on after step %d.", self.step)
+        log.info("Resumed after step %d.", self.step)

@@ -12,9 +12,9 @@ from experiments.config import Config, ImportanceConfig, ModelConfig, SmallLMCon
 from experiments.errors import ExperimentError
 from experiments.profile import profile
 from experiments.small_models import training as small_lm_training
+from experiments.small_models.data import BOS, train_tokenizer
 from experiments.small_models.program import read_record, small_lm
-from experiments.small_models.text import BOS, train_tokenizer
-from experiments.small_models.training import SmallTrainer
+from experiments.small_models.training import Trainer
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.llm.loading import load_llm
@@ -137,16 +137,16 @@ def test_without_files_another_model_writes_the_text(make, tmp_path):
 def test_a_killed_run_leaves_no_model_and_goes_on(make, monkeypatch):
     monkeypatch.setattr(small_lm_training, "SAVE_EVERY", 10)
     whole = load_llm(trained(make(run="whole"))).fingerprint
-    update, done = SmallTrainer._update, []
+    update, done = Trainer._update, []
 
-    def killed(trainer: SmallTrainer) -> float:
+    def killed(trainer: Trainer) -> float:
         if len(done) == 17:
             raise KeyboardInterrupt
         done.append(trainer.step)
         return update(trainer)
 
     config = make(run="killed")
-    monkeypatch.setattr(SmallTrainer, "_update", killed)
+    monkeypatch.setattr(Trainer, "_update", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(config)
     assert not (config.stage_dir("small_lm") / "model").exists()
@@ -163,7 +163,7 @@ def test_a_finished_model_is_not_trained_again_and_other_settings_are_refused(ma
     def updated(_: object) -> float:
         raise AssertionError("it was trained again")
 
-    monkeypatch.setattr(SmallTrainer, "_update", updated)
+    monkeypatch.setattr(Trainer, "_update", updated)
     assert trained(make()) == path
     with pytest.raises(ExperimentError, match="another learning_rate"):
         trained(make(learning_rate=1e-3))
@@ -183,14 +183,14 @@ def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
 
 def test_progress_that_is_damaged_or_of_another_run_is_refused(make, monkeypatch):
     monkeypatch.setattr(small_lm_training, "SAVE_EVERY", 10)
-    update = SmallTrainer._update
+    update = Trainer._update
 
-    def killed(trainer: SmallTrainer) -> float:
+    def killed(trainer: Trainer) -> float:
         if trainer.step == 12:
             raise KeyboardInterrupt
         return update(trainer)
 
-    monkeypatch.setattr(SmallTrainer, "_update", killed)
+    monkeypatch.setattr(Trainer, "_update", killed)
     config = make()
     with pytest.raises(KeyboardInterrupt):
         trained(config)

@@ -1,7 +1,7 @@
-"""What a small language model is trained on: its tokenizer, and windows of tokens.
+"""Training data of a small language model: its tokenizer, and windows of tokens.
 
-Of each file it sees the calibration part alone, as searches do: never the parts that masks are
-selected on or reported on, not even for its tokenizer.
+Only the calibration part of each file is used, as in searches for masks: neither the model nor its
+tokenizer sees the parts that masks are selected on or reported on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 BOS, EOS = "<s>", "</s>"
-_CHARACTERS_PER_TOKEN = 2  # fewer than a token has, so that there are enough of them
-_MARGIN = 8  # one part in so many
+_CHARACTERS_PER_TOKEN = 2  # a lower bound of the average
+_MARGIN = 8  # the last eighth is left out
 _WRITTEN = TextConfig(source="self", windows=512, window_tokens=128, seed=1)
 
 
@@ -32,8 +32,8 @@ class TrainingText:
     """Text by name, in tokens of the small model.
 
     Attributes:
-        fit: To train on.
-        held_out: To measure the finished model on, of the same sources.
+        fit: Training text.
+        held_out: Text of the same sources that the finished model is measured on.
     """
 
     fit: Mapping[str, Corpus]
@@ -41,14 +41,14 @@ class TrainingText:
 
     @property
     def joined(self) -> Corpus:
-        """All text to train on, shape (windows, window_tokens)."""
+        """All training text, shape (windows, window_tokens)."""
         return Corpus.joined(self.fit)
 
 
 class _Characters:
-    """A reader whose tokens are characters: text can be cut before there is a tokenizer."""
+    """A tokenizer of single characters, which cuts text before the real tokenizer exists."""
 
-    name = "a reader of characters"
+    name = "the character tokenizer"
 
     @property
     def tokenizer(self) -> _Characters:
@@ -59,7 +59,7 @@ class _Characters:
 
 
 class TextSource:
-    """Reads the texts, first as characters and then, with a tokenizer, as windows of tokens.
+    """Reads the texts: first as characters, then, with a tokenizer, as windows of tokens.
 
     Args:
         config: All settings.
@@ -70,7 +70,7 @@ class TextSource:
         self.texts = config.small_lm.texts or {"self": _WRITTEN}
 
     def characters(self) -> list[str]:
-        """What the tokenizer is made of, a string for each text.
+        """Return the training text of the tokenizer, one string per text.
 
         Raises:
             CorpusError: A text is missing, malformed or too short.
@@ -78,14 +78,14 @@ class TextSource:
         return [self._characters(text) for text in self.texts.values()]
 
     def tokens(self, llm: ElasticLLM) -> TrainingText:
-        """What the model is trained and measured on.
+        """Return the text that the model is trained and measured on.
 
         Args:
-            llm: The small model, trained or not: its tokenizer is used.
+            llm: The small model, trained or not; only its tokenizer is used.
 
         Raises:
-            CorpusError: A text is too short, windows differ in length, or training text is
-                found again in held-out text.
+            CorpusError: A text is too short, windows differ in length, or training and held-out
+                text overlap.
         """
         windows = self._config.small_lm.held_out_windows
         part = {name: replace(text, windows=windows) for name, text in self.texts.items()}
@@ -102,7 +102,7 @@ class TextSource:
         cut = replace(text, window_tokens=_CHARACTERS_PER_TOKEN * text.window_tokens)
         settings = CorpusConfig(**asdict(cut), role="calibration")
         corpus = load_corpus(settings, cast("ElasticLLM", _Characters()))
-        # Roles are cut by tokens, which may lie a little earlier than as many characters do.
+        # Parts are cut by tokens, so their borders may lie slightly before those by characters.
         kept = corpus.tokens[: len(corpus.tokens) - len(corpus.tokens) // _MARGIN]
         return "".join(map(chr, kept.flatten().tolist()))
 
@@ -114,15 +114,15 @@ class TextSource:
         available = len(tokens) // text.window_tokens
         if not available:
             raise CorpusError(
-                f"The text that {self._config.small_lm.writer} wrote has {len(tokens)} tokens, too "
-                f"few for a window of {text.window_tokens}; ask for more windows."
+                f"The text written by {self._config.small_lm.writer} has {len(tokens)} tokens, too "
+                f"few for a window of {text.window_tokens}; increase its windows."
             )
         windows = tokens[: available * text.window_tokens].view(available, -1)
         origin = {"writer": self._config.small_lm.writer, "seed": text.seed, "role": role}
         return Corpus.of_tokens(windows, **{**origin, "source": "self"})
 
     def _written(self, text: TextConfig, role: str) -> str:
-        """Text by another language model, kept in the cache."""
+        """Return text written by another language model; it is cached."""
         model = self._config.model
         writer = shared_llm(self._config.small_lm.writer, device=model.device, dtype=model.dtype)
         settings = CorpusConfig(**asdict(text), role=role)
@@ -131,12 +131,12 @@ class TextSource:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int) -> Any:
-    """A byte-level BPE tokenizer: it reads any text and gives it back unchanged.
+    """Train a byte-level BPE tokenizer; it reproduces any text exactly.
 
     Args:
-        texts: What its entries are chosen by.
-        vocab_size: Most entries; little text gives fewer.
-        max_positions: Longest sequence of the model that it is for, in tokens.
+        texts: Training text.
+        vocab_size: Maximum number of entries; little text gives fewer.
+        max_positions: Longest sequence of the model, in tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
