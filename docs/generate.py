@@ -95,8 +95,7 @@ def ablation_table() -> str:
 
 def replay_markdown() -> str:
     """The tables of the replay, below the page's first level."""
-    from experiments.replay.rows import ReplayRow
-
+    from experiments.replay.records import ReplayRow
     from experiments.replay.tables import replay_markdown as tables
 
     rows = ReplayRow.read(RESULTS / "replay" / "replay" / "replay.jsonl")

@@ -1,1 +1,1 @@
-"""Soak test: a server under thousands of good and bad requests and a moving budget."""
+"""Soak test: a server under thousands of valid and invalid requests and a moving budget."""

@@ -1,4 +1,4 @@
-"""Clients of a soak: good ones, ones that go away, and ones that send what they should not."""
+"""Load clients of a soak test: valid requests, disconnects, and invalid requests."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from typing import Any
 import httpx
 
 from experiments.config import SoakConfig
-from experiments.soak.world import Sample, World
+from experiments.soak.recording import AnswerSample, SoakState
 from rap_env.serving.detokenizer import plain_text
 
-REFUSED = (429, 503)
-"""Status codes that are right where memory is short."""
-_REFUSED_CODES = ("insufficient_memory", "service_unavailable", "rate_limit_exceeded")
+REJECTED = (429, 503)
+"""Valid status codes when memory is short."""
+_REJECTED_CODES = ("insufficient_memory", "service_unavailable", "rate_limit_exceeded")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Whom clients ask.
+    """The server under test.
 
     Attributes:
-        url: The server's address.
-        model: The model's name.
-        token_ids: Tokens that prompts are made of.
+        url: Its address.
+        model: Name of the model.
+        token_ids: Token ids for random prompts.
         tokenizer: The model's tokenizer.
-        sample: What the engine keeps of its handles.
+        sample: Sample of the engine's answers.
     """
 
     url: str
     model: str
     token_ids: Sequence[int]
     tokenizer: Any
-    sample: Sample
+    sample: AnswerSample
 
 
-class Client:
-    """Makes requests one after another, each of a kind drawn by chance.
+class LoadClient:
+    """Sends one request after another (closed loop), each of a random kind.
 
     Args:
-        world: What goes on.
-        target: Whom to ask.
+        state: Shared state of the soak test.
+        target: The server.
         soak: Sizes and shares.
-        seed: Of all that is drawn; a request's kind depends on it and on its number alone.
+        seed: Seed; the kind of a request depends only on the seed and the request's number.
     """
 
-    def __init__(self, world: World, target: Target, soak: SoakConfig, seed: int) -> None:
-        self._world = world
+    def __init__(self, state: SoakState, target: Target, soak: SoakConfig, seed: int) -> None:
+        self._state = state
         self._target = target
         self._soak = soak
         self._seed = seed
@@ -59,17 +59,17 @@ class Client:
         self._http = httpx.Client(base_url=target.url, timeout=soak.hang_s)
 
     def run(self) -> None:
-        """Make requests until there are none to be made."""
+        """Send requests until none is left."""
         with self._http:
-            while (number := self._world.next_number()) is not None:
+            while (number := self._state.next_number()) is not None:
                 self._random.seed(f"{self._seed} {number}")
                 kind = self._kind()
                 try:
                     outcome = getattr(self, f"_{kind}")()
                 except Exception as error:
                     outcome = type(error).__name__
-                    self._world.problem(f"Request {number} ({kind}) failed: {error!r}")
-                self._world.finished(kind, outcome)
+                    self._state.problem(f"Request {number} ({kind}) failed: {error!r}")
+                self._state.finished(kind, outcome)
 
     def _kind(self) -> str:
         soak = self._soak
@@ -78,7 +78,7 @@ class Client:
         shares.append(max(0.0, 1 - sum(shares)))
         return self._random.choices(kinds, shares)[0]
 
-    # What is asked
+    # Request bodies
 
     def _prompt(self) -> list[int]:
         length = self._random.randint(1, self._soak.prompt_tokens)
@@ -105,20 +105,20 @@ class Client:
         body["prompt"] = self._prompt()
         return "/v1/completions", body
 
-    # Kinds
+    # Kinds of requests
 
     def _good(self) -> str:
         route, body = self._body()
-        answer = self._streamed if body["stream"] else self._whole
+        answer = self._streamed if body["stream"] else self._complete
         status, choices, usage = answer(route, body)
         if status != 200:
-            if status not in REFUSED:
-                self._world.problem(f"A good request got status {status}: {choices}")
+            if status not in REJECTED:
+                self._state.problem(f"A valid request got status {status}: {choices}")
             return str(status)
         self._check(body, choices, usage)
         return "ok"
 
-    def _whole(self, route: str, body: dict[str, Any]) -> tuple[int, Any, Any]:
+    def _complete(self, route: str, body: dict[str, Any]) -> tuple[int, Any, Any]:
         response = self._http.post(route, json=body)
         found = response.json()
         if response.status_code != 200:
@@ -145,8 +145,8 @@ class Client:
                     continue
                 event = json.loads(last)
                 if "error" in event:
-                    refused = event["error"]["code"] in _REFUSED_CODES
-                    return (503 if refused else 500), event, None
+                    rejected = event["error"]["code"] in _REJECTED_CODES
+                    return (503 if rejected else 500), event, None
                 usage = event["usage"] or usage
                 for choice in event["choices"]:
                     piece = choice.get("text", choice.get("delta", {}).get("content")) or ""
@@ -157,7 +157,7 @@ class Client:
         return 200, [(texts[i], reasons[i]) for i in sorted(texts)], usage
 
     def _check(self, body: dict[str, Any], choices: Any, usage: Any) -> None:
-        """Whether an answer is what was asked for, and what the engine made."""
+        """Check that an answer fits its request and equals what the engine generated."""
         n = body.get("n", 1)
         right = (
             len(choices) == n
@@ -166,17 +166,17 @@ class Client:
             and usage["prompt_tokens"] == len(body.get("prompt", range(usage["prompt_tokens"])))
         )
         if not right:
-            self._world.problem(f"The answer to {body} was {choices} with {usage}.")
+            self._state.problem(f"The answer to {body} was {choices} with {usage}.")
         if "prompt" not in body or n > 1 or "stop" in body:
             return
         handle = self._target.sample.take(body["prompt"])
         if handle is None or handle.params.max_new_tokens != body["max_tokens"]:
             return  # of another request with the same prompt
         if choices[0][0] != plain_text(self._target.tokenizer, handle.token_ids):
-            self._world.problem(f"The answer to {body} was {choices[0][0]!r}, not its tokens.")
+            self._state.problem(f"The answer to {body} was {choices[0][0]!r}, not its tokens.")
 
     def _cancel(self) -> str:
-        """Close a stream while it runs."""
+        """Close a stream during generation."""
         route, body = self._body()
         body |= {"stream": True, "max_tokens": 2 * self._soak.answer_tokens}
         pieces = self._random.randrange(4)
@@ -189,7 +189,7 @@ class Client:
         return "closed"
 
     def _disconnect(self) -> str:
-        """Cut the connection: in the header, in the body, or while waiting for the answer."""
+        """Drop the connection: in the header, in the body, or while waiting for the answer."""
         route, body = self._body()
         content = json.dumps(body).encode()
         head = (
@@ -197,44 +197,45 @@ class Client:
             f"content-length: {len(content)}\r\n\r\n"
         ).encode()
         message = head + content
-        whole = self._random.random() < 0.6
-        sent = message if whole else message[: self._random.randrange(len(message))]
+        complete = self._random.random() < 0.6
+        sent = message if complete else message[: self._random.randrange(len(message))]
         address = httpx.URL(self._target.url)
         with socket.create_connection((address.host, address.port or 80), timeout=30) as connection:
             connection.sendall(sent)
-            if whole:
+            if complete:
                 time.sleep(self._random.random() * 0.3)
-        return "after sending" if whole else "while sending"
+        return "after sending" if complete else "while sending"
 
     def _bad(self) -> str:
-        """Send what must be refused with a certain status, and see that it is."""
+        """Send an invalid request, and check that it gets the expected status."""
         route, body = self._body()
-        expected, content = self._random.choice(_MISTAKES)(self._random, body)
+        expected, content = self._random.choice(_INVALID)(self._random, body)
         headers = {"content-type": "application/json"}
         response = self._http.post(route, content=content, headers=headers)
         if response.status_code != expected or "error" not in response.json():
-            self._world.problem(
-                f"A bad request ({content[:100]!r}) got {response.status_code}, not {expected}."
+            self._state.problem(
+                f"An invalid request ({content[:100]!r}) got status {response.status_code}, "
+                f"not {expected}."
             )
         return str(response.status_code)
 
     def _look(self) -> str:
-        """Look at health, models or metrics."""
+        """Get health, models or metrics."""
         path = self._random.choice(["/healthz", "/v1/models", "/metrics"])
         response = self._http.get(path)
         if response.status_code != 200:
-            self._world.problem(f"{path} gave {response.status_code}.")
+            self._state.problem(f"{path} returned status {response.status_code}.")
         return str(response.status_code)
 
 
-Mistake = Callable[[random.Random, dict[str, Any]], tuple[int, bytes]]
+InvalidBody = Callable[[random.Random, dict[str, Any]], tuple[int, bytes]]
 
 
-def _changed(status: int, **change: Any) -> Mistake:
-    def mistake(_draw: random.Random, body: dict[str, Any]) -> tuple[int, bytes]:
+def _changed(status: int, **change: Any) -> InvalidBody:
+    def invalid(_draw: random.Random, body: dict[str, Any]) -> tuple[int, bytes]:
         return status, json.dumps({**body, **change}).encode()
 
-    return mistake
+    return invalid
 
 
 def _cut(draw: random.Random, body: dict[str, Any]) -> tuple[int, bytes]:
@@ -250,7 +251,7 @@ def _huge(draw: random.Random, body: dict[str, Any]) -> tuple[int, bytes]:
     return 413, json.dumps({**body, "user": "x" * draw.randint(300_000, 2_000_000)}).encode()
 
 
-_MISTAKES: list[Mistake] = [
+_INVALID: list[InvalidBody] = [
     _cut,
     _noise,
     _huge,

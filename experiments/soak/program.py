@@ -1,9 +1,9 @@
-"""``python -m experiments.soak``: does a server stay right, small and alive for a long time?
+"""``python -m experiments.soak``: soak test of a server under load and a moving budget.
 
-Clients of all manners (good ones, ones that cancel, vanish, or send nonsense) ask a real server
-whose budget jumps about and whose masks are random. Then a sample of the answers is computed
-again with a fresh model. The exit status is 1 if anything was wrong: an answer that never
-ended or was not the model's, a status that should not be, memory that grew, or a hang.
+Clients send valid and invalid requests, cancel and disconnect, while the budget changes and masks
+are random. Afterwards a sample of the answers is recomputed with a fresh model. The exit status is
+1 if an invariant is violated: an answer that did not end or differs from the model's, an unexpected
+status code, growing memory, or a hang.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 from experiments.comparison.records import append_record
 from experiments.config import Config
 from experiments.console import say
-from experiments.soak.trial import Trial
+from experiments.soak.harness import SoakHarness
 
 RECORD_FILE = "soak.jsonl"
 
 
 def soak(config: Config, folder: Path) -> None:
-    """Run the soak, write its record, and end the program with status 1 if anything was wrong.
+    """Run the soak test and write its record; exit with status 1 if an invariant is violated.
 
     Args:
         config: All settings.
         folder: The run's folder.
 
     Raises:
-        RapError: The model cannot be had or the extra ``serve`` is not installed.
-        SystemExit: Something was wrong.
+        RapError: The model cannot be loaded or the extra ``serve`` is not installed.
+        SystemExit: An invariant is violated.
     """
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
-    record = run_soak(config, folder)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for each request
+    record = SoakHarness(config, folder).run()
     path = Path(config.soak.out) if config.soak.out else folder / RECORD_FILE
     append_record(path, record)
     say(summary(record))
@@ -42,19 +42,8 @@ def soak(config: Config, folder: Path) -> None:
         sys.exit(1)
 
 
-def run_soak(config: Config, folder: Path) -> dict[str, Any]:
-    """Run the soak; its record.
-
-    Raises:
-        RapError: As for `soak`.
-    """
-    trial = Trial(config, folder)
-    trial.run()
-    return trial.record()
-
-
 def summary(record: dict[str, Any]) -> str:
-    """A soak for a person."""
+    """Summarize a record in a few lines of text."""
     answers, agreed, rss = record["answers"], record["agreement"], record["rss_bytes"]
     kinds = ", ".join(f"{number} {kind}" for kind, number in record["kinds"].items())
     lines = [
@@ -63,9 +52,9 @@ def summary(record: dict[str, Any]) -> str:
         f"cancelled, {answers['refused']} refused, {answers['preemptions']} preemptions;",
         f"{record['switches']} switches among {record['masks']} masks under "
         f"{record['budget_changes']} budgets;",
-        f"{agreed['answers']} answers computed again: {agreed['wrong_answers']} wrong, "
+        f"{agreed['answers']} answers recomputed: {agreed['wrong_answers']} wrong, "
         f"{agreed['near_ties']} near-ties among {agreed['tokens']} tokens (under a wrong mask, "
-        f"{agreed['control_wrong']} of {agreed['control_answers']} would be wrong);",
+        f"{agreed['control_wrong']} of {agreed['control_answers']} are wrong);",
         f"resident memory at rest {rss['first'] / 2**20:.0f} -> {rss['last'] / 2**20:.0f} MiB, "
         f"{100 * rss['growth']:+.2f} % between the second and the last tenth.",
     ]

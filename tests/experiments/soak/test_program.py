@@ -13,9 +13,10 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 
 from experiments.config import as_config
 from experiments.launch import CONF_DIR, register
-from experiments.soak.checks import agreement, growth
-from experiments.soak.program import run_soak, soak, summary
-from experiments.soak.world import Answer, Sample, World
+from experiments.soak.harness import SoakHarness
+from experiments.soak.invariants import check_answers, memory_growth
+from experiments.soak.program import soak, summary
+from experiments.soak.recording import Answer, AnswerSample, SoakState
 from rap_env.blocks import BlockMask
 from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
@@ -63,9 +64,7 @@ def test_a_short_soak_finds_nothing_wrong_and_says_so(model_folder, tmp_path):
 
 
 def test_a_wrong_answer_fails_the_soak(model_folder, tmp_path, monkeypatch):
-    from experiments.soak import world as soak_world
-
-    note = soak_world.Sample.note
+    note = AnswerSample.note
 
     def altered(self, handle):
         emit = handle.emit
@@ -74,8 +73,10 @@ def test_a_wrong_answer_fails_the_soak(model_folder, tmp_path, monkeypatch):
         )
         note(self, handle)
 
-    monkeypatch.setattr(soak_world.Sample, "note", altered)
-    record = run_soak(config(model_folder, "soak.requests=40", "soak.bad_share=0"), tmp_path)
+    monkeypatch.setattr(AnswerSample, "note", altered)
+    record = SoakHarness(
+        config(model_folder, "soak.requests=40", "soak.bad_share=0"), tmp_path
+    ).run()
     assert not record["passed"]
     assert not record["checks"]["sample_agrees"]
     assert "FAILED" in summary(record)
@@ -102,24 +103,24 @@ def test_agreement_sees_right_and_wrong_answers():
     llm = tiny_llm(layers=4)
     masks = [BlockMask(), BlockMask.of(1, 4)]
     right = [answer_of(llm, mask, [5, 6, 7]) for mask in masks]
-    found = agreement(llm, right)
+    found = check_answers(llm, right)
     assert (found.answers, found.tokens, found.masks) == (2, 12, 2)
     assert found.wrong_answers == found.wrong_tokens == 0
     assert found.worst_logprob < 1e-4
     assert found.control_wrong == found.control_answers == 2
     wrong = answer_of(llm, masks[0], [5, 6, 7])
-    assert agreement(llm, [replace(wrong, mask=masks[1])]).wrong_answers == 1
+    assert check_answers(llm, [replace(wrong, mask=masks[1])]).wrong_answers == 1
 
 
 def test_growth_compares_the_second_tenth_with_the_last():
-    assert growth([1, 2]) == 0
+    assert memory_growth([1, 2]) == 0
     flat = [50, *[100] * 18, 101]
-    assert growth(flat) == pytest.approx(0.005)
-    assert growth(list(range(100, 200))) == pytest.approx(194.5 / 114.5 - 1)
+    assert memory_growth(flat) == pytest.approx(0.005)
+    assert memory_growth(list(range(100, 200))) == pytest.approx(194.5 / 114.5 - 1)
 
 
 def test_the_sample_is_bounded_and_leaves_out_changed_masks():
-    sample = Sample(size=10)
+    sample = AnswerSample(size=10)
     for number in range(500):
         handle = RequestHandle((number,), SamplingParams(), 0.0)
         handle.masks = [BlockMask(), BlockMask.of(number % 2)] if number % 5 else [BlockMask()]
@@ -133,12 +134,12 @@ def test_the_sample_is_bounded_and_leaves_out_changed_masks():
 
 
 def test_clients_rest_when_asked_to():
-    world = World(2)
-    assert world.next_number() == 0
-    with world.rest(0.05) as still:
-        assert not still
-    world.finished("good", "ok")
-    with world.rest(0.05) as still:
-        assert still
-    assert world.next_number() == 1
-    assert world.next_number() is None
+    state = SoakState(2)
+    assert state.next_number() == 0
+    with state.paused(0.05) as idle:
+        assert not idle
+    state.finished("good", "ok")
+    with state.paused(0.05) as idle:
+        assert idle
+    assert state.next_number() == 1
+    assert state.next_number() is None

@@ -1,48 +1,47 @@
-"""Whether what a soak gave was right, and whether its memory stayed where it was."""
+"""Invariants of a soak test: answers equal those of a fresh model, and memory does not grow."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from experiments.soak.world import Answer
+from experiments.soak.recording import Answer
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live import cache_argument
 
 TIE_ROUNDINGS = 4.0
-"""Roundings of the largest logit within which two logits count as equal: a batch adds up in another
-order than one sequence, and each of a deep model's blocks rounds its sum."""
-LEAST_TOLERANCE = 1e-3
+"""Two logits count as equal within so many roundings of the largest logit: a batch sums in another
+order than a single sequence, and each block rounds its sum."""
+MIN_TOLERANCE = 1e-3
 
 
 @dataclass
-class Agreement:
-    """How answers agree with a fresh model under the same mask.
+class AnswerCheck:
+    """Comparison of answers with a fresh model under the same mask.
 
-    Every token is compared after the tokens that were really before it, so one near-tie does not
-    make all that follows look wrong.
+    Each token is compared given the tokens that actually precede it, so a near-tie does not make
+    the following tokens count as wrong.
 
     Attributes:
-        answers: Answers that were computed again.
+        answers: Answers that were recomputed.
         tokens: Their tokens.
-        masks: Masks that they were made under.
-        near_ties: Greedy tokens that were not the fresh model's likeliest, but as likely up to
-            rounding.
-        wrong_tokens: Greedy tokens that were neither, and tokens whose log probability was another.
-        wrong_answers: Answers with any.
-        unstable: Answers that agree only within what the fresh model differs from itself, when it
-            runs the text at once instead of token by token.
+        masks: Their different masks.
+        near_ties: Greedy tokens that are not the most likely token of the fresh model, but equally
+            likely up to rounding.
+        wrong_tokens: Other greedy tokens that differ, and tokens whose log probability differs.
+        wrong_answers: Answers with a wrong token.
+        unstable: Answers that agree only within the difference of the fresh model from itself
+            between one pass over the text and token-by-token generation.
         worst_logprob: Largest difference of a log probability, in nats.
-        control_wrong: Of as many answers compared under a mask with one block more or less, how
-            many were found wrong; shows that the check sees such a difference.
-        control_answers: How many those were.
+        control_wrong: Wrong answers among controls, which are compared under a mask that differs
+            in one block; shows that the check detects such a difference.
+        control_answers: Number of controls.
     """
 
     answers: int = 0
@@ -56,20 +55,18 @@ class Agreement:
     control_wrong: int = 0
     control_answers: int = 0
 
-    def to_record(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
-
-def agreement(fresh: ElasticLLM, answers: Sequence[Answer], *, controls: int = 40) -> Agreement:
-    """Compute answers again with a model that took no part.
+def check_answers(
+    fresh: ElasticLLM, answers: Sequence[Answer], *, controls: int = 40
+) -> AnswerCheck:
+    """Recompute answers with a model that did not serve them.
 
     Args:
-        fresh: The same model, loaded anew.
-        answers: What was kept.
-        controls: How many are also compared under another mask.
+        fresh: The same model, loaded again.
+        answers: The sampled answers.
+        controls: Number of answers that are also compared under another mask.
     """
-    found = Agreement()
+    found = AnswerCheck()
     by_mask: dict[BlockMask, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_mask[answer.mask].append(answer)
@@ -80,7 +77,7 @@ def agreement(fresh: ElasticLLM, answers: Sequence[Answer], *, controls: int = 4
                 _compare(fresh, answer, found)
     for answer in answers[:controls]:
         other = BlockMask(answer.mask.indices ^ {fresh.num_blocks // 2})
-        control = Agreement()
+        control = AnswerCheck()
         with fresh.masked(other):
             _compare(fresh, answer, control)
         found.control_answers += 1
@@ -88,10 +85,10 @@ def agreement(fresh: ElasticLLM, answers: Sequence[Answer], *, controls: int = 4
     return found
 
 
-def _compare(fresh: ElasticLLM, answer: Answer, found: Agreement) -> None:
+def _compare(fresh: ElasticLLM, answer: Answer, found: AnswerCheck) -> None:
     logits = _token_by_token(fresh, answer)
     tolerance = TIE_ROUNDINGS * torch.finfo(fresh.dtype).eps * logits.abs().amax(dim=-1)
-    tolerance = tolerance.clamp(min=LEAST_TOLERANCE)
+    tolerance = tolerance.clamp(min=MIN_TOLERANCE)
     wrong, ties, apart = _differences(answer, logits, tolerance)
     if wrong.any():
         itself = (_at_once(fresh, answer) - logits).abs().amax(dim=-1)
@@ -110,12 +107,12 @@ def _compare(fresh: ElasticLLM, answer: Answer, found: Agreement) -> None:
 def _differences(
     answer: Answer, logits: torch.Tensor, tolerance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which tokens are wrong, which are near-ties, and how far log probabilities are apart.
+    """Return which tokens are wrong or near-ties, and the differences of log probabilities.
 
     Args:
         answer: An answer of T tokens.
-        logits: Those of the fresh model, (T, V).
-        tolerance: What counts as equal, (T,).
+        logits: Logits of the fresh model, (T, V).
+        tolerance: Largest difference that counts as equal, (T,).
     """
     chosen = torch.tensor(answer.token_ids)[:, None]
     behind = logits.amax(dim=-1) - logits.gather(1, chosen)[:, 0]
@@ -130,7 +127,7 @@ def _differences(
 
 
 def _token_by_token(fresh: ElasticLLM, answer: Answer) -> torch.Tensor:
-    """Logits for each token of an answer, (T, V), as plain generation computes them."""
+    """Return the logits for each token of an answer, (T, V), from token-by-token generation."""
     logits, cache = [], None
     pieces = [list(answer.prompt_ids), *([token] for token in answer.token_ids[:-1])]
     with torch.no_grad():
@@ -146,7 +143,7 @@ def _token_by_token(fresh: ElasticLLM, answer: Answer) -> torch.Tensor:
 
 
 def _at_once(fresh: ElasticLLM, answer: Answer) -> torch.Tensor:
-    """The same logits, from one pass over the whole text."""
+    """Return the same logits from one pass over the whole text."""
     ids = [*answer.prompt_ids, *answer.token_ids[:-1]]
     with torch.no_grad():
         output = fresh.model(input_ids=torch.tensor([ids], device=fresh.device), use_cache=False)
@@ -155,7 +152,7 @@ def _at_once(fresh: ElasticLLM, answer: Answer) -> torch.Tensor:
 
 
 def resident_bytes(process: Path = Path("/proc/self/status")) -> int:
-    """Resident memory of this process, or the most so far where the system tells no more."""
+    """Resident memory of this process; its maximum so far on systems without ``/proc``."""
     try:
         line = next(line for line in process.read_text().splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) * 1024
@@ -165,11 +162,11 @@ def resident_bytes(process: Path = Path("/proc/self/status")) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def growth(samples: Sequence[int]) -> float:
-    """By how much the median of the last tenth exceeds that of the second, as a fraction.
+def memory_growth(samples: Sequence[int]) -> float:
+    """Relative growth from the median of the second tenth to that of the last tenth.
 
     Args:
-        samples: Bytes in order of time; with fewer than ten, a tenth is one.
+        samples: Bytes in order of time; with fewer than ten samples, a tenth is one sample.
     """
     if len(samples) < 3:
         return 0.0

@@ -1,4 +1,4 @@
-"""What all parts of a soak share: what goes on, what has come of it, and what was wrong."""
+"""Shared state of a soak test: progress, outcomes, problems, and a sample of the answers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from rap_env.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-_MOST_PROBLEMS = 50
-_MOST_RECENT = 64
+_MAX_PROBLEMS = 50
+_MAX_RECENT = 64
 
 
-class World:
-    """The state of a soak. Any thread may use it.
+class SoakState:
+    """Counters and control of a soak test; thread-safe.
 
     Args:
-        requests: How many requests are to be made.
+        requests: Number of requests to send.
 
     Attributes:
-        stop: Set when no more requests are to be made.
-        kinds: Requests made, by kind.
-        outcomes: What came of them, as ``kind: outcome``.
-        problems: What should not have happened, in sentences; the first of them.
-        problem_count: All of them.
-        in_flight: Requests that are being made.
-        progress_s: When something went on last.
+        stop: Set when no more requests are to be sent.
+        kinds: Finished requests by kind.
+        outcomes: Finished requests by ``kind: outcome``.
+        problems: Descriptions of the first problems.
+        problem_count: Number of all problems.
+        in_flight: Requests that are being sent or answered.
+        made: Requests started so far.
+        progress_s: Time of the last progress, on the monotonic clock.
     """
 
     def __init__(self, requests: int) -> None:
@@ -56,12 +57,12 @@ class World:
         self._lock = threading.Lock()
 
     def next_number(self) -> int | None:
-        """The number of the next request; None if there is none to be made."""
+        """Start a request and return its number; None if no request is left."""
         while True:
             self._open.wait()
             with self._lock:
                 if not self._open.is_set():
-                    continue  # a rest began just now
+                    continue  # paused just now
                 if self.stop.is_set() or self.made >= self._requests:
                     return None
                 self.made += 1
@@ -69,7 +70,7 @@ class World:
                 return self.made - 1
 
     def finished(self, kind: str, outcome: str) -> None:
-        """A request has come to its end."""
+        """Count a finished request."""
         with self._lock:
             self.in_flight -= 1
             self.kinds[kind] += 1
@@ -77,25 +78,20 @@ class World:
         self.progressed()
 
     def progressed(self) -> None:
-        """Something went on."""
+        """Note progress."""
         self.progress_s = time.monotonic()
 
     def problem(self, sentence: str) -> None:
-        """Something was wrong."""
+        """Record a violated expectation."""
         with self._lock:
             self.problem_count += 1
-            if len(self.problems) < _MOST_PROBLEMS:
+            if len(self.problems) < _MAX_PROBLEMS:
                 self.problems.append(sentence)
                 log.warning("%s", sentence)
 
-    @property
-    def all_made(self) -> bool:
-        """Whether no request is left to be made."""
-        return self.made >= self._requests
-
     @contextmanager
-    def rest(self, timeout_s: float) -> Iterator[bool]:
-        """Hold clients back within a ``with`` block; gives whether all came to rest in time."""
+    def paused(self, timeout_s: float) -> Iterator[bool]:
+        """Pause the clients within a ``with`` block; yield whether all finished in time."""
         with self._lock:
             self._open.clear()
         deadline = time.monotonic() + timeout_s
@@ -108,11 +104,11 @@ class World:
 
 
 class RandomMasks:
-    """A policy that removes blocks in another random order each time, until the request fits.
+    """A policy that removes blocks in a new random order each time, until the request fits.
 
     Args:
         memory: The model's byte arithmetic.
-        seed: Of the orders.
+        seed: Seed of the orders.
     """
 
     name = "random"
@@ -122,7 +118,7 @@ class RandomMasks:
         self._random = random.Random(seed)
 
     def choose(self, request: Request) -> BlockMask:
-        """Some mask that fits, if one does."""
+        """Return a random mask that fits, if one exists."""
         order = list(range(self._memory.facts.num_blocks))
         self._random.shuffle(order)
         return OrderPolicy(self._memory, order).choose(request)
@@ -130,14 +126,14 @@ class RandomMasks:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is kept of a request handle that was made under one mask from start to end.
+    """An answer that was generated under one mask from start to end.
 
     Attributes:
-        prompt_ids: Tokens of the prompt.
-        token_ids: Tokens of the answer, (T,).
+        prompt_ids: Token ids of the prompt.
+        token_ids: Token ids of the answer, (T,).
         logprobs: Their log probabilities, (T,).
         mask: The mask.
-        greedy: Whether the likeliest token was always taken.
+        greedy: Whether decoding was greedy.
     """
 
     prompt_ids: tuple[int, ...]
@@ -148,7 +144,7 @@ class Answer:
 
     @classmethod
     def of(cls, handle: RequestHandle) -> Answer:
-        """A request request's answer."""
+        """Return the answer of a finished request."""
         return cls(
             handle.prompt_ids,
             tuple(handle.token_ids),
@@ -158,20 +154,20 @@ class Answer:
         )
 
 
-class Sample:
-    """Answers made under one mask from start to end, each as likely to be kept.
+class AnswerSample:
+    """A uniform sample (reservoir sampling) of the answers generated under a single mask.
 
-    It holds little, and no more as time goes on: memory is watched while it is filled.
+    Its memory is bounded, since the soak test checks that memory does not grow.
 
     Args:
-        size: How many are kept.
-        seed: Of the choice.
+        size: Maximum number of answers.
+        seed: Seed of the sampling.
 
     Attributes:
-        kept: The answers.
-        eligible: How many there were to choose from.
-        changed: How many were made while the mask changed.
-        masks: Hashes of the masks that tokens were made under, all of them.
+        kept: The sampled answers.
+        eligible: Answers generated under a single mask.
+        changed: Answers during which the mask changed.
+        masks: Hashes of all masks under which tokens were generated.
     """
 
     def __init__(self, size: int = 400, seed: int = 0) -> None:
@@ -186,33 +182,33 @@ class Sample:
         self._lock = threading.Lock()
 
     def note(self, handle: RequestHandle) -> None:
-        """A request handle was made."""
+        """Follow a request from its submission."""
         with self._lock:
             self._running.append(handle)
             self._recent[handle.prompt_ids] = handle
-            if len(self._recent) > _MOST_RECENT:
-                self._recent.popitem(last=False)  # of a client that went away and never asked
-            if len(self._running) >= _MOST_RECENT:
-                self._sort_out()
+            if len(self._recent) > _MAX_RECENT:
+                self._recent.popitem(last=False)  # its client disconnected
+            if len(self._running) >= _MAX_RECENT:
+                self._collect_ended()
 
     def take(self, prompt_ids: Sequence[int]) -> RequestHandle | None:
-        """The last handle for a prompt; only once, and only if it was made lately."""
+        """Remove and return the latest request with a prompt; None if it is not among the last."""
         with self._lock:
             return self._recent.pop(tuple(prompt_ids), None)
 
     def unfinished(self) -> list[RequestHandle]:
         """Tickets that have not ended."""
         with self._lock:
-            self._sort_out()
+            self._collect_ended()
             return list(self._running)
 
-    def _sort_out(self) -> None:
+    def _collect_ended(self) -> None:
         ended = [handle for handle in self._running if handle.done]
         self._running = [handle for handle in self._running if not handle.done]
         for handle in ended:
-            self._consider(handle)
+            self._add(handle)
 
-    def _consider(self, handle: RequestHandle) -> None:
+    def _add(self, handle: RequestHandle) -> None:
         masks = set(handle.masks)
         self.masks.update(map(hash, masks))
         self.changed += len(masks) > 1
@@ -221,31 +217,31 @@ class Sample:
         self.eligible += 1
         if len(self.kept) < self.size:
             self.kept.append(Answer.of(handle))
-        elif (place := self._random.randrange(self.eligible)) < self.size:
-            self.kept[place] = Answer.of(handle)
+        elif (index := self._random.randrange(self.eligible)) < self.size:
+            self.kept[index] = Answer.of(handle)
 
 
 class RecordingEngine(Engine):
-    """An engine that keeps a fair sample of what it gave, to be computed again later.
+    """An engine that reports progress and samples its answers for a later check.
 
     Attributes:
-        world: Who is told that something goes on; set before the first request.
-        sample: What is kept; likewise.
+        state: Receives the progress; set before the first request.
+        sample: Receives the answers; set before the first request.
     """
 
-    world: World
-    sample: Sample
+    state: SoakState
+    sample: AnswerSample
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None
     ) -> RequestHandle:
-        """As `Engine.submit`."""
+        """Submit a request as `Engine.submit` does, and follow it."""
 
-        def heard(event: Event) -> None:
-            self.world.progressed()
+        def relay(event: Event) -> None:
+            self.state.progressed()
             if listener is not None:
                 listener(event)
 
-        handle = super().submit(prompt_ids, params, heard)
+        handle = super().submit(prompt_ids, params, relay)
         self.sample.note(handle)
         return handle
