@@ -157,10 +157,10 @@ def _refilling(
 
 def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[str, Any]]:
     """Memory that offloaded blocks give back, beside their bytes, and the time it takes."""
-    from rap_env.runtime.memory_meter import ProcessMeter
+    from rap_env.runtime.memory_meter import process_meter
 
     llm.set_residency("offload")
-    meter = ProcessMeter(llm)
+    meter = process_meter(llm)
     rows = {}
     for mask in masks:
         predicted = sum(llm.blocks[index].param_bytes for index in mask)

@@ -22,9 +22,11 @@ from rap_env.llm.device import return_freed_memory
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
-from rap_env.runtime.engine import Engine, StepRecord
-from rap_env.runtime.memory_meter import Meter, ProcessMeter, TensorMeter
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_estimator import UNKNOWN_PASS, PassSize
+from rap_env.runtime.memory_meter import Meter, TensorMeter, process_meter
 from rap_env.runtime.memory_source import GivenMemory
+from rap_env.runtime.metrics import StepRecord
 from rap_env.runtime.policies import StaticPolicy
 from rap_env.runtime.sampling import SamplingParams
 
@@ -97,17 +99,22 @@ class MonitoredController(RuntimeController):
         self._own_meter = meter
         super().__init__(*args, meter=meter, **settings)
 
-    def admit(self, shape: BatchShape, beside: BatchShape = EMPTY_BATCH) -> bool:
+    def admit(
+        self,
+        shape: BatchShape,
+        running: BatchShape = EMPTY_BATCH,
+        next_pass: PassSize = UNKNOWN_PASS,
+    ) -> bool:
         """As `RuntimeController.admit`."""
         with self._reset_peak_if_budget_falls():
-            admitted = super().admit(shape, beside)
+            admitted = super().admit(shape, running, next_pass)
         self.admission_failed = not admitted
         return admitted
 
-    def check(self, shape: BatchShape) -> bool:
+    def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """As `RuntimeController.check`."""
         with self._reset_peak_if_budget_falls():
-            return super().check(shape)
+            return super().check(shape, next_pass)
 
     @contextmanager
     def _reset_peak_if_budget_falls(self) -> Iterator[None]:
@@ -218,7 +225,7 @@ class ReplayHarness:
         llm.set_residency(residency)
         llm.apply(system.policy.mask if isinstance(system.policy, StaticPolicy) else BlockMask())
         return_freed_memory()
-        self._meter = TensorMeter(llm) if settings.meter == "tensors" else ProcessMeter(llm)
+        self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)
         most = self._budget.most(0.0, self._horizon_s)
         memory = GivenMemory(lambda: self._budget.at(self._clock()), limit_bytes=most)
         self._decisions = DecisionLog(self._log)

@@ -22,14 +22,14 @@ from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.engine import EngineStats
+from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import RequestHandle
 
 STEPS, REQUESTS = "replay_steps", "replay_requests"
 """Folders beside ``replay.jsonl`` with a JSON-lines file for each system."""
 
-_WAITED_TOO_LONG, _NEVER_FITS = "waited longer", "fit no budget"
-"""Parts of the engine's messages about requests that it gives up."""
+_REJECTED = {"queue_timeout": "timed_out", "infeasible": "refused"}
+"""Outcome of a request that waited, by the engine's reason to reject it."""
 
 
 @dataclass
@@ -75,13 +75,10 @@ class RequestOutcome:
         handle = self.handle
         if handle is None or not handle.done:
             return
-        error = handle.error or ""
         if handle.reason in ("length", "stop"):
             self.outcome = "served"
-        elif _WAITED_TOO_LONG in error:
-            self.outcome = "timed_out"
-        elif _NEVER_FITS in error:
-            self.outcome = "refused"
+        elif handle.rejection is not None:
+            self.outcome = _REJECTED[handle.rejection]
         elif handle.reason == "error":
             self.outcome = "failed"
 

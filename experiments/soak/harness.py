@@ -28,7 +28,7 @@ from rap_env.llm.device import return_freed_memory
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.memory_meter import ProcessMeter, TensorMeter
+from rap_env.runtime.memory_meter import TensorMeter, process_meter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.serving.stack import build_stack, load_served_model
@@ -68,7 +68,7 @@ class SoakHarness:
             policy=RandomMasks(MemoryModel(llm), config.seed),
             memory=GivenMemory(lambda: self._budget_bytes, limit_bytes=_UNLIMITED),
             engine_class=RecordingEngine,
-            meter=TensorMeter(llm) if tensors else ProcessMeter(llm),
+            meter=TensorMeter(llm) if tensors else process_meter(llm),
             hold_s=_HOLD_S,
         )
         assert isinstance(self._stack.engine, RecordingEngine)

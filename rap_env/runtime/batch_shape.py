@@ -1,4 +1,4 @@
-"""What the sequences of a batch will need at most, as the shape that memory is counted for."""
+"""The size that memory is estimated for: sequences in a batch, and tokens of each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rap_env.request import Request
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch at its largest. ``BatchShape()`` is nothing at all, and false.
+    """A batch at its largest. ``BatchShape()`` is an empty batch, and false.
 
     Attributes:
-        batch_size: Sequences side by side.
+        batch_size: Sequences in the batch.
         seq_len_tokens: Tokens of each of them, padding included.
 
     Raises:
@@ -29,8 +29,8 @@ class BatchShape:
             (self.batch_size == 0) != (self.seq_len_tokens == 0)
         ):
             raise InvalidRequestError(
-                f"A shape has sequences and tokens, or neither: not {self.batch_size} x "
-                f"{self.seq_len_tokens}."
+                "A batch shape needs a positive number of sequences and of tokens, or 0 of both; "
+                f"it was {self.batch_size} x {self.seq_len_tokens}."
             )
 
     def __bool__(self) -> bool:
@@ -43,25 +43,25 @@ class BatchShape:
 
     @property
     def at_least_one(self) -> tuple[int, int]:
-        """Batch size and tokens for the memory arithmetic, which knows no empty batch."""
+        """Batch size and tokens, each at least 1, as the memory model requires."""
         return max(1, self.batch_size), max(1, self.seq_len_tokens)
 
     def request(self, budget_bytes: int) -> Request:
-        """The same as a request with a budget; one token if there is nothing."""
+        """A request of this size with a budget; one token for an empty batch."""
         return Request(*self.at_least_one, budget_bytes=max(1, budget_bytes))
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, int]], *, uniform: bool = False) -> BatchShape:
-        """The most that rows of a left-padded batch will hold at one time.
+        """The largest shape that a left-padded batch will reach.
 
         All rows grow by a token a step. A row leaves when it has no tokens to come, and padding
-        that all others share is cut away then. So the batch holds most just before some row
-        leaves: then, rows that are still there x tokens of the longest of them.
+        that all other rows share is removed then. So the batch is largest just before some row
+        leaves: the rows still present x tokens of the longest of them.
 
         Args:
-            rows: Tokens held and tokens to come, for each row.
-            uniform: Count all rows at the greatest final length instead. That is more, and right
-                also where the bytes of a row do not grow with its tokens (sliding windows).
+            rows: Cached tokens and tokens to come, for each row.
+            uniform: Count all rows at the greatest final length instead. The result is larger, and
+                also holds where the bytes of a row do not grow with its tokens (sliding windows).
 
         Example:
             Seven rows of 100 tokens with 10 to come, and one with 900 to come:
@@ -71,11 +71,11 @@ class BatchShape:
             (BatchShape(batch_size=1, seq_len_tokens=1000), 1000)
         """
         most, longest, best = 0, 0, cls()
-        for count, (held, coming) in enumerate(
+        for count, (cached, to_come) in enumerate(
             sorted(rows, key=lambda row: row[1], reverse=True), start=1
         ):
-            longest = max(longest, held)
-            final = longest + coming
+            longest = max(longest, cached)
+            final = longest + to_come
             if uniform:
                 best = cls(count, max(best.seq_len_tokens, final))
             elif count * final > most:

@@ -1,4 +1,4 @@
-"""Keeps a live model within memory that moves: asks for masks, guards them, applies them."""
+"""Keeps a live model within a memory budget that moves, by changing its mask."""
 
 from __future__ import annotations
 
@@ -8,59 +8,65 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.policy import MaskPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
 from rap_env.runtime.mask_choice import MaskChooser
 from rap_env.runtime.mask_controller import MaskController, MaskSwitcher
-from rap_env.runtime.memory_estimator import MemoryEstimator
-from rap_env.runtime.memory_meter import Meter, ProcessMeter
+from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
+from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.sites import HeldBytes
-    from rap_env.policy import MaskPolicy
 
 
 class RuntimeController:
     """Holds measured bytes within a budget that moves, by changing a live model's mask.
 
-    The policy is asked when a request arrives, when the budget falls below what is needed, and when
-    there is room again. Its mask is taken only if what it needs, by the memory arithmetic, and what
-    was learned from the meter (`rap_env.runtime.memory_monitor`) fit together; else the guard
-    removes more blocks in its own order until they do.
+    The policy is asked when a request arrives, when the budget falls below the need, and when
+    there is headroom again. Its mask is applied only if its predicted bytes fit the budget together
+    with a safety margin that is learned from measurements (`rap_env.runtime.memory_monitor`);
+    otherwise the guard removes more blocks in its own order until they do.
 
-    **Going down** is immediate: `check` before each step. **Going up** waits while anything runs:
-    a mask that needs more is applied only after it would have fitted for `hold_s` without a break,
-    with `hysteresis_share` of the budget to spare. A budget that jitters around a threshold causes
-    one switch, not many. A request that finds nothing running gets its mask at once (`admit`).
+    **Shrinking** is immediate: `check` before each step. **Growing** is debounced while anything
+    runs: a mask that needs more is applied only after it would have fitted for `hold_s` without a
+    break, with `hysteresis_share` of the budget to spare. A budget that jitters around a threshold
+    causes one switch, not many. A request that arrives while nothing runs gets its mask at once
+    (`admit`).
 
-    One thread calls it, the one that runs the model; counters may be read from any.
+    Only the thread that runs the model may call it; any thread may read the counters.
 
     Args:
         llm: The live model. Set its residency first: with ``"resident"``, removing an FFN block
-            frees nothing, and the guard knows that.
+            frees nothing, and the guard takes that into account.
         policy: Chooses masks.
-        memory: Says the budget; or what `open_memory` takes.
-        meter: Measures what is used; by default that of the process or the device.
+        memory: Gives the budget: a source, or what `open_memory` accepts.
+        meter: Measures what is used; by default the process or the device.
         guard_order: Indices of blocks in the order in which the guard removes them. By
             default the policy's `order` if it has one, else those that free most bytes first.
-            An empty one means no guard: the policy's mask fits or nothing does.
-        margin_share: Share of the dense model's weights to leave free in any case, before the
-            meter has taught better.
-        hysteresis_share: Share of the budget to leave free when blocks are brought back.
-        hold_s: Seconds for which there must have been room before they are.
+            An empty order disables the guard: only the policy's own mask is tried.
+        margin_share: Share of the dense model's weights to reserve in any case, before the
+            safety margin is learned.
+        hysteresis_share: Share of the budget to leave free when blocks are restored.
+        hold_s: Seconds for which headroom must last before blocks are restored.
         log: Where to log decisions.
         clock: Gives the time in seconds, for `hold_s` and the log.
 
     Attributes:
-        overhead_s: Seconds spent here altogether, switching and measuring included.
+        llm: As given.
+        estimator: Predicts bytes.
+        chooser: Chooses masks that fit by prediction.
+        monitor: Measures bytes.
+        hold_s: As given.
+        overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
         InvalidRequestError: A share or a time is out of its range.
         UnknownNameError: There is no such memory source, or no such block in the guard's order.
-        MemorySourceError: The system does not tell what is free.
+        MemorySourceError: The system does not report free memory.
     """
 
     def __init__(
@@ -84,22 +90,22 @@ class RuntimeController:
             )
         self.llm = llm
         self.estimator = MemoryEstimator(llm)
-        self.mask_chooser = MaskChooser(policy, self.estimator, guard_order)
+        self.chooser = MaskChooser(policy, self.estimator, guard_order)
         facts = self.estimator.memory.facts
         weights = facts.base_bytes + sum(facts.block_param_bytes)
         self.monitor = MemoryMonitor(
             llm,
             open_memory(memory, device=llm.device),
-            ProcessMeter(llm) if meter is None else meter,
+            process_meter(llm) if meter is None else meter,
             self.estimator,
             SafetyMargin(int(margin_share * weights)),
         )
         self.hold_s = hold_s
         self.overhead_s = 0.0
         self._switcher = MaskSwitcher(llm, self.monitor, log, clock)
-        self._mask_controller = MaskController(
+        self._masks = MaskController(
             llm,
-            self.mask_chooser,
+            self.chooser,
             self.estimator,
             self.monitor,
             self._switcher,
@@ -107,22 +113,22 @@ class RuntimeController:
             hold_s=hold_s,
             clock=clock,
         )
-        self._refused: tuple[BatchShape, int] | None = None  # fitted nothing, in this room
+        self._rejected: tuple[BatchShape, int] | None = None  # no mask fitted it in these bytes
 
     @property
     def policy(self) -> MaskPolicy:
         """The policy that is asked."""
-        return self.mask_chooser.policy
+        return self.chooser.policy
 
     @property
     def decisions(self) -> int:
         """How often the policy was asked."""
-        return self._mask_controller.decisions
+        return self._masks.decisions
 
     @property
     def decision_s(self) -> float:
-        """Seconds spent choosing, in total."""
-        return self._mask_controller.decision_s
+        """Seconds spent choosing masks, in total."""
+        return self._masks.decision_s
 
     @property
     def switches(self) -> int:
@@ -141,121 +147,127 @@ class RuntimeController:
 
     @property
     def budget_bytes(self) -> int:
-        """The budget when last asked."""
+        """The budget as last read."""
         return self.monitor.budget_bytes
 
     @property
     def used_bytes(self) -> int:
-        """What was measured last."""
+        """Bytes as last measured."""
         return self.monitor.used_bytes
 
     @property
     def held(self) -> HeldBytes:
-        """Bytes of the tensors that were held after the last step."""
+        """Bytes of the tensors held after the last step."""
         return self.monitor.held
 
     @property
     def margin(self) -> SafetyMargin:
-        """What is kept free beyond what masks need."""
+        """Bytes reserved beyond what masks need."""
         return self.monitor.margin
 
-    def admit(self, shape: BatchShape, beside: BatchShape = EMPTY_BATCH) -> bool:
-        """Make a request fit that has arrived: choose and apply a mask for it.
+    def admit(
+        self,
+        shape: BatchShape,
+        running: BatchShape = EMPTY_BATCH,
+        next_pass: PassSize = UNKNOWN_PASS,
+    ) -> bool:
+        """Make room for a request that has arrived: choose and apply a mask for it.
 
-        While others run, a mask that fits already stays. With nothing else running, when a switch
-        costs no refill, the policy is asked for a mask that suits the request, and one that needs
-        more than that of now is taken at once, if it fits with `hysteresis_share` to spare.
+        While others run, a mask that already fits stays. With nothing else running, a switch costs
+        no refill: then the policy is asked for a mask that suits the request, and one that needs
+        more than the present mask is applied at once, if it fits with `hysteresis_share` to spare.
 
         Args:
-            shape: All that will run with the request.
-            beside: What runs without it.
+            shape: The batch with the request.
+            running: The batch without it.
+            next_pass: Tokens of the pass that follows.
 
         Returns:
             Whether a mask fits.
         """
         with self._timed():
             self.monitor.poll()
-            room = self.monitor.room_bytes(shape, self._mask_controller.coming(shape))
-            if self._refused and self._refused[0] == shape and room <= self._refused[1]:
+            available = self._available_bytes(shape, next_pass)
+            if self._rejected and self._rejected[0] == shape and available <= self._rejected[1]:
                 return False
             mask = self.llm.mask
             need = self.estimator.peak_bytes(mask, shape)
-            if need > room:
-                if not self._mask_controller.fit(shape, room, "arrival", running=bool(beside)):
-                    self._refused = (shape, room)
+            if need > available:
+                if not self._masks.fit(
+                    shape, available, "arrival", next_pass, running=bool(running)
+                ):
+                    self._rejected = (shape, available)
                     return False
-            elif mask and not beside:
-                self._mask_controller.suit(need, shape)
+            elif mask and not running:
+                self._masks.grow_at_arrival(need, shape, next_pass)
             return True
 
-    def expect(self, tokens: int, growth_tokens: int) -> None:
-        """Say what the next pass through the model will do; `admit` and `check` count with it.
+    def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
+        """Before each step: shrink the mask if the budget fell, or grow it if there is headroom.
 
         Args:
-            tokens: Tokens that it will run, of all sequences together; 0 if that is not known.
-            growth_tokens: Tokens that caches will hold more afterwards, padding included.
-        """
-        self._mask_controller.next_pass = (tokens, growth_tokens)
-
-    def check(self, shape: BatchShape) -> bool:
-        """Before each step: give memory back that the budget does not allow, or take some again.
-
-        Args:
-            shape: All that runs.
+            shape: The running batch.
+            next_pass: Tokens of the pass that follows.
 
         Returns:
-            Whether it fits now. If not, no mask does: run less and call again.
+            Whether the batch fits now. If not, no mask makes it fit: preempt and call again.
         """
         with self._timed():
             self.monitor.poll()
             if not shape:
-                self.monitor.rest()
-            room = self.monitor.room_bytes(shape, self._mask_controller.coming(shape))
+                self.monitor.observe_idle()
+            available = self._available_bytes(shape, next_pass)
             mask = self.llm.mask
             need = self.estimator.peak_bytes(mask, shape)
-            if need > room:
-                fits = self._mask_controller.fit(shape, room, "budget_fell", running=bool(shape))
+            if need > available:
+                fits = self._masks.fit(
+                    shape, available, "budget_fell", next_pass, running=bool(shape)
+                )
                 if not fits and not shape:
-                    self._mask_controller.empty()
+                    self._masks.remove_all()
                 return fits
             if mask:
-                self._mask_controller.restore(need, shape)
+                self._masks.grow(need, shape, next_pass)
             return True
 
     def observe(self, shape: BatchShape, kind: str = "step") -> int:
-        """After each step: learn from what the meter saw of it.
+        """After each step: learn from what the meter measured.
 
         Args:
-            shape: The shape that was in memory, padding included.
-            kind: What the step did; kinds are learned apart.
+            shape: The batch that was in memory, padding included.
+            kind: What the step did; the margin of each kind is learned separately.
 
         Returns:
-            Most bytes that were measured since the last step or switch.
+            Peak bytes measured since the last step or switch.
         """
         with self._timed():
             if kind != "prefill":
-                self._mask_controller.decoded()
-            return self.monitor.observe(shape, kind)
+                self._masks.note_decode()
+            return self.monitor.observe_step(shape, kind)
 
     def could_fit(self, shape: BatchShape) -> bool:
-        """Whether a shape can ever fit: by the largest budget seen, or the source's limit.
+        """Whether a batch can ever fit: in the largest budget so far, or the source's limit.
 
-        From any thread.
+        Any thread may call it.
         """
-        most = self.monitor.limit_bytes() - self.margin.bytes
-        return self.mask_chooser.least_bytes(shape, most) <= most
+        limit = self.monitor.budget_limit_bytes() - self.margin.bytes
+        return self.chooser.smallest_bytes(shape, limit) <= limit
 
-    def never_fits(self, shape: BatchShape) -> bool:
-        """Whether a shape that nothing else runs beside can never fit, as far as is measured."""
+    def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
+        """Whether a batch can never fit by what is measured now, even with nothing else running.
+
+        Args:
+            shape: The batch.
+            next_pass: Tokens of its first pass.
+        """
         self.monitor.trim()
-        kept = self.budget_bytes - self.monitor.exact_room_bytes(
-            shape, self._mask_controller.coming(shape)
-        )
-        most = self.monitor.limit_bytes() - kept
-        return self.mask_chooser.least_bytes(shape, most) > most
+        estimate = self._masks.pass_estimate(shape, next_pass)
+        available = self.monitor.available_after_trim_bytes(shape, estimate)
+        limit = self.monitor.budget_limit_bytes() - (self.budget_bytes - available)
+        return self.chooser.smallest_bytes(shape, limit) > limit
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
-        """For ``llm.generate(before_step=...)``: checks before each step of a lone batch.
+        """A callback for ``llm.generate(before_step=...)`` that checks before each step.
 
         Args:
             shape: The batch at its final length. `admit` it first.
@@ -263,18 +275,22 @@ class RuntimeController:
         Returns:
             A function that raises `InfeasibleBudgetError` when no mask fits any more.
         """
+        next_pass = PassSize(shape.batch_size, shape.batch_size)
 
         def before() -> None:
             self.observe(shape)
-            self.expect(shape.batch_size, shape.batch_size)
-            if not self.check(shape):
+            if not self.check(shape, next_pass):
                 raise InfeasibleBudgetError(
                     f"No mask fits {self.budget_bytes:,} bytes for {shape.batch_size} x "
-                    f"{shape.seq_len_tokens} tokens any more, with {self.margin.bytes:,} bytes "
-                    "of margin: raise the budget or generate less."
+                    f"{shape.seq_len_tokens} tokens any more, with a safety margin of "
+                    f"{self.margin.bytes:,} bytes: raise the budget or generate less."
                 )
 
         return before
+
+    def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
+        estimate = self._masks.pass_estimate(shape, next_pass)
+        return self.monitor.available_bytes(shape, estimate)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

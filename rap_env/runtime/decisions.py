@@ -1,4 +1,4 @@
-"""Decisions of the controller as JSON lines: when, why, from which mask to which, at what cost."""
+"""The controller's decisions as JSON lines: when, why, which mask replaced which, at what cost."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from rap_env.runtime.batch_shape import BatchShape
 
 log = logging.getLogger(__name__)
 
-Why = Literal["arrival", "budget_fell", "room", "left"]
-"""A request arrived, the budget fell below what is needed, there was room again, or a request had
-left and made room."""
+Trigger = Literal["arrival", "budget_fell", "room", "left"]
+"""What caused a switch: a request arrived, the budget fell below the need, there was headroom
+again, or a request left and freed memory."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One switch from a mask to another.
+    """A switch from one mask to another.
 
     Attributes:
         time_s: On the controller's clock.
         wall_time: ISO 8601, UTC.
-        why: What gave rise to it.
-        before: The mask that was applied.
-        after: The mask that is.
+        trigger: What caused it; ``why`` in the log.
+        before: The mask before the switch; ``from`` in the log.
+        after: The mask after it; ``to`` in the log.
         bytes_before: Measured before the switch.
         bytes_after: Measured after it.
-        budget_bytes: The budget that it had to fit.
-        shape: What it had to fit for.
-        decision_s: Seconds that it took to choose the mask.
-        switch_s: Seconds that it took to apply it.
-        guarded: Whether the policy's mask did not do, and the guard chose.
+        budget_bytes: The budget.
+        shape: The batch that the mask had to fit; ``demand`` in the log.
+        decision_s: Seconds spent choosing the mask.
+        switch_s: Seconds spent applying it.
+        guarded: Whether the guard changed the policy's mask.
     """
 
     time_s: float
     wall_time: str
-    why: Why
+    trigger: Trigger
     before: BlockMask
     after: BlockMask
     bytes_before: int
@@ -53,11 +53,11 @@ class Decision:
     guarded: bool
 
     def to_record(self) -> dict[str, Any]:
-        """As it is logged."""
+        """The decision as it is logged."""
         return {
             "time_s": self.time_s,
             "wall_time": self.wall_time,
-            "why": self.why,
+            "why": self.trigger,
             "from": list(self.before.names),
             "to": list(self.after.names),
             "bytes_before": self.bytes_before,
@@ -71,18 +71,18 @@ class Decision:
 
 
 class DecisionLog:
-    """A file of decisions, one JSON object a line, whole after any kill.
+    """A file of decisions, one JSON object a line.
 
-    A line is written in one piece. What a killed process left of its last line is cut off when the
-    file is opened again. A disk that fails later costs lines, not the service: they are
-    counted in `lost`.
+    Each line is written by one call. An incomplete last line, left by a killed process, is removed
+    when the file is opened again. If the disk fails later, lines are lost and counted in `lost`,
+    and the service continues.
 
     Args:
-        path: The file; it is made, with its folder, if there is none.
+        path: The file; it and its folder are created if missing.
 
     Attributes:
         path: The file.
-        lost: Lines that could not be written.
+        lost: Number of lines that could not be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -94,7 +94,7 @@ class DecisionLog:
         repair(self.path)
 
     def append(self, decision: Decision) -> None:
-        """Write a decision."""
+        """Append a decision to the file."""
         line = json.dumps(decision.to_record(), allow_nan=False).encode() + b"\n"
         with self._lock:
             if self._file.closed:
@@ -103,20 +103,20 @@ class DecisionLog:
                 written = self._file.write(line)
                 if written is not None and written < len(line):  # the disk is full
                     repair(self.path)
-                    raise OSError(f"{written} of {len(line)} bytes were written")
+                    raise OSError(f"only {written} of {len(line)} bytes were written")
             except OSError as error:
                 if not self.lost:
-                    log.warning("Decisions are not logged any more in %s: %s", self.path, error)
+                    log.warning("Decisions can no longer be logged in %s: %s", self.path, error)
                 self.lost += 1
 
     def close(self) -> None:
-        """Close the file; later decisions are dropped."""
+        """Close the file; later decisions are not logged."""
         with self._lock:
             self._file.close()
 
 
 def repair(path: Path) -> None:
-    """Cut off what follows the last whole line of a file, if anything does."""
+    """Remove an incomplete last line from a file."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         start = end
@@ -127,5 +127,5 @@ def repair(path: Path) -> None:
             tail = file.read(end - start)
         whole = start + tail.rfind(b"\n") + 1
         if whole < end:
-            log.warning("%s ended in a torn line, which was cut off.", path)
+            log.warning("%s ended in an incomplete line, which was removed.", path)
             file.truncate(whole)

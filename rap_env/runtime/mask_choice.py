@@ -1,18 +1,15 @@
-"""A policy's mask, made to fit by a guard."""
+"""The choice of a mask: the policy's mask, made to fit by a guard that removes more blocks."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask
+from rap_env.policy import MaskPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator
-
-if TYPE_CHECKING:
-    from rap_env.policy import MaskPolicy
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +20,8 @@ class MaskChoice:
 
     Attributes:
         mask: The mask.
-        need_bytes: What it needs.
-        guarded: Whether it is the guard's, and not what the policy said.
+        need_bytes: Bytes that it needs.
+        guarded: Whether the guard changed the policy's mask.
         decision_s: Seconds that the choice took.
     """
 
@@ -35,11 +32,11 @@ class MaskChoice:
 
 
 class MaskChooser:
-    """Asks a policy, and makes its masks fit.
+    """Asks a policy for masks, and lets the guard make them fit.
 
     Args:
         policy: The policy.
-        estimator: Counts what masks need.
+        estimator: Predicts the bytes of masks.
         guard_order: See `RuntimeController`.
 
     Raises:
@@ -61,81 +58,81 @@ class MaskChooser:
 
     @property
     def guards(self) -> bool:
-        """Whether blocks are removed beyond the policy's mask where it does not fit."""
+        """Whether the guard may remove blocks where the policy's mask does not fit."""
         return self._order != ()
 
     def order(self, shape: BatchShape) -> Sequence[int]:
-        """Indices of all blocks that the guard may remove, those to go first at the front."""
+        """Indices of the blocks that the guard may remove, in the order of removal."""
         if self._order is not None:
             return self._order
         freed = self._estimator.freed_bytes(shape)
         return sorted(range(len(freed)), key=lambda index: -freed[index])
 
-    def least(self, limit_bytes: int, shape: BatchShape = EMPTY_BATCH) -> BlockMask:
-        """The smallest mask there is: all that the guard removes, or what the policy says."""
+    def smallest(self, limit_bytes: int, shape: BatchShape = EMPTY_BATCH) -> BlockMask:
+        """The mask that leaves least: all that the guard may remove, or the policy's mask."""
         if self.guards:
             return BlockMask.of(*self.order(shape))
-        return self._asked(shape, limit_bytes)
+        return self._ask_policy(shape, limit_bytes)
 
-    def least_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
-        """What the smallest mask needs."""
-        return self._estimator.peak_bytes(self.least(limit_bytes, shape), shape)
+    def smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
+        """Bytes that the smallest mask needs."""
+        return self._estimator.peak_bytes(self.smallest(limit_bytes, shape), shape)
 
     def choose(self, shape: BatchShape, limit_bytes: int) -> tuple[MaskChoice | None, bool]:
-        """The policy's mask for a shape, made to fit.
+        """Choose a mask for a batch: the policy's, made to fit.
 
         Args:
-            shape: What is to be served.
-            limit_bytes: What the mask may need.
+            shape: The batch to serve.
+            limit_bytes: Most bytes that the mask may need.
 
         Returns:
             The choice, or None if no mask fits; and whether the policy was asked.
         """
-        if self.guards and self.least_bytes(shape, limit_bytes) > limit_bytes:
+        if self.guards and self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None, False
-        said = self._asked(shape, limit_bytes)
-        choice = self.fitted(said, shape, limit_bytes)
-        return None if choice is None else replace(choice, guarded=choice.mask != said), True
+        wanted = self._ask_policy(shape, limit_bytes)
+        choice = self.shrink_to_fit(wanted, shape, limit_bytes)
+        return None if choice is None else replace(choice, guarded=choice.mask != wanted), True
 
     def without_refill(
         self, choice: MaskChoice, before: BlockMask, shape: BatchShape, limit_bytes: int
     ) -> MaskChoice:
-        """A choice without attention blocks that come back: each token so far would run again.
+        """Change a choice so that no attention block returns, which would refill its cache.
 
-        The blocks stay removed, and of those that were to go instead, as many stay as fit.
+        Those blocks stay removed. In exchange, as many of the newly removed blocks stay as fit.
 
         Args:
-            choice: What was chosen.
-            before: The mask of now.
-            shape: What is served.
-            limit_bytes: What the mask may need.
+            choice: The choice.
+            before: The mask applied now.
+            shape: The batch that is served.
+            limit_bytes: Most bytes that the mask may need.
         """
-        back = {index for index in (before - choice.mask).indices if index % 2 == 0}
-        if not back:
+        returning = {index for index in (before - choice.mask).indices if index % 2 == 0}
+        if not returning:
             return choice
-        mask = choice.mask | BlockMask(frozenset(back))
+        mask = choice.mask | BlockMask(frozenset(returning))
         for index in reversed(self.order(shape)):
+            if index not in mask or index in before:
+                continue
             fewer = mask - BlockMask.of(index)
-            if (
-                index in mask
-                and index not in before
-                and (self._estimator.peak_bytes(fewer, shape) <= limit_bytes)
-            ):
+            if self._estimator.peak_bytes(fewer, shape) <= limit_bytes:
                 mask = fewer
         return MaskChoice(mask, self._estimator.peak_bytes(mask, shape), guarded=True)
 
-    def fitted(self, mask: BlockMask, shape: BatchShape, limit_bytes: int) -> MaskChoice | None:
-        """A mask with more blocks removed by the guard until it fits; None if it never does."""
-        fitted = self._estimator.fitted(mask, self.order(shape), shape, limit_bytes)
-        if fitted is None:
+    def shrink_to_fit(
+        self, mask: BlockMask, shape: BatchShape, limit_bytes: int
+    ) -> MaskChoice | None:
+        """Let the guard remove blocks from a mask until it fits; None if it never does."""
+        fitting = self._estimator.shrink_to_fit(mask, self.order(shape), shape, limit_bytes)
+        if fitting is None:
             return None
-        return MaskChoice(fitted, self._estimator.peak_bytes(fitted, shape), guarded=True)
+        return MaskChoice(fitting, self._estimator.peak_bytes(fitting, shape), guarded=True)
 
-    def _asked(self, shape: BatchShape, limit_bytes: int) -> BlockMask:
-        """What the policy says; nothing removed, if it fails."""
+    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> BlockMask:
+        """The policy's mask; the dense one if the policy fails."""
         try:
-            said = self.policy.choose(shape.request(limit_bytes))
-            return said.check(self._estimator.memory.facts.num_blocks)
+            mask = self.policy.choose(shape.request(limit_bytes))
+            return mask.check(self._estimator.memory.facts.num_blocks)
         except Exception:
-            log.exception("Policy %r failed; the guard chooses.", self.policy.name)
+            log.exception("Policy %r failed; the guard chooses the mask.", self.policy.name)
             return BlockMask()

@@ -1,4 +1,4 @@
-"""Moves a live model from mask to mask: down at once, up with patience."""
+"""Changes a live model's mask: shrinks it at once, grows it after a debounce."""
 
 from __future__ import annotations
 
@@ -10,71 +10,72 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
-from rap_env.runtime.decisions import Decision, DecisionLog, Why
+from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.mask_choice import MaskChoice, MaskChooser
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
+_ATTEMPTS = 4  # at making a mask fit by measured bytes
+_RECENT = 256
+
 
 class Debounce:
-    """Watches for room that lasts.
+    """Reports headroom only after it has lasted, so that the mask does not flap.
 
     Args:
-        hold_s: Seconds for which there must have been room.
+        hold_s: Seconds for which the headroom must last.
     """
 
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s
-        self._since: float | None = None
-        self._least = 0
+        self._since_s: float | None = None
+        self._least_bytes = 0
 
-    def held(self, time_s: float, spare_bytes: int, wanted_bytes: int) -> int | None:
-        """Take in how much is free now.
+    def update(self, time_s: float, headroom_bytes: int, wanted_bytes: int) -> int | None:
+        """Take in the headroom of now.
 
         Args:
             time_s: The time.
-            spare_bytes: Bytes that are free.
-            wanted_bytes: Less than this is no room.
+            headroom_bytes: Free bytes.
+            wanted_bytes: Least headroom that is of use; less restarts the wait.
 
         Returns:
-            Bytes that were free all the time, once that is long enough; then a new time begins.
+            Bytes that were free throughout, once `hold_s` has passed (then a new wait begins);
+            else None.
         """
-        if spare_bytes < wanted_bytes:
-            self._since = None
+        if headroom_bytes < wanted_bytes:
+            self._since_s = None
             return None
-        if self._since is None:
-            self._since, self._least = time_s, spare_bytes
-        self._least = min(self._least, spare_bytes)
-        if time_s - self._since < self._hold_s:
+        if self._since_s is None:
+            self._since_s, self._least_bytes = time_s, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if time_s - self._since_s < self._hold_s:
             return None
-        least = self._least
-        self._since, self._least = time_s, spare_bytes
+        least = self._least_bytes
+        self._since_s, self._least_bytes = time_s, headroom_bytes
         return least
 
-    def close(self) -> None:
-        """There is no room now."""
-        self._since = None
-
-
-_RECENT = 256
+    def reset(self) -> None:
+        """Restart the wait."""
+        self._since_s = None
 
 
 class MaskSwitcher:
-    """Switches masks.
+    """Applies masks to a live model, and records each switch.
 
     Args:
         llm: The live model.
         monitor: Measures before and after.
-        log: Where to log decisions, if anywhere.
+        log: Where to log decisions; None for nowhere.
         clock: Gives the time in seconds, for the log.
 
     Attributes:
         count: How often the mask changed.
         seconds: Seconds spent on it.
-        recent: The last decisions.
+        recent: The last decisions, the newest at the end.
     """
 
     def __init__(
@@ -92,19 +93,19 @@ class MaskSwitcher:
         self.seconds = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
 
-    def switch(self, choice: MaskChoice, shape: BatchShape, why: Why) -> bool:
-        """Apply a mask, give what was freed back to the system, and measure.
+    def switch(self, choice: MaskChoice, shape: BatchShape, trigger: Trigger) -> bool:
+        """Apply a mask, return freed memory to the system, and measure.
 
         Args:
             choice: The mask.
-            shape: What it is for.
-            why: What gave rise to it.
+            shape: The batch that it is for.
+            trigger: What caused the switch.
 
         Returns:
-            Whether it is another mask than before.
+            Whether the mask changed.
 
         Raises:
-            RapError: The model cannot do it; see `ElasticLLM.apply`.
+            RapError: The model cannot apply it; see `ElasticLLM.apply`.
         """
         monitor, before = self._monitor, self._llm.mask
         if choice.mask == before:
@@ -118,7 +119,7 @@ class MaskSwitcher:
         decision = Decision(
             time_s=self._clock(),
             wall_time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-            why=why,
+            trigger=trigger,
             before=before,
             after=choice.mask,
             bytes_before=used,
@@ -135,32 +136,28 @@ class MaskSwitcher:
         return True
 
 
-_TRIES = 4  # of making a mask fit by measured bytes
-
-
 class MaskController:
-    """Chooses masks and applies them, until what is measured fits.
+    """Chooses masks and applies them until the measured bytes fit.
 
     Args:
         llm: The live model.
-        mask_chooser: Chooses masks that fit by arithmetic.
-        estimator: The arithmetic.
-        monitor: Measures.
+        chooser: Chooses masks that fit by prediction.
+        estimator: Predicts bytes.
+        monitor: Measures bytes.
         switcher: Applies masks.
-        hysteresis_share: As for `RuntimeController`, and so are the next two.
-        hold_s: Seconds for which there must have been room before blocks come back.
+        hysteresis_share: As for `RuntimeController`.
+        hold_s: As for `RuntimeController`.
         clock: Gives the time in seconds.
 
     Attributes:
         decisions: How often the policy was asked.
         decision_s: Seconds spent choosing.
-        next_pass: Tokens that the next pass runs, and tokens that caches hold more afterwards.
     """
 
     def __init__(
         self,
         llm: ElasticLLM,
-        mask_chooser: MaskChooser,
+        chooser: MaskChooser,
         estimator: MemoryEstimator,
         monitor: MemoryMonitor,
         switcher: MaskSwitcher,
@@ -170,126 +167,155 @@ class MaskController:
         clock: Callable[[], float],
     ) -> None:
         self._llm = llm
-        self._mask_chooser = mask_chooser
+        self._chooser = chooser
         self._estimator = estimator
         self._monitor = monitor
         self._switcher = switcher
         self._hysteresis_share = hysteresis_share
         self._clock = clock
-        self._room = Debounce(hold_s)
-        self._enough: tuple[BatchShape, int] | None = (
-            None  # too little spare to ask the policy again
-        )
+        self._debounce = Debounce(hold_s)
+        self._retry_above: tuple[BatchShape, int] | None = None  # less headroom adds no block
         self._switched_for = EMPTY_BATCH
-        self._refills = False
+        self._refill_pending = False
         self.decisions = 0
         self.decision_s = 0.0
-        self.next_pass = (0, 0)
 
-    def coming(self, shape: BatchShape) -> PassEstimate:
-        """What the next pass asks for; where attention came back, its keys and values too."""
+    def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
+        """What the next pass allocates, with the refill of attention blocks that returned."""
         mask = self._llm.mask
-        coming = self._estimator.coming(mask, shape, *self.next_pass)
-        if not self._refills:
-            return coming
+        estimate = self._estimator.pass_estimate(mask, shape, size)
+        if not self._refill_pending:
+            return estimate
+        workspace = estimate.workspace + self._estimator.refill_bytes(mask, shape)
         final = self._estimator.peak_bytes(mask, shape) - self._estimator.workspace_bytes(shape)
-        growth = max(coming.growth, final - self._monitor.held.total)
-        return PassEstimate(coming.workspace + self._estimator.refill_bytes(mask, shape), growth)
+        return PassEstimate(workspace, max(estimate.growth, final - self._monitor.held.total))
 
-    def decoded(self) -> None:
-        """A pass of all rows has ended, and with it any refill."""
-        self._refills = False
+    def note_decode(self) -> None:
+        """Note that a pass of all rows has ended, and with it any refill."""
+        self._refill_pending = False
 
-    def fit(self, shape: BatchShape, room_bytes: int, why: Why, *, running: bool) -> bool:
-        """Apply a mask that needs no more than there is room for.
+    def fit(
+        self,
+        shape: BatchShape,
+        available_bytes: int,
+        trigger: Trigger,
+        next_pass: PassSize,
+        *,
+        running: bool,
+    ) -> bool:
+        """Apply a mask that needs no more than is available.
 
         Args:
-            shape: What is to be served.
-            room_bytes: The room.
-            why: What gave rise to it.
-            running: Whether there are tokens already, which a refill would run again.
+            shape: The batch to serve.
+            available_bytes: Most bytes that the mask may need.
+            trigger: What caused it.
+            next_pass: Tokens of the next pass.
+            running: Whether there are cached tokens, which a refill would compute again.
 
         Returns:
             Whether a mask fits.
         """
-        self._room.close()
-        choice = self._choose(shape, room_bytes)
+        self._debounce.reset()
+        choice = self._choose(shape, available_bytes)
         if choice is not None and running:
-            choice = self._mask_chooser.without_refill(choice, self._llm.mask, shape, room_bytes)
-        return choice is not None and self._settle(choice, shape, why, running=running)
+            choice = self._chooser.without_refill(choice, self._llm.mask, shape, available_bytes)
+        return choice is not None and self._settle(choice, shape, trigger, next_pass, running)
 
-    def empty(self) -> None:
-        """Remove all that the guard may remove: nobody runs who could be sent away."""
-        least = self._mask_chooser.least(self._monitor.budget_bytes)
-        need = self._estimator.peak_bytes(least, EMPTY_BATCH)
-        self._switch(
-            MaskChoice(least, need, guarded=True), EMPTY_BATCH, "budget_fell", running=False
-        )
+    def remove_all(self) -> None:
+        """Remove all that the guard may remove: nothing is left to preempt."""
+        mask = self._chooser.smallest(self._monitor.budget_bytes)
+        choice = MaskChoice(mask, self._estimator.peak_bytes(mask, EMPTY_BATCH), guarded=True)
+        self._switch(choice, EMPTY_BATCH, "budget_fell", running=False)
 
-    def suit(self, need_bytes: int, shape: BatchShape) -> None:
-        """Apply the policy's mask for a shape if it needs more than that of now, and fits."""
-        monitor = self._monitor
-        spared = int(monitor.budget_bytes * self._hysteresis_share)
-        choice = self._choose(shape, monitor.budget_bytes - spared - monitor.margin.bytes)
-        if choice is not None and choice.need_bytes > need_bytes:
-            self._settle(choice, shape, "arrival", running=False)
-
-    def restore(self, need_bytes: int, shape: BatchShape) -> None:
-        """Bring blocks back once there has been room for them long enough.
+    def grow_at_arrival(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
+        """Apply the policy's mask for a batch if it keeps more than the present one, and fits.
 
         Args:
-            need_bytes: What the mask of now needs.
-            shape: What runs.
+            need_bytes: What the present mask needs.
+            shape: The batch to serve.
+            next_pass: Tokens of the next pass.
+        """
+        choice = self._choose(shape, self._growth_limit_bytes())
+        if choice is not None and choice.need_bytes > need_bytes:
+            self._settle(choice, shape, "arrival", next_pass, running=False)
+
+    def grow(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
+        """Restore blocks once there has been headroom for them long enough.
+
+        Args:
+            need_bytes: What the present mask needs.
+            shape: The running batch.
+            next_pass: Tokens of the next pass.
         """
         monitor = self._monitor
-        spared = int(monitor.budget_bytes * self._hysteresis_share)
-        spare = monitor.budget_bytes - spared - monitor.margin.bytes - need_bytes
+        headroom = self._growth_limit_bytes() - need_bytes
         freed = self._estimator.freed_bytes(shape)
         least = max(1, min(freed[index] for index in self._llm.mask.indices))
-        held = self._room.held(self._clock(), spare, least)
-        if held is None or (self._enough and self._enough[0] == shape and held < self._enough[1]):
+        lasting = self._debounce.update(self._clock(), headroom, least)
+        if lasting is None or (
+            self._retry_above and self._retry_above[0] == shape and lasting < self._retry_above[1]
+        ):
             return
         monitor.trim()
-        exact = monitor.exact_room_bytes(shape, self.coming(shape)) - spared
-        choice = self._choose(shape, min(need_bytes + held, exact))
+        estimate = self.pass_estimate(shape, next_pass)
+        available = monitor.available_after_trim_bytes(shape, estimate) - self._reserve_bytes()
+        choice = self._choose(shape, min(need_bytes + lasting, available))
         if choice is not None and shape and self._returns_attention(choice):
-            refilled = exact - self._estimator.refill_bytes(choice.mask, shape)
-            if choice.need_bytes > refilled:
-                choice = self._choose(shape, refilled)
+            limit = available - self._estimator.refill_bytes(choice.mask, shape)
+            if choice.need_bytes > limit:
+                choice = self._choose(shape, limit)
         if choice is not None and choice.need_bytes > need_bytes:
             left = shape.tokens < self._switched_for.tokens
-            self._settle(choice, shape, "left" if left else "room", running=bool(shape))
-        else:  # ask again when there is room for a block more
-            self._enough = (shape, held + least)
+            trigger: Trigger = "left" if left else "room"
+            self._settle(choice, shape, trigger, next_pass, running=bool(shape))
+        else:  # ask again when there is headroom for one more block
+            self._retry_above = (shape, lasting + least)
+
+    def _reserve_bytes(self) -> int:
+        return int(self._monitor.budget_bytes * self._hysteresis_share)
+
+    def _growth_limit_bytes(self) -> int:
+        monitor = self._monitor
+        return monitor.budget_bytes - self._reserve_bytes() - monitor.margin.bytes
 
     def _choose(self, shape: BatchShape, limit_bytes: int) -> MaskChoice | None:
         started = time.perf_counter()
-        choice, asked = self._mask_chooser.choose(shape, limit_bytes)
+        choice, asked = self._chooser.choose(shape, limit_bytes)
         seconds = time.perf_counter() - started
         self.decisions += asked
         self.decision_s += seconds
         return None if choice is None else replace(choice, decision_s=seconds)
 
-    def _settle(self, choice: MaskChoice, shape: BatchShape, why: Why, *, running: bool) -> bool:
-        """Apply a mask; if it does not fit by what is measured then, try with less."""
-        chosen: MaskChoice | None = choice
-        for _ in range(_TRIES):
-            if chosen is None:
+    def _settle(
+        self,
+        choice: MaskChoice,
+        shape: BatchShape,
+        trigger: Trigger,
+        next_pass: PassSize,
+        running: bool,
+    ) -> bool:
+        """Apply a mask; if it does not fit by measured bytes, try smaller ones."""
+        attempt: MaskChoice | None = choice
+        for _ in range(_ATTEMPTS):
+            if attempt is None:
                 return False
-            self._switch(chosen, shape, why, running=running)
-            room = self._monitor.exact_room_bytes(shape, self.coming(shape))
-            if chosen.need_bytes <= room:
+            self._switch(attempt, shape, trigger, running=running)
+            estimate = self.pass_estimate(shape, next_pass)
+            available = self._monitor.available_after_trim_bytes(shape, estimate)
+            if attempt.need_bytes <= available:
                 return True
-            chosen = self._choose(shape, room)
+            attempt = self._choose(shape, available)
         return False
 
     def _returns_attention(self, choice: MaskChoice) -> bool:
         return (self._llm.mask - choice.mask).count("attn") > 0
 
-    def _switch(self, choice: MaskChoice, shape: BatchShape, why: Why, *, running: bool) -> None:
-        refills = self._refills or (running and self._returns_attention(choice))
-        if self._switcher.switch(choice, shape, why):
-            self._refills = refills
-            self._room.close()
+    def _switch(
+        self, choice: MaskChoice, shape: BatchShape, trigger: Trigger, *, running: bool
+    ) -> None:
+        refills = self._refill_pending or (running and self._returns_attention(choice))
+        if self._switcher.switch(choice, shape, trigger):
+            self._refill_pending = refills
+            self._debounce.reset()
             self._switched_for = shape
-            self._enough = None
+            self._retry_above = None

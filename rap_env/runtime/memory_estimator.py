@@ -1,9 +1,9 @@
-"""What a mask needs on a live model: the memory model's peak bytes, and what only a live one takes.
+"""Predicted bytes of a mask on a live model: the memory model's peak bytes, and what comes on top.
 
 Beyond `rap_env.memory`, a live model takes:
 
 - the weights of removed blocks, where they stay resident;
-- one layer's keys and values a second time: caches grow by copying, a layer at a time;
+- one layer's keys and values a second time: caches grow by copying, one layer at a time;
 - 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.removed`).
 """
 
@@ -23,21 +23,37 @@ from rap_env.runtime.batch_shape import BatchShape
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
-_PLACE_BYTES = 2
-_LOGIT_BYTES = 4
-_KEPT_TABLES = 256
+_PLACEHOLDER_BYTES = 2  # a token and sequence, for each removed attention block
+_LOGIT_BYTES = 4  # logits are float32
+_CACHED_SHAPES = 256
+
+_PASS_FACTOR = 2.5  # passes took up to 2.3 times the estimated workspace, in bfloat16 on a CPU
 
 
-_PASS_SHARE = 2.5  # passes took up to 2.3 times the estimated workspace, in bfloat16 on a CPU
+@dataclass(frozen=True)
+class PassSize:
+    """Tokens of the next pass through the model. ``PassSize()`` stands for an unknown pass.
+
+    Attributes:
+        tokens: Tokens that the pass runs, of all sequences together; 0 if unknown.
+        growth_tokens: Tokens that the KV cache holds more afterwards, padding included.
+    """
+
+    tokens: int = 0
+    growth_tokens: int = 0
+
+
+UNKNOWN_PASS = PassSize()
+"""A pass whose size is not known."""
 
 
 @dataclass(frozen=True)
 class PassEstimate:
-    """Most bytes that one pass through the model asks for, if it uses no freed memory again.
+    """Most bytes that one pass through the model allocates, if it reuses no freed memory.
 
     Attributes:
-        workspace: For activations, logits and copies of a layer's cache.
-        growth: For keys and values that stay.
+        workspace: Bytes of activations, logits and copies of a layer's cache.
+        growth: Bytes of keys and values that stay.
     """
 
     workspace: int = 0
@@ -45,40 +61,41 @@ class PassEstimate:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Workspace and growth."""
         return self.workspace + self.growth
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
-    """Bytes of one shape under one residency.
+class _ShapeCosts:
+    """Bytes of one batch shape under one residency.
 
     Attributes:
-        costs: What the memory model says.
-        kept_bytes: What stays of each removed block, weights and places, (2L,).
-        copied_bytes: Keys and values of each layer, (L,).
+        costs: Bytes by the memory model.
+        kept_bytes: What stays of each removed block, weights and placeholders, (2L,).
+        cache_bytes: Keys and values of each layer, (L,).
     """
 
     costs: RequestCosts
     kept_bytes: tuple[int, ...]
-    copied_bytes: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
 
-    def bytes(self, removed: Collection[int]) -> int:
+    def peak_bytes(self, removed: Collection[int]) -> int:
         kept = sum(self.kept_bytes[index] for index in removed)
         copied = max(
-            (n for layer, n in enumerate(self.copied_bytes) if 2 * layer not in removed), default=0
+            (size for layer, size in enumerate(self.cache_bytes) if 2 * layer not in removed),
+            default=0,
         )
         return self.costs.peak_bytes(removed) + kept + copied
 
 
 class MemoryEstimator:
-    """Counts what masks need on a live model.
+    """Predicts the bytes of masks on a live model.
 
     Args:
         llm: The live model; its residency may change.
 
     Attributes:
-        memory: Its byte arithmetic.
+        memory: The model's byte arithmetic.
     """
 
     def __init__(self, llm: ElasticLLM) -> None:
@@ -86,110 +103,106 @@ class MemoryEstimator:
         self.memory = MemoryModel(llm)
         facts = self.memory.facts
         windows = (facts.max_positions if w is None else w for w in facts.kv_window_tokens)
-        self._layers = set(zip(facts.kv_bytes_per_token, windows, strict=True))
-        self._table = lru_cache(maxsize=_KEPT_TABLES)(self._count)
+        self._layer_kinds = set(zip(facts.kv_bytes_per_token, windows, strict=True))
+        self._cached_costs = lru_cache(maxsize=_CACHED_SHAPES)(self._compute_costs)
 
     def peak_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
-        """Most bytes that the model takes with a mask while it serves a shape.
+        """Most bytes that the model takes with a mask while it serves a batch.
 
         Raises:
             InvalidRequestError: The model cannot serve so many tokens.
         """
-        return self._now(shape).bytes(mask.indices)
+        return self._costs(shape).peak_bytes(mask.indices)
 
     def workspace_bytes(self, shape: BatchShape) -> int:
-        """What the memory model expects of activations and logits, and of copying a layer."""
+        """The memory model's estimate for activations and logits, plus one copied cache layer."""
         batch, tokens = shape.at_least_one
-        layer = max(batch * min(tokens, window) * size for size, window in self._layers)
+        layer = max(batch * min(tokens, window) * size for size, window in self._layer_kinds)
         return self.memory.workspace_bytes(shape.request(1)) + layer
 
     def refill_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
-        """What a refill of all rows may take beyond the workspace of its passes.
+        """What a cache refill of all rows may take beyond the workspace of its passes.
 
-        Its caches grow from nothing, each time into a new place, and leave the old ones behind
-        as holes in the heap: up to half of the final bytes were measured.
+        The caches grow from nothing, each time into new memory, and the old copies leave holes in
+        the heap: up to half of the final bytes were measured.
         """
-        copied = self._now(shape).copied_bytes
-        kept = sum(n for layer, n in enumerate(copied) if 2 * layer not in mask.indices)
-        return kept // 2
+        layers = enumerate(self._costs(shape).cache_bytes)
+        return sum(size for layer, size in layers if 2 * layer not in mask.indices) // 2
 
-    def coming(
-        self, mask: BlockMask, shape: BatchShape, tokens: int, growth_tokens: int
-    ) -> PassEstimate:
-        """What a pass asks for.
+    def pass_estimate(self, mask: BlockMask, shape: BatchShape, size: PassSize) -> PassEstimate:
+        """Most bytes that a pass allocates.
 
         Args:
             mask: The mask that it runs with.
-            shape: What is served.
-            tokens: Tokens that it runs, of all sequences together; 0 if that is not known.
-            growth_tokens: Tokens that caches hold more afterwards, padding included.
+            shape: The batch that is served.
+            size: Tokens of the pass.
         """
-        copied = max(self._now(shape).copied_bytes)
-        if tokens == 0:
+        copied = max(self._costs(shape).cache_bytes)
+        if size.tokens == 0:
             return PassEstimate(workspace=copied)
         facts = self.memory.facts
-        activations = self.memory.workspace_bytes(Request(1, tokens, 1))
+        activations = self.memory.workspace_bytes(Request(1, size.tokens, 1))
         logits = shape.batch_size * facts.vocab_size * _LOGIT_BYTES
-        kept = sum(
-            size
-            for layer, size in enumerate(facts.kv_bytes_per_token)
+        per_token = sum(
+            size_bytes
+            for layer, size_bytes in enumerate(facts.kv_bytes_per_token)
             if 2 * layer not in mask.indices
         )
-        return PassEstimate(int(_PASS_SHARE * activations) + logits + copied, growth_tokens * kept)
+        workspace = int(_PASS_FACTOR * activations) + logits + copied
+        return PassEstimate(workspace, size.growth_tokens * per_token)
 
-    def fitted(
+    def shrink_to_fit(
         self, mask: BlockMask, order: Iterable[int], shape: BatchShape, limit_bytes: int
     ) -> BlockMask | None:
-        """A mask, with more blocks removed until it needs no more than a limit.
+        """Remove more blocks from a mask until it needs no more than a limit.
 
-        Blocks whose removal frees nothing are passed over.
+        Blocks whose removal frees nothing are skipped.
 
         Args:
-            mask: Where to begin.
-            order: Indices of blocks, those to be removed first at the front.
-            shape: What is to be served.
+            mask: The mask to start from.
+            order: Indices of blocks in the order of removal.
+            shape: The batch to serve.
             limit_bytes: The limit.
 
         Returns:
             The first mask that fits, or None if none does.
         """
-        table = self._now(shape)
+        costs = self._costs(shape)
         removed = set(mask.indices)
-        need = table.bytes(removed)
-        passed_over = []
+        need = costs.peak_bytes(removed)
+        skipped = []
         for index in order:
             if need <= limit_bytes:
                 break
             if index in removed:
                 continue
-            without = table.bytes(removed | {index})
+            without = costs.peak_bytes(removed | {index})
             if without < need:
                 removed.add(index)
                 need = without
             else:
-                passed_over.append(index)
-        if need > limit_bytes and passed_over:  # together they may free the last FFN's workspace
-            removed.update(passed_over)
-            need = table.bytes(removed)
+                skipped.append(index)
+        if need > limit_bytes and skipped:  # together they may free the last FFN block's workspace
+            removed.update(skipped)
+            need = costs.peak_bytes(removed)
         return BlockMask(frozenset(removed)) if need <= limit_bytes else None
 
     def freed_bytes(self, shape: BatchShape) -> tuple[int, ...]:
-        """What the removal of each block frees, (2L,)."""
-        table = self._now(shape)
-        pairs = zip(table.costs.freed, table.kept_bytes, strict=True)
+        """Bytes that the removal of each block frees, (2L,)."""
+        costs = self._costs(shape)
+        pairs = zip(costs.costs.freed, costs.kept_bytes, strict=True)
         return tuple(freed - kept for freed, kept in pairs)
 
-    def _now(self, shape: BatchShape) -> _Table:
-        return self._table(shape, self._llm.residency == "resident")
+    def _costs(self, shape: BatchShape) -> _ShapeCosts:
+        return self._cached_costs(shape, self._llm.residency == "resident")
 
-    def _count(self, shape: BatchShape, resident: bool) -> _Table:
+    def _compute_costs(self, shape: BatchShape, resident: bool) -> _ShapeCosts:
         batch, tokens = shape.at_least_one
         costs = request_costs(self.memory, batch, tokens)
-        params = self.memory.facts.block_param_bytes
         layers = self.memory.kv_bytes_by_layer(batch, tokens).tolist() if shape else []
-        places = _PLACE_BYTES * batch * tokens
+        placeholders = _PLACEHOLDER_BYTES * batch * tokens
         kept = tuple(
-            (weights if resident else 0) + (places if index % 2 == 0 else 0)
-            for index, weights in enumerate(params)
+            (weights if resident else 0) + (placeholders if index % 2 == 0 else 0)
+            for index, weights in enumerate(self.memory.facts.block_param_bytes)
         )
-        return _Table(costs, kept, tuple(layers or [0]))
+        return _ShapeCosts(costs, kept, tuple(layers or [0]))

@@ -1,7 +1,7 @@
-"""How many bytes the runtime takes, measured: by the process, a CUDA device, or tensors alone.
+"""Measured bytes of the runtime: of the process, of a CUDA device, or of its tensors alone.
 
-What a process took beside the model when its meter was made (the interpreter, libraries, other
-people's tensors) is not the runtime's; whatever comes on top of that is, wherever it comes from.
+Memory that a process holds beside the model when its meter is made (the interpreter, libraries,
+other tensors) is the baseline and does not count. All growth above it counts.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Meter(Protocol):
     """Measures the runtime's memory."""
 
     def used_bytes(self) -> int:
-        """Bytes that it takes now."""
+        """Bytes in use now."""
 
     def peak_bytes(self) -> int:
-        """Most bytes that it took since the last call of this."""
+        """Most bytes in use since the last call of this method."""
 
 
 class TensorMeter:
-    """Counts the weights and KV caches that are held: exact, and blind to all else.
+    """Counts the bytes of weights and KV caches: exact, without any other memory.
 
-    The most is that of the moments at which somebody asked.
+    The peak is the largest value at any call of its methods.
 
     Args:
         llm: The live model.
@@ -44,23 +44,23 @@ class TensorMeter:
 
     def __init__(self, llm: ElasticLLM) -> None:
         self._llm = llm
-        self._most = 0
+        self._peak = 0
 
     def used_bytes(self) -> int:
-        """Bytes of the tensors that are held now."""
+        """Bytes of the tensors held now."""
         held = self._llm.held_bytes.total
-        self._most = max(self._most, held)
+        self._peak = max(self._peak, held)
         return held
 
     def peak_bytes(self) -> int:
-        """Most that was seen since the last call of this."""
+        """Most bytes seen since the last call of this method."""
         held = self.used_bytes()
-        peak, self._most = self._most, held
+        peak, self._peak = self._peak, held
         return peak
 
 
 class CudaMeter:
-    """What PyTorch's allocator has handed out on the model's device, temporary tensors included.
+    """Bytes that PyTorch's allocator has allocated on the device, temporary tensors included.
 
     Args:
         llm: The live model, on a CUDA device.
@@ -69,34 +69,34 @@ class CudaMeter:
     def __init__(self, llm: ElasticLLM) -> None:
         self._device = llm.device
         warm_up(llm)
-        self._beside = max(0, torch.cuda.memory_allocated(self._device) - llm.held_bytes.total)
+        self._baseline = max(0, torch.cuda.memory_allocated(self._device) - llm.held_bytes.total)
         self.peak_bytes()
 
     def used_bytes(self) -> int:
-        """Bytes handed out now."""
-        return max(0, torch.cuda.memory_allocated(self._device) - self._beside)
+        """Bytes allocated now."""
+        return max(0, torch.cuda.memory_allocated(self._device) - self._baseline)
 
     def peak_bytes(self) -> int:
-        """Most bytes handed out since the last call of this."""
+        """Most bytes allocated since the last call of this method."""
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        return max(0, peak - self._beside)
+        return max(0, peak - self._baseline)
 
 
 class ResidentMeter:
     """Resident memory of this process (Linux), as the kernel counts it.
 
-    Freed memory that the C library holds back counts until it is given back
+    Freed memory that the C library keeps counts until it is returned to the system
     (`rap_env.llm.device.return_freed_memory`). Where the kernel's high-water mark cannot be reset,
-    the most is that of the moments at which somebody asked. The rest of the process may shrink
-    after the meter was made (kernels reclaim pages that nobody uses); see `no_less_than`.
+    the peak is the largest value at any call. The baseline may shrink after the meter was made
+    (kernels reclaim unused pages); see `correct_baseline`.
 
     Args:
         llm: The live model, on the CPU.
         process: The process's folder in the process file system.
 
     Raises:
-        MemorySourceError: The kernel does not tell.
+        MemorySourceError: The kernel does not report it.
     """
 
     def __init__(self, llm: ElasticLLM, *, process: Path = Path("/proc/self")) -> None:
@@ -108,46 +108,46 @@ class ResidentMeter:
             ) from error
         weakref.finalize(self, os.close, self._status)
         self._reset = process / "clear_refs"
-        self._most = 0
-        self._beside = 0
+        self._peak = 0
+        self._baseline = 0
         warm_up(llm)
         return_freed_memory()
-        self._beside = max(0, self.used_bytes() - llm.held_bytes.total)
+        self._baseline = max(0, self.used_bytes() - llm.held_bytes.total)
         self.peak_bytes()
 
     def used_bytes(self) -> int:
-        """Bytes that are resident now."""
+        """Bytes resident now."""
         return self._read()[1]
 
     def peak_bytes(self) -> int:
-        """Most bytes that were resident since the last call of this."""
+        """Most bytes resident since the last call of this method."""
         peak, now = self._read()
         try:
             with self._reset.open("wb") as file:
                 file.write(b"5")  # proc(5): resets the high-water mark
         except OSError:
-            peak = max(self._most, now)
-        self._most = now
+            peak = max(self._peak, now)
+        self._peak = now
         return peak
 
-    def no_less_than(self, held_bytes: int) -> None:
-        """Learn from what tensors hold for certain that the rest of the process has shrunk.
+    def correct_baseline(self, held_bytes: int) -> None:
+        """Lower the baseline if the tensors alone prove that it is too high.
 
-        Else the runtime would look smaller than it is, and be allowed more than there is.
+        Otherwise the runtime would seem smaller than it is, and exceed its budget.
 
         Args:
             held_bytes: Bytes of weights and KV caches in memory now.
         """
-        self._beside = max(0, min(self._beside, self._resident()[1] - held_bytes))
+        self._baseline = max(0, min(self._baseline, self._resident()[1] - held_bytes))
 
     def _read(self) -> tuple[int, int]:
-        """The high-water mark and what is resident now, less what is beside the model."""
-        peak, now = (max(0, resident - self._beside) for resident in self._resident())
-        self._most = max(self._most, now)
+        """The high-water mark and the resident bytes, less the baseline."""
+        peak, now = (max(0, resident - self._baseline) for resident in self._resident())
+        self._peak = max(self._peak, now)
         return peak, now
 
     def _resident(self) -> tuple[int, int]:
-        """The high-water mark of the whole process, and what is resident now."""
+        """The high-water mark and the resident bytes of the whole process."""
         status = os.pread(self._status, 8192, 0)
         peak, now = (
             int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024
@@ -156,47 +156,30 @@ class ResidentMeter:
         return peak, now
 
 
-class ProcessMeter:
-    """The best meter for where the model is: `CudaMeter`, `ResidentMeter`, or `TensorMeter`.
+def process_meter(llm: ElasticLLM) -> Meter:
+    """The best meter for the model's device: of CUDA, of the process, or of the tensors.
 
     Args:
-        llm: The live model; its residency and its mask should be as the service begins.
+        llm: The live model, with the residency and the mask that the service starts with.
     """
-
-    def __init__(self, llm: ElasticLLM) -> None:
-        self.inner: Meter
-        if llm.device.type == "cuda":
-            self.inner = CudaMeter(llm)
-        elif llm.device.type == "cpu" and sys.platform == "linux":
-            self.inner = ResidentMeter(llm)
-        else:
-            self.inner = TensorMeter(llm)
-
-    def used_bytes(self) -> int:
-        """Bytes that the runtime takes now."""
-        return self.inner.used_bytes()
-
-    def peak_bytes(self) -> int:
-        """Most bytes that it took since the last call of this."""
-        return self.inner.peak_bytes()
-
-    def no_less_than(self, held_bytes: int) -> None:
-        """As for `ResidentMeter`; other meters cannot be wrong in this way."""
-        if isinstance(self.inner, ResidentMeter):
-            self.inner.no_less_than(held_bytes)
+    if llm.device.type == "cuda":
+        return CudaMeter(llm)
+    if llm.device.type == "cpu" and sys.platform == "linux":
+        return ResidentMeter(llm)
+    return TensorMeter(llm)
 
 
 def warm_up(llm: ElasticLLM, tokens: int = 8) -> None:
-    """Have the kept weights, and the libraries that a step needs, in memory once.
+    """Load the kept weights, and the libraries that a step needs, into memory.
 
-    Files are mapped, and code is loaded, when they are first used: measured before that, the rest
-    of the process would look smaller than it is, and the model larger later on.
+    Files are mapped and code is loaded at first use: measured before that, the baseline would be
+    too small, and the model would seem larger later.
 
     Args:
         llm: The live model.
         tokens: Length of the sequence to run.
     """
-    import rap_env.runtime.sampling  # noqa: F401  tens of megabytes, were it imported later
+    import rap_env.runtime.sampling  # noqa: F401  takes tens of megabytes
     from rap_env.llm.live_batch import LiveBatch
 
     with llm.exclusive():

@@ -1,7 +1,7 @@
-"""How many bytes the runtime may take now: given, or found out from the system.
+"""The memory budget: a given one, or what the system reports as free.
 
-A source says a *budget*: bytes for weights, KV cache and workspace together. What the system
-tells is how much is free, so a source of that kind adds what the runtime itself takes already.
+A budget is the bytes for weights, KV cache and workspace together. A system reports what is free,
+so the sources that ask it add what the runtime uses already.
 """
 
 from __future__ import annotations
@@ -16,11 +16,112 @@ import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
 
-_UNLIMITED_BYTES = 2**60  # version 1 says "none" with a number near 2**63
+
+@runtime_checkable
+class MemorySource(Protocol):
+    """Gives the budget: how much memory the runtime may use.
+
+    A source may also have `limit_bytes`, a number or None: the largest budget that it will ever
+    give.
+
+    Attributes:
+        name: For logs and metrics.
+    """
+
+    name: str
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """Bytes that the runtime may use now.
+
+        Args:
+            used_bytes: Bytes that it uses already.
+
+        Raises:
+            MemorySourceError: The budget cannot be read.
+        """
+
+
+class GivenMemory:
+    """A budget set from outside.
+
+    Args:
+        budget: The budget in bytes, or a function that returns it whenever it is called.
+        limit_bytes: The largest budget that the function will ever return, if known. A request
+            that does not fit it is rejected at once; one that does waits.
+        name: For logs and metrics.
+    """
+
+    def __init__(
+        self,
+        budget: Callable[[], float] | int,
+        *,
+        limit_bytes: int | None = None,
+        name: str = "given",
+    ) -> None:
+        self.name = name
+        self.limit_bytes = limit_bytes
+        if callable(budget):
+            self._read = budget
+        else:
+            fixed = budget
+            self._read = lambda: fixed
+            self.limit_bytes = fixed if limit_bytes is None else limit_bytes
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """The given budget, whatever is used.
+
+        Raises:
+            MemorySourceError: The function did not return a finite number.
+        """
+        budget = self._read()
+        if not math.isfinite(budget):
+            raise MemorySourceError(
+                f"The budget function returned {budget!r}; it should return a number of bytes."
+            )
+        return max(0, int(budget))
+
+
+class CudaMemory:
+    """All free memory of a CUDA device, shared with other processes.
+
+    Memory that PyTorch's allocator holds in reserve counts as free: the allocator reuses it.
+
+    Args:
+        device: The device.
+        reserve_bytes: Bytes to leave free.
+    """
+
+    def __init__(self, device: torch.device | str = "cuda", reserve_bytes: int = 0) -> None:
+        self.device = torch.device(device)
+        self.name = str(self.device)
+        self.reserve_bytes = reserve_bytes
+        self.limit_bytes: int | None = max(0, self._read()[1] - reserve_bytes)
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """Used and free bytes, less the reserve.
+
+        Raises:
+            MemorySourceError: The device does not report its free memory.
+        """
+        free, _ = self._read()
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return max(0, used_bytes + free + cached - self.reserve_bytes)
+
+    def _read(self) -> tuple[int, int]:
+        try:
+            free, total = torch.cuda.mem_get_info(self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise MemorySourceError(
+                f"{self.name} does not report its free memory: {error}."
+            ) from error
+        return int(free), int(total)
+
+
+_UNLIMITED_BYTES = 2**60  # version 1 writes a number near 2**63 where there is no limit
 
 
 @dataclass(frozen=True)
-class _Version:
+class _CgroupVersion:
     """Names of one version's files and of the counters in its `memory.stat`."""
 
     limits: tuple[str, ...]
@@ -29,13 +130,13 @@ class _Version:
     pinned: tuple[str, ...]
 
 
-_V1 = _Version(
+_V1 = _CgroupVersion(
     ("memory.limit_in_bytes",),
     "memory.usage_in_bytes",
     ("total_inactive_file", "total_active_file"),
     ("total_mapped_file", "total_dirty", "total_writeback"),
 )
-_V2 = _Version(
+_V2 = _CgroupVersion(
     ("memory.max", "memory.high"),
     "memory.current",
     ("inactive_file", "active_file"),
@@ -44,7 +145,11 @@ _V2 = _Version(
 
 
 class CgroupMemory:
-    """What this process's control groups, and the machine, leave to the runtime.
+    """Free memory of this process's control groups (Linux, version 1 and 2) and of the machine.
+
+    A group's limit counts every page that its processes use, file cache included. The kernel drops
+    clean, unmapped file cache as soon as memory is needed, so that counts as free here. Any group
+    above this process's own may have a limit too; the tightest one holds.
 
     Args:
         reserve_bytes: Bytes to leave free.
@@ -55,7 +160,7 @@ class CgroupMemory:
         name: ``"cgroup"``.
 
     Raises:
-        MemorySourceError: This system tells neither.
+        MemorySourceError: This system reports neither.
     """
 
     def __init__(
@@ -69,7 +174,7 @@ class CgroupMemory:
         self.reserve_bytes = reserve_bytes
         self._meminfo = proc / "meminfo"
         self._version, self._groups = _find_groups(mount, proc)
-        self.free_bytes()  # an early error where nothing can be read
+        self.free_bytes()  # fail early where nothing can be read
 
     @property
     def limit_bytes(self) -> int | None:
@@ -80,18 +185,18 @@ class CgroupMemory:
         return max(0, min(found) - self.reserve_bytes) if found else None
 
     def budget_bytes(self, used_bytes: int) -> int:
-        """What is used and what is free, less the reserve.
+        """Used and free bytes, less the reserve.
 
         Raises:
-            MemorySourceError: The system does not tell any more.
+            MemorySourceError: The system does not report free memory any more.
         """
         return max(0, used_bytes + self.free_bytes() - self.reserve_bytes)
 
     def free_bytes(self) -> int:
-        """Bytes that this process could take more, before anybody is killed for it.
+        """Bytes that this process could allocate before the kernel kills a process.
 
         Raises:
-            MemorySourceError: The system does not tell.
+            MemorySourceError: The system does not report free memory.
         """
         try:
             free = [
@@ -107,7 +212,7 @@ class CgroupMemory:
             free.append(machine)
         if not free:
             raise MemorySourceError(
-                "Neither a control group nor /proc/meminfo tells how much memory is free here; "
+                "Neither a control group nor /proc/meminfo reports free memory on this system; "
                 "give the budget as a number of bytes."
             )
         return min(free)
@@ -115,8 +220,8 @@ class CgroupMemory:
     def _limited(self) -> Iterator[tuple[int, Path]]:
         """Limits now, with the groups that have one."""
         for group in self._groups:
-            said = [_limit(group / name) for name in self._version.limits]
-            limits = [limit for limit in said if limit is not None]
+            read = [_limit(group / name) for name in self._version.limits]
+            limits = [limit for limit in read if limit is not None]
             if limits:
                 yield min(limits), group
 
@@ -137,8 +242,46 @@ class CgroupMemory:
         return None
 
 
-def _find_groups(mount: Path, proc: Path) -> tuple[_Version, tuple[Path, ...]]:
-    """This process's group and those above it, from the inside out."""
+def open_memory(
+    source: MemorySource | Callable[[], float] | int | str = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    reserve_bytes: int = 0,
+) -> MemorySource:
+    """Make the memory source for a setting.
+
+    Args:
+        source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (by the device), a number of bytes, a function
+            that returns one, or a source.
+        device: Where the model is.
+        reserve_bytes: Bytes that a source which asks the system leaves free.
+
+    Raises:
+        UnknownNameError: There is no source of that name.
+        MemorySourceError: The system does not report free memory.
+    """
+    place = torch.device(device)
+    if source == "auto":
+        source = "cuda" if place.type == "cuda" else "cgroup"
+    if isinstance(source, str):
+        if source == "cuda":
+            return CudaMemory(place if place.type == "cuda" else "cuda", reserve_bytes)
+        if source == "cgroup":
+            return CgroupMemory(reserve_bytes)
+    elif isinstance(source, MemorySource):
+        return source
+    elif callable(source) or _is_whole(source):
+        return GivenMemory(source)
+    hint = "Or give a number of bytes, or a function that returns one."
+    raise UnknownNameError("memory source", source, ["auto", "cgroup", "cuda"], hint)
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _find_groups(mount: Path, proc: Path) -> tuple[_CgroupVersion, tuple[Path, ...]]:
+    """The control groups of this process, from its own to the root."""
     try:
         lines = _text(proc / "self" / "cgroup").splitlines()
     except OSError:
@@ -154,9 +297,9 @@ def _find_groups(mount: Path, proc: Path) -> tuple[_Version, tuple[Path, ...]]:
 
 
 def _upwards(root: Path, path: str) -> tuple[Path, ...]:
-    """The folder of `path` and its parents up to the root; the root alone if it is not there.
+    """The folder of `path` and its parents up to the root; the root alone if it is missing.
 
-    In a container the path may be the host's, of which only the root of the mount is seen.
+    In a container the path may be the host's, and only the root of the mount is visible.
     """
     parts = [part for part in path.split("/") if part]
     group = root.joinpath(*parts)
@@ -166,7 +309,7 @@ def _upwards(root: Path, path: str) -> tuple[Path, ...]:
 
 
 def _limit(path: Path) -> int | None:
-    """The limit in a file; None without a file, or where it sets none."""
+    """The limit in a file; None if the file is missing or sets no limit."""
     try:
         text = _text(path).strip()
     except OSError:
@@ -179,145 +322,3 @@ def _limit(path: Path) -> int | None:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="ascii", errors="replace")
-
-
-__all__ = ["CgroupMemory", "CudaMemory", "GivenMemory", "MemorySource", "open_memory"]
-
-
-@runtime_checkable
-class MemorySource(Protocol):
-    """Says how much memory the runtime may take.
-
-    A source may also have `limit_bytes`, a number or None: the most that it will ever say.
-
-    Attributes:
-        name: For logs and metrics.
-    """
-
-    name: str
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """Bytes that the runtime may take now.
-
-        Args:
-            used_bytes: What it takes already.
-
-        Raises:
-            MemorySourceError: It cannot be found out.
-        """
-
-
-class GivenMemory:
-    """A budget that somebody else decides.
-
-    Args:
-        function: Gives the budget in bytes whenever it is asked; or the budget itself.
-        limit_bytes: The most that it will ever give, if that is known. A request that does not
-            fit then is refused at once, and one that does is waited with.
-        name: For logs and metrics.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[], float] | int,
-        *,
-        limit_bytes: int | None = None,
-        name: str = "given",
-    ) -> None:
-        self.name = name
-        self.limit_bytes = limit_bytes
-        if callable(function):
-            self._function = function
-        else:
-            fixed = function
-            self._function = lambda: fixed
-            self.limit_bytes = fixed if limit_bytes is None else limit_bytes
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """What the function gives, whatever is used.
-
-        Raises:
-            MemorySourceError: That is no number of bytes.
-        """
-        budget = self._function()
-        if not math.isfinite(budget):
-            raise MemorySourceError(
-                f"The budget function gave {budget!r}; it should give a number of bytes."
-            )
-        return max(0, int(budget))
-
-
-class CudaMemory:
-    """All that a CUDA device has free, whoever takes the rest.
-
-    What PyTorch's allocator holds in reserve counts as free: it is handed out again.
-
-    Args:
-        device: The device.
-        reserve_bytes: Bytes to leave free.
-    """
-
-    def __init__(self, device: torch.device | str = "cuda", reserve_bytes: int = 0) -> None:
-        self.device = torch.device(device)
-        self.name = str(self.device)
-        self.reserve_bytes = reserve_bytes
-        self.limit_bytes: int | None = max(0, self._asked()[1] - reserve_bytes)
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """What is used and what is free, less the reserve.
-
-        Raises:
-            MemorySourceError: The device does not answer.
-        """
-        free, _ = self._asked()
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(0, used_bytes + free + kept - self.reserve_bytes)
-
-    def _asked(self) -> tuple[int, int]:
-        try:
-            free, total = torch.cuda.mem_get_info(self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise MemorySourceError(
-                f"{self.name} does not say how much memory it has free: {error}."
-            ) from error
-        return int(free), int(total)
-
-
-def open_memory(
-    source: MemorySource | Callable[[], float] | int | str = "auto",
-    *,
-    device: torch.device | str = "cpu",
-    reserve_bytes: int = 0,
-) -> MemorySource:
-    """The memory source for a setting.
-
-    Args:
-        source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (what suits the device), a number of bytes,
-            a function that gives one, or a source.
-        device: Where the model is.
-        reserve_bytes: Bytes that a source which asks the system leaves free.
-
-    Raises:
-        UnknownNameError: There is no source of that name.
-        MemorySourceError: The system does not tell.
-    """
-    place = torch.device(device)
-    if isinstance(source, str):
-        if source == "auto":
-            source = "cuda" if place.type == "cuda" else "cgroup"
-        if source == "cuda":
-            return CudaMemory(place if place.type == "cuda" else "cuda", reserve_bytes)
-        if source == "cgroup":
-            return CgroupMemory(reserve_bytes)
-        hint = "Or give a number of bytes, or a function."
-        raise UnknownNameError("memory source", source, ["auto", "cgroup", "cuda"], hint)
-    if isinstance(source, MemorySource):
-        return source
-    if callable(source) or _whole(source):
-        return GivenMemory(source)
-    hint = "Or give a number of bytes, or a function."
-    raise UnknownNameError("memory source", source, ["auto", "cgroup", "cuda"], hint)
-
-
-def _whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, as seen by the one who made it."""
+"""The caller's side of a request: its tokens so far, its end, events, and cancellation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from rap_env.runtime.sampling import SamplingParams
 log = logging.getLogger(__name__)
 
 Reason = Literal["stop", "length", "cancelled", "error"]
-"""A stop token came, all tokens are there, somebody cancelled it, or it failed."""
+"""Why a request ended: a stop token, its token limit, a cancellation, or a failure."""
 
-_numbers = itertools.count(1)
+Rejection = Literal["queue_timeout", "infeasible"]
+"""Why the engine gave a request up: it waited too long, or no mask fits any expected budget."""
+
+_ids = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,33 @@ class TokenEvent:
 
     Attributes:
         token_id: The token.
-        logprob: Its log-probability in nats under the model as masked.
+        logprob: Its log-probability in nats under the masked model.
         time_s: On the engine's clock.
+        mask: The mask that the token was computed with.
     """
 
     token_id: int
     logprob: float
     time_s: float
+    mask: BlockMask = BlockMask()
 
 
 @dataclass(frozen=True)
 class EndEvent:
-    """There will be no more tokens.
+    """A request ended.
 
     Attributes:
         reason: Why.
-        error: What went wrong, in a sentence for the user; None if nothing did.
+        error: An error message for the user; None if nothing failed.
         time_s: On the engine's clock.
-        refused: Whether it failed for want of room or patience, and may succeed later.
+        rejection: Set if the engine rejected the request while it waited; a later attempt may
+            succeed.
     """
 
     reason: Reason
     error: str | None
     time_s: float
-    refused: bool = False
+    rejection: Rejection | None = None
 
 
 Event = TokenEvent | EndEvent
@@ -57,28 +63,29 @@ Listener = Callable[[Event], None]
 
 
 class RequestHandle:
-    """A request and what has become of it. The engine writes it; anybody may read and cancel it.
+    """A submitted request and its results. The engine writes it; any thread may read or cancel it.
 
     Args:
         prompt_ids: Tokens of the prompt.
         params: How to generate.
-        arrived_s: When it arrived, on the engine's clock.
-        on_cancel: Called when somebody cancels it, from any thread.
+        arrived_s: Time of arrival on the engine's clock.
+        on_cancel: Called on cancellation, from any thread.
 
     Attributes:
-        id: A number that no other handle of this process has.
+        id: A number that is unique in this process.
         prompt_ids: As given.
         params: As given.
         arrived_s: As given.
-        first_token_s: When its first token was there, or None so far.
-        ended_s: When it ended, or None so far.
+        first_token_s: Time of the first token; None before it.
+        ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
-        masks: The mask under which each of them was computed.
-        reason: Why it ended, or None so far.
-        error: What went wrong, if anything did.
-        preemptions: How often it had to make room for others and start over from its tokens.
-        cancelled: Whether somebody asked for an early end.
+        masks: The mask that each of them was computed with.
+        reason: Why the request ended; None before its end.
+        error: The error message, if the request failed.
+        rejection: Why the engine rejected the request after it had waited, if it did.
+        preemptions: How often the request was preempted and restarted from its tokens.
+        cancelled: Whether cancellation was requested.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class RequestHandle:
         *,
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
-        self.id = next(_numbers)
+        self.id = next(_ids)
         self.prompt_ids = prompt_ids
         self.params = params
         self.arrived_s = arrived_s
@@ -100,6 +107,7 @@ class RequestHandle:
         self.masks: list[BlockMask] = []
         self.reason: Reason | None = None
         self.error: str | None = None
+        self.rejection: Rejection | None = None
         self.preemptions = 0
         self.cancelled = False
         self._events: list[Event] = []
@@ -110,45 +118,48 @@ class RequestHandle:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the request has ended."""
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """Ask for an early end, from any thread; it comes between two steps."""
+        """Request cancellation, from any thread. The engine acts on it between two steps."""
         self.cancelled = True
-        wake = self._on_cancel
-        if wake is not None:
-            wake()
+        on_cancel = self._on_cancel
+        if on_cancel is not None:
+            on_cancel()
 
     def result(self, timeout_s: float | None = None) -> RequestHandle:
         """Wait for the end.
 
         Args:
-            timeout_s: Longest to wait, in seconds; None for as long as it takes.
+            timeout_s: Longest wait in seconds; None for no limit.
 
         Returns:
             This handle.
 
         Raises:
-            TimeoutError: It has not ended by then; it goes on.
+            TimeoutError: The request has not ended by then; it continues.
         """
         if not self._ended.wait(timeout_s):
             raise TimeoutError(f"Request {self.id} has not ended within {timeout_s} s.")
         return self
 
-    def listen(self, callback: Listener) -> None:
-        """Have every event passed on, those of the past at once and later ones as they come.
+    def add_listener(self, callback: Listener) -> None:
+        """Pass every event to a callback: past events at once, later ones as they happen.
 
-        Calls come from the engine's thread, which waits meanwhile: hand the event over and return.
-        A callback that raises is not called again, and nobody else notices.
+        The engine's thread makes the calls and waits for them, so a callback should hand the event
+        over and return. A callback that raises is logged and not called again.
         """
         with self._lock:
             self._listeners.append(callback)
             for event in self._events:
-                self._tell(callback, event)
+                self._notify(callback, event)
 
     def emit(self, event: Event) -> None:
-        """Take in what happened and pass it on; for the engine. Nothing follows an end."""
+        """Record an event and pass it to the listeners. Only the engine calls this.
+
+        Events after the end are ignored.
+        """
         with self._lock:
             if self.done:
                 return
@@ -156,18 +167,24 @@ class RequestHandle:
             if isinstance(event, TokenEvent):
                 self.token_ids.append(event.token_id)
                 self.logprobs.append(event.logprob)
+                self.masks.append(event.mask)
                 if self.first_token_s is None:
                     self.first_token_s = event.time_s
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
+                self.rejection = event.rejection
             for callback in tuple(self._listeners):
-                self._tell(callback, event)
+                self._notify(callback, event)
             if isinstance(event, EndEvent):
                 self._ended.set()
                 self._listeners.clear()
                 self._on_cancel = None
 
-    def _tell(self, callback: Listener, event: Event) -> None:
+    def note_preemption(self) -> None:
+        """Count a preemption. Only the engine calls this."""
+        self.preemptions += 1
+
+    def _notify(self, callback: Listener, event: Event) -> None:
         if callback not in self._listeners:
             return
         try:

@@ -1,4 +1,4 @@
-"""How a row's next token is drawn: transformers' own warpers, and a random stream for each row.
+"""Sampling: each row draws its next token with transformers' warpers and its own random stream.
 
 Shapes: B rows, V entries of the vocabulary.
 """
@@ -22,15 +22,15 @@ from rap_env.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How much to generate, and how.
+    """How much to generate, and how to sample.
 
     Attributes:
         max_new_tokens: Most tokens to generate.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Draw among the likeliest tokens that together have this probability.
-        top_k: Draw among so many likeliest tokens; 0 for all.
-        seed: Of the random stream; None for one that differs each time.
-        stop_token_ids: Tokens that end the text. They are not part of it.
+        temperature: Divides the logits; 0 means greedy decoding.
+        top_p: Sample among the most likely tokens that together have this probability.
+        top_k: Sample among this number of most likely tokens; 0 for all.
+        seed: Seed of the random stream; None for a different stream each time.
+        stop_token_ids: Tokens that end the answer; they are not part of it.
 
     Raises:
         InvalidRequestError: A value is out of its range.
@@ -52,18 +52,18 @@ class SamplingParams:
             ("top_k", _whole(self.top_k, 0), "a whole number of at least 0"),
             ("seed", self.seed is None or _whole(self.seed, -(2**63)), "a whole number or None"),
         )
-        for name, good, wanted in checks:
-            if not good:
-                raise InvalidRequestError(f"{name} must be {wanted}, not {getattr(self, name)!r}.")
+        for name, valid, allowed in checks:
+            if not valid:
+                raise InvalidRequestError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0 or self.top_k == 1
 
 
-class Drawn(NamedTuple):
-    """A token, and its log-probability in nats under the model itself (before any warping)."""
+class Sample(NamedTuple):
+    """A token and its log-probability in nats under the model, before any warping."""
 
     token_id: int
     logprob: float
@@ -73,11 +73,11 @@ class Drawn(NamedTuple):
 class RowSampler:
     """Draws the tokens of one row.
 
-    Its stream of random numbers is its own, so what is drawn depends on neither neighbours nor the
-    time; it is drawn on the CPU, so that a seed means the same on any device.
+    Each row has its own random stream, so its tokens do not depend on other rows or on the time.
+    It draws on the CPU, so that a seed gives the same tokens on any device.
 
     Args:
-        params: How to draw.
+        params: How to sample.
     """
 
     params: SamplingParams
@@ -101,42 +101,41 @@ class RowSampler:
         else:
             self._generator.manual_seed(params.seed)
 
-    def draw(self, logits: torch.Tensor) -> int:
+    def sample(self, logits: torch.Tensor) -> int:
         """The next token for logits of shape (V,)."""
         if self.params.greedy:
             return int(logits.argmax())
         scores = logits[None]
         for warper in self._warpers:
             scores = warper(None, scores)
-        chances = torch.softmax(scores[0], dim=-1).cpu()
-        return int(torch.multinomial(chances, 1, generator=self._generator))
+        probabilities = torch.softmax(scores[0], dim=-1).cpu()
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-def draw_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Drawn | None]:
-    """The next token of each row.
+def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sample | None]:
+    """Sample the next token of each row.
 
     Args:
         samplers: One for each row.
         logits: (B, V), float32.
 
     Returns:
-        For each row what was drawn, or None if its logits are not finite numbers.
+        A sample for each row; None where the logits are not finite.
     """
-    totals = torch.logsumexp(logits, dim=-1)
     best, likeliest = logits.max(dim=-1)
     tokens: list[int] = likeliest.tolist()
-    sums: list[float] = totals.tolist()
+    totals: list[float] = torch.logsumexp(logits, dim=-1).tolist()
     scores: list[float] = best.tolist()
-    drawn: list[Drawn | None] = []
+    samples: list[Sample | None] = []
     for row, sampler in enumerate(samplers):
-        if not math.isfinite(sums[row]):
-            drawn.append(None)
+        if not math.isfinite(totals[row]):
+            samples.append(None)
         elif sampler.params.greedy:
-            drawn.append(Drawn(tokens[row], scores[row] - sums[row]))
+            samples.append(Sample(tokens[row], scores[row] - totals[row]))
         else:
-            token = sampler.draw(logits[row])
-            drawn.append(Drawn(token, float(logits[row, token]) - sums[row]))
-    return drawn
+            token = sampler.sample(logits[row])
+            samples.append(Sample(token, float(logits[row, token]) - totals[row]))
+    return samples
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -1,4 +1,4 @@
-"""The engine's turns: who joins, who leaves, and which passes through the model are made."""
+"""The engine's scheduler: which requests are admitted, preempted and run in each turn."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import EngineClosedError, InfeasibleBudgetError, QueueFullError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.metrics import Metrics, StepKind, StepRecord
-from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
+from rap_env.runtime.memory_estimator import PassSize
+from rap_env.runtime.metrics import Counters, StepKind, StepRecord
+from rap_env.runtime.sequence import (
+    OutputProcessor,
+    PrefillingSequence,
+    TokenSequence,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -22,88 +28,88 @@ if TYPE_CHECKING:
 
 
 class RequestQueue:
-    """First come, first served; thread-safe.
+    """The requests that wait, first come, first served; thread-safe.
 
     Args:
-        longest: How many may wait. Those that were sent back to the front always may.
+        max_size: Most requests that may wait. Preempted ones may always return.
     """
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
-        self._jobs: deque[TokenSequence] = deque()
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._waiting: deque[TokenSequence] = deque()
         self._lock = threading.Lock()
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._waiting)
 
     def append(self, sequence: TokenSequence) -> None:
-        """Queue up.
+        """Add a request at the end.
 
         Raises:
-            QueueFullError: Too many wait.
-            EngineClosedError: The line is closed.
+            QueueFullError: The queue is full.
+            EngineClosedError: The queue is closed.
         """
         with self._lock:
             if self._closed:
-                raise EngineClosedError("The engine is closed and takes no more requests.")
-            if len(self._jobs) >= self._longest:
+                raise EngineClosedError("The engine is closed and accepts no more requests.")
+            if len(self._waiting) >= self._max_size:
                 raise QueueFullError(
-                    f"{len(self._jobs)} requests wait already, the most that may; try again later."
+                    f"The queue is full: {len(self._waiting)} requests wait, and at most "
+                    f"{self._max_size} may. Try again later."
                 )
-            self._jobs.append(sequence)
+            self._waiting.append(sequence)
 
     def put_first(self, sequence: TokenSequence) -> None:
-        """Queue up at the front."""
+        """Add a preempted request at the front."""
         with self._lock:
-            self._jobs.appendleft(sequence)
+            self._waiting.appendleft(sequence)
 
     def first(self) -> TokenSequence | None:
-        """Who is next, left in line."""
+        """The request at the front, which stays in the queue."""
         with self._lock:
-            return self._jobs[0] if self._jobs else None
+            return self._waiting[0] if self._waiting else None
 
-    def leave(self, sequence: TokenSequence) -> None:
-        """Take somebody out of the line."""
+    def remove(self, sequence: TokenSequence) -> None:
+        """Remove a request."""
         with self._lock:
-            self._jobs.remove(sequence)
+            self._waiting.remove(sequence)
 
-    def remove_if(self, unwanted: Callable[[TokenSequence], bool]) -> list[TokenSequence]:
-        """Take all out for whom something holds, and return them."""
-        if not self._jobs:
+    def remove_if(self, predicate: Callable[[TokenSequence], bool]) -> list[TokenSequence]:
+        """Remove and return all requests that match a predicate."""
+        if not self._waiting:
             return []
         with self._lock:
-            out = [sequence for sequence in self._jobs if unwanted(sequence)]
-            if out:
-                self._jobs = deque(sequence for sequence in self._jobs if sequence not in out)
-        return out
+            removed = [sequence for sequence in self._waiting if predicate(sequence)]
+            if removed:
+                self._waiting = deque(kept for kept in self._waiting if kept not in removed)
+        return removed
 
     def close(self) -> list[TokenSequence]:
-        """Let nobody in any more, and return those who wait."""
+        """Accept no more requests, and remove and return those that wait."""
         with self._lock:
             self._closed = True
-            out, self._jobs = list(self._jobs), deque()
-        return out
+            removed, self._waiting = list(self._waiting), deque()
+        return removed
 
 
 class Scheduler:
-    """A batch of sequences on a live model, within its budget. For one thread.
+    """Runs sequences on a live model, within its budget. For one thread.
 
     Args:
         llm: The live model.
         controller: Keeps it within its budget.
-        line: Where sequences wait.
-        metrics: Takes tokens and ends.
-        max_batch_size: As for `Engine`, and so are the next three.
-        chunk_tokens: Most tokens of a prompt to run in one turn.
-        restore: What a restored attention block does about earlier tokens.
-        queue_timeout_s: Longest that a sequence may wait; None for no limit.
+        queue: The requests that wait.
         clock: Gives the time in seconds.
+        max_batch_size: As for `Engine`, and so are the next three.
+        chunk_tokens: Most tokens of a prefill chunk.
+        restore: How restored attention blocks treat earlier tokens.
+        queue_timeout_s: Longest that a request may wait; None for no limit.
 
     Attributes:
-        sequences: Those that decode, row by row of the batch.
-        prefilling: The one whose prompt is run, if any.
-        mask: That of the last turn.
+        counters: Totals of requests and tokens.
+        output: Delivers tokens and ends to request handles.
+        mask: The mask of the last turn.
         observers: Called with a `StepRecord` after each pass.
     """
 
@@ -111,68 +117,78 @@ class Scheduler:
         self,
         llm: ElasticLLM,
         controller: RuntimeController,
-        line: RequestQueue,
-        metrics: Metrics,
+        queue: RequestQueue,
+        clock: Callable[[], float],
         *,
         max_batch_size: int,
         chunk_tokens: int,
         restore: Restore,
         queue_timeout_s: float | None,
-        clock: Callable[[], float],
     ) -> None:
         self._llm = llm
         self._controller = controller
-        self._queue = line
-        self._metrics = metrics
+        self._queue = queue
+        self._clock = clock
         self._max_batch_size = max_batch_size
         self._chunk_tokens = chunk_tokens
         self._restore: Restore = restore
         self._queue_timeout_s = queue_timeout_s
-        self._clock = clock
         windows = controller.estimator.memory.facts.kv_window_tokens
         self._uniform = any(window is not None for window in windows)
         self._batch = self._new_batch()
-        self._shape: BatchShape | None = None  # of all that runs; None: to be counted anew
+        self._decoding: list[TokenSequence] = []  # row by row of the batch
+        self._prefilling: PrefillingSequence | None = None
+        self._shape: BatchShape | None = None  # of all that runs; None: to be computed
         self._preempted_s = float("-inf")
-        self.sequences: list[TokenSequence] = []
-        self.prefilling: PrefillingSequence | None = None
+        self.counters = Counters()
+        self.output = OutputProcessor(clock, self.counters)
         self.mask = llm.mask
         self.observers: list[Callable[[StepRecord], None]] = []
 
+    @property
+    def running(self) -> list[TokenSequence]:
+        """The sequences that decode, and the one in prefill, if any."""
+        prefilling = self._prefilling
+        return [*self._decoding, *([prefilling.sequence] if prefilling else [])]
+
     def turn(self) -> bool:
-        """One turn; says whether the model was run."""
-        self._drop_unwanted()
-        self._take_newcomer()
+        """Run one turn.
+
+        Returns:
+            Whether the model was run.
+        """
+        self._remove_ended()
+        self._admit_next()
         self._make_fit(prefill=True)
-        prefilled = self.prefilling is not None
-        if self.prefilling is not None:
-            self._prefill(self.prefilling)
+        prefilled = self._prefilling is not None
+        if self._prefilling is not None:
+            self._prefill(self._prefilling)
             self._make_fit()  # the budget may have moved meanwhile
-        decoded = bool(self.sequences)
+        decoded = bool(self._decoding)
         if decoded:
             self._decode()
         self.mask = self._llm.mask
         return prefilled or decoded
 
     def check_feasible(self, sequence: TokenSequence) -> None:
-        """Refuse a sequence that could never be served; from any thread.
+        """Check that a sequence could be served at some time; from any thread.
 
         Raises:
-            InfeasibleBudgetError: No mask fits it into the largest budget there has been.
+            InfeasibleBudgetError: No mask fits it into the largest budget so far.
         """
         shape = shape_of([], sequence, uniform=self._uniform)
         if not self._controller.could_fit(shape):
-            raise InfeasibleBudgetError(self._never_fits(shape))
+            raise InfeasibleBudgetError(self._infeasible_message(shape))
 
     def warm_up(self, tokens: int) -> None:
-        """Run a prompt that nobody asked for, so that the controller learns what steps take.
+        """Run a dummy prompt, so that the controller learns what steps take.
 
         Args:
             tokens: Its length.
         """
         shape = BatchShape(1, tokens + 1)
-        self._controller.expect(tokens, tokens)
-        if self.sequences or self.prefilling is not None or not self._controller.admit(shape):
+        first = PassSize(tokens, tokens)
+        if self.running or not self._controller.admit(shape, next_pass=first):
             return
         batch = self._new_batch()
         batch.prefill([[0] * tokens])
@@ -181,12 +197,12 @@ class Scheduler:
         self._controller.observe(shape, "decode")
         batch.close()
 
-    def forget_all(self) -> None:
-        """Free all rows, whoever they are of."""
-        self._leave_newcomer()
+    def drop_all(self) -> None:
+        """Free all rows and forget their sequences."""
+        self._drop_prefill()
         self._batch.close()
         self._batch = self._new_batch()
-        self.sequences = []
+        self._decoding = []
 
     # Passes through the model
 
@@ -198,171 +214,165 @@ class Scheduler:
                 logits, count = prefilling.advance()
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
-            self._metrics.counters.prompt_tokens += count
+            self.counters.add_tokens(prefilled=count)
             if logits is not None:
-                if self._metrics.deliver([prefilling.sequence], logits, mask)[0]:
+                if self.output.deliver([prefilling.sequence], logits, mask)[0]:
                     self._batch.join(prefilling.batch)
-                    self.sequences.append(prefilling.sequence)
-                self._leave_newcomer()
+                    self._decoding.append(prefilling.sequence)
+                self._drop_prefill()
         except Exception as error:
-            self._metrics.fail([prefilling.sequence], error)
-            self._leave_newcomer()
-            if self._batch.size != len(self.sequences):  # it broke while it joined
-                self._metrics.fail(self.sequences, error)
-                self.forget_all()
+            self.output.fail([prefilling.sequence], error)
+            self._drop_prefill()
+            if self._batch.size != len(self._decoding):  # it failed while joining the batch
+                self.output.fail(self._decoding, error)
+                self.drop_all()
             return
         self._record(began, seconds, "prefill", 1, length, mask)
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()
-        sequences = self.sequences
+        sequences = self._decoding
         try:
             with self._llm.exclusive():
                 mask = self._llm.mask
-                logits = self._batch.extend([sequence.pending for sequence in sequences])
+                logits = self._batch.extend([sequence.last_token for sequence in sequences])
             seconds = time.perf_counter() - started
             length = self._batch.length
-            alive = self._metrics.deliver(sequences, logits, mask)
-            if not all(alive):
-                self._keep([row for row, stays in enumerate(alive) if stays])
+            continues = self.output.deliver(sequences, logits, mask)
+            if not all(continues):
+                self._keep([row for row, stays in enumerate(continues) if stays])
         except Exception as error:
-            self._metrics.fail(sequences, error)
-            self.forget_all()
+            self.output.fail(sequences, error)
+            self.drop_all()
             return
         self._record(began, seconds, "decode", len(sequences), length, mask)
 
     def _record(
         self, began: float, seconds: float, kind: StepKind, rows: int, length: int, mask: BlockMask
     ) -> None:
-        prefilling = 0 if self.prefilling is None else self.prefilling.batch.size
-        most = max(length, self._batch.length)
-        shape = BatchShape(max(rows, self._batch.size + prefilling), most)
-        controller = self._controller
-        peak = controller.observe(shape, kind)
+        prefilling = 0 if self._prefilling is None else self._prefilling.batch.size
+        longest = max(length, self._batch.length)
+        shape = BatchShape(max(rows, self._batch.size + prefilling), longest)
+        peak = self._controller.observe(shape, kind)
+        record = StepRecord(
+            time_s=began,
+            duration_s=seconds,
+            kind=kind,
+            rows=rows,
+            length=length,
+            mask=mask,
+            held=self._controller.held,
+            peak_bytes=peak,
+            budget_bytes=self._controller.budget_bytes,
+        )
         for observer in self.observers:
-            observer(
-                StepRecord(
-                    time_s=began,
-                    duration_s=seconds,
-                    kind=kind,
-                    rows=rows,
-                    length=length,
-                    mask=mask,
-                    held=controller.held,
-                    peak_bytes=peak,
-                    budget_bytes=controller.budget_bytes,
-                )
-            )
+            observer(record)
 
-    # Who runs
+    # Admission and preemption
 
-    def _never_fits(self, shape: BatchShape) -> str:
-        most = self._controller.monitor.limit_bytes()
+    def _infeasible_message(self, shape: BatchShape) -> str:
+        limit = self._controller.monitor.budget_limit_bytes()
         return (
-            f"{shape.seq_len_tokens} tokens fit no budget that can be counted on, the largest of "
-            f"{most:,} bytes, whatever is removed; ask for less."
+            f"{shape.seq_len_tokens} tokens do not fit the largest expected budget of {limit:,} "
+            "bytes under any mask; shorten the prompt or ask for fewer tokens."
         )
 
     def _running_shape(self) -> BatchShape:
         if self._shape is None:
-            prefilling = self.prefilling
+            prefilling = self._prefilling
             self._shape = shape_of(
-                self.sequences,
+                self._decoding,
                 prefilling.sequence if prefilling else None,
-                prefilling.steps_left if prefilling else 0,
+                prefilling.chunks_left if prefilling else 0,
                 uniform=self._uniform,
             )
         return self._shape
 
     def _make_fit(self, prefill: bool = False) -> None:
+        """Shrink the mask, or preempt, until the next pass fits."""
         while True:
-            self._expect(self.prefilling if prefill else None)
-            if self._controller.check(self._running_shape()) or not self._preempt():
+            next_pass = self._pass_size(self._prefilling if prefill else None)
+            if self._controller.check(self._running_shape(), next_pass) or not self._preempt():
                 return
 
-    def _expect(self, prefilling: PrefillingSequence | None) -> None:
-        """Tell the controller what the next pass will take: a prefilling's, or a decoding one."""
+    def _pass_size(self, prefilling: PrefillingSequence | None) -> PassSize:
+        """The size of the next pass: a prefill chunk, or a decode step."""
         rows, length = self._batch.size, self._batch.length
         if prefilling is None:
-            self._controller.expect(rows, rows)
-            return
-        tokens, growth = prefilling.next_tokens, prefilling.next_tokens
-        if prefilling.steps_left == 1 and rows:  # it joins then, and the shorter are padded
+            return PassSize(rows, rows)
+        tokens = growth = prefilling.next_tokens
+        if prefilling.chunks_left == 1 and rows:  # it joins the batch, which pads shorter rows
             final = prefilling.batch.length + tokens
             growth = (rows + 1) * max(length, final) - rows * length - prefilling.batch.length
-        self._controller.expect(tokens, growth)
+        return PassSize(tokens, growth)
 
     def _preempt(self) -> bool:
-        """Send the newest back to the front of the line; False if nobody runs."""
-        if self.prefilling is not None:
-            sequence = self.prefilling.sequence
-            self._leave_newcomer()
-        elif self.sequences:
-            sequence = self.sequences[-1]
-            self._keep(list(range(len(self.sequences) - 1)))
+        """Move the newest request to the front of the queue; False if nothing runs."""
+        if self._prefilling is not None:
+            sequence = self._prefilling.sequence
+            self._drop_prefill()
+        elif self._decoding:
+            sequence = self._decoding[-1]
+            self._keep(list(range(len(self._decoding) - 1)))
         else:
             return False
-        sequence.handle.preemptions += 1
-        sequence.waits_since_s = self._preempted_s = self._clock()
-        self._metrics.counters.preemptions += 1
+        self._preempted_s = self._clock()
+        sequence.preempt(self._preempted_s)
+        self.counters.add_preemption()
         self._queue.put_first(sequence)
         return True
 
-    def _take_newcomer(self) -> None:
+    def _admit_next(self) -> None:
+        """Admit the first request of the queue, if it fits."""
         sequence = self._queue.first()
-        if (
-            sequence is None
-            or self.prefilling is not None
-            or len(self.sequences) >= self._max_batch_size
-        ):
+        full = len(self._decoding) >= self._max_batch_size
+        if sequence is None or self._prefilling is not None or full:
             return
-        if self.sequences and self._clock() - self._preempted_s < self._controller.hold_s:
-            return  # somebody had to make room just now
-        steps = -(-sequence.known_tokens // self._chunk_tokens)
-        wanted = shape_of(self.sequences, sequence, steps, uniform=self._uniform)
-        first = min(sequence.known_tokens, self._chunk_tokens)
-        self._controller.expect(first, first)
-        if self._controller.admit(wanted, self._running_shape()):
-            self._queue.leave(sequence)
-            self.prefilling = PrefillingSequence(
+        if self._decoding and self._clock() - self._preempted_s < self._controller.hold_s:
+            return  # a request was preempted just now
+        chunks = -(-sequence.known_tokens // self._chunk_tokens)
+        shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
+        tokens = min(sequence.known_tokens, self._chunk_tokens)
+        first = PassSize(tokens, tokens)
+        if self._controller.admit(shape, self._running_shape(), first):
+            self._queue.remove(sequence)
+            self._prefilling = PrefillingSequence(
                 sequence, self._llm, self._restore, self._chunk_tokens
             )
-            self._shape = wanted
-        elif not self.sequences and self._controller.never_fits(wanted):
-            self._queue.leave(sequence)
-            self._metrics.refuse(sequence, self._never_fits(wanted))
+            self._shape = shape
+        elif not self._decoding and self._controller.never_fits(shape, first):
+            self._queue.remove(sequence)
+            self.output.reject(sequence, "infeasible", self._infeasible_message(shape))
 
-    def _drop_unwanted(self) -> None:
-        for sequence in self._queue.remove_if(lambda sequence: sequence.handle.cancelled):
-            self._metrics.end(sequence, "cancelled")
-        if self._queue_timeout_s is not None:
-            oldest = self._clock() - self._queue_timeout_s
-            for sequence in self._queue.remove_if(lambda sequence: sequence.waits_since_s < oldest):
-                self._metrics.refuse(sequence, f"It waited longer than {self._queue_timeout_s} s.")
-        if self.prefilling is not None and self.prefilling.sequence.handle.cancelled:
-            self._metrics.end(self.prefilling.sequence, "cancelled")
-            self._leave_newcomer()
-        gone = [sequence for sequence in self.sequences if sequence.handle.cancelled]
-        if gone:
-            self._keep(
-                [
-                    row
-                    for row, sequence in enumerate(self.sequences)
-                    if not sequence.handle.cancelled
-                ]
-            )
-            for sequence in gone:
-                self._metrics.end(sequence, "cancelled")
+    def _remove_ended(self) -> None:
+        """Remove cancelled requests, and those that have waited too long."""
+        for sequence in self._queue.remove_if(lambda waiting: waiting.handle.cancelled):
+            self.output.end(sequence, "cancelled")
+        timeout_s = self._queue_timeout_s
+        if timeout_s is not None:
+            oldest_s = self._clock() - timeout_s
+            for sequence in self._queue.remove_if(lambda w: w.queued_since_s < oldest_s):
+                message = f"The request waited longer than {timeout_s} s."
+                self.output.reject(sequence, "queue_timeout", message)
+        if self._prefilling is not None and self._prefilling.sequence.handle.cancelled:
+            self.output.end(self._prefilling.sequence, "cancelled")
+            self._drop_prefill()
+        cancelled = [sequence for sequence in self._decoding if sequence.handle.cancelled]
+        if cancelled:
+            rows = enumerate(self._decoding)
+            self._keep([row for row, sequence in rows if sequence not in cancelled])
+            for sequence in cancelled:
+                self.output.end(sequence, "cancelled")
 
     def _new_batch(self) -> LiveBatch:
         return LiveBatch(self._llm, restore=self._restore, most_tokens=self._chunk_tokens)
 
     def _keep(self, rows: list[int]) -> None:
-        sequences = [self.sequences[row] for row in rows]
+        kept = [self._decoding[row] for row in rows]
         self._batch.keep(rows)
-        self.sequences, self._shape = sequences, None
+        self._decoding, self._shape = kept, None
 
-    def _leave_newcomer(self) -> None:
-        if self.prefilling is not None:
-            self.prefilling.batch.close()
-        self.prefilling = self._shape = None
+    def _drop_prefill(self) -> None:
+        if self._prefilling is not None:
+            self._prefilling.batch.close()
+        self._prefilling = self._shape = None

@@ -1,72 +1,89 @@
-"""A request as the engine works on it: the tokens that it has, and those that are to come."""
+"""A request inside the engine: its known tokens, its prefill, and the delivery of its output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from rap_env.blocks import BlockMask
+from rap_env.errors import RapError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.request_handle import RequestHandle
-from rap_env.runtime.sampling import RowSampler
+from rap_env.runtime.metrics import Counters
+from rap_env.runtime.request_handle import (
+    EndEvent,
+    Reason,
+    Rejection,
+    RequestHandle,
+    TokenEvent,
+)
+from rap_env.runtime.sampling import RowSampler, Sample, sample_rows
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.live import Restore
 
+log = logging.getLogger(__name__)
+
 
 class TokenSequence:
-    """A request handle, with the random stream that its tokens are drawn from.
+    """The tokens of one request, and the sampler that draws the next ones.
 
     Args:
-        handle: The handle.
+        handle: The caller's handle of the request.
 
     Attributes:
         handle: As given.
-        sampler: Draws its tokens.
-        waits_since_s: Since when it has been in line, on the engine's clock.
+        sampler: Draws the request's tokens.
+        queued_since_s: When it last entered the queue, on the engine's clock.
     """
 
     def __init__(self, handle: RequestHandle) -> None:
         self.handle = handle
         self.sampler = RowSampler(handle.params)
-        self.waits_since_s = handle.arrived_s
+        self.queued_since_s = handle.arrived_s
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens known: those of the prompt and those generated."""
+        """All known tokens: the prompt's and the generated ones."""
         return [*self.handle.prompt_ids, *self.handle.token_ids]
 
     @property
     def known_tokens(self) -> int:
-        """How many these are."""
+        """The number of known tokens."""
         return len(self.handle.prompt_ids) + len(self.handle.token_ids)
 
     @property
-    def pending(self) -> int:
-        """The last token, which the model has not seen yet."""
+    def last_token(self) -> int:
+        """The last generated token, the input of the next decode step."""
         return self.handle.token_ids[-1]
 
     @property
     def final_tokens(self) -> int:
-        """Most tokens that the model will see of it: the last one generated is not run."""
+        """Most tokens that the model will process; the last generated one is not fed back."""
         return len(self.handle.prompt_ids) + self.handle.params.max_new_tokens - 1
 
     def progress(self, *, in_batch: bool) -> tuple[int, int]:
-        """Tokens that the cache holds and tokens to come.
+        """Cached tokens and tokens to come.
 
         Args:
-            in_batch: Whether it is decoding, so that its last token is not in the cache; else
-                what holds once all known tokens are.
+            in_batch: Whether the sequence is decoding, so that its last token is not cached yet;
+                else the numbers hold for the end of its prefill.
         """
-        known = self.known_tokens - in_batch
-        return known, self.final_tokens - known
+        cached = self.known_tokens - in_batch
+        return cached, self.final_tokens - cached
+
+    def preempt(self, time_s: float) -> None:
+        """Note that the sequence goes back to the queue."""
+        self.handle.note_preemption()
+        self.queued_since_s = time_s
 
 
 class PrefillingSequence:
-    """A sequence whose prompt is run in chunks, in a batch of its own.
+    """A sequence whose known tokens are prefilled in chunks, in a batch of its own.
 
     Args:
         sequence: The sequence.
@@ -84,8 +101,8 @@ class PrefillingSequence:
         self._chunk_tokens = chunk_tokens
 
     @property
-    def steps_left(self) -> int:
-        """Chunks that are still to be run."""
+    def chunks_left(self) -> int:
+        """Chunks that are not prefilled yet."""
         return -(-len(self._left) // self._chunk_tokens)
 
     @property
@@ -94,37 +111,105 @@ class PrefillingSequence:
         return min(len(self._left), self._chunk_tokens)
 
     def advance(self) -> tuple[torch.Tensor | None, int]:
-        """Run the next chunk.
+        """Prefill the next chunk.
 
         Returns:
-            Logits after the last token, (1, V), or None while there are more chunks; and the
-            number of tokens run.
+            Logits after the last token, (1, V), or None if more chunks are left; and the number of
+            tokens in the chunk.
         """
         chunk, self._left = self._left[: self._chunk_tokens], self._left[self._chunk_tokens :]
         logits = self.batch.append([chunk]) if self.batch.size else self.batch.prefill([chunk])
         return (None if self._left else logits), len(chunk)
 
 
+class OutputProcessor:
+    """Samples tokens, delivers tokens and ends to request handles, and counts them.
+
+    Args:
+        clock: Gives the time of events, in seconds.
+        counters: Where requests and tokens are counted.
+    """
+
+    def __init__(self, clock: Callable[[], float], counters: Counters) -> None:
+        self._clock = clock
+        self._counters = counters
+
+    def deliver(
+        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, mask: BlockMask
+    ) -> list[bool]:
+        """Sample a token for each sequence and deliver it.
+
+        Args:
+            sequences: B sequences.
+            logits: (B, V), float32.
+            mask: The mask that they were computed with.
+
+        Returns:
+            For each sequence whether it continues.
+        """
+        samples = sample_rows([sequence.sampler for sequence in sequences], logits)
+        now = self._clock()
+        pairs = zip(sequences, samples, strict=True)
+        return [self._deliver(sequence, sample, mask, now) for sequence, sample in pairs]
+
+    def end(self, sequence: TokenSequence, reason: Reason, error: str | None = None) -> None:
+        """End a request, unless it has ended."""
+        if not sequence.handle.done:
+            self._counters.add_end(reason)
+            sequence.handle.emit(EndEvent(reason, error, self._clock()))
+
+    def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
+        """End a request that waits in the queue and cannot be admitted."""
+        self._counters.add_rejection()
+        sequence.handle.emit(EndEvent("error", error, self._clock(), rejection))
+
+    def fail(self, sequences: Iterable[TokenSequence], error: Exception) -> None:
+        """End requests whose step raised an error."""
+        if isinstance(error, RapError):
+            log.warning("A step failed: %s", error)
+        else:
+            log.error("A step failed.", exc_info=error)
+        for sequence in sequences:
+            self.end(sequence, "error", f"The step failed: {error}")
+
+    def _deliver(
+        self, sequence: TokenSequence, sample: Sample | None, mask: BlockMask, now: float
+    ) -> bool:
+        handle, params = sequence.handle, sequence.handle.params
+        if sample is None:
+            self.end(sequence, "error", "The model returned logits that are not finite.")
+            return False
+        if sample.token_id in params.stop_token_ids:
+            self.end(sequence, "stop")
+            return False
+        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, mask))
+        self._counters.add_tokens(generated=1)
+        if len(handle.token_ids) < params.max_new_tokens:
+            return True
+        self.end(sequence, "length")
+        return False
+
+
 def shape_of(
     running: Iterable[TokenSequence],
-    prefilling: TokenSequence | None = None,
+    joining: TokenSequence | None = None,
     steps: int = 0,
     *,
     uniform: bool = False,
 ) -> BatchShape:
-    """The most that sequences will hold together.
+    """The largest batch that sequences will form together.
 
     Args:
-        running: Jobs that decode.
-        prefilling: One that will join them, its prompt counted in full from now on.
-        steps: Tokens that the others will be ahead by the time it joins.
+        running: Sequences that decode.
+        joining: A sequence that will join them; all of its known tokens are counted from now on.
+        steps: Tokens that the running ones generate before it joins.
         uniform: As for `BatchShape.of`.
     """
     rows = []
     for sequence in running:
-        held, coming = sequence.progress(in_batch=True)
-        ahead = min(steps, coming)
-        rows.append((held + ahead, coming - ahead))
-    if prefilling is not None:
-        rows.append(prefilling.progress(in_batch=False))
+        cached, to_come = sequence.progress(in_batch=True)
+        ahead = min(steps, to_come)
+        rows.append((cached + ahead, to_come - ahead))
+    if joining is not None:
+        rows.append(joining.progress(in_batch=False))
     return BatchShape.of(rows, uniform=uniform)

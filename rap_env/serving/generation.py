@@ -234,7 +234,7 @@ class Generation:
         if event.reason == "cancelled":
             return unavailable("The request was cancelled before it was done.", "cancelled")
         message = event.error or "The engine failed; ask again."
-        if event.refused:
+        if event.rejection:
             return unavailable(message, "insufficient_memory")
         return failed(message)
 

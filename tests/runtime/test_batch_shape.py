@@ -26,7 +26,7 @@ def test_nothing_is_false_and_has_a_shape_for_the_arithmetic():
 
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
 def test_half_a_demand_is_refused(wrong):
-    with pytest.raises(InvalidRequestError, match="or neither"):
+    with pytest.raises(InvalidRequestError, match="or 0 of both"):
         BatchShape(*wrong)
 
 

@@ -14,6 +14,7 @@ from rap_env.errors import (
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
+from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.policies import DensePolicy, StaticPolicy
 from tests.runtime.harness import ORDER, SHAPE, Harness, Says, between, ordered
 
@@ -34,7 +35,7 @@ def test_at_arrival_as_many_blocks_go_as_the_budget_asks_for(count):
     harness.budget_bytes = between(harness, count)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:count])
-    assert harness.controller.recent[-1].why == "arrival"
+    assert harness.controller.recent[-1].trigger == "arrival"
 
 
 def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked():
@@ -47,15 +48,15 @@ def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked
 def test_could_fit_looks_at_the_largest_budget_and_at_the_sources_limit():
     harness = ordered()
     least = harness.need(harness.everything, SHAPE)
-    harness.controller.monitor.most_bytes = 0
+    harness.controller.monitor.max_budget_bytes = 0
     harness.budget_bytes = least - 1
     assert not harness.controller.could_fit(SHAPE)
     harness.budget_bytes = least
     assert harness.controller.could_fit(SHAPE)
     harness.budget_bytes = 0
     assert harness.controller.could_fit(SHAPE)  # there was such a budget once
-    harness.controller.monitor.most_bytes = 0
-    harness.controller.monitor.memory.limit_bytes = least
+    harness.controller.monitor.max_budget_bytes = 0
+    harness.controller.monitor.source.limit_bytes = least
     assert harness.controller.could_fit(SHAPE)
 
 
@@ -65,7 +66,7 @@ def test_a_budget_that_falls_is_followed_before_the_next_step():
     harness.budget_bytes = between(harness, 2)
     assert harness.controller.check(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:2])
-    assert harness.controller.recent[-1].why == "budget_fell"
+    assert harness.controller.recent[-1].trigger == "budget_fell"
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -116,9 +117,9 @@ def test_the_guards_order_is_the_policys_or_else_by_bytes():
     policy = Says(BlockMask())
     policy.order = ORDER
     harness = Harness(policy=policy)
-    assert harness.controller.mask_chooser.order(SHAPE) == ORDER
+    assert harness.controller.chooser.order(SHAPE) == ORDER
     freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=Says(BlockMask())).controller.mask_chooser.order(SHAPE)
+    by_bytes = Harness(policy=Says(BlockMask())).controller.chooser.order(SHAPE)
     assert sorted(by_bytes) == list(range(6))
     assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
@@ -185,11 +186,11 @@ def test_bytes_that_appear_while_it_switches_cost_more_blocks_at_once():
 def test_a_pass_that_could_grow_beyond_the_budget_costs_blocks_before_it_runs():
     harness = ordered()
     harness.budget_bytes = harness.need(BlockMask(), SHAPE)
-    harness.controller.expect(80, 160)
-    assert harness.controller.check(SHAPE)
+    next_pass = PassSize(80, 160)
+    assert harness.controller.check(SHAPE, next_pass)
     assert harness.mask
-    coming = harness.estimator.coming(harness.mask, SHAPE, 80, 160)
-    assert harness.meter.used_bytes() + coming.total <= harness.budget_bytes
+    estimate = harness.estimator.pass_estimate(harness.mask, SHAPE, next_pass)
+    assert harness.meter.used_bytes() + estimate.total <= harness.budget_bytes
 
 
 def test_at_rest_a_burst_is_forgotten_and_freed_memory_given_back():
@@ -210,7 +211,7 @@ def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
     def fails(used_bytes):
         raise MemorySourceError("gone")
 
-    harness.controller.monitor.memory.budget_bytes = fails
+    harness.controller.monitor.source.budget_bytes = fails
     assert harness.controller.check(SHAPE)
     assert harness.controller.budget_bytes == harness.budget_bytes
     assert "stays at" in caplog.text

@@ -18,7 +18,7 @@ def made(number: int = 0) -> Decision:
     return Decision(
         time_s=float(number),
         wall_time="2030-01-01T00:00:00.000+00:00",
-        why="budget_fell",
+        trigger="budget_fell",
         before=BlockMask(),
         after=BlockMask.of("layer00.attn", "layer02.ffn"),
         bytes_before=1000,
@@ -82,7 +82,7 @@ def test_a_disk_that_fails_costs_lines_and_not_the_service(tmp_path, caplog):
     log.append(made())
     log.append(made())
     assert log.lost == 2
-    assert caplog.text.count("not logged any more") == 1
+    assert caplog.text.count("can no longer be logged") == 1
 
 
 def test_after_it_was_closed_nothing_is_written(tmp_path):
@@ -123,4 +123,4 @@ def test_repairing_says_so(tmp_path, caplog):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"{}\n{")
     decisions.repair(path)
-    assert "torn line" in caplog.text
+    assert "incomplete line" in caplog.text

@@ -30,7 +30,7 @@ def test_measured_bytes_stay_within_a_budget_that_jumps():
         if turn > 150:
             harness.budget_bytes = PLENTY
 
-    harness.controller.monitor.most_bytes = PLENTY
+    harness.controller.monitor.max_budget_bytes = PLENTY
     for turn in range(400):
         before(turn)
         engine.step()
@@ -107,10 +107,11 @@ def test_what_grew_hopeless_is_refused_though_it_was_taken():
     harness = Harness()
     engine = harness.engine()
     handle = engine.submit(prompt(5), greedy(20))
-    harness.budget_bytes = harness.controller.monitor.most_bytes = 1000
+    harness.budget_bytes = harness.controller.monitor.max_budget_bytes = 1000
     engine.step()
     assert handle.reason == "error"
-    assert "fit no budget" in handle.error
+    assert "do not fit the largest expected budget" in handle.error
+    assert handle.rejection == "infeasible"
 
 
 def test_tokens_say_under_which_mask_they_were_made():
@@ -127,7 +128,7 @@ def test_tokens_say_under_which_mask_they_were_made():
     sizes = [len(mask) for mask in handle.masks]
     assert sizes[0] == 0 < max(sizes)
     assert sizes[-1] == 0
-    assert [decision.why for decision in harness.controller.recent] == ["budget_fell", "room"]
+    assert [decision.trigger for decision in harness.controller.recent] == ["budget_fell", "room"]
 
 
 def test_after_a_mask_has_changed_rows_are_what_the_new_mask_makes_of_them():
@@ -165,7 +166,7 @@ def served():
     """An engine in a thread of its own, on real time."""
     harness = Harness(hold_s=0.0, hysteresis_share=0.0, clock=time.monotonic)
     engine = Engine(harness.llm, harness.controller, max_batch_size=4, prefill_chunk_tokens=64)
-    harness.controller.monitor.most_bytes = PLENTY
+    harness.controller.monitor.max_budget_bytes = PLENTY
     engine.start()
     yield harness, engine
     engine.close(timeout_s=30)
@@ -214,7 +215,7 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
 def test_closing_while_it_runs_ends_all_and_the_thread(served):
     harness, engine = served
     handles = [engine.submit(prompt(4, n), greedy(50)) for n in range(10)]
-    handles[0].listen(lambda event: None)
+    handles[0].add_listener(lambda event: None)
     engine.close(timeout_s=30)
     assert all(handle.result(timeout_s=1).reason in ("length", "cancelled") for handle in handles)
     assert not engine.alive

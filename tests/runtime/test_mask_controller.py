@@ -25,7 +25,7 @@ def test_room_must_last_before_blocks_come_back():
     harness.time_s = 2.0
     harness.controller.check(SHAPE)
     assert harness.mask == BlockMask()
-    assert harness.controller.recent[-1].why == "room"
+    assert harness.controller.recent[-1].trigger == "room"
 
 
 def test_a_dip_while_it_waits_begins_the_wait_anew():
@@ -57,7 +57,7 @@ def test_a_request_that_left_makes_room_too():
         harness.time_s = time_s
         harness.controller.check(BatchShape(1, 20))
     assert len(harness.mask) < 4
-    assert harness.controller.recent[-1].why == "left"
+    assert harness.controller.recent[-1].trigger == "left"
 
 
 def switches(budget_of, *, share, hold_s, seconds=60) -> int:
@@ -104,7 +104,7 @@ def test_a_policy_that_wants_no_more_is_not_asked_again_and_again():
 def test_while_others_run_a_mask_that_fits_stays():
     policy = Says(BlockMask())
     harness = Harness(policy=policy, guard_order=ORDER, mask=BlockMask.of(1))
-    assert harness.controller.admit(SHAPE, beside=BatchShape(1, 5))
+    assert harness.controller.admit(SHAPE, running=BatchShape(1, 5))
     assert (harness.mask, policy.asked) == (BlockMask.of(1), [])
     assert harness.controller.admit(SHAPE)
     assert harness.mask == BlockMask()
@@ -157,23 +157,23 @@ def test_attention_comes_back_with_room_only_where_a_refill_fits_too():
 
 
 def test_room_must_last_and_gives_the_least_that_was_free():
-    room = Debounce(hold_s=2.0)
+    debounce = Debounce(hold_s=2.0)
     spares = [(0.0, 50), (1.0, 30), (1.9, 80)]
-    assert [room.held(time_s, spare, 20) for time_s, spare in spares] == [None] * 3
-    assert room.held(2.0, 90, 20) == 30
+    assert [debounce.update(time_s, spare, 20) for time_s, spare in spares] == [None] * 3
+    assert debounce.update(2.0, 90, 20) == 30
 
 
 def test_a_moment_without_room_begins_the_time_anew():
-    room = Debounce(hold_s=2.0)
+    debounce = Debounce(hold_s=2.0)
     for time_s, spare in ((0.0, 50), (1.0, 10), (1.5, 50), (3.0, 50)):
-        assert room.held(time_s, spare, 20) is None
-    assert room.held(3.5, 60, 20) == 50
+        assert debounce.update(time_s, spare, 20) is None
+    assert debounce.update(3.5, 60, 20) == 50
 
 
 def test_after_it_was_given_a_new_time_begins():
-    room = Debounce(hold_s=1.0)
-    room.held(0.0, 50, 20)
-    assert room.held(1.0, 50, 20) == 50
-    assert room.held(1.5, 50, 20) is None
-    room.close()
-    assert room.held(2.4, 50, 20) is None
+    debounce = Debounce(hold_s=1.0)
+    debounce.update(0.0, 50, 20)
+    assert debounce.update(1.0, 50, 20) == 50
+    assert debounce.update(1.5, 50, 20) is None
+    debounce.reset()
+    assert debounce.update(2.4, 50, 20) is None

@@ -48,7 +48,9 @@ def test_resident_weights_are_not_freed_and_the_guard_passes_over_them(llm):
     assert set(freed[1::2]) == {0}
     assert min(freed[0::2]) > 0
     limit = estimator.peak_bytes(BlockMask.of(0, 2), SHAPE)
-    assert estimator.fitted(BlockMask(), [1, 0, 3, 2, 5, 4], SHAPE, limit) == BlockMask.of(0, 2)
+    assert estimator.shrink_to_fit(BlockMask(), [1, 0, 3, 2, 5, 4], SHAPE, limit) == BlockMask.of(
+        0, 2
+    )
 
 
 def test_nothing_to_serve_needs_the_weights_and_a_token(llm):
@@ -62,17 +64,19 @@ def test_the_guard_removes_in_order_and_no_more_than_it_must(llm):
     for count in range(7):
         expected = BlockMask.of(*order[:count])
         limit = estimator.peak_bytes(expected, SHAPE)
-        assert estimator.fitted(BlockMask(), order, SHAPE, limit) == expected
+        assert estimator.shrink_to_fit(BlockMask(), order, SHAPE, limit) == expected
     everything = estimator.peak_bytes(BlockMask.of(*order), SHAPE)
-    assert estimator.fitted(BlockMask(), order, SHAPE, everything - 1) is None
-    assert estimator.fitted(BlockMask(), [], SHAPE, everything) is None
+    assert estimator.shrink_to_fit(BlockMask(), order, SHAPE, everything - 1) is None
+    assert estimator.shrink_to_fit(BlockMask(), [], SHAPE, everything) is None
 
 
 def test_the_guard_begins_with_the_mask_it_is_given(llm):
     estimator = MemoryEstimator(llm)
     limit = estimator.peak_bytes(BlockMask.of(3, 4), SHAPE)
-    assert estimator.fitted(BlockMask.of(3), [4, 1], SHAPE, limit) == BlockMask.of(3, 4)
-    assert estimator.fitted(BlockMask.of(3, 4, 5), [1], SHAPE, limit) == BlockMask.of(3, 4, 5)
+    assert estimator.shrink_to_fit(BlockMask.of(3), [4, 1], SHAPE, limit) == BlockMask.of(3, 4)
+    assert estimator.shrink_to_fit(BlockMask.of(3, 4, 5), [1], SHAPE, limit) == BlockMask.of(
+        3, 4, 5
+    )
 
 
 def test_windows_bound_what_a_row_holds():

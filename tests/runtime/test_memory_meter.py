@@ -8,7 +8,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError
 from rap_env.llm.live_batch import LiveBatch
-from rap_env.runtime.memory_meter import ProcessMeter, ResidentMeter, TensorMeter
+from rap_env.runtime.memory_meter import ResidentMeter, TensorMeter, process_meter
 from tests.tiny import tiny_llm
 
 MIB = 2**20
@@ -33,8 +33,8 @@ def test_tensors_are_counted_exactly_and_the_most_is_since_the_last_question():
 @linux
 def test_the_process_is_measured_less_what_it_took_beside_the_model():
     llm = tiny_llm()
-    meter = ProcessMeter(llm)
-    assert isinstance(meter.inner, ResidentMeter)
+    meter = process_meter(llm)
+    assert isinstance(meter, ResidentMeter)
     before = meter.used_bytes()
     assert abs(before - llm.held_bytes.total) < 4 * MIB
     touched = mmap.mmap(-1, 64 * MIB)
@@ -69,11 +69,11 @@ def test_a_process_that_shrank_is_found_out_by_what_tensors_hold(tmp_path):
     held = llm.held_bytes.total
     write(450)  # fifty of what had been there beside the model are gone
     assert meter.used_bytes() == 0
-    meter.no_less_than(held)
+    meter.correct_baseline(held)
     assert meter.used_bytes() == held
     write(460)
     assert meter.used_bytes() == held + 10 * MIB
-    meter.no_less_than(held)
+    meter.correct_baseline(held)
     assert meter.used_bytes() == held + 10 * MIB
 
 
@@ -105,7 +105,7 @@ def test_a_process_that_cannot_be_read_is_refused(tmp_path):
 def test_making_a_meter_changes_neither_mask_nor_caches():
     llm = tiny_llm()
     llm.apply(BlockMask.of(0, 3))
-    ProcessMeter(llm)
+    process_meter(llm)
     assert llm.mask == BlockMask.of(0, 3)
     assert llm.held_bytes.kv_cache == 0
 
@@ -116,7 +116,7 @@ def test_on_a_cuda_device_temporary_tensors_count_in_the_peak():
 
     llm = tiny_llm()
     llm.model.to("cuda")
-    meter = ProcessMeter(llm)
+    meter = process_meter(llm)
     before = meter.used_bytes()
     block = torch.ones(16 * MIB, dtype=torch.uint8, device="cuda")
     del block

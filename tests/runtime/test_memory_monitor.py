@@ -3,7 +3,7 @@ from __future__ import annotations
 from rap_env.blocks import BlockMask
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import GivenMemory
 from tests.runtime.harness import NoisyMeter
@@ -20,9 +20,9 @@ def monitor(budget=10**6, **settings) -> MemoryMonitor:
 
 def test_what_masks_may_need_is_the_budget_without_the_margin():
     made = monitor()
-    assert made.room_bytes(SHAPE, PassEstimate(100, 100)) == 10**6
-    made.margin.note("decode", 1234)
-    assert made.room_bytes(SHAPE, PassEstimate(100, 100)) == 10**6 - 1234
+    assert made.available_bytes(SHAPE, PassEstimate(100, 100)) == 10**6
+    made.margin.observe("decode", 1234)
+    assert made.available_bytes(SHAPE, PassEstimate(100, 100)) == 10**6 - 1234
 
 
 def test_where_a_pass_could_go_beyond_all_that_the_process_holds_counts():
@@ -30,23 +30,23 @@ def test_where_a_pass_could_go_beyond_all_that_the_process_holds_counts():
     made.meter.noise_bytes = 5 * 10**5
     made.poll()
     workspace = MemoryEstimator(tiny_llm()).workspace_bytes(SHAPE)
-    assert made.room_bytes(SHAPE, PassEstimate(1000, 0)) == 10**6
+    assert made.available_bytes(SHAPE, PassEstimate(1000, 0)) == 10**6
     tight = PassEstimate(1000, 10**6)
-    assert made.room_bytes(SHAPE, tight) == 10**6 - 5 * 10**5 - 1000 + workspace
+    assert made.available_bytes(SHAPE, tight) == 10**6 - 5 * 10**5 - 1000 + workspace
 
 
 def test_a_step_is_held_against_the_most_that_was_held_since_memory_was_given_back():
     made = monitor()
     batch = LiveBatch(made._llm)
     batch.prefill([[5] * 30] * 2)
-    made.observe(SHAPE, "prefill")
+    made.observe_step(SHAPE, "prefill")
     freed = batch.kv_bytes
     batch.close()
     made.meter.noise_bytes = freed  # the process keeps what was freed
-    made.observe(SHAPE, "decode")
+    made.observe_step(SHAPE, "decode")
     assert made.margin.bytes == 0
     made.trim()
-    made.observe(EMPTY_BATCH, "decode")
+    made.observe_step(EMPTY_BATCH, "decode")
     assert made.margin.bytes > 0
 
 
@@ -60,46 +60,46 @@ def test_other_threads_may_ask_for_the_limit_without_moving_the_budget():
         MemoryEstimator(llm),
         SafetyMargin(),
     )
-    assert made.limit_bytes() == 500
+    assert made.budget_limit_bytes() == 500
     assert made.budget_bytes == 100
     made.poll()
-    assert (made.budget_bytes, made.most_bytes) == (300, 500)
+    assert (made.budget_bytes, made.max_budget_bytes) == (300, 500)
 
 
 def test_a_source_that_knows_its_limit_is_believed():
-    assert monitor(limit_bytes=7 * 10**6).limit_bytes() == 7 * 10**6
+    assert monitor(limit_bytes=7 * 10**6).budget_limit_bytes() == 7 * 10**6
 
 
 def test_what_comes_depends_on_the_blocks_that_are_kept():
     estimator = MemoryEstimator(tiny_llm())
-    dense = estimator.coming(BlockMask(), SHAPE, 8, 10)
-    half = estimator.coming(BlockMask.of(0), SHAPE, 8, 10)
+    dense = estimator.pass_estimate(BlockMask(), SHAPE, PassSize(8, 10))
+    half = estimator.pass_estimate(BlockMask.of(0), SHAPE, PassSize(8, 10))
     assert half.growth * 2 == dense.growth == 10 * sum(estimator.memory.facts.kv_bytes_per_token)
-    assert estimator.coming(BlockMask(), SHAPE, 16, 10).workspace > dense.workspace
-    assert estimator.coming(BlockMask(), EMPTY_BATCH, 0, 0).total == 0
+    assert estimator.pass_estimate(BlockMask(), SHAPE, PassSize(16, 10)).workspace > dense.workspace
+    assert estimator.pass_estimate(BlockMask(), EMPTY_BATCH, PassSize(0, 0)).total == 0
 
 
 def test_the_margin_is_the_most_that_went_beyond_its_prediction():
     margin = SafetyMargin(window=4)
     for beyond in (-50, 30, 10):
-        margin.note("decode", beyond)
+        margin.observe("decode", beyond)
     assert margin.bytes == 30
 
 
 def test_it_is_never_less_than_its_least():
     margin = SafetyMargin(least_bytes=20, window=2)
-    margin.note("decode", 5)
+    margin.observe("decode", 5)
     assert margin.bytes == 20
-    margin.note("decode", 25)
+    margin.observe("decode", 25)
     assert margin.bytes == 25
 
 
 def test_a_single_burst_is_forgotten_within_two_windows():
     margin = SafetyMargin(window=10)
-    margin.note("decode", 100)
+    margin.observe("decode", 100)
     seen = []
     for _ in range(20):
-        margin.note("decode", 7)
+        margin.observe("decode", 7)
         seen.append(margin.bytes)
     assert seen[8] == 100
     assert seen[-1] == 7
@@ -108,13 +108,13 @@ def test_a_single_burst_is_forgotten_within_two_windows():
 def test_what_comes_again_is_not_forgotten():
     margin = SafetyMargin(window=10)
     for step in range(200):
-        margin.note("decode", 100 if step % 9 == 0 else 0)
+        margin.observe("decode", 100 if step % 9 == 0 else 0)
         assert margin.bytes == 100
 
 
 def test_steps_of_one_kind_do_not_make_it_forget_another():
     margin = SafetyMargin(window=4)
-    margin.note("prefill", 60)
+    margin.observe("prefill", 60)
     for _ in range(100):
-        margin.note("decode", 3)
+        margin.observe("decode", 3)
     assert margin.bytes == 60

@@ -174,7 +174,7 @@ def test_a_fixed_budget_is_its_own_limit():
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_function_that_gives_no_number_is_refused(wrong):
-    with pytest.raises(MemorySourceError, match="should give a number of bytes"):
+    with pytest.raises(MemorySourceError, match="should return a number of bytes"):
         GivenMemory(lambda: wrong).budget_bytes(0)
 
 
@@ -194,7 +194,7 @@ def test_unknown_settings_name_the_known_ones(wrong):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_cuda_device_its_memory_cannot_be_asked_for():
-    with pytest.raises(MemorySourceError, match="does not say how much memory"):
+    with pytest.raises(MemorySourceError, match="does not report its free memory"):
         CudaMemory()
 
 

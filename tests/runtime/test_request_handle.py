@@ -29,7 +29,7 @@ def test_a_ticket_tells_what_has_become_of_it():
 
 def test_nothing_follows_an_end():
     made, heard = handle(), []
-    made.listen(heard.append)
+    made.add_listener(heard.append)
     made.emit(EndEvent("error", "It broke.", 5.0))
     made.emit(token(7))
     made.emit(EndEvent("length", None, 6.0))
@@ -40,11 +40,11 @@ def test_nothing_follows_an_end():
 def test_who_listens_late_hears_everything():
     made, heard = handle(), []
     made.emit(token(7))
-    made.listen(heard.append)
+    made.add_listener(heard.append)
     made.emit(token(8))
     made.emit(EndEvent("length", None, 9.0))
     after = []
-    made.listen(after.append)
+    made.add_listener(after.append)
     assert heard == after
     assert [type(event) for event in heard] == [TokenEvent, TokenEvent, EndEvent]
 
@@ -56,8 +56,8 @@ def test_a_listener_that_raises_harms_nobody_and_is_not_called_again(caplog):
         calls.append(event)
         raise RuntimeError("no")
 
-    made.listen(broken)
-    made.listen(heard.append)
+    made.add_listener(broken)
+    made.add_listener(heard.append)
     for number in (1, 2, 3):
         made.emit(token(number))
     assert len(calls) == 1

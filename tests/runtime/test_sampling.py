@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidRequestError
-from rap_env.runtime.sampling import RowSampler, SamplingParams, draw_rows
+from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 
 
 def logits(rows=3, vocab=50, seed=0) -> torch.Tensor:
@@ -38,14 +38,14 @@ def test_values_out_of_range_are_refused_by_name(setting, wrong):
 def test_greedy_takes_the_likeliest_token_with_its_own_log_probability():
     scores = logits()
     expected = torch.log_softmax(scores, dim=-1)
-    for row, drawn in enumerate(draw_rows([RowSampler(SamplingParams())] * 3, scores)):
+    for row, drawn in enumerate(sample_rows([RowSampler(SamplingParams())] * 3, scores)):
         assert drawn.token_id == int(scores[row].argmax())
         assert drawn.logprob == pytest.approx(float(expected[row].max()), abs=1e-5)
 
 
 def test_the_log_probability_is_the_models_whatever_the_temperature():
     scores = logits(1)
-    drawn = draw_rows([RowSampler(sampled(temperature=2.0, top_k=5, seed=3))], scores)[0]
+    drawn = sample_rows([RowSampler(sampled(temperature=2.0, top_k=5, seed=3))], scores)[0]
     expected = torch.log_softmax(scores[0], dim=-1)[drawn.token_id]
     assert drawn.logprob == pytest.approx(float(expected), abs=1e-5)
 
@@ -57,7 +57,7 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are():
     for step in range(20):
         mixed = torch.roll(others, step, dims=1)
         mixed[1] = scores[step % 3]
-        assert draw_rows(among, mixed)[1] == draw_rows([lone], scores[step % 3][None])[0]
+        assert sample_rows(among, mixed)[1] == sample_rows([lone], scores[step % 3][None])[0]
 
 
 def test_seeds_repeat_and_no_seed_differs():
@@ -65,7 +65,7 @@ def test_seeds_repeat_and_no_seed_differs():
 
     def drawn(seed):
         sampler = RowSampler(sampled(seed=seed))
-        return [draw_rows([sampler], scores)[0].token_id for _ in range(8)]
+        return [sample_rows([sampler], scores)[0].token_id for _ in range(8)]
 
     assert drawn(4) == drawn(4) != drawn(5)
     assert drawn(None) != drawn(None)
@@ -76,14 +76,14 @@ def test_top_k_and_top_p_bound_what_can_be_drawn():
     cases = (({"top_k": 2}, {0, 1}), ({"top_p": 0.75}, {0, 1}), ({"top_k": 1}, {0}))
     for bound, allowed in cases:
         sampler = RowSampler(sampled(seed=0, **bound))
-        seen = {draw_rows([sampler], scores)[0].token_id for _ in range(200)}
+        seen = {sample_rows([sampler], scores)[0].token_id for _ in range(200)}
         assert seen == allowed, bound
 
 
 def test_frequencies_follow_the_warped_probabilities():
     scores = torch.log(torch.tensor([[0.6, 0.3, 0.1]]))
     sampler = RowSampler(sampled(temperature=0.5, seed=0))
-    draws = [draw_rows([sampler], scores)[0].token_id for _ in range(4000)]
+    draws = [sample_rows([sampler], scores)[0].token_id for _ in range(4000)]
     weights = [0.36, 0.09, 0.01]
     for token, weight in enumerate(weights):
         assert draws.count(token) / 4000 == pytest.approx(weight / sum(weights), abs=0.03)
@@ -93,7 +93,7 @@ def test_frequencies_follow_the_warped_probabilities():
 def test_a_row_that_is_not_finite_gives_nothing_and_its_neighbours_go_on(bad):
     scores = logits()
     scores[1, 7] = bad
-    drawn = draw_rows(
+    drawn = sample_rows(
         [RowSampler(SamplingParams()), RowSampler(sampled()), RowSampler(sampled())], scores
     )
     assert drawn[1] is None
@@ -104,4 +104,4 @@ def test_a_row_that_is_not_finite_gives_nothing_and_its_neighbours_go_on(bad):
 def test_tokens_that_are_ruled_out_are_no_error():
     scores = logits(1)
     scores[0, 3:] = -math.inf
-    assert draw_rows([RowSampler(sampled(seed=0))], scores)[0].token_id < 3
+    assert sample_rows([RowSampler(sampled(seed=0))], scores)[0].token_id < 3

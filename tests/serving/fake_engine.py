@@ -52,7 +52,7 @@ class FakeEngine:
         if isinstance(self.end, Exception):
             raise self.end
         handle = RequestHandle(tuple(prompt_ids), params, time.monotonic())
-        handle.listen(listener)
+        handle.add_listener(listener)
         self.handles.append(handle)
         threading.Thread(target=self._play, args=[handle], daemon=True).start()
         return handle

@@ -93,8 +93,7 @@ def answer_of(llm, mask, prompt, tokens=6):
             logprobs = llm.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             token = int(logprobs.argmax())
             ids.append(token)
-            handle.masks.append(mask)
-            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0))
+            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0, mask))
     handle.emit(EndEvent("length", None, 0.0))
     return Answer.of(handle)
 
@@ -123,7 +122,9 @@ def test_the_sample_is_bounded_and_leaves_out_changed_masks():
     sample = AnswerSample(size=10)
     for number in range(500):
         handle = RequestHandle((number,), SamplingParams(), 0.0)
-        handle.masks = [BlockMask(), BlockMask.of(number % 2)] if number % 5 else [BlockMask()]
+        masks = [BlockMask(), BlockMask.of(number % 2)] if number % 5 else [BlockMask()]
+        for mask in masks:
+            handle.emit(TokenEvent(5, -0.5, 0.0, mask))
         handle.emit(EndEvent("length", None, 0.0))
         sample.note(handle)
     assert sample.unfinished() == []
