@@ -1,4 +1,4 @@
-"""From settings to live parts: context, environment, texts and tasks."""
+"""Build pruning contexts, scorers, tasks and server settings from the settings."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ FRONTIER_FILE = "frontier.json"
 
 NEEDS_MODEL = {
     "profile": "measures the importance of its blocks",
-    "evaluate": "judges masks on text that no table holds",
-    "demo": "begins with its profile",
+    "evaluate": "scores masks on text that no table contains",
+    "demo": "starts with its profile",
     "export_scores": "measures it",
     "repair": "fits stubs to its hidden states",
 }
-"""Why a stage needs a live model; the others do with a score table."""
+"""Stages that need a live model, and why; the others also accept a score table."""
 
 
 def gsi_artifact(config: Config) -> Path:
-    """Where this comparison's GSI artifact lies once it is profiled."""
+    """Return the path of this comparison's GSI artifact, which its profile writes."""
     return config.stage_dir("profile") / GSI_FILE
 
 
 def frontier_artifact(config: Config) -> Path:
-    """Where this comparison's frontier table lies once it is built."""
+    """Return the path of this comparison's frontier table, which its profile writes."""
     return config.stage_dir("profile") / FRONTIER_FILE
 
 
 def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
-    """What to measure with.
+    """Return the settings of the pruning context.
 
     Args:
         config: All settings.
-        profiled: Take the importance from this comparison's artifact, if there is one, so that
-            an agent is evaluated with the very numbers that it was trained with.
+        profiled: Whether to read the importance from this comparison's artifact, if it exists, so
+            that agents are evaluated with the same numbers that they were trained with.
     """
     importance = config.importance.method
     artifact = gsi_artifact(config)
@@ -68,35 +68,36 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
 
 
 def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
-    """The context of this comparison; one for each config in a process.
+    """Return the pruning context of this comparison; a process opens each one only once.
 
     Raises:
-        ExperimentError: The model is a score table, and the stage needs a live one.
-        RapError: As loading the model, the text, the store or an artifact does.
+        ExperimentError: The model is a score table, but the stage needs a live model.
+        RapError: The model, text, store or an artifact cannot be loaded.
     """
     refuse_table(config)
     return open_context(context_config(config, profiled=profiled))
 
 
 def refuse_table(config: Config) -> None:
-    """Refuse a score table where a stage needs a live model.
+    """Check that the model is no score table if the stage needs a live model.
 
     Raises:
-        ExperimentError: The model is a score table, and the stage needs a live one.
+        ExperimentError: The model is a score table, but the stage needs a live model.
     """
     if table_path(config.model.name) is not None and config.stage in NEEDS_MODEL:
         raise ExperimentError(
-            f"experiments.{config.stage} needs a live model, since it {NEEDS_MODEL[config.stage]}, "
-            f"but model.name is {config.model.name}; give the model whose scores these are."
+            f"experiments.{config.stage} needs a live model, because it "
+            f"{NEEDS_MODEL[config.stage]}, but model.name is {config.model.name}. Set model.name "
+            "to the model that the table was measured on."
         )
 
 
 def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> MaskScorer:
-    """Scores masks on a text that no search has seen.
+    """Return a scorer on a text that no search has used.
 
     Raises:
         CorpusError: The text is too short or overlaps with the calibration text.
-        ModelNotAvailableError: The context is a score table, which knows one text alone.
+        ModelNotAvailableError: The context is a score table, which has scores on one text only.
     """
     from rap_env.scoring.scorer import MaskScorer
 
@@ -106,7 +107,7 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
 
 
 def task_config(tasks: TasksConfig) -> TaskConfig:
-    """The tasks in the scorer's own terms."""
+    """Convert the settings of tasks to those of the scorer."""
     from rap_env.scoring.tasks import TaskConfig
 
     return TaskConfig(

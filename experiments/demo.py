@@ -1,6 +1,6 @@
 """``python -m experiments.demo``: profile, train, evaluate and report in one process.
 
-What is done already is not done again, so the same command goes on after a kill.
+Finished work is not repeated, so the same command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def demo(config: Config, folder: Path) -> Path:
 
     Args:
         config: All settings.
-        folder: The comparison's folder; only this program's log goes there.
+        folder: The comparison's folder; this program writes only its log there.
 
     Returns:
         The report's path.
 
     Raises:
-        RapError: As the four stages do.
+        RapError: One of the four stages failed.
     """
     started = time.monotonic()
     _announce(1, "importance of each block (calibration text, one-shot, GSI)")
@@ -56,9 +56,9 @@ def demo(config: Config, folder: Path) -> Path:
 
 
 def demo_agents(config: Config) -> list[AgentConfig]:
-    """The agents to train: the configured one, or those of ``demo.agents`` as ``conf`` has them.
+    """Return the agents to train: the configured one, or those that ``demo.agents`` names.
 
-    Steps are the configured ones, so that all train as long.
+    All get the configured number of steps.
     """
     if not config.demo.agents:
         return [config.agent]

@@ -1,4 +1,4 @@
-"""Mistakes that only experiments can make."""
+"""Errors of the experiments."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from rap_env.errors import RapError
 
 
 class ExperimentError(RapError, ValueError):
-    """A setting, run folder or record that an experiment cannot work with."""
+    """A setting, run folder or record is invalid."""

@@ -1,4 +1,4 @@
-"""``python -m experiments.evaluate``: every method on every request and budget, a row each."""
+"""``python -m experiments.evaluate``: measure each method at each request and budget."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ from rap_env.request import Request
 log = logging.getLogger(__name__)
 
 SET_ASIDE = "results.other.jsonl"
-"""Rows of other settings: kept, used again when the settings come back, not reported."""
+"""Rows of other settings: kept, used again if those settings return, and not reported."""
 
 
-class Bench:
-    """The model with what masks are judged by: held-out text and tasks.
+class Evaluator:
+    """Measures masks on held-out text and tasks.
 
     Args:
         config: All settings.
-        context: The model and the calibration text that methods may look at.
+        context: The model and the calibration text, which methods may use.
 
     Raises:
         CorpusError: The report text is too short or overlaps with the calibration text.
@@ -79,25 +79,25 @@ class Bench:
             "tasks": self._tasks(config),
             "importance": _importance_identity(config, context),
         }
-        if context.memory.facts.repair:  # rows without stubs keep the keys that they always had
+        if context.memory.facts.repair:  # rows without stubs keep their former keys
             self.depends_on["repair"] = context.memory.facts.repair
 
-    def judge(self, contestant: Method, asked: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
-        """The row of one choice.
+    def measure(self, method: Method, cell: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
+        """Return the row of one choice.
 
         Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
+            NonFiniteScoreError: The model returned NaN or infinity.
         """
-        mask, request, scorer = choice.mask, asked.request, self.context.scorer
+        mask, request, scorer = choice.mask, cell.request, self.context.scorer
         losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
         loss = bootstrap_mean(losses)
         peak_bytes = self.context.memory.peak_bytes(mask, request)
         return ResultRow(
-            method=contestant.method,
-            kv_aware=contestant.kv_aware,
-            seed=contestant.seed,
+            method=method.name,
+            kv_aware=method.kv_aware,
+            seed=method.seed,
             request={"batch_size": request.batch_size, "seq_len_tokens": request.seq_len_tokens},
-            budget_fraction=asked.cell[2],
+            budget_fraction=cell.cell[2],
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
             fits=peak_bytes <= request.budget_bytes,
@@ -112,17 +112,21 @@ class Bench:
             accuracies=self.tasks.accuracies(mask) if self.tasks else {},
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,
-            setup_evaluations=contestant.setup_evaluations,
-            provenance=self.provenance(contestant),
-            sparsity=asked.sparsity,
-            outside=asked.outside,
-            training_s=contestant.training_s,
+            setup_evaluations=method.setup_evaluations,
+            provenance=self.provenance(method),
+            sparsity=cell.sparsity,
+            outside=cell.outside,
+            training_s=method.training_s,
         )
 
-    def provenance(self, contestant: Method) -> dict[str, Any]:
-        """What a row depends on; ``method`` is what only this contestant depends on."""
-        depends_on = {**self.depends_on, "method": contestant.identity}
+    def provenance(self, method: Method) -> dict[str, Any]:
+        """Return what a row depends on; the entry ``method`` is specific to the method."""
+        depends_on = {**self.depends_on, "method": method.identity}
         return {"depends_on": depends_on, "git": self.git}
+
+    def key(self, method: Method, cell: EvaluationCell) -> str:
+        """Return the identifier that the method's row at a cell will have."""
+        return row_key(method.name, method.seed, cell.cell, self.provenance(method), cell.part)
 
     def _tasks(self, config: Config) -> dict[str, Any]:
         settings = asdict(config.evaluate.tasks)
@@ -132,28 +136,27 @@ class Bench:
 
 
 def evaluate(config: Config, folder: Path) -> Path:
-    """Compare all methods on all cells; rows that are already there are not computed again.
+    """Compare all methods on all cells; existing rows are not computed again.
 
     Args:
         config: All settings.
-        folder: Where ``results.jsonl`` goes.
+        folder: Folder for ``results.jsonl``.
 
     Returns:
         The path of ``results.jsonl``.
 
     Raises:
-        RapError: A setting cannot be, a budget cannot be met, texts overlap, or a record or
+        RapError: A setting is invalid, no mask meets a budget, texts overlap, or a record or
             artifact is damaged.
     """
     check_names(config)
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
-    questions = evaluation_cells(config.evaluate, context.memory)
+    cells = evaluation_cells(config.evaluate, context.memory)
     run.start(config)
-    trim_metrics(run.metrics, -1)  # an evaluation's metrics are those of its last session
+    trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last session
     with open_loggers(config, folder, job="evaluate") as loggers:
-        bench = Bench(config, context)
-        rows = _all_rows(config, run, bench, questions)
+        rows = _all_rows(config, run, Evaluator(config, context), cells)
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))
     log.info("Evaluation: %d rows in %s.", len(rows), run.results)
@@ -161,36 +164,36 @@ def evaluate(config: Config, folder: Path) -> Path:
 
 
 def _all_rows(
-    config: Config, run: RunFolder, bench: Bench, questions: list[EvaluationCell]
+    config: Config, run: RunFolder, evaluator: Evaluator, cells: list[EvaluationCell]
 ) -> list[ResultRow]:
-    """Rows of all build_methods on all cells, appended to the results as they are made."""
-    entries = list(build_methods(config, bench.context))
-    wanted = [(_key(entry, asked, bench), entry, asked) for entry in entries for asked in questions]
+    """Return rows of all methods on all cells; each new row is appended to the results."""
+    methods = list(build_methods(config, evaluator.context))
+    wanted = [(evaluator.key(method, cell), method, cell) for method in methods for cell in cells]
     found = sort_out(run, {key for key, *_ in wanted})
     todo = [item for item in wanted if item[0] not in found]
     if found:
-        log.info("Evaluation: %d of %d rows are there already.", len(found), len(wanted))
+        log.info("Evaluation: %d of %d rows exist already.", len(found), len(wanted))
     warm: set[int] = set()
     bar = tqdm(
         todo, initial=len(found), total=len(wanted), desc="evaluate", unit="row",
         disable=None if config.progress else True, dynamic_ncols=True,
     )  # fmt: skip
-    for key, entry, asked in bar:
-        bar.set_postfix_str(entry.method)
-        if id(entry) not in warm:
-            _warm_up(entry, asked.request)
-            warm.add(id(entry))
-        choice = measure_choice(entry.policy, asked.request, bench.context.scorer)
-        found[key] = bench.judge(entry, asked, choice)
+    for key, method, cell in bar:
+        bar.set_postfix_str(method.name)
+        if id(method) not in warm:
+            _warm_up(method, cell.request)
+            warm.add(id(method))
+        choice = measure_choice(method.policy, cell.request, evaluator.context.scorer)
+        found[key] = evaluator.measure(method, cell, choice)
         append_record(run.results, found[key].to_record())
     return list(found.values())
 
 
 def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
-    """Keep the wanted rows among the results and set the others aside, losing none.
+    """Keep the wanted rows in the results, and move all others to `SET_ASIDE`.
 
     Returns:
-        The wanted rows that are there, by key.
+        The wanted rows that exist, by key.
     """
     aside = run.path / SET_ASIDE
     rows = [ResultRow.from_record(r) for r in [*read_records(aside), *read_records(run.results)]]
@@ -203,14 +206,8 @@ def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
     return found
 
 
-def _key(entry: Method, asked: EvaluationCell, bench: Bench) -> str:
-    """What the row will be known by."""
-    provenance = bench.provenance(entry)
-    return row_key(entry.method, entry.seed, asked.cell, provenance, asked.part)
-
-
 def _importance_identity(config: Config, context: PruningContext) -> dict[str, Any]:
-    """The importance that agents see; a longer GSI may change what they choose."""
+    """Identify the importance that agents observe; a longer GSI may change their masks."""
     features = context.features
     values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
     return {
@@ -219,10 +216,10 @@ def _importance_identity(config: Config, context: PruningContext) -> dict[str, A
     }
 
 
-def _warm_up(contestant: Method, request: Request) -> None:
-    """One unmeasured choice of a trained policy: the first call pays for torch's set-up."""
-    if "run" in contestant.identity:
-        contestant.policy.choose(request)
+def _warm_up(method: Method, request: Request) -> None:
+    """Let a trained policy choose once unmeasured, because torch initialises at the first call."""
+    if "run" in method.identity:
+        method.policy.choose(request)
 
 
 def _log_results(comparison: Comparison, loggers: Loggers) -> None:

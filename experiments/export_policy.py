@@ -1,7 +1,7 @@
-"""``python -m experiments.export_policy``: a trained policy as a file for a live model.
+"""``python -m experiments.export_policy``: export a trained policy for the runtime.
 
-Model, text and importance are those of the run, as its ``config.yaml`` says; it needs what the
-run itself needed, such as its text, at the same place.
+Model, calibration text and importance are read from the run's ``config.yaml``, so the files that
+the run needed must still exist at the same paths.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ FRONTIER_SUFFIX = ".frontier.json"
 
 
 def export(config: ExportPolicyConfig) -> Path:
-    """Write a run's policy and, if its profile has a frontier, the best known masks beside it.
+    """Write a run's policy and, if its profile has a frontier table, a reduced table beside it.
 
     Args:
-        config: What, and where to.
+        config: The run and the output file.
 
     Returns:
         The path of the policy.
 
     Raises:
         ExperimentError: There is no such run, or its settings cannot be read.
-        RapError: As loading the model, the text or an artifact does, and as `export_policy` does.
+        RapError: The model, the text, an artifact or the policy cannot be loaded.
     """
     settings = settings_of(Path(config.run))
     context = build_context(settings)
@@ -45,20 +45,21 @@ def export(config: ExportPolicyConfig) -> Path:
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
     if frontier_artifact(settings).exists():
         beside = path.with_suffix(FRONTIER_SUFFIX)
-        thinned(context.frontier).save(beside)
-        say(f"{beside}: {beside.stat().st_size:,} bytes, the best known masks.")
+        table = reduced(context.frontier)
+        table.save(beside)
+        say(f"{beside}: {beside.stat().st_size:,} bytes, {len(table.entries)} best known masks.")
     return path
 
 
 def settings_of(folder: Path) -> Config:
-    """The settings of a training, with the places of its comparison as they are now.
+    """Return the settings of a training run, with the current location of its comparison.
 
     Raises:
         ExperimentError: There is no such run, or its settings cannot be read.
     """
     written = RunFolder(folder).settings()
     if written is None:
-        raise ExperimentError(f"{folder} is no run's folder: it holds no config.yaml.")
+        raise ExperimentError(f"{folder} is not a run folder: it has no config.yaml.")
     try:
         config = as_config(OmegaConf.merge(OmegaConf.structured(Config), written))
     except OmegaConfBaseException as error:
@@ -67,13 +68,13 @@ def settings_of(folder: Path) -> Config:
             f"{message(error)}"
         ) from None
     train = folder.resolve().parent
-    if train.name != "train":  # a run that was given another place: its own words must do
+    if train.name != "train":  # the run was moved alone: keep the recorded location
         return config
     return replace(config, runs_dir=str(train.parent.parent), name=train.parent.name)
 
 
-def thinned(frontier: Frontier) -> Frontier:
-    """The same table without the masks that are not the best of their counts."""
+def reduced(frontier: Frontier) -> Frontier:
+    """Return the table with only the best mask for each pair of counts."""
     scored = {mask_key(mask): frontier.scores[mask] for mask, _ in frontier.entries}
     settings = {**frontier.settings, "thinned_from_masks": frontier.evaluations}
     return replace(frontier, scored=scored, settings=settings)

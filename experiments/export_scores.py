@@ -1,8 +1,9 @@
-"""``python -m experiments.export_scores``: a table of scores, to train without the model.
+"""``python -m experiments.export_scores``: write a score table, to train without the model.
 
-It holds what the store has of the model on the calibration text, and the importance that agents
-see. ``export.masks=20000`` first measures masks (see `experiments.training.score_tables`) until
-the store has so many; killed at any moment, the same command goes on and makes the same table.
+The table has the scores that the store has of the model on the calibration text, and the
+importance that agents observe. ``export.masks=20000`` first measures masks (see
+`experiments.training.score_tables`) until the store has as many; after a kill, the same command
+resumes and writes the same table.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from rap_env.scoring.store import context_key
 log = logging.getLogger(__name__)
 
 CHUNK_MASKS = 256
-"""Masks handed over at once: the more, the more first blocks they share."""
+"""Masks scored in one call: in a larger batch, more masks share their first blocks."""
 
 
 def export_scores(config: Config, folder: Path) -> Path:
-    """Make a score table, and print how well it predicts.
+    """Write a score table, and print how well it predicts.
 
     Args:
         config: All settings.
@@ -46,13 +47,13 @@ def export_scores(config: Config, folder: Path) -> Path:
         The table's path.
 
     Raises:
-        RapError: A setting cannot be, the store has too few scores, or measuring failed.
+        RapError: A setting is invalid, the store has too few scores, or measuring failed.
     """
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
     _check(config, context)
     run.start(config, frozen=("model", "calibration", "importance", "repair", "seed"))
-    _ = context.one_shot, context.features  # a table holds them; their masks count
+    _ = context.one_shot, context.features  # measured first, because the table contains them
     if config.export.masks is not None:
         measure(config, context)
     table = table_of(config, context, _scores(context))
@@ -60,7 +61,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
     say(str(table.fidelity))
-    say(f"{len(table.scores):,} masks in {path}; use it as the model score_table:{path}")
+    say(f"{len(table.scores):,} masks in {path}. Use the table as model.name=score_table:{path}")
     return path
 
 
@@ -68,7 +69,7 @@ def measure(config: Config, context: PruningContext) -> None:
     """Score planned masks until the store has `config.export.masks`.
 
     Raises:
-        NonFiniteScoreError: The model gave NaN or infinity.
+        NonFiniteScoreError: The model returned NaN or infinity.
     """
     wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
     known = _scores(context)
@@ -88,17 +89,17 @@ def measure(config: Config, context: PruningContext) -> None:
             per_s = done / (time.perf_counter() - began)
             end = datetime.now() + timedelta(seconds=(len(missing) - done) / per_s)
             log.info(
-                "Measured %d of %d masks, %.2f a second; all are done about %s.",
+                "Measured %d of %d masks, %.2f per second; expected to finish about %s.",
                 len(known) + done, wanted, per_s, f"{end:%a %H:%M}",
             )  # fmt: skip
 
 
 def _check(config: Config, context: PruningContext) -> None:
-    """Refuse what cannot become a table, before anything is measured.
+    """Check that a table can be made, before anything is measured.
 
     Raises:
-        ExperimentError: There is no store, it has no score and none is to be measured, or more
-            masks are to be measured than half of those that the model has.
+        ExperimentError: There is no store; it is empty and no masks are to be measured; or the
+            number of masks is more than half of all masks of the model.
     """
     name, blocks, wanted = (
         context.llm.name,
@@ -107,14 +108,14 @@ def _check(config: Config, context: PruningContext) -> None:
     )
     if context.store is None:
         raise ExperimentError(
-            "A score table is made from a score store, but store is null; set store=default or "
+            "A score table is made from a score store, but store is null. Set store=default or "
             "store=FILE."
         )
     if wanted is None and not _scores(context):
         raise ExperimentError(
             f"The store {context.store.path} has no scores of {name} on this calibration text, "
-            "dtype, device and number of threads; measure some with export.masks=20000, or use "
-            "the settings that the scores were made with."
+            "dtype, device and number of threads. Measure some with export.masks=20000, or use "
+            "the settings that the scores were measured with."
         )
     if wanted is not None and wanted > 2 ** (blocks - 1):
         raise ExperimentError(
@@ -124,7 +125,7 @@ def _check(config: Config, context: PruningContext) -> None:
 
 
 def _scores(context: PruningContext) -> dict[BlockMask, float]:
-    """Mean NLL of all masks that the store has of this model and text, nats per token."""
+    """Return the mean NLL of all stored masks of this model and text, nats per token."""
     assert context.store is not None
     rows = context.store.rows(context_key(context.scorer.context), METRIC)
     return {mask: float(np.array(values).mean()) for mask, values in rows}

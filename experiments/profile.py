@@ -1,4 +1,4 @@
-"""``python -m experiments.profile``: importance of blocks and the memory picture, as records."""
+"""``python -m experiments.profile``: measure block importance and memory shares."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def profile(config: Config, folder: Path) -> Path:
-    """Measure importance and write it down; what is measured already is not measured again.
+    """Measure importance and write artifacts; existing artifacts are kept.
 
     Args:
         config: All settings.
-        folder: Where ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if it is asked for,
-            ``frontier.json`` go.
+        folder: Folder for ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if
+            `frontier.evaluations` is above 0, ``frontier.json``.
 
     Returns:
         The path of ``profile.json``.
 
     Raises:
-        RapError: As loading the model, the text, the store or an artifact does.
-        ExperimentError: The folder holds a profile of another model, text, importance or repair.
+        RapError: The model, text, store or an artifact cannot be loaded.
+        ExperimentError: The folder has a profile of another model, text, importance or repair.
     """
     run = RunFolder(folder)
     started = time.monotonic()
@@ -48,17 +48,19 @@ def profile(config: Config, folder: Path) -> Path:
     if not path.exists():
         _measure(config, context, folder, path)
     if config.frontier.evaluations and not frontier_artifact(config).exists():
-        build_table(config, context, frontier_artifact(config))
+        build_frontier_table(config, context, frontier_artifact(config))
     run.finish(started)
     log.info("Importance: %s.", path)
     return path
 
 
-def build_table(config: Config, context: PruningContext, path: Path) -> None:
-    """Build the frontier for the workload's requests; killed, it goes on out of the score store.
+def build_frontier_table(config: Config, context: PruningContext, path: Path) -> None:
+    """Build the frontier table for requests of the workload.
+
+    After a kill, the same command resumes from the score store.
 
     Raises:
-        NonFiniteScoreError: The model gave NaN or infinity.
+        NonFiniteScoreError: The model returned NaN or infinity.
     """
     settings = config.frontier
     sampler = make_sampler(config.workload, context.memory)
@@ -74,7 +76,7 @@ def build_table(config: Config, context: PruningContext, path: Path) -> None:
         frontier = build_frontier(require_live(context).scorer, requests, search, ticker(bar))
     frontier.save(path)
     log.info(
-        "Frontier: %d pairs of counts out of %d masks in %s.",
+        "Frontier: %d pairs of counts from %d masks in %s.",
         len(frontier.entries), frontier.evaluations, path,
     )  # fmt: skip
 
@@ -89,9 +91,9 @@ def _measure(config: Config, context: PruningContext, folder: Path, path: Path) 
 
 
 def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]:
-    """Everything that the report shows of a model and its importance, as plain values.
+    """Return what the report shows of a model and its importance, as plain values.
 
-    Losses are in nats per token; lists over blocks are in order of index, length 2L.
+    Losses are ΔNLL in nats per token; lists over blocks have length 2L, in order of block index.
     """
     facts = context.memory.facts
     one_shot = context.one_shot

@@ -1,4 +1,4 @@
-"""``python -m experiments.train``: train one agent; with ``-m``, a sweep of them."""
+"""``python -m experiments.train``: train one agent, or a sweep of agents with ``-m``."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ FROZEN = (
     "model", "calibration", "importance", "repair", "workload", "reward", "env", "agent", "seed",
     "warm_start", "score_model", "frontier",
 )  # fmt: skip
-"""Settings that a run cannot change when it goes on."""
+"""Settings that must not change when a run resumes."""
 
 
 def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) -> Path:
-    """Train an agent, or go on with it, and write down what its policy chooses.
+    """Train an agent, or resume its training, and record the masks that its policy chooses.
 
     Args:
         config: All settings.
         folder: The run's folder; its name is the run's label.
-        trial: The trial of a sweep that this is; it may end the training early.
+        trial: The trial of a sweep that this run belongs to; it may stop the training early.
 
     Returns:
         The folder.
 
     Raises:
-        RapError: A setting cannot be, the folder holds another run, or training failed.
+        RapError: A setting is invalid, the folder has another run, or training failed.
     """
     run = RunFolder(folder)
     started = time.monotonic()
@@ -66,11 +66,11 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
         config, frozen=FROZEN, method=method_of(folder.name, config.seed), seed=config.seed
     )
     if is_done(record, agent.total_timesteps, trial):
-        log.info("Training: %s is done (%d steps).", folder.name, record["timesteps"])
+        log.info("Training: %s is finished (%d steps).", folder.name, record["timesteps"])
         return folder
     context = build_context(config)
-    requests = grid_requests(config.evaluate, context.memory)  # refused now, not after hours
-    judge = ObjectiveScorer(config, context)
+    requests = grid_requests(config.evaluate, context.memory)  # fails now, not after training
+    scorer = ObjectiveScorer(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
     trim_metrics(run.metrics, step)
@@ -84,19 +84,19 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
         except (TrialPrunedError, TrainingDivergedError) as stop:
             facts = facts_of_stopped(folder, trial, stop)
         found = show_policy(folder, requests, context, loggers)
-        facts |= judge.facts(found)
+        facts |= scorer.facts(found)
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
-    log.info("Training: %s is done.", folder.name)
+    log.info("Training: %s is finished.", folder.name)
     return folder
 
 
 def agent_config(config: Config) -> AgentConfig:
-    """The agent in the trainer's own terms.
+    """Convert the settings of the agent to those of the trainer.
 
     Raises:
         UnknownNameError: There is no such agent, policy or hyperparameter.
-        AgentConfigError: A value is impossible.
+        AgentConfigError: A value is out of range.
     """
     agent = config.agent
     return AgentConfig(
@@ -112,7 +112,7 @@ def agent_config(config: Config) -> AgentConfig:
 
 
 def is_done(record: dict[str, Any], total_timesteps: int, trial: RunningTrial | None) -> bool:
-    """Whether nothing is left to train; one that a sweep stopped goes on outside of a sweep."""
+    """Whether nothing is left to train; outside a sweep, a run that a sweep stopped resumes."""
     if "finished" not in record:
         return False
     stopped = trial is not None and record.get("pruned", False)
@@ -120,7 +120,7 @@ def is_done(record: dict[str, Any], total_timesteps: int, trial: RunningTrial | 
 
 
 def facts_of(result: TrainResult) -> dict[str, Any]:
-    """What ``run.json`` keeps of a training."""
+    """Return the entries of ``run.json`` about a finished training."""
     return {
         "pruned": False,
         "timesteps": result.timesteps,
@@ -132,10 +132,10 @@ def facts_of(result: TrainResult) -> dict[str, Any]:
 
 
 def facts_of_stopped(folder: Path, trial: RunningTrial | None, stop: Exception) -> dict[str, Any]:
-    """What ``run.json`` keeps of a trial that was given up: it counts as its last checkpoint is.
+    """Return the entries of ``run.json`` about a pruned trial, as of its last checkpoint.
 
     Raises:
-        TrainingDivergedError: The training diverged outside of a sweep, or before a checkpoint.
+        TrainingDivergedError: The training diverged outside a sweep or before a checkpoint.
     """
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if trial is None or checkpoint is None:
@@ -153,7 +153,7 @@ def facts_of_stopped(folder: Path, trial: RunningTrial | None, stop: Exception) 
 
 
 def method_of(label: str, seed: int) -> str:
-    """A run's label without its seed: what several seeds of one method share."""
+    """Return a run's label without its seed, which all seeds of a method share."""
     return label.removesuffix(f"-s{seed}")
 
 
@@ -163,7 +163,7 @@ def show_policy(
     context: PruningContext,
     loggers: Loggers,
 ) -> list[Choice]:
-    """Draw, log and return which blocks the policy removes on the evaluation's grid."""
+    """Draw, log and return the blocks that the policy removes on the evaluation's grid."""
     found = choices(TrainedPolicy.load(folder, context), requests, context)
     path = folder / "policy.png"
     figure = removal_picture(found, context.memory.facts.num_layers, narrow=False)
@@ -175,10 +175,10 @@ def show_policy(
 
 
 def run_trial(config: Config, folder: Path) -> float:
-    """Train an agent and say how good its policy is, which is what a sweep minimises.
+    """Train an agent and return the objective that a sweep minimises.
 
     Raises:
-        RapError: As `train` and `objective` do.
+        RapError: Training or measuring the objective failed.
     """
     train(config, folder, trial=running_trial())
     return objective(config, folder)

@@ -1,4 +1,4 @@
-"""The cells of an evaluation, and what a policy chooses on its grid."""
+"""Cells and methods of an evaluation, and the masks that a policy chooses on its grid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agents.baselines import BASELINES, make_baseline
 from agents.baselines.base import CountingPolicy
@@ -17,29 +17,25 @@ from experiments.comparison.formatting import mebibytes, percent
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder, method_and_seed, training_dirs
 from experiments.comparison.summaries import REFERENCE
 from experiments.config import Config, EvaluateConfig
-from experiments.config.common import Cell
+from experiments.config.common import Cell, one_of
 from experiments.errors import ExperimentError
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
-from rap_env.errors import UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable, TableScorer
 
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
-
 
 @dataclass(frozen=True)
 class EvaluationCell:
-    """One question of an evaluation: a request at a budget.
+    """A request at a budget, at which all methods are compared.
 
     Attributes:
         cell: Batch size, sequence length in tokens, budget fraction.
         request: The request, with its budget in bytes.
-        sparsity: Share of the block weights that the budget asks to be freed, if given so.
-        outside: Whether the cell lies outside the range that policies were trained on.
+        sparsity: Share of the block bytes to free, if the cell is defined by it.
+        outside: Whether the cell is outside the training range of policies.
     """
 
     cell: Cell
@@ -49,20 +45,20 @@ class EvaluationCell:
 
     @property
     def part(self) -> str:
-        """Which part of the evaluation it belongs to, as in `ResultRow`."""
+        """Part of the evaluation that the cell belongs to, as in `ResultRow`."""
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one method chose at one cell.
+    """Mask that a policy chose at one cell.
 
     Attributes:
         cell: Batch size, sequence length in tokens, budget fraction.
         mask: Names of the removed blocks.
-        budget_bytes: The budget.
+        budget_bytes: The budget, in bytes.
         peak_bytes: Peak bytes of the mask.
-        loss_calibration: Loss on the calibration text, nats per token.
+        loss_calibration: ΔNLL on the calibration text, nats per token.
     """
 
     cell: Cell
@@ -73,11 +69,11 @@ class Choice:
 
 
 def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell, Request]]:
-    """Every cell of the grid with its request.
+    """Return every cell of the grid with its request.
 
     Raises:
         InvalidRequestError: A batch or length does not suit the model.
-        InfeasibleBudgetError: A budget is below what any mask can reach.
+        InfeasibleBudgetError: No mask meets a budget.
     """
     found = []
     for batch_size, seq_len_tokens in grid.shapes:
@@ -89,11 +85,11 @@ def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell,
 
 
 def evaluation_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
-    """Every cell of an evaluation: the grid, fixed sparsities, cells outside the training range.
+    """Return all cells: the grid, fixed sparsities, and cells outside the training range.
 
     Raises:
         InvalidRequestError: A batch or length does not suit the model.
-        InfeasibleBudgetError: A budget is below what any mask can reach.
+        InfeasibleBudgetError: No mask meets a budget.
     """
     found = [EvaluationCell(cell, request) for cell, request in grid_requests(grid, memory)]
     shape = min(grid.shapes, key=lambda shape: (shape[0] * shape[1], shape))
@@ -106,10 +102,10 @@ def evaluation_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[Evaluati
 
 
 def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
-    """A budget below the dense peak by a share of all blocks' bytes.
+    """Return a cell whose budget is below the dense peak by a share of all block bytes.
 
-    At a short request nearly all that a mask can free is weights, so to meet this budget is to
-    remove that share of the model's parameters, embeddings and head aside.
+    At a short request, nearly all bytes that a mask frees are weights, so a mask that meets the
+    budget removes this share of the parameters, embeddings and head not counted.
     """
     dense = memory.dense_peak_bytes(*shape)
     budget = dense - math.ceil(share * sum(memory.facts.block_param_bytes))
@@ -121,7 +117,7 @@ def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> E
 def choices(
     policy: MaskPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
 ) -> list[Choice]:
-    """What a policy chooses on the grid, with its loss on the calibration text."""
+    """Let a policy choose masks on the grid, and score them on the calibration text."""
     found = []
     for cell, request in requests:
         mask = policy.choose(request)
@@ -138,7 +134,7 @@ def choices(
 
 
 def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | float]]]:
-    """Choices as a table for a logger."""
+    """Return choices as header and rows for a logger."""
     header = ["request", "budget", "budget_mib", "peak_mib", "attn_removed", "ffn_removed",
               "loss_calibration"]  # fmt: skip
     rows: list[list[str | float]] = [
@@ -160,16 +156,16 @@ class Method:
     """One method with one seed.
 
     Attributes:
-        method: Its name.
-        seed: Seed of the agent or the random baseline, None where nothing is drawn.
-        kv_aware: Whether it counts the KV cache when it decides.
+        name: Name in tables and records.
+        seed: Seed of the agent or the random baseline; None for deterministic methods.
+        kv_aware: Whether the method counts the KV cache when it chooses.
         setup_evaluations: Masks scored once, before any request.
         policy: The policy that chooses masks.
-        identity: What its choices depend on beside the context, as plain values.
-        training_s: Seconds that it was trained for; None where none were noted.
+        identity: What the masks depend on besides the context, as plain values.
+        training_s: Seconds of training; None if not recorded.
     """
 
-    method: str
+    name: str
     seed: int | None
     kv_aware: bool
     setup_evaluations: int
@@ -179,15 +175,14 @@ class Method:
 
 
 def check_names(config: Config) -> None:
-    """Refuse unknown baselines and folders before anything is measured.
+    """Check the names of baselines and run folders before anything is measured.
 
     Raises:
         UnknownNameError: There is no such baseline.
         ExperimentError: A folder holds no training run, or there is nothing to compare.
     """
     for name in config.evaluate.baselines:
-        if name not in BASELINES:
-            raise UnknownNameError("baseline", name, BASELINES)
+        one_of("baseline", name, BASELINES)
     folders = agent_folders(config)
     for folder in folders:
         method_and_seed(folder)
@@ -199,23 +194,23 @@ def check_names(config: Config) -> None:
 
 
 def agent_folders(config: Config) -> list[Path]:
-    """Folders of the agents to evaluate: those asked for, or all finished ones."""
+    """Return the run folders of the agents to evaluate: the configured or all finished ones."""
     if config.evaluate.agents is not None:
         return [Path(folder) for folder in config.evaluate.agents]
     return training_dirs(config.root, finished=True)
 
 
 def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
-    """The dense reference, the trained agents, then the baselines.
+    """Yield the dense reference, the trained agents, then the baselines.
 
     Raises:
-        ArtifactError: A run has no whole checkpoint, or one of another model.
+        ArtifactError: A run has no complete checkpoint, or one of another model.
     """
     yield _baseline(REFERENCE, None, context)
     for folder in agent_folders(config):
         for best_of in dict.fromkeys(config.evaluate.best_of):
-            usual = best_of == config.evaluate.best_of[0]
-            yield _agent(folder, context, config.importance.method, best_of, usual)
+            default = best_of == config.evaluate.best_of[0]
+            yield _agent(folder, context, config.importance.method, best_of, default)
     for name in config.evaluate.baselines:
         if name == REFERENCE:
             continue
@@ -232,11 +227,11 @@ def _baseline(name: str, seed: int | None, context: PruningContext) -> Method:
 
 
 def decision_scores(folder: Path) -> Scores | None:
-    """Predicted scores that an agent picks the best of its proposals by, less is better.
+    """Return the predictor by which an agent selects the best of its sampled masks.
 
     Returns:
-        Those of the run's own score model (`TABLE_FILE` in its folder); None where it has none,
-        so that proposals are really scored.
+        The run's own score model (`TABLE_FILE` in its folder), which predicts NLL; None if the
+        run has none, so that the sampled masks are measured.
 
     Raises:
         ArtifactError: The score model is damaged.
@@ -246,13 +241,13 @@ def decision_scores(folder: Path) -> Scores | None:
 
 
 def _agent(
-    folder: Path, context: PruningContext, importance: str, best_of: int, usual: bool
+    folder: Path, context: PruningContext, importance: str, best_of: int, default: bool
 ) -> Method:
-    """A trained agent; where it decides in another way than is usual, its name says so."""
+    """Load a trained agent; its name states `best_of` unless that is the default."""
     method, seed = method_and_seed(folder)
     identity: dict[str, Any] = {"run": folder.name}
     scores = decision_scores(folder) if best_of > 1 else None
-    if not usual:
+    if not default:
         method = f"{method}-best_of={best_of}"
     if best_of > 1:
         identity |= {"best_of": best_of, "scores": _file_hash(folder / TABLE_FILE) or "real"}
@@ -271,5 +266,5 @@ def _agent(
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 in hex; empty without a file."""
+    """Return the SHA-256 of a file in hex; empty if the file does not exist."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

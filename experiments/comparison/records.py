@@ -1,7 +1,7 @@
-"""Records: one JSON object a line, appended as it is made, read back after any kill.
+"""Records: one JSON object per line, appended one at a time and readable after any kill.
 
-A line is written in one go. A torn last line, left by a kill, is dropped; a broken line
-anywhere else means that the file was altered, and is refused.
+Each line is written with one call. A torn last line, left by a kill, is dropped; an invalid line
+elsewhere means that the file was altered, and raises an error.
 """
 
 from __future__ import annotations
@@ -104,17 +104,17 @@ class RowFile(Generic[RowT]):
 
 
 def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Append one record as one line; a torn last line is removed first.
+    """Append one record as one line, after removing a torn last line.
 
     Args:
         path: The file.
         record: The record.
-        durable: Whether the line is on the disk when this returns; else it only survives the
-            end of the process, not that of the machine.
+        durable: Whether to wait until the line is on the disk. Otherwise it survives the end of
+            the process but not of the machine.
 
     Raises:
         StorageFullError: The disk is full; earlier records are intact.
-        ValueError: A value is not finite or no JSON.
+        ValueError: A value is not finite or not JSON.
     """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     with disk_errors(path):
@@ -128,16 +128,16 @@ def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a file, in order; none if there is no file.
+    """Read all complete records of a file, in order; none if there is no file.
 
     Raises:
-        ArtifactError: A line other than the last is no JSON object.
+        ArtifactError: A line other than the last is not a JSON object.
     """
     if not path.exists():
         return []
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
-        logger.warning("%s ends in a torn line, which is dropped.", path)
+        logger.warning("%s ends in an incomplete line, which is ignored.", path)
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -146,22 +146,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = None
         if not isinstance(record, dict):
             raise ArtifactError(
-                f"Line {number} of {path} is no JSON record: the file was altered; restore it, "
-                "or delete that line to have it computed again."
+                f"Line {number} of {path} is no JSON record: the file was altered. Restore it, "
+                "or delete that line and run the program again."
             )
         records.append(record)
     return records
 
 
 def read_json(path: Path, *, made_by: str) -> dict[str, Any] | None:
-    """The content of a JSON file, or None if there is no file.
+    """Read a JSON file; None if there is no file.
 
     Args:
         path: The file.
-        made_by: What has to be run to make it again.
+        made_by: What writes the file, for the error message.
 
     Raises:
-        ArtifactError: It is no JSON object.
+        ArtifactError: It is not a JSON object.
     """
     if not path.exists():
         return None
@@ -170,19 +170,19 @@ def read_json(path: Path, *, made_by: str) -> dict[str, Any] | None:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ArtifactError(f"{path} is damaged; delete it and run {made_by} again.")
+        raise ArtifactError(f"{path} is damaged; delete the file and run {made_by} again.")
     return found
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the file by these records, in one move."""
+    """Replace a file by these records, atomically."""
     with atomic_write(path) as file:
         for record in records:
             file.write((json.dumps(record, allow_nan=False) + "\n").encode())
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop metrics of steps beyond `step`: a run that resumes there will write them again."""
+    """Remove metrics of steps after `step`, because a run that resumes there writes them again."""
     records = read_records(path)
     kept = [record for record in records if record.get("step", 0) <= step]
     if len(kept) < len(records) or (path.exists() and not records):
@@ -190,19 +190,19 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 PARTS = ("grid", "sparsity", "outside")
-"""Parts of an evaluation, never averaged together: its grid of requests and budgets, cells of a
-fixed sparsity, and cells outside the range that policies were trained on."""
+"""Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at a
+fixed sparsity, and cells outside the training range of policies."""
 
 
 @dataclass(frozen=True)
 class ResultRow(Record):
-    """One method, one seed, one request, one budget: a line of ``results.jsonl``.
+    """Result of one method and seed at one cell: a line of ``results.jsonl``.
 
-    Losses are in nats per token: the mask's NLL minus the dense model's on the same windows.
+    Losses are ΔNLL: the mask's NLL minus the dense model's on the same windows, nats per token.
 
     Attributes:
         method: Name of the baseline, or of the trained agent's run without its seed.
-        kv_aware: Whether it counts the KV cache when it decides.
+        kv_aware: Whether the method counts the KV cache when it chooses.
         seed: Seed of the agent or of the random baseline; None where nothing is drawn.
         request: ``{"batch_size": int, "seq_len_tokens": int}``.
         budget_fraction: Budget as a fraction of the dense model's peak bytes.
@@ -212,20 +212,19 @@ class ResultRow(Record):
         attn_removed: Number of removed attn blocks.
         ffn_removed: Number of removed ffn blocks.
         mask: Names of the removed blocks.
-        loss_calibration: Loss on the calibration text, which methods may have looked at.
-        loss: Loss on the report text, which none has seen.
+        loss_calibration: ΔNLL on the calibration text, which methods may have used.
+        loss: ΔNLL on the report text, which no method has used.
         loss_ci_low: Lower end of its 95 % interval over the report windows.
         loss_ci_high: Upper end.
-        window_losses: Loss on each report window, shape (windows,).
-        accuracies: Accuracy of each task in [0, 1]; empty if none was asked for.
+        window_losses: ΔNLL on each report window, shape (windows,).
+        accuracies: Accuracy of each task in [0, 1]; empty without tasks.
         decision_s: Seconds from the request to the mask.
-        evaluations: Masks scored by the model to decide on this request.
-        setup_evaluations: Masks scored beforehand, once for all requests.
+        evaluations: Masks scored by the model for this request.
+        setup_evaluations: Masks scored once, before any request.
         provenance: Hashes, versions and commit that the numbers depend on.
-        sparsity: Share of the block weights that the budget asks to be freed, where the cell is
-            given so and not by its budget; None on the grid.
-        outside: Whether the cell lies outside the range that policies were trained on.
-        training_s: Seconds of training before any request; None where none was noted.
+        sparsity: Share of the block bytes to free, for cells defined by it; None on the grid.
+        outside: Whether the cell is outside the training range of policies.
+        training_s: Seconds of training; None if not recorded.
     """
 
     method: str
@@ -263,22 +262,22 @@ class ResultRow(Record):
 
     @property
     def cell(self) -> tuple[int, int, float]:
-        """Batch size, sequence length and budget fraction: one cell of the grid."""
+        """Batch size, sequence length in tokens, budget fraction."""
         return (*self.shape, self.budget_fraction)
 
     @property
     def part(self) -> str:
-        """Which part of an evaluation its cell belongs to, one of `PARTS`."""
+        """Part of the evaluation that the cell belongs to, one of `PARTS`."""
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
     @property
     def key(self) -> str:
-        """What this row shares with others that are the same result."""
+        """Identifier that is equal for rows of the same result."""
         return row_key(self.method, self.seed, self.cell, self.provenance, self.part)
 
     @property
     def mean_accuracy(self) -> float | None:
-        """Mean over tasks, or None without tasks."""
+        """Mean accuracy over tasks; None without tasks."""
         if not self.accuracies:
             return None
         return sum(self.accuracies.values()) / len(self.accuracies)
@@ -291,14 +290,14 @@ def row_key(
     provenance: Mapping[str, Any],
     part: str = "grid",
 ) -> str:
-    """What makes two rows the same result: method, seed, cell, and all that it depends on."""
+    """Return the identifier of a result: a digest of method, seed, cell and dependencies."""
     batch_size, seq_len_tokens, fraction = cell
     depends = provenance.get("depends_on", {})
     return digest([method, seed, batch_size, seq_len_tokens, fraction, part, depends])
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """All rows of a ``results.jsonl``.
+    """Read all rows of a ``results.jsonl``.
 
     Raises:
         ArtifactError: The file or one of its rows is damaged.
@@ -311,5 +310,5 @@ def _cut_torn_line(descriptor: int, path: Path) -> None:
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
     content = os.pread(descriptor, size, 0)
-    logger.warning("%s ended in a torn line, which is removed.", path)
+    logger.warning("%s ended in an incomplete line, which was removed.", path)
     os.ftruncate(descriptor, content.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""Run folders: everything that is needed to know what made the numbers in them."""
+"""Run folders: settings, provenance, results and metrics of one run of a program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from experiments.comparison.records import read_records
+from experiments.comparison.records import read_json, read_records
 from experiments.config import Config
 from experiments.errors import ExperimentError
 from rap_env.artifacts import atomic_write
@@ -35,21 +35,24 @@ _NAMING_SECTIONS = {
     "train": ("agent", "workload", "reward", "env", "warm_start", "score_model"),
     "evaluate": ("evaluate",),
 }
-"""Settings that runs of one comparison may differ in, by stage; they go into the run's name."""
+"""Sections in which runs of one comparison may differ, by stage; they name the run folder."""
 
 _NOT_NAMED = ("agent", "agent.name", "agent.label", "agent.total_timesteps")
 
+_RENAMED = {"small_lm": "small_models", "score_model.doubt": "score_model.pessimism"}
+"""Settings by the name that older runs wrote."""
+
 
 def run_label(stage: str, agent: str, seed: int | str, overrides: str = "") -> str:
-    """Name of a run's folder: agent, what differs from the defaults, seed.
+    """Return the name of a run folder: agent, settings that differ from the defaults, seed.
 
     >>> run_label("train", "dqn", 1, "agent=dqn,agent.hyperparameters.gamma=0.9")
     'dqn-gamma=0.9-s1'
 
     Args:
-        stage: The experiment.
-        agent: Name or label of the agent; used for ``train`` only.
-        seed: Seed of the run; used for ``train`` only.
+        stage: The program.
+        agent: Name or label of the agent; only used for ``train``.
+        seed: Seed of the run; only used for ``train``.
         overrides: Hydra's ``override_dirname``.
     """
     named = []
@@ -68,7 +71,7 @@ def run_label(stage: str, agent: str, seed: int | str, overrides: str = "") -> s
 
 
 def provenance(seeds: dict[str, int]) -> dict[str, Any]:
-    """Versions, machine, commit and seeds, as plain values for a record."""
+    """Return versions, machine, commit and seeds as plain values for a record."""
     return {
         "python": platform.python_version(),
         "packages": _package_versions(),
@@ -80,35 +83,36 @@ def provenance(seeds: dict[str, int]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder: ``config.yaml``, ``run.json``, and what the stage writes."""
+    """Folder of one run: ``config.yaml``, ``run.json`` and the files of its stage."""
 
     path: Path
 
     @property
     def metrics(self) -> Path:
-        """Metrics, one JSON line a step."""
+        """Path of the metrics: one JSON line for each step."""
         return self.path / "metrics.jsonl"
 
     @property
     def results(self) -> Path:
-        """Result rows, one JSON line each."""
+        """Path of the result rows: one JSON line each."""
         return self.path / "results.jsonl"
 
     def start(
         self, config: Config, *, frozen: tuple[str, ...] = (), **facts: Any
     ) -> dict[str, Any]:
-        """Write what is known at the start; called again when a run resumes.
+        """Write settings and provenance; called again when a run resumes.
 
         Args:
             config: All settings.
-            frozen: Dotted names of sections that must not change when the run resumes.
-            **facts: What else to keep in ``run.json``.
+            frozen: Dotted names of sections that must not change when a run resumes.
+            **facts: More entries of ``run.json``.
 
         Returns:
             The content of ``run.json``.
 
         Raises:
-            ExperimentError: A frozen section differs from that of the run's first start.
+            ExperimentError: A frozen section differs from that of the first start.
+            ArtifactError: ``run.json`` is damaged.
         """
         settings = asdict(config)
         self._check_unchanged(settings, frozen)
@@ -122,11 +126,11 @@ class RunFolder:
         return record
 
     def finish(self, started: float, **facts: Any) -> None:
-        """Note that the run ended well.
+        """Record in ``run.json`` that the run finished.
 
         Args:
-            started: `time.monotonic()` at the start of this session of the run.
-            **facts: What else to keep in ``run.json``.
+            started: `time.monotonic()` at the start of this session.
+            **facts: More entries of ``run.json``.
         """
         record = self.read() or {"seconds": 0.0}
         record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - started, 2)
@@ -135,40 +139,45 @@ class RunFolder:
         self._write("run.json", json.dumps(record, indent=1))
 
     def read(self) -> dict[str, Any] | None:
-        """The content of ``run.json``, or None if the run never started."""
-        path = self.path / "run.json"
-        if not path.exists():
-            return None
-        try:
-            record = json.loads(path.read_text())
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ExperimentError(f"{path} is damaged; delete the file and run again.")
-        return record
+        """Return the content of ``run.json``; None if the run never started.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
+        return read_json(self.path / "run.json", made_by="the program")
 
     def settings(self) -> dict[str, Any] | None:
-        """The content of ``config.yaml``, or None."""
+        """Return the content of ``config.yaml``, old names replaced by new ones, or None."""
         path = self.path / "config.yaml"
-        return yaml.safe_load(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        settings: dict[str, Any] = yaml.safe_load(path.read_text())
+        for old, new in _RENAMED.items():
+            *sections, key = old.split(".")
+            part = settings
+            for section in sections:
+                part = part.get(section) or {}
+            if key in part:
+                part[new.rpartition(".")[2]] = part.pop(key)
+        return settings
 
     def _check_unchanged(self, settings: dict[str, Any], frozen: tuple[str, ...]) -> None:
         before = self.settings()
         if before is None:
             return
-        # A setting that there was not when the run began had what is its default now.
+        # A setting that did not exist when the run began had the value that is now its default.
         old, new = flatten(_filled(before, asdict(Config()))), flatten(settings)
         changed = sorted(
             key for key in old.keys() | new.keys()
             if old.get(key) != new.get(key)
             and any(key == name or key.startswith(f"{name}.") for name in frozen)
-            and key != "agent.total_timesteps"  # training longer is going on
+            and key != "agent.total_timesteps"  # a longer training continues the run
         )  # fmt: skip
         if changed:
             shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:4])
             raise ExperimentError(
                 f"{self.path} holds a run with other settings ({shown}); choose another name=..., "
-                "or delete the folder to start it again."
+                "or delete the folder to start again."
             )
 
     def _write(self, name: str, text: str) -> None:
@@ -177,7 +186,7 @@ class RunFolder:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted keys."""
+    """Flatten nested dicts into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -188,7 +197,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _filled(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts with what they lack taken from `defaults`."""
+    """Add to nested dicts the keys that they lack, from `defaults`."""
     filled = {
         key: _filled(value, defaults[key])
         if isinstance(value, dict) and isinstance(defaults.get(key), dict)
@@ -210,7 +219,7 @@ def _package_versions() -> dict[str, str]:
 
 def _machine() -> dict[str, Any]:
     machine: dict[str, Any] = {"system": platform.system(), "cpu": _cpu_name()}
-    if "torch" in sys.modules:  # provenance must not be what loads torch
+    if "torch" in sys.modules:  # recording provenance must not load torch
         torch = sys.modules["torch"]
         machine["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
@@ -229,7 +238,7 @@ def _cpu_name() -> str:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout and whether it has local changes; None outside a repository."""
+    """Return the checkout's commit and whether it has local changes; None outside a repository."""
 
     def ask(*words: str) -> str:
         command = ["git", "-C", str(_REPOSITORY), *words]
@@ -245,7 +254,7 @@ def git_state() -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What one training left.
+    """Records of one training run.
 
     Attributes:
         label: Folder name, such as ``maskable_ppo-s0``.
@@ -264,17 +273,17 @@ class TrainingRun:
     settings: dict[str, Any]
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric, where it was logged."""
+        """Return steps and values of one metric, where it was logged."""
         points = [(r["step"], r[name]) for r in self.curve if r.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
 
 def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
-    """Folders of training runs under a comparison's folder, sorted by name.
+    """Return the folders of a comparison's training runs, sorted by name.
 
     Args:
         root: The comparison's folder.
-        finished: Leave out runs that have not come to their end.
+        finished: Whether to skip unfinished runs.
     """
     found = sorted(path.parent for path in (root / "train").glob("*/run.json"))
     if not finished:
@@ -283,7 +292,7 @@ def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
 
 
 def method_and_seed(path: Path) -> tuple[str, int]:
-    """Method and seed of a training run's folder, as its ``run.json`` says.
+    """Return method and seed of a training run from its ``run.json``.
 
     Raises:
         ExperimentError: The folder holds no training run.
@@ -291,13 +300,13 @@ def method_and_seed(path: Path) -> tuple[str, int]:
     facts = RunFolder(path).read()
     if not facts or "method" not in facts:
         raise ExperimentError(
-            f"{path} holds no training run; give a folder that experiments.train made."
+            f"{path} holds no training run; name a folder that experiments.train wrote."
         )
     return str(facts["method"]), int(facts["seed"])
 
 
 def training_run(path: Path) -> TrainingRun:
-    """What a training left in its folder.
+    """Read the records of a training run.
 
     Raises:
         ExperimentError: The folder holds no training run.

@@ -1,7 +1,7 @@
-"""The settings of all experiments: dataclasses give types and bounds, ``conf/`` gives values.
+"""Settings of all experiments: dataclasses define types and bounds, ``conf/`` holds values.
 
-Hydra merges the YAML files and the command line into `Config`, so a misspelt key or a wrong
-type is refused by name; `__post_init__` refuses values that cannot be.
+Hydra merges the YAML files and the command line into `Config`: a misspelt key or a wrong type
+raises an error that names it, and `__post_init__` rejects values out of range.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from experiments.config.replay import ReplayConfig
 from experiments.config.serving import SoakConfig, serve_defaults
 from experiments.config.studies import (
     OverfittingConfig,
-    SmallLMConfig,
+    SmallModelConfig,
     StabilityConfig,
     TextStudyConfig,
 )
@@ -64,7 +64,7 @@ __all__ = [
     "ReplayConfig",
     "ReportConfig",
     "ScoreModelConfig",
-    "SmallLMConfig",
+    "SmallModelConfig",
     "SoakConfig",
     "StabilityConfig",
     "StubsConfig",
@@ -80,19 +80,19 @@ __all__ = [
 
 @dataclass
 class Config:
-    """All settings. Every experiment reads the sections that it needs."""
+    """All settings; each program reads the sections that it needs."""
 
     stage: str = MISSING
-    """The experiment's name; set by the program."""
+    """Name of the program; set by its file in ``conf/``."""
     name: str = "default"
-    """Results lie in ``<runs_dir>/<name>``; one name holds one comparison."""
+    """Name of the comparison; its records are in ``<runs_dir>/<name>``."""
     runs_dir: str = "runs"
     seed: int = 0
     store: str | None = "default"
-    """Score store: ``default`` (in the user's cache), a file, or null."""
+    """Score store: ``default`` (in the user's cache), a file, or null for none."""
     progress: bool = True
     threads: int | None = None
-    """Threads of torch; null measures which number is fastest, and keeps to it."""
+    """Threads of torch; null measures the fastest number once for each comparison."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
@@ -110,7 +110,7 @@ class Config:
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
-    small_lm: SmallLMConfig = field(default_factory=SmallLMConfig)
+    small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
     serve: dict[str, Any] = field(default_factory=serve_defaults)
     soak: SoakConfig = field(default_factory=SoakConfig)
     budget: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +120,6 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        """Refuse names that are no folder name, and thread counts below one."""
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ExperimentError(
                 f"name must be one folder name of letters, digits and . _ + -, not {self.name!r}."
@@ -129,19 +128,19 @@ class Config:
 
     @property
     def root(self) -> Path:
-        """The folder of this comparison."""
+        """The comparison's folder."""
         return Path(self.runs_dir) / self.name
 
     def stage_dir(self, stage: str) -> Path:
-        """The folder of one stage of this comparison."""
+        """Return the folder of one stage of this comparison."""
         return self.root / stage
 
 
 def as_config(node: Any) -> Config:
-    """A typed, checked `Config` from what Hydra composed.
+    """Convert what Hydra composed to a validated `Config`.
 
     Raises:
-        RapError: A value cannot be.
+        RapError: A value is out of range.
     """
     config = OmegaConf.to_object(node)
     if not isinstance(config, Config):

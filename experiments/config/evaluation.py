@@ -1,4 +1,4 @@
-"""The cells that methods are compared on, the report, and what compares whole runs."""
+"""Settings of evaluations, reports and comparisons of runs."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.common import (
+    Cell,
     TasksConfig,
     TextConfig,
     at_least,
+    one_of,
     parse_cell,
     parse_shape,
     self_written,
 )
 from experiments.errors import ExperimentError
-from rap_env.errors import UnknownNameError
 
 FORMATS = ("text", "json", "markdown")
 
 
 @dataclass
 class EvaluateConfig:
-    """The grid, who is compared on it, and on what."""
+    """Requests and budgets of an evaluation, the methods, and the text to measure on."""
 
     requests: list[str] = field(default_factory=lambda: ["1x128"])
     """Batch size x sequence length in tokens."""
     budgets: list[float] = field(default_factory=lambda: [0.9, 0.8])
     """Fractions of the dense model's peak bytes."""
     sparsities: list[float] = field(default_factory=list)
-    """Shares of the bytes of all blocks to be freed at least, at the request with fewest tokens."""
+    """Fractions of all block bytes to free at least, at the request with the fewest tokens."""
     outside: list[str] = field(default_factory=list)
-    """Cells outside the range that policies are trained on, such as 8x8192@0.5."""
+    """Cells outside the training range of policies, such as 8x8192@0.5."""
     agents: list[str] | None = None
-    """Run folders of trained agents; null for all of this experiment, [] for none."""
+    """Run folders of trained agents; null for all of this comparison, [] for none."""
     best_of: list[int] = field(default_factory=lambda: [1])
-    """Masks that each agent proposes, of which the best by its scores is taken; 1 scores none. The
-    first is the agents' usual way; others are methods of their own."""
+    """Number of masks that an agent samples before it takes the best by its scores; 1 uses no
+    scores. The first entry is the agent's method; each other entry is a method of its own."""
     baselines: list[str] = field(default_factory=list)
     random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     text: TextConfig = field(default_factory=self_written)
     selection: TextConfig | None = None
-    """Text on which a training's policy is judged for a sweep; null for the calibration text."""
+    """Text on which a sweep's objective is measured; null for the calibration text."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
-        """Refuse an empty grid and budgets that are no fraction."""
         if not self.requests or not self.budgets:
             raise ExperimentError("evaluate.requests and evaluate.budgets need an entry each.")
         for name, whole in (("budgets", "the dense peak"), ("sparsities", "all blocks' bytes")):
@@ -56,7 +56,7 @@ class EvaluateConfig:
                         f"{share} is not."
                     )
         if not self.best_of:
-            raise ExperimentError("evaluate.best_of needs an entry; [1] is the policy as it is.")
+            raise ExperimentError("evaluate.best_of needs an entry, such as [1].")
         for count in self.best_of:
             at_least("evaluate", 1, best_of=count)
         _ = self.shapes, self.outside_cells
@@ -67,31 +67,29 @@ class EvaluateConfig:
         return [parse_shape(text) for text in self.requests]
 
     @property
-    def outside_cells(self) -> list[tuple[int, int, float]]:
-        """Cells outside the training range: batch size, length in tokens, budget fraction."""
+    def outside_cells(self) -> list[Cell]:
+        """The cells outside the training range, parsed."""
         return [parse_cell(text) for text in self.outside]
 
 
 @dataclass
 class ReportConfig:
-    """Words on the report."""
+    """Text of the report."""
 
     title: str = "Runtime-adaptive pruning: report"
 
 
 @dataclass
 class CompareConfig:
-    """All settings of ``experiments.compare``: what it reads, and how it prints."""
+    """All settings of ``experiments.compare``."""
 
     runs: Any = "runs"
-    """A folder, or a list of them, that is searched for records to any depth."""
+    """A folder or a list of folders; records are found at any depth."""
     format: str = "text"
-    """``text`` for people, ``json`` for programs, ``markdown``."""
+    """Output format: ``text``, ``json`` or ``markdown``."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown formats and what is no folder's name."""
-        if self.format not in FORMATS:
-            raise UnknownNameError("format", self.format, FORMATS)
+        one_of("format", self.format, FORMATS)
         if not self.folders or not all(isinstance(name, str) and name for name in self._names):
             raise ExperimentError(
                 f"runs is a folder or a list of folders, such as runs=[runs/main,runs/seeds], not "

@@ -67,7 +67,7 @@ class TextSource:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.texts = config.small_lm.texts or {"self": _WRITTEN}
+        self.texts = config.small_models.texts or {"self": _WRITTEN}
 
     def characters(self) -> list[str]:
         """Return the training text of the tokenizer, one string per text.
@@ -87,7 +87,7 @@ class TextSource:
             CorpusError: A text is too short, windows differ in length, or training and held-out
                 text overlap.
         """
-        windows = self._config.small_lm.held_out_windows
+        windows = self._config.small_models.held_out_windows
         part = {name: replace(text, windows=windows) for name, text in self.texts.items()}
         found = TrainingText(
             {name: self._tokens(text, "calibration", llm) for name, text in self.texts.items()},
@@ -114,17 +114,19 @@ class TextSource:
         available = len(tokens) // text.window_tokens
         if not available:
             raise CorpusError(
-                f"The text written by {self._config.small_lm.writer} has {len(tokens)} tokens, too "
-                f"few for a window of {text.window_tokens}; increase its windows."
+                f"The text written by {self._config.small_models.writer} has {len(tokens)} tokens, "
+                f"too few for a window of {text.window_tokens}; increase its windows."
             )
         windows = tokens[: available * text.window_tokens].view(available, -1)
-        origin = {"writer": self._config.small_lm.writer, "seed": text.seed, "role": role}
+        origin = {"writer": self._config.small_models.writer, "seed": text.seed, "role": role}
         return Corpus.of_tokens(windows, **{**origin, "source": "self"})
 
     def _written(self, text: TextConfig, role: str) -> str:
         """Return text written by another language model; it is cached."""
         model = self._config.model
-        writer = shared_llm(self._config.small_lm.writer, device=model.device, dtype=model.dtype)
+        writer = shared_llm(
+            self._config.small_models.writer, device=model.device, dtype=model.dtype
+        )
         settings = CorpusConfig(**asdict(text), role=role)
         corpus = load_corpus(settings, writer, progress=self._config.progress)
         return "\n\n".join(writer.tokenizer.batch_decode(corpus.tokens.tolist()))

@@ -36,7 +36,7 @@ _KIND, _VERSION = "rap-env.small-lm", 1
 _PROGRESS = "training.pt"
 
 
-def small_lm(config: Config, folder: Path) -> Path:
+def train_small_model(config: Config, folder: Path) -> Path:
     """Train a small model, unless it exists; an interrupted run resumes.
 
     Args:
@@ -51,7 +51,7 @@ def small_lm(config: Config, folder: Path) -> Path:
             something else.
     """
     run, started = RunFolder(folder), time.monotonic()
-    path = Path(config.small_lm.path) if config.small_lm.path else folder / "model"
+    path = Path(config.small_models.path) if config.small_models.path else folder / "model"
     _check_place(path, _settings(config))
     run.start(config)
     made_once(path, lambda work: _make(config, folder, work))
@@ -74,7 +74,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Everything that a model depends on, except the content of its text."""
-    settings = asdict(config.small_lm)
+    settings = asdict(config.small_models)
     del settings["path"]
     return {**settings, "seed": config.seed, "dtype": config.model.dtype}
 
@@ -92,18 +92,18 @@ def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
         found = read_record(path)["settings"]
     except (FileNotFoundError, NotADirectoryError):
         raise ExperimentError(
-            f"{path} holds something else than a small model; choose another small_lm.path."
+            f"{path} holds something else than a small model; choose another small_models.path."
         ) from None
     if changed := sorted(name for name in settings if found.get(name) != settings[name]):
         raise ExperimentError(
             f"{path} holds a model with another {', '.join(changed)}; choose another "
-            "small_lm.path, or delete the folder to train it again."
+            "small_models.path, or delete the folder to train it again."
         )
 
 
 def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
     """Train a model and save it; return what the folder's manifest records."""
-    settings, source = config.small_lm, TextSource(config)
+    settings, source = config.small_models, TextSource(config)
     tokenizer = train_tokenizer(source.characters(), settings.vocab_size, settings.max_positions)
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.dtype, device)

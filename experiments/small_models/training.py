@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.config import SmallLMConfig
+from experiments.config import SmallModelConfig
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
 from rap_env.scoring.corpus import Corpus
@@ -40,7 +40,7 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def untrained(settings: SmallLMConfig, tokenizer: Any, seed: int) -> Any:
+def untrained(settings: SmallModelConfig, tokenizer: Any, seed: int) -> Any:
     """Build a causal language model with random weights in float32.
 
     Args:
@@ -58,7 +58,7 @@ def untrained(settings: SmallLMConfig, tokenizer: Any, seed: int) -> Any:
         return auto.from_config(config, dtype=torch.float32)
 
 
-def _shared(settings: SmallLMConfig, tokenizer: Any) -> dict[str, Any]:
+def _shared(settings: SmallModelConfig, tokenizer: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": settings.hidden_size,
@@ -74,14 +74,14 @@ def _shared(settings: SmallLMConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _uniform(settings: SmallLMConfig, shared: dict[str, Any]) -> Any:
+def _uniform(settings: SmallModelConfig, shared: dict[str, Any]) -> Any:
     """Llama: all attn blocks cost a request the same, and so do all ffn blocks."""
     from transformers import LlamaConfig
 
     return LlamaConfig(**shared)
 
 
-def _unequal(settings: SmallLMConfig, shared: dict[str, Any]) -> Any:
+def _unequal(settings: SmallModelConfig, shared: dict[str, Any]) -> Any:
     """Qwen2-MoE: every other attn block has a sliding window; pairs of layers alternate experts.
 
     With at least four layers, each of the four combinations of cheap and expensive blocks occurs.
@@ -115,7 +115,7 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Any, text: Corpus, settings: SmallLMConfig, seed: int, dtype: torch.dtype
+        self, model: Any, text: Corpus, settings: SmallModelConfig, seed: int, dtype: torch.dtype
     ) -> None:
         self.step = 0
         self.seconds = 0.0

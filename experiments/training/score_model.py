@@ -77,7 +77,7 @@ def learn(
         part = replace(agent, total_timesteps=steps)
         table = table_of(
             config, context, known,
-            members=config.score_model.members, doubt=config.score_model.doubt,
+            members=config.score_model.members, doubt=config.score_model.pessimism,
         )  # fmt: skip
         bench = TableContext(
             table, TABLE_FILE, importance=config.importance.method, frontier=context.frontier_path

@@ -28,7 +28,7 @@ FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if path.parent.parent == CONF_DIR and path.parent.name != "sweep"]
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
-    "text_study", "overfitting", "small_lm", "replay", "serve", "soak",
+    "text_study", "overfitting", "small_models", "replay", "serve", "soak",
 )  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],

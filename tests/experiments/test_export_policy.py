@@ -23,7 +23,7 @@ from experiments.config import (
 )
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
-from experiments.export_policy import ExportPolicyConfig, export, settings_of, thinned
+from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
 from experiments.launch import CONF_DIR
 from experiments.profile import profile
 from experiments.train import train
@@ -93,7 +93,7 @@ def test_the_best_known_masks_lie_beside_it(config, run, tmp_path):
     for request in asked(context.memory):
         full = FrontierPolicy(context.memory, context.frontier)
         assert table.choose(request) == full.choose(request)
-    assert thinned(table.frontier).scored == table.frontier.scored
+    assert reduced(table.frontier).scored == table.frontier.scored
 
 
 def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_path):
@@ -111,7 +111,7 @@ def test_a_run_in_a_place_of_its_own_keeps_its_words(config, run, tmp_path):
 
 
 def test_what_is_no_run_says_so(config, run, tmp_path):
-    with pytest.raises(ExperimentError, match="no run's folder: it holds no config.yaml"):
+    with pytest.raises(ExperimentError, match="is not a run folder: it has no config.yaml"):
         export(ExportPolicyConfig(str(tmp_path), "rap.safetensors"))
     untrained = tmp_path / "train" / "x-s0"
     untrained.mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(tmp_path):
         "experiments.export_policy", "run=nowhere", "out=rap.safetensors", cwd=tmp_path
     )
     assert done.returncode == 2
-    assert done.stderr == "Error: nowhere is no run's folder: it holds no config.yaml.\n"
+    assert done.stderr == "Error: nowhere is not a run folder: it has no config.yaml.\n"
     assert list(Path(tmp_path).iterdir()) == []
     done = run_program("experiments.export_policy", "run=nowhere", cwd=tmp_path)
     assert done.returncode == 2

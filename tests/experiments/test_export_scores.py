@@ -150,7 +150,7 @@ def test_stages_that_need_the_model_refuse_a_table(config, exported, tmp_path):
     ):
         settings = replace(config, stage=stage, name="refused", model=model)
         with pytest.raises(
-            RapError, match=f"experiments.{stage} needs a live model.*give the model"
+            RapError, match=f"experiments.{stage} needs a live model.*Set model.name"
         ):
             run(settings, tmp_path / stage)
     other = replace(config, stage="train", model=replace(model, dtype="bfloat16"))

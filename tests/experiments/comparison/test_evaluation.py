@@ -151,7 +151,7 @@ def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
     )  # fmt: skip
     table.save(folder / TABLE_FILE)
     try:
-        found = {entry.method: entry for entry in build_methods(evaluated, bench)}
+        found = {entry.name: entry for entry in build_methods(evaluated, bench)}
         predicted = decision_scores(folder)(masks[:20])
         assert list(predicted) == pytest.approx(list(scores.values())[:20])
     finally:

@@ -19,6 +19,7 @@ from experiments.config import (
     TextConfig,
 )
 from experiments.errors import ExperimentError
+from rap_env.errors import ArtifactError
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_damaged_note_says_what_to_do(tmp_path, config):
     run = RunFolder(tmp_path)
     run.start(config)
     (tmp_path / "run.json").write_text('{"stage": ')
-    with pytest.raises(ExperimentError, match="is damaged; delete the file"):
+    with pytest.raises(ArtifactError, match="is damaged; delete the file"):
         run.read()
 
 

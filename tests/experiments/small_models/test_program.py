@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.config import Config, ImportanceConfig, ModelConfig, SmallLMConfig, TextConfig
+from experiments.config import Config, ImportanceConfig, ModelConfig, SmallModelConfig, TextConfig
 from experiments.errors import ExperimentError
 from experiments.profile import profile
-from experiments.small_models import training as small_lm_training
+from experiments.small_models import training as small_models_training
 from experiments.small_models.data import BOS, train_tokenizer
-from experiments.small_models.program import read_record, small_lm
+from experiments.small_models.program import read_record, train_small_model
 from experiments.small_models.training import Trainer
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
@@ -42,23 +42,23 @@ def make(tmp_path):
 
     def config(family="uniform", run="run", **changes) -> Config:
         text = TextConfig(source=str(path), windows=60, window_tokens=WINDOW_TOKENS)
-        small = SmallLMConfig(
+        small = SmallModelConfig(
             family=family, layers=4, hidden_size=16, heads=2, ffn_size=16, experts=3,
             expert_size=12, sliding_window_tokens=6, max_positions=64, vocab_size=300,
             steps=STEPS, batch_windows=4, learning_rate=1e-2, texts={"words": text},
             held_out_windows=5,
         )  # fmt: skip
         return Config(
-            stage="small_lm", name=run, runs_dir=str(tmp_path / "runs"), progress=False,
+            stage="small_models", name=run, runs_dir=str(tmp_path / "runs"), progress=False,
             store=None, model=ModelConfig(name="unused", device="cpu", dtype="float32"),
-            small_lm=replace(small, **changes),
+            small_models=replace(small, **changes),
         )  # fmt: skip
 
     return config
 
 
 def trained(config: Config):
-    return small_lm(config, config.stage_dir("small_lm"))
+    return train_small_model(config, config.stage_dir("small_models"))
 
 
 @pytest.mark.parametrize("family", ["uniform", "unequal"])
@@ -67,7 +67,7 @@ def test_it_learns_and_is_an_ordinary_model_folder(family, make):
     path = trained(config)
     record, llm = read_record(path), load_llm(path, device="cpu", dtype="float32")
     text = CorpusConfig(
-        source=config.small_lm.texts["words"].source, windows=5, window_tokens=WINDOW_TOKENS,
+        source=config.small_models.texts["words"].source, windows=5, window_tokens=WINDOW_TOKENS,
         role="selection",
     )  # fmt: skip
     nll = MaskScorer(llm, load_corpus(text, llm)).dense_nll
@@ -135,7 +135,7 @@ def test_without_files_another_model_writes_the_text(make, tmp_path):
 
 
 def test_a_killed_run_leaves_no_model_and_goes_on(make, monkeypatch):
-    monkeypatch.setattr(small_lm_training, "SAVE_EVERY", 10)
+    monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
     whole = load_llm(trained(make(run="whole"))).fingerprint
     update, done = Trainer._update, []
 
@@ -149,12 +149,12 @@ def test_a_killed_run_leaves_no_model_and_goes_on(make, monkeypatch):
     monkeypatch.setattr(Trainer, "_update", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(config)
-    assert not (config.stage_dir("small_lm") / "model").exists()
+    assert not (config.stage_dir("small_models") / "model").exists()
     done.append(-1)
     path = trained(config)
     assert done[18:] == list(range(10, STEPS))
     assert load_llm(path).fingerprint == whole
-    assert not (config.stage_dir("small_lm") / "training.pt").exists()
+    assert not (config.stage_dir("small_models") / "training.pt").exists()
 
 
 def test_a_finished_model_is_not_trained_again_and_other_settings_are_refused(make, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
 
 
 def test_progress_that_is_damaged_or_of_another_run_is_refused(make, monkeypatch):
-    monkeypatch.setattr(small_lm_training, "SAVE_EVERY", 10)
+    monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
     update = Trainer._update
 
     def killed(trainer: Trainer) -> float:
@@ -196,7 +196,7 @@ def test_progress_that_is_damaged_or_of_another_run_is_refused(make, monkeypatch
         trained(config)
     with pytest.raises(ArtifactError, match="other text or settings"):
         trained(make(learning_rate=1e-3))
-    path = config.stage_dir("small_lm") / "training.pt"
+    path = config.stage_dir("small_models") / "training.pt"
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(ArtifactError, match="damaged"):
         trained(config)
@@ -214,11 +214,11 @@ def test_the_tokenizer_gives_any_text_back():
 
 
 def test_what_cannot_be_is_refused(make, tmp_path):
-    with pytest.raises(UnknownNameError, match=r"small_lm\.family.*uniform"):
+    with pytest.raises(UnknownNameError, match=r"small_models\.family.*uniform"):
         make(family="mixed")
     with pytest.raises(ExperimentError, match="8 heads, not 24"):
         make(heads=8, hidden_size=24)
-    with pytest.raises(ExperimentError, match=r"small_lm\.vocab_size must be at least 258"):
+    with pytest.raises(ExperimentError, match=r"small_models\.vocab_size must be at least 258"):
         make(vocab_size=100)
     short = TextConfig(source=str(tmp_path / "text.txt"), windows=4000, window_tokens=24)
     with pytest.raises(CorpusError, match="Give a longer text"):

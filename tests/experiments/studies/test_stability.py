@@ -203,7 +203,9 @@ def test_what_cannot_be_compared_is_refused(config, tmp_path):
     agents = replace(config.stability, agents=[str(tmp_path / "nobody")])
     with pytest.raises(ExperimentError, match="no training run"):
         stability(replace(config, stability=agents), tmp_path / "agents")
-    with pytest.raises(ExperimentError, match=r"stability\.seeds needs entries, each of them once"):
+    with pytest.raises(
+        ExperimentError, match=r"stability\.seeds must have at least one entry and none twice"
+    ):
         StabilityConfig(seeds=[1, 1])
     with pytest.raises(ExperimentError, match=r"stability\.top must be at least 1, not 0"):
         StabilityConfig(top=[0])
