@@ -144,7 +144,7 @@ def test_the_table_sets_both_losses_side_by_side():
 def test_settings_that_cannot_be_are_refused(config, tmp_path):
     with pytest.raises(ExperimentError, match=r"overfitting\.cells needs an entry"):
         overfitting(replace(config, overfitting=OverfittingConfig(cells=[])), tmp_path)
-    with pytest.raises(ExperimentError, match=r"overfitting\.windows needs entries"):
+    with pytest.raises(ExperimentError, match=r"overfitting\.windows must have at least one entry"):
         OverfittingConfig(windows=[])
     with pytest.raises(ExperimentError, match=r"overfitting\.most_windows must be at least 1"):
         OverfittingConfig(most_windows=0)
