@@ -170,7 +170,8 @@ def default_facts() -> ModelFacts:
     from rap_env.runtime.policies import DEFAULT_MODEL, SAVED
 
     body = load_artifact(SAVED / f"{DEFAULT_MODEL}.facts.json", "model facts", 1)
-    return ModelFacts(**{k: tuple(v) if isinstance(v, list) else v for k, v in body.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+    return ModelFacts(**fields)
 
 
 def _facts(model: str, device: str, dtype: str) -> ModelFacts:
@@ -314,7 +315,7 @@ def prune(
     names = [name.strip() for text in remove for name in text.split(",") if name.strip()]
     if batch is not None and seq is not None and budget is not None and not names:
         request = Request(batch, seq, parse_bytes(budget))
-    elif names and batch is seq is budget is None:
+    elif names and (batch, seq, budget) == (None, None, None):
         request = None
     else:
         raise InvalidRequestError("Give either --remove, or all of --batch, --seq and --budget.")
