@@ -54,14 +54,9 @@ class RequestCosts:
         return share
 
     @cached_property
-    def fixed_bytes(self) -> int:
-        """Bytes left when every block is removed, without the effect of `last_ffn_bytes`."""
-        return self.dense_peak_bytes - int(self.freed_bytes.sum())
-
-    @property
     def least_peak_bytes(self) -> int:
         """Peak bytes with every block removed: no mask needs less."""
-        return self.fixed_bytes - self.last_ffn_bytes
+        return self.dense_peak_bytes - int(self.freed_bytes.sum()) - self.last_ffn_bytes
 
     def peak_bytes(self, removed: Collection[int]) -> int:
         """Peak bytes without the `removed` blocks, given by index."""

@@ -1,4 +1,4 @@
-"""A mask under a request as text and as a picture: what is removed, bytes against the budget."""
+"""Draw a mask under a request as text or as a picture: removed blocks, bytes against the budget."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ SIZE = (960, 640)
 _INK, _GREY, _FAINT, _PAPER = "#1f2933", "#7b8794", "#d5dae0", "#ffffff"
 _EDGE = "#b8c2cc"
 _GOOD, _BAD = "#2f855a", "#c53030"
-_COLOURS = {  # told apart by colour-blind people, and in the order in which the bar stacks them
+_COLOURS = {  # distinguishable by colour-blind people; in the order in which the bar stacks them
     "embeddings": "#9aa5b1",
     "workspace": "#cbd2d9",
     "FFN weights": "#0072b2",
     "attention weights": "#e69f00",
     "KV cache": "#f6d281",
+    "stubs": "#009e73",
 }
 _STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of blocks
 _PANEL = (440, 928)  # left and right of the words and the bar
@@ -35,19 +36,19 @@ _Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows.
+    """The content of a picture.
 
     Attributes:
         memory: The model's byte arithmetic.
         request: What is to be served.
         mask: The blocks removed so far.
-        loss: NLL of the mask less the dense model's, nats per token; None if not measured yet.
+        delta_nll: NLL of the mask minus the dense model's, nats per token; None if not measured.
     """
 
     memory: MemoryModel
     request: Request
     mask: BlockMask
-    loss: float | None = None
+    delta_nll: float | None = None
 
     @property
     def over_bytes(self) -> int:
@@ -55,44 +56,62 @@ class Scene:
         return self.memory.peak_bytes(self.mask, self.request) - self.request.budget_bytes
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they hold, in the order of the bar; they add up to the peak.
+
+        Stubs are left out if there are none.
+        """
+        parts = self.memory.breakdown(self.mask, self.request)
+        sizes = (
+            parts.embeddings,
+            parts.workspace,
+            parts.ffn_weights,
+            parts.attn_weights,
+            parts.kv_cache,
+            parts.stubs,
+        )
+        named = dict(zip(_COLOURS, sizes, strict=True))
+        return named if parts.stubs else {k: v for k, v in named.items() if k != "stubs"}
+
+    @property
     def request_words(self) -> str:
-        """The request for people."""
+        """The request in words."""
         batch, length = self.request.batch_size, self.request.seq_len_tokens
         sequences = "sequence" if batch == 1 else "sequences"
         return f"{batch} {sequences} of {length:,} tokens"
 
     @property
     def budget_words(self) -> str:
-        """The budget for people."""
+        """The budget in words."""
         dense = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
         budget = self.request.budget_bytes
         return f"{human_bytes(budget)}, {budget / dense:.0%} of the dense peak"
 
     @property
     def verdict(self) -> str:
-        """How many bytes there are too many, or to spare."""
+        """The bytes over the budget or to spare, in words."""
         amount = human_bytes(abs(self.over_bytes))
         return f"{amount} over the budget" if self.over_bytes > 0 else f"fits, {amount} to spare"
 
     @property
-    def loss_words(self) -> str:
-        """The loss for people."""
-        if self.loss is None:
+    def delta_nll_words(self) -> str:
+        """The ΔNLL in words."""
+        if self.delta_nll is None:
             return "measured when the episode ends"
-        factor = np.exp(min(self.loss, 99.0))
+        factor = np.exp(min(self.delta_nll, 99.0))
         times = f"{factor:.2f}" if factor < 100 else f"{factor:,.0f}"
-        return f"{self.loss:+.3f} nats per token (perplexity x {times})"
+        return f"{self.delta_nll:+.3f} nats per token (perplexity x {times})"
 
     @property
     def removed_words(self) -> str:
-        """How many blocks of each kind are removed."""
+        """The number of removed blocks of each kind, in words."""
         layers = self.memory.facts.num_layers
         attn, ffn = (self.mask.count(kind) for kind in KINDS)
         return f"{attn} of {layers} attention blocks, {ffn} of {layers} FFN blocks"
 
 
 def human_bytes(count: float) -> str:
-    """Bytes for people, in binary units: ``"255.0 MiB"``."""
+    """Bytes in binary units for display: ``"255.0 MiB"``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
@@ -101,11 +120,11 @@ def human_bytes(count: float) -> str:
 
 
 def render_ansi(scene: Scene, width: int = 60) -> str:
-    """The scene as text: a column a layer, ``#`` kept and ``.`` removed.
+    """Draw the scene as text: one column per layer, ``#`` kept and ``.`` removed.
 
     Args:
         scene: What to show.
-        width: Layers in a line, and characters of the bar.
+        width: Layers per line, and characters of the bar.
     """
     facts = scene.memory.facts
     lines = [f"{facts.name}: {scene.request_words}", f"budget   {scene.budget_words}"]
@@ -123,16 +142,16 @@ def render_ansi(scene: Scene, width: int = 60) -> str:
         f"peak     [{''.join(bar)}] {human_bytes(peak)}",
         f"         {scene.verdict}",
         f"removed  {scene.removed_words}",
-        f"loss     {scene.loss_words}",
+        f"ΔNLL     {scene.delta_nll_words}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def render_rgb(scene: Scene) -> npt.NDArray[np.uint8]:
-    """The scene as a picture, shape (height, width, 3) of `SIZE`.
+    """Draw the scene as a picture, shape (height, width, 3) of `SIZE`.
 
-    Left, the stack of blocks, layer 0 at the bottom: the wider a block, the more bytes it holds
-    for this request. Right, the request, the bytes by what they hold, and the loss so far.
+    Left: the stack of blocks, layer 0 at the bottom; a block's width is proportional to the bytes
+    that it holds for this request. Right: the request, the bytes by what they hold, and the ΔNLL.
     """
     from PIL import Image, ImageDraw
 
@@ -186,25 +205,11 @@ def _block(draw: ImageDraw.ImageDraw, box: _Box, part: str, removed: bool) -> No
 def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     """Bytes by what they hold, stacked along a bar on which the budget is marked."""
     left, right = _PANEL
-    parts = scene.memory.breakdown(scene.mask, scene.request)
-    sizes = dict(
-        zip(
-            _COLOURS,
-            (
-                parts.embeddings,
-                parts.workspace,
-                parts.ffn_weights,
-                parts.attn_weights,
-                parts.kv_cache,
-            ),
-            strict=True,
-        )
-    )
     dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
     scale = (right - left) / max(dense, scene.request.budget_bytes)
     y0, y1, x = 250, 292, float(left)
     draw.rectangle((left, y0, left + scale * dense, y1), "#f5f7fa", _FAINT)
-    for part, size in sizes.items():
+    for part, size in scene.parts.items():
         if scale * size >= 1:
             draw.rectangle((x, y0, x + scale * size, y1), _COLOURS[part])
         x += scale * size
@@ -212,7 +217,7 @@ def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     draw.line((mark, y0 - 10, mark, y1 + 10), _BAD if scene.over_bytes > 0 else _GOOD, 3)
     near_edge = "ra" if mark > (left + right) / 2 else "la"
     draw.text((mark, y0 - 30), "budget", _INK, _font(15), anchor=near_edge)
-    for n, (part, size) in enumerate(sizes.items()):
+    for n, (part, size) in enumerate(scene.parts.items()):
         y = 322 + 26 * n
         draw.rectangle((left, y + 3, left + 13, y + 16), _COLOURS[part])
         draw.text((left + 24, y), part, _INK, _font(16))
@@ -232,7 +237,7 @@ def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     draw.text((right, 178), share, _GREY, _font(17), anchor="ra")
     for y, head, words in (
         (478, "Removed so far", scene.removed_words),
-        (542, "Loss so far", scene.loss_words),
+        (542, "NLL increase so far", scene.delta_nll_words),  # the font has no Greek letters,
     ):
         draw.text((left, y), head, _GREY, _font(15))
         draw.text((left, y + 21), words, _INK, _font(19))

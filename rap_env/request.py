@@ -1,8 +1,8 @@
-"""A request: what is to be served, and in how much memory."""
+"""A request: what is to be served, and within which memory budget."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rap_env.errors import InvalidRequestError
@@ -17,12 +17,12 @@ class DensePeak(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be served, and in how much memory.
+    """What is to be served, and within which memory budget.
 
     Attributes:
-        batch_size: Sequences served together.
-        seq_len_tokens: Tokens of each sequence, prompt and generated ones.
-        budget_bytes: Bytes that the model, its cache and its workspace may take.
+        batch_size: Number of sequences served together.
+        seq_len_tokens: Tokens of each sequence, prompt and generated.
+        budget_bytes: Bytes that the model, its KV cache and its workspace may use.
 
     Raises:
         InvalidRequestError: One of them is no whole number of at least 1.
@@ -33,13 +33,8 @@ class Request:
     budget_bytes: int
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-                raise InvalidRequestError(
-                    f"{entry.name} must be a whole number of at least 1, not {value!r}."
-                )
-            object.__setattr__(self, entry.name, int(value))
+        for name in ("batch_size", "seq_len_tokens", "budget_bytes"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
 
     @classmethod
     def at_fraction(
@@ -57,12 +52,19 @@ class Request:
         return cls(batch_size, seq_len_tokens, max(1, int(fraction * dense)))
 
 
-def whole(name: str, value: Any) -> int:
-    """A whole number.
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """Check that a value is a whole number and return it as an `int`.
+
+    Args:
+        name: What error messages call the value.
+        value: Any integer, NumPy's included.
+        least: Smallest allowed value; None allows all.
 
     Raises:
-        InvalidRequestError: It is none.
+        InvalidRequestError: It is no whole number, or below `least`.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidRequestError(f"{name} must be a whole number, not {value!r}.")
+    whole = not isinstance(value, bool) and hasattr(value, "__index__")
+    if not whole or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise InvalidRequestError(f"{name} must be a whole number{bound}, not {value!r}.")
     return int(value)

@@ -7,14 +7,14 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel, ModelFacts
-from rap_env.render import SIZE, Scene, human_bytes, render_ansi, render_rgb
+from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, human_bytes, render_ansi, render_rgb
 from rap_env.request import Request
 
 _MIB = 2**20
 BLUE, ORANGE = (0, 114, 178), (230, 159, 0)  # FFN and attention weights
 
 
-def make_memory(layers: int = 4) -> MemoryModel:
+def make_memory(layers: int = 4, **facts) -> MemoryModel:
     return MemoryModel(
         ModelFacts(
             name="paper-model",
@@ -29,6 +29,7 @@ def make_memory(layers: int = 4) -> MemoryModel:
             ffn_width=8,
             vocab_size=64,
             max_positions=2048,
+            **facts,
         )
     )
 
@@ -50,7 +51,7 @@ def test_text_shows_each_block_once_and_the_bytes():
     assert "paper-model: 2 sequences of 1,024 tokens" in text
     assert "70% of the dense peak" in text
     assert "removed  1 of 4 attention blocks, 2 of 4 FFN blocks" in text
-    assert "loss     +0.250 nats per token (perplexity x 1.28)" in text
+    assert "ΔNLL     +0.250 nats per token (perplexity x 1.28)" in text
 
 
 def test_text_says_whether_the_request_fits():
@@ -73,7 +74,7 @@ def test_text_breaks_deep_models_into_lines():
 
 
 def test_an_unmeasured_loss_is_not_shown_as_a_number():
-    assert "loss     measured when the episode ends" in render_ansi(make_scene(1))
+    assert "ΔNLL     measured when the episode ends" in render_ansi(make_scene(1))
 
 
 def test_picture_changes_with_the_mask_and_nothing_else():
@@ -95,6 +96,25 @@ def test_a_block_is_as_wide_as_its_bytes():
     picture = render_rgb(make_scene())
     stack = SIZE[0] // 2 - 60
     assert area(picture, BLUE, stack) == pytest.approx(4 * area(picture, ORANGE, stack), rel=0.05)
+
+
+STUBBED = {"stub_bytes": (_MIB // 2, _MIB) * 4, "repair": "r" * 64}
+
+
+@pytest.mark.parametrize("facts", [{}, STUBBED], ids=["plain", "with stubs"])
+@pytest.mark.parametrize("removed", [(), (0, 3), range(8)])
+def test_the_parts_of_the_bar_add_up_to_the_peak(facts, removed):
+    memory = make_memory(**facts)
+    request = Request.at_fraction(memory, 2, 1024, 0.7)
+    scene = Scene(memory, request, BlockMask.of(*removed))
+    peak = memory.peak_bytes(scene.mask, request)
+    assert sum(scene.parts.values()) == peak
+    assert ("stubs" in scene.parts) == bool(facts and removed)
+    left, right = _PANEL
+    row = render_rgb(scene)[270, left:right]  # through the middle of the bar
+    colours = [tuple(bytes.fromhex(_COLOURS[part][1:])) for part in scene.parts]
+    drawn = sum(int((row == colour).all(axis=-1).sum()) for colour in colours)
+    assert drawn == pytest.approx((right - left) * peak / memory.dense_peak_bytes(2, 1024), abs=6)
 
 
 @pytest.mark.parametrize("layers", [1, 3, 30, 80, 400])

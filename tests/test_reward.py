@@ -11,9 +11,9 @@ from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.reward import (
     REWARDS,
     AccuracyReward,
-    Outcome,
     PerplexityReward,
     RewardTerm,
+    StepOutcome,
     make_reward,
 )
 from rap_env.scoring.scorer import MaskScorer
@@ -55,10 +55,10 @@ def play(reward, scorer, path=PATH) -> list[dict[str, float]]:
         if ends or reward.pays_every_step:
             losses = [scorer.nll(mask) - scorer.dense_nll for mask in (before, after)]
             known = losses[0] if reward.pays_every_step else None
-            outcome = Outcome(after, losses[1], known, ends, compared if ends else None)
+            outcome = StepOutcome(after, losses[1], known, ends, compared if ends else None)
             paid.append(reward.step(outcome))
         else:
-            paid.append(reward.nothing())
+            paid.append(reward.zeros())
     return paid
 
 
@@ -100,7 +100,7 @@ def test_steps_add_up_on_every_scale_and_relative_to_a_baseline(scorer, scale, r
 )
 def test_the_log_scale_by_hand(settings, loss, expected):
     term = PerplexityReward(scale="log", **settings)
-    assert term.step(Outcome(PATH[1], loss, None, ends=True)) == pytest.approx(expected)
+    assert term.step(StepOutcome(PATH[1], loss, None, ends=True)) == pytest.approx(expected)
 
 
 def test_the_log_scale_has_no_bend_at_zero():
@@ -122,15 +122,15 @@ def test_the_log_scale_has_no_bend_at_zero():
 )
 def test_an_advantage_over_a_baseline_by_hand(settings, loss, baseline_loss, expected):
     term = PerplexityReward(relative_to="gsi", **settings)
-    outcome = Outcome(PATH[1], loss, 0.1, ends=True, baseline_loss=baseline_loss)
+    outcome = StepOutcome(PATH[1], loss, 0.1, ends=True, baseline_delta_nll=baseline_loss)
     assert term.step(outcome) == pytest.approx(expected)
 
 
 def test_a_step_on_the_way_is_not_compared():
-    on_the_way = Outcome(PATH[1], 0.3, 0.1, ends=False)
+    on_the_way = StepOutcome(PATH[1], 0.3, 0.1, ends=False)
     assert PerplexityReward("dense", relative_to="gsi").step(on_the_way) == pytest.approx(-0.2)
     assert PerplexityReward(relative_to="gsi").step(on_the_way) == 0.0
-    with pytest.raises(ValueError, match="needs the loss of the baseline's mask"):
+    with pytest.raises(ValueError, match="needs the ΔNLL of the baseline's mask"):
         PerplexityReward(relative_to="gsi").step(on_the_way._replace(ends=True))
 
 
@@ -151,12 +151,12 @@ def test_the_dense_reward_pays_each_removal_what_it_adds(scorer):
 
 
 def test_a_dense_reward_without_the_loss_before_is_refused():
-    with pytest.raises(ValueError, match="needs the loss of the mask before"):
-        PerplexityReward("dense").step(Outcome(PATH[1], 1.0, None, ends=True))
+    with pytest.raises(ValueError, match="needs the ΔNLL of the mask before"):
+        PerplexityReward("dense").step(StepOutcome(PATH[1], 1.0, None, ends=True))
 
 
 def test_no_removal_is_the_baseline_of_every_term():
-    nothing = Outcome(BlockMask(), 0.0, 0.0, ends=True)
+    nothing = StepOutcome(BlockMask(), 0.0, 0.0, ends=True)
     for term in (PerplexityReward(), PerplexityReward("dense"), AccuracyReward(KeptShare())):
         assert term.step(nothing) == 0.0
 

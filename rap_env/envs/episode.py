@@ -1,14 +1,16 @@
-"""An episode of one environment, kept up to date removal by removal: nothing is added up anew."""
+"""The episode of one environment, updated with each removal instead of being recomputed."""
 
 from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from rap_env.blocks import BlockMask, block_name
-from rap_env.envs.task import Measured, Start
+from rap_env.costs import RequestCosts, request_costs
+from rap_env.memory import MemoryModel
 from rap_env.observation import (
     BYTES_OVER,
     KEPT_AND_FREED,
@@ -16,15 +18,61 @@ from rap_env.observation import (
     ObservationBuilder,
     bytes_over,
 )
+from rap_env.request import Request
 
 _name = lru_cache(maxsize=4096)(block_name)
 
 
+class Measurement(NamedTuple):
+    """What the model measured of a mask.
+
+    Attributes:
+        nll: NLL in nats per token.
+        delta_nll: NLL minus the dense model's.
+        predicted: Whether the score is the prediction of a score table, not a measurement.
+        baseline_delta_nll: The ΔNLL of the mask that the reward's baseline has for the same
+            request, or None where the reward did not ask for it.
+    """
+
+    nll: float
+    delta_nll: float
+    predicted: bool
+    baseline_delta_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class EpisodeStart:
+    """The initial state of an episode: the dense model under a request.
+
+    Attributes:
+        request: The request.
+        costs: What the dense model needs for it, and what each removal frees.
+        asked_budget_bytes: The budget before it was raised to the least possible one, or None.
+    """
+
+    request: Request
+    costs: RequestCosts
+    asked_budget_bytes: int | None = None
+
+    @classmethod
+    def of(
+        cls, memory: MemoryModel, request: Request, asked_budget_bytes: int | None = None
+    ) -> EpisodeStart:
+        """The start of an episode with a request that the model can serve."""
+        costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
+        return cls(request, costs, asked_budget_bytes)
+
+    @property
+    def fits_dense(self) -> bool:
+        """Whether the dense model fits the request, so that there is nothing to remove."""
+        return self.costs.dense_peak_bytes <= self.request.budget_bytes
+
+
 class RemovedBlocks:
-    """The blocks that an episode removed so far, in ascending order.
+    """The blocks that an episode has removed, in ascending order.
 
     Args:
-        indices: Those it begins with.
+        indices: The blocks that it starts with.
 
     Attributes:
         indices: Their indices.
@@ -38,89 +86,84 @@ class RemovedBlocks:
         self.names = [_name(index) for index in self.indices]
 
     def add(self, index: int) -> None:
-        """Note a removal."""
-        place = bisect(self.indices, index)
-        self.indices.insert(place, index)
-        self.names.insert(place, _name(index))
+        """Add a block."""
+        position = bisect(self.indices, index)
+        self.indices.insert(position, index)
+        self.names.insert(position, _name(index))
 
     def mask(self, *more: int) -> BlockMask:
-        """The mask that removes these blocks, and `more`."""
+        """The mask that removes these blocks and `more`."""
         return BlockMask(frozenset((*self.indices, *more)))
 
 
 class Episode:
-    """One episode. Nothing outside changes its arrays, and it gives copies of them away.
+    """The state of one episode. It returns copies of its arrays.
 
     Args:
         start: The request and what it costs.
-        dense: What the model says of the dense mask.
+        dense: The measurement of the dense model.
         builder: Makes the observation of the dense model.
 
     Attributes:
         start: As given.
         removed: The blocks removed so far.
-        peak_bytes: Bytes that the request needs without them.
-        measured: What the model said of the mask, or None if it was not asked.
-        invalid_actions: Actions so far on blocks that were removed already.
-        over: The episode has terminated or was truncated.
+        bytes: Tracks the bytes that the request needs without them.
+        measurement: What the model measured of the mask, or None if it was not measured.
+        invalid_actions: Number of actions on blocks that were removed already.
+        over: Whether the episode has terminated or was truncated.
     """
 
-    def __init__(self, start: Start, dense: Measured, builder: ObservationBuilder) -> None:
+    def __init__(
+        self, start: EpisodeStart, dense: Measurement, builder: ObservationBuilder
+    ) -> None:
         self.start = start
         self.removed = RemovedBlocks()
-        self.peak_bytes = start.costs.dense_peak_bytes
-        self.measured: Measured | None = dense
+        self.bytes = start.costs.tracker()
+        self.measurement: Measurement | None = dense
         self.invalid_actions = 0
         self.over = False
-        self._ffn_left = len(start.costs.freed) // 2
         self._request = dict(vars(start.request))
-        self._seen = builder.dense(start.request)
+        self._observation = builder.dense(start.request)
 
     @property
-    def loss(self) -> float | None:
-        """Loss of the mask in nats per token, or None if it was not measured."""
-        return None if self.measured is None else self.measured.loss
+    def delta_nll(self) -> float | None:
+        """ΔNLL of the mask in nats per token, or None if it was not measured."""
+        return None if self.measurement is None else self.measurement.delta_nll
 
     def has_removed(self, index: int) -> bool:
-        """Whether block `index` is gone already."""
+        """Whether block `index` is removed."""
         return index in self.removed.indices
 
-    def peak_without(self, index: int) -> int:
-        """Peak bytes once the kept block `index` is removed too."""
-        peak = self.peak_bytes - self.start.costs.freed[index]
-        last_ffn = index % 2 == 1 and self._ffn_left == 1
-        return peak - self.start.costs.last_ffn_bytes if last_ffn else peak
-
-    def remove(self, index: int, peak_bytes: int) -> None:
-        """Remove the kept block `index`, which leaves `peak_bytes`."""
+    def remove(self, index: int) -> None:
+        """Remove the kept block `index`."""
         self.removed.add(index)
-        self.peak_bytes = peak_bytes
-        self._ffn_left -= index % 2
-        start, seen = self.start, self._seen
-        seen["request"][BYTES_OVER] = bytes_over(
-            peak_bytes, start.request.budget_bytes, start.costs.dense_peak_bytes
+        self.bytes.remove(index)
+        start, observation = self.start, self._observation
+        observation["request"][BYTES_OVER] = bytes_over(
+            self.bytes.peak_bytes, start.request.budget_bytes, start.costs.dense_peak_bytes
         )
-        seen["blocks"][index, KEPT_AND_FREED] = 0.0
-        seen["action_mask"][index] = 0
+        observation["blocks"][index, KEPT_AND_FREED] = 0.0
+        observation["action_mask"][index] = 0
 
     def observation(self) -> Observation:
-        """What the agent sees now, in arrays of its own."""
-        return {key: array.copy() for key, array in self._seen.items()}
+        """The current observation, in new arrays."""
+        return {key: array.copy() for key, array in self._observation.items()}
 
     def info(self, terms: dict[str, float]) -> dict[str, Any]:
-        """What else there is to know, with the reward's `terms` by name."""
+        """The info dict, with the reward's `terms` by name."""
         info: dict[str, Any] = {
             "removed": self.removed.names.copy(),
-            "peak_bytes": self.peak_bytes,
+            "peak_bytes": self.bytes.peak_bytes,
             "request": self._request.copy(),
             "reward_terms": terms,
         }
-        if self.measured is not None:
-            info["nll"] = self.measured.nll
-            info["loss"] = self.measured.loss
-            if self.measured.baseline_loss is not None:
-                info["baseline_loss"] = self.measured.baseline_loss
-            if self.measured.predicted:
+        measurement = self.measurement
+        if measurement is not None:
+            info["nll"] = measurement.nll
+            info["loss"] = measurement.delta_nll
+            if measurement.baseline_delta_nll is not None:
+                info["baseline_loss"] = measurement.baseline_delta_nll
+            if measurement.predicted:
                 info["predicted"] = True
         if self.start.asked_budget_bytes is not None:
             info["infeasible"] = {"asked_budget_bytes": self.start.asked_budget_bytes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -11,9 +10,9 @@ import numpy.typing as npt
 from gymnasium.error import ResetNeeded
 
 from rap_env.blocks import BlockMask
+from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import Episode
-from rap_env.envs.parts import check_render_mode
-from rap_env.envs.task import Due, PruningTask
+from rap_env.envs.task import PruningTask, RewardedStep
 from rap_env.observation import Observation
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request
@@ -26,18 +25,22 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     """Remove blocks of a real language model until a request fits its memory budget.
 
     ## Description
-    A decoder-only language model of L layers has 2L blocks: an attention (`attn`) and a
-    feed-forward (`ffn`) block in each layer. A request (batch size, sequence length) comes with a
-    budget in bytes that is too small for the whole model with its KV cache. The agent removes
-    one block after another until the rest fits, and should lose as little quality as possible.
-    Which kind of block frees more bytes depends on the request: FFN blocks hold most weights,
-    attention blocks alone make the KV cache, which grows with batch times length. Quality is
-    measured by running the real model. The problem is that of "RAP: Runtime-Adaptive Pruning"
-    (arXiv 2505.17138).
+    A decoder-only language model with L layers has 2L blocks: each layer has an attention block
+    (`attn`) and a feed-forward block (`ffn`). A request has a batch size, a sequence length and a
+    budget in bytes that is too small for the whole model with its KV cache. The agent removes one
+    block after another until the rest fits the budget. Its goal is to lose as little quality as
+    possible. Quality is measured by running the real model. Which kind of block frees more bytes
+    depends on the request: FFN blocks hold most of the weights, while the KV cache belongs to the
+    attention blocks and grows with batch size times sequence length. The problem is that of
+    "RAP: Runtime-Adaptive Pruning" (arXiv 2505.17138).
+
+    Terms: the *dense peak* is the number of bytes that the unpruned model needs for the request.
+    The NLL of a mask is the mean negative log-likelihood of the calibration text, in nats per
+    token. The *ΔNLL* of a mask is its NLL minus the dense model's; `info` calls it `loss`.
 
     ## Observation Space
-    A `Dict`; all numbers are finite. Bytes are shares of the *dense peak*: what the unpruned
-    model needs for the request. `gymnasium.wrappers.FlattenObservation` makes one vector of it.
+    A `Dict`. All numbers are finite. `gymnasium.wrappers.FlattenObservation` turns it into one
+    vector.
 
     `request`: `Box(0, 1, (5,), float32)`
 
@@ -46,92 +49,95 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | 0 | budget, as a share of the dense peak | 0 | 1 |
     | 1 | log2 of the batch size, divided by 8 | 0 (1 sequence) | 1 (256 or more) |
     | 2 | log of the sequence length, divided by log of the model's positions | 0 | 1 |
-    | 3 | bytes still over the budget, as a share of the dense peak | 0 (it fits) | 1 |
+    | 3 | bytes over the budget, as a share of the dense peak | 0 (the request fits) | 1 |
     | 4 | KV cache of the dense model, as a share of the dense peak | 0 | 1 |
 
-    `blocks`: `Box(0, 1, (2L, 7), float32)`; row `2 * layer` is the layer's attention block, row
-    `2 * layer + 1` its FFN block
+    `blocks`: `Box(0, 1, (2L, 7), float32)`. Row `2 * layer` is the layer's attention block, row
+    `2 * layer + 1` its FFN block.
 
     | Index | Observation | Min | Max |
     |-------|-------------|-----|-----|
     | [:, 0] | kind | 0 (attention) | 1 (FFN) |
     | [:, 1] | depth: layer divided by L - 1 | 0 (first layer) | 1 (last layer) |
     | [:, 2] | kept | 0 (removed) | 1 |
-    | [:, 3] | bytes its removal would free, as a share of the dense peak; 0 if removed | 0 | 1 |
+    | [:, 3] | bytes its removal frees, as a share of the dense peak; 0 if removed | 0 | 1 |
     | [:, 4] | one-shot importance x, in nats per token, as x / (1 + x); 0 if negative | 0 | 1 |
-    | [:, 5] | place in the GSI order | 0 (removed first) | 1 (removed last) |
-    | [:, 6] | loss added by its removal in the GSI order, squashed as the one-shot one | 0 | 1 |
+    | [:, 5] | position in the GSI order | 0 (removed first) | 1 (removed last) |
+    | [:, 6] | ΔNLL added by its removal in the GSI order, as x / (1 + x) | 0 | 1 |
 
     `action_mask`: `MultiBinary(2L)`, int8
 
     | Index | Observation | Min | Max |
     |-------|-------------|-----|-----|
-    | [i] | block i may be removed | 0 (removed already) | 1 |
+    | [i] | block i may be removed | 0 (already removed) | 1 |
 
     ## Action Space
-    `Discrete(2L)`: the index of the block to remove next. An action on a block that was removed
-    already is *invalid*: it changes nothing and costs `invalid_action_penalty`. The method
-    `action_masks()` gives the valid actions as booleans, as sb3-contrib's MaskablePPO asks.
+    `Discrete(2L)`: the index of the block to remove next. An action on a block that is already
+    removed is *invalid*: it changes nothing and costs `invalid_action_penalty`. The method
+    `action_masks()` returns the valid actions as booleans, as sb3-contrib's MaskablePPO expects.
 
     ## Rewards
-    With the default `reward="perplexity"`: minus the loss of the final mask, its NLL less the
-    dense model's in nats per token on the calibration text, paid by the last step. Why this form:
-    - Fitting the budget ends the episode and is no reward of its own, so there is nothing to
-      weigh quality against: every complete episode meets the budget.
-    - The NLL (log of perplexity) adds up, and one ruined model doesn't drown the rest.
-    - Paid at the end (`timing="terminal"`), an episode costs one model evaluation. With
-      `{"name": "perplexity", "timing": "dense"}` each step pays the loss it adds; the undiscounted
-      return is the same, with less delay, for an evaluation a step.
-    - A truncated episode pays the loss of the mask that it reached.
+    With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final mask on
+    the calibration text. Reasons for this form:
+    - Fitting the budget ends the episode and has no reward of its own, so no weight between
+      quality and memory has to be chosen: every complete episode meets the budget.
+    - The NLL (the log of perplexity) adds up over steps, and one ruined model does not dominate
+      the other episodes.
+    - Paid at the end (`timing="terminal"`), an episode needs one model evaluation. With
+      `{"name": "perplexity", "timing": "dense"}` each step pays the ΔNLL that it adds. The
+      undiscounted return is the same with less delay, at the cost of one evaluation per step.
+    - A truncated episode pays the ΔNLL of the mask that it reached.
 
-    Losses of requests differ by orders of magnitude. Two settings of this reward keep a learner
-    from learning little else than which requests are hard; both work with either timing:
-    - `scale="log"` (default `"nats"`): minus `log((loss + log_offset) / log_offset)`, `log_offset`
-      being 0.05 nats per token by default; where the loss is negative, its tangent at 0.
+    The ΔNLL differs between requests by orders of magnitude. Two settings of this reward keep a
+    learner from learning mainly which requests are hard. Both work with either timing:
+    - `scale="log"` (default `"nats"`): minus `log((ΔNLL + log_offset) / log_offset)`, where
+      `log_offset` is 0.05 nats per token by default. Where the ΔNLL is negative, the tangent at 0
+      is used.
     - `relative_to="gsi"`, `"one_shot"` (that order, followed until the request fits) or
-      `"frontier"` (the best mask known): the last step pays in addition what that baseline loses
-      at the same request, so that the return is the advantage over it. It takes one more
+      `"frontier"` (the best known mask): the last step also pays the baseline's cost at the same
+      request, so that the return is the advantage over the baseline. This needs one more
       evaluation for each new request. With `scale="log"` the return is a log ratio.
 
-    An episode that fails is paid like any other, and what it removed may lose less than a mask
-    that fits. So where invalid actions are not masked, `invalid_action_penalty` has to be so high
-    that giving up does not pay; on a log scale an episode is worth several units.
+    An episode that fails is paid like any other, and its mask may have a lower ΔNLL than a mask
+    that fits. If invalid actions are not masked, `invalid_action_penalty` must therefore be high
+    enough that failing does not pay; on the log scale, an episode is worth several units.
 
-    `"accuracy"` pays the final mask's mean accuracy on `tasks` less the dense model's, and
-    `{"name": "combined", "weights": {"perplexity": 1.0, "accuracy": 1.0}}` a weighted sum.
-    `loss_cap` (nats per token, none by default) bounds what a ruined model can cost. Ranges and
-    values on failure of each term are stated in `rap_env.reward`.
+    `"accuracy"` pays the final mask's mean accuracy on `tasks` minus the dense model's.
+    `{"name": "combined", "weights": {"perplexity": 1.0, "accuracy": 1.0}}` pays a weighted sum.
+    `loss_cap` (nats per token, none by default) limits what a ruined model can cost.
+    `rap_env.reward` states the range of each term and its value on failure.
 
     ## Starting State
-    The dense model, and a request drawn from `workload` that the dense model does not fit (up to
-    100 are drawn to find one). `reset(options={"request": ...})` sets the request of the episode:
-    a `Request`, or a dict of `batch_size`, `seq_len_tokens` and either `budget_bytes` or
-    `budget_fraction` (of the dense peak). A budget that no mask can meet is refused
-    (`infeasible="error"`) or raised to the least that can be met (`"clip"`).
+    The dense model and a request drawn from `workload` that the dense model does not fit (up to
+    100 requests are drawn to find one). `reset(options={"request": ...})` sets the request of the
+    episode: a `Request`, or a dict of `batch_size`, `seq_len_tokens` and either `budget_bytes` or
+    `budget_fraction` (of the dense peak). A budget that no mask can meet raises an error
+    (`infeasible="error"`) or is raised to the least budget that a mask can meet (`"clip"`).
 
     ## Episode End
-    - Termination: the request fits, peak bytes being at most the budget. This takes at most 2L
-      valid actions.
-    - Truncation: `max_invalid_actions` actions were invalid. Never on the first step, since
-      nothing is removed before it.
+    - Termination: the request fits, that is, the peak bytes are at most the budget. This takes at
+      most 2L valid actions.
+    - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step,
+      since no block is removed before it.
 
     ## Information
     `reset` and `step` return a dict without wall-clock times:
     - `removed`: list of the removed blocks' names.
     - `peak_bytes`: bytes that the request needs with these blocks removed.
     - `request`: dict of `batch_size`, `seq_len_tokens` and `budget_bytes`.
-    - `nll` and `loss`: NLL and loss of the mask in nats per token; there at the reset, on the
-      last step, and on each step where the reward measures it (`timing="dense"`).
-    - `baseline_loss`: on the last step, if the reward is `relative_to` a baseline: the loss of
-      that baseline's mask at the same request.
-    - `predicted`: true; only beside an `nll` that is a prediction of a score table and no
-      measurement.
+    - `nll` and `loss`: NLL and ΔNLL of the mask in nats per token; present at the reset, on the
+      last step, and on each step where the reward measures them (`timing="dense"`).
+    - `baseline_loss`: present on the last step if the reward is `relative_to` a baseline: the
+      ΔNLL of that baseline's mask at the same request.
+    - `predicted`: true; present only beside an `nll` that a score table predicted instead of
+      measuring it.
     - `reward_terms`: dict of each term's share of the reward by name, `invalid_action` included;
       they add up to the reward. Empty at the reset.
-    - `infeasible`: only if the budget was clipped: dict with `asked_budget_bytes`.
+    - `infeasible`: present only if the budget was clipped: dict with `asked_budget_bytes`.
 
     ## Arguments
-    Names, numbers and plain dicts, so that `gymnasium.make` can copy them:
+    Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
+    raises `UnknownNameError`, which lists the known ones.
 
     | Argument | Default | Meaning |
     |----------|---------|---------|
@@ -139,84 +145,49 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     | `workload` | `"azure-conv"` | sampler of requests: name or dict (`rap_env.workload`) |
     | `reward` | `"perplexity"` | name or dict, as above |
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
-    | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros are seen), or an artifact |
+    | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros), or a GSI artifact's path |
     | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
-    | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times quicker, see `gsi` |
+    | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times faster, see `gsi` |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
-    | `repair` | `"none"` | what removed blocks leave: nothing, `"library"`, or a path (below) |
+    | `repair` | `"none"` | what replaces removed blocks: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
-    | `max_invalid_actions` | `10` | invalid actions that end an episode |
-    | `device`, `dtype` | `"auto"` | where and in what precision the model runs |
+    | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
+    | `device` | `"auto"` | device that the model runs on |
+    | `dtype` | `"auto"` | precision that the model runs in |
     | `store` | `"default"` | file of scores; `None` keeps them in memory |
-    | `context` | `None` | a live `PruningContext`, for direct construction; never for `make` |
+    | `context` | `None` | a `PruningContext`, for direct construction; not for `make` |
 
-    The first environment on a model and text measures the importance (minutes for GSI) and keeps
-    it in the user's cache; all environments of a process share one model.
+    The first environment on a model and text measures the importance (minutes for GSI) and stores
+    it in the user's cache. All environments of a process share one model.
 
-    With `repair="none"` a removed block leaves nothing, as in the paper. Otherwise a *stub* stands
-    in its place, a small linear map with a mean: `"library"` fits one for each block on text that
-    the model writes (once, then kept in the cache), and a path names a file of
-    `rap_env.repair.StubLibrary`. Spaces, rules and rewards stay the same. A stub's bytes count:
-    `peak_bytes` holds them, and a removal frees so much less. Losses and importance are those of
-    the model with stubs.
+    With `repair="none"` a removed block is replaced by nothing, as in the paper. Otherwise a
+    *stub* replaces it: a small linear map with a mean. `"library"` fits one stub for each block on
+    text that the model generates (once, then cached); a path names a file of
+    `rap_env.repair.StubLibrary`. Spaces, rules and rewards stay the same. The bytes of stubs
+    count: `peak_bytes` includes them, and a removal frees that much less. ΔNLL and importance are
+    those of the model with stubs.
 
     ## Version History
     - v0: First version.
     """
 
-    metadata = {  # noqa: RUF012 - gymnasium declares it so
-        "render_modes": ["ansi", "rgb_array"],
-        "render_fps": 2,
-    }
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - gymnasium's
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str = EnvConfig.model,
         *,
-        workload: str | Mapping[str, Any] = "azure-conv",
-        reward: str | Mapping[str, Any] = "perplexity",
-        calibration: str | Mapping[str, Any] | None = None,
-        importance: str = "gsi",
-        gsi_removals: int | None = 16,
-        gsi_method: str = "exact",
-        frontier: str | None = None,
-        repair: str = "none",
-        tasks: Sequence[str] | Mapping[str, Any] | None = None,
-        infeasible: str = "error",
-        invalid_action_penalty: float = 0.1,
-        max_invalid_actions: int = 10,
-        device: str = "auto",
-        dtype: str = "auto",
-        store: str | None = "default",
         render_mode: str | None = None,
         context: PruningContext | None = None,
+        **settings: Any,
     ) -> None:
-        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
-        self._task = PruningTask(
-            model,
-            workload=workload,
-            reward=reward,
-            calibration=calibration,
-            importance=importance,
-            gsi_removals=gsi_removals,
-            gsi_method=gsi_method,
-            frontier=frontier,
-            repair=repair,
-            tasks=tasks,
-            infeasible=infeasible,
-            invalid_action_penalty=invalid_action_penalty,
-            max_invalid_actions=max_invalid_actions,
-            device=device,
-            dtype=dtype,
-            store=store,
-            context=context,
-        )
-        self.context = self._task.context
-        self.memory = self._task.memory
-        self.observation_space = self._task.observations.space
-        self.action_space = gym.spaces.Discrete(self._task.num_blocks)
+        self.render_mode = check_render_mode(render_mode)
+        self._task = task = PruningTask(EnvConfig.of(model=model, **settings), context)
+        self.context, self.memory = task.context, task.memory
+        self.observation_space = task.observations.space
+        self.action_space = gym.spaces.Discrete(task.num_blocks)
         self._episode: Episode | None = None
 
     @property
@@ -232,7 +203,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode with the dense model.
+        """Start an episode with the dense model.
 
         Args:
             seed: Seeds the workload; a workload with an order starts again.
@@ -241,56 +212,59 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         Raises:
             InvalidRequestError: The request does not suit the model, or the dense model fits it.
             InfeasibleBudgetError: No mask can meet the budget, and ``infeasible="error"``.
-            UnknownNameError: An option that there isn't.
+            UnknownNameError: There is no such option.
             NonFiniteScoreError: The dense model gave NaN or infinity.
         """
         super().reset(seed=seed)
         task = self._task
         if seed is not None:
             task.sampler.restart()
-        start = task.start(task.sampler, self.np_random, options)
+        start = task.start_episode(task.sampler, self.np_random, options)
         self._episode = Episode(start, task.dense, task.observations)
         return self._episode.observation(), self._episode.info({})
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Remove block `action`. If the model fails, the episode stays where it was.
+        """Remove block `action`. If the model fails, the state does not change.
 
         Raises:
             ResetNeeded: No episode has begun, or it is over.
             UnknownNameError: There is no such action.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        now, task = self._current, self._task
-        if now.over:
+        episode, task = self._current, self._task
+        if episode.over:
             raise ResetNeeded("The episode is over; call reset() before the next step().")
         index = self._index(action)
-        invalid = now.has_removed(index)
-        peak_bytes = now.peak_bytes if invalid else now.peak_without(index)
-        strikes = now.invalid_actions + invalid
-        terminated = peak_bytes <= now.start.request.budget_bytes
-        truncated = not terminated and strikes >= task.most_invalid
+        invalid = episode.has_removed(index)
+        peak_bytes = episode.bytes.peak_bytes if invalid else episode.bytes.peak_without(index)
+        invalid_actions = episode.invalid_actions + invalid
+        terminated = peak_bytes <= episode.start.request.budget_bytes
+        truncated = not terminated and invalid_actions >= task.max_invalid_actions
         ends = terminated or truncated
-        measured = now.measured if invalid else None
-        terms = task.reward.nothing()
+        measurement = episode.measurement if invalid else None
+        terms = task.reward.zeros()
         if ends or task.reward.pays_every_step:
-            due = Due(now.start, now.removed.mask(index), now.loss, ends)
-            measured, terms = task.pay([due])[0]
-        terms["invalid_action"] = -task.penalty if invalid else 0.0
-        if not invalid:  # only now: all that can fail is done
-            now.remove(index, peak_bytes)
-        now.measured, now.invalid_actions, now.over = measured, strikes, ends
-        return now.observation(), sum(terms.values()), terminated, truncated, now.info(terms)
+            mask = episode.removed.mask(index)
+            step = RewardedStep(episode.start, mask, episode.delta_nll, ends)
+            measurement, terms = task.compute_rewards([step])[0]
+        terms["invalid_action"] = -task.invalid_action_penalty if invalid else 0.0
+        if not invalid:  # only now, when nothing can fail any more
+            episode.remove(index)
+        episode.measurement = measurement
+        episode.invalid_actions, episode.over = invalid_actions, ends
+        reward = sum(terms.values())
+        return episode.observation(), reward, terminated, truncated, episode.info(terms)
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """True for each block that may still be removed, shape (2L,)."""
         return self._current.observation()["action_mask"].astype(bool)
 
     def render(self) -> str | npt.NDArray[np.uint8] | None:
-        """The blocks, bytes against budget and loss so far, as text or as a picture."""
+        """The blocks, the bytes against the budget, and the ΔNLL, as text or as a picture."""
         if self.render_mode is None:
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
-        scene = Scene(self.memory, self.request, self.mask, self._current.loss)
+        scene = Scene(self.memory, self.request, self.mask, self._current.delta_nll)
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
 
     @property
@@ -300,9 +274,9 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         return self._episode
 
     def _index(self, action: np.int64 | int) -> int:
-        """The action as a whole number of Python."""
+        """The action as a Python integer."""
         whole = isinstance(action, np.integer) or type(action) is int
-        if not whole:  # an array of one integer will do, a boolean will not
+        if not whole:  # an array of one integer is accepted, a boolean is not
             whole = np.issubdtype(np.asarray(action).dtype, np.integer)
         if not whole or not 0 <= action < self._task.num_blocks:
             raise self._task.unknown_action(action)

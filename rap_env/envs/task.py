@@ -1,169 +1,113 @@
-"""What environments of one model share: what is drawn, measured, seen and paid."""
+"""What environments of one model share: workload, measurements, rewards and observations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from rap_env.blocks import BlockMask, block_name
-from rap_env.costs import RequestCosts, request_costs
-from rap_env.envs.parts import check_choices, open_env_context, request_of, task_scorer
-from rap_env.envs.reference import make_reference
+from rap_env.context.opening import open_context
+from rap_env.envs.config import EnvConfig
+from rap_env.envs.episode import EpisodeStart, Measurement
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
-from rap_env.reward import Outcome, make_reward
+from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward
 from rap_env.specs import check_settings
 from rap_env.workload import RequestSampler, make_sampler
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
-_MOST_DRAWS = 100
+TASK_DOCUMENTS = 20
+"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
+
+_MAX_DRAWS = 100
+
+BaselineMask = Callable[[EpisodeStart], BlockMask]
+"""Returns the mask that a baseline has for the request of an episode."""
+
+_task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
 
-class Measured(NamedTuple):
-    """What the model said of a mask.
-
-    Attributes:
-        nll: NLL in nats per token.
-        loss: NLL less the dense model's.
-        predicted: The score is the prediction of a score table, not a measurement.
-        baseline_loss: Loss of the mask that the reward's baseline has for the same request, or
-            None where the reward did not ask for it.
-    """
-
-    nll: float
-    loss: float
-    predicted: bool
-    baseline_loss: float | None = None
-
-
-class Due(NamedTuple):
-    """A step that pays, before anything is measured.
+class RewardedStep(NamedTuple):
+    """A step that is rewarded, before anything is measured.
 
     Attributes:
         start: The request of its episode and what it costs.
         mask: The mask after the step.
-        loss_before: Loss of the mask before the step, or None if it was not measured.
-        ends: The episode ends with this step.
+        delta_nll_before: ΔNLL of the mask before the step, or None if it was not measured.
+        ends: Whether the episode ends with this step.
     """
 
-    start: Start
+    start: EpisodeStart
     mask: BlockMask
-    loss_before: float | None
+    delta_nll_before: float | None
     ends: bool
 
 
-@dataclass(frozen=True)
-class Start:
-    """What an episode begins with: the dense model and this.
-
-    Attributes:
-        request: What is to be served.
-        costs: What the dense model needs for it, and what each removal frees.
-        asked_budget_bytes: The budget before it was raised to the least possible one, or None.
-    """
-
-    request: Request
-    costs: RequestCosts
-    asked_budget_bytes: int | None = None
-
-    @classmethod
-    def of(
-        cls, memory: MemoryModel, request: Request, asked_budget_bytes: int | None = None
-    ) -> Start:
-        """The start of an episode with a request that can be met."""
-        costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
-        return cls(request, costs, asked_budget_bytes)
-
-
 class PruningTask:
-    """The live parts of an environment, without any episode; one serves many environments.
+    """The parts of an environment that do not depend on an episode; many environments share one.
 
-    The arguments are those of `rap_env.RAPPruneEnv`.
+    Args:
+        config: The environment's configuration.
+        context: A pruning context to use; None opens the one that `config` describes.
 
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
+        memory: The model's byte arithmetic.
         sampler: Draws requests; environments that run side by side take a `twin` each.
-        reward: What a step pays; see `pay`.
-        observations: What an agent sees.
-        penalty: What an invalid action costs.
-        most_invalid: Invalid actions that end an episode.
+        reward: The reward; see `compute_rewards`.
+        observations: Builds observations.
+        invalid_action_penalty: What an invalid action costs.
+        max_invalid_actions: Number of invalid actions that ends an episode.
         num_blocks: 2L, which is also the number of actions.
     """
 
-    def __init__(
-        self,
-        model: str = "smollm2-135m",
-        *,
-        workload: str | Mapping[str, Any] = "azure-conv",
-        reward: str | Mapping[str, Any] = "perplexity",
-        calibration: str | Mapping[str, Any] | None = None,
-        importance: str = "gsi",
-        gsi_removals: int | None = 16,
-        gsi_method: str = "exact",
-        frontier: str | None = None,
-        repair: str = "none",
-        tasks: Sequence[str] | Mapping[str, Any] | None = None,
-        infeasible: str = "error",
-        invalid_action_penalty: float = 0.1,
-        max_invalid_actions: int = 10,
-        device: str = "auto",
-        dtype: str = "auto",
-        store: str | None = "default",
-        context: PruningContext | None = None,
-    ) -> None:
-        check_choices(infeasible, invalid_action_penalty, max_invalid_actions)
-        self.context = context or open_env_context(
-            model=model,
-            device=device,
-            dtype=dtype,
-            calibration=calibration,
-            importance=importance,
-            gsi_removals=gsi_removals,
-            gsi_method=gsi_method,
-            frontier=frontier,
-            repair=repair,
-            store=store,
-        )
+    def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
+        self.context = context or open_context(config.context_config())
         self.memory = self.context.memory
         self.num_blocks = self.memory.facts.num_blocks
-        self.sampler = make_sampler(workload, self.memory)
-        self.reward = make_reward(reward, lambda: task_scorer(self.context, tasks))
-        self._reference = make_reference(self.reward.relative_to, self.context)
-        self.penalty = float(invalid_action_penalty)
-        self.most_invalid = int(max_invalid_actions)
+        self.sampler = make_sampler(config.workload, self.memory)
+        self.reward = make_reward(config.reward, lambda: task_scorer(self.context, config.tasks))
         self.observations = ObservationBuilder(self.memory, self.context.features)
-        self._infeasible = infeasible
+        self.invalid_action_penalty = float(config.invalid_action_penalty)
+        self.max_invalid_actions = int(config.max_invalid_actions)
+        self._infeasible = config.infeasible
+        self._baseline_mask = _baseline_mask(self.reward.relative_to, self.context)
 
     @cached_property
-    def dense(self) -> Measured:
-        """What the model says without any removal.
+    def dense(self) -> Measurement:
+        """The measurement of the dense model.
 
         Raises:
             NonFiniteScoreError: The dense model gave NaN or infinity.
         """
         nll = self.context.scorer.dense_nll
-        return Measured(nll, 0.0, self.context.scorer.is_predicted(BlockMask()))
+        return Measurement(nll, 0.0, self.context.scorer.is_predicted(BlockMask()))
 
-    def measure(self, masks: Sequence[BlockMask]) -> list[Measured]:
-        """What the model says of masks; the missing scores are measured together.
+    def measure(self, masks: Sequence[BlockMask]) -> list[Measurement]:
+        """Measure masks; missing scores are measured together.
 
         Raises:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
         scorer, dense_nll = self.context.scorer, self.dense.nll
         scores = zip(masks, scorer.nll_many(masks), strict=True)
-        return [Measured(nll, nll - dense_nll, scorer.is_predicted(mask)) for mask, nll in scores]
+        return [
+            Measurement(nll, nll - dense_nll, scorer.is_predicted(mask)) for mask, nll in scores
+        ]
 
-    def pay(self, steps: Sequence[Due]) -> list[tuple[Measured, dict[str, float]]]:
-        """What the model says of each step's mask, and the reward's terms by name.
+    def compute_rewards(
+        self, steps: Sequence[RewardedStep]
+    ) -> list[tuple[Measurement, dict[str, float]]]:
+        """The measurement of each step's mask, and the reward's terms by name.
 
         All missing scores are measured together, those of the baseline's masks included.
 
@@ -172,38 +116,41 @@ class PruningTask:
             InvalidRequestError: The frontier that the reward is relative to has no mask that fits.
         """
         baselines: dict[int, BlockMask] = {}
-        if self._reference is not None:
-            baselines = {
-                n: self._reference(step.start) for n, step in enumerate(steps) if step.ends
-            }
-        found = self.measure([*(step.mask for step in steps), *baselines.values()])
-        baseline_loss = {n: one.loss for n, one in zip(baselines, found[len(steps) :], strict=True)}
-        paid = []
-        for number, (step, measured) in enumerate(zip(steps, found, strict=False)):
-            measured = measured._replace(baseline_loss=baseline_loss.get(number))
-            outcome = Outcome(
-                step.mask, measured.loss, step.loss_before, step.ends, measured.baseline_loss
+        if self._baseline_mask is not None:
+            baselines = {n: self._baseline_mask(s.start) for n, s in enumerate(steps) if s.ends}
+        measured = self.measure([*(step.mask for step in steps), *baselines.values()])
+        of_baselines = dict(zip(baselines, measured[len(steps) :], strict=True))
+        rewarded = []
+        for number, (step, measurement) in enumerate(zip(steps, measured, strict=False)):
+            if number in of_baselines:
+                baseline = of_baselines[number].delta_nll
+                measurement = measurement._replace(baseline_delta_nll=baseline)
+            outcome = StepOutcome(
+                step.mask,
+                measurement.delta_nll,
+                step.delta_nll_before,
+                step.ends,
+                measurement.baseline_delta_nll,
             )
-            paid.append((measured, self.reward.step(outcome)))
-        return paid
+            rewarded.append((measurement, self.reward.step(outcome)))
+        return rewarded
 
-    def start(
+    def start_episode(
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
-    ) -> Start:
-        """The next episode: a request from the sampler, or the one in `options`.
+    ) -> EpisodeStart:
+        """The start of an episode with a request from the sampler, or the one in `options`.
 
         Raises:
             InvalidRequestError: The request does not suit the model, or the dense model fits it.
-            InfeasibleBudgetError: No mask can meet the budget, and such budgets are refused.
-            UnknownNameError: An option that there isn't.
+            InfeasibleBudgetError: No mask can meet the budget, and ``infeasible="error"``.
+            UnknownNameError: There is no such option.
         """
-        if not options:
-            return self._feasible(self._draw(sampler, rng))
+        options = options or {}
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
             return self._feasible(self._draw(sampler, rng))
-        start = Start.of(self.memory, request_of(options["request"], self.memory))
-        if _fits_dense(start):
+        start = EpisodeStart.of(self.memory, _request_of(options["request"], self.memory))
+        if start.fits_dense:
             raise InvalidRequestError(
                 f"The dense model already fits {start.request} (it needs "
                 f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to remove; give a "
@@ -212,31 +159,134 @@ class PruningTask:
         return self._feasible(start)
 
     def unknown_action(self, action: object) -> UnknownNameError:
-        """The error for an action that there is not."""
+        """The error for an action that does not exist."""
         last = self.num_blocks - 1
         known = [f"0 ({block_name(0)}) ... {last} ({block_name(last)})"]
         return UnknownNameError("action", action, known)
 
-    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> Start:
-        """A request of the workload that needs pruning: else the episode would start at its end."""
-        for _ in range(_MOST_DRAWS):
-            start = Start.of(self.memory, sampler.sample(rng))
-            if not _fits_dense(start):
+    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart:
+        """A request of the workload that needs pruning: else the episode would end at its start."""
+        for _ in range(_MAX_DRAWS):
+            start = EpisodeStart.of(self.memory, sampler.sample(rng))
+            if not start.fits_dense:
                 return start
         raise InvalidRequestError(
-            f"The dense model fits each of {_MOST_DRAWS} requests drawn from the workload, the "
+            f"The dense model fits each of {_MAX_DRAWS} requests drawn from the workload, the "
             f"last one {start.request}; give the workload smaller budgets."
         )
 
-    def _feasible(self, start: Start) -> Start:
+    def _feasible(self, start: EpisodeStart) -> EpisodeStart:
         """The same start with a budget that some mask can meet."""
         asked, costs = start.request.budget_bytes, start.costs
-        if asked >= costs.fixed_bytes or asked >= costs.least_peak_bytes:  # the first is cheap
+        if asked >= costs.least_peak_bytes:
             return start
         if self._infeasible == "error":
             self.memory.check_feasible(start.request)
-        return Start(replace(start.request, budget_bytes=costs.least_peak_bytes), costs, asked)
+        raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
+        return EpisodeStart(raised, costs, asked)
 
 
-def _fits_dense(start: Start) -> bool:
-    return start.costs.dense_peak_bytes <= start.request.budget_bytes
+def task_scorer(
+    context: PruningContext, tasks: Sequence[str] | Mapping[str, Any] | None
+) -> MeasuresAccuracy:
+    """The scorer of task accuracies on a context; one for each set of tasks.
+
+    Args:
+        context: The model and the score store.
+        tasks: Names of tasks, dict of `TaskConfig` settings, or None for the generated ones.
+            Without a ``limit``, `TASK_DOCUMENTS` documents of each are used.
+
+    Raises:
+        UnknownNameError: There is no such task or setting.
+        InvalidRequestError: A setting is out of its range.
+        MissingDependencyError: lm-eval is not installed.
+        ModelNotAvailableError: The context is a score table.
+    """
+    from rap_env.scoring.generated_tasks import GENERATED_TASKS
+    from rap_env.scoring.tasks import TaskConfig, TaskScorer
+
+    given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
+    check_settings(given, "the tasks", [entry.name for entry in fields(TaskConfig)])
+    settings = {"names": tuple(GENERATED_TASKS), "limit": TASK_DOCUMENTS, **given}
+    if not isinstance(settings["names"], str):
+        settings["names"] = tuple(settings["names"])
+    config = TaskConfig(**settings)
+    scorers = _task_scorers.setdefault(context, {})
+    if config not in scorers:  # building the requests of a task takes seconds
+        scorers[config] = TaskScorer(context.llm, config, store=context.store)
+    return scorers[config]
+
+
+def _baseline_mask(name: str | None, context: PruningContext) -> BaselineMask | None:
+    """The masks of the baseline that a reward is relative to; None if it is to none.
+
+    Args:
+        name: One of `rap_env.reward.COMPARED_TO`, or None.
+        context: Has the baseline's order or frontier; it is measured now if it was not before.
+
+    Raises:
+        InvalidRequestError: ``"gsi"``, but the context leaves importance out.
+        RapError: As measuring or loading an order or a frontier does.
+    """
+    if name is None:
+        return None
+    if name == "frontier":
+        return _from_frontier(context)
+    if name == "one_shot":
+        order = np.argsort(np.asarray(context.one_shot.loss_rise), kind="stable").tolist()
+    elif context.features.gsi_rank.any():
+        order = context.gsi.full_order
+    else:  # zeros: importance="none"
+        raise InvalidRequestError(
+            "A reward relative to 'gsi' needs the GSI order, but importance='none' leaves it out; "
+            "use importance='gsi', or relative_to='one_shot'."
+        )
+    return lambda start: start.costs.remove_until_fits(order, start.request.budget_bytes)
+
+
+def _from_frontier(context: PruningContext) -> BaselineMask:
+    frontier = context.frontier
+
+    def best(start: EpisodeStart) -> BlockMask:
+        found = frontier.best(context.memory, start.request)
+        if found is None:
+            raise InvalidRequestError(
+                f"No mask of the frontier fits {start.request}, so a reward cannot be relative to "
+                "it; build the frontier for smaller budgets too, or give the workload larger ones."
+            )
+        return found
+
+    return best
+
+
+def _request_of(given: Request | Mapping[str, Any], memory: MemoryModel) -> Request:
+    """The request that a user passed to ``reset``.
+
+    Args:
+        given: A `Request`, or a dict of ``batch_size``, ``seq_len_tokens`` and one of
+            ``budget_bytes`` and ``budget_fraction``.
+        memory: The model's byte arithmetic.
+
+    Raises:
+        InvalidRequestError: The request does not suit the model, or a value is missing.
+        UnknownNameError: The dict has another key.
+    """
+    if isinstance(given, Request):
+        memory.check(given.batch_size, given.seq_len_tokens)
+        return given
+    if not isinstance(given, Mapping):
+        raise InvalidRequestError(f"A request must be a Request or a dict, not {given!r}.")
+    shape, budgets = ("batch_size", "seq_len_tokens"), ("budget_bytes", "budget_fraction")
+    check_settings(given, "a request", shape + budgets)
+    if not all(key in given for key in shape) or sum(key in given for key in budgets) != 1:
+        raise InvalidRequestError(
+            "A request needs batch_size, seq_len_tokens and one of budget_bytes and "
+            f"budget_fraction, not {sorted(given)}."
+        )
+    batch_size, seq_len_tokens = (given[key] for key in shape)
+    # Checks that both are whole numbers, before any arithmetic is done with them.
+    request = Request(batch_size, seq_len_tokens, given.get("budget_bytes", 1))
+    memory.check(batch_size, seq_len_tokens)
+    if "budget_fraction" in given:
+        return Request.at_fraction(memory, batch_size, seq_len_tokens, given["budget_fraction"])
+    return request

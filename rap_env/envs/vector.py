@@ -1,9 +1,9 @@
-"""`RAPPrune-v0` many times in one process: lanes step together and are scored together."""
+"""`RAPPrune-v0` as a vector environment: sub-environments step and are scored together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,21 +14,18 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from rap_env.blocks import BlockMask
-from rap_env.envs.lane_checks import (
-    at_least_one,
-    autoreset_mode_of,
-    lane_actions,
-    lane_flags,
-    lane_seeds,
-)
-from rap_env.envs.lane_infos import final_infos, lane_infos
-from rap_env.envs.lanes import Flags, Lanes
-from rap_env.envs.parts import check_render_mode
+from rap_env.costs import Counts, Flags
+from rap_env.envs.config import EnvConfig, check_render_mode
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.task import PruningTask
+from rap_env.envs.vector_episodes import VectorEpisodes
+from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.observation import Observation
 from rap_env.render import Scene, render_ansi, render_rgb
-from rap_env.request import Request
+from rap_env.request import Request, whole_number
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
 
 _EACH = {
     "mask": "masks",
@@ -38,7 +35,7 @@ _EACH = {
     "np_random": "np_random",
     "np_random_seed": "np_random_seed",
 }
-"""What differs from lane to lane: names of a single environment and of all lanes' values."""
+"""Attributes that differ between sub-environments: their name here by that of a single one."""
 
 
 class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], Any]):
@@ -46,19 +43,20 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
 
     The same seeds give the same episodes as n single environments under
     `gymnasium.vector.SyncVectorEnv` with the same `autoreset_mode`, infos included. The scores
-    that a step misses are measured together, so that masks share what they have in common.
+    that a step needs are measured together, so that masks share common computation.
 
     Args:
         model: As for the single environment.
-        num_envs: How many environments.
-        autoreset_mode: When a lane whose episode is over begins the next one: ``"NextStep"``
-            (its next step, whatever the action), ``"SameStep"`` (the step that ends it; infos hold
-            ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
+        num_envs: Number of environments, n.
+        autoreset_mode: When a sub-environment whose episode is over starts the next one:
+            ``"NextStep"`` (its next step, whatever the action), ``"SameStep"`` (the step that
+            ends it; infos hold ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
             ``reset(options={"reset_mask": flags})``).
-        max_episode_steps: Steps after which a lane is truncated, as by gymnasium's ``TimeLimit``:
-            without a word to the reward.
+        max_episode_steps: Steps after which a sub-environment is truncated, as by gymnasium's
+            ``TimeLimit``: the reward does not know of it.
         render_mode: As for the single environment.
-        settings: As for the single environment.
+        context: As for the single environment.
+        settings: The other arguments of the single environment.
 
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
@@ -67,7 +65,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
     Raises:
         InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least 1, or
             a setting is out of its range.
-        UnknownNameError: There is no such autoreset mode, render mode or other name.
+        UnknownNameError: There is no such argument, autoreset mode, render mode or other name.
     """
 
     metadata = {  # noqa: RUF012 - gymnasium declares it so
@@ -77,24 +75,23 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str = EnvConfig.model,
         *,
         num_envs: int = 1,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
+        context: PruningContext | None = None,
         **settings: Any,
     ) -> None:
-        self.num_envs = at_least_one("num_envs", num_envs)
-        self._most_steps = (
-            None
-            if max_episode_steps is None
-            else at_least_one("max_episode_steps", max_episode_steps)
-        )
-        self._mode = autoreset_mode_of(autoreset_mode)
+        self.num_envs = whole_number("num_envs", num_envs, least=1)
+        self._max_steps = max_episode_steps
+        if max_episode_steps is not None:
+            self._max_steps = whole_number("max_episode_steps", max_episode_steps, least=1)
+        self._mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
-        self.render_mode = check_render_mode(render_mode, self.metadata["render_modes"])
-        self._task = task = PruningTask(model, **settings)
+        self.render_mode = check_render_mode(render_mode)
+        self._task = task = PruningTask(EnvConfig.of(model=model, **settings), context)
         self.context, self.memory = task.context, task.memory
         self.single_observation_space = task.observations.space
         self.single_action_space = gym.spaces.Discrete(task.num_blocks)
@@ -102,27 +99,27 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._samplers = [task.sampler.twin() for _ in range(num_envs)]
         self._generators = [seeding.np_random() for _ in range(num_envs)]
-        self._lanes = Lanes(num_envs, task)
+        self._episodes = VectorEpisodes(num_envs, task)
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """The generator of each lane."""
+        """The generator of each sub-environment."""
         return tuple(generator for generator, _ in self._generators)
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The seed of each lane's generator."""
+        """The seed of each sub-environment's generator."""
         return tuple(seed for _, seed in self._generators)
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """The request of each lane."""
-        return tuple(self._begun.starts[lane].request for lane in range(self.num_envs))
+        """The request of each sub-environment."""
+        return tuple(self._started.starts[index].request for index in range(self.num_envs))
 
     @property
     def masks(self) -> tuple[BlockMask, ...]:
-        """The blocks that each lane removed so far."""
-        return tuple(removed.mask() for removed in self._begun.removed)
+        """The blocks that each sub-environment has removed."""
+        return tuple(removed.mask() for removed in self._started.removed)
 
     def reset(
         self,
@@ -130,82 +127,81 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         seed: int | Sequence[int | None] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin an episode in every lane, or in some.
+        """Start an episode in all or some sub-environments.
 
         Args:
-            seed: Seed of the first lane, those of the others following, or one for each.
+            seed: Seed of the first sub-environment, the others following, or one for each.
             options: ``"request"`` sets the request of all these episodes, as for the single
-                environment; ``"reset_mask"`` says which lanes begin one, boolean, (n,).
+                environment; ``"reset_mask"`` says which sub-environments to reset, boolean, (n,).
 
         Raises:
-            ResetNeeded: Only some lanes are to begin, but others never did.
-            InvalidRequestError: Seeds or flags are not one for each lane, or as for the single
-                environment.
+            ResetNeeded: Only some sub-environments are reset, but others have no episode yet.
+            InvalidRequestError: Seeds or flags are not one for each sub-environment, or as for
+                the single environment.
             RapError: As for the single environment.
         """
         rest = dict(options or {})
-        flags = lane_flags(rest.pop("reset_mask", None), self.num_envs)
+        flags = _reset_flags(rest.pop("reset_mask", None), self.num_envs)
         if not flags.all():
-            self._begun  # noqa: B018 - refuses lanes that would stay without an episode
-        for lane, given in enumerate(lane_seeds(seed, self.num_envs)):
-            if given is not None and flags[lane]:
-                self._generators[lane] = seeding.np_random(given)
-                self._samplers[lane].restart()
-        self._begin(flags, rest)
-        nobody = np.zeros(self.num_envs, dtype=bool)
-        return self._lanes.observation(), lane_infos(self._lanes, flags, {}, nobody)
+            self._started  # noqa: B018 - raises if others would stay without an episode
+        for index, given in enumerate(_seeds(seed, self.num_envs)):
+            if given is not None and flags[index]:
+                self._generators[index] = seeding.np_random(given)
+                self._samplers[index].restart()
+        self._start(flags, rest)
+        none = np.zeros(self.num_envs, dtype=bool)
+        return self._episodes.observation(), self._episodes.infos(flags, {}, none)
 
     def step(
         self, actions: npt.NDArray[np.int64]
     ) -> tuple[Observation, npt.NDArray[np.float64], Flags, Flags, dict[str, Any]]:
-        """Remove a block in each lane. If the model fails, all lanes stay where they were.
+        """Remove a block in each sub-environment. If the model fails, no state changes.
 
         Raises:
-            ResetNeeded: A lane never began, or (without autoreset) its episode is over.
+            ResetNeeded: A sub-environment has no episode, or (without autoreset) it is over.
             UnknownNameError: There is no such action.
-            InvalidRequestError: There is not one action for each lane.
+            InvalidRequestError: There is not one action for each sub-environment.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        lanes = self._begun
+        episodes = self._started
         active = self._active()
-        index = lane_actions(actions, active, self._task)
-        move = lanes.plan(index, active)
-        terms, measured = lanes.price(move)
-        lanes.make(move, measured)
-        truncated = move.truncated
-        if self._most_steps is not None:
-            truncated = truncated | (active & (lanes.steps >= self._most_steps))
+        step = episodes.plan(_actions(actions, active, self._task), active)
+        terms, measurements = episodes.compute_rewards(step)
+        episodes.apply(step, measurements)
+        truncated = step.truncated
+        if self._max_steps is not None:
+            truncated = truncated | (active & (episodes.steps >= self._max_steps))
         rewards = np.asarray(sum(terms.values()))
-        lanes.over = move.terminated | truncated | ~active
+        episodes.over = step.terminated | truncated | ~active
         final: dict[str, Any] = {}
         if self._mode == AutoresetMode.NEXT_STEP:
-            self._begin(~active)
-        elif self._mode == AutoresetMode.SAME_STEP and lanes.over.any():
-            done, active = lanes.over.copy(), active & ~lanes.over
-            final = final_infos(lanes, done, terms)
-            self._begin(done)
-        everybody = np.ones(self.num_envs, dtype=bool)
-        infos = {**final, **lane_infos(lanes, everybody, terms, active)}
-        return lanes.observation(), rewards, move.terminated, truncated, infos
+            self._start(~active)
+        elif self._mode == AutoresetMode.SAME_STEP and episodes.over.any():
+            done, active = episodes.over.copy(), active & ~episodes.over
+            final = episodes.final_infos(done, terms)
+            self._start(done)
+        every = np.ones(self.num_envs, dtype=bool)
+        infos = {**final, **episodes.infos(every, terms, active)}
+        return episodes.observation(), rewards, step.terminated, truncated, infos
 
     def action_masks(self) -> Flags:
         """True for each block that may still be removed, shape (n, 2L)."""
-        return self._begun.action_masks()
+        return self._started.action_masks()
 
     def render(self) -> tuple[Any, ...] | None:
-        """Each lane as `rap_env.RAPPruneEnv.render` shows it."""
+        """Each sub-environment as `rap_env.RAPPruneEnv.render` shows it."""
         if self.render_mode is None:
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
         draw = render_ansi if self.render_mode == "ansi" else render_rgb
-        states = zip(self.requests, self.masks, self._lanes.measured, strict=True)
+        states = zip(self.requests, self.masks, self._episodes.measurements, strict=True)
         return tuple(
-            draw(Scene(self.memory, request, mask, None if measured is None else measured.loss))
-            for request, mask, measured in states
+            draw(Scene(self.memory, request, mask, None if found is None else found.delta_nll))
+            for request, mask, found in states
         )
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """What a single environment has under a name, for each lane; methods are called."""
+        """An attribute of a single environment, for each sub-environment; methods are called."""
         value = getattr(self, _EACH.get(name, name))
         value = value(*args, **kwargs) if callable(value) else value
         differs = name in _EACH and value is not None
@@ -216,52 +212,103 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         return self.call(name)
 
     def get_state(self) -> list[dict[str, Any]]:
-        """Where each lane stands, as plain JSON values: generator, workload and episode."""
+        """The state of each sub-environment, as JSON values: generator, workload and episode."""
         return [
             {
-                "generator": self.np_random[lane].bit_generator.state,
-                "position": self._samplers[lane].position,
-                **self._begun.get_state(lane),
+                "generator": self.np_random[index].bit_generator.state,
+                "position": self._samplers[index].position,
+                **self._started.get_state(index),
             }
-            for lane in range(self.num_envs)
+            for index in range(self.num_envs)
         ]
 
     def set_state(self, states: Sequence[Mapping[str, Any]]) -> Observation:
-        """Go on from what `get_state` gave; scores that are not known are measured again.
+        """Restore what `get_state` returned; unknown scores are measured again.
 
         Returns:
-            The observation there.
+            The observation of that state.
 
         Raises:
             RapError: The model does not have those blocks or cannot serve those requests.
         """
-        for lane, state in enumerate(states):
-            self._generators[lane][0].bit_generator.state = state["generator"]
-            self._samplers[lane].restart(state["position"])
-            self._lanes.set_state(lane, state)
-        return self._lanes.observation()
+        for index, state in enumerate(states):
+            self._generators[index][0].bit_generator.state = state["generator"]
+            self._samplers[index].restart(state["position"])
+            self._episodes.set_state(index, state)
+        return self._episodes.observation()
 
     @property
-    def _begun(self) -> Lanes:
-        if len(self._lanes.starts) < self.num_envs:
+    def _started(self) -> VectorEpisodes:
+        if len(self._episodes.starts) < self.num_envs:
             raise ResetNeeded("No episode has begun; call reset() first.")
-        return self._lanes
+        return self._episodes
 
     def _active(self) -> Flags:
-        """Lanes that act in this step, (n,); the others begin an episode."""
-        over = self._lanes.over
+        """Sub-environments that act in this step, (n,); the others start an episode."""
+        over = self._episodes.over
         if self._mode != AutoresetMode.NEXT_STEP and over.any():
             raise ResetNeeded(
-                f"The episodes of lanes {np.flatnonzero(over).tolist()} are over; call "
+                f"The episodes of sub-environments {np.flatnonzero(over).tolist()} are over; call "
                 "reset(options={'reset_mask': flags}) for them before the next step()."
             )
         return ~over
 
-    def _begin(self, flags: Flags, options: Mapping[str, Any] | None = None) -> None:
-        """Begin an episode in the lanes with a flag; if one cannot, none does."""
+    def _start(self, flags: Flags, options: Mapping[str, Any] | None = None) -> None:
+        """Start an episode where there is a flag; if one cannot start, none does."""
         starts = {
-            lane: self._task.start(self._samplers[lane], self._generators[lane][0], options)
-            for lane in np.flatnonzero(flags).tolist()
+            index: self._task.start_episode(
+                self._samplers[index], self._generators[index][0], options
+            )
+            for index in np.flatnonzero(flags).tolist()
         }
-        for lane, start in starts.items():
-            self._lanes.begin(lane, start, self._task.dense)
+        for index, start in starts.items():
+            self._episodes.start(index, start, self._task.dense)
+
+
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    known = [each.value for each in AutoresetMode]
+    if not isinstance(mode, AutoresetMode) and mode not in known:
+        raise UnknownNameError("autoreset mode", mode, known)
+    return AutoresetMode(mode)
+
+
+def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask) -> Counts:
+    """The block that each active sub-environment acts on, 0 for the others, (n,)."""
+    given = np.asarray(actions)
+    if given.shape != active.shape:
+        raise InvalidRequestError(
+            f"step() takes an array of {len(active)} actions, one for each sub-environment, not "
+            f"one of shape {given.shape}."
+        )
+    whole = np.issubdtype(given.dtype, np.integer)
+    wrong = active & ((given < 0) | (given >= task.num_blocks)) if whole else active
+    if wrong.any():
+        raise task.unknown_action(given[wrong][0].item())
+    return np.where(active, given, 0).astype(np.int64)
+
+
+def _seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
+    """The seed of each sub-environment: those given, or the one given and its successors."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, int | np.integer):
+        return [int(seed) + index for index in range(num_envs)]
+    if len(seed) != num_envs:
+        raise InvalidRequestError(
+            f"reset() takes one seed, or one for each of {num_envs} sub-environments, not "
+            f"{len(seed)}."
+        )
+    return seed
+
+
+def _reset_flags(given: Any, num_envs: int) -> Flags:
+    """The sub-environments to reset: all, or those of a ``reset_mask``, (n,)."""
+    if given is None:
+        return np.ones(num_envs, dtype=bool)
+    flags = np.asarray(given)
+    if flags.shape != (num_envs,) or flags.dtype != np.bool_ or not flags.any():
+        raise InvalidRequestError(
+            f"options['reset_mask'] must hold {num_envs} booleans, one for each sub-environment "
+            f"and at least one of them true, not {given!r}."
+        )
+    return flags

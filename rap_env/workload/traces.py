@@ -1,9 +1,9 @@
 """Request lengths of public service traces: read from a file, or drawn from a small fitted table.
 
-The lengths of a service have several humps (a chat service answers short questions and long
-pasted texts), which no simple formula follows; a table of quantiles does, in 44 numbers. The two
-tables here were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et al.,
-"Splitwise", ISCA 2024; CC BY 4.0). To fit one to a file of your own::
+The length distribution of a service has several modes (a chat service answers short questions
+and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two tables
+here were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et al.,
+"Splitwise", ISCA 2024; CC BY 4.0). To fit a table to another file::
 
     python -m rap_env.workload.traces FILE.csv
 """
@@ -24,12 +24,12 @@ import numpy.typing as npt
 from rap_env.errors import RapError
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-"""Header of a trace file: the public Azure form, one request a line, in time order."""
+"""Header of a trace file in the public Azure format: one request per line, in time order."""
 
 LEVELS: tuple[float, ...] = (
     0.0, 0.01, *(round(0.025 * k, 3) for k in range(1, 40)), 0.99, 0.999, 1.0,
 )  # fmt: skip
-"""Probabilities at which a `LengthTable` keeps its quantiles: every 2.5 %, and 1, 99 and 99.9 %."""
+"""Probabilities of the quantiles in a `LengthTable`: every 2.5 %, and 1, 99 and 99.9 %."""
 
 
 class TraceError(RapError, ValueError):
@@ -63,20 +63,21 @@ class LengthTable:
         return np.asarray(np.rint(np.exp(logs)), dtype=np.int64)
 
     def sample(self, rng: np.random.Generator) -> int:
-        """One length in tokens: the quantile at a uniform draw."""
+        """Draw a length in tokens: the quantile at a uniform draw."""
         return int(self.at(rng.random()))
 
 
 @contextlib.contextmanager
 def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[csv.DictReader[str]]:
-    """The lines of a trace file by column.
+    """Open a trace file and read its lines by column.
 
     Args:
         path: A CSV file; a leading ``~`` is the user's home.
-        needed: Columns that it must have.
+        needed: Required columns.
 
     Raises:
-        TraceError: The file is missing or no CSV file, also while it is read, or lacks a column.
+        TraceError: The file is missing, lacks a column, or turns out to be no CSV file, now or
+            while it is read.
     """
     try:
         with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
@@ -127,7 +128,7 @@ def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> int:
 
 
 def fit_trace(path: str | PathLike[str]) -> LengthTable:
-    """The length table of a trace file: its empirical quantiles at `LEVELS`.
+    """Fit a length table to a trace file: its empirical quantiles at `LEVELS`.
 
     Raises:
         TraceError: As for `read_trace`.
@@ -154,7 +155,7 @@ AZURE_CODE = LengthTable((
 
 
 def main(arguments: list[str]) -> int:
-    """Write the table fitted to the trace file named on the command line; the exit status."""
+    """Print the table fitted to the trace file on the command line; return the exit status."""
     if len(arguments) != 1:
         sys.stderr.write("Usage: python -m rap_env.workload.traces FILE.csv\n")
         return 2

@@ -1,4 +1,4 @@
-"""Samplers that follow the traffic of a service."""
+"""Samplers that follow the request lengths of a service."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.request import Request, whole
+from rap_env.request import Request, whole_number
 from rap_env.workload.sampler import RequestSampler
 from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrafficSampler(RequestSampler):
-    """Lengths from a service's traffic; batch sizes and budgets are drawn around them.
+    """Takes lengths from a service's traffic; draws batch sizes and budgets from ranges.
 
-    A trace says how long requests are, not how many a small server would batch nor how much
-    memory it has left, so both are drawn from stated ranges.
+    A trace states how long requests are, but not how many of them a small server would batch or
+    how much memory it has left.
 
     Attributes:
         memory: The model's byte arithmetic; lengths are cut to its positions.
-        max_batch_size: The batch size is a power of two up to this, each as likely.
-        budget_fraction_range: Lowest and highest budget as shares of the dense peak; uniform.
+        max_batch_size: The batch size is a power of two up to this one, all equally likely.
+        budget_fraction_range: Lowest and highest budget as shares of the dense peak; the draw is
+            uniform.
 
     Raises:
         InvalidRequestError: A value is out of its range.
@@ -40,7 +41,7 @@ class TrafficSampler(RequestSampler):
     budget_fraction_range: Sequence[float] = (0.6, 0.95)
 
     def __post_init__(self) -> None:
-        self.memory.check(whole("max_batch_size", self.max_batch_size), 1)
+        self.memory.check(whole_number("max_batch_size", self.max_batch_size), 1)
         bounds = tuple(self.budget_fraction_range)
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < 1:
             raise InvalidRequestError(
@@ -50,7 +51,7 @@ class TrafficSampler(RequestSampler):
 
     @abstractmethod
     def draw_length(self, rng: np.random.Generator) -> int:
-        """Tokens of a sequence."""
+        """Draw the number of tokens of a sequence."""
 
     def sample(self, rng: np.random.Generator) -> Request:
         """A request with the traffic's next length."""
@@ -62,7 +63,7 @@ class TrafficSampler(RequestSampler):
 
 
 class AzureConvSampler(TrafficSampler):
-    """Lengths as in the chat service of the Azure LLM inference trace 2023."""
+    """Draws lengths as in the chat service of the Azure LLM inference trace 2023."""
 
     table: LengthTable = AZURE_CONV
 
@@ -72,18 +73,19 @@ class AzureConvSampler(TrafficSampler):
 
 
 class AzureCodeSampler(AzureConvSampler):
-    """Lengths as in the code-completion service of the Azure LLM inference trace 2023."""
+    """Draws lengths as in the code service of the Azure LLM inference trace 2023."""
 
     table = AZURE_CODE
 
 
 @dataclass
 class TraceSampler(TrafficSampler):
-    """Lengths of a trace file, drawn with replacement or replayed in order.
+    """Takes lengths from a trace file, drawn with replacement or replayed in order.
 
     Attributes:
         path: A CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
-        order: ``"random"``, or ``"replay"``: in file order from the first, round and round.
+        order: ``"random"``, or ``"replay"``: in file order from the first
+            request, starting again at the end.
 
     Raises:
         TraceError: The file is missing, empty or malformed.
@@ -106,11 +108,11 @@ class TraceSampler(TrafficSampler):
 
     @property
     def position(self) -> int:
-        """Requests of the file replayed so far, those of earlier rounds included."""
+        """Number of requests replayed so far, earlier rounds included."""
         return self._position
 
     def restart(self, position: int = 0) -> None:
-        """Let a replay go on after `position` requests, at the start with the first one."""
+        """Continue a replay after `position` requests."""
         self._position = position
 
     def draw_length(self, rng: np.random.Generator) -> int:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.envs.parts import TASK_DOCUMENTS, task_scorer
+from rap_env.envs.task import TASK_DOCUMENTS, task_scorer
 from rap_env.errors import UnknownNameError
 from tests.envs.conftest import make_context
 from tests.envs.playing import make, play

@@ -10,7 +10,7 @@ from tests.envs.playing import DENSE_TIMING, make, play, request_at
 def test_text(context):
     env = make(context, render_mode="ansi")
     env.reset(seed=0, options={"request": request_at(context, 0.7)})
-    assert "loss     +0.000 nats" in env.render()
+    assert "ΔNLL     +0.000 nats" in env.render()
     env.step(0)
     assert "attn     .##" in env.render()
     assert "measured when the episode ends" in env.render()

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import ast
+import inspect
+import re
+from dataclasses import FrozenInstanceError, fields
+
 import gymnasium as gym
 import pytest
 
+from rap_env.context.base import ContextConfig
+from rap_env.envs.config import EnvConfig
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from tests.envs.playing import DENSE_TIMING, make, play
@@ -19,11 +26,37 @@ from tests.tiny import tiny_model, tiny_tokenizer
         ({"invalid_action_penalty": -1}, InvalidRequestError, "0 or above, not -1"),
         ({"max_invalid_actions": 0}, InvalidRequestError, "at least 1, not 0"),
         ({"max_invalid_actions": 1.5}, InvalidRequestError, r"at least 1, not 1\.5"),
+        ({"wokload": "grid"}, UnknownNameError, "'wokload'; known .* mean 'workload'"),
     ],
 )
 def test_impossible_settings_are_refused_when_made(context, settings, error, message):
     with pytest.raises(error, match=message):
         make(context, **settings)
+
+
+def test_mistakes_are_found_before_a_model_loads():
+    for settings in ({"reward": "speed"}, {"workload": "azure"}, {"infeasible": "ignore"}):
+        with pytest.raises(UnknownNameError):
+            RAPPruneEnv("no-such-model", **settings)
+
+
+def test_the_table_of_arguments_is_that_of_the_configuration():
+    rows = re.findall(r"^ *\| `(\w+)` \| `(.+?)` \| ", RAPPruneEnv.__doc__, re.MULTILINE)
+    documented = {name: ast.literal_eval(default) for name, default in rows}
+    defaults = {entry.name: entry.default for entry in fields(EnvConfig)}
+    assert documented == {**defaults, "context": None}
+    parameters = inspect.signature(RAPPruneEnv.__init__).parameters
+    assert parameters["model"].default == defaults["model"]
+
+
+def test_a_configuration_is_frozen_and_describes_a_context():
+    config = EnvConfig("m", calibration="text.txt", importance="one_shot", store=None)
+    with pytest.raises(FrozenInstanceError):
+        config.model = "n"
+    context = config.context_config()
+    assert (context.model, context.calibration.source) == ("m", "text.txt")
+    assert (context.importance, context.store) == ("one_shot", None)
+    assert EnvConfig().context_config() == ContextConfig()
 
 
 def test_a_misspelt_calibration_key_is_refused_before_a_model_loads():

@@ -139,7 +139,8 @@ def test_lanes_that_are_over_wait_for_their_reset(context):
         vector.reset(options={"reset_mask": np.arange(LANES) == 0})
     vector.reset(seed=0)
     vector.step(np.zeros(LANES, dtype=int))
-    with pytest.raises(ResetNeeded, match=r"lanes \[0, 1, 2, 3, 4\] are over; .*reset_mask"):
+    message = r"sub-environments \[0, 1, 2, 3, 4\] are over; .*reset_mask"
+    with pytest.raises(ResetNeeded, match=message):
         vector.step(np.zeros(LANES, dtype=int))
 
 
@@ -151,7 +152,7 @@ def test_lanes_that_are_over_wait_for_their_reset(context):
         ({"autoreset_mode": "same"}, UnknownNameError, "autoreset mode 'same'; .*'SameStep'"),
         ({"render_mode": "human"}, UnknownNameError, "render mode 'human'"),
         ({"infeasible": "ignore"}, UnknownNameError, "'ignore'; known are"),
-        ({"budget": 1}, TypeError, "unexpected keyword argument 'budget'"),
+        ({"budget": 1}, UnknownNameError, "setting of the environment: 'budget'; .*'workload'"),
     ],
 )
 def test_impossible_settings_are_refused(context, settings, error, message):
@@ -180,7 +181,7 @@ def test_impossible_actions_are_refused_and_change_nothing(context, actions, err
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"seed": [1, 2]}, InvalidRequestError, "one for each of 5 lanes, not 2"),
+        ({"seed": [1, 2]}, InvalidRequestError, "one for each of 5 sub-environments, not 2"),
         ({"options": {"reset_mask": [0, 1]}}, InvalidRequestError, "must hold 5 booleans"),
         ({"options": {"reset_mask": np.zeros(5, bool)}}, InvalidRequestError, "at least one"),
         ({"options": {"requests": 1}}, UnknownNameError, "setting of reset: 'requests'"),

@@ -1,0 +1,115 @@
+"""The configuration of an environment: names, numbers and plain dicts, checked when made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.reward import REWARDS
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.specs import check_settings, split_spec
+from rap_env.workload import SAMPLERS
+
+if TYPE_CHECKING:
+    from rap_env.context.base import ContextConfig
+
+INFEASIBLE = ("error", "clip")
+"""What to do with a budget that no mask can meet: raise an error, or raise it to the least one."""
+
+RENDER_MODES = ("ansi", "rgb_array")
+
+_OF_CONTEXT = (
+    "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "repair", "frontier",
+    "store",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The arguments of `RAPPrune-v0`, one by one or as vector environment.
+
+    The table in the section "Arguments" of `rap_env.RAPPruneEnv` describes each attribute.
+
+    Raises:
+        UnknownNameError: There is no such workload, reward, calibration setting or value of
+            `infeasible`.
+        InvalidRequestError: The penalty or the number of invalid actions is out of its range.
+        CorpusError: A number of the calibration text is out of its range.
+    """
+
+    model: str = "smollm2-135m"
+    workload: str | Mapping[str, Any] = "azure-conv"
+    reward: str | Mapping[str, Any] = "perplexity"
+    calibration: str | Mapping[str, Any] | None = None
+    importance: str = "gsi"
+    gsi_removals: int | None = 16
+    gsi_method: str = "exact"
+    frontier: str | None = None
+    repair: str = "none"
+    tasks: Sequence[str] | Mapping[str, Any] | None = None
+    infeasible: str = "error"
+    invalid_action_penalty: float = 0.1
+    max_invalid_actions: int = 10
+    device: str = "auto"
+    dtype: str = "auto"
+    store: str | None = "default"
+
+    def __post_init__(self) -> None:
+        split_spec(self.workload, "sampler", SAMPLERS)
+        split_spec(self.reward, "reward", REWARDS)
+        self.corpus_config()
+        if self.infeasible not in INFEASIBLE:
+            raise UnknownNameError("setting of infeasible:", self.infeasible, INFEASIBLE)
+        penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
+        if not 0 <= penalty < float("inf"):
+            raise InvalidRequestError(
+                f"invalid_action_penalty must be 0 or above, not {penalty!r}."
+            )
+        if isinstance(limit, bool) or int(limit) != limit or limit < 1:
+            raise InvalidRequestError(
+                f"max_invalid_actions must be a whole number of at least 1, not {limit!r}."
+            )
+
+    @classmethod
+    def of(cls, **arguments: Any) -> EnvConfig:
+        """The configuration of an environment's keyword arguments.
+
+        Raises:
+            UnknownNameError: There is no such argument; the error lists the known ones.
+            RapError: As for the class.
+        """
+        known = [entry.name for entry in fields(cls)]
+        check_settings(arguments, "the environment", [*known, "context", "render_mode"])
+        return cls(**arguments)
+
+    def corpus_config(self) -> CorpusConfig:
+        """The calibration text, whose default is `CorpusConfig`'s.
+
+        Raises:
+            UnknownNameError: The calibration has no such setting.
+            CorpusError: A number is out of its range.
+        """
+        given = self.calibration
+        settings = {"source": given} if isinstance(given, str) else dict(given or {})
+        check_settings(settings, "the calibration", [entry.name for entry in fields(CorpusConfig)])
+        return CorpusConfig(**settings)
+
+    def context_config(self) -> ContextConfig:
+        """The part that describes the pruning context."""
+        from rap_env.context.base import ContextConfig
+
+        shared = {name: getattr(self, name) for name in _OF_CONTEXT}
+        return ContextConfig(calibration=self.corpus_config(), **shared)
+
+
+def check_render_mode(render_mode: str | None) -> str | None:
+    """Return the render mode, if it exists or is None.
+
+    Raises:
+        UnknownNameError: There is no such render mode.
+    """
+    if render_mode is not None and render_mode not in RENDER_MODES:
+        raise UnknownNameError("render mode", render_mode, RENDER_MODES)
+    return render_mode

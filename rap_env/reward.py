@@ -1,0 +1,291 @@
+"""Rewards: weighted sums of terms, each of which turns measurements of masks into a number.
+
+The environment measures a mask only where a step is rewarded: at the end of an episode, or at each
+step if the reward says so. This lets many environments have their masks scored together.
+
+Each term states its range, its baseline (the mask whose reward is 0), whether it is deterministic,
+and its value when an episode fails (is truncated before the request fits).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.specs import check_settings, split_spec
+
+TIMINGS = ("terminal", "dense")
+
+SCALES = ("nats", "log")
+"""Whether a cost is the ΔNLL itself or its logarithm."""
+
+COMPARED_TO = ("gsi", "one_shot", "frontier")
+"""Baselines that a reward can be relative to."""
+
+
+class MeasuresAccuracy(Protocol):
+    """Gives task accuracies of masks, such as `rap_env.scoring.tasks.TaskScorer`."""
+
+    def mean_accuracy(self, mask: BlockMask) -> float:
+        """Mean accuracy over the tasks, in [0, 1]."""
+
+
+class StepOutcome(NamedTuple):
+    """Measurements of a step that is rewarded.
+
+    Attributes:
+        mask: The mask after the step.
+        delta_nll: Its NLL minus the dense model's, nats per token; 0 for the dense model.
+        delta_nll_before: The same of the mask before the step (the same mask for an invalid
+            action), or None if it was not measured.
+        ends: Whether the episode ends with this step, terminated or truncated.
+        baseline_delta_nll: The same of the mask that the baseline named by
+            `RewardTerm.relative_to` has for this request; None if no term names one, or if the
+            episode continues.
+    """
+
+    mask: BlockMask
+    delta_nll: float
+    delta_nll_before: float | None
+    ends: bool
+    baseline_delta_nll: float | None = None
+
+
+class RewardTerm(ABC):
+    """One term of a reward, in its own unit."""
+
+    name: ClassVar[str]
+    range: ClassVar[tuple[float, float]]
+    """Least and greatest return of an episode."""
+    baseline: ClassVar[str] = "the dense model: no block removed gives 0"
+    deterministic: ClassVar[bool] = True
+    """Whether the same masks always give the same rewards."""
+    on_failure: ClassVar[str] = "the value of the mask reached, as for an episode that fits"
+    relative_to: str | None = None
+    """Baseline whose ΔNLL at the same request is needed where an episode ends, or None."""
+
+    @property
+    def pays_every_step(self) -> bool:
+        """Whether each step is rewarded, not only the one that ends an episode."""
+        return False
+
+    @abstractmethod
+    def step(self, outcome: StepOutcome) -> float:
+        """Return the reward of a step.
+
+        Raises:
+            NonFiniteScoreError: The model gave NaN or infinity.
+        """
+
+
+@dataclass(frozen=True)
+class PerplexityReward(RewardTerm):
+    """Minus the cost of the final mask: its ΔNLL, or the logarithm of it.
+
+    It uses the log of perplexity rather than perplexity: the log adds up over steps, and one
+    ruined model does not dominate all other episodes. With ``timing="dense"`` each step is
+    charged the cost that its removal adds; with ``"terminal"`` the last step is charged all of it.
+    Undiscounted, both give the same return, since the differences telescope; the dense one tells
+    the agent sooner which removal hurt, the terminal one takes one model evaluation per episode
+    instead of one per step.
+
+    The ΔNLL differs between requests by orders of magnitude, so a learner mostly learns which
+    requests are hard. Two settings remove that effect, separately or together: ``relative_to``
+    adds a baseline's cost at the same request, so that the return is the advantage over the
+    baseline, and 0 where the policy chooses the baseline's mask; ``scale="log"`` makes equal
+    ratios of ΔNLL worth the same at every request. Together the return is
+    ``log((baseline + log_offset) / (delta_nll + log_offset))``.
+
+    Attributes:
+        timing: ``"terminal"`` (default: an episode removes 10 to 30 blocks, so it needs that many
+            times fewer evaluations) or ``"dense"``. The baseline is paid at the last step in both.
+        loss_cap: A larger ΔNLL counts as this many nats per token; None for no cap (default: the
+            return is then exactly minus the ΔNLL). Random masks reach 10 and more, where the
+            model is worse than guessing and larger values carry no information; a cap keeps their
+            spread from hiding differences between good masks. A baseline's ΔNLL is capped too.
+        scale: ``"nats"`` (default): the cost is the ΔNLL; ``"log"``: it is
+            ``log((delta_nll + log_offset) / log_offset)``, and ``delta_nll / log_offset`` where
+            the ΔNLL is negative. That is its tangent at 0: defined for every ΔNLL, and a mask
+            slightly better than the dense model is worth slightly more, not infinitely more.
+        relative_to: ``"gsi"`` or ``"one_shot"``: the mask of that order, followed until the
+            request fits; ``"frontier"``: the best known one; None (default): the dense model.
+            It needs one more evaluation for each new request.
+        log_offset: Nats per token; ΔNLL values well below it count as equally good.
+
+    Raises:
+        UnknownNameError: There is no such timing, scale or baseline.
+        InvalidRequestError: The cap or the offset is not above 0.
+    """
+
+    name: ClassVar[str] = "perplexity"
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)  # a rare mask beats the dense one
+    baseline: ClassVar[str] = (
+        "the dense model: no block removed gives 0; with relative_to it is that baseline's mask"
+    )
+
+    timing: str = "terminal"
+    loss_cap: float | None = None
+    scale: str = "nats"
+    relative_to: str | None = None
+    log_offset: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.timing not in TIMINGS:
+            raise UnknownNameError("timing of the reward", self.timing, TIMINGS)
+        if self.scale not in SCALES:
+            raise UnknownNameError("scale of the reward", self.scale, SCALES)
+        if self.relative_to not in (None, *COMPARED_TO):
+            raise UnknownNameError("baseline of the reward", self.relative_to, COMPARED_TO)
+        if self.loss_cap is not None and not self.loss_cap > 0:
+            raise InvalidRequestError(
+                f"loss_cap must be above 0 nats per token, or None, not {self.loss_cap!r}."
+            )
+        if not 0 < self.log_offset < math.inf:
+            raise InvalidRequestError(
+                f"log_offset must be above 0 nats per token, not {self.log_offset!r}."
+            )
+
+    @property
+    def pays_every_step(self) -> bool:
+        """Whether the timing is dense."""
+        return self.timing == "dense"
+
+    def step(self, outcome: StepOutcome) -> float:
+        """Minus the cost added by this step (dense) or by the whole episode (terminal)."""
+        baseline = self._baseline_cost(outcome) if outcome.ends else 0.0
+        if not self.pays_every_step:
+            return baseline - self._cost(outcome.delta_nll) if outcome.ends else 0.0
+        if outcome.delta_nll_before is None:
+            raise ValueError("A dense reward needs the ΔNLL of the mask before each step.")
+        return baseline + self._cost(outcome.delta_nll_before) - self._cost(outcome.delta_nll)
+
+    def _baseline_cost(self, outcome: StepOutcome) -> float:
+        if self.relative_to is None:
+            return 0.0
+        if outcome.baseline_delta_nll is None:
+            raise ValueError("A relative reward needs the ΔNLL of the baseline's mask.")
+        return self._cost(outcome.baseline_delta_nll)
+
+    def _cost(self, delta_nll: float) -> float:
+        """What a ΔNLL counts as; 0 for the dense model."""
+        if self.loss_cap is not None:
+            delta_nll = min(delta_nll, self.loss_cap)
+        if self.scale == "nats":
+            return delta_nll
+        ratio = delta_nll / self.log_offset
+        return math.log1p(ratio) if ratio > 0 else ratio
+
+
+@dataclass(frozen=True)
+class AccuracyReward(RewardTerm):
+    """The final mask's mean task accuracy minus the dense model's, paid at the last step.
+
+    Accuracy is what users notice, but it is coarse: on n questions it moves in steps of 1 / n.
+    It suits fine-tuning an agent, or the ``combined`` reward, better than training from scratch.
+
+    Attributes:
+        tasks: Measures the accuracies; they are deterministic (log-likelihoods, no sampling).
+    """
+
+    name: ClassVar[str] = "accuracy"
+    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+
+    tasks: MeasuresAccuracy = field(repr=False)
+
+    def step(self, outcome: StepOutcome) -> float:
+        """The change in accuracy, at most 0 unless pruning helped."""
+        if not outcome.ends or not outcome.mask:
+            return 0.0
+        return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(BlockMask())
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A weighted sum of terms.
+
+    Attributes:
+        weighted: Terms with their weights.
+    """
+
+    weighted: tuple[tuple[float, RewardTerm], ...]
+
+    @cached_property
+    def pays_every_step(self) -> bool:
+        """Whether each step is rewarded, so that every intermediate mask has to be measured."""
+        return any(term.pays_every_step for _, term in self.weighted)
+
+    @cached_property
+    def relative_to(self) -> str | None:
+        """The baseline whose ΔNLL has to be measured where an episode ends, or None."""
+        named = (term.relative_to for _, term in self.weighted)
+        return next((name for name in named if name is not None), None)
+
+    def step(self, outcome: StepOutcome) -> dict[str, float]:
+        """Each term's share of the reward by name; the reward is their sum.
+
+        Raises:
+            NonFiniteScoreError: The model gave NaN or infinity.
+        """
+        return {term.name: weight * term.step(outcome) for weight, term in self.weighted}
+
+    def zeros(self) -> dict[str, float]:
+        """The terms of a step that is not rewarded."""
+        return {term.name: 0.0 for _, term in self.weighted}
+
+
+_PERPLEXITY_SETTINGS = tuple(entry.name for entry in fields(PerplexityReward))
+
+REWARDS: dict[str, tuple[str, ...]] = {
+    "perplexity": _PERPLEXITY_SETTINGS,
+    "accuracy": (),
+    "combined": ("weights", *_PERPLEXITY_SETTINGS),
+}
+"""Every reward with the names of its settings."""
+
+_COMBINED_WEIGHTS = {"perplexity": 1.0, "accuracy": 1.0}
+
+
+def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccuracy]) -> Reward:
+    """Make the reward that a spec names.
+
+    Args:
+        spec: ``"perplexity"``, ``"accuracy"`` or ``"combined"``, or a dict with that ``name``
+            and settings: those of `PerplexityReward`, and for ``combined`` also the ``weights``
+            by term (1 each by default; 0 leaves a term out).
+        tasks: Returns what measures accuracies; called only if a term needs it.
+
+    Raises:
+        UnknownNameError: There is no such reward, setting, timing, scale, baseline or term.
+        InvalidRequestError: A weight, the cap or the offset is out of its range.
+    """
+    name, settings = split_spec(spec, "reward", REWARDS)
+    check_settings(settings, f"the reward {name!r}", REWARDS[name])
+    weights = settings.pop("weights", _COMBINED_WEIGHTS) if name == "combined" else {name: 1.0}
+    _check_weights(weights)
+    if name != "accuracy":
+        perplexity = PerplexityReward(**settings)  # checks settings, used or not
+    weighted: list[tuple[float, RewardTerm]] = []
+    for term, weight in weights.items():
+        if weight:
+            kind = perplexity if term == "perplexity" else AccuracyReward(tasks())
+            weighted.append((float(weight), kind))
+    return Reward(tuple(weighted))
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    """Reject weights of unknown terms, negative weights, and weights that are all 0."""
+    for term, weight in weights.items():
+        if term not in _COMBINED_WEIGHTS:
+            raise UnknownNameError("reward term", term, _COMBINED_WEIGHTS)
+        if not 0 <= weight < math.inf:
+            raise InvalidRequestError(
+                f"The weight of the reward term {term!r} must be at least 0, not {weight!r}."
+            )
+    if not any(weights.values()):
+        raise InvalidRequestError("The reward 'combined' needs a weight above 0 for some term.")
