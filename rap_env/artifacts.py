@@ -1,7 +1,7 @@
-"""Files that survive: written in one move, checked when read.
+"""Files that are written atomically and checked when read.
 
-A reader never sees half a file (the new one takes the old one's place by a rename), and a
-file that was cut or edited is refused by the checksum that it carries.
+A reader never sees a partial file (a rename replaces the old file), and the checksum in an artifact
+reveals that it was truncated or edited.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a full disk into an error that says what to do.
+    """Turn a full disk into an error that states what to do.
 
     Raises:
-        StorageFullError: The block ran out of space or quota.
+        StorageFullError: The disk or the quota is full.
     """
     try:
         yield
@@ -41,17 +41,17 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears at `path` only when the block ends well.
+    """Open a file for writing that appears at `path` only if the block succeeds.
 
     Raises:
-        StorageFullError: The disk is full; what was at `path` before is still there.
+        StorageFullError: The disk is full; the previous file at `path` is unchanged.
     """
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         name = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            # Not tempfile: it would make a file that only its owner may read.
+            # tempfile would create a file that only its owner can read.
             with name.open("xb") as file:
                 yield file
                 file.flush()
@@ -80,20 +80,20 @@ def save_artifact(
     Raises:
         StorageFullError: The disk is full.
     """
-    body = json.loads(canonical_json(body))  # as it will be read: keys are strings, tuples lists
+    body = json.loads(canonical_json(body))  # as it will be read: string keys, lists
     document = {"kind": kind, "version": version, "sha256": digest(body), "body": body}
     with atomic_write(path) as file:
         file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
-    """The body of an artifact that `save_artifact` wrote.
+    """Read the body of an artifact that `save_artifact` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
         ArtifactError: It is truncated, altered, of another kind or of another version.
     """
-    again = "delete it and make it again"
+    remedy = "delete it and create it again"
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     try:
         document = json.loads(text)
@@ -102,14 +102,16 @@ def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict
         content = digest(body)
     except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or NaN in it
         raise ArtifactError(
-            f"{path} is truncated or no artifact of this project; {again}."
+            f"{path} is truncated or no artifact of this project; {remedy}."
         ) from None
     if found != kind:
         raise ArtifactError(f"{path} is of the kind {found!r}, but {kind!r} was expected.")
     if written != version:
         raise ArtifactError(
-            f"{path} has format {written}, but this version reads {version}; {again}."
+            f"{path} has format {written}, but this version reads {version}; {remedy}."
         )
     if content != checksum:
-        raise ArtifactError(f"{path} was altered after it was written (checksum differs); {again}.")
+        raise ArtifactError(
+            f"{path} was altered after it was written (checksum differs); {remedy}."
+        )
     return body

@@ -1,7 +1,7 @@
-"""What a block-wise policy network sees of each block: the columns of its row, and their numbers.
+"""The input row of a block-wise policy network for each block: its columns and constants.
 
 Training (`agents.networks`, in torch) and the runtime (`rap_env.runtime.policy_network`, in
-NumPy) build the same row from these names, so neither can drift from the other.
+NumPy) build the same rows from these definitions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy.typing as npt
 from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES
 
 NEIGHBOURS = (-2, -1, 1, 2)
-"""Places of the blocks beside one: those of its own layer and of the layers next to it."""
+"""Offsets of a block's neighbours: the other block of its layer and those of adjacent layers."""
 
 PRICED = ("one_shot_loss", "gsi_marginal_loss")
-"""Features of which a row also has the price: the log of importance per useful byte."""
+"""Features for which a row also has the price: the log of importance per useful byte."""
 
 HIDES = {
     "gsi": ("gsi_rank", "gsi_marginal_loss"),
@@ -27,36 +27,36 @@ HIDES = {
 """The columns that each ablation hides; ``request`` hides the request itself too."""
 
 ABLATIONS = tuple(HIDES)
-"""What a network can be kept from seeing."""
+"""Names of the ablations: parts of the input that can be hidden from a network."""
 
 OVER_FLOOR = 1e-6
-"""Added to the share of the bytes over budget, by which a freed share is divided."""
+"""Added to the bytes over budget (a share of the peak) before a freed share is divided by it."""
 
 IMPORTANCE_FLOOR = 1e-2
-"""Added to an importance before its price is taken."""
+"""Added to an importance before its price is computed."""
 
 USEFUL_FLOOR = 1e-3
-"""Added to a useful share before a price is taken."""
+"""Added to a useful share before a price is computed."""
 
 SPREAD_FLOOR = 1e-4
-"""Added to the spread over blocks by which a deviation is divided."""
+"""Added to the spread over blocks before a deviation is divided by it."""
 
 MOST_SPREADS = 3.0
-"""Deviations are cut off at so many spreads."""
+"""Deviations are clipped at this many spreads."""
 
 
 def row_columns(block_vectors: int = 0) -> dict[str, slice]:
-    """The parts of a row by name, and which of its columns each part takes.
+    """The parts of a row by name, with the columns of each part.
 
     Of the block: ``blocks`` (its features), ``compared`` (the same and the prices, standardised
-    over the kept blocks), ``useful`` (the share of the bytes over budget that it would free, at
-    most 1), ``kept``, ``neighbours`` (whether those are kept; 1 beyond the ends), ``vectors``
-    (its own vector). Of the whole: ``request``, ``mean_kept`` and ``mean_removed`` (features of
-    the kept and of the removed blocks), ``removed_by_kind`` (shares of the attn and of the ffn
-    blocks), ``removed_vectors`` (mean over the removed blocks).
+    over the kept blocks), ``useful`` (the share of the bytes over budget that its removal frees,
+    at most 1), ``kept``, ``neighbours`` (whether they are kept; 1 beyond the ends), ``vectors``
+    (its learned vector). Of the whole model: ``request``, ``mean_kept`` and ``mean_removed`` (mean
+    features of the kept and of the removed blocks), ``removed_by_kind`` (removed shares of the
+    attn and of the ffn blocks), ``removed_vectors`` (mean over the removed blocks).
 
     Args:
-        block_vectors: Width of the vector that each block has, 0 for none.
+        block_vectors: Width of each block's learned vector, 0 for none.
     """
     features = len(BLOCK_FEATURES)
     widths = {
@@ -80,12 +80,12 @@ def row_columns(block_vectors: int = 0) -> dict[str, slice]:
 
 
 def row_width(block_vectors: int = 0) -> int:
-    """Columns of a row, W."""
+    """Number of columns of a row, W."""
     last = list(row_columns(block_vectors).values())[-1]
     return int(last.stop)
 
 
 def shown(names: Sequence[str], without: Collection[str]) -> npt.NDArray[np.float32]:
-    """1 for each feature that a network sees, 0 for what the ablations `without` hide."""
+    """1 for each feature that a network sees, 0 for those that the ablations `without` hide."""
     hidden = {column for name in without for column in HIDES[name]}
     return np.array([float(name not in hidden) for name in names], dtype=np.float32)

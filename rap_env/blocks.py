@@ -1,4 +1,4 @@
-"""Blocks of a decoder and the set of removed ones, as plain values without torch."""
+"""Blocks of a decoder, and masks: sets of removed blocks. Plain values without torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def block_index(block: Block | str | int) -> int:
     """The index of a block given as `Block`, name or index.
 
     Raises:
-        UnknownNameError: The name has not the form ``layerNN.attn`` or ``layerNN.ffn``,
+        UnknownNameError: The name does not have the form ``layerNN.attn`` or ``layerNN.ffn``,
             or the index is negative or no integer.
     """
     if isinstance(block, Block):
@@ -46,7 +46,7 @@ class Block:
 
     Attributes:
         index: ``2 * layer`` for attention, ``2 * layer + 1`` for feed-forward.
-        param_bytes: Bytes of the tensors that only this block uses, its norms included.
+        param_bytes: Bytes of the tensors that only this block uses, including its norms.
     """
 
     index: int
@@ -72,13 +72,13 @@ class Block:
 class BlockMask:
     """The set of removed blocks: a frozen, hashable value. ``BlockMask()`` is the dense model.
 
-    Iteration is over block indices in ascending order. Set operations give new masks.
+    Iteration yields block indices in ascending order. Set operations return new masks.
 
     Attributes:
         indices: The indices of the removed blocks.
 
     Raises:
-        UnknownNameError: One of them is no block.
+        UnknownNameError: An index does not name a block.
 
     >>> mask = BlockMask.of("layer03.ffn", 14)
     >>> mask.names
@@ -97,7 +97,7 @@ class BlockMask:
         """A mask that removes the given blocks (objects, names or indices).
 
         Raises:
-            UnknownNameError: One of them is no block.
+            UnknownNameError: One of them does not name a block.
         """
         return cls(frozenset(map(block_index, blocks)))
 
@@ -112,11 +112,11 @@ class BlockMask:
         return tuple(map(block_name, self))
 
     def count(self, kind: BlockKind) -> int:
-        """How many blocks of one kind are removed."""
+        """Number of removed blocks of one kind."""
         return sum(KINDS[i % 2] == kind for i in self.indices)
 
     def check(self, num_blocks: int) -> BlockMask:
-        """Return the mask itself if a model with `num_blocks` blocks has all its blocks.
+        """Return the mask itself if all its blocks exist in a model with `num_blocks` blocks.
 
         Raises:
             UnknownNameError: It names a block that the model does not have.
@@ -137,7 +137,7 @@ class BlockMask:
 
         Raises:
             ArtifactError: The text is no JSON list.
-            UnknownNameError: An entry is no block.
+            UnknownNameError: An entry does not name a block.
         """
         try:
             names = json.loads(text)

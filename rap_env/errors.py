@@ -1,7 +1,7 @@
-"""Every mistake a user can make has one class here and one sentence that says what to do.
+"""The errors of the project: one class per mistake that a user can make.
 
-All of them derive from `RapError`, so ``except RapError`` catches what the project
-raises on purpose and nothing else.
+All of them derive from `RapError`, so ``except RapError`` catches what the project raises
+deliberately and nothing else. Each message states what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 
 class RapError(Exception):
-    """Base class of all errors that the project raises on purpose."""
+    """Base class of all errors that the project raises deliberately."""
 
 
 class UnknownNameError(RapError, ValueError):
     """A name that is not among the known ones.
 
     Args:
-        kind: What the name should have named, in the user's words (``"sampler"``).
-        name: The name that was seen.
-        known: The names that exist.
-        hint: One more sentence for the end of the message, if any.
+        kind: What the name refers to, in the user's words (``"sampler"``).
+        name: The unknown name.
+        known: The known names.
+        hint: A sentence for the end of the message, if any.
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
@@ -38,55 +38,55 @@ class UnknownNameError(RapError, ValueError):
 
 
 class InvalidRequestError(RapError, ValueError):
-    """A request whose batch size, length or budget makes no sense for the model."""
+    """A request has a batch size, length or budget that the model cannot serve."""
 
 
 class InfeasibleBudgetError(RapError, ValueError):
-    """A budget below what even the mask that removes every block needs."""
+    """A budget is below what the mask that removes every block needs."""
 
 
 class UnsupportedModelError(RapError, ValueError):
-    """A model family whose blocks the project does not know, or a layout it cannot mask."""
+    """The model's family is unknown, or its layout cannot be masked."""
 
 
 class UnsupportedCacheError(RapError, ValueError):
-    """A KV cache, or a way of decoding, that cannot follow a mask that changes in between."""
+    """A KV cache or decoding method does not support changing the mask during generation."""
 
 
 class ModelNotAvailableError(RapError, OSError):
-    """Neither the cache nor the network has the model."""
+    """The model is neither in the cache nor on the network."""
 
 
 class ChecksumError(RapError, OSError):
-    """A file whose content is not what it should be."""
+    """The content of a file does not match its checksum."""
 
 
 class ArtifactError(RapError, ValueError):
-    """A saved artifact that is truncated, altered, too new, or of another model."""
+    """A saved artifact is truncated, altered, of another format, or of another model."""
 
 
 class SearchTooLargeError(RapError, ValueError):
-    """A search of all masks on a model with too many of them."""
+    """The model has too many masks for an exhaustive search."""
 
 
 class StoreError(RapError, OSError):
-    """A score store that is damaged or cannot be used."""
+    """A score store is damaged or cannot be used."""
 
 
 class StorageFullError(RapError, OSError):
-    """No space left on the disk; what was saved before is intact."""
+    """The disk is full; what was saved before is intact."""
 
 
 class CorpusError(RapError, ValueError):
-    """Text that cannot serve: too short, empty, or overlapping with text of another role."""
+    """A text is too short, empty, or overlaps with text of another role."""
 
 
 class NonFiniteScoreError(RapError, ArithmeticError):
-    """The model gave NaN or infinity where a score was expected."""
+    """The model returned NaN or infinity instead of a score."""
 
 
 class MissingDependencyError(RapError, ImportError):
-    """An optional package is needed for what was asked."""
+    """A feature needs an optional package that is not installed."""
 
     def __init__(self, package: str, feature: str, extra: str) -> None:
         self._made_from = (package, feature, extra)
@@ -100,16 +100,16 @@ class MissingDependencyError(RapError, ImportError):
 
 
 class ServingSettingsError(RapError, ValueError):
-    """A limit or address that a server cannot work with."""
+    """A limit or an address of a server is invalid."""
 
 
 class MemorySourceError(RapError, OSError):
-    """How much memory there is cannot be found out."""
+    """The amount of available memory cannot be determined."""
 
 
 class QueueFullError(RapError, RuntimeError):
-    """Too many requests wait already; come back later."""
+    """The request queue is full; try again later."""
 
 
 class EngineClosedError(RapError, RuntimeError):
-    """An engine that was closed takes no more requests."""
+    """The engine is closed and accepts no more requests."""

@@ -1,8 +1,8 @@
-"""What a mask needs for a request, in bytes. Pure arithmetic: no torch, no model in memory.
+"""Byte arithmetic: what a mask needs for a request. It loads neither torch nor a model.
 
-Weights and KV cache are exact: equal to the bytes of the tensors that the model and its
-cache really hold. The workspace (activations of one prefill chunk, logits of one position)
-is an estimate and is named so.
+Weights and KV cache are exact: equal to the bytes of the tensors that the model and its cache
+hold. The workspace (activations of one prefill chunk, logits of one position) is an estimate and
+is called one.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PREFILL_CHUNK_TOKENS = 2048
-"""Tokens of a prompt that are run at once; servers bound it, so the workspace is bounded."""
+"""Prompt tokens processed in one pass; servers limit it, so the workspace is bounded."""
 
-_LOGIT_BYTES = 4  # logits are compared in float32
+_LOGIT_BYTES = 4  # logits are float32
 _NO_WINDOW = 2**62  # tokens
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """All that the arithmetic needs to know of a model (L layers, 2L blocks).
+    """The properties of a model that the arithmetic needs (L layers, 2L blocks).
 
     Attributes:
-        name: What the user called the model.
+        name: The user's name for the model.
         fingerprint: SHA-256 over the weights and the config, in hex.
         dtype: Name of the weights' dtype, such as ``"bfloat16"``.
         block_param_bytes: Bytes of each block's own tensors, shape (2L,).
         base_bytes: Bytes of everything else (embeddings, head, last norm), tied tensors once.
-        kv_bytes_per_token: Bytes one token of one sequence adds to each layer's cache, (L,).
-        kv_window_tokens: Most tokens each layer's cache holds (sliding window), or None, (L,).
+        kv_bytes_per_token: Bytes that one token of one sequence adds to each layer's cache, (L,).
+        kv_window_tokens: Most tokens that each layer's cache holds (sliding window), or None, (L,).
         itemsize: Bytes of one activation value.
         hidden_size: Width of the residual stream.
         ffn_width: Widest hidden activation of a feed-forward block for one token.
-        vocab_size: Entries of the head.
+        vocab_size: Number of entries of the head.
         max_positions: Longest sequence the model accepts, in tokens.
-        stub_bytes: Bytes of what stands in each block's place once it is removed, (2L,); empty
+        stub_bytes: Bytes of the stub that replaces each block once it is removed, (2L,); empty
             means 0 each.
-        repair: Hash of the stubs, in hex; empty without any.
+        repair: Hash of the stubs, in hex; empty without stubs.
 
     Raises:
-        ArtifactError: The numbers of layers and blocks do not fit together.
+        ArtifactError: The numbers of layers and blocks are inconsistent.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ModelFacts:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What scores depend on: weights, their dtype and, where there are any, stubs."""
+        """What scores depend on: weights, their dtype and, if there are any, stubs."""
         own = {"model": self.fingerprint, "dtype": self.dtype}
         return {**own, "repair": self.repair} if self.repair else own
 
@@ -92,7 +92,7 @@ class ModelFacts:
 
     @property
     def num_blocks(self) -> int:
-        """2L, an attn and an ffn block a layer."""
+        """2L: each layer has an attn and an ffn block."""
         return len(self.block_param_bytes)
 
     @property
@@ -102,11 +102,11 @@ class ModelFacts:
 
 
 class HasFacts(Protocol):
-    """A live model that can state its facts, such as `rap_env.llm.ElasticLLM`."""
+    """A live model that provides its facts, such as `rap_env.llm.ElasticLLM`."""
 
     @property
     def facts(self) -> ModelFacts:
-        """What the arithmetic needs to know."""
+        """The properties that the arithmetic needs."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class MemoryBreakdown:
 
     @property
     def peak(self) -> int:
-        """All of it: the peak bytes."""
+        """Sum of all parts: the peak bytes."""
         return self.weights + self.stubs + self.embeddings + self.kv_cache + self.workspace
 
     def as_dict(self) -> dict[str, int]:
-        """Names and bytes, for records."""
+        """Bytes by name, for records."""
         return {
             "weights_bytes": self.weights,
             "stubs_bytes": self.stubs,
@@ -188,11 +188,11 @@ class MemoryModel:
         return np.array(self.facts.kv_bytes_per_token, dtype=np.int64)
 
     def check(self, batch_size: int, seq_len_tokens: int) -> None:
-        """Refuse a batch or a length that the model cannot serve.
+        """Reject a batch size or a length that the model cannot serve.
 
         Raises:
-            InvalidRequestError: The batch is below 1 or the length not within
-                1 and the model's positions.
+            InvalidRequestError: The batch size is below 1, or the length is not between 1 and
+                the model's positions.
         """
         if batch_size < 1:
             raise InvalidRequestError(f"The batch size must be at least 1, not {batch_size}.")
@@ -214,13 +214,13 @@ class MemoryModel:
         )
 
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
-        """Weight and cache bytes that each block's removal frees, less its stub's, shape (2L,)."""
+        """Weight and cache bytes that each block's removal frees, minus its stub's, shape (2L,)."""
         freed = self._own_bytes.copy()
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
 
     def breakdown(self, mask: BlockMask, request: Request) -> MemoryBreakdown:
-        """What the model with `mask` holds while it serves `request`.
+        """The bytes that the model with `mask` holds while it serves `request`.
 
         Raises:
             InvalidRequestError: As for `check`.
@@ -259,10 +259,10 @@ class MemoryModel:
         return self.peak_bytes(BlockMask.all_of(self.facts.blocks), request)
 
     def check_feasible(self, request: Request) -> None:
-        """Refuse a budget that no mask can meet.
+        """Reject a budget that no mask can meet.
 
         Raises:
-            InfeasibleBudgetError: Even without any block the request needs more.
+            InfeasibleBudgetError: With every block removed, the request still needs more.
         """
         least = self.least_peak_bytes(request)
         if request.budget_bytes < least:
@@ -278,11 +278,12 @@ class MemoryModel:
         batch_sizes: Sequence[int] = (1, 4, 16, 64),
         seq_lens_tokens: Sequence[int] | None = None,
     ) -> list[dict[str, Any]]:
-        """Shares of the dense peak by what fills it, a row for each batch size and length.
+        """Shares of the dense peak by what they hold, one row per batch size and length.
 
         Args:
             batch_sizes: Batch sizes.
-            seq_lens_tokens: Sequence lengths; by default the model's positions, halved seven times.
+            seq_lens_tokens: Sequence lengths; by default the model's positions, halved up to
+                seven times.
         """
         longest = self.facts.max_positions
         lengths = seq_lens_tokens or sorted({longest >> n for n in range(8)} - {0})
@@ -303,7 +304,7 @@ class MemoryModel:
         batch_sizes: Sequence[int] = (1, 4, 16, 64),
         seq_lens_tokens: Sequence[int] | None = None,
     ) -> Figure:
-        """Draw `shares`: weights fill the memory of short requests, the KV cache that of long ones.
+        """Plot `shares`: weights dominate the memory of short requests, the KV cache of long ones.
 
         Save it with ``figure.savefig("memory.png")``.
 

@@ -1,4 +1,4 @@
-"""The picture that the whole idea rests on: what fills the memory moves with the request."""
+"""A plot of what fills the memory: weights for short requests, the KV cache for long ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = {
     "embeddings": ("embeddings and head", "#B9B4A8"),
     "workspace": ("workspace (estimate)", "#DEDAD0"),
 }
-"""What is held, from the bottom up; the KV cache is a light attention blue: attention makes it."""
+"""The parts from the bottom up, with label and colour; the KV cache is a lighter attention blue."""
 
 
 def draw_memory(
@@ -28,11 +28,11 @@ def draw_memory(
     width_in: float = 9.2,
     row_height_in: float = 2.9,
 ) -> Figure:
-    """Shares of the dense peak as sequences get longer, a panel for each batch size.
+    """Plot shares of the dense peak against sequence length, one panel per batch size.
 
     Args:
         shares: Rows of `MemoryModel.shares`.
-        columns: Panels side by side; all by default.
+        columns: Number of panels side by side; all by default.
         width_in: Width of the figure, in inches.
         row_height_in: Height of a row of panels, in inches.
 
@@ -82,5 +82,5 @@ def _draw_batch(axis: Axes, shares: list[dict[str, Any]]) -> None:
 
 
 def _short_count(tokens: int) -> str:
-    """1,024 tokens as 1k."""
+    """Format 1,024 tokens as ``1k``."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

@@ -1,4 +1,4 @@
-"""What an agent sees of a request and a mask. Pure: no model is run, so policies use it live."""
+"""Observations of a request and a mask. No model is run, so runtime policies use them too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK_FEATURES = (
 """Columns of the observation's ``blocks``."""
 
 MAX_BATCH_LOG2 = 8
-"""A batch of 256 sequences or more is seen as 1.0."""
+"""A batch of 256 or more sequences is observed as 1.0."""
 
 BYTES_OVER = REQUEST_FEATURES.index("bytes_over")
 """The column of ``request`` that depends on the mask."""
@@ -42,12 +42,12 @@ Observation = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class ImportanceFeatures:
-    """Importance of the 2L blocks as plain arrays.
+    """Importance of the 2L blocks as arrays, as an agent observes it.
 
     Attributes:
-        one_shot: Loss rise without the block alone, nats per token, (2L,).
-        gsi_rank: Place in the GSI order, 0 = removed first, 1 = last, (2L,).
-        gsi_marginal_loss: Loss rise at its removal in that order, nats per token, (2L,).
+        one_shot: ΔNLL of removing only this block, nats per token, (2L,).
+        gsi_rank: Position in the GSI order, 0 = removed first, 1 = last, (2L,).
+        gsi_marginal_loss: ΔNLL added by its removal in that order, nats per token, (2L,).
     """
 
     one_shot: npt.NDArray[np.float64]
@@ -56,13 +56,13 @@ class ImportanceFeatures:
 
     @classmethod
     def none(cls, num_blocks: int) -> ImportanceFeatures:
-        """Zeros: an agent that has to find out by itself."""
+        """Zeros: the agent observes no importance."""
         zeros = np.zeros(num_blocks)
         return cls(zeros, zeros, zeros)
 
     @classmethod
     def from_one_shot(cls, loss_rise: npt.NDArray[np.float64]) -> ImportanceFeatures:
-        """The one-shot order in the place of the GSI order, where no GSI was run."""
+        """The one-shot order in place of the GSI order, if GSI was not run."""
         rank = np.argsort(np.argsort(loss_rise, kind="stable")) / max(1, len(loss_rise) - 1)
         return cls(loss_rise, rank, loss_rise)
 
@@ -72,7 +72,7 @@ class ObservationBuilder:
 
     Args:
         memory: The model's byte arithmetic.
-        features: What was measured of each block once (see `rap_env.importance`).
+        features: Importance of the blocks (see `rap_env.importance`).
 
     Attributes:
         space: ``Dict`` of ``request`` (5,) and ``blocks`` (2L, 7), float32 in [0, 1], and
@@ -97,11 +97,11 @@ class ObservationBuilder:
         table[:, 4] = squash(features.one_shot)
         table[:, 5] = np.clip(features.gsi_rank, 0.0, 1.0)
         table[:, 6] = squash(features.gsi_marginal_loss)
-        self._dense = table  # the columns that no request changes, with every block kept
+        self._dense = table  # columns that do not depend on the request, with every block kept
         self._longest_log2 = np.log2(max(2, memory.facts.max_positions))
 
     def dense(self, request: Request) -> Observation:
-        """The observation of the dense model under `request`, in arrays of its own.
+        """The observation of the dense model under `request`, in new arrays.
 
         Raises:
             InvalidRequestError: The model cannot serve the request.
@@ -124,7 +124,7 @@ class ObservationBuilder:
         }
 
     def build(self, request: Request, mask: BlockMask) -> Observation:
-        """The observation of `mask` under `request`, in arrays of its own.
+        """The observation of `mask` under `request`, in new arrays.
 
         Raises:
             InvalidRequestError: The model cannot serve the request.
@@ -149,9 +149,9 @@ def bytes_over(peak_bytes: int, budget_bytes: int, dense_peak_bytes: int) -> flo
 
 
 def squash(loss: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """Losses in nats per token onto [0, 1): x / (1 + x), 0 for what is below 0.
+    """Map ΔNLL values in nats per token onto [0, 1): x / (1 + x), and 0 below 0.
 
-    A loss has no upper bound: infinity gives 1.
+    Infinity gives 1.
     """
     positive = np.maximum(np.asarray(loss, dtype=np.float64), 0.0)
     return np.asarray(1.0 - 1.0 / (1.0 + positive), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Where the project keeps what it downloads and computes."""
+"""The cache folder for what the project downloads and computes."""
 
 from __future__ import annotations
 

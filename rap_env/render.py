@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
 SIZE = (960, 640)
-"""Width and height of the picture in pixels; both even, as video encoders ask."""
+"""Width and height of the picture in pixels; video encoders need even numbers."""
 
 _INK, _GREY, _FAINT, _PAPER = "#1f2933", "#7b8794", "#d5dae0", "#ffffff"
 _EDGE = "#b8c2cc"
@@ -173,7 +173,7 @@ def _draw_stack(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     params = np.array(facts.block_param_bytes)
     attn, ffn = params[0::2] + kv, params[1::2]
     scale = (middle - left - 18) / max(1, int(attn.max()), int(ffn.max()))
-    row = min(40, max(1, (bottom - top) // facts.num_layers))  # whole pixels: even gaps
+    row = min(40, max(1, (bottom - top) // facts.num_layers))  # whole pixels give even gaps
     gap = min(2, row // 3)
     draw.text((middle - 18, top - 22), "attention", _INK, _font(15), anchor="ra")
     draw.text((middle + 18, top - 22), "FFN", _INK, _font(15))
@@ -194,7 +194,7 @@ def _draw_stack(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
 
 
 def _block(draw: ImageDraw.ImageDraw, box: _Box, part: str, removed: bool) -> None:
-    """A filled rectangle, or an empty one with a grey edge if the block is removed."""
+    """Draw a filled rectangle, or an empty one with a grey edge if the block is removed."""
     x0, y0, x1, y1 = box
     if x1 - x0 < 1:
         return
@@ -203,7 +203,7 @@ def _block(draw: ImageDraw.ImageDraw, box: _Box, part: str, removed: bool) -> No
 
 
 def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
-    """Bytes by what they hold, stacked along a bar on which the budget is marked."""
+    """Draw the bytes by what they hold, stacked along a bar on which the budget is marked."""
     left, right = _PANEL
     dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
     scale = (right - left) / max(dense, scene.request.budget_bytes)
@@ -246,4 +246,4 @@ def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)  # comes with Pillow: the same letters on every machine
+    return ImageFont.load_default(size)  # part of Pillow: identical on every machine

@@ -1,7 +1,7 @@
-"""Specs: how a part of the environment is named in plain words, numbers and dicts.
+"""Specs: descriptions of parts of the environment as names, numbers and dicts.
 
 A spec is a name (``"perplexity"``) or a dict with that ``name`` and settings
-(``{"name": "perplexity", "timing": "dense"}``), so that it can come from YAML, and
+(``{"name": "perplexity", "timing": "dense"}``), so that it can come from YAML and
 `gymnasium.make` can copy it.
 """
 
@@ -16,7 +16,7 @@ from rap_env.errors import UnknownNameError
 def split_spec(
     spec: str | Mapping[str, Any], kind: str, known: Iterable[str]
 ) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a spec, which is a name or a dict with a ``name``.
+    """Split a spec (a name, or a dict with a ``name``) into name and settings.
 
     Raises:
         UnknownNameError: The name is missing or not among the `known` ones.
@@ -29,7 +29,7 @@ def split_spec(
 
 
 def check_settings(settings: Mapping[str, Any], owner: str, known: Iterable[str]) -> None:
-    """Refuse a setting that `owner` (``"the sampler 'fixed'"``) does not have.
+    """Reject a setting that `owner` (``"the sampler 'fixed'"``) does not have.
 
     Raises:
         UnknownNameError: A key is not among the `known` ones.

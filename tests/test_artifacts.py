@@ -50,7 +50,7 @@ def test_an_artifact_that_was_cut_anywhere_is_refused(data: Any, tmp_path: Path)
     kept = data.draw(st.integers(0, len(content) - 2))  # the last byte is a line break
     (tmp_path / "a.json").write_bytes(content[:kept])
     with pytest.raises(
-        ArtifactError, match=r"a\.json is truncated .*; delete it and make it again"
+        ArtifactError, match=r"a\.json is truncated .*; delete it and create it again"
     ):
         load_artifact(tmp_path / "a.json", "thing", 3)
 
