@@ -49,7 +49,8 @@ def main(settings: LoadSettings) -> None:
         RapError: The model cannot be loaded.
     """
     from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm, locate
+    from rap_env.llm.loading import load_llm
+    from rap_env.llm.sources import locate
 
     threads = use_threads(settings.threads or "auto")
     llm = load_llm(settings.model)  # fetches it, and warms the page cache

@@ -47,7 +47,7 @@ def main(settings: MemorySettings) -> None:
     Raises:
         RapError: The model cannot be loaded, or does not take a request.
     """
-    from rap_env.llm import load_pruned, save_pruned
+    from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 
     llm = open_model(settings)
     memory, device, traffic = MemoryModel(llm), str(llm.device), Traffic(llm, 512)

@@ -14,7 +14,7 @@ from benchmarks.harness import ModelSettings, open_model
 from benchmarks.naive import serve
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import locate
+from rap_env.llm.sources import locate
 from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
 
 

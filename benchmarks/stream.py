@@ -170,8 +170,9 @@ def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import rap_env.scoring.scorer  # noqa: F401
-    from rap_env.llm.config import read_config
-    from rap_env.llm.loading import load_llm, locate
+    from rap_env.llm.adapter import read_config
+    from rap_env.llm.loading import load_llm
+    from rap_env.llm.sources import locate
     from rap_env.llm.streamed import stream_llm
     from rap_env.scoring.corpus import CorpusConfig, load_corpus
 

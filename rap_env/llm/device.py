@@ -1,4 +1,4 @@
-"""Which device and which dtype a model runs in, on how many threads."""
+"""Device, dtype and number of threads for a model, and the benchmark that selects the dtype."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import ctypes
 import logging
 import os
+import time
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
-from rap_env.errors import UnknownNameError
-from rap_env.llm.rates import CLEAR_GAIN, products_per_second, remembered_dtype
+from rap_env.artifacts import digest, load_artifact, save_artifact
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +24,18 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+ProductRate = Callable[[torch.dtype, float], float]
+"""Matrix products per second in a dtype, measured for a number of seconds."""
+
+CLEAR_GAIN = 1.2
+"""Speed-up that justifies a change; a smaller one may be noise."""
+_CANDIDATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BENCHMARK_S = 0.5
+_SLICES = 5
+_KIND, _VERSION = "rap-env.fastest-dtype", 1
+# Tokens, input width and output width of one product: those of a small model on a CPU; on a GPU
+# a product that is large enough to use its matrix units.
+_CPU_SHAPE, _GPU_SHAPE = (256, 576, 1536), (2048, 2048, 2048)
 _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
@@ -48,8 +64,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for a name; ``"auto"`` is bfloat16 where it was measured to be faster.
 
-    The first time on a kind of processor that takes half a second; then it is remembered in the
-    cache folder (see `rap_env.llm.rates.remembered_dtype`).
+    The measurement takes half a second per kind of processor; the result is stored in the cache
+    folder (see `remembered_dtype`).
 
     Args:
         name: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -66,7 +82,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def device_kind(device: torch.device) -> str:
-    """The processor as far as it decides how sums are rounded, for keys of scores."""
+    """The kind of processor, which determines the rounding of sums; part of the keys of scores."""
     if device.type == "cuda":
         return f"cuda:{torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
@@ -76,14 +92,94 @@ def device_kind(device: torch.device) -> str:
     return "+".join([f"cpu:{torch.backends.cpu.get_cpu_capability()}", *extra])
 
 
-def use_threads(number: int | str = "auto") -> int:
-    """Let torch use so many threads from now on in this process; the log says how many.
+def products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
+    """Products ``left @ right`` per second, measured for `seconds`."""
+    left @ right  # the first product starts threads and selects kernels
+    synchronise(left.device)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        left @ right
+        synchronise(left.device)
+        done += 1
+    return done / (time.perf_counter() - began)
 
-    Nothing in the library calls it: torch's own choice (a thread for each core) holds until you
-    do. Rounding depends on the number, so scores that are to be compared need the same one.
+
+def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> torch.dtype:
+    """bfloat16 if `device` multiplies clearly faster in it than in float32, else float32.
+
+    It is faster on hardware with matrix units for it (AMX, AVX512-BF16, CUDA from Ampere on);
+    elsewhere bfloat16 is emulated. Both are measured in turn, half a second in total, and the best
+    of several slices counts, so that other load on the machine does not decide. On a CPU one
+    thread is measured: the waiting of several threads would hide the speed of the units.
 
     Args:
-        number: A number of threads, or ``"auto"`` for what `fastest_threads` finds.
+        device: Where the model will run.
+        rate: Replaces the measurement.
+    """
+    rate = rate or _rate_on(device)
+    slice_s = _BENCHMARK_S / (2 * _SLICES)
+    best = dict.fromkeys(_CANDIDATES.values(), 0.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_SLICES):
+            best = {dtype: max(fastest, rate(dtype, slice_s)) for dtype, fastest in best.items()}
+    finally:
+        torch.set_num_threads(threads)
+    gain = best[torch.bfloat16] / best[torch.float32]
+    chosen = torch.bfloat16 if gain > CLEAR_GAIN else torch.float32
+    log.info("%s multiplies bfloat16 %.2f times as fast as float32: %s is chosen",
+             device, gain, chosen)  # fmt: skip
+    return chosen
+
+
+@lru_cache(maxsize=64)
+def remembered_dtype(device: torch.device, processor: str) -> torch.dtype:
+    """The result of `measured_dtype`, measured once per kind of processor and version of torch.
+
+    The result is kept in the cache folder (``dtype-*.json``; delete it to measure again), so that
+    the same machine always chooses the same dtype and a later process does not measure. If the
+    cache cannot be read or written, each process measures for half a second.
+
+    Args:
+        device: Where the model will run.
+        processor: The kind of processor, see `device_kind`.
+    """
+    key = {"processor": processor, "torch": torch.__version__}
+    path = cache_dir() / f"dtype-{digest(key)[:16]}.json"
+    with contextlib.suppress(OSError, ArtifactError, KeyError):
+        return _CANDIDATES[load_artifact(path, _KIND, _VERSION)["dtype"]]
+    chosen = measured_dtype(device)
+    with contextlib.suppress(OSError):
+        save_artifact(path, _KIND, _VERSION, {**key, "dtype": str(chosen).removeprefix("torch.")})
+    return chosen
+
+
+def _rate_on(device: torch.device) -> ProductRate:
+    tokens, width, out = _CPU_SHAPE if device.type == "cpu" else _GPU_SHAPE
+    left = torch.randn(tokens, width, device=device)
+    right = torch.randn(out, width, device=device).T  # as a linear layer holds its weight
+
+    def rate(dtype: torch.dtype, seconds: float) -> float:
+        return products_per_second(left.to(dtype), right.to(dtype), seconds)
+
+    return rate
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a CUDA device has finished its work; a no-op on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def use_threads(number: int | str = "auto") -> int:
+    """Set the number of torch threads of this process, and log it.
+
+    The library itself never calls it: torch's default (one thread per core) is used until you do.
+    Rounding depends on the number, so compare only scores that were computed with the same one.
+
+    Args:
+        number: A number of threads, or ``"auto"`` for the result of `fastest_threads`.
 
     Returns:
         The number of threads.
@@ -102,14 +198,14 @@ def use_threads(number: int | str = "auto") -> int:
 
 
 def fastest_threads(seconds: float = 0.4) -> int:
-    """How many torch threads multiply fastest on this machine as it is now.
+    """The number of torch threads that multiply fastest on this machine at the moment.
 
-    Threads that spin while they wait for each other make a busy machine slower, not faster
-    (nine times, on two cores with other work), so this is measured and not guessed. More
-    threads are taken only for a clear gain. The log says what was measured.
+    Threads that spin while they wait for each other can make a busy machine slower (nine times, on
+    two cores with other load), so the number is measured. More threads are chosen only for a clear
+    gain. The measurements are logged.
 
     Args:
-        seconds: Time to spend on each candidate (powers of two up to the cores).
+        seconds: Time for each candidate (powers of two up to the number of cores).
     """
     before = torch.get_num_threads()
     left, right = torch.randn(256, 576), torch.randn(576, 1536)
@@ -125,40 +221,40 @@ def fastest_threads(seconds: float = 0.4) -> int:
     finally:
         torch.set_num_threads(before)
     found = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
-    log.info("Products a second by number of threads: %s; %d is chosen", found, best)
+    log.info("Products per second by number of threads: %s; %d is chosen", found, best)
     return best
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next tensors instead of giving it back.
+    """Let the C library keep freed memory for later tensors instead of returning it to the system.
 
-    Every forward pass frees and asks for the same hundred megabytes; taking them from the
-    system anew cost an eighth of the time, and two thirds of that of a loss over 200 MB of
-    logits. At most 1 GiB is held back. Without effect elsewhere than on Linux with glibc.
+    Every forward pass frees and allocates the same hundred megabytes. Getting them from the system
+    again took an eighth of the time of a pass, and two thirds of that of a loss over 200 MB of
+    logits. At most 1 GiB is kept. Has an effect only on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_TRIM_THRESHOLD, 2**30)
-        if not mallopt(_M_MMAP_THRESHOLD, 2**30):  # older ones refuse more than 32 MiB
+        if not mallopt(_M_MMAP_THRESHOLD, 2**30):  # older versions reject more than 32 MiB
             mallopt(_M_MMAP_MAX, 0)
 
 
 def bound_kernel_caches() -> None:
-    """Let oneDNN keep few of the kernels that it compiles, one for each shape that it ever saw.
+    """Limit the number of compiled kernels that oneDNN caches, one for each shape.
 
-    With the lengths of a service's requests these are thousands, half a megabyte each, which looks
-    like a leak; making one anew takes no time that could be measured. To be called before the
-    first product: the caches are made then. Whoever has set the variables keeps their values.
+    A server sees thousands of sequence lengths, and half a megabyte for each looks like a memory
+    leak. Compiling a kernel again takes no measurable time. Call this before the first product,
+    which creates the caches. Environment variables that are already set keep their values.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
 
 
 def return_freed_memory() -> None:
-    """Give memory that the C library holds back to the system, so that resident memory falls.
+    """Return the memory that the C library keeps to the system, so that resident memory falls.
 
-    The other half of `keep_freed_memory`, for moments when much was freed and others need it; it
-    takes milliseconds. Without effect elsewhere than on Linux with glibc.
+    The counterpart of `keep_freed_memory`, for use after much memory was freed; it takes
+    milliseconds. Has an effect only on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""A live model whose blocks can be taken out and put back, exactly."""
+"""A live model whose blocks can be removed and restored exactly."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ import torch
 from rap_env.blocks import Block, BlockMask
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.device import return_freed_memory
-from rap_env.llm.fingerprint import fingerprint_of, named_weights, tensor_key
+from rap_env.llm.placeholders import Stub
 from rap_env.llm.residency import (
     BlockWeights,
+    HeldBytes,
+    LiveBlocks,
     Residency,
     check_residency,
-    untied_parameters,
 )
-from rap_env.llm.sites import HeldBytes, LiveBlocks
-from rap_env.llm.stub import Stub
+from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_parameters
 from rap_env.memory import ModelFacts
 
 if TYPE_CHECKING:
-    from rap_env.llm.live import Restore
+    from rap_env.llm.kv_cache import Restore
 
 
 class ElasticLLM:
     """A causal language model with a mask of removed blocks.
 
-    A removed block's modules are swapped for ones without weights and without work; this
-    object keeps the originals, so that any mask can be undone exactly. The weights stay
-    in memory and are never written to. While a mask is applied, `model` is what the mask
-    leaves: its `state_dict()` and `parameters()` show the kept blocks alone, so lift the mask
-    before you move, convert or save `model` as a whole.
+    A removed block's modules are replaced by placeholders without weights or computation. This
+    object keeps the originals, so that any mask can be undone exactly. The weights stay in memory
+    and never change. While a mask is applied, `model` is what the mask leaves: its `state_dict()`
+    and `parameters()` contain only the kept blocks, so remove the mask before you move, convert or
+    save `model` as a whole.
 
-    Generation with a KV cache is exact under any mask, and `apply` may change it between any two
-    steps, from any thread: see `generate`, `rap_env.llm.live_batch.LiveBatch` and
+    Generation with a KV cache is exact under any mask, and `apply` may change the mask between any
+    two steps, from any thread: see `generate`, `rap_env.llm.live_batch.LiveBatch` and
     `set_residency`. Two things differ from a dense model: ``output_attentions`` and
-    ``output_router_logits`` list the kept blocks alone, and a removed attention block leaves 2
-    bytes a token and sequence in the cache (see `RemovedAttention`). Whoever calls `model`
-    by hand while another thread changes masks holds `exclusive` meanwhile.
+    ``output_router_logits`` list only the kept blocks, and a removed attention block keeps 2 bytes
+    per token and sequence in the cache (see `RemovedAttention`). If you call `model` directly
+    while another thread changes masks, hold `exclusive`.
 
     Args:
         model: A causal language model of a known family. It is put into evaluation mode.
-        tokenizer: Its tokenizer, or None where only token ids are used.
-        name: What the user called the model.
-        folder: Where its weights were read from, if from safetensors files.
+        tokenizer: Its tokenizer, or None if only token ids are used.
+        name: Name of the model in results.
+        folder: The folder from which its weights were read, if from safetensors files.
 
     Attributes:
         model: The live model, as the current mask leaves it.
         tokenizer: As given.
         name: As given.
         folder: As given.
-        adapter: What the config says about the blocks.
+        adapter: Describes the blocks, from the config.
 
     Raises:
         UnsupportedModelError: The family is unknown or its layout cannot be masked.
@@ -76,7 +76,7 @@ class ElasticLLM:
         self._live = LiveBlocks(self.adapter.sites(model))
         self._stubs: Mapping[int, Stub] = {}
         self._repair = ""
-        self._whole: ElasticLLM | None = None  # what a view was made of, which it keeps alive
+        self._whole: ElasticLLM | None = None  # the model of which this is a view
 
     @property
     def num_blocks(self) -> int:
@@ -85,7 +85,7 @@ class ElasticLLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first weight lies."""
+        """Device of the model's first weight."""
         return torch.device(self.model.device)
 
     @property
@@ -101,20 +101,20 @@ class ElasticLLM:
 
     @cached_property
     def pruned(self) -> BlockMask:
-        """Blocks that the model was built without (`load_pruned`); no mask brings them back."""
-        return BlockMask(frozenset(site.index for site in self._live.sites if site.gone))
+        """Blocks that the model was built without (`load_pruned`); no mask restores them."""
+        return BlockMask(frozenset(site.index for site in self._live.sites if site.pruned))
 
     def repaired(self, stubs: Mapping[int, Stub], digest: str) -> ElasticLLM:
-        """This model as seen by those who want stubs in the places of removed blocks.
+        """A view of this model with stubs in the places of removed blocks.
 
-        It shares the weights and the applied mask with this one, and nothing is changed until
-        one of the two applies a mask. `rap_env.repair.StubLibrary.attach` checks that stubs
-        belong to the model; use that.
+        It shares the weights and the applied mask with this one; nothing changes until one of the
+        two applies a mask. Prefer `rap_env.repair.StubLibrary.attach`, which checks that the stubs
+        belong to the model.
 
         Args:
-            stubs: By index of the block that they stand for, on the model's device and in its
-                dtype. Blocks without one leave nothing behind.
-            digest: Hash of the stubs; scores depend on it.
+            stubs: Stubs by index of their block, on the model's device and in its dtype. A removed
+                block without one adds nothing.
+            digest: Hash of the stubs; part of the keys of scores.
         """
         view = copy.copy(self)
         view.__dict__.pop("facts", None)
@@ -122,31 +122,31 @@ class ElasticLLM:
         return view
 
     def has_stub(self, blocks: Iterable[int]) -> bool:
-        """Whether something stands in the place of one of these blocks once it is removed."""
+        """Whether any of these blocks has a stub that replaces it when it is removed."""
         return any(index in self._stubs for index in blocks)
 
     def apply(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> None:
-        """Remove exactly the blocks of `mask`; all others are put back.
+        """Remove exactly the blocks of `mask`, and restore all others.
 
-        It waits for the step that another thread may be in. Then keys and values of removed
-        blocks are freed in every cache that a generation uses, and their weights are let go of as
-        `set_residency` says, before others are brought back. Caches take up restored
-        blocks at their own next step.
+        Waits for a step of another thread to end. Then the keys and values of removed blocks are
+        evicted from every cache in use, and their weights as `set_residency` selects, before the
+        weights of restored blocks are loaded. Each cache is updated to restored blocks before its
+        own next step.
 
         Args:
             mask: The blocks to remove.
-            bare: Those among them in whose place no stub stands, whether or not there is one.
+            bare: Blocks of `mask` that get no stub, even if there is one.
 
         Raises:
-            UnknownNameError: It names a block that the model does not have; nothing changes.
-            UnsupportedCacheError: A cache in use cannot let go of a block; nothing changes.
+            UnknownNameError: The mask names a block that the model does not have; nothing changes.
+            UnsupportedCacheError: A cache in use cannot evict a block; nothing changes.
             ChecksumError: A restored block's file is damaged; blocks not yet restored stay removed.
-            ModelNotAvailableError: The same, with a file that is gone.
+            ModelNotAvailableError: The same for a file that is missing.
         """
         with self.exclusive():
             wanted = self._wanted(mask, bare)
-            self._live.free_keys_and_values(mask)
-            self._live.place(wanted, let_go=True)
+            self._live.evict_keys_and_values(mask)
+            self._live.place(wanted, evict=True)
 
     @contextlib.contextmanager
     def masked(
@@ -155,17 +155,18 @@ class ElasticLLM:
         *,
         bare: BlockMask = BlockMask(),
     ) -> Iterator[ElasticLLM]:
-        """Apply `mask` for the duration of a ``with`` block, whatever happens in it.
+        """Apply `mask` for the duration of a ``with`` block.
 
-        What was removed before is removed again afterwards. Other threads neither run the model nor
-        change its mask meanwhile. Weights of blocks that are removed for this long stay in memory.
+        The earlier mask is restored afterwards, also after an error. Other threads neither run the
+        model nor change its mask in the meantime. Weights of blocks that are removed only inside
+        the ``with`` block stay in memory.
 
         Args:
             mask: As for `apply`.
             bare: As for `apply`.
 
         Raises:
-            UnknownNameError: It names a block that the model does not have.
+            UnknownNameError: The mask names a block that the model does not have.
         """
         with self.exclusive():
             before = dict(self._live.removed)
@@ -173,18 +174,18 @@ class ElasticLLM:
                 self._live.place(self._wanted(mask, bare))
                 yield self
             finally:
-                self._live.place(before, let_go=True)
+                self._live.place(before, evict=True)
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """While this ``with`` block lasts, no other thread runs the model or changes its mask.
+        """Keep other threads from running the model or changing its mask, in a ``with`` block.
 
-        It may be nested. `apply`, `masked` and each step of a generation do it themselves.
+        It may be nested. `apply`, `masked` and each step of a generation use it themselves.
         """
         return self._live.lock
 
     @contextlib.contextmanager
     def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
-        """Run without some more blocks than the mask removes, for the length of one step."""
+        """Run without more blocks than the mask removes, for the duration of one step."""
         before = dict(self._live.removed)
         more = blocks - before.keys() - self.pruned.indices
         if not more:
@@ -198,14 +199,14 @@ class ElasticLLM:
 
     @property
     def residency(self) -> Residency:
-        """What becomes of the weights of removed blocks; see `rap_env.llm.residency`."""
+        """Where the weights of removed blocks are kept; see `rap_env.llm.residency`."""
         return "resident" if self._live.weights is None else self._live.weights.residency
 
     def set_residency(self, residency: Residency) -> None:
-        """Say what becomes of the weights of removed blocks, those removed now included.
+        """Select where the weights of removed blocks are kept, including those removed now.
 
-        The first time that weights are not to stay, every block's weights move to a buffer of
-        their own, and it is checked where they can be read again: seconds for a GB.
+        The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer of
+        its own and checks that they can be read again; this takes seconds per GB.
 
         Args:
             residency: ``"resident"``, ``"offload"`` or ``"drop"``.
@@ -213,7 +214,7 @@ class ElasticLLM:
         Raises:
             UnknownNameError: There is no such residency.
             UnsupportedModelError: ``"drop"`` without the model's own files.
-            StorageFullError: No room for a file to offload to.
+            StorageFullError: No space for a file to offload to.
         """
         check_residency(residency)
         with self.exclusive():
@@ -225,14 +226,14 @@ class ElasticLLM:
             try:
                 if residency != "resident":
                     self._live.weights = BlockWeights(
-                        *untied_parameters(self.model, self._live.sites),
+                        *untied_parameters(self.model, (s.modules for s in self._live.sites)),
                         self.device,
                         self.folder,
                         residency,
                         self.fingerprint,
                     )
             finally:
-                self._live.place(removed, let_go=True)
+                self._live.place(removed, evict=True)
         return_freed_memory()
 
     @property
@@ -240,17 +241,17 @@ class ElasticLLM:
         """Bytes that the model's tensors and the KV caches in use take in memory now."""
         with self.exclusive():
             own, base = self._own_bytes
-            released = 0 if self._live.weights is None else self._live.weights.released_bytes
-            weights = base + sum(own) - released + sum(self._stub_bytes())
+            evicted = 0 if self._live.weights is None else self._live.weights.evicted_bytes
+            weights = base + sum(own) - evicted + sum(self._stub_bytes())
             return HeldBytes(weights, self._live.kv_bytes())
 
-    def watch(self, cache: Any) -> None:
-        """Let a KV cache follow the masks that `apply` sets, for as long as somebody uses it."""
+    def track_cache(self, cache: Any) -> None:
+        """Let a KV cache follow the masks that `apply` sets, until the cache is deleted."""
         self._live.caches.add(cache)
 
     @property
     def removed_attention(self) -> frozenset[int]:
-        """Layers without their attention block now."""
+        """Layers whose attention block is removed now."""
         return frozenset(index // 2 for index in self._live.removed if index % 2 == 0) | frozenset(
             index // 2 for index in self.pruned.indices if index % 2 == 0
         )
@@ -264,14 +265,14 @@ class ElasticLLM:
 
     @property
     def spare_bytes(self) -> int | None:
-        """Bytes left for hidden states where memory is capped; None: nothing caps it."""
+        """Bytes left for hidden states under a memory cap; None without a cap."""
         return None
 
     def hold_layer(self, number: int) -> None:
-        """Have the weights of a layer in memory before it is called; here they always are."""
+        """Load the weights of a layer before it is called; here they are always in memory."""
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What the decoder gives under the current mask, (B, T) -> (B, T, H), with gradients.
+        """The decoder's output under the current mask, (B, T) -> (B, T, H), with gradients.
 
         Sequences have no padding.
         """
@@ -289,30 +290,28 @@ class ElasticLLM:
     ) -> Any:
         """`model.generate` without gradients, under masks that may change between its steps.
 
-        Several threads may generate at once: their steps take turns.
+        Several threads may generate at once: their steps run in turn.
 
         Args:
             *args: As for transformers' ``generate``.
-            restore: What an attention block that comes back does about the tokens so far:
-                ``"refill"`` or ``"next_request"``; see `rap_env.llm.live`.
+            restore: What happens to the earlier tokens of a restored attention block:
+                ``"refill"`` or ``"next_request"``; see `rap_env.llm.kv_cache`.
             before_step: Called before each forward pass; it may apply another mask.
             **kwargs: As for transformers' ``generate``.
 
         Raises:
-            UnknownNameError: There is no such way of restoring.
-            UnsupportedCacheError: The mask changed, and the cache or the way of decoding cannot
-                follow. Also raised to who applies a mask that such a cache would have to follow.
+            UnknownNameError: There is no such restore mode.
+            UnsupportedCacheError: The mask changed, and the cache or the decoding method cannot
+                follow. `apply` raises it too if such a cache would have to follow.
         """
-        from rap_env.llm.generation import generate
-        from rap_env.llm.live import check_restore
+        from rap_env.llm.generation import generate  # imports a part of transformers
 
-        check_restore(restore)
         with torch.no_grad():
             return generate(self, restore, before_step, args, kwargs)
 
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
-        """Bytes of each block's own tensors, (2L,), and bytes of all else."""
+        """Bytes of each block's own tensors, (2L,), and bytes of all other tensors."""
         with self.masked(BlockMask()):
             everywhere = [tensor_key(tensor) for _, tensor in named_weights(self.model)]
             seen = Counter(everywhere)
@@ -321,7 +320,7 @@ class ElasticLLM:
                 inside = Counter(
                     tensor_key(t) for part in site.modules for _, t in named_weights(part)
                 )
-                # A tensor that also serves elsewhere (tied) is not freed with the block.
+                # A tensor that is also used elsewhere (tied) is not freed with the block.
                 own.append(sum(key[-1] for key, n in inside.items() if n == seen[key]))
         return tuple(own), sum(key[-1] for key in seen) - sum(own)
 
@@ -334,8 +333,8 @@ class ElasticLLM:
     def fingerprint(self) -> str:
         """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
 
-        Computed once, at about a second for a GB, and not again if somebody changes the weights.
-        Independent of the mask, of the device and of where the model was loaded from.
+        Computed once, in about a second per GB, and not again if the weights change. It does not
+        depend on the mask, the device or the source of the model.
         """
         with self.masked(BlockMask()):
             return fingerprint_of(self.model, self._read)
@@ -352,7 +351,7 @@ class ElasticLLM:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """All that the memory arithmetic needs to know of the unmasked model."""
+        """What the memory arithmetic needs to know about the unmasked model."""
         adapter = self.adapter
         per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
         own, base = self._own_bytes

@@ -1,26 +1,23 @@
-"""Transformers' own `generate` on a model whose mask may change between any two of its steps."""
+"""Transformers' own `generate` for a model whose mask may change between any two steps."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rap_env.errors import UnsupportedCacheError
-from rap_env.llm.live import Past, Restore, positions_of, step
-from rap_env.llm.removed import cache_in
-
-if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.kv_cache import MaskedModel, Past, Restore, check_restore, positions_of, step
+from rap_env.llm.placeholders import cache_in
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
 
 
 def generate(
-    llm: ElasticLLM,
+    llm: MaskedModel,
     restore: Restore,
     before_step: Callable[[], object] | None,
     args: tuple[Any, ...],
@@ -28,18 +25,23 @@ def generate(
 ) -> Any:
     """Run transformers' `generate` on the live model, whose mask other threads may change.
 
-    It is given a shallow copy of the model, which shares everything with the original but two
-    attributes: its forward pass first brings mask and cache together (`rap_env.llm.live.step`), and
-    what it needs for that, the tokens so far, is what `generate` prepares each pass from.
+    It runs on a shallow copy of the model, which shares everything with the original except two
+    attributes. `forward` first updates the cache to the mask (`rap_env.llm.kv_cache.step`), and
+    `prepare_inputs_for_generation` notes the tokens so far, which a refill needs.
 
     Args:
         llm: The live model.
-        restore: For attention blocks that come back.
+        restore: For attention blocks that are restored.
         before_step: Called before each forward pass, or None.
-        args: Of ``generate``.
-        kwargs: Of ``generate``.
+        args: Positional arguments of ``generate``.
+        kwargs: Keyword arguments of ``generate``.
+
+    Raises:
+        UnknownNameError: There is no such restore mode.
+        UnsupportedCacheError: The cache or the decoding method cannot follow a change of the mask.
     """
-    _refuse_assisted(kwargs)
+    check_restore(restore)
+    _reject_assisted(kwargs)
     model = llm.model
     view = copy.copy(model)
     prepared = _Prepared()
@@ -60,14 +62,14 @@ def generate(
     view.prepare_inputs_for_generation = prepare
     view.forward = forward
     try:
-        # A compiled forward would not see that modules were swapped.
+        # A compiled forward would not notice that modules were replaced.
         return view.generate(*args, **{"disable_compile": True, **kwargs})
     finally:
-        prepared.forget()  # what it noted holds the cache
+        prepared.clear()  # its arguments keep the cache alive
 
 
 class _Prepared:
-    """What `generate` prepared its next forward pass from."""
+    """Arguments from which `generate` prepared its next forward pass."""
 
     def __init__(self) -> None:
         self._ids: Any = None
@@ -79,11 +81,11 @@ class _Prepared:
         self._ids, self._given = input_ids, given
         self._new = 0 if new is None else new.shape[1]
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self._ids, self._given, self._new = None, {}, 0
 
     def past(self) -> Past | None:
-        """What the cache holds, or None if the tokens that made it were never given."""
+        """The tokens in the cache, or None if `generate` was not given all of them."""
         if self._ids is None or not self._new:
             return None
         length = int(cache_in(self._given).get_seq_length())
@@ -99,11 +101,11 @@ class _Prepared:
         return Past(self._ids[:, :length], mask[:, :length], positions[:, :length])
 
 
-def _refuse_assisted(kwargs: Mapping[str, Any]) -> None:
+def _reject_assisted(kwargs: Mapping[str, Any]) -> None:
     asked = [name for name in _ASSISTED if kwargs.get(name) is not None]
     if asked:
         raise UnsupportedCacheError(
-            f"generate({asked[0]}=...) takes back tokens that were already in the cache, which a "
-            "mask that may change does not allow; leave it out, or call llm.model.generate under "
+            f"generate({asked[0]}=...) removes tokens from the cache again, which is not supported "
+            "while the mask may change; leave it out, or call llm.model.generate inside "
             "llm.masked(...)."
         )

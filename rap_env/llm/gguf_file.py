@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.llm.adapter import adapter_for
-from rap_env.llm.config import refuse_unknown_family
+from rap_env.llm.adapter import adapter_for, check_family
 from rap_env.llm.model_folder import file_sha256, made_once, models_dir
 from rap_env.llm.progress import transformers_bars
 
@@ -103,7 +102,7 @@ def _read_config(path: Path, architecture: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError) as error:
-        refuse_unknown_family(architecture)
+        check_family(architecture)
         raise UnsupportedModelError(
             f"transformers cannot read {architecture!r} models from GGUF files ({error}); "
             "use the model's safetensors version."

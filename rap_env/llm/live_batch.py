@@ -1,7 +1,7 @@
-"""Sequences that are generated side by side; they join, leave and outlive changes of the mask.
+"""A batch of sequences with one KV cache; sequences join and leave, and the mask may change.
 
 Shapes: B sequences (rows), T tokens held for each, V entries of the head. Shorter rows are padded
-on the left, where no row looks.
+on the left; attention masks hide the padding.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import torch
 from torch.nn import functional
 
 from rap_env.errors import InvalidRequestError
-from rap_env.llm import kv
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live import (
+from rap_env.llm.kv_cache import (
     Past,
     Restore,
     cache_argument,
+    cache_bytes,
     check_restore,
-    follow,
+    evict,
+    missing,
     refill,
     step,
+    update_cache,
 )
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
@@ -31,21 +33,21 @@ from rap_env.memory import PREFILL_CHUNK_TOKENS
 class LiveBatch:
     """A batch of sequences with one KV cache on a live model.
 
-    Its mask is the model's: `ElasticLLM.apply` may change it between any two calls, from any
-    thread. Then an attention block that is removed lets go of its keys and values at once, and one
-    that is restored is dealt with at the next call that runs the model or joins batches: its cache
-    is filled again, or it stays out until the batch is empty (see `rap_env.llm.live`). Each call
-    takes the model for itself; the calls of one batch belong to one thread. A call that fails
-    leaves the rows as they were, and the next one computes their cache anew.
+    It runs under the model's mask: `ElasticLLM.apply` may change the mask between any two calls,
+    from any thread. The keys and values of a removed attention block are evicted at once. A
+    restored block is handled at the next call that runs the model or joins batches: its cache is
+    refilled, or it stays unused until the batch is empty (see `rap_env.llm.kv_cache`). Each call
+    holds the model exclusively; all calls of one batch must come from one thread. After a call
+    that failed the rows are unchanged, and the next call computes their cache again.
 
     Args:
         llm: The live model.
         restore: ``"refill"`` or ``"next_request"``.
-        most_tokens: Most tokens, of all rows together, to run at once in a refill, or in a
-            prefill that says nothing else; fewer need less workspace.
+        most_tokens: Most tokens, of all rows together, to run at once in a refill, and by default
+            in a prefill; fewer need less workspace.
 
     Raises:
-        UnknownNameError: There is no such way of restoring.
+        UnknownNameError: There is no such restore mode.
     """
 
     def __init__(
@@ -76,20 +78,16 @@ class LiveBatch:
     @property
     def kv_bytes(self) -> int:
         """Bytes that the KV cache takes."""
-        return 0 if self._cache is None else kv.held_bytes(self._cache)
-
-    def tokens_of(self, row: int) -> list[int]:
-        """All tokens of a row so far, without padding."""
-        return list(self._rows[row])
+        return 0 if self._cache is None else cache_bytes(self._cache)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], chunk_tokens: int | None = None
     ) -> torch.Tensor:
-        """Begin with one row a prompt.
+        """Fill an empty batch with one row per prompt.
 
         Args:
             prompts: Token ids, at least one each.
-            chunk_tokens: Most tokens of each row to run at once; less needs less workspace.
+            chunk_tokens: Most tokens of each row to run at once; fewer need less workspace.
 
         Returns:
             Logits after the last token of each row, (B, V), float32.
@@ -99,7 +97,7 @@ class LiveBatch:
         """
         if self._rows:
             raise InvalidRequestError(
-                f"A batch of {self.size} rows cannot be begun again; keep([]) empties it."
+                f"The batch has {self.size} rows already; empty it with keep([]) before a prefill."
             )
         rows = [list(map(int, prompt)) for prompt in prompts]
         if not rows or not all(rows):
@@ -109,7 +107,7 @@ class LiveBatch:
         logits = torch.empty(0)
         try:
             for end in [*range(width, length, width), length]:
-                # All rows end together: the first chunks of short ones are padding.
+                # All rows end together: the first chunks of short rows are padding.
                 held = self.length
                 self._rows = [row[: max(0, len(row) - (length - end))] for row in rows]
                 logits = self._forward(end - held)
@@ -119,13 +117,13 @@ class LiveBatch:
         return logits
 
     def extend(self, tokens: Sequence[int]) -> torch.Tensor:
-        """One decoding step: a token more for each row.
+        """Run one decoding step: append a token to each row.
 
         Args:
             tokens: One for each row.
 
         Returns:
-            Logits after it, (B, V), float32.
+            Logits after the token, (B, V), float32.
 
         Raises:
             InvalidRequestError: There are not as many tokens as rows.
@@ -133,12 +131,12 @@ class LiveBatch:
         return self.append([[token] for token in tokens])
 
     def append(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Several tokens more for each row, as many for one as for another; else as `extend`."""
+        """Append several tokens to each row, the same number to all; otherwise as `extend`."""
         counts = {len(new) for new in tokens}
         if len(tokens) != self.size or len(counts) != 1 or 0 in counts:
             raise InvalidRequestError(
-                f"{self.size} rows need as many lists of tokens, all of one length, not "
-                f"{len(tokens)} of lengths {sorted(counts)}."
+                f"{self.size} rows need {self.size} lists of tokens of one length of at least 1, "
+                f"not {len(tokens)} lists of lengths {sorted(counts)}."
             )
         count = counts.pop()
         for row, new in zip(self._rows, tokens, strict=True):
@@ -152,10 +150,10 @@ class LiveBatch:
             raise
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep some rows, in this order; the others' memory and shared padding are freed.
+        """Keep some rows, in this order; free the memory of the others and common padding.
 
         Args:
-            rows: Numbers of rows; none empties the batch.
+            rows: Indices of rows; an empty list empties the batch.
         """
         if list(rows) == list(range(self.size)):
             return
@@ -173,13 +171,14 @@ class LiveBatch:
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
 
-        Both follow the model's mask first. What either lacks, both will lack.
+        Both caches are updated to the model's mask first. Layers that are missing in one of them
+        are missing in the result.
 
         Raises:
-            InvalidRequestError: It is of another model.
+            InvalidRequestError: The other batch uses another model.
         """
         if other._llm._live is not self._llm._live:
-            raise InvalidRequestError("Batches can only be joined if they are of one model.")
+            raise InvalidRequestError("Only batches of the same model can be joined.")
         if not other._rows:
             return
         with self._llm.exclusive(), torch.no_grad():
@@ -190,16 +189,16 @@ class LiveBatch:
             other._rows, other._cache = [], None
 
     def close(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self.keep([])
 
     def _append_rows(self, other: LiveBatch) -> None:
         try:
             for batch in (self, other):
-                batch._follow()
-            absent = kv.missing(self._cache) | kv.missing(other._cache)
+                batch._update()
+            absent = missing(self._cache) | missing(other._cache)
             for batch in (self, other):
-                kv.let_go(batch._cache, absent)
+                evict(batch._cache, absent)
             rows = self._rows + other._rows
             length = max(map(len, rows))
             for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
@@ -209,26 +208,26 @@ class LiveBatch:
             raise
         self._rows = rows
 
-    def _follow(self) -> None:
+    def _update(self) -> None:
         if self._cache is None:
             self._cache = self._new_cache()
             refill(self._llm, self._cache, self._columns(0, self.length), self._most_tokens)
         else:
-            made_of = functools.partial(self._columns, 0, self.length)
-            follow(self._llm, self._cache, self._restore, made_of, self._most_tokens)
+            past = functools.partial(self._columns, 0, self.length)
+            update_cache(self._llm, self._cache, self._restore, past, self._most_tokens)
 
     @torch.no_grad()
     def _forward(self, new: int) -> torch.Tensor:
-        """Run the last `new` tokens of each row, and give the logits after them, (B, V)."""
+        """Run the last `new` tokens of each row, and return the logits after them, (B, V)."""
         held = self.length - new
-        made_of = functools.partial(self._columns, 0, held)
+        past = functools.partial(self._columns, 0, held)
         columns = self._columns(held, self.length)
         with self._llm.exclusive():
             if self._cache is None:
                 self._cache = self._new_cache()
                 if held:
-                    refill(self._llm, self._cache, made_of(), self._most_tokens)
-            with step(self._llm, self._cache, self._restore, made_of, self._most_tokens):
+                    refill(self._llm, self._cache, past(), self._most_tokens)
+            with step(self._llm, self._cache, self._restore, past, self._most_tokens):
                 output = self._llm.model(
                     input_ids=columns.tokens,
                     attention_mask=columns.attention_mask,
@@ -241,7 +240,7 @@ class LiveBatch:
         return logits.float()
 
     def _columns(self, first: int, end: int) -> Past:
-        """Columns of the matrix of all rows; the mask begins at column 0, as a cache needs it."""
+        """Columns of the matrix of all rows; the mask starts at column 0, as a cache requires."""
         device = self._llm.device
         pads = [self.length - len(row) for row in self._rows]
         tokens = [
@@ -269,7 +268,7 @@ def _held(layer: Any, length: int) -> int:
 def _change(
     layer: Any, length: int, rows: Callable[[torch.Tensor], torch.Tensor], cut: int
 ) -> None:
-    """Select rows of a layer, and cut off what only other rows had on the left."""
+    """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
         return
     held = _held(layer, length)

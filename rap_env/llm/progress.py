@@ -31,7 +31,7 @@ def transformers_bars(*, shown: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def hub_bars(*, shown: bool) -> Iterator[None]:
     """Hide the hub client's own progress bars unless `shown`; their setting is restored."""
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

@@ -1,59 +1,54 @@
-"""What becomes of a removed block's weights: they stay, they go where they cost nothing, or go.
+"""Which blocks of a live model are removed, and whether their weights stay in memory.
 
 =============  ==================================  ======================================
-Residency      A removed block's weights           Putting the block back
+Residency      Weights of a removed block          Restoring the block
 =============  ==================================  ======================================
 ``resident``   stay in memory                      moves nothing
-``offload``    CUDA: lie in pinned host memory;    CUDA: one copy over the bus;
+``offload``    CUDA: are in pinned host memory;    CUDA: one copy over the bus;
                CPU: stay in a safetensors file     CPU: one read of the file (mostly from
                                                    the system's page cache)
-``drop``       are gone; no copy is kept           a read of the model's own files
+``drop``       are freed; no copy is kept          a read of the model's own files
 =============  ==================================  ======================================
 
-On a CPU the file is the model's own where it holds exactly these bytes, else one that is written
-once to the cache folder. It is read into place, not mapped: mapped pages would count as memory of
-the process. Each block's weights lie in a buffer of their own, which the system takes back at once:
-the C library's heap would keep it. All other weights move to memory too: transformers may have
-left them mapped, and a mapping holds every page of the file that was ever read.
+On a CPU the file is the model's own if it holds exactly these bytes, else one that is written once
+to the cache folder. It is read into a buffer, not mapped: mapped pages would count as memory of the
+process. Each block's weights are in a buffer of their own, whose memory returns to the system as
+soon as it is freed; the C library's heap would keep it. All other weights are copied to memory too:
+transformers may have left them mapped, and a mapping keeps every page of the file that was read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from rap_env.artifacts import atomic_write
+from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
-from rap_env.llm.fingerprint import named_weights, tensor_key
-from rap_env.llm.stored import StoredTensor, stored_tensors
+from rap_env.llm.adapter import BlockSite
+from rap_env.llm.placeholders import Stub
+from rap_env.llm.weights import StoredTensor, stored_tensors
 from rap_env.paths import cache_dir
 
 Residency = Literal["resident", "offload", "drop"]
-"""What becomes of the weights of removed blocks."""
+"""Where the weights of removed blocks are kept."""
 
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
-_ALIGN_BYTES = 64  # what vector instructions like best, and torch's own allocator gives
-
-
-class HasModules(Protocol):
-    """A block of a live model."""
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Its modules."""
+_ALIGN_BYTES = 64  # best for vector instructions, and the alignment of torch's own allocator
 
 
 def check_residency(name: str) -> None:
-    """Refuse an unknown residency.
+    """Reject an unknown residency.
 
     Raises:
         UnknownNameError: There is no such residency.
@@ -64,7 +59,7 @@ def check_residency(name: str) -> None:
 
 @dataclass(frozen=True)
 class _Part:
-    """A parameter of a block and its place in the block's buffer."""
+    """A parameter of a block and its offset in the block's buffer."""
 
     name: str
     parameter: nn.Parameter
@@ -81,7 +76,7 @@ class _Part:
 
 
 class _Block:
-    """The weights of one block: in a buffer of their own, or nowhere in memory."""
+    """The weights of one block: in a buffer of their own, or evicted."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
         offset, parts = 0, []
@@ -92,7 +87,7 @@ class _Block:
         self.buffer_bytes = offset
         self.nbytes = sum(part.nbytes for part in parts)
         self.device = device
-        self.released = False
+        self.evicted = False
         self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
         self.files: Sequence[StoredTensor] = ()
 
@@ -106,18 +101,18 @@ class _Block:
             torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
         )
 
-    def let_go(self) -> None:
+    def evict(self) -> None:
         """Free the buffer."""
         for part in self.parts:
             part.parameter.data = part.parameter.data.new_empty(0)
-        self.released = True
+        self.evicted = True
 
-    def bring_back(self) -> None:
-        """Fill a new buffer with what was let go.
+    def load(self) -> None:
+        """Load the evicted weights into a new buffer.
 
         Raises:
             ChecksumError: A file is damaged.
-            ModelNotAvailableError: A file is gone.
+            ModelNotAvailableError: A file is missing.
         """
         if self.host is not None:
             buffer = self.host.to(self.device, non_blocking=True)
@@ -126,14 +121,14 @@ class _Block:
             for part, stored in zip(self.parts, self.files, strict=True):
                 stored.read_into(part.view(buffer))
         self._point_to(buffer)
-        self.released = False
+        self.evicted = False
 
     def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-        """Where the parameters are stored, as they are wanted; those that are not, left out."""
-        return [known[part.name].wanted(part.dtype) for part in self.parts if part.name in known]
+        """Where the parameters are stored, in their dtype, without those that are not stored."""
+        return [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
 
     def same_as(self, files: Sequence[StoredTensor]) -> bool:
-        """Whether files hold exactly these bytes."""
+        """Whether files contain exactly these bytes."""
         if len(files) != len(self.parts):
             return False
         cpu = torch.device("cpu")
@@ -154,19 +149,19 @@ class _Block:
 
 
 class BlockWeights:
-    """Lets the weights of single blocks go and brings them back, bit for bit.
+    """Evicts the weights of single blocks and loads them again, bit for bit.
 
     Args:
-        parameters: Of each block, by their names in the model, (2L,); those that serve elsewhere
-            too (tied) are left out, and stay.
+        parameters: Parameters of each block by their names in the model, (2L,), without those
+            that are also used elsewhere (tied), which always stay in memory.
         rest: All other parameters that share no memory with any.
-        device: Where they lie.
-        folder: The model's own files, if it has any.
+        device: Device of the parameters.
+        folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
-        fingerprint: Of the model; files that have to be written are named by it.
+        fingerprint: Fingerprint of the model; names the files that have to be written.
 
     Raises:
-        UnsupportedModelError: ``"drop"``, and the model's files do not hold these weights.
+        UnsupportedModelError: ``"drop"``, and the model's files do not contain these weights.
         StorageFullError: No room for a file to offload to.
     """
 
@@ -189,46 +184,46 @@ class BlockWeights:
             block.pack()
 
     @property
-    def released_bytes(self) -> int:
+    def evicted_bytes(self) -> int:
         """Bytes of weights that are not in memory."""
-        return sum(block.nbytes for block in self._blocks if block.released)
+        return sum(block.nbytes for block in self._blocks if block.evicted)
 
-    def let_go(self, index: int) -> None:
-        """Free the weights of a block, unless they are gone already."""
+    def evict(self, index: int) -> None:
+        """Free the weights of a block, unless they are freed already."""
         block = self._blocks[index]
-        if block.released or not block.parts:
+        if block.evicted or not block.parts:
             return
         if block.device.type == "cuda" and self.residency == "offload" and block.host is None:
-            block.pin()  # kept from then on: weights are never written
-        block.let_go()
+            block.pin()  # the copy is kept: weights never change
+        block.evict()
 
-    def bring_back(self, index: int) -> None:
-        """Have the weights of a block in memory again.
+    def load(self, index: int) -> None:
+        """Load the weights of a block into memory, unless they are there.
 
         Raises:
             ChecksumError: A file is damaged.
-            ModelNotAvailableError: A file is gone.
+            ModelNotAvailableError: A file is missing.
         """
-        if self._blocks[index].released:
-            self._blocks[index].bring_back()
+        if self._blocks[index].evicted:
+            self._blocks[index].load()
 
     def _prepare(self, index: int, block: _Block, known: Mapping[str, StoredTensor]) -> None:
-        """Find where the weights of a block can be read again, or write them there."""
+        """Find the files from which the weights of a block can be read, or write them."""
         if block.device.type == "cuda" and self.residency == "offload":
             return
         files = block.among(known)
         if not block.same_as(files):
             if self.residency == "drop":
                 raise UnsupportedModelError(
-                    "residency='drop' needs the model's own safetensors files to read a block from "
-                    "again, and they are not there or hold other values than the model; save it "
+                    "residency='drop' reads removed blocks again from the model's own safetensors "
+                    "files, and they are missing or hold other values than the model; save it "
                     "with save_pretrained() and load it from that folder, or use 'offload'."
                 )
             files = self._write(index, block)
         block.files = files
 
     def _write(self, index: int, block: _Block) -> list[StoredTensor]:
-        """A file of the block's weights in the cache folder; one that is there serves again."""
+        """Write the block's weights to the cache folder, unless a file there holds them already."""
         from safetensors.torch import save
 
         path = self._written / f"block{index:03d}.safetensors"
@@ -240,33 +235,97 @@ class BlockWeights:
         return files
 
 
-def untied_parameters(
-    model: nn.Module, sites: Iterable[HasModules]
-) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
-    """Parameters that serve one block alone, (2L,), and all others, by names in the model.
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes of tensors that are in memory.
 
-    Those that share memory under several names are among the others if they are one object,
-    and nowhere if they are several: moving one would part them.
-
-    Args:
-        model: The model, with every block in its place.
-        sites: Its blocks, in order of index.
+    Attributes:
+        weights: Bytes of the model's weights, stubs included.
+        kv_cache: Bytes of the KV caches in use.
     """
-    named = dict(model.named_parameters())  # one name for an object
-    users = Counter(tensor_key(parameter) for parameter in named.values())
-    alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
-    seen = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
-    names = {id(parameter): name for name, parameter in alone.items()}
-    blocks = []
-    for site in sites:
-        inside = [p for part in site.modules for p in part.parameters() if id(p) in names]
-        blocks.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
-    taken = {name for block in blocks for name in block}
-    return blocks, {name: p for name, p in alone.items() if name not in taken}
+
+    weights: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of weights and KV caches."""
+        return self.weights + self.kv_cache
+
+
+@dataclass
+class LiveBlocks:
+    """The applied mask of a model and what depends on it; shared by all views of the model.
+
+    Attributes:
+        sites: Where each block is, (2L,).
+        removed: The removed blocks by index, with the stub in the block's place, or None.
+        lock: Held by the thread that runs the model or changes its mask.
+        caches: KV caches in use.
+        weights: Evicts the weights of removed blocks; None if they stay in memory.
+    """
+
+    sites: tuple[BlockSite, ...]
+    removed: dict[int, Stub | None] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    weights: BlockWeights | None = None
+
+    def place(self, wanted: Mapping[int, Stub | None], *, evict: bool = False) -> None:
+        """Remove exactly the blocks of `wanted`.
+
+        Args:
+            wanted: The blocks, with their stubs.
+            evict: Free the weights of all removed blocks, unless the residency keeps them. This
+                happens before others are loaded, so that memory never holds more than either mask
+                needs.
+
+        Raises:
+            RapError: A block's weights cannot be read; that block and those after it stay removed.
+        """
+        for index, stub in wanted.items():
+            if index not in self.removed or self.removed[index] is not stub:
+                self.sites[index].remove(stub)
+                self.removed[index] = stub
+        if self.weights is not None and evict:
+            for index in wanted:
+                self.weights.evict(index)
+        for index in self.removed.keys() - wanted.keys():
+            if self.weights is not None:
+                self.weights.load(index)
+            self.sites[index].restore()
+            del self.removed[index]
+
+    def evict_keys_and_values(self, mask: BlockMask) -> None:
+        """Free the keys and values of a mask's attention blocks in every cache in use.
+
+        Raises:
+            UnsupportedCacheError: Some cache does not allow it; no cache changes.
+        """
+        caches = list(self.caches)
+        if not caches:
+            return
+        from rap_env.llm.kv_cache import check_cache, evict, layers_with_keys
+
+        layers = frozenset(index // 2 for index in mask.indices if index % 2 == 0)
+        for cache in caches:
+            if layers_with_keys(cache, layers):
+                check_cache(cache)
+        for cache in caches:
+            evict(cache, layers)
+
+    def kv_bytes(self) -> int:
+        """Bytes of all caches in use."""
+        caches = list(self.caches)
+        if not caches:
+            return 0
+        from rap_env.llm.kv_cache import cache_bytes
+
+        return sum(cache_bytes(cache) for cache in caches)
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory that goes back to the system as soon as no tensor uses it."""
+    """Memory that returns to the system as soon as no tensor uses it."""
     if device.type != "cpu" or nbytes == 0:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     return torch.frombuffer(_mapping(nbytes), dtype=torch.uint8)
@@ -275,7 +334,7 @@ def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
 def _mapping(nbytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, nbytes)
-    # Private, in large pages where the system has them: it is filled in half the time.
+    # Private, in huge pages where the system has them: filling it takes half the time.
     mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):

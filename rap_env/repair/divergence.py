@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring.loss import HEAD_TOKENS
 
 _ROWS = 16  # float32 rows over the vocabulary that exist at once: they stay in the cache

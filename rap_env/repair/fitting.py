@@ -12,8 +12,8 @@ from tqdm import tqdm
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
-from rap_env.llm.stub import Stub, normalised
+from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.placeholders import Stub, normalised
 from rap_env.repair.library import StubLibrary
 from rap_env.repair.moments import Moments
 from rap_env.repair.ranks import allocate

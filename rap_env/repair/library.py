@@ -19,7 +19,7 @@ from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.stub import Stub
+from rap_env.llm.placeholders import Stub
 
 _KIND, _FORMAT = "stub library", 1
 _PARTS = ("down", "up", "mean")

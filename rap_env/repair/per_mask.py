@@ -10,8 +10,8 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
-from rap_env.llm.stub import Stub, normalised
+from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.placeholders import Stub, normalised
 from rap_env.repair.fitting import FitConfig, best_fit, text_batches
 from rap_env.repair.library import StubLibrary
 from rap_env.repair.moments import Moments

@@ -16,8 +16,8 @@ from rap_env.artifacts import atomic_write
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
-from rap_env.llm.stub import Stub
+from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.placeholders import Stub
 from rap_env.repair.divergence import divergence
 from rap_env.repair.library import StubLibrary
 from rap_env.repair.masks import MaskDraw

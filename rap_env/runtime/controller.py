@@ -20,7 +20,7 @@ from rap_env.runtime.memory_source import MemorySource, open_memory
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.sites import HeldBytes
+    from rap_env.llm.residency import HeldBytes
 
 
 class RuntimeController:

@@ -4,7 +4,7 @@ Beyond `rap_env.memory`, a live model takes:
 
 - the weights of removed blocks, where they stay resident;
 - one layer's keys and values a second time: caches grow by copying, one layer at a time;
-- 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.removed`).
+- 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.placeholders`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from rap_env.runtime.sequence import (
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.live import Restore
+    from rap_env.llm.kv_cache import Restore
     from rap_env.runtime.controller import RuntimeController
 
 

@@ -24,7 +24,7 @@ from rap_env.runtime.sampling import RowSampler, Sample, sample_rows
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.live import Restore
+    from rap_env.llm.kv_cache import Restore
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring.encoding import TokenRequest
 
 BATCH_ROWS = 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 
 HEAD_TOKENS = 256
 """Logits of so many tokens exist at once, in the model's dtype."""

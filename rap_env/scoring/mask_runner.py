@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring.states import Node, StateCache
 
 T = TypeVar("T")

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import CorpusError, NonFiniteScoreError
+from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
-from rap_env.llm.single import attention_name
+from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.loss import HEAD_TOKENS, window_nll
 from rap_env.scoring.mask_runner import MaskRunner, chunks

@@ -15,9 +15,9 @@ import transformers
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
+from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.single import attention_name
 from rap_env.scoring import continuations, harness
 from rap_env.scoring.encoding import RequestEncoder
 from rap_env.scoring.store import ScoreStore, context_key

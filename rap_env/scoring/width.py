@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.llm.device import synchronise
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial import PartialForward
-from rap_env.llm.rates import synchronise
+from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring.loss import HEAD_TOKENS
 
 _MOST = 64

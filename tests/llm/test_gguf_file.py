@@ -16,8 +16,9 @@ from rap_env.errors import (
     StorageFullError,
     UnsupportedModelError,
 )
-from rap_env.llm import gguf_file, load_llm
+from rap_env.llm import gguf_file
 from rap_env.llm.gguf_file import converted_gguf
+from rap_env.llm.loading import load_llm
 from rap_env.llm.model_folder import is_intact
 from tests.llm.tiny_gguf import TEMPLATE, TOKENS, write_tiny_gguf
 

@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.llm import default_model, hub, load_llm
+from rap_env.llm import default_model, hub
+from rap_env.llm.loading import load_llm
 from tests.llm.fake_hub import COMMIT, FakeHub
 from tests.tiny import tiny_model, tiny_tokenizer
 

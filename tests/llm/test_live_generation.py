@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedCacheError
-from rap_env.llm.live import cache_argument, positions_of
+from rap_env.llm.kv_cache import cache_argument, positions_of
 from tests.llm.gated import gated_logits
 from tests.llm.generation import cached_step
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm
@@ -233,7 +233,7 @@ class TestGivenCache:
 
 def test_bad_arguments_are_refused() -> None:
     llm = tiny_llm()
-    with pytest.raises(UnknownNameError, match="way of restoring attention blocks 'refil'"):
+    with pytest.raises(UnknownNameError, match="restore mode 'refil'"):
         generate(llm, restore="refil")
     with pytest.raises(UnsupportedCacheError, match="prompt_lookup_num_tokens"):
         generate(llm, prompt_lookup_num_tokens=3)
@@ -346,8 +346,8 @@ def test_a_static_cache_given_by_hand_lives_through_a_switch() -> None:
 
 
 def test_quantised_caches_exist_and_are_not_among_the_known() -> None:
-    from rap_env.llm import kv
+    from rap_env.llm import kv_cache
 
     assert QuantizedCache is not None
     with pytest.raises(UnsupportedCacheError, match="no layers"):
-        kv.check_cache(object())
+        kv_cache.check_cache(object())

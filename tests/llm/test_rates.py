@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.llm import rates
-from rap_env.llm.rates import measured_dtype, products_per_second, remembered_dtype
+from rap_env.llm import device
+from rap_env.llm.device import measured_dtype, products_per_second, remembered_dtype
 from rap_env.paths import cache_dir
 
 CPU = torch.device("cpu")
 
 
-def _rate(bfloat16: float, float32: float) -> rates.Rate:
+def _rate(bfloat16: float, float32: float) -> device.ProductRate:
     found = {torch.bfloat16: bfloat16, torch.float32: float32}
     return lambda dtype, seconds: found[dtype]
 
@@ -65,7 +65,7 @@ def test_the_measurement_takes_half_a_second_in_all_and_leaves_the_threads_alone
 
 def test_a_real_measurement_picks_what_the_faster_rate_says() -> None:
     found: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    real = rates._rate_on(CPU)
+    real = device._rate_on(CPU)
 
     def rate(dtype: torch.dtype, seconds: float) -> float:
         found[dtype].append(real(dtype, seconds))
@@ -73,7 +73,7 @@ def test_a_real_measurement_picks_what_the_faster_rate_says() -> None:
 
     chosen = measured_dtype(CPU, rate)
     gain = max(found[torch.bfloat16]) / max(found[torch.float32])
-    assert chosen is (torch.bfloat16 if gain > rates.CLEAR_GAIN else torch.float32)
+    assert chosen is (torch.bfloat16 if gain > device.CLEAR_GAIN else torch.float32)
 
 
 def test_the_rate_is_the_work_done_in_a_second() -> None:
@@ -94,7 +94,7 @@ class TestRemembered:
     def measurements(self, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         """Answers of the measurement, the last one first; it fails when it has none left."""
         answers: list[torch.dtype] = []
-        monkeypatch.setattr(rates, "measured_dtype", lambda device: answers.pop())
+        monkeypatch.setattr(device, "measured_dtype", lambda device: answers.pop())
         return answers
 
     def test_it_is_measured_once(self, measurements: list[torch.dtype]) -> None:

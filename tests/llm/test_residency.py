@@ -160,7 +160,10 @@ def test_files_with_other_values_are_not_believed(tmp_path) -> None:
 
 def test_to_drop_needs_files() -> None:
     llm = tiny_llm()
-    with pytest.raises(UnsupportedModelError, match="residency='drop' needs the model's own"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="residency='drop' reads removed blocks again",
+    ):
         llm.set_residency("drop")
     with pytest.raises(UnknownNameError, match="Did you mean 'offload'"):
         llm.set_residency("offlad")
@@ -208,7 +211,7 @@ def test_a_streamed_model_has_nothing_to_let_go_of(tmp_path) -> None:
     tiny_tokenizer().save_pretrained(folder)
     llm = stream_llm(folder, max_memory_bytes=10**6, dtype="bfloat16")
     llm.set_residency("resident")
-    with pytest.raises(UnsupportedModelError, match=r"load it with load_llm\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
         llm.set_residency("offload")
 
 

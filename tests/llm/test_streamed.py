@@ -17,7 +17,8 @@ from rap_env.errors import (
     ModelNotAvailableError,
     UnsupportedModelError,
 )
-from rap_env.llm import load_llm, save_pruned
+from rap_env.llm.loading import load_llm
+from rap_env.llm.pruned_checkpoint import save_pruned
 from rap_env.llm.streamed import StreamedLLM, stream_llm
 from tests.tiny import FAMILIES, LAYERS, tiny_llm, tiny_model, tiny_tokenizer
 
@@ -168,7 +169,7 @@ def test_missing_tensors_and_tensors_of_another_shape(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     with pytest.raises(
         UnsupportedModelError,
-        match=r"holds 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
+        match=r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
     ):
         stream(folder)
 
@@ -179,7 +180,7 @@ def test_lost_and_truncated_weights(folder: Path, lonely: Path) -> None:
     with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
         stream(folder)
     weights.unlink()
-    with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weights"):
+    with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weight files"):
         stream(folder)
     torch.save(tiny_model("llama_tied").state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ModelNotAvailableError, match=r"no safetensors file.*load_llm\(\)"):
@@ -191,11 +192,11 @@ def test_weights_that_go_while_the_model_is_open(folder: Path) -> None:
     llm, weights = stream(folder), folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ChecksumError, match=r"truncated or damaged; get the model again"):
+    with pytest.raises(ChecksumError, match=r"truncated or damaged; download the model again"):
         llm.hold_layer(1)
     assert layers_in_memory(llm) == []
     weights.unlink()
-    with pytest.raises(ModelNotAvailableError, match="is gone since the model was opened"):
+    with pytest.raises(ModelNotAvailableError, match="was removed after the model was opened"):
         llm.hold_layer(1)
     weights.write_bytes(content)
     llm.hold_layer(1)

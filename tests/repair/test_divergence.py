@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.held_bytes import measured_peak
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 from rap_env.repair.divergence import divergence
 from rap_env.scoring.loss import HEAD_TOKENS
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm

@@ -8,10 +8,10 @@ from torch import nn
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, InvalidRequestError
-from rap_env.llm import load_llm
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import load_llm
+from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.llm.streamed import stream_llm
-from rap_env.llm.surgery import load_pruned, save_pruned
 from rap_env.repair import FitConfig, StubLibrary, fit_library
 from rap_env.scoring.corpus import Corpus
 from tests.llm.test_elastic import MASKS, logits, weights_hash

@@ -10,7 +10,7 @@ import torch
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.llm.surgery import load_pruned, save_pruned
+from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.repair import StubLibrary
 from tests.llm.stubs import RANKS, random_stubs
 from tests.llm.test_elastic import MASKS, logits, weights_hash

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rap_env.llm.stub import Stub, normalised
+from rap_env.llm.placeholders import Stub, normalised
 from rap_env.repair.moments import Moments
 from rap_env.repair.regression import LowRankMap, reduced_rank_ridge
 

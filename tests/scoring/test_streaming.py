@@ -8,7 +8,7 @@ from benchmarks.held_bytes import measured_peak
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.importance import gsi
-from rap_env.llm import load_llm
+from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
 from rap_env.scoring.corpus import CorpusConfig, load_corpus
 from rap_env.scoring.scorer import MaskScorer

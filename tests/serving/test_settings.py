@@ -14,7 +14,7 @@ from rap_env.errors import (
     ServingSettingsError,
     UnknownNameError,
 )
-from rap_env.llm.live import RESTORES
+from rap_env.llm.kv_cache import RESTORES
 from rap_env.llm.residency import RESIDENCIES
 from rap_env.serving import require_extra
 from rap_env.serving.server import bind, url_of

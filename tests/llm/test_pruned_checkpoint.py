@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError
-from rap_env.llm import surgery
-from rap_env.llm.surgery import PRUNED_FILE, load_pruned, save_pruned
+from rap_env.llm import pruned_checkpoint
+from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.llm.generation import token_by_token
@@ -40,7 +40,7 @@ def tensor_bytes(folder) -> int:
 def resign(folder) -> None:
     """Write the mask file anew, so that its checksums suit the changed files."""
     body = load_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1)
-    body["files"] = surgery._checksums(folder)
+    body["files"] = pruned_checkpoint._checksums(folder)
     save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, body)
 
 
@@ -143,9 +143,7 @@ def test_an_unexpected_tensor_is_an_error(saved) -> None:
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(16, 16)
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
     resign(saved)
-    with pytest.raises(
-        ArtifactError, match=r"not expected the tensors model\.layers\.0\.self_attn"
-    ):
+    with pytest.raises(ArtifactError, match=r"unexpected tensors model\.layers\.0\.self_attn"):
         load_pruned(saved)
 
 
@@ -154,7 +152,7 @@ def test_a_tensor_of_another_shape_is_an_error(saved) -> None:
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
     resign(saved)
-    with pytest.raises(ArtifactError, match="do not suit its config"):
+    with pytest.raises(ArtifactError, match="do not fit its config"):
         load_pruned(saved)
 
 
@@ -172,10 +170,10 @@ def test_another_mask_than_the_one_saved_is_an_error(saved) -> None:
 def test_a_cut_or_lost_file_is_an_error(saved, name: str) -> None:
     path = saved / name
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ArtifactError, match="altered, cut or lost"):
+    with pytest.raises(ArtifactError, match="altered, truncated or removed"):
         load_pruned(saved)
     path.unlink()
-    with pytest.raises(ArtifactError, match="altered, cut or lost"):
+    with pytest.raises(ArtifactError, match="altered, truncated or removed"):
         load_pruned(saved)
 
 
@@ -196,7 +194,7 @@ def test_an_older_checkpoint_is_replaced_and_other_folders_are_left_alone(saved,
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="holds something that is no pruned checkpoint"):
+    with pytest.raises(ArtifactError, match="has content that is no pruned checkpoint"):
         save_pruned(tiny_llm(), MASK, tmp_path / "other")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 

@@ -1,9 +1,8 @@
-"""Forward passes a block at a time, with no copy of any `forward`.
+"""Forward passes one block at a time, without a copy of any `forward`.
 
-The model's own code runs as it is. Its decoder is called once with layers that only note how
-they were called (positions, rotary tables, attention masks): from then on any layer can be
-called in the same way on any hidden state. A block alone is its layer with the other block
-taken out.
+The model's own code runs unchanged. Its decoder is called once with layers that only record their
+arguments (positions, rotary tables, attention masks). After that any layer can be called with the
+same arguments on any hidden state. A single block runs as its layer with the other block removed.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class PartialForward:
-    """Runs a live model a step at a time: what enters, each block, what leaves, the head.
+    """Runs a live model in steps: the embedding, each block, the last norm, the head.
 
     Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
-    model's own mask doesn't matter: each step says which blocks it runs.
+    mask that is applied to the model has no effect: each step names the blocks that it runs.
 
     Args:
         llm: The live model.
 
     Attributes:
-        steps: Blocks that are run together, in order: each alone, but both of a layer whose
-            blocks read the same state (parallel residual).
+        steps: Blocks that run together, in order: each block alone, except that both blocks of a
+            layer run together if they read the same state (parallel residual).
     """
 
     def __init__(self, llm: ElasticLLM) -> None:
@@ -47,7 +46,7 @@ class PartialForward:
 
     @torch.inference_mode()
     def enter(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What enters the first layer, (B, T) -> (B, T, H)."""
+        """The input of the first layer, (B, T) -> (B, T, H)."""
         entered: list[torch.Tensor] = []
 
         def note(_number: int, hidden: torch.Tensor, _call: _Call) -> torch.Tensor:
@@ -65,8 +64,8 @@ class PartialForward:
 
         Args:
             blocks: Some of the blocks of one step.
-            state: What enters them.
-            removed: Other blocks of the step, which leave their stubs behind, if they have any.
+            state: Their input.
+            removed: Other blocks of the step, whose stubs run in their place, if they have any.
         """
         if not blocks and not self._llm.has_stub(removed):
             return state
@@ -83,7 +82,7 @@ class PartialForward:
 
     @torch.inference_mode()
     def leave(self, state: torch.Tensor) -> torch.Tensor:
-        """What the decoder gives for the state that the last layer gave, (B, T, H) -> (B, T, H)."""
+        """The decoder's output for the output of the last layer, (B, T, H) -> (B, T, H)."""
         last = len(self._layers) - 1
         return self._pass(
             _placeholder(state), lambda number, hidden, _: state if number == last else hidden
@@ -93,21 +92,21 @@ class PartialForward:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's head on decoder outputs, (N, H) -> (N, V).
 
-        Rows of their own, not (B, T, H): torch multiplies a slice of a batch twice as slowly.
+        Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
         return self.head_logits(hidden)
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `logits`, with gradients where they are wanted."""
+        """As `logits`, with gradients."""
         return self.cap(self._model_head(hidden))
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
-        """The one thing that a family's `forward` does to logits: Gemma's soft cap."""
+        """Apply Gemma's soft cap, the only change that a family's `forward` makes to logits."""
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     @property
     def head(self) -> nn.Linear:
-        """The module that gives logits."""
+        """The module that computes logits."""
         head: nn.Linear = self._llm.model.get_output_embeddings()
         return head
 
@@ -116,7 +115,7 @@ class PartialForward:
         return logits
 
     def _calls_for(self, state: torch.Tensor) -> list[_Call]:
-        """How the decoder calls each of its layers for states of this shape."""
+        """The arguments with which the decoder calls each layer for states of this shape."""
         shape = tuple(state.shape[:2])
         if shape not in self._calls:
             calls: list[_Call] = []
@@ -134,7 +133,7 @@ class PartialForward:
         input_ids: torch.Tensor,
         layer: Callable[[int, torch.Tensor, _Call], torch.Tensor],
     ) -> torch.Tensor:
-        """The decoder with `layer` in the place of every layer: only its ends are computed."""
+        """Run the decoder with `layer` in place of every layer, so that no layer is computed."""
         with self._llm.exclusive(), _replaced_forwards(self._layers, layer):
             output = self._decoder(input_ids=input_ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
@@ -142,7 +141,7 @@ class PartialForward:
 
 
 def _placeholder(state: torch.Tensor) -> torch.Tensor:
-    """Token ids for states of this shape; what the ids are does not matter."""
+    """Token ids for states of this shape; their values have no effect."""
     return torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
 
 
@@ -150,9 +149,9 @@ def _placeholder(state: torch.Tensor) -> torch.Tensor:
 def _replaced_forwards(
     layers: list[nn.Module], forward: Callable[[int, torch.Tensor, _Call], torch.Tensor]
 ) -> Iterator[None]:
-    """Give the layers another `forward` for a while, as instance attributes."""
+    """Replace the `forward` of the layers inside a ``with`` block, as instance attributes."""
 
-    def stand_in(number: int) -> Callable[..., torch.Tensor]:
+    def replacement(number: int) -> Callable[..., torch.Tensor]:
         def called(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return forward(number, hidden_states, (args, kwargs))
 
@@ -160,7 +159,7 @@ def _replaced_forwards(
 
     try:
         for number, layer in enumerate(layers):
-            layer.forward = stand_in(number)
+            layer.forward = replacement(number)
         yield
     finally:
         for layer in layers:

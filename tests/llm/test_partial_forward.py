@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.partial import PartialForward
+from rap_env.llm.partial_forward import PartialForward
 from tests.llm.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm

@@ -1,11 +1,10 @@
-"""A mask made permanent: a smaller checkpoint without the removed tensors.
+"""Save a pruned model as a smaller checkpoint without the removed tensors, and load it.
 
-The folder holds safetensors, config, generation config and tokenizer as transformers writes
-them, and ``rap_pruned.json``, which names the removed blocks, states the ranks of the stubs in
-their places, if there are any, and carries checksums. Plain transformers would fill the removed
-blocks with random weights, leave the stubs out, and only warn of it; so ``config.json`` states
-the model type ``rap_pruned``, which its Auto classes refuse, and `load_pruned` is the way to load
-the folder.
+The folder holds safetensors, config, generation config and tokenizer as transformers writes them,
+and ``rap_pruned.json`` with the names of the removed blocks, the ranks of their stubs, if there are
+any, and checksums. Plain transformers would fill the removed blocks with random weights, leave the
+stubs out, and only warn. So ``config.json`` states the model type ``rap_pruned``, which
+transformers' Auto classes reject; load the folder with `load_pruned`.
 """
 
 from __future__ import annotations
@@ -21,50 +20,51 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
+from rap_env.llm.cpu_decode import attention_name, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.placeholders import RemovedBlock, Stub
 from rap_env.llm.progress import transformers_bars
-from rap_env.llm.removed import Removed
-from rap_env.llm.single import attention_name, take_short_ways
-from rap_env.llm.stub import Stub
 
 PRUNED_FILE = "rap_pruned.json"
-"""Name of the file that makes a folder a pruned checkpoint."""
+"""Name of the file that marks a folder as a pruned checkpoint."""
 
 _KIND, _VERSION = "pruned-checkpoint", 1
 _MODEL_TYPE = "rap_pruned"
-_PORTABLE_ATTENTION = ("eager", "sdpa")  # others may be missing where the folder is loaded
+_PORTABLE_ATTENTION = (
+    "eager",
+    "sdpa",
+)  # others may be missing on the machine that loads the folder
 
 
 def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]) -> Path:
-    """Save what `mask` leaves of a model, so that the removed tensors are in no file.
+    """Save a model without the tensors of the blocks of `mask`.
 
     The folder appears only when it is complete. An older pruned checkpoint there is replaced.
-    Of a repaired model, the stubs of the removed blocks are saved along.
+    The stubs of the removed blocks of a repaired model are saved too.
 
     Args:
-        llm: The model; its current mask plays no part and is applied again afterwards.
-        mask: The blocks to leave out (beside those that the model was built without).
-        folder: Where to save.
+        llm: The model; its current mask has no effect and is applied again afterwards.
+        mask: The blocks to leave out, in addition to those that the model was built without.
+        folder: The folder to write.
 
     Returns:
         The folder.
 
     Raises:
         UnknownNameError: The mask names a block that the model does not have.
-        ArtifactError: The folder exists and is no pruned checkpoint.
-        StorageFullError: The disk is full; what was in the folder before is still there.
+        ArtifactError: The folder has content and is no pruned checkpoint.
+        StorageFullError: The disk is full; the folder is unchanged.
     """
     folder = Path(folder)
     mask.check(llm.num_blocks)
     if folder.exists() and not (folder / PRUNED_FILE).exists() and any(folder.iterdir()):
         raise ArtifactError(
-            f"{folder} holds something that is no pruned checkpoint; choose another folder."
+            f"{folder} has content that is no pruned checkpoint; choose another folder."
         )
     with _disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,27 +78,29 @@ def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]
 
 
 def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> ElasticLLM:
-    """Load what `save_pruned` saved; the removed blocks take no memory, not even while loading.
+    """Load a pruned checkpoint; the removed blocks take no memory, not even while loading.
 
     Its logits equal those of the masked model bit for bit. Its blocks keep their names and
-    indices; the removed ones are in `ElasticLLM.pruned`, and no mask brings them back. A removed
-    block has the bytes of the stub that was saved in its place, which a mask of that block takes
-    away, and 0 bytes without one.
+    indices; the removed ones are in `ElasticLLM.pruned`, and no mask restores them. A removed
+    block has the bytes of the stub that was saved in its place, which a mask of that block
+    removes, and 0 bytes without one.
 
     Args:
-        folder: Where `save_pruned` saved.
-        device: Where the weights go.
+        folder: A folder that `save_pruned` wrote.
+        device: Device of the weights.
 
     Raises:
         FileNotFoundError: There is no pruned checkpoint in the folder.
-        ArtifactError: It was truncated or altered, or a tensor is missing or not expected.
+        ArtifactError: It was truncated or altered, or a tensor is missing or unexpected.
     """
+    from transformers import AutoConfig, AutoTokenizer
+
     folder = Path(folder)
     body = load_artifact(folder / PRUNED_FILE, _KIND, _VERSION)
     if _checksums(folder) != body["files"]:
         raise ArtifactError(
-            f"A file in {folder} was altered, cut or lost after it was saved (checksum differs "
-            f"from {PRUNED_FILE}); save the pruned checkpoint again."
+            f"A file in {folder} was altered, truncated or removed after it was saved (its "
+            f"checksum differs from {PRUNED_FILE}); save the pruned checkpoint again."
         )
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     entries["model_type"] = body["model_type"]
@@ -109,12 +111,12 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     model = model.to(device)
-    take_short_ways(model)
+    speed_up_decoding(model)
     llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
-    for _, place, stub in _stubs(llm):
-        # Mapped from a file they are aligned in another way than in memory, and so a product
-        # with a single row is summed in another order.
-        place.stub = stub.on(llm.device)
+    for _, placeholder, stub in _stubs(llm):
+        # Tensors that are mapped from a file have another alignment than those in memory, so
+        # that a product with a single row would be summed in another order.
+        placeholder.stub = stub.on(llm.device)
     return llm
 
 
@@ -142,16 +144,16 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     save_artifact(folder / PRUNED_FILE, _KIND, _VERSION, body)
 
 
-def _stubs(llm: ElasticLLM) -> Iterator[tuple[int, Removed, Stub]]:
-    """The stubs that stand in the model now: block, place and stub."""
+def _stubs(llm: ElasticLLM) -> Iterator[tuple[int, RemovedBlock, Stub]]:
+    """The stubs that are in the model now: block index, placeholder and stub."""
     for site in llm.adapter.sites(llm.model):
-        place = site.modules[0]
-        if isinstance(place, Removed) and isinstance(place.stub, Stub):
-            yield site.index, place, place.stub
+        module = site.modules[0]
+        if isinstance(module, RemovedBlock) and isinstance(module.stub, Stub):
+            yield site.index, module, module.stub
 
 
 def _replace(folder: Path, work: Path) -> None:
-    """Move `work` to `folder`; an older checkpoint there steps aside first."""
+    """Move `work` to `folder`, after moving an older checkpoint away."""
     aside = work.with_name(f"{work.name}.old")
     with contextlib.suppress(FileNotFoundError):
         os.replace(folder, aside)
@@ -160,7 +162,7 @@ def _replace(folder: Path, work: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that says what the model computes."""
+    """SHA-256 of each file that determines what the model computes."""
     sums = {}
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors*")]):
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -171,7 +173,9 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _load_model(
     folder: Path, config: Any, removed: Mapping[str, int | None], attention: str | None
 ) -> Any:
-    """The model without the blocks of `removed`, which gives the rank of a stub or None each."""
+    """The model without the blocks of `removed`, which maps each to its stub's rank or None."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     adapter = adapter_for(config)
     BlockMask.of(*removed).check(adapter.num_blocks)
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -187,12 +191,12 @@ def _load_model(
             )
     except (RuntimeError, SafetensorError) as error:
         raise ArtifactError(
-            f"The tensors in {folder} do not suit its config; save the pruned checkpoint again."
+            f"The tensors in {folder} do not fit its config; save the pruned checkpoint again."
         ) from error
-    for problem, text in (("missing_keys", "lacks"), ("unexpected_keys", "has not expected")):
+    for problem, text in (("missing_keys", "lacks the"), ("unexpected_keys", "has unexpected")):
         if report[problem]:
             raise ArtifactError(
-                f"{folder} {text} the tensors {', '.join(sorted(report[problem]))}; save the "
+                f"{folder} {text} tensors {', '.join(sorted(report[problem]))}; save the "
                 "pruned checkpoint again."
             )
     model.__class__ = base
@@ -200,26 +204,26 @@ def _load_model(
 
 
 def _without(base: Any, adapter: FamilyAdapter, removed: Mapping[str, int | None]) -> Any:
-    """`base`, built without some blocks, so that loading neither expects nor makes them.
+    """A subclass of `base` without some blocks, so that loading neither expects nor creates them.
 
-    Their stubs are built, for loading to fill.
+    It has their stubs, for loading to fill.
     """
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         sites = adapter.sites(self)
         for name, rank in removed.items():
-            wide = adapter.hidden_size
-            stub = None if rank is None else Stub.zeros(rank, wide, self.dtype)
+            width = adapter.hidden_size
+            stub = None if rank is None else Stub.zeros(rank, width, self.dtype)
             sites[block_index(name)].remove(stub)
 
-    # The same name: transformers finds a class's renamed checkpoint keys by it.
+    # The same name, by which transformers finds a class's renamed checkpoint keys.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """As `disk_errors`, for safetensors too, which hides the number of an OS error in a text."""
+    """As `disk_errors`, also for safetensors, which reports an OS error only in its message."""
     with disk_errors(folder):
         try:
             yield
@@ -227,6 +231,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             if "os error 28" not in str(error) and "os error 122" not in str(error):
                 raise
             raise StorageFullError(
-                f"No space left while writing {folder}; free some and save again: what was there "
-                "before is intact."
+                f"No space left while writing {folder}; free some space and save again. The "
+                "earlier content is unchanged."
             ) from error

@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
-from rap_env.llm.surgery import PRUNED_FILE, load_pruned, save_pruned
+from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.llm.stubs import RANKS, random_stubs, repaired
-from tests.llm.test_surgery import EVERYTHING, MASK, logits, tensor_bytes
+from tests.llm.test_pruned_checkpoint import EVERYTHING, MASK, logits, tensor_bytes
 from tests.tiny import FAMILIES, padded_batch, tiny_llm
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,8 +116,8 @@ def test_plain_transformers_refuses_stubs_too(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, r"not expected the tensors model\.layers\.0\.self_attn\.stub\.down"),
-        ({"layer00.attn": 5, "layer01.ffn": 3}, "do not suit its config"),
+        ({}, r"unexpected tensors model\.layers\.0\.self_attn\.stub\.down"),
+        ({"layer00.attn": 5, "layer01.ffn": 3}, "do not fit its config"),
     ],
 )
 def test_other_ranks_than_those_saved_are_an_error(change, message: str, tmp_path) -> None:

@@ -1,11 +1,9 @@
-"""Single tokens on a CPU: two things that torch does the long way, done the short way.
+"""Faster decoding of single tokens on a CPU, with the same results.
 
-Both give what the long way gives.
-
-- **Attention.** Where heads share keys and values, torch's kernel for a lone query goes through
-  them once for each head. With the heads of a group as the rows of one query matrix it goes through
-  them once. Transformers does so itself where there is a mask, and leaves it to torch where not.
-- **Head.** Logits are wanted of the last token of each sequence, a slice of a batch. For such a
+- **Attention.** Where heads share keys and values (grouped-query attention), torch's kernel for a
+  single query reads them once for each head. With the heads of a group as the rows of one query
+  matrix it reads them once. Transformers does so only where there is an attention mask.
+- **Head.** Logits are computed for the last token of each sequence, a slice of a batch. For such a
   slice torch copies the weights of the head once for each sequence before it multiplies.
 """
 
@@ -16,32 +14,32 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-NAME = "sdpa_packed"
-"""What the attention is called in a config while the model is live."""
+PACKED_ATTENTION = "sdpa_packed"
+"""Name of the attention in the config while the model is live."""
 
 
-def take_short_ways(model: Any) -> None:
-    """Let a model on a CPU take the short ways for single tokens; others stay as they are.
+def speed_up_decoding(model: Any) -> None:
+    """Install both optimisations in a model on a CPU; models on other devices do not change.
 
     Args:
         model: A causal language model of transformers.
     """
     if model.device.type == "cpu":
-        model.get_output_embeddings().register_forward_pre_hook(_alone)
+        model.get_output_embeddings().register_forward_pre_hook(_contiguous_rows)
         _pack_single_queries(model)
 
 
 def attention_name(model: Any) -> str:
-    """What a model's attention is called by others; the short way is one of ``sdpa``'s.
+    """The public name of a model's attention: ``sdpa`` for `PACKED_ATTENTION` too.
 
-    Scores do not depend on it: their sequences have more than one token.
+    Scores do not depend on the difference: their sequences have more than one token.
     """
     name = str(getattr(model.config, "_attn_implementation", ""))
-    return "sdpa" if name == NAME else name
+    return "sdpa" if name == PACKED_ATTENTION else name
 
 
-def _alone(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    """The last tokens' states (B, 1, H) as a tensor of their own, if they are part of another."""
+def _contiguous_rows(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    """Copy the last tokens' states (B, 1, H) if they are a slice of a larger tensor."""
     states = args[0]
     if states.dim() != 3 or states.shape[1] != 1 or states.stride(0) == states.shape[2]:
         return None
@@ -69,21 +67,21 @@ def _pack_single_queries(model: Any) -> None:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if query.shape[2] > 1 or attention_mask is not None or set(kwargs) - _HARMLESS:
+        if query.shape[2] > 1 or attention_mask is not None or set(kwargs) - _IGNORED:
             whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
             return whole
         return _single(query, key, value, scaling), None
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(PACKED_ATTENTION, attend)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(PACKED_ATTENTION)
 
 
-# What families hand over that changes nothing for one query that sees all keys. With anything
-# else the model takes transformers' way.
-_HARMLESS = frozenset(
+# Arguments of model families that have no effect on one query that sees all keys. With any other
+# argument the model uses transformers' own attention.
+_IGNORED = frozenset(
     {"dropout", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
 )
 
@@ -93,7 +91,7 @@ def _single(
 ) -> torch.Tensor:
     """Attention of one token: queries (B, N, 1, D), keys and values (B, K, T, D), to (B, 1, N, D).
 
-    The heads of a group lie next to each other, so that regrouping them is a view.
+    The heads of a group are adjacent, so that regrouping them is a view.
     """
     batch, heads, _, width = query.shape
     shared = key.shape[1]

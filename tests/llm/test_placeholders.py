@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rap_env.llm.stub import Stub, normalised
+from rap_env.llm.placeholders import Stub, normalised
 from tests.llm.stubs import RANKS, random_stubs
 from tests.tiny import tiny_llm
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.llm.cpu_decode import PACKED_ATTENTION, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
-from rap_env.llm.single import NAME, take_short_ways
-from rap_env.llm.surgery import load_pruned, save_pruned
+from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 
@@ -16,7 +16,7 @@ from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_those_of_the_usual_way(name, dtype) -> None:
     plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
-    take_short_ways(packed.model)
+    speed_up_decoding(packed.model)
     for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
         for mask in (BlockMask(), BlockMask.of(0, 3)):
             found = []
@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_usual_way(name, dtype) -> None:
 
 def test_the_head_gets_last_tokens_that_lie_side_by_side() -> None:
     llm = tiny_llm()
-    take_short_ways(llm.model)
+    speed_up_decoding(llm.model)
     seen = []
     llm.model.get_output_embeddings().register_forward_pre_hook(
         lambda _, args: seen.append(args[0].stride())
@@ -47,8 +47,8 @@ def test_it_is_taken_where_heads_share_keys_and_nowhere_else() -> None:
     for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
         model = tiny_model(name)
         usual = model.config._attn_implementation
-        take_short_ways(model)
-        assert model.config._attn_implementation == (NAME if taken else usual)
+        speed_up_decoding(model)
+        assert model.config._attn_implementation == (PACKED_ATTENTION if taken else usual)
 
 
 def test_loaded_and_saved_models_keep_to_names_that_others_know(tmp_path) -> None:
@@ -56,12 +56,12 @@ def test_loaded_and_saved_models_keep_to_names_that_others_know(tmp_path) -> Non
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     llm = load_llm(folder, dtype="float32", device="cpu")
-    assert llm.model.config._attn_implementation == NAME
+    assert llm.model.config._attn_implementation == PACKED_ATTENTION
     assert llm.fingerprint == ElasticLLM(tiny_model(), None, name="same").fingerprint
     save_pruned(llm, BlockMask.of(1), tmp_path / "pruned")
     written = "".join(
         path.read_text() for path in (tmp_path / "pruned").glob("*.json") if "rap" in path.name
     )
-    assert NAME not in written
+    assert PACKED_ATTENTION not in written
     assert '"sdpa"' in written
-    assert load_pruned(tmp_path / "pruned").model.config._attn_implementation == NAME
+    assert load_pruned(tmp_path / "pruned").model.config._attn_implementation == PACKED_ATTENTION

@@ -1,0 +1,108 @@
+"""From a model's name to its folder: alias, hub id, folder or GGUF file."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rap_env.errors import ModelNotAvailableError, UnknownNameError
+from rap_env.llm.adapter import read_config
+from rap_env.llm.default_model import ALIAS, default_model_folder
+from rap_env.llm.gguf_file import converted_gguf
+from rap_env.llm.hub import hub_folder
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model is on this machine.
+
+    Attributes:
+        folder: A folder in transformers' format.
+        name: Its name in results; includes the source if there are several.
+    """
+
+    folder: Path
+    name: str
+
+
+def locate(model: str | os.PathLike[str]) -> Located:
+    """Find a model on this machine, and download or convert it if needed.
+
+    An alias takes precedence over a folder of that name, and a folder over a hub id.
+
+    Args:
+        model: As for `rap_env.llm.loading.load_llm`.
+
+    Raises:
+        UnknownNameError: It is no alias, no path and no hub id.
+        ModelNotAvailableError: It is not on this machine and cannot be downloaded.
+        UnsupportedModelError: Its family is not known.
+        ChecksumError: A file is damaged.
+        StorageFullError: The disk is full.
+    """
+    name = os.fspath(model)
+    alias, _, source = name.partition("@")
+    if alias == ALIAS:
+        folder, source = default_model_folder(source or None)
+        return Located(folder, f"{alias}@{source}")
+    if looks_like_path(model):
+        return _locate_path(Path(name).expanduser())
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        raise UnknownNameError(
+            "model",
+            name,
+            (ALIAS,),
+            "A hub model is written 'organisation/name', a folder or GGUF file by its path.",
+        )
+    return Located(hub_folder(match["repo"], match["revision"], read_config), name)
+
+
+def looks_like_path(model: str | os.PathLike[str]) -> bool:
+    """Whether a model is given by its path, not by an alias or a hub id."""
+    name = os.fspath(model)
+    if name.partition("@")[0] == ALIAS:
+        return False
+    if not isinstance(model, str) or name.startswith((".", "~", "/")):
+        return True
+    written = name.endswith(".gguf") or name.count("/") > 1
+    return written or (name != "" and Path(name).exists())
+
+
+def _locate_path(path: Path) -> Located:
+    if path.is_dir():
+        return Located(path, path.resolve().name)
+    if path.is_file():
+        return Located(converted_gguf(path.resolve()), path.stem)
+    raise ModelNotAvailableError(
+        f"There is no model folder or GGUF file {path}; check the path, or use the alias {ALIAS} "
+        "or a hub id."
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, set up for generation.
+
+    Raises:
+        ModelNotAvailableError: There is no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelNotAvailableError(
+            f"{folder} has no tokenizer that transformers can read ({error}); save it there with "
+            "tokenizer.save_pretrained()."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # batches of unequal lengths need one
+    tokenizer.padding_side = "left"  # generation continues at the right end
+    return tokenizer

@@ -1,0 +1,207 @@
+"""The weights of a model: names, bytes, fingerprint, and tensors in safetensors files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rap_env.artifacts import canonical_json
+from rap_env.errors import ChecksumError, ModelNotAvailableError
+
+# Entries of a config that do not affect what the model computes, or (dtype) that the tensors
+# themselves state.
+_VOLATILE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+_PIECE_VALUES = 2**20  # values that are converted at a time
+_LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes that can be read, by their names in safetensors files."""
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers with their names; a tied tensor under each of its names."""
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def tensor_key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
+    """A key that is equal for two names of one tensor; its last entry is the tensor's bytes."""
+    return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
+
+
+def fingerprint_of(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
+    """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
+
+    Args:
+        model: The model with no block removed.
+        read: Returns the content of a weight, given its name and tensor.
+    """
+    config = json.loads(model.config.to_json_string())
+    kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
+    total = hashlib.sha256(canonical_json(kept).encode())
+    seen = set()
+    for name, tensor in sorted(named_weights(model), key=lambda item: item[0]):
+        if (key := tensor_key(tensor)) in seen:
+            continue
+        seen.add(key)
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = read(name, tensor).detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def untied_parameters(
+    model: nn.Module, blocks: Iterable[Iterable[nn.Module]]
+) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
+    """Parameters that only one block uses, (2L,), and all others, by their names in the model.
+
+    A parameter with several names is among the others. Different parameters that share memory
+    are in neither: moving one would separate them.
+
+    Args:
+        model: The model with no block removed.
+        blocks: The modules of each block, in order of index.
+    """
+    named = dict(model.named_parameters())  # one name for each object
+    users = Counter(tensor_key(parameter) for parameter in named.values())
+    alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
+    seen = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
+    names = {id(parameter): name for name, parameter in alone.items()}
+    own = []
+    for modules in blocks:
+        inside = [p for part in modules for p in part.parameters() if id(p) in names]
+        own.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
+    taken = {name for block in own for name in block}
+    return own, {name: p for name, p in alone.items() if name not in taken}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file.
+
+    Attributes:
+        path: The file.
+        offset: Where its bytes begin in the file.
+        shape: Its shape.
+        stored_dtype: Its dtype in the file.
+        dtype: The dtype to read it in.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, in `dtype`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes of temporary memory that reading it takes on a CPU."""
+        piece = min(math.prod(self.shape), _PIECE_VALUES)
+        return 0 if self.dtype == self.stored_dtype else piece * self.stored_dtype.itemsize
+
+    @torch.inference_mode(False)
+    def read(self, device: torch.device) -> torch.Tensor:
+        """A copy in memory.
+
+        The file is read, not mapped. Safetensors' own reader maps the whole file, and every page
+        that was read would count as memory of the process.
+
+        Args:
+            device: Device of the copy.
+
+        Raises:
+            ChecksumError: The file is truncated.
+            ModelNotAvailableError: The file is missing.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+        self.read_into(tensor)
+        return tensor
+
+    @torch.inference_mode(False)
+    def read_into(self, tensor: torch.Tensor) -> None:
+        """Fill a contiguous tensor of this shape and dtype; errors as for `read`."""
+        direct = self.stored_dtype == self.dtype and tensor.device.type == "cpu"
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                for piece in torch.split(tensor.view(-1), _PIECE_VALUES):
+                    stored = piece if direct else torch.empty(len(piece), dtype=self.stored_dtype)
+                    into = stored.view(torch.uint8).numpy().data
+                    if file.readinto(into) < len(into):
+                        raise ChecksumError(
+                            f"The weights in {self.path} are truncated or damaged; download the "
+                            "model again."
+                        )
+                    if not direct:
+                        piece.copy_(stored)
+        except FileNotFoundError:
+            raise ModelNotAvailableError(
+                f"{self.path} was removed after the model was opened; put it back and open the "
+                "model again."
+            ) from None
+
+    def as_dtype(self, dtype: torch.dtype) -> StoredTensor:
+        """The same tensor, to be read in another dtype."""
+        return replace(self, dtype=dtype)
+
+
+def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, StoredTensor]:
+    """Tensors in the safetensors files of a folder that can be read one by one, by name.
+
+    Each has the dtype that it is stored in.
+
+    Raises:
+        ChecksumError: A file is truncated or damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        for name, entry in read_header(path).items():
+            if (dtype := DTYPES.get(entry["dtype"])) is not None:
+                found[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
+    return found
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, by tensor name, with offsets from the start of the file.
+
+    Raises:
+        ChecksumError: It is truncated or damaged.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        try:
+            table: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
+        except ValueError as error:
+            raise damaged_weights(path.parent, error) from error
+    table.pop("__metadata__", None)
+    begin = _LENGTH_BYTES + length
+    return {
+        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
+    }
+
+
+def damaged_weights(folder: Path, error: Exception) -> ChecksumError:
+    """The error for weights that cannot be read."""
+    return ChecksumError(
+        f"The weights in {folder} are truncated or damaged ({error}); download the model again."
+    )
