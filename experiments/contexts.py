@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
 from rap_env.scoring.score_table import table_path
 
 if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.tasks import TaskConfig
 
@@ -92,6 +95,28 @@ def refuse_table(config: Config) -> None:
         )
 
 
+def load_text(text: TextConfig, role: str, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
+    """Load a text for a role: ``"calibration"``, ``"selection"`` or ``"report"``.
+
+    Raises:
+        CorpusError: The text is missing, malformed or too short.
+    """
+    return load_corpus(CorpusConfig(**asdict(text), role=role), llm, progress=progress)
+
+
+def load_texts(
+    texts: Mapping[str, TextConfig], role: str, llm: ElasticLLM, *, progress: bool = True
+) -> dict[str, Corpus]:
+    """Load texts by name. Files come first, so that a wrong path fails before the model writes.
+
+    Raises:
+        CorpusError: A text is missing, malformed or too short.
+    """
+    files_first = sorted(texts.items(), key=lambda item: item[1].source == "self")
+    found = {name: load_text(text, role, llm, progress=progress) for name, text in files_first}
+    return {name: found[name] for name in texts}
+
+
 def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> MaskScorer:
     """Return a scorer on a text that no search has used.
 
@@ -101,7 +126,7 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
     """
     from rap_env.scoring.scorer import MaskScorer
 
-    corpus = load_corpus(CorpusConfig(**asdict(text), role=role), context.llm)
+    corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
     return MaskScorer(context.llm, corpus, context.store)
 

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from agents.baselines.base import MeasuredChoice, measure_choice
@@ -22,13 +21,13 @@ from experiments.comparison.evaluation import (
 from experiments.comparison.records import (
     ResultRow,
     append_record,
+    delta_nll_fields,
     read_records,
     row_key,
     trim_metrics,
     write_records,
 )
 from experiments.comparison.run_folder import RunFolder, git_state
-from experiments.comparison.statistics import bootstrap_mean
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import summary_table
 from experiments.config import Config
@@ -90,7 +89,6 @@ class Evaluator:
         """
         mask, request, scorer = choice.mask, cell.request, self.context.scorer
         losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
-        loss = bootstrap_mean(losses)
         peak_bytes = self.context.memory.peak_bytes(mask, request)
         return ResultRow(
             method=method.name,
@@ -105,10 +103,7 @@ class Evaluator:
             ffn_removed=mask.count("ffn"),
             mask=list(mask.names),
             loss_calibration=float(scorer.nll(mask) - scorer.dense_nll),
-            loss=loss.mean,
-            loss_ci_low=loss.low,
-            loss_ci_high=loss.high,
-            window_losses=np.asarray(losses, dtype=float).tolist(),
+            **delta_nll_fields(losses),
             accuracies=self.tasks.accuracies(mask) if self.tasks else {},
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,

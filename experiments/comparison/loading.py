@@ -13,9 +13,7 @@ from experiments.comparison.records import PARTS, ResultRow, read_json, read_row
 from experiments.comparison.run_folder import RunFolder, TrainingRun, training_dirs, training_run
 from experiments.comparison.summaries import Comparison
 from experiments.errors import ExperimentError
-from experiments.repair.orders import FILE as ORDERS
-from experiments.repair.orders import read_orders
-from experiments.repair.rows import RepairRow
+from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.summaries import RepairComparison
 
 
@@ -71,7 +69,7 @@ def gather(root: Path) -> ReportData:
         runs,
         notes,
         RepairComparison(repair_rows, dense) if repair_rows else None,
-        read_orders(root / "repair" / ORDERS) if repair_rows else {},
+        read_orders(root / "repair" / ORDERS_FILE) if repair_rows else {},
         repair_notes,
     )
 

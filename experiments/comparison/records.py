@@ -14,6 +14,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
+
+from experiments.comparison.statistics import bootstrap_mean
+from experiments.config.common import Cell
 from rap_env.artifacts import atomic_write, digest, disk_errors
 from rap_env.errors import ArtifactError
 
@@ -70,6 +75,43 @@ class Record:
             ArtifactError: The file or one of its records is damaged.
         """
         return [cls.from_record(record) for record in read_records(path)]
+
+
+class CellRecord(Record):
+    """A record of one mask at one cell: a request at a budget.
+
+    Attributes:
+        request: ``{"batch_size": int, "seq_len_tokens": int}``.
+        budget_fraction: Budget as a fraction of the dense model's peak bytes.
+    """
+
+    request: dict[str, int]
+    budget_fraction: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch size and sequence length in tokens."""
+        return self.request["batch_size"], self.request["seq_len_tokens"]
+
+    @property
+    def cell(self) -> Cell:
+        """Batch size, sequence length in tokens and budget fraction."""
+        return (*self.shape, self.budget_fraction)
+
+
+def delta_nll_fields(windows: npt.ArrayLike) -> dict[str, Any]:
+    """Return the fields of a row that describe a mask's ΔNLL: mean, 95 % interval, windows.
+
+    Args:
+        windows: ΔNLL on each window of the text, nats per token, (windows,).
+    """
+    mean = bootstrap_mean(windows)
+    return {
+        "loss": mean.mean,
+        "loss_ci_low": mean.low,
+        "loss_ci_high": mean.high,
+        "window_losses": np.asarray(windows, dtype=float).tolist(),
+    }
 
 
 RowT = TypeVar("RowT", bound=Record)
@@ -195,7 +237,7 @@ fixed sparsity, and cells outside the training range of policies."""
 
 
 @dataclass(frozen=True)
-class ResultRow(Record):
+class ResultRow(CellRecord):
     """Result of one method and seed at one cell: a line of ``results.jsonl``.
 
     Losses are ΔNLL: the mask's NLL minus the dense model's on the same windows, nats per token.
@@ -254,16 +296,6 @@ class ResultRow(Record):
 
     record_name = "A result record"
     rerun = "run the evaluation again"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Batch size and sequence length in tokens."""
-        return self.request["batch_size"], self.request["seq_len_tokens"]
-
-    @property
-    def cell(self) -> tuple[int, int, float]:
-        """Batch size, sequence length in tokens, budget fraction."""
-        return (*self.shape, self.budget_fraction)
 
     @property
     def part(self) -> str:

@@ -1,1 +1,1 @@
-"""Repair: fit and distil stubs, and measure what they recover."""
+"""Repair: fit and distil stubs, and measure how much ΔNLL they recover."""

@@ -1,4 +1,4 @@
-"""Figures of what stubs win back."""
+"""Figures of what stubs recover."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TEXT_COLOURS = ("#2A78C2", "#159A74", "#8E4FA8", "#B5651D", "#4B6C8B", "#C8324B
 _MIB = 2**20
 
 
-_LEAST_SPAN = 0.06  # of the memory axis, as a share of its values
+_MIN_SPAN = 0.06  # of the memory axis, as a share of its values
 
 
-def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
-    """Loss over peak bytes, a panel for each report text and request, a colour for each repair.
+def delta_nll_against_peak(found: RepairComparison, narrow: bool) -> Figure:
+    """ΔNLL over peak bytes: a panel per report text and request, a colour per repair.
 
-    Requests differ in their peaks by more than budgets do, so each has an x axis of its own.
+    Peaks differ more between requests than between budgets, so each request has its own x axis.
     """
     shapes = list(dict.fromkeys(cell[:2] for cell in found.cells))
     places: list[tuple[str, Shape]] = (
@@ -52,8 +52,8 @@ def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
                 axis.set_xlabel("peak memory (MiB)", fontsize=8)
             if place % columns == 0:
                 axis.set_ylabel(row_name, fontweight="bold")
-        axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # of all: they share it
-        figure.supylabel("loss (nats/token)", fontsize=9)
+        axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # shared by all axes
+        figure.supylabel("ΔNLL (nats/token)", fontsize=9)
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center",
             ncols=2 if narrow else 4,
@@ -62,7 +62,7 @@ def loss_against_peak(found: RepairComparison, narrow: bool) -> Figure:
 
 
 def ratio_against_tokens(found: RepairComparison, narrow: bool) -> Figure:
-    """Ratio to no stubs over the number of fitting tokens, a line for each report text."""
+    """Ratio to no stubs over the number of fitting tokens, a line per report text."""
     with style():
         figure, axes = panels(1, 1, narrow=narrow, height=3.2 if narrow else 3.6)
         axis = axes[0]
@@ -73,7 +73,7 @@ def ratio_against_tokens(found: RepairComparison, narrow: bool) -> Figure:
         _token_ticks(axis, list(found.token_rows))
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.set_xlabel("tokens fitted on (log scale)")
-        axis.set_ylabel("loss / loss without stubs")
+        axis.set_ylabel("ΔNLL / ΔNLL without stubs")
         figure.legend(
             *axis.get_legend_handles_labels(), loc="outside lower center" if narrow else
             "outside right center", ncols=2 if narrow else 1,
@@ -82,7 +82,7 @@ def ratio_against_tokens(found: RepairComparison, narrow: bool) -> Figure:
 
 
 def _draw_peaks(axis: Axes, found: RepairComparison, text: str, shape: Shape) -> None:
-    """A line a repair over the budgets of one request; hollow marks miss their budget."""
+    """Draw a line per repair over the budgets of one request; hollow marks exceed the budget."""
     from matplotlib.ticker import MaxNLocator
 
     for place, repair in enumerate(found.repairs):
@@ -100,7 +100,9 @@ def _draw_peaks(axis: Axes, found: RepairComparison, text: str, shape: Shape) ->
             axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
                       zorder=9)  # fmt: skip
     low, high = axis.get_xlim()
-    spare = max(0.0, _LEAST_SPAN * high - (high - low)) / 2  # else a few kB look like a budget
+    spare = (
+        max(0.0, _MIN_SPAN * high - (high - low)) / 2
+    )  # avoids magnifying differences of a few kB
     axis.set_xlim(low - spare, high + spare)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
@@ -114,7 +116,7 @@ def _shape_words(shape: Shape) -> str:
 
 
 def _draw_ratios(axis: Axes, found: RepairComparison, text: str, colour: str) -> None:
-    """One text's line with intervals; dashed if the text is of a kind not fitted on."""
+    """Draw one text's line with intervals; dashed if its domain was not fitted on."""
     by_count = {
         count: found.ratio([row for row in rows if row.text == text])
         for count, rows in found.token_rows.items()
@@ -133,7 +135,7 @@ def _draw_ratios(axis: Axes, found: RepairComparison, text: str, colour: str) ->
 
 
 def _token_ticks(axis: Axes, counts: list[int]) -> None:
-    """Ticks at the numbers of tokens that were tried, in thousands or millions."""
+    """Set ticks at the numbers of fitting tokens, in thousands or millions."""
     from matplotlib.ticker import NullLocator
 
     axis.set_xticks(counts, [_short_count(count) for count in counts])

@@ -1,4 +1,4 @@
-"""Repair rows brought together: means over the grid and ratios to removal without stubs."""
+"""Summaries of repair rows: means over the grid and ratios to removal without stubs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy.typing as npt
 from experiments.comparison.formatting import rank
 from experiments.comparison.statistics import RESAMPLES, SEED, Estimate, resample_weights
 from experiments.config.common import Cell
-from experiments.repair.rows import RepairRow
+from experiments.repair.records import RepairRow
 from rap_env.errors import ArtifactError
 
 Pair = tuple[Cell, str]
 """A cell and the report text on which it was measured."""
 
 Strata = list[npt.NDArray[np.float64]]
-"""One array of shape (windows,) a report text; the sum of their means is the mean loss."""
+"""One array of shape (windows,) per report text; the sum of their means is the mean ΔNLL."""
 
 PLAIN = "none"
 
@@ -30,14 +30,14 @@ class RepairSummary:
 
     Attributes:
         repair: Its name.
-        fitted: Mean loss over cells and texts of fitted domains, nats per token; None without.
-        fitted_ratio: The same as a share of the loss without stubs.
-        other: Mean loss over cells and texts not fitted on; None without.
-        other_ratio: The same as a share of the loss without stubs.
+        fitted: Mean ΔNLL over cells and texts of fitted domains, nats per token; None without.
+        fitted_ratio: `fitted` as a share of the ΔNLL without stubs.
+        other: Mean ΔNLL over cells and texts of other domains; None without.
+        other_ratio: `other` as a share of the ΔNLL without stubs.
         accuracy: Mean accuracy over tasks and cells, in [0, 1], or None.
-        fit_tokens: Tokens that its stubs were fitted on, at most.
-        fitting: Cells whose mask is within the budget.
-        cells: All its cells.
+        fit_tokens: Maximum of the tokens that its stubs were fitted on.
+        fitting: Number of cells whose mask is within the budget.
+        cells: Number of cells.
     """
 
     repair: str
@@ -55,11 +55,11 @@ class RepairComparison:
     """All rows of one ``repair.jsonl``.
 
     Args:
-        rows: Its rows; of rows that measure the same, the last counts.
-        dense_accuracies: Accuracy of each lm-eval task without any removal, where it is known.
+        rows: Its rows; of rows with the same measurement, the last counts.
+        dense_accuracies: Accuracy of each lm-eval task of the dense model, if known.
 
     Raises:
-        ArtifactError: There are none, or they are of different models or texts.
+        ArtifactError: There are no rows, or they are of different models or texts.
     """
 
     def __init__(
@@ -85,52 +85,52 @@ class RepairComparison:
 
     @cached_property
     def fitted_texts(self) -> set[str]:
-        """Names of the texts that the grid's stubs, or else any, were fitted on."""
+        """Names of the texts that the stubs of the grid (or else of any study) were fitted on."""
         rows = [row for row in self.study("grid") if row.fitted_on] or self.rows
         return {name for row in rows for name in row.fitted_on}
 
     @cached_property
     def texts(self) -> list[str]:
-        """Report texts: those of fitted domains first, otherwise as they were measured."""
+        """Report texts: those of fitted domains first, otherwise in the order of the rows."""
         return sorted(dict.fromkeys(row.text for row in self.rows), key=self.is_other)
 
     def is_other(self, text: str) -> bool:
-        """Whether the grid's stubs were fitted on no text of this kind."""
+        """Whether no stub of the grid was fitted on text of this domain."""
         return text not in self.fitted_texts
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Cells of the grid: small requests first, each from loose to tight budgets."""
+        """Cells of the grid: small requests first, each from large to small budgets."""
         found = {row.cell for row in self.study("grid")}
         return sorted(found, key=lambda c: (c[0] * c[1], c[0], -c[2]))
 
     @cached_property
     def pairs(self) -> set[Pair]:
-        """Pairs of cell and text that every repair has; means are taken over these alone."""
+        """Pairs of cell and text that every repair has; means are over these pairs only."""
         have = [{_pair(row) for row in self._of(repair)} for repair in self.repairs]
         return set.intersection(*have) if have else set()
 
     @property
     def incomplete(self) -> bool:
-        """Whether some repair lacks pairs that another has."""
+        """Whether a repair lacks pairs that another repair has."""
         return len(self.pairs) < len({_pair(row) for row in self.study("grid")})
 
     def at(self, repair: str, cell: Cell, text: str) -> RepairRow | None:
-        """The grid's row, or None if there is none."""
+        """Return the row of the grid, or None."""
         return self._grid.get((repair, (cell, text)))
 
-    def loss(self, rows: Sequence[RepairRow]) -> Estimate | None:
-        """Mean loss over rows, each text's windows resampled; None without rows."""
+    def delta_nll(self, rows: Sequence[RepairRow]) -> Estimate | None:
+        """Mean ΔNLL over rows, the windows of each text resampled; None without rows."""
         return _estimate(_strata(rows)) if rows else None
 
     def ratio(self, rows: Sequence[RepairRow]) -> Estimate | None:
-        """Mean loss over rows, divided by that without stubs on the same cells and texts.
+        """Mean ΔNLL over rows, divided by that without stubs on the same cells and texts.
 
         Rows whose cell and text were not measured without stubs are left out.
 
         Returns:
-            The ratio with a 95 % interval, windows drawn jointly for both; None without rows, or
-            where the loss without stubs is not clearly above 0.
+            The ratio with a 95 % interval, windows resampled jointly; None without rows, or if
+            the ΔNLL without stubs is not significantly above 0.
         """
         paired = [
             (row, plain)
@@ -142,17 +142,17 @@ class RepairComparison:
         return _estimate(_strata([row for row, _ in paired]), _strata([row for _, row in paired]))
 
     def ratio_of(self, repair: str, *, other: bool) -> Estimate | None:
-        """Ratio of a repair over the grid, on texts of fitted domains or on the others."""
+        """Ratio of a repair over the grid, on texts of fitted domains or of other domains."""
         return self.ratio(self._grid_rows(repair, lambda text: self.is_other(text) == other))
 
     @cached_property
     def summaries(self) -> list[RepairSummary]:
-        """One summary a repair, in the order of legends."""
+        """One summary per repair, in the order of legends."""
         return [self._summary(repair) for repair in self.repairs] if self.pairs else []
 
     @cached_property
     def token_rows(self) -> dict[int, list[RepairRow]]:
-        """Rows of the study of tokens by their number, the grid's whole library among them."""
+        """Rows of the token study by number of tokens, with the whole library of the grid."""
         rows = self.study("tokens")
         known = {(row.cell, row.text, tuple(row.fitted_on)) for row in rows}
         whole = [row for row in self.study("grid") if row.repair == "library"]
@@ -168,9 +168,9 @@ class RepairComparison:
         means = [float(np.mean(list(accuracies.values()))) for accuracies in known]
         return RepairSummary(
             repair=repair,
-            fitted=self.loss(fitted),
+            fitted=self.delta_nll(fitted),
             fitted_ratio=self.ratio(fitted),
-            other=self.loss(other),
+            other=self.delta_nll(other),
             other_ratio=self.ratio(other),
             accuracy=float(np.mean(means)) if means else None,
             fit_tokens=max(row.fit_tokens for row in by_cell.values()),
@@ -182,7 +182,7 @@ class RepairComparison:
         return [row for row in self.study("grid") if row.repair == repair]
 
     def _grid_rows(self, repair: str, wanted: Callable[[str], bool]) -> list[RepairRow]:
-        """A repair's rows on the common pairs, on those texts that are wanted."""
+        """Return the rows of a repair on the common pairs whose text is wanted."""
         rows = [row for row in self._of(repair) if _pair(row) in self.pairs]
         return [row for row in rows if wanted(row.text)]
 
@@ -204,13 +204,13 @@ class RepairComparison:
                 if first.setdefault((what, text), value) != value:
                     where = f" of the text {text!r}" if text else ""
                     raise ArtifactError(
-                        f"The repair rows differ in {what}{where}, so their losses cannot be "
+                        f"The repair rows differ in {what}{where}, so their ΔNLL cannot be "
                         "compared; report one run folder at a time."
                     )
 
 
 def _same(row: RepairRow) -> tuple[object, ...]:
-    """What two rows share that measure the same, whatever tasks were asked for beside it."""
+    """Identifies the measurement of a row, independently of its tasks."""
     fitted = tuple(row.fitted_on), row.fit_tokens if row.study != "grid" else 0
     return row.study, row.repair, row.cell, row.text, *fitted
 
@@ -220,7 +220,7 @@ def _pair(row: RepairRow) -> Pair:
 
 
 def _strata(rows: Sequence[RepairRow]) -> Strata:
-    """For each text its rows' window losses, summed and divided by the number of all rows."""
+    """Per text, the sum of its rows' window ΔNLL divided by the number of all rows."""
     texts = dict.fromkeys(row.text for row in rows)
     return [
         np.sum([row.window_losses for row in rows if row.text == text], axis=0) / len(rows)
@@ -231,7 +231,7 @@ def _strata(rows: Sequence[RepairRow]) -> Strata:
 def _estimate(top: Strata, bottom: Strata | None = None) -> Estimate | None:
     """Sum of the means of `top`, divided by that of `bottom` if given, with a 95 % interval.
 
-    Windows of each text are resampled, the same for both; None if a divisor is not above 0.
+    Windows of each text are resampled jointly; None if a divisor is not above 0.
     """
     rng = np.random.default_rng(SEED)
     above, below = np.zeros(RESAMPLES), np.zeros(RESAMPLES)

@@ -1,4 +1,4 @@
-"""Tables of what stubs win back."""
+"""Tables of what stubs recover: ΔNLL, ratios to no stubs, accuracy, and GSI orders."""
 
 from __future__ import annotations
 
@@ -17,23 +17,30 @@ from experiments.comparison.formatting import (
 )
 from experiments.comparison.statistics import Estimate
 from experiments.config.common import Cell
-from experiments.repair.orders import ORDERS_CAPTION, orders_table
-from experiments.repair.rows import RepairRow
-from experiments.repair.summaries import RepairComparison
+from experiments.repair.records import RepairRow
+from experiments.repair.summaries import PLAIN, RepairComparison
 
 ARROW = " \N{RIGHTWARDS ARROW} "
 
 SAME_MASKS = (
-    "Each library is judged under the masks that the search with the whole library chose (but "
-    "where own masks are stated), and compared, cell by cell, with removal without stubs under "
-    "masks of its own search."
+    "Each library is evaluated under the masks that the search with the whole library chose "
+    "(except where own masks are stated), and compared, cell by cell, with removal without stubs "
+    "under masks of its own search."
 )
 """Caption of the studies of tokens and domains."""
 
 
+ORDERS_CAPTION = (
+    "ΔNLL on the calibration text (nats/token) when blocks are removed in the order of greedy "
+    "sequential importance, measured again with each kind of stub in place."
+)
+"""Caption of `orders_table`."""
+_ORDER_STEPS = (5, 10, 15, 20)
+
+
 def repair_summary_table(found: RepairComparison) -> Table:
-    """One row a repair: mean loss and ratio on texts of fitted domains and on others."""
-    header = ["Repair", "Loss, fitted", "Ratio", "Loss, other", "Ratio", "Accuracy", "Tokens",
+    """One row per repair: mean ΔNLL and ratio on texts of fitted domains and on others."""
+    header = ["Repair", "ΔNLL, fitted", "Ratio", "ΔNLL, other", "Ratio", "Accuracy", "Tokens",
               "Fits"]  # fmt: skip
     rows = [
         [
@@ -47,27 +54,27 @@ def repair_summary_table(found: RepairComparison) -> Table:
 
 
 def repair_grid_table(found: RepairComparison) -> Table:
-    """A line a request and budget: losses of all repairs on each text, and removed blocks."""
+    """One line per request and budget: ΔNLL of all repairs on each text, and removed blocks."""
     header = ["Request", "Budget", *[text_label(found, text) for text in found.texts],
               "Blocks removed"]  # fmt: skip
     rows = []
     for cell in found.cells:
-        losses = [
-            _chain([_row_loss(found.at(repair, cell, text)) for repair in found.repairs])
+        deltas = [
+            _chain([_row_delta(found.at(repair, cell, text)) for repair in found.repairs])
             for text in found.texts
         ]
         removed = _chain([_removed(_row_at(found, repair, cell)) for repair in found.repairs])
-        rows.append([_request(cell), _budget(found, cell), *losses, removed])
+        rows.append([_request(cell), _budget(found, cell), *deltas, removed])
     return header, rows
 
 
 def repair_text_table(found: RepairComparison, text: str) -> Table:
-    """Loss with its interval and peak memory on one text: requests as lines, repairs as columns."""
+    """ΔNLL with interval and peak memory on one text: a line per request, a column per repair."""
     header = ["Request", "Budget", *[look(repair).label for repair in found.repairs]]
     rows = [
         [
             _request(cell), _budget(found, cell),
-            *[_loss_and_peak(found.at(repair, cell, text)) for repair in found.repairs],
+            *[_delta_and_peak(found.at(repair, cell, text)) for repair in found.repairs],
         ]
         for cell in found.cells
     ]  # fmt: skip
@@ -119,13 +126,35 @@ def domain_table(found: RepairComparison) -> Table | None:
     return header, rows
 
 
-def goals_table(found: RepairComparison) -> Table | None:
-    """Goals with what was reached; goals without rows are left out; None if all are."""
+def orders_table(orders: Mapping[str, Any]) -> Table | None:
+    """ΔNLL after some removals in GSI order, and the overlap with the order without stubs."""
+    if PLAIN not in orders:
+        return None
+    measured = min(len(entry["order"]) for entry in orders.values())
+    steps = [step for step in _ORDER_STEPS if step <= measured] or [measured]
+    shared_of = min(10, measured)
+    first = set(orders[PLAIN]["order"][:shared_of])
+    header = ["GSI order", *[f"{step} removed" for step in steps],
+              f"first {shared_of} shared with no stubs", f"attn of first {measured}"]  # fmt: skip
+    rows = [
+        [
+            look(name).label,
+            *[f"{entry['loss_after'][step - 1]:.3f}" for step in steps],
+            f"{len(first & set(entry['order'][:shared_of]))}",
+            f"{sum(block.endswith('.attn') for block in entry['order'][:measured])}",
+        ]
+        for name, entry in orders.items()
+    ]
+    return header, rows
+
+
+def targets_table(found: RepairComparison) -> Table | None:
+    """Targets with the measured ratios; None if no target was measured."""
     alone = [row for row in found.study("alone") if row.fitted_on == ["self"]]
     alone = alone or [row for row in found.study("domain") if row.fitted_on == ["self"]]
     by_text = [found.ratio([row for row in alone if row.text == text]) for text in found.texts]
     known = [ratio for ratio in by_text if ratio]
-    goals = [
+    targets = [
         ("library against plain, texts not fitted on", 0.75, found.ratio_of("library", other=True)),
         ("distilled, texts not fitted on", 0.6, found.ratio_of("distilled", other=True)),
         ("library, held-out text of a fitted domain", 0.6, found.ratio_of("library", other=False)),
@@ -134,61 +163,61 @@ def goals_table(found: RepairComparison) -> Table | None:
     ]  # fmt: skip
     rows = [
         [
-            goal,
-            repair_ratio(reached),
+            name,
+            repair_ratio(measured),
             f"at most {target:g}",
-            "yes" if reached.mean <= target else "no",
+            "yes" if measured.mean <= target else "no",
         ]
-        for goal, target, reached in goals
-        if reached
+        for name, target, measured in targets
+        if measured
     ]
-    return (["Goal", "Reached", "Target", "Met"], rows) if rows else None
+    return (["Ratio to no stubs", "Measured", "Target", "Met"], rows) if rows else None
 
 
 def grid_caption(found: RepairComparison) -> str:
-    """What the main table's chains of numbers are."""
+    """Caption of `repair_grid_table`."""
     chain = _chain([look(repair).label for repair in found.repairs])
-    own = "; stubs fitted per mask take the library's" if "per_mask" in found.repairs else ""
+    own = "; stubs fitted per mask use that of the library" if "per_mask" in found.repairs else ""
     return (
-        f"Loss in nats per token over the dense model; in each place: {chain}. Blocks removed "
-        "(attn+ffn) stand in the same order, once where all agree. Each repair has a mask of its "
-        f"own, found by greedy search at the same budget, stubs counted{own}."
+        f"ΔNLL in nats/token; each cell holds: {chain}. Removed blocks (attn+ffn) are in the same "
+        "order, given once if equal. Each repair has its own mask, found by greedy search at the "
+        f"same budget, stubs included{own}."
     )
 
 
 def summary_caption(found: RepairComparison) -> str:
-    """What the summary's numbers are."""
+    """Caption of `repair_summary_table`."""
     windows = sum({row.text: len(row.window_losses) for row in found.rows}.values())
     over = f"{counted(len(found.cells), 'cell')} (a request at a budget) and "
     over += counted(len(found.texts), "text")
     if found.incomplete:
-        over += f", as far as all repairs have them ({len(found.pairs)} of "
+        over += f", restricted to those that all repairs have ({len(found.pairs)} of "
         over += f"{len(found.cells) * len(found.texts)} pairs)"
     return (
-        f"Mean losses in nats per token over {over}. Fitted: held-out text of the kinds that "
-        "stubs were fitted on; other: texts of kinds that they were not fitted on. Ratio: mean "
-        "loss divided by that without stubs; less is better, 1 wins nothing back. Intervals are "
-        f"95 % percentile bootstrap over {windows} windows of report text, drawn jointly for both "
-        "losses of a ratio. Tokens: what stubs were fitted on. Fits: masks within their budget."
+        f"Mean ΔNLL in nats/token over {over}. Fitted: held-out text of the domains that stubs "
+        "were fitted on; other: texts of other domains. Ratio: mean ΔNLL divided by that without "
+        "stubs; lower is better, 1 means no recovery. Intervals are 95 % percentile bootstrap over "
+        f"{windows} windows of report text, resampled jointly for both values of a ratio. Tokens: "
+        "tokens that stubs were fitted on. Fits: masks within their budget."
     )
 
 
 def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = None) -> str:
-    """Every table, for ``repair_tables.md``.
+    """Return every table, for ``repair_tables.md``.
 
     Args:
         found: The rows.
-        orders: GSI orders by repair, as `experiments.repair.orders.read_orders` gives them.
+        orders: GSI orders by repair, as returned by `experiments.repair.records.read_orders`.
     """
     parts = ["# Repair\n"]
     if found.summaries:
         parts += [f"{summary_caption(found)}\n", markdown(repair_summary_table(found))]
-    goals, tokens, domains = goals_table(found), token_table(found), domain_table(found)
+    targets, tokens, domains = targets_table(found), token_table(found), domain_table(found)
     accuracy = repair_accuracy_table(found)
-    if goals:
-        parts += ["## Goals\n", markdown(goals)]
+    if targets:
+        parts += ["## Targets\n", markdown(targets)]
     if found.cells:
-        title = "## Loss at each request and budget\n"
+        title = "## ΔNLL at each request and budget\n"
         parts += [title, f"{grid_caption(found)}\n", markdown(repair_grid_table(found))]
     if accuracy:
         parts += ["## Accuracy\n", markdown(accuracy)]
@@ -203,13 +232,13 @@ def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = 
         parts += ["## The order of importance, with stubs in place\n", f"{ORDERS_CAPTION}\n",
                   markdown(ordered)]  # fmt: skip
     for text in found.texts if found.cells else []:
-        parts += [f"## Loss with interval and peak memory, {text_label(found, text)}\n",
+        parts += [f"## ΔNLL with interval and peak memory, {text_label(found, text)}\n",
                   markdown(repair_text_table(found, text))]  # fmt: skip
     return "\n".join(parts)
 
 
 def repair_ratio(ratio: Estimate | None) -> str:
-    """A ratio with its interval, or a dash; that of a loss to itself needs no interval."""
+    """A ratio with its interval, or a dash; the reference itself is 1 without an interval."""
     if not ratio:
         return "-"
     if ratio.low == ratio.high == 1:
@@ -218,7 +247,7 @@ def repair_ratio(ratio: Estimate | None) -> str:
 
 
 def text_label(found: RepairComparison, text: str) -> str:
-    """The name of a report text, and whether it is of a kind that was not fitted on."""
+    """Name of a report text, marked if no stub was fitted on its domain."""
     return f"{text} (not fitted on)" if found.is_other(text) else text
 
 
@@ -235,7 +264,7 @@ def _ratios(found: RepairComparison, rows: Sequence[RepairRow]) -> list[str]:
 
 
 def _chain(parts: Sequence[str]) -> str:
-    """What all repairs share once, else their parts in order."""
+    """The common value of all repairs, or else their values in order."""
     return parts[0] if len(set(parts)) == 1 else ARROW.join(parts)
 
 
@@ -248,16 +277,16 @@ def _budget(found: RepairComparison, cell: Cell) -> str:
     return f"{percent(cell[2], 0)} ({mebibytes(size)})"
 
 
-def _mean(loss: Estimate | None) -> str:
-    return f"{loss.mean:.3f}" if loss else "-"
+def _mean(delta: Estimate | None) -> str:
+    return f"{delta.mean:.3f}" if delta else "-"
 
 
-def _row_loss(row: RepairRow | None) -> str:
+def _row_delta(row: RepairRow | None) -> str:
     return f"{row.loss:.2f}" if row else "-"
 
 
 def _row_at(found: RepairComparison, repair: str, cell: Cell) -> RepairRow | None:
-    """The row on any text: a mask is the same on all of them."""
+    """The row on any text: the mask is the same on all texts."""
     rows = [found.at(repair, cell, text) for text in found.texts]
     return next((row for row in rows if row), None)
 
@@ -269,9 +298,9 @@ def _removed(row: RepairRow | None) -> str:
     return f"{attn}+{len(row.mask) - attn}"
 
 
-def _loss_and_peak(row: RepairRow | None) -> str:
+def _delta_and_peak(row: RepairRow | None) -> str:
     if not row:
         return ""
-    loss = Estimate(row.loss, row.loss_ci_low, row.loss_ci_high)
+    delta = Estimate(row.loss, row.loss_ci_low, row.loss_ci_high)
     misses = " (does not fit)" if row.peak_bytes > row.budget_bytes else ""
-    return f"{loss}, {mebibytes(row.peak_bytes)}{misses}"
+    return f"{delta}, {mebibytes(row.peak_bytes)}{misses}"

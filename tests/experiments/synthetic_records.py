@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from experiments.comparison.records import ResultRow, append_record
-from experiments.repair.rows import RepairRow
+from experiments.repair.records import RepairRow
 
 FIT_TEXTS = ("self", "wiki", "code")
 REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}

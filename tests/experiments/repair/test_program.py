@@ -17,11 +17,10 @@ from experiments.config import (
     TextConfig,
 )
 from experiments.errors import ExperimentError
-from experiments.repair.orders import FILE as ORDERS
-from experiments.repair.orders import orders_table, read_orders
+from experiments.repair.libraries import StubLibraries
 from experiments.repair.program import FILE, repair
-from experiments.repair.rows import RepairRow
-from experiments.repair.setup import RepairBench
+from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
+from experiments.repair.tables import orders_table
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.llm.loading import load_llm
@@ -99,11 +98,13 @@ def test_every_mask_fits_its_budget_with_its_stubs(config, rows):
 
 def test_a_row_is_the_loss_of_the_repaired_mask_over_the_dense_model(config, rows):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
-    bench = RepairBench(config, config.stage_dir("repair"))
+    libraries = StubLibraries(config, config.stage_dir("repair"))
     for row in (*_grid(rows, "library"), *_grid(rows, "distilled"), *_grid(rows, "none")):
-        library = {"none": None, "library": bench.library, "distilled": bench.distilled}[row.repair]
+        library = {"none": None, "library": libraries.library, "distilled": libraries.distilled}[
+            row.repair
+        ]
         view = llm if library is None else library.attach(llm)
-        scorer = MaskScorer(view, bench.texts.report[row.text])
+        scorer = MaskScorer(view, libraries.texts.report[row.text])
         loss = scorer.nll(BlockMask.of(*row.mask)) - scorer.dense_nll
         assert row.loss == pytest.approx(loss, abs=1e-6)
         assert row.loss_ci_low <= row.loss <= row.loss_ci_high
@@ -129,7 +130,7 @@ def test_run_again_it_measures_nothing(config, rows, monkeypatch):
     def measured(*_: object) -> None:
         raise AssertionError("a row was measured again")
 
-    monkeypatch.setattr("experiments.repair.program.Judge._row", measured)
+    monkeypatch.setattr("experiments.repair.program.RepairEvaluator._row", measured)
     again = RepairRow.read(repair(config, config.stage_dir("repair")))
     assert again == rows
 
@@ -196,14 +197,14 @@ def test_settings_that_cannot_be_are_refused(config, tmp_path):
 
 
 def test_the_order_of_importance_is_measured_with_stubs_in_place(config, rows):
-    orders = read_orders(config.stage_dir("repair") / ORDERS)
+    orders = read_orders(config.stage_dir("repair") / ORDERS_FILE)
     assert list(orders) == ["none", "library", "distilled"]
     library = StubLibrary.load(config.stage_dir("repair") / "library.safetensors")
     assert orders["none"]["stubs"] == ""
     assert orders["library"]["stubs"] == library.sha256
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     scorer = MaskScorer(
-        library.attach(llm), RepairBench(config, config.stage_dir("repair")).calibration
+        library.attach(llm), StubLibraries(config, config.stage_dir("repair")).context.corpus
     )
     removed = orders["library"]["order"]
     loss = scorer.nll(BlockMask.of(*removed)) - scorer.dense_nll

@@ -12,12 +12,11 @@ from experiments.comparison.formatting import TIMES, look
 from experiments.comparison.loading import gather
 from experiments.comparison.statistics import bootstrap_mean
 from experiments.config import Config
-from experiments.repair.figures import loss_against_peak, ratio_against_tokens
+from experiments.repair.figures import delta_nll_against_peak, ratio_against_tokens
 from experiments.repair.report import repair_findings, repair_terminal_text
 from experiments.repair.summaries import RepairComparison
 from experiments.repair.tables import (
     domain_table,
-    goals_table,
     grid_caption,
     repair_accuracy_table,
     repair_grid_table,
@@ -25,6 +24,7 @@ from experiments.repair.tables import (
     repair_summary_table,
     repair_text_table,
     summary_caption,
+    targets_table,
     token_table,
 )
 from experiments.report import report
@@ -87,7 +87,7 @@ def test_windows_are_paired():
 
 def test_the_interval_of_one_text_is_that_of_its_windows(found):
     row = found.at("library", CELL, "wiki")
-    ours, theirs = found.loss([row]), bootstrap_mean(row.window_losses)
+    ours, theirs = found.delta_nll([row]), bootstrap_mean(row.window_losses)
     assert (ours.mean, ours.low, ours.high) == pytest.approx((theirs.mean, theirs.low, theirs.high))
 
 
@@ -115,7 +115,7 @@ def test_without_a_loss_to_divide_by_there_is_no_ratio():
     found = RepairComparison(rows)
     assert found.ratio_of("library", other=False) is None
     assert repair_summary_table(found)[1][1][2] == "-"
-    assert goals_table(found) is None
+    assert targets_table(found) is None
     alone = RepairComparison([make_repair_row("library", CELL, "wiki")])
     assert alone.summaries[0].fitted_ratio is None
 
@@ -196,8 +196,8 @@ def test_domains_are_compared_with_the_grid_cell_by_cell(found):
 
 
 def test_goals_are_judged_by_what_was_reached(found):
-    header, rows = goals_table(found)
-    assert header == ["Goal", "Reached", "Target", "Met"]
+    header, rows = targets_table(found)
+    assert header == ["Ratio to no stubs", "Measured", "Target", "Met"]
     assert [(row[0], row[1][:4], row[2], row[3]) for row in rows] == [
         ("library against plain, texts not fitted on", "0.70", "at most 0.75", "yes"),
         ("distilled, texts not fitted on", "0.65", "at most 0.6", "no"),
@@ -208,11 +208,11 @@ def test_goals_are_judged_by_what_was_reached(found):
 
 def test_a_goal_without_rows_is_left_out():
     rows = [r for r in make_repair_rows() if r.repair != "distilled" and r.study == "grid"]
-    goals = [row[0] for row in goals_table(RepairComparison(rows))[1]]
+    goals = [row[0] for row in targets_table(RepairComparison(rows))[1]]
     assert len(goals) == 2
     assert all(goal.startswith("library") for goal in goals)
     fitted = [row for row in rows if row.text != "maths"]
-    assert len(goals_table(RepairComparison(fitted))[1]) == 1
+    assert len(targets_table(RepairComparison(fitted))[1]) == 1
 
 
 def test_the_last_row_of_the_same_counts():
@@ -241,13 +241,13 @@ def test_the_terminal_text_fits(found):
     text = repair_terminal_text(found)
     assert max(map(len, text.splitlines())) <= 100
     assert "0.55 [" in text
-    assert "nats per token" in text
+    assert "nats/token" in text
     assert "distilled, texts not fitted on" in text
 
 
 def test_the_figure_shows_each_row_of_the_grid(found):
     for narrow in (False, True):
-        figure = loss_against_peak(found, narrow)
+        figure = delta_nll_against_peak(found, narrow)
         drawn = {
             (line.get_label(), round(x * 2**20), round(y, 6))
             for axis in figure.axes
@@ -260,7 +260,7 @@ def test_the_figure_shows_each_row_of_the_grid(found):
         }
         assert len(figure.axes) == 8, "a panel a text and request"
         assert len({axis.get_ylim() for axis in figure.axes}) == 1
-    titles = [axis.get_title("left") for axis in loss_against_peak(found, False).axes[:4]]
+    titles = [axis.get_title("left") for axis in delta_nll_against_peak(found, False).axes[:4]]
     assert titles[0] == "self\nfitted domain"
     assert titles[3] == "maths\nnot fitted on"
 
@@ -269,7 +269,7 @@ def test_a_mask_over_its_budget_is_hollow():
     row = make_repair_row("none", CELL, "wiki")
     for peak, marks in ((row.budget_bytes, 0), (row.budget_bytes + 1, 1)):
         found = RepairComparison([replace(row, peak_bytes=peak)])
-        lines = loss_against_peak(found, False).axes[0].get_lines()
+        lines = delta_nll_against_peak(found, False).axes[0].get_lines()
         assert sum(line.get_markerfacecolor() == "white" for line in lines) == marks
 
 
@@ -284,14 +284,14 @@ def test_the_token_figure_has_a_line_a_text(found):
 
 def test_rows_alone_give_a_page_on_stubs(page):
     text = page.read_text()
-    assert "A stub is what may stand" in text
+    assert "A stub is a small module" in text
     assert "smollm2-135m" in text
     assert "Figure 2" in text
     assert "Provenance" in text
     assert "What fills the memory" not in text
     assert "results.jsonl" not in text
     names = {path.stem for path in (page.parent / "figures").glob("*.png")}
-    assert names == {"repair_loss_against_peak", "repair_ratio_against_tokens"}
+    assert names == {"repair_delta_nll_against_peak", "repair_ratio_against_tokens"}
     assert not (page.parent / "tables.md").exists()
 
 
@@ -305,7 +305,7 @@ def test_the_tables_lie_beside_the_page(page, found):
 def test_the_findings_agree_with_the_numbers(page):
     texts = repair_findings(gather(page.parent.parent))
     assert len(texts) == 3
-    assert texts[0].startswith("Library: of the loss without stubs at equal memory, 0.55 [")
+    assert texts[0].startswith("Library: of the ΔNLL without stubs at equal memory, 0.55 [")
     assert "0.70 [" in texts[0]
 
 
@@ -331,4 +331,4 @@ def test_a_small_run_gives_a_page(tmp_path):
     config = Config(stage="report", name="small", runs_dir=str(tmp_path))
     text = report(config, tmp_path / "small" / "report").read_text()
     assert "1 cell (a request at a budget) and 1 text." in text
-    assert "Goals" not in text
+    assert "Targets" not in text

@@ -1,0 +1,118 @@
+"""Records of ``experiments.repair``: rows of ``repair.jsonl``, and GSI orders with stubs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.comparison.records import CellRecord, read_json
+from experiments.config.common import Cell
+from rap_env.artifacts import atomic_write, digest
+
+if TYPE_CHECKING:
+    from rap_env.importance import GSIProfile
+
+STUDIES = ("grid", "tokens", "domain", "alone")
+ORDERS_FILE = "orders.json"
+
+
+@dataclass(frozen=True)
+class RepairRow(CellRecord):
+    """One repair, request, budget and report text: a line of ``repair.jsonl``.
+
+    Losses are ΔNLL in nats per token: NLL of the repaired mask minus the dense model's.
+
+    Attributes:
+        study: ``"grid"``: every repair with its own search; ``"tokens"`` and ``"domain"``:
+            libraries fitted on other amounts and kinds of text, under the masks of the grid's
+            library; ``"alone"``: a library fitted on one kind of text, with its own search.
+        repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
+        request: ``{"batch_size": int, "seq_len_tokens": int}``.
+        budget_fraction: Budget as a fraction of the dense peak.
+        budget_bytes: The budget.
+        peak_bytes: Peak bytes of the mask, stubs included.
+        text: Name of the report text.
+        fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
+        fit_tokens: Number of tokens of those texts.
+        mean_rank: Mean rank of the stubs.
+        mask: Names of the removed blocks.
+        mask_from: The repair whose greedy search chose the mask.
+        loss: ΔNLL, mean over the windows of the report text.
+        loss_ci_low: Lower end of its 95 % interval over windows.
+        loss_ci_high: Upper end.
+        window_losses: ΔNLL of each window, (windows,).
+        accuracies: Accuracy of each lm-eval task in [0, 1] under the mask; the same for all texts,
+            empty without tasks.
+        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
+    """
+
+    study: str
+    repair: str
+    request: dict[str, int]
+    budget_fraction: float
+    budget_bytes: int
+    peak_bytes: int
+    text: str
+    fitted_on: list[str]
+    fit_tokens: int
+    mean_rank: float
+    mask: list[str]
+    mask_from: str
+    loss: float
+    loss_ci_low: float
+    loss_ci_high: float
+    window_losses: list[float]
+    accuracies: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    record_name = "A repair record"
+    rerun = "make it again"
+
+    @property
+    def held_out_domain(self) -> bool:
+        """Whether no stub was fitted on text of this kind."""
+        return self.text not in self.fitted_on
+
+    @property
+    def key(self) -> str:
+        """Identifies the result; see `row_key`."""
+        return row_key(self.study, self.repair, self.cell, self.text, self.provenance)
+
+
+def row_key(
+    study: str,
+    repair: str,
+    cell: Cell,
+    text: str,
+    provenance: Mapping[str, Any],
+) -> str:
+    """Return the key of a row before it is measured."""
+    return digest([study, repair, *cell, text, provenance.get("depends_on", {})])
+
+
+def write_orders(path: Path, profiles: Mapping[str, GSIProfile]) -> None:
+    """Write GSI orders by repair: block names, and the ΔNLL after each removal."""
+    record = {
+        name: {
+            "method": profile.method,
+            "order": [block.name for block in profile.order],
+            "loss_after": [nll - profile.dense_nll for nll in profile.nll_after],
+            "calibration_sha256": profile.provenance["text"]["sha256"],
+            "stubs": profile.provenance["scoring"].get("repair", ""),
+        }
+        for name, profile in profiles.items()
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_orders(path: Path) -> dict[str, Any]:
+    """Read what `write_orders` wrote; empty if there is no file.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    return read_json(path, made_by="experiments.repair") or {}
