@@ -1,45 +1,62 @@
-"""Which agent is trained and how, and the untrained model that this makes."""
+"""The learning algorithms by name, the configuration of a training, and the untrained model.
+
+An episode removes 5 to 30 blocks and is rewarded at its end, so the hyperparameters in
+``conf/agent`` do not discount (``gamma: 1``) and use each rollout often: an episode costs an
+evaluation of the language model, an update costs little.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.errors import AgentConfigError
-from agents.networks.settings import PolicySettings
-from agents.registry import ALGORITHMS, Algorithm
+from agents.masked_dqn import MaskedDQN
+from agents.sb3_policies import (
+    BlockwisePolicy,
+    BlockwiseQPolicy,
+    MaskableBlockwisePolicy,
+    MaskedBlockwiseQPolicy,
+)
+from agents.settings import HYPERPARAMETERS, AgentConfigError, PolicySettings, with_defaults
 from rap_env.errors import UnknownNameError
 
-__all__ = ["ALGORITHMS", "AgentConfig", "AgentConfigError", "Algorithm", "make_model"]
+POLICIES = ("blockwise", "mlp")
 
 _LAST_LEARNING_RATE = 0.1  # as a share of the first
 
-# Lowest and highest value of each hyperparameter that has a range of its own.
-_RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (1e-12, 1.0),
-    "n_steps": (1, math.inf),
-    "batch_size": (2, math.inf),
-    "n_epochs": (1, math.inf),
-    "gamma": (0.0, 1.0),
-    "gae_lambda": (0.0, 1.0),
-    "clip_range": (1e-6, math.inf),
-    "ent_coef": (0.0, math.inf),
-    "vf_coef": (0.0, math.inf),
-    "max_grad_norm": (1e-12, math.inf),
-    "buffer_size": (1, math.inf),
-    "learning_starts": (0, math.inf),
-    "train_freq": (1, math.inf),
-    "tau": (0.0, 1.0),
-    "target_update_interval": (1, math.inf),
-    "exploration_fraction": (0.0, 1.0),
-    "exploration_initial_eps": (0.0, 1.0),
-    "exploration_final_eps": (0.0, 1.0),
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A learning algorithm of stable-baselines3.
+
+    Attributes:
+        cls: The algorithm's class.
+        blockwise: Its block-wise policy network.
+        masked: Whether it uses action masks; the others learn from the penalty instead.
+        checkpoint_steps: Environment steps between checkpoints; a rollout is always finished.
+    """
+
+    cls: type[BaseAlgorithm]
+    blockwise: type[BasePolicy]
+    masked: bool
+    checkpoint_steps: int
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": Algorithm(PPO, BlockwisePolicy, masked=False, checkpoint_steps=1),
+    "maskable_ppo": Algorithm(
+        MaskablePPO, MaskableBlockwisePolicy, masked=True, checkpoint_steps=1
+    ),
+    "dqn": Algorithm(DQN, BlockwiseQPolicy, masked=False, checkpoint_steps=1000),
+    "masked_dqn": Algorithm(MaskedDQN, MaskedBlockwiseQPolicy, masked=True, checkpoint_steps=1000),
 }
 
 
@@ -48,17 +65,17 @@ class AgentConfig:
     """Which agent is trained, for how long and how.
 
     Attributes:
-        name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``dqn`` or
-            ``masked_dqn``.
-        policy: ``blockwise`` (one small network looks at every block) or ``mlp``.
-        total_timesteps: Environment steps, one removed block each; PPO ends its last rollout.
+        name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``.
+        policy: ``blockwise`` (one small network evaluates every block) or ``mlp``.
+        total_timesteps: Environment steps, one removed block each; PPO finishes its last rollout.
         n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.
-        hyperparameters: Settings of the algorithm that differ from `Algorithm.defaults`.
+        hyperparameters: Settings of the algorithm (`agents.settings.HYPERPARAMETERS`). Settings
+            that are not given have the values of ``conf/agent/NAME.yaml``.
         normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);
-            observations are in [0, 1] as they are.
-        policy_settings: Settings of the block-wise policy that differ from those of
-            `agents.networks.settings.PolicySettings`; ``mlp`` has none.
+            observations are in [0, 1] already.
+        policy_settings: Settings of the block-wise policy (`agents.settings.PolicySettings`),
+            completed in the same way; ``mlp`` has none, and they are then empty.
 
     Raises:
         UnknownNameError: There is no such agent, policy, setting or hyperparameter.
@@ -70,90 +87,73 @@ class AgentConfig:
     total_timesteps: int = 10_000
     n_envs: int = 8
     seed: int = 0
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     normalize_reward: bool = True
-    policy_settings: dict[str, Any] = field(default_factory=dict)
+    policy_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in ALGORITHMS:
             raise UnknownNameError("agent", self.name, ALGORITHMS)
-        if self.policy not in self.algorithm.policies:
-            raise UnknownNameError("policy", self.policy, self.algorithm.policies)
+        if self.policy not in POLICIES:
+            raise UnknownNameError("policy", self.policy, POLICIES)
         for key, least in (("total_timesteps", 1), ("n_envs", 1), ("seed", 0)):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise AgentConfigError(
                     f"{key} must be a whole number of at least {least}, not {value!r}."
                 )
-        known = self.algorithm.hyperparameters()
-        for key, value in self.hyperparameters.items():
-            if key not in known:
-                raise UnknownNameError(f"hyperparameter of {self.name!r}:", key, known)
-            _check_range(key, value)
-        _check_plain("Hyperparameters", self.hyperparameters)
-        self._check_policy_settings()
+        values = with_defaults(self.name, "hyperparameters", self.hyperparameters)
+        HYPERPARAMETERS[self.name].of(values, f"the agent {self.name!r}")
+        object.__setattr__(self, "hyperparameters", values)
+        object.__setattr__(self, "policy_settings", self._checked_policy_settings())
 
-    def _check_policy_settings(self) -> None:
-        if self.policy == "mlp" and self.policy_settings:
+    def _checked_policy_settings(self) -> dict[str, Any]:
+        defaults = with_defaults(self.name, "policy_settings", {})
+        values = {**defaults, **self.policy_settings}
+        values["without"] = list(PolicySettings.of(values, "the block-wise policy").without)
+        if self.policy != "mlp":
+            return values
+        changed = {key: value for key, value in values.items() if value != defaults[key]}
+        if changed:
             raise AgentConfigError(
-                f"The policy 'mlp' has no policy_settings, but {self.policy_settings!r} was given; "
-                "leave them out or choose policy='blockwise'."
+                f"The policy 'mlp' has no policy_settings, but {changed!r} was given; remove them "
+                "or choose policy='blockwise'."
             )
-        PolicySettings.of(self.policy_settings)
-        _check_plain("Policy settings", self.policy_settings)
+        return {}
 
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm that `name` stands for."""
         return ALGORITHMS[self.name]
 
+    @property
+    def policy_class(self) -> type[BasePolicy]:
+        """The class of the policy network."""
+        mlp = self.algorithm.cls.policy_aliases["MultiInputPolicy"]
+        return self.algorithm.blockwise if self.policy == "blockwise" else mlp
+
     def as_dict(self) -> dict[str, Any]:
-        """All fields, for records."""
+        """Return all fields as plain values, for records."""
         return asdict(self)
 
 
 def make_model(config: AgentConfig, venv: VecEnv) -> BaseAlgorithm:
-    """A new, untrained model for the environments in `venv`.
+    """Make an untrained model for the environments in `venv`.
 
-    It lives on the CPU: the network is so small that a GPU would only slow it down. The
-    learning rate falls linearly to a tenth over the training.
+    It lives on the CPU, since a GPU would slow down so small a network. The learning rate falls
+    linearly to a tenth over the training.
     """
-    settings = {**config.algorithm.defaults, **config.hyperparameters}
-    if "n_steps" in config.algorithm.defaults and "batch_size" not in config.hyperparameters:
+    settings = dict(config.hyperparameters)
+    if "n_steps" in settings:  # a mini-batch cannot be larger than the rollout
         settings["batch_size"] = min(settings["batch_size"], settings["n_steps"] * venv.num_envs)
     rate = settings.pop("learning_rate")
-    schedule = LinearSchedule(rate, _LAST_LEARNING_RATE * rate, end_fraction=1.0)
     if config.policy == "blockwise":
-        network = PolicySettings.of(config.policy_settings).policy_kwargs()
-        settings["policy_kwargs"] = {**network, **(settings.get("policy_kwargs") or {})}
+        settings["policy_kwargs"] = PolicySettings(**config.policy_settings).policy_kwargs()
     return config.algorithm.cls(
-        config.algorithm.policies[config.policy],
+        config.policy_class,
         venv,
         seed=config.seed,
         device="cpu",
-        learning_rate=schedule,
+        learning_rate=LinearSchedule(rate, _LAST_LEARNING_RATE * rate, end_fraction=1.0),
         **settings,
     )
-
-
-def _check_range(key: str, value: Any) -> None:
-    if key not in _RANGES:
-        return
-    low, high = _RANGES[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise AgentConfigError(
-            f"The hyperparameter {key!r} must be from {low:g} to {high:g}, not {value!r}."
-        )
-
-
-def _check_plain(what: str, values: dict[str, Any]) -> None:
-    try:
-        plain = json.loads(json.dumps(values)) == values
-    except (TypeError, ValueError):
-        plain = False
-    if not plain:
-        raise AgentConfigError(
-            f"{what} must be plain numbers, words, lists and dicts, since they go into "
-            f"checkpoints; not {values!r}."
-        )

@@ -55,9 +55,18 @@ class Checkpoint:
         return AgentConfig(**self.body["config"])
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
-        """The model; with environments also all that training needs to go on where it was."""
-        model = self.config.algorithm.cls.load(
-            self.folder / _MODEL, env=venv, device="cpu", force_reset=False
+        """Load the model; with environments also the state from which training continues.
+
+        The policy's class is passed by value: the file names it by the module that it was in
+        when the file was written.
+        """
+        config = self.config
+        model = config.algorithm.cls.load(
+            self.folder / _MODEL,
+            env=venv,
+            device="cpu",
+            custom_objects={"policy_class": config.policy_class},
+            force_reset=False,
         )
         if venv is None:
             return model

@@ -13,9 +13,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
 from agents.checkpoint import Checkpoint, checkpoint_of
-from agents.networks.heads import ActorCriticHeads, BlockScores, DuelingHeads
-from agents.networks.rows import BlockRows
-from agents.networks.settings import PolicySettings
+from agents.networks import ActorCriticHeads, BlockRows, BlockScores, DuelingHeads
 from agents.trained_policy import fitting_policy
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
@@ -47,7 +45,7 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
             "block-wise ones can be exported; train one with agent.policy=blockwise."
         )
     builder = ObservationBuilder(context.memory, context.features)
-    without = PolicySettings.of(checkpoint.config.policy_settings).without
+    without = tuple(checkpoint.config.policy_settings["without"])
     return PolicyFile(
         network_weights(fitting_policy(checkpoint, builder), without),
         context.features,

@@ -20,8 +20,8 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from tqdm import tqdm
 
 from agents.demonstrations import Batch, Demonstration, Floats, TeacherStates
-from agents.errors import AgentConfigError
-from agents.policies import action_scores
+from agents.sb3_policies import action_scores
+from agents.settings import AgentConfigError
 from rap_env.observation import ObservationBuilder
 
 __all__ = ["Demonstration", "ImitationConfig", "ImitationResult", "imitate"]

@@ -10,7 +10,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 
-from agents.policies import MaskedMlpQPolicy
+from agents.sb3_policies import MaskedMlpQPolicy
 
 _Observation = npt.NDArray[Any] | dict[str, npt.NDArray[Any]]
 _State = tuple[npt.NDArray[Any], ...] | None
@@ -20,7 +20,7 @@ class MaskedDQN(DQN):
     """DQN with action masks, the smallest change to stable-baselines3's.
 
     The mask is the observation's ``action_mask``, so the replay buffer holds the next state's
-    mask too, and a masked Q network (`agents.policies`) makes acting and the target's maximum
+    mask too, and a masked Q network (`agents.sb3_policies`) makes acting and the target's maximum
     agree. What is left to change is random exploration.
     """
 

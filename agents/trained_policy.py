@@ -13,9 +13,9 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.checkpoint import Checkpoint, checkpoint_of
-from agents.errors import AgentConfigError
 from agents.observing import MaskObserver, as_tensors
-from agents.policies import action_scores
+from agents.sb3_policies import action_scores
+from agents.settings import AgentConfigError
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder

@@ -143,8 +143,7 @@ def make_vector_env(config: AgentConfig, make_envs: MakeEnvs) -> VecEnv:
     """`config.n_envs` environments stepped together, monitored, rewards normalised if asked."""
     venv: VecEnv = VecMonitor(GymVecEnv(make_envs(config.n_envs)))
     if config.normalize_reward:
-        gamma = config.hyperparameters.get("gamma", config.algorithm.defaults["gamma"])
-        venv = VecNormalize(venv, norm_obs=False, gamma=gamma)
+        venv = VecNormalize(venv, norm_obs=False, gamma=config.hyperparameters["gamma"])
     return venv
 
 

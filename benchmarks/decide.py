@@ -148,8 +148,8 @@ def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
     import torch
     from gymnasium import spaces
 
-    from agents.networks.settings import PolicySettings
-    from agents.policies import MaskableBlockwisePolicy
+    from agents.sb3_policies import MaskableBlockwisePolicy
+    from agents.settings import PolicySettings
 
     weights = file.weights
     settings = PolicySettings(weights.hidden, weights.block_vectors, weights.without)

@@ -105,9 +105,9 @@ def agent_config(config: Config) -> AgentConfig:
         total_timesteps=agent.total_timesteps,
         n_envs=agent.n_envs,
         seed=config.seed,
-        hyperparameters={k: v for k, v in agent.hyperparameters.items() if v is not None},
+        hyperparameters=agent.hyperparameters,
         normalize_reward=agent.normalize_reward,
-        policy_settings={k: v for k, v in agent.policy_settings.items() if v is not None},
+        policy_settings=agent.policy_settings,
     )
 
 

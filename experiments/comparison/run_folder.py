@@ -19,6 +19,7 @@ import yaml
 
 from experiments.comparison.records import read_json, read_records
 from experiments.config import Config
+from experiments.config.training import complete_agent
 from experiments.errors import ExperimentError
 from rap_env.artifacts import atomic_write
 
@@ -165,6 +166,8 @@ class RunFolder:
         before = self.settings()
         if before is None:
             return
+        if "agent" in before:
+            before = {**before, "agent": complete_agent(before["agent"])}
         # A setting that did not exist when the run began had the value that is now its default.
         old, new = flatten(_filled(before, asdict(Config()))), flatten(settings)
         changed = sorted(

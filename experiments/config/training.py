@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from agents.settings import HYPERPARAMETERS, with_defaults
 from experiments.config.common import TasksConfig, at_least, one_of
 
 WANDB_MODES = ("auto", "online", "offline")
@@ -41,10 +42,28 @@ class AgentConfig:
     policy_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the block-wise network: ``hidden``, ``block_vectors``, ``without``."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    """Hyperparameters of the algorithm; null for the agent's default."""
+    """Hyperparameters of the algorithm. Here and in `policy_settings` null, or no entry, stands for
+    the value in the agent's file in ``conf/agent``, which then replaces it."""
 
     def __post_init__(self) -> None:
         at_least("agent", 1, total_timesteps=self.total_timesteps, n_envs=self.n_envs)
+        completed = complete_agent(vars(self))
+        self.policy_settings = completed["policy_settings"]
+        self.hyperparameters = completed["hyperparameters"]
+
+
+def complete_agent(agent: dict[str, Any]) -> dict[str, Any]:
+    """Return an agent's section of a config in which no setting is null or missing.
+
+    Runs that were recorded before ``conf/agent`` held the values have nulls in their config.
+    """
+    if agent["name"] not in HYPERPARAMETERS:
+        return agent
+    completed = dict(agent)
+    for section in ("policy_settings", "hyperparameters"):
+        given = {k: value for k, value in agent.get(section, {}).items() if value is not None}
+        completed[section] = with_defaults(agent["name"], section, given)
+    return completed
 
 
 @dataclass

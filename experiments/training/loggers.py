@@ -176,7 +176,7 @@ class Wandb:
             "id": self._run_id(folder),
             "resume": "allow",
             "tags": self._tags(config, job),
-            "config": self._settings(config, job),
+            "config": self._settings(config),
         }
         self._run = self._open(wandb_mode(config.logger.wandb_mode), options)
         self._run.define_metric("step")
@@ -222,20 +222,10 @@ class Wandb:
         return path.read_text().strip()
 
     @staticmethod
-    def _settings(config: Config, job: str) -> dict[str, Any]:
-        """All settings under flat names, by which wandb sorts, filters and draws runs.
-
-        Of a training, hyperparameters are those that it uses, the agent's own defaults too.
-        """
+    def _settings(config: Config) -> dict[str, Any]:
+        """Return all settings under flat names, by which wandb sorts, filters and draws runs."""
         settings = flatten(asdict(config))
         settings.pop("runs_dir")
-        if job == "train":
-            from agents.algorithms import ALGORITHMS
-
-            for key, value in ALGORITHMS[config.agent.name].defaults.items():
-                name = f"agent.hyperparameters.{key}"
-                if settings.get(name) is None:
-                    settings[name] = value
         return settings
 
     @staticmethod

@@ -6,8 +6,8 @@ import torch
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.demonstrations import TeacherStates
-from agents.errors import AgentConfigError
 from agents.imitation import Demonstration, ImitationConfig, imitate
+from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.blocks import BlockMask

@@ -9,7 +9,7 @@ import torch
 from agents import trained_policy as policies
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.baselines.base import fits, measure_choice
-from agents.errors import AgentConfigError
+from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.blocks import BlockMask

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import errno
+import json
 import logging
 import os
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from agents.baselines.base import fits
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
+from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.observation import ImportanceFeatures
@@ -191,6 +195,36 @@ def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
         train(short(steps=64), make_envs(bench), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged"):
         TrainedPolicy.load(tmp_path, bench)
+
+
+@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
+def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, bench, policy):
+    config = short("masked_dqn", steps=64, policy=policy)
+    train(config, make_envs(bench), tmp_path, progress=False)
+    found = latest_checkpoint(tmp_path / "checkpoints")
+    before, path = found.load_model(), found.folder / "model.zip"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    data = json.loads(entries["data"])
+    moved = b"cagents.policies\nMaskedBlockwiseQPolicy\n."  # pickle of a class in a gone module
+    data["policy_class"][":serialized:"] = base64.b64encode(moved).decode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**entries, "data": json.dumps(data)}.items():
+            archive.writestr(name, content)
+    after = found.load_model()
+    assert type(after.policy) is type(before.policy) is config.policy_class
+    for one, other in zip(after.policy.parameters(), before.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, bench):
+    """Checkpoints of earlier versions have no entry for a setting at its default."""
+    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
+    found = latest_checkpoint(tmp_path / "checkpoints")
+    few = {"hyperparameters": SHORT["maskable_ppo"], "policy_settings": {}}
+    body = {**found.body, "config": {**found.body["config"], **few}}
+    save_artifact(found.folder / "checkpoint.json", "checkpoint", 3, body)
+    assert train(short(steps=64), make_envs(bench), tmp_path, progress=False).resumed_from == 32
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
 from experiments.comparison.run_folder import run_label
 from experiments.config import EvaluateConfig, as_config, parse_shape
+from experiments.config.training import AgentConfig
 from experiments.contexts import context_config
 from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR, register
@@ -24,6 +26,7 @@ from rap_env.errors import RapError, UnknownNameError
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.workload import SAMPLERS
 
+PUBLISHED = sorted((CONF_DIR.parent / "results").glob("*/train/*/config.yaml"))
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if path.parent.parent == CONF_DIR and path.parent.name != "sweep"]
 PROGRAMS = (
@@ -52,6 +55,7 @@ def composed(program="train", *overrides):
 
 def test_some_files_were_found():
     assert len(FILES) >= 25
+    assert len(PUBLISHED) >= 25
     assert {path.parent.name for path in GROUPS} == {
         "model", "calibration", "importance", "repair", "stubs", "workload", "reward", "env",
         "agent", "logger", "experiment", "budget",
@@ -109,9 +113,21 @@ def test_repair_reaches_the_context_from_every_program(program):
     assert context_config(asked).repair == "some/stubs.safetensors"
 
 
-def test_null_leaves_a_hyperparameter_to_the_agent():
-    config = composed("train", "agent.hyperparameters.learning_rate=0.01")
-    assert agent_config(config).hyperparameters == {"learning_rate": 0.01}
+def test_null_is_the_value_of_the_agents_file():
+    changed = ("agent.hyperparameters.learning_rate=0.01", "agent.hyperparameters.gamma=null")
+    given = agent_config(composed("train", *changed)).hyperparameters
+    defaults = agent_config(composed("train")).hyperparameters
+    assert given == {**defaults, "learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_settings_of_published_runs_stay_readable(path):
+    agent = yaml.safe_load(path.read_text())["agent"]
+    completed = agent_config(replace(composed("train"), agent=AgentConfig(**agent)))
+    assert None not in completed.hyperparameters.values()
+    for section in ("hyperparameters", "policy_settings"):
+        given = {k: value for k, value in agent.get(section, {}).items() if value is not None}
+        assert getattr(completed, section).items() >= given.items()
 
 
 @pytest.mark.parametrize(

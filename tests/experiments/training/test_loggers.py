@@ -89,7 +89,8 @@ def test_wandb_offline_keeps_curves_config_table_and_picture(config, no_login):
 
 def test_wandb_compares_hyperparameters_as_they_were_used(config, no_login):
     config.logger = LoggerConfig(wandb=True)
-    config.agent.hyperparameters = {"learning_rate": 0.007, "gae_lambda": None}
+    given = {"learning_rate": 0.007, "gae_lambda": None}
+    config.agent = AgentConfig(name="ppo", hyperparameters=given)
     folder = config.stage_dir("train") / "ppo-s4"
     with open_loggers(config, folder, job="train") as loggers:
         loggers.log({"objective": 0.25}, 10)
@@ -97,7 +98,7 @@ def test_wandb_compares_hyperparameters_as_they_were_used(config, no_login):
     run = next(record["run"] for record in records if "run" in record)
     found = {item["key"]: json.loads(item["value_json"]) for item in run["config"]["update"]}
     assert found["agent.hyperparameters.learning_rate"] == 0.007
-    assert found["agent.hyperparameters.gae_lambda"] == 0.98, "the agent's own default"
+    assert found["agent.hyperparameters.gae_lambda"] == 0.98, "the value of the agent's file"
     assert found["agent.total_timesteps"] == config.agent.total_timesteps
     assert run["job_type"] == "train"
     assert "agent" not in found

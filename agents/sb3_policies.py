@@ -1,8 +1,4 @@
-"""Policies of stable-baselines3 whose network looks at every block in turn (`agents.networks`).
-
-The number of parameters does not depend on the number of layers L, so the same network serves
-a model with any number of them, unless each block has a learned vector of its own.
-"""
+"""Policy classes of stable-baselines3 with the block-wise networks of `agents.networks`."""
 
 from __future__ import annotations
 
@@ -15,30 +11,28 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
-from agents.networks.heads import ActorCriticHeads, DuelingHeads
-from agents.networks.rows import BlockRows
-from agents.networks.settings import HIDDEN
+from agents.networks import ActorCriticHeads, BlockRows, DuelingHeads
 
 Q_INVALID = -1e8
-"""Q value of a block that is already gone; finite, since 0 times infinity is not a number."""
+"""Q value of a removed block; finite, since 0 times infinity is NaN."""
 
 
 class _BlockwiseActorCritic:
-    """Builds block-wise heads where an actor-critic policy would build its MLPs."""
+    """Mixin that builds block-wise heads in place of an actor-critic policy's MLPs."""
 
     mlp_extractor: Any
     action_net: Any
     value_net: Any
     optimizer: Any
 
-    def __init__(self, *args: Any, hidden: int = HIDDEN, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
         self.hidden = hidden
         kwargs.setdefault("features_extractor_class", BlockRows)
         super().__init__(*args, **kwargs)
 
     def _build(self: Any, lr_schedule: Schedule) -> None:
         self.mlp_extractor = ActorCriticHeads(self.features_dim, self.hidden)
-        self.action_net = nn.Identity()  # the actor's numbers are the logits
+        self.action_net = nn.Identity()  # the actor returns the logits
         self.value_net = nn.Identity()
         self.optimizer = self.optimizer_class(
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
@@ -50,7 +44,7 @@ class _BlockwiseActorCritic:
 
 
 class BlockwisePolicy(_BlockwiseActorCritic, ActorCriticPolicy):
-    """Block-wise policy for PPO, which learns from the penalty that removed blocks stay away."""
+    """Block-wise policy for PPO; it learns from the penalty not to choose removed blocks."""
 
 
 class MaskableBlockwisePolicy(_BlockwiseActorCritic, MaskableActorCriticPolicy):  # type: ignore[misc]
@@ -58,9 +52,9 @@ class MaskableBlockwisePolicy(_BlockwiseActorCritic, MaskableActorCriticPolicy):
 
 
 class BlockwiseQNetwork(QNetwork):
-    """A Q value for each block: a value of the whole observation plus each block's advantage."""
+    """Q network with `DuelingHeads`."""
 
-    def __init__(self, *args: Any, hidden: int = HIDDEN, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hidden = hidden
         self.q_net = DuelingHeads(self.features_dim, hidden)
@@ -70,7 +64,7 @@ class BlockwiseQNetwork(QNetwork):
 
 
 class _MaskedForward:
-    """Gives blocks that are gone a Q value that no maximum chooses."""
+    """Mixin that sets the Q values of removed blocks below all others."""
 
     def forward(self, obs: PyTorchObs) -> torch.Tensor:
         values: torch.Tensor = super().forward(obs)  # type: ignore[misc]
@@ -79,26 +73,26 @@ class _MaskedForward:
 
 
 class MaskedQNetwork(_MaskedForward, QNetwork):
-    """An MLP of Q values that never chooses a removed block."""
+    """MLP Q network that never chooses a removed block."""
 
 
 class MaskedBlockwiseQNetwork(_MaskedForward, BlockwiseQNetwork):
-    """Block-wise Q values that never choose a removed block."""
+    """Block-wise Q network that never chooses a removed block."""
 
 
 class _QPolicy(MultiInputPolicy):
-    """A DQN policy whose network is chosen by class."""
+    """DQN policy with the network class `q_net_class`."""
 
     q_net_class: type[QNetwork] = QNetwork
 
     def make_q_net(self) -> QNetwork:
-        """The network, with a features extractor of its own."""
+        """Make the network with its own features extractor."""
         arguments = self._update_features_extractor(self.net_args, features_extractor=None)
         return self.q_net_class(**arguments).to(self.device)
 
 
 class MaskedMlpQPolicy(_QPolicy):
-    """Plain MLP for masked DQN."""
+    """MLP policy for masked DQN."""
 
     q_net_class = MaskedQNetwork
 
@@ -108,13 +102,13 @@ class BlockwiseQPolicy(_QPolicy):
 
     q_net_class = BlockwiseQNetwork
 
-    def __init__(self, *args: Any, hidden: int = HIDDEN, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
         self.hidden = hidden
         kwargs.setdefault("features_extractor_class", BlockRows)
         super().__init__(*args, **kwargs)
 
     def make_q_net(self) -> QNetwork:
-        """The network, with a features extractor of its own."""
+        """Make the network with its own features extractor."""
         self.net_args["hidden"] = self.hidden
         return super().make_q_net()
 
@@ -129,7 +123,7 @@ class MaskedBlockwiseQPolicy(BlockwiseQPolicy):
 
 
 def action_scores(policy: BasePolicy, observation: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a network thinks of each block, whatever agent it was trained with.
+    """Return the Q values or logits of a policy of any agent.
 
     Args:
         policy: An actor-critic or a DQN policy.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.networks.rows import BlockRows
+from agents.networks import BlockRows
 from rap_env.blocks import BlockMask
 from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
 from tests.agents.synthetic import SyntheticBench, request_at

@@ -6,7 +6,7 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
-from agents.policies import Q_INVALID, action_scores
+from agents.sb3_policies import Q_INVALID, action_scores
 from rap_env.blocks import BlockMask
 from rap_env.observation import BLOCK_FEATURES
 from tests.agents.synthetic import SyntheticBench, make_env, request_at

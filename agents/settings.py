@@ -1,0 +1,222 @@
+"""The settings of agents: which there are, their types and ranges.
+
+Their values are in ``conf/agent/NAME.yaml``, and nowhere else; what a caller does not give is
+taken from there. Importing this module loads neither torch nor stable-baselines3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self, get_type_hints
+
+from omegaconf import OmegaConf
+
+from rap_env.block_rows import ABLATIONS
+from rap_env.errors import RapError, UnknownNameError
+
+_FOLDER = Path(__file__).parent.parent / "conf" / "agent"
+
+
+class AgentConfigError(RapError, ValueError):
+    """A setting of an agent has an impossible value."""
+
+
+class _Range(NamedTuple):
+    """The lowest and the highest allowed value."""
+
+    low: float
+    high: float = math.inf
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """A group of numeric settings, whose annotations say what is allowed.
+
+    Raises:
+        AgentConfigError: A value has another type or is out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if hasattr(hint, "__metadata__"):
+                _check_number(f"{self._section()}.{name}", getattr(self, name), hint)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], owner: str) -> Self:
+        """Make the settings from a dict that has all of them.
+
+        Args:
+            values: The settings by name.
+            owner: What the settings belong to, for messages.
+
+        Raises:
+            UnknownNameError: There is no such setting.
+            AgentConfigError: A setting is missing or has an impossible value.
+        """
+        known = [entry.name for entry in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise UnknownNameError(f"{cls._section()} of {owner}:", key, known)
+        missing = [key for key in known if key not in values]
+        if missing:
+            raise AgentConfigError(f"The {cls._section()} of {owner} lack {', '.join(missing)}.")
+        return cls(**values)
+
+    @classmethod
+    def _section(cls) -> str:
+        return "hyperparameters"
+
+
+@dataclass(frozen=True)
+class PPOHyperparameters(_Settings):
+    """What ``ppo`` and ``maskable_ppo`` train with; names as in stable-baselines3.
+
+    Attributes:
+        learning_rate: Adam's first learning rate; it falls linearly to a tenth over the training.
+        n_steps: Steps of each sub-environment in a rollout.
+        batch_size: Steps in a mini-batch; limited to the size of the rollout.
+        n_epochs: Passes over each rollout.
+        gamma: Discount factor.
+        gae_lambda: Trade-off of bias and variance in generalised advantage estimation.
+        clip_range: Largest change of the probability ratio.
+        ent_coef: Weight of the entropy bonus.
+        vf_coef: Weight of the value loss.
+        max_grad_norm: Norm to which gradients are clipped.
+        target_kl: KL divergence that stops an update early; None never stops one.
+    """
+
+    learning_rate: Annotated[float, _Range(1e-12, 1)]
+    n_steps: Annotated[int, _Range(1)]
+    batch_size: Annotated[int, _Range(2)]
+    n_epochs: Annotated[int, _Range(1)]
+    gamma: Annotated[float, _Range(0, 1)]
+    gae_lambda: Annotated[float, _Range(0, 1)]
+    clip_range: Annotated[float, _Range(1e-6)]
+    ent_coef: Annotated[float, _Range(0)]
+    vf_coef: Annotated[float, _Range(0)]
+    max_grad_norm: Annotated[float, _Range(1e-12)]
+    target_kl: Annotated[float | None, _Range(1e-12)]
+
+
+@dataclass(frozen=True)
+class DQNHyperparameters(_Settings):
+    """What ``dqn`` and ``masked_dqn`` train with; names as in stable-baselines3.
+
+    Attributes:
+        learning_rate: Adam's first learning rate; it falls linearly to a tenth over the training.
+        buffer_size: Transitions in the replay buffer.
+        learning_starts: Steps before the first update.
+        batch_size: Transitions in a mini-batch.
+        gamma: Discount factor.
+        train_freq: Steps of each sub-environment between updates.
+        gradient_steps: Mini-batches of an update; -1 for as many as there were steps.
+        target_update_interval: Steps between copies of the network to the target network.
+        exploration_fraction: Share of the training over which exploration falls.
+        exploration_initial_eps: Probability of a random action at the start.
+        exploration_final_eps: Probability of a random action afterwards.
+        max_grad_norm: Norm to which gradients are clipped.
+    """
+
+    learning_rate: Annotated[float, _Range(1e-12, 1)]
+    buffer_size: Annotated[int, _Range(1)]
+    learning_starts: Annotated[int, _Range(0)]
+    batch_size: Annotated[int, _Range(2)]
+    gamma: Annotated[float, _Range(0, 1)]
+    train_freq: Annotated[int, _Range(1)]
+    gradient_steps: Annotated[int, _Range(-1)]
+    target_update_interval: Annotated[int, _Range(1)]
+    exploration_fraction: Annotated[float, _Range(0, 1)]
+    exploration_initial_eps: Annotated[float, _Range(0, 1)]
+    exploration_final_eps: Annotated[float, _Range(0, 1)]
+    max_grad_norm: Annotated[float, _Range(1e-12)]
+
+
+@dataclass(frozen=True)
+class PolicySettings(_Settings):
+    """Settings of the block-wise policy.
+
+    Attributes:
+        hidden: Units of each hidden layer.
+        block_vectors: Width of a learned vector for each block, which its row carries; 0 for
+            none. Improves the policy on its own model, but it then does not transfer to a model
+            with another number of layers.
+        without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
+            rise in NLL), ``one_shot`` (the one-shot rise in NLL), ``request`` (the request, and
+            what a block frees for it: the policy is then one static order of removal).
+
+    Raises:
+        UnknownNameError: There is no such ablation.
+        AgentConfigError: A value is impossible.
+    """
+
+    hidden: Annotated[int, _Range(1)]
+    block_vectors: Annotated[int, _Range(0)]
+    without: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.without, str) or not isinstance(self.without, list | tuple):
+            raise AgentConfigError(
+                f"policy_settings.without must be a list of ablations, not {self.without!r}."
+            )
+        for name in self.without:
+            if name not in ABLATIONS:
+                raise UnknownNameError("ablation in policy_settings.without:", name, ABLATIONS)
+        object.__setattr__(self, "without", tuple(self.without))
+
+    @classmethod
+    def _section(cls) -> str:
+        return "policy_settings"
+
+    def policy_kwargs(self) -> dict[str, Any]:
+        """Return the same settings as ``policy_kwargs`` of stable-baselines3."""
+        extractor = asdict(self)
+        return {"hidden": extractor.pop("hidden"), "features_extractor_kwargs": extractor}
+
+
+HYPERPARAMETERS: dict[str, type[PPOHyperparameters | DQNHyperparameters]] = {
+    "ppo": PPOHyperparameters,
+    "maskable_ppo": PPOHyperparameters,
+    "dqn": DQNHyperparameters,
+    "masked_dqn": DQNHyperparameters,
+}
+"""Agents by name, and the hyperparameters that each has."""
+
+
+def with_defaults(name: str, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete settings with the values of the agent's file in ``conf/agent``.
+
+    Args:
+        name: The agent, one of `HYPERPARAMETERS`.
+        section: ``hyperparameters`` or ``policy_settings``.
+        given: Settings that replace those of the file, as plain values.
+    """
+    return {**_file(name)[section], **given}
+
+
+@cache
+def _file(name: str) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(OmegaConf.load(_FOLDER / f"{name}.yaml"))
+    return dict(found)
+
+
+def _check_number(name: str, value: Any, hint: Any) -> None:
+    """Check a value against a type and a range.
+
+    Raises:
+        AgentConfigError: It is of another type or out of the range.
+    """
+    kind, (allowed,) = hint.__origin__, hint.__metadata__
+    if value is None and kind == float | None:
+        return
+    number, what = (int, "a whole number") if kind is int else (int | float, "a number")
+    right_type = isinstance(value, number) and not isinstance(value, bool)
+    if not right_type or not allowed.low <= value <= allowed.high:
+        limits = f"of at least {allowed.low:g}"
+        if allowed.high < math.inf:
+            limits = f"from {allowed.low:g} to {allowed.high:g}"
+        raise AgentConfigError(f"{name} must be {what} {limits}, not {value!r}.")

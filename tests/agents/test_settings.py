@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import pytest
+from omegaconf import OmegaConf
+
+from agents.settings import (
+    HYPERPARAMETERS,
+    AgentConfigError,
+    DQNHyperparameters,
+    PolicySettings,
+    PPOHyperparameters,
+    with_defaults,
+)
+from experiments.launch import CONF_DIR
+from rap_env.errors import UnknownNameError
+
+POLICY = {"hidden": 32, "block_vectors": 0, "without": []}
+PPO = {
+    "learning_rate": 1e-3, "n_steps": 32, "batch_size": 128, "n_epochs": 8, "gamma": 1.0,
+    "gae_lambda": 0.98, "clip_range": 0.2, "ent_coef": 0.005, "vf_coef": 0.5,
+    "max_grad_norm": 0.5, "target_kl": 0.05,
+}  # fmt: skip
+DQN = {
+    "learning_rate": 1e-3, "buffer_size": 10_000, "learning_starts": 500, "batch_size": 64,
+    "gamma": 1.0, "train_freq": 1, "gradient_steps": 4, "target_update_interval": 50,
+    "exploration_fraction": 0.3, "exploration_initial_eps": 1.0, "exploration_final_eps": 0.02,
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+def changed(**values):
+    return PolicySettings.of({**POLICY, **values}, "the block-wise policy")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"hiden": 3}, UnknownNameError, "policy: 'hiden'.*Did you mean 'hidden'"),
+        ({"hidden": 0}, AgentConfigError, "hidden must be a whole number of at least 1, not 0"),
+        ({"hidden": True}, AgentConfigError, "hidden.*not True"),
+        ({"block_vectors": -1}, AgentConfigError, "block_vectors.*at least 0, not -1"),
+        ({"block_vectors": 2.5}, AgentConfigError, "block_vectors.*not 2.5"),
+        ({"without": ["gsy"]}, UnknownNameError, "without: 'gsy'.*Did you mean 'gsi'"),
+        ({"without": "gsi"}, AgentConfigError, "without must be a list of ablations, not 'gsi'"),
+    ],
+)
+def test_impossible_settings_are_named(given, error, text):
+    with pytest.raises(error, match=text):
+        changed(**given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "valid", "given", "text"),
+    [
+        (PPOHyperparameters, PPO, {"n_steps": 1.5}, "n_steps must be a whole number.*not 1.5"),
+        (PPOHyperparameters, PPO, {"gamma": True}, "gamma must be a number from 0 to 1, not True"),
+        (PPOHyperparameters, PPO, {"gamma": None}, "gamma must be.*not None"),
+        (PPOHyperparameters, PPO, {"ent_coef": float("nan")}, "ent_coef must be.*not nan"),
+        (PPOHyperparameters, PPO, {"target_kl": -1}, "target_kl must be a number.*not -1"),
+        (DQNHyperparameters, DQN, {"gradient_steps": -2}, "gradient_steps.*at least -1, not -2"),
+    ],
+)
+def test_impossible_hyperparameters_are_named(kind, valid, given, text):
+    kind(**valid)
+    with pytest.raises(AgentConfigError, match=f"hyperparameters.{text}"):
+        kind(**{**valid, **given})
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(AgentConfigError, match="The hyperparameters of dqn lack batch_size"):
+        DQNHyperparameters.of({k: v for k, v in DQN.items() if k != "batch_size"}, "dqn")
+
+
+def test_no_early_stopping_is_a_target():
+    assert PPOHyperparameters(**{**PPO, "target_kl": None}).target_kl is None
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_an_agents_file_has_exactly_its_settings(name):
+    file = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "agent" / f"{name}.yaml"))
+    assert file["name"] == name
+    assert list(file["hyperparameters"]) == [entry.name for entry in fields(HYPERPARAMETERS[name])]
+    assert list(file["policy_settings"]) == [entry.name for entry in fields(PolicySettings)]
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_the_files_hold_the_values_of_the_published_runs(name):
+    expected = PPO if "ppo" in name else DQN
+    assert with_defaults(name, "hyperparameters", {}) == expected
+    assert asdict(HYPERPARAMETERS[name](**expected)) == expected
+    assert with_defaults(name, "policy_settings", {}) == POLICY
+    assert with_defaults(name, "hyperparameters", {"gamma": 0.5})["gamma"] == 0.5
+
+
+def test_policy_settings_in_the_terms_of_stable_baselines3():
+    assert changed(without=["gsi", "request"]).policy_kwargs() == {
+        "hidden": 32,
+        "features_extractor_kwargs": {"block_vectors": 0, "without": ("gsi", "request")},
+    }
