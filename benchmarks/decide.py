@@ -126,7 +126,7 @@ def main(settings: DecideSettings) -> None:
     network = load_policy(settings.policy, memory)
     if not isinstance(network, NetworkPolicy):
         raise InvalidRequestError(f"policy={settings.policy} is no network; give an exported one.")
-    network = NetworkPolicy(memory, network.file, kept_answers=0)
+    network = NetworkPolicy(memory, network.file, cached_choices=0)
     file, requests = network.file, _requests(settings, memory)
     builder = ObservationBuilder(memory, file.features)
     trained = TrainedPolicy(torch_policy(file, builder), builder)

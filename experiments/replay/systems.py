@@ -22,7 +22,6 @@ from rap_env.memory import MemoryModel
 from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 from rap_env.runtime.policies import (
-    DensePolicy,
     FrontierPolicy,
     NetworkPolicy,
     StaticPolicy,
@@ -184,7 +183,7 @@ class SystemFactory:
         settings = self._config.replay
         full = settings.static_batch or settings.max_batch_size
         makers: dict[str, Callable[[], System]] = {
-            "dense": lambda: System("dense", DensePolicy(), ()),
+            "dense": lambda: System("dense", StaticPolicy(BlockMask(), "dense"), ()),
             "static_gsi": lambda: self._static("static_gsi", self._gsi_groups(), full),
             "static_gsi_lean": lambda: self._static("static_gsi_lean", self._gsi_groups(), 1),
             "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), full),

@@ -12,7 +12,7 @@ from rap_env.policy import MaskPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
 from rap_env.runtime.mask_choice import MaskChooser
-from rap_env.runtime.mask_controller import MaskController, MaskSwitcher
+from rap_env.runtime.mask_controller import MaskController
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
 from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
@@ -102,15 +102,14 @@ class RuntimeController:
         )
         self.hold_s = hold_s
         self.overhead_s = 0.0
-        self._switcher = MaskSwitcher(llm, self.monitor, log, clock)
         self._masks = MaskController(
             llm,
             self.chooser,
             self.estimator,
             self.monitor,
-            self._switcher,
             hysteresis_share=hysteresis_share,
             hold_s=hold_s,
+            log=log,
             clock=clock,
         )
         self._rejected: tuple[BatchShape, int] | None = None  # no mask fitted it in these bytes
@@ -133,17 +132,17 @@ class RuntimeController:
     @property
     def switches(self) -> int:
         """How often the mask changed."""
-        return self._switcher.count
+        return self._masks.switches
 
     @property
     def switch_s(self) -> float:
         """Seconds spent switching, in total."""
-        return self._switcher.seconds
+        return self._masks.switch_s
 
     @property
     def recent(self) -> Sequence[Decision]:
         """The last decisions, the newest at the end."""
-        return self._switcher.recent
+        return self._masks.recent
 
     @property
     def budget_bytes(self) -> int:

@@ -63,79 +63,6 @@ class Debounce:
         self._since_s = None
 
 
-class MaskSwitcher:
-    """Applies masks to a live model, and records each switch.
-
-    Args:
-        llm: The live model.
-        monitor: Measures before and after.
-        log: Where to log decisions; None for nowhere.
-        clock: Gives the time in seconds, for the log.
-
-    Attributes:
-        count: How often the mask changed.
-        seconds: Seconds spent on it.
-        recent: The last decisions, the newest at the end.
-    """
-
-    def __init__(
-        self,
-        llm: ElasticLLM,
-        monitor: MemoryMonitor,
-        log: DecisionLog | None,
-        clock: Callable[[], float],
-    ) -> None:
-        self._llm = llm
-        self._monitor = monitor
-        self._log = log
-        self._clock = clock
-        self.count = 0
-        self.seconds = 0.0
-        self.recent: deque[Decision] = deque(maxlen=_RECENT)
-
-    def switch(self, choice: MaskChoice, shape: BatchShape, trigger: Trigger) -> bool:
-        """Apply a mask, return freed memory to the system, and measure.
-
-        Args:
-            choice: The mask.
-            shape: The batch that it is for.
-            trigger: What caused the switch.
-
-        Returns:
-            Whether the mask changed.
-
-        Raises:
-            RapError: The model cannot apply it; see `ElasticLLM.apply`.
-        """
-        monitor, before = self._monitor, self._llm.mask
-        if choice.mask == before:
-            return False
-        used, started = monitor.used_bytes, time.perf_counter()
-        self._llm.apply(choice.mask)
-        monitor.trim()
-        seconds = time.perf_counter() - started
-        self.count += 1
-        self.seconds += seconds
-        decision = Decision(
-            time_s=self._clock(),
-            wall_time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-            trigger=trigger,
-            before=before,
-            after=choice.mask,
-            bytes_before=used,
-            bytes_after=monitor.used_bytes,
-            budget_bytes=monitor.budget_bytes,
-            shape=shape,
-            decision_s=choice.decision_s,
-            switch_s=seconds,
-            guarded=choice.guarded,
-        )
-        self.recent.append(decision)
-        if self._log is not None:
-            self._log.append(decision)
-        return True
-
-
 class MaskController:
     """Chooses masks and applies them until the measured bytes fit.
 
@@ -144,14 +71,14 @@ class MaskController:
         chooser: Chooses masks that fit by prediction.
         estimator: Predicts bytes.
         monitor: Measures bytes.
-        switcher: Applies masks.
-        hysteresis_share: As for `RuntimeController`.
-        hold_s: As for `RuntimeController`.
-        clock: Gives the time in seconds.
+        hysteresis_share: As for `RuntimeController`, and so are the other settings.
 
     Attributes:
         decisions: How often the policy was asked.
-        decision_s: Seconds spent choosing.
+        decision_s: Seconds spent choosing masks.
+        switches: How often the mask changed.
+        switch_s: Seconds spent switching.
+        recent: The last decisions, the newest at the end.
     """
 
     def __init__(
@@ -160,25 +87,26 @@ class MaskController:
         chooser: MaskChooser,
         estimator: MemoryEstimator,
         monitor: MemoryMonitor,
-        switcher: MaskSwitcher,
         *,
         hysteresis_share: float,
         hold_s: float,
+        log: DecisionLog | None,
         clock: Callable[[], float],
     ) -> None:
         self._llm = llm
         self._chooser = chooser
         self._estimator = estimator
         self._monitor = monitor
-        self._switcher = switcher
         self._hysteresis_share = hysteresis_share
+        self._log = log
         self._clock = clock
         self._debounce = Debounce(hold_s)
         self._retry_above: tuple[BatchShape, int] | None = None  # less headroom adds no block
         self._switched_for = EMPTY_BATCH
         self._refill_pending = False
-        self.decisions = 0
-        self.decision_s = 0.0
+        self.decisions = self.switches = 0
+        self.decision_s = self.switch_s = 0.0
+        self.recent: deque[Decision] = deque(maxlen=_RECENT)
 
     def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
         """What the next pass allocates, with the refill of attention blocks that returned."""
@@ -313,9 +241,35 @@ class MaskController:
     def _switch(
         self, choice: MaskChoice, shape: BatchShape, trigger: Trigger, *, running: bool
     ) -> None:
+        """Apply a mask, return freed memory to the system, measure, and record the decision."""
+        monitor, before = self._monitor, self._llm.mask
+        if choice.mask == before:
+            return
         refills = self._refill_pending or (running and self._returns_attention(choice))
-        if self._switcher.switch(choice, shape, trigger):
-            self._refill_pending = refills
-            self._debounce.reset()
-            self._switched_for = shape
-            self._retry_above = None
+        bytes_before, started = monitor.used_bytes, time.perf_counter()
+        self._llm.apply(choice.mask)
+        monitor.trim()
+        seconds = time.perf_counter() - started
+        self.switches += 1
+        self.switch_s += seconds
+        decision = Decision(
+            time_s=self._clock(),
+            wall_time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            trigger=trigger,
+            before=before,
+            after=choice.mask,
+            bytes_before=bytes_before,
+            bytes_after=monitor.used_bytes,
+            budget_bytes=monitor.budget_bytes,
+            shape=shape,
+            decision_s=choice.decision_s,
+            switch_s=seconds,
+            guarded=choice.guarded,
+        )
+        self.recent.append(decision)
+        if self._log is not None:
+            self._log.append(decision)
+        self._refill_pending = refills
+        self._debounce.reset()
+        self._switched_for = shape
+        self._retry_above = None

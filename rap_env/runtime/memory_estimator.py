@@ -10,9 +10,11 @@ Beyond `rap_env.memory`, a live model takes:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
@@ -70,22 +72,17 @@ class _ShapeCosts:
     """Bytes of one batch shape under one residency.
 
     Attributes:
-        costs: Bytes by the memory model.
-        kept_bytes: What stays of each removed block, weights and placeholders, (2L,).
+        costs: Bytes by the memory model; a removed block frees its bytes less what stays of it.
         cache_bytes: Keys and values of each layer, (L,).
     """
 
     costs: RequestCosts
-    kept_bytes: tuple[int, ...]
     cache_bytes: tuple[int, ...]
 
     def peak_bytes(self, removed: Collection[int]) -> int:
-        kept = sum(self.kept_bytes[index] for index in removed)
-        copied = max(
-            (size for layer, size in enumerate(self.cache_bytes) if 2 * layer not in removed),
-            default=0,
-        )
-        return self.costs.peak_bytes(removed) + kept + copied
+        layers = enumerate(self.cache_bytes)
+        copied = max((size for layer, size in layers if 2 * layer not in removed), default=0)
+        return self.costs.peak_bytes(removed) + copied
 
 
 class MemoryEstimator:
@@ -189,9 +186,7 @@ class MemoryEstimator:
 
     def freed_bytes(self, shape: BatchShape) -> tuple[int, ...]:
         """Bytes that the removal of each block frees, (2L,)."""
-        costs = self._costs(shape)
-        pairs = zip(costs.costs.freed, costs.kept_bytes, strict=True)
-        return tuple(freed - kept for freed, kept in pairs)
+        return self._costs(shape).costs.freed
 
     def _costs(self, shape: BatchShape) -> _ShapeCosts:
         return self._cached_costs(shape, self._llm.residency == "resident")
@@ -199,10 +194,9 @@ class MemoryEstimator:
     def _compute_costs(self, shape: BatchShape, resident: bool) -> _ShapeCosts:
         batch, tokens = shape.at_least_one
         costs = request_costs(self.memory, batch, tokens)
-        layers = self.memory.kv_bytes_by_layer(batch, tokens).tolist() if shape else []
-        placeholders = _PLACEHOLDER_BYTES * batch * tokens
-        kept = tuple(
-            (weights if resident else 0) + (placeholders if index % 2 == 0 else 0)
-            for index, weights in enumerate(self.memory.facts.block_param_bytes)
-        )
-        return _ShapeCosts(costs, kept, tuple(layers or [0]))
+        freed = costs.freed_bytes.copy()
+        freed[0::2] -= _PLACEHOLDER_BYTES * batch * tokens
+        if resident:
+            freed -= np.array(self.memory.facts.block_param_bytes)
+        layers = self.memory.kv_bytes_by_layer(batch, tokens).tolist() if shape else [0]
+        return _ShapeCosts(replace(costs, freed_bytes=freed), tuple(layers))

@@ -1,6 +1,6 @@
-"""What chooses a mask for a live request: the trained policy, tables, orders and fixed masks.
+"""Policies for live requests: the trained network, the frontier table, orders, fixed masks.
 
-Nothing here runs a model or loads torch; a choice depends on the request alone.
+No policy here runs a model or loads torch; its choice depends on the request alone.
 """
 
 from __future__ import annotations
@@ -26,25 +26,15 @@ if TYPE_CHECKING:
     from rap_env.observation import ImportanceFeatures
 
 SAVED = Path(__file__).parent / "saved"
-"""Where the files lie that come with the package, named after their model."""
+"""Folder of the policy files in the package, named after their model."""
 
 DEFAULT_MODEL = "smollm2-135m"
-"""The model that the policy and the frontier of the package are for."""
+"""The model of the packaged policy and frontier."""
 
 NAMED = ("dense", "frontier", "rap")
-"""What `load_policy` knows by name."""
+"""Names that `load_policy` knows."""
 
-_KEPT_ANSWERS = 1024
-
-
-class DensePolicy:
-    """Removes nothing, whatever the budget."""
-
-    name = "dense"
-
-    def choose(self, request: Request) -> BlockMask:
-        """The dense model."""
-        return BlockMask()
+_CACHED_CHOICES = 1024
 
 
 class StaticPolicy:
@@ -52,7 +42,7 @@ class StaticPolicy:
 
     Args:
         mask: The mask.
-        name: What to call it in records.
+        name: The policy's name in records, as for all policies here.
     """
 
     def __init__(self, mask: BlockMask, name: str = "static") -> None:
@@ -60,20 +50,20 @@ class StaticPolicy:
         self.name = name
 
     def choose(self, request: Request) -> BlockMask:
-        """The mask."""
+        """Return the mask."""
         return self.mask
 
 
 class OrderPolicy:
-    """Removes blocks in one order until the request fits; all of them if it never does.
+    """Removes blocks in a fixed order until the request fits; all of them if it never does.
 
     Args:
         memory: The model's byte arithmetic.
-        order: Indices of blocks, first to be removed first.
-        name: What to call it in records.
+        order: Indices of blocks in the order of removal.
+        name: As for `StaticPolicy`.
 
     Attributes:
-        order: The same.
+        order: As given.
 
     Raises:
         UnknownNameError: The order names a block that the model does not have.
@@ -86,7 +76,7 @@ class OrderPolicy:
         BlockMask.of(*self.order).check(memory.facts.num_blocks)
 
     def choose(self, request: Request) -> BlockMask:
-        """The first blocks of the order, as many as the budget asks for.
+        """Return the shortest prefix of the order that fits the budget.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch or the length.
@@ -96,14 +86,12 @@ class OrderPolicy:
 
 
 class FrontierPolicy:
-    """Looks up the best known mask that fits.
-
-    Where none of the known masks fits, it gives the one that needs least.
+    """Looks up the best known mask that fits, or the smallest known one if none does.
 
     Args:
         memory: The model's byte arithmetic.
         frontier: The model's best known masks.
-        name: What to call it in records.
+        name: As for `StaticPolicy`.
 
     Raises:
         ArtifactError: The frontier is of a model with another number of blocks.
@@ -120,7 +108,7 @@ class FrontierPolicy:
         self.name = name
 
     def choose(self, request: Request) -> BlockMask:
-        """The dense model if it fits, else the known mask of least loss that does.
+        """Return the empty mask if it fits, else the known mask of least delta_nll that does.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch or the length.
@@ -136,17 +124,16 @@ class FrontierPolicy:
 
 
 class NetworkPolicy:
-    """A trained block-wise network: the mask that it likes best of those that fit.
+    """A trained block-wise network, which removes its best block until the request fits.
 
-    Threads may share it. Where no mask fits, it removes every block.
+    If no mask fits, it removes every block. Threads may share a policy.
 
     Args:
         memory: The model's byte arithmetic.
         file: The exported policy.
-        features: Importance of the model's blocks; None takes what the file holds.
-        name: What to call it in records.
-        kept_answers: Answers that are kept for requests that come again; they are the same as
-            new ones.
+        features: Importance of the model's blocks; None takes the file's.
+        name: As for `StaticPolicy`.
+        cached_choices: Requests whose mask is cached.
 
     Attributes:
         order: The model's blocks in GSI order, length 2L; empty where no importance is known.
@@ -162,24 +149,24 @@ class NetworkPolicy:
         file: PolicyFile,
         features: ImportanceFeatures | None = None,
         name: str = "rap",
-        kept_answers: int = _KEPT_ANSWERS,
+        cached_choices: int = _CACHED_CHOICES,
     ) -> None:
         seen, self.order = file.features_for(memory.facts, features)
         self.memory = memory
         self.file = file
         self.name = name
         self._network = BlockNetwork(file.weights, ObservationBuilder(memory, seen))
-        self._choose = lru_cache(maxsize=kept_answers)(self._decide)  # requests are values
+        self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
     def choose(self, request: Request) -> BlockMask:
-        """The blocks that the network removes, one after another, until the request fits.
+        """Return the blocks that the network removes until the request fits.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch or the length.
         """
-        return self._choose(request)
+        return self._cached_choice(request)
 
-    def _decide(self, request: Request) -> BlockMask:
+    def _choose(self, request: Request) -> BlockMask:
         return BlockMask(frozenset(self._network.removals(request)))
 
 
@@ -189,14 +176,14 @@ def load_policy(
     *,
     features: ImportanceFeatures | None = None,
 ) -> MaskPolicy:
-    """A policy for a live model.
+    """Load a policy for a live model.
 
     Args:
-        source: ``"rap"`` (the trained policy of the package, for the default model),
-            ``"frontier"`` (the package's table for the same), ``"dense"``, or the path of an
-            exported policy (``.safetensors``) or of a frontier artifact (``.json``).
+        source: ``"rap"`` (the packaged trained policy, for the default model), ``"frontier"``
+            (the packaged table for the same), ``"dense"``, or the path of an exported policy
+            (``.safetensors``) or of a frontier artifact (``.json``).
         model: The model that is served, or its byte arithmetic.
-        features: Importance of its blocks, for a network; None takes what its file holds.
+        features: Importance of its blocks, for a network; None takes the file's.
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
@@ -204,7 +191,7 @@ def load_policy(
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
     if source == "dense":
-        return DensePolicy()
+        return StaticPolicy(BlockMask(), "dense")
     path = _path_of(source)
     if path.suffix == ".json":
         return FrontierPolicy(memory, _frontier(path, memory))
@@ -218,7 +205,7 @@ def _path_of(source: str | os.PathLike[str]) -> Path:
         return SAVED / f"{DEFAULT_MODEL}.frontier.json"
     path = Path(source).expanduser()
     if not path.is_file():
-        hint = "Any other word is the path of a file, and there is none of that name."
+        hint = "Any other value is read as the path of a file, and there is no such file."
         raise UnknownNameError("policy", os.fspath(source), NAMED, hint)
     return path
 

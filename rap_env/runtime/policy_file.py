@@ -1,6 +1,6 @@
-"""A trained policy as one small file: all that choosing masks for a live model needs.
+"""A trained policy as one small file, with all that is needed to choose masks for a live model.
 
-It is a safetensors file, so reading it runs no code of whoever wrote it.
+It is a safetensors file, so reading it executes no code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 _KIND, _FORMAT = "exported policy", 1
 _HEADER = "rap_policy"
-_AGAIN = "export it again with `python -m experiments.export_policy`"
+_EXPORT_AGAIN = (
+    'use the packaged policy "rap", or export the policy again (in a checkout of the repository: '
+    "`python -m experiments.export_policy`)"
+)
 _ORDER, _FEATURES, _NETWORK = "order", "features.", "network."
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -39,7 +42,7 @@ class PolicyModel:
     """The model that a policy was exported for.
 
     Attributes:
-        name: What the user called it.
+        name: The name that the user gave.
         fingerprint: SHA-256 over its weights and config, in hex.
         dtype: Name of the weights' dtype.
         num_blocks: 2L.
@@ -52,19 +55,19 @@ class PolicyModel:
 
     @classmethod
     def of(cls, facts: ModelFacts) -> PolicyModel:
-        """What of a model's facts a policy keeps."""
+        """The facts of a model that a policy file stores."""
         return cls(facts.name, facts.fingerprint, facts.dtype, facts.num_blocks)
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyFile:
-    """A trained block-wise policy, and what it sees of the model that it was exported for.
+    """A trained block-wise policy, with the importance features of the model it was exported for.
 
     Attributes:
-        weights: Of the network, with its settings.
+        weights: Weights and settings of the network.
         features: Importance of the model's blocks.
-        order: The model's blocks in GSI order, first to be removed first, length 2L; empty where
-            the policy saw no importance.
+        order: The model's blocks in GSI order (the order of removal), length 2L; empty if the
+            policy was trained without importance.
         model: The model.
         provenance: How the policy was trained: agent, seed, steps, versions.
 
@@ -83,35 +86,35 @@ class PolicyFile:
         _check_features(self.features, blocks, self.model.name)
         if self.order and sorted(self.order) != list(range(blocks)):
             raise ArtifactError(
-                f"The order of a policy for {self.model.name} should name each of its {blocks} "
-                f"blocks once, but it is {list(self.order)}."
+                f"The order of a policy for {self.model.name} must list each of its {blocks} "
+                f"blocks once, but is {list(self.order)}."
             )
         if self.weights.block_vectors and len(self.weights.vectors) != blocks:
             raise ArtifactError(
                 f"The policy has vectors for {len(self.weights.vectors)} blocks, but "
-                f"{self.model.name} has {blocks}; {_AGAIN}."
+                f"{self.model.name} has {blocks}; {_EXPORT_AGAIN}."
             )
 
     def features_for(
         self, facts: ModelFacts, features: ImportanceFeatures | None = None
     ) -> tuple[ImportanceFeatures, tuple[int, ...]]:
-        """What the policy sees of a model's blocks, and the order to remove them in.
+        """The importance features that the policy observes for a model, and the removal order.
 
         Args:
-            facts: The model that is to be served. If its weights are not those that the policy
-                was exported for, a warning is logged.
-            features: Importance of its blocks; None takes what the file holds.
+            facts: The model to serve. A warning is logged if its weights are not those that the
+                policy was exported for.
+            features: Importance of its blocks; None takes the file's.
 
         Raises:
-            ArtifactError: The policy does not serve a model of this shape, or `features` are of
-                another one.
+            ArtifactError: The policy cannot serve a model of this shape, or `features` are of a
+                model with another number of blocks.
         """
         own = self.model
         if self.weights.block_vectors and facts.num_blocks != own.num_blocks:
             raise ArtifactError(
-                f"The policy for {own.name} learned a vector for each of {own.num_blocks} blocks, "
-                f"but {facts.name} has {facts.num_blocks}, so it cannot serve it; train one for "
-                "this model, or one with policy_settings.block_vectors=0, which serves both."
+                f"The policy for {own.name} has vectors for {own.num_blocks} blocks, but "
+                f"{facts.name} has {facts.num_blocks} blocks. Train a policy for this model, or "
+                "one with policy_settings.block_vectors=0, which serves both."
             )
         if features is not None:
             _check_features(features, facts.num_blocks, facts.name)
@@ -124,17 +127,17 @@ class PolicyFile:
             )
         if facts.fingerprint != own.fingerprint:
             log.warning(
-                "The policy was exported for %s (%s), and %s (%s) has other weights: it sees the "
-                "importance of the former's blocks, so it may choose badly.",
+                "The policy was exported for %s (%s), and %s (%s) has other weights: it uses the "
+                "importance of the former's blocks, so its masks may be worse.",
                 own.name, own.dtype, facts.name, facts.dtype,
             )  # fmt: skip
         return self.features, self.order
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a safetensors file with checksum; a file that is there is replaced.
+        """Write the policy as a safetensors file with a checksum, and replace an existing file.
 
         Raises:
-            StorageFullError: The disk is full; what was there before is intact.
+            StorageFullError: The disk is full; an existing file stays intact.
         """
         arrays = self._arrays()
         body = {
@@ -153,14 +156,14 @@ class PolicyFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PolicyFile:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            ArtifactError: It is truncated, altered, of a newer format, or no exported policy.
+            ArtifactError: The file is truncated, altered, of a newer format, or no exported policy.
         """
         path = Path(path)
         if not path.exists():
-            raise ArtifactError(f"There is no exported policy at {path}; {_AGAIN}.")
+            raise ArtifactError(f"There is no exported policy at {path}; {_EXPORT_AGAIN}.")
         header, arrays = _read(path)
         body = _checked_body(path, header)
         try:
@@ -176,7 +179,7 @@ class PolicyFile:
         except (AttributeError, KeyError, TypeError):
             intact = False
         if not intact:
-            raise ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+            raise ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
         return made
 
     def _arrays(self) -> Arrays:
@@ -188,7 +191,7 @@ class PolicyFile:
 
 
 def order_of(features: ImportanceFeatures) -> tuple[int, ...]:
-    """The blocks in GSI order by their ranks; empty where all ranks are alike, as without GSI."""
+    """The blocks in GSI order by their ranks; empty if all ranks are equal, as without GSI."""
     if not np.ptp(features.gsi_rank):
         return ()
     return tuple(int(index) for index in np.argsort(features.gsi_rank, kind="stable"))
@@ -199,42 +202,44 @@ def _check_features(features: ImportanceFeatures, blocks: int, name: str) -> Non
         shape = np.shape(getattr(features, entry.name))
         if shape != (blocks,):
             raise ArtifactError(
-                f"The importance of {name} should have {blocks} values of {entry.name}, a value a "
-                f"block, not the shape {shape}."
+                f"The importance of {name} must have {blocks} values of {entry.name}, one a block, "
+                f"but its shape is {shape}."
             )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """The header and the arrays of a file that may be anything."""
+    """Read header and arrays of a file with any content."""
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(_HEADER)
             names = list(file.keys()) if text is not None else []
             arrays = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, TypeError):  # TypeError: a dtype that NumPy has not
-        raise ArtifactError(f"{path} is truncated or no exported policy; {_AGAIN}.") from None
+    except (SafetensorError, OSError, TypeError):  # TypeError: a dtype that NumPy lacks
+        raise ArtifactError(
+            f"{path} is truncated or not an exported policy; {_EXPORT_AGAIN}."
+        ) from None
     if text is None:
-        raise ArtifactError(f"{path} holds tensors, but no exported policy; {_AGAIN}.")
+        raise ArtifactError(f"{path} holds tensors, but no exported policy; {_EXPORT_AGAIN}.")
     try:
         header = json.loads(text)
     except ValueError:
         header = None
     if not isinstance(header, dict):
-        raise ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+        raise ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
     return header, arrays
 
 
 def _checked_body(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """What a header says of its policy, once it is known to be whole."""
+    """The body of a header, after its checksum was verified."""
     found = header.get("kind"), header.get("format")
     if found != (_KIND, _FORMAT):
         raise ArtifactError(
-            f"{path} is a file of the kind {found[0]!r} and format {found[1]!r}, but this version "
-            f"reads {_KIND!r} of format {_FORMAT}; {_AGAIN}, or use the version that wrote it."
+            f"{path} has kind {found[0]!r} and format {found[1]!r}, but this version reads "
+            f"{_KIND!r} of format {_FORMAT}; use the version that wrote it, or {_EXPORT_AGAIN}."
         )
     body = header.get("body")
     if not isinstance(body, dict) or header.get("sha256") != digest(body):
-        raise ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+        raise ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
     return body
 
 

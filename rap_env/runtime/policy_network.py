@@ -1,9 +1,9 @@
-"""The block-wise policy network at run time: a mask for a request, in NumPy and float32.
+"""The block-wise policy network for serving, in NumPy and float32.
 
-It chooses what the trained network of `agents.networks` would choose, a block in each pass, and
-needs neither torch nor stable-baselines3. What makes a pass cheap is the first layer: the part
-of it that no removal changes is computed once for a model or a request, the part that is the
-same for all blocks once for all, and only what is left for each block.
+It chooses the same blocks as the trained network of `agents.networks`, one block per pass, without
+torch or stable-baselines3. A pass is cheap because of the first layer: the terms that no removal
+changes are computed once per model or request, the terms that all blocks share once per pass, and
+only the rest per block.
 
 Shapes: 2L blocks, F features of a block, V entries of a block's vector, W columns of a row
 (`rap_env.block_rows`), H hidden units. Layers have H + 1 columns here: the last one carries the
@@ -47,7 +47,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class NetworkWeights:
-    """The weights that choose blocks, float32, and what the network was kept from seeing.
+    """The weights of a policy network, float32, and the inputs hidden from it.
 
     Attributes:
         first_weight: Of the first layer, (H, W).
@@ -55,9 +55,9 @@ class NetworkWeights:
         second_weight: Of the second layer, (H, H).
         second_bias: Of the second layer, (H,).
         last_weight: Of the score, (H,).
-        linear_weight: Of the path from a row straight to its score, (W,).
-        vectors: What each block carries, (2L, V); V = 0 for a network that serves any L.
-        without: Names out of `rap_env.block_rows.ABLATIONS`.
+        linear_weight: Of the linear path from a row to its score, (W,).
+        vectors: Learned vector of each block, (2L, V); V = 0 for a network that serves any L.
+        without: Names from `rap_env.block_rows.ABLATIONS`.
 
     Raises:
         ArtifactError: The shapes do not fit together, a weight is not finite, or there is no
@@ -87,29 +87,29 @@ class NetworkWeights:
             found = getattr(self, name).shape
             if found != shape:
                 raise ArtifactError(
-                    f"The policy network's {name} should have the shape {shape}, not {found}; its "
-                    "file was made by another version, so export the policy again."
+                    f"The policy network's {name} must have the shape {shape}, not {found}; its "
+                    "file was written by another version, so export the policy again."
                 )
         for name, array in self.arrays().items():
             if not np.isfinite(array).all():
                 raise ArtifactError(
-                    f"The policy network's {name} holds NaN or infinity; train it again."
+                    f"The policy network's {name} contains NaN or infinity; train it again."
                 )
         for name in self.without:
             if name not in ABLATIONS:
                 raise ArtifactError(
-                    f"The policy network was trained without {name!r}, which this version does not "
-                    f"know (it knows {', '.join(ABLATIONS)}); upgrade rap-env."
+                    f"The policy network was trained without {name!r}, which is unknown to this "
+                    f"version (known: {', '.join(ABLATIONS)}); upgrade rap-env."
                 )
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the number of hidden units."""
         return len(self.first_bias)
 
     @property
     def block_vectors(self) -> int:
-        """V."""
+        """V, the width of a block's vector."""
         return int(self.vectors.shape[1]) if self.vectors.ndim == 2 else 0
 
     def arrays(self) -> dict[str, Floats]:
@@ -124,7 +124,7 @@ _COMPARED = _FEATURES + len(PRICED)
 
 
 class _Layers(NamedTuple):
-    """The weights as a pass needs them; the last of the H + 1 columns is the linear path."""
+    """The weights in the layout of a pass; the last of the H + 1 columns is the linear path."""
 
     varying: Floats  # of a block's compared features and useful share, (F + prices + 1, H + 1)
     over: Floats  # of the share of the bytes over budget, (H + 1,)
@@ -137,13 +137,13 @@ class _Layers(NamedTuple):
 
 
 class BlockNetwork:
-    """Chooses blocks to remove from one model, again and again until a request fits.
+    """Chooses blocks of one model to remove until a request fits.
 
-    Nothing changes after construction, so threads may share it.
+    It does not change after construction, so threads may share it.
 
     Args:
         weights: The trained weights.
-        builder: Observes requests on the model.
+        builder: Makes observations of requests on the model.
 
     Raises:
         ArtifactError: The weights have vectors for another number of blocks.
@@ -154,9 +154,9 @@ class BlockNetwork:
         self._count = builder.memory.facts.num_blocks
         if weights.block_vectors and len(weights.vectors) != self._count:
             raise ArtifactError(
-                f"The policy learned a vector for each of {len(weights.vectors)} blocks, but this "
-                f"model has {self._count}, so it cannot serve it; train one for this model, or "
-                "one with policy_settings.block_vectors=0, which serves both."
+                f"The policy has vectors for {len(weights.vectors)} blocks, but this model has "
+                f"{self._count} blocks. Train a policy for this model, or one with "
+                "policy_settings.block_vectors=0, which serves both."
             )
         first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
         parts = {n: first[c] for n, c in row_columns(weights.block_vectors).items()}
@@ -176,32 +176,27 @@ class BlockNetwork:
         self._gone_kind = _gone_kind_part(parts, blocks)
 
     def removals(self, request: Request) -> list[int]:
-        """The blocks to remove, in the order of their choice, until the request fits.
-
-        All of them if not even that makes it fit.
+        """The blocks to remove until the request fits, in order; all if it never fits.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch or the length.
         """
         costs = request_costs(self._builder.memory, request.batch_size, request.seq_len_tokens)
-        budget, peak = request.budget_bytes, costs.dense_peak_bytes
+        budget, dense_peak = request.budget_bytes, costs.dense_peak_bytes
         removed: list[int] = []
-        if peak <= budget:
+        if dense_peak <= budget:
             return removed
-        state, ffn_left = _Pass(self, request), self._count // 2
-        while peak > budget and len(removed) < self._count:
-            index = state.favourite(bytes_over(peak, budget, costs.dense_peak_bytes))
+        tracker, state = costs.tracker(), _Pass(self, request)
+        while tracker.peak_bytes > budget and len(removed) < self._count:
+            index = state.best_block(bytes_over(tracker.peak_bytes, budget, dense_peak))
             state.remove(index)
+            tracker.remove(index)
             removed.append(index)
-            peak -= costs.freed[index]
-            ffn_left -= index % 2
-            if index % 2 and not ffn_left:
-                peak -= costs.last_ffn_bytes
         return removed
 
 
 class _Pass:
-    """What the network sees of one request and of the blocks that are left."""
+    """The inputs of the network for one request, updated as blocks are removed."""
 
     def __init__(self, network: BlockNetwork, request: Request) -> None:
         seen, count = network._builder.dense(request), network._count
@@ -221,8 +216,12 @@ class _Pass:
         self._closed: Floats = np.zeros(count, dtype=np.float32)
         self._left = count
 
-    def favourite(self, over: float) -> int:
-        """The kept block that the network likes best with so large a share over the budget."""
+    def best_block(self, over: float) -> int:
+        """The kept block with the highest score.
+
+        Args:
+            over: Bytes over the budget as a share of the dense peak.
+        """
         layers = self._layers
         seen_over = np.float32(over) if self._network._see_request else np.float32(0.0)
         mean = self._compare(seen_over)
@@ -241,7 +240,7 @@ class _Pass:
         return int(scores.argmax())
 
     def remove(self, index: int) -> None:
-        """Note that block `index` is gone."""
+        """Remove block `index`."""
         network = self._network
         self._kept[index] = 0.0
         self._closed[index] = -np.inf
@@ -253,10 +252,10 @@ class _Pass:
                 self._own[index - step] -= weight
 
     def _compare(self, over: np.float32) -> Floats:
-        """Fill in what each removal changes for all blocks.
+        """Update the inputs that each removal changes for all blocks.
 
         Args:
-            over: Bytes over the budget as a share of the dense peak; 0 if that is not seen.
+            over: Bytes over the budget as a share of the dense peak; 0 if hidden from the network.
 
         Returns:
             Means of the features and prices over the kept blocks, (F + prices,).
@@ -302,7 +301,7 @@ def _layers(weights: NetworkWeights, parts: dict[str, Floats]) -> _Layers:
 def _own_part(
     weights: NetworkWeights, parts: dict[str, Floats], blocks: Floats, vectors: Floats
 ) -> Floats:
-    """What the first layer makes of a kept block beside kept ones, for no request, (2L, H + 1)."""
+    """First-layer terms of each kept block with kept neighbours, for no request, (2L, H + 1)."""
     bias = np.append(weights.first_bias, np.float32(0.0))
     always = parts["kept"][0] + parts["neighbours"].sum(axis=0) + bias
     own = blocks @ parts["blocks"] + vectors @ parts["vectors"] + always
@@ -310,7 +309,7 @@ def _own_part(
 
 
 def _gone_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Floats:
-    """What the first layer makes of each block if it alone is removed, (2L, H + 1)."""
+    """First-layer terms of each block as the only removed one, (2L, H + 1)."""
     blocks = blocks.copy()
     blocks[:, KEPT_AND_FREED] = 0.0
     gone = blocks @ parts["mean_removed"] + vectors @ parts["removed_vectors"]
@@ -318,7 +317,7 @@ def _gone_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Flo
 
 
 def _gone_kind_part(parts: dict[str, Floats], blocks: Floats) -> Floats:
-    """What it adds for each block that one more of its kind is removed, (2L, H + 1)."""
+    """First-layer terms of one more removed block of each block's kind, (2L, H + 1)."""
     ffn = blocks[:, BLOCK_FEATURES.index("kind")]
     kinds = np.stack([1 - ffn, ffn], axis=1)
     shares = kinds / np.maximum(kinds.sum(axis=0), 1)

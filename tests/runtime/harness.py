@@ -10,7 +10,7 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.policies import DensePolicy, OrderPolicy
+from rap_env.runtime.policies import OrderPolicy, StaticPolicy
 from rap_env.runtime.sampling import SamplingParams
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
@@ -54,7 +54,7 @@ class Harness:
         self.time_s = 0.0
         self.meter = meter(self.llm)
         self.estimator = MemoryEstimator(self.llm)
-        self.policy = policy or DensePolicy()
+        self.policy = policy or StaticPolicy(BlockMask(), "dense")
         self.controller = RuntimeController(
             self.llm,
             self.policy,

@@ -15,7 +15,7 @@ from rap_env.llm.live_batch import LiveBatch
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import PassSize
-from rap_env.runtime.policies import DensePolicy, StaticPolicy
+from rap_env.runtime.policies import StaticPolicy
 from tests.runtime.harness import ORDER, SHAPE, Harness, Says, between, ordered
 
 
@@ -269,7 +269,7 @@ def test_generate_is_held_within_its_budget_too():
 
 
 def test_keys_and_values_in_use_count_as_used():
-    harness = ordered(policy=DensePolicy())
+    harness = ordered(policy=StaticPolicy(BlockMask(), "dense"))
     batch = LiveBatch(harness.llm)
     batch.prefill([[5] * 40] * 4)
     harness.controller.check(SHAPE)

@@ -60,18 +60,20 @@ def test_the_same_policy_gives_the_same_bytes(path, tmp_path):
 @pytest.mark.parametrize("size", [0, 4, 100, -1, -200])
 def test_a_truncated_file_is_refused(path, size):
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ArtifactError, match=r"is truncated or no exported policy; export it again"):
+    with pytest.raises(
+        ArtifactError, match=r"is truncated or not an exported policy; use the packaged policy"
+    ):
         PolicyFile.load(path)
 
 
 def test_a_file_of_another_kind_is_refused(path, tmp_path):
     path.write_text("{}")
-    with pytest.raises(ArtifactError, match="truncated or no exported policy"):
+    with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
         PolicyFile.load(path)
     path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)}))
     with pytest.raises(ArtifactError, match="holds tensors, but no exported policy"):
         PolicyFile.load(path)
-    with pytest.raises(ArtifactError, match="truncated or no exported policy"):
+    with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
         PolicyFile.load(tmp_path)  # a folder
     with pytest.raises(ArtifactError, match="There is no exported policy at"):
         PolicyFile.load(tmp_path / "nothing.safetensors")
@@ -109,7 +111,7 @@ def test_altered_content_is_refused(path):
 
 def test_parts_of_different_models_are_refused():
     made = policy_file()
-    with pytest.raises(ArtifactError, match="importance of made should have 12 values"):
+    with pytest.raises(ArtifactError, match="importance of made must have 12 values"):
         replace(made, features=features(4))
     with pytest.raises(ArtifactError, match="each of its 12 blocks once"):
         replace(made, order=(0, 1))
@@ -135,9 +137,9 @@ def test_another_number_of_blocks_needs_features_and_no_vectors(caplog):
     with pytest.raises(ArtifactError, match="12 blocks, but made has 8; give the importance"):
         made.features_for(facts(4))
     assert made.features_for(facts(4), given) == (given, order_of(given))
-    with pytest.raises(ArtifactError, match="should have 10 values of one_shot"):
+    with pytest.raises(ArtifactError, match="must have 10 values of one_shot"):
         made.features_for(facts(5), given)
-    with pytest.raises(ArtifactError, match="vector for each of 12 blocks, but made has 8"):
+    with pytest.raises(ArtifactError, match="vectors for 12 blocks, but made has 8"):
         policy_file(block_vectors=3).features_for(facts(4), given)
     assert not caplog.records
 

@@ -99,7 +99,7 @@ def test_it_is_deterministic_and_keeps_nothing():
 
 def test_vectors_serve_their_own_number_of_blocks_alone():
     builder = ObservationBuilder(memory(4), features(4))
-    with pytest.raises(ArtifactError, match="vector for each of 12 blocks, but this model has 8"):
+    with pytest.raises(ArtifactError, match="vectors for 12 blocks, but this model has 8"):
         BlockNetwork(weights(6, block_vectors=3), builder)
     assert BlockNetwork(weights(6), builder).removals(Request.at_fraction(memory(4), 1, 10, 0.7))
 
@@ -107,10 +107,10 @@ def test_vectors_serve_their_own_number_of_blocks_alone():
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"first_bias": np.zeros(5, np.float32)}, r"first_weight should have the shape \(5, "),
+        ({"first_bias": np.zeros(5, np.float32)}, r"first_weight must have the shape \(5, "),
         ({"linear_weight": np.zeros(5, np.float32)}, r"linear_weight .*not \(5,\)"),
-        ({"last_weight": np.full(8, np.nan, np.float32)}, "last_weight holds NaN"),
-        ({"without": ("gis",)}, "without 'gis', which this version does not know"),
+        ({"last_weight": np.full(8, np.nan, np.float32)}, "last_weight contains NaN"),
+        ({"without": ("gis",)}, "without 'gis', which is unknown to this version"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(changed, text):
