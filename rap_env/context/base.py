@@ -69,7 +69,8 @@ class PruningContext(Protocol):
 
     Environments, agents, baselines and experiments take a context, so that all of them measure
     the same masks on the same text and share one model and one score store. `LiveContext` has a
-    live model; `TableContext` has a score table and no model.
+    live model. `TableContext` has a score table instead; there, `llm`, `corpus` and
+    `layer_influence` raise `ModelNotAvailableError`.
     """
 
     @property
@@ -86,19 +87,11 @@ class PruningContext(Protocol):
 
     @property
     def llm(self) -> ElasticLLM:
-        """The live model.
-
-        Raises:
-            ModelNotAvailableError: The context is a score table.
-        """
+        """The live model."""
 
     @property
     def corpus(self) -> Corpus:
-        """The calibration text.
-
-        Raises:
-            ModelNotAvailableError: The context is a score table.
-        """
+        """The calibration text."""
 
     @property
     def one_shot(self) -> OneShotProfile:
@@ -106,20 +99,11 @@ class PruningContext(Protocol):
 
     @property
     def gsi(self) -> GSIProfile:
-        """The GSI order.
-
-        Raises:
-            ArtifactError: A file that should hold it is damaged or of another model, or the
-                score table has none.
-        """
+        """The GSI order; an `ArtifactError` if there is none, or none of this model."""
 
     @property
     def layer_influence(self) -> npt.NDArray[np.float64]:
-        """Block influence of each whole layer, shape (L,).
-
-        Raises:
-            ModelNotAvailableError: The context is a score table.
-        """
+        """Block influence of each whole layer, shape (L,)."""
 
     @property
     def frontier_path(self) -> str | None:
@@ -127,11 +111,7 @@ class PruningContext(Protocol):
 
     @property
     def frontier(self) -> Frontier:
-        """The best known mask for each pair of counts of removed blocks.
-
-        Raises:
-            ArtifactError: No path was given, or the file is missing, damaged or of another model.
-        """
+        """The best known mask for each pair of counts; an `ArtifactError` without artifact."""
 
     @property
     def features(self) -> ImportanceFeatures:

@@ -9,7 +9,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from tests.envs.playing import COUNT, assert_same, make
-from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
+from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
 
 SHARES = {"name": "grid", "budget_fractions": [0.5, 0.55, 0.6]}
 POOL = {"name": "pool", "of": SHARES, "size": 3}
@@ -17,25 +17,27 @@ CURRICULUM = {"name": "curriculum", "of": SHARES, "requests": 6, "start_fraction
 WORKLOADS = [POOL, CURRICULUM, {**CURRICULUM, "of": POOL}]
 
 
-def share(vector, lane: int) -> float:
-    request = vector.requests[lane]
+def share(vector, index: int) -> float:
+    request = vector.requests[index]
     shape = request.batch_size, request.seq_len_tokens
     return request.budget_bytes / vector.memory.dense_peak_bytes(*shape)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_lanes_draw_what_single_environments_draw(context, mode, workload):
+def test_sub_environments_draw_what_single_environments_draw(context, mode, workload):
     settings = {"workload": workload, "max_invalid_actions": 3}
     vector = make_vector(context, autoreset_mode=mode, **settings)
-    assert_same(play_lanes(vector, 1), play_lanes(make_sync(context, mode, **settings), 1))
+    assert_same(play_vector(vector, 1), play_vector(make_sync(context, mode, **settings), 1))
 
 
-def test_each_lane_has_a_curriculum_of_its_own_that_a_seed_begins_anew(context):
+def test_each_sub_environment_has_a_curriculum_of_its_own_that_a_seed_begins_anew(context):
     vector = make_vector(context, workload=CURRICULUM)
     vector.reset(seed=0)
-    assert [share(vector, lane) for lane in range(LANES)] == pytest.approx([0.95] * LANES, abs=0.01)
-    only_first = np.arange(LANES) == 0
+    assert [share(vector, index) for index in range(NUM_ENVS)] == pytest.approx(
+        [0.95] * NUM_ENVS, abs=0.01
+    )
+    only_first = np.arange(NUM_ENVS) == 0
     eased = []
     for _ in range(5):
         vector.reset(options={"reset_mask": only_first})
@@ -48,7 +50,7 @@ def test_each_lane_has_a_curriculum_of_its_own_that_a_seed_begins_anew(context):
     assert share(vector, 0) == pytest.approx(0.95, abs=0.01)
 
 
-def test_a_pool_repeats_its_requests_in_all_lanes(context):
+def test_a_pool_repeats_its_requests_in_all_sub_environments(context):
     vector = make_vector(context, workload=POOL)
     seen = {request for seed in range(10) for request in _requests(vector, seed)}
     assert len(seen) <= POOL["size"]
@@ -62,7 +64,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, workloa
     vector = make_vector(context, **settings)
     vector.reset(seed=4)
     resumed = make_vector(context, **settings)
-    for number, row in enumerate(np.random.default_rng(0).integers(COUNT, size=(24, LANES))):
+    for number, row in enumerate(np.random.default_rng(0).integers(COUNT, size=(24, NUM_ENVS))):
         result = vector.step(row)
         if number:
             assert_same(resumed.step(row), result)

@@ -14,7 +14,7 @@ from rap_env.importance.frontier import Frontier
 from rap_env.scoring.store import mask_key
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, assert_same, make, play, request_at
-from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
+from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
 from tests.envs.test_vector import CountsCalls
 from tests.scoring.tiny_table import all_masks, table_of
 
@@ -138,14 +138,14 @@ def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["gsi", "frontier"])
 @pytest.mark.parametrize("settings", [{}, LOG_DENSE])
-def test_lanes_are_paid_as_single_environments_are(ordered, mode, name, settings):
+def test_sub_environments_are_paid_as_single_environments_are(ordered, mode, name, settings):
     shared = {"reward": relative(name, **settings), "max_invalid_actions": 3}
-    happened = play_lanes(make_vector(ordered, autoreset_mode=mode, **shared), 1)
-    assert_same(happened, play_lanes(make_sync(ordered, mode, **shared), 1))
+    happened = play_vector(make_vector(ordered, autoreset_mode=mode, **shared), 1)
+    assert_same(happened, play_vector(make_sync(ordered, mode, **shared), 1))
     infos = [result[-1] for result in happened]
     infos += [info["final_info"] for info in infos if "final_info" in info]
     compared = [info["_baseline_loss"] for info in infos if "baseline_loss" in info]
-    assert sum(flags.sum() for flags in compared) > LANES
+    assert sum(flags.sum() for flags in compared) > NUM_ENVS
 
 
 def test_the_baselines_masks_are_scored_with_the_final_ones(ordered):
@@ -155,7 +155,7 @@ def test_the_baselines_masks_are_scored_with_the_final_ones(ordered):
     vector.reset(seed=0)
     ended = []
     for step in range(20):
-        _, _, terminated, truncated, _ = vector.step([step % COUNT] * LANES)
+        _, _, terminated, truncated, _ = vector.step([step % COUNT] * NUM_ENVS)
         ended.append(int((terminated | truncated).sum()))
     assert bench.asked == [2 * count for count in ended if count]
 

@@ -16,7 +16,7 @@ from rap_env.llm.loading import shared_llm
 from rap_env.request import Request
 from tests.envs.conftest import tiny_library
 from tests.envs.playing import DENSE_TIMING, assert_same, make, play, request_at
-from tests.envs.playing_lanes import make_sync, make_vector, play_lanes
+from tests.envs.playing_vectors import make_sync, make_vector, play_vector
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -81,10 +81,10 @@ def test_rewards_are_those_of_the_model_with_stubs(context, repaired):
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_lanes_are_single_environments_side_by_side(repaired, mode):
+def test_sub_environments_are_single_environments_side_by_side(repaired, mode):
     settings = {"reward": DENSE_TIMING, "workload": "azure-conv"}
-    expected = play_lanes(make_sync(repaired, mode, **settings), 1)
-    found = play_lanes(make_vector(repaired, autoreset_mode=mode, **settings), 1)
+    expected = play_vector(make_sync(repaired, mode, **settings), 1)
+    found = play_vector(make_vector(repaired, autoreset_mode=mode, **settings), 1)
     for one, other in zip(found, expected, strict=True):
         for array in ("request", "blocks", "action_mask"):
             assert_same(one[0][array], other[0][array])

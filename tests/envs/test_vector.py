@@ -5,7 +5,7 @@ import pytest
 
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, assert_same, request_at
-from tests.envs.playing_lanes import LANES, MODES, make_sync, make_vector, play_lanes
+from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -16,29 +16,31 @@ def test_it_plays_as_single_environments_do(context, mode, reward, workload):
     vector = make_vector(context, autoreset_mode=mode, **settings)
     sync = make_sync(context, mode, **settings)
     for seed in range(3):
-        happened = play_lanes(vector, seed)
-        assert_same(happened, play_lanes(sync, seed))
+        happened = play_vector(vector, seed)
+        assert_same(happened, play_vector(sync, seed))
         steps = [result for result in happened if len(result) == 5]
         assert any(terminated.any() for _, _, terminated, _, _ in steps)
         assert any(truncated.any() for _, _, _, truncated, _ in steps)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_replayed_trace_goes_on_in_each_lane_as_in_single_environments(context, mode, tmp_path):
+def test_a_replayed_trace_goes_on_in_each_sub_environment_as_in_single_environments(
+    context, mode, tmp_path
+):
     path = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(9, 60, 7))
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
     workload = {"name": "trace", "path": str(path), "order": "replay"}
     vector = make_vector(context, autoreset_mode=mode, workload=workload)
-    assert_same(play_lanes(vector, 1), play_lanes(make_sync(context, mode, workload=workload), 1))
+    assert_same(play_vector(vector, 1), play_vector(make_sync(context, mode, workload=workload), 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_limit_of_steps_truncates_as_gymnasium_does(context, mode):
     settings = {"invalid_action_penalty": 0.5, "reward": DENSE_TIMING}
     vector = make_vector(context, autoreset_mode=mode, max_episode_steps=3, **settings)
-    happened = play_lanes(vector, 2)
-    assert_same(happened, play_lanes(make_sync(context, mode, steps=3, **settings), 2))
+    happened = play_vector(vector, 2)
+    assert_same(happened, play_vector(make_sync(context, mode, steps=3, **settings), 2))
     assert any(result[3].any() for result in happened if len(result) == 5)
 
 
@@ -54,7 +56,7 @@ def test_rewards_with_accuracy_are_those_of_single_environments():
     for mode in MODES:
         vector = make_vector(bench, autoreset_mode=mode, **settings)
         sync = make_sync(bench, mode, **settings)
-        assert_same(play_lanes(vector, 0, steps=15), play_lanes(sync, 0, steps=15))
+        assert_same(play_vector(vector, 0, steps=15), play_vector(sync, 0, steps=15))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -67,7 +69,7 @@ def test_requests_given_at_the_reset_are_those_of_single_environments(context, m
     sync.reset(seed=1)
     first, other = (envs.reset(seed=seeds, options=dict(options)) for envs in (vector, sync))
     assert_same(first, other)
-    assert vector.requests == (options["request"],) * LANES
+    assert vector.requests == (options["request"],) * NUM_ENVS
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,8 +77,8 @@ def test_requests_given_at_the_reset_are_those_of_single_environments(context, m
 def test_predicted_scores_are_said_to_be_so(context, mode, reward):
     bench = PredictsOddMasks(context)
     settings = {"reward": reward, "max_invalid_actions": 3}
-    happened = play_lanes(make_vector(bench, autoreset_mode=mode, **settings), 0)
-    assert_same(happened, play_lanes(make_sync(bench, mode, **settings), 0))
+    happened = play_vector(make_vector(bench, autoreset_mode=mode, **settings), 0)
+    assert_same(happened, play_vector(make_sync(bench, mode, **settings), 0))
     told = [result[-1] for result in happened]
     told += [info["final_info"] for info in told if "final_info" in info]
     flags = [(info["_predicted"], info["predicted"]) for info in told if "predicted" in info]
@@ -85,9 +87,9 @@ def test_predicted_scores_are_said_to_be_so(context, mode, reward):
         assert np.array_equal(has_it, value)
         assert has_it.any()
     for info in told:
-        for lane in np.flatnonzero(info.get("_nll", [])):
-            odd = len(info["removed"][lane]) % 2 == 1
-            assert info.get("predicted", np.zeros(LANES, bool))[lane] == odd
+        for index in np.flatnonzero(info.get("_nll", [])):
+            odd = len(info["removed"][index]) % 2 == 1
+            assert info.get("predicted", np.zeros(NUM_ENVS, bool))[index] == odd
 
 
 class CountsCalls:
@@ -117,13 +119,13 @@ def test_the_scores_of_a_step_are_asked_for_together(context):
     vector = make_vector(bench, reward=DENSE_TIMING, autoreset_mode="SameStep")
     vector.reset(seed=0)
     for step in range(1, 4):
-        vector.step(np.arange(LANES))
-        assert bench.asked == [LANES] * step
+        vector.step(np.arange(NUM_ENVS))
+        assert bench.asked == [NUM_ENVS] * step
     bench.asked.clear()
     terminal = make_vector(bench, autoreset_mode="SameStep")
     terminal.reset(seed=0)
     ended = []
     for step in range(30):
-        _, _, terminated, truncated, _ = terminal.step(np.full(LANES, step % COUNT))
+        _, _, terminated, truncated, _ = terminal.step(np.full(NUM_ENVS, step % COUNT))
         ended.append(int((terminated | truncated).sum()))
     assert bench.asked == [count for count in ended if count]

@@ -16,7 +16,7 @@ from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, USUAL, assert_same, request_at
-from tests.envs.playing_lanes import LANES, MODES, make_vector, play_lanes
+from tests.envs.playing_vectors import MODES, NUM_ENVS, make_vector, play_vector
 
 
 def test_gymnasium_makes_it(context):
@@ -44,15 +44,15 @@ def test_gymnasium_makes_it(context):
 
 def test_results_are_not_touched_by_later_steps(context):
     vector = make_vector(context, autoreset_mode="SameStep")
-    happened = play_lanes(vector, 0, steps=20)
-    kept = play_lanes(vector, 0, steps=20)
-    play_lanes(vector, 5, steps=20)
+    happened = play_vector(vector, 0, steps=20)
+    kept = play_vector(vector, 0, steps=20)
+    play_vector(vector, 5, steps=20)
     assert_same(happened, kept)
     seen, info = vector.reset(seed=0)
     for array in (*seen.values(), info["peak_bytes"], info["request"]["budget_bytes"]):
         array[:] = 1
     info["removed"][0].append("nonsense")
-    again, infos = vector.reset(options={"reset_mask": np.arange(LANES) == 1})
+    again, infos = vector.reset(options={"reset_mask": np.arange(NUM_ENVS) == 1})
     assert_same(
         {key: array[0] for key, array in again.items()},
         {k: a[0] for k, a in happened[0][0].items()},
@@ -60,21 +60,23 @@ def test_results_are_not_touched_by_later_steps(context):
     assert infos["removed"].tolist() == [None, [], None, None, None]
 
 
-def test_what_lanes_have_can_be_asked_for_by_name(context):
+def test_what_sub_environments_have_can_be_asked_for_by_name(context):
     vector = make_vector(context)
     vector.reset(seed=0, options={"request": request_at(context, 0.7)})
-    vector.step(np.arange(LANES))
-    assert vector.action_masks().tolist() == (1 - np.eye(COUNT))[:LANES].astype(bool).tolist()
-    assert [row.tolist().index(False) for row in vector.call("action_masks")] == list(range(LANES))
-    assert vector.get_attr("mask") == tuple(BlockMask.of(lane) for lane in range(LANES))
-    assert vector.get_attr("request") == (request_at(context, 0.7),) * LANES
-    assert vector.get_attr("context") == (context,) * LANES
-    assert vector.get_attr("render_mode") == (None,) * LANES
+    vector.step(np.arange(NUM_ENVS))
+    assert vector.action_masks().tolist() == (1 - np.eye(COUNT))[:NUM_ENVS].astype(bool).tolist()
+    assert [row.tolist().index(False) for row in vector.call("action_masks")] == list(
+        range(NUM_ENVS)
+    )
+    assert vector.get_attr("mask") == tuple(BlockMask.of(index) for index in range(NUM_ENVS))
+    assert vector.get_attr("request") == (request_at(context, 0.7),) * NUM_ENVS
+    assert vector.get_attr("context") == (context,) * NUM_ENVS
+    assert vector.get_attr("render_mode") == (None,) * NUM_ENVS
     with pytest.raises(AttributeError, match="no attribute 'speed'"):
         vector.get_attr("speed")
 
 
-def test_it_renders_every_lane(context):
+def test_it_renders_every_sub_environment(context):
     vector = make_vector(context, render_mode="ansi")
     vector.reset(seed=0, options={"request": request_at(context, 0.7)})
     vector.step(np.array([0, 0, 0, 0, 2]))
@@ -83,11 +85,11 @@ def test_it_renders_every_lane(context):
     assert vector.call("render") == pictures
     images = make_vector(context, render_mode="rgb_array")
     images.reset(seed=0)
-    assert [image.dtype for image in images.render()] == [np.uint8] * LANES
+    assert [image.dtype for image in images.render()] == [np.uint8] * NUM_ENVS
     silent = make_vector(context)
     silent.reset(seed=0)
     with pytest.warns(UserWarning, match="render_mode"):
-        assert silent.call("render") == (None,) * LANES
+        assert silent.call("render") == (None,) * NUM_ENVS
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,7 +98,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, reward)
     settings = {"autoreset_mode": mode, "reward": reward, "max_episode_steps": 9}
     vector = make_vector(context, **settings)
     rng = np.random.default_rng(0)
-    actions = rng.integers(COUNT, size=(40, LANES))
+    actions = rng.integers(COUNT, size=(40, NUM_ENVS))
     vector.reset(seed=4)
     resumed = make_vector(context, **settings)
     for number, row in enumerate(actions):
@@ -111,19 +113,19 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, reward)
         assert_same(resumed.set_state(state), result[0])
 
 
-def test_a_failing_model_leaves_all_lanes_where_they_were():
+def test_a_failing_model_leaves_all_sub_environments_where_they_were():
     bench = make_context()
     vector = make_vector(bench, reward=DENSE_TIMING)
     vector.reset(seed=0, options={"request": request_at(bench, 0.7)})
     head = bench.llm.model.get_output_embeddings().weight
     kept = head.detach().clone()
-    first = np.ones(LANES, dtype=int)  # measured before the damage, by the one-shot scan
+    first = np.ones(NUM_ENVS, dtype=int)  # measured before the damage, by the one-shot scan
     vector.step(first)
     with torch.no_grad():
         head.fill_(torch.nan)
     with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
         vector.step(np.array([1, 1, 1, 1, 3]))
-    assert vector.masks == (BlockMask.of(1),) * LANES
+    assert vector.masks == (BlockMask.of(1),) * NUM_ENVS
     with torch.no_grad():
         head.copy_(kept)
     _, rewards, *_ = vector.step(np.array([1, 1, 1, 1, 3]))
@@ -131,17 +133,17 @@ def test_a_failing_model_leaves_all_lanes_where_they_were():
     assert vector.masks[4] == BlockMask.of(1, 3)
 
 
-def test_lanes_that_are_over_wait_for_their_reset(context):
+def test_sub_environments_that_are_over_wait_for_their_reset(context):
     vector = make_vector(context, autoreset_mode="Disabled", max_episode_steps=1)
     with pytest.raises(ResetNeeded, match="call reset"):
-        vector.step(np.zeros(LANES, dtype=int))
+        vector.step(np.zeros(NUM_ENVS, dtype=int))
     with pytest.raises(ResetNeeded, match="call reset"):
-        vector.reset(options={"reset_mask": np.arange(LANES) == 0})
+        vector.reset(options={"reset_mask": np.arange(NUM_ENVS) == 0})
     vector.reset(seed=0)
-    vector.step(np.zeros(LANES, dtype=int))
+    vector.step(np.zeros(NUM_ENVS, dtype=int))
     message = r"sub-environments \[0, 1, 2, 3, 4\] are over; .*reset_mask"
     with pytest.raises(ResetNeeded, match=message):
-        vector.step(np.zeros(LANES, dtype=int))
+        vector.step(np.zeros(NUM_ENVS, dtype=int))
 
 
 @pytest.mark.parametrize(
@@ -163,11 +165,11 @@ def test_impossible_settings_are_refused(context, settings, error, message):
 @pytest.mark.parametrize(
     ("actions", "error", "message"),
     [
-        ([0] * (LANES - 1), InvalidRequestError, r"array of 5 actions, .* shape \(4,\)"),
-        ([[0] * LANES], InvalidRequestError, r"shape \(1, 5\)"),
+        ([0] * (NUM_ENVS - 1), InvalidRequestError, r"array of 5 actions, .* shape \(4,\)"),
+        ([[0] * NUM_ENVS], InvalidRequestError, r"shape \(1, 5\)"),
         ([0, 0, COUNT, 0, 0], UnknownNameError, r"Unknown action 6; .*5 \(layer02\.ffn\)"),
         ([0, -1, 0, 0, 0], UnknownNameError, "Unknown action -1"),
-        ([0.0] * LANES, UnknownNameError, r"Unknown action 0\.0"),
+        ([0.0] * NUM_ENVS, UnknownNameError, r"Unknown action 0\.0"),
     ],
 )
 def test_impossible_actions_are_refused_and_change_nothing(context, actions, error, message):
@@ -175,7 +177,7 @@ def test_impossible_actions_are_refused_and_change_nothing(context, actions, err
     vector.reset(seed=0)
     with pytest.raises(error, match=message):
         vector.step(np.array(actions))
-    assert vector.masks == (BlockMask(),) * LANES
+    assert vector.masks == (BlockMask(),) * NUM_ENVS
 
 
 @pytest.mark.parametrize(

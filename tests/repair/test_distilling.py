@@ -10,7 +10,7 @@ from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
 from rap_env.repair.masks import MaskDraw
-from rap_env.workload import FixedSampler, GridSampler, RequestSampler
+from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
 from tests.llm.stubs import random_stubs
 from tests.llm.test_elastic import weights_hash
 from tests.repair.texts import divergence_of, random_text, saved_model

@@ -11,7 +11,8 @@ from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.repair import DistillConfig, StubLibrary
 from rap_env.repair.masks import MaskDraw
-from rap_env.workload import FixedSampler, TraceSampler
+from rap_env.workload.sampler import FixedSampler
+from rap_env.workload.traffic import TraceSampler
 from tests.llm.stubs import random_stubs
 from tests.repair.test_distilling import HELD_BACK, LAYERS, SHORT, distilled, draw, fitted, tiny
 

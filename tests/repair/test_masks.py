@@ -8,7 +8,8 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.repair.masks import NOISE, MaskDraw
-from rap_env.workload import FixedSampler, GridSampler, TraceSampler
+from rap_env.workload.sampler import FixedSampler, GridSampler
+from rap_env.workload.traffic import TraceSampler
 
 LAYERS = 4
 LOSSES = np.array([0.3, 0.2, 0.05, 0.4, 0.1, 0.02, 0.6, -0.01])

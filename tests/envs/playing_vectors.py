@@ -10,12 +10,12 @@ from gymnasium.wrappers import TimeLimit
 from rap_env.envs.vector import RAPPruneVectorEnv
 from tests.envs.playing import COUNT, USUAL, make
 
-LANES = 5
+NUM_ENVS = 5
 MODES = list(AutoresetMode)
 
 
 def make_vector(context, **settings) -> RAPPruneVectorEnv:
-    return RAPPruneVectorEnv(context=context, num_envs=LANES, **{**USUAL, **settings})
+    return RAPPruneVectorEnv(context=context, num_envs=NUM_ENVS, **{**USUAL, **settings})
 
 
 def make_sync(context, mode, steps=None, **settings) -> SyncVectorEnv:
@@ -23,18 +23,18 @@ def make_sync(context, mode, steps=None, **settings) -> SyncVectorEnv:
         env = make(context, **settings)
         return env if steps is None else TimeLimit(env, steps)
 
-    return SyncVectorEnv([one] * LANES, autoreset_mode=mode)
+    return SyncVectorEnv([one] * NUM_ENVS, autoreset_mode=mode)
 
 
-def play_lanes(envs, seed: int, steps: int = 60) -> list[tuple]:
-    """Random actions, many of them invalid; lanes that are over are reset where nothing else does.
+def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
+    """Random actions, many of them invalid; a reset follows where autoreset does not.
 
-    What happens is everything that `reset` and `step` returned.
+    Returns everything that `reset` and `step` returned.
     """
     rng = np.random.default_rng(seed)
     happened = [envs.reset(seed=seed)]
     for _ in range(steps):
-        happened.append(envs.step(rng.integers(COUNT, size=LANES)))
+        happened.append(envs.step(rng.integers(COUNT, size=NUM_ENVS)))
         over = happened[-1][2] | happened[-1][3]
         if envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED and over.any():
             happened.append(envs.reset(options={"reset_mask": over}))
