@@ -1,4 +1,4 @@
-"""``python -m experiments.studies.overfitting``: how much a search overfits its text."""
+"""``python -m experiments.studies.overfitting``: how far a search overfits its calibration text."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ from experiments.config import Config
 from experiments.console import say
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.studies.rows import StudyRow, search_evaluations
-from experiments.studies.setup import (
-    Judge,
+from experiments.studies.evaluation import (
     Search,
-    StudyBench,
-    all_disjoint,
-    bar,
-    baseline_maker,
+    StudyContexts,
+    StudyEvaluator,
     gsi_identity,
+    progress_bar,
     reseeded,
 )
+from experiments.studies.records import StudyRow, search_evaluations
 from rap_env.context.base import PruningContext
 from rap_env.request import Request
 
@@ -44,48 +42,47 @@ TEXT, REPORT = "calibration", "report"
 _FROZEN = ("model", "repair", "importance.gsi_method", "importance.gsi_removals")
 
 CAPTION = (
-    "Loss (nats per token over the dense model) on the calibration text that masks were searched "
-    "on and on report text, mean over requests and draws, with a 95 % interval over windows and "
-    "draws; gap: report minus calibration; against the largest: loss on the report text minus "
-    "that of the masks searched on the largest text, paired over windows."
+    "ΔNLL (nats/token) on the calibration text that masks were searched on and on report text, "
+    "mean over requests and draws, with a 95 % interval over windows and draws; gap: report minus "
+    "calibration; against the largest: ΔNLL on the report text minus that of the masks searched on "
+    "the largest text, paired over windows."
 )
 
 
 class GSIPerByteBaseline(GSIBaseline):
-    """Removes first what lost least per byte that it frees when GSI removed it.
+    """Removes blocks in order of the marginal ΔNLL that GSI measured, per freed byte.
 
-    Blocks that the order leaves count with the loss that GSI last knew of them.
+    Blocks that GSI did not remove count with their last measured marginal ΔNLL.
     """
 
     name = "gsi_per_byte"
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        self._losses = context.gsi.marginal_loss
+        self._marginal = context.gsi.marginal_loss
 
     def _order(self, request: Request) -> Sequence[int]:
         freed = self.memory.freed_bytes(request)
-        prices = [price_per_byte(*pair) for pair in zip(self._losses, freed, strict=True)]
+        prices = [price_per_byte(*pair) for pair in zip(self._marginal, freed, strict=True)]
         return [int(index) for index in np.argsort(prices, kind="stable")]
 
 
-OWN = {GSIPerByteBaseline.name: GSIPerByteBaseline}
-METHODS = ("gsi", *OWN)
+METHODS = {"gsi": GSIBaseline, GSIPerByteBaseline.name: GSIPerByteBaseline}
 
 
 def overfitting(config: Config, folder: Path) -> Path:
-    """Find an order on calibration texts of several sizes, and judge the masks that follow.
+    """Measure an order on calibration texts of several sizes, and evaluate its masks.
 
     Args:
         config: All settings.
-        folder: Where ``overfitting.jsonl`` and ``tables.md`` go.
+        folder: Folder for ``overfitting.jsonl`` and ``tables.md``.
 
     Returns:
         The path of ``overfitting.jsonl``.
 
     Raises:
-        RapError: A setting cannot be, a text is too short or overlaps with the report text, a
-            budget cannot be met, or a record is damaged.
+        RapError: A setting is invalid, a text is too short or overlaps with the report text, a
+            budget is infeasible, or a record is damaged.
     """
     if not config.overfitting.cells:
         raise ExperimentError("overfitting.cells needs an entry.")
@@ -97,33 +94,32 @@ def overfitting(config: Config, folder: Path) -> Path:
     table = gap_table(rows)
     in_markdown = f"# Overfitting\n\n{CAPTION}\n\n{markdown(table)}"
     publish_tables(folder, in_markdown, f"{plain(table)}\n\n{wrapped(CAPTION)}\n")
-    say(f"{evaluations:,} evaluations to find the orders; {len(rows)} records in {folder / FILE}.")
+    say(f"{evaluations:,} evaluations to measure the orders; {len(rows)} rows in {folder / FILE}.")
     return folder / FILE
 
 
 def _rows(config: Config, folder: Path) -> list[StudyRow]:
-    """A row for each method, size, draw and cell."""
-    settings, bench = config.overfitting, StudyBench(config)
-    report = {REPORT: bench.load(config.evaluate.text, "report")}
+    """Return a row for each method, size, draw and cell."""
+    settings, contexts = config.overfitting, StudyContexts(config)
+    report = {REPORT: contexts.load(config.evaluate.text, "report")}
     draws = {
-        (windows, seed): bench.load(reseeded(config.calibration, seed, windows), "calibration")
+        (windows, seed): contexts.load(reseeded(config.calibration, seed, windows), "calibration")
         for windows in settings.windows
         for seed in settings.seeds_of(windows)
     }
-    all_disjoint(list(draws.values()), list(report.values()))
-    judge = Judge("overfitting", bench, report, folder / FILE)
+    evaluator = StudyEvaluator("overfitting", contexts, list(draws.values()), report, folder / FILE)
     rows: list[StudyRow] = []
-    for (_, seed), corpus in bar(config, "overfitting", list(draws.items())):
-        context, identity = bench.on(corpus), gsi_identity(config)
-        for method in METHODS:
-            search = Search(method, TEXT, seed, context, baseline_maker(method, **OWN), identity)
-            rows += judge.rows(search, settings.parsed_cells)
+    for (_, seed), corpus in progress_bar(config, "overfitting", list(draws.items())):
+        context, identity = contexts.on(corpus), gsi_identity(config)
+        for method, baseline in METHODS.items():
+            search = Search(method, TEXT, seed, context, baseline, identity)
+            rows += evaluator.rows(search, settings.parsed_cells)
     return rows
 
 
 def gap_table(rows: Sequence[StudyRow]) -> Table:
-    """One line a method and size: both losses, their gap, and what more text would have given."""
-    header = ["Method", "Tokens", "Draws", "Loss, calibration", "Loss, report", "Gap",
+    """Table with one line per method and size: ΔNLL on both texts, their gap, more text."""
+    header = ["Method", "Tokens", "Draws", "ΔNLL, calibration", "ΔNLL, report", "Gap",
               "Against the largest"]  # fmt: skip
     lines = []
     for method in dict.fromkeys(row.method for row in rows):
@@ -131,19 +127,19 @@ def gap_table(rows: Sequence[StudyRow]) -> Table:
         largest = max(row.tokens for row in own)
         for tokens in sorted({row.tokens for row in own}):
             same = [row for row in own if row.tokens == tokens]
-            losses, best = _windows(same), _windows([r for r in own if r.tokens == largest])
+            deltas, best = _windows(same), _windows([r for r in own if r.tokens == largest])
             seen = float(np.mean([row.loss_calibration for row in same]))
-            found, more = bootstrap_mean(losses), paired_difference(losses, best)
+            found, more = bootstrap_mean(deltas), paired_difference(deltas, best)
             apart = "-" if tokens == largest else signed(more)
             lines.append(
-                [look(method).label, f"{tokens:,}", f"{len(losses)}", f"{seen:.3f}", str(found),
+                [look(method).label, f"{tokens:,}", f"{len(deltas)}", f"{seen:.3f}", str(found),
                  f"{found.mean - seen:+.3f}", apart]
             )  # fmt: skip
     return header, lines
 
 
 def _windows(rows: Sequence[StudyRow]) -> list[list[float]]:
-    """Losses on the report text, mean over cells, (draws, windows)."""
+    """ΔNLL on the report text, mean over cells, (draws, windows)."""
     seeds = dict.fromkeys(row.seed for row in rows)
     return [
         np.mean([row.window_losses for row in rows if row.seed == seed], axis=0).tolist()

@@ -19,7 +19,7 @@ from experiments.config import (
 )
 from experiments.errors import ExperimentError
 from experiments.studies.overfitting import FILE, GSIPerByteBaseline, gap_table, overfitting
-from experiments.studies.rows import StudyRow
+from experiments.studies.records import StudyRow
 from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.llm.loading import load_llm
@@ -110,7 +110,7 @@ def test_killed_it_goes_on_with_the_same_numbers(config, folder, rows, monkeypat
     def searched(*_: object) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("experiments.studies.setup.Search.choose", searched)
+    monkeypatch.setattr("experiments.studies.evaluation.Search.choose", searched)
     overfitting(config, folder)
     orders = {(row.tokens, row.seed): row.evaluations for row in rows}
     assert RunFolder(folder).read()["evaluations"] == sum(orders.values())

@@ -18,9 +18,16 @@ from experiments.config import (
     TextConfig,
 )
 from experiments.errors import ExperimentError
-from experiments.studies.agreement import agreements, kendall_tau, overlap
-from experiments.studies.rows import OrderRow, StudyRow
-from experiments.studies.stability import FILE, ORDERS, OWN_TEXT, stability
+from experiments.studies.records import OrderRow, StudyRow
+from experiments.studies.stability import (
+    FILE,
+    ORDERS,
+    OWN_TEXT,
+    agreements,
+    kendall_tau,
+    overlap,
+    stability,
+)
 from experiments.train import train
 from rap_env.blocks import BlockMask, block_name
 from rap_env.errors import CorpusError
@@ -132,7 +139,7 @@ def test_killed_it_goes_on_with_the_same_numbers(config, folder, monkeypatch):
     def measured(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("experiments.studies.setup.Judge._row", measured)
+    monkeypatch.setattr("experiments.studies.evaluation.StudyEvaluator._row", measured)
     monkeypatch.setattr("experiments.studies.stability._measured", measured)
     stability(config, folder)
 

@@ -20,10 +20,17 @@ from experiments.config import (
     TextStudyConfig,
 )
 from experiments.errors import ExperimentError
-from experiments.studies.rows import StudyRow
-from experiments.studies.text_search import LazyPerByteBaseline
-from experiments.studies.text_study import FILE, searched_texts, text_study
-from experiments.studies.text_tables import OTHERS, SHARED, SHARED_ALL, TextComparison
+from experiments.studies.records import StudyRow
+from experiments.studies.text_study import (
+    FILE,
+    OTHERS,
+    SHARED,
+    SHARED_ALL,
+    LazyPerByteBaseline,
+    TextComparison,
+    searched_texts,
+    text_study,
+)
 from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.errors import CorpusError, UnknownNameError
@@ -129,11 +136,11 @@ def test_killed_it_goes_on_and_searches_only_what_is_missing(config, folder, row
     def searched(*_: object) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("experiments.studies.setup.Search.choose", searched)
+    monkeypatch.setattr("experiments.studies.evaluation.Search.choose", searched)
     text_study(config, folder)
     evaluations = {(row.searched_on, row.cell): row.evaluations for row in rows}
     assert RunFolder(folder).read()["evaluations"] == sum(evaluations.values())
-    assert "From knowing the kind of text there is" in (folder / "tables.md").read_text()
+    assert "Effect of a mask for the kind of text" in (folder / "tables.md").read_text()
 
 
 def synthetic(losses: dict[tuple[str, str], list[float]]) -> TextComparison:
@@ -157,18 +164,18 @@ def test_the_gain_is_the_paired_difference_of_own_and_other_masks():
     everything = found.gain(OTHERS, ["a", "b"])
     expected = paired_difference([1.5, 2.25], [4.0, 4.5])  # means over kinds, window by window
     assert (everything.mean, everything.low) == pytest.approx((expected.mean, expected.low))
-    assert f"against {SHARED}: something to gain (-0.500" in found.verdict()
+    assert f"against {SHARED}: a gain (-0.500" in found.verdict()
 
 
 def test_the_answer_is_no_where_masks_do_not_differ():
     same = [1.0, 2.0, 3.0]
     found = synthetic({(s, k): same for s in ("a", "b", SHARED) for k in ("a", "b")})
-    assert f"against {SHARED}: no clear gain (+0.000" in found.verdict()
+    assert f"against {SHARED}: no significant gain (+0.000" in found.verdict()
     worse = synthetic({
         (s, k): [2.0, 2.0] if s == k else [1.0, 1.0]
         for s in ("a", "b", SHARED) for k in ("a", "b")
     })  # fmt: skip
-    assert "nothing to gain but to lose (+1.000" in worse.verdict()
+    assert ": a loss (+1.000" in worse.verdict()
 
 
 def test_the_lazy_search_finds_what_the_whole_one_finds_with_fewer_evaluations(tmp_path):

@@ -1,4 +1,4 @@
-"""Records of the studies of calibration text: which mask a text led to, and what it loses."""
+"""Records of the studies of calibration text: masks with their ΔNLL, and removal orders."""
 
 from __future__ import annotations
 
@@ -6,42 +6,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.comparison.records import Record
+from experiments.comparison.records import CellRecord, Record
 from experiments.config.common import Cell
 from rap_env.artifacts import digest
 
-
-class _StudyRecord(Record):
-    record_name = "A study's record"
-    rerun = "run the study again"
+_NAME, _RERUN = "A study's record", "run the study again"
 
 
 @dataclass(frozen=True)
-class StudyRow(_StudyRecord):
+class StudyRow(CellRecord):
     """One mask on one report text.
 
-    Losses are in nats per token: the mask's NLL minus the dense model's.
+    Losses are ΔNLL: the mask's NLL minus the dense model's, nats per token.
 
     Attributes:
         study: ``"stability"``, ``"text"`` or ``"overfitting"``.
-        method: How the mask was chosen: a baseline, or the name of a trained agent's run folder.
-        searched_on: Name of the text that it was searched on, or that a trained policy's
-            importance was measured on.
+        method: Method that chose the mask: a baseline, or a trained agent's run folder.
+        searched_on: Name of the text that the mask was searched on, or on which the importance
+            was measured that a trained policy observed.
         seed: Seed of that text's windows.
         tokens: Tokens of that text.
         request: ``{"batch_size": int, "seq_len_tokens": int}``.
-        budget_fraction: Budget as a share of the dense peak.
+        budget_fraction: Budget as a fraction of the dense peak.
         budget_bytes: The budget.
         peak_bytes: Peak bytes of the mask under the request.
         mask: Names of the removed blocks.
-        loss_calibration: Loss on the text that it was searched on.
+        loss_calibration: ΔNLL on the text that the mask was searched on.
         text: Name of the report text.
-        loss: Mean over the windows of the report text.
+        loss: ΔNLL, mean over the windows of the report text.
         loss_ci_low: Lower end of its 95 % interval over windows.
         loss_ci_high: Upper end.
-        window_losses: Loss of each window of the report text, (windows,).
-        evaluations: Masks whose score the choice needed, stored ones and those of an order that
-            serves all requests included.
+        window_losses: ΔNLL of each window of the report text, (windows,).
+        evaluations: Masks scored for the choice, including stored scores and those of an order
+            that serves all requests.
         provenance: ``{"depends_on": hashes and settings, "searched_on": the text, "git": ...}``.
     """
 
@@ -64,21 +61,18 @@ class StudyRow(_StudyRecord):
     evaluations: int
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def cell(self) -> Cell:
-        """Batch size, sequence length in tokens and budget fraction."""
-        return self.request["batch_size"], self.request["seq_len_tokens"], self.budget_fraction
+    record_name, rerun = _NAME, _RERUN
 
     @property
     def key(self) -> str:
-        """What makes two rows the same result."""
+        """Identifies the result; see `row_key`."""
         depends_on = self.provenance.get("depends_on", {})
         return row_key(self.method, self.searched_on, self.seed, self.cell, self.text, depends_on)
 
 
 @dataclass(frozen=True)
-class OrderRow(_StudyRecord):
-    """The order of importance on one text.
+class OrderRow(Record):
+    """The removal order of all blocks by importance on one text.
 
     Attributes:
         method: ``"one_shot"`` or ``"gsi"``.
@@ -86,11 +80,11 @@ class OrderRow(_StudyRecord):
         seed: Seed of its windows.
         tokens: Its tokens.
         order: Names of all blocks, least important first.
-        measured: How many of the first were really removed one after the other; the others
-            follow by their last known loss. All of them for ``one_shot``.
-        values: What blocks are compared by, in ascending order of index, (2L,): the loss
-            without the block alone, nats per token (``one_shot``), or its place in the order.
-        evaluations: Masks whose score it needed, stored ones included.
+        measured: Number of first blocks that were removed one after the other; the others
+            follow by their last measured ΔNLL. All blocks for ``one_shot``.
+        values: Importance by block index, (2L,): ΔNLL without the block alone, nats per token
+            (``one_shot``), or its position in the order (``gsi``).
+        evaluations: Masks scored, including stored scores.
         provenance: As in `StudyRow`.
     """
 
@@ -104,9 +98,11 @@ class OrderRow(_StudyRecord):
     evaluations: int
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    record_name, rerun = _NAME, _RERUN
+
     @property
     def key(self) -> str:
-        """What makes two orders the same result."""
+        """Identifies the order: method, text and everything that it depends on."""
         depends_on = self.provenance.get("depends_on", {})
         return digest([self.method, self.searched_on, self.seed, depends_on])
 
@@ -119,16 +115,16 @@ def row_key(
     text: str,
     depends_on: Mapping[str, Any],
 ) -> str:
-    """As `StudyRow.key`, known before the mask is searched."""
+    """Return the key of a row before its mask is searched."""
     return digest([method, searched_on, seed, *cell, text, dict(depends_on)])
 
 
 def search_evaluations(rows: list[StudyRow], *, per_cell: bool) -> int:
-    """Masks whose score all searches together needed; what served several rows counts once.
+    """Count the masks scored by all searches; a search that served several rows counts once.
 
     Args:
         rows: The rows.
-        per_cell: Whether each request was searched for anew, or an order served all of them.
+        per_cell: Whether each request was searched separately, or one order served all of them.
     """
     searches = {
         (row.searched_on, row.seed, row.tokens, "" if not per_cell else (row.method, row.cell)):
