@@ -28,11 +28,11 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError, RapError
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.request import Request
-from rap_env.serving import require_extra
 from rap_env.serving.settings import (
     ServerSettings,
     parse_bytes,
     read_settings_file,
+    require_extra,
     setting_help,
     setting_types,
 )

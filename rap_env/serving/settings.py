@@ -6,12 +6,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from rap_env.errors import ServingSettingsError, UnknownNameError
+from rap_env.errors import MissingDependencyError, ServingSettingsError, UnknownNameError
 from rap_env.specs import check_settings
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
@@ -33,7 +34,24 @@ _UNITS = {
     "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
     "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
 }  # fmt: skip
+_PACKAGES = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "prometheus_client": "prometheus-client",
+    "jinja2": "jinja2",  # renders chat templates
+}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
+
+
+def require_extra() -> None:
+    """Check that the packages of the extra ``serve`` are installed.
+
+    Raises:
+        MissingDependencyError: One is not.
+    """
+    for module, package in _PACKAGES.items():
+        if find_spec(module) is None:
+            raise MissingDependencyError(package, "Serving", "serve")
 
 
 def parse_bytes(text: str | int) -> int:

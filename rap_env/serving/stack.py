@@ -15,8 +15,7 @@ from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_source import MemorySource, open_memory
 from rap_env.runtime.policies import load_policy
-from rap_env.serving import require_extra
-from rap_env.serving.settings import ServerSettings
+from rap_env.serving.settings import ServerSettings, require_extra
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -16,13 +16,13 @@ from rap_env.errors import (
 )
 from rap_env.llm.kv_cache import RESTORES
 from rap_env.llm.residency import RESIDENCIES
-from rap_env.serving import require_extra
 from rap_env.serving.server import bind, url_of
 from rap_env.serving.settings import (
     CHOICES,
     ServerSettings,
     parse_bytes,
     read_settings_file,
+    require_extra,
     setting_help,
 )
 
@@ -131,7 +131,9 @@ def test_an_empty_file_sets_nothing(tmp_path):
 @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "prometheus_client", "jinja2"])
 def test_a_missing_package_is_named_with_its_extra(module, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("rap_env.serving.find_spec", lambda n: None if n == module else find(n))
+    monkeypatch.setattr(
+        "rap_env.serving.settings.find_spec", lambda n: None if n == module else find(n)
+    )
     with pytest.raises(MissingDependencyError, match=r"rap-env\[serve\]"):
         require_extra()
 
