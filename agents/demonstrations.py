@@ -14,7 +14,7 @@ from agents.observing import Counts, Flags, MaskObserver, as_tensors
 from rap_env.blocks import BlockMask
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
-from rap_env.scoring.predictor import to_rows
+from rap_env.scoring.predictor import feature_matrix
 
 Floats = npt.NDArray[np.float64]
 
@@ -79,7 +79,7 @@ class TeacherStates:
     ) -> None:
         self._observer = MaskObserver(builder, [one.request for one in shown])
         blocks = builder.memory.facts.num_blocks
-        self._targets = to_rows([one.mask.check(blocks) for one in shown], blocks)
+        self._targets = feature_matrix([one.mask.check(blocks) for one in shown], blocks)
         self._returns = returns
         self._rng = np.random.default_rng(seed)
         self._batch_size = batch_size

@@ -22,7 +22,8 @@ from benchmarks.scoring import Bench, ScoringSettings, naive_loop, open_bench
 from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.envs.vector import RAPPruneVectorEnv
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 

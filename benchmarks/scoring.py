@@ -15,7 +15,8 @@ from benchmarks.naive import serve
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.sources import locate
-from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
+from rap_env.scoring.corpus import Corpus, CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 
 
 @dataclass

@@ -59,7 +59,8 @@ def main(settings: StreamSettings) -> None:
     import torch
 
     from rap_env.llm.streamed import stream_llm
-    from rap_env.scoring.corpus import CorpusConfig, load_corpus
+    from rap_env.scoring.corpus import CorpusConfig
+    from rap_env.scoring.corpus_loading import load_corpus
 
     whole = open_model(settings)
     streamed = stream_llm(
@@ -174,7 +175,8 @@ def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens:
     from rap_env.llm.loading import load_llm
     from rap_env.llm.sources import locate
     from rap_env.llm.streamed import stream_llm
-    from rap_env.scoring.corpus import CorpusConfig, load_corpus
+    from rap_env.scoring.corpus import CorpusConfig
+    from rap_env.scoring.corpus_loading import load_corpus
 
     torch.set_num_threads(int(threads))
     auto: Any = AutoModelForCausalLM

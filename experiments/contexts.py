@@ -11,7 +11,8 @@ from experiments.config import Config, TasksConfig, TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context
-from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
+from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
 from rap_env.importance import Frontier
-from rap_env.scoring.store import mask_key
 
 FRONTIER_SUFFIX = ".frontier.json"
 
@@ -75,9 +74,9 @@ def settings_of(folder: Path) -> Config:
 
 def reduced(frontier: Frontier) -> Frontier:
     """Return the table with only the best mask for each pair of counts."""
-    scored = {mask_key(mask): frontier.scores[mask] for mask, _ in frontier.entries}
+    scores = {mask: frontier.scores[mask] for mask, _ in frontier.entries}
     settings = {**frontier.settings, "thinned_from_masks": frontier.evaluations}
-    return replace(frontier, scored=scored, settings=settings)
+    return replace(frontier, scores=scores, settings=settings)
 
 
 if __name__ == "__main__":

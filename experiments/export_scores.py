@@ -27,7 +27,7 @@ from experiments.launch import launch
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
-from rap_env.scoring.scorer import METRIC, ticker
+from rap_env.scoring.scorer import METRIC, bar_callback
 from rap_env.scoring.store import context_key
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def measure(config: Config, context: PruningContext) -> None:
     ) as bar:  # fmt: skip
         for start in range(0, len(missing), CHUNK_MASKS):
             chunk = missing[start : start + CHUNK_MASKS]
-            context.scorer.nll_many(chunk, ticker(bar))
+            context.scorer.nll_many(chunk, bar_callback(bar))
             done = start + len(chunk)
             per_s = done / (time.perf_counter() - began)
             end = datetime.now() + timedelta(seconds=(len(missing) - done) / per_s)

@@ -19,7 +19,7 @@ from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance import FrontierConfig, build_frontier
-from rap_env.scoring.scorer import ticker
+from rap_env.scoring.scorer import bar_callback
 from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
         total=settings.evaluations, desc="frontier", unit="mask",
         disable=None if config.progress else True, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        frontier = build_frontier(require_live(context).scorer, requests, search, ticker(bar))
+        frontier = build_frontier(require_live(context).scorer, requests, search, bar_callback(bar))
     frontier.save(path)
     log.info(
         "Frontier: %d pairs of counts from %d masks in %s.",
@@ -109,7 +109,7 @@ def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]
         "calibration": context.corpus.provenance,
         "dense_nll": one_shot.dense_nll,
         "one_shot": {
-            "loss_rise": one_shot.loss_rise.tolist(),
+            "loss_rise": one_shot.delta_nll.tolist(),
             "block_influence": one_shot.block_influence.tolist(),
             "evaluations": one_shot.evaluations,
             "seconds": one_shot.seconds,
@@ -125,7 +125,7 @@ def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]
             "order": [block.name for block in gsi.order],
             "nll_after": list(gsi.nll_after),
             "first_pass": gsi.first_pass.tolist(),
-            "marginal_loss": gsi.marginal_loss.tolist(),
+            "marginal_loss": gsi.marginal_delta_nll.tolist(),
             "rank": gsi.rank.tolist(),
             "evaluations": gsi.evaluations,
             "evaluations_run": gsi.evaluations_run,

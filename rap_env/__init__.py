@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from rap_env.envs.prune import RAPPruneEnv
     from rap_env.envs.vector import RAPPruneVectorEnv
     from rap_env.errors import RapError
-    from rap_env.importance.gsi import gsi
+    from rap_env.importance.gsi_search import gsi
     from rap_env.llm.loading import load_llm
     from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
     from rap_env.llm.streamed import stream_llm
     from rap_env.memory import MemoryModel
-    from rap_env.repair.opening import open_library
+    from rap_env.repair.cached_library import open_library
     from rap_env.request import Request
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.policies import load_policy
-    from rap_env.scoring.corpus import CorpusConfig, load_corpus
+    from rap_env.scoring.corpus import CorpusConfig
+    from rap_env.scoring.corpus_loading import load_corpus
     from rap_env.scoring.scorer import MaskScorer
 
 _MODULES = {
@@ -40,12 +41,12 @@ _MODULES = {
     "RapError": "errors",
     "Request": "request",
     "RuntimeController": "runtime.controller",
-    "gsi": "importance.gsi",
-    "load_corpus": "scoring.corpus",
+    "gsi": "importance.gsi_search",
+    "load_corpus": "scoring.corpus_loading",
     "load_llm": "llm.loading",
     "load_policy": "runtime.policies",
     "load_pruned": "llm.pruned_checkpoint",
-    "open_library": "repair.opening",
+    "open_library": "repair.cached_library",
     "save_pruned": "llm.pruned_checkpoint",
     "stream_llm": "llm.streamed",
 }

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from rap_env.errors import ArtifactError, StorageFullError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_GZIP = b"\x1f\x8b"  # how every gzip file begins
 
 
 @contextlib.contextmanager
@@ -73,44 +76,87 @@ def digest(value: Any) -> str:
 
 
 def save_artifact(
-    path: str | os.PathLike[str], kind: str, version: int, body: dict[str, Any]
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    body: dict[str, Any],
+    *,
+    compress: bool = False,
 ) -> None:
     """Write `body` as an indented JSON file with its kind, version and checksum.
+
+    Args:
+        path: The file.
+        kind: What it holds.
+        version: Format of the body.
+        body: Its content.
+        compress: Write gzip instead of plain text, for large bodies.
 
     Raises:
         StorageFullError: The disk is full.
     """
     body = json.loads(canonical_json(body))  # as it will be read: string keys, lists
     document = {"kind": kind, "version": version, "sha256": digest(body), "body": body}
+    text = _layout(document, "\n").encode() + b"\n"
     with atomic_write(path) as file:
-        file.write(json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
+        file.write(gzip.compress(text, mtime=0) if compress else text)
 
 
-def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
-    """Read the body of an artifact that `save_artifact` wrote.
+def _layout(value: Any, line: str) -> str:
+    """JSON with one entry per line, except that lists of plain values stay on one line.
+
+    Args:
+        value: What to write.
+        line: A line break, and the indentation of the value.
+    """
+    nested = isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
+    )
+    if not value or not nested:
+        return json.dumps(value, allow_nan=False)
+    inner = line + " "
+    if isinstance(value, dict):
+        entries = (f"{json.dumps(key)}: {_layout(entry, inner)}" for key, entry in value.items())
+        return f"{{{inner}{f',{inner}'.join(entries)}{line}}}"
+    return f"[{inner}{f',{inner}'.join(_layout(entry, inner) for entry in value)}{line}]"
+
+
+def load_artifact(
+    path: str | os.PathLike[str], kind: str, version: int, *, older: Collection[int] = ()
+) -> dict[str, Any]:
+    """Read the body of an artifact that `save_artifact` wrote, compressed or not.
+
+    Args:
+        path: The file.
+        kind: The kind that is expected.
+        version: The current format.
+        older: Earlier formats that the caller can read too.
 
     Raises:
         FileNotFoundError: There is no such file.
         ArtifactError: It is truncated, altered, of another kind or of another version.
     """
     remedy = "delete it and create it again"
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    content = Path(path).read_bytes()
     try:
-        document = json.loads(text)
+        if content.startswith(_GZIP):
+            content = gzip.decompress(content)
+        document = json.loads(content.decode(errors="replace"))
         found, written, checksum = document["kind"], document["version"], document["sha256"]
         body: dict[str, Any] = document["body"]
-        content = digest(body)
-    except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or NaN in it
+        actual = digest(body)
+    except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile):
+        # ValueError: no JSON, or NaN in it; the last three: damaged gzip
         raise ArtifactError(
             f"{path} is truncated or no artifact of this project; {remedy}."
         ) from None
     if found != kind:
         raise ArtifactError(f"{path} is of the kind {found!r}, but {kind!r} was expected.")
-    if written != version:
+    if written != version and written not in older:
         raise ArtifactError(
             f"{path} has format {written}, but this version reads {version}; {remedy}."
         )
-    if content != checksum:
+    if actual != checksum:
         raise ArtifactError(
             f"{path} was altered after it was written (checksum differs); {remedy}."
         )

@@ -28,6 +28,8 @@ def block_index(block: Block | str | int) -> int:
         UnknownNameError: The name does not have the form ``layerNN.attn`` or ``layerNN.ffn``,
             or the index is negative or no integer.
     """
+    if type(block) is int and block >= 0:  # by far the most frequent case
+        return block
     if isinstance(block, Block):
         return block.index
     if isinstance(block, str):

@@ -61,10 +61,10 @@ class ImportanceFeatures:
         return cls(zeros, zeros, zeros)
 
     @classmethod
-    def from_one_shot(cls, loss_rise: npt.NDArray[np.float64]) -> ImportanceFeatures:
+    def from_one_shot(cls, delta_nll: npt.NDArray[np.float64]) -> ImportanceFeatures:
         """The one-shot order in place of the GSI order, if GSI was not run."""
-        rank = np.argsort(np.argsort(loss_rise, kind="stable")) / max(1, len(loss_rise) - 1)
-        return cls(loss_rise, rank, loss_rise)
+        rank = np.argsort(np.argsort(delta_nll, kind="stable")) / max(1, len(delta_nll) - 1)
+        return cls(delta_nll, rank, delta_nll)
 
 
 class ObservationBuilder:

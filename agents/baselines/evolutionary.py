@@ -52,7 +52,7 @@ class EvolutionaryBaseline(Baseline):
         super().__init__(context, seed)
         starts = (GSIBaseline, KnapsackBaseline, OneShotPerByteBaseline)
         self._starts: list[Baseline] = [start(context) for start in starts]
-        self._last = np.argsort(-np.asarray(context.one_shot.loss_rise), kind="stable").tolist()
+        self._last = np.argsort(-np.asarray(context.one_shot.delta_nll), kind="stable").tolist()
         self.max_evaluations = max_evaluations
 
     @property

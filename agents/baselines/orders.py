@@ -59,7 +59,7 @@ class OneShotBaseline(OrderBaseline):
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        self._delta_nll = np.asarray(context.one_shot.loss_rise, dtype=np.float64)
+        self._delta_nll = np.asarray(context.one_shot.delta_nll, dtype=np.float64)
         self._blocks = _ascending(self._delta_nll)
 
     @property

@@ -117,8 +117,8 @@ def importance_bars(profile: dict[str, Any], narrow: bool) -> Figure:
     return figure
 
 
-def _draw_one_shot(axis: Axes, loss_rise: list[float]) -> None:
-    values = np.array(loss_rise)
+def _draw_one_shot(axis: Axes, delta_nll: list[float]) -> None:
+    values = np.array(delta_nll)
     layers = np.arange(len(values) // 2)
     for kind, offset in (("attn", -0.21), ("ffn", 0.21)):
         heights = values[0::2] if kind == "attn" else values[1::2]

@@ -17,7 +17,7 @@ from rap_env.context.live import LiveContext
 from rap_env.importance import GSIProfile, gsi
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
-from rap_env.repair.masks import MaskDraw
+from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.workload import make_sampler
@@ -179,12 +179,12 @@ class StubLibraries:
         """Return the model with these stubs or none."""
         return self.llm if library is None else library.attach(self.llm)
 
-    def _mask_draw(self) -> MaskDraw:
+    def _mask_draw(self) -> MaskSampler:
         """Return a sampler of masks that follow the importance with stubs, with noise."""
         profile = self.importance("library")
         memory = self.context_with(self.library).memory
         sampler = make_sampler(self.config.workload, memory)
-        return MaskDraw(memory, sampler, np.asarray(profile.marginal_loss))
+        return MaskSampler(memory, sampler, np.asarray(profile.marginal_delta_nll))
 
     def _load(self, path: Path) -> StubLibrary:
         library = StubLibrary.load(path)

@@ -26,7 +26,8 @@ from experiments.replay.systems import SystemFactory
 from experiments.replay.tables import replay_markdown, replay_text
 from experiments.replay.workload import Workload, make_workload
 from rap_env.memory import MemoryModel
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM

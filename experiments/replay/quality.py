@@ -18,7 +18,7 @@ from rap_env.errors import NonFiniteScoreError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.partial_forward import PartialForward
-from rap_env.scoring.loss import token_nll
+from rap_env.scoring.nll import token_nll
 from rap_env.scoring.scorer import MaskScorer
 
 _BATCH_SIZE = 8

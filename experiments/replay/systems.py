@@ -27,7 +27,8 @@ from rap_env.runtime.policies import (
     StaticPolicy,
     load_policy,
 )
-from rap_env.scoring.corpus import Corpus, CorpusConfig, load_corpus
+from rap_env.scoring.corpus import Corpus, CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 
 if TYPE_CHECKING:
@@ -219,7 +220,9 @@ class SystemFactory:
             weights = {name: array.tolist() for name, array in arrays.items()}
             return digest([weights, list(self._trained.order)])
         if name in ("frontier", "oracle"):
-            return digest(self._frontier.frontier.scored)
+            # The encoding of masks in earlier records, so that hashes stay comparable.
+            scores = self._frontier.frontier.scores
+            return digest({",".join(map(str, mask)): nll for mask, nll in scores.items()})
         return digest(list(self._gsi_order())) if name in _GSI_SYSTEMS else None
 
     @cached_property
@@ -314,7 +317,7 @@ class SystemFactory:
 
     def _layers(self) -> list[tuple[int, ...]]:
         """Return whole layers in ascending order of block influence (ShortGPT)."""
-        from rap_env.importance.layers import layer_influence
+        from rap_env.importance.one_shot_scores import layer_influence
 
         scorer = MaskScorer(self._llm, self._calibration)
         influence = layer_influence(self._llm, scorer.batches)

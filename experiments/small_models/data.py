@@ -16,7 +16,8 @@ from experiments.config import Config, TextConfig
 from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import shared_llm
-from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint, load_corpus
+from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint
+from rap_env.scoring.corpus_loading import load_corpus
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

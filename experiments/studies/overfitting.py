@@ -59,7 +59,7 @@ class GSIPerByteBaseline(GSIBaseline):
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        self._marginal = context.gsi.marginal_loss
+        self._marginal = context.gsi.marginal_delta_nll
 
     def _order(self, request: Request) -> Sequence[int]:
         freed = self.memory.freed_bytes(request)

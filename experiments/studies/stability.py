@@ -204,7 +204,7 @@ def _measured(empty: OrderRow, context: PruningContext) -> OrderRow:
         order, values = profile.full_order, profile.rank
         measured, evaluations = len(profile.order_indices), profile.evaluations
     else:
-        values = context.one_shot.loss_rise
+        values = context.one_shot.delta_nll
         order = tuple(int(index) for index in np.argsort(values, kind="stable"))
         measured, evaluations = len(order), context.one_shot.evaluations
     return replace(

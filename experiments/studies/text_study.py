@@ -40,7 +40,7 @@ from experiments.studies.evaluation import (
 from experiments.studies.records import StudyRow, search_evaluations
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
-from rap_env.importance.rounds import beside
+from rap_env.importance.gsi_strategies import nearest_kept
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 
@@ -109,7 +109,7 @@ def _promising(
     scores: CountingScorer, mask: BlockMask, known: Mapping[int, float], last: int, price: Price
 ) -> dict[int, float]:
     """Measure the rise in NLL for some kept blocks that include the best one."""
-    nearest = beside(last, sorted(known))
+    nearest = nearest_kept(last, sorted(known))
     waiting = sorted(known, key=lambda i: (i not in nearest, price(i, known[i]), i))
     measured: dict[int, float] = {}
     width = _WIDTH + _NEIGHBOURS

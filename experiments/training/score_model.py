@@ -10,7 +10,7 @@ next round knows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from rap_env.context.table import TableContext
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
-from rap_env.scoring.store import mask_key, mask_of
+from rap_env.scoring.store import mask_from_indices
 from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def learn(
         part = replace(agent, total_timesteps=steps)
         table = table_of(
             config, context, known,
-            members=config.score_model.members, doubt=config.score_model.pessimism,
+            members=config.score_model.members, pessimism=config.score_model.pessimism,
         )  # fmt: skip
         bench = TableContext(
             table, TABLE_FILE, importance=config.importance.method, frontier=context.frontier_path
@@ -217,7 +217,7 @@ def _verified(
             "step": step,
             "loss": float(np.mean([real[mask] - dense for mask in favourites])),
             "predicted_loss": float(np.mean([bench.scorer.nll(m) - dense for m in favourites])),
-            "scored": {mask_key(mask): nll for mask, nll in real.items()},
+            "scored": [[list(mask.names), nll] for mask, nll in real.items()],
         }
         append_record(path, done[number])
     record = done[number]
@@ -228,4 +228,15 @@ def _verified(
         "Round %d: what the policy chooses loses %.4f nats per token, predicted %.4f.",
         number, record["loss"], record["predicted_loss"],
     )  # fmt: skip
-    return {mask_of(key): nll for key, nll in record["scored"].items()}
+    return scored_masks(record)
+
+
+def scored_masks(record: Mapping[str, Any]) -> dict[BlockMask, float]:
+    """Return the NLL of the masks that a round scored, nats per token.
+
+    Earlier versions wrote masks as comma-separated indices.
+    """
+    scored = record["scored"]
+    if isinstance(scored, dict):
+        return {mask_from_indices(key): nll for key, nll in scored.items()}
+    return {BlockMask.of(*names): nll for names, nll in scored}

@@ -112,7 +112,7 @@ def table_of(
         config: All settings.
         context: What the scores were measured with.
         scores: Mean NLL of masks, nats per token.
-        **model: ``members`` and ``doubt`` of the score model, as in `ScoreTable.fitted`.
+        **model: ``members`` and ``pessimism`` of the score model, as in `ScoreTable.fitted`.
 
     Raises:
         ArtifactError: There are too few scores.
@@ -152,5 +152,5 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
 
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
     """Orders of importance that masks are drawn around."""
-    alone = np.argsort(context.one_shot.loss_rise, kind="stable").tolist()
+    alone = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
     return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]

@@ -15,8 +15,7 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
     import numpy.typing as npt
 
     from rap_env.importance.frontier import Frontier
-    from rap_env.importance.gsi import GSIProfile
-    from rap_env.importance.one_shot import OneShotProfile
+    from rap_env.importance.profiles import GSIProfile, OneShotProfile
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.memory import MemoryModel
     from rap_env.scoring.corpus import Corpus
@@ -128,9 +127,9 @@ def importance_features(context: PruningContext, importance: str) -> ImportanceF
     if importance == "none":
         return ImportanceFeatures.none(context.memory.facts.num_blocks)
     if importance == "one_shot":
-        return ImportanceFeatures.from_one_shot(context.one_shot.loss_rise)
+        return ImportanceFeatures.from_one_shot(context.one_shot.delta_nll)
     gsi = context.gsi
-    return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_loss)
+    return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 
 
 def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:

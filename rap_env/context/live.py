@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rap_env.importance.frontier import Frontier
-    from rap_env.importance.gsi import GSIProfile
-    from rap_env.importance.one_shot import OneShotProfile
+    from rap_env.importance.profiles import GSIProfile, OneShotProfile
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
@@ -75,7 +74,8 @@ class LiveContext:
     @cached_property
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block, measured on first use."""
-        from rap_env.importance.one_shot import OneShotProfile, one_shot
+        from rap_env.importance.one_shot_scores import one_shot
+        from rap_env.importance.profiles import OneShotProfile
 
         path = self._artifact("one_shot")
         if path is not None and path.exists():
@@ -92,7 +92,8 @@ class LiveContext:
         Raises:
             ArtifactError: The artifact that ``importance`` names is damaged or of another model.
         """
-        from rap_env.importance.gsi import GSIProfile, gsi
+        from rap_env.importance.gsi_search import gsi
+        from rap_env.importance.profiles import GSIProfile
 
         if self._importance not in IMPORTANCES:
             return GSIProfile.load(self._importance, self.llm)
@@ -111,7 +112,7 @@ class LiveContext:
     @cached_property
     def layer_influence(self) -> npt.NDArray[np.float64]:
         """Block influence of each whole layer, shape (L,); one forward pass, on first use."""
-        from rap_env.importance.layers import layer_influence
+        from rap_env.importance.one_shot_scores import layer_influence
 
         return layer_influence(self.llm, self.scorer.batches)
 

@@ -41,7 +41,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
         RapError: As loading the model, the text, the stubs or the store does.
     """
     from rap_env.llm.loading import shared_llm
-    from rap_env.scoring.corpus import load_corpus
+    from rap_env.scoring.corpus_loading import load_corpus
 
     llm = shared_llm(
         config.model,
@@ -50,7 +50,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
         max_memory_bytes=config.max_memory_bytes,
     )
     if config.repair != "none":
-        from rap_env.repair.opening import open_library
+        from rap_env.repair.cached_library import open_library
 
         llm = open_library(config.repair, llm).attach(llm)  # the shared model stays as it is
     return LiveContext(

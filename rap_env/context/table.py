@@ -23,8 +23,7 @@ from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
 
 if TYPE_CHECKING:
     from rap_env.importance.frontier import Frontier
-    from rap_env.importance.gsi import GSIProfile
-    from rap_env.importance.one_shot import OneShotProfile
+    from rap_env.importance.profiles import GSIProfile, OneShotProfile
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class TableContext:
     @cached_property
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block."""
-        from rap_env.importance.one_shot import OneShotProfile
+        from rap_env.importance.profiles import OneShotProfile
 
         return OneShotProfile(**with_tuples(self.table.one_shot))
 
@@ -93,7 +92,7 @@ class TableContext:
             ArtifactError: The table has none, or the artifact that ``importance`` names is
                 damaged or of another model.
         """
-        from rap_env.importance.gsi import GSIProfile
+        from rap_env.importance.profiles import GSIProfile
 
         if self._importance not in IMPORTANCES:
             return GSIProfile.load(self._importance, self.memory)
@@ -117,7 +116,7 @@ class TableContext:
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
         if self._importance == "one_shot":  # without the profile, whose module loads torch
-            return ImportanceFeatures.from_one_shot(self.table.loss_alone)
+            return ImportanceFeatures.from_one_shot(self.table.delta_nll_alone)
         return importance_features(self, self._importance)
 
     def _no_gsi(self) -> str:

@@ -233,7 +233,7 @@ def _baseline_mask(name: str | None, context: PruningContext) -> BaselineMask | 
     if name == "frontier":
         return _from_frontier(context)
     if name == "one_shot":
-        order = np.argsort(np.asarray(context.one_shot.loss_rise), kind="stable").tolist()
+        order = np.argsort(np.asarray(context.one_shot.delta_nll), kind="stable").tolist()
     elif context.features.gsi_rank.any():
         order = context.gsi.full_order
     else:  # zeros: importance="none"

@@ -1,30 +1,33 @@
 """The frontier: the best known mask for each pair (attn blocks removed, ffn blocks removed).
 
-The loss of a mask does not depend on the request: the request sets only what each block costs in
-bytes. Where all blocks of a kind cost the same, what fits depends on two counts, so a table of
-the best known mask for each pair of counts answers any request by a look-up.
+The delta_nll of a mask does not depend on the request: the request only sets the bytes that each
+block costs. If all blocks of a kind cost the same, feasibility depends on two counts, so a table
+of the best known mask for each pair of counts answers any request by a lookup.
+
+Frontiers are saved and loaded without torch.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
-from rap_env.importance.provenance import load_profile
+from rap_env.importance.profiles import load_profile
 from rap_env.memory import HasFacts, MemoryModel
 from rap_env.request import Request
-from rap_env.scoring.store import mask_of
+from rap_env.scoring.store import mask_from_indices
 
-_KIND, _FORMAT = "frontier", 1
+_KIND, _FORMAT = "frontier", 2
+_INDEX_FORMAT = 1  # masks were comma-separated indices
 
 Counts = tuple[int, int]
-"""Attn and ffn blocks removed."""
+"""Numbers of attn and ffn blocks removed."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,16 @@ class Frontier:
     Attributes:
         num_blocks: 2L.
         dense_nll: NLL of the dense model, nats per token.
-        scored: NLL of every mask that was scored, nats per token, by its indices as text.
-        evaluations_run: Masks that were really run; less where a store already had some.
-        seconds: Wall time of what was really run.
-        settings: Those of the search, and how many requests it was built for.
+        scores: NLL of every mask that was scored, nats per token.
+        evaluations_run: Masks that the model ran; fewer if a store already had some.
+        seconds: Wall time of the search.
+        settings: Settings of the search, and the number of requests it was built for.
         provenance: Model, text and everything else that determined the scores.
     """
 
     num_blocks: int
     dense_nll: float
-    scored: dict[str, float]
+    scores: dict[BlockMask, float]
     evaluations_run: int
     seconds: float
     settings: dict[str, Any]
@@ -51,26 +54,21 @@ class Frontier:
 
     @property
     def evaluations(self) -> int:
-        """Masks that were scored to build it: what it costs to whoever starts with nothing."""
-        return len(self.scored)
-
-    @cached_property
-    def scores(self) -> dict[BlockMask, float]:
-        """NLL of every mask that was scored, nats per token."""
-        return {mask_of(key): nll for key, nll in self.scored.items()}
+        """Masks that were scored to build it: the cost without a store."""
+        return len(self.scores)
 
     @cached_property
     def entries(self) -> tuple[tuple[BlockMask, float], ...]:
-        """The best mask of each pair of counts and its loss, nats per token; least loss first."""
+        """The best mask of each pair of counts with its delta_nll, nats per token; least first."""
         best = best_by_counts(self.scores)
         found = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
         return tuple(sorted(found, key=lambda entry: (entry[1], len(entry[0]))))
 
     def best(self, memory: MemoryModel, request: Request) -> BlockMask | None:
-        """The entry of least loss that fits the request; None if no mask at all does.
+        """The mask of least delta_nll that fits the request; None if no entry fits.
 
         Raises:
-            InvalidRequestError: The batch or the length does not suit the model.
+            InvalidRequestError: The model does not support the batch size or the length.
         """
         memory.check(request.batch_size, request.seq_len_tokens)
         costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
@@ -81,7 +79,11 @@ class Frontier:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked JSON artifact."""
-        save_artifact(path, _KIND, _FORMAT, asdict(self))
+        body = {field.name: getattr(self, field.name) for field in fields(self)}
+        del body["scores"]
+        body["masks"] = [mask.names for mask in self.scores]
+        body["nll"] = list(self.scores.values())
+        save_artifact(path, _KIND, _FORMAT, body)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Frontier:
@@ -91,7 +93,13 @@ class Frontier:
             FileNotFoundError: There is no such file.
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
-        return cls(**load_profile(path, _KIND, _FORMAT, model))
+        body = load_profile(path, _KIND, _FORMAT, model, older=[_INDEX_FORMAT])
+        if "scored" in body:
+            scores = {mask_from_indices(key): nll for key, nll in body.pop("scored").items()}
+        else:
+            masks = (BlockMask.of(*names) for names in body.pop("masks"))
+            scores = dict(zip(masks, body.pop("nll"), strict=True))
+        return cls(scores=scores, **body)
 
 
 def best_by_counts(nll: Mapping[BlockMask, float]) -> dict[Counts, BlockMask]:

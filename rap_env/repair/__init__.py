@@ -1,4 +1,4 @@
-"""Repair: a small stub in the place of a removed block. Importing it loads no torch.
+"""Repair: a small stub in the place of a removed block. Importing it does not import torch.
 
 The names below are imported from their modules on first use.
 """
@@ -6,16 +6,15 @@ The names below are imported from their modules on first use.
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rap_env.repair.config import REPAIRS, DistillConfig, FitConfig, repair_label
+
 if TYPE_CHECKING:
+    from rap_env.repair.cached_library import open_library
     from rap_env.repair.distilling import distill
-    from rap_env.repair.fitting import FitConfig, fit_library
-    from rap_env.repair.library import StubLibrary
-    from rap_env.repair.opening import open_library
-    from rap_env.repair.per_mask import fit_for_mask
-    from rap_env.repair.trainer import DistillConfig
+    from rap_env.repair.fitting import fit_for_mask, fit_library
+    from rap_env.repair.stub_library import StubLibrary
 
 __all__ = [
     "REPAIRS",
@@ -29,27 +28,13 @@ __all__ = [
     "repair_label",
 ]
 
-REPAIRS = ("none", "library")
-"""What a setting ``repair`` may say; any other word is the path of a library's file."""
-
 _MODULES = {
-    "DistillConfig": "trainer",
-    "FitConfig": "fitting",
-    "StubLibrary": "library",
+    "StubLibrary": "stub_library",
     "distill": "distilling",
-    "fit_for_mask": "per_mask",
+    "fit_for_mask": "fitting",
     "fit_library": "fitting",
-    "open_library": "opening",
+    "open_library": "cached_library",
 }
-
-
-def repair_label(name: str) -> str:
-    """What records call a setting ``repair``: a file by its name and folder, as texts are.
-
-    >>> repair_label("some/where/runs/stubs.safetensors")
-    'runs/stubs.safetensors'
-    """
-    return "/".join(Path(name).parts[-2:])
 
 
 def __getattr__(name: str) -> Any:

@@ -1,30 +1,49 @@
-"""All stubs trained together: the masked model learns to predict what the dense one predicts."""
+"""Distils stubs: the masked model learns to predict what the dense model predicts."""
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
-from rap_env.artifacts import digest
-from rap_env.errors import UnsupportedModelError
+from rap_env.artifacts import atomic_write, digest
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.repair.library import StubLibrary
-from rap_env.repair.masks import MaskDraw
-from rap_env.repair.trainer import DistillConfig, Trainer
+from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.placeholders import Stub
+from rap_env.repair.config import DistillConfig
+from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.nll import HEAD_TOKENS
 
 log = logging.getLogger(__name__)
+
+_ROWS = 16  # float32 rows over the vocabulary that exist at once: they stay in the cache
+_TEACHER_BYTES = 512 * 2**20
+_CLIP_NORM = 1.0
+
+# What torch.load and the first look at its result raise if a file is truncated or altered.
+_DAMAGE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError
+)  # fmt: skip
 
 
 def distill(
     llm: ElasticLLM,
     library: StubLibrary,
     text: Corpus,
-    masks: MaskDraw,
+    masks: MaskSampler,
     config: DistillConfig = DistillConfig(),
     *,
     path: str | os.PathLike[str] | None = None,
@@ -32,17 +51,17 @@ def distill(
 ) -> StubLibrary:
     """Train all stubs of a library together, under a new mask at each update.
 
-    The dense model teaches (its next-token probabilities are the target) and nothing but stubs
-    is changed: one set of stubs for all masks, as Once-for-All (Cai et al. 2020) trains one set
-    of weights for all subnetworks.
+    The dense model is the teacher: its next-token probabilities are the targets, and only stubs
+    are trained. One set of stubs serves all masks, as Once-for-All (Cai et al. 2020) trains one
+    set of weights for all subnetworks.
 
     Args:
         llm: The live model that the library belongs to; its mask is restored.
-        library: Where training starts.
-        text: Tokens to train on; nothing may be reported on them.
+        library: The initial stubs.
+        text: Tokens to train on; do not report results on them.
         masks: Draws the mask of each update.
-        config: Length and rate of the training.
-        path: Where progress is kept, so that a killed run goes on. It stays there at the end:
+        config: Length and learning rate of the training.
+        path: Checkpoint file, so that an interrupted run can resume. It is kept at the end:
             remove it once the library is saved.
         progress: Whether to draw a progress bar.
 
@@ -50,8 +69,8 @@ def distill(
         A library in the model's dtype.
 
     Raises:
-        UnsupportedModelError: The model is streamed from files: gradients need all its layers.
-        ArtifactError: The library is of another model, or what lies at `path` of another run.
+        UnsupportedModelError: The model is streamed from files; gradients need all layers.
+        ArtifactError: The library is of another model, or the file at `path` of another run.
     """
     if llm.spare_bytes is not None:
         raise UnsupportedModelError(
@@ -82,3 +101,180 @@ def distill(
             if path is not None:
                 trainer.save(Path(path), digest(run))
     return trainer.library(library, {"run": run, "text": dict(text.provenance)})
+
+
+class Trainer:
+    """The stubs in float32, their optimizer, and the data they are trained on."""
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        library: StubLibrary,
+        text: Corpus,
+        masks: MaskSampler,
+        config: DistillConfig,
+    ) -> None:
+        self.step = 0
+        self._seconds = 0.0
+        self._divergences: list[float] = []
+        self._config, self._masks = config, masks
+        self._tokens = text.tokens
+        self._stubs = {index: stub.on(llm.device).float() for index, stub in library.stubs.items()}
+        self._llm = library.attach(llm).repaired(self._stubs, "in training")
+        self._partial = PartialForward(self._llm)
+        self._teacher_states: dict[int, torch.Tensor] = {}
+        self._teacher_bytes = 0
+        self._parameters = [p for stub in self._stubs.values() for p in stub.parameters()]
+        for parameter in self._parameters:
+            parameter.requires_grad_()
+        self._adam = torch.optim.Adam(self._parameters, betas=(0.9, 0.99))
+
+    def update(self) -> float:
+        """Make one update and return its divergence in nats per token."""
+        began = time.perf_counter()
+        windows = self._windows(self.step)
+        self._masks.requests.restart(self.step)  # a replayed trace continues where it stopped
+        mask = self._masks.draw(np.random.default_rng([self._config.seed, self.step]))
+        ids = self._tokens[windows].to(self._llm.device)
+        teacher = torch.cat([self._teacher(int(window)) for window in windows])
+        with torch.enable_grad(), self._llm.masked(mask):
+            student = self._llm.hidden(ids).flatten(end_dim=1)
+        value, gradient = divergence(self._partial, student, teacher)
+        self._adam.zero_grad()
+        if student.requires_grad:  # else no block is removed, or none has a stub
+            # The base model's own weights may require gradients too; they get none.
+            torch.autograd.backward(student, gradient, inputs=self._parameters)
+        torch.nn.utils.clip_grad_norm_(self._parameters, _CLIP_NORM)
+        for group in self._adam.param_groups:
+            group["lr"] = self._config.rate(self.step)
+        self._adam.step()
+        self.step += 1
+        self._divergences.append(value)
+        self._seconds += time.perf_counter() - began
+        return value
+
+    @property
+    def recent(self) -> str:
+        """The mean divergence since the last checkpoint, as text."""
+        mean = np.mean(self._divergences[-self._config.save_every :])
+        return f"divergence {mean:.3f} nats per token"
+
+    def save(self, path: Path, run: str) -> None:
+        """Write a checkpoint atomically."""
+        state = {
+            "run": run,
+            "step": self.step,
+            "seconds": self._seconds,
+            "divergences": self._divergences,
+            "stubs": {index: stub.state_dict() for index, stub in self._stubs.items()},
+            "adam": self._adam.state_dict(),
+        }
+        with atomic_write(path) as file:
+            torch.save(state, file)
+
+    def restore(self, path: Path, run: str) -> None:
+        """Resume from a checkpoint that `save` wrote.
+
+        Raises:
+            ArtifactError: It is damaged, or of another run.
+        """
+        try:
+            state = dict(torch.load(path, map_location=self._llm.device, weights_only=True))
+            found = state["run"]
+        except _DAMAGE as error:
+            raise ArtifactError(
+                f"{path} is damaged or not a distillation checkpoint; delete it to start again."
+            ) from error
+        if found != run:
+            raise ArtifactError(
+                f"{path} is a checkpoint of another model, text or settings; give another path, or "
+                "delete it to start again."
+            )
+        self.step, self._seconds = state["step"], state["seconds"]
+        self._divergences = state["divergences"]
+        for index, stub in self._stubs.items():
+            stub.load_state_dict(state["stubs"][index])
+        self._adam.load_state_dict(state["adam"])
+
+    def library(self, start: StubLibrary, made_from: Mapping[str, Any]) -> StubLibrary:
+        """The current stubs, in the model's dtype."""
+        stubs = {
+            index: Stub(*(part.detach().to("cpu", self._llm.dtype) for part in stub.parameters()))
+            for index, stub in self._stubs.items()
+        }
+        every = self._config.save_every
+        means = [
+            float(np.mean(self._divergences[at : at + every])) for at in range(0, self.step, every)
+        ]
+        provenance = {
+            "method": "distillation under many masks",
+            **made_from,
+            "divergence_every": every,
+            "divergences": means,
+            "seconds": self._seconds,
+            "library": start.provenance,
+        }
+        return StubLibrary(start.model, start.fingerprint, stubs, provenance)
+
+    def _windows(self, step: int) -> torch.Tensor:
+        """Windows of an update: epochs in random order, one after the other."""
+        count, size = len(self._tokens), self._config.windows
+        first = step * size
+        chosen = []
+        for place in range(first, first + size):
+            epoch, at = divmod(place, count)
+            chosen.append(self._order(epoch)[at])
+        return torch.tensor(chosen)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._config.seed, epoch, 1]).permutation(len(self._tokens))
+
+    @torch.no_grad()
+    def _teacher(self, window: int) -> torch.Tensor:
+        """Output of the dense decoder for a window, (T, H), cached up to `_TEACHER_BYTES`."""
+        if window not in self._teacher_states:
+            ids = self._tokens[window : window + 1].to(self._llm.device)
+            with self._llm.masked(BlockMask()):
+                hidden = self._llm.hidden(ids)[0]
+            if self._teacher_bytes + hidden.nbytes > _TEACHER_BYTES:
+                return hidden
+            self._teacher_states[window] = hidden
+            self._teacher_bytes += hidden.nbytes
+        return self._teacher_states[window]
+
+
+def divergence(
+    partial: PartialForward, student: torch.Tensor, teacher: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """Mean Kullback-Leibler divergence of next-token predictions, and its gradient.
+
+    Only the logits of a few tokens exist at a time, and no graph over the vocabulary is kept.
+
+    Args:
+        partial: The model whose head both share.
+        student: Decoder outputs of the trained model, (N, H).
+        teacher: Decoder outputs of the imitated model, (N, H).
+
+    Returns:
+        ``KL(teacher || student)`` in nats per token, and its gradient by `student`, (N, H).
+    """
+    total, gradients = 0.0, []
+    pairs = zip(
+        torch.split(student.detach(), HEAD_TOKENS), torch.split(teacher, HEAD_TOKENS), strict=True
+    )
+    for hidden, wanted in pairs:
+        with torch.enable_grad():
+            hidden.requires_grad_()
+            logits = partial.head_logits(hidden)
+        by_logits = torch.empty_like(logits)
+        with torch.no_grad():
+            truth = partial.head_logits(wanted)
+            for start in range(0, len(logits), _ROWS):
+                rows = slice(start, start + _ROWS)
+                log_p = truth[rows].float().log_softmax(dim=-1)
+                log_q = logits[rows].float().log_softmax(dim=-1)
+                p = log_p.exp()
+                total += float((p * (log_p - log_q)).sum())
+                by_logits[rows] = (log_q.exp() - p) / len(student)
+        gradients.append(torch.autograd.grad(logits, hidden, by_logits)[0])
+    return total / len(student), torch.cat(gradients)

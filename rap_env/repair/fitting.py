@@ -1,55 +1,24 @@
-"""A stub library from the dense model's states: fitted once, valid for any mask."""
+"""Fits stubs by regression: a library for any mask, or the stubs of a single mask."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import InvalidRequestError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.llm.placeholders import Stub, normalised
-from rap_env.repair.library import StubLibrary
-from rap_env.repair.moments import Moments
-from rap_env.repair.ranks import allocate
-from rap_env.repair.regression import LowRankMap, reduced_rank_ridge
+from rap_env.repair.config import FitConfig
+from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
 
 _BATCH_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How stubs are fitted.
-
-    Attributes:
-        rank: Mean rank of the stubs: together they take the bytes that stubs of this rank would.
-        ridges: Penalties to choose from for each block, as multiples of the mean variance.
-        ranks: Ranks to choose from for each block; None gives every block `rank`.
-
-    Raises:
-        InvalidRequestError: A number is out of its range.
-    """
-
-    rank: int = 64
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
-    ranks: tuple[int, ...] | None = (0, 8, 16, 32, 64, 96, 128, 192, 256)
-
-    def __post_init__(self) -> None:
-        if self.rank < 0 or min(self.ranks or (0,)) < 0:
-            raise InvalidRequestError(f"Ranks of stubs must be 0 or above, not {self}.")
-        if self.ranks is not None and min(self.ranks, default=self.rank + 1) > self.rank:
-            raise InvalidRequestError(
-                f"No rank of {self.ranks} is within the mean rank of {self.rank}; offer a lower "
-                "one, or None for the same rank everywhere."
-            )
-        if not self.ridges or min(self.ridges) <= 0:
-            raise InvalidRequestError(f"Ridge penalties must be above 0, not {self.ridges}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +27,9 @@ class BlockFit:
 
     Attributes:
         block: Its index.
-        map: For every rank; of the penalty that did best on the held-back tokens.
+        map: The map of every rank, for the penalty that is best on the held-back tokens.
         ridge: That penalty.
-        errors: Held-back error of rank 0, 1, ... as a share of that of adding nothing.
+        errors: Held-back error of rank 0, 1, ... relative to that of a map that is zero.
     """
 
     block: int
@@ -81,16 +50,16 @@ def fit_library(
     *,
     progress: bool = True,
 ) -> StubLibrary:
-    """Fit a stub for each block to what the block adds in the dense model.
+    """Fit a stub for each block to the block's output in the dense model.
 
-    The text advances through the model a block at a time: beside its hidden states, the sums of
-    one block alone are in memory, and a streamed model reads each layer once. The ridge penalty
-    and the rank of each block are chosen on the held-back tokens.
+    The text advances through the model one block at a time: memory holds its hidden states and the
+    moments of one block only, and a streamed model reads each layer once. The ridge penalty and the
+    rank of each block are chosen on the held-back tokens.
 
     Args:
         llm: The live model; its mask is restored.
-        text: Tokens to fit on; nothing may be reported on them.
-        held_back: Tokens to choose on; of the same kind of text, but none of it.
+        text: Tokens to fit on; do not report results on them.
+        held_back: Tokens to choose ranks and penalties on; the same kind of text, but disjoint.
         config: Ranks and penalties.
         progress: Whether to draw a progress bar.
 
@@ -102,7 +71,7 @@ def fit_library(
     fits = [
         fit
         for fit in block_fits(llm, text, held_back, config, progress=progress)
-        if fit.block not in llm.pruned  # nothing is left to remove
+        if fit.block not in llm.pruned  # the model has already lost it
     ]
     ranks = _ranks(fits, config)
     stubs = {fit.block: fit.stub(ranks[fit.block], llm.dtype) for fit in fits}
@@ -139,7 +108,7 @@ def block_fits(
 
 
 def text_batches(text: Corpus, llm: ElasticLLM) -> Sequence[torch.Tensor]:
-    """The windows of a text on the model's device, a few at a time, each (rows, T)."""
+    """The windows of a text on the model's device, in batches of shape (rows, T)."""
     tokens = text.tokens.to(llm.device)
     return torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1]))
 
@@ -147,7 +116,7 @@ def text_batches(text: Corpus, llm: ElasticLLM) -> Sequence[torch.Tensor]:
 def _advance(
     partial: PartialForward, step: tuple[int, ...], states: list[torch.Tensor]
 ) -> dict[int, Moments]:
-    """Sum up what each block of a step adds; `states` become what leaves the step."""
+    """Moments of each block of a step; replaces `states` by the step's outputs."""
     hidden_size = states[0].shape[-1]
     sums = {block: Moments(hidden_size) for block in step}
     for number, state in enumerate(states):
@@ -162,19 +131,19 @@ def _advance(
 def best_fit(
     block: int, fit_on: Moments, judge_on: Moments, config: FitConfig, width: int
 ) -> BlockFit:
-    """The maps of a block, of the penalty that has the least held-back error at the mean rank.
+    """Fit the maps of a block with the penalty of least held-back error at the mean rank.
 
     Args:
         block: Its index.
-        fit_on: Sums over the tokens to fit on.
-        judge_on: Sums over the held-back tokens.
+        fit_on: Moments of the tokens to fit on.
+        judge_on: Moments of the held-back tokens.
         config: Mean rank and penalties.
-        width: The highest rank that is wanted.
+        width: The greatest rank to fit.
     """
     found = []
     for ridge in config.ridges:
         candidate = reduced_rank_ridge(fit_on, ridge, width)
-        # What a block adds may be nothing at all, as where a pruned model has lost it.
+        # The output may be zero, as for a block that a pruned model has lost.
         power = max(judge_on.y_power, torch.finfo(torch.float32).tiny)
         errors = candidate.errors(judge_on) / power
         found.append(BlockFit(block, candidate, ridge, errors))
@@ -187,5 +156,94 @@ def _ranks(fits: Sequence[BlockFit], config: FitConfig) -> dict[int, int]:
     if config.ranks is None:
         return {fit.block: min(config.rank, width) for fit in fits}
     choices = sorted({min(rank, width) for rank in config.ranks})
-    losses = {fit.block: [float(fit.errors[rank]) for rank in choices] for fit in fits}
-    return allocate(losses, choices, config.rank * len(fits))
+    errors = {fit.block: [float(fit.errors[rank]) for rank in choices] for fit in fits}
+    return allocate_ranks(errors, choices, config.rank * len(fits))
+
+
+def fit_for_mask(
+    llm: ElasticLLM,
+    mask: BlockMask,
+    text: Corpus,
+    held_back: Corpus,
+    config: FitConfig = FitConfig(),
+    *,
+    ranks: Mapping[int, int] | None = None,
+) -> StubLibrary:
+    """Fit the stubs of one mask, each on the states that result from the stubs before it.
+
+    A stub's target is the dense model's state after the block, so it also corrects errors of
+    earlier blocks. The stubs serve this mask only. A shared library is compared with them.
+
+    Args:
+        llm: The live model; its mask is restored.
+        mask: The blocks to remove.
+        text: Tokens to fit on; do not report results on them.
+        held_back: Tokens on which the ridge penalty is chosen.
+        config: Rank and penalties.
+        ranks: Rank of each stub by index of its block, such as a library's, for equal bytes; None
+            gives every stub the rank of `config`.
+
+    Returns:
+        A library with stubs for the blocks of `mask` only.
+
+    Raises:
+        CorpusError: The two texts overlap.
+        UnknownNameError: The mask names blocks that the model does not have.
+    """
+    ensure_disjoint(text, held_back)
+    mask.check(llm.num_blocks)
+    began = time.perf_counter()
+    stubs: dict[int, Stub] = {}
+    partial = PartialForward(llm)
+    with llm.masked(BlockMask()):
+        tracks = [_Track(partial, text_batches(t, llm)) for t in (text, held_back)]
+        for step in partial.steps:
+            kept = tuple(block for block in step if block not in mask)
+            for track in tracks:
+                track.advance(step, kept)
+            for block in (block for block in step if block in mask):
+                fit_on, judge_on = (track.moments() for track in tracks)
+                rank = config.rank if ranks is None else ranks[block]
+                fit = best_fit(block, fit_on, judge_on, replace(config, rank=rank), rank)
+                stubs[block] = fit.stub(rank, llm.dtype)
+                for track in tracks:
+                    track.add(stubs[block].on(llm.device))
+    provenance = {
+        "method": "ridge regression for one mask, towards the dense model's states",
+        "mask": list(mask.names),
+        "settings": asdict(config),
+        "text": dict(text.provenance),
+        "held_back": dict(held_back.provenance),
+        "seconds": time.perf_counter() - began,
+    }
+    return StubLibrary(llm.name, llm.fingerprint, stubs, provenance)
+
+
+class _Track:
+    """Hidden states of a text in the dense model and in the masked one."""
+
+    def __init__(self, partial: PartialForward, batches: Sequence[torch.Tensor]) -> None:
+        self._partial = partial
+        self._dense = [partial.enter(ids) for ids in batches]
+        self._masked = list(self._dense)
+        self._entered = list(self._dense)
+
+    def advance(self, step: tuple[int, ...], kept: tuple[int, ...]) -> None:
+        """Run a step of both models; the masked model runs the kept blocks only."""
+        self._entered = list(self._masked)
+        self._dense = [self._partial.run(step, state) for state in self._dense]
+        self._masked = [self._partial.run(kept, s) if kept else s for s in self._masked]
+
+    def moments(self) -> Moments:
+        """Moments of the masked step's input and of the difference to the dense output."""
+        sums = Moments(self._entered[0].shape[-1])
+        for entered, dense, masked in zip(self._entered, self._dense, self._masked, strict=True):
+            missing = dense.float() - masked.float()
+            sums.add(normalised(entered.float()).flatten(end_dim=1), missing.flatten(end_dim=1))
+        return sums
+
+    @torch.inference_mode()
+    def add(self, stub: Stub) -> None:
+        """Add a stub's output to the masked step."""
+        pairs = zip(self._entered, self._masked, strict=True)
+        self._masked = [masked + stub(entered) for entered, masked in pairs]

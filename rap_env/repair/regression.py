@@ -1,17 +1,85 @@
-"""Reduced-rank ridge regression: the best map of each rank at once."""
+"""Low-rank linear maps: streamed moments, reduced-rank ridge regression, and rank allocation."""
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rap_env.repair.moments import Moments
+
+class Moments:
+    """Streamed sums over pairs (x, y) of width H: a normalised state, and a block's output for it.
+
+    Memory does not depend on the number of tokens.
+
+    Args:
+        hidden_size: H.
+
+    Attributes:
+        tokens: Number of pairs added so far.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        self.tokens = 0
+        self._x, self._y = zeros(hidden_size), zeros(hidden_size)
+        self._xx, self._xy = zeros(hidden_size, hidden_size), zeros(hidden_size, hidden_size)
+        self._yy = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the tokens of a batch.
+
+        Args:
+            x: Normalised states, (N, H).
+            y: The block's output, which is added to the residual stream, (N, H).
+        """
+        x, y = x.float(), y.float()
+        self.tokens += len(x)
+        self._x += x.double().sum(dim=0).cpu()
+        self._y += y.double().sum(dim=0).cpu()
+        # Products of one batch are in float32 (twice as fast), their sum over batches in float64.
+        self._xx += (x.T @ x).cpu()
+        self._xy += (x.T @ y).cpu()
+        self._yy += float(y.double().square().sum())
+
+    @property
+    def x_mean(self) -> torch.Tensor:
+        """Mean of x, (H,)."""
+        return self._x / self.tokens
+
+    @property
+    def y_mean(self) -> torch.Tensor:
+        """Mean of y, (H,)."""
+        return self._y / self.tokens
+
+    @property
+    def y_power(self) -> float:
+        """Mean squared norm of y: the error of a map that is zero."""
+        return self._yy / self.tokens
+
+    def xx(self, x0: torch.Tensor) -> torch.Tensor:
+        """Mean of ``(x - x0) (x - x0)'``, (H, H)."""
+        mean = self.x_mean
+        shift = torch.outer(mean, x0)
+        return self._xx / self.tokens - shift - shift.T + torch.outer(x0, x0)
+
+    def xy(self, x0: torch.Tensor, y0: torch.Tensor) -> torch.Tensor:
+        """Mean of ``(x - x0) (y - y0)'``, (H, H)."""
+        shift = torch.outer(self.x_mean, y0) + torch.outer(x0, self.y_mean)
+        return self._xy / self.tokens - shift + torch.outer(x0, y0)
+
+    def yy(self, y0: torch.Tensor) -> float:
+        """Mean squared norm of ``y - y0``."""
+        return self.y_power - 2 * float(self.y_mean @ y0) + float(y0 @ y0)
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankMap:
-    """``y = (x - x_mean) @ inner[:, :r] @ basis[:, :r].T + y_mean``, for every rank r up to R.
+    """``y = (x - x_mean) @ inner[:, :r] @ basis[:, :r].T + y_mean`` for every rank r up to R.
 
     Attributes:
         inner: (H, R), the most useful column first.
@@ -28,7 +96,7 @@ class LowRankMap:
     def errors(self, on: Moments) -> torch.Tensor:
         """Mean squared error of rank 0, 1, ... R on some tokens, (R + 1,).
 
-        The columns of `basis` are orthonormal, so each adds its own share of the explained part.
+        The columns of `basis` are orthonormal, so each explains its share independently.
         """
         xx, xy = on.xx(self.x_mean), on.xy(self.x_mean, self.y_mean)
         explained = 2 * (self.inner * (xy @ self.basis)).sum(dim=0)
@@ -36,10 +104,10 @@ class LowRankMap:
         return on.yy(self.y_mean) - torch.cat([explained.new_zeros(1), explained.cumsum(dim=0)])
 
     def tensors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a stub of that rank holds: down (r, H), up (H, r) and mean (H,), in float64.
+        """Tensors of a stub of that rank: down (r, H), up (H, r) and mean (H,), in float64.
 
-        Both factors get columns of the same length, so that one step size suits both when they
-        are trained further.
+        The columns of both factors have the same norm, so that one learning rate suits both when
+        they are trained further.
         """
         inner, basis = self.inner[:, :rank], self.basis[:, :rank]
         mean = self.y_mean - basis @ (inner.T @ self.x_mean)
@@ -48,10 +116,10 @@ class LowRankMap:
 
 
 def reduced_rank_ridge(moments: Moments, ridge: float, rank: int) -> LowRankMap:
-    """The map of each rank up to `rank` with the least squared error plus ridge penalty.
+    """Fit the map of each rank up to `rank` with the least squared error plus ridge penalty.
 
-    Ridge regression (Hoerl and Kennard 1970), then the leading eigenvectors of what it explains
-    (reduced-rank regression, Izenman 1975): among all maps of rank r none does better.
+    Ridge regression (Hoerl and Kennard 1970), then the leading eigenvectors of the explained part
+    (reduced-rank regression, Izenman 1975): the optimum among all maps of rank r.
 
     Args:
         moments: Sums over the tokens to fit.
@@ -60,7 +128,7 @@ def reduced_rank_ridge(moments: Moments, ridge: float, rank: int) -> LowRankMap:
     """
     x_mean, y_mean = moments.x_mean, moments.y_mean
     xx, xy = moments.xx(x_mean), moments.xy(x_mean, y_mean)
-    # The least number keeps the matrix regular where x does not vary at all.
+    # The tiny constant keeps the matrix regular if x does not vary.
     penalty = ridge * float(xx.diagonal().mean()) + torch.finfo(torch.float32).tiny
     xx.diagonal().add_(penalty)
     full = torch.linalg.solve(xx, xy)
@@ -68,3 +136,48 @@ def reduced_rank_ridge(moments: Moments, ridge: float, rank: int) -> LowRankMap:
     _, vectors = torch.linalg.eigh((explained + explained.T) / 2)
     basis = vectors.flip(dims=(1,))[:, :rank]
     return LowRankMap(full @ basis, basis, x_mean, y_mean)
+
+
+def allocate_ranks(
+    errors: Mapping[int, Sequence[float]], choices: Sequence[int], total: int
+) -> dict[int, int]:
+    """Choose the rank of each block so that the sum of errors is small and that of ranks bounded.
+
+    Every unit of rank takes the same bytes, so ranks stand for bytes. Starting from the least
+    rank, the step that reduces the error most per unit is taken first. With diminishing returns,
+    as regressions have, the result is optimal for its sum up to the last step.
+
+    Args:
+        errors: For each block: the error at each of the `choices`.
+        choices: Ranks to choose from, ascending.
+        total: Greatest sum of the ranks.
+
+    Returns:
+        Rank of each block.
+    """
+    place = dict.fromkeys(errors, 0)
+    left = total - choices[0] * len(errors)
+    waiting: list[tuple[float, int, int]] = []
+
+    def offer(block: int) -> None:
+        """Queue the higher choice that reduces the error most per unit and still fits."""
+        at, curve = place[block], errors[block]
+        gains = [
+            ((curve[at] - curve[to]) / (choices[to] - choices[at]), to)
+            for to in range(at + 1, len(choices))
+            if choices[to] - choices[at] <= left
+        ]
+        best = max(gains, default=(0.0, at))
+        if best[0] > 0:
+            heapq.heappush(waiting, (-best[0], block, best[1]))
+
+    for block in errors:
+        offer(block)
+    while waiting:
+        _, block, to = heapq.heappop(waiting)
+        cost = choices[to] - choices[place[block]]
+        if cost <= left:
+            left -= cost
+            place[block] = to
+        offer(block)
+    return {block: choices[at] for block, at in place.items()}

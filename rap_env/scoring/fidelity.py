@@ -1,4 +1,4 @@
-"""How well predicted losses agree with measured ones."""
+"""Agreement of predicted and measured delta_nll on held-out masks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-SMALL_LOSS = 0.01
-"""Nats per token; smaller losses count as this much in a relative error."""
+SMALL_DELTA_NLL = 0.01
+"""Nats per token: the least denominator of a relative error."""
 
 _FEW, _SOME = 0.1, 0.25  # shares of the blocks
 
 
 @dataclass(frozen=True)
 class FidelityRow:
-    """Agreement on the masks that remove some number of blocks.
+    """Agreement on the masks of one group.
 
     Attributes:
-        removed: The number of removed blocks, in words.
-        masks: How many masks.
+        removed: Name of the group, by its number of removed blocks.
+        masks: Number of masks.
         spearman: Rank correlation in [-1, 1]; None if it is not defined.
-        mean_error: Mean absolute error of the loss, nats per token; None without masks.
-        median_relative_error: Median of error / loss (at least `SMALL_LOSS`); None without masks.
+        mean_error: Mean absolute error of delta_nll, nats per token; None without masks.
+        median_relative_error: Median of error / delta_nll, the latter at least
+            `SMALL_DELTA_NLL`; None without masks.
     """
 
     removed: str
@@ -37,11 +38,11 @@ class FidelityRow:
 
     @classmethod
     def of(cls, removed: str, predicted: Floats, measured: Floats) -> FidelityRow:
-        """Compare predicted losses with measured ones, nats per token, both (N,)."""
+        """Compare predicted with measured delta_nll, nats per token, both (N,)."""
         if not len(measured):
             return cls(removed, 0, None, None, None)
         errors = np.abs(predicted - measured)
-        relative = errors / np.maximum(np.abs(measured), SMALL_LOSS)
+        relative = errors / np.maximum(np.abs(measured), SMALL_DELTA_NLL)
         return cls(
             removed=removed,
             masks=len(measured),
@@ -55,11 +56,11 @@ class FidelityRow:
 class Fidelity:
     """Agreement on masks that a predictor was not fitted to.
 
-    They come from the same mix as those it was fitted to: neighbours of held-out masks were
-    seen. On masks of another kind it is worse.
+    The held-out masks come from the same distribution as the fitted ones, so the predictor has
+    seen neighbours of them. Agreement on masks from another distribution is worse.
 
     Attributes:
-        fitted: Masks that the judged predictor was fitted to.
+        fitted: Number of masks that the judged predictor was fitted to.
         rows: All held-out masks, then those with few, some and many removals.
     """
 
@@ -70,7 +71,7 @@ class Fidelity:
     def of(
         cls, predicted: Floats, measured: Floats, removed: Counts, num_blocks: int, fitted: int
     ) -> Fidelity:
-        """Compare losses in nats per token, with the number of removed blocks, all (N,)."""
+        """Compare delta_nll in nats per token, by the number of removed blocks, all (N,)."""
         few, some = round(_FEW * num_blocks), round(_SOME * num_blocks)
         groups: list[tuple[str, npt.NDArray[np.bool_]]] = [
             ("all", np.ones(len(removed), dtype=bool)),
@@ -83,11 +84,11 @@ class Fidelity:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Fidelity:
-        """From what `dataclasses.asdict` and JSON made of one."""
+        """Read what `dataclasses.asdict` and JSON wrote."""
         return cls(values["fitted"], tuple(FidelityRow(**row) for row in values["rows"]))
 
     def __str__(self) -> str:
-        """A table for people."""
+        """A text table."""
         head = ("removed", "masks", "rank correlation", "mean error (nats)", "relative error")
         cells = [head, *map(_cells, self.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
@@ -98,7 +99,7 @@ class Fidelity:
 
 
 def spearman(first: Floats, second: Floats) -> float | None:
-    """Rank correlation; equal values share their mean rank. None if one side is constant."""
+    """Rank correlation with mean ranks for ties; None if one side is constant."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])

@@ -1,28 +1,116 @@
-"""Runs masks over a text, with the blocks that they share run once."""
+"""Runs masks over a text and computes each block that several masks share only once.
+
+The masks form a prefix tree over the steps of the model: two masks share all steps up to the
+first block that only one of them removes.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
+from rap_env.blocks import BlockMask
 from rap_env.llm.partial_forward import PartialForward
-from rap_env.scoring.states import Node, StateCache
 
 T = TypeVar("T")
 
+Steps = tuple[tuple[int, ...], ...]
+"""Blocks that run together, in order (`PartialForward.steps`)."""
+
+Node = tuple[int, BlockMask]
+"""A node of the prefix tree: the number of a step, and the blocks removed before that step."""
 
 Visit = Callable[[Node, torch.Tensor], None]
-"""What is done with the state that enters a node; whoever wants it later has to hold it."""
+"""Receives a node and the hidden state that enters it; must keep the state to use it later."""
+
+
+@lru_cache(maxsize=4096)
+def mask_prefixes(mask: BlockMask, steps: Steps) -> tuple[BlockMask, ...]:
+    """Blocks that a mask removes before each step; the last entry is the mask itself."""
+    found: list[BlockMask] = []
+    for first in (step[0] for step in steps):
+        prefix = frozenset(index for index in mask.indices if index < first)
+        # Equal prefixes are one object, which makes comparing and hashing them cheap.
+        same = bool(found) and len(found[-1]) == len(prefix)
+        found.append(found[-1] if same else BlockMask(prefix))
+    return (*found, mask)
+
+
+class StateCache:
+    """Hidden states by batch of windows and node; evicts the least recently used state.
+
+    Args:
+        max_bytes: Most bytes of hidden states that are kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._states: OrderedDict[tuple[int, Node], torch.Tensor] = OrderedDict()
+
+    def put(self, batch: int, node: Node, state: torch.Tensor) -> None:
+        """Keep a state; without effect if it alone is larger than the cap."""
+        key = (batch, node)
+        self._drop(key)
+        self._states[key] = state
+        self.held_bytes += state.nbytes
+        while self.held_bytes > self.max_bytes:
+            self._drop(next(iter(self._states)))
+
+    def get(self, batch: int, node: Node) -> torch.Tensor | None:
+        """The state of a node, or None."""
+        key = (batch, node)
+        if key in self._states:
+            self._states.move_to_end(key)
+        return self._states.get(key)
+
+    def clear(self) -> None:
+        """Drop all states."""
+        self._states.clear()
+        self.held_bytes = 0
+
+    def _drop(self, key: tuple[int, Node]) -> None:
+        state = self._states.pop(key, None)
+        if state is not None:
+            self.held_bytes -= state.nbytes
+
+
+def branch_nodes(masks: Sequence[BlockMask], steps: Steps) -> set[Node]:
+    """The nodes at which later masks of a list leave the path of earlier ones.
+
+    Args:
+        masks: Masks in the order in which they will run.
+        steps: Blocks that run together, in order.
+    """
+    paths = [mask_prefixes(mask, steps)[:-1] for mask in masks]
+    leaves = [
+        max(step for step, pair in enumerate(zip(*two, strict=True)) if pair[0] == pair[1])
+        for two in itertools.pairwise(paths)
+    ]
+    nodes = set()
+    for place, path in enumerate(paths[:-1]):
+        nearest = len(steps)
+        for leave in leaves[place:]:
+            if leave < nearest:
+                nearest = leave
+                node = (nearest, path[nearest])
+                if node in nodes:
+                    break  # an earlier mask keeps this node and all nodes before it
+                nodes.add(node)
+    return nodes
 
 
 class MaskRunner:
-    """Runs masks, given as bits, from the nearest states that are known.
+    """Runs masks from the nearest cached states.
 
-    The masks of one call advance together, a step at a time: a step is run once for all
-    masks that removed the same blocks before it, and those that removed other blocks but keep
-    this one may share a batch.
+    The masks of one call advance together, one step at a time. A step runs once for all masks
+    that removed the same blocks before it; masks that removed other blocks but keep the blocks
+    of this step may share a batch.
 
     Args:
         partial: The model.
@@ -46,70 +134,79 @@ class MaskRunner:
         self.cache = cache
         self.width = width
         self.block_runs = 0
-        self.lows = [(1 << step[0]) - 1 for step in partial.steps]
         self._depth = len(partial.steps)
 
-    def run(self, batch: int, masks: Sequence[int], visit: Visit) -> dict[int, torch.Tensor]:
+    def prefixes(self, mask: BlockMask) -> tuple[BlockMask, ...]:
+        """Blocks that a mask removes before each step; the last entry is the mask itself."""
+        return mask_prefixes(mask, self.partial.steps)
+
+    def run(
+        self, batch: int, masks: Sequence[BlockMask], visit: Visit
+    ) -> dict[BlockMask, torch.Tensor]:
         """Run masks on one batch of the text.
 
         Args:
             batch: Its number.
-            masks: The masks as bits.
-            visit: Called with every state that is passed, what leaves the last step included.
+            masks: The masks.
+            visit: Called with every state on the way, the output of the last step included.
 
         Returns:
-            What left the last step, by mask, (windows, T, H).
+            The output of the last step for each mask, (windows, T, H).
         """
         starts = {mask: self._nearest(batch, mask) for mask in masks}
         first = min(step for step, _ in starts.values())
-        states: dict[int, torch.Tensor] = {}  # by the blocks removed before the step
+        states: dict[BlockMask, torch.Tensor] = {}  # by the blocks removed before the step
         for number in range(first, self._depth):
-            low = self.lows[number]
-            states |= {mask & low: at for mask, (step, at) in starts.items() if step == number}
+            for mask, (step, at) in starts.items():
+                if step == number:
+                    states[self.prefixes(mask)[number]] = at
             for prefix, state in states.items():
                 visit((number, prefix), state)
-            going = [mask for mask in masks if starts[mask][0] <= number]
-            states = self._advance(number, states, going)
+            started = [mask for mask in masks if starts[mask][0] <= number]
+            states = self._advance(number, states, started)
         states |= {mask: at for mask, (step, at) in starts.items() if step == self._depth}
         for mask, state in states.items():
             visit((self._depth, mask), state)
         return states
 
-    def _nearest(self, batch: int, mask: int) -> tuple[int, torch.Tensor]:
-        """The last step whose state is known for a mask, and that state."""
+    def _nearest(self, batch: int, mask: BlockMask) -> tuple[int, torch.Tensor]:
+        """The last step whose state is cached for a mask, and that state."""
+        prefixes = self.prefixes(mask)
         for number in range(self._depth, -1, -1):
-            prefix = mask if number == self._depth else mask & self.lows[number]
-            state = self.cache.get(batch, (number, prefix))
+            state = self.cache.get(batch, (number, prefixes[number]))
             if state is not None:
                 return number, state
         entered = self.partial.enter(self.batches[batch])
-        self.cache.put(batch, (0, 0), entered)
+        self.cache.put(batch, (0, BlockMask()), entered)
         return 0, entered
 
     def _advance(
-        self, number: int, states: dict[int, torch.Tensor], masks: Sequence[int]
-    ) -> dict[int, torch.Tensor]:
-        """From what enters a step to what leaves it, both by the blocks removed so far."""
+        self, number: int, states: dict[BlockMask, torch.Tensor], masks: Sequence[BlockMask]
+    ) -> dict[BlockMask, torch.Tensor]:
+        """Run one step: from the states that enter it to its outputs, by blocks removed so far."""
         blocks = self.partial.steps[number]
-        low, own = self.lows[number], sum(1 << block for block in blocks)
-        wanted = {(mask & low, mask & own) for mask in masks}
-        after: dict[int, torch.Tensor] = {}
-        for removed in {removed for _, removed in wanted}:
-            kept = tuple(block for block in blocks if not removed >> block & 1)
-            gone = tuple(block for block in blocks if removed >> block & 1)
-            prefixes = sorted(prefix for prefix, own_gone in wanted if own_gone == removed)
-            for group in chunks(prefixes, self.width if kept else 1):
-                outputs = self._run_together(kept, gone, [states[prefix] for prefix in group])
-                after |= {p | removed: out for p, out in zip(group, outputs, strict=True)}
+        # For the blocks of this step that some masks remove: the prefix before and after it.
+        ends: dict[tuple[int, ...], dict[BlockMask, BlockMask]] = {}
+        for mask in masks:
+            removed = tuple(block for block in blocks if block in mask.indices)
+            prefixes = self.prefixes(mask)
+            ends.setdefault(removed, {})[prefixes[number]] = prefixes[number + 1]
+        after: dict[BlockMask, torch.Tensor] = {}
+        for removed, prefix_after in ends.items():
+            kept = tuple(block for block in blocks if block not in removed)
+            for group in chunks(list(prefix_after), self.width if kept else 1):
+                outputs = self._run_together(kept, removed, [states[prefix] for prefix in group])
+                for prefix, output in zip(group, outputs, strict=True):
+                    after[prefix_after[prefix]] = output
         return after
 
     def _run_together(
-        self, kept: tuple[int, ...], gone: tuple[int, ...], states: list[torch.Tensor]
+        self, kept: tuple[int, ...], removed: tuple[int, ...], states: list[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
         self.block_runs += len(kept) * len(states)
         if len(states) == 1:
-            return [self.partial.run(kept, states[0], gone)]
-        together = self.partial.run(kept, torch.cat(states), gone)
+            return [self.partial.run(kept, states[0], removed)]
+        together = self.partial.run(kept, torch.cat(states), removed)
         return torch.split(together, [len(s) for s in states])
 
 

@@ -1,14 +1,21 @@
-"""The loss of masks that nobody measured, from those that somebody did. Numpy alone, no model.
+"""Predicts delta_nll of masks from measured masks. Needs numpy only, no model.
 
-The logarithm of the loss is fitted by ridge regression. What the single removals cost together
-gives its level: losses about add up, and level off where the text is guessed at. One weight a
-block and one a pair of blocks say how blocks make each other worse or better.
+The logarithm of delta_nll is fitted by ridge regression. The sum of the blocks' single delta_nll
+sets its level: the values roughly add up, and saturate where the model only guesses. One weight
+per block and one per pair of blocks model how blocks affect each other.
+
+An ensemble of predictors is pessimistic where there is little evidence. A policy that is trained
+on a single predictor finds the masks that the predictor has hardly seen and wrongly rates as
+harmless. Members that were fitted to different samples of the measured masks agree where there is
+evidence and disagree elsewhere, so a multiple of their standard deviation is added to their mean
+(bootstraps as in Chua et al. 2018, arXiv 1805.12114; pessimism as in Yu et al. 2020, MOPO, arXiv
+2005.13239).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,54 +23,61 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.blocks import BlockMask
 from rap_env.scoring.fidelity import Fidelity
 
-Removed = npt.NDArray[np.bool_]
+Features = npt.NDArray[np.bool_]
+"""Input of the predictor: True for each removed block of each mask, (N, 2L)."""
+
 Floats = npt.NDArray[np.float64]
 
+MEMBERS = 5
+"""Predictors of an ensemble, unless told otherwise."""
+
 REACHES = (4, 12, 60)
-"""Greatest distances, in blocks, of pairs that have a weight; one is chosen."""
+"""Candidates for the greatest distance, in blocks, of pairs that have a weight."""
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)
-"""Penalties on the squared weights; one is chosen."""
+"""Candidates for the penalty on the squared weights."""
 
 LEAST_SHARE = 0.5
-"""A mask is taken to lose at least this share of what its worst block alone loses. Of 4,900
-measured masks of the default model every one that lost over 0.1 nats alone lost 0.67 or more."""
+"""Lower bound of a mask's delta_nll, as a share of the delta_nll of its worst block alone. In
+4,900 measured masks of the default model whose worst block alone exceeds 0.1 nats, the least
+share was 0.67."""
 
 _CHUNK = 2048
-_EVIDENCE = 20  # masks with so many removals or more, for a bound to be drawn from them
-_MOST_PAIRS = 2000  # deep models have more; farther ones are left out
+_EVIDENCE = 20  # masks that a bound for their number of removals must rest on
+_MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
 _COUNT_SCALE = 20.0  # brings squared counts of blocks near the other inputs
 _SPLIT = (0.8, 0.1, 0.1)  # masks to fit, to choose the settings, to state the fidelity
 _MOST_LOG = 50.0
 
 
 @dataclass(frozen=True, eq=False)
-class LossPredictor:
-    """Predicts losses in nats per token. Deterministic, and the same alone or among others.
+class DeltaNLLPredictor:
+    """Predicts delta_nll in nats per token, deterministically and for each mask independently.
 
-    With r the removed blocks, a and f how many of them are attention and feed-forward, and
-    s the sum of what they lose alone: ``log(loss + offset) = intercept + linear[r] + pairs[r, r]
-    + shape . (log(s + offset), its square, a², f², a f)``.
+    With r the removed blocks, a and f the numbers of attention and feed-forward blocks among
+    them, and s the sum of their single delta_nll: ``log(delta_nll + offset) = intercept +
+    linear[r] + pairs[r, r] + shape . (log(s + offset), its square, a², f², a f)``.
 
-    What it gives stays between guards. A mask is never predicted to be better than the best
-    measured one with as many removals or more, nor than `LEAST_SHARE` of what its worst block
-    loses alone; so nobody wins by finding where the predictor is wrong. It is never predicted
-    to be worse than the worst one measured. Where few masks were measured (many removals) it
-    says little more than that.
+    Predictions are clamped. A mask is never predicted to be better than the best measured mask
+    with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its worst
+    block alone, so that an agent gains nothing by finding errors of the predictor. It is never
+    predicted to be worse than the worst measured mask. Where few masks were measured (many
+    removals), predictions are hardly more precise than these bounds.
 
     Attributes:
-        alone: Loss without each block alone, nats per token, (2L,).
-        offset: Losses well below it are told apart no more, nats per token.
+        alone: delta_nll without each block alone, nats per token, (2L,).
+        offset: Resolution of the fit: values far below it are not distinguished, nats per token.
         reach: Greatest distance of a pair that has a weight, in blocks.
         ridge: The penalty it was fitted with.
         intercept: As above.
         linear: Weight of each block, (2L,).
         pairs: Weight of each pair within reach, in the order of `pair_indices`.
         shape: Weights of the five terms above.
-        least: Least loss measured with 0 ... 2L removals or more, nats per token, (2L + 1,).
-        most: Greatest loss measured, nats per token.
+        least: Least delta_nll measured with at least 0 ... 2L removals, nats per token, (2L + 1,).
+        most: Greatest delta_nll measured, nats per token.
     """
 
     alone: tuple[float, ...]
@@ -77,44 +91,40 @@ class LossPredictor:
     least: tuple[float, ...]
     most: float
 
-    def loss(self, removed: Collection[int]) -> float:
-        """The predicted loss without some blocks, nats per token.
-
-        Args:
-            removed: Their indices.
-        """
-        if not removed:
+    def delta_nll(self, mask: BlockMask) -> float:
+        """The predicted delta_nll of a mask, nats per token."""
+        if not mask:
             return 0.0
-        index = np.array(sorted(removed))  # sorted: sums of floats depend on their order
+        index = np.array(list(mask))  # ascending: sums of floats depend on their order
         alone = self._alone[index]
         ffn = int((index % 2).sum())
         terms = _shape(float(np.maximum(alone, 0).sum()), len(index) - ffn, ffn, self.offset)
-        log_loss = self.intercept + float(self._linear[index].sum())
-        log_loss += float(self._pairs[index[:, None], index].sum())
-        log_loss += sum(w * float(term) for w, term in zip(self.shape, terms, strict=True))
+        log_delta = self.intercept + float(self._linear[index].sum())
+        log_delta += float(self._pairs[index[:, None], index].sum())
+        log_delta += sum(w * float(term) for w, term in zip(self.shape, terms, strict=True))
         least = max(self.least[len(index)], LEAST_SHARE * float(alone.max()))
-        return min(max(math.exp(min(log_loss, _MOST_LOG)) - self.offset, least), self.most)
+        return min(max(math.exp(min(log_delta, _MOST_LOG)) - self.offset, least), self.most)
 
-    def losses(self, removed: Removed, *, guarded: bool = True) -> Floats:
-        """The predicted losses of many masks at once, as `loss` gives them but for rounding.
+    def delta_nll_many(self, features: Features, *, clamped: bool = True) -> Floats:
+        """The predicted delta_nll of many masks, equal to `delta_nll` up to rounding.
 
         Args:
-            removed: True for each removed block of each mask, (N, 2L).
-            guarded: Keep them between the guards; a search that measures what it proposes needs
-                to tell masks apart beyond them.
+            features: From `feature_matrix`, (N, 2L).
+            clamped: Whether to clamp as described above. A search that measures what it proposes
+                needs to tell masks apart beyond the bounds too.
 
         Returns:
             Nats per token, (N,).
         """
-        x = removed.astype(np.float64)
-        counts, ffn = removed.sum(axis=1), x[:, 1::2].sum(axis=1)
+        x = features.astype(np.float64)
+        counts, ffn = features.sum(axis=1), x[:, 1::2].sum(axis=1)
         terms = _shape(x @ np.maximum(self._alone, 0), counts - ffn, ffn, self.offset)
-        log_loss = self.intercept + x @ self._linear + ((x @ self._pairs) * x).sum(axis=1)
-        log_loss += sum(weight * term for weight, term in zip(self.shape, terms, strict=True))
-        found = np.exp(np.minimum(log_loss, _MOST_LOG)) - self.offset
-        if not guarded:
+        log_delta = self.intercept + x @ self._linear + ((x @ self._pairs) * x).sum(axis=1)
+        log_delta += sum(weight * term for weight, term in zip(self.shape, terms, strict=True))
+        found = np.exp(np.minimum(log_delta, _MOST_LOG)) - self.offset
+        if not clamped:
             return np.where(counts > 0, found, 0.0)
-        worst = np.where(removed, self._alone, -np.inf).max(axis=1, initial=-np.inf)
+        worst = np.where(features, self._alone, -np.inf).max(axis=1, initial=-np.inf)
         least = np.maximum(np.array(self.least)[counts], LEAST_SHARE * worst)
         return np.where(counts > 0, np.minimum(np.maximum(found, least), self.most), 0.0)
 
@@ -135,57 +145,64 @@ class LossPredictor:
 
 
 def fit_predictor(
-    removed: Removed, losses: Floats, alone: Floats, *, seed: int = 0
-) -> tuple[LossPredictor, Fidelity]:
-    """Fit a predictor to measured masks, and find out how good it is on others.
+    features: Features, delta_nll: Floats, alone: Floats, *, seed: int = 0
+) -> tuple[DeltaNLLPredictor, Fidelity]:
+    """Fit a predictor to measured masks and judge it on masks that it was not fitted to.
 
-    A tenth of the masks is held out and judged on; another tenth chooses reach and ridge. The
-    predictor that is returned is then fitted to all of them, so that it is no worse.
+    A tenth of the masks is held out for the judgement; another tenth chooses reach and ridge. The
+    returned predictor is then fitted to all masks, so it is no worse than the judged one.
 
     Args:
-        removed: True for each removed block of each mask, (N, 2L).
-        losses: Their losses, nats per token, (N,).
-        alone: Loss without each block alone, nats per token, (2L,).
+        features: The measured masks, from `feature_matrix`, (N, 2L).
+        delta_nll: Their measured values, nats per token, (N,).
+        alone: delta_nll without each block alone, nats per token, (2L,).
         seed: Decides which masks are held out.
 
     Returns:
         The predictor, and the fidelity of one that never saw the held-out masks.
     """
-    order = np.random.default_rng(seed).permutation(len(losses))
-    ends = np.round(np.cumsum(_SPLIT[:2]) * len(losses)).astype(int)
+    order = np.random.default_rng(seed).permutation(len(delta_nll))
+    ends = np.round(np.cumsum(_SPLIT[:2]) * len(delta_nll)).astype(int)
     to_fit, to_choose, held_out = np.split(order, ends)
-    fit = Fit(removed, losses, alone, [to_fit, to_choose, held_out])
+    fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out])
     candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
     best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
     judged = fit.solved([0, 1], *best)
-    predicted = judged.losses(removed[held_out])
     fidelity = Fidelity.of(
-        predicted, losses[held_out], removed[held_out].sum(axis=1), removed.shape[1],
-        fitted=len(to_fit) + len(to_choose),
+        judged.delta_nll_many(features[held_out]), delta_nll[held_out],
+        features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
     )  # fmt: skip
     return fit.solved([0, 1, 2], *best), fidelity
 
 
-class Fit:
-    """Sums over parts of the data from which any candidate is solved."""
+class PredictorFit:
+    """Normal equations of parts of the data, from which predictors of any settings are solved.
+
+    Args:
+        features: The measured masks, (N, 2L).
+        delta_nll: Their measured values, nats per token, (N,).
+        alone: delta_nll without each block alone, nats per token, (2L,).
+        parts: Indices of the masks of each part.
+        reaches: Candidates for the reach; those with too many pairs are left out.
+    """
 
     def __init__(
         self,
-        removed: Removed,
-        losses: Floats,
+        features: Features,
+        delta_nll: Floats,
         alone: Floats,
         parts: list[npt.NDArray[np.int64]],
         reaches: Sequence[int] = REACHES,
     ) -> None:
-        self.removed, self.losses, self.alone, self.parts = removed, losses, alone, parts
+        self.features, self.delta_nll, self.alone, self.parts = features, delta_nll, alone, parts
         self.offset = max(1e-6, float(np.median(np.abs(alone))) / 2)
-        self.targets = np.log(np.maximum(losses, -self.offset / 2) + self.offset)
+        self.targets = np.log(np.maximum(delta_nll, -self.offset / 2) + self.offset)
         sizes = {reach: len(pair_indices(len(alone), reach)[0]) for reach in reaches}
         self.reaches = [r for r in reaches if sizes[r] <= _MOST_PAIRS] or [min(reaches)]
         self._pairs = pair_indices(len(alone), self.reaches[-1])
         self._sums = [self._moments(part) for part in parts]
 
-    def solved(self, parts: list[int], reach: int, ridge: float) -> LossPredictor:
+    def solved(self, parts: list[int], reach: int, ridge: float) -> DeltaNLLPredictor:
         """The predictor fitted to some of the parts."""
         blocks = len(self.alone)
         pairs = np.flatnonzero(self._pairs[1] - self._pairs[0] <= reach)
@@ -197,7 +214,7 @@ class Fit:
         penalty[-1] = 1e-9  # the intercept is free
         weights = np.linalg.solve(sums[np.ix_(used, used)] + np.diag(penalty), sums[used, -1])
         seen = np.concatenate([self.parts[part] for part in parts])
-        return LossPredictor(
+        return DeltaNLLPredictor(
             alone=tuple(self.alone.tolist()),
             offset=self.offset,
             reach=reach,
@@ -206,13 +223,13 @@ class Fit:
             linear=tuple(weights[:blocks].tolist()),
             pairs=tuple(weights[blocks:-6].tolist()),
             shape=tuple(weights[-6:-1].tolist()),
-            least=_least_by_count(self.removed[seen].sum(axis=1), self.losses[seen], blocks),
-            most=float(max(self.losses[seen].max(), self.alone.max())),
+            least=_least_by_count(self.features[seen].sum(axis=1), self.delta_nll[seen], blocks),
+            most=float(max(self.delta_nll[seen].max(), self.alone.max())),
         )
 
-    def error(self, predictor: LossPredictor, part: npt.NDArray[np.int64]) -> float:
-        """Root mean squared error of log(loss + offset)."""
-        found = predictor.losses(self.removed[part])
+    def error(self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64]) -> float:
+        """Root mean squared error of log(delta_nll + offset)."""
+        found = predictor.delta_nll_many(self.features[part])
         logs = np.log(np.maximum(found, -self.offset / 2) + self.offset)
         return float(np.sqrt(np.mean((logs - self.targets[part]) ** 2)))
 
@@ -223,7 +240,7 @@ class Fit:
         total = np.zeros((width, width))
         for start in range(0, len(part), _CHUNK):
             chosen = part[start : start + _CHUNK]
-            x = self.removed[chosen].astype(np.float64)
+            x = self.features[chosen].astype(np.float64)
             together = x @ np.maximum(self.alone, 0)
             shape = _shape(together, x[:, ::2].sum(axis=1), x[:, 1::2].sum(axis=1), self.offset)
             ones, target = np.ones(len(x)), self.targets[chosen]
@@ -232,39 +249,103 @@ class Fit:
         return total
 
 
-def to_rows(masks: Sequence[Iterable[int]], num_blocks: int) -> Removed:
-    """True for each removed block of each mask, given by indices, (N, 2L)."""
-    rows = np.zeros((len(masks), num_blocks), dtype=bool)
-    for row, mask in zip(rows, masks, strict=True):
-        row[list(mask)] = True
-    return rows
+@dataclass(frozen=True, eq=False)
+class ScoreModel:
+    """Predicts delta_nll of masks in nats per token, pessimistically.
+
+    Attributes:
+        members: Predictors, each fitted to another sample of the measured masks.
+        pessimism: Standard deviations between members that are added to their mean.
+    """
+
+    members: tuple[DeltaNLLPredictor, ...]
+    pessimism: float = 0.0
+
+    def delta_nll(self, mask: BlockMask) -> float:
+        """Mean plus `pessimism` times the standard deviation of the members, nats per token."""
+        found = [member.delta_nll(mask) for member in self.members]
+        return float(np.mean(found) + self.pessimism * np.std(found))
+
+    def delta_nll_many(self, features: Features) -> Floats:
+        """As `delta_nll`, for the masks of a feature matrix (N, 2L); nats per token, (N,)."""
+        mean, spread = self.mean_and_spread(features)
+        return mean + self.pessimism * spread
+
+    def mean_and_spread(self, features: Features, *, clamped: bool = True) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the members' predictions, nats per token, (N,) each."""
+        found = np.array([m.delta_nll_many(features, clamped=clamped) for m in self.members])
+        return found.mean(axis=0), found.std(axis=0)
+
+
+def fit_score_model(
+    features: Features,
+    delta_nll: Floats,
+    alone: Floats,
+    *,
+    members: int = MEMBERS,
+    pessimism: float = 0.0,
+    seed: int = 0,
+) -> tuple[ScoreModel, Fidelity]:
+    """Fit an ensemble to measured masks and judge one member on masks it was not fitted to.
+
+    Args:
+        features: The measured masks, from `feature_matrix`, (N, 2L).
+        delta_nll: Their measured values, nats per token, (N,).
+        alone: delta_nll without each block alone, nats per token, (2L,).
+        members: Predictors; a single one is fitted to all masks, several to bootstrap samples.
+        pessimism: As in `ScoreModel`.
+        seed: Decides which masks are held out, and the samples.
+
+    Returns:
+        The ensemble, and the fidelity of a single predictor that never saw the held-out masks;
+        all members use the settings that were best for it.
+    """
+    single, fidelity = fit_predictor(features, delta_nll, alone, seed=seed)
+    if members == 1:
+        return ScoreModel((single,), pessimism), fidelity
+    rng = np.random.default_rng([seed, members])
+    samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
+    found = []
+    for sample in samples:
+        fit = PredictorFit(features, delta_nll, alone, [sample], reaches=(single.reach,))
+        found.append(fit.solved([0], single.reach, single.ridge))
+    return ScoreModel(tuple(found), pessimism), fidelity
+
+
+def feature_matrix(masks: Collection[BlockMask], num_blocks: int) -> Features:
+    """The predictor's input: True for each removed block of each mask, (N, 2L)."""
+    features = np.zeros((len(masks), num_blocks), dtype=bool)
+    for row, mask in zip(features, masks, strict=True):
+        row[list(mask.indices)] = True
+    return features
 
 
 def pair_indices(
     num_blocks: int, reach: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Both blocks of every pair, the first before the second, at most `reach` apart."""
+    """Indices of the first and of the second block of every pair at most `reach` apart."""
     rows, columns = np.triu_indices(num_blocks, 1)
     near = columns - rows <= reach
     return rows[near], columns[near]
 
 
 def _shape(together: Any, attn: Any, ffn: Any, offset: float) -> tuple[Any, ...]:
-    """What a mask is like on the whole, as five numbers (or arrays) of about the same size."""
+    """Five summary terms of a mask, as numbers (or arrays) of about the same size."""
     level = np.log(together + offset)
     counts = (attn * attn / _COUNT_SCALE, ffn * ffn / _COUNT_SCALE, attn * ffn / _COUNT_SCALE)
     return (level, 0.3 * level * level, *counts)
 
 
 def _least_by_count(
-    counts: npt.NDArray[np.int64], losses: Floats, blocks: int
+    counts: npt.NDArray[np.int64], delta_nll: Floats, blocks: int
 ) -> tuple[float, ...]:
-    """For 0 ... 2L removals: the least loss of a mask with so many or more.
+    """For 0 ... 2L removals: the least delta_nll of a mask with at least so many removals.
 
-    Where fewer than `_EVIDENCE` masks have so many, the last number that has them decides.
+    If fewer than `_EVIDENCE` masks have so many removals, the greatest number that at least
+    `_EVIDENCE` masks have decides.
     """
     deepest = np.sort(counts)[-min(_EVIDENCE, len(counts))]
     least = np.full(blocks + 1, np.inf)
-    np.minimum.at(least, np.minimum(counts, deepest), losses)
+    np.minimum.at(least, np.minimum(counts, deepest), delta_nll)
     least[deepest:] = least[deepest]
     return tuple(np.minimum.accumulate(least[::-1])[::-1].tolist())

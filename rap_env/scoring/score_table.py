@@ -1,7 +1,7 @@
 """Scores of one model in a file, to run the environment without the model.
 
-A table holds masks with their measured NLL, a predictor for masks that it lacks, and what an
-environment needs to know of the model. Numpy alone: neither torch nor transformers is loaded.
+A table holds masks with their measured NLL, a predictor for all other masks, and the facts of the
+model that an environment needs. It needs numpy only, neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.blocks import Block, BlockMask
+from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.memory import ModelFacts
-from rap_env.scoring.ensemble import ScoreModel, fit_score_model
 from rap_env.scoring.fidelity import Fidelity
-from rap_env.scoring.predictor import LossPredictor, to_rows
+from rap_env.scoring.predictor import (
+    DeltaNLLPredictor,
+    ScoreModel,
+    feature_matrix,
+    fit_score_model,
+)
 
 PREFIX = "score_table:"
-"""What a model's name starts with if it is the path of a table."""
+"""Prefix of a model name that is the path of a table."""
 
-_KIND, _FORMAT = "score table", 2
+_KIND, _FORMAT = "score table", 3
+_HEX_FORMAT = 2  # masks were hex strings with one bit per block, pessimism was called doubt
 _PREDICTIONS_KEPT = 2**17
 
 
@@ -41,24 +46,24 @@ class ScoreTable:
     """Measured and predicted NLL of one model's masks on one text.
 
     Attributes:
-        facts: What the byte arithmetic needs to know of the model.
-        scores: Mean NLL by set of removed blocks, nats per token; has the dense model and
-            every single removal.
+        facts: The facts of the model that the byte arithmetic needs.
+        scores: Mean NLL by mask, nats per token; contains the dense model and every single
+            removal.
         context: Everything that determined the scores (`MaskScorer.context`).
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
             (of `CorpusConfig`), ``importance``, ``gsi_removals``, ``gsi_method`` and ``repair``
-            (which older tables lack: they were measured without stubs).
-        features: What an agent sees of the importance (`ImportanceFeatures`), each (2L,).
+            (missing in older tables, which were measured without stubs).
+        features: The importance that an agent observes (`ImportanceFeatures`), each (2L,).
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.
-        evaluation_s: Seconds that scoring one mask took where it was measured.
-        predictor: Predicts the loss of other masks.
-        fidelity: How well it does so on masks that it was not fitted to.
+        evaluation_s: Seconds that scoring one mask took on the machine that measured it.
+        predictor: Predicts delta_nll of other masks.
+        fidelity: Agreement of the predictor on masks that it was not fitted to.
     """
 
     facts: ModelFacts
-    scores: dict[frozenset[int], float]
+    scores: dict[BlockMask, float]
     context: dict[str, Any]
     text: dict[str, Any]
     settings: dict[str, Any]
@@ -77,17 +82,17 @@ class ScoreTable:
         *,
         seed: int = 0,
         members: int = 1,
-        doubt: float = 0.0,
+        pessimism: float = 0.0,
         **origin: Any,
     ) -> ScoreTable:
         """A table of measured scores, with a predictor fitted to them.
 
         Args:
-            facts: Of the model.
+            facts: Facts of the model.
             scores: Mean NLL of masks, nats per token.
             seed: Decides which masks are held out to judge the predictor.
-            members: As in `fit_score_model`, like `doubt`.
-            doubt: As in `ScoreModel`.
+            members: As in `fit_score_model`.
+            pessimism: As in `ScoreModel`.
             **origin: The other attributes.
 
         Raises:
@@ -104,42 +109,44 @@ class ScoreTable:
                 f"{2 * facts.num_blocks} masks in all; measure more of them first."
             )
         masks = sorted(scores, key=tuple)
-        removed = to_rows(masks, facts.num_blocks)
         nll = np.array([scores[mask] for mask in masks])
         dense = scores[BlockMask()]
         alone = np.array([scores[mask] for mask in singles]) - dense
         predictor, fidelity = fit_score_model(
-            removed, nll - dense, alone, members=members, doubt=doubt, seed=seed
+            feature_matrix(masks, facts.num_blocks),
+            nll - dense,
+            alone,
+            members=members,
+            pessimism=pessimism,
+            seed=seed,
         )
-        held = {mask.indices: float(scores[mask]) for mask in masks}
+        held = {mask: float(scores[mask]) for mask in masks}
         return cls(facts, held, predictor=predictor, fidelity=fidelity, **origin)
 
     @property
     def dense_nll(self) -> float:
         """NLL of the dense model, nats per token."""
-        return self.scores[frozenset()]
+        return self.scores[BlockMask()]
 
     @property
-    def loss_alone(self) -> npt.NDArray[np.float64]:
-        """Loss without each block alone, nats per token, (2L,)."""
+    def delta_nll_alone(self) -> npt.NDArray[np.float64]:
+        """delta_nll without each block alone, nats per token, (2L,)."""
         blocks = range(self.facts.num_blocks)
-        return np.array([self.scores[frozenset([index])] for index in blocks]) - self.dense_nll
+        return np.array([self.scores[BlockMask.of(index)] for index in blocks]) - self.dense_nll
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a checked JSON artifact, about 45 bytes a mask.
+        """Write it as a checked JSON artifact, compressed to about 25 bytes per mask.
 
         Raises:
             StorageFullError: The disk is full.
         """
-        removed = to_rows(list(self.scores), self.facts.num_blocks)
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("facts", "predictor", "fidelity"):
             body[name] = asdict(body[name])
         del body["scores"]
-        # One bit a block, the first block in the highest bit of the first byte.
-        body["masks"] = [row.tobytes().hex() for row in np.packbits(removed, axis=1)]
+        body["masks"] = [mask.names for mask in self.scores]
         body["nll"] = list(self.scores.values())
-        save_artifact(path, _KIND, _FORMAT, body)
+        save_artifact(path, _KIND, _FORMAT, body, compress=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScoreTable:
@@ -147,45 +154,54 @@ class ScoreTable:
 
         Raises:
             ModelNotAvailableError: There is no such file.
-            ArtifactError: It is truncated, altered, no score table, or of another format.
+            ArtifactError: It is truncated, altered, not a score table, or of an unknown format.
         """
         try:
-            body = load_artifact(path, _KIND, _FORMAT)
+            body = load_artifact(path, _KIND, _FORMAT, older=[_HEX_FORMAT])
         except OSError as error:
             raise ModelNotAvailableError(
                 f"Cannot read the score table {os.fspath(path)} ({error.strerror}); correct the "
-                "path, or make one with `python -m experiments.export_scores`."
+                "path, or make a table with ScoreTable.fitted(...).save(path), which "
+                "`python -m experiments.export_scores` does in a checkout of the project."
             ) from None
         facts = ModelFacts(**with_tuples(body.pop("facts")))
-        packed = np.frombuffer(bytes.fromhex("".join(body.pop("masks"))), dtype=np.uint8)
-        nll = body.pop("nll")
-        removed = np.unpackbits(packed.reshape(len(nll), -1), axis=1, count=facts.num_blocks)
-        rows, blocks = np.nonzero(removed)
-        ends = np.cumsum(np.bincount(rows, minlength=len(nll)))[:-1]
-        masks = (frozenset(part.tolist()) for part in np.split(blocks, ends))
-        members = (LossPredictor(**with_tuples(m)) for m in body["predictor"]["members"])
-        body["predictor"] = ScoreModel(tuple(members), body["predictor"]["doubt"])
+        masks = _read_masks(body.pop("masks"), facts.num_blocks)
+        predictor = body["predictor"]
+        members = (DeltaNLLPredictor(**with_tuples(values)) for values in predictor["members"])
+        pessimism = predictor.get("pessimism", predictor.get("doubt"))
+        body["predictor"] = ScoreModel(tuple(members), pessimism)
         body["fidelity"] = Fidelity.from_json(body["fidelity"])
-        return cls(facts=facts, scores=dict(zip(masks, nll, strict=True)), **body)
+        return cls(facts=facts, scores=dict(zip(masks, body.pop("nll"), strict=True)), **body)
+
+
+def _read_masks(written: Sequence[Any], num_blocks: int) -> list[BlockMask]:
+    """Masks from lists of block names, or from the hex strings of earlier versions."""
+    if written and isinstance(written[0], str):
+        # One bit per block, the first block in the highest bit of the first byte.
+        packed = np.frombuffer(bytes.fromhex("".join(written)), dtype=np.uint8)
+        bits = np.unpackbits(packed.reshape(len(written), -1), axis=1, count=num_blocks)
+        return [BlockMask.of(*np.flatnonzero(row).tolist()) for row in bits]
+    index = {block_name(number): number for number in range(num_blocks)}
+    return [BlockMask(frozenset(map(index.__getitem__, names))) for names in written]
 
 
 class TableScorer:
-    """Scores of masks out of a table: what `MaskScorer` gives, without a model.
+    """Scores masks from a table: the interface of `MaskScorer`, without a model.
 
-    A mask that was measured has the very score that the model gave; any other one a predicted
-    score, which `is_predicted` tells.
+    A measured mask has exactly the score that the model gave. Any other mask has a predicted
+    score; `is_predicted` tells which is which.
 
     Args:
-        table: Where the scores are.
+        table: The scores.
 
     Attributes:
-        evaluations: 0: no mask is ever run.
-        block_forwards: 0: no block is.
-        passes: 0 as well.
-        num_windows: 1: a table knows of no parts of the text.
+        evaluations: 0, because no mask is run.
+        block_forwards: 0, because no block is run.
+        passes: 0, likewise.
+        num_windows: 1, because a table does not divide the text.
         dense_nll: NLL of the dense model, nats per token.
         context: Everything that determined the scores.
-        evaluation_s: Seconds that one evaluation took where the scores were measured.
+        evaluation_s: Seconds that one evaluation took on the machine that measured the scores.
     """
 
     evaluations = 0
@@ -199,20 +215,20 @@ class TableScorer:
         self.evaluation_s = table.evaluation_s
         self._facts = table.facts
         self._measured = table.scores
-        self._asked: set[frozenset[int]] = set()
-        self._loss = lru_cache(_PREDICTIONS_KEPT)(table.predictor.loss)
+        self._asked: set[BlockMask] = set()
+        self._predict = lru_cache(_PREDICTIONS_KEPT)(table.predictor.delta_nll)
 
     @property
     def known(self) -> int:
         """Masks asked for so far.
 
-        A predicted one counts again if 131,072 others were predicted since it was asked for.
+        A predicted mask counts again if 131,072 others were predicted since it was asked for.
         """
-        return len(self._asked) + self._loss.cache_info().misses
+        return len(self._asked) + self._predict.cache_info().misses
 
     def is_predicted(self, mask: BlockMask) -> bool:
         """Whether the mask was not measured, so that its score comes from the predictor."""
-        return mask.indices not in self._measured
+        return mask not in self._measured
 
     def nll(self, mask: BlockMask) -> float:
         """Mean NLL of the text under `mask`, nats per token; measured or predicted.
@@ -220,11 +236,11 @@ class TableScorer:
         Raises:
             UnknownNameError: The mask names blocks that the model does not have.
         """
-        found = self._measured.get(mask.indices)
+        found = self._measured.get(mask)
         if found is None:
             mask.check(self._facts.num_blocks)
-            return self.dense_nll + self._loss(mask.indices)
-        self._asked.add(mask.indices)
+            return self.dense_nll + self._predict(mask)
+        self._asked.add(mask)
         return found
 
     def nll_many(
@@ -233,8 +249,8 @@ class TableScorer:
         """NLL of several masks, in their order.
 
         Args:
-            masks: What to score.
-            on_score: Called after each different mask, for progress bars.
+            masks: Masks to score.
+            on_score: Called after each distinct mask, for progress bars.
         """
         if on_score is not None:
             for mask in dict.fromkeys(masks):
@@ -243,18 +259,18 @@ class TableScorer:
         return [self.nll(mask) for mask in masks]
 
     def nll_on(self, masks: Sequence[BlockMask], _windows: Sequence[int]) -> list[float]:
-        """NLL of several masks on the whole text, which is the only part there is."""
+        """NLL of several masks on the whole text, because a table does not divide it."""
         return self.nll_many(masks)
 
     def scan(
         self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None
     ) -> dict[Block, float]:
-        """For every block that `mask` keeps: the NLL without that block too."""
+        """For every block that `mask` keeps: the NLL if that block is removed too."""
         blocks = [block for block in self._facts.blocks if block not in mask]
         candidates = [mask | BlockMask.of(block) for block in blocks]
         return dict(zip(blocks, self.nll_many(candidates, on_score), strict=True))
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a frozen dataclass out of JSON, which knows lists alone."""
+    """Fields of a frozen dataclass from JSON, whose lists stand for tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

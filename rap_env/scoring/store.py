@@ -1,8 +1,8 @@
-"""Scores on disk. SQLite gives what a store must have: atomic writes and many processes.
+"""Keeps scores in an SQLite file, which makes writes atomic and lets processes share it.
 
-A row's key is the digest of everything that determines the score (`MaskScorer.context`) and
-the mask; its checksum covers key and values, so an edited or damaged row is refused instead
-of believed.
+A row's key is the digest of everything that determines the score (`MaskScorer.context`) and the
+mask as a JSON list of block names. Its checksum covers key and values, so that an edited or
+damaged row raises an error instead of giving a wrong score.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from rap_env.artifacts import canonical_json, digest
 from rap_env.blocks import BlockMask
 from rap_env.errors import StorageFullError, StoreError
 
-_FORMAT = 1
+_FORMAT = 2
+_INDEX_FORMAT = 1  # masks were comma-separated indices; such a file is converted when opened
 _BUSY_TIMEOUT_S = 60.0
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS contexts (key TEXT PRIMARY KEY, context TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS scores (
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS contexts (key TEXT PRIMARY KEY, context TEXT NOT NULL)",
+    """CREATE TABLE IF NOT EXISTS scores (
     context TEXT NOT NULL, mask TEXT NOT NULL, metric TEXT NOT NULL,
     "values" TEXT NOT NULL, sha256 TEXT NOT NULL,
     PRIMARY KEY (context, mask, metric)
-) WITHOUT ROWID;
-"""
+) WITHOUT ROWID""",
+)
+_INSERT = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)"
 
 
 class ScoreStore:
-    """A file of scores, safe to kill at any moment and to share between processes.
+    """A file of scores that processes can share, intact if a process is killed at any moment.
 
     Args:
-        path: The SQLite file; made with its folder if missing.
+        path: The SQLite file; created with its folder if missing.
 
     Raises:
-        StoreError: The file is no score store, is damaged, or is of a newer format.
+        StoreError: The file is not a score store, is damaged, or is of a newer format.
         StorageFullError: The disk is full.
     """
 
@@ -51,24 +53,17 @@ class ScoreStore:
         with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._check_file()
-            found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, _FORMAT):
-                raise StoreError(
-                    f"The score store {self.path} has format {found}, but this version reads "
-                    f"{_FORMAT}; give another path or delete it."
-                )
-            with self._connection as connection:
-                connection.executescript(_SCHEMA)
-                connection.execute(f"PRAGMA user_version = {_FORMAT}")
+            if self._format() != _FORMAT:
+                self._prepare()
 
     def get(self, context_key: str, mask: BlockMask, metric: str) -> list[float] | None:
-        """The values of a mask's metric, or None if they are not stored.
+        """Values of a mask's metric, or None if they are not stored.
 
         Raises:
             StoreError: The row or the file is damaged.
         """
         query = 'SELECT "values", sha256 FROM scores WHERE context = ? AND mask = ? AND metric = ?'
-        key = (context_key, mask_key(mask), metric)
+        key = (context_key, mask.to_json(), metric)
         with self._errors():
             row = self._connection.execute(query, key).fetchone()
         if row is None:
@@ -76,7 +71,7 @@ class ScoreStore:
         if row[1] != _checksum(*key, row[0]):
             raise StoreError(
                 f"A score in {self.path} was altered (checksum differs for {mask}); delete the "
-                "file: scores are computed again as they are needed."
+                "file: scores are computed again when they are needed."
             )
         return [float(value) for value in json.loads(row[0])]
 
@@ -94,14 +89,14 @@ class ScoreStore:
             context_key: Digest of the context.
             mask: The mask that was scored.
             metric: Name of the metric, such as ``"window_nll"``.
-            values: What was measured.
-            context: What the key is the digest of, kept once for people and exports.
+            values: The measured values.
+            context: The context itself, kept once per key for people and exports.
 
         Raises:
             StorageFullError: The disk is full.
             StoreError: The file is damaged.
         """
-        key = (context_key, mask_key(mask), metric)
+        key = (context_key, mask.to_json(), metric)
         text = canonical_json([float(value) for value in values])
         with self._errors(), self._connection as connection:
             if context is not None and context_key not in self._known_contexts:
@@ -109,10 +104,7 @@ class ScoreStore:
                     "INSERT OR IGNORE INTO contexts VALUES (?, ?)",
                     (context_key, canonical_json(dict(context))),
                 )
-            connection.execute(
-                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)",
-                (*key, text, _checksum(*key, text)),
-            )
+            connection.execute(_INSERT, (*key, text, _checksum(*key, text)))
         self._known_contexts.add(context_key)
 
     def rows(self, context_key: str, metric: str) -> Iterator[tuple[BlockMask, list[float]]]:
@@ -121,7 +113,7 @@ class ScoreStore:
         with self._errors():
             masks = self._connection.execute(query, (context_key, metric)).fetchall()
         for (text,) in masks:
-            mask = mask_of(text)
+            mask = BlockMask.from_json(text)
             values = self.get(context_key, mask, metric)
             if values is not None:
                 yield mask, values
@@ -136,6 +128,25 @@ class ScoreStore:
         if connection is not None:
             connection.close()
 
+    def _format(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def _prepare(self) -> None:
+        """Create the tables of a new file, or convert the rows of an older one."""
+        with self._connection as connection:
+            connection.execute("BEGIN IMMEDIATE")  # one process at a time
+            found = self._format()
+            if found not in (0, _INDEX_FORMAT, _FORMAT):
+                raise StoreError(
+                    f"The score store {self.path} has format {found}, but this version reads "
+                    f"{_FORMAT}; give another path or delete it."
+                )
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            if found == _INDEX_FORMAT:
+                _convert_indices(connection)
+            connection.execute(f"PRAGMA user_version = {_FORMAT}")
+
     def _check_file(self) -> None:
         verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
@@ -143,18 +154,18 @@ class ScoreStore:
 
     @property
     def _connection(self) -> sqlite3.Connection:
-        # One connection for each thread and process: SQLite's must not cross a fork.
+        # One connection per thread and process: SQLite connections must not cross a fork.
         held = self._local.__dict__.get("connection")
         if held is None or self._local.pid != os.getpid():
             held = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)
             held.execute("PRAGMA journal_mode = WAL")
-            held.execute("PRAGMA synchronous = NORMAL")  # whole after a kill, at any moment
+            held.execute("PRAGMA synchronous = NORMAL")  # consistent after a kill at any moment
             self._local.connection, self._local.pid = held, os.getpid()
         return held
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn SQLite's errors into sentences that say what to do."""
+        """Convert SQLite's errors into errors that say what to do."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -167,23 +178,29 @@ class ScoreStore:
         except sqlite3.DatabaseError as error:
             raise StoreError(
                 f"The score store {self.path} is damaged or no score store ({error}); delete it: "
-                "scores are computed again as they are needed."
+                "scores are computed again when they are needed."
             ) from error
 
 
 def context_key(context: Mapping[str, Any]) -> str:
-    """The digest that stands for a context in the store."""
+    """The digest that identifies a context in the store."""
     return digest(dict(context))
 
 
-def mask_key(mask: BlockMask) -> str:
-    """A mask as text: its indices, so that it does not depend on the number of layers."""
-    return ",".join(map(str, mask))
-
-
-def mask_of(text: str) -> BlockMask:
-    """The mask that `mask_key` gave."""
+def mask_from_indices(text: str) -> BlockMask:
+    """The mask of comma-separated indices, as earlier versions wrote masks (``"0,14,15"``)."""
     return BlockMask.of(*map(int, text.split(","))) if text else BlockMask()
+
+
+def _convert_indices(connection: sqlite3.Connection) -> None:
+    """Rewrite all rows with names in the place of indices; damaged rows stay damaged."""
+    rows = connection.execute("SELECT * FROM scores").fetchall()
+    connection.execute("DELETE FROM scores")
+    for context, mask, metric, values, checksum in rows:
+        key = (context, mask_from_indices(mask).to_json(), metric)
+        if checksum == _checksum(context, mask, metric, values):
+            checksum = _checksum(*key, values)
+        connection.execute(_INSERT, (*key, values, checksum))
 
 
 def _checksum(*parts: str) -> str:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from rap_env.artifacts import canonical_json
 from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.scoring.continuations import ContinuationScorer
-from rap_env.scoring.encoding import RequestEncoder
-from rap_env.scoring.harness import LoadedTask
+from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
+from rap_env.scoring.lm_eval_tasks import LoadedTask
 
 _FILTER = "none"  # the filter that lm-eval gives to tasks without one of their own
 

@@ -18,8 +18,8 @@ from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownName
 from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.scoring import continuations, harness
-from rap_env.scoring.encoding import RequestEncoder
+from rap_env.scoring import likelihoods, lm_eval_tasks
+from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
 
@@ -59,7 +59,7 @@ class TaskConfig:
                 f"names must hold one task at least and none twice, not {list(self.names)}."
             )
         for name in self.names:
-            harness.check_generated_name(name)
+            lm_eval_tasks.check_generated_name(name)
         if self.data_root is not None:
             object.__setattr__(self, "data_root", str(self.data_root))
         for setting, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0)):
@@ -101,15 +101,15 @@ class TaskScorer:
         *,
         progress: bool = False,
     ) -> None:
-        harness.require_lm_eval()
+        lm_eval_tasks.require_lm_eval()
         self.llm = llm
         self.config = config
         self.store = store
         self.evaluations = 0
         self._progress = progress
-        with harness.quiet():
+        with lm_eval_tasks.quiet():
             self._loaded = [
-                harness.load_task(
+                lm_eval_tasks.load_task(
                     name,
                     data_root=config.data_root,
                     seed=config.seed,
@@ -169,7 +169,7 @@ class TaskScorer:
         """
         accuracies = self.accuracies(mask)
         if not accuracies:
-            known = [name for name in harness.KNOWN_TASKS if name != "wikitext"]
+            known = [name for name in lm_eval_tasks.KNOWN_TASKS if name != "wikitext"]
             raise UnknownNameError("accuracy task", ", ".join(self.config.names), known)
         return statistics.fmean(accuracies.values())
 
@@ -183,7 +183,7 @@ class TaskScorer:
         mask.check(self.llm.num_blocks)
         if mask not in self._results:
             outputs = self._outputs(mask)
-            with harness.quiet():
+            with lm_eval_tasks.quiet():
                 parts = {n: member.result(outputs[n]) for n, member in self._members.items()}
                 self._results[mask] = {
                     loaded.name: combine(loaded, [parts[t.task_name] for t in loaded.tasks])
@@ -224,9 +224,9 @@ class TaskScorer:
             "device": device_kind(self.llm.device),
             "attention": attention_name(self.llm.model),
             "batch": [
-                continuations.BATCH_ROWS,
-                continuations.BATCH_TOKENS,
-                continuations.HEAD_TOKENS,
+                likelihoods.BATCH_ROWS,
+                likelihoods.BATCH_TOKENS,
+                likelihoods.HEAD_TOKENS,
             ],
             "threads": torch.get_num_threads() if self.llm.device.type == "cpu" else 0,
             "torch": torch.__version__,

@@ -19,7 +19,6 @@ from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.observation import ImportanceFeatures
 from rap_env.request import Request
-from rap_env.scoring.store import mask_key
 
 DENSE_NLL = 2.5
 
@@ -109,7 +108,7 @@ class SyntheticBench:
         loss = self.scorer.loss
         count = len(costs)
         rise = np.array([loss(BlockMask.of(i)) for i in range(count)])
-        self.one_shot = SimpleNamespace(loss_rise=rise, block_influence=rise[::-1].copy())
+        self.one_shot = SimpleNamespace(delta_nll=rise, block_influence=rise[::-1].copy())
         order, mask, marginal = [], BlockMask(), np.zeros(count)
         for _ in range(count):
             rest = [i for i in range(count) if i not in mask]
@@ -125,7 +124,7 @@ class SyntheticBench:
     @cached_property
     def frontier(self):
         """For each pair of counts the blocks of each kind that alone cost least."""
-        order = np.argsort(self.one_shot.loss_rise)
+        order = np.argsort(self.one_shot.delta_nll)
         attn, ffn = [int(i) for i in order if not i % 2], [int(i) for i in order if i % 2]
         masks = [
             BlockMask.of(*attn[:a], *ffn[:f])
@@ -135,7 +134,7 @@ class SyntheticBench:
         return Frontier(
             num_blocks=len(order),
             dense_nll=DENSE_NLL,
-            scored={mask_key(m): DENSE_NLL + float(self.scorer.loss(m)) for m in masks},
+            scores={m: DENSE_NLL + float(self.scorer.loss(m)) for m in masks},
             evaluations_run=len(masks),
             seconds=0.0,
             settings={},

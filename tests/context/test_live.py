@@ -49,7 +49,7 @@ def test_kinds_of_importance(tmp_path):
     assert not none.features.one_shot.any()
     assert none.scorer.evaluations == 0
     single = bench(tmp_path, importance="one_shot")
-    assert np.array_equal(single.features.one_shot, single.one_shot.loss_rise)
+    assert np.array_equal(single.features.one_shot, single.one_shot.delta_nll)
 
 
 def test_an_artifact_by_path(tmp_path):

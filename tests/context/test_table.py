@@ -150,7 +150,7 @@ def test_a_table_with_gsi_gives_what_the_live_model_gave(tmp_path):
         assert np.array_equal(getattr(bench.features, array), getattr(live.features, array))
     assert bench.gsi == live.gsi
     single = open_context(ContextConfig(model=name, importance="one_shot"))
-    assert np.array_equal(single.features.one_shot, live.one_shot.loss_rise)
+    assert np.array_equal(single.features.one_shot, live.one_shot.delta_nll)
     gsi(live.scorer, stop=3, path=tmp_path / "mine.json", progress=False)
     other = open_context(ContextConfig(model=name, importance=str(tmp_path / "mine.json")))
     assert len(other.gsi.order) == 3

@@ -11,7 +11,6 @@ from rap_env.blocks import BlockMask
 from rap_env.context.table import TableContext
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
-from rap_env.scoring.store import mask_key
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, assert_same, make, play, request_at
 from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
@@ -37,7 +36,7 @@ def frontier_of(bench, masks) -> Frontier:
     return Frontier(
         num_blocks=COUNT,
         dense_nll=bench.scorer.dense_nll,
-        scored={mask_key(mask): nll for mask, nll in scores},
+        scores=dict(scores),
         evaluations_run=len(masks),
         seconds=0.0,
         settings={},
@@ -80,7 +79,7 @@ def test_the_frontier_answers_with_its_best_mask_that_fits(ordered):
 @pytest.mark.parametrize("name", ["gsi", "one_shot"])
 @pytest.mark.parametrize("settings", [{}, {"scale": "log"}, {"timing": "dense"}, LOG_DENSE])
 def test_following_the_baselines_own_order_returns_nothing(ordered, name, settings):
-    order = ordered.gsi.full_order if name == "gsi" else ordered.one_shot.loss_rise.argsort()
+    order = ordered.gsi.full_order if name == "gsi" else ordered.one_shot.delta_nll.argsort()
     env = make(ordered, reward=relative(name, **settings))
     for seed in range(5):
         env.reset(seed=seed)

@@ -87,13 +87,13 @@ def test_the_best_known_masks_lie_beside_it(config, run, tmp_path):
     table = load_policy(tmp_path / "rap.frontier.json", context.memory)
     assert isinstance(table, FrontierPolicy)
     assert table.frontier.entries == context.frontier.entries
-    assert len(table.frontier.scored) == len(context.frontier.entries)
-    assert len(table.frontier.scored) < context.frontier.evaluations
+    assert len(table.frontier.scores) == len(context.frontier.entries)
+    assert len(table.frontier.scores) < context.frontier.evaluations
     assert table.frontier.settings["thinned_from_masks"] == context.frontier.evaluations
     for request in asked(context.memory):
         full = FrontierPolicy(context.memory, context.frontier)
         assert table.choose(request) == full.choose(request)
-    assert reduced(table.frontier).scored == table.frontier.scored
+    assert reduced(table.frontier).scores == table.frontier.scores
 
 
 def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_path):

@@ -75,8 +75,8 @@ def test_a_table_holds_what_was_asked_for_and_says_how_good_it_is(config, export
     assert exported.name == TABLE_FILE
     assert len(table.scores) == MASKS
     live = build_context(config)
-    for mask in [BlockMask(), BlockMask.of(3), *map(BlockMask, list(table.scores)[-5:])]:
-        assert table.scores[mask.indices] == live.scorer.nll(mask)
+    for mask in [BlockMask(), BlockMask.of(3), *list(table.scores)[-5:]]:
+        assert table.scores[mask] == live.scorer.nll(mask)
     assert live.scorer.evaluations < 2 * MASKS
     assert table.text["sha256"] == live.scorer.corpus.sha256
     assert table.settings["calibration"]["windows"] == 3
@@ -123,9 +123,9 @@ def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_
     assert table.facts == live.memory.facts
     assert table.facts.repair
     assert len(table.scores) == 40, "of a store that also has 150 of the model without stubs"
-    assert all(table.scores[mask] == live.scorer.nll(BlockMask(mask)) for mask in table.scores)
+    assert all(table.scores[mask] == live.scorer.nll(mask) for mask in table.scores)
     assert table.dense_nll == plain.dense_nll
-    assert table.scores[frozenset([1])] != plain.scores[frozenset([1])]
+    assert table.scores[BlockMask.of(1)] != plain.scores[BlockMask.of(1)]
     with pytest.raises(RapError, match=r"repair\.name: 'library' -> 'none'"):
         export_scores(replace(settings, repair=RepairConfig()), path.parent)
     for repair in ("none", "library"):

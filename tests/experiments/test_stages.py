@@ -33,7 +33,8 @@ from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -1,11 +1,15 @@
 """The frontier: the best masks for each pair of counts, in few real scores."""
 
 import itertools
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance import Frontier, FrontierConfig, build_frontier, gsi
@@ -18,6 +22,11 @@ from tests.tiny import tiny_llm
 
 LAYERS = 5
 FRACTIONS = (0.9, 0.8, 0.7, 0.6)
+ROOT = Path(__file__).parents[2]
+RECORDED = [
+    *sorted(ROOT.glob("results/*/profile/frontier.json")),
+    ROOT / "rap_env/runtime/saved/smollm2-135m.frontier.json",
+]
 
 
 def requests(llm):
@@ -90,7 +99,7 @@ def test_an_interrupted_search_is_repeated_out_of_the_store(llm, tmp_path):
     store = ScoreStore(tmp_path / "scores.sqlite")
     built(llm, store, evaluations=70)
     again = built(llm, store, evaluations=150)
-    assert again.scored == whole.scored
+    assert again.scores == whole.scores
     assert again.evaluations == whole.evaluations
     assert again.evaluations_run < whole.evaluations_run - 60
 
@@ -112,3 +121,23 @@ def test_it_comes_back_from_its_file_and_is_refused_for_others(llm, frontier, tm
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(InvalidRequestError, match="must be at least 1"):
         replace(FrontierConfig(), **wrong)
+
+
+def test_frontiers_with_masks_as_indices_are_still_read(llm, frontier, tmp_path):
+    path = tmp_path / "frontier.json"
+    body = {f.name: getattr(frontier, f.name) for f in fields(frontier) if f.name != "scores"}
+    body["scored"] = {",".join(map(str, mask)): nll for mask, nll in frontier.scores.items()}
+    save_artifact(path, "frontier", 1, body)
+    assert Frontier.load(path, llm).scores == frontier.scores
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.parent.name)
+def test_committed_frontiers_are_still_read(path):
+    provenance = json.loads(path.read_text())["body"]["provenance"]
+    facts = SimpleNamespace(
+        fingerprint=provenance["fingerprint"], repair=provenance["scoring"].get("repair", "")
+    )
+    frontier = Frontier.load(path, SimpleNamespace(facts=facts))
+    assert frontier.scores[BlockMask()] == frontier.dense_nll
+    assert all(mask.check(frontier.num_blocks) for mask in frontier.scores if mask)
+    assert frontier.entries[0][1] <= 0

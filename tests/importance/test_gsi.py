@@ -10,8 +10,8 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance import GSIProfile, gsi
-from rap_env.importance.rounds import LazyRounds, Standing
-from rap_env.scoring import loss
+from rap_env.importance.gsi_strategies import GSIState, LazyStrategy
+from rap_env.scoring import nll as nll_module
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.conftest import tiny_library
@@ -59,7 +59,7 @@ def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
 
 
 def test_exact_gsi_measures_few_candidates_to_the_end(monkeypatch):
-    monkeypatch.setattr(loss, "_VOCABULARY_PARTS", 1)  # a bound that is close, as in real models
+    monkeypatch.setattr(nll_module, "_VOCABULARY_PARTS", 1)  # a tight bound
     llm, ids = tiny_llm(layers=6), tokens(windows=6)
     scorer = MaskScorer(llm, ids, batch_tokens=18)
     profile = gsi(scorer, stop=8, progress=False)
@@ -90,19 +90,19 @@ def test_lazy_looks_further_where_a_candidate_surprises():
     nll = {block.index: value for block, value in scorer.scan(BlockMask.of(0)).items()}
     ranked = sorted(set(nll) - {1}, key=nll.__getitem__)  # block 1 stands beside the gap
     good, bad = ranked[:7], ranked[7:]
-    at = Standing((0,), scorer.nll(BlockMask.of(0)))
+    at = GSIState((0,), scorer.nll(BlockMask.of(0)))
 
     def look(**last_known):
         losses = dict.fromkeys(good, last_known["good"]) | dict.fromkeys(bad, last_known["bad"])
-        return LazyRounds(scorer).next(replace(at, losses={1: 99.0, **losses}), lambda _: None)
+        return LazyStrategy(scorer).next(replace(at, delta_nll={1: 99.0, **losses}), lambda _: None)
 
     # Each loses more than any was last known to: all have to be looked at.
     surprised = look(good=-9.0, bad=-10.0)
-    assert len(surprised.losses) == 15
+    assert len(surprised.delta_nll) == 15
     assert nll[surprised.block] == min(nll.values())
     # The others were known to lose more than the best loses now: a few suffice.
     trusting = look(good=9.0, bad=10.0)
-    assert set(trusting.losses) == {1, *good}
+    assert set(trusting.delta_nll) == {1, *good}
     assert nll[trusting.block] == min(nll.values())
 
 
@@ -169,11 +169,11 @@ def test_profile_says_what_each_block_costs():
     dense = scorer.dense_nll
     single = [scorer.nll(BlockMask.of(i)) - dense for i in range(6)]
     assert profile.first_pass == pytest.approx(single)
-    assert profile.marginal_loss[first] == pytest.approx(single[first])
+    assert profile.marginal_delta_nll[first] == pytest.approx(single[first])
     for other in set(range(6)) - {first}:
         rise = scorer.nll(BlockMask.of(first, other)) - scorer.nll(BlockMask.of(first))
-        assert profile.marginal_loss[other] == pytest.approx(rise)
-    rest = sorted(set(range(6)) - {first, second}, key=lambda i: profile.marginal_loss[i])
+        assert profile.marginal_delta_nll[other] == pytest.approx(rise)
+    rest = sorted(set(range(6)) - {first, second}, key=lambda i: profile.marginal_delta_nll[i])
     assert profile.full_order == (first, second, *rest)
     assert profile.rank[first] == 0
     assert profile.rank[rest[-1]] == 1

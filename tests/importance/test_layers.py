@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.importance.layers import layer_influence
+from rap_env.importance.one_shot_scores import layer_influence
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 

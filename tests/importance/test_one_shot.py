@@ -9,7 +9,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance import OneShotProfile, one_shot
-from rap_env.importance.one_shot import block_influence
+from rap_env.importance.one_shot_scores import block_influence
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.scorer import MaskScorer
 from tests.envs.conftest import tiny_library
@@ -21,7 +21,7 @@ def test_loss_rise_is_measured_block_by_block():
     scorer = MaskScorer(tiny_llm(), tokens())
     profile = one_shot(scorer, progress=False)
     expected = [scorer.nll(BlockMask.of(i)) - scorer.dense_nll for i in range(4)]
-    assert profile.loss_rise == pytest.approx(expected)
+    assert profile.delta_nll == pytest.approx(expected)
     assert profile.evaluations == 5
     assert profile.provenance["text"]["tokens"] == 27
 
@@ -81,10 +81,10 @@ def test_importance_is_that_of_the_model_with_its_stubs(tmp_path):
         scorer = MaskScorer(model, tokens())
         found[name] = one_shot(scorer, progress=False)
         expected = [scorer.nll(BlockMask.of(i)) - scorer.dense_nll for i in range(4)]
-        assert found[name].loss_rise == pytest.approx(expected)
+        assert found[name].delta_nll == pytest.approx(expected)
         found[name].save(tmp_path / f"{name}.json")
     assert found["plain"].dense_nll == found["repaired"].dense_nll
-    assert np.all(found["plain"].loss_rise != found["repaired"].loss_rise)
+    assert np.all(found["plain"].delta_nll != found["repaired"].delta_nll)
     # What a block does to the residual stream has nothing to do with its stub.
     assert found["plain"].influence == found["repaired"].influence
     assert OneShotProfile.load(tmp_path / "repaired.json", repaired) == found["repaired"]

@@ -9,7 +9,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError, UnsupportedModelE
 from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
-from rap_env.repair.masks import MaskDraw
+from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
 from tests.llm.stubs import random_stubs
 from tests.llm.test_elastic import weights_hash
@@ -31,7 +31,7 @@ def fitted(llm) -> StubLibrary:
     return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
 
 
-def draw(llm, requests: RequestSampler | None = None, kind=MaskDraw, **settings) -> MaskDraw:
+def draw(llm, requests: RequestSampler | None = None, kind=MaskSampler, **settings) -> MaskSampler:
     memory = MemoryModel(llm)
     sampler = requests or GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
     return kind(memory, sampler, np.linspace(0.1, 0.6, 2 * LAYERS), **settings)
@@ -142,7 +142,7 @@ def test_a_streamed_model_is_refused(lonely, tmp_path) -> None:
     folder = saved_model(tmp_path / "m")
     llm = stream_llm(folder, device="cpu", dtype="float32", max_memory_bytes=2**20)
     library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
-    masks = MaskDraw(MemoryModel(llm), FixedSampler(MemoryModel(llm)), np.ones(llm.num_blocks))
+    masks = MaskSampler(MemoryModel(llm), FixedSampler(MemoryModel(llm)), np.ones(llm.num_blocks))
     with pytest.raises(UnsupportedModelError, match=r"is streamed .*load it with load_llm\(\)"):
         distilled(llm, library, masks=masks)
 
@@ -179,7 +179,7 @@ def test_the_rate_rises_then_falls_along_half_a_cosine() -> None:
 
 
 def test_every_window_is_learnt_from_once_an_epoch() -> None:
-    from rap_env.repair.trainer import Trainer
+    from rap_env.repair.distilling import Trainer
 
     llm = tiny()
     config = DistillConfig(steps=20, windows=3)

@@ -10,7 +10,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.repair import DistillConfig, StubLibrary
-from rap_env.repair.masks import MaskDraw
+from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.workload.sampler import FixedSampler
 from rap_env.workload.traffic import TraceSampler
 from tests.llm.stubs import random_stubs
@@ -18,7 +18,7 @@ from tests.repair.test_distilling import HELD_BACK, LAYERS, SHORT, distilled, dr
 
 
 @dataclass(frozen=True)
-class Killed(MaskDraw):
+class Killed(MaskSampler):
     """Draws masks as usual until the process is to be killed."""
 
     after: int = 6
@@ -120,7 +120,9 @@ def test_damaged_progress_is_refused(content: bytes | None, tmp_path) -> None:
     killed_at(5, llm, library, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(ArtifactError, match="is damaged or holds no distillation; delete it to"):
+    with pytest.raises(
+        ArtifactError, match="is damaged or not a distillation checkpoint; delete it to"
+    ):
         distilled(llm, library, path=path)
 
 
@@ -128,5 +130,5 @@ def test_damaged_progress_is_refused(content: bytes | None, tmp_path) -> None:
 def test_a_file_of_torch_that_is_no_progress_is_refused(other, tmp_path) -> None:
     llm = tiny()
     torch.save(other, tmp_path / "progress.pt")
-    with pytest.raises(ArtifactError, match="is damaged or holds no distillation"):
+    with pytest.raises(ArtifactError, match="is damaged or not a distillation checkpoint"):
         distilled(llm, fitted(llm), path=tmp_path / "progress.pt")

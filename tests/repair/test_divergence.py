@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from benchmarks.held_bytes import measured_peak
 from rap_env.llm.partial_forward import PartialForward
-from rap_env.repair.divergence import divergence
-from rap_env.scoring.loss import HEAD_TOKENS
+from rap_env.repair.distilling import divergence
+from rap_env.scoring.nll import HEAD_TOKENS
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
 
 ROWS = [1, 7, HEAD_TOKENS, HEAD_TOKENS + 37]

@@ -84,14 +84,14 @@ def test_the_hash_depends_on_every_tensor_and_the_model_and_nothing_else() -> No
 
 
 def test_a_missing_file(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no stub library at .*none; make it again with"):
+    with pytest.raises(FileNotFoundError, match=r"no stub library at .*none; fit it again with"):
         StubLibrary.load(tmp_path / "none")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_truncated_file(path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ArtifactError, match="truncated or no stub library; make it again with"):
+    with pytest.raises(ArtifactError, match="truncated or not a stub library; fit it again with"):
         StubLibrary.load(path)
 
 
@@ -103,7 +103,7 @@ def test_no_byte_can_change_unseen(tmp_path) -> None:
         edited = bytearray(content)
         edited[place] ^= 1 << place % 8
         path.write_bytes(edited)
-        with pytest.raises(ArtifactError, match="make it again with"):
+        with pytest.raises(ArtifactError, match="fit it again with"):
             StubLibrary.load(path)
 
 
@@ -120,13 +120,15 @@ def test_edited_tensors_and_provenance(path) -> None:
 
 def test_files_of_another_kind(path, tmp_path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(3)}, path, {"kind": "poem", "format": "3"})
-    with pytest.raises(ArtifactError, match=r"\(format 1\), but 'poem' of format 3; make it again"):
+    with pytest.raises(
+        ArtifactError, match=r"not a stub library of format 1, but 'poem' of format 3; fit it"
+    ):
         StubLibrary.load(path)
     safetensors.torch.save_file({"a": torch.zeros(3)}, path)
     with pytest.raises(ArtifactError, match="but None of format None"):
         StubLibrary.load(path)
     save_artifact(path, "corpus", 1, {"tokens": []})
-    with pytest.raises(ArtifactError, match="truncated or no stub library"):
+    with pytest.raises(ArtifactError, match="truncated or not a stub library"):
         StubLibrary.load(path)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel, ModelFacts
-from rap_env.repair.masks import NOISE, MaskDraw
+from rap_env.repair.mask_sampler import NOISE, MaskSampler
 from rap_env.workload.sampler import FixedSampler, GridSampler
 from rap_env.workload.traffic import TraceSampler
 
@@ -40,7 +40,7 @@ def grid(model: MemoryModel) -> GridSampler:
     return GridSampler(model, (1, 4), (16, 256, 2048), (0.6, 0.75, 0.9))
 
 
-def masks(draw: MaskDraw, count: int, seed: int = 0) -> list[BlockMask]:
+def masks(draw: MaskSampler, count: int, seed: int = 0) -> list[BlockMask]:
     rng = np.random.default_rng(seed)
     return [draw.draw(rng) for _ in range(count)]
 
@@ -55,7 +55,7 @@ def test_a_mask_fits_its_budget_and_is_minimal_in_its_order(stub_bytes: int) -> 
         sampler = FixedSampler(
             model, request.batch_size, request.seq_len_tokens, budget_bytes=request.budget_bytes
         )
-        for mask in set(masks(MaskDraw(model, sampler, LOSSES), 50)):
+        for mask in set(masks(MaskSampler(model, sampler, LOSSES), 50)):
             assert model.peak_bytes(mask, request) <= request.budget_bytes, mask
             # Whichever was removed last, the mask without it does not fit.
             peaks = [model.peak_bytes(mask - BlockMask.of(b), request) for b in mask]
@@ -65,8 +65,8 @@ def test_a_mask_fits_its_budget_and_is_minimal_in_its_order(stub_bytes: int) -> 
 @STUBS
 def test_the_seed_determines_the_masks(stub_bytes: int) -> None:
     model = memory(stub_bytes)
-    draw = MaskDraw(model, grid(model), LOSSES)
-    assert masks(draw, 20) == masks(draw, 20) == masks(MaskDraw(model, grid(model), LOSSES), 20)
+    draw = MaskSampler(model, grid(model), LOSSES)
+    assert masks(draw, 20) == masks(draw, 20) == masks(MaskSampler(model, grid(model), LOSSES), 20)
     assert masks(draw, 20) != masks(draw, 20, seed=1)
     assert len(set(masks(draw, 50))) > 20
 
@@ -86,7 +86,7 @@ def by_price(model: MemoryModel, request, losses) -> BlockMask:
 def test_without_noise_it_follows_the_price(stub_bytes: int) -> None:
     model = memory(stub_bytes)
     sampler = grid(model)
-    draw = MaskDraw(model, sampler, LOSSES, noise=(0.0,))
+    draw = MaskSampler(model, sampler, LOSSES, noise=(0.0,))
     expected = {by_price(model, request, LOSSES) for request in sampler.requests}
     assert set(masks(draw, 200)) == expected
     assert len(expected) > 5
@@ -97,7 +97,7 @@ def test_short_requests_lose_ffn_blocks_and_long_ones_attention() -> None:
     removed = []
     for tokens in (16, 2048):
         sampler = FixedSampler(model, 4, tokens, budget_fraction=0.7)
-        found = masks(MaskDraw(model, sampler, np.ones(2 * LAYERS)), 200)
+        found = masks(MaskSampler(model, sampler, np.ones(2 * LAYERS)), 200)
         removed.append([sum(mask.count(kind) for mask in found) for kind in ("attn", "ffn")])
     (short_attn, short_ffn), (long_attn, long_ffn) = removed
     assert short_ffn > 1.5 * short_attn
@@ -109,7 +109,7 @@ def test_the_more_noise_the_less_it_follows() -> None:
     sampler = FixedSampler(model, 1, 16, budget_fraction=0.8)
     seen = []
     for noise in NOISE:
-        counts = Counter(masks(MaskDraw(model, sampler, LOSSES, noise=(noise,)), 300))
+        counts = Counter(masks(MaskSampler(model, sampler, LOSSES, noise=(noise,)), 300))
         seen.append(len(counts))
     assert seen[0] == 1
     assert seen == sorted(seen)
@@ -118,13 +118,13 @@ def test_the_more_noise_the_less_it_follows() -> None:
 def test_a_budget_that_the_dense_model_meets_removes_nothing() -> None:
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_bytes=10**9)
-    assert set(masks(MaskDraw(model, sampler, LOSSES), 20)) == {BlockMask()}
+    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {BlockMask()}
 
 
 def test_a_budget_that_no_mask_meets_removes_everything() -> None:
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_bytes=1)
-    assert set(masks(MaskDraw(model, sampler, LOSSES), 20)) == {BlockMask.of(*range(2 * LAYERS))}
+    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {BlockMask.of(*range(2 * LAYERS))}
 
 
 def test_settings_are_values_alone_and_tell_draws_apart(tmp_path) -> None:
@@ -132,12 +132,12 @@ def test_settings_are_values_alone_and_tell_draws_apart(tmp_path) -> None:
     model = memory()
     trace = TraceSampler(model, path=str(tmp_path / "trace.csv"), order="replay")
     samplers = [grid(model), FixedSampler(model), FixedSampler(model, 2), trace]
-    described = [MaskDraw(model, sampler, LOSSES).settings for sampler in samplers]
-    described.append(MaskDraw(model, grid(model), LOSSES + 1).settings)
-    described.append(MaskDraw(model, grid(model), LOSSES, (1.0,)).settings)
+    described = [MaskSampler(model, sampler, LOSSES).settings for sampler in samplers]
+    described.append(MaskSampler(model, grid(model), LOSSES + 1).settings)
+    described.append(MaskSampler(model, grid(model), LOSSES, (1.0,)).settings)
     assert len({str(one) for one in described}) == len(described)
     assert described[0]["losses"] == LOSSES.tolist()
     assert described[3]["requests"].startswith("TraceSampler(max_batch_size=16, ")
     # Equal ones in another process, or of another object, are equal.
     other = memory()
-    assert MaskDraw(other, grid(other), LOSSES).settings == described[0]
+    assert MaskSampler(other, grid(other), LOSSES).settings == described[0]

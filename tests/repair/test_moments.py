@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rap_env.repair.moments import Moments
+from rap_env.repair.regression import Moments
 
 H = 6
 

@@ -17,10 +17,10 @@ from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
-from rap_env.repair import FitConfig, fit_library, open_library, opening, repair_label
-from rap_env.repair.library import StubLibrary
+from rap_env.repair import FitConfig, cached_library, fit_library, open_library, repair_label
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
-from rap_env.scoring.corpus import load_corpus
+from rap_env.scoring.corpus_loading import load_corpus
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 
@@ -36,8 +36,10 @@ def _one_thread():
 @pytest.fixture
 def short(monkeypatch):
     """Less text, where only what becomes of the file matters."""
-    monkeypatch.setattr(opening, "TEXT", replace(opening.TEXT, windows=4, window_tokens=16))
-    monkeypatch.setattr(opening, "HELD_BACK", replace(opening.HELD_BACK, windows=2))
+    monkeypatch.setattr(
+        cached_library, "TEXT", replace(cached_library.TEXT, windows=4, window_tokens=16)
+    )
+    monkeypatch.setattr(cached_library, "HELD_BACK", replace(cached_library.HELD_BACK, windows=2))
 
 
 def test_the_library_is_the_one_of_the_stated_text_and_settings():
@@ -49,7 +51,7 @@ def test_the_library_is_the_one_of_the_stated_text_and_settings():
         ("self", "selection", 0, 16),
     ]
     assert {t["window_tokens"] for t in texts} == {64}  # the positions of the tiny model
-    text, held_back = (load_corpus(config, llm) for config in opening._texts(llm))
+    text, held_back = (load_corpus(config, llm) for config in cached_library._texts(llm))
     assert fit_library(llm, text, held_back, FitConfig(), progress=False).sha256 == found.sha256
 
 
@@ -58,7 +60,7 @@ def test_it_is_fitted_once_for_each_model(short, monkeypatch):
     first = open_library("library", llm, progress=False)
     open_library("library", tiny_llm(seed=1), progress=False)
     assert len(kept_files()) == 2
-    monkeypatch.setattr(opening, "fit_library", None)  # fitting again would fail
+    monkeypatch.setattr(cached_library, "fit_library", None)  # fitting again would fail
     again = open_library("library", tiny_llm(), progress=False)
     assert again.sha256 == first.sha256
     with pytest.raises(TypeError):
@@ -76,7 +78,9 @@ def test_a_path_is_read_and_nothing_is_fitted(short, tmp_path):
 
 @pytest.mark.parametrize("name", ["libary", "no/such/file.safetensors", "."])
 def test_what_is_neither_a_word_nor_a_file(name):
-    with pytest.raises(UnknownNameError, match=r"repair .*'library', 'none'.*experiments\.repair"):
+    with pytest.raises(
+        UnknownNameError, match=r"repair .*'library', 'none'.*path of a stub library"
+    ):
         open_library(name, tiny_llm())
 
 
@@ -85,7 +89,7 @@ def test_a_damaged_file_says_what_to_do(short):
     open_library("library", llm, progress=False)
     (path,) = kept_files()
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ArtifactError, match="cut or altered; delete that file"):
+    with pytest.raises(ArtifactError, match="truncated or were altered; delete that file"):
         open_library("library", llm, progress=False)
     path.unlink()
     assert open_library("library", llm, progress=False).stubs
@@ -121,8 +125,8 @@ def test_a_model_that_is_streamed_has_the_stubs_of_the_whole_one(short, tmp_path
 
 def _open_in_a_process(done):
     torch.set_num_threads(1)
-    opening.TEXT = replace(opening.TEXT, windows=4, window_tokens=16)
-    opening.HELD_BACK = replace(opening.HELD_BACK, windows=2)
+    cached_library.TEXT = replace(cached_library.TEXT, windows=4, window_tokens=16)
+    cached_library.HELD_BACK = replace(cached_library.HELD_BACK, windows=2)
     done.put(open_library("library", tiny_llm(), progress=False).sha256)
 
 

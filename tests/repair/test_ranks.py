@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rap_env.repair.ranks import allocate
+from rap_env.repair.regression import allocate_ranks
 
 
 def total_loss(losses, choices, ranks) -> float:
@@ -34,7 +34,7 @@ def test_with_steps_of_one_size_nothing_of_the_sum_is_better(seed: int) -> None:
     choices = [0, 2, 4, 6]
     losses = falling(seed, 4, choices)
     for total in (0, 2, 8, 14, 24, 100):
-        ranks = allocate(losses, choices, total)
+        ranks = allocate_ranks(losses, choices, total)
         assert sum(ranks.values()) <= total
         assert total_loss(losses, choices, ranks) == pytest.approx(
             best_loss(losses, choices, total), abs=1e-12
@@ -46,7 +46,7 @@ def test_with_uneven_steps_it_loses_less_than_one_step(seed: int) -> None:
     choices = [0, 1, 2, 4, 8]
     losses = falling(seed, 4, choices)
     for total in (5, 11, 20):
-        ranks = allocate(losses, choices, total)
+        ranks = allocate_ranks(losses, choices, total)
         assert sum(ranks.values()) <= total
         even = dict.fromkeys(losses, max(c for c in choices if 4 * c <= total))
         found = total_loss(losses, choices, ranks)
@@ -56,15 +56,15 @@ def test_with_uneven_steps_it_loses_less_than_one_step(seed: int) -> None:
 
 def test_a_block_that_gains_nothing_stays_at_the_least() -> None:
     losses = {5: [1.0, 1.0, 1.1], 6: [1.0, 0.5, 0.4]}
-    assert allocate(losses, [0, 8, 16], 100) == {5: 0, 6: 16}
+    assert allocate_ranks(losses, [0, 8, 16], 100) == {5: 0, 6: 16}
 
 
 def test_a_plateau_is_stepped_over() -> None:
     losses = {0: [1.0, 1.0, 0.2], 1: [1.0, 0.9, 0.85]}
-    assert allocate(losses, [0, 1, 2], 2) == {0: 2, 1: 0}
+    assert allocate_ranks(losses, [0, 1, 2], 2) == {0: 2, 1: 0}
 
 
 def test_every_block_gets_the_least_rank() -> None:
     losses = {0: [1.0, 0.5], 1: [1.0, 0.9]}
-    assert allocate(losses, [4, 8], 8) == {0: 4, 1: 4}
-    assert allocate(losses, [4, 8], 12) == {0: 8, 1: 4}
+    assert allocate_ranks(losses, [4, 8], 8) == {0: 4, 1: 4}
+    assert allocate_ranks(losses, [4, 8], 12) == {0: 8, 1: 4}

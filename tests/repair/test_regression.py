@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rap_env.llm.placeholders import Stub, normalised
-from rap_env.repair.moments import Moments
-from rap_env.repair.regression import LowRankMap, reduced_rank_ridge
+from rap_env.repair.regression import LowRankMap, Moments, reduced_rank_ridge
 
 H, N = 6, 200
 

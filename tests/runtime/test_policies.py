@@ -20,7 +20,7 @@ from rap_env.runtime.policies import (
 )
 from tests.runtime.made_policies import facts, features, memory, policy_file
 
-LOSSES = {"": 2.5, "0": 2.6, "1": 2.7, "0,1": 2.9, "0,1,3": 3.4}
+SCORES = {(): 2.5, (0,): 2.6, (1,): 2.7, (0, 1): 2.9, (0, 1, 3): 3.4}
 
 
 def frontier(layers=6, fingerprint="a" * 64):
@@ -28,8 +28,8 @@ def frontier(layers=6, fingerprint="a" * 64):
     return Frontier(
         num_blocks=2 * layers,
         dense_nll=2.5,
-        scored=LOSSES,
-        evaluations_run=len(LOSSES),
+        scores={BlockMask.of(*indices): nll for indices, nll in SCORES.items()},
+        evaluations_run=len(SCORES),
         seconds=0.0,
         settings={},
         provenance={"model": "made", "fingerprint": fingerprint, "scoring": {}},

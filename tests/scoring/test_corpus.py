@@ -7,7 +7,8 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, UnknownNameError
-from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig, ensure_disjoint, load_corpus
+from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig, ensure_disjoint
+from rap_env.scoring.corpus_loading import load_corpus
 from tests.tiny import tiny_llm, tiny_tokenizer
 
 

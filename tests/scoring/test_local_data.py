@@ -7,14 +7,14 @@ from rap_env.scoring.local_data import TASK_FIELDS, local_overrides, read_rows
 
 pytest.importorskip("lm_eval")
 
-from rap_env.scoring import harness
+from rap_env.scoring import lm_eval_tasks
 from tests.scoring.local_tasks import ROWS, write_task
 
 
 def load(root, name, **kwargs):
     settings = {"data_root": str(root), "seed": 0, "num_fewshot": 0, **kwargs}
-    with harness.quiet():
-        return harness.load_task(name, **settings)
+    with lm_eval_tasks.quiet():
+        return lm_eval_tasks.load_task(name, **settings)
 
 
 PROMPTS = {
@@ -64,7 +64,7 @@ def test_only_the_data_set_differs_from_lm_evals_config(tmp_path):
     """Every other setting of the config is the one that lm-eval ships."""
     for name in ("piqa", "arc_easy", "sciq"):
         write_task(tmp_path, name)
-        index = harness._manager(harness.TASK_FOLDERS[name]).task_index
+        index = lm_eval_tasks._manager(lm_eval_tasks.TASK_FOLDERS[name]).task_index
         own = index[name].cfg
         (task,) = load(tmp_path, name).tasks
         swapped = {"custom_dataset", "training_split", "test_split", "metadata", "num_fewshot"}
@@ -104,13 +104,13 @@ def test_a_group_is_its_members(tmp_path):
 
 
 def harness_blimp_members():
-    index = harness._manager("blimp").task_index
+    index = lm_eval_tasks._manager("blimp").task_index
     return [name.removeprefix("blimp_") for name in index["blimp"].cfg["task"]]
 
 
 def test_every_listed_task_has_rows_here_and_a_folder_in_lm_eval():
     assert {"blimp" if name.startswith("blimp_") else name for name in ROWS} == set(TASK_FIELDS)
-    assert set(TASK_FIELDS) == set(harness.TASK_FOLDERS)
+    assert set(TASK_FIELDS) == set(lm_eval_tasks.TASK_FOLDERS)
 
 
 def test_a_missing_root_folder_or_file_is_named(tmp_path):
@@ -176,6 +176,6 @@ def test_tasks_that_generate_text_are_refused(tmp_path):
     (tmp_path / "x" / "test.jsonl").write_text('{"a": "b"}\n')
     overrides = local_overrides(tmp_path, "x", own)
     config = {**own, **overrides, "doc_to_text": "a", "doc_to_target": "a"}
-    task = harness._manager(None).load([config])["tasks"]["x"]
+    task = lm_eval_tasks._manager(None).load([config])["tasks"]["x"]
     with pytest.raises(UnknownNameError, match="scored by generate_until"):
-        harness._check_output("x", task)
+        lm_eval_tasks._check_output("x", task)

@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.partial_forward import PartialForward
-from rap_env.scoring import loss
-from rap_env.scoring.loss import VocabularyBound, token_nll, window_nll
+from rap_env.scoring import nll as nll_module
+from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm
 
@@ -20,7 +20,7 @@ def passed(llm, ids, mask=BlockMask()):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_tokens", [1, 5, 256])
 def test_pieces_give_the_whole_loss(dtype, head_tokens, monkeypatch):
-    monkeypatch.setattr(loss, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(nll_module, "HEAD_TOKENS", head_tokens)
     llm, ids = tiny_llm(dtype=dtype), tokens()
     with torch.inference_mode():
         logits = llm.model(ids).logits[:, :-1].double()
@@ -61,7 +61,7 @@ def test_a_part_of_the_vocabulary_bounds_the_loss(family, dtype):
 
 
 def test_all_of_the_vocabulary_is_the_loss_itself(monkeypatch):
-    monkeypatch.setattr(loss, "_VOCABULARY_PARTS", 1)
+    monkeypatch.setattr(nll_module, "_VOCABULARY_PARTS", 1)
     llm, ids = tiny_llm("gemma2"), tokens()  # with a soft cap
     partial, hidden = PartialForward(llm), passed(llm, ids)
     bound = VocabularyBound(partial, [hidden], [ids])

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from rap_env.blocks import BlockMask
 from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
-from rap_env.scoring.predictor import LEAST_SHARE, LossPredictor, fit_predictor
+from rap_env.scoring.predictor import LEAST_SHARE, DeltaNLLPredictor, fit_predictor
 
 BLOCKS, CEILING = 16, 8.0
 RNG = np.random.default_rng(0)
@@ -32,6 +33,10 @@ def masks(number, most=BLOCKS, seed=1):
     return np.concatenate([np.zeros((1, BLOCKS), bool), np.eye(BLOCKS, dtype=bool), removed])
 
 
+def mask_of(row):
+    return BlockMask.of(*np.flatnonzero(row).tolist())
+
+
 def fitted(number=1500, most=BLOCKS, seed=0):
     removed = masks(number, most)
     return fit_predictor(removed, losses(removed), losses(np.eye(BLOCKS, dtype=bool)), seed=seed)
@@ -44,7 +49,7 @@ def predictor():
 
 def test_it_predicts_masks_that_it_never_saw(predictor):
     other = masks(300, seed=99)[1 + BLOCKS :]
-    found = np.array([predictor.loss(np.flatnonzero(row).tolist()) for row in other])
+    found = np.array([predictor.delta_nll(mask_of(row)) for row in other])
     assert spearman(found, losses(other)) > 0.98
     assert np.median(np.abs(found - losses(other)) / losses(other)) < 0.1
 
@@ -71,14 +76,18 @@ def test_the_seed_alone_decides_what_is_held_out():
 
 
 def test_a_prediction_depends_on_the_set_alone(predictor):
-    assert predictor.loss([3, 9, 14, 1]) == predictor.loss(frozenset([14, 9, 3, 1]))
-    assert predictor.loss(()) == 0.0
+    assert predictor.delta_nll(BlockMask.of(3, 9, 14, 1)) == predictor.delta_nll(
+        BlockMask.of(14, 9, 3, 1)
+    )
+    assert predictor.delta_nll(BlockMask()) == 0.0
 
 
 def test_it_survives_a_file(predictor):
     values = json.loads(json.dumps(asdict(predictor)))
-    again = LossPredictor(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    assert again.loss([2, 5, 11]) == predictor.loss([2, 5, 11])
+    again = DeltaNLLPredictor(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    )
+    assert again.delta_nll(BlockMask.of(2, 5, 11)) == predictor.delta_nll(BlockMask.of(2, 5, 11))
 
 
 def test_far_from_the_data_it_stays_between_what_was_measured():
@@ -88,17 +97,17 @@ def test_far_from_the_data_it_stays_between_what_was_measured():
     for number in range(1, BLOCKS + 1):
         for _ in range(50):
             mask = rng.permutation(BLOCKS)[:number].tolist()
-            loss = predictor.loss(mask)
+            loss = predictor.delta_nll(BlockMask.of(*mask))
             assert loss <= losses(removed).max()
             assert loss >= predictor.least[number] >= predictor.least[number - 1]
             assert loss >= LEAST_SHARE * losses(np.eye(BLOCKS, dtype=bool))[mask].max()
     heavy = losses(removed)[removed.sum(axis=1) == 4].min()
-    assert predictor.loss(range(BLOCKS)) >= heavy > 0
+    assert predictor.delta_nll(BlockMask.of(*range(BLOCKS))) >= heavy > 0
 
 
 def test_a_block_that_ruins_the_model_ruins_every_mask(predictor):
     for others in ([], [3], [3, 5, 8], range(1, BLOCKS)):
-        assert predictor.loss([0, *others]) >= LEAST_SHARE * predictor.alone[0] > 2
+        assert predictor.delta_nll(BlockMask.of(0, *others)) >= LEAST_SHARE * predictor.alone[0] > 2
 
 
 def test_one_lucky_deep_mask_does_not_set_the_bound():

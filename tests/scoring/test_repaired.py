@@ -7,8 +7,8 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.llm.streamed import stream_llm
 from rap_env.repair import StubLibrary
+from rap_env.scoring.mask_search import BestMaskSearch
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.search import LeastSearch
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.llm.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import MASKS, plain_nll, tokens
@@ -61,7 +61,7 @@ def test_a_search_finds_the_least_of_repaired_masks():
     least = min(scan, key=scan.__getitem__)
     scorer = MaskScorer(view, ids)
     masks = list(scorer.candidates(BlockMask.of(3)).values())
-    found = LeastSearch(scorer).least(masks)
+    found = BestMaskSearch(scorer).find(masks)
     assert found.best == BlockMask.of(3, least)
     assert found.nll[found.best] == scan[least]
 

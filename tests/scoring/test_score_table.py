@@ -1,5 +1,6 @@
 """A table of scores: what the model said, quickly, and a flag on what it did not say."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_a_table_comes_back_from_its_file(table, path):
     assert again.fidelity == table.fidelity
     for name in ("context", "text", "settings", "features", "evaluation_s"):
         assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
-    assert again.dense_nll == table.scores[frozenset()]
+    assert again.dense_nll == table.scores[BlockMask()]
 
 
 def test_measured_scores_are_the_models_to_the_last_bit(context, path):
@@ -62,7 +63,7 @@ def test_other_masks_are_predicted_and_say_so(table, path):
     assert all(map(scorer.is_predicted, deep))
     together = scorer.nll_many(deep)
     assert [scorer.nll(mask) for mask in reversed(deep)] == together[::-1]
-    assert together == [table.dense_nll + table.predictor.loss(mask.indices) for mask in deep]
+    assert together == [table.dense_nll + table.predictor.delta_nll(mask) for mask in deep]
 
 
 def test_it_counts_what_was_asked_for_and_runs_nothing(table):
@@ -89,22 +90,28 @@ def test_too_few_scores(context):
 
 
 def test_damaged_files_are_refused(table, path, tmp_path):
-    whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2])
-    with pytest.raises(ArtifactError, match="truncated or no artifact"):
-        ScoreTable.load(path)
+    packed = path.read_bytes()
+    for damaged in (
+        packed[: len(packed) // 2],
+        packed[:-1] + b"x",
+        packed[:40] + b"x" + packed[41:],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="truncated or no artifact"):
+            ScoreTable.load(path)
+    whole = gzip.decompress(packed).decode()
     number = repr(table.dense_nll)
     assert number in whole
     path.write_text(whole.replace(number, repr(table.dense_nll + 1), 1))
     with pytest.raises(ArtifactError, match=r"altered .*checksum"):
         ScoreTable.load(path)
-    path.write_text(whole.replace('"version": 2', '"version": 9', 1))
-    with pytest.raises(ArtifactError, match="has format 9, but this version reads 2"):
+    path.write_text(whole.replace('"version": 3', '"version": 9', 1))
+    with pytest.raises(ArtifactError, match="has format 9, but this version reads 3"):
         ScoreTable.load(path)
     save_artifact(path, "corpus", 1, {})
     with pytest.raises(ArtifactError, match="of the kind 'corpus', but 'score table'"):
         ScoreTable.load(path)
-    with pytest.raises(ModelNotAvailableError, match=r"none\.json .*experiments\.export_scores"):
+    with pytest.raises(ModelNotAvailableError, match=r"none\.json .*ScoreTable\.fitted"):
         ScoreTable.load(tmp_path / "none.json")
     with pytest.raises(ModelNotAvailableError, match="Cannot read"):
         ScoreTable.load(tmp_path)
@@ -138,16 +145,16 @@ def large(table):
 def test_twenty_thousand_masks_are_a_small_file_and_load_at_once(large, tmp_path):
     assert len(large.scores) > 19_000
     large.save(tmp_path / "t.json")
-    assert (tmp_path / "t.json").stat().st_size < 1.3e6
+    assert (tmp_path / "t.json").stat().st_size < 1e6
     began = time.perf_counter()
     again = ScoreTable.load(tmp_path / "t.json")
-    assert time.perf_counter() - began < 1.5  # 0.2 on an idle core
+    assert time.perf_counter() - began < 1.5  # 0.3 on an idle core
     assert again.scores == large.scores
 
 
 def test_look_ups_and_predictions_are_fast(large):
     scorer = TableScorer(large)
-    known = [BlockMask(indices) for indices in list(large.scores)[:2000]]
+    known = list(large.scores)[:2000]
     other = [BlockMask(mask.indices ^ {3, 17, 40}) for mask in known]
     scorer.nll_many(known)
     began = time.perf_counter()
@@ -183,10 +190,23 @@ def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
 
 
 def test_older_tables_know_of_no_stubs(table, path):
-    document = json.loads(path.read_text())
+    document = json.loads(gzip.decompress(path.read_bytes()))
     body = document["body"]
     for name in ("stub_bytes", "repair"):
         del body["facts"][name]
     assert "repair" not in body["settings"]
     save_artifact(path, document["kind"], document["version"], body)
     assert ScoreTable.load(path).facts == table.facts
+
+
+def test_tables_with_packed_masks_and_a_doubt_are_still_read(table, path):
+    document = json.loads(gzip.decompress(path.read_bytes()))
+    body = document["body"]
+    masks = [BlockMask.of(*names) for names in body["masks"]]
+    body["masks"] = [f"{sum(128 >> index for index in mask):02x}" for mask in masks]
+    body["predictor"]["doubt"] = body["predictor"].pop("pessimism") + 1.5
+    save_artifact(path, "score table", 2, body)
+    again = ScoreTable.load(path)
+    assert again.scores == table.scores
+    assert again.predictor.pessimism == 1.5
+    assert again.predictor.members[0].linear == table.predictor.members[0].linear

@@ -6,10 +6,9 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
-from rap_env.scoring import loss
-from rap_env.scoring.halving import Stage, halve
+from rap_env.scoring import nll as nll_module
+from rap_env.scoring.mask_search import BestMaskSearch, Stage, successive_halving
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.search import LeastSearch
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm
 
@@ -29,39 +28,39 @@ def test_the_best_is_that_of_measuring_all(family, near, dtype):
     scorer, plain = scorers(family, dtype=dtype)
     masks = list(scorer.candidates(BASE).values())
     nll = plain.nll_many(masks)
-    found = LeastSearch(scorer).least(masks, near=near)
+    found = BestMaskSearch(scorer).find(masks, near=near)
     assert found.best == masks[int(np.argmin(nll))]
     assert found.nll[found.best] == min(nll)
     for mask, value in zip(masks, nll, strict=True):
         if mask in found.nll:
             assert found.nll[mask] == value  # bit for bit what a single pass gives
         else:
-            assert found.at_least[mask] <= value + 2e-3
-    assert set(found.nll) | set(found.at_least) == set(masks)
+            assert found.lower_bounds[mask] <= value + 2e-3
+    assert set(found.nll) | set(found.lower_bounds) == set(masks)
 
 
 def test_masks_that_cannot_win_are_dropped(monkeypatch):
-    monkeypatch.setattr(loss, "_VOCABULARY_PARTS", 1)  # a bound that is close, as in real models
+    monkeypatch.setattr(nll_module, "_VOCABULARY_PARTS", 1)  # a tight bound
     scorer, plain = scorers(layers=8)
     masks = sorted(scorer.candidates(BASE).values(), key=plain.nll)  # likely winners first
     ticks = []
-    found = LeastSearch(scorer).least(masks, near=BASE, on_score=ticks.append)
-    assert len(found.at_least) > len(masks) // 2
+    found = BestMaskSearch(scorer).find(masks, near=BASE, on_score=ticks.append)
+    assert len(found.lower_bounds) > len(masks) // 2
     assert ticks == masks
     assert scorer.evaluations == len(masks)
-    assert all(scorer.look_up(mask) is None for mask in found.at_least)
+    assert all(scorer.look_up(mask) is None for mask in found.lower_bounds)
 
 
-def test_a_price_may_weigh_the_nll():
+def test_an_objective_may_weigh_the_nll():
     scorer, plain = scorers()
     masks = list(scorer.candidates(BASE).values())
 
-    def price(mask, nll):
+    def objective(mask, nll):
         return nll / (1 + max(mask - BASE))
 
     nll = dict(zip(masks, plain.nll_many(masks), strict=True))
-    assert LeastSearch(scorer).least(masks, price=price).best == min(
-        masks, key=lambda mask: price(mask, nll[mask])
+    assert BestMaskSearch(scorer).find(masks, objective=objective).best == min(
+        masks, key=lambda mask: objective(mask, nll[mask])
     )
 
 
@@ -70,15 +69,15 @@ def test_known_masks_are_not_run_again():
     masks = list(scorer.candidates(BASE).values())
     nll = scorer.nll_many(masks)
     ran = scorer.evaluations, scorer.block_forwards
-    found = LeastSearch(scorer).least(masks)
+    found = BestMaskSearch(scorer).find(masks)
     assert found.nll == dict(zip(masks, nll, strict=True))
     assert (scorer.evaluations, scorer.block_forwards) == ran
 
 
 def test_the_winners_states_begin_the_next_round():
     scorer, plain = scorers(layers=8)
-    search = LeastSearch(scorer)
-    best = search.least(list(scorer.candidates(BASE).values())).best
+    search = BestMaskSearch(scorer)
+    best = search.find(list(scorer.candidates(BASE).values())).best
     before = scorer.block_forwards
     alone = best | BlockMask.of(15)
     assert scorer.nll(alone) == plain.nll(alone)
@@ -87,14 +86,14 @@ def test_the_winners_states_begin_the_next_round():
 
 def test_a_single_mask_and_the_dense_model():
     scorer, plain = scorers()
-    assert LeastSearch(scorer).least([BlockMask()]).nll == {BlockMask(): plain.dense_nll}
+    assert BestMaskSearch(scorer).find([BlockMask()]).nll == {BlockMask(): plain.dense_nll}
 
 
 def test_numbers_that_are_none_are_refused():
     scorer, _ = scorers()
     scorer.llm.model.get_decoder().layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteScoreError, match="non-finite"):
-        LeastSearch(scorer).least(list(scorer.candidates(BASE).values()))
+        BestMaskSearch(scorer).find(list(scorer.candidates(BASE).values()))
     assert scorer.known == 0
 
 
@@ -102,13 +101,13 @@ def test_halving_compares_the_last_on_the_whole_text():
     scorer, plain = scorers(windows=8)
     masks = list(scorer.candidates(BASE).values())
     stages = [Stage((0,), len(masks)), Stage((1,), 4), Stage((2, 3), 2)]
-    racers = halve(scorer, masks, stages)
-    assert [len(racer.parts) for racer in racers] == [4] * 2 + [2] * 2 + [1] * (len(masks) - 4)
-    for racer in racers[:2]:
-        assert racer.nll == pytest.approx(plain.nll(racer.mask), rel=1e-6)
-    assert racers[0].nll <= racers[1].nll
-    first = {racer.mask: racer.parts[0] for racer in racers}
-    went_on = {racer.mask for racer in racers[:4]}
+    found = successive_halving(scorer, masks, stages)
+    assert [len(one.contributions) for one in found] == [4] * 2 + [2] * 2 + [1] * (len(masks) - 4)
+    for one in found[:2]:
+        assert one.nll == pytest.approx(plain.nll(one.mask), rel=1e-6)
+    assert found[0].nll <= found[1].nll
+    first = {one.mask: one.contributions[0] for one in found}
+    went_on = {one.mask for one in found[:4]}
     assert went_on == set(sorted(masks, key=first.__getitem__)[:4])
     assert scorer.known == 0
     assert scorer.evaluations == len(masks)

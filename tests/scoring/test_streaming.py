@@ -10,9 +10,10 @@ from rap_env.errors import InvalidRequestError
 from rap_env.importance import gsi
 from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from rap_env.scoring.mask_search import BestMaskSearch
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.search import LeastSearch
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import FAMILIES, VOCAB_SIZE, randomise, tiny_model, tiny_tokenizer
 
@@ -97,8 +98,8 @@ def test_gsi_finds_the_same_order(method, tmp_path):
 def test_a_search_finds_the_same_mask(tmp_path):
     whole, streamed = pair(save(tmp_path / "m", tiny_model(layers=4)))
     masks = [BlockMask.of(1, i) for i in (2, 3, 4, 6)]
-    found = LeastSearch(MaskScorer(streamed, tokens())).least(masks, near=BlockMask.of(1))
-    expected = LeastSearch(MaskScorer(whole, tokens())).least(masks, near=BlockMask.of(1))
+    found = BestMaskSearch(MaskScorer(streamed, tokens())).find(masks, near=BlockMask.of(1))
+    expected = BestMaskSearch(MaskScorer(whole, tokens())).find(masks, near=BlockMask.of(1))
     assert found.best == expected.best
     assert found.nll[found.best] == expected.nll[expected.best]
 
@@ -154,7 +155,7 @@ def test_a_cap_that_leaves_too_little_says_what_is_needed(tmp_path):
     folder, ids = save(tmp_path / "m", tiny_model()), tokens()
     least = cap_for(folder, ids, 1)
     _, streamed = pair(folder, cap=least - 2**11)
-    with pytest.raises(InvalidRequestError, match=r"max_memory_bytes leaves [\d,]+ bytes, and one"):
+    with pytest.raises(InvalidRequestError, match=r"max_memory_bytes leaves [\d,]+ bytes, but one"):
         MaskScorer(streamed, ids)
 
 

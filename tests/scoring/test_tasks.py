@@ -16,14 +16,14 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.store import ScoreStore
 from tests.scoring.local_tasks import ROWS, write_task
 from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 
-from rap_env.scoring import continuations, harness
-from rap_env.scoring.encoding import RequestEncoder
+from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
 GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
@@ -56,12 +56,12 @@ def lm_evals_results(llm, scorer, mask):
     config = scorer.config
     tasks = {}
     for name in config.names:
-        with harness.quiet():
-            loaded = harness.load_task(
+        with lm_eval_tasks.quiet():
+            loaded = lm_eval_tasks.load_task(
                 name, data_root=config.data_root, seed=config.seed, num_fewshot=config.num_fewshot
             )
         tasks.update({task.task_name: task for task in loaded.tasks})
-    with harness.quiet(), llm.masked(mask):
+    with lm_eval_tasks.quiet(), llm.masked(mask):
         lm = HFLM(
             pretrained=llm.model,
             tokenizer=tiny_tokenizer(),
@@ -126,7 +126,7 @@ def test_the_head_on_continuations_alone_changes_nothing(family):
     requests += [(ids[0][:-1], [7]), (ids[0][:-2], [ids[0][-2], 9]), (ids[1][:3], ids[1][3:5])]
     mask = BlockMask.of("layer00.attn")
     with llm.masked(mask), torch.no_grad():
-        found = continuations.ContinuationScorer(llm, requests, max_length=64).run()
+        found = likelihoods.ContinuationScorer(llm, requests, max_length=64).run()
         for (context, target), (likelihood, greedy) in zip(requests, found, strict=True):
             whole = torch.tensor([context + target])
             logits = llm.model(whole[:, :-1]).logits[0, len(context) - 1 :].float()
@@ -139,8 +139,8 @@ def test_the_head_on_continuations_alone_changes_nothing(family):
 def test_a_long_context_loses_tokens_on_the_left_and_equal_inputs_run_once():
     llm = tiny_llm()
     context, target = list(range(3, 53)), [5, 6]
-    cut = continuations.ContinuationScorer(llm, [(context, target), (context, [5, 7])], 20)
-    short = continuations.ContinuationScorer(llm, [(context[-19:], target)], 20)
+    cut = likelihoods.ContinuationScorer(llm, [(context, target), (context, [5, 7])], 20)
+    short = likelihoods.ContinuationScorer(llm, [(context[-19:], target)], 20)
     assert cut.num_tokens == short.num_tokens == 20
     assert cut.run()[0, 0] == pytest.approx(short.run()[0, 0])
 
@@ -148,8 +148,8 @@ def test_a_long_context_loses_tokens_on_the_left_and_equal_inputs_run_once():
 def test_batches_are_limited_and_do_not_change_scores(llm, monkeypatch):
     config = TaskConfig(("rap_minimal_pairs",), limit=6)
     wide = TaskScorer(llm, config).results(SOME)["rap_minimal_pairs"]
-    monkeypatch.setattr(continuations, "BATCH_TOKENS", 90)
-    monkeypatch.setattr(continuations, "HEAD_TOKENS", 7)
+    monkeypatch.setattr(likelihoods, "BATCH_TOKENS", 90)
+    monkeypatch.setattr(likelihoods, "HEAD_TOKENS", 7)
     scorer = TaskScorer(llm, config)
     (member,) = scorer._members.values()
     assert len(member._scorer._batches) > 3
@@ -174,7 +174,7 @@ def test_accuracies_are_means_of_right_documents(llm):
 
 
 def test_a_group_is_the_mean_of_its_members(tmp_path, llm):
-    members = harness._manager("blimp").task_index["blimp"].cfg["task"]
+    members = lm_eval_tasks._manager("blimp").task_index["blimp"].cfg["task"]
     for number, member in enumerate(members):
         good, bad = ("a b.", "b a.") if number % 3 else ("b a.", "a b.")
         row = {"sentence_good": good, "sentence_bad": bad}

@@ -12,7 +12,6 @@ from rap_env.blocks import BlockMask
 from rap_env.importance import Frontier
 from rap_env.llm.loading import load_llm
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel
-from rap_env.scoring.store import mask_key
 from tests.runtime import made_policies
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -39,8 +38,8 @@ def write_model(base: Path) -> None:
     masks = [BlockMask.of(*rng.permutation(2 * LAYERS)[:k].tolist())
              for k in range(2 * LAYERS + 1) for _ in range(4)]  # fmt: skip
     provenance = {"model": llm.name, "fingerprint": llm.facts.fingerprint, "scoring": {}}
-    scored = {mask_key(mask): 4.0 + len(mask) + float(rng.random()) for mask in masks}
-    Frontier(2 * LAYERS, scored[mask_key(BlockMask())], scored, 0, 0.0, {}, provenance).save(
+    scores = {mask: 4.0 + len(mask) + float(rng.random()) for mask in masks}
+    Frontier(2 * LAYERS, scores[BlockMask()], scores, 0, 0.0, {}, provenance).save(
         base / "frontier.json"
     )
 

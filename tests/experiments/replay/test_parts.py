@@ -20,7 +20,8 @@ from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.policies import OrderPolicy
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.replay.replayed import LAYERS, tiny_replay, write_model
 from tests.tiny import tiny_llm

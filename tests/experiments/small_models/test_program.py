@@ -20,7 +20,8 @@ from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import tiny_model, tiny_tokenizer
 

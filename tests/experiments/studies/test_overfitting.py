@@ -24,7 +24,8 @@ from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.llm.loading import load_llm
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -92,7 +93,7 @@ def test_per_byte_removes_what_lost_least_for_the_bytes_that_it_frees(config):
     request = Request.at_fraction(context.memory, 1, 16, 0.8)
     mask = GSIPerByteBaseline(context).choose(request)
     freed = context.memory.freed_bytes(request)
-    losses = context.gsi.marginal_loss
+    losses = context.gsi.marginal_delta_nll
     prices = np.array([price_per_byte(*pair) for pair in zip(losses, freed, strict=True)])
     kept = [index for index in range(8) if index not in mask]
     assert mask

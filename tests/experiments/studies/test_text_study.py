@@ -37,7 +37,8 @@ from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint, load_corpus
+from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.agents.synthetic import SyntheticScorer, facts
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer

@@ -24,9 +24,13 @@ from experiments.config import (
 from experiments.contexts import build_context
 from experiments.profile import profile
 from experiments.train import train
-from experiments.training.score_model import ROUNDS_FILE, demonstrations, draw_requests
+from experiments.training.score_model import (
+    ROUNDS_FILE,
+    demonstrations,
+    draw_requests,
+    scored_masks,
+)
 from rap_env.scoring.score_table import ScoreTable
-from rap_env.scoring.store import mask_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORKLOAD = {
@@ -94,11 +98,11 @@ def test_rounds_verify_with_real_scores_and_learn_from_them(config):
     folder = train(config, folder_of(config))
     context, rounds = build_context(config), read_records(folder / ROUNDS_FILE)
     assert [record["round"] for record in rounds] == [0, 1]
-    scored = [{mask_of(key): nll for key, nll in r["scored"].items()} for r in rounds]
+    scored = [scored_masks(record) for record in rounds]
     for found in scored:
         assert list(found.values()) == context.scorer.nll_many(list(found))
     table = ScoreTable.load(folder / "score_table.json")
-    assert {mask.indices for mask in scored[0]} <= table.scores.keys()  # the next round knows them
+    assert scored[0].keys() <= table.scores.keys()  # the next round knows them
     known = context.frontier.scores.keys() | scored[0].keys() | scored[1].keys()
     assert RunFolder(folder).read()["evaluations"] == len(known)
 

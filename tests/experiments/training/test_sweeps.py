@@ -32,7 +32,8 @@ from experiments.training.sweeps import (
     trial_number,
 )
 from rap_env.errors import CorpusError
-from rap_env.scoring.corpus import CorpusConfig, load_corpus
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -1,4 +1,4 @@
-"""A stub for each block of one model, as a file that is checked when it is read."""
+"""The stub library: a stub for each block of one model, saved as a checked file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PARTS = ("down", "up", "mean")
 
 @dataclass(frozen=True, eq=False)
 class StubLibrary:
-    """What stands in the place of any removed block of one model.
+    """The stubs that take the place of removed blocks of one model.
 
     Attributes:
         model: Name of the model that the stubs were fitted on.
         fingerprint: SHA-256 of its weights and config, in hex.
-        stubs: By index of the block, on the CPU; a block without one leaves nothing behind.
+        stubs: By index of the block, on the CPU; a removed block without a stub adds nothing.
         provenance: How they were made: method, text, settings.
     """
 
@@ -43,7 +43,7 @@ class StubLibrary:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the tensors and of the model that they belong to, in hex."""
+        """Hash of the tensors and of the model's fingerprint, in hex."""
         total = hashlib.sha256(self.fingerprint.encode())
         for name, tensor in sorted(self._tensors().items()):
             total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -57,11 +57,11 @@ class StubLibrary:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of each stub, by name of the block."""
+        """Rank of each stub, by name of its block."""
         return {block_name(index): stub.rank for index, stub in sorted(self.stubs.items())}
 
     def check(self, llm: ElasticLLM) -> None:
-        """Refuse a model that the stubs do not belong to.
+        """Check that the stubs belong to a model.
 
         Raises:
             ArtifactError: The stubs were fitted on another model, or in another dtype.
@@ -74,10 +74,10 @@ class StubLibrary:
             )
 
     def attach(self, llm: ElasticLLM) -> ElasticLLM:
-        """The same live model, whose removed blocks leave these stubs behind.
+        """The same live model with these stubs in the place of removed blocks.
 
-        It shares weights and mask with `llm`. Everything that takes a model takes it: scorers,
-        importance, memory arithmetic, generation, `save_pruned`.
+        It shares weights and mask with `llm`, and can be used wherever a model is expected:
+        scorers, importance, memory arithmetic, generation, `save_pruned`.
 
         Raises:
             ArtifactError: The stubs were fitted on another model, or in another dtype.
@@ -87,10 +87,10 @@ class StubLibrary:
         return llm.repaired(placed, self.sha256)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a safetensors file with checksum; a file that is there is replaced.
+        """Write it as a safetensors file with checksum; an existing file is replaced.
 
         Raises:
-            StorageFullError: The disk is full; what was there before is intact.
+            StorageFullError: The disk is full; the previous file is intact.
         """
         body: dict[str, Any] = {"model": self.model, "fingerprint": self.fingerprint}
         body |= {"sha256": self.sha256, "provenance": self.provenance}
@@ -105,10 +105,10 @@ class StubLibrary:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, or no stub library of this format.
+            ArtifactError: It is truncated, altered, or not a stub library of this format.
         """
         path = Path(path)
-        again = "make it again with `python -m experiments.repair`"
+        again = "fit it again with rap_env.fit_library(...) and save it with .save(path)"
         if not path.exists():
             raise FileNotFoundError(f"There is no stub library at {path}; {again}.")
         try:
@@ -116,10 +116,10 @@ class StubLibrary:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError:
-            raise ArtifactError(f"{path} is truncated or no stub library; {again}.") from None
+            raise ArtifactError(f"{path} is truncated or not a stub library; {again}.") from None
         if (header.get("kind"), header.get("format")) != (_KIND, str(_FORMAT)):
             raise ArtifactError(
-                f"{path} is no stub library that this version reads (format {_FORMAT}), but "
+                f"{path} is not a stub library of format {_FORMAT}, but "
                 f"{header.get('kind')!r} of format {header.get('format')}; {again}."
             )
         try:

@@ -1,4 +1,4 @@
-"""From hidden states to NLL, with few logits in memory at once."""
+"""Computes NLL from hidden states, a few rows of logits at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional
 from rap_env.llm.partial_forward import PartialForward
 
 HEAD_TOKENS = 256
-"""Logits of so many tokens exist at once, in the model's dtype."""
+"""Tokens whose logits exist at once, in the model's dtype."""
 
-_LOSS_ROWS = 16  # float32 logits of so many tokens: what stays in the processor's cache
+_LOSS_ROWS = 16  # tokens whose float32 logits exist at once: they fit the processor's cache
 _VOCABULARY_PARTS = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 2e-3
@@ -21,7 +21,13 @@ _HALF_TOLERANCE = 2e-3
 
 @dataclass(frozen=True)
 class _Piece:
-    """The part of the head that some windows use: (S, H), (S,) or None, and targets within it."""
+    """The rows of the head for a subset of S vocabulary entries.
+
+    Attributes:
+        weight: (S, H).
+        bias: (S,), or None.
+        targets: Index of each target within the subset, (N,).
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -33,7 +39,7 @@ def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor)
 
     Args:
         partial: The model whose head is used.
-        hidden: What its decoder gives for the windows, shape (windows, T, H).
+        hidden: The decoder's output for the windows, shape (windows, T, H).
         ids: Tokens of the windows, shape (windows, T).
 
     Returns:
@@ -50,12 +56,12 @@ def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor)
 
 
 def predictions(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """States that predict something, (N, H), and what comes next, (N,)."""
+    """The states that predict a token, (N, H), and the tokens to predict, (N,)."""
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """NLL of each target in float32, (N, V) and (N,) -> (N,); a few float32 rows exist at once."""
+    """NLL of each target in float32, (N, V) and (N,) -> (N,), a few float32 rows at a time."""
     return torch.cat(
         [
             functional.cross_entropy(rows.float(), wanted, reduction="none")
@@ -67,21 +73,21 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class VocabularyBound:
-    """A lower bound of NLL from a part of the vocabulary, at a part of the head's cost.
+    """A lower bound of the NLL from a subset of the vocabulary, at a fraction of the head's cost.
 
     ``-log softmax`` of a target grows with every further entry of the vocabulary, so the value
-    over a subset with the target is a bound. It is close where the subset holds most of the
-    probability, and a few windows need few entries: each piece of the text has its own subset.
+    over a subset with the target is a lower bound. The bound is tight if the subset holds most of
+    the probability. A few windows need few entries, so each piece of the text has its own subset.
 
     Args:
         partial: The model whose head is used.
-        hidden: Decoder outputs of some mask, for each batch of the text, (windows, T, H); the
-            bound is close for masks that find the same entries likely.
+        hidden: Decoder outputs under some mask, for each batch of the text, (windows, T, H); the
+            bound is tight for masks under which the same entries are likely.
         batches: Token ids of the same windows, each of shape (windows, T).
 
     Attributes:
-        tolerance: How far rounding may lift the bound above the NLL itself, nats per token:
-            the logits' dtype rounds, and a smaller product may round differently.
+        tolerance: How far the bound may exceed the NLL because of rounding, nats per token:
+            the logits' dtype rounds, and a smaller matrix product may round differently.
     """
 
     def __init__(
@@ -103,7 +109,7 @@ class VocabularyBound:
 
         Args:
             batch: Number of the batch of the text.
-            hidden: What the decoder gives for its windows, shape (windows, T, H).
+            hidden: The decoder's output for its windows, shape (windows, T, H).
 
         Returns:
             Nats per token, float64, shape (windows,).

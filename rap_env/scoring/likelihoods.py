@@ -1,38 +1,115 @@
-"""Log-likelihoods of continuations: the decoder over all tokens, the head only where asked."""
+"""Log-likelihoods of lm-eval's requests: token ids by lm-eval, forward passes by this project."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
-from rap_env.scoring.encoding import TokenRequest
+
+TokenRequest = tuple[list[int], list[int]]
+"""Token ids of a context and of the continuation whose likelihood is wanted."""
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 4096
-HEAD_TOKENS = 256  # logits of so many positions exist at once
+HEAD_TOKENS = 256  # positions whose logits exist at once
+
+
+class RequestEncoder:
+    """Converts a task's requests into token ids with lm-eval's own code.
+
+    A subclass of lm-eval's `HFLM` wraps the live model but never runs it: it records the token
+    ids of which `HFLM` would compute likelihoods. So the rules for empty contexts, trailing
+    spaces, start tokens and rolling windows are lm-eval's.
+
+    Args:
+        llm: The live model; the model and its tokenizer are not changed.
+
+    Raises:
+        CorpusError: It has no tokenizer.
+    """
+
+    def __init__(self, llm: ElasticLLM) -> None:
+        if llm.tokenizer is None:
+            raise CorpusError(f"{llm.name} has no tokenizer to read tasks with.")
+        self._lm = _recording_model(llm)
+        self.max_length = int(self._lm.max_length)
+
+    def encode(self, task: Any) -> list[list[TokenRequest]]:
+        """Token requests of each of a task's instances: one, or one for each rolling window."""
+        return [self._encode_one(instance) for instance in task.instances]
+
+    def _encode_one(self, instance: Any) -> list[TokenRequest]:
+        self._lm.recorded = []
+        if instance.request_type == "loglikelihood_rolling":
+            self._lm.loglikelihood_rolling([instance], disable_tqdm=True)
+        else:
+            self._lm.loglikelihood([instance], disable_tqdm=True)
+        requests: list[TokenRequest] = self._lm.recorded
+        for context, continuation in requests:
+            if not context or not continuation or len(continuation) > self.max_length:
+                raise CorpusError(
+                    f"A request of the task {instance.task_name!r} has {len(context)} context and "
+                    f"{len(continuation)} continuation tokens; there must be one of each at least, "
+                    f"and at most {self.max_length} to continue with (the model's positions)."
+                )
+        return requests
+
+
+def _recording_model(llm: ElasticLLM) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class Recorder(HFLM):  # type: ignore[misc]
+        recorded: list[TokenRequest]
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            self.recorded.extend((list(context), list(target)) for _, context, target in requests)
+            return [(0.0, False)] * len(requests)
+
+    with _untouched(llm.model):
+        return Recorder(
+            pretrained=llm.model,
+            backend="causal",
+            # A copy, because lm-eval sets a padding token if there is none.
+            tokenizer=copy.deepcopy(llm.tokenizer),
+            batch_size=64,
+        )
+
+
+@contextlib.contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Keep `HFLM` from tying weights again, which would replace a quantised head."""
+    model.tie_weights = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one forward pass and what to read from them.
+    """Inputs of one forward pass and the outputs to read from them.
 
     Shapes: B rows, T tokens, P positions whose logits are needed, M tokens to look up.
 
     Attributes:
-        tokens: Right-padded token ids, (B, T). No attention mask is needed: the padding
-            comes after all that is read.
+        tokens: Right-padded token ids, (B, T). No attention mask is needed, because the padding
+            follows all positions that are read.
         rows: Row of each position, (P,).
         columns: Token index of each position, (P,).
         position: For each token to look up, its position's number, ascending, (M,).
         target: The token ids to look up, (M,).
-        request: The request that each belongs to, (M,).
+        request: The request that each token belongs to, (M,).
     """
 
     tokens: torch.Tensor
@@ -44,11 +121,11 @@ class _Batch:
 
 
 class ContinuationScorer:
-    """Scores a fixed list of (context, continuation) pairs under whatever mask is applied.
+    """Scores a fixed list of (context, continuation) pairs under the mask that is applied.
 
-    Gives what lm-eval's `HFLM` gives for the same token ids: sums of log-probabilities in
-    float32 and whether every token was the most likely one. Contexts that are too long lose
-    tokens on the left, and equal inputs are run once, as there; the head runs on the
+    The results are those of lm-eval's `HFLM` for the same token ids: sums of log-probabilities in
+    float32, and whether every token was the most likely one. As in `HFLM`, contexts that are too
+    long are truncated on the left and equal inputs run once. Unlike `HFLM`, the head runs on the
     positions of continuations only.
 
     Args:
@@ -76,7 +153,7 @@ class ContinuationScorer:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that one call runs, padding included."""
+        """Tokens that one call runs, including padding."""
         return sum(batch.tokens.numel() for batch in self._batches)
 
     @torch.inference_mode()
@@ -87,8 +164,8 @@ class ContinuationScorer:
             progress: Text of a progress bar, or None for none.
 
         Returns:
-            Shape (requests, 2): log-likelihood in nats, and 1.0 where greedy decoding would have
-            given the continuation.
+            Shape (requests, 2): log-likelihood in nats, and 1.0 if greedy decoding would give the
+            continuation.
         """
         device = self._llm.device
         sums = torch.zeros(self.num_requests, dtype=torch.float64, device=device)

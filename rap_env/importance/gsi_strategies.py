@@ -1,0 +1,297 @@
+"""Strategies that find the next block of GSI: exact, lazy greedy, and successive halving."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rap_env.blocks import Block, BlockMask
+from rap_env.scoring.mask_search import BestMaskSearch, Candidate, Stage, successive_halving
+from rap_env.scoring.scorer import MaskScorer
+
+OnScore = Callable[[BlockMask], None]
+
+_NEIGHBOURS = 2
+_LAZY_BATCH = 6
+_HALVING_PARTS = 4
+_HALVING_POOL = 8
+_SEMIFINALISTS = 4
+_FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class GSIState:
+    """State of the search before a round.
+
+    Attributes:
+        order: Blocks removed so far, in order.
+        nll: NLL without them, nats per token.
+        delta_nll: Last known rise in NLL if each kept block is removed too, nats per token, by
+            index; empty before the first round.
+        last: Whether this round is the last one.
+    """
+
+    order: tuple[int, ...]
+    nll: float
+    delta_nll: Mapping[int, float] = field(default_factory=dict)
+    last: bool = False
+
+    @property
+    def removed(self) -> BlockMask:
+        """The blocks removed so far."""
+        return BlockMask.of(*self.order)
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """Result of a round.
+
+    Attributes:
+        block: Index of the block to remove next.
+        nll: NLL if it is removed too, nats per token.
+        delta_nll: Rise in NLL for each examined block, nats per token, by index.
+    """
+
+    block: int
+    nll: float
+    delta_nll: dict[int, float]
+
+
+class GSIStrategy(ABC):
+    """Finds the block to remove next.
+
+    Args:
+        scorer: Measures masks on the calibration text.
+    """
+
+    def __init__(self, scorer: MaskScorer) -> None:
+        self.scorer = scorer
+
+    @abstractmethod
+    def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
+        """Find the block whose removal raises the NLL least.
+
+        Args:
+            state: State before the round.
+            on_score: Called after each examined mask.
+
+        Raises:
+            NonFiniteScoreError: The model gave NaN or infinity.
+        """
+
+    @property
+    def block_forwards(self) -> float:
+        """Blocks that the model ran so far, in passes over the whole text."""
+        return self.scorer.block_forwards
+
+    @property
+    def evaluations(self) -> int:
+        """Masks that the model ran so far."""
+        return self.scorer.evaluations
+
+    def _scan(self, state: GSIState, on_score: OnScore) -> RoundResult:
+        """Measure every candidate on the whole text."""
+        found = self.scorer.scan(state.removed, on_score)
+        return _result(state, {block.index: nll for block, nll in found.items()})
+
+    def _candidates(self, state: GSIState) -> list[tuple[Block, BlockMask]]:
+        """Blocks with the masks that remove them too, likely winners first.
+
+        The neighbours of the block removed last come before the others: next to a removed block,
+        the rise is often smaller than last known, because the neighbour's work was for the
+        removed block. Elsewhere the rise mostly grows.
+        """
+        found = self.scorer.candidates(state.removed)
+        nearest = nearest_kept(state.order[-1], [block.index for block in found])
+
+        def likely(item: tuple[Block, BlockMask]) -> tuple[bool, float, int]:
+            index = item[0].index
+            return index not in nearest, state.delta_nll[index], index
+
+        return sorted(found.items(), key=likely)
+
+
+class ExactStrategy(GSIStrategy):
+    """Always finds the block of the least NLL; drops candidates that cannot win.
+
+    The first and the last round measure all candidates on the whole text, because their results
+    are what is known of single blocks afterwards.
+    """
+
+    def __init__(self, scorer: MaskScorer) -> None:
+        super().__init__(scorer)
+        self._search = BestMaskSearch(scorer)
+
+    def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
+        """As in `GSIStrategy`."""
+        if state.last or not state.order:
+            return self._scan(state, on_score)
+        return self._best(state, self._candidates(state), state.removed, on_score)
+
+    def _best(
+        self,
+        state: GSIState,
+        candidates: Sequence[tuple[Block, BlockMask]],
+        near: BlockMask | None,
+        on_score: OnScore,
+    ) -> RoundResult:
+        masks = [mask for _, mask in candidates]
+        found = self._search.find(masks, near=near, on_score=on_score)
+        delta_nll = {}
+        for block, mask in candidates:
+            # A mask may be dropped after a small part of the text. The last known rise of its
+            # block then says more than the lower bound.
+            if mask in found.nll:
+                delta_nll[block.index] = found.nll[mask] - state.nll
+            else:
+                at_least = found.lower_bounds[mask] - state.nll
+                delta_nll[block.index] = max(at_least, state.delta_nll[block.index])
+        nll = {block.index: found.nll[mask] for block, mask in candidates if mask in found.nll}
+        measured = _result(state, nll)
+        return RoundResult(measured.block, measured.nll, delta_nll)
+
+
+class LazyStrategy(ExactStrategy):
+    """Measures only the most promising candidates again, and more if their rise has grown.
+
+    After the neighbours of the block removed last, candidates are taken in the order of their
+    last known rise, a few at a time, until the best of those just measured is no worse than the
+    last known rise of the next one. Without the neighbours this is Minoux's lazy greedy algorithm
+    (1978): exact if the rise only grows as the model shrinks, which is mostly the case.
+    """
+
+    def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
+        """As in `GSIStrategy`."""
+        if not state.order:
+            return self._scan(state, on_score)
+        waiting = self._candidates(state)
+        tried: list[tuple[Block, BlockMask]] = []
+        delta_nll: dict[int, float] = {}
+        count = _LAZY_BATCH + _NEIGHBOURS
+        while True:
+            tried, waiting, count = [*tried, *waiting[:count]], waiting[count:], _LAZY_BATCH
+            result = self._best(state, tried, None, on_score)
+            delta_nll |= result.delta_nll
+            if not waiting or result.nll - state.nll <= state.delta_nll[waiting[0][0].index]:
+                return RoundResult(result.block, result.nll, delta_nll)
+            # The best candidate so far is compared with the next few; its score is known.
+            tried = [(block, mask) for block, mask in tried if block.index == result.block]
+
+
+class HalvingStrategy(GSIStrategy):
+    """Successive halving: most candidates run on a part of the text, few on all of it.
+
+    From the second round on, the candidates are the neighbours of the block removed last and the
+    blocks with the least last known rise. The result of a part of the text is compared with the
+    result of the same part for the same block in earlier rounds: a few windows determine the
+    change of a block's rise far better than the rise itself.
+    """
+
+    def __init__(self, scorer: MaskScorer) -> None:
+        super().__init__(scorer)
+        windows, length = scorer.corpus.tokens.shape
+        rows = max(1, windows // _HALVING_PARTS)
+        self._parts = MaskScorer(scorer.llm, scorer.corpus, batch_tokens=rows * length)
+        self._shares = [len(ids) / windows for ids in self._parts.batches]
+        self._base: dict[int, float] = {}  # by part: its contribution to the NLL so far
+        self._base_order: tuple[int, ...] | None = None
+        self._known: dict[int, dict[int, float]] = {}  # by block and part: last known rise
+
+    @property
+    def block_forwards(self) -> float:
+        """Blocks that the model ran so far, in passes over the whole text."""
+        return self.scorer.block_forwards + self._parts.block_forwards
+
+    @property
+    def evaluations(self) -> int:
+        """Masks that the model ran so far, most of them on a part of the text."""
+        return self.scorer.evaluations + self._parts.evaluations
+
+    def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
+        """As in `GSIStrategy`."""
+        if self._base_order != state.order:
+            whole_text = Stage(tuple(range(len(self._shares))), 1)
+            base = successive_halving(self._parts, [state.removed], [whole_text])[0]
+            self._base = base.contributions
+        pool, stages = self._pool(state)
+        blocks = {mask: block.index for block, mask in pool}
+
+        def rank(candidate: Candidate) -> float:
+            return self._estimate(state, blocks[candidate.mask], candidate)
+
+        masks = [mask for _, mask in pool]
+        found = successive_halving(self._parts, masks, stages, rank=rank, on_score=on_score)
+        delta_nll = {blocks[candidate.mask]: rank(candidate) for candidate in found}
+        for candidate in found:
+            self._learn(blocks[candidate.mask], candidate, delta_nll[blocks[candidate.mask]])
+        winner = found[0]
+        self._base = winner.contributions
+        self._base_order = (*state.order, blocks[winner.mask])
+        return RoundResult(blocks[winner.mask], winner.nll, delta_nll)
+
+    def _pool(self, state: GSIState) -> tuple[list[tuple[Block, BlockMask]], list[Stage]]:
+        """The candidates of a round, and how much of the text each stage of them runs on."""
+        parts = range(len(self._shares))
+        if not state.order:
+            pool = list(self.scorer.candidates(state.removed).items())
+            cuts = [(parts[:2], len(pool)), (parts[2:], _FINALISTS)]
+        else:
+            pool = self._candidates(state)[:_HALVING_POOL]
+            # Two parts take turns to run first, so that no single part decides every round.
+            turn = len(state.order) % min(2, len(parts))  # a text may have a single part
+            first, second = parts[turn : turn + 1], parts[1 - turn : 2 - turn]
+            cuts = [(first, len(pool)), (second, _SEMIFINALISTS), (parts[2:], _FINALISTS)]
+        return pool, [Stage(tuple(batches), most) for batches, most in cuts if batches]
+
+    def _estimate(self, state: GSIState, block: int, candidate: Candidate) -> float:
+        """Rise in NLL at a block's removal, estimated from the parts that were run."""
+        new = self._rises(candidate)
+        known = self._known.get(block, {})
+        both = [part for part in new if part in known]
+        if not both or len(new) == len(self._shares):
+            return self._mean(new)
+        before = {part: known[part] for part in both}
+        now = {part: new[part] for part in both}
+        return state.delta_nll[block] + self._mean(now) - self._mean(before)
+
+    def _learn(self, block: int, candidate: Candidate, delta_nll: float) -> None:
+        """Keep each part's rise; parts that were not run are assumed to change by the mean."""
+        new = self._rises(candidate)
+        known = self._known.get(block, {})
+        if known and len(new) < len(self._shares):
+            change = delta_nll - self._mean(known)
+            new = {part: value + change for part, value in known.items()} | new
+        self._known[block] = new
+
+    def _rises(self, candidate: Candidate) -> dict[int, float]:
+        """Rise over the base on each part that was run, nats per token of that part."""
+        return {
+            part: (contribution - self._base[part]) / self._shares[part]
+            for part, contribution in candidate.contributions.items()
+        }
+
+    def _mean(self, rises: Mapping[int, float]) -> float:
+        weight = sum(self._shares[part] for part in rises)
+        return sum(rise * self._shares[part] for part, rise in rises.items()) / weight
+
+
+def nearest_kept(index: int, kept: Sequence[int]) -> set[int]:
+    """The nearest kept block on either side of a removed block."""
+    before, after = [i for i in kept if i < index], [i for i in kept if i > index]
+    return {*before[-1:], *after[:1]}
+
+
+def _result(state: GSIState, nll: Mapping[int, float]) -> RoundResult:
+    """The first of the blocks whose NLL is least."""
+    least = min(nll, key=lambda index: (nll[index], index))
+    rises = {index: value - state.nll for index, value in nll.items()}
+    return RoundResult(least, nll[least], rises)
+
+
+STRATEGIES: dict[str, type[GSIStrategy]] = {
+    "exact": ExactStrategy,
+    "lazy": LazyStrategy,
+    "halving": HalvingStrategy,
+}
+"""Strategies by the name of their method."""

@@ -1,0 +1,203 @@
+"""Importance profiles of a model as artifacts: saved, loaded and checked without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.artifacts import load_artifact, save_artifact
+from rap_env.blocks import Block, block_index
+from rap_env.errors import ArtifactError
+from rap_env.memory import HasFacts
+
+_ONE_SHOT_KIND, _ONE_SHOT_FORMAT = "one-shot importance", 1
+_GSI_KIND, _GSI_FORMAT = "GSI profile", 2
+
+
+@dataclass(frozen=True)
+class OneShotProfile:
+    """Scores of the 2L blocks of a dense model.
+
+    Attributes:
+        dense_nll: NLL of the dense model, nats per token.
+        nll_without: NLL without each block, nats per token, length 2L.
+        influence: Block influence of each block, length 2L (see `block_influence`).
+        evaluations: Masks that the profile needs, including stored ones.
+        evaluations_run: Masks that the model ran.
+        block_forwards: Blocks that the model ran.
+        seconds: Wall time of the masks that the model ran.
+        provenance: Model, text and versions.
+    """
+
+    dense_nll: float
+    nll_without: tuple[float, ...]
+    influence: tuple[float, ...]
+    evaluations: int
+    evaluations_run: int
+    block_forwards: float
+    seconds: float
+    provenance: dict[str, Any]
+
+    @property
+    def delta_nll(self) -> npt.NDArray[np.float64]:
+        """Rise in NLL if a block is removed from the dense model, nats per token, (2L,)."""
+        return np.array(self.nll_without) - self.dense_nll
+
+    @property
+    def block_influence(self) -> npt.NDArray[np.float64]:
+        """1 - cosine between the residual stream before and after each block, (2L,)."""
+        return np.array(self.influence)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a checked JSON artifact."""
+        save_artifact(path, _ONE_SHOT_KIND, _ONE_SHOT_FORMAT, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> OneShotProfile:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
+        """
+        return cls(**load_profile(path, _ONE_SHOT_KIND, _ONE_SHOT_FORMAT, model))
+
+
+@dataclass(frozen=True)
+class GSIProfile:
+    """The result of GSI (RAP, arXiv 2505.17138, Algorithm 1) on one model and text.
+
+    Attributes:
+        method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.importance.gsi`.
+        num_blocks: 2L.
+        param_bytes: Bytes of each block's weights, length 2L.
+        order_indices: Blocks in the order of their removal; may stop before all are removed.
+        dense_nll: NLL of the dense model, nats per token.
+        nll_after: NLL after each removal, nats per token.
+        first_nll: NLL without each block alone, length 2L (the first round).
+        left_loss: For each remaining block, by name: the last known rise in NLL if it is removed
+            in addition to the blocks removed by then.
+        candidates: Blocks examined in each round.
+        evaluations: Masks examined in all rounds, including stored ones: the cost without a
+            store.
+        evaluations_run: Masks that the model ran, many of them on a part of the text; fewer than
+            `evaluations` if a store already had some.
+        block_forwards: Blocks that the model ran, in passes over the whole text; parts of the
+            text count by their share.
+        seconds: Wall time of what the model ran, summed over all sessions.
+        provenance: Model, text and everything else that determined the scores.
+    """
+
+    method: str
+    num_blocks: int
+    param_bytes: tuple[int, ...]
+    order_indices: tuple[int, ...]
+    dense_nll: float
+    nll_after: tuple[float, ...]
+    first_nll: tuple[float, ...]
+    left_loss: dict[str, float]
+    candidates: tuple[int, ...]
+    evaluations: int
+    evaluations_run: int
+    block_forwards: float
+    seconds: float
+    provenance: dict[str, Any]
+
+    @property
+    def order(self) -> tuple[Block, ...]:
+        """Blocks in the order of their removal, least important first."""
+        return tuple(Block(index, self.param_bytes[index]) for index in self.order_indices)
+
+    @property
+    def first_pass(self) -> npt.NDArray[np.float64]:
+        """Rise in NLL if one block is removed from the dense model, nats per token, (2L,)."""
+        return np.array(self.first_nll) - self.dense_nll
+
+    @property
+    def full_order(self) -> tuple[int, ...]:
+        """All blocks: the measured order, then the rest by their last known rise in NLL."""
+        rest = set(range(self.num_blocks)) - set(self.order_indices)
+        return (*self.order_indices, *sorted(rest, key=lambda i: (self.marginal_delta_nll[i], i)))
+
+    @property
+    def rank(self) -> npt.NDArray[np.float64]:
+        """Place of each block in the full order, 0 = removed first, 1 = last, (2L,)."""
+        rank = np.empty(self.num_blocks)
+        rank[list(self.full_order)] = np.linspace(0, 1, self.num_blocks)
+        return rank
+
+    @property
+    def marginal_delta_nll(self) -> npt.NDArray[np.float64]:
+        """Rise in NLL at each block's removal, nats per token, (2L,).
+
+        For blocks that are left: the rise in the last round that examined them; after an exact
+        search, that is the last round.
+        """
+        levels = np.array([self.dense_nll, *self.nll_after])
+        delta_nll = self.first_pass
+        for name, rise in self.left_loss.items():
+            delta_nll[block_index(name)] = rise
+        delta_nll[list(self.order_indices)] = np.diff(levels)
+        return delta_nll
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a checked JSON artifact."""
+        save_artifact(path, _GSI_KIND, _GSI_FORMAT, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> GSIProfile:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
+        """
+        return cls(**load_profile(path, _GSI_KIND, _GSI_FORMAT, model))
+
+
+def load_profile(
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    model: HasFacts,
+    *,
+    older: Collection[int] = (),
+) -> dict[str, Any]:
+    """The fields of a saved profile of this model, lists as tuples.
+
+    Args:
+        path: The file.
+        kind: The kind of artifact.
+        version: The current format.
+        model: The model that the profile must belong to.
+        older: Earlier formats that the caller can read too.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ArtifactError: It is truncated, altered, or made from other weights or with other stubs.
+    """
+    body = load_artifact(path, kind, version, older=older)
+    provenance = body["provenance"]
+    if provenance["fingerprint"] != model.facts.fingerprint:
+        raise ArtifactError(
+            f"{os.fspath(path)} was made from {provenance['model']} with other weights or another "
+            f"dtype than the {model.facts.name} ({model.facts.dtype}) that is loaded; profile "
+            "this model, or load the other one."
+        )
+    measured, loaded = provenance["scoring"].get("repair", ""), model.facts.repair
+    if measured != loaded:
+        raise ArtifactError(
+            f"{os.fspath(path)} was measured {_with_stubs(measured)}, but {model.facts.name} is "
+            f"loaded {_with_stubs(loaded)}; profile it as it is loaded, or load it with the repair "
+            "that it was profiled with."
+        )
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+
+
+def _with_stubs(repair: str) -> str:
+    return f"with the stubs {repair[:12]}" if repair else "without stubs"

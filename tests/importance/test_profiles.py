@@ -1,0 +1,54 @@
+"""Artifacts of importance load without torch."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+
+from rap_env.blocks import BlockMask
+from rap_env.importance import GSIProfile, OneShotProfile, gsi, one_shot
+from rap_env.importance.frontier import Frontier
+from rap_env.scoring.scorer import MaskScorer
+from tests.scoring.test_scorer import tokens
+from tests.tiny import tiny_llm
+
+LOAD = """
+import sys
+from types import SimpleNamespace
+import rap_env.importance
+from rap_env.importance import Frontier, GSIProfile, OneShotProfile
+from rap_env.importance.frontier import Frontier as again
+from rap_env.observation import ImportanceFeatures
+folder, fingerprint = sys.argv[1:]
+model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
+one_shot = OneShotProfile.load(f"{folder}/one_shot.json", model)
+gsi = GSIProfile.load(f"{folder}/gsi.json", model)
+frontier = Frontier.load(f"{folder}/frontier.json", model)
+ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
+frontier.entries
+assert Frontier is again
+torch_like = ("torch", "transformers", "rap_env.llm", "rap_env.scoring.scorer")
+print([name for name in torch_like if name in sys.modules])
+"""
+
+
+def test_loading_profiles_and_frontiers_imports_no_torch(tmp_path):
+    scorer = MaskScorer(tiny_llm(), tokens())
+    facts = scorer.llm.facts
+    single = one_shot(scorer, progress=False)
+    single.save(tmp_path / "one_shot.json")
+    order = gsi(scorer, progress=False)
+    order.save(tmp_path / "gsi.json")
+    Frontier(
+        num_blocks=facts.num_blocks,
+        dense_nll=scorer.dense_nll,
+        scores={mask: scorer.nll(mask) for mask in scorer.candidates(BlockMask()).values()},
+        evaluations_run=0,
+        seconds=0.0,
+        settings={},
+        provenance=scorer.provenance,
+    ).save(tmp_path / "frontier.json")
+    command = [sys.executable, "-c", LOAD, str(tmp_path), facts.fingerprint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert asdict(GSIProfile.load(tmp_path / "gsi.json", scorer.llm)) == asdict(order)
+    assert asdict(OneShotProfile.load(tmp_path / "one_shot.json", scorer.llm)) == asdict(single)

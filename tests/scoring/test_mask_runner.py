@@ -1,0 +1,77 @@
+"""The prefix tree of masks and the cache of its states."""
+
+import random
+
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.scoring.mask_runner import StateCache, branch_nodes, mask_prefixes
+
+STEPS = tuple((block,) for block in range(8))
+DENSE = BlockMask()
+
+
+def state(number):
+    return torch.full((4,), float(number))  # 16 bytes
+
+
+def test_the_longest_unused_state_goes_first():
+    cache = StateCache(48)
+    for number in range(3):
+        cache.put(0, (number, DENSE), state(number))
+    assert cache.get(0, (0, DENSE)) is not None
+    cache.put(0, (3, DENSE), state(3))
+    assert [cache.get(0, (n, DENSE)) is None for n in range(4)] == [False, True, False, False]
+    assert cache.held_bytes == 48
+
+
+def test_batches_and_nodes_are_told_apart():
+    cache = StateCache(1000)
+    cache.put(0, (1, DENSE), state(1))
+    cache.put(1, (1, DENSE), state(2))
+    cache.put(0, (1, BlockMask.of(0)), state(3))
+    cache.put(0, (1, DENSE), state(4))
+    assert [
+        cache.get(*key)[0] for key in ((0, (1, DENSE)), (1, (1, DENSE)), (0, (1, BlockMask.of(0))))
+    ] == [4, 2, 3]
+    assert cache.held_bytes == 48
+    cache.clear()
+    assert cache.get(0, (1, DENSE)) is None
+    assert cache.held_bytes == 0
+
+
+def test_nothing_is_kept_beyond_the_cap():
+    cache = StateCache(15)
+    cache.put(0, (0, DENSE), state(0))
+    assert cache.get(0, (0, DENSE)) is None
+    assert cache.held_bytes == 0
+
+
+def test_branches_are_where_later_masks_leave():
+    first, second, third = BlockMask.of(1), BlockMask.of(1, 6), BlockMask.of(0)
+    # The first two leave each other before block 6, the third leaves both before block 0.
+    assert branch_nodes([first, second, third], STEPS) == {(6, first), (0, DENSE)}
+    assert branch_nodes([BlockMask.of(0, 2)], STEPS) == set()
+    assert branch_nodes([], STEPS) == set()
+
+
+def test_prefixes_are_the_blocks_removed_before_each_step():
+    mask = BlockMask.of(1, 6)
+    assert mask_prefixes(mask, STEPS) == (*[DENSE] * 2, *[BlockMask.of(1)] * 5, mask, mask)
+    pairs = tuple((block, block + 1) for block in range(0, 8, 2))
+    assert mask_prefixes(mask, pairs) == (DENSE, *[BlockMask.of(1)] * 3, mask)
+
+
+def test_with_its_branches_kept_every_prefix_runs_once():
+    draw = random.Random(0)
+    for _ in range(50):
+        rows = sorted({tuple(draw.getrandbits(1) for _ in range(8)) for _ in range(12)})
+        masks = [BlockMask.of(*(i for i, bit in enumerate(row) if bit)) for row in rows]
+        kept = branch_nodes(masks, STEPS)
+        have, ran = set(), []
+        for mask in masks:
+            path = list(enumerate(mask_prefixes(mask, STEPS)))
+            start = max((n for n, node in enumerate(path) if node in have), default=0)
+            ran += path[start + 1 :]
+            have |= kept & set(path)
+        assert len(ran) == len(set(ran))
