@@ -1,1 +1,1 @@
-"""A policy on a live model: masks for requests as they come, within memory that moves."""
+"""Serves requests on a live model whose mask follows a memory budget that moves."""

@@ -91,7 +91,7 @@ class DecisionLog:
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
-        repair(self.path)
+        remove_incomplete_line(self.path)
 
     def append(self, decision: Decision) -> None:
         """Append a decision to the file."""
@@ -102,7 +102,7 @@ class DecisionLog:
             try:
                 written = self._file.write(line)
                 if written is not None and written < len(line):  # the disk is full
-                    repair(self.path)
+                    remove_incomplete_line(self.path)
                     raise OSError(f"only {written} of {len(line)} bytes were written")
             except OSError as error:
                 if not self.lost:
@@ -115,7 +115,7 @@ class DecisionLog:
             self._file.close()
 
 
-def repair(path: Path) -> None:
+def remove_incomplete_line(path: Path) -> None:
     """Remove an incomplete last line from a file."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)

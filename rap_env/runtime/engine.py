@@ -83,7 +83,6 @@ class Engine:
         self.llm = llm
         self.controller = controller
         self.clock = clock
-        self.max_batch_size = max_batch_size
         self.max_seq_len_tokens = longest
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self._vocab_size = facts.vocab_size

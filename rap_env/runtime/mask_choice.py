@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rap_env.blocks import BlockMask
 from rap_env.policy import MaskPolicy
@@ -54,12 +54,8 @@ class MaskChooser:
         if guard_order is None:
             guard_order = getattr(policy, "order", None)
         self._order = None if guard_order is None else tuple(guard_order)
+        self._guards = self._order != ()
         BlockMask.of(*(self._order or ())).check(estimator.memory.facts.num_blocks)
-
-    @property
-    def guards(self) -> bool:
-        """Whether the guard may remove blocks where the policy's mask does not fit."""
-        return self._order != ()
 
     def order(self, shape: BatchShape) -> Sequence[int]:
         """Indices of the blocks that the guard may remove, in the order of removal."""
@@ -70,7 +66,7 @@ class MaskChooser:
 
     def smallest(self, limit_bytes: int, shape: BatchShape = EMPTY_BATCH) -> BlockMask:
         """The mask that leaves least: all that the guard may remove, or the policy's mask."""
-        if self.guards:
+        if self._guards:
             return BlockMask.of(*self.order(shape))
         return self._ask_policy(shape, limit_bytes)
 
@@ -88,11 +84,13 @@ class MaskChooser:
         Returns:
             The choice, or None if no mask fits; and whether the policy was asked.
         """
-        if self.guards and self.smallest_bytes(shape, limit_bytes) > limit_bytes:
+        if self._guards and self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None, False
         wanted = self._ask_policy(shape, limit_bytes)
-        choice = self.shrink_to_fit(wanted, shape, limit_bytes)
-        return None if choice is None else replace(choice, guarded=choice.mask != wanted), True
+        mask = self._estimator.shrink_to_fit(wanted, self.order(shape), shape, limit_bytes)
+        if mask is None:
+            return None, True
+        return MaskChoice(mask, self._estimator.peak_bytes(mask, shape), mask != wanted), True
 
     def without_refill(
         self, choice: MaskChoice, before: BlockMask, shape: BatchShape, limit_bytes: int
@@ -118,15 +116,6 @@ class MaskChooser:
             if self._estimator.peak_bytes(fewer, shape) <= limit_bytes:
                 mask = fewer
         return MaskChoice(mask, self._estimator.peak_bytes(mask, shape), guarded=True)
-
-    def shrink_to_fit(
-        self, mask: BlockMask, shape: BatchShape, limit_bytes: int
-    ) -> MaskChoice | None:
-        """Let the guard remove blocks from a mask until it fits; None if it never does."""
-        fitting = self._estimator.shrink_to_fit(mask, self.order(shape), shape, limit_bytes)
-        if fitting is None:
-            return None
-        return MaskChoice(fitting, self._estimator.peak_bytes(fitting, shape), guarded=True)
 
     def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> BlockMask:
         """The policy's mask; the dense one if the policy fails."""

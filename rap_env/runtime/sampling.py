@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,6 @@ class Sample(NamedTuple):
     logprob: float
 
 
-@dataclass
 class RowSampler:
     """Draws the tokens of one row.
 
@@ -80,13 +79,9 @@ class RowSampler:
         params: How to sample.
     """
 
-    params: SamplingParams
-    _warpers: list[Any] = field(init=False, repr=False)
-    _generator: torch.Generator = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        params = self.params
-        self._warpers = []
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._warpers: list[Any] = []
         if params.greedy:
             return
         if params.temperature != 1:
@@ -102,9 +97,7 @@ class RowSampler:
             self._generator.manual_seed(params.seed)
 
     def sample(self, logits: torch.Tensor) -> int:
-        """The next token for logits of shape (V,)."""
-        if self.params.greedy:
-            return int(logits.argmax())
+        """Draw the next token for logits of shape (V,); not for greedy decoding."""
         scores = logits[None]
         for warper in self._warpers:
             scores = warper(None, scores)

@@ -1,4 +1,4 @@
-"""A tiny live model with a budget, a clock and a meter that a test moves by hand."""
+"""A harness: a tiny live model with a budget, a clock and a meter that a test sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ORDER = (5, 0, 3, 2, 1, 4)
 
 
 class NoisyMeter(TensorMeter):
-    """Tensors, and `noise_bytes` that nobody accounts for."""
+    """Tensor bytes plus unpredicted `noise_bytes`."""
 
     noise_bytes = 0
 
@@ -32,7 +32,7 @@ class NoisyMeter(TensorMeter):
 
 
 class Harness:
-    """The model, its controller, and on shape an engine."""
+    """The model, its controller, and on request an engine."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Harness:
         return engine
 
     def run(self, engine: Engine, *, turns=500, seconds=0.1, before=None) -> int:
-        """Take turns until nothing is to be done; how many there were."""
+        """Run turns until nothing is left to do, and return their number."""
         for turn in range(turns):
             if before is not None:
                 before(turn)
@@ -103,7 +103,7 @@ def greedy(new: int, **settings) -> SamplingParams:
 
 @torch.no_grad()
 def alone(llm, prompt_ids, new: int, mask=BlockMask()) -> list[int]:
-    """What greedy decoding gives without a cache, a batch or an engine."""
+    """Tokens of greedy decoding without a cache, a batch or an engine."""
     ids = list(prompt_ids)
     with llm.masked(mask):
         for _ in range(new):
@@ -111,10 +111,10 @@ def alone(llm, prompt_ids, new: int, mask=BlockMask()) -> list[int]:
     return ids[len(prompt_ids) :]
 
 
-class Says:
-    """A policy that says what it is told to, and counts how often it is asked."""
+class FakePolicy:
+    """A fake policy that returns a given mask, or raises, and records the requests."""
 
-    name = "says"
+    name = "fake"
 
     def __init__(self, mask) -> None:
         self.mask = mask
@@ -135,7 +135,7 @@ def ordered(**settings) -> Harness:
 
 
 def between(harness, count: int, shape=SHAPE) -> int:
-    """A budget for which so many blocks of the order must go."""
+    """A budget for which the first `count` blocks of the order must be removed."""
     most = harness.need(BlockMask.of(*ORDER[:count]), shape)
     less = harness.need(BlockMask.of(*ORDER[: count - 1]), shape) if count else most + 100
     return (most + less) // 2

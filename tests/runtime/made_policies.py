@@ -60,7 +60,7 @@ def weights(layers=6, hidden=8, block_vectors=0, without=(), seed=0):
 
 
 def policy_file(layers=6, block_vectors=0, without=(), **changed):
-    """An exported policy that nobody trained."""
+    """An exported policy with random weights."""
     seen = features(layers)
     return PolicyFile(
         weights(layers, block_vectors=block_vectors, without=without),

@@ -17,7 +17,7 @@ def simulated(rows) -> int:
     return most
 
 
-def test_nothing_is_false_and_has_a_shape_for_the_arithmetic():
+def test_the_empty_batch_is_false_and_has_a_size_for_the_memory_model():
     assert not EMPTY_BATCH
     assert EMPTY_BATCH.request(0).seq_len_tokens == 1
     assert BatchShape.of([]) == EMPTY_BATCH
@@ -25,7 +25,7 @@ def test_nothing_is_false_and_has_a_shape_for_the_arithmetic():
 
 
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
-def test_half_a_demand_is_refused(wrong):
+def test_invalid_shapes_are_refused(wrong):
     with pytest.raises(InvalidRequestError, match="or 0 of both"):
         BatchShape(*wrong)
 
@@ -34,14 +34,14 @@ def test_one_row_ends_at_its_final_length():
     assert BatchShape.of([(7, 13)]) == BatchShape(1, 20)
 
 
-def test_the_most_is_what_a_simulation_finds():
+def test_the_largest_shape_agrees_with_a_simulation():
     draw = random.Random(0)
     for _ in range(200):
         rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(draw.randint(1, 9))]
         assert BatchShape.of(rows).tokens == simulated(rows), rows
 
 
-def test_uniform_demand_covers_every_row_at_every_time():
+def test_a_uniform_shape_covers_every_row_at_every_time():
     draw = random.Random(1)
     for _ in range(50):
         rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(5)]

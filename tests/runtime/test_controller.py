@@ -16,7 +16,7 @@ from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.policies import StaticPolicy
-from tests.runtime.harness import ORDER, SHAPE, Harness, Says, between, ordered
+from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
 
 
 def test_a_request_that_fits_leaves_the_model_as_it_is():
@@ -30,7 +30,7 @@ def test_a_request_that_fits_leaves_the_model_as_it_is():
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
-def test_at_arrival_as_many_blocks_go_as_the_budget_asks_for(count):
+def test_at_arrival_as_many_blocks_are_removed_as_needed(count):
     harness = ordered()
     harness.budget_bytes = between(harness, count)
     assert harness.controller.admit(SHAPE)
@@ -45,7 +45,7 @@ def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked
     assert (harness.mask, harness.controller.decisions) == (BlockMask(), 0)
 
 
-def test_could_fit_looks_at_the_largest_budget_and_at_the_sources_limit():
+def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
     harness = ordered()
     least = harness.need(harness.everything, SHAPE)
     harness.controller.monitor.max_budget_bytes = 0
@@ -54,13 +54,13 @@ def test_could_fit_looks_at_the_largest_budget_and_at_the_sources_limit():
     harness.budget_bytes = least
     assert harness.controller.could_fit(SHAPE)
     harness.budget_bytes = 0
-    assert harness.controller.could_fit(SHAPE)  # there was such a budget once
+    assert harness.controller.could_fit(SHAPE)  # the largest budget so far counts
     harness.controller.monitor.max_budget_bytes = 0
     harness.controller.monitor.source.limit_bytes = least
     assert harness.controller.could_fit(SHAPE)
 
 
-def test_a_budget_that_falls_is_followed_before_the_next_step():
+def test_a_falling_budget_shrinks_the_mask_before_the_next_step():
     harness = ordered()
     assert harness.controller.check(SHAPE)
     harness.budget_bytes = between(harness, 2)
@@ -70,7 +70,7 @@ def test_a_budget_that_falls_is_followed_before_the_next_step():
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
-def test_a_budget_that_nothing_fits_is_said_so_that_less_is_run():
+def test_check_is_false_where_no_mask_fits():
     harness = ordered()
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
     assert not harness.controller.check(SHAPE)
@@ -78,15 +78,15 @@ def test_a_budget_that_nothing_fits_is_said_so_that_less_is_run():
     assert harness.controller.check(BatchShape(1, 10))
 
 
-def test_with_nothing_to_run_all_goes_that_the_guard_may_take():
+def test_an_empty_batch_that_does_not_fit_removes_all_that_the_guard_may():
     harness = ordered()
     harness.budget_bytes = 10
     assert not harness.controller.check(EMPTY_BATCH)
     assert harness.mask == harness.everything
 
 
-def test_the_guard_makes_a_mask_fit_that_does_not():
-    harness = Harness(policy=Says(BlockMask.of(4)), guard_order=ORDER)
+def test_the_guard_shrinks_a_mask_that_does_not_fit():
+    harness = Harness(policy=FakePolicy(BlockMask.of(4)), guard_order=ORDER)
     expected = BlockMask.of(4, 5, 0)
     harness.budget_bytes = harness.need(expected, SHAPE)
     assert harness.controller.admit(SHAPE)
@@ -96,7 +96,7 @@ def test_the_guard_makes_a_mask_fit_that_does_not():
 
 def test_the_policys_own_mask_is_taken_if_it_fits():
     mask = BlockMask.of(1, 2, 3)
-    harness = Harness(policy=Says(mask), guard_order=ORDER)
+    harness = Harness(policy=FakePolicy(mask), guard_order=ORDER)
     harness.budget_bytes = harness.need(mask, SHAPE) + 10
     assert harness.controller.admit(SHAPE)
     assert harness.mask == mask
@@ -106,27 +106,27 @@ def test_the_policys_own_mask_is_taken_if_it_fits():
 
 @pytest.mark.parametrize("said", [RuntimeError("no"), BlockMask.of(99), None])
 def test_a_policy_that_fails_is_replaced_by_the_guard(said, caplog):
-    harness = Harness(policy=Says(said), guard_order=ORDER)
+    harness = Harness(policy=FakePolicy(said), guard_order=ORDER)
     harness.budget_bytes = between(harness, 3)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:3])
-    assert "'says' failed" in caplog.text
+    assert "'fake' failed" in caplog.text
 
 
-def test_the_guards_order_is_the_policys_or_else_by_bytes():
-    policy = Says(BlockMask())
+def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
+    policy = FakePolicy(BlockMask())
     policy.order = ORDER
     harness = Harness(policy=policy)
     assert harness.controller.chooser.order(SHAPE) == ORDER
     freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=Says(BlockMask())).controller.chooser.order(SHAPE)
+    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.chooser.order(SHAPE)
     assert sorted(by_bytes) == list(range(6))
     assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
         Harness(guard_order=(6,))
 
 
-def test_an_empty_order_means_the_policys_mask_or_nothing():
+def test_an_empty_order_disables_the_guard():
     mask = BlockMask.of(0, 1)
     harness = Harness(policy=StaticPolicy(mask), guard_order=(), mask=mask)
     harness.budget_bytes = need = harness.need(mask, SHAPE)
@@ -143,7 +143,7 @@ def test_settings_out_of_range_are_refused(wrong):
         Harness(**wrong)
 
 
-def test_bytes_that_nobody_foresaw_are_learned_and_kept_free():
+def test_unpredicted_bytes_are_learned_and_reserved():
     harness = ordered()
     harness.budget_bytes = between(harness, 2)
     harness.controller.admit(SHAPE)
@@ -156,7 +156,7 @@ def test_bytes_that_nobody_foresaw_are_learned_and_kept_free():
     assert len(harness.mask) == 2
 
 
-def test_measured_bytes_over_the_budget_cost_blocks_though_the_prediction_fits():
+def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fits():
     harness = ordered()
     harness.budget_bytes = harness.need(BlockMask(), SHAPE)
     assert harness.controller.check(SHAPE)
@@ -166,7 +166,7 @@ def test_measured_bytes_over_the_budget_cost_blocks_though_the_prediction_fits()
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
-def test_bytes_that_appear_while_it_switches_cost_more_blocks_at_once():
+def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
     harness = ordered()
     harness.budget_bytes = between(harness, 1)
     apply = harness.llm.apply
@@ -183,7 +183,7 @@ def test_bytes_that_appear_while_it_switches_cost_more_blocks_at_once():
     assert not fits or harness.meter.used_bytes() <= harness.budget_bytes
 
 
-def test_a_pass_that_could_grow_beyond_the_budget_costs_blocks_before_it_runs():
+def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs():
     harness = ordered()
     harness.budget_bytes = harness.need(BlockMask(), SHAPE)
     next_pass = PassSize(80, 160)
@@ -193,7 +193,7 @@ def test_a_pass_that_could_grow_beyond_the_budget_costs_blocks_before_it_runs():
     assert harness.meter.used_bytes() + estimate.total <= harness.budget_bytes
 
 
-def test_at_rest_a_burst_is_forgotten_and_freed_memory_given_back():
+def test_while_idle_a_burst_expires_and_freed_memory_is_returned():
     harness = ordered()
     harness.meter.noise_bytes = 10**6
     harness.controller.observe(SHAPE, "decode")
@@ -243,7 +243,7 @@ def test_seconds_and_counts_add_up():
     assert 0 < controller.decision_s + controller.switch_s <= controller.overhead_s
 
 
-def test_generate_is_held_within_its_budget_too():
+def test_generate_stays_within_its_budget():
     harness = ordered()
     shape = BatchShape(2, 30)
     harness.controller.admit(shape)

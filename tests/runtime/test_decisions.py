@@ -50,7 +50,7 @@ def test_a_decision_is_a_json_line_with_names_and_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"time_s": 3.0, "wa', b"x" * 200_000, b"\xff\xfe"])
-def test_a_torn_last_line_is_cut_off_when_the_file_is_opened_again(tmp_path, torn):
+def test_an_incomplete_last_line_is_removed_when_the_file_is_opened_again(tmp_path, torn):
     path = tmp_path / "decisions.jsonl"
     for number in range(3):
         log = DecisionLog(path)
@@ -62,14 +62,14 @@ def test_a_torn_last_line_is_cut_off_when_the_file_is_opened_again(tmp_path, tor
     assert [record["time_s"] for record in read(path)] == [0.0, 1.0, 2.0]
 
 
-def test_a_file_of_one_torn_line_becomes_empty(tmp_path):
+def test_a_file_of_one_incomplete_line_becomes_empty(tmp_path):
     path = tmp_path / "decisions.jsonl"
     path.write_bytes(b'{"time')
     DecisionLog(path).close()
     assert path.read_bytes() == b""
 
 
-def test_a_disk_that_fails_costs_lines_and_not_the_service(tmp_path, caplog):
+def test_a_failing_disk_loses_lines_but_does_not_raise(tmp_path, caplog):
     log = DecisionLog(tmp_path / "decisions.jsonl")
 
     class Full:
@@ -85,7 +85,7 @@ def test_a_disk_that_fails_costs_lines_and_not_the_service(tmp_path, caplog):
     assert caplog.text.count("can no longer be logged") == 1
 
 
-def test_after_it_was_closed_nothing_is_written(tmp_path):
+def test_a_closed_log_writes_nothing(tmp_path):
     log = DecisionLog(tmp_path / "decisions.jsonl")
     log.close()
     log.append(made())
@@ -106,7 +106,7 @@ while True:
 """
 
 
-def test_after_a_kill_the_log_is_whole_up_to_its_last_line(tmp_path):
+def test_after_a_kill_all_complete_lines_are_valid(tmp_path):
     path = tmp_path / "decisions.jsonl"
     with subprocess.Popen(
         [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE
@@ -119,8 +119,8 @@ def test_after_a_kill_the_log_is_whole_up_to_its_last_line(tmp_path):
     assert len(times) >= 50
 
 
-def test_repairing_says_so(tmp_path, caplog):
+def test_removing_an_incomplete_line_is_logged(tmp_path, caplog):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"{}\n{")
-    decisions.repair(path)
+    decisions.remove_incomplete_line(path)
     assert "incomplete line" in caplog.text

@@ -23,7 +23,7 @@ MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding", "gemma2"])
-def test_a_row_gets_what_it_would_get_alone(name, mask):
+def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
     harness = Harness(name=name, mask=mask)
     harness.controller.chooser.policy = _Static(mask)
     engine = harness.engine(max_batch_size=3, prefill_chunk_tokens=4)
@@ -47,7 +47,7 @@ class _Static:
         return self.mask
 
 
-def test_who_comes_later_joins_between_steps():
+def test_later_requests_join_between_steps():
     harness = Harness()
     engine = harness.engine()
     first = engine.submit(prompt(5), greedy(12))
@@ -61,7 +61,7 @@ def test_who_comes_later_joins_between_steps():
     assert second.token_ids == alone(harness.llm, prompt(11, 1), 4)
 
 
-def test_a_long_prompt_does_not_hold_up_those_who_decode():
+def test_a_long_prompt_does_not_delay_decoding_by_more_than_a_chunk():
     harness = Harness()
     engine = harness.engine(prefill_chunk_tokens=4)
     running = engine.submit(prompt(3), greedy(30))
@@ -75,7 +75,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode():
     assert kinds == ["prefill", "decode"] * 7
 
 
-def test_seeded_sampling_does_not_depend_on_neighbours():
+def test_seeded_sampling_does_not_depend_on_other_rows():
     params = SamplingParams(max_new_tokens=10, temperature=1.3, top_k=20, seed=11)
 
     def drawn(neighbours):
@@ -103,7 +103,7 @@ def test_log_probabilities_are_those_of_the_model():
         assert logprob == pytest.approx(float(expected[len(ids) - 1 + number, token]), abs=1e-4)
 
 
-def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it():
     harness = Harness()
     for seed in range(50):
         ids = prompt(6, seed)
@@ -120,7 +120,7 @@ def test_a_stop_token_ends_the_text_and_is_not_part_of_it():
     assert engine.stats().served == 1
 
 
-def test_events_tell_the_story_in_order_with_times():
+def test_events_come_in_order_with_times():
     harness = Harness()
     engine = harness.engine()
     heard = []
@@ -136,7 +136,7 @@ def test_events_tell_the_story_in_order_with_times():
     assert handle.first_token_s == times[0]
 
 
-def test_a_listener_that_raises_harms_nobody(caplog):
+def test_a_listener_that_raises_does_not_affect_requests(caplog):
     harness = Harness()
     engine = harness.engine()
 
@@ -151,7 +151,7 @@ def test_a_listener_that_raises_harms_nobody(caplog):
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3, 6])
-def test_cancelling_ends_a_request_wherever_it_is_and_the_others_go_on(turns):
+def test_a_request_can_be_cancelled_at_any_stage_and_others_continue(turns):
     harness = Harness()
     engine = harness.engine(prefill_chunk_tokens=2)
     staying = engine.submit(prompt(4), greedy(15))
@@ -167,7 +167,7 @@ def test_cancelling_ends_a_request_wherever_it_is_and_the_others_go_on(turns):
     assert harness.llm.held_bytes.kv_cache == 0
 
 
-def test_requests_that_make_no_sense_are_refused_at_once():
+def test_invalid_requests_are_refused_at_once():
     engine = Harness().engine(max_seq_len_tokens=20)
     with pytest.raises(InvalidRequestError, match="prompt is empty"):
         engine.submit([], greedy(1))
@@ -183,12 +183,12 @@ def test_requests_that_make_no_sense_are_refused_at_once():
 @pytest.mark.parametrize(
     "wrong", [{"max_batch_size": 0}, {"prefill_chunk_tokens": 0}, {"max_seq_len_tokens": 65}]
 )
-def test_limits_that_make_no_sense_are_refused(wrong):
+def test_invalid_limits_are_refused(wrong):
     with pytest.raises(InvalidRequestError, match="must be at least 1"):
         Harness().engine(**wrong)
 
 
-def test_the_whole_context_can_be_used():
+def test_a_request_can_use_the_whole_context():
     harness = Harness()
     engine = harness.engine()
     handles = [engine.submit(prompt(length, length), greedy(64 - length)) for length in (60, 2)]
@@ -197,7 +197,7 @@ def test_the_whole_context_can_be_used():
     assert max(record.length for record in harness.records) <= 64
 
 
-def test_more_than_the_queue_holds_is_refused():
+def test_a_full_queue_refuses_requests():
     engine = Harness().engine(max_queue=2)
     for _ in range(2):
         engine.submit(prompt(3), greedy(2))
@@ -206,7 +206,7 @@ def test_more_than_the_queue_holds_is_refused():
     assert engine.stats().refused == 1
 
 
-def test_who_waits_too_long_is_told_so():
+def test_a_request_that_waits_too_long_is_rejected():
     harness = Harness()
     engine = harness.engine(max_batch_size=1, queue_timeout_s=1.0)
     first = engine.submit(prompt(3), greedy(30))
@@ -219,7 +219,7 @@ def test_who_waits_too_long_is_told_so():
     assert engine.stats().refused == 1
 
 
-def test_nobody_goes_past_who_waits_at_the_front():
+def test_no_request_overtakes_the_first_one_in_the_queue():
     harness = Harness()
     engine = harness.engine(max_batch_size=2)
     handles = [engine.submit(prompt(3, n), greedy(6)) for n in range(5)]
@@ -228,7 +228,7 @@ def test_nobody_goes_past_who_waits_at_the_front():
     assert firsts == sorted(firsts)
 
 
-def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(caplog):
+def test_a_failing_step_ends_its_requests_and_the_engine_continues(caplog):
     harness = Harness()
     engine = harness.engine()
     handles = [engine.submit(prompt(3 + n, n), greedy(10)) for n in range(2)]
@@ -253,7 +253,7 @@ def test_a_step_that_fails_ends_those_in_it_and_the_engine_goes_on(caplog):
     assert engine.stats().failed == 2
 
 
-def test_a_prompt_that_fails_ends_alone():
+def test_a_failing_prefill_ends_only_its_request():
     harness = Harness()
     engine = harness.engine()
     running = engine.submit(prompt(3), greedy(10))
@@ -273,7 +273,7 @@ def test_a_prompt_that_fails_ends_alone():
     assert running.reason == "length"
 
 
-def test_logits_that_are_not_finite_end_a_request():
+def test_logits_that_are_not_finite_end_the_request():
     harness = Harness()
     engine = harness.engine()
     handle = engine.submit(prompt(3), greedy(10))
@@ -285,7 +285,7 @@ def test_logits_that_are_not_finite_end_a_request():
     assert "logits that are not finite" in handle.error
 
 
-def test_a_summary_counts_everything():
+def test_stats_count_everything():
     harness = Harness()
     engine = harness.engine()
     for n in range(3):
@@ -302,7 +302,7 @@ def test_a_summary_counts_everything():
     assert 0 < stats.overhead_s < stats.busy_s
 
 
-def test_records_tell_what_each_step_did():
+def test_records_describe_each_step():
     harness = Harness()
     engine = harness.engine()
     engine.submit(prompt(4), greedy(3))
@@ -318,7 +318,7 @@ def test_records_tell_what_each_step_did():
         assert record.peak_bytes >= record.held.weights
 
 
-def test_closing_ends_everything():
+def test_closing_ends_all_requests():
     harness = Harness()
     engine = harness.engine(max_batch_size=1)
     handles = [engine.submit(prompt(3, n), greedy(20)) for n in range(3)]
@@ -334,7 +334,7 @@ def test_closing_ends_everything():
     engine.close()
 
 
-def test_what_can_never_fit_is_refused():
+def test_a_request_that_can_never_fit_is_refused():
     harness = Harness()
     least = harness.need(harness.everything, BatchShape(1, 30))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = least - 1
@@ -345,7 +345,7 @@ def test_what_can_never_fit_is_refused():
     assert engine.stats().refused == 1
 
 
-def test_warming_up_teaches_the_margin_and_leaves_nothing_behind():
+def test_warm_up_teaches_the_margin_and_leaves_no_rows():
     harness = Harness()
     engine = harness.engine(prefill_chunk_tokens=8)
     harness.meter.noise_bytes = 10**6

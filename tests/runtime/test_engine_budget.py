@@ -1,4 +1,4 @@
-"""The engine within a budget that moves, and from several threads at once."""
+"""The engine under a moving budget, and used from several threads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_measured_bytes_stay_within_a_budget_that_jumps():
         assert record.held.total <= record.budget_bytes
 
 
-def test_the_newest_makes_room_and_goes_on_from_its_tokens():
+def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
     harness = Harness(guard_order=())
     engine = harness.engine()
     first = engine.submit(prompt(4), greedy(20))
@@ -64,7 +64,7 @@ def test_the_newest_makes_room_and_goes_on_from_its_tokens():
     assert second.token_ids[: len(kept)] == kept
 
 
-def test_who_had_to_leave_is_first_in_line():
+def test_a_preempted_request_is_first_in_the_queue():
     harness = Harness(guard_order=())
     engine = harness.engine()
     handles = [engine.submit(prompt(4, n), greedy(12)) for n in range(4)]
@@ -78,7 +78,7 @@ def test_who_had_to_leave_is_first_in_line():
     assert sum(handle.preemptions for handle in handles) == 1
 
 
-def test_a_request_waits_while_nothing_fits_it_beside_what_runs():
+def test_a_request_waits_while_no_mask_fits_it_beside_the_running_batch():
     harness = Harness(guard_order=())
     harness.budget_bytes = harness.need(BlockMask(), BatchShape(1, 30))
     engine = harness.engine()
@@ -103,7 +103,7 @@ def test_nothing_happens_while_the_budget_is_too_small_for_anything():
     assert set(handle.masks) == {BlockMask()}
 
 
-def test_what_grew_hopeless_is_refused_though_it_was_taken():
+def test_a_queued_request_that_can_no_longer_fit_is_rejected():
     harness = Harness()
     engine = harness.engine()
     handle = engine.submit(prompt(5), greedy(20))
@@ -114,7 +114,7 @@ def test_what_grew_hopeless_is_refused_though_it_was_taken():
     assert handle.rejection == "infeasible"
 
 
-def test_tokens_say_under_which_mask_they_were_made():
+def test_each_token_records_its_mask():
     harness = Harness(hold_s=0.5)
     engine = harness.engine()
     handle = engine.submit(prompt(5), greedy(40))
@@ -131,7 +131,7 @@ def test_tokens_say_under_which_mask_they_were_made():
     assert [decision.trigger for decision in harness.controller.recent] == ["budget_fell", "room"]
 
 
-def test_after_a_mask_has_changed_rows_are_what_the_new_mask_makes_of_them():
+def test_after_a_switch_rows_continue_as_under_the_new_mask():
     harness = Harness(hold_s=0.0, hysteresis_share=0.0)
     engine = harness.engine()
     handle = engine.submit(prompt(5), greedy(30))
@@ -147,7 +147,7 @@ def test_after_a_mask_has_changed_rows_are_what_the_new_mask_makes_of_them():
     assert handle.token_ids[back:] == alone(harness.llm, ids, 30 - back)
 
 
-def test_an_idle_engine_gives_memory_up_and_takes_it_again():
+def test_an_idle_engine_shrinks_and_grows_its_mask():
     harness = Harness(hold_s=1.0)
     engine = harness.engine()
     dense = harness.llm.held_bytes.total
@@ -163,7 +163,7 @@ def test_an_idle_engine_gives_memory_up_and_takes_it_again():
 
 @pytest.fixture
 def served():
-    """An engine in a thread of its own, on real time."""
+    """An engine that runs in its own thread, in real time."""
     harness = Harness(hold_s=0.0, hysteresis_share=0.0, clock=time.monotonic)
     engine = Engine(harness.llm, harness.controller, max_batch_size=4, prefill_chunk_tokens=64)
     harness.controller.monitor.max_budget_bytes = PLENTY
@@ -212,7 +212,7 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
     assert stats.failed == 0
 
 
-def test_closing_while_it_runs_ends_all_and_the_thread(served):
+def test_closing_a_running_engine_ends_all_requests_and_its_thread(served):
     harness, engine = served
     handles = [engine.submit(prompt(4, n), greedy(50)) for n in range(10)]
     handles[0].add_listener(lambda event: None)

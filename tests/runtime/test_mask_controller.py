@@ -1,4 +1,4 @@
-"""Going up with patience: when blocks come back, and when they stay away."""
+"""Growing with a debounce: when blocks are restored, and when they stay removed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.mask_controller import Debounce
-from tests.runtime.harness import ORDER, SHAPE, Harness, Says, between, ordered
+from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
 
 
-def test_room_must_last_before_blocks_come_back():
+def test_headroom_must_last_before_blocks_are_restored():
     harness = ordered(hold_s=2.0)
     harness.budget_bytes = between(harness, 3)
     harness.controller.check(SHAPE)
@@ -28,7 +28,7 @@ def test_room_must_last_before_blocks_come_back():
     assert harness.controller.recent[-1].trigger == "room"
 
 
-def test_a_dip_while_it_waits_begins_the_wait_anew():
+def test_a_dip_restarts_the_wait():
     harness = ordered(hold_s=2.0)
     tight = harness.budget_bytes = between(harness, 3)
     for time_s, budget in ((0.0, tight), (0.1, 10**9), (1.0, tight), (1.1, 10**9), (2.5, 10**9)):
@@ -40,7 +40,7 @@ def test_a_dip_while_it_waits_begins_the_wait_anew():
     assert harness.mask == BlockMask()
 
 
-def test_only_what_would_have_fitted_all_the_time_comes_back():
+def test_only_blocks_that_fitted_throughout_are_restored():
     harness = ordered(hold_s=2.0, hysteresis_share=0.0)
     budgets = [between(harness, 5), 10**9, between(harness, 2), 10**9]
     for time_s, budget in enumerate(budgets):
@@ -49,7 +49,7 @@ def test_only_what_would_have_fitted_all_the_time_comes_back():
     assert harness.mask == BlockMask.of(*ORDER[:2])
 
 
-def test_a_request_that_left_makes_room_too():
+def test_a_request_that_leaves_gives_headroom():
     harness = ordered(hold_s=1.0)
     harness.budget_bytes = between(harness, 4)
     harness.controller.check(SHAPE)
@@ -79,21 +79,21 @@ def sine(time_s: float) -> float:
 
 
 @pytest.mark.parametrize("budget_of", [jitter, sine])
-def test_a_budget_that_moves_around_a_threshold_does_not_make_it_flap(budget_of):
+def test_a_budget_that_moves_around_a_threshold_does_not_make_the_mask_flap(budget_of):
     assert switches(budget_of, share=0.05, hold_s=2.0) <= 2
     assert switches(budget_of, share=0.0, hold_s=0.0) > 30
 
 
-def test_a_slow_sine_is_followed_down_and_up_once_each_way():
+def test_a_slow_sine_switches_once_down_and_once_up():
     count = switches(
         lambda time_s: 1 + 0.3 * math.sin(2 * math.pi * time_s / 30), share=0.05, hold_s=2.0
     )
     assert 4 <= count <= 2 * 2 * len(ORDER)
 
 
-def test_a_policy_that_wants_no_more_is_not_asked_again_and_again():
+def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
     mask = BlockMask.of(0, 2)
-    harness = Harness(policy=Says(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
+    harness = Harness(policy=FakePolicy(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
     for step in range(200):
         harness.time_s = step / 10
         assert harness.controller.check(SHAPE)
@@ -101,8 +101,8 @@ def test_a_policy_that_wants_no_more_is_not_asked_again_and_again():
     assert len(harness.policy.asked) == 1
 
 
-def test_while_others_run_a_mask_that_fits_stays():
-    policy = Says(BlockMask())
+def test_a_mask_that_fits_stays_while_others_run():
+    policy = FakePolicy(BlockMask())
     harness = Harness(policy=policy, guard_order=ORDER, mask=BlockMask.of(1))
     assert harness.controller.admit(SHAPE, running=BatchShape(1, 5))
     assert (harness.mask, policy.asked) == (BlockMask.of(1), [])
@@ -110,7 +110,7 @@ def test_while_others_run_a_mask_that_fits_stays():
     assert harness.mask == BlockMask()
 
 
-def test_a_new_request_gets_blocks_back_at_once_if_they_fit_with_something_to_spare():
+def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
     harness = ordered(hysteresis_share=0.05)
     harness.budget_bytes = between(harness, 3)
     harness.controller.admit(SHAPE)
@@ -123,16 +123,16 @@ def test_a_new_request_gets_blocks_back_at_once_if_they_fit_with_something_to_sp
     assert harness.mask == BlockMask()
 
 
-def test_a_budget_that_falls_brings_no_attention_back_among_what_runs():
+def test_a_falling_budget_restores_no_attention_block_of_a_running_batch():
     before, said = BlockMask.of(0), BlockMask.of(1, 2, 3, 5)
     for running in (True, False):
-        harness = Harness(policy=Says(said), guard_order=ORDER, mask=before)
+        harness = Harness(policy=FakePolicy(said), guard_order=ORDER, mask=before)
         harness.budget_bytes = harness.need(said, SHAPE)
         assert harness.need(before, SHAPE) > harness.budget_bytes
         if running:
             assert harness.controller.check(SHAPE)
             assert 0 in harness.mask
-            assert harness.mask != before | said  # what need not go stays
+            assert harness.mask != before | said  # blocks that need not be removed stay
             assert harness.controller.recent[-1].guarded
         else:
             assert harness.controller.admit(SHAPE)
@@ -140,7 +140,7 @@ def test_a_budget_that_falls_brings_no_attention_back_among_what_runs():
         assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes
 
 
-def test_attention_comes_back_with_room_only_where_a_refill_fits_too():
+def test_attention_is_restored_only_where_a_refill_fits():
     for share, dense in ((0.9, False), (1.1, True)):
         harness = Harness(guard_order=ORDER, mask=BlockMask.of(0), hysteresis_share=0.0, hold_s=1.0)
         refill = harness.estimator.refill_bytes(BlockMask(), SHAPE)
@@ -156,21 +156,21 @@ def test_attention_comes_back_with_room_only_where_a_refill_fits_too():
         )
 
 
-def test_room_must_last_and_gives_the_least_that_was_free():
+def test_headroom_must_last_and_its_minimum_is_reported():
     debounce = Debounce(hold_s=2.0)
     spares = [(0.0, 50), (1.0, 30), (1.9, 80)]
     assert [debounce.update(time_s, spare, 20) for time_s, spare in spares] == [None] * 3
     assert debounce.update(2.0, 90, 20) == 30
 
 
-def test_a_moment_without_room_begins_the_time_anew():
+def test_a_moment_without_headroom_restarts_the_wait():
     debounce = Debounce(hold_s=2.0)
     for time_s, spare in ((0.0, 50), (1.0, 10), (1.5, 50), (3.0, 50)):
         assert debounce.update(time_s, spare, 20) is None
     assert debounce.update(3.5, 60, 20) == 50
 
 
-def test_after_it_was_given_a_new_time_begins():
+def test_a_report_starts_a_new_wait():
     debounce = Debounce(hold_s=1.0)
     debounce.update(0.0, 50, 20)
     assert debounce.update(1.0, 50, 20) == 50

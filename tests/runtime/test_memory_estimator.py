@@ -21,7 +21,7 @@ def llm():
     return made
 
 
-def test_a_mask_needs_its_peak_bytes_and_a_layer_of_keys_and_values_again(llm):
+def test_a_mask_needs_its_peak_bytes_and_one_more_layer_of_keys_and_values(llm):
     memory, estimator = MemoryModel(llm), MemoryEstimator(llm)
     peak = memory.peak_bytes(BlockMask(), Request(3, 20, 1))
     layer = int(memory.kv_bytes_by_layer(3, 20)[0])
@@ -30,7 +30,7 @@ def test_a_mask_needs_its_peak_bytes_and_a_layer_of_keys_and_values_again(llm):
 
 @pytest.mark.parametrize("residency", ["offload", "resident"])
 @pytest.mark.parametrize("blocks", [(), (0,), (1, 2), (0, 2, 4), (1, 3, 5), tuple(range(6))])
-def test_needs_cover_what_is_held_and_no_more_than_workspace_and_copies(llm, residency, blocks):
+def test_estimates_cover_held_bytes_and_add_at_most_workspace_and_copies(llm, residency, blocks):
     llm.set_residency(residency)
     mask, estimator = BlockMask.of(*blocks), MemoryEstimator(llm)
     llm.apply(mask)
@@ -41,7 +41,7 @@ def test_needs_cover_what_is_held_and_no_more_than_workspace_and_copies(llm, res
     assert held <= need <= held + estimator.workspace_bytes(SHAPE)
 
 
-def test_resident_weights_are_not_freed_and_the_guard_passes_over_them(llm):
+def test_resident_weights_are_not_freed_and_the_guard_skips_them(llm):
     llm.set_residency("resident")
     estimator = MemoryEstimator(llm)
     freed = estimator.freed_bytes(SHAPE)
@@ -53,13 +53,13 @@ def test_resident_weights_are_not_freed_and_the_guard_passes_over_them(llm):
     )
 
 
-def test_nothing_to_serve_needs_the_weights_and_a_token(llm):
+def test_an_empty_batch_needs_the_weights_and_one_token(llm):
     estimator = MemoryEstimator(llm)
     held = llm.held_bytes.total
     assert held < estimator.peak_bytes(BlockMask(), EMPTY_BATCH) < held + 2000
 
 
-def test_the_guard_removes_in_order_and_no_more_than_it_must(llm):
+def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
     estimator, order = MemoryEstimator(llm), [4, 1, 0, 5, 2, 3]
     for count in range(7):
         expected = BlockMask.of(*order[:count])
@@ -70,7 +70,7 @@ def test_the_guard_removes_in_order_and_no_more_than_it_must(llm):
     assert estimator.shrink_to_fit(BlockMask(), [], SHAPE, everything) is None
 
 
-def test_the_guard_begins_with_the_mask_it_is_given(llm):
+def test_the_guard_starts_from_the_given_mask(llm):
     estimator = MemoryEstimator(llm)
     limit = estimator.peak_bytes(BlockMask.of(3, 4), SHAPE)
     assert estimator.shrink_to_fit(BlockMask.of(3), [4, 1], SHAPE, limit) == BlockMask.of(3, 4)
@@ -79,7 +79,7 @@ def test_the_guard_begins_with_the_mask_it_is_given(llm):
     )
 
 
-def test_windows_bound_what_a_row_holds():
+def test_sliding_windows_limit_the_cache_of_a_row():
     estimator = MemoryEstimator(tiny_llm("mistral_sliding"))
     short, long = (estimator.workspace_bytes(BatchShape(1, tokens)) for tokens in (20, 21))
     model = estimator.memory

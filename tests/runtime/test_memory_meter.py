@@ -15,7 +15,7 @@ MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def test_tensors_are_counted_exactly_and_the_most_is_since_the_last_question():
+def test_the_tensor_meter_is_exact_and_its_peak_restarts_at_each_call():
     llm = tiny_llm()
     meter = TensorMeter(llm)
     weights = llm.held_bytes.weights
@@ -31,7 +31,7 @@ def test_tensors_are_counted_exactly_and_the_most_is_since_the_last_question():
 
 
 @linux
-def test_the_process_is_measured_less_what_it_took_beside_the_model():
+def test_the_process_is_measured_less_its_baseline():
     llm = tiny_llm()
     meter = process_meter(llm)
     assert isinstance(meter, ResidentMeter)
@@ -39,7 +39,7 @@ def test_the_process_is_measured_less_what_it_took_beside_the_model():
     assert abs(before - llm.held_bytes.total) < 4 * MIB
     touched = mmap.mmap(-1, 64 * MIB)
     for _ in range(64):
-        touched.write(b"x" * MIB)  # piece by piece: the heap may keep a large one
+        touched.write(b"x" * MIB)  # in pieces: the heap may keep a large one
     assert meter.used_bytes() - before > 60 * MIB
     touched.close()
     assert meter.used_bytes() - before < 30 * MIB
@@ -47,18 +47,18 @@ def test_the_process_is_measured_less_what_it_took_beside_the_model():
 
 
 @linux
-def test_the_high_water_mark_begins_anew_with_each_question():
+def test_the_high_water_mark_restarts_at_each_call():
     meter = ResidentMeter(tiny_llm())
     touched = mmap.mmap(-1, 64 * MIB)
     for _ in range(64):
-        touched.write(b"x" * MIB)  # piece by piece: the heap may keep a large one
+        touched.write(b"x" * MIB)  # in pieces: the heap may keep a large one
     touched.close()
     first, second = meter.peak_bytes(), meter.peak_bytes()
     assert first - second > 40 * MIB
 
 
 @linux
-def test_a_process_that_shrank_is_found_out_by_what_tensors_hold(tmp_path):
+def test_held_tensors_correct_a_baseline_that_is_too_high(tmp_path):
     def write(now_mib):
         status = f"VmHWM:\t{now_mib * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
         (tmp_path / "status").write_text(status.ljust(200))
@@ -67,7 +67,7 @@ def test_a_process_that_shrank_is_found_out_by_what_tensors_hold(tmp_path):
     llm = tiny_llm()
     meter = ResidentMeter(llm, process=tmp_path)
     held = llm.held_bytes.total
-    write(450)  # fifty of what had been there beside the model are gone
+    write(450)  # fifty of the baseline are gone
     assert meter.used_bytes() == 0
     meter.correct_baseline(held)
     assert meter.used_bytes() == held
@@ -78,7 +78,7 @@ def test_a_process_that_shrank_is_found_out_by_what_tensors_hold(tmp_path):
 
 
 @linux
-def test_without_a_mark_that_can_be_reset_the_most_is_what_was_seen(tmp_path):
+def test_without_a_resettable_mark_the_peak_is_the_largest_value_read(tmp_path):
     def write(now_mib):
         text = f"Name: x\nVmHWM:  {900 * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
         (tmp_path / "status").write_text(text)

@@ -18,14 +18,14 @@ def monitor(budget=10**6, **settings) -> MemoryMonitor:
     return MemoryMonitor(llm, memory, NoisyMeter(llm), MemoryEstimator(llm), SafetyMargin())
 
 
-def test_what_masks_may_need_is_the_budget_without_the_margin():
+def test_available_bytes_are_the_budget_less_the_margin():
     made = monitor()
     assert made.available_bytes(SHAPE, PassEstimate(100, 100)) == 10**6
     made.margin.observe("decode", 1234)
     assert made.available_bytes(SHAPE, PassEstimate(100, 100)) == 10**6 - 1234
 
 
-def test_where_a_pass_could_go_beyond_all_that_the_process_holds_counts():
+def test_where_a_pass_could_exceed_the_budget_all_memory_of_the_process_counts():
     made = monitor()
     made.meter.noise_bytes = 5 * 10**5
     made.poll()
@@ -35,7 +35,7 @@ def test_where_a_pass_could_go_beyond_all_that_the_process_holds_counts():
     assert made.available_bytes(SHAPE, tight) == 10**6 - 5 * 10**5 - 1000 + workspace
 
 
-def test_a_step_is_held_against_the_most_that_was_held_since_memory_was_given_back():
+def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
     made = monitor()
     batch = LiveBatch(made._llm)
     batch.prefill([[5] * 30] * 2)
@@ -50,7 +50,7 @@ def test_a_step_is_held_against_the_most_that_was_held_since_memory_was_given_ba
     assert made.margin.bytes > 0
 
 
-def test_other_threads_may_ask_for_the_limit_without_moving_the_budget():
+def test_reading_the_limit_does_not_change_the_budget():
     budgets = iter([100, 500, 300])
     llm = tiny_llm()
     made = MemoryMonitor(
@@ -66,11 +66,11 @@ def test_other_threads_may_ask_for_the_limit_without_moving_the_budget():
     assert (made.budget_bytes, made.max_budget_bytes) == (300, 500)
 
 
-def test_a_source_that_knows_its_limit_is_believed():
+def test_the_limit_of_a_source_is_used():
     assert monitor(limit_bytes=7 * 10**6).budget_limit_bytes() == 7 * 10**6
 
 
-def test_what_comes_depends_on_the_blocks_that_are_kept():
+def test_a_pass_estimate_depends_on_the_kept_blocks():
     estimator = MemoryEstimator(tiny_llm())
     dense = estimator.pass_estimate(BlockMask(), SHAPE, PassSize(8, 10))
     half = estimator.pass_estimate(BlockMask.of(0), SHAPE, PassSize(8, 10))
@@ -79,14 +79,14 @@ def test_what_comes_depends_on_the_blocks_that_are_kept():
     assert estimator.pass_estimate(BlockMask(), EMPTY_BATCH, PassSize(0, 0)).total == 0
 
 
-def test_the_margin_is_the_most_that_went_beyond_its_prediction():
+def test_the_margin_is_the_largest_excess_over_a_prediction():
     margin = SafetyMargin(window=4)
     for beyond in (-50, 30, 10):
         margin.observe("decode", beyond)
     assert margin.bytes == 30
 
 
-def test_it_is_never_less_than_its_least():
+def test_the_margin_has_a_lower_bound():
     margin = SafetyMargin(least_bytes=20, window=2)
     margin.observe("decode", 5)
     assert margin.bytes == 20
@@ -94,7 +94,7 @@ def test_it_is_never_less_than_its_least():
     assert margin.bytes == 25
 
 
-def test_a_single_burst_is_forgotten_within_two_windows():
+def test_a_single_burst_expires_within_two_windows():
     margin = SafetyMargin(window=10)
     margin.observe("decode", 100)
     seen = []
@@ -105,14 +105,14 @@ def test_a_single_burst_is_forgotten_within_two_windows():
     assert seen[-1] == 7
 
 
-def test_what_comes_again_is_not_forgotten():
+def test_a_repeated_excess_does_not_expire():
     margin = SafetyMargin(window=10)
     for step in range(200):
         margin.observe("decode", 100 if step % 9 == 0 else 0)
         assert margin.bytes == 100
 
 
-def test_steps_of_one_kind_do_not_make_it_forget_another():
+def test_each_kind_of_step_expires_separately():
     margin = SafetyMargin(window=4)
     margin.observe("prefill", 60)
     for _ in range(100):

@@ -17,7 +17,7 @@ UNLIMITED = 9223372036854771712
 
 
 class Machine:
-    """Folders that look like /sys/fs/cgroup and /proc."""
+    """Fakes of /sys/fs/cgroup and /proc."""
 
     def __init__(self, root) -> None:
         self.mount, self.proc = root / "cgroup", root / "proc"
@@ -59,7 +59,7 @@ def machine(tmp_path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_version_2_budget_is_what_is_used_and_what_the_limit_leaves(machine):
+def test_the_version_2_budget_is_used_plus_free_bytes(machine):
     machine.groups("0::/app\n")
     machine.v2("app", limit=1000 * MIB, used_mib=300)
     memory = machine.open()
@@ -140,12 +140,12 @@ def test_no_budget_is_below_zero(machine):
     assert memory.budget_bytes(used_bytes=10 * MIB) == 0
 
 
-def test_a_system_that_tells_nothing_is_refused_with_the_remedy(tmp_path):
+def test_a_system_that_reports_nothing_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(MemorySourceError, match="give the budget as a number of bytes"):
         CgroupMemory(mount=tmp_path, proc=tmp_path)
 
 
-def test_a_group_that_cannot_be_read_any_more_says_so(machine):
+def test_a_group_that_becomes_unreadable_raises(machine):
     machine.groups("0::/app\n")
     machine.v2("app", limit=100 * MIB, used_mib=50)
     memory = machine.open()
@@ -154,7 +154,7 @@ def test_a_group_that_cannot_be_read_any_more_says_so(machine):
         memory.budget_bytes(0)
 
 
-def test_this_machine_can_be_asked():
+def test_it_reads_this_machine():
     memory = open_memory("auto", device="cpu")
     assert isinstance(memory, CgroupMemory)
     assert memory.budget_bytes(0) > 0
@@ -193,7 +193,7 @@ def test_unknown_settings_name_the_known_ones(wrong):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_its_memory_cannot_be_asked_for():
+def test_without_a_cuda_device_there_is_no_cuda_memory():
     with pytest.raises(MemorySourceError, match="does not report its free memory"):
         CudaMemory()
 

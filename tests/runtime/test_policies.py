@@ -1,4 +1,4 @@
-"""Policies by themselves: what each chooses, and what can be loaded by name or path."""
+"""Policies: what each chooses, and what `load_policy` loads by name or path."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def at(fraction, shape=(1, 10), layers=6):
 
 
 def just_fits(*removed, shape=(1, 10)):
-    """The request whose budget a mask meets to the byte."""
+    """A request whose budget equals the peak bytes of a mask."""
     need = memory().peak_bytes(BlockMask.of(*removed), Request(*shape, 1))
     return Request(*shape, need)
 
 
-def test_dense_and_static_ask_nothing():
+def test_dense_and_static_policies_ignore_the_request():
     mask, dense = BlockMask.of(1, 5), load_policy("dense", memory())
     for fraction in (0.3, 1.0):
         assert dense.choose(at(fraction)) == BlockMask()
@@ -55,7 +55,7 @@ def test_dense_and_static_ask_nothing():
     assert StaticPolicy(mask, name="shortgpt").name == "shortgpt"
 
 
-def test_an_order_is_followed_until_the_request_fits():
+def test_an_order_policy_removes_blocks_until_the_request_fits():
     policy = OrderPolicy(memory(), [3, 0, 5, 1])
     assert policy.choose(at(1.0)) == BlockMask()
     assert policy.choose(just_fits(3)) == BlockMask.of(3)
@@ -70,7 +70,7 @@ def test_an_order_of_another_model_is_refused():
         OrderPolicy(memory(), [0, 12])
 
 
-def test_the_frontier_gives_the_best_known_mask_that_fits():
+def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
     policy = FrontierPolicy(memory(), frontier())
     assert policy.choose(at(1.0)) == BlockMask()
     assert policy.choose(just_fits(0)) == BlockMask.of(0)
@@ -98,8 +98,8 @@ def test_the_network_meets_every_budget(block_vectors):
     assert policy.order == policy_file().order
 
 
-def test_cached_choices_are_those_that_would_be_given_anew():
-    """Requests that differ in one part alone never share an answer."""
+def test_cached_choices_equal_new_ones():
+    """Requests that differ in one value do not share a cached choice."""
     keeps = NetworkPolicy(memory(), policy_file(), cached_choices=4)
     forgets = NetworkPolicy(memory(), policy_file(), cached_choices=0)
     asked = [at(f, shape) for shape in ((1, 10), (2, 10), (1, 20)) for f in (0.5, 0.6, 0.7)]
@@ -129,7 +129,7 @@ class TestLoadPolicy:
         request = at(0.7)
         assert network.choose(request) == NetworkPolicy(memory(), policy_file()).choose(request)
 
-    def test_for_anything_that_knows_its_facts(self, tmp_path):
+    def test_for_any_model_with_facts(self, tmp_path):
         policy_file().save(tmp_path / "policy.safetensors")
         live = SimpleNamespace(facts=facts())
         assert load_policy(tmp_path / "policy.safetensors", live).choose(at(0.7))
@@ -154,6 +154,6 @@ class TestLoadPolicy:
             load_policy("frontier", memory(fingerprint="b" * 64))
 
     @pytest.mark.parametrize("name", ["rapp", "some/policy.safetensors", "masks.json"])
-    def test_what_there_is_not(self, name):
+    def test_unknown_names_and_missing_files(self, name):
         with pytest.raises(UnknownNameError, match="known are 'dense', 'frontier', 'rap'"):
             load_policy(name, memory())

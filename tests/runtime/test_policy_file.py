@@ -1,4 +1,4 @@
-"""The exported file: whole, the same again, and refused where it cannot be trusted."""
+"""The exported file: round trip, reproducible bytes, and rejection of damaged files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def path(tmp_path):
 
 
 def rewritten(path, change_header=lambda header: None, change_arrays=lambda arrays: None):
-    """The file with other content, checksums of the header as they should be."""
+    """The file with altered content and a valid checksum of the header."""
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["rap_policy"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -119,7 +119,7 @@ def test_parts_of_different_models_are_refused():
         replace(made, weights=policy_file(4, block_vectors=3).weights)
 
 
-def test_its_own_model_gets_what_the_file_holds(caplog):
+def test_its_own_model_gets_the_features_of_the_file(caplog):
     made = policy_file(block_vectors=3)
     assert made.features_for(facts()) == (made.features, made.order)
     assert not caplog.records
@@ -144,7 +144,7 @@ def test_another_number_of_blocks_needs_features_and_no_vectors(caplog):
     assert not caplog.records
 
 
-def test_an_order_is_that_of_the_ranks():
+def test_the_order_follows_the_ranks():
     seen = features(3)
     order = order_of(seen)
     assert [seen.gsi_rank[index] for index in order] == sorted(seen.gsi_rank)

@@ -1,4 +1,4 @@
-"""The network in NumPy. That it chooses as the trained one does: `tests/agents/test_export.py`."""
+"""The network in NumPy; `tests/agents/test_export.py` compares it with the trained one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def requests(model, fractions=(0.3, 0.5, 0.7, 0.9, 0.99)):
 
 
 @pytest.mark.parametrize("block_vectors", [0, 3])
-def test_the_parts_of_a_row_follow_each_other_and_fill_it(block_vectors):
+def test_the_parts_of_a_row_are_contiguous_and_fill_it(block_vectors):
     parts = list(row_columns(block_vectors).values())
     assert parts[0].start == 0
     assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
@@ -56,15 +56,15 @@ def test_nothing_is_removed_where_the_dense_model_fits():
     assert network().removals(Request.at_fraction(model, 1, 10, 1.0)) == []
 
 
-def test_where_no_mask_fits_everything_goes():
+def test_where_no_mask_fits_all_blocks_are_removed():
     assert sorted(network().removals(Request(1, 10, 1))) == list(range(12))
 
 
-def test_the_last_ffn_block_takes_its_workspace_along():
-    """The budget that the mask without any ffn block just meets, thanks to less workspace."""
+def test_the_last_ffn_block_frees_its_workspace():
+    """A budget that the mask without ffn blocks meets only because its workspace is smaller."""
     model, blind = memory(2), weights(2)
     kind_first = np.zeros_like(blind.linear_weight)
-    kind_first[0] = 100.0  # ffn blocks before all others
+    kind_first[0] = 100.0  # ffn blocks first
     silent = np.zeros_like(blind.last_weight)
     blind = replace(blind, linear_weight=kind_first, last_weight=silent)
     made = BlockNetwork(blind, ObservationBuilder(model, features(2)))
@@ -73,7 +73,7 @@ def test_the_last_ffn_block_takes_its_workspace_along():
     assert len(made.removals(Request(4, 500, least - 1))) == 3
 
 
-def test_without_the_request_it_is_one_static_order():
+def test_without_the_request_the_order_is_static():
     blind, seeing = network(without=("request",)), network()
     for made, static in ((blind, True), (seeing, False)):
         orders = sorted((made.removals(r) for r in requests(memory())), key=len)
@@ -92,12 +92,12 @@ def test_threads_share_it():
         assert list(pool.map(made.removals, asked)) == alone
 
 
-def test_it_is_deterministic_and_keeps_nothing():
+def test_it_is_deterministic_and_stateless():
     made, asked = network(block_vectors=3), requests(memory())
     assert [made.removals(r) for r in asked] == [made.removals(r) for r in reversed(asked)][::-1]
 
 
-def test_vectors_serve_their_own_number_of_blocks_alone():
+def test_vectors_serve_only_their_own_number_of_blocks():
     builder = ObservationBuilder(memory(4), features(4))
     with pytest.raises(ArtifactError, match="vectors for 12 blocks, but this model has 8"):
         BlockNetwork(weights(6, block_vectors=3), builder)
@@ -113,7 +113,7 @@ def test_vectors_serve_their_own_number_of_blocks_alone():
         ({"without": ("gis",)}, "without 'gis', which is unknown to this version"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(changed, text):
+def test_invalid_weights_are_refused(changed, text):
     with pytest.raises(ArtifactError, match=text):
         replace(weights(), **changed)
 

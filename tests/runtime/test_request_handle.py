@@ -16,7 +16,7 @@ def token(number: int) -> TokenEvent:
     return TokenEvent(number, -0.5, 2.0 + number)
 
 
-def test_a_ticket_tells_what_has_become_of_it():
+def test_a_handle_holds_the_results():
     made = handle()
     assert not made.done
     for number in (7, 8):
@@ -27,7 +27,7 @@ def test_a_ticket_tells_what_has_become_of_it():
     assert (made.first_token_s, made.ended_s, made.reason, made.error) == (9.0, 20.0, "stop", None)
 
 
-def test_nothing_follows_an_end():
+def test_events_after_the_end_are_ignored():
     made, heard = handle(), []
     made.add_listener(heard.append)
     made.emit(EndEvent("error", "It broke.", 5.0))
@@ -37,7 +37,7 @@ def test_nothing_follows_an_end():
     assert (made.reason, made.token_ids) == ("error", [])
 
 
-def test_who_listens_late_hears_everything():
+def test_a_late_listener_gets_all_events():
     made, heard = handle(), []
     made.emit(token(7))
     made.add_listener(heard.append)
@@ -49,7 +49,7 @@ def test_who_listens_late_hears_everything():
     assert [type(event) for event in heard] == [TokenEvent, TokenEvent, EndEvent]
 
 
-def test_a_listener_that_raises_harms_nobody_and_is_not_called_again(caplog):
+def test_a_listener_that_raises_is_logged_and_not_called_again(caplog):
     made, heard, calls = handle(), [], []
 
     def broken(event):
@@ -65,7 +65,7 @@ def test_a_listener_that_raises_harms_nobody_and_is_not_called_again(caplog):
     assert "not called again" in caplog.text
 
 
-def test_waiting_ends_with_the_ticket_or_with_the_patience():
+def test_waiting_ends_with_the_request_or_with_the_timeout():
     made = handle()
     with pytest.raises(TimeoutError, match="has not ended"):
         made.result(timeout_s=0.01)
@@ -83,5 +83,5 @@ def test_cancelling_wakes_the_engine_until_it_has_ended():
     assert calls == [1]
 
 
-def test_numbers_are_all_different():
+def test_ids_are_unique():
     assert len({handle().id for _ in range(5)}) == 5

@@ -35,7 +35,7 @@ def test_values_out_of_range_are_refused_by_name(setting, wrong):
         SamplingParams(**{setting: wrong})
 
 
-def test_greedy_takes_the_likeliest_token_with_its_own_log_probability():
+def test_greedy_decoding_takes_the_most_likely_token_with_its_log_probability():
     scores = logits()
     expected = torch.log_softmax(scores, dim=-1)
     for row, drawn in enumerate(sample_rows([RowSampler(SamplingParams())] * 3, scores)):
@@ -43,14 +43,14 @@ def test_greedy_takes_the_likeliest_token_with_its_own_log_probability():
         assert drawn.logprob == pytest.approx(float(expected[row].max()), abs=1e-5)
 
 
-def test_the_log_probability_is_the_models_whatever_the_temperature():
+def test_log_probabilities_do_not_depend_on_the_temperature():
     scores = logits(1)
     drawn = sample_rows([RowSampler(sampled(temperature=2.0, top_k=5, seed=3))], scores)[0]
     expected = torch.log_softmax(scores[0], dim=-1)[drawn.token_id]
     assert drawn.logprob == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_a_row_draws_the_same_whoever_its_neighbours_are():
+def test_samples_of_a_row_do_not_depend_on_other_rows():
     scores, others = logits(), logits(seed=9)
     lone = RowSampler(sampled(seed=5))
     among = [RowSampler(sampled(seed=1)), RowSampler(sampled(seed=5)), RowSampler(SamplingParams())]
@@ -60,7 +60,7 @@ def test_a_row_draws_the_same_whoever_its_neighbours_are():
         assert sample_rows(among, mixed)[1] == sample_rows([lone], scores[step % 3][None])[0]
 
 
-def test_seeds_repeat_and_no_seed_differs():
+def test_a_seed_repeats_samples_and_no_seed_does_not():
     scores = torch.zeros(1, 1000)
 
     def drawn(seed):
@@ -71,7 +71,7 @@ def test_seeds_repeat_and_no_seed_differs():
     assert drawn(None) != drawn(None)
 
 
-def test_top_k_and_top_p_bound_what_can_be_drawn():
+def test_top_k_and_top_p_limit_the_sampled_tokens():
     scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     cases = (({"top_k": 2}, {0, 1}), ({"top_p": 0.75}, {0, 1}), ({"top_k": 1}, {0}))
     for bound, allowed in cases:
@@ -90,7 +90,7 @@ def test_frequencies_follow_the_warped_probabilities():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_gives_nothing_and_its_neighbours_go_on(bad):
+def test_a_row_with_logits_that_are_not_finite_has_no_sample_and_other_rows_do(bad):
     scores = logits()
     scores[1, 7] = bad
     drawn = sample_rows(
@@ -101,7 +101,7 @@ def test_a_row_that_is_not_finite_gives_nothing_and_its_neighbours_go_on(bad):
     assert drawn[2] is not None
 
 
-def test_tokens_that_are_ruled_out_are_no_error():
+def test_logits_of_minus_infinity_are_no_error():
     scores = logits(1)
     scores[0, 3:] = -math.inf
     assert sample_rows([RowSampler(sampled(seed=0))], scores)[0].token_id < 3

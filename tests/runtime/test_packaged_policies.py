@@ -1,4 +1,4 @@
-"""The policy and the table that come with the package."""
+"""The packaged policy and frontier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TABLE = SAVED / f"{DEFAULT_MODEL}.frontier.json"
 
 @pytest.fixture(scope="module")
 def memory():
-    """The default model's bytes, without the model."""
+    """The default model's byte arithmetic, without the model."""
     from tests.runtime.made_policies import facts
 
     made, policy = facts(30), PolicyFile.load(POLICY)
@@ -33,7 +33,7 @@ def memory():
     )  # fmt: skip
 
 
-def test_the_files_are_small_and_name_no_place_of_a_machine():
+def test_the_files_are_small_and_hold_no_local_paths():
     assert POLICY.stat().st_size < 300_000
     assert TABLE.stat().st_size < 200_000
     told = json.dumps(PolicyFile.load(POLICY).provenance) + TABLE.read_text()
@@ -41,7 +41,7 @@ def test_the_files_are_small_and_name_no_place_of_a_machine():
 
 
 @pytest.mark.parametrize("name", ["rap", "frontier"])
-def test_they_meet_the_budgets_that_they_are_for(memory, name, caplog):
+def test_the_packaged_policies_meet_their_budgets(memory, name, caplog):
     policy = load_policy(name, memory)
     for shape in ((1, 128), (4, 512), (8, 2048)):
         found = []
@@ -54,7 +54,7 @@ def test_they_meet_the_budgets_that_they_are_for(memory, name, caplog):
     assert not caplog.records
 
 
-def test_the_policy_looks_at_the_request(memory):
+def test_the_policy_depends_on_the_request(memory):
     """Weights fill the memory of short requests and the cache that of long batches."""
     policy = load_policy("rap", memory)
     short, long = (
@@ -64,7 +64,7 @@ def test_the_policy_looks_at_the_request(memory):
     assert long.count("attn") > 2 * long.count("ffn")
 
 
-def test_the_policy_brings_the_order_of_its_model(memory):
+def test_the_policy_file_holds_the_order_of_its_model(memory):
     policy = load_policy("rap", memory)
     assert isinstance(policy, NetworkPolicy)
     assert sorted(policy.order) == list(range(60))
@@ -72,7 +72,7 @@ def test_the_policy_brings_the_order_of_its_model(memory):
 
 
 @pytest.mark.network
-def test_they_are_of_the_default_model(caplog):
+def test_the_packaged_policies_are_of_the_default_model(caplog):
     from rap_env.llm.loading import load_llm
 
     llm = load_llm(DEFAULT_MODEL, dtype="bfloat16")
