@@ -20,10 +20,14 @@ from rap_env.serving.errors import ApiError, failed, unavailable, unknown_model
 from rap_env.serving.generation import Generation
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
 from rap_env.serving.prompts import RequestBuilder, stop_tokens
-from rap_env.serving.responses import ResponseWriter, usage_of
+from rap_env.serving.responses import (
+    EventStreamResponse,
+    ResponseWriter,
+    cancel_on_disconnect,
+    usage_of,
+)
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.streaming import EventStreamResponse, watch_disconnect
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +52,6 @@ class Service:
     Attributes:
         metrics: Metrics of the server.
         closing: Whether the server is shutting down and accepts no more requests.
-        started: Unix time at which it was made, in seconds.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: ServerSettings) -> None:
@@ -57,7 +60,6 @@ class Service:
         self.settings = settings
         self.metrics = ServingMetrics(engine, settings)
         self.closing = False
-        self.started = int(time.time())
         self._running: set[Generation] = set()
         self._builder = RequestBuilder(
             tokenizer,
@@ -82,7 +84,7 @@ class Service:
     def cancel_running(self) -> None:
         """Cancel all running generations because the server shuts down."""
         for generation in list(self._running):
-            generation.cancel(closing=True)
+            generation.cancel(_shutting_down())
 
     async def respond(self, request: Request, schema: Schema) -> Response:
         """Respond to a completion request; errors become responses in the format of the API."""
@@ -101,35 +103,23 @@ class Service:
 
     async def _complete(self, request: Request, schema: Schema) -> Response:
         if self.closing:
-            raise unavailable("The server is shutting down; ask again later.", "shutting_down")
+            raise _shutting_down()
         body = await read_body(request, schema, self.settings)
-        generation = Generation(
-            self.engine,
-            self.tokenizer,
-            await asyncio.to_thread(self._builder.build, body),
-            on_first=self.metrics.first_token_s.observe,
-            on_end=self.metrics.per_token_s.observe,
-        )
+        built = await asyncio.to_thread(self._builder.build, body)
+        generation = Generation(self.engine, self.tokenizer, built, self.metrics)
         generation.start()
         self._running.add(generation)
-        writer = ResponseWriter(
-            generation.request,
-            model=self.settings.served_name,
-            fingerprint=self.system_fingerprint,
-        )
-        respond = self._stream if generation.request.stream else self._whole
+        name, fingerprint = self.settings.served_name, self.system_fingerprint
+        writer = ResponseWriter(built, model=name, fingerprint=fingerprint)
+        respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
 
     async def _whole(
         self, request: Request, generation: Generation, writer: ResponseWriter
     ) -> Response:
         try:
-            async with watch_disconnect(request, generation) as client:
+            async with cancel_on_disconnect(request, generation):
                 deltas = [delta async for delta in generation.deltas()]
-        except ApiError:
-            if client.disconnected:
-                raise ClientDisconnect from None
-            raise
         finally:
             self._finish(generation)
         self.count(request, "ok")
@@ -177,13 +167,9 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
         docs_url=None, redoc_url=None, openapi_url=None,
     )  # fmt: skip
     app.state.service = service
-    _add_completions(app, service)
-    _add_status(app, service)
-    _add_errors(app, service)
-    return app
+    served = settings.served_name
+    model = {"id": served, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}
 
-
-def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await service.respond(request, ChatCompletionRequest)
@@ -192,28 +178,21 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         return await service.respond(request, CompletionRequest)
 
-
-def _add_status(app: FastAPI, service: Service) -> None:
-    served = service.settings.served_name
-
-    def described() -> dict[str, Any]:
-        return {"id": served, "object": "model", "created": service.started, "owned_by": "rap-env"}
-
     @app.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [described()]})
+    async def list_models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def retrieve_model(name: str) -> Response:
         if name != served:
             return error_response(unknown_model(name, served))
-        return JSONResponse(described())
+        return JSONResponse(model)
 
     @app.get("/healthz")
     async def healthz() -> Response:
         if service.closing:
             return JSONResponse({"status": "closing"}, 503)
-        if not service.engine.alive:
+        if not engine.alive:
             return JSONResponse({"status": "engine stopped"}, 503)
         return JSONResponse({"status": "ok", "model": served})
 
@@ -223,22 +202,24 @@ def _add_status(app: FastAPI, service: Service) -> None:
         text = await asyncio.to_thread(service.metrics.render)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
-
-def _add_errors(app: FastAPI, service: Service) -> None:
-    async def no_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
         texts = {404: f"Invalid URL ({where})", 405: f"Method not allowed ({where})"}
         message = texts.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         return error_response(ApiError(error.status_code, message, headers=headers))
 
+    @app.exception_handler(Exception)
     async def broken(request: Request, _error: Exception) -> Response:
         service.count(request, "error")
         return error_response(failed("The server had an error while it processed your request."))
 
-    app.add_exception_handler(HTTPException, no_route)
-    app.add_exception_handler(Exception, broken)
+    return app
+
+
+def _shutting_down() -> ApiError:
+    return unavailable("The server is shutting down; ask again later.", "shutting_down")
 
 
 def error_response(error: ApiError) -> Response:

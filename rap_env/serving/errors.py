@@ -58,16 +58,6 @@ def invalid(message: str, param: str | None = None, code: str | None = "invalid_
     return ApiError(400, message, param=param, code=code)
 
 
-def unsupported(param: str, hint: str) -> ApiError:
-    """400: the field exists in the API but this server does not support it."""
-    return ApiError(
-        400,
-        f"Unsupported parameter: '{param}' is not supported with this server; {hint}",
-        param=param,
-        code="unsupported_parameter",
-    )
-
-
 def unknown_model(name: str, known: str) -> ApiError:
     """404: the model is not the one that is served."""
     return ApiError(
@@ -86,23 +76,6 @@ def too_large(limit_bytes: int) -> ApiError:
         f"The request body is longer than {limit_bytes} bytes, the most that this server reads.",
         code="request_too_large",
         headers={"connection": "close"},
-    )
-
-
-def too_slow(timeout_s: float) -> ApiError:
-    """408: the body did not arrive in time."""
-    return ApiError(
-        408,
-        f"The request body was not complete after {timeout_s:g} seconds.",
-        code="request_timeout",
-        headers={"connection": "close"},
-    )
-
-
-def queue_full(message: str) -> ApiError:
-    """429: the queue is full."""
-    return ApiError(
-        429, message, kind="requests", code="rate_limit_exceeded", headers={"retry-after": "1"}
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from rap_env.errors import (
 from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.serving.detokenizer import Detokenizer, StopStrings, plain_text
-from rap_env.serving.errors import ApiError, failed, invalid, queue_full, unavailable
+from rap_env.serving.errors import ApiError, failed, invalid, unavailable
+from rap_env.serving.metrics import ServingMetrics
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -102,9 +103,9 @@ class _Choice:
     """The state of one answer."""
 
     index: int
+    handle: RequestHandle
     detokenizer: Detokenizer
     stops: StopStrings
-    handle: RequestHandle | None = None
     tokens: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
@@ -119,31 +120,20 @@ class Generation:
         engine: The engine.
         tokenizer: Its tokenizer.
         request: What to generate.
-        on_first: Called with the seconds from arrival to each answer's first token.
-        on_end: Called with the seconds per token after the first, for answers that have any.
+        metrics: Observes the latencies.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Any,
-        request: GenerationRequest,
-        *,
-        on_first: Callable[[float], None] = lambda seconds: None,
-        on_end: Callable[[float], None] = lambda seconds: None,
+        self, engine: Engine, tokenizer: Any, request: GenerationRequest, metrics: ServingMetrics
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self.request = request
-        self._on_first = on_first
-        self._on_end = on_end
-        self._queue: asyncio.Queue[tuple[_Choice, Event]] = asyncio.Queue()
+        self._metrics = metrics
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._closing = False
-        self._choices = [
-            _Choice(number, Detokenizer(tokenizer), StopStrings(request.stop_strings))
-            for number in range(request.size)
-        ]
+        self._cancelled_by: Exception | None = None
+        self._choices: list[_Choice] = []
 
     @property
     def completion_tokens(self) -> int:
@@ -157,29 +147,31 @@ class Generation:
             ApiError: The engine rejects them: 400, 429 or 503.
         """
         try:
-            for choice in self._choices:
-                choice.handle = self._submit(choice)
+            for number in range(self.request.size):
+                detokenizer = Detokenizer(self._tokenizer)
+                stops = StopStrings(self.request.stop_strings)
+                self._choices.append(_Choice(number, self._submit(number), detokenizer, stops))
         except BaseException as error:
             self.cancel()
             raise _as_api_error(error) from error
 
-    def _submit(self, choice: _Choice) -> RequestHandle:
+    def _submit(self, number: int) -> RequestHandle:
         def listen(event: Event) -> None:  # called in a thread of the engine
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (choice, event))
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
-        prompt = self.request.prompts[choice.index // self.request.n]
-        return self._engine.submit(prompt, self.request.params_of(choice.index), listen)
+        prompt = self.request.prompts[number // self.request.n]
+        return self._engine.submit(prompt, self.request.params_of(number), listen)
 
-    def cancel(self, *, closing: bool = False) -> None:
+    def cancel(self, cause: Exception | None = None) -> None:
         """Cancel all answers; `deltas` ends soon after.
 
         Args:
-            closing: Whether the reason is the server's shutdown; the error response says so.
+            cause: Error that `deltas` then raises; None for a general one.
         """
-        self._closing = self._closing or closing
+        self._cancelled_by = cause or self._cancelled_by
         for choice in self._choices:
-            if choice.handle is not None and not choice.ended:
+            if not choice.ended:
                 choice.handle.cancel()
 
     async def deltas(self) -> AsyncIterator[OutputDelta]:
@@ -187,21 +179,26 @@ class Generation:
 
         Raises:
             ApiError: The engine failed, rejected the request, or was cancelled.
+            Exception: The cause that was given to `cancel`.
         """
         running = self.request.size
         while running:
-            choice, event = await self._queue.get()
+            number, event = await self._queue.get()
+            choice = self._choices[number]
             if choice.ended:
                 continue
-            delta = self._token(choice, event) if isinstance(event, TokenEvent) else None
-            if isinstance(event, EndEvent):
+            if isinstance(event, TokenEvent):
+                delta = self._token(choice, event)
+            else:
                 delta = self._end(choice, event)
             if delta is None:
                 continue
             if delta.finish_reason is not None:
                 choice.ended = True
                 running -= 1
-                self._observe_pace(choice)
+                if choice.tokens > 1:
+                    seconds = max(0.0, choice.last_s - choice.first_s)
+                    self._metrics.per_token_s.observe(seconds / (choice.tokens - 1))
             yield delta
 
     def _token(self, choice: _Choice, event: TokenEvent) -> OutputDelta | None:
@@ -209,15 +206,14 @@ class Generation:
         choice.last_s = event.time_s
         if choice.tokens == 1:
             choice.first_s = event.time_s
-            assert choice.handle is not None
-            self._on_first(max(0.0, event.time_s - choice.handle.arrived_s))
+            self._metrics.first_token_s.observe(max(0.0, event.time_s - choice.handle.arrived_s))
         text = choice.stops.add(choice.detokenizer.add(event.token_id))
         if choice.stops.found:
-            assert choice.handle is not None
             choice.handle.cancel()
             return OutputDelta(choice.index, text, self._take_logprobs(choice), "stop")
         if self.request.logprobs:
-            choice.pending.append(self._logprob(event))
+            token = plain_text(self._tokenizer, [event.token_id])
+            choice.pending.append(TokenLogprob(token, max(MIN_LOGPROB, event.logprob)))
         return OutputDelta(choice.index, text, self._take_logprobs(choice)) if text else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
@@ -228,9 +224,9 @@ class Generation:
         text += choice.stops.finish()
         return OutputDelta(choice.index, text, self._take_logprobs(choice), reason)
 
-    def _failure(self, event: EndEvent) -> ApiError:
-        if self._closing:
-            return unavailable("The server is shutting down; ask again later.", "shutting_down")
+    def _failure(self, event: EndEvent) -> Exception:
+        if self._cancelled_by is not None:
+            return self._cancelled_by
         if event.reason == "cancelled":
             return unavailable("The request was cancelled before it was done.", "cancelled")
         message = event.error or "The engine failed; ask again."
@@ -242,19 +238,17 @@ class Generation:
         logprobs, choice.pending = tuple(choice.pending), []
         return logprobs
 
-    def _logprob(self, event: TokenEvent) -> TokenLogprob:
-        token = plain_text(self._tokenizer, [event.token_id])
-        return TokenLogprob(token, max(MIN_LOGPROB, event.logprob))
-
-    def _observe_pace(self, choice: _Choice) -> None:
-        if choice.tokens > 1:
-            self._on_end(max(0.0, choice.last_s - choice.first_s) / (choice.tokens - 1))
-
 
 def _as_api_error(error: BaseException) -> BaseException:
     """Error response for an error that the engine raised at submission."""
     if isinstance(error, QueueFullError):
-        return queue_full(str(error))
+        return ApiError(
+            429,
+            str(error),
+            kind="requests",
+            code="rate_limit_exceeded",
+            headers={"retry-after": "1"},
+        )
     if isinstance(error, InfeasibleBudgetError):
         return unavailable(str(error), "insufficient_memory")
     if isinstance(error, InvalidRequestError):

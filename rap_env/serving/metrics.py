@@ -15,13 +15,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from rap_env.blocks import KINDS, BlockMask
+from rap_env.blocks import KINDS
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
-    from rap_env.runtime.metrics import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -76,68 +75,42 @@ class _EngineState(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
-        stats = self._engine.stats()
-        yield from self._build()
-        yield from _mask_metrics(stats.mask)
-        yield _gauge("memory_used_bytes", "Measured bytes that the runtime takes.",
-                     stats.used_bytes)  # fmt: skip
-        yield _gauge("memory_budget_bytes", "Bytes that the runtime may take.", stats.budget_bytes)
-        held = GaugeMetricFamily(
-            "rap_memory_held_bytes", "Bytes of tensors in memory.", labels=["part"]
-        )
-        held.add_metric(["weights"], stats.held.weights)
-        held.add_metric(["kv_cache"], stats.held.kv_cache)
-        yield held
-        yield _gauge("queue_length", "Answers that wait.", stats.queued)
-        yield _gauge("running", "Answers that are being generated.", stats.running)
-        yield from self._totals(stats)
+        stats, controller = self._engine.stats(), self._engine.controller
+        names = {"model": self._settings.served_name, "policy": controller.policy.name}
+        yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
+        removed = " ".join(stats.mask.names)
+        digest = hashlib.sha256(removed.encode()).hexdigest()[:12]
+        mask = {"removed": removed, "digest": digest}
+        yield InfoMetricFamily("rap_mask", "The removed blocks.", mask)
 
-    def _totals(self, stats: EngineStats) -> Iterable[Metric]:
-        controller = self._engine.controller
-        answers = CounterMetricFamily(
-            "rap_answers",
-            "Answers by how they ended in the engine; a stop string cancels what would follow.",
-            labels=["outcome"],
-        )
-        for outcome in ("served", "refused", "cancelled", "failed"):
-            answers.add_metric([outcome], getattr(stats, outcome))
-        yield answers
-        tokens = CounterMetricFamily("rap_tokens", "Tokens by where they are.", labels=["part"])
-        tokens.add_metric(["prompt"], stats.prompt_tokens)
-        tokens.add_metric(["generated"], stats.tokens)
-        yield tokens
-        yield _counter("preemptions", "Answers put back into the queue.", stats.preemptions)
-        yield _counter("mask_switches", "Changes of the mask.", controller.switches)
-        yield _counter("mask_decisions", "Times that a mask was chosen.", controller.decisions)
-        yield _counter("controller_overhead_seconds", "Time spent on choosing and switching masks.",
-                       stats.overhead_s)  # fmt: skip
-        yield _counter("busy_seconds", "Time spent in steps of the engine.", stats.busy_s)
-
-    def _build(self) -> Iterable[Metric]:
-        yield InfoMetricFamily(
-            "rap_build",
-            "What serves.",
-            {
-                "version": __version__,
-                "model": self._settings.served_name,
-                "policy": self._engine.controller.policy.name,
-            },
-        )
-
-
-def _mask_metrics(mask: BlockMask) -> Iterable[Metric]:
-    removed = GaugeMetricFamily("rap_blocks_removed", "Removed blocks by kind.", labels=["kind"])
-    for kind in KINDS:
-        removed.add_metric([kind], mask.count(kind))
-    yield removed
-    names = " ".join(mask.names)
-    digest = hashlib.sha256(names.encode()).hexdigest()[:12]
-    yield InfoMetricFamily("rap_mask", "The removed blocks.", {"removed": names, "digest": digest})
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"rap_{name}", text, value=value)
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"rap_{name}", text, value=value)
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        counts = {kind: stats.mask.count(kind) for kind in KINDS}
+        held = {"weights": stats.held.weights, "kv_cache": stats.held.kv_cache}
+        answers = {n: getattr(stats, n) for n in ("served", "refused", "cancelled", "failed")}
+        tokens = {"prompt": stats.prompt_tokens, "generated": stats.tokens}
+        for family, name, text, label, values in (
+            (gauge, "blocks_removed", "Removed blocks by kind.", "kind", counts),
+            (gauge, "memory_held_bytes", "Bytes of tensors in memory.", "part", held),
+            (counter, "answers",
+             "Answers by how they ended in the engine; a stop string cancels what would follow.",
+             "outcome", answers),
+            (counter, "tokens", "Tokens by where they are.", "part", tokens),
+        ):  # fmt: skip
+            metric = family(f"rap_{name}", text, labels=[label])
+            for key, value in values.items():
+                metric.add_metric([key], value)
+            yield metric
+        for family, name, text, value in (
+            (gauge, "memory_used_bytes", "Measured bytes that the runtime takes.",
+             stats.used_bytes),
+            (gauge, "memory_budget_bytes", "Bytes that the runtime may take.", stats.budget_bytes),
+            (gauge, "queue_length", "Answers that wait.", stats.queued),
+            (gauge, "running", "Answers that are being generated.", stats.running),
+            (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),
+            (counter, "mask_switches", "Changes of the mask.", controller.switches),
+            (counter, "mask_decisions", "Times that a mask was chosen.", controller.decisions),
+            (counter, "controller_overhead_seconds", "Time spent on choosing and switching masks.",
+             stats.overhead_s),
+            (counter, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),
+        ):  # fmt: skip
+            yield family(f"rap_{name}", text, value=value)

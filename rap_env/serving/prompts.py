@@ -52,12 +52,18 @@ class RequestBuilder:
         if body.model != self._settings.served_name:
             raise unknown_model(body.model, self._settings.served_name)
         stop_strings = self._stop_strings(body)
-        self._check_new_tokens(body)
+        most = self._settings.max_new_tokens
+        if body.new_tokens is not None and body.new_tokens > most:
+            raise invalid(
+                f"max_tokens is too large: {body.new_tokens}. This server gives at most {most} "
+                "tokens in an answer.",
+                "max_tokens",
+            )
         if isinstance(body, ChatCompletionRequest):
             prompts = [self._chat(body.messages)]
         else:
             prompts = self._prompts(body.prompt)
-        n = body.n or 1
+        chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         if n * len(prompts) > self._settings.max_choices:
             raise invalid(
                 f"This server gives at most {self._settings.max_choices} answers to one request, "
@@ -71,29 +77,27 @@ class RequestBuilder:
             params=self._sampling(body, self._max_new_tokens(body, longest)),
             n=n,
             stop_strings=stop_strings,
-            logprobs=body.wants_logprobs,
-            chat=isinstance(body, ChatCompletionRequest),
+            # A number in a completion, 0 included; a flag in a chat.
+            logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
+            chat=chat,
             stream=bool(body.stream),
-            include_usage=body.include_usage,
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
 
     def _stop_strings(self, body: BaseCompletionRequest) -> list[str]:
         most, longest = self._settings.max_stop_strings, self._settings.max_stop_chars
-        found = body.stop_strings
+        found = [body.stop] if isinstance(body.stop, str) else body.stop
+        if found is None:
+            return []
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise invalid("'stop' must be a string or a list of strings.", "stop", "invalid_type")
+        if not all(found):
+            raise invalid("A stop string must not be empty.", "stop")
         if len(found) > most:
             raise invalid(f"'stop' may have at most {most} strings, not {len(found)}.", "stop")
         if any(len(text) > longest for text in found):
             raise invalid(f"A stop string may have at most {longest} characters.", "stop")
         return found
-
-    def _check_new_tokens(self, body: BaseCompletionRequest) -> None:
-        most = self._settings.max_new_tokens
-        if body.new_tokens is not None and body.new_tokens > most:
-            raise invalid(
-                f"max_tokens is too large: {body.new_tokens}. This server gives at most {most} "
-                "tokens in an answer.",
-                "max_tokens",
-            )
 
     def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
         most = self._settings.max_prompt_tokens
@@ -221,11 +225,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _turn(number: int, message: dict[str, Any]) -> dict[str, str]:
-    """One message as chat templates expect it.
-
-    Raises:
-        ApiError: Its role is unknown or its content is not text (400).
-    """
+    """One message as chat templates expect it: a known role, and text."""
     where = f"messages[{number}]"
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:

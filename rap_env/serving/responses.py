@@ -1,14 +1,21 @@
-"""JSON of the API's responses: whole, and as server-sent events."""
+"""Responses of the API: whole as JSON, or streamed as server-sent events."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from rap_env.serving.errors import ApiError
 from rap_env.serving.generation import Generation, GenerationRequest, OutputDelta, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
@@ -165,3 +172,86 @@ def usage_of(generation: Generation) -> dict[str, int]:
 def event(content: Mapping[str, Any]) -> bytes:
     """One server-sent event. Its JSON is ASCII, so that no client finds a line break in it."""
     return f"data: {json.dumps(content)}\n\n".encode()
+
+
+@contextlib.asynccontextmanager
+async def cancel_on_disconnect(request: Request, generation: Generation) -> AsyncIterator[None]:
+    """Cancel a generation as soon as its client disconnects, within a ``with`` block."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        generation.cancel(ClientDisconnect())
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+class EventStreamResponse(StreamingResponse):
+    """A response that is written while it is generated.
+
+    Args:
+        request: The HTTP request.
+        generation: The generation, started.
+        writer: Writes the events.
+        on_end: Called once with the outcome, also after an error.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        request: Request,
+        generation: Generation,
+        writer: ResponseWriter,
+        on_end: Callable[[str], None],
+    ) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._events(), headers=headers)
+        self._request = request
+        self._generation = generation
+        self._writer = writer
+        self._on_end = on_end
+        self._deltas = generation.deltas()
+        self._first: OutputDelta | None = None
+        self._outcome = "disconnected"
+
+    async def first(self) -> None:
+        """Wait for the first delta.
+
+        Raises:
+            ApiError: The generation failed before it.
+            ClientDisconnect: The client disconnected.
+        """
+        async with cancel_on_disconnect(self._request, self._generation):
+            self._first = await anext(self._deltas)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the stream."""
+        try:
+            async with cancel_on_disconnect(self._request, self._generation):
+                await self.stream_response(send)
+        finally:
+            self._on_end(self._outcome)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        assert self._first is not None
+        for content in (*self._writer.opening(), *self._writer.chunks(self._first)):
+            yield content
+        try:
+            async for delta in self._deltas:
+                for content in self._writer.chunks(delta):
+                    yield content
+            for content in self._writer.closing(usage_of(self._generation)):
+                yield content
+            self._outcome = "ok"
+        except ApiError as error:  # the status is already sent, so the error is an event
+            self._outcome = error.outcome
+            yield event(error.to_json())
+        except ClientDisconnect:
+            return

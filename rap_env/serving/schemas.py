@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from rap_env.serving.errors import ApiError, invalid, shown, too_large, too_slow, unsupported
+from rap_env.serving.errors import ApiError, invalid, shown, too_large
 from rap_env.serving.settings import ServerSettings
 
 LINGER_BYTES = 8 * 1024 * 1024
@@ -56,35 +56,9 @@ class BaseCompletionRequest(BaseModel):
     stop: Any = None
 
     @property
-    def stop_strings(self) -> list[str]:
-        """The stop strings.
-
-        Raises:
-            ApiError: They are not strings (400).
-        """
-        given = [self.stop] if isinstance(self.stop, str) else self.stop
-        if given is None:
-            return []
-        if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-            raise invalid("'stop' must be a string or a list of strings.", "stop", "invalid_type")
-        if not all(given):
-            raise invalid("A stop string must not be empty.", "stop")
-        return given
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
     def new_tokens(self) -> int | None:
         """Most tokens of an answer, if the request sets a number."""
         return self.max_tokens
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the request asks for log probabilities."""
-        return False
 
 
 class ChatCompletionRequest(BaseCompletionRequest):
@@ -99,22 +73,12 @@ class ChatCompletionRequest(BaseCompletionRequest):
         """Most tokens of an answer; `max_tokens` is the older name of the field."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the request asks for log probabilities."""
-        return bool(self.logprobs)
-
 
 class CompletionRequest(BaseCompletionRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: Any = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the request asks for log probabilities."""
-        return self.logprobs is not None
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
@@ -157,7 +121,12 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
                 if len(body) > most:
                     break
     except TimeoutError:
-        raise too_slow(settings.body_timeout_s) from None
+        raise ApiError(
+            408,
+            f"The request body was not complete after {settings.body_timeout_s:g} seconds.",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
     if len(body) > most:
         await _drop_rest(request)
         raise too_large(most)
@@ -291,11 +260,7 @@ _COMPLETION = {
 
 
 def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
-    """Check the fields that no schema declares.
-
-    Raises:
-        ApiError: One is unknown, or would change the answer (400).
-    """
+    """Reject undeclared fields that are unknown or would change the answer."""
     limits = _CHAT if chat else _COMPLETION
     for name, value in fields.items():
         if name in _IGNORED:
@@ -304,4 +269,5 @@ def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
             raise invalid(f"Unknown parameter: '{shown(name)}'.", shown(name), "unknown_parameter")
         neutral, hint = limits[name]
         if not any(value == other for other in neutral):
-            raise unsupported(name, hint)
+            message = f"Unsupported parameter: '{name}' is not supported with this server; {hint}"
+            raise invalid(message, name, "unsupported_parameter")

@@ -23,6 +23,7 @@ from rap_env.serving.settings import ServerSettings
 
 _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
+_START_TIMEOUT_S = 60.0
 _FLUSH_S = 5
 """Seconds after the grace period in which error responses are still written to clients."""
 
@@ -44,6 +45,9 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
                 transport.write(_FULL)
                 transport.close()
                 return
+            self._start_header_timer()
+
+        def _start_header_timer(self) -> None:
             self._header_timer = self.loop.call_later(settings.header_timeout_s, self._no_header)
 
         def handle_events(self) -> None:
@@ -53,9 +57,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
                 self._header_timer = _cancelled(self._header_timer)
             elif self._header_timer is None and (before is None or before.response_complete):
                 # The first bytes of another request on this connection.
-                self._header_timer = self.loop.call_later(
-                    settings.header_timeout_s, self._no_header
-                )
+                self._start_header_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._header_timer = _cancelled(self._header_timer)
@@ -64,7 +66,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._write_timer = self.loop.call_later(settings.write_timeout_s, self._abort)
+            self._write_timer = self.loop.call_later(settings.write_timeout_s, self.transport.abort)
 
         def resume_writing(self) -> None:
             self._write_timer = _cancelled(self._write_timer)
@@ -72,10 +74,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
 
         def _no_header(self) -> None:
             if self.cycle is None or self.cycle.response_complete:
-                self._abort()
-
-        def _abort(self) -> None:
-            self.transport.abort()
+                self.transport.abort()
 
     return GuardedProtocol
 
@@ -201,28 +200,22 @@ class BackgroundServer:
 
     Args:
         app: An application of `create_app`.
-        host: Address to listen at.
-        port: The port; 0 takes a free one.
-        start_timeout_s: Seconds in which it must start.
 
     Attributes:
-        url: Its address.
+        url: Its address, on a free port of this machine.
     """
 
-    def __init__(
-        self, app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, start_timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, app: FastAPI) -> None:
         self._server = Server(app)
-        self._socket = bind(host, port)
-        self._start_timeout_s = start_timeout_s
+        bound = bind("127.0.0.1", 0)
         self._thread = threading.Thread(
-            target=self._server.run, args=([self._socket],), name="http-server", daemon=True
+            target=self._server.run, args=([bound],), name="http-server", daemon=True
         )
-        self.url = url_of(self._socket)
+        self.url = url_of(bound)
 
     def __enter__(self) -> BackgroundServer:
         self._thread.start()
-        deadline = time.monotonic() + self._start_timeout_s
+        deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 raise ServingSettingsError(f"The server at {self.url} did not start.")

@@ -22,14 +22,6 @@ CHOICES = {
 }
 """Allowed values of settings that are names."""
 
-_AT_LEAST_1 = (
-    "threads", "max_batch_size", "max_queue", "max_seq_len_tokens", "prefill_chunk_tokens",
-    "max_body_bytes", "max_connections", "max_prompt_tokens", "max_new_tokens",
-    "default_chat_tokens", "max_choices", "max_stop_strings", "max_stop_chars", "max_messages",
-)  # fmt: skip
-_SECONDS = (
-    "queue_timeout_s", "header_timeout_s", "body_timeout_s", "write_timeout_s", "shutdown_grace_s",
-)  # fmt: skip
 _UNITS = {
     "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
     "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
@@ -154,12 +146,12 @@ class ServerSettings:
             self._check_type(name, value, types)
             if name in CHOICES and value not in CHOICES[name]:
                 raise UnknownNameError(name, value, CHOICES[name])
-            if name in _AT_LEAST_1 and value is not None and value < 1:
-                raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
-            if name in _SECONDS and value is not None and not value > 0:
+            if name == "port" and not 0 <= value <= 65535:
+                raise ServingSettingsError(f"port must be from 0 to 65535, not {value}.")
+            if name.endswith("_s") and value is not None and not value > 0:
                 raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
-        if not 0 <= self.port <= 65535:
-            raise ServingSettingsError(f"port must be from 0 to 65535, not {self.port}.")
+            if types[0] is int and name != "port" and value is not None and value < 1:
+                raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
         _ = self.memory_source, self.reserve_bytes  # raise if they are not numbers of bytes
 
     @staticmethod

@@ -32,14 +32,12 @@ class ServerStack:
         settings: The settings.
         engine: The engine, with its controller and model. The application starts and closes it.
         app: The ASGI application.
-        memory_name: Name of the memory source.
         decisions: Log of the controller's decisions, if any; `close` closes it.
     """
 
     settings: ServerSettings
     engine: Engine
     app: FastAPI
-    memory_name: str
     decisions: DecisionLog | None
 
     def close(self) -> None:
@@ -107,7 +105,7 @@ def build_stack(
         if decisions is not None:
             decisions.close()
         raise
-    return ServerStack(settings, engine, app, memory.name, decisions)
+    return ServerStack(settings, engine, app, decisions)
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -147,8 +145,9 @@ def greeting(stack: ServerStack, url: str) -> str:
     ) % name
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
-        f"Memory: {controller.budget_bytes / 2**30:.2f} GiB now ({stack.memory_name}); "
-        f"policy: {controller.policy.name}; removed weights: {stack.settings.residency}.",
+        f"Memory: {controller.budget_bytes / 2**30:.2f} GiB now "
+        f"({controller.monitor.source.name}); policy: {controller.policy.name}; "
+        f"removed weights: {stack.settings.residency}.",
     ]
     if stack.decisions is not None:
         lines.append(f"Each change of the mask is a line in {stack.decisions.path}.")
