@@ -22,28 +22,12 @@ CHOICES = {
 }
 """Allowed values of settings that are names."""
 
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client", "jinja2")  # jinja2 renders chat templates
 _UNITS = {
     "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
     "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
 }  # fmt: skip
-_PACKAGES = {
-    "fastapi": "fastapi",
-    "uvicorn": "uvicorn",
-    "prometheus_client": "prometheus-client",
-    "jinja2": "jinja2",  # renders chat templates
-}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
-
-
-def require_extra() -> None:
-    """Check that the packages of the extra ``serve`` are installed.
-
-    Raises:
-        MissingDependencyError: One is not.
-    """
-    for module, package in _PACKAGES.items():
-        if find_spec(module) is None:
-            raise MissingDependencyError(package, "Serving", "serve")
 
 
 def parse_bytes(text: str | int) -> int:
@@ -186,6 +170,17 @@ class ServerSettings:
     def reserve_bytes(self) -> int:
         """Bytes to leave free."""
         return parse_bytes(self.reserve)
+
+
+def require_extra() -> None:
+    """Check that the packages of the extra ``serve`` are installed.
+
+    Raises:
+        MissingDependencyError: One is not.
+    """
+    for module in _EXTRA:
+        if find_spec(module) is None:
+            raise MissingDependencyError(module.replace("_", "-"), "Serving", "serve")
 
 
 def setting_types() -> dict[str, tuple[type, ...]]:
