@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rap_env.errors import ArtifactError
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.corpus import CorpusConfig
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
     import numpy as np
     import numpy.typing as npt
 
-    from rap_env.importance.frontier import Frontier
-    from rap_env.importance.profiles import GSIProfile, OneShotProfile
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.memory import MemoryModel
     from rap_env.scoring.corpus import Corpus
@@ -138,8 +138,6 @@ def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:
     Raises:
         ArtifactError: No path was given, or the file is missing, damaged or of another model.
     """
-    from rap_env.importance.frontier import Frontier
-
     if path is None or not Path(path).exists():
         raise ArtifactError(
             f"There is no frontier artifact ({path or 'no path was given'}); build one with "

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, importance_features, load_frontier
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from rap_env.importance.frontier import Frontier
-    from rap_env.importance.profiles import GSIProfile, OneShotProfile
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
@@ -75,7 +75,6 @@ class LiveContext:
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block, measured on first use."""
         from rap_env.importance.one_shot_scores import one_shot
-        from rap_env.importance.profiles import OneShotProfile
 
         path = self._artifact("one_shot")
         if path is not None and path.exists():
@@ -93,7 +92,6 @@ class LiveContext:
             ArtifactError: The artifact that ``importance`` names is damaged or of another model.
         """
         from rap_env.importance.gsi_search import gsi
-        from rap_env.importance.profiles import GSIProfile
 
         if self._importance not in IMPORTANCES:
             return GSIProfile.load(self._importance, self.llm)

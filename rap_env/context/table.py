@@ -9,21 +9,19 @@ import logging
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from rap_env.context.base import IMPORTANCES, ContextConfig, importance_features, load_frontier
 from rap_env.errors import ArtifactError, ModelNotAvailableError
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 from rap_env.observation import ImportanceFeatures
 from rap_env.repair import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
-
-if TYPE_CHECKING:
-    from rap_env.importance.frontier import Frontier
-    from rap_env.importance.profiles import GSIProfile, OneShotProfile
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +78,6 @@ class TableContext:
     @cached_property
     def one_shot(self) -> OneShotProfile:
         """One-shot importance of every block."""
-        from rap_env.importance.profiles import OneShotProfile
-
         return OneShotProfile(**with_tuples(self.table.one_shot))
 
     @cached_property
@@ -92,8 +88,6 @@ class TableContext:
             ArtifactError: The table has none, or the artifact that ``importance`` names is
                 damaged or of another model.
         """
-        from rap_env.importance.profiles import GSIProfile
-
         if self._importance not in IMPORTANCES:
             return GSIProfile.load(self._importance, self.memory)
         if self.table.gsi is None:
@@ -115,8 +109,6 @@ class TableContext:
         if self._importance == self.table.settings["importance"]:
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
-        if self._importance == "one_shot":  # without the profile, whose module loads torch
-            return ImportanceFeatures.from_one_shot(self.table.delta_nll_alone)
         return importance_features(self, self._importance)
 
     def _no_gsi(self) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask, block_name
@@ -127,12 +126,6 @@ class ScoreTable:
     def dense_nll(self) -> float:
         """NLL of the dense model, nats per token."""
         return self.scores[BlockMask()]
-
-    @property
-    def delta_nll_alone(self) -> npt.NDArray[np.float64]:
-        """delta_nll without each block alone, nats per token, (2L,)."""
-        blocks = range(self.facts.num_blocks)
-        return np.array([self.scores[BlockMask.of(index)] for index in blocks]) - self.dense_nll
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked JSON artifact, compressed to about 25 bytes per mask.
