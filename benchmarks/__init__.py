@@ -1,5 +1,5 @@
 """Speed and memory beside a naive version or a peer, in one run: ``python -m benchmarks.NAME``.
 
-Settings are given as ``key=value``. Each program prints a short table and writes one JSON
-record to ``results/benchmarks/``; `benchmarks.table` makes the README's table from them.
+Settings are given as ``key=value``. Each program prints a short table and writes one JSON record to
+``results/benchmarks/``; `benchmarks.table` turns the records into a table.
 """

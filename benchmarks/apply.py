@@ -1,4 +1,4 @@
-"""Changing between two resident masks, beside a decode step: ``python -m benchmarks.apply``."""
+"""A change between two resident masks, beside a decode step: ``python -m benchmarks.apply``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,9 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from benchmarks.harness import (
-    ModelSettings,
-    Target,
-    alternate,
-    launch,
-    open_model,
-    ratios,
-    spread,
-    write_record,
-)
+from benchmarks.decode_step import Decoding
+from benchmarks.harness import ModelSettings, Target, alternate, launch, open_model, ratios, spread
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 
 
@@ -24,7 +17,7 @@ class ApplySettings(ModelSettings):
     """Settings of this benchmark."""
 
     blocks: int = 20
-    """Blocks of each mask; the two have none in common, so that a change touches all of both."""
+    """Blocks of each mask; the two share none, so that a change swaps all blocks of both."""
     context_tokens: int = 512
     steps: int = 8
     """Decode steps in one measurement."""
@@ -33,16 +26,7 @@ class ApplySettings(ModelSettings):
 
 
 def main(settings: ApplySettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
-    from benchmarks.decoding import Decoding
-
+    """Measure, and write the record."""
     llm = open_model(settings)
     drawn = random.Random(0).sample(range(llm.num_blocks), 2 * settings.blocks)
     masks = [BlockMask.of(*drawn[half::2]) for half in (0, 1)]

@@ -1,8 +1,8 @@
 """A decision of the exported policy, beside stable-baselines3's: ``python -m benchmarks.decide``.
 
-Every decision pays for all of it: what the request costs in bytes, its observation, and a pass of
-the network for each block that it removes. Nothing is known from an earlier request. Give
-``OMP_NUM_THREADS=1`` for one core: NumPy reads it when it starts.
+Every decision includes all of its work: the bytes of the request, its observation, and a pass of
+the network for each removed block. Nothing is cached from earlier requests. Set
+``OMP_NUM_THREADS=1`` for one core: NumPy reads it at its import.
 """
 
 from __future__ import annotations
@@ -14,16 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.harness import (
-    ModelSettings,
-    Target,
-    alternate,
-    launch,
-    open_model,
-    ratios,
-    spread,
-    write_record,
-)
+from benchmarks import harness
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
@@ -41,7 +33,7 @@ _MOST_MS = 5.0
 
 
 @dataclass
-class DecideSettings(ModelSettings):
+class DecideSettings(harness.ModelSettings):
     """Settings of this benchmark."""
 
     threads: int | None = 1
@@ -54,22 +46,22 @@ class DecideSettings(ModelSettings):
     budgets: list[float] = field(
         default_factory=lambda: [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55]
     )
-    """Shares of the dense peak, each with every request."""
+    """Budgets as shares of the dense peak, each combined with every request."""
     rounds: int = 9
-    """Times that all of them are decided in one measurement."""
+    """Times that all requests are decided in one measurement."""
 
 
 @dataclass(eq=False)
 class Side:
-    """One way to decide.
+    """One side of the comparison.
 
     Attributes:
         choose: The decision.
-        requests: What is decided.
-        rounds: How often all of it is decided in one call.
-        masks: The masks that were chosen last.
-        milliseconds: Of each decision, a list for each call.
-        cpu_milliseconds: The same without what other processes took of the core meanwhile.
+        requests: The requests.
+        rounds: Times that all requests are decided in one call.
+        masks: The masks of the last round.
+        milliseconds: Wall time of each decision, a list for each call.
+        cpu_milliseconds: Processor time of each decision, without that of other processes.
     """
 
     choose: Callable[[Request], BlockMask]
@@ -83,7 +75,7 @@ class Side:
         """One measurement."""
         wall, cpu, self.masks = [], [], []
         for request in [*self.requests] * self.rounds:
-            request_costs.cache_clear()  # live requests seldom have the length of one before
+            request_costs.cache_clear()  # live requests rarely repeat a length
             began, began_cpu = time.perf_counter(), time.thread_time()
             mask = self.choose(request)
             cpu.append(1000 * (time.thread_time() - began_cpu))
@@ -93,10 +85,10 @@ class Side:
         self.cpu_milliseconds.append(cpu)
 
     def quantiles(self, repeats: int) -> dict[str, dict[str, float]]:
-        """Milliseconds over the last `repeats` calls, by what they are.
+        """Quantiles of the milliseconds over the last `repeats` calls, by name.
 
         ``p50`` and ``p99`` are over the requests, each at the median of its rounds, so that they
-        tell dear requests from moments when the machine did something else; ``any_p99`` is over
+        show expensive requests and not moments of other load on the machine; ``any_p99`` is over
         all single decisions.
         """
         found = {}
@@ -107,22 +99,17 @@ class Side:
             for label, values, share in (
                 ("p50", typical, 0.5), ("p99", typical, 0.99), ("any_p99", single, 0.99),
             ):  # fmt: skip
-                found[f"{kind}{label}_ms"] = spread(np.quantile(values, share, axis=1).tolist())
+                found[f"{kind}{label}_ms"] = harness.spread(
+                    np.quantile(values, share, axis=1).tolist()
+                )
         return found
 
 
 def main(settings: DecideSettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model or the policy cannot be loaded.
-    """
+    """Measure, and write the record."""
     from agents.trained_policy import TrainedPolicy
 
-    memory = MemoryModel(open_model(settings).facts)
+    memory = MemoryModel(harness.open_model(settings).facts)
     network = load_policy(settings.policy, memory)
     if not isinstance(network, NetworkPolicy):
         raise InvalidRequestError(f"policy={settings.policy} is no network; give an exported one.")
@@ -134,7 +121,7 @@ def main(settings: DecideSettings) -> None:
         "exported": Side(network.choose, requests, settings.rounds),
         "torch": Side(trained.choose, requests, settings.rounds),
     }
-    seconds: dict[str, list[float]] = alternate(sides, settings.repeats)
+    seconds: dict[str, list[float]] = harness.alternate(sides, settings.repeats)
     _write(settings, memory, sides, seconds)
 
 
@@ -179,12 +166,7 @@ def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
 
 def _requests(settings: DecideSettings, memory: MemoryModel) -> list[Request]:
     """All pairs of a request and a budget."""
-    shapes = []
-    for text in settings.requests:
-        batch_size, _, tokens = text.partition("x")
-        if not (batch_size.isdigit() and tokens.isdigit()):
-            raise InvalidRequestError(f"A request is written like 4x1024, not {text!r}.")
-        shapes.append((int(batch_size), int(tokens)))
+    shapes = [harness.parse_request(text) for text in settings.requests]
     return [Request.at_fraction(memory, *s, budget) for s in shapes for budget in settings.budgets]
 
 
@@ -205,14 +187,14 @@ def _write(
         device="cpu",
         settings=settings,
         targets=[
-            Target.of(
+            harness.Target.of(
                 f"ms of a decision on {count} blocks, p99 of {decisions} requests",
                 quantiles["exported"]["p99_ms"],
                 at_most=_MOST_MS,
             ),
-            Target.of(
+            harness.Target.of(
                 "times as fast as the same network in torch",
-                ratios(seconds["torch"], seconds["exported"]),
+                harness.ratios(seconds["torch"], seconds["exported"]),
                 at_least=1.0,
                 against=f"stable-baselines3: {torch_ms:.1f} ms at the median",
             ),
@@ -234,4 +216,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    launch(DecideSettings, main)
+    harness.launch(DecideSettings, main)

@@ -1,34 +1,24 @@
-"""Tokens a second under masks, beside the dense model: ``python -m benchmarks.decode``.
+"""Tokens per second under masks, beside the dense model: ``python -m benchmarks.decode``.
 
-Where decoding is bound by reading weights and cache, a mask that takes the share x of the bytes
-away makes it 1 / (1 - x) times as fast. What is reached of that is the number here. Beside it
-stands what bounds it: the time of an attn block, an ffn block and the rest, the bytes a second
-that each is read at, and what a plain read of memory reaches.
+If decoding is bound by reading weights and cache, a mask that removes the share x of the bytes
+makes it 1 / (1 - x) times as fast. The target is the reached part of that speed-up. The record also
+has its bounds: time and bytes per second of an attn block, of an ffn block and of the rest, and of
+a plain read of memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.harness import (
-    ModelSettings,
-    Target,
-    alternate,
-    launch,
-    open_model,
-    ratios,
-    spread,
-    write_record,
-)
-from benchmarks.traffic import ORDERS, Traffic
+from benchmarks.decode_step import ORDERS, MemoryTraffic, decode_seconds, of_proportional
+from benchmarks.harness import ModelSettings, Target, launch, open_model, spread
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
-
-if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.elastic import ElasticLLM
 
 _WANTED = 0.9
-_WORDS = {"even": "attn and ffn alike", "ffn": "ffn alone", "attn": "attn first"}
+_ORDER_NAMES = {"even": "attn and ffn alike", "ffn": "ffn alone", "attn": "attn first"}
 _READ_BYTES = 2**29
 _CORNERS = ("dense", "no attn", "no ffn", "no block")
 
@@ -41,37 +31,21 @@ class DecodeSettings(ModelSettings):
     steps: int = 8
     """Decode steps in one measurement."""
     shares: list[float] = field(default_factory=lambda: [0.15, 0.3, 0.5])
-    """Shares of the bytes to take away."""
+    """Shares of the bytes to remove."""
 
 
 def main(settings: DecodeSettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
-    from benchmarks.decoding import Decoding
-
+    """Measure, and write the record."""
     llm = open_model(settings)
-    traffic = Traffic(llm, settings.context_tokens)
+    traffic = MemoryTraffic(llm, settings.context_tokens)
     masks = _masks(llm, traffic, settings.shares)
-    # So many tokens are written that the context is the one asked for in the middle.
-    ahead = settings.steps * (settings.repeats + 1) // 2
-    running = {
-        name: Decoding(llm, mask, 1, max(1, settings.context_tokens - ahead))
-        for name, mask in masks.items()
-    }
-    sides: dict[str, Any] = {
-        name: lambda decoding=decoding: decoding.steps(settings.steps)
-        for name, decoding in running.items()
-    }
-    seconds = alternate({**sides, "read": _memory_read(llm.device)}, settings.repeats)
-    step_s = {name: [total / settings.steps for total in seconds[name]] for name in masks}
+    step_s = decode_seconds(
+        {name: (llm, mask) for name, mask in masks.items()},
+        settings.context_tokens, settings.steps, settings.repeats,
+        {"read": _memory_read(llm.device)},
+    )  # fmt: skip
     measured = {name: _side(masks[name], step_s, name, traffic) for name in masks}
-    rates = _rates(step_s, seconds["read"], traffic, llm.adapter.num_layers)
+    rates = _read_rates(step_s, traffic, llm.adapter.num_layers)
     write_record(
         "decode",
         device=str(llm.device),
@@ -85,8 +59,8 @@ def main(settings: DecodeSettings) -> None:
     )
 
 
-def _masks(llm: ElasticLLM, traffic: Traffic, shares: list[float]) -> dict[str, BlockMask]:
-    """The dense model, the corners that tell attn, ffn and rest apart, and the masks to judge."""
+def _masks(llm: ElasticLLM, traffic: MemoryTraffic, shares: list[float]) -> dict[str, BlockMask]:
+    """The dense model, masks that separate attn, ffn and the rest, and the masks of the targets."""
     corners = (
         BlockMask(),
         BlockMask.all_of(llm.blocks, "attn"),
@@ -98,7 +72,7 @@ def _masks(llm: ElasticLLM, traffic: Traffic, shares: list[float]) -> dict[str, 
 
 
 def _memory_read(device: Any) -> Any:
-    """A plain read of memory: a sum over more than any cache holds."""
+    """A plain read of memory: a sum over more bytes than any CPU cache holds."""
     import torch
 
     values = torch.ones(_READ_BYTES // 4, device=device)
@@ -106,25 +80,24 @@ def _memory_read(device: Any) -> Any:
 
 
 def _side(
-    mask: BlockMask, step_s: dict[str, list[float]], name: str, traffic: Traffic
+    mask: BlockMask, step_s: dict[str, list[float]], name: str, traffic: MemoryTraffic
 ) -> dict[str, Any]:
-    faster, share = ratios(step_s["dense"], step_s[name]), traffic.share(mask)
-    reached = {key: value * (1 - share) for key, value in faster.items() if key != "repeats"}
+    share = traffic.share(mask)
     return {
         "attn_removed": mask.count("attn"),
         "ffn_removed": mask.count("ffn"),
         "bytes_share_removed": share,
         "step_s": spread(step_s[name]),
-        "of_proportional": {**reached, "repeats": faster["repeats"]},
+        "of_proportional": of_proportional(step_s["dense"], step_s[name], share),
     }
 
 
 def _target(order: str, measured: dict[str, Any], shares: list[float]) -> Target:
-    """The worst mask of one order decides."""
+    """The target of one order: its worst mask counts."""
     sides = [measured[f"{order} {share:.0%}"] for share in shares]
     worst = min(sides, key=lambda side: side["of_proportional"]["median"])
     return Target.of(
-        f"(1 - x) tokens/s over dense, {_WORDS[order]} (worst at x = "
+        f"(1 - x) tokens/s over dense, {_ORDER_NAMES[order]} (worst at x = "
         f"{worst['bytes_share_removed']:.0%})",
         worst["of_proportional"],
         at_least=_WANTED,
@@ -132,10 +105,10 @@ def _target(order: str, measured: dict[str, Any], shares: list[float]) -> Target
     )
 
 
-def _rates(
-    step_s: dict[str, list[float]], read_s: list[float], traffic: Traffic, layers: int
+def _read_rates(
+    step_s: dict[str, list[float]], traffic: MemoryTraffic, layers: int
 ) -> dict[str, Any]:
-    """Seconds, bytes and bytes a second of one block of each kind and of all else in a step."""
+    """Seconds, bytes and bytes per second of one block of each kind and of the rest of a step."""
     dense, no_attn, no_ffn, none = (spread(step_s[name])["median"] for name in _CORNERS)
     attn, ffn = sum(traffic.block_bytes[0::2]), sum(traffic.block_bytes[1::2])
     parts = {
@@ -143,7 +116,7 @@ def _rates(
         "ffn_block": (ffn / layers, (dense - no_ffn) / layers),
         "rest": (traffic.rest_bytes, none),
         "dense_step": (traffic.step_bytes(BlockMask()), dense),
-        "plain_read": (_READ_BYTES, spread(read_s)["median"]),
+        "plain_read": (_READ_BYTES, spread(step_s["read"])["median"]),
     }
     return {
         name: {"bytes": size, "seconds": took, "bytes_per_s": size / took}
@@ -152,7 +125,7 @@ def _rates(
 
 
 def _bounds(rates: dict[str, Any]) -> list[str]:
-    """What the rates mean, in words."""
+    """Sentences that explain the read rates."""
     words = {
         "attn_block": "a kept attn block",
         "ffn_block": "a kept ffn block",

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gsi``: three ways to find the GSI order, against the naive loop.
+"""Three methods for the GSI order, beside the naive loop: ``python -m benchmarks.gsi``.
 
-The naive loop and the exact search take turns round by round, so that a slow phase of the machine
-hits both; the quicker methods are run whole, several times.
+The naive loop and the exact search alternate round by round, so that a slow phase of the machine
+affects both; the faster methods run as a whole, several times.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness import Target, launch, ratios, spread, write_record
-from benchmarks.scoring import Bench, NaiveLoop, ScoringSettings, naive_loop, open_bench
+from benchmarks.harness import Target, launch, ratios, spread
+from benchmarks.record import write_record
+from benchmarks.scoring_setup import (
+    NaiveLoop,
+    ScoringSettings,
+    ScoringSetup,
+    naive_loop,
+    open_setup,
+)
 from rap_env.blocks import BlockMask
 from rap_env.importance import GSIProfile, gsi, gsi_rounds
 from rap_env.scoring.scorer import MaskScorer
@@ -32,7 +39,7 @@ class GSISettings(ScoringSettings):
 
 @dataclass(frozen=True)
 class NaiveRound:
-    """One round of the naive loop: seconds of each candidate, and the block it removes."""
+    """One round of the naive loop: seconds of each candidate, and the removed block."""
 
     seconds: list[float]
     block: int
@@ -41,15 +48,15 @@ class NaiveRound:
 
 def main(settings: GSISettings) -> None:
     """Measure, check that the order is the naive loop's, and write the record."""
-    bench = open_bench(settings)
-    with naive_loop(bench) as loop:
-        naive, exact_s, exact = _side_by_side(bench, loop, settings.removals)
+    setup = open_setup(settings)
+    with naive_loop(setup) as loop:
+        naive, exact_s, exact = _side_by_side(setup, loop, settings.removals)
         naive_s = [sum(one.seconds) for one in naive]
         quick, drift = {}, {"at_start": _dense(loop)}
         for method in ("lazy", "halving"):
-            quick[method] = [_whole(bench, method) for _ in range(settings.repeats)]
+            quick[method] = [_whole(setup, method) for _ in range(settings.repeats)]
             drift[f"after_{method}"] = _dense(loop)
-    with naive_loop(bench, keep_freed_memory=True) as loop:
+    with naive_loop(setup, keep_freed_memory=True) as loop:
         drift["with_freed_memory_kept"] = _dense(loop)
     total = sum(naive_s)
     targets = [
@@ -71,7 +78,7 @@ def main(settings: GSISettings) -> None:
     }
     for (method, runs), wanted, near in zip(quick.items(), (9.0, 15.0), (1.01, 1.03), strict=True):
         seconds, profile = [s for s, _ in runs], runs[0][1]
-        nll = _true_nll(bench, profile)
+        nll = _true_nll(setup, profile)
         times = spread([total / s for s in seconds])
         targets.append(
             Target.of(f"{method} GSI, times as fast", times, at_least=wanted, against=_AGAINST)
@@ -89,24 +96,24 @@ def main(settings: GSISettings) -> None:
         "from keeping freed memory as this project does.",
     ]
     write_record(
-        "gsi", device=bench.device, settings=settings, targets=targets, measured=measured,
+        "gsi", device=setup.device, settings=settings, targets=targets, measured=measured,
         notes=notes,
     )  # fmt: skip
 
 
 def _side_by_side(
-    bench: Bench, loop: NaiveLoop, removals: int
+    setup: ScoringSetup, loop: NaiveLoop, removals: int
 ) -> tuple[list[NaiveRound], list[float], GSIProfile]:
-    """The naive loop and the exact search in turn: rounds, seconds of the exact ones, its result.
+    """Run the naive loop and the exact search in turn: rounds, exact seconds, exact result.
 
     The naive loop measures the dense model no more than the exact search does: not at all.
     """
-    scorer = MaskScorer(bench.llm, bench.corpus)
+    scorer = MaskScorer(setup.llm, setup.corpus)
     rounds = gsi_rounds(scorer, stop=removals)
     profile = next(rounds)
     naive: list[NaiveRound] = []
     exact_s: list[float] = []
-    for found in _naive_rounds(bench, loop, removals):
+    for found in _naive_rounds(setup, loop, removals):
         naive.append(found)
         began = time.perf_counter()
         profile = next(rounds)
@@ -119,20 +126,20 @@ def _side_by_side(
     return naive, exact_s, profile
 
 
-def _naive_rounds(bench: Bench, loop: NaiveLoop, removals: int) -> Iterator[NaiveRound]:
+def _naive_rounds(setup: ScoringSetup, loop: NaiveLoop, removals: int) -> Iterator[NaiveRound]:
     removed = BlockMask()
     for _ in range(removals):
-        candidates = [block.index for block in bench.llm.blocks if block not in removed]
+        candidates = [block.index for block in setup.llm.blocks if block not in removed]
         scores = [loop.score(removed | BlockMask.of(index)) for index in candidates]
         nll, best = min((nll, index) for (_, nll), index in zip(scores, candidates, strict=True))
         removed = removed | BlockMask.of(best)
         yield NaiveRound([seconds for seconds, _ in scores], best, nll)
 
 
-def _whole(bench: Bench, method: Any) -> tuple[float, GSIProfile]:
-    settings = bench.settings
+def _whole(setup: ScoringSetup, method: Any) -> tuple[float, GSIProfile]:
+    settings = setup.settings
     assert isinstance(settings, GSISettings)
-    scorer = MaskScorer(bench.llm, bench.corpus)
+    scorer = MaskScorer(setup.llm, setup.corpus)
     _ = scorer.dense_nll
     began = time.perf_counter()
     profile = gsi(scorer, method=method, stop=settings.removals, progress=False)
@@ -143,9 +150,9 @@ def _whole(bench: Bench, method: Any) -> tuple[float, GSIProfile]:
     return spent, profile
 
 
-def _true_nll(bench: Bench, profile: GSIProfile) -> float:
-    """NLL of what a method removed, measured in the same way for all."""
-    return MaskScorer(bench.llm, bench.corpus).nll(BlockMask.of(*profile.order_indices))
+def _true_nll(setup: ScoringSetup, profile: GSIProfile) -> float:
+    """NLL without the blocks that a method removed, measured in the same way for all methods."""
+    return MaskScorer(setup.llm, setup.corpus).nll(BlockMask.of(*profile.order_indices))
 
 
 def _dense(loop: NaiveLoop) -> float:

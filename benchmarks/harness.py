@@ -1,32 +1,27 @@
-"""What all benchmarks share: settings, alternating measurements, targets, records."""
+"""Shared parts of all benchmarks: settings, alternating measurements, memory peaks, targets."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from benchmarks.machine import commit, machine, versions
-from benchmarks.text import summary
-from rap_env.artifacts import atomic_write
-from rap_env.errors import RapError
+from benchmarks.record import RESULTS
+from rap_env.errors import InvalidRequestError, RapError
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    import torch
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
-"""Where records lie that the README's table is made from."""
+    from rap_env.llm.elastic import ElasticLLM
 
 _EXIT_CODE = 2
 T = TypeVar("T")
@@ -34,17 +29,17 @@ T = TypeVar("T")
 
 @dataclass
 class Settings:
-    """Settings that every benchmark has; each adds its own in a subclass."""
+    """Settings of every benchmark; each program adds its own in a subclass."""
 
     repeats: int = 5
-    """Measurements of each side, at least 5 for a number to publish."""
+    """Measurements of each side; at least 5 for a published number."""
     threads: int | None = None
-    """Threads of torch; null takes the fastest number, measured at the start."""
+    """Threads of torch; null selects the fastest number, measured at the start."""
     results_dir: str = str(RESULTS)
-    """Where the record goes."""
+    """Folder of the record."""
 
     def __post_init__(self) -> None:
-        """Refuse a measurement of nothing."""
+        """Reject a number of repeats below 1."""
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, not {self.repeats}")
 
@@ -72,12 +67,12 @@ def open_model(settings: ModelSettings) -> ElasticLLM:
 
 
 def settings_from_cli(schema: type[T]) -> T:
-    """The settings of a benchmark with the command line's ``key=value`` put in.
+    """The settings of a benchmark, with ``key=value`` arguments of the command line.
+
+    A misspelt key or a value of the wrong type ends the program with a message and exit code 2.
 
     Args:
         schema: A dataclass whose fields all have defaults.
-
-    A misspelt key or a value of the wrong type ends the program with one sentence, exit code 2.
     """
     try:
         given = OmegaConf.from_cli(sys.argv[1:])
@@ -93,11 +88,12 @@ def settings_from_cli(schema: type[T]) -> T:
 
 
 def launch(schema: type[T], run: Callable[[T], object]) -> None:
-    """Run a benchmark with the command line's settings; a mistake ends it with one sentence.
+    """Run a benchmark with the settings of the command line.
 
     Args:
         schema: As for `settings_from_cli`.
-        run: The benchmark.
+        run: Measures and writes the record; a `RapError` that it raises, such as for a model that
+            cannot be loaded, ends the program with its message and exit code 2.
     """
     settings = settings_from_cli(schema)
     try:
@@ -110,12 +106,12 @@ def launch(schema: type[T], run: Callable[[T], object]) -> None:
 def alternate(
     sides: Mapping[str, Callable[[], object]], repeats: int = 5, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turn (A B A B ...), so that drift hits all alike.
+    """Seconds of each side, measured in turn (A B A B ...), so that drift affects all equally.
 
     Args:
         sides: What to measure, by name. On CUDA the device is synchronised before and after.
         repeats: Measurements of each side.
-        warm_up: Calls of each side beforehand that are not measured.
+        warm_up: Calls of each side before the measurement.
     """
     for _ in range(warm_up):
         for run in sides.values():
@@ -128,7 +124,7 @@ def alternate(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest value, and how many there are."""
+    """Median, lowest and highest value, and their number."""
     return {
         "median": statistics.median(values),
         "low": min(values),
@@ -144,19 +140,19 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Target:
-    """A number that a benchmark should reach.
+    """A bound for a measured number, and the number that was reached.
 
     Attributes:
         what: What the number is, with its unit or what it is a ratio of.
         at_least: Lowest value that meets it, or None.
         at_most: Highest value that meets it, or None.
         reached: The median that was measured.
-        against: What it is compared with.
+        against: The reference of the comparison.
         low: Lowest measurement, where there are several.
         high: Highest measurement.
 
     Raises:
-        ValueError: It has no bound, so that nothing could miss it.
+        ValueError: It has no bound.
     """
 
     what: str
@@ -185,7 +181,7 @@ class Target:
 
         Args:
             what: As the attribute.
-            measured: What `spread` or `ratios` gave.
+            measured: The result of `spread` or `ratios`.
             at_least: As the attribute.
             at_most: As the attribute.
             against: As the attribute.
@@ -200,52 +196,9 @@ class Target:
         return above and (self.at_most is None or self.reached <= self.at_most)
 
 
-def write_record(
-    name: str,
-    *,
-    device: str,
-    settings: Any,
-    targets: Sequence[Target],
-    measured: Mapping[str, Any],
-    notes: Sequence[str] = (),
-) -> Path:
-    """Write one benchmark's record as JSON and print it as a short table.
-
-    Args:
-        name: Name of the benchmark.
-        device: Device that gave the numbers, such as ``"cpu"`` or ``"cuda:0"``.
-        settings: A dataclass; the record goes to its `results_dir`, if it has one.
-        targets: What should be reached.
-        measured: All else that was measured; plain values, units in the names.
-        notes: Sentences that explain the numbers, such as what bounds a missed target.
-
-    Returns:
-        The file, ``NAME-cpu.json`` or ``NAME-cuda.json``.
-    """
-    chosen = dataclasses.asdict(settings)
-    folder = Path(chosen.pop("results_dir", RESULTS))
-    record = {
-        "benchmark": name,
-        "device": device,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "settings": chosen,
-        "targets": [{**dataclasses.asdict(target), "met": target.met} for target in targets],
-        "measured": dict(measured),
-        "notes": list(notes),
-    }
-    path = folder / f"{name}-{device.partition(':')[0]}.json"
-    with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
-    sys.stdout.write(summary(record) + f"\nRecord: {path}\n")
-    return path
-
-
 def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds that a call takes, until a CUDA device in use has done its work as well."""
-    gc.collect()  # so that no side pays for what another one left
+    """Seconds of a call, including the work of a CUDA device that is in use."""
+    gc.collect()  # so that no side pays for garbage of another one
     _synchronise()
     began = time.perf_counter()
     run()
@@ -257,3 +210,77 @@ def _synchronise() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def parse_request(text: str) -> tuple[int, int]:
+    """Batch size and sequence length in tokens from a text such as ``4x1024``.
+
+    Raises:
+        InvalidRequestError: It is written in another way.
+    """
+    batch_size, _, tokens = text.partition("x")
+    if not (batch_size.isdigit() and tokens.isdigit()):
+        raise InvalidRequestError(
+            f"A request is written like 4x1024 (batch size x tokens), not {text!r}."
+        )
+    return int(batch_size), int(tokens)
+
+
+@dataclass
+class Peak:
+    """Result of `measured_peak`, complete at the end of its block.
+
+    Attributes:
+        peak_bytes: Most bytes that tensors created in the block held at one time.
+        left_bytes: Bytes that they still held at its end.
+    """
+
+    peak_bytes: int = 0
+    left_bytes: int = 0
+
+
+@contextlib.contextmanager
+def measured_peak(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak of all tensor allocations in a ``with`` block, above those before it.
+
+    On CUDA it comes from the allocator's own counters, on a CPU from every event of torch's
+    allocator, temporary tensors inside operations included. It does not include pages of
+    memory-mapped files, buffers that BLAS libraries allocate themselves, and the release of
+    tensors from before the block. On a CPU the block should last seconds, not hours, because each
+    operation leaves a profiler event until its end. Blocks cannot be nested.
+
+    Args:
+        device: Device of the work.
+    """
+    measured = Peak()
+    monitor = _monitor_cuda if device.type == "cuda" else _monitor_cpu
+    with monitor(device, measured):
+        yield measured
+
+
+@contextlib.contextmanager
+def _monitor_cuda(device: torch.device, measured: Peak) -> Iterator[None]:
+    import torch
+
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    torch.cuda.synchronize(device)
+    measured.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    measured.left_bytes = torch.cuda.memory_allocated(device) - before
+
+
+@contextlib.contextmanager
+def _monitor_cpu(device: torch.device, measured: Peak) -> Iterator[None]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
+        yield
+    results: Any = seen.profiler
+    reports = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = 0
+    for report in sorted(reports, key=lambda report: report.start_ns()):
+        held += report.nbytes()  # negative for freed memory
+        measured.peak_bytes = max(measured.peak_bytes, held)
+    measured.left_bytes = held

@@ -1,7 +1,7 @@
 """Masks that change while the model generates: ``python -m benchmarks.live``.
 
-What a change costs beside a decode step, what filling keys and values again costs beside a prefill
-of the same tokens, and how much memory offloaded blocks really give back.
+Time of a change beside a decode step, time of a refill of the KV cache beside a prefill of the same
+tokens, and memory that offloaded blocks free.
 """
 
 from __future__ import annotations
@@ -9,50 +9,34 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from benchmarks.harness import (
-    ModelSettings,
-    Target,
-    alternate,
-    launch,
-    open_model,
-    ratios,
-    seconds_of,
-    spread,
-    write_record,
-)
+from benchmarks import harness
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
-
-if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.live_batch import LiveBatch
 
 
 @dataclass
-class LiveSettings(ModelSettings):
+class LiveSettings(harness.ModelSettings):
     """Settings of this benchmark."""
 
     blocks: int = 20
-    """Blocks of the mask that comes and goes."""
+    """Blocks of the mask that is applied and lifted."""
     context_tokens: int = 512
     steps: int = 8
     """Decode steps in one measurement."""
     refill_tokens: list[int] = field(default_factory=lambda: [128, 512, 1024])
-    """Tokens in the cache when attention blocks come back."""
+    """Tokens in the cache when attention blocks are restored."""
     offloaded: list[int] = field(default_factory=lambda: [10, 20, 30, 40])
     """Numbers of blocks to offload at once."""
 
 
 def main(settings: LiveSettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
-    llm = open_model(settings)
+    """Measure, and write the record."""
+    llm = harness.open_model(settings)
     drawn = random.Random(0).sample(range(llm.num_blocks), llm.num_blocks)
     mask = BlockMask.of(*drawn[: settings.blocks])
     switch = _switching(llm, mask, settings)
@@ -63,14 +47,14 @@ def main(settings: LiveSettings) -> None:
         device=str(llm.device),
         settings=settings,
         targets=[
-            Target.of(
+            harness.Target.of(
                 "% of a decode step that removing blocks takes, their keys and values included",
                 switch["share_percent"],
                 at_most=2.0,
                 against=f"a dense decode step: {1000 * switch['step_s']['median']:.1f} ms",
             ),
             *(
-                Target.of(
+                harness.Target.of(
                     f"times a prefill that a refill of {n} tokens takes",
                     found["ratio"],
                     at_most=1.1,
@@ -78,7 +62,7 @@ def main(settings: LiveSettings) -> None:
                 )
                 for n, found in refills.items()
             ),
-            Target(
+            harness.Target(
                 "% that memory freed by offload differs from the predicted, at most",
                 None,
                 5.0,
@@ -100,34 +84,35 @@ def _prompt(llm: ElasticLLM, tokens: int) -> list[int]:
 
 
 def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict[str, Any]:
-    """Removing blocks of a model with a full cache and putting them back, beside decode steps."""
-    from rap_env.llm.live_batch import LiveBatch
-
+    """Seconds of removing and restoring blocks with a full cache, beside decode steps."""
     prompt = _prompt(llm, settings.context_tokens)
     remove_s, restore_s, step_s = [], [], []
-    for _ in range(settings.repeats + 1):  # the first one warms up
+    for _ in range(settings.repeats + 1):  # the first one is a warm-up
         batch = LiveBatch(llm, restore="next_request")
         batch.prefill([prompt])
         batch.extend([0])
-        step_s.append(seconds_of(lambda: [batch.extend([0]) for _ in range(settings.steps)]))  # noqa: B023
-        remove_s.append(seconds_of(lambda: llm.apply(mask)))
-        restore_s.append(seconds_of(lambda: llm.apply(BlockMask())))
+        step_s.append(harness.seconds_of(partial(_decode, batch, settings.steps)))
+        remove_s.append(harness.seconds_of(lambda: llm.apply(mask)))
+        restore_s.append(harness.seconds_of(lambda: llm.apply(BlockMask())))
     steps = [seconds / settings.steps for seconds in step_s[1:]]
-    share = ratios([100 * seconds for seconds in remove_s[1:]], steps)
+    share = harness.ratios([100 * seconds for seconds in remove_s[1:]], steps)
     return {
         "share_percent": share,
-        "step_s": spread(steps),
-        "remove_s": spread(remove_s[1:]),
-        "restore_s": spread(restore_s[1:]),
+        "step_s": harness.spread(steps),
+        "remove_s": harness.spread(remove_s[1:]),
+        "restore_s": harness.spread(restore_s[1:]),
     }
+
+
+def _decode(batch: LiveBatch, steps: int) -> None:
+    for _ in range(steps):
+        batch.extend([0])
 
 
 def _refilling(
     llm: ElasticLLM, mask: BlockMask, tokens: int, settings: LiveSettings
 ) -> dict[str, Any]:
-    """The step that fills the cache again, less a plain step, beside a prefill."""
-    from rap_env.llm.live_batch import LiveBatch
-
+    """The step that refills the cache, minus a plain step, beside a prefill."""
     prompt = _prompt(llm, tokens)
     ready: list[LiveBatch] = []
 
@@ -145,18 +130,18 @@ def _refilling(
         "step": lambda: ready[0].extend([0]),
         "prefill": lambda: LiveBatch(llm).prefill([prompt]),
     }
-    seconds = alternate(sides, settings.repeats)
+    seconds = harness.alternate(sides, settings.repeats)
     refill = [a - b for a, b in zip(seconds["refill"], seconds["step"], strict=True)]
     return {
-        "ratio": ratios(refill, seconds["prefill"]),
-        "refill_s": spread(refill),
-        "prefill_s": spread(seconds["prefill"]),
+        "ratio": harness.ratios(refill, seconds["prefill"]),
+        "refill_s": harness.spread(refill),
+        "prefill_s": harness.spread(seconds["prefill"]),
         "affected_layers": sum(index % 2 == 0 for index in mask),
     }
 
 
 def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[str, Any]]:
-    """Memory that offloaded blocks give back, beside their bytes, and the time it takes."""
+    """Memory that offloading blocks frees, beside their bytes, and the time of it."""
     from rap_env.runtime.memory_meter import process_meter
 
     llm.set_residency("offload")
@@ -165,9 +150,9 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
     for mask in masks:
         predicted = sum(llm.blocks[index].param_bytes for index in mask)
         before = meter.used_bytes()
-        offload_s = seconds_of(lambda: llm.apply(mask))  # noqa: B023
+        offload_s = harness.seconds_of(lambda: llm.apply(mask))  # noqa: B023
         freed = before - meter.used_bytes()
-        restore_s = seconds_of(lambda: llm.apply(BlockMask()))
+        restore_s = harness.seconds_of(lambda: llm.apply(BlockMask()))
         rows[f"{len(mask)}_blocks"] = {
             "predicted_bytes": predicted,
             "freed_bytes": freed,
@@ -179,4 +164,4 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
 
 
 if __name__ == "__main__":
-    launch(LiveSettings, main)
+    harness.launch(LiveSettings, main)

@@ -1,8 +1,8 @@
-"""First load of a model in a fresh process beside transformers: ``python -m benchmarks.load``.
+"""First load of a model in a new process, beside transformers: ``python -m benchmarks.load``.
 
-Each measurement starts a Python process that imports, loads from the cache, and ends when model
-and tokenizer are ready. The files are in the page cache. Transformers gets the folder and the
-dtype, so that it need not find either.
+Each measurement starts a Python process that imports, loads from the cache, and exits when model
+and tokenizer are ready. The files are in the page cache. Transformers is given the folder and the
+dtype, so that it does not have to find them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.harness import Settings, Target, alternate, launch, spread, write_record
+from benchmarks.harness import Settings, Target, alternate, launch, spread
+from benchmarks.record import write_record
 
-_ENDS = "import os; os._exit(0)"  # at once: taking the process down is not part of loading
+_ENDS = "import os; os._exit(0)"  # at once: shutting the process down is not part of loading
 _OURS = f"""
 import sys, rap_env
 rap_env.load_llm(sys.argv[1])
@@ -40,20 +41,13 @@ class LoadSettings(Settings):
 
 
 def main(settings: LoadSettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
+    """Measure, and write the record."""
     from rap_env.llm.device import use_threads
     from rap_env.llm.loading import load_llm
     from rap_env.llm.sources import locate
 
     threads = use_threads(settings.threads or "auto")
-    llm = load_llm(settings.model)  # fetches it, and warms the page cache
+    llm = load_llm(settings.model)  # downloads it, and fills the page cache
     folder, dtype = locate(settings.model).folder, str(llm.dtype).removeprefix("torch.")
     device = str(llm.device)
     cpu_seconds: dict[str, list[float]] = {"rap_env": [], "transformers": []}
@@ -91,7 +85,7 @@ def main(settings: LoadSettings) -> None:
 def _process(
     code: str, arguments: list[str], threads: int, cpu_seconds: list[float]
 ) -> Callable[[], None]:
-    """Something that runs `code` in a new Python and notes the processor seconds that it took."""
+    """A call that runs `code` in a new Python process and records its processor seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
     def run() -> None:

@@ -1,8 +1,8 @@
-"""Predicted bytes beside measured ones: ``python -m benchmarks.memory``.
+"""Predicted bytes beside measured bytes: ``python -m benchmarks.memory``.
 
-For each mask the blocks are really taken out of the model (`save_pruned`, `load_pruned`). Then a
-prompt is read in chunks, as `MemoryModel` assumes, and a few tokens are written, while
-torch's allocator reports each allocation.
+For each mask a checkpoint without the blocks is saved and loaded (`save_pruned`, `load_pruned`).
+Then a prompt is prefilled in chunks, as `MemoryModel` assumes, and a few tokens are generated,
+while torch's allocator reports each allocation.
 """
 
 from __future__ import annotations
@@ -11,46 +11,37 @@ import gc
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.harness import ModelSettings, Target, launch, open_model, spread, write_record
-from benchmarks.traffic import ORDERS, Traffic
+from benchmarks import harness
+from benchmarks.decode_step import ORDERS, Decoding, MemoryTraffic
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
 
 _TOLERATED = {"cpu": 0.10, "cuda": 0.05}
 
 
 @dataclass
-class MemorySettings(ModelSettings):
-    """Settings of this benchmark; `repeats` plays no part, since bytes do not vary."""
+class MemorySettings(harness.ModelSettings):
+    """Settings of this benchmark; `repeats` has no effect, since bytes do not vary."""
 
     requests: list[str] = field(default_factory=lambda: ["1x128", "1x1024", "4x1024", "8x2048"])
     """Batch size x tokens of prompt and answer."""
     share: float = 0.3
-    """Share of the bytes of a decode step that the masks take away."""
+    """Share of the bytes of a decode step that the masks remove."""
     steps: int = 4
     """Tokens of the answer."""
 
 
 def main(settings: MemorySettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded, or does not take a request.
-    """
-    from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
-
-    llm = open_model(settings)
-    memory, device, traffic = MemoryModel(llm), str(llm.device), Traffic(llm, 512)
+    """Measure, and write the record."""
+    llm = harness.open_model(settings)
+    memory, device, traffic = MemoryModel(llm), str(llm.device), MemoryTraffic(llm, 512)
     masks = {"dense": BlockMask()}
     masks |= {order: traffic.mask(order, settings.share) for order in ORDERS}
     cells: dict[str, dict[str, Any]] = {}
@@ -74,9 +65,9 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
     """Bytes that a model holds while it serves a request.
 
     Args:
-        pruned: A model without the blocks that are gone.
-        request: The request; its budget plays no part.
-        steps: How many of its tokens are written one by one.
+        pruned: A model without the removed blocks.
+        request: The request; its budget has no effect.
+        steps: Number of its tokens that are generated one by one.
 
     Returns:
         ``weights_bytes``, ``kv_cache_bytes`` (of kept attn blocks) and ``peak_bytes``.
@@ -84,9 +75,6 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
     Raises:
         InvalidRequestError: The request is not longer than its answer.
     """
-    from benchmarks.decoding import Decoding
-    from benchmarks.held_bytes import measured_peak
-
     if request.seq_len_tokens <= steps:
         raise InvalidRequestError(
             f"A request must be longer than its answer of {steps} tokens (the setting steps), not "
@@ -96,7 +84,7 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
         id(tensor): tensor.nbytes for tensor in pruned.model.state_dict(keep_vars=True).values()
     }
     weights = sum(tensors.values())
-    with measured_peak(pruned.device) as measured:
+    with harness.measured_peak(pruned.device) as measured:
         decoding = Decoding(pruned, BlockMask(), request.batch_size, request.seq_len_tokens - steps)
         decoding.steps(steps)
     return {
@@ -107,13 +95,7 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
 
 
 def _request(text: str) -> Request:
-    try:
-        batch_size, seq_len_tokens = map(int, text.split("x"))
-    except ValueError:
-        raise InvalidRequestError(
-            f"A request is written like 4x1024 (batch size x tokens), not {text!r}."
-        ) from None
-    return Request(batch_size, seq_len_tokens, budget_bytes=2**62)
+    return Request(*harness.parse_request(text), budget_bytes=2**62)
 
 
 def _cell(mask: BlockMask, predicted: dict[str, int], found: dict[str, int]) -> dict[str, Any]:
@@ -147,14 +129,16 @@ def _write(
         device=device,
         settings=settings,
         targets=[
-            Target("bytes off in weights", None, 0.0, worst("weights_off_bytes"), cases),
-            Target("bytes off in the KV cache", None, 0.0, worst("kv_cache_off_bytes"), cases),
-            Target("% off in the peak, at worst", None, tolerated, max(off), cases),
+            harness.Target("bytes off in weights", None, 0.0, worst("weights_off_bytes"), cases),
+            harness.Target(
+                "bytes off in the KV cache", None, 0.0, worst("kv_cache_off_bytes"), cases
+            ),
+            harness.Target("% off in the peak, at worst", None, tolerated, max(off), cases),
         ],
-        measured={"peak_off_percent": spread(off), "cells": cells},
+        measured={"peak_off_percent": harness.spread(off), "cells": cells},
         notes=[f"{dtype}; the peak is of all tensors, temporary ones in operations included."],
     )
 
 
 if __name__ == "__main__":
-    launch(MemorySettings, main)
+    harness.launch(MemorySettings, main)

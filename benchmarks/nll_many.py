@@ -1,8 +1,8 @@
-"""``python -m benchmarks.nll_many``: scores of many masks, against a full forward for each.
+"""Scores of many masks, beside a full forward pass for each: ``python -m benchmarks.nll_many``.
 
-The masks are those whose scores a MaskablePPO agent really asked for while it was trained on the
-model, in two ways: with the reward of each step, all masks on the way of its episodes; with the
-reward at the end, only the last mask of each, which have far less in common.
+The masks are those that a MaskablePPO agent scored during a training on the model, in two ways:
+with a reward at each step, all masks of its episodes; with a reward at the end, only the last mask
+of each episode, which share far fewer blocks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 
 from agents.algorithms import AgentConfig
 from agents.training import train
-from benchmarks.harness import Target, launch, ratios, spread, write_record
-from benchmarks.scoring import Bench, ScoringSettings, naive_loop, open_bench
+from benchmarks.harness import Target, launch, ratios, spread
+from benchmarks.record import write_record
+from benchmarks.scoring_setup import ScoringSettings, ScoringSetup, naive_loop, open_setup
 from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.envs.vector import RAPPruneVectorEnv
@@ -34,7 +35,7 @@ _NAMES = {
 }
 _LEAST_SLICES = 8
 _EQUALITY_CHECKS = 8
-_TOLERANCE = 1e-3  # a plain model's loss is rounded in another order
+_TOLERANCE = 1e-3  # a plain model's loss sums in another order
 _WIDTHS = (1, 2, 4)
 _WIDTH_MASKS = 16
 
@@ -44,14 +45,14 @@ class NLLManySettings(ScoringSettings):
     """Settings of this benchmark."""
 
     masks: int = 256
-    """Masks that are scored."""
+    """Number of masks to score."""
     train_steps: int = 6144
-    """Steps of the training that the last masks of episodes come from."""
+    """Steps of the training that gives the last masks of episodes."""
 
 
 @dataclass(frozen=True)
 class InTurn:
-    """Masks scored by both sides in turn, a slice of them at a time.
+    """Scores of both sides, measured in turn for one slice of the masks after another.
 
     Attributes:
         ours_s: Seconds of each slice.
@@ -73,12 +74,12 @@ class InTurn:
 
 def main(settings: NLLManySettings) -> None:
     """Measure, check the scores, and write the record."""
-    bench = open_bench(settings)
+    setup = open_setup(settings)
     targets: list[Target] = []
     measured: dict[str, Any] = {}
     for timing, steps in (("dense", settings.masks), ("terminal", settings.train_steps)):
-        masks = rollout_masks(bench, timing, steps)[: settings.masks]
-        found = _in_turn(bench, masks, max(_LEAST_SLICES, settings.repeats))
+        masks = rollout_masks(setup, timing, steps)[: settings.masks]
+        found = _in_turn(setup, masks, max(_LEAST_SLICES, settings.repeats))
         slices = ratios(found.naive_s, found.ours_s)
         targets.append(
             Target(_NAMES[timing], 1.8, None, found.ratio, _AGAINST, slices["low"], slices["high"])
@@ -91,10 +92,10 @@ def main(settings: NLLManySettings) -> None:
             "share_of_blocks_saved": found.share_saved,
             "largest_nll_difference_to_naive": found.largest_difference,
         }
-    measured["seconds_by_masks_in_a_batch"] = _widths(bench, masks[:_WIDTH_MASKS])
+    measured["seconds_by_masks_in_a_batch"] = _widths(setup, masks[:_WIDTH_MASKS])
     write_record(
         "nll_many",
-        device=bench.device,
+        device=setup.device,
         settings=settings,
         targets=targets,
         measured=measured,
@@ -106,18 +107,18 @@ def main(settings: NLLManySettings) -> None:
     )
 
 
-def rollout_masks(bench: Bench, timing: str, steps: int) -> list[BlockMask]:
-    """Masks that a training on the model asked for, shuffled with a fixed seed.
+def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMask]:
+    """Masks that a training on the model scored, shuffled with a fixed seed.
 
     Args:
-        bench: The model. The training's own text is short, since only its masks are used.
+        setup: The model. The training's own text is short, since only its masks are used.
         timing: Of the reward, see `rap_env.reward`.
         steps: Steps of the training.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = ScoreStore(Path(folder) / "scores.sqlite")
-        text = load_corpus(CorpusConfig(windows=1, window_tokens=128), bench.llm)
-        context = LiveContext(bench.llm, text, store, importance="none", progress=False)
+        text = load_corpus(CorpusConfig(windows=1, window_tokens=128), setup.llm)
+        context = LiveContext(setup.llm, text, store, importance="none", progress=False)
         train(
             AgentConfig(name="maskable_ppo", total_timesteps=steps),
             lambda lanes: RAPPruneVectorEnv(
@@ -134,14 +135,14 @@ def rollout_masks(bench: Bench, timing: str, steps: int) -> list[BlockMask]:
     return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
 
 
-def _in_turn(bench: Bench, masks: list[BlockMask], slices: int) -> InTurn:
-    """One call of `nll_many`; after each slice of it the naive loop scores the same masks."""
-    scorer = MaskScorer(bench.llm, bench.corpus)
+def _in_turn(setup: ScoringSetup, masks: list[BlockMask], slices: int) -> InTurn:
+    """Call `nll_many` once; after each slice of it the naive loop scores the same masks."""
+    scorer = MaskScorer(setup.llm, setup.corpus)
     ours: list[float] = []
     theirs: list[float] = []
     naive: dict[BlockMask, float] = {}
     waiting: list[BlockMask] = []
-    with naive_loop(bench) as loop:
+    with naive_loop(setup) as loop:
         began = time.perf_counter()
 
         def on_score(mask: BlockMask) -> None:
@@ -158,18 +159,18 @@ def _in_turn(bench: Bench, masks: list[BlockMask], slices: int) -> InTurn:
             began = time.perf_counter()
 
         values = scorer.nll_many(masks, on_score)
-    single = [MaskScorer(bench.llm, bench.corpus).nll(m) for m in masks[:_EQUALITY_CHECKS]]
+    single = [MaskScorer(setup.llm, setup.corpus).nll(m) for m in masks[:_EQUALITY_CHECKS]]
     difference = max(abs(naive[mask] - nll) for mask, nll in zip(masks, values, strict=True))
     if single != values[:_EQUALITY_CHECKS] or difference > _TOLERANCE:
         raise SystemExit("Scores differ from those of single passes; nothing was recorded.")
     return InTurn(ours, theirs, scorer.share_saved, difference)
 
 
-def _widths(bench: Bench, masks: list[BlockMask]) -> dict[str, float]:
-    """Seconds of a few masks where several of them share a batch."""
+def _widths(setup: ScoringSetup, masks: list[BlockMask]) -> dict[str, float]:
+    """Seconds for a few masks by the number of masks per batch."""
     seconds = {}
     for width in _WIDTHS:
-        scorer = MaskScorer(bench.llm, bench.corpus, masks_together=width)
+        scorer = MaskScorer(setup.llm, setup.corpus, masks_together=width)
         began = time.perf_counter()
         scorer.nll_many(masks)
         seconds[str(width)] = time.perf_counter() - began

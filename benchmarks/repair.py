@@ -1,32 +1,21 @@
-"""What stubs cost: a decode step with them, and the fitting: ``python -m benchmarks.repair``.
+"""Cost of stubs: a decode step with them, and fitting them: ``python -m benchmarks.repair``.
 
-A repaired mask takes the share x of the bytes away, its stubs counted as bytes that stay. Where
-decoding is bound by reading memory, it is then 1 / (1 - x) times as fast; what is reached of
-that is the first number here. The stubs are fitted on random tokens: neither time nor bytes
-depend on what a text says.
+A repaired mask removes the share x of the bytes; its stubs count as bytes that stay. If decoding is
+bound by reading memory, it is then 1 / (1 - x) times as fast. The first target is the reached part
+of that speed-up. The stubs are fitted on random tokens: time and bytes do not depend on the text.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.harness import (
-    ModelSettings,
-    Target,
-    alternate,
-    launch,
-    open_model,
-    ratios,
-    spread,
-    write_record,
-)
-from benchmarks.traffic import Traffic
+from benchmarks.decode_step import MemoryTraffic, decode_seconds, of_proportional
+from benchmarks.harness import ModelSettings, Target, alternate, launch, open_model, ratios, spread
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
-
-if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.scoring.corpus import Corpus
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.scoring.corpus import Corpus
 
 _OF_PROPORTIONAL = 0.9
 _FIT_S = 180.0
@@ -45,20 +34,13 @@ class RepairSettings(ModelSettings):
     steps: int = 8
     """Decode steps in one measurement."""
     shares: list[float] = field(default_factory=lambda: [0.15, 0.3])
-    """Shares of the dense model's bytes to take away."""
+    """Shares of the dense model's bytes to remove."""
     fits: int = 3
     """Times that the library is fitted."""
 
 
 def main(settings: RepairSettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
+    """Measure, and write the record."""
     from rap_env.repair import FitConfig, fit_library
 
     llm = open_model(settings)
@@ -97,8 +79,6 @@ def main(settings: RepairSettings) -> None:
 def _random_text(llm: ElasticLLM, settings: RepairSettings, seed: int) -> Corpus:
     import torch
 
-    from rap_env.scoring.corpus import Corpus
-
     tokens = settings.held_back_tokens if seed else settings.fit_tokens
     shape = (max(1, tokens // settings.window_tokens), settings.window_tokens)
     generator = torch.Generator().manual_seed(seed)
@@ -107,39 +87,27 @@ def _random_text(llm: ElasticLLM, settings: RepairSettings, seed: int) -> Corpus
 
 def _steps(llm: ElasticLLM, repaired: ElasticLLM, settings: RepairSettings) -> dict[str, Any]:
     """Decode steps of the dense model, and of masks with and without stubs."""
-    from benchmarks.decoding import Decoding
-
-    plain = Traffic(llm, settings.context_tokens)
+    plain = MemoryTraffic(llm, settings.context_tokens)
     masks = {f"{share:.0%}": plain.mask(_ORDER, share) for share in settings.shares}
     sides = {"dense": (llm, BlockMask())}
     for name, mask in masks.items():
         sides |= {f"plain {name}": (llm, mask), f"repaired {name}": (repaired, mask)}
-    # So many tokens are written that the context is the one asked for in the middle.
-    ahead = settings.steps * (settings.repeats + 1) // 2
-    context = max(1, settings.context_tokens - ahead)
-    running = {name: Decoding(view, mask, 1, context) for name, (view, mask) in sides.items()}
-    calls: dict[str, Any] = {
-        name: lambda decoding=decoding: decoding.steps(settings.steps)
-        for name, decoding in running.items()
-    }
-    seconds = alternate(calls, settings.repeats)
-    step_s = {name: [total / settings.steps for total in seconds[name]] for name in seconds}
-    traffic = Traffic(repaired, settings.context_tokens)
+    step_s = decode_seconds(sides, settings.context_tokens, settings.steps, settings.repeats)
+    traffic = MemoryTraffic(repaired, settings.context_tokens)
     return {name: _side(name, mask, step_s, traffic.share(mask)) for name, mask in masks.items()}
 
 
 def _side(
     name: str, mask: BlockMask, step_s: dict[str, list[float]], share: float
 ) -> dict[str, Any]:
-    """What one repaired mask reaches; `share` is what it takes away of the dense bytes."""
-    faster = ratios(step_s["dense"], step_s[f"repaired {name}"])
-    reached = {key: faster[key] * (1 - share) for key in ("median", "low", "high")}
+    """Results of one repaired mask, which removes `share` of the dense model's bytes."""
+    repaired_s = step_s[f"repaired {name}"]
     return {
         "blocks_removed": len(mask),
         "bytes_share_removed": share,
-        "of_proportional": {**reached, "repeats": faster["repeats"]},
-        "over_plain": ratios(step_s[f"repaired {name}"], step_s[f"plain {name}"]),
-        "step_s": spread(step_s[f"repaired {name}"]),
+        "of_proportional": of_proportional(step_s["dense"], repaired_s, share),
+        "over_plain": ratios(repaired_s, step_s[f"plain {name}"]),
+        "step_s": spread(repaired_s),
     }
 
 

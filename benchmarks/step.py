@@ -1,4 +1,4 @@
-"""A step whose score is known, beside a step of CartPole: ``python -m benchmarks.step``."""
+"""A step with a cached score, beside a step of CartPole: ``python -m benchmarks.step``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.harness import (
-    Settings,
-    Target,
-    alternate,
-    launch,
-    ratios,
-    spread,
-    write_record,
-)
+from benchmarks.harness import Settings, Target, alternate, launch, ratios, spread
+from benchmarks.record import write_record
 from rap_env.costs import request_costs
 from rap_env.memory import MemoryModel
 from rap_env.observation import ImportanceFeatures
@@ -34,13 +27,13 @@ class StepSettings(Settings):
     """Settings of this benchmark."""
 
     model: str = "smollm2-135m"
-    """Whose blocks and bytes the environment has."""
+    """Model that gives the number of blocks and their bytes."""
     workload: str = "azure-conv"
     steps: int = 4000
-    """Steps of a single environment, played `rounds` times in one measurement."""
+    """Steps of a single environment, repeated `rounds` times in one measurement."""
     lanes: int = 64
     vector_steps: int = 150
-    """Steps of the vector environment, played `rounds` times in one measurement."""
+    """Steps of the vector environment, repeated `rounds` times in one measurement."""
     rounds: int = 5
 
 
@@ -61,13 +54,13 @@ class KnownPruningContext:
 
 @dataclass
 class Player:
-    """Plays the same seeded episodes again and again, whatever the environment.
+    """Runs the same seeded episodes repeatedly, in any environment.
 
     Attributes:
         env: A single environment or a vector environment that resets itself.
-        actions: What is done.
-        rounds: How often that is done in one call.
-        reset_s: Seconds that each call spent in resets.
+        actions: The actions.
+        rounds: Times that all actions run in one call.
+        reset_s: Seconds in resets, for each call.
     """
 
     env: Any
@@ -80,7 +73,7 @@ class Player:
         self.reset_s.append(sum(self._play() for _ in range(self.rounds)))
 
     def _play(self) -> float:
-        request_costs.cache_clear()  # or a replay would know each request already
+        request_costs.cache_clear()  # else a repetition would find each request in the cache
         step, spent, clock = self.env.step, self._reset(seed=0), time.perf_counter
         single = isinstance(self.env, gym.Env)
         for action in self.actions:
@@ -146,20 +139,13 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
 
 
 def main(settings: StepSettings) -> None:
-    """Measure, then write the record.
-
-    Args:
-        settings: The settings.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
+    """Measure, and write the record."""
     from rap_env.llm.device import use_threads
 
-    use_threads(settings.threads or 1)  # nothing that is timed runs on torch
+    use_threads(settings.threads or 1)  # the timed code does not use torch
     context = known_context(settings)
     sides = players(settings, context)
-    seconds = alternate(sides, settings.repeats)  # the warm-up scores all masks that come
+    seconds = alternate(sides, settings.repeats)  # the warm-up scores all masks
     measured_after_warm_up = context.scorer.evaluations
 
     steps = settings.steps * settings.rounds

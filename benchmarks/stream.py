@@ -1,8 +1,8 @@
 """One GSI round under a memory cap, beside the model in memory: ``python -m benchmarks.stream``.
 
-All candidates of the first round are scored on a short text, by the model whose layers come from
-their files one at a time, and by the model as a whole. Fresh processes show by how much each
-grows, opening the model included.
+All candidates of the first round are scored on a short text, by a model whose layers are read from
+their files one at a time, and by the whole model. New processes measure how much memory each side
+adds, including opening the model.
 """
 
 from __future__ import annotations
@@ -13,24 +13,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.harness import (
-    ModelSettings,
-    Target,
-    alternate,
-    launch,
-    open_model,
-    ratios,
-    spread,
-    write_record,
-)
+from benchmarks import harness
+from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.scoring.corpus import Corpus
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.scoring.corpus import Corpus
 
 _PROCESS = """
 import sys
@@ -40,13 +30,13 @@ print(growth(*sys.argv[1:]))
 
 
 @dataclass
-class StreamSettings(ModelSettings):
+class StreamSettings(harness.ModelSettings):
     """Settings of this benchmark."""
 
     dtype: str = "bfloat16"
     max_memory_bytes: int = 160_000_000
     windows: int = 2
-    """Windows of the calibration text, which the model writes."""
+    """Windows of the calibration text, which the model generates."""
     window_tokens: int = 128
 
 
@@ -62,7 +52,7 @@ def main(settings: StreamSettings) -> None:
     from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
 
-    whole = open_model(settings)
+    whole = harness.open_model(settings)
     streamed = stream_llm(
         settings.model,
         max_memory_bytes=settings.max_memory_bytes,
@@ -86,9 +76,9 @@ def main(settings: StreamSettings) -> None:
         "streamed": partial(_scan, streamed, corpus),
         "in_memory": partial(_scan, whole, corpus),
     }
-    seconds = alternate(sides, settings.repeats, warm_up=0)  # both have just run
-    measured |= {f"{side}_s": spread(values) for side, values in seconds.items()}
-    measured["streamed_over_in_memory"] = ratios(seconds["streamed"], seconds["in_memory"])
+    seconds = harness.alternate(sides, settings.repeats, warm_up=0)  # both have just run
+    measured |= {f"{side}_s": harness.spread(values) for side, values in seconds.items()}
+    measured["streamed_over_in_memory"] = harness.ratios(seconds["streamed"], seconds["in_memory"])
     measured["same_scores"] = same
     device = str(whole.device)
     threads = torch.get_num_threads()
@@ -104,11 +94,11 @@ def _write(settings: StreamSettings, device: str, measured: dict[str, Any]) -> N
     cap = settings.max_memory_bytes
     grown = measured["process_growth_bytes"]
     targets = [
-        Target(
+        harness.Target(
             "tensors under the cap, share of it that is used", None, 1.0,
             measured["allocated_peak_bytes"] / cap, f"a cap of {cap / 1e6:.0f} MB",
         ),
-        Target(
+        harness.Target(
             "growth of a process under the cap, share of it", None, 1.0,
             grown["streamed"] / cap, f"{grown['in_memory'] / 1e6:.0f} MB with the whole model",
         ),
@@ -127,19 +117,17 @@ def _write(settings: StreamSettings, device: str, measured: dict[str, Any]) -> N
 
 
 def _scan(llm: ElasticLLM, corpus: Corpus) -> dict[str, float]:
-    """One round by a scorer that knows nothing yet."""
+    """Score one round with a new scorer."""
     from rap_env.scoring.scorer import MaskScorer
 
     return {b.name: nll for b, nll in MaskScorer(llm, corpus).scan(BlockMask()).items()}
 
 
 def _peak(llm: ElasticLLM, corpus: Corpus, expected: dict[str, float]) -> tuple[int, bool]:
-    """Bytes at the peak of a scan, with resident weights, and whether scores are as expected."""
-    from benchmarks.held_bytes import measured_peak
-
+    """Peak bytes of a scan, with resident weights, and whether its scores are as expected."""
     resident = llm.facts.base_bytes  # facts first: they read every weight
     gc.collect()
-    with measured_peak(llm.device) as measured:
+    with harness.measured_peak(llm.device) as measured:
         same = _scan(llm, corpus) == expected
     return resident + measured.peak_bytes, same
 
@@ -154,18 +142,18 @@ def _in_a_process(settings: StreamSettings, threads: int, cap_bytes: int) -> int
 
 
 def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens: str) -> int:
-    """Bytes by which this process grows at most while it opens a model and scores a round.
+    """Bytes by which this process grows at its peak while it opens a model and scores a round.
 
     Args:
         model: The model.
         dtype: Its dtype.
         threads: Threads of torch.
         cap: Memory cap in bytes; 0 loads the model as a whole.
-        windows: Windows of a text that was written before.
+        windows: Windows of a text that was generated before.
         tokens: Tokens of each window.
 
     Raises:
-        InvalidRequestError: This system does not say how large a process was.
+        InvalidRequestError: The system does not report the memory of a process.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,4 +198,4 @@ def _status_bytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    launch(StreamSettings, main)
+    harness.launch(StreamSettings, main)

@@ -1,4 +1,4 @@
-"""The README's table of benchmarks, from their records: ``python -m benchmarks.table [FOLDER]``."""
+"""The table of benchmarks from their records: ``python -m benchmarks.table [FOLDER]``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
-from benchmarks.text import bound, processor, reached
+from benchmarks.record import RESULTS, bound, processor, reached
 
 _HEAD = "| Benchmark | What | Against | Reached | Target | Met | Device |"
 _RULE = "| :--- | :--- | :--- | ---: | ---: | :---: | :--- |"
@@ -21,7 +20,7 @@ def read_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def markdown(records: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table with a row for each target: median [lowest, highest] beside what it asks."""
+    """A Markdown table with a row for each target: median [lowest, highest] beside its bounds."""
     rows = [_HEAD, _RULE]
     for record in records:
         for target in record["targets"]:

@@ -10,13 +10,15 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.device import return_freed_memory
+from rap_env.llm.generation import generate
+from rap_env.llm.kv_cache import Restore
 from rap_env.llm.placeholders import Stub
 from rap_env.llm.residency import (
     BlockWeights,
@@ -27,9 +29,6 @@ from rap_env.llm.residency import (
 )
 from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_parameters
 from rap_env.memory import ModelFacts
-
-if TYPE_CHECKING:
-    from rap_env.llm.kv_cache import Restore
 
 
 class ElasticLLM:
@@ -304,8 +303,6 @@ class ElasticLLM:
             UnsupportedCacheError: The mask changed, and the cache or the decoding method cannot
                 follow. `apply` raises it too if such a cache would have to follow.
         """
-        from rap_env.llm.generation import generate  # imports a part of transformers
-
         with torch.no_grad():
             return generate(self, restore, before_step, args, kwargs)
 

@@ -34,19 +34,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
 
 from rap_env.errors import UnknownNameError, UnsupportedCacheError
 from rap_env.llm.adapter import FamilyAdapter
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-
-_KNOWN = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 Restore = Literal["refill", "next_request"]
 """What happens to the earlier tokens of a restored attention block."""
@@ -109,8 +101,16 @@ def check_cache(cache: Any) -> None:
     Raises:
         UnsupportedCacheError: Some layer is of an unknown kind, or is offloaded.
     """
+    from transformers import cache_utils
+
+    known = (
+        cache_utils.DynamicLayer,
+        cache_utils.DynamicSlidingWindowLayer,
+        cache_utils.StaticLayer,
+        cache_utils.StaticSlidingWindowLayer,
+    )
     layers = getattr(cache, "layers", None)
-    kinds = sorted({type(layer).__name__ for layer in layers or () if type(layer) not in _KNOWN})
+    kinds = sorted({type(layer).__name__ for layer in layers or () if type(layer) not in known})
     if layers is None or kinds or getattr(cache, "offloading", False):
         seen = ", ".join(kinds) or ("offloaded layers" if layers is not None else "no layers")
         raise UnsupportedCacheError(

@@ -35,6 +35,7 @@ from rap_env.artifacts import atomic_write
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.llm.adapter import BlockSite
+from rap_env.llm.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
 from rap_env.llm.placeholders import Stub
 from rap_env.llm.weights import StoredTensor, stored_tensors
 from rap_env.paths import cache_dir
@@ -305,8 +306,6 @@ class LiveBlocks:
         caches = list(self.caches)
         if not caches:
             return
-        from rap_env.llm.kv_cache import check_cache, evict, layers_with_keys
-
         layers = frozenset(index // 2 for index in mask.indices if index % 2 == 0)
         for cache in caches:
             if layers_with_keys(cache, layers):
@@ -316,12 +315,7 @@ class LiveBlocks:
 
     def kv_bytes(self) -> int:
         """Bytes of all caches in use."""
-        caches = list(self.caches)
-        if not caches:
-            return 0
-        from rap_env.llm.kv_cache import cache_bytes
-
-        return sum(cache_bytes(cache) for cache in caches)
+        return sum(cache_bytes(cache) for cache in list(self.caches))
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -13,8 +13,8 @@ from benchmarks.harness import (
     ratios,
     settings_from_cli,
     spread,
-    write_record,
 )
+from benchmarks.record import write_record
 from rap_env.errors import InvalidRequestError
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks import apply, decode, live, load, memory, repair
-from benchmarks.decoding import Decoding
-from benchmarks.traffic import ORDERS, Traffic
+from benchmarks.decode_step import ORDERS, Decoding, MemoryTraffic
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.loading import load_llm
@@ -42,16 +41,19 @@ def _record(path):
     return json.loads(file.read_text())
 
 
-class TestTraffic:
+class TestMemoryTraffic:
     def test_a_tied_head_is_read_once_and_a_separate_embedding_by_its_row(self):
         tied, separate = tiny_llm("llama_tied"), tiny_llm("llama")
         rows, width = separate.model.get_input_embeddings().weight.shape
-        assert Traffic(tied, 8).rest_bytes == tied.facts.base_bytes
-        assert Traffic(separate, 8).rest_bytes == separate.facts.base_bytes - (rows - 1) * width * 4
+        assert MemoryTraffic(tied, 8).rest_bytes == tied.facts.base_bytes
+        assert (
+            MemoryTraffic(separate, 8).rest_bytes
+            == separate.facts.base_bytes - (rows - 1) * width * 4
+        )
 
     def test_every_block_counts_its_weights_and_an_attention_its_cache(self):
         llm = tiny_llm("llama")
-        short, long = Traffic(llm, 1), Traffic(llm, 9)
+        short, long = MemoryTraffic(llm, 1), MemoryTraffic(llm, 9)
         grown = [b - a for a, b in zip(short.block_bytes, long.block_bytes, strict=True)]
         assert grown == [8 * llm.facts.kv_bytes_per_token[0], 0] * 2
         dense = short.step_bytes(BlockMask())
@@ -60,7 +62,7 @@ class TestTraffic:
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_a_mask_takes_about_the_share_asked_for(self, order):
-        traffic = Traffic(tiny_llm("llama", layers=8), 8)
+        traffic = MemoryTraffic(tiny_llm("llama", layers=8), 8)
         mask = traffic.mask(order, 0.25)
         one = max(traffic.block_bytes) / traffic.step_bytes(BlockMask())
         assert abs(traffic.share(mask) - 0.25) <= one / 2
@@ -83,7 +85,7 @@ class TestDecoding:
     def test_chunks_of_a_prompt_give_the_cache_of_the_whole(self, monkeypatch):
         llm = tiny_llm("llama")
         whole = Decoding(llm, BlockMask(), 2, 12).cache
-        monkeypatch.setattr("benchmarks.decoding.PREFILL_CHUNK_TOKENS", 10)  # 5 of each sequence
+        monkeypatch.setattr("benchmarks.decode_step.PREFILL_CHUNK_TOKENS", 10)  # 5 of each sequence
         parts = Decoding(llm, BlockMask(), 2, 12).cache
         for one, other in zip(whole.layers, parts.layers, strict=True):
             torch.testing.assert_close(one.keys, other.keys)
@@ -143,7 +145,7 @@ def test_repair_counts_the_stubs_as_bytes_that_stay(folder, tmp_path):
     record = _record(tmp_path)
     side = record["measured"]["decode"]["40%"]
     llm = load_llm(folder)
-    plain = Traffic(llm, 16)
+    plain = MemoryTraffic(llm, 16)
     mask = plain.mask("even", 0.4)
     assert side["blocks_removed"] == len(mask)
     assert 0 < side["bytes_share_removed"] < plain.share(mask)

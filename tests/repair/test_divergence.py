@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.held_bytes import measured_peak
+from benchmarks.harness import measured_peak
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.repair.distilling import divergence
 from rap_env.scoring.nll import HEAD_TOKENS

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 
-from benchmarks.held_bytes import measured_peak
+from benchmarks.harness import measured_peak
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.importance import gsi

@@ -1,4 +1,4 @@
-"""What the scoring benchmarks share: the model, the text, and the naive loop beside them."""
+"""Shared parts of the scoring benchmarks: the model, the text, and the naive loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness import ModelSettings, open_model
-from benchmarks.naive import serve
+from benchmarks.naive_scorer import serve
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.sources import locate
@@ -28,13 +28,13 @@ class ScoringSettings(ModelSettings):
 
 
 @dataclass(frozen=True)
-class Bench:
+class ScoringSetup:
     """A model and a text.
 
     Attributes:
         llm: The live model.
         corpus: The calibration text.
-        settings: What was asked for.
+        settings: The settings of the benchmark.
     """
 
     llm: ElasticLLM
@@ -43,19 +43,19 @@ class Bench:
 
     @property
     def device(self) -> str:
-        """Where the model runs."""
+        """Device of the model."""
         return str(self.llm.device)
 
 
-def open_bench(settings: ScoringSettings) -> Bench:
+def open_setup(settings: ScoringSettings) -> ScoringSetup:
     """Load the model and the text, and set torch's threads."""
     llm = open_model(settings)
     text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
-    return Bench(llm, load_corpus(text, llm), settings)
+    return ScoringSetup(llm, load_corpus(text, llm), settings)
 
 
 class NaiveLoop:
-    """The naive loop in its process."""
+    """The naive loop in a process of its own."""
 
     def __init__(self, pipe: multiprocessing.connection.Connection) -> None:
         self._pipe = pipe
@@ -68,22 +68,22 @@ class NaiveLoop:
 
 
 @contextlib.contextmanager
-def naive_loop(bench: Bench, *, keep_freed_memory: bool = False) -> Iterator[NaiveLoop]:
+def naive_loop(setup: ScoringSetup, *, keep_freed_memory: bool = False) -> Iterator[NaiveLoop]:
     """A process with a plain model of the same weights, dtype, text and threads.
 
     Args:
-        bench: The model and the text.
-        keep_freed_memory: Give it this project's way with freed memory, too.
+        setup: The model and the text.
+        keep_freed_memory: Let its C library keep freed memory, as this project does.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    dtype = str(bench.llm.dtype).removeprefix("torch.")
+    dtype = str(setup.llm.dtype).removeprefix("torch.")
     arguments = (
         theirs,
-        os.fspath(locate(bench.settings.model).folder),
+        os.fspath(locate(setup.settings.model).folder),
         dtype,
-        bench.device,
-        bench.corpus.tokens.tolist(),
+        setup.device,
+        setup.corpus.tokens.tolist(),
         torch.get_num_threads(),
         keep_freed_memory,
     )

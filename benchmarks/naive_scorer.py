@@ -1,8 +1,8 @@
-"""How research code scores a mask: a full forward pass of a plain model, in its own process.
+"""Naive scoring of a mask: a full forward pass of a plain model, in a process of its own.
 
-Nothing of this project is imported here. Removed blocks give zeros, the pass makes all logits,
-and the loss is torch's own over all of them at once in float32, as in the loops of SLEB,
-ShortGPT and BlockPruner. A process of its own, since loading a model with this project also
+This module imports nothing of this project. Removed blocks return zeros, the pass computes all
+logits, and the loss is torch's own over all of them at once in float32, as in the code of SLEB,
+ShortGPT and BlockPruner. It runs in its own process because loading a model with this project also
 changes how freed memory is kept, which would speed up the naive loop too.
 """
 
@@ -34,7 +34,7 @@ class NaiveModel:
     Args:
         folder: Folder of the model.
         dtype: Name of torch's dtype.
-        device: Where it runs.
+        device: Device of the model.
         tokens: Token ids, shape (windows, T), as nested lists.
     """
 
@@ -74,10 +74,10 @@ def serve(
     threads: int,
     keep_freed_memory: bool,
 ) -> None:
-    """Answer each list of removed blocks with (seconds, NLL), until None comes.
+    """Answer each list of removed blocks with (seconds, NLL), until None is received.
 
     Args:
-        pipe: Where questions come from and answers go to.
+        pipe: Connection for the lists and the answers.
         folder: As for `NaiveModel`, like `dtype`, `device` and `tokens`.
         dtype: As there.
         device: As there.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.held_bytes import measured_peak
+from benchmarks.harness import measured_peak
 
 CPU = torch.device("cpu")
 KIB = 1024
