@@ -3,16 +3,13 @@
 The length distribution of a service has several modes (a chat service answers short questions
 and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two tables
 here were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et al.,
-"Splitwise", ISCA 2024; CC BY 4.0). To fit a table to another file::
-
-    python -m rap_env.workload.traces FILE.csv
+"Splitwise", ISCA 2024; CC BY 4.0).
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -143,30 +140,12 @@ AZURE_CONV = LengthTable((
     987, 1248, 1375, 1406, 1423, 1439, 1453, 1467, 1480, 1494, 1508, 1523, 1542, 1567, 1602,
     1663, 1849, 2265, 2731, 4111, 4127, 4145, 4175, 4229, 5348, 14089,
 ))
-"""Chat requests: python -m rap_env.workload.traces azure_2023_conv.csv, the 13,927 before 18:55."""
+"""Chat requests: `fit_trace` of azure_2023_conv.csv, the 13,927 requests before 18:55."""
 
 AZURE_CODE = LengthTable((
     12, 36, 64, 96, 129, 172, 212, 268, 343, 406, 504, 598, 701, 793, 890, 960, 1040, 1094,
     1166, 1272, 1376, 1482, 1601, 1704, 1799, 1911, 2049, 2169, 2302, 2434, 2561, 2733,
     2931, 3163, 3543, 3969, 4482, 5113, 6105, 7222, 7447, 7461, 7566, 7841,
 ))
-"""Code completion: python -m rap_env.workload.traces azure_2023_code.csv, 7,000 before 18:55."""
+"""Code completion: `fit_trace` of azure_2023_code.csv, the 7,000 requests before 18:55."""
 # fmt: on
-
-
-def main(arguments: list[str]) -> int:
-    """Print the table fitted to the trace file on the command line; return the exit status."""
-    if len(arguments) != 1:
-        sys.stderr.write("Usage: python -m rap_env.workload.traces FILE.csv\n")
-        return 2
-    try:
-        table = fit_trace(arguments[0])
-    except TraceError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"{table}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

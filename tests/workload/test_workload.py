@@ -14,7 +14,6 @@ from rap_env.workload.traces import (
     TraceError,
     fit_trace,
 )
-from rap_env.workload.traces import main as fit_main
 from tests.workload.drawing import HEADER, draws, share
 
 
@@ -122,15 +121,6 @@ def test_a_fitted_table_gives_back_the_distribution(tmp_path):
     assert gap.max() < 0.025  # Kolmogorov-Smirnov distance; 0.025 is the table's own step
     assert table.at(0.0) == lengths.min()
     assert table.at(1.0) == lengths.max()
-
-
-def test_fitting_from_the_command_line(trace, capsys):
-    assert fit_main([str(trace)]) == 0
-    assert capsys.readouterr().out == f"{fit_trace(trace)}\n"
-    assert fit_main([]) == 2
-    assert "Usage" in capsys.readouterr().err
-    assert fit_main([str(trace) + ".no"]) == 1
-    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_trace_replays_in_order_and_restarts(memory, trace):
