@@ -1,11 +1,11 @@
-"""Three small lm-eval tasks made from templates: no hub, no files, no network.
+"""Three small lm-eval tasks generated from templates, without hub, files or network.
 
-- ``rap_minimal_pairs``: the grammatical one of two sentences that differ in a word.
-- ``rap_recall``: the value that belongs to a key, from a list of 4 to 32 pairs.
-- ``rap_choice``: one of four answers to a short question about everyday things.
+- ``rap_minimal_pairs``: choose the grammatical one of two sentences that differ in a word.
+- ``rap_recall``: recall the value of a key from a list of 4 to 32 pairs.
+- ``rap_choice``: choose one of four answers to a short question about everyday things.
 
-Documents depend on the seed alone. Kinds of question (paradigms, list lengths, relations)
-take turns, so that the first few documents of a task are as mixed as all of them.
+Documents depend on the seed only. Kinds of question (paradigms, list lengths, relations) take
+turns, so that the first documents of a task have the same mix as all of them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Document(TypedDict):
     """One question.
 
     Attributes:
-        context: What the model reads first; empty for minimal pairs.
+        context: The prompt; empty for minimal pairs.
         choices: The continuations that are compared.
-        gold: Index of the right one.
+        gold: Index of the correct choice.
         kind: Paradigm, list length or relation, for results by kind.
     """
 
@@ -43,7 +43,7 @@ class Document(TypedDict):
 
 
 def _document(rng: random.Random, context: str, good: str, bad: list[str], kind: str) -> Document:
-    """A document with the good choice at a random place."""
+    """A document with the correct choice at a random index."""
     choices = list(bad)
     gold = rng.randrange(len(bad) + 1)
     choices.insert(gold, good)
@@ -61,7 +61,7 @@ def _recall(rng: random.Random) -> Iterator[Document]:
         names, values = rng.sample(NAMES, length), rng.sample(OBJECTS, length)
         shown, asked = rng.sample(range(length), 2)
         lines = [f"{name} - {value}\n" for name, value in zip(names, values, strict=True)]
-        # One pair shown again says that the list is being repeated, not continued.
+        # One repeated pair indicates that the list is being repeated, not continued.
         context = f"List:\n{''.join(lines)}\nList:\n{lines[shown]}{names[asked]} -"
         good = values.pop(asked)
         yield _document(rng, context, good, rng.sample(values, 3), f"{length} pairs")
@@ -91,8 +91,8 @@ class GeneratedTask:
     Attributes:
         name: Its name in lm-eval.
         chance: Accuracy of guessing.
-        stream: Endless documents from a random generator.
-        version: Raised whenever the documents of a seed change.
+        stream: Yields documents endlessly from a random generator.
+        version: Increased whenever the documents of a seed change.
     """
 
     name: str
@@ -101,7 +101,7 @@ class GeneratedTask:
     version: int = 1
 
     def documents(self, seed: int, count: int = TEST_DOCUMENTS, skip: int = 0) -> list[Document]:
-        """Distinct documents; those of a larger `count` begin with those of a smaller one."""
+        """Distinct documents; a larger `count` extends the list of a smaller one."""
         rng = random.Random(f"{self.name} {self.version} {seed}")
         seen: set[tuple[str, tuple[str, ...]]] = set()
         documents: list[Document] = []
@@ -128,7 +128,7 @@ GENERATED_TASKS: dict[str, GeneratedTask] = {
 def lm_eval_config(task: GeneratedTask, seed: int = 0) -> dict[str, Any]:
     """The task as an inline lm-eval config, for ``TaskManager.load([config])``.
 
-    Few-shot examples come from documents of their own, which are not among the tested ones.
+    Few-shot examples are separate documents that are not among the tested ones.
 
     Args:
         task: One of `GENERATED_TASKS`.
@@ -160,7 +160,7 @@ def generated_task(name: str) -> GeneratedTask:
     """A generated task by name.
 
     Raises:
-        UnknownNameError: There is none of that name.
+        UnknownNameError: There is no such task.
     """
     if name not in GENERATED_TASKS:
         raise UnknownNameError("generated task", name, GENERATED_TASKS)

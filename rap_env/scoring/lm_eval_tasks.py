@@ -1,15 +1,15 @@
-"""Finding lm-eval's tasks, quickly and quietly.
+"""Loads lm-eval's tasks quickly and without log lines and progress bars.
 
-`TaskManager` reads all of lm-eval's 14,000 configs unless told otherwise, which takes
-seconds. Tasks whose folder is known are found by reading that folder alone.
+`TaskManager` reads all of lm-eval's 14,000 configs by default, which takes seconds. For tasks
+whose folder is known, only that folder is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ TASK_FOLDERS: dict[str, str] = {
     "wikitext": "wikitext",
     "winogrande": "winogrande",
 }
-"""Folders of the tasks that are found at once, inside lm-eval's own."""
+"""Folders of well-known tasks inside lm-eval's folder of tasks."""
 
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -49,7 +49,7 @@ class LoadedTask:
 
     Attributes:
         name: The name.
-        tasks: lm-eval's task objects: one, or the members of the group.
+        tasks: lm-eval's task objects: a single one, or the members of the group.
         group: lm-eval's group object, or None.
     """
 
@@ -59,10 +59,10 @@ class LoadedTask:
 
 
 def require_lm_eval() -> None:
-    """Make sure that lm-eval and what it needs for transformers models is there.
+    """Check that lm-eval and its dependencies for transformers models are installed.
 
     Raises:
-        MissingDependencyError: It is not.
+        MissingDependencyError: One of them is not.
     """
     try:
         import datasets  # noqa: F401
@@ -74,32 +74,115 @@ def require_lm_eval() -> None:
         raise MissingDependencyError(package, "Scoring tasks", "eval") from error
 
 
+class _Silence:
+    """Raises log levels and turns off bars of `datasets` while at least one user needs it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._levels: dict[str, int] = {}
+        self._had_bars = False
+
+    def begin(self) -> None:
+        """Silence lm-eval, unless another thread has done so."""
+        import datasets
+
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            self._had_bars = not datasets.are_progress_bars_disabled()
+            datasets.disable_progress_bars()
+            for name in _NOISY:
+                self._levels[name] = logging.getLogger(name).level
+                logging.getLogger(name).setLevel(logging.ERROR)
+
+    def end(self) -> None:
+        """Restore the settings if no other thread needs silence."""
+        import datasets
+
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            for name, level in self._levels.items():
+                logging.getLogger(name).setLevel(level)
+            if self._had_bars:
+                datasets.enable_progress_bars()
+
+
+_silence = _Silence()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let lm-eval work in silence: no log lines below errors, no progress bars.
+    """Suppress lm-eval's log lines below errors and the progress bars of `datasets`.
 
-    It also compiles each template once, where lm-eval does so anew for each document.
+    Standard error is not touched, and threads may overlap: the last one restores the settings.
     """
-    import datasets
-    from lm_eval.utils import env
-
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    had_bars = not datasets.are_progress_bars_disabled()
+    _silence.begin()
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
-        env.from_string = functools.cache(type(env).from_string.__get__(env))
-        # lm-eval draws some bars without a way to turn them off; they go to this stream.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
-        vars(env).pop("from_string", None)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()
+        _silence.end()
+
+
+@functools.cache
+def task_class() -> Any:
+    """A subclass of lm-eval's `ConfigurableTask` that draws no bar and renders documents once.
+
+    lm-eval compiles a Jinja template at every use, and its metrics use the templates of each
+    document again for every mask. Documents do not change, so results are kept.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    class RenderedTask(ConfigurableTask):  # type: ignore[misc]
+        def __init__(self, config: Mapping[str, Any]) -> None:
+            self._rendered: dict[tuple[str, int], tuple[Any, Any]] = {}
+            super().__init__(config={k: v for k, v in config.items() if k != "class"})
+
+        def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> Any:
+            return self._once("text", super().doc_to_text, doc, doc_to_text)
+
+        def doc_to_target(self, doc: Any, doc_to_target: Any = None) -> Any:
+            return self._once("target", super().doc_to_target, doc, doc_to_target)
+
+        def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> Any:
+            return self._once("choice", super().doc_to_choice, doc, doc_to_choice)
+
+        def build_all_requests(self, *, limit: int | None = None, **settings: Any) -> None:
+            """As lm-eval builds them, without its bar; for other settings, by lm-eval itself."""
+            if {name: value for name, value in settings.items() if value} != {"world_size": 1}:
+                super().build_all_requests(limit=limit, **settings)
+                return
+            instances: list[Any] = []
+            for number, doc in self.doc_iterator(rank=0, limit=limit, world_size=1):
+                context = self.fewshot_context(
+                    doc,
+                    num_fewshot=self.config.num_fewshot or 0,
+                    gen_prefix=self.doc_to_prefix(doc),
+                )
+                made = self.construct_requests(
+                    doc=doc,
+                    ctx=context,
+                    metadata=(self.config.task, number, self.config.repeats),
+                    apply_chat_template=False,
+                    chat_template=None,
+                )
+                instances += made if isinstance(made, list) else [made]
+            if not instances:
+                raise ValueError("it has no documents")
+            self._instances = instances
+
+        def _once(self, kind: str, render: Any, doc: Any, override: Any) -> Any:
+            """Render a document, or return what was rendered before."""
+            if override is not None:
+                return render(doc, override)
+            key = kind, id(doc)
+            if key not in self._rendered:
+                self._rendered[key] = doc, render(doc)  # holds `doc`, so its id stays unique
+            return self._rendered[key][1]
+
+    return RenderedTask
 
 
 def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) -> LoadedTask:
@@ -111,22 +194,22 @@ def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) 
         name: A generated task, or any task, group or tag of lm-eval.
         data_root: Folder of local data, see `rap_env.scoring.local_data`.
         seed: Seeds the documents of generated tasks and the choice of few-shot examples.
-        num_fewshot: Solved examples put before each question; as in lm-eval, tasks
-            that fix it to 0 (such as blimp's) keep 0.
+        num_fewshot: Solved examples before each question; as in lm-eval, tasks that fix the
+            number to 0 (such as blimp's) keep 0.
 
     Raises:
         UnknownNameError: There is no such task, or it is not scored by likelihoods.
-        CorpusError: Its data is missing or does not fit.
+        CorpusError: Its data is missing or does not match.
     """
     if name in GENERATED_TASKS:
-        config = lm_eval_config(GENERATED_TASKS[name], seed)
-        loaded = _manager(None).load([config])
+        task = task_class()(config=lm_eval_config(GENERATED_TASKS[name], seed))
+        loaded: dict[str, Any] = {"tasks": {name: task}}
     else:
         loaded = _load_named(name, data_root)
     tasks = tuple(loaded["tasks"].values())
     for task in tasks:
         _check_output(name, task)
-        # A 0 in the task's own config is kept, as lm-eval's evaluator does.
+        # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         task.set_fewshot_seed(seed=seed)
@@ -135,10 +218,11 @@ def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) 
 
 
 def check_generated_name(name: str) -> None:
-    """Refuse a misspelt generated task without asking lm-eval, where none begins so.
+    """Check the name of a generated task without asking lm-eval.
 
     Raises:
-        UnknownNameError: The name begins with ``rap_`` and is none of ours.
+        UnknownNameError: The name begins with ``rap_``, as no task of lm-eval does, and is
+            unknown.
     """
     if name.startswith("rap_") and name not in GENERATED_TASKS:
         raise UnknownNameError("task", name, KNOWN_TASKS, _ANY_OTHER)
@@ -148,12 +232,10 @@ _ANY_OTHER = "Any other task of lm-eval that is scored by likelihoods works too.
 
 
 @functools.lru_cache(maxsize=4)
-def _manager(folder: str | None) -> Any:
-    """A task manager over one folder of lm-eval, over none (None), or over all (``""``)."""
+def _manager(folder: str) -> Any:
+    """A task manager over one folder of lm-eval's tasks, or over all of them (``""``)."""
     import lm_eval.tasks as package
 
-    if folder is None:
-        return package.TaskManager(include_defaults=False)
     if not folder:
         return package.TaskManager()
     path = Path(package.__file__).parent / folder
@@ -169,7 +251,7 @@ def _manager_for(name: str) -> Any:
     folder = TASK_FOLDERS.get("blimp" if name.startswith("blimp_") else name)
     manager = None if folder is None else _manager(folder)
     if manager is None or name not in manager.task_index:
-        log.info("Looking through all of lm-eval's tasks for %r, which takes some seconds.", name)
+        log.info("Searching all of lm-eval's tasks for %r, which takes some seconds.", name)
         manager = _manager("")
     if name not in manager.task_index:
         near = _near(name, manager.all_tasks)
@@ -189,40 +271,55 @@ def _load_named(name: str, data_root: str | None) -> dict[str, Any]:
     if data_root is not None:
         return _load_local(manager, name, data_root)
     try:
-        found: dict[str, Any] = manager.load([name])
+        return _load_leaves(manager, name)
     except Exception as error:  # the hub's client has no common base class for its errors
         raise CorpusError(
             f"Cannot load the data of the task {name!r} from the hub ({_brief(error)}); check "
-            "the network, set data_root to a folder with the task's data, or take the generated "
+            "the network, set data_root to a folder with the task's data, or use the generated "
             f"tasks {', '.join(GENERATED_TASKS)}."
         ) from error
-    return found
 
 
 def _load_local(manager: Any, name: str, data_root: str) -> dict[str, Any]:
-    """Load a task or group with its data sets swapped.
-
-    Members of an inline group may override settings of the task that they name, which is
-    lm-eval's way to say "this task, but with that data".
-    """
+    """Load a task or group with local files in the place of its data sets."""
     index = manager.task_index
-    leaves = list(_leaves(index, name))
-    members = [
-        {"task": leaf, **local_overrides(data_root, leaf, index[leaf].cfg)} for leaf in leaves
-    ]
+    overrides = {
+        leaf: local_overrides(data_root, leaf, index[leaf].cfg) for leaf in _leaves(index, name)
+    }
     try:
-        tasks = manager.load([{"group": name, "task": members}])["tasks"]
-    except Exception as error:  # whatever a task's own templates and functions raise
+        return _load_leaves(manager, name, overrides)
+    except Exception as error:  # a task's own templates and functions may raise anything
         raise CorpusError(
-            f"The files of the task {name!r} in {data_root} do not fit what it reads: "
+            f"The files of the task {name!r} in {data_root} do not match what it reads: "
             f"{_brief(error)}. Compare their fields with the task's config in lm-eval."
         ) from error
+
+
+def _load_leaves(
+    manager: Any, name: str, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Load a task or group with `task_class` and changed settings of its tasks.
+
+    Members of an inline group may override settings of the task that they name; this is
+    lm-eval's way to change the class or the data of a task.
+    """
+    index, members = manager.task_index, []
+    try:
+        leaves = list(_leaves(index, name))
+    except CorpusError:  # a group that changes its members' configs
+        found: dict[str, Any] = manager.load([name])
+        return found
+    for leaf in leaves:
+        own_class = "class" in (index[leaf].cfg or {})
+        member = {"task": leaf, **(overrides or {}).get(leaf, {})}
+        members.append(member if own_class else {**member, "class": task_class()})
+    tasks = manager.load([{"group": name, "task": members}])["tasks"]
     own = index[name].cfg or {}
     return {"tasks": tasks, "groups": _group(name, own, tasks) if "group" in own else {}}
 
 
 def _group(name: str, config: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's group object with the group's own rule of aggregation."""
+    """lm-eval's group object with the group's own aggregation."""
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
 

@@ -1,9 +1,9 @@
-"""lm-eval's own tasks on local files: the data set is swapped and nothing else.
+"""Runs lm-eval's own tasks on local files: only the data set is replaced.
 
-A data root is a folder with one folder for each task, named as the task, and in it one
-JSON-lines file for each split, named as the split (``piqa/validation.jsonl``), with the fields
-that the task's own config reads. Splits that have no file are set to null, so a task whose
-test split is missing is scored on its validation split, as lm-eval does.
+A data root is a folder with one subfolder per task. A subfolder holds one JSON-lines file per
+split, named after the split (``piqa/validation.jsonl``), with the fields that the task's config
+reads. Splits without a file are set to null, so lm-eval scores a task without a test split on its
+validation split.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TASK_FIELDS: dict[str, tuple[str, ...]] = {
     "wikitext": ("page",),
     "winogrande": ("sentence", "option1", "option2", "answer"),
 }
-"""Fields that a task's prompts read. A missing one would not always fail in lm-eval: its
-templates take the name of an unknown field as literal text."""
+"""Fields that a task's prompts read. A missing field does not always fail in lm-eval, because its
+templates use the name of an unknown field as literal text."""
 
 Rows = list[dict[str, Any]]
 
 
 def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What to change in a task's lm-eval config so that it reads local files.
+    """Changes to a task's lm-eval config that make it read local files.
 
     Args:
         data_root: The folder of task folders.
@@ -47,10 +47,10 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
         config: The task's own lm-eval config.
 
     Returns:
-        A function that gives the data set, and null for every split without a file.
+        A function that returns the data set, and null for every split without a file.
 
     Raises:
-        CorpusError: The folder, a file or a field is missing, or a file is no JSON lines.
+        CorpusError: The folder, a file or a field is missing, or a file is not JSON lines.
     """
     folder = _task_folder(Path(data_root).expanduser(), task)
     wanted = _split_names(config)
@@ -78,7 +78,7 @@ def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
         fields: Fields that every row must have.
 
     Raises:
-        CorpusError: It cannot be read, is empty, or a line is no object with these fields.
+        CorpusError: It cannot be read, is empty, or a line is not an object with these fields.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
     # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise CorpusError(f"{path} has no rows; it should hold one JSON object a line.")
+        raise CorpusError(f"{path} has no rows; it must hold one JSON object per line.")
     return [_parse_row(path, number, line, fields) for number, line in lines]
 
 
@@ -96,10 +96,10 @@ def _parse_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> d
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise CorpusError(
-            f"Line {number} of {path} is no JSON object ({error}); the file may be cut off."
+            f"Line {number} of {path} is not a JSON object ({error}); the file may be truncated."
         ) from None
     if not isinstance(row, dict):
-        raise CorpusError(f"Line {number} of {path} is no JSON object, but {line[:40]!r}.")
+        raise CorpusError(f"Line {number} of {path} is not a JSON object, but {line[:40]!r}.")
     missing = [field for field in fields if not _has(row, field)]
     if missing:
         raise CorpusError(
@@ -125,13 +125,12 @@ def _fields_of(task: str) -> tuple[str, ...]:
 def _task_folder(root: Path, task: str) -> Path:
     if not root.is_dir():
         raise CorpusError(
-            f"data_root {root} is no folder; name one that holds a folder for each task, or set "
-            "data_root to null to take the hub's data."
+            f"data_root {root} is not a folder; give one that holds a folder for each task, or set "
+            "data_root to null to use the hub's data."
         )
     if not (root / task).is_dir():
         raise CorpusError(
-            f"data_root {root} has no folder {task!r}; add {task}/SPLIT.jsonl, or leave the task "
-            "out."
+            f"data_root {root} has no folder {task!r}; add {task}/SPLIT.jsonl, or remove the task."
         )
     return root / task
 
@@ -142,7 +141,7 @@ def _split_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _dataset_maker(rows: Mapping[str, Rows]) -> Callable[..., Any]:
-    """A function as lm-eval's ``custom_dataset`` wants it; it ignores the task's metadata."""
+    """A function for lm-eval's ``custom_dataset``; it ignores the task's metadata."""
 
     def make(**_metadata: Any) -> Any:
         from datasets import Dataset, DatasetDict

@@ -1,4 +1,4 @@
-"""One task's requests, and the task's own metrics from their likelihoods."""
+"""The requests of one task, and the task's own metrics from their likelihoods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
 from rap_env.scoring.lm_eval_tasks import LoadedTask
 
-_FILTER = "none"  # the filter that lm-eval gives to tasks without one of their own
+_FILTER = "none"  # lm-eval's name for the default filter
 
 Outputs = npt.NDArray[np.float64]
 """Log-likelihood (nats) and greedy flag of each of a task's instances, shape (instances, 2)."""
@@ -26,15 +26,16 @@ Outputs = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TaskResult:
-    """What one task, or one group, gave for a mask.
+    """The result of one task or group under a mask.
 
     Attributes:
         name: The task.
         metrics: lm-eval's metrics by name, such as ``acc``, ``acc_norm``, ``word_perplexity``.
-        stderr: Standard errors of those that are means.
-        documents: How many documents they rest on.
-        per_document: For metrics with one number a document: that number, shape (documents,),
-            in the same order for every mask, so that two masks can be compared in pairs.
+        stderr: Standard errors of the metrics that are means.
+        documents: Number of documents.
+        per_document: For metrics with one number per document: these numbers, shape
+            (documents,), in the same order for every mask, so that two masks can be compared in
+            pairs.
     """
 
     name: str
@@ -45,7 +46,7 @@ class TaskResult:
 
     @property
     def main_metric(self) -> str:
-        """``acc`` where there is one, else the first that the task lists."""
+        """``acc`` if the task has it, else the first metric that it lists."""
         return "acc" if "acc" in self.metrics else next(iter(self.metrics))
 
 
@@ -55,15 +56,15 @@ class TaskRequests:
     Args:
         llm: The live model.
         task: lm-eval's task object.
-        encoder: Makes the token ids.
-        limit: First so many documents, or None for all.
-        seed: The seed that the task was loaded with; kept for `context` only.
+        encoder: Converts requests to token ids.
+        limit: Number of first documents, or None for all.
+        seed: The seed that the task was loaded with; only stored in `context`.
 
     Attributes:
-        context: What determines the task's likelihoods, the model aside.
+        context: Everything but the model that determines the task's likelihoods.
 
     Raises:
-        CorpusError: A document does not fit what the task reads.
+        CorpusError: A document does not match what the task reads.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class TaskRequests:
         self.task = task
         try:
             task.build_all_requests(limit=limit, rank=0, world_size=1)
-        except Exception as error:  # whatever a task's own templates raise on bad rows
+        except Exception as error:  # a task's own templates may raise anything on bad rows
             raise CorpusError(
-                f"The documents of the task {task.task_name!r} do not fit what it reads: "
+                f"The documents of the task {task.task_name!r} do not match what it reads: "
                 f"{type(error).__name__}: {error}."
             ) from error
         encoded = encoder.encode(task)
-        # A rolling instance is the sum of its windows, any other is one request.
+        # A rolling instance is the sum of its windows; any other instance is one request.
         self._owner = np.repeat(np.arange(len(encoded)), [len(parts) for parts in encoded])
         requests = [request for parts in encoded for request in parts]
         self._scorer = ContinuationScorer(llm, requests, encoder.max_length)
@@ -120,7 +121,7 @@ class TaskRequests:
         return outputs
 
     def result(self, outputs: Outputs) -> TaskResult:
-        """The task's own metrics for the likelihoods of its instances."""
+        """Compute the task's own metrics from the likelihoods of its instances."""
         from lm_eval.api.metrics import mean, mean_stderr
 
         values = self._document_values(outputs)
@@ -135,7 +136,7 @@ class TaskRequests:
         return TaskResult(self.task.task_name, metrics, stderr, len(self._documents), per_document)
 
     def _document_values(self, outputs: Outputs) -> dict[str, list[Any]]:
-        """What the task makes of each document, by metric."""
+        """The task's value for each document, by metric."""
         rolling = self.task.OUTPUT_TYPE == "loglikelihood_rolling"
         for instance, (likelihood, greedy) in zip(self.task.instances, outputs, strict=True):
             answer = float(likelihood) if rolling else (float(likelihood), bool(greedy))
@@ -152,7 +153,7 @@ class TaskRequests:
 
 
 def combine(loaded: LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
-    """The result of a task, or of a group by lm-eval's own rule for it (else: plain means)."""
+    """The result of a task, or of a group by lm-eval's aggregation for it (else plain means)."""
     if loaded.group is None and len(parts) == 1:
         return parts[0]
     rows = {
@@ -184,7 +185,7 @@ def combine(loaded: LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
 
 
 def _documents_hash(documents: Mapping[int, Sequence[Any]]) -> str:
-    """SHA-256 over the documents that are scored."""
+    """SHA-256 of the scored documents."""
     total = hashlib.sha256()
     for number, parts in documents.items():
         total.update(f"{number} {parts[0].doc!r}\n".encode())

@@ -1,4 +1,4 @@
-"""lm-eval accuracies of many masks: requests are built once, then only the model runs."""
+"""Scores masks on lm-eval tasks: requests are built once, then only the model runs."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _METRIC = "loglikelihoods"
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Which tasks, on how many documents.
+    """The tasks to score, and on how many documents.
 
     Attributes:
         names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``) or any
             task or group of lm-eval that is scored by likelihoods.
-        limit: First so many documents of each task (of each member of a group); None for all.
+        limit: Number of first documents of each task (of each member of a group); None for all.
         data_root: Folder of local data for lm-eval's own tasks, see
-            `rap_env.scoring.local_data`; None takes the hub's.
-        num_fewshot: Solved examples put before each question.
+            `rap_env.scoring.local_data`; None uses the hub's data.
+        num_fewshot: Solved examples before each question.
         seed: Chooses the documents of generated tasks and the few-shot examples.
 
     Raises:
-        UnknownNameError: A name is no string, or a misspelt generated task.
-        InvalidRequestError: A number is out of range, or there are no names, or one is twice.
+        UnknownNameError: A name is not a string, or a misspelt generated task.
+        InvalidRequestError: A number is out of range, or names are missing or repeated.
     """
 
     names: tuple[str, ...]
@@ -73,24 +73,24 @@ class TaskConfig:
 
 
 class TaskScorer:
-    """Measures what masks do to the model's scores on lm-eval tasks.
+    """Measures the model's scores on lm-eval tasks under masks.
 
-    Every number is made by the tasks' own code from the log-likelihoods of their requests;
-    only those likelihoods are computed here, and kept in the store.
+    The tasks' own code computes every metric from the log-likelihoods of their requests. Only
+    these likelihoods are computed here and kept in the store.
 
     Args:
         llm: The live model; its mask is restored after each call.
         config: Which tasks.
-        store: Where likelihoods are kept between runs; None keeps results in this object only.
-        progress: Show a bar for each task while the model runs.
+        store: Keeps likelihoods between runs; None keeps results in this object only.
+        progress: Whether to draw a bar for each task while the model runs.
 
     Attributes:
-        evaluations: Masks for which the model was really run (stored ones don't count).
+        evaluations: Masks for which the model ran; masks found in the store do not count.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
         UnknownNameError: There is no such task.
-        CorpusError: A task's data is missing, does not fit, or the model has no tokenizer.
+        CorpusError: A task's data is missing or does not match, or the model has no tokenizer.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class TaskScorer:
 
     @cached_property
     def chance(self) -> dict[str, float]:
-        """Accuracy of guessing, by task: mean of 1 / choices, 0 where the answer is open."""
+        """Accuracy of guessing, by task: mean of 1 / choices, 0 for open answers."""
         return {
             loaded.name: statistics.fmean(
                 self._members[task.task_name].chance for task in loaded.tasks

@@ -114,7 +114,9 @@ def test_every_listed_task_has_rows_here_and_a_folder_in_lm_eval():
 
 
 def test_a_missing_root_folder_or_file_is_named(tmp_path):
-    with pytest.raises(CorpusError, match="data_root .*nowhere is no folder; name one that holds"):
+    with pytest.raises(
+        CorpusError, match="data_root .*nowhere is not a folder; give one that holds"
+    ):
         load(tmp_path / "nowhere", "piqa")
     with pytest.raises(CorpusError, match="has no folder 'piqa'; add piqa/SPLIT.jsonl"):
         load(tmp_path, "piqa")
@@ -144,10 +146,10 @@ def test_each_missing_field_is_named(tmp_path, name):
 def test_damaged_files_are_named_with_the_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": ')
-    with pytest.raises(CorpusError, match="Line 3 of .* is no JSON object .*may be cut off"):
+    with pytest.raises(CorpusError, match="Line 3 of .* is not a JSON object .*may be truncated"):
         read_rows(path)
     path.write_text('{"a": 1}\n[2]\n')
-    with pytest.raises(CorpusError, match=r"Line 2 of .* is no JSON object, but '\[2\]'"):
+    with pytest.raises(CorpusError, match=r"Line 2 of .* is not a JSON object, but '\[2\]'"):
         read_rows(path)
     path.write_text("\n")
     with pytest.raises(CorpusError, match="has no rows"):
@@ -166,7 +168,7 @@ def test_rows_keep_line_separators_inside_strings(tmp_path):
 def test_columns_of_mixed_types_are_refused(tmp_path):
     row = {**ROWS["piqa"], "label": "one"}
     write_task(tmp_path, "piqa", rows=[ROWS["piqa"], row])
-    with pytest.raises(CorpusError, match="files of the task 'piqa' .* do not fit"):
+    with pytest.raises(CorpusError, match="files of the task 'piqa' .* do not match"):
         load(tmp_path, "piqa")
 
 

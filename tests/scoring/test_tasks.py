@@ -1,6 +1,9 @@
 import dataclasses
+import io
 import logging
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,11 +26,21 @@ from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenize
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import env as lm_eval_env
+
 from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
 GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
 SOME = BlockMask.of("layer00.attn", "layer01.ffn")
+
+
+class PlainTask(ConfigurableTask):
+    """lm-eval's task, made as `lm_eval_tasks` makes tasks."""
+
+    def __init__(self, config):
+        super().__init__(config={k: v for k, v in config.items() if k != "class"})
 
 
 def make_llm(positions=768, seed=0, dtype=torch.float32):
@@ -53,6 +66,7 @@ def lm_evals_results(llm, scorer, mask):
 
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    monkeypatch.setattr(lm_eval_tasks, "task_class", lambda: PlainTask)  # lm-eval's own code
     config = scorer.config
     tasks = {}
     for name in config.names:
@@ -280,6 +294,46 @@ def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_standard_error_and_logging_are_left_to_the_application(tmp_path, llm, monkeypatch):
+    """Threads that score at once give equal results, and whoever writes meanwhile is heard."""
+    write_task(tmp_path, "hellaswag")
+    config = TaskConfig(("rap_choice", "hellaswag"), limit=2, data_root=str(tmp_path))
+    stream, seen = io.StringIO(), []
+    monkeypatch.setattr(sys, "stderr", stream)
+    descriptor = os.fstat(2)
+    built = RequestEncoder.encode
+
+    def watched(self, task):
+        seen.append((sys.stderr is stream, os.fstat(2) == descriptor))
+        print("the application", file=sys.stderr)
+        return built(self, task)
+
+    monkeypatch.setattr(RequestEncoder, "encode", watched)
+    template = vars(lm_eval_env).copy()
+    level = logging.getLogger("lm_eval").level
+    with ThreadPoolExecutor(2) as pool:
+        scorers = list(pool.map(lambda _: TaskScorer(llm, config), range(2)))
+    first, second = (scorer.accuracies(BlockMask()) for scorer in scorers)
+    assert first == second
+    assert seen == [(True, True)] * 4
+    assert stream.getvalue() == "the application\n" * 4
+    assert logging.getLogger("lm_eval").level == level
+    assert vars(lm_eval_env) == template
+
+
+def test_silence_ends_with_its_last_user():
+    import datasets
+
+    logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    with lm_eval_tasks.quiet():
+        with lm_eval_tasks.quiet():
+            assert logger.level == logging.ERROR
+        assert logger.level == logging.ERROR
+        assert datasets.are_progress_bars_disabled()
+    assert logger.level == before
+    assert not datasets.are_progress_bars_disabled()
 
 
 def test_nan_is_an_error_that_says_where():
