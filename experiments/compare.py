@@ -1,7 +1,7 @@
-"""``python -m experiments.compare``: any set of run folders side by side, from records alone.
+"""``python -m experiments.compare``: compare any set of run folders, from records only.
 
-Rows of other models, texts or repairs are groups of their own and never averaged together. The
-answer goes to the standard output, and nothing else does.
+Rows of different models, texts or repairs form separate groups and are never averaged together.
+Only the comparison is printed to the standard output.
 """
 
 from __future__ import annotations
@@ -41,13 +41,7 @@ from experiments.launch import launch_reader
 
 
 def compare(config: CompareConfig) -> str:
-    """What is known of the methods in some folders.
-
-    Args:
-        config: Which folders, and the form of the answer.
-
-    Returns:
-        The answer, in the form that was asked for.
+    """Return the comparison of all methods in some folders, in the configured format.
 
     Raises:
         ExperimentError: A folder does not exist, or there are no records.
@@ -60,7 +54,10 @@ def compare(config: CompareConfig) -> str:
 
 
 def result_rows(groups: list[Group]) -> list[dict[str, Any]]:
-    """A row for each group, part, method and cell; losses are on report text, nats per token."""
+    """Return a row for each group, part, method and cell.
+
+    Keys with ``loss`` are ΔNLL in nats per token, on the report text unless they say otherwise.
+    """
     return [
         _row(group, comparison, method, cell)
         for group in groups
@@ -72,7 +69,7 @@ def result_rows(groups: list[Group]) -> list[dict[str, Any]]:
 
 def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[str, Any]:
     rows = comparison.at(method, cell)
-    loss = comparison.loss_at(method, cell)
+    loss = comparison.delta_nll_at(method, cell)
     assert loss is not None  # the cell is one of the method's
     trained = [row.training_s for row in rows if row.training_s is not None]
     depends = group.depends_on
@@ -103,16 +100,16 @@ def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[
 
 
 LAST_EPISODES = 50
-"""Episodes at the end of a training that its final loss is the mean of."""
+"""Number of last training episodes that the final ΔNLL averages."""
 
 LEARNING_CAPTION = (
-    f"Final loss: mean over the last {LAST_EPISODES} training episodes (sampled actions, "
-    "calibration text, nats per token), over seeds, with the least and the greatest seed."
+    f"Final ΔNLL: mean over the last {LAST_EPISODES} training episodes (sampled actions, "
+    "calibration text, nats per token) and seeds, with the lowest and the highest seed."
 )
 
 
 def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
-    """All groups for the terminal, one after the other, then what trainings came to."""
+    """Format all groups for the terminal, then the results of training runs."""
     parts = [_group_text(group) for group in groups]
     for found in learning:
         parts.append(
@@ -123,7 +120,7 @@ def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
 
 
 def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
-    """All tables in Markdown."""
+    """Format all tables as Markdown."""
     parts = []
     for group in groups:
         first, *others = group.parts.values()
@@ -138,11 +135,11 @@ def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
 
 
 def learning_table(found: Learning) -> Table:
-    """What the trainings of each method came to and what they cost, over seeds."""
-    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final loss"]
+    """Return final ΔNLL and cost of the training runs of each method, over seeds."""
+    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final ΔNLL"]
     rows = []
     for method, runs in found.by_method.items():
-        losses = [loss for run in runs if (loss := final_loss(run)) is not None]
+        losses = [loss for run in runs if (loss := final_delta_nll(run)) is not None]
         shown = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]" if losses else "-"
         rows.append(
             [
@@ -153,8 +150,8 @@ def learning_table(found: Learning) -> Table:
     return header, rows
 
 
-def final_loss(run: TrainingRun) -> float | None:
-    """Mean loss of a training's last episodes, nats per token; None where none was logged."""
+def final_delta_nll(run: TrainingRun) -> float | None:
+    """Return the mean ΔNLL of a training's last episodes, nats per token; None if not logged."""
     _, losses = run.series("episode/loss")
     if losses:
         return float(np.mean(losses[-LAST_EPISODES:]))
@@ -180,20 +177,20 @@ def _group_text(group: Group) -> str:
 
 def _comparison_text(comparison: Comparison) -> list[str]:
     if not comparison.summaries:
-        return ["No pair of request and budget is shared by all methods, so none are compared."]
+        return ["No pair of request and budget has results of all methods, so nothing is compared."]
     parts = [terminal_text(comparison), plain(setup_table(comparison))]
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
-        title = f"{look(method).label} minus each other method (nats per token, paired):"
+        title = f"ΔNLL of {look(method).label} minus each other method (nats per token, paired):"
         parts.append(f"{title}\n\n{plain(short_differences(comparison, method))}")
     if learned:
         parts.append(wrapped(COUNTS_CAPTION))
-    goals = targets_table(comparison) if comparison.part == "grid" else None
-    return [*parts, plain(goals)] if goals else parts
+    targets = targets_table(comparison) if comparison.part == "grid" else None
+    return [*parts, plain(targets)] if targets else parts
 
 
 def setup_table(comparison: Comparison) -> Table:
-    """What each method costs once, before any request."""
+    """Return the cost of each method before any request."""
     header = ["Cost once", "Evaluations", "Training"]
     rows = [
         [
@@ -216,7 +213,7 @@ def _mean_fact(runs: Sequence[TrainingRun], key: str) -> str:
 
 
 def _training_time(runs: Sequence[TrainingRun]) -> str:
-    """Mean seconds of the finished runs; how many are not finished."""
+    """Return mean training time of the finished runs, and the number of unfinished ones."""
     known = [run.facts["training_s"] for run in runs if "training_s" in run.facts]
     open_runs = sum("finished" not in run.facts for run in runs)
     mean = seconds(float(np.mean(known))) if known else "-"

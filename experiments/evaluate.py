@@ -230,7 +230,7 @@ def _log_results(comparison: Comparison, loggers: Loggers) -> None:
         for row in comparison.rows
     ]  # fmt: skip
     loggers.table("results/rows", header, rows)
-    metrics = {f"loss/{s.method}": s.loss.mean for s in comparison.summaries}
+    metrics = {f"loss/{s.method}": s.delta_nll.mean for s in comparison.summaries}
     loggers.log(metrics, 0)
 
 

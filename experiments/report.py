@@ -1,4 +1,4 @@
-"""``python -m experiments.report``: tables, figures and one HTML page, from records alone."""
+"""``python -m experiments.report``: write tables, figures and one HTML page from records."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def report(config: Config, folder: Path) -> Path:
 
     Args:
         config: All settings; the records of ``<runs_dir>/<name>`` are read.
-        folder: Where ``index.html``, ``tables.md``, ``repair_tables.md`` and ``figures/`` go, as
-            far as there are records for them.
+        folder: Folder for ``index.html``, ``tables.md``, ``repair_tables.md`` and ``figures/``,
+            as far as there are records for them.
 
     Returns:
         The page's path.
@@ -67,7 +67,7 @@ def report(config: Config, folder: Path) -> Path:
 
 
 def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
-    """Everything that the template needs; figures are drawn on the way."""
+    """Return the values of the template, and draw all figures."""
     gallery = Gallery(figures)
     sections = [
         comparison_section(data, gallery),
@@ -96,13 +96,13 @@ def _repair_alone(data: ReportData) -> bool:
 
 def _need_matplotlib() -> None:
     try:
-        import matplotlib  # noqa: F401 - asked for before anything is read
+        import matplotlib  # noqa: F401 - checked before anything is read
     except ImportError:
         raise MissingDependencyError("matplotlib", "The report", "plots") from None
 
 
 def subtitle(data: ReportData) -> str:
-    """Model, machine and date in a line."""
+    """Return model, machine, date and commit in a line."""
     parts = []
     if data.profile:
         facts = data.profile["facts"]
@@ -120,18 +120,18 @@ def subtitle(data: ReportData) -> str:
 
 
 def abstract(data: ReportData) -> list[str]:
-    """What the page is about, for a reader who comes from nowhere."""
+    """Return the introduction of the page."""
     return [
-        "A language model in service lives under a memory limit that moves. What fills the memory "
-        "moves too: with short requests it is the weights, most of them in the feed-forward (FFN) "
-        "blocks; with many long requests it is the KV cache, all of it made by the attention "
-        "blocks. This report compares ways to decide, for each request and budget, which blocks "
-        "to leave out, so that the model fits and loses as little quality as possible.",
+        "A language model in service has a memory budget that changes over time. What uses the "
+        "memory changes as well: for short requests it is the weights, most of them in the "
+        "feed-forward (FFN) blocks; for many long requests it is the KV cache, which belongs to "
+        "the attention blocks. This report compares methods that choose, for each request and "
+        "budget, which blocks to remove, so that the model fits at the lowest loss of quality.",
     ]
 
 
 def key_numbers(data: ReportData) -> list[dict[str, str]]:
-    """A few numbers for the top of the page."""
+    """Return a few numbers for the top of the page."""
     comparison = data.comparison
     if not comparison or not comparison.summaries:
         return []
@@ -139,19 +139,21 @@ def key_numbers(data: ReportData) -> list[dict[str, str]]:
     policy, best, rest = comparison.main_policy, _best_baseline(comparison), _random(comparison)
     if policy:
         found.append(
-            _key(f"{policy.loss.mean:.3f}", f"nats/token lost by {look(policy.method).label}, "
-                 f"95 % interval {_interval(policy)}")
+            _key(f"{policy.delta_nll.mean:.3f}", f"ΔNLL of {look(policy.method).label}, "
+                 f"nats/token, 95 % interval {_interval(policy)}")
         )  # fmt: skip
     if best:
         found.append(
-            _key(f"{best.loss.mean:.3f}", f"lost by {look(best.method).label}, the best baseline, "
-                 f"{_interval(best)}")
+            _key(f"{best.delta_nll.mean:.3f}", f"ΔNLL of {look(best.method).label}, the best "
+                 f"baseline, {_interval(best)}")
         )  # fmt: skip
     if rest:
-        found.append(_key(f"{rest.loss.mean:.2f}", f"lost by random removal, {_interval(rest)}"))
+        found.append(
+            _key(f"{rest.delta_nll.mean:.2f}", f"ΔNLL of random removal, {_interval(rest)}")
+        )
     if policy and best:
         found.append(
-            _key(f"{seconds(policy.decision_s)}", "for the policy to decide on a request, with "
+            _key(f"{seconds(policy.decision_s)}", "decision time of the policy, with "
                  f"{number(policy.evaluations)} model evaluations; {look(best.method).label}: "
                  f"{seconds(best.decision_s)}, {number(best.evaluations)}")
         )  # fmt: skip
@@ -159,7 +161,7 @@ def key_numbers(data: ReportData) -> list[dict[str, str]]:
 
 
 def findings(data: ReportData) -> list[str]:
-    """What the comparison says, in words, for and against the policy."""
+    """Return the results of the comparison as sentences, for and against the policy."""
     comparison = data.comparison
     policy = comparison.main_policy if comparison else None
     if not comparison or not policy:
@@ -176,27 +178,27 @@ def findings(data: ReportData) -> list[str]:
         place.append(look(other.method).label)
     clauses = []
     if better:
-        clauses.append(f"loses less than {_join(better)}")
+        clauses.append(f"has a lower ΔNLL than {_join(better)}")
     if even:
-        clauses.append(f"cannot be told apart from {_join(even)}")
+        clauses.append(f"does not differ significantly from {_join(even)}")
     if worse:
-        clauses.append(f"loses more than {_join(worse)}")
+        clauses.append(f"has a higher ΔNLL than {_join(worse)}")
     missing = [look(s.method).label for s in comparison.summaries if not s.fits_all]
     texts = [
         f"On {counted(len(comparison.cells), 'pair')} of request and budget, {name} "
         f"{_join(clauses)} (paired over held-out windows, 95 % level)."
         if clauses
-        else f"{name} has no baseline to be compared with."
+        else f"There is no baseline to compare {name} with."
     ]
     if missing:
         texts.append(
-            f"{_join(missing)} cannot meet every budget, so no loss of "
-            f"{'theirs' if len(missing) > 1 else 'its'} compares with the others'."
+            f"{_join(missing)} cannot meet every budget, so "
+            f"{'their' if len(missing) > 1 else 'its'} ΔNLL is not comparable."
         )
-    if policy.loss.seeds == 1:
+    if policy.delta_nll.seeds == 1:
         texts.append(
-            f"{name} was trained with a single seed: the interval covers the text, not the luck "
-            "of training."
+            f"{name} was trained with a single seed: the interval covers variation over text, not "
+            "over trainings."
         )
     return texts
 
@@ -216,7 +218,7 @@ def _key(value: str, label: str) -> dict[str, str]:
 
 
 def _interval(summary: Summary) -> str:
-    return f"{summary.loss.low:.3f} to {summary.loss.high:.3f}"
+    return f"{summary.delta_nll.low:.3f} to {summary.delta_nll.high:.3f}"
 
 
 def _join(words: list[str]) -> str:

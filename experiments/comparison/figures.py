@@ -1,4 +1,4 @@
-"""Figures from records. Each has a wide form for pages and a narrow one for phones."""
+"""Figures of a comparison, of importance and memory, and of trained policies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.comparison.plotting import (
     INK,
     NARROW_IN,
     WIDE_IN,
-    loss_scale,
+    delta_nll_scale,
     panels,
     plain_log_ticks,
     style,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def overview(comparison: Comparison, narrow: bool) -> Figure:
-    """Mean loss of each method over the whole grid, with its interval, and accuracy."""
+    """Draw the mean ΔNLL of each method over the grid, with its interval, and accuracy."""
     summaries = comparison.summaries[::-1]
     accuracy = any(s.accuracy is not None for s in summaries)
     parts = 2 if accuracy else 1
@@ -41,7 +41,7 @@ def overview(comparison: Comparison, narrow: bool) -> Figure:
         for place, s in enumerate(summaries):
             shown = look(s.method)
             open_marker: dict[str, Any] = {"markerfacecolor": "white"} if not s.fits_all else {}
-            loss = s.loss
+            loss = s.delta_nll
             axes[0].errorbar(
                 loss.mean, place, xerr=[[loss.mean - loss.low], [loss.high - loss.mean]],
                 fmt=shown.marker, color=shown.colour, markersize=6, capsize=3, **open_marker,
@@ -53,8 +53,8 @@ def overview(comparison: Comparison, narrow: bool) -> Figure:
                 )  # fmt: skip
         for axis in axes:
             _name_rows(axis, [s.method for s in summaries])
-        loss_scale(axes[0], [s.loss.mean for s in summaries], "x")
-        axes[0].set_title("Loss on held-out text")
+        delta_nll_scale(axes[0], [s.delta_nll.mean for s in summaries], "x")
+        axes[0].set_title("ΔNLL on held-out text")
         if accuracy:
             _draw_dense_accuracy(axes[1], comparison)
             axes[1].set_xlabel("mean accuracy of the tasks (%)")
@@ -64,8 +64,8 @@ def overview(comparison: Comparison, narrow: bool) -> Figure:
     return figure
 
 
-def loss_against_budget(comparison: Comparison, narrow: bool) -> Figure:
-    """Loss over the budget, a panel for each request, all methods."""
+def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
+    """Draw ΔNLL against budget, a panel for each request, all methods."""
     shapes = comparison.shapes
     columns = 1 if narrow else min(3, len(shapes))
     rows = -(-len(shapes) // columns)
@@ -77,12 +77,12 @@ def loss_against_budget(comparison: Comparison, narrow: bool) -> Figure:
             axis.set_visible(False)
         means: list[float] = []
         for place, (axis, shape) in enumerate(zip(axes, shapes, strict=False)):
-            means += _draw_losses(axis, comparison, shape)
+            means += _draw_delta_nlls(axis, comparison, shape)
             axis.set_title(f"{shape[0]} {TIMES} {shape[1]:,} tokens")
             axis.set_xlabel("memory budget (% of the dense peak)" if narrow or place >= (
                 rows - 1) * columns else "")  # fmt: skip
         for place, axis in enumerate(axes[: len(shapes)]):
-            loss_scale(axis, means, "y", label=place % columns == 0)
+            delta_nll_scale(axis, means, "y", label=place % columns == 0)
         _budget_axis(axes[0], comparison.budgets)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
@@ -93,7 +93,7 @@ def loss_against_budget(comparison: Comparison, narrow: bool) -> Figure:
 
 
 def memory_picture(profile: dict[str, Any], narrow: bool) -> Figure:
-    """Shares of what the dense model holds as the sequences get longer, a panel a batch size."""
+    """Draw shares of the dense model's memory over sequence length, a panel per batch size."""
     with style():
         return draw_memory(
             profile["memory_shares"],
@@ -104,7 +104,7 @@ def memory_picture(profile: dict[str, Any], narrow: bool) -> Figure:
 
 
 def importance_bars(profile: dict[str, Any], narrow: bool) -> Figure:
-    """Left: loss without each block alone. Right: loss as GSI removes block after block."""
+    """Draw ΔNLL of removing each block alone, and of the blocks that GSI removes in turn."""
     gsi = profile.get("gsi")
     parts = 2 if gsi else 1
     with style():
@@ -128,7 +128,7 @@ def _draw_one_shot(axis: Axes, delta_nll: list[float]) -> None:
     plain_log_ticks(axis.yaxis)
     axis.set_title("One block removed from the dense model")
     axis.set_xlabel("layer")
-    axis.set_ylabel("loss (nats/token, log scale)")
+    axis.set_ylabel("ΔNLL (nats/token, log scale)")
     axis.grid(axis="x", visible=False)
     axis.legend(loc="upper right", ncols=2)
 
@@ -137,9 +137,9 @@ def _draw_gsi(axis: Axes, order: list[str], losses: Any) -> None:
     kinds = [name.rpartition(".")[2] for name in order]
     places = np.arange(1, len(order) + 1)
     axis.bar(places, losses, 0.8, color=[KIND_COLOURS[kind] for kind in kinds])
-    axis.set_title("GSI: blocks removed one after another")
+    axis.set_title("GSI: blocks removed in turn")
     axis.set_xlabel("number of removed blocks")
-    axis.set_ylabel("loss (nats/token)")
+    axis.set_ylabel("ΔNLL (nats/token)")
     axis.grid(axis="x", visible=False)
     axis.set_xlim(0.3, len(order) + 0.7)
     share = 100 * kinds.count("attn") / max(1, len(kinds))
@@ -149,14 +149,14 @@ def _draw_gsi(axis: Axes, order: list[str], losses: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_losses(axis: Axes, comparison: Comparison, shape: tuple[int, int]) -> list[float]:
-    """Lines of all methods in one panel; returns the means drawn."""
+def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: tuple[int, int]) -> list[float]:
+    """Draw the lines of all methods in one panel; return the drawn means."""
     means = []
     methods = [m for m in comparison.methods[::-1] if m != REFERENCE]
     for place, method in enumerate(methods):
         shown = look(method)
         cells = [(*shape, b) for b in comparison.budgets if comparison.at(method, (*shape, b))]
-        estimates = [comparison.loss_at(method, cell) for cell in cells]
+        estimates = [comparison.delta_nll_at(method, cell) for cell in cells]
         points = [(c, e) for c, e in zip(cells, estimates, strict=True) if e is not None]
         shift = 0.35 * (place - len(methods) / 2) / max(1, len(methods))
         x = [100 * cell[2] + shift for cell, _ in points]
@@ -181,7 +181,7 @@ def _draw_losses(axis: Axes, comparison: Comparison, shape: tuple[int, int]) -> 
 
 
 def _budget_axis(axis: Axes, budgets: list[float]) -> None:
-    """Tighter budgets to the right; around a single one there is room, so its marks stay close."""
+    """Order budgets from large to small; a single budget gets a fixed range around it."""
     if len(budgets) == 1:
         axis.set_xlim(100 * budgets[0] + 1, 100 * budgets[0] - 1)
     else:
@@ -206,17 +206,17 @@ def _name_rows(axis: Axes, methods: list[str]) -> None:
 
 
 CURVES = (
-    ("episode/loss", "loss of the episode's mask\n(calibration text, nats/token)"),
+    ("episode/loss", "ΔNLL of the episode's mask\n(calibration text, nats/token)"),
     ("episode/return", "return of the episode"),
 )
-"""Metrics drawn as learning curves, with their axis labels."""
+"""Metrics drawn as learning curves, with axis labels."""
 
 SMOOTHED_EPISODES = 50
-"""Episodes that a point of a learning curve is the mean of."""
+"""Number of episodes that each point of a learning curve averages."""
 
 
 class Removal(Protocol):
-    """A mask chosen at a cell, such as a result row."""
+    """A mask at a cell, such as a result row."""
 
     @property
     def cell(self) -> tuple[int, int, float]:
@@ -228,12 +228,12 @@ class Removal(Protocol):
 
 
 def removal_picture(rows: Sequence[Removal], num_layers: int, narrow: bool) -> Figure:
-    """Which blocks one method removes: requests and budgets down, layers across.
+    """Draw which blocks a method removes: a line for each cell, a column for each layer.
 
     Args:
         rows: Rows of one method; several seeds are averaged.
         num_layers: Number of the model's layers.
-        narrow: Whether attn stands above ffn rather than beside it.
+        narrow: Whether attn is above ffn instead of beside it.
     """
     cells = sorted(
         {row.cell for row in rows}, key=lambda cell: (cell[0] * cell[1], cell[0], -cell[2])
@@ -253,7 +253,7 @@ def removal_picture(rows: Sequence[Removal], num_layers: int, narrow: bool) -> F
 
 
 def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure | None:
-    """Learning curves: each seed thin, the mean of an agent's seeds thick; None without data."""
+    """Draw learning curves: thin for each seed, thick for the mean; None without data."""
     drawn = [(name, label) for name, label in CURVES if any(run.series(name)[0] for run in runs)]
     if not drawn:
         return None
@@ -272,7 +272,7 @@ def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure | None:
 
 
 def _smooth(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """Means over the last `SMOOTHED_EPISODES` episodes, from where there are enough of them."""
+    """Return moving averages over `SMOOTHED_EPISODES` episodes."""
     width = min(SMOOTHED_EPISODES, max(1, len(values) // 4))
     if not values:
         return [], []
@@ -290,7 +290,7 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
         return
     for steps, values in series:
         axis.plot(steps, values, color=shown.colour, linewidth=0.7, alpha=0.45)
-    last = min(steps[-1] for steps, _ in series)  # a mean of all seeds, as far as all went
+    last = min(steps[-1] for steps, _ in series)  # the mean covers the steps that all seeds reached
     grid = np.linspace(max(steps[0] for steps, _ in series), last, 200)
     mean = np.mean([np.interp(grid, steps, values) for steps, values in series], axis=0)
     axis.plot(grid, mean, color=shown.colour, linewidth=2.2, label=label)
@@ -299,7 +299,7 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
 def _removed_share(
     rows: Sequence[Removal], cell: tuple[int, int, float], num_layers: int
 ) -> npt.NDArray[np.float64]:
-    """Share of the method's rows at a cell that remove each block, shape (2L,)."""
+    """Return the share of the rows at a cell that remove each block, shape (2L,)."""
     found = [row for row in rows if row.cell == cell]
     share = np.zeros(2 * num_layers)
     for row in found:

@@ -1,4 +1,4 @@
-"""What each method and repair is called and how it looks, the same everywhere."""
+"""Labels and colours of methods, and number and table formats, the same in all output."""
 
 from __future__ import annotations
 
@@ -13,17 +13,8 @@ from experiments.comparison.statistics import Estimate
 from experiments.console import say
 from rap_env.artifacts import atomic_write
 
-
-def text_words(text: dict[str, object]) -> str:
-    """Where a text comes from and how much of it there is, from its provenance."""
-    if not text:
-        return "unknown"
-    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
-    return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"
-
-
 TIMES = "\N{MULTIPLICATION SIGN}"
-"""Between batch and tokens, in words for people."""
+"""Sign between batch size and tokens."""
 
 KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
 """Colours of the two kinds of blocks."""
@@ -31,14 +22,14 @@ KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is shown.
+    """Appearance of a method in tables and figures.
 
     Attributes:
-        label: Its name for people.
-        colour: Its colour, as a hex code.
-        marker: Its matplotlib marker.
-        what: What it does, in a few words.
-        learned: Whether it was trained.
+        label: Name in headings and legends.
+        colour: Hex code.
+        marker: matplotlib marker.
+        what: Short description.
+        learned: Whether the method was trained.
     """
 
     label: str
@@ -56,39 +47,39 @@ _LOOKS = {
     "dqn": Look("DQN", "#E377B8", "o", "trained policy", True),
     "greedy_per_byte": Look(
         "Greedy per byte", "#00707F", "s",
-        "least loss rise per byte freed, measured again after each removal",
+        "lowest ΔNLL per byte freed, measured again after each removal",
     ),
     "oracle": Look("Oracle", "#12065E", "x", "the best of all masks, by brute force"),
-    "frontier": Look("Frontier table", "#5B2BE0", "h", "look-up of the best known mask"),
-    "evolutionary": Look("Evolutionary", "#2FA52F", "p", "EvoPress: switches at equal bytes"),
-    "beam": Look("Beam search", "#2FC98A", "H", "several masks grown side by side"),
+    "frontier": Look("Frontier table", "#5B2BE0", "h", "lookup of the best known mask"),
+    "evolutionary": Look("Evolutionary", "#2FA52F", "p", "EvoPress: swaps at equal bytes"),
+    "beam": Look("Beam search", "#2FC98A", "H", "several masks extended in parallel"),
     "greedy_swaps": Look(
         "Greedy with swaps", "#0B4A1E", "8", "greedy per byte, then swaps as long as they help"
     ),
     "gsi": Look("GSI order", "#2B4C9B", "D", "a fixed order, found by removing one by one"),
-    "knapsack": Look("Knapsack", "#35A79C", "^", "best set if one-shot loss rises added up"),
+    "knapsack": Look("Knapsack", "#35A79C", "^", "best set if one-shot ΔNLL were additive"),
     "one_shot_per_byte": Look(
-        "One-shot per byte", "#5C0A3C", "1", "order of loss rise per byte, measured once"
+        "One-shot per byte", "#5C0A3C", "1", "order of ΔNLL per byte, measured once"
     ),
-    "one_shot": Look("One-shot", "#7B9A2D", "v", "order of loss rise, measured once"),
+    "one_shot": Look("One-shot", "#7B9A2D", "v", "order of ΔNLL, measured once"),
     "block_influence": Look("Block influence", "#9A5F2C", "P", "ShortGPT's cosine score"),
     "shortgpt": Look("ShortGPT", "#F4A582", "d", "whole layers, by cosine score"),
     "sleb": Look("SLEB", "#3F86FF", "|", "whole layers, measured again after each removal"),
     "attention_only": Look("Attention only", "#6CAFE0", "<", "one-shot order, attn blocks only"),
     "ffn_only": Look("FFN only", "#D5A41C", ">", "one-shot order, ffn blocks only"),
     "random": Look("Random", "#8D9299", "X", "random blocks until the request fits"),
-    "dense": Look("Dense (nothing removed)", "#1F2328", "_", "the reference; needs all its memory"),
-    "none": Look("No stubs", "#7C838A", "o", "removed blocks leave nothing"),
+    "dense": Look("Dense (nothing removed)", "#1F2328", "_", "the reference, with all blocks"),
+    "none": Look("No stubs", "#7C838A", "o", "removed blocks are not replaced"),
     "library": Look("Library", "#2A78C2", "o", "stubs fitted once, for any mask"),
     "distilled": Look("Distilled library", "#159A74", "o", "the library, trained on dense outputs"),
-    "per_mask": Look("Fitted per mask", "#E09A1A", "o", "stubs fitted anew for each mask"),
+    "per_mask": Look("Fitted per mask", "#E09A1A", "o", "stubs fitted for each mask"),
 }  # fmt: skip
 
 _SPARE = ("#5B8C5A", "#B5651D", "#4B6C8B", "#A23B72", "#6B7A1E", "#7D5BA6")
 
 
 def look(method: str) -> Look:
-    """The look of a method; variants of an agent (``ppo-gamma=0.9``) get one of their own."""
+    """Return the appearance of a method; variants of an agent (``ppo-gamma=0.9``) differ."""
     if method in _LOOKS:
         return _LOOKS[method]
     base = max(
@@ -105,7 +96,7 @@ def look(method: str) -> Look:
 
 
 def short_label(method: str, length: int = 26) -> str:
-    """The label of a method, cut in its middle where it is longer: the end tells variants apart."""
+    """Return the label of a method, shortened in the middle: variants differ at the end."""
     label = look(method).label
     if len(label) <= length:
         return label
@@ -114,7 +105,7 @@ def short_label(method: str, length: int = 26) -> str:
 
 
 def rank(method: str) -> int:
-    """Place of a method in legends: learned ones first, then baselines, dense last."""
+    """Return the position of a method in legends: learned ones, then baselines, then dense."""
     names = list(_LOOKS)
     for place, name in enumerate(names):
         if method == name or method.startswith(f"{name}-"):
@@ -131,14 +122,14 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown; the first column is left-aligned, the others right."""
+    """Format a table as Markdown; the first column is left-aligned, the others right-aligned."""
     header, rows = table
     rule = [":---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
 
 
 def plain(table: Table) -> str:
-    """A table as aligned text."""
+    """Format a table as aligned text."""
     header, rows = table
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -168,44 +159,52 @@ def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent, or a dash."""
+    """Format a share as per cent; a dash for None."""
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def signed_percent(value: float, digits: int = 1) -> str:
-    """A relative difference as per cent, with its sign."""
+    """Format a relative difference as per cent, with its sign."""
     return f"{100 * value:+.{digits}f} %"
 
 
 def signed(found: Estimate) -> str:
-    """A difference with its sign and interval."""
+    """Format a difference with its sign and interval."""
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def relative_words(found: Estimate | None) -> str:
-    """A relative difference with its interval in per cent, or a dash."""
+    """Format a relative difference with its interval in per cent; a dash for None."""
     if found is None:
         return "-"
     return f"{signed_percent(found.mean)} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def seconds(value: float) -> str:
-    """A duration in ms, s or min."""
+    """Format a duration in ms, s or min."""
     if value >= 120:
         return f"{value / 60:.1f} min"
     return f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
 def number(value: float) -> str:
-    """A count, with a decimal only where it is a mean that needs one."""
+    """Format a count or a mean of counts, with a decimal only if it needs one."""
     return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun, such as "1 pair" or "4 pairs"."""
+    """Format a number with its noun, such as "1 pair" or "4 pairs"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def mebibytes(value: float) -> str:
-    """Bytes as MiB, for people."""
+    """Format bytes as MiB."""
     return f"{value / 2**20:,.0f} MiB"
+
+
+def text_words(text: dict[str, object]) -> str:
+    """Describe source and size of a text, from its provenance."""
+    if not text:
+        return "unknown"
+    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
+    return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"

@@ -1,4 +1,4 @@
-"""The page: parts put into the template, with nothing that a browser would have to fetch."""
+"""The HTML page: sections and figures in a template, without external resources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rap_env.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Part:
-    """A paragraph, table, figure or list of facts of a section."""
+    """A paragraph, table, figure or fact list of a section."""
 
     kind: Literal["text", "table", "figure", "facts"]
     body: Any
@@ -25,7 +25,7 @@ class Part:
 
 @dataclass
 class Section:
-    """A heading with its parts."""
+    """A heading and its parts."""
 
     name: str
     title: str
@@ -43,10 +43,10 @@ class Section:
 
         Args:
             table: Header and rows.
-            methods: Method behind each first cell, for its colour.
-            title: A heading of its own.
-            folded: Whether it opens only on a click.
-            words: Whether its cells are words, hence left-aligned.
+            methods: Method of each first cell, for its colour.
+            title: Heading of the table.
+            folded: Whether the table is collapsed at first.
+            words: Whether its cells are text and therefore left-aligned.
         """
         header, rows = table
         named = methods or {}
@@ -66,10 +66,10 @@ class Section:
 
 
 class Gallery:
-    """Draws figures for the page and as PNG files beside it, and numbers them.
+    """Draws and numbers the figures of a page, and writes them as PNG files.
 
     Args:
-        folder: Where the PNG files go.
+        folder: Folder for the PNG files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ class Gallery:
         self.count = 0
 
     def add(self, section: Section, name: str, title: str, caption: str, draw: Draw) -> None:
-        """Draw a figure in both forms and put it into a section."""
+        """Draw a figure in its wide and narrow forms and add it to a section."""
         self.count += 1
         wide = draw(False)
         with style(), atomic_write(self.folder / f"{name}.png") as file:

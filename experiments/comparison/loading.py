@@ -1,4 +1,7 @@
-"""Reads a comparison's records. A report is made from these alone: no model, no scoring."""
+"""Load the records of run folders: one comparison for a report, or groups of many.
+
+Reports and comparisons are made from records only, without a model.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ class ReportData:
 
     Attributes:
         root: That folder.
-        comparison: Result rows, or None before an evaluation.
-        profile: The content of ``profile/profile.json``, or None.
+        comparison: Result rows; None before an evaluation.
+        profile: The content of ``profile/profile.json``; None before a profile.
         runs: Training runs.
         evaluations: The content of each evaluation's ``run.json``.
-        repair: Repair rows, or None before ``experiments.repair``.
-        repair_orders: Its GSI orders, by repair; empty without.
-        repair_notes: The content of its ``run.json``, with the model's name; empty without.
+        repair: Repair rows; None before ``experiments.repair``.
+        repair_orders: GSI orders by repair; empty without repair rows.
+        repair_notes: The content of the repair's ``run.json``, with the model's name, if any.
     """
 
     root: Path
@@ -43,7 +46,7 @@ class ReportData:
 
 
 def gather(root: Path) -> ReportData:
-    """Read everything under a comparison's folder.
+    """Read all records under a comparison's folder.
 
     Raises:
         ExperimentError: There is nothing to report.
@@ -75,7 +78,7 @@ def gather(root: Path) -> ReportData:
 
 
 def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> list[ResultRow]:
-    """The rows, with the seconds of training that they lack taken from the runs themselves."""
+    """Return the rows with missing seconds of training filled in from the training runs."""
     known = {run.label: run.facts.get("training_s") for run in runs}
     found = []
     for row in rows:
@@ -86,7 +89,7 @@ def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> l
 
 
 def _repair_notes(path: Path) -> list[dict[str, Any]]:
-    """What `experiments.repair` noted of its run; nothing where rows were copied alone."""
+    """Return the repair's ``run.json`` in a list; empty if only its rows were copied."""
     folder = RunFolder(path)
     note, settings = folder.read(), folder.settings() or {}
     return [{**note, "model": settings.get("model", {}).get("name", "")}] if note else []
@@ -101,17 +104,19 @@ _SEPARATE = {
     "calibration_sha256": "calibration",
     "report_sha256": "report",
 }
-"""What rows must agree in to be averaged together, with a word for it."""
+"""Dependencies in which rows of one group are equal, with their names in headings."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one comparison, model, repair, calibration text and report text.
+    """Rows with equal comparison, model, repair, calibration text and report text.
+
+    Only rows of one group may be averaged.
 
     Attributes:
-        name: The comparison's folder, relative to the one that was searched.
+        name: The comparison's folder, relative to the searched folder.
         model: The model's name.
-        repair: What stood in the place of removed blocks; ``none`` without stubs.
+        repair: Name of the stubs that replace removed blocks; ``none`` without stubs.
         rows: Result rows.
     """
 
@@ -122,19 +127,19 @@ class Group:
 
     @property
     def depends_on(self) -> dict[str, Any]:
-        """What all rows depend on."""
+        """Dependencies of the first row."""
         return dict(self.rows[0].provenance.get("depends_on", {}))
 
     @cached_property
     def parts(self) -> dict[str, Comparison]:
-        """The rows by part of the evaluation: the grid first, then cells beside it."""
+        """The rows by part of the evaluation, the grid first."""
         present = {row.part for row in self.rows}
         return {part: Comparison(self.rows, part) for part in PARTS if part in present}
 
 
 @dataclass(frozen=True)
 class Learning:
-    """Training runs of one comparison that share model and repair."""
+    """Training runs of one comparison with equal model and repair."""
 
     name: str
     model: str
@@ -143,7 +148,7 @@ class Learning:
 
     @cached_property
     def by_method(self) -> dict[str, list[TrainingRun]]:
-        """The runs of each method, one a seed."""
+        """The runs of each method, one for each seed."""
         found: dict[str, list[TrainingRun]] = defaultdict(list)
         for run in self.runs:
             found[run.method].append(run)
@@ -151,10 +156,10 @@ class Learning:
 
 
 def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
-    """Everything under some folders, read at any depth, the same file once.
+    """Read all records under some folders, at any depth; each file is read once.
 
     Raises:
-        ExperimentError: A folder does not exist, or none has records.
+        ExperimentError: A folder does not exist, or there are no records.
         ArtifactError: A record is damaged.
     """
     for folder in folders:
@@ -164,8 +169,8 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
     trainings = _unique(path for root in folders for path in root.rglob("train/*/run.json"))
     if not (evaluations or trainings):
         raise ExperimentError(
-            f"No records lie under {', '.join(map(str, folders))}; run train or evaluate first, "
-            "or name other folders with runs=."
+            f"There are no records under {', '.join(map(str, folders))}; run train or evaluate "
+            "first, or name other folders with runs=."
         )
     names = _names({_home(path.parent) for path in [*evaluations, *trainings]}, folders)
     learning = _learning(trainings, names)
@@ -186,23 +191,23 @@ def _groups(
             if key not in found:
                 found[key] = Group(name, _model(settings, depends), _repair(settings, depends), [])
             found[key].rows.append(row)
-    return _told_apart(list(found.values()))
+    return _distinct_names(list(found.values()))
 
 
-def _told_apart(groups: list[Group]) -> list[Group]:
-    """Where groups share name, model and repair, their names are made to say what differs."""
-    alike: dict[tuple[str, str, str], list[Group]] = defaultdict(list)
+def _distinct_names(groups: list[Group]) -> list[Group]:
+    """Add to the names of groups with equal name, model and repair what differs."""
+    equal: dict[tuple[str, str, str], list[Group]] = defaultdict(list)
     for group in groups:
-        alike[group.name, group.model, group.repair].append(group)
+        equal[group.name, group.model, group.repair].append(group)
     return [
         replace(group, name=f"{group.name}{_differs(group, others)}")
-        for others in alike.values()
+        for others in equal.values()
         for group in others
     ]
 
 
 def _differs(group: Group, others: Sequence[Group]) -> str:
-    """What a group depends on that others do not, in brackets; empty if nothing."""
+    """Return the dependencies in which a group differs, in brackets; empty if none."""
     words = [
         f"{words} {str(group.depends_on.get(key))[:8]}"
         for key, words in _SEPARATE.items()
@@ -221,7 +226,7 @@ def _learning(files: Iterable[Path], names: dict[Path, str]) -> list[Learning]:
 
 
 def _home(folder: Path) -> Path:
-    """The comparison's folder that a stage's folder, or a run within it, belongs to."""
+    """Return the comparison's folder of a stage folder or of a run folder within it."""
     for path in (folder, *folder.parents):
         if path.name in _STAGES:
             return path.parent
@@ -229,7 +234,7 @@ def _home(folder: Path) -> Path:
 
 
 def _names(homes: Iterable[Path], roots: Sequence[Path]) -> dict[Path, str]:
-    """What each comparison's folder is called: its place below the folder that was searched."""
+    """Name each comparison by its path below the searched folder."""
     found = {}
     for home in homes:
         root = next((r.resolve() for r in roots if home.is_relative_to(r.resolve())), None)
@@ -246,7 +251,7 @@ def _unique(paths: Iterable[Path]) -> list[Path]:
 
 
 def _model(settings: dict[str, Any], depends: dict[str, Any]) -> str:
-    """A model's name for people: of a folder, its last part."""
+    """Return the model's name; of an absolute path, only the last part."""
     name = str(settings.get("model", {}).get("name") or depends.get("model_fingerprint", "?")[:12])
     return Path(name).name if Path(name).is_absolute() else name
 

@@ -1,4 +1,7 @@
-"""Style and helpers that all figures share."""
+"""Style and axes that all figures share.
+
+Each figure has a wide form for pages and a narrow form for phones.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 Draw = Callable[[bool], "Figure"]
-"""Draws a figure; the argument asks for the narrow form."""
+"""Draws a figure; the argument selects the narrow form."""
 
 INK, FAINT, GRID = "#1F2328", "#6B7178", "#E6E4DE"
 
@@ -54,7 +57,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of every figure, for the block only."""
+    """Set the style of all figures within the block."""
     import matplotlib as mpl
 
     with mpl.rc_context(cast(Any, _STYLE)):
@@ -64,7 +67,7 @@ def style() -> Iterator[None]:
 def panels(
     rows: int, columns: int, *, narrow: bool, height: float, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of one panel a place, `height` inches a row, without pyplot's global state."""
+    """Make a figure with a grid of panels, `height` inches per row, without pyplot's state."""
     from matplotlib.figure import Figure
 
     width = NARROW_IN if narrow else WIDE_IN
@@ -74,17 +77,17 @@ def panels(
 
 
 def svg_uri(figure: Figure) -> str:
-    """The figure as a ``data:`` address that needs no file beside the page."""
+    """Return the figure as a ``data:`` URI, so that the page needs no other file."""
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def loss_scale(axis: Axes, means: list[float], which: str, label: bool = True) -> None:
-    """A log axis where losses span more than a decade and none is at or below zero."""
+def delta_nll_scale(axis: Axes, means: list[float], which: str, label: bool = True) -> None:
+    """Label an axis of ΔNLL; it is logarithmic if all means are positive and span a decade."""
     log = bool(means) and min(means) > 0 and max(means) > 10 * min(means)
-    text = f"loss (nats/token{', log scale' if log else ''})"
+    text = f"ΔNLL (nats/token{', log scale' if log else ''})"
     if which == "x":
         axis.set_xlabel(text if label else "")
     else:
@@ -95,7 +98,7 @@ def loss_scale(axis: Axes, means: list[float], which: str, label: bool = True) -
 
 
 def plain_log_ticks(axis: Any) -> None:
-    """Numbers such as 0.5 or 20 at the ticks of an x or y axis, whatever its scale."""
+    """Format tick labels as plain numbers such as 0.5 or 20, whatever the scale."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if axis.get_scale() == "log":

@@ -1,4 +1,4 @@
-"""The report's sections. Each reads `ReportData`; a section without data stays empty."""
+"""Sections of the report, made from `ReportData`; a section without data has no parts."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ if TYPE_CHECKING:
 
 
 def grid_words(comparison: Comparison) -> str:
-    """The grid in a sentence."""
+    """Describe the grid in two sentences."""
     shapes = ", ".join(f"{batch} {TIMES} {tokens:,}" for batch, tokens in comparison.shapes)
     budgets = ", ".join(percent(budget, 0) for budget in comparison.budgets)
     return (
         f"Requests (batch {TIMES} tokens of prompt and answer): {shapes}. Budgets: {budgets} of "
-        "what the dense model needs for the request."
+        "the dense model's peak memory for the request."
     )
 
 
 def comparison_section(data: ReportData, gallery: Gallery) -> Section:
-    """Means over the grid, then loss against budget for each request."""
+    """Show means over the grid, then ΔNLL against budget for each request."""
     section = Section("comparison", "Comparison")
     comparison = data.comparison
     if not comparison or not comparison.summaries:
         return section
     named = method_names(comparison)
     section.text(
-        f"{grid_words(comparison)} Loss is the rise of the negative log-likelihood over the dense "
-        "model's, in nats per token, on text that no method has seen; 0 is the dense model. Beside "
-        "it stands the loss on the calibration text, on which methods search and train: where "
-        "that is the smaller one by more than it is for others, a method overfits its text."
+        f"{grid_words(comparison)} ΔNLL is the increase of the negative log-likelihood over the "
+        "dense model, in nats per token, on text that no method has used; the dense model has 0. "
+        "The next column has ΔNLL on the calibration text, on which methods search and train: a "
+        "method for which it is much lower than on held-out text overfits the calibration text."
     )
     if comparison.incomplete:
         section.text(
@@ -64,20 +64,20 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
     gallery.add(
         section, "overview", "Every method over the whole grid",
         f"Mean over {counted(len(comparison.cells), 'pair')} of request and budget; "
-        f"hollow marks miss some budgets, so their losses do not compare. {INTERVAL_WORDS} The "
+        f"hollow marks miss some budgets, so their ΔNLL is not comparable. {INTERVAL_WORDS} The "
         "dotted line is the dense model's accuracy.",
         partial(figures.overview, comparison),
     )  # fmt: skip
     gallery.add(
-        section, "loss_against_budget", "Loss against budget for each request",
-        "Budgets get tighter to the right. Solid lines are trained policies, dashed ones "
-        "baselines; marks are moved a little sideways so that intervals can be seen, and hollow "
+        section, "loss_against_budget", "ΔNLL against budget for each request",
+        "Budgets decrease to the right. Solid lines are trained policies, dashed lines "
+        "baselines; marks are shifted slightly sideways to separate the intervals, and hollow "
         f"where the mask does not fit. {INTERVAL_WORDS}",
-        partial(figures.loss_against_budget, comparison),
+        partial(figures.delta_nll_against_budget, comparison),
     )  # fmt: skip
-    goals = targets_table(comparison)
-    if goals:
-        section.table(goals, title="Goals", words=True)
+    targets = targets_table(comparison)
+    if targets:
+        section.table(targets, title="Targets", words=True)
     add_pairwise_tables(section, comparison)
     add_cells(section, comparison)
     for part in PART_TITLES:
@@ -89,7 +89,7 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
 
 
 def policy_section(data: ReportData, gallery: Gallery) -> Section:
-    """What the learned methods remove, beside the greedy one."""
+    """Show which blocks the trained methods and the greedy search remove."""
     section = Section("policy", "What the policy removes")
     comparison = data.comparison
     if not comparison:
@@ -104,15 +104,15 @@ def policy_section(data: ReportData, gallery: Gallery) -> Section:
         gallery.add(
             section, f"removed_{method}", f"{look(method).label}: blocks removed",
             f"Each line is a request (batch {TIMES} tokens) at a budget (% of the dense peak), "
-            f"each column a layer. {shade} Short requests are heavy with FFN weights, long "
-            "ones with KV cache, which only attention blocks free.",
+            f"each column a layer. {shade} Most bytes of short requests are FFN "
+            "weights; most of long ones are KV cache, which only removed attention blocks free.",
             partial(figures.removal_picture, rows, _num_layers(data, rows)),
         )  # fmt: skip
     return section
 
 
 def memory_section(data: ReportData, gallery: Gallery) -> Section:
-    """The picture that the idea rests on."""
+    """Show what uses the memory of the dense model."""
     section = Section("memory", "What fills the memory")
     if data.profile:
         gallery.add(
@@ -126,7 +126,7 @@ def memory_section(data: ReportData, gallery: Gallery) -> Section:
 
 
 def importance_section(data: ReportData, gallery: Gallery) -> Section:
-    """One-shot importance and GSI."""
+    """Show one-shot importance and GSI."""
     section = Section("importance", "Which blocks matter")
     profile = data.profile
     if not profile:
@@ -134,14 +134,14 @@ def importance_section(data: ReportData, gallery: Gallery) -> Section:
     text = profile["calibration"]
     gsi = profile.get("gsi")
     caption = (
-        f"Loss on the calibration text ({text['windows']} windows of {text['window_tokens']} "
+        f"ΔNLL on the calibration text ({text['windows']} windows of {text['window_tokens']} "
         "tokens) without each block alone (linear near zero)."
     )
     if gsi:
         caption += (
             " Second panel: greedy sequential importance (GSI) removes the least important block, "
-            "measures all others again, and repeats; bars show the loss reached and the kind of "
-            "block removed."
+            "measures all others again, and repeats; bars show the resulting ΔNLL and the kind of "
+            "the removed block."
         )
     gallery.add(
         section, "importance", "Importance of blocks, by kind", caption,
@@ -153,7 +153,7 @@ def importance_section(data: ReportData, gallery: Gallery) -> Section:
 
 
 def _gsi_cost(gsi: dict[str, Any]) -> str:
-    """What GSI costs; seconds only where no score came from a store."""
+    """Describe the cost of GSI; in seconds only if no score came from the store."""
     text = f"GSI needs {gsi['evaluations']:,} model evaluations for {len(gsi['order'])} removals"
     ran = gsi.get("evaluations_run", gsi["evaluations"])
     if ran < gsi["evaluations"]:
@@ -162,18 +162,18 @@ def _gsi_cost(gsi: dict[str, Any]) -> str:
 
 
 def learning_section(data: ReportData, gallery: Gallery) -> Section:
-    """Learning curves and what training cost."""
+    """Show learning curves and the cost of training."""
     section = Section("learning", "Learning")
     if not data.runs:
         return section
     if figures.learning_curves(data.runs, narrow=False):
         gallery.add(
             section, "learning_curves", "Learning curves",
-            "Training episodes, whose requests are drawn anew each time and whose actions are "
-            "sampled, so their losses are above those of the finished policy. Each point is the "
-            f"mean of up to {figures.SMOOTHED_EPISODES} episodes. Left: loss of the mask "
-            "that the episode ended with. Right: what the agent is paid, penalties included. "
-            "Where a method has several seeds, thin lines are seeds and the thick one their mean.",
+            "Training episodes draw new requests and sample their actions, so their ΔNLL is above "
+            "that of the finished policy. Each point is the "
+            f"mean of up to {figures.SMOOTHED_EPISODES} episodes. Left: ΔNLL of the mask "
+            "at the end of the episode. Right: return of the episode, penalties included. For a "
+            "method with several seeds, thin lines are seeds and the thick line is their mean.",
             lambda narrow: _curves(data, narrow),
         )  # fmt: skip
     header = ["Run", "Steps", "Seed", "Training time", "Model evaluations"]
@@ -190,14 +190,14 @@ def learning_section(data: ReportData, gallery: Gallery) -> Section:
 
 
 def costs_section(data: ReportData) -> Section:
-    """What deciding costs."""
+    """Show the cost of decisions."""
     section = Section("costs", "What a decision costs")
     if data.comparison and data.comparison.summaries:
         section.text(
-            "Evaluations are masks run through the model on the calibration text; those for a "
-            "request are counted as if nothing had been stored, those made once serve all "
-            "requests. In decision times a stored score counts with the time of a whole pass, "
-            "somewhat more than it takes where masks share their first layers."
+            "Evaluations are masks scored by the model on the calibration text. Evaluations per "
+            "request are counted as if no score were stored; evaluations once serve all requests. "
+            "In decision times, a stored score counts as one full pass, which is slightly more "
+            "than a pass takes if masks share their first layers."
         )
         section.table(
             tables.costs_table(data.comparison), method_names(data.comparison), words=True
@@ -206,18 +206,18 @@ def costs_section(data: ReportData) -> Section:
 
 
 def method_section(data: ReportData) -> Section:
-    """How it was measured."""
+    """Describe how the comparison was measured."""
     section = Section("method", "How this was measured")
     if not data.comparison:
         return section
     depends = data.comparison.rows[0].provenance.get("depends_on", {})
     text, calibration = depends.get("report_text", {}), depends.get("calibration", {})
     section.text(
-        f"Methods choose on the calibration text alone ({text_words(calibration)}); losses and "
-        f"accuracies are measured on other text ({text_words(text)}), checked to share no run of "
-        "tokens with it. Each window stands alone: nothing is put before it, and every token but "
-        "the first is predicted. Budgets count kept weights, embeddings and head, the KV cache of "
-        "kept attention blocks, and a workspace."
+        f"Methods use only the calibration text ({text_words(calibration)}); ΔNLL is measured on "
+        f"other text ({text_words(text)}), which shares no sequence of tokens with it. Each window "
+        "is independent: it has no prefix, and every token except the first is predicted. Budgets "
+        "count kept weights, embeddings and head, the KV cache of kept attention blocks, and a "
+        "workspace."
     )
     tasks = depends.get("tasks", {})
     if tasks.get("names"):
@@ -227,7 +227,7 @@ def method_section(data: ReportData) -> Section:
 
 
 def provenance_section(data: ReportData) -> Section:
-    """Versions, machine, commit, hashes, seeds."""
+    """List versions, machine, commit, hashes and seeds."""
     section = Section("provenance", "Provenance")
     for note in data.evaluations[-1:]:
         section.facts(_run_facts(note, "Evaluation"))
@@ -237,21 +237,19 @@ def provenance_section(data: ReportData) -> Section:
         depends = data.comparison.rows[0].provenance.get("depends_on", {})
         keys = ("model_fingerprint", "calibration_sha256", "report_sha256")
         section.facts([(k.replace("_", " "), str(depends[k])) for k in keys if k in depends])
-    files = "repair/repair.jsonl (one line a repair, request, budget and text)"
+    files = "repair/repair.jsonl (one line per repair, request, budget and text)"
     if data.comparison or data.profile or data.runs:
         others = f", {files}" if data.repair else ""
         files = (
-            "evaluate/results.jsonl (one line a method, seed, request and budget), "
+            "evaluate/results.jsonl (one line per method, seed, request and budget), "
             f"train/*/metrics.jsonl, and profile/profile.json{others}"
         )
-    section.text(
-        f"Every number here comes from the JSON lines in this comparison's folder: {files}."
-    )
+    section.text(f"All numbers are from the JSON lines in this comparison's folder: {files}.")
     return section
 
 
 def _run_facts(note: dict[str, Any], stage: str) -> list[tuple[str, str]]:
-    """Machine, commit, versions, seeds and time of a run."""
+    """Return machine, commit, versions, seeds and time of a run."""
     found = note["provenance"]
     git = found.get("git") or {}
     commit = f"{git.get('commit', 'unknown')}{' (with local changes)' if git.get('dirty') else ''}"
@@ -262,13 +260,13 @@ def _run_facts(note: dict[str, Any], stage: str) -> list[tuple[str, str]]:
         ("Python", found["python"]),
         ("Packages", packages),
         ("Seeds", ", ".join(f"{k} {v}" for k, v in found["seeds"].items())),
-        (stage, f"{seconds(note.get('seconds', 0))}, ended {note.get('finished', '-')}"),
+        (stage, f"{seconds(note.get('seconds', 0))}, finished {note.get('finished', '-')}"),
     ]
 
 
 def _curves(data: ReportData, narrow: bool) -> Figure:
     found = figures.learning_curves(data.runs, narrow)
-    assert found is not None  # asked before
+    assert found is not None  # checked by the caller
     return found
 
 
@@ -280,36 +278,37 @@ def _num_layers(data: ReportData, rows: list[ResultRow]) -> int:
 
 
 INTERVAL_WORDS = (
-    "Intervals are 95 % percentile bootstrap over held-out windows, drawn jointly for all methods, "
-    "and over seeds where a method has several."
+    "Intervals are 95 % percentile bootstrap over held-out windows, resampled jointly for all "
+    "methods, and over seeds if a method has several."
 )
 
 
 def add_pairwise_tables(section: Section, comparison: Comparison, where: str = "") -> None:
-    """A table of each learned method against all others."""
+    """Add a table of each trained method against all others."""
     shown = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in shown:
         section.table(
             difference_table(comparison, method), method_names(comparison),
-            title=f"{look(method).label} minus each other method{where}, paired over windows",
+            title=f"ΔNLL of {look(method).label} minus each other method{where}, "
+            "paired over windows",
         )  # fmt: skip
     if shown:
         section.text(f"{COUNTS_CAPTION} {HOLM_CAPTION}")
 
 
 def add_cells(section: Section, comparison: Comparison, folded: bool = True) -> None:
-    """Losses and removed blocks at each budget, request by request."""
+    """Add ΔNLL and removed blocks at each budget, a table for each request."""
     named = method_names(comparison)
     for shape in comparison.shapes:
         title = f"{shape[0]} {TIMES} {shape[1]:,} tokens"
-        section.table(tables.loss_table(comparison, shape), named,
-                      title=f"Loss at each budget, {title}", folded=folded)  # fmt: skip
+        section.table(tables.delta_nll_table(comparison, shape), named,
+                      title=f"ΔNLL (nats/token) by budget, {title}", folded=folded)  # fmt: skip
         section.table(tables.removed_table(comparison, shape), named, folded=True,
                       title=f"Blocks removed (attn + ffn) and peak memory, {title}")  # fmt: skip
 
 
 def add_part(section: Section, comparison: Comparison, part: str) -> None:
-    """Summary, pairwise_comparisons and losses of cells beside the grid, if there are any."""
+    """Add summary, pairwise tables and ΔNLL of cells outside the grid, if there are any."""
     other = comparison.other_part(part)
     if not other or not other.summaries:
         return
@@ -320,8 +319,8 @@ def add_part(section: Section, comparison: Comparison, part: str) -> None:
 
 
 def method_names(comparison: Comparison) -> dict[str, str]:
-    """First cells of tables -> methods; a seed count may follow the label."""
+    """Map first cells of tables, with or without a seed count, to methods."""
     named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
     for summary in comparison.summaries:
-        named[f"{look(summary.method).label} ({summary.loss.seeds})"] = summary.method
+        named[f"{look(summary.method).label} ({summary.delta_nll.seeds})"] = summary.method
     return named

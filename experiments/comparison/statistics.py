@@ -1,8 +1,8 @@
-"""Means with intervals. Small on purpose: all of the report's uncertainty is made here.
+"""Means, differences and their bootstrap intervals; the only source of intervals in reports.
 
-A loss is measured on the same held-out windows for every method, so windows are resampled
-jointly (paired): a window that is hard for all does not widen the interval of a difference.
-Where a method has several seeds, seeds are resampled too.
+Every method is measured on the same held-out windows, so windows are resampled jointly (paired):
+a window that is hard for all methods does not widen the interval of a difference. Seeds are
+resampled as well if a method has several.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES = 2000
-"""Bootstrap resamples; the end points of a 95 % interval then move by about 1 % of its width."""
+"""Number of bootstrap resamples; ends of a 95 % interval then vary by about 1 % of its width."""
 
 SEED = 20_250_517
-"""Seeds every resampling, so that the same records give the same intervals."""
+"""Seed of every resampling, so that the same records give the same intervals."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Estimate:
         mean: The mean over all values.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        seeds: How many seeds stand behind it.
+        seeds: Number of seeds.
     """
 
     mean: float
@@ -44,17 +44,17 @@ class Estimate:
 def bootstrap_mean(
     values: npt.ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Mean and percentile-bootstrap interval over windows, and over seeds if there are several.
+    """Return the mean with a percentile-bootstrap interval over windows, and over several seeds.
 
     Args:
         values: Shape (windows,) or (seeds, windows). Both axes are resampled with
             replacement, each resample drawing one set of seeds and one set of windows.
-        level: Probability that the interval should cover.
+        level: Coverage probability of the interval.
         resamples: Number of resamples.
 
     Returns:
-        The estimate. With one window and one seed the interval is the mean itself: there is
-        nothing to resample, and a report should say so.
+        The estimate. With one window and one seed there is nothing to resample, and the interval
+        is the mean itself.
 
     Raises:
         ValueError: There are no values, or some are not finite.
@@ -75,7 +75,7 @@ def paired_difference(
         first: Losses of one method, shape (windows,) or (seeds, windows).
         second: Losses of another on the same windows; it may have other seeds, which are
             resampled on their own.
-        level: Probability that the interval should cover.
+        level: Coverage probability of the interval.
 
     Raises:
         ValueError: The two were not measured on the same number of windows.
@@ -88,16 +88,16 @@ def paired_difference(
 def relative_difference(
     first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = 0.95
 ) -> Estimate | None:
-    """Mean of `first` divided by that of `second`, minus 1, resampled as `paired_difference` is.
+    """Return mean `first` divided by mean `second`, minus 1, resampled like `paired_difference`.
 
     Args:
         first: As for `paired_difference`.
         second: As for `paired_difference`.
-        level: Probability that the interval should cover.
+        level: Coverage probability of the interval.
 
     Returns:
-        The estimate, -0.1 for a tenth less; None where `second` is not clearly above 0, so that
-        a ratio would say nothing.
+        The estimate, such as -0.1 for 10 % less; None if `second` is not significantly above 0,
+        because the ratio is then meaningless.
 
     Raises:
         ValueError: The two were not measured on the same number of windows.
@@ -110,7 +110,7 @@ def relative_difference(
 
 
 def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Two-sided bootstrap p-value of no difference in the mean; at least 2 in `RESAMPLES` + 1.
+    """Return the two-sided bootstrap p-value of equal means; at least 2 / (`RESAMPLES` + 1).
 
     Raises:
         ValueError: The two were not measured on the same number of windows.
@@ -121,7 +121,7 @@ def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
 
 def holm(p_values: Sequence[float], *, level: float = 0.95) -> list[bool]:
-    """Which of several hypotheses of no difference are rejected, all together at one level.
+    """Return which of several null hypotheses are rejected at a joint level.
 
     Source: Holm (1979), A simple sequentially rejective multiple test procedure.
     """
@@ -134,10 +134,10 @@ def holm(p_values: Sequence[float], *, level: float = 0.95) -> list[bool]:
 
 
 def wilson_interval(accuracy: float, documents: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of an accuracy over `documents` independent questions.
+    """Return Wilson's score interval of an accuracy over `documents` independent questions.
 
     Args:
-        accuracy: Share of right answers, in [0, 1].
+        accuracy: Share of correct answers, in [0, 1].
         documents: Number of questions, at least 1.
         level: 0.95 or 0.9.
     """
@@ -152,7 +152,7 @@ def wilson_interval(accuracy: float, documents: int, *, level: float = 0.95) -> 
 def resample_weights(
     rng: np.random.Generator, count: int, resamples: int
 ) -> npt.NDArray[np.float64]:
-    """Share of each of `count` items in each resample, shape (resamples, count)."""
+    """Return the share of each of `count` items in each resample, shape (resamples, count)."""
     counts = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
     return np.asarray(counts, dtype=np.float64) / count
 
@@ -164,7 +164,7 @@ def _paired(
     two = np.atleast_2d(np.asarray(second, dtype=np.float64))
     if one.shape[1] != two.shape[1]:
         raise ValueError(
-            f"Paired losses need the same windows: {one.shape[1]} against {two.shape[1]}."
+            f"Paired values need the same windows: {one.shape[1]} against {two.shape[1]}."
         )
     return one, two
 
@@ -172,7 +172,7 @@ def _paired(
 def _resampled(
     *tables: npt.NDArray[np.float64], resamples: int = RESAMPLES
 ) -> list[npt.NDArray[np.float64]]:
-    """Means of each table, (seeds, windows), in each resample: windows jointly, seeds apart."""
+    """Return resampled means of tables (seeds, windows): windows jointly, seeds separately."""
     seeds = tuple(len(table) for table in tables)
     windows, *by_table = _weights(tables[0].shape[1], seeds, resamples)
     return [
@@ -181,14 +181,14 @@ def _resampled(
     ]
 
 
-@lru_cache(16)  # the same for every pair of methods with so many windows and seeds
+@lru_cache(16)  # equal for all pairs of methods with the same numbers of windows and seeds
 def _weights(
     windows: int, seeds: tuple[int, ...], resamples: int
 ) -> tuple[npt.NDArray[np.float64], ...]:
-    """Weights of windows, (resamples, windows), then of each table's seeds, (resamples, seeds)."""
+    """Return weights of windows (resamples, windows), then of each table's seeds."""
     rng = np.random.default_rng(SEED)
     found = [resample_weights(rng, windows, resamples)]
-    for count in seeds:  # a single seed is no draw
+    for count in seeds:  # a single seed is not resampled
         found.append(resample_weights(rng, count, resamples) if count > 1 else np.ones((1, 1)))
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""Result rows brought together: one summary a method, one estimate a cell."""
+"""Aggregate result rows: a summary for each method, an estimate for each cell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rap_env.errors import ArtifactError
 REFERENCE = "dense"
 
 MAIN_POLICY = "rap"
-"""Label of the runs of the policy that a comparison is about."""
+"""Label of the runs of the main policy."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Summary:
     """One method over all cells.
 
     Attributes:
-        method: Its name.
-        loss: Mean loss over cells, seeds and windows, nats per token, with a 95 % interval.
-        loss_calibration: Mean loss on the text that it may have searched on, nats per token.
+        method: Name of the method.
+        delta_nll: Mean ΔNLL over cells, seeds and windows, nats per token, with a 95 % interval.
+        delta_nll_calibration: Mean ΔNLL on the calibration text, nats per token.
         accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
-        evaluations: Mean number of masks scored to decide on one request.
+        evaluations: Mean number of masks scored for one request.
         setup_evaluations: Masks scored once, before any request.
-        training_s: Mean seconds of training, over seeds; None where none were noted.
+        training_s: Mean seconds of training over seeds; None if not recorded.
         decision_s: Median seconds from request to mask.
-        fitting: Rows whose peak is within the budget.
-        rows: All its rows.
-        kv_aware: Whether it counts the KV cache.
+        fitting: Number of rows whose peak is within the budget.
+        rows: Number of rows.
+        kv_aware: Whether the method counts the KV cache.
     """
 
     method: str
-    loss: Estimate
-    loss_calibration: float
+    delta_nll: Estimate
+    delta_nll_calibration: float
     accuracy: float | None
     evaluations: float
     setup_evaluations: int
@@ -54,7 +54,7 @@ class Summary:
 
     @property
     def fits_all(self) -> bool:
-        """Whether it met every budget."""
+        """Whether the method met every budget."""
         return self.fitting == self.rows
 
 
@@ -62,14 +62,13 @@ class Comparison:
     """All rows of one part of one evaluation.
 
     Args:
-        rows: Result rows; all must be measured on the same report text. A row that stands there
-            twice counts once.
-        part: Which part of the evaluation, one of `experiments.comparison.records.PARTS`;
-            rows of other parts are found by `other_part`.
+        rows: Result rows, all measured on the same report text. Duplicates count once.
+        part: Part of the evaluation, one of `experiments.comparison.records.PARTS`; `other_part`
+            returns the others.
 
     Raises:
-        ArtifactError: There are none, they were measured on different texts or models, or two
-            are of the same method, seed and cell but of different masks.
+        ArtifactError: There are no rows, they were measured on different texts or models, or two
+            of the same method, seed and cell have different masks.
     """
 
     def __init__(self, rows: Iterable[ResultRow], part: str = "grid") -> None:
@@ -83,7 +82,7 @@ class Comparison:
         self._check_same_text()
 
     def other_part(self, part: str) -> Comparison | None:
-        """Another part of the same evaluation; None where it has no rows."""
+        """Return another part of the same evaluation; None if it has no rows."""
         there = any(row.part == part for row in self._all_rows)
         return Comparison(self._all_rows, part) if there else None
 
@@ -99,7 +98,7 @@ class Comparison:
 
     @cached_property
     def learned(self) -> list[str]:
-        """The trained ones."""
+        """The trained methods."""
         return [method for method in self.methods if self._is_learned(method)]
 
     @cached_property
@@ -109,12 +108,12 @@ class Comparison:
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
-        """Batch sizes and lengths, small to large."""
+        """Batch sizes and lengths, in ascending order of tokens."""
         return sorted({row.shape for row in self.rows}, key=lambda s: (s[0] * s[1], s))
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Cells that every compared method has; means are taken over these alone."""
+        """Cells that every compared method has; means are over these only."""
         have = [
             {row.cell for row in self.rows if row.method == method}
             for method in self.compared or self.methods
@@ -132,20 +131,20 @@ class Comparison:
         return sorted({row.budget_fraction for row in self.rows}, reverse=True)
 
     def at(self, method: str, cell: Cell) -> list[ResultRow]:
-        """Rows of a method at a cell, one a seed."""
+        """Return the rows of a method at a cell, one for each seed."""
         return self._by_cell.get((method, cell), [])
 
-    def loss_at(self, method: str, cell: Cell) -> Estimate | None:
-        """Loss of a method at a cell over windows and seeds, or None if it has no row."""
-        losses = self.losses_at(method, cell)
+    def delta_nll_at(self, method: str, cell: Cell) -> Estimate | None:
+        """Return the ΔNLL of a method at a cell; None without rows."""
+        losses = self.window_delta_nlls(method, cell)
         return bootstrap_mean(losses) if losses else None
 
     def window_means(
         self, method: str, cells: Sequence[Cell] | None = None
     ) -> npt.NDArray[np.float64]:
-        """Losses averaged over cells (those that all methods have), shape (seeds, windows).
+        """Return ΔNLL averaged over cells (default: `cells`), shape (seeds, windows).
 
-        Seeds that lack a cell are left out, so that each average is over the same cells.
+        Seeds that lack a cell are left out, so that all averages are over the same cells.
         """
         cells = self.cells if cells is None else cells
         seeds: dict[int | None, list[Sequence[float]]] = defaultdict(list)
@@ -156,31 +155,31 @@ class Comparison:
         return np.asarray(np.mean(np.array(whole, dtype=np.float64), axis=1))
 
     def difference(self, method: str, other: str) -> Estimate:
-        """Mean loss of `method` minus that of `other`, paired over windows."""
+        """Return the mean ΔNLL of `method` minus that of `other`, paired over windows."""
         return paired_difference(self.window_means(method), self.window_means(other))
 
-    def losses_at(self, method: str, cell: Cell) -> list[list[float]]:
-        """Losses of a method at a cell, shape (seeds, windows)."""
+    def window_delta_nlls(self, method: str, cell: Cell) -> list[list[float]]:
+        """Return the ΔNLL of a method at a cell, shape (seeds, windows)."""
         return [row.window_losses for row in self.at(method, cell)]
 
     @cached_property
     def summaries(self) -> list[Summary]:
-        """One summary a compared method: those that meet every budget first, by loss."""
+        """One summary for each compared method: those that meet every budget first, by ΔNLL."""
         if not self.cells:
             return []
         found = [self._summary(method) for method in self.compared]
-        return sorted(found, key=lambda s: (not s.fits_all, s.loss.mean))
+        return sorted(found, key=lambda s: (not s.fits_all, s.delta_nll.mean))
 
     @property
     def main_policy(self) -> Summary | None:
-        """The trained method that the comparison is about; None without any.
+        """The trained method that the report is about; None without trained methods.
 
-        It is the one called `MAIN_POLICY`, else that of the least loss on the calibration text:
-        to choose by report text would be to search on it.
+        It is the one named `MAIN_POLICY`, otherwise the one with the lowest ΔNLL on the calibration
+        text: selecting it on the report text would be a search on that text.
         """
         trained = [s for s in self.summaries if s.method in self.learned]
         named = [s for s in trained if s.method == MAIN_POLICY]
-        return min(named or trained, key=lambda s: s.loss_calibration, default=None)
+        return min(named or trained, key=lambda s: s.delta_nll_calibration, default=None)
 
     @cached_property
     def _by_cell(self) -> dict[tuple[str, Cell], list[ResultRow]]:
@@ -195,8 +194,8 @@ class Comparison:
         trained = [row.training_s for row in rows if row.training_s is not None]
         return Summary(
             method=method,
-            loss=bootstrap_mean(self.window_means(method)),
-            loss_calibration=float(np.mean([row.loss_calibration for row in rows])),
+            delta_nll=bootstrap_mean(self.window_means(method)),
+            delta_nll_calibration=float(np.mean([row.loss_calibration for row in rows])),
             accuracy=float(np.mean(accuracies)) if accuracies else None,
             evaluations=float(np.mean([row.evaluations for row in rows])),
             setup_evaluations=max(row.setup_evaluations for row in rows),
@@ -220,16 +219,16 @@ class Comparison:
             seen = {str(row.provenance.get("depends_on", {}).get(key)) for row in self.rows}
             if len(seen) > 1:
                 raise ArtifactError(
-                    f"The result rows differ in {key} ({len(seen)} values), so their losses "
-                    "cannot be compared; report one run folder at a time."
+                    f"The result rows differ in {key} ({len(seen)} values), so their ΔNLL cannot "
+                    "be compared. Report one run folder at a time."
                 )
 
 
 def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """The rows, the same result once: the one that was measured last.
+    """Remove duplicate rows; the one that was measured last is kept.
 
     Raises:
-        ArtifactError: Two are of the same method, seed and cell, but of different masks.
+        ArtifactError: Two rows of the same method, seed and cell have different masks.
     """
     found: dict[tuple[object, ...], ResultRow] = {}
     for row in rows:
@@ -237,7 +236,7 @@ def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
         if found.setdefault(place, row).mask != row.mask:
             raise ArtifactError(
                 f"Two result rows of {row.method} (seed {row.seed}) at {row.cell} have different "
-                "masks: they come from different settings; report one run folder at a time."
+                "masks, so they were made with different settings. Report one run folder at a time."
             )
         found[place] = row
     return list(found.values())

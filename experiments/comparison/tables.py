@@ -1,4 +1,4 @@
-"""Tables from records: Markdown for files, aligned text for the terminal."""
+"""Tables of a comparison, for Markdown files and the terminal."""
 
 from __future__ import annotations
 
@@ -15,19 +15,45 @@ from experiments.comparison.formatting import (
     relative_words,
     seconds,
     short_label,
+    signed,
     wrapped,
 )
 from experiments.comparison.pairwise import PairwiseComparison, pairwise_comparisons, targets_table
 from experiments.comparison.summaries import REFERENCE, Comparison, Summary
 from experiments.config.common import Cell
 
+PART_TITLES = {
+    "sparsity": "At fixed sparsity",
+    "outside": "Outside the training range of policies",
+}
+
+PART_CAPTIONS = {
+    "sparsity": (
+        "Budgets that require a share of the block weights to be freed, at a short request, where "
+        "nearly all freed bytes are weights: a share of the parameters without embeddings and head."
+    ),
+    "outside": (
+        "Requests or budgets that occur in no policy's training: longer sequences, larger batches "
+        "or smaller budgets."
+    ),
+}
+
+COUNTS_CAPTION = (
+    "Better / even / worse (+/=/-): pairs of request and budget at which the 95 % interval of the "
+    "difference is below 0, contains 0, or is above it. Relative: mean ΔNLL divided by that of the "
+    "other method, minus 1. Verdict: the same for the mean over all pairs; *: the other method "
+    "misses budgets, so its ΔNLL is not comparable."
+)
+
+HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a level of 5 %."
+
 
 def summary_table(comparison: Comparison) -> Table:
-    """One row a method: mean losses, accuracy if tasks were run, cost and fit over all cells."""
+    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": _name,
-        "Loss on held-out text": lambda s: str(s.loss),
-        "On calibration text": lambda s: f"{s.loss_calibration:.3f}",
+        "ΔNLL on held-out text": lambda s: str(s.delta_nll),
+        "On calibration text": lambda s: f"{s.delta_nll_calibration:.3f}",
         "Accuracy": lambda s: percent(s.accuracy),
         "Evaluations": lambda s: number(s.evaluations),
         "Decision": lambda s: seconds(s.decision_s),
@@ -40,9 +66,9 @@ def summary_table(comparison: Comparison) -> Table:
 
 
 def costs_table(comparison: Comparison) -> Table:
-    """What each method costs: once, and for each request."""
+    """Return the cost of each method: once, and for each request."""
     header = ["Method", "How it chooses", "KV-aware", "Evaluations once", "Training",
-              "Evaluations a request", "Decision (median)"]  # fmt: skip
+              "Evaluations per request", "Decision (median)"]  # fmt: skip
     rows = [
         [
             look(s.method).label, look(s.method).what, "yes" if s.kv_aware else "no",
@@ -54,41 +80,49 @@ def costs_table(comparison: Comparison) -> Table:
     return header, rows
 
 
-def loss_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
-    """Loss at each budget for one request: methods as rows, budgets as columns."""
-    cells = [(*shape, budget) for budget in comparison.budgets]
-    cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
-    header = ["Method", *[f"{_budget(comparison, cell)}" for cell in cells]]
-    rows = [
-        [look(s.method).label, *[_cell_loss(comparison, s.method, cell) for cell in cells]]
-        for s in comparison.summaries
-    ]
-    return header, rows
+def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
+    """Return ΔNLL in nats/token for one request: methods as rows, budgets as columns."""
+    return _budget_table(comparison, shape, _delta_nll)
 
 
 def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
-    """Blocks removed (attn + ffn) and peak memory at each budget for one request."""
+    """Return removed blocks (attn + ffn) and peak memory for one request."""
+    return _budget_table(comparison, shape, _removed)
+
+
+def _budget_table(
+    comparison: Comparison,
+    shape: tuple[int, int],
+    entry: Callable[[Comparison, str, Cell], str],
+) -> Table:
     cells = [(*shape, budget) for budget in comparison.budgets]
     cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
-    header = ["Method", *[f"{_budget(comparison, cell)}" for cell in cells]]
-    rows = []
-    for summary in comparison.summaries:
-        entries = []
-        for cell in cells:
-            found = comparison.at(summary.method, cell)
-            if not found:
-                entries.append("")
-                continue
-            attn = sum(row.attn_removed for row in found) / len(found)
-            ffn = sum(row.ffn_removed for row in found) / len(found)
-            peak = max(row.peak_bytes for row in found)
-            entries.append(f"{attn:.3g} + {ffn:.3g}, {mebibytes(peak)}")
-        rows.append([look(summary.method).label, *entries])
+    header = ["Method", *[_budget(comparison, cell) for cell in cells]]
+    rows = [
+        [
+            look(s.method).label,
+            *[entry(comparison, s.method, cell) if comparison.at(s.method, cell) else ""
+              for cell in cells],
+        ]
+        for s in comparison.summaries
+    ]  # fmt: skip
     return header, rows
 
 
+def _delta_nll(comparison: Comparison, method: str, cell: Cell) -> str:
+    fits = all(row.fits for row in comparison.at(method, cell))
+    return f"{comparison.delta_nll_at(method, cell)}{'' if fits else ' (does not fit)'}"
+
+
+def _removed(comparison: Comparison, method: str, cell: Cell) -> str:
+    found = comparison.at(method, cell)
+    attn = sum(row.attn_removed for row in found) / len(found)
+    ffn = sum(row.ffn_removed for row in found) / len(found)
+    return f"{attn:.3g} + {ffn:.3g}, {mebibytes(max(row.peak_bytes for row in found))}"
+
+
 def accuracy_table(comparison: Comparison) -> Table | None:
-    """Mean accuracy of each task over the grid, dense first and chance last; None without tasks."""
+    """Return the accuracy of each task over the grid, dense first, chance last; None without."""
     tasks = sorted({task for row in comparison.rows for task in row.accuracies})
     if not tasks:
         return None
@@ -111,7 +145,7 @@ def accuracy_table(comparison: Comparison) -> Table | None:
 
 
 def terminal_text(comparison: Comparison) -> str:
-    """The comparison for the terminal, at most 100 columns wide, with a legend."""
+    """Return the summary for the terminal, at most 100 columns wide, with a legend."""
     tasks = {task for row in comparison.rows for task in row.accuracies}
     windows = len(comparison.rows[0].window_losses)
     shapes = ", ".join(f"{b}x{s}" for b, s in comparison.shapes)
@@ -120,19 +154,19 @@ def terminal_text(comparison: Comparison) -> str:
     common = f" (the {len(comparison.cells)} pairs that every method has)"
     common = common if comparison.incomplete else ""
     legend = (
-        f"Loss: rise of the negative log-likelihood over the dense model, nats per token, on "
-        f"{windows} windows that no method has seen; mean over requests {shapes} (batch x tokens) "
+        f"ΔNLL: increase of the negative log-likelihood over the dense model, nats per token, on "
+        f"{windows} windows that no method has used; mean over requests {shapes} (batch x tokens) "
         f"and budgets {budgets} of the dense model's peak memory{common}, with a 95 % interval; "
-        "less is better. Calibr.: the same on the calibration text, which a search may overfit. "
-        f"{accuracy}Evals: masks run through the model "
-        "to decide on one request. Fits: how many choices were within their budget; methods that "
-        "miss some stand last, for their losses do not compare. (n): seeds."
+        "lower is better. Calibr.: the same on the calibration text, which a search may overfit. "
+        f"{accuracy}Evals: masks scored by the model for one request. Fits: number of masks within "
+        "their budget; methods that miss budgets are listed last, because their ΔNLL is not "
+        "comparable. (n): seeds."
     )
     return f"{plain(short_summary(comparison))}\n\n{wrapped(legend)}"
 
 
 def short_summary(comparison: Comparison) -> Table:
-    """The summary in fewer columns of text."""
+    """Return the summary with shorter headings and labels."""
     short = {"On calibration text": "Calibr.", "Evaluations": "Evals"}
     header, rows = summary_table(comparison)
     names = [_name(s, short_label(s.method)) for s in comparison.summaries]
@@ -141,7 +175,7 @@ def short_summary(comparison: Comparison) -> Table:
 
 
 def _name(summary: Summary, label: str = "") -> str:
-    seeds = f" ({summary.loss.seeds})" if summary.loss.seeds > 1 else ""
+    seeds = f" ({summary.delta_nll.seeds})" if summary.delta_nll.seeds > 1 else ""
     return f"{label or look(summary.method).label}{seeds}"
 
 
@@ -152,52 +186,17 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 
-def _cell_loss(comparison: Comparison, method: str, cell: Cell) -> str:
-    found = comparison.loss_at(method, cell)
-    if found is None:
-        return ""
-    fits = all(row.fits for row in comparison.at(method, cell))
-    return f"{found}{'' if fits else ' (does not fit)'}"
-
-
-PART_TITLES = {
-    "sparsity": "At fixed sparsity",
-    "outside": "Outside the range that policies were trained on",
-}
-
-PART_CAPTIONS = {
-    "sparsity": (
-        "Budgets that ask for a share of the block weights to be freed, at a short request, so "
-        "that nearly all that is freed is weights: a share of the parameters, embeddings and head "
-        "aside."
-    ),
-    "outside": (
-        "Requests or budgets that no policy met in its training: longer, with a larger batch, or "
-        "tighter."
-    ),
-}
-
-COUNTS_CAPTION = (
-    "Better / even / worse (+/=/-): pairs of request and budget at which the 95 % interval of the "
-    "difference lies below 0, holds 0, or lies above it. Relative: mean loss divided by the "
-    "other's, less 1. Verdict: the same for the mean over all pairs; *: the other misses budgets, "
-    "so that its loss does not compare."
-)
-
-HOLM_CAPTION = "By Holm: the same counts where all pairs are tested together at a level of 5 %."
-
-
 def difference_table(comparison: Comparison, method: str) -> Table:
-    """Loss of one method minus each other's, paired over windows and seeds."""
-    header = ["Compared with", "Difference (nats/token)", "Relative", "Better / even / worse",
-              "By Holm", "PairwiseComparison"]  # fmt: skip
+    """Return the ΔNLL of a method minus that of each other, paired over windows."""
+    header = ["Compared with", "Difference in ΔNLL (nats/token)", "Relative",
+              "Better / even / worse", "By Holm", "Verdict"]  # fmt: skip
     rows = [_difference_row(found) for found in pairwise_comparisons(comparison, method)]
     return header, rows
 
 
 def short_differences(comparison: Comparison, method: str) -> Table:
-    """The same for the terminal, at most 100 columns wide: without Holm's correction."""
-    header = ["Compared with", "Difference", "Relative", "+/=/-", "PairwiseComparison"]
+    """Return the differences for the terminal, at most 100 columns wide: without Holm counts."""
+    header = ["Compared with", "Difference", "Relative", "+/=/-", "Verdict"]
     rows = []
     for found in pairwise_comparisons(comparison, method):
         _, difference, relative, cells, _, verdict = _difference_row(found)
@@ -206,11 +205,11 @@ def short_differences(comparison: Comparison, method: str) -> Table:
 
 
 def tables_markdown(comparison: Comparison, title: str = "Comparison") -> str:
-    """Every table, for ``tables.md``."""
+    """Return all tables as Markdown, for ``tables.md``."""
     parts = [f"# {title}\n", *_part_tables(comparison)]
-    goals = targets_table(comparison)
-    if goals:
-        parts += ["## Goals\n", markdown(goals)]
+    targets = targets_table(comparison)
+    if targets:
+        parts += ["## Targets\n", markdown(targets)]
     accuracy = accuracy_table(comparison)
     if accuracy:
         parts += ["## Accuracy\n", markdown(accuracy)]
@@ -230,16 +229,15 @@ def _part_tables(comparison: Comparison) -> list[str]:
                       markdown(difference_table(comparison, method))]  # fmt: skip
     for shape in comparison.shapes:
         title = f"{shape[0]} x {shape[1]} tokens"
-        parts += [f"## Loss, {title}\n", markdown(loss_table(comparison, shape)),
+        parts += [f"## ΔNLL, {title}\n", markdown(delta_nll_table(comparison, shape)),
                   f"## Blocks removed (attn + ffn) and peak memory, {title}\n",
                   markdown(removed_table(comparison, shape))]  # fmt: skip
     return parts
 
 
 def _difference_row(found: PairwiseComparison) -> list[str]:
-    mean, low, high = found.difference.mean, found.difference.low, found.difference.high
     return [
-        look(found.other).label, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
-        relative_words(found.relative), str(found.cells), str(found.corrected),
-        found.word if found.other_fits else f"{found.word}*",
+        look(found.other).label, signed(found.difference), relative_words(found.relative),
+        str(found.cells), str(found.corrected),
+        found.verdict if found.other_fits else f"{found.verdict}*",
     ]  # fmt: skip

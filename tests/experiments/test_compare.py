@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.compare import compare, final_loss
+from experiments.compare import compare, final_delta_nll
 from experiments.comparison.loading import read_groups
 from experiments.comparison.records import append_record
 from experiments.config import CompareConfig
@@ -63,7 +63,7 @@ def pair(tmp_path):
 
 def test_json_has_a_row_for_each_method_and_cell(root):
     rows = as_json(root)
-    assert {row["method"] for row in rows} == set(FACTORS), "the dense model is no contestant"
+    assert {row["method"] for row in rows} == set(FACTORS), "the dense model is not compared"
     assert len(rows) == 9 * len(FACTORS)
     for row in rows:
         for key, kind in SCHEMA.items():
@@ -141,11 +141,11 @@ def test_cells_beside_the_grid_are_never_averaged_with_it(tmp_path):
     assert parts["sparsity"]["loss_mean"] == 50.0
     assert parts["outside"]["loss_mean"] == 90.0
     (group,), _ = read_groups([tmp_path])
-    grid = {s.method: s.loss.mean for s in group.parts["grid"].summaries}
+    grid = {s.method: s.delta_nll.mean for s in group.parts["grid"].summaries}
     assert max(grid.values()) < 50.0
     text = compare(CompareConfig(runs=str(tmp_path)))
     assert "-- At fixed sparsity --" in text
-    assert "-- Outside the range that policies were trained on --" in text
+    assert "-- Outside the training range of policies --" in text
     page = compare(CompareConfig(runs=str(tmp_path), format="markdown"))
     assert "20 % sparsity" in page
 
@@ -163,25 +163,25 @@ def test_text_and_markdown_tell_verdicts_curves_and_costs(root):
     assert "even*" in text or "better*" in text or "worse*" in text, "it misses budgets"
     page = compare(CompareConfig(runs=str(root), format="markdown"))
     for line in page.splitlines():
-        assert line.startswith(("|", "#", "Final loss")) or not line
+        assert line.startswith(("|", "#", "Final ΔNLL")) or not line
     assert "# syn: " in page
     assert "Better / even / worse" in page
 
 
-def test_final_losses_are_of_the_last_episodes(root):
+def test_the_final_delta_nll_is_that_of_the_last_episodes(root):
     _, (learning,) = read_groups([root])
     assert {method: len(runs) for method, runs in learning.by_method.items()} == {"maskable_ppo": 2}
     run = learning.runs[0]
     steps, losses = run.series("episode/loss")
-    assert final_loss(run) == pytest.approx(sum(losses[-50:]) / 50)
-    assert final_loss(run) < sum(losses) / len(losses)
+    assert final_delta_nll(run) == pytest.approx(sum(losses[-50:]) / 50)
+    assert final_delta_nll(run) < sum(losses) / len(losses)
     assert len(steps) > 50
 
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ExperimentError, match=r"no folder .*nothing; runs= names folders"):
         compare(CompareConfig(runs=str(tmp_path / "nothing")))
-    with pytest.raises(ExperimentError, match="No records lie under"):
+    with pytest.raises(ExperimentError, match="no records under"):
         compare(CompareConfig(runs=str(tmp_path)))
     with pytest.raises(UnknownNameError, match="Did you mean 'json'"):
         CompareConfig(format="jsn")

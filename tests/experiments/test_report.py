@@ -8,15 +8,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from experiments.comparison.figures import loss_against_budget
+from experiments.comparison.figures import delta_nll_against_budget
 from experiments.comparison.formatting import look
 from experiments.comparison.loading import gather
 from experiments.comparison.records import append_record
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     accuracy_table,
+    delta_nll_table,
     difference_table,
-    loss_table,
     summary_table,
     tables_markdown,
     terminal_text,
@@ -57,9 +57,9 @@ def test_the_terminal_table_fits_and_explains_itself(comparison):
     assert max(map(len, text.splitlines())) <= 100
     for method in FACTORS:
         assert look(method).label in text
-    assert "Dense" not in text.split("\n\n")[0], "the reference is no contestant"
+    assert "Dense" not in text.split("\n\n")[0], "the reference is not compared"
     assert "nats per token" in text
-    assert "miss some stand last" in text
+    assert "miss budgets are listed last" in text.replace("\n", " ")
 
 
 def test_a_mean_is_over_cells_that_all_methods_have():
@@ -71,7 +71,7 @@ def test_a_mean_is_over_cells_that_all_methods_have():
     assert {cell[2] for cell in found.cells} == {0.9, 0.8}
     whole = next(s for s in Comparison(make_rows()).summaries if s.method == "knapsack")
     part = next(s for s in found.summaries if s.method == "knapsack")
-    assert part.loss.mean < whole.loss.mean, "the tightest budget is left out for all"
+    assert part.delta_nll.mean < whole.delta_nll.mean, "the tightest budget is left out for all"
 
 
 def test_differences_are_paired_and_judged(comparison):
@@ -85,7 +85,7 @@ def test_differences_are_paired_and_judged(comparison):
 
 
 def test_tables_say_where_a_mask_does_not_fit(comparison):
-    _, rows = loss_table(comparison, (1, 128))
+    _, rows = delta_nll_table(comparison, (1, 128))
     cells = {row[0]: row[1:] for row in rows}
     assert len(cells["One-shot"]) == 3
     assert "does not fit" in cells["Attention only"][2]
@@ -94,7 +94,7 @@ def test_tables_say_where_a_mask_does_not_fit(comparison):
 
 def test_each_method_shows_what_it_loses_on_the_text_that_it_searched_on(comparison):
     header, rows = summary_table(comparison)
-    held_out, searched = (header.index(f"{text} text") for text in ("Loss on held-out",
+    held_out, searched = (header.index(f"{text} text") for text in ("ΔNLL on held-out",
                                                                     "On calibration"))  # fmt: skip
     for row in rows:
         loss = float(row[held_out].split()[0])
@@ -129,8 +129,8 @@ def test_rows_on_different_text_are_not_compared():
 
 def test_the_findings_agree_with_the_numbers(root):
     text = " ".join(findings(gather(root)))
-    assert "loses more than Greedy per byte" in text
-    assert re.search(r"loses less than [^.]*Random", text)
+    assert "has a higher ΔNLL than Greedy per byte" in text
+    assert re.search(r"has a lower ΔNLL than [^.]*Random", text)
     assert "Attention only cannot meet every budget" in text
     assert "single seed" not in text, "there are two"
 
@@ -150,12 +150,12 @@ def test_one_pair_is_no_pairs(tmp_path):
 def test_the_marks_of_a_single_budget_stay_close(narrow):
     """They are moved sideways by less than half a per cent of the peak, whatever the axis."""
     rows = [row for row in make_rows() if row.budget_fraction == 0.9]
-    axis = loss_against_budget(Comparison(rows), narrow).axes[0]
+    axis = delta_nll_against_budget(Comparison(rows), narrow).axes[0]
     places = [line.lines[0].get_xdata()[0] for line in axis.containers]
     left, right = axis.get_xlim()
     assert left > right, "budgets get tighter to the right"
     assert 0 < max(places) - min(places) < 0.25 * (left - right)
-    several = loss_against_budget(Comparison(make_rows()), narrow).axes[0].get_xlim()
+    several = delta_nll_against_budget(Comparison(make_rows()), narrow).axes[0].get_xlim()
     assert several[0] > 90 > 70 > several[1]
 
 
@@ -194,7 +194,7 @@ def test_figures_and_tables_lie_beside_the_page(page):
                 "removed_maskable_ppo", "removed_greedy_per_byte"}  # fmt: skip
     assert names == expected
     text = (page.parent / "tables.md").read_text()
-    assert "## Loss, 8 x 2048 tokens" in text
+    assert "## ΔNLL, 8 x 2048 tokens" in text
     for line in text.splitlines():
         assert line.startswith(("|", "#")) or not line
 

@@ -1,4 +1,4 @@
-"""Verdicts on rows whose differences are known, and the goals made of them."""
+"""Verdicts on rows whose differences are known, and the targets made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.comparison.pairwise import (
     compare_pair,
     competing_cells,
     pairwise_comparisons,
-    relative_on,
+    relative_difference_on,
     targets_table,
 )
 from experiments.comparison.records import PARTS
@@ -49,19 +49,19 @@ def test_a_verdict_counts_pairs_and_judges_the_mean():
     assert found.cells == found.corrected == Counts(2, 1, 1)
     assert found.difference.mean == pytest.approx(0.0, abs=1e-9)
     assert found.relative.mean == pytest.approx(0.0, abs=1e-9)
-    assert found.word == "even"
+    assert found.verdict == "even"
 
 
 def test_a_tenth_less_is_a_tenth_less():
     both = comparison(rows_of("ppo", [0.9] * 4, seeds=(0,)), rows_of("gsi", [1.0] * 4))
     found = compare_pair(both, "ppo", "gsi")
     assert (found.relative.low, found.relative.high) == pytest.approx((-0.1, -0.1))
-    assert (found.word, found.cells) == ("better", Counts(4, 0, 0))
-    assert compare_pair(both, "gsi", "ppo").word == "worse"
+    assert (found.verdict, found.cells) == ("better", Counts(4, 0, 0))
+    assert compare_pair(both, "gsi", "ppo").verdict == "worse"
     assert compare_pair(both, "ppo", "knapsack") is None
-    half = relative_on(both, "ppo", "gsi", both.cells[:2])
+    half = relative_difference_on(both, "ppo", "gsi", both.cells[:2])
     assert half.mean == pytest.approx(-0.1)
-    assert relative_on(both, "ppo", "gsi", []) is None
+    assert relative_difference_on(both, "ppo", "gsi", []) is None
 
 
 def test_many_pairs_need_clearer_differences_to_count_together():
@@ -85,7 +85,7 @@ def test_verdicts_stand_in_order_and_never_on_the_method_itself():
     assert [row[-1] for row in table] == ["worse", "better", "worse*"]
 
 
-def test_goals_are_met_or_not_as_the_numbers_say():
+def test_targets_are_met_or_not_as_the_numbers_say():
     both = comparison(
         rows_of("rap", [0.85] * 4, seeds=(0, 1), decision_s=0.004, evaluations=0),
         rows_of("ppo", [0.1] * 4, seeds=(0,)),
@@ -97,9 +97,9 @@ def test_goals_are_met_or_not_as_the_numbers_say():
     assert both.main_policy.method == "rap", "not the one that does best on the report text"
     header, rows = targets_table(both)
     met = {row[0]: row[-1] for row in rows}
-    assert met["loses less than the GSI order in the mean"] == "yes"
-    assert met["not above greedy per byte in the mean"] == "no"
-    assert met["quicker to decide than greedy per byte"] == "yes"
+    assert met["mean ΔNLL below the GSI order"] == "yes"
+    assert met["mean ΔNLL not above greedy per byte"] == "no"
+    assert met["decision faster than greedy per byte"] == "yes"
     within = [row for row in rows if row[0].startswith("loss in the mean against")]
     assert [row[2:] for row in within] == [["+2 % or less", "yes"], ["+2 % or less", "no"]]
     assert header[-1] == "Met"
@@ -127,7 +127,7 @@ def test_parts_are_told_apart():
     rows += rows_of("gsi", [2.0] * 4, sparsity=0.1) + rows_of("gsi", [3.0] * 4, outside=True)
     found = Comparison(rows)
     parts = [found if part == "grid" else found.other_part(part) for part in PARTS]
-    assert [part.summaries[0].loss.mean for part in parts] == pytest.approx([1.0, 2.0, 3.0])
+    assert [part.summaries[0].delta_nll.mean for part in parts] == pytest.approx([1.0, 2.0, 3.0])
     page = tables_markdown(found)
     assert page.index("# At fixed sparsity") < page.index("# Outside the range")
     assert Comparison(rows_of("gsi", [1.0] * 4)).other_part("outside") is None
