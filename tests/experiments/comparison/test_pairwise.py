@@ -100,7 +100,7 @@ def test_targets_are_met_or_not_as_the_numbers_say():
     assert met["mean ΔNLL below the GSI order"] == "yes"
     assert met["mean ΔNLL not above greedy per byte"] == "no"
     assert met["decision faster than greedy per byte"] == "yes"
-    within = [row for row in rows if row[0].startswith("loss in the mean against")]
+    within = [row for row in rows if row[0].startswith("mean ΔNLL against")]
     assert [row[2:] for row in within] == [["+2 % or less", "yes"], ["+2 % or less", "no"]]
     assert header[-1] == "Met"
     assert targets_table(comparison(rows_of("gsi", [1.0] * 4))) is None
@@ -129,7 +129,7 @@ def test_parts_are_told_apart():
     parts = [found if part == "grid" else found.other_part(part) for part in PARTS]
     assert [part.summaries[0].delta_nll.mean for part in parts] == pytest.approx([1.0, 2.0, 3.0])
     page = tables_markdown(found)
-    assert page.index("# At fixed sparsity") < page.index("# Outside the range")
+    assert page.index("# At fixed sparsity") < page.index("# Outside the training range")
     assert Comparison(rows_of("gsi", [1.0] * 4)).other_part("outside") is None
 
 
