@@ -11,7 +11,6 @@ from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
 from rap_env.policy import MaskPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
-from rap_env.runtime.mask_choice import MaskChooser
 from rap_env.runtime.mask_controller import MaskController
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
 from rap_env.runtime.memory_meter import Meter, process_meter
@@ -58,7 +57,7 @@ class RuntimeController:
     Attributes:
         llm: As given.
         estimator: Predicts bytes.
-        chooser: Chooses masks that fit by prediction.
+        masks: Chooses and applies masks.
         monitor: Measures bytes.
         hold_s: As given.
         overhead_s: Seconds spent in the controller, switching and measuring included.
@@ -90,7 +89,6 @@ class RuntimeController:
             )
         self.llm = llm
         self.estimator = MemoryEstimator(llm)
-        self.chooser = MaskChooser(policy, self.estimator, guard_order)
         facts = self.estimator.memory.facts
         weights = facts.base_bytes + sum(facts.block_param_bytes)
         self.monitor = MemoryMonitor(
@@ -102,14 +100,15 @@ class RuntimeController:
         )
         self.hold_s = hold_s
         self.overhead_s = 0.0
-        self._masks = MaskController(
+        self.masks = MaskController(
             llm,
-            self.chooser,
+            policy,
             self.estimator,
             self.monitor,
+            guard_order=guard_order,
             hysteresis_share=hysteresis_share,
             hold_s=hold_s,
-            log=log,
+            decision_log=log,
             clock=clock,
         )
         self._rejected: tuple[BatchShape, int] | None = None  # no mask fitted it in these bytes
@@ -117,32 +116,32 @@ class RuntimeController:
     @property
     def policy(self) -> MaskPolicy:
         """The policy that is asked."""
-        return self.chooser.policy
+        return self.masks.policy
 
     @property
     def decisions(self) -> int:
         """How often the policy was asked."""
-        return self._masks.decisions
+        return self.masks.decisions
 
     @property
     def decision_s(self) -> float:
         """Seconds spent choosing masks, in total."""
-        return self._masks.decision_s
+        return self.masks.decision_s
 
     @property
     def switches(self) -> int:
         """How often the mask changed."""
-        return self._masks.switches
+        return self.masks.switches
 
     @property
     def switch_s(self) -> float:
         """Seconds spent switching, in total."""
-        return self._masks.switch_s
+        return self.masks.switch_s
 
     @property
     def recent(self) -> Sequence[Decision]:
         """The last decisions, the newest at the end."""
-        return self._masks.recent
+        return self.masks.recent
 
     @property
     def budget_bytes(self) -> int:
@@ -192,13 +191,13 @@ class RuntimeController:
             mask = self.llm.mask
             need = self.estimator.peak_bytes(mask, shape)
             if need > available:
-                if not self._masks.fit(
+                if not self.masks.fit(
                     shape, available, "arrival", next_pass, running=bool(running)
                 ):
                     self._rejected = (shape, available)
                     return False
             elif mask and not running:
-                self._masks.grow_at_arrival(need, shape, next_pass)
+                self.masks.grow_at_arrival(need, shape, next_pass)
             return True
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
@@ -219,14 +218,14 @@ class RuntimeController:
             mask = self.llm.mask
             need = self.estimator.peak_bytes(mask, shape)
             if need > available:
-                fits = self._masks.fit(
+                fits = self.masks.fit(
                     shape, available, "budget_fell", next_pass, running=bool(shape)
                 )
                 if not fits and not shape:
-                    self._masks.remove_all()
+                    self.masks.remove_all()
                 return fits
             if mask:
-                self._masks.grow(need, shape, next_pass)
+                self.masks.grow(need, shape, next_pass)
             return True
 
     def observe(self, shape: BatchShape, kind: str = "step") -> int:
@@ -241,7 +240,7 @@ class RuntimeController:
         """
         with self._timed():
             if kind != "prefill":
-                self._masks.note_decode()
+                self.masks.note_decode()
             return self.monitor.observe_step(shape, kind)
 
     def could_fit(self, shape: BatchShape) -> bool:
@@ -250,7 +249,7 @@ class RuntimeController:
         Any thread may call it.
         """
         limit = self.monitor.budget_limit_bytes() - self.margin.bytes
-        return self.chooser.smallest_bytes(shape, limit) <= limit
+        return self.masks.smallest_bytes(shape, limit) <= limit
 
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Whether a batch can never fit by what is measured now, even with nothing else running.
@@ -260,10 +259,10 @@ class RuntimeController:
             next_pass: Tokens of its first pass.
         """
         self.monitor.trim()
-        estimate = self._masks.pass_estimate(shape, next_pass)
+        estimate = self.masks.pass_estimate(shape, next_pass)
         available = self.monitor.available_after_trim_bytes(shape, estimate)
         limit = self.monitor.budget_limit_bytes() - (self.budget_bytes - available)
-        return self.chooser.smallest_bytes(shape, limit) > limit
+        return self.masks.smallest_bytes(shape, limit) > limit
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """A callback for ``llm.generate(before_step=...)`` that checks before each step.
@@ -288,7 +287,7 @@ class RuntimeController:
         return before
 
     def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        estimate = self._masks.pass_estimate(shape, next_pass)
+        estimate = self.masks.pass_estimate(shape, next_pass)
         return self.monitor.available_bytes(shape, estimate)
 
     @contextmanager

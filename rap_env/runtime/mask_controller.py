@@ -1,25 +1,46 @@
-"""Changes a live model's mask: shrinks it at once, grows it after a debounce."""
+"""Chooses and changes a live model's mask: shrinks it at once, grows it after a debounce."""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rap_env.blocks import BlockMask
+from rap_env.policy import MaskPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
-from rap_env.runtime.mask_choice import MaskChoice, MaskChooser
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
+log = logging.getLogger(__name__)
+
 _ATTEMPTS = 4  # at making a mask fit by measured bytes
 _RECENT = 256
+
+
+@dataclass(frozen=True)
+class MaskChoice:
+    """A mask that fits.
+
+    Attributes:
+        mask: The mask.
+        need_bytes: Bytes that it needs.
+        guarded: Whether the guard changed the policy's mask.
+        decision_s: Seconds that the choice took.
+    """
+
+    mask: BlockMask
+    need_bytes: int
+    guarded: bool
+    decision_s: float = 0.0
 
 
 class Debounce:
@@ -64,16 +85,19 @@ class Debounce:
 
 
 class MaskController:
-    """Chooses masks and applies them until the measured bytes fit.
+    """Asks a policy for masks, makes them fit, and applies them until the measured bytes fit.
+
+    Where the policy's mask does not fit, the guard removes more blocks in its own order.
 
     Args:
         llm: The live model.
-        chooser: Chooses masks that fit by prediction.
+        policy: Chooses masks.
         estimator: Predicts bytes.
         monitor: Measures bytes.
-        hysteresis_share: As for `RuntimeController`, and so are the other settings.
+        guard_order: As for `RuntimeController`, and so are the other settings.
 
     Attributes:
+        policy: As given.
         decisions: How often the policy was asked.
         decision_s: Seconds spent choosing masks.
         switches: How often the mask changed.
@@ -84,22 +108,28 @@ class MaskController:
     def __init__(
         self,
         llm: ElasticLLM,
-        chooser: MaskChooser,
+        policy: MaskPolicy,
         estimator: MemoryEstimator,
         monitor: MemoryMonitor,
         *,
+        guard_order: Sequence[int] | None,
         hysteresis_share: float,
         hold_s: float,
-        log: DecisionLog | None,
+        decision_log: DecisionLog | None,
         clock: Callable[[], float],
     ) -> None:
         self._llm = llm
-        self._chooser = chooser
+        self.policy = policy
         self._estimator = estimator
         self._monitor = monitor
         self._hysteresis_share = hysteresis_share
-        self._log = log
+        self._decision_log = decision_log
         self._clock = clock
+        if guard_order is None:
+            guard_order = getattr(policy, "order", None)
+        self._order = None if guard_order is None else tuple(guard_order)
+        self._guards = self._order != ()
+        BlockMask.of(*(self._order or ())).check(llm.num_blocks)
         self._debounce = Debounce(hold_s)
         self._retry_above: tuple[BatchShape, int] | None = None  # less headroom adds no block
         self._switched_for = EMPTY_BATCH
@@ -146,12 +176,12 @@ class MaskController:
         self._debounce.reset()
         choice = self._choose(shape, available_bytes)
         if choice is not None and running:
-            choice = self._chooser.without_refill(choice, self._llm.mask, shape, available_bytes)
+            choice = self._without_refill(choice, shape, available_bytes)
         return choice is not None and self._settle(choice, shape, trigger, next_pass, running)
 
     def remove_all(self) -> None:
         """Remove all that the guard may remove: nothing is left to preempt."""
-        mask = self._chooser.smallest(self._monitor.budget_bytes)
+        mask = self._smallest(EMPTY_BATCH, self._monitor.budget_bytes)
         choice = MaskChoice(mask, self._estimator.peak_bytes(mask, EMPTY_BATCH), guarded=True)
         self._switch(choice, EMPTY_BATCH, "budget_fell", running=False)
 
@@ -206,13 +236,69 @@ class MaskController:
         monitor = self._monitor
         return monitor.budget_bytes - self._reserve_bytes() - monitor.margin.bytes
 
+    def guard_order(self, shape: BatchShape) -> Sequence[int]:
+        """Indices of the blocks that the guard may remove, in the order of removal."""
+        if self._order is not None:
+            return self._order
+        freed = self._estimator.freed_bytes(shape)
+        return sorted(range(len(freed)), key=lambda index: -freed[index])
+
+    def smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
+        """Bytes that the smallest mask for a batch needs."""
+        return self._estimator.peak_bytes(self._smallest(shape, limit_bytes), shape)
+
+    def _smallest(self, shape: BatchShape, limit_bytes: int) -> BlockMask:
+        """The mask that leaves least: all that the guard may remove, or the policy's mask."""
+        if self._guards:
+            return BlockMask.of(*self.guard_order(shape))
+        return self._ask_policy(shape, limit_bytes)
+
     def _choose(self, shape: BatchShape, limit_bytes: int) -> MaskChoice | None:
+        """The policy's mask for a batch, made to fit a limit; None if no mask fits it."""
         started = time.perf_counter()
-        choice, asked = self._chooser.choose(shape, limit_bytes)
+        mask = None
+        guarded = False
+        if not self._guards or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
+            self.decisions += 1
+            wanted = self._ask_policy(shape, limit_bytes)
+            order = self.guard_order(shape)
+            mask = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
+            guarded = mask != wanted
         seconds = time.perf_counter() - started
-        self.decisions += asked
         self.decision_s += seconds
-        return None if choice is None else replace(choice, decision_s=seconds)
+        if mask is None:
+            return None
+        return MaskChoice(mask, self._estimator.peak_bytes(mask, shape), guarded, seconds)
+
+    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> BlockMask:
+        """The policy's mask; the dense one if the policy fails."""
+        try:
+            mask = self.policy.choose(shape.request(limit_bytes))
+            return mask.check(self._llm.num_blocks)
+        except Exception:
+            log.exception("Policy %r failed; the guard chooses the mask.", self.policy.name)
+            return BlockMask()
+
+    def _without_refill(
+        self, choice: MaskChoice, shape: BatchShape, limit_bytes: int
+    ) -> MaskChoice:
+        """Change a choice so that no attention block returns, which would refill its cache.
+
+        Those blocks stay removed. In exchange, as many of the newly removed blocks stay as fit.
+        """
+        before = self._llm.mask
+        returning = {index for index in (before - choice.mask).indices if index % 2 == 0}
+        if not returning:
+            return choice
+        mask = choice.mask | BlockMask(frozenset(returning))
+        for index in reversed(self.guard_order(shape)):
+            if index not in mask or index in before:
+                continue
+            fewer = mask - BlockMask.of(index)
+            if self._estimator.peak_bytes(fewer, shape) <= limit_bytes:
+                mask = fewer
+        need_bytes = self._estimator.peak_bytes(mask, shape)
+        return MaskChoice(mask, need_bytes, guarded=True, decision_s=choice.decision_s)
 
     def _settle(
         self,
@@ -267,8 +353,8 @@ class MaskController:
             guarded=choice.guarded,
         )
         self.recent.append(decision)
-        if self._log is not None:
-            self._log.append(decision)
+        if self._decision_log is not None:
+            self._decision_log.append(decision)
         self._refill_pending = refills
         self._debounce.reset()
         self._switched_for = shape

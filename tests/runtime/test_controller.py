@@ -117,9 +117,9 @@ def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
     policy = FakePolicy(BlockMask())
     policy.order = ORDER
     harness = Harness(policy=policy)
-    assert harness.controller.chooser.order(SHAPE) == ORDER
+    assert harness.controller.masks.guard_order(SHAPE) == ORDER
     freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.chooser.order(SHAPE)
+    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.masks.guard_order(SHAPE)
     assert sorted(by_bytes) == list(range(6))
     assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
