@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.frontier import Frontier
 from rap_env.memory import HasFacts, MemoryModel
 from rap_env.observation import ObservationBuilder
 from rap_env.policy import MaskPolicy
@@ -22,7 +23,6 @@ from rap_env.runtime.policy_file import PolicyFile
 from rap_env.runtime.policy_network import BlockNetwork
 
 if TYPE_CHECKING:
-    from rap_env.importance.frontier import Frontier
     from rap_env.observation import ImportanceFeatures
 
 SAVED = Path(__file__).parent / "saved"
@@ -194,7 +194,7 @@ def load_policy(
         return StaticPolicy(BlockMask(), "dense")
     path = _path_of(source)
     if path.suffix == ".json":
-        return FrontierPolicy(memory, _frontier(path, memory))
+        return FrontierPolicy(memory, Frontier.load(path, memory))
     return NetworkPolicy(memory, PolicyFile.load(path), features)
 
 
@@ -208,9 +208,3 @@ def _path_of(source: str | os.PathLike[str]) -> Path:
         hint = "Any other value is read as the path of a file, and there is no such file."
         raise UnknownNameError("policy", os.fspath(source), NAMED, hint)
     return path
-
-
-def _frontier(path: Path, memory: MemoryModel) -> Frontier:
-    from rap_env.importance.frontier import Frontier  # its package loads torch
-
-    return Frontier.load(path, memory)

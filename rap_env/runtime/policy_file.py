@@ -164,23 +164,31 @@ class PolicyFile:
         path = Path(path)
         if not path.exists():
             raise ArtifactError(f"There is no exported policy at {path}; {_EXPORT_AGAIN}.")
-        header, arrays = _read(path)
-        body = _checked_body(path, header)
+        text, arrays = _read(path)
+        altered = ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
         try:
-            intact = body["arrays_sha256"] == _arrays_hash(arrays)
+            header = json.loads(text)
+            found = header.get("kind"), header.get("format")
+            if found != (_KIND, _FORMAT):
+                raise ArtifactError(
+                    f"{path} has kind {found[0]!r} and format {found[1]!r}, but this version reads "
+                    f"{_KIND!r} of format {_FORMAT}; use the version that wrote it, or "
+                    f"{_EXPORT_AGAIN}."
+                )
+            body = header["body"]
+            hashes = digest(body), _arrays_hash(arrays)
+            if hashes != (header["sha256"], body["arrays_sha256"]):
+                raise altered
             weights = _part(arrays, _NETWORK)
-            made = cls(
+            return cls(
                 NetworkWeights(**weights, without=tuple(body["settings"]["without"])),
                 ImportanceFeatures(**_part(arrays, _FEATURES)),
                 tuple(int(index) for index in arrays[_ORDER]),
                 PolicyModel(**body["model"]),
                 body["provenance"],
             )
-        except (AttributeError, KeyError, TypeError):
-            intact = False
-        if not intact:
-            raise ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
-        return made
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+            raise altered from None
 
     def _arrays(self) -> Arrays:
         features = {e.name: getattr(self.features, e.name) for e in fields(self.features)}
@@ -207,8 +215,8 @@ def _check_features(features: ImportanceFeatures, blocks: int, name: str) -> Non
             )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """Read header and arrays of a file with any content."""
+def _read(path: Path) -> tuple[str, Arrays]:
+    """Read the JSON header and the arrays of a file with any content."""
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(_HEADER)
@@ -220,27 +228,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
         ) from None
     if text is None:
         raise ArtifactError(f"{path} holds tensors, but no exported policy; {_EXPORT_AGAIN}.")
-    try:
-        header = json.loads(text)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
-    return header, arrays
-
-
-def _checked_body(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The body of a header, after its checksum was verified."""
-    found = header.get("kind"), header.get("format")
-    if found != (_KIND, _FORMAT):
-        raise ArtifactError(
-            f"{path} has kind {found[0]!r} and format {found[1]!r}, but this version reads "
-            f"{_KIND!r} of format {_FORMAT}; use the version that wrote it, or {_EXPORT_AGAIN}."
-        )
-    body = header.get("body")
-    if not isinstance(body, dict) or header.get("sha256") != digest(body):
-        raise ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
-    return body
+    return text, arrays
 
 
 def _part(arrays: Arrays, prefix: str) -> Arrays:
