@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -149,43 +148,17 @@ class MemoryModel:
     """
 
     def __init__(self, model: HasFacts | ModelFacts) -> None:
-        self.facts = model if isinstance(model, ModelFacts) else model.facts
-
-    @cached_property
-    def _param_bytes(self) -> npt.NDArray[np.int64]:
-        return np.array(self.facts.block_param_bytes, dtype=np.int64)
-
-    @cached_property
-    def _stub_bytes(self) -> npt.NDArray[np.int64]:
-        none = (0,) * self.facts.num_blocks
-        return np.array(self.facts.stub_bytes or none, dtype=np.int64)
-
-    @cached_property
-    def _own_bytes(self) -> npt.NDArray[np.int64]:
-        """Weight bytes that each block's removal frees, (2L,)."""
-        return self._param_bytes - self._stub_bytes
-
-    @cached_property
-    def _dense_weight_bytes(self) -> int:
-        return self.facts.base_bytes + sum(self.facts.block_param_bytes)
-
-    @cached_property
-    def _cache_groups(self) -> tuple[tuple[int, int], ...]:
-        """Most tokens a cache holds and bytes per token, summed over layers with equal windows."""
-        groups: dict[int, int] = {}
-        for window, size in zip(self._windows.tolist(), self.facts.kv_bytes_per_token, strict=True):
-            groups[window] = groups.get(window, 0) + size
-        return tuple(groups.items())
-
-    @cached_property
-    def _windows(self) -> npt.NDArray[np.int64]:
-        """Most tokens that each layer's cache holds, (L,)."""
-        windows = (_NO_WINDOW if w is None else w for w in self.facts.kv_window_tokens)
-        return np.array(list(windows), dtype=np.int64)
-
-    @cached_property
-    def _bytes_per_token(self) -> npt.NDArray[np.int64]:
-        return np.array(self.facts.kv_bytes_per_token, dtype=np.int64)
+        self.facts = facts = model if isinstance(model, ModelFacts) else model.facts
+        windows = [_NO_WINDOW if w is None else w for w in facts.kv_window_tokens]
+        stubs = facts.stub_bytes or (0,) * facts.num_blocks
+        self._param_bytes = np.array(facts.block_param_bytes, dtype=np.int64)  # (2L,)
+        self._stub_bytes = np.array(stubs, dtype=np.int64)  # (2L,)
+        self._kv_bytes_per_token = np.array(facts.kv_bytes_per_token, dtype=np.int64)  # (L,)
+        self._windows = np.array(windows, dtype=np.int64)  # (L,)
+        self._dense_weight_bytes = facts.base_bytes + sum(facts.block_param_bytes)
+        self._cache_groups: dict[int, int] = {}  # by window: bytes per token, summed over layers
+        for window, size in zip(windows, facts.kv_bytes_per_token, strict=True):
+            self._cache_groups[window] = self._cache_groups.get(window, 0) + size
 
     def check(self, batch_size: int, seq_len_tokens: int) -> None:
         """Reject a batch size or a length that the model cannot serve.
@@ -205,17 +178,17 @@ class MemoryModel:
 
     def kv_bytes_by_layer(self, batch_size: int, seq_len_tokens: int) -> npt.NDArray[np.int64]:
         """Bytes of each layer's cache after `seq_len_tokens` tokens a sequence, shape (L,)."""
-        return batch_size * np.minimum(seq_len_tokens, self._windows) * self._bytes_per_token
+        return batch_size * np.minimum(seq_len_tokens, self._windows) * self._kv_bytes_per_token
 
     def kv_cache_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
         """Bytes of the dense model's cache after `seq_len_tokens` tokens a sequence."""
         return batch_size * sum(
-            min(seq_len_tokens, window) * size for window, size in self._cache_groups
+            min(seq_len_tokens, window) * size for window, size in self._cache_groups.items()
         )
 
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
         """Weight and cache bytes that each block's removal frees, minus its stub's, shape (2L,)."""
-        freed = self._own_bytes.copy()
+        freed = self._param_bytes - self._stub_bytes
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
 
