@@ -72,11 +72,6 @@ class RepairRow(CellRecord):
     rerun = "make it again"
 
     @property
-    def held_out_domain(self) -> bool:
-        """Whether no stub was fitted on text of this kind."""
-        return self.text not in self.fitted_on
-
-    @property
     def key(self) -> str:
         """Identifies the result; see `row_key`."""
         return row_key(self.study, self.repair, self.cell, self.text, self.provenance)

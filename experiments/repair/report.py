@@ -54,23 +54,21 @@ def repair_section(data: ReportData, gallery: Gallery) -> Section:
     found = data.repair
     if not found:
         return section
-    if found.summaries:
-        section.text(repair_tables.summary_caption(found))
-        section.table(repair_tables.repair_summary_table(found), _names(found))
-    targets = repair_tables.targets_table(found)
-    if targets:
-        section.table(targets, title="Targets")
-    if found.cells:
-        _add_grid(section, gallery, found)
-    _add_studies(section, gallery, found)
-    orders = repair_tables.orders_table(data.repair_orders)
-    if orders:
-        section.table(orders, _names(found), title="The order of importance, with stubs in place")
-        section.text(repair_tables.ORDERS_CAPTION)
+    names = {look(repair).label: repair for repair in found.repairs}
+    for part in repair_tables.repair_document(found, data.repair_orders):
+        if part.name == "grid":
+            _add_peaks(section, gallery, found)
+        if part.name == "tokens":
+            _add_tokens(section, gallery, found)
+        section.table(
+            part.table, names if part.by_repair else None, title=part.title, folded=part.detail
+        )
+        if part.caption:
+            section.text(part.caption)
     return section
 
 
-def _add_grid(section: Section, gallery: Gallery, found: RepairComparison) -> None:
+def _add_peaks(section: Section, gallery: Gallery, found: RepairComparison) -> None:
     gallery.add(
         section, "repair_delta_nll_against_peak",
         "ΔNLL against peak memory, with and without stubs",
@@ -79,31 +77,16 @@ def _add_grid(section: Section, gallery: Gallery, found: RepairComparison) -> No
         f"intervals. {_looks_words(found)}",
         partial(repair_figures.delta_nll_against_peak, found),
     )  # fmt: skip
-    section.table(repair_tables.repair_grid_table(found), title="ΔNLL at each request and budget")
-    section.text(repair_tables.grid_caption(found))
-    for text in found.texts:
-        title = f"ΔNLL with interval and peak memory, {repair_tables.text_label(found, text)}"
-        section.table(repair_tables.repair_text_table(found, text), title=title, folded=True)
-    accuracy = repair_tables.repair_accuracy_table(found)
-    if accuracy:
-        section.table(accuracy, _names(found), title="Accuracy of each task, mean over the cells")
 
 
-def _add_studies(section: Section, gallery: Gallery, found: RepairComparison) -> None:
-    tokens, domains = repair_tables.token_table(found), repair_tables.domain_table(found)
-    if tokens:
-        gallery.add(
-            section, "repair_ratio_against_tokens", "Effect of the number of fitting tokens",
-            "ΔNLL as a share of that without stubs (dotted line). Solid lines are texts of fitted "
-            "domains, dashed lines others. Intervals are 95 % percentile bootstrap "
-            f"over windows. {repair_tables.SAME_MASKS}",
-            partial(repair_figures.ratio_against_tokens, found),
-        )  # fmt: skip
-        section.table(tokens, title="Ratio to no stubs against fitting tokens")
-    if domains:
-        title = "Ratio to no stubs: fitted on (lines), reported on (columns)"
-        section.table(domains, title=title)
-        section.text(repair_tables.SAME_MASKS)
+def _add_tokens(section: Section, gallery: Gallery, found: RepairComparison) -> None:
+    gallery.add(
+        section, "repair_ratio_against_tokens", "Effect of the number of fitting tokens",
+        "ΔNLL as a share of that without stubs (dotted line). Solid lines are texts of fitted "
+        "domains, dashed lines others. Intervals are 95 % percentile bootstrap over windows. "
+        f"{repair_tables.SAME_MASKS}",
+        partial(repair_figures.ratio_against_tokens, found),
+    )  # fmt: skip
 
 
 def repair_terminal_text(found: RepairComparison) -> str:
@@ -136,8 +119,3 @@ def _finding(found: RepairComparison, repair: str) -> str:
 
 def _looks_words(found: RepairComparison) -> str:
     return "; ".join(f"{look(repair).label}: {look(repair).what}" for repair in found.repairs) + "."
-
-
-def _names(found: RepairComparison) -> dict[str, str]:
-    """Map first cells of tables to repairs, for their colours."""
-    return {look(repair).label: repair for repair in found.repairs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.comparison.formatting import (
     TIMES,
@@ -202,38 +202,69 @@ def summary_caption(found: RepairComparison) -> str:
     )
 
 
-def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = None) -> str:
-    """Return every table, for ``repair_tables.md``.
+class TitledTable(NamedTuple):
+    """A table with its place in a document.
+
+    Attributes:
+        name: Short name of the table.
+        table: Header and rows.
+        title: Heading; empty for none.
+        caption: Meaning of its numbers; empty for none.
+        by_repair: Whether each line is a repair.
+        detail: Whether it is a detail, which stands last in Markdown and is folded in HTML.
+    """
+
+    name: str
+    table: Table
+    title: str = ""
+    caption: str = ""
+    by_repair: bool = False
+    detail: bool = False
+
+
+def repair_document(
+    found: RepairComparison, orders: Mapping[str, Any] | None = None
+) -> list[TitledTable]:
+    """Return every table with its title and caption; tables without rows are left out.
 
     Args:
         found: The rows.
         orders: GSI orders by repair, as returned by `experiments.repair.records.read_orders`.
     """
-    parts = ["# Repair\n"]
+    tables: list[TitledTable] = []
     if found.summaries:
-        parts += [f"{summary_caption(found)}\n", markdown(repair_summary_table(found))]
-    targets, tokens, domains = targets_table(found), token_table(found), domain_table(found)
-    accuracy = repair_accuracy_table(found)
-    if targets:
-        parts += ["## Targets\n", markdown(targets)]
+        table, caption = repair_summary_table(found), summary_caption(found)
+        tables.append(TitledTable("summary", table, caption=caption, by_repair=True))
+    if targets := targets_table(found):
+        tables.append(TitledTable("targets", targets, "Targets"))
     if found.cells:
-        title = "## ΔNLL at each request and budget\n"
-        parts += [title, f"{grid_caption(found)}\n", markdown(repair_grid_table(found))]
-    if accuracy:
-        parts += ["## Accuracy\n", markdown(accuracy)]
-    if tokens:
-        parts += ["## Ratio to no stubs against fitting tokens\n", f"{SAME_MASKS}\n",
-                  markdown(tokens)]  # fmt: skip
-    if domains:
-        parts += ["## Ratio to no stubs, fitted on (lines) and reported on (columns)\n",
-                  f"{SAME_MASKS}\n", markdown(domains)]  # fmt: skip
-    ordered = orders_table(orders or {})
-    if ordered:
-        parts += ["## The order of importance, with stubs in place\n", f"{ORDERS_CAPTION}\n",
-                  markdown(ordered)]  # fmt: skip
+        title = "ΔNLL at each request and budget"
+        tables.append(TitledTable("grid", repair_grid_table(found), title, grid_caption(found)))
     for text in found.texts if found.cells else []:
-        parts += [f"## ΔNLL with interval and peak memory, {text_label(found, text)}\n",
-                  markdown(repair_text_table(found, text))]  # fmt: skip
+        title = f"ΔNLL with interval and peak memory, {text_label(found, text)}"
+        tables.append(TitledTable(text, repair_text_table(found, text), title, detail=True))
+    if accuracy := repair_accuracy_table(found):
+        title = "Accuracy of each task, mean over the cells"
+        tables.append(TitledTable("accuracy", accuracy, title, by_repair=True))
+    if tokens := token_table(found):
+        title = "Ratio to no stubs against fitting tokens"
+        tables.append(TitledTable("tokens", tokens, title, SAME_MASKS))
+    if domains := domain_table(found):
+        title = "Ratio to no stubs: fitted on (lines), reported on (columns)"
+        tables.append(TitledTable("domains", domains, title, SAME_MASKS))
+    if ordered := orders_table(orders or {}):
+        title = "The order of importance, with stubs in place"
+        tables.append(TitledTable("orders", ordered, title, ORDERS_CAPTION, by_repair=True))
+    return tables
+
+
+def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = None) -> str:
+    """Return every table, for ``repair_tables.md``; arguments as for `repair_document`."""
+    parts = ["# Repair\n"]
+    for part in sorted(repair_document(found, orders), key=lambda part: part.detail):
+        parts += [f"## {part.title}\n"] if part.title else []
+        parts += [f"{part.caption}\n"] if part.caption else []
+        parts.append(markdown(part.table))
     return "\n".join(parts)
 
 

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +128,12 @@ class StepBudget(Budget):
         return times, self.levels_bytes * rounds
 
 
-@dataclass(frozen=True)
-class SineBudget(Budget):
-    """A sinusoidal budget, in steps of a 64th of its period.
+def sine_budget(
+    mean_bytes: int, amplitude_bytes: int, period_s: float, phase_s: float = 0.0
+) -> StepBudget:
+    """Make a sinusoidal budget, in steps of a 64th of its period.
 
-    Attributes:
+    Args:
         mean_bytes: Mean of the budget.
         amplitude_bytes: Largest deviation from the mean.
         period_s: Seconds of one period.
@@ -142,33 +142,15 @@ class SineBudget(Budget):
     Raises:
         BudgetError: The minimum is below 1 byte, or the period is not above 0.
     """
-
-    mean_bytes: int
-    amplitude_bytes: int
-    period_s: float
-    phase_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.amplitude_bytes < 0:
-            raise BudgetError(f"The amplitude must be at least 0, not {self.amplitude_bytes}.")
-        _need_bytes(**{"the minimum of a sine": self.mean_bytes - self.amplitude_bytes})
-        _need_positive(period_s=self.period_s)
-
-    @cached_property
-    def _levels(self) -> tuple[int, ...]:
-        """Levels of one period, each taken at the middle of its step."""
-        step = self.period_s / _SINE_STEPS
-        angles = (
-            2 * math.pi * ((n + 0.5) * step + self.phase_s) / self.period_s
-            for n in range(_SINE_STEPS)
-        )
-        return tuple(int(self.mean_bytes + self.amplitude_bytes * math.sin(a)) for a in angles)
-
-    def changes_until(self, time_s: float) -> tuple[Sequence[float], Sequence[int]]:
-        """Return the steps of all periods up to the time."""
-        rounds = 1 + int(time_s // self.period_s)
-        step = self.period_s / _SINE_STEPS
-        return [n * step for n in range(rounds * _SINE_STEPS)], self._levels * rounds
+    if amplitude_bytes < 0:
+        raise BudgetError(f"The amplitude must be at least 0, not {amplitude_bytes}.")
+    _need_bytes(**{"the minimum of a sine": mean_bytes - amplitude_bytes})
+    _need_positive(period_s=period_s)
+    times = [n * period_s / _SINE_STEPS for n in range(_SINE_STEPS)]
+    middle_s = period_s / _SINE_STEPS / 2  # of a step
+    angles = [2 * math.pi * (time + middle_s + phase_s) / period_s for time in times]
+    levels = [int(mean_bytes + amplitude_bytes * math.sin(angle)) for angle in angles]
+    return StepBudget(tuple(times), tuple(levels), period_s)
 
 
 @dataclass(frozen=True)
@@ -338,7 +320,7 @@ def _step(scale: Scale, *, times_s: Any, levels: Any, period_s: float | None = N
 def _sine(
     scale: Scale, *, mean: Any, amplitude: Any, period_s: float, phase_s: float = 0.0
 ) -> Budget:
-    return SineBudget(scale(mean), scale(amplitude), period_s, phase_s)
+    return sine_budget(scale(mean), scale(amplitude), period_s, phase_s)
 
 
 def _cotenants(scale: Scale, *, capacity: Any, floor: Any, sizes: Any, **others: Any) -> Budget:

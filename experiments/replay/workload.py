@@ -66,76 +66,46 @@ class Arrival:
         return self.prompt_tokens + self.new_tokens
 
 
-@dataclass(frozen=True)
-class Thinning:
-    """How a trace is reduced to what one machine can serve.
+def thinned(arrivals: Iterable[Arrival], settings: ReplayConfig) -> tuple[Arrival, ...]:
+    """Reduce a trace to what one machine can serve, in order of arrival.
 
-    Attributes:
-        minutes: Minutes of the trace that are replayed, from its start.
-        every: Keep every n-th request.
-        time_scale: Seconds of the trace per second of the replay.
-        token_scale: Factor on prompt tokens; a prompt keeps at least 1.
-        new_token_scale: Factor on generated tokens; None for `token_scale`.
-        max_prompt_tokens: Longest prompt; longer ones are cut.
-        max_new_tokens: Maximum of generated tokens per request.
-
-    Raises:
-        TraceError: A setting is out of range.
+    Args:
+        arrivals: The trace, in order of time.
+        settings: Minutes of the trace, which requests are kept, and the scales and caps of times
+            and tokens.
     """
-
-    minutes: float = 30.0
-    every: int = 1
-    time_scale: float = 1.0
-    token_scale: float = 1.0
-    new_token_scale: float | None = None
-    max_prompt_tokens: int = 1024
-    max_new_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("minutes", "time_scale", "token_scale", "new_token_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise TraceError(f"{name} of a replayed trace must be above 0, not {value!r}.")
-        for name in ("every", "max_prompt_tokens", "max_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise TraceError(
-                    f"{name} of a replayed trace must be an integer of at least 1, not {value!r}."
-                )
-
-    def apply(self, arrivals: Iterable[Arrival]) -> tuple[Arrival, ...]:
-        """Return the reduced trace, in order of arrival."""
-        within = (arrival for arrival in arrivals if arrival.time_s < 60 * self.minutes)
-        return tuple(
-            self._scaled(arrival) for n, arrival in enumerate(within) if n % self.every == 0
+    new_scale = settings.new_token_scale or settings.token_scale
+    within = (arrival for arrival in arrivals if arrival.time_s < 60 * settings.minutes)
+    return tuple(
+        Arrival(
+            time_s=arrival.time_s / settings.time_scale,
+            prompt_tokens=_tokens(
+                arrival.prompt_tokens * settings.token_scale, settings.max_prompt_tokens
+            ),
+            new_tokens=_tokens(arrival.new_tokens * new_scale, settings.max_new_tokens),
         )
-
-    def _scaled(self, arrival: Arrival) -> Arrival:
-        new_scale = self.token_scale if self.new_token_scale is None else self.new_token_scale
-        return Arrival(
-            time_s=arrival.time_s / self.time_scale,
-            prompt_tokens=_tokens(arrival.prompt_tokens * self.token_scale, self.max_prompt_tokens),
-            new_tokens=_tokens(arrival.new_tokens * new_scale, self.max_new_tokens),
-        )
+        for number, arrival in enumerate(within)
+        if number % settings.every == 0
+    )
 
 
 def _tokens(scaled: float, most: int) -> int:
     return min(max(1, round(scaled)), most)
 
 
-def read_arrivals(path: str | PathLike[str], thinning: Thinning) -> tuple[Arrival, ...]:
+def read_arrivals(path: str | PathLike[str], settings: ReplayConfig) -> tuple[Arrival, ...]:
     """Read the arrivals of a trace file, counted from its first request.
 
     Args:
         path: A CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens, in order
             of time.
-        thinning: How the trace is reduced.
+        settings: How the trace is reduced; see `thinned`.
 
     Raises:
         TraceError: The file is missing or malformed, its times decrease, or no request is left.
     """
     with open_trace(path, COLUMNS) as reader:
-        found = thinning.apply(_rows(path, reader, 60 * thinning.minutes))
+        found = thinned(_rows(path, reader, 60 * settings.minutes), settings)
     if not found:
         raise TraceError(f"The trace {path} has no request.")
     return found
@@ -179,7 +149,7 @@ def _row(path: str | PathLike[str], line: int, row: dict[str, str]) -> tuple[flo
 
 
 def sample_arrivals(
-    name: str, arrivals_per_minute: float, thinning: Thinning, seed: int = 0
+    name: str, arrivals_per_minute: float, settings: ReplayConfig, seed: int = 0
 ) -> tuple[Arrival, ...]:
     """Sample arrivals of a Poisson process with the lengths of fitted traffic.
 
@@ -188,7 +158,7 @@ def sample_arrivals(
     Args:
         name: One of `FITTED_TRAFFIC`.
         arrivals_per_minute: Mean rate in the trace's own time, before it is thinned.
-        thinning: How the trace is reduced.
+        settings: How the trace is reduced; see `thinned`.
         seed: Seed of times and lengths.
 
     Raises:
@@ -199,10 +169,10 @@ def sample_arrivals(
         raise UnknownNameError("fitted traffic", name, FITTED_TRAFFIC)
     if not 0 < arrivals_per_minute < math.inf:
         raise TraceError(f"arrivals_per_minute must be above 0, not {arrivals_per_minute!r}.")
-    found = thinning.apply(_sample(name, arrivals_per_minute, 60 * thinning.minutes, seed))
+    found = thinned(_sample(name, arrivals_per_minute, 60 * settings.minutes, seed), settings)
     if not found:
         raise TraceError(
-            f"No request arrives in {thinning.minutes} minutes at {arrivals_per_minute} a minute; "
+            f"No request arrives in {settings.minutes} minutes at {arrivals_per_minute} a minute; "
             "increase either."
         )
     return found
@@ -335,12 +305,9 @@ def is_correct(answer: str, generated: str) -> bool:
 
 
 def _arrivals(settings: ReplayConfig, seed: int) -> tuple[Arrival, ...]:
-    names = ("minutes", "every", "time_scale", "token_scale", "new_token_scale",
-             "max_prompt_tokens", "max_new_tokens")  # fmt: skip
-    thinning = Thinning(**{name: getattr(settings, name) for name in names})
     if settings.trace is not None:
-        return read_arrivals(settings.trace, thinning)
-    return sample_arrivals(settings.traffic, settings.arrivals_per_minute, thinning, seed)
+        return read_arrivals(settings.trace, settings)
+    return sample_arrivals(settings.traffic, settings.arrivals_per_minute, settings, seed)
 
 
 def _with_answer(

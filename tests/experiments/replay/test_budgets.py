@@ -14,10 +14,10 @@ from experiments.replay.budgets import (
     BUDGETS,
     BudgetError,
     CoTenantBudget,
-    SineBudget,
     StepBudget,
     make_budget,
     read_budget,
+    sine_budget,
 )
 from rap_env.errors import UnknownNameError
 
@@ -64,14 +64,14 @@ def test_steps_start_again_after_their_period():
 
 
 def test_a_sine_swings_state_its_mean():
-    budget = SineBudget(1000, 300, period_s=40)
+    budget = sine_budget(1000, 300, period_s=40)
     seen = [budget.at(t) for t in np.arange(0, 80, 0.1)]
     assert np.mean(seen) == pytest.approx(1000, abs=5)
     assert 1290 < max(seen) <= 1300
     assert 700 <= min(seen) < 710
     assert budget.at(10) == pytest.approx(1300, abs=5)
     assert budget.least(0, 40) == min(seen)
-    ahead = SineBudget(1000, 300, period_s=40, phase_s=10)
+    ahead = sine_budget(1000, 300, period_s=40, phase_s=10)
     assert ahead.at(0) == pytest.approx(1300, abs=5)
 
 
@@ -95,7 +95,7 @@ def test_co_tenants_leave_the_floor_and_take_as_much_as_their_rate_says():
 
 
 def test_the_least_of_every_budget_is_that_of_all_times_between():
-    for budget in (STEPS, TENANTS, SineBudget(1000, 300, period_s=37)):
+    for budget in (STEPS, TENANTS, sine_budget(1000, 300, period_s=37)):
         for start, end in ((0, 5), (3, 47), (11, 300)):
             seen = [budget.at(t) for t in np.linspace(start, end, 2000)]
             assert budget.least(start, end) <= min(seen)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from experiments.config import ReplayConfig
+from experiments.errors import ExperimentError
 from experiments.replay.workload import (
     FITTED_TRAFFIC,
     Arrival,
-    Thinning,
     read_arrivals,
     sample_arrivals,
 )
 from rap_env.errors import UnknownNameError
 from rap_env.workload.traces import TraceError
 
+DEFAULTS = {
+    "minutes": 30, "every": 1, "time_scale": 1.0, "token_scale": 1.0, "max_prompt_tokens": 1024,
+    "max_new_tokens": 256,
+}  # fmt: skip
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def thinning(**changes):
+    return ReplayConfig(**{**DEFAULTS, **changes})
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def trace(tmp_path):
 
 
 def test_times_count_from_the_first_request(trace):
-    found = read_arrivals(trace, Thinning(minutes=10, max_prompt_tokens=9999))
+    found = read_arrivals(trace, thinning(minutes=10, max_prompt_tokens=9999))
     assert found == (
         Arrival(0.0, 100, 10), Arrival(0.5, 200, 20), Arrival(4.25, 4000, 1), Arrival(60.0, 7, 7),
         Arrival(302.0, 1, 1),
@@ -44,12 +53,12 @@ def test_times_count_from_the_first_request(trace):
 def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
     found = read_arrivals(
         trace,
-        Thinning(minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300),
+        thinning(minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300),
     )
     assert found == (Arrival(0.0, 10, 1), Arrival(4.25 / 4, 300, 1))
-    other = Thinning(minutes=1, token_scale=0.1, new_token_scale=2.0)
+    other = thinning(minutes=1, token_scale=0.1, new_token_scale=2.0)
     assert read_arrivals(trace, other)[1] == Arrival(0.5, 20, 40)
-    assert len(read_arrivals(trace, Thinning(minutes=1))) == 3  # the end is not part of it
+    assert len(read_arrivals(trace, thinning(minutes=1))) == 3  # the end is not part of it
 
 
 @pytest.mark.parametrize(
@@ -66,31 +75,31 @@ def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
 def test_a_bad_file_is_refused_with_its_line(tmp_path, lines, sentence):
     (tmp_path / "trace.csv").write_text(HEAD + lines)
     with pytest.raises(TraceError, match=sentence):
-        read_arrivals(tmp_path / "trace.csv", Thinning())
+        read_arrivals(tmp_path / "trace.csv", thinning())
 
 
 def test_missing_files_and_columns_are_refused(tmp_path):
     with pytest.raises(TraceError, match="cannot be read"):
-        read_arrivals(tmp_path / "nothing.csv", Thinning())
+        read_arrivals(tmp_path / "nothing.csv", thinning())
     (tmp_path / "trace.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
     with pytest.raises(TraceError, match="needs the columns TIMESTAMP"):
-        read_arrivals(tmp_path / "trace.csv", Thinning())
+        read_arrivals(tmp_path / "trace.csv", thinning())
 
 
 @pytest.mark.parametrize(
     ("settings", "name"),
     [({"every": 0}, "every"), ({"minutes": 0}, "minutes"), ({"time_scale": -1.0}, "time_scale"),
-     ({"token_scale": float("nan")}, "token_scale"), ({"max_new_tokens": 1.5}, "max_new_tokens")],
+     ({"token_scale": float("nan")}, "token_scale"), ({"max_new_tokens": 0}, "max_new_tokens")],
 )  # fmt: skip
 def test_impossible_thinning_is_refused(settings, name):
-    with pytest.raises(TraceError, match=name):
-        Thinning(**settings)
+    with pytest.raises(ExperimentError, match=name):
+        thinning(**settings)
 
 
 def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
-    thinning = Thinning(minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6)
+    settings = thinning(minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6)
     for name, (table, share) in FITTED_TRAFFIC.items():
-        found = sample_arrivals(name, 60, thinning, seed=1)
+        found = sample_arrivals(name, 60, settings, seed=1)
         assert len(found) == pytest.approx(3600, rel=0.05)
         gaps = np.diff([arrival.time_s for arrival in found])
         assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
@@ -98,14 +107,14 @@ def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
         assert np.median(totals) == pytest.approx(float(table.at(0.5)), rel=0.1)
         new = sum(arrival.new_tokens for arrival in found)
         assert new / sum(totals) == pytest.approx(share, rel=0.1)
-        assert found == sample_arrivals(name, 60, thinning, seed=1)
-        assert found != sample_arrivals(name, 60, thinning, seed=2)
+        assert found == sample_arrivals(name, 60, settings, seed=1)
+        assert found != sample_arrivals(name, 60, settings, seed=2)
 
 
 def test_unknown_traffic_and_no_arrivals_are_refused():
     with pytest.raises(UnknownNameError, match="Did you mean 'azure-conv'"):
-        sample_arrivals("azure-conf", 60, Thinning())
+        sample_arrivals("azure-conf", 60, thinning())
     with pytest.raises(TraceError, match="arrivals_per_minute"):
-        sample_arrivals("azure-conv", 0, Thinning())
+        sample_arrivals("azure-conv", 0, thinning())
     with pytest.raises(TraceError, match="No request arrives"):
-        sample_arrivals("azure-conv", 0.001, Thinning(minutes=0.001))
+        sample_arrivals("azure-conv", 0.001, thinning(minutes=0.001))
