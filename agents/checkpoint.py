@@ -1,7 +1,8 @@
-"""Checkpoints that survive a kill at any moment, and are checked before they are believed.
+"""Checkpoints: written atomically, verified by checksums, and complete enough to resume exactly.
 
-A checkpoint is a folder that appears in one move. Its ``checkpoint.json`` carries the
-checksums of the files beside it and one of its own.
+A checkpoint is a folder that is renamed into place. Its ``checkpoint.json`` has the checksums of
+the other files and its own. Beside the networks it holds what training needs to continue bit for
+bit: random generators, running reward statistics and the unfinished episodes, as plain JSON.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import random
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from agents.algorithms import AgentConfig
-from agents.state import capture, fill_replay, replay_arrays, restore
+from agents.vector_env import GymVecEnv
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
 
@@ -30,14 +36,27 @@ log = logging.getLogger(__name__)
 _KIND, _VERSION = "checkpoint", 3
 _MANIFEST, _MODEL, _REPLAY = "checkpoint.json", "model.zip", "replay.npz"
 _KEEP = 2
+_REPLAY_FIELDS = ("actions", "rewards", "dones", "timeouts")
+
+Json = dict[str, Any]
+
+
+class Resumable(Protocol):
+    """A vector environment whose state can be saved, such as `RAPPruneVectorEnv`."""
+
+    def get_state(self) -> list[Json]:
+        """Return the state of each sub-environment as plain JSON."""
+
+    def set_state(self, states: Sequence[Json]) -> dict[str, npt.NDArray[Any]]:
+        """Restore a state and return the observation."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files were found whole.
+    """A checkpoint whose files were verified.
 
     Attributes:
-        folder: Where it lies.
+        folder: The checkpoint's folder.
         body: Its manifest: step, config, spaces, progress, state and checksums.
     """
 
@@ -46,12 +65,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Environment steps done when it was written."""
+        """Number of environment steps before it was written."""
         return int(self.body["step"])
 
     @property
     def config(self) -> AgentConfig:
-        """The agent that was trained."""
+        """Configuration of the agent that was trained."""
         return AgentConfig(**self.body["config"])
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
@@ -81,13 +100,13 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, model: BaseAlgorithm, config: AgentConfig, progress: dict[str, float]
 ) -> Path:
-    """Write a checkpoint of `model` into a folder of its own, and drop all but the last two.
+    """Write a checkpoint of `model` to a new folder, and delete all but the last two.
 
     Args:
-        folder: Where the checkpoints of this run lie.
-        model: What is trained, between two rollouts.
-        config: What it was made from.
-        progress: Numbers that go on counting after a resume (episodes, seconds, ...).
+        folder: Folder of this run's checkpoints.
+        model: The model, between two rollouts.
+        config: Its configuration.
+        progress: Counters that continue after a resume (episodes, seconds, ...).
 
     Raises:
         StorageFullError: The disk is full; earlier checkpoints are intact.
@@ -112,7 +131,7 @@ def save_checkpoint(
 
 
 def checkpoint_of(run_dir: str | Path) -> Checkpoint:
-    """The newest whole checkpoint of a run.
+    """Return the newest undamaged checkpoint of a run.
 
     Args:
         run_dir: The run's folder.
@@ -127,30 +146,30 @@ def checkpoint_of(run_dir: str | Path) -> Checkpoint:
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None if there is none at all.
+    """Return the newest undamaged checkpoint, or None if there is no checkpoint.
 
-    A damaged one is passed over with a warning.
+    A damaged checkpoint is skipped with a warning.
 
     Raises:
-        ArtifactError: There are checkpoints, but every one is damaged.
+        ArtifactError: There are checkpoints, but all are damaged.
     """
     problem: ArtifactError | None = None
     for candidate in _folders(folder):
         try:
             return _read(candidate)
         except ArtifactError as error:
-            log.warning("%s The checkpoint before it is used, if there is one.", error)
+            log.warning("%s The previous checkpoint is used, if there is one.", error)
             problem = error
     if problem is not None:
         raise ArtifactError(
-            f"Every checkpoint in {folder} is damaged; delete that folder to begin anew. "
-            f"The last one: {problem}"
+            f"Every checkpoint in {folder} is damaged; delete that folder to start again. "
+            f"The last error: {problem}"
         )
     return None
 
 
 def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) -> None:
-    """Refuse to go on with a run under other settings; a new total of steps is welcome.
+    """Check that a run is resumed with the same settings; only the total of steps may change.
 
     Raises:
         ArtifactError: Agent, policy, seed, hyperparameters, environments or spaces differ.
@@ -160,9 +179,9 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     for key in wanted:
         if key != "total_timesteps" and wanted[key] != found[key]:
             raise ArtifactError(
-                f"The run in {checkpoint.folder.parent.parent} was begun with {key}={found[key]!r} "
-                f"and cannot go on with {key}={wanted[key]!r}; give the old value or another "
-                "run folder."
+                f"The run in {checkpoint.folder.parent.parent} was started with "
+                f"{key}={found[key]!r} and cannot resume with {key}={wanted[key]!r}; use the old "
+                "value or another run folder."
             )
 
 
@@ -196,7 +215,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """Return the folders of a run's checkpoints, newest first."""
     return sorted(folder.glob("step_*"), reverse=True)
 
 
@@ -205,7 +224,108 @@ def _spaces(observation_space: object, action_space: object) -> dict[str, str]:
 
 
 def _checksum(path: Path) -> str:
-    """SHA-256 of a file, which is on the disk for sure when this returns."""
+    """Flush a file to the disk and return its SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def capture(model: BaseAlgorithm) -> Json:
+    """Return random generators, reward statistics and unfinished episodes as plain JSON."""
+    assert model.env is not None
+    kind, version, internal = random.getstate()
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: Json = {
+        "python": [kind, list(version), internal],
+        "numpy": [name, [int(key) for key in keys], position, has_gauss, gauss],
+        "torch": torch.get_rng_state().tolist(),
+        "action_space": model.action_space.np_random.bit_generator.state,
+        "envs": _resumable(model.env).get_state(),
+    }
+    monitor, normalize = _find(model.env, VecMonitor), _find(model.env, VecNormalize)
+    if isinstance(monitor, VecMonitor):
+        state["monitor"] = {
+            "returns": monitor.episode_returns.tolist(),
+            "lengths": monitor.episode_lengths.tolist(),
+            "count": monitor.episode_count,
+        }
+    if isinstance(normalize, VecNormalize):
+        rms = normalize.ret_rms
+        state["normalize"] = {
+            "mean": float(rms.mean),
+            "var": float(rms.var),
+            "count": float(rms.count),
+            "returns": normalize.returns.tolist(),
+        }
+    return state
+
+
+def restore(model: BaseAlgorithm, state: Json) -> None:
+    """Restore the state from `capture`; generators last, since the rest may draw from them."""
+    assert model.env is not None
+    _restore_episodes(model, state["envs"])
+    monitor, normalize = _find(model.env, VecMonitor), _find(model.env, VecNormalize)
+    if isinstance(monitor, VecMonitor):
+        monitor.episode_returns = np.array(state["monitor"]["returns"], dtype=np.float32)
+        monitor.episode_lengths = np.array(state["monitor"]["lengths"], dtype=np.int32)
+        monitor.episode_count = state["monitor"]["count"]
+    if isinstance(normalize, VecNormalize):
+        saved = state["normalize"]
+        rms = normalize.ret_rms
+        rms.mean, rms.var = np.array(saved["mean"]), np.array(saved["var"])
+        rms.count = saved["count"]
+        normalize.returns = np.array(saved["returns"])
+    model.action_space.np_random.bit_generator.state = state["action_space"]
+    kind, version, internal = state["python"]
+    random.setstate((kind, tuple(version), internal))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+
+
+def _restore_episodes(model: BaseAlgorithm, states: list[Json]) -> None:
+    env, last = model.env, model._last_obs
+    assert env is not None
+    assert isinstance(last, dict)
+    seen = _resumable(env).set_state(states)
+    if all(np.array_equal(last[key], seen[key]) for key in last):
+        return
+    log.warning("The environment cannot reproduce the unfinished episodes; new episodes start.")
+    env.seed(model.num_timesteps)
+    model._last_obs = None  # makes `learn` reset the environments
+
+
+def replay_arrays(buffer: DictReplayBuffer) -> dict[str, np.ndarray]:
+    """Return the filled part of a replay buffer as arrays by name."""
+    size = buffer.size()
+    arrays = {name: getattr(buffer, name)[:size] for name in _REPLAY_FIELDS}
+    for key in buffer.observations:
+        arrays[f"observations.{key}"] = buffer.observations[key][:size]
+        arrays[f"next_observations.{key}"] = buffer.next_observations[key][:size]
+    return {**arrays, "position": np.array([buffer.pos, int(buffer.full)])}
+
+
+def fill_replay(buffer: DictReplayBuffer, arrays: dict[str, np.ndarray]) -> None:
+    """Restore a replay buffer from `replay_arrays`."""
+    size = len(arrays["actions"])
+    for name in _REPLAY_FIELDS:
+        getattr(buffer, name)[:size] = arrays[name]
+    for key in buffer.observations:
+        buffer.observations[key][:size] = arrays[f"observations.{key}"]
+        buffer.next_observations[key][:size] = arrays[f"next_observations.{key}"]
+    buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
+
+
+def _resumable(env: VecEnv) -> Resumable:
+    innermost = env.unwrapped
+    assert isinstance(innermost, GymVecEnv)
+    envs: Any = innermost.envs
+    return envs  # type: ignore[no-any-return]
+
+
+def _find(env: VecEnv, kind: type[VecEnvWrapper]) -> VecEnvWrapper | None:
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, kind):
+            return env
+        env = env.venv
+    return None

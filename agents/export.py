@@ -1,4 +1,4 @@
-"""From a training's checkpoint to the small file that a live model's policy is loaded from."""
+"""Exports a checkpoint as the policy file that the runtime loads without torch."""
 
 from __future__ import annotations
 
@@ -26,23 +26,22 @@ if TYPE_CHECKING:
 
 
 def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
-    """The policy of a training, as it serves one model without stable-baselines3.
+    """Export the policy of a training for one model.
 
     Args:
-        run_dir: The run's folder; its newest whole checkpoint is taken.
-        context: The model that is served: its bytes, and the importance of its blocks as the
-            agent saw it. Another model than the agent was trained on is well where its policy
-            transfers.
+        run_dir: The run's folder; its newest undamaged checkpoint is used.
+        context: The model to serve, with the importance of its blocks as the agent observed it.
+            It may differ from the model of the training if the policy transfers.
 
     Raises:
-        ArtifactError: There is no checkpoint, all are damaged, the policy is no block-wise one,
-            or it does not serve this model.
+        ArtifactError: There is no checkpoint, all are damaged, the policy is not block-wise, or
+            it does not transfer to this model.
     """
     checkpoint = checkpoint_of(run_dir)
     if checkpoint.config.policy != "blockwise":
         raise ArtifactError(
-            f"The policy in {run_dir} is of the kind {checkpoint.config.policy!r}, and only "
-            "block-wise ones can be exported; train one with agent.policy=blockwise."
+            f"The policy in {run_dir} is {checkpoint.config.policy!r}, but only block-wise "
+            "policies can be exported; train one with agent.policy=blockwise."
         )
     builder = ObservationBuilder(context.memory, context.features)
     without = tuple(checkpoint.config.policy_settings["without"])
@@ -56,14 +55,14 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
 
 
 def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> NetworkWeights:
-    """What of a block-wise policy chooses blocks: an actor, or the advantages among Q values.
+    """Return the weights that score blocks: of an actor, or of a Q network's advantages.
 
     Args:
         policy: A block-wise policy of any agent.
-        without: What it was kept from seeing.
+        without: Features hidden from it, as in `agents.settings.PolicySettings`.
 
     Raises:
-        ArtifactError: The policy is no block-wise one.
+        ArtifactError: The policy is not block-wise.
     """
     heads: object
     rows: object
@@ -74,8 +73,8 @@ def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> Networ
         heads, rows = actor_critic.mlp_extractor, actor_critic.pi_features_extractor
     if not isinstance(heads, ActorCriticHeads | DuelingHeads) or not isinstance(rows, BlockRows):
         raise ArtifactError(
-            f"A {type(policy).__name__} with a {type(heads).__name__} scores no single blocks, and "
-            "only block-wise policies can be exported; train one with agent.policy=blockwise."
+            f"A {type(policy).__name__} with {type(heads).__name__} is not block-wise, and only "
+            "block-wise policies can be exported; train one with agent.policy=blockwise."
         )
     scores = heads.actor if isinstance(heads, ActorCriticHeads) else heads.advantage
     return _weights(scores, rows.vectors, without)
@@ -90,7 +89,7 @@ def _weights(
         first_bias=_array(first.bias),
         second_weight=_array(second.weight),
         second_bias=_array(second.bias),
-        last_weight=_array(last.weight)[0],  # its bias is the same for all blocks
+        last_weight=_array(last.weight)[0],  # without the bias, which is the same for all blocks
         linear_weight=_array(scores.linear.weight)[0],
         vectors=_array(vectors) if vectors.shape[1] else np.zeros((0, 0), dtype=np.float32),
         without=without,
@@ -102,7 +101,7 @@ def _array(tensor: torch.Tensor) -> Floats:
 
 
 def _provenance(checkpoint: Checkpoint, run_dir: Path) -> dict[str, Any]:
-    """How the policy came to be, as plain values."""
+    """Return the origin of the policy as plain values."""
     config = checkpoint.config
     return {
         "run": run_dir.resolve().name,

@@ -1,8 +1,8 @@
-"""Imitation: a policy learns masks that a teacher found, before it learns from rewards.
+"""Imitation learning: a policy learns a teacher's masks before it learns from rewards.
 
-A mask says which blocks go, not in which order. So at a state on the way to it, any of its
-blocks that are still there is right, and a policy is only asked for one of them. States are
-random subsets of the teacher's masks, drawn anew for each update.
+A mask says which blocks are removed, not in which order. In a state on the way to the mask each
+of its remaining blocks is therefore a right action, and the policy is trained to choose one of
+them. States are random subsets of the teacher's masks, drawn anew for each update.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -19,28 +20,122 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 from tqdm import tqdm
 
-from agents.demonstrations import Batch, Demonstration, Floats, TeacherStates
+from agents.observations import MaskObserver, as_tensors
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
+from rap_env.blocks import BlockMask
+from rap_env.costs import Counts, Flags
 from rap_env.observation import ObservationBuilder
+from rap_env.request import Request
+from rap_env.scoring.predictor import feature_matrix
 
-__all__ = ["Demonstration", "ImitationConfig", "ImitationResult", "imitate"]
+Floats = npt.NDArray[np.float64]
 
 _LAST_LEARNING_RATE = 0.05  # as a share of the first
 _REPORTED_UPDATES = 20
 
 
 @dataclass(frozen=True)
+class Demonstration:
+    """A teacher's mask for a request.
+
+    Attributes:
+        request: The request.
+        mask: The blocks that the teacher removes.
+        episode_return: Return of an episode that ends with this mask, if only the last step is
+            rewarded: minus delta_nll (nats per token) with the reward ``perplexity``. None if
+            it is unknown or if every step is rewarded.
+    """
+
+    request: Request
+    mask: BlockMask
+    episode_return: float | None = None
+
+
+class Batch(NamedTuple):
+    """A batch of B states on the way to a teacher's masks.
+
+    Attributes:
+        seen: The observations.
+        right: The blocks that the teacher would remove next, (B, 2L).
+        kept: The blocks that are not removed, (B, 2L).
+        returns: Discounted return of the rest of the episode, NaN if unknown, (B,).
+    """
+
+    seen: dict[str, torch.Tensor]
+    right: torch.Tensor
+    kept: torch.Tensor
+    returns: torch.Tensor
+
+
+class TeacherStates:
+    """Samples states on the way to a teacher's masks: random subsets of the masks.
+
+    Args:
+        shown: Demonstrations; each removes at least one block.
+        builder: Builds the observations of the model that is pruned (2L blocks).
+        returns: Return of each demonstration, NaN if unknown, (n,).
+        gamma: Discount factor.
+        batch_size: States in a batch, B.
+        seed: Seed of the sampling.
+
+    Raises:
+        InvalidRequestError: The pruned model cannot serve a request.
+        UnknownNameError: It lacks blocks of a mask.
+    """
+
+    def __init__(
+        self,
+        shown: Sequence[Demonstration],
+        builder: ObservationBuilder,
+        returns: Floats,
+        gamma: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._observer = MaskObserver(builder, [one.request for one in shown])
+        blocks = builder.memory.facts.num_blocks
+        self._targets = feature_matrix([one.mask.check(blocks) for one in shown], blocks)
+        self._returns = returns
+        self._rng = np.random.default_rng(seed)
+        self._batch_size = batch_size
+        self._gamma = gamma
+
+    def draw(self) -> Batch:
+        """Sample a batch of states, each a proper subset of a random mask."""
+        which = self._rng.integers(len(self._targets), size=self._batch_size)
+        target = self._targets[which]
+        removed = self._subset(target)
+        right = target & ~removed
+        remaining = right.sum(axis=1)
+        returns = self._returns[which] * self._gamma ** (remaining - 1)
+        return Batch(
+            seen=as_tensors(self._observer.observe(which, removed)),
+            right=torch.from_numpy(right),
+            kept=torch.from_numpy(~removed),
+            returns=torch.from_numpy(returns.astype(np.float32)),
+        )
+
+    def _subset(self, target: Flags) -> Flags:
+        """Sample a proper subset of each row, with uniformly distributed size."""
+        sizes = target.sum(axis=1)
+        wanted: Counts = self._rng.integers(sizes)
+        order = np.where(target, self._rng.random(target.shape), np.inf).argsort(axis=1)
+        place = order.argsort(axis=1)
+        return np.asarray(place < wanted[:, None])
+
+
+@dataclass(frozen=True)
 class ImitationConfig:
-    """How a policy imitates.
+    """Settings of imitation learning.
 
     Attributes:
         updates: Updates of the network.
-        batch_size: States in each.
-        learning_rate: Adam's first rate; it falls linearly to a twentieth.
-        margin: By how much Q values of other blocks should at least be lower, in units of the
-            normalised reward (0.8 in DQfD).
-        value_weight: Weight of the error of values beside that of choices.
+        batch_size: States in each update.
+        learning_rate: Adam's first learning rate; it falls linearly to a twentieth.
+        margin: Large-margin loss of DQfD: by how much the Q values of other blocks should at
+            least be lower, in units of the normalised reward (0.8 in DQfD).
+        value_weight: Weight of the value loss relative to the action loss.
         seed: Seed of the states.
 
     Raises:
@@ -64,11 +159,11 @@ class ImitationConfig:
 
 
 class ImitationResult(NamedTuple):
-    """How well the teacher is imitated, over the states of the last updates.
+    """Result of imitation learning, over the states of the last updates.
 
     Attributes:
-        loss: Mean loss of the updates.
-        agreement: Share of states in which the favourite of the kept blocks is the teacher's.
+        loss: Mean training loss.
+        agreement: Share of states in which the policy's greedy action is one of the teacher's.
     """
 
     loss: float
@@ -83,25 +178,22 @@ def imitate(
     *,
     progress: bool = True,
 ) -> ImitationResult:
-    """Teach a model's policy to remove the blocks that a teacher removes.
+    """Train a model's policy to remove the blocks that a teacher removes.
 
-    Policies with logits: minus the log of the probability that the next block is one of the
-    right ones, and the squared error of values where returns are known. Q networks: the large
-    margin loss of DQfD (Hester et al. 2018, arXiv 1704.03732, section "Deep Q-learning from
-    demonstrations") between the best right block and the best of all, and the squared error of
-    the right blocks' Q values. Values are in the unit of the model's rewards: where its
-    environments normalise them, the running statistics take in the teacher's episodes first,
-    so that the first rewards are seen in the unit in which values were learned.
+    Actor-critic policies: behaviour cloning, with minus the log of the probability that the next
+    block is one of the right ones, and the squared value error where returns are known. Q
+    networks: the large-margin loss of DQfD (Hester et al. 2018, arXiv 1704.03732, section "Deep
+    Q-learning from demonstrations") between the best right block and the best of all, and the
+    squared error of the right blocks' Q values. Values are in the unit of the model's rewards:
+    if its environments normalise rewards, the running statistics are updated with the teacher's
+    episodes first, so that values and the first rewards have the same unit.
 
     Args:
         model: A model of any agent, trained or not; its policy is changed.
-        demonstrations: What the teacher does; those that remove nothing teach nothing.
-        builder: Makes the observations of the model that is pruned.
-        config: How long and how fast; None for the defaults.
-        progress: Show a bar if there is a terminal.
-
-    Returns:
-        How well it went.
+        demonstrations: The teacher's masks; those that remove no block are ignored.
+        builder: Builds the observations of the model that is pruned.
+        config: Settings; None for the defaults.
+        progress: Show a progress bar on a terminal.
 
     Raises:
         AgentConfigError: No demonstration removes a block.
@@ -111,7 +203,7 @@ def imitate(
     config = config or ImitationConfig()
     shown = [one for one in demonstrations if one.mask]
     if not shown:
-        raise AgentConfigError("There is nothing to imitate: no demonstration removes a block.")
+        raise AgentConfigError("Nothing to imitate: no demonstration removes a block.")
     policy: Any = model.policy
     gamma = float(cast(Any, model).gamma)
     states = TeacherStates(
@@ -138,8 +230,8 @@ def imitate(
 
 def _loss(policy: Any, batch: Batch, config: ImitationConfig) -> tuple[torch.Tensor, float]:
     scores = action_scores(policy, batch.seen)
-    liked = scores.detach().masked_fill(~batch.kept, -torch.inf).argmax(dim=1, keepdim=True)
-    agreement = float(batch.right.gather(1, liked).float().mean())
+    greedy = scores.detach().masked_fill(~batch.kept, -torch.inf).argmax(dim=1, keepdim=True)
+    agreement = float(batch.right.gather(1, greedy).float().mean())
     if isinstance(policy, DQNPolicy):
         return _q_loss(scores, batch, config), agreement
     if isinstance(policy, MaskableActorCriticPolicy):
@@ -151,7 +243,7 @@ def _loss(policy: Any, batch: Batch, config: ImitationConfig) -> tuple[torch.Ten
 
 
 def _q_loss(values: torch.Tensor, batch: Batch, config: ImitationConfig) -> torch.Tensor:
-    """DQfD's J_E, with the best of the right blocks as the expert's, and the values' error."""
+    """DQfD's J_E, with the best of the right blocks as the expert's action, and the value error."""
     best_right = values.masked_fill(~batch.right, -torch.inf).amax(dim=1)
     best = (values + config.margin * ~batch.right).amax(dim=1)
     errors = _error(values, batch.returns, batch.right)
@@ -161,7 +253,7 @@ def _q_loss(values: torch.Tensor, batch: Batch, config: ImitationConfig) -> torc
 def _error(
     values: torch.Tensor, returns: torch.Tensor, counted: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean squared error of values (B, n) where the return (B,) is known; 0 if nowhere."""
+    """Mean squared error of values (B, n) where the return (B,) is known; 0 if it never is."""
     known = ~returns.isnan().unsqueeze(1).expand_as(values)
     known = known if counted is None else known & counted
     errors = (values - returns.nan_to_num().unsqueeze(1)).square() * known
@@ -169,11 +261,11 @@ def _error(
 
 
 def _returns(model: BaseAlgorithm, shown: Sequence[Demonstration]) -> Floats:
-    """What the teacher's episodes are paid in the unit of the model's rewards, NaN if unknown.
+    """Return the teacher's returns in the unit of the model's rewards, NaN if unknown.
 
-    `VecNormalize` divides rewards by the deviation of the running return over all steps, which
-    is 0 until an episode's last one; here it is told of the teacher's episodes as if it had
-    seen them.
+    `VecNormalize` divides rewards by the standard deviation of the running return over all steps,
+    which is 0 before the last step of an episode. Its statistics are updated as if it had seen
+    the teacher's episodes.
     """
     paid = np.array([one.episode_return for one in shown], dtype=np.float64)
     known = ~np.isnan(paid)

@@ -1,4 +1,4 @@
-"""DQN that never acts on a block that is already gone."""
+"""DQN with action masks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _State = tuple[npt.NDArray[Any], ...] | None
 
 
 class MaskedDQN(DQN):
-    """DQN with action masks, the smallest change to stable-baselines3's.
+    """DQN of stable-baselines3 that never chooses a removed block.
 
-    The mask is the observation's ``action_mask``, so the replay buffer holds the next state's
-    mask too, and a masked Q network (`agents.sb3_policies`) makes acting and the target's maximum
-    agree. What is left to change is random exploration.
+    The mask is the observation's ``action_mask``, so the replay buffer also holds that of the
+    next state, and the masked Q networks of `agents.sb3_policies` apply it to greedy actions and
+    to the maximum in the target. This class restricts random exploration.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -36,7 +36,7 @@ class MaskedDQN(DQN):
         episode_start: npt.NDArray[Any] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], _State]:
-        """Greedy or, with the exploration rate as probability, random among valid actions."""
+        """Return a greedy action or, at the exploration rate, a random valid one."""
         if deterministic or np.random.rand() >= self.exploration_rate:
             return self.policy.predict(observation, state, episode_start, deterministic)
         actions = _random_valid(observation)
@@ -54,7 +54,7 @@ class MaskedDQN(DQN):
 
 
 def _random_valid(observation: _Observation) -> npt.NDArray[np.int64]:
-    """A random valid action for each observation, from NumPy's global generator (SB3 seeds it)."""
+    """Return random valid actions, from NumPy's global generator (seeded by SB3)."""
     assert isinstance(observation, dict)
     valid = np.atleast_2d(observation["action_mask"]) > 0.5
     chosen = np.where(valid, np.random.random(valid.shape), -1).argmax(axis=1)

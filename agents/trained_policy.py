@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.checkpoint import Checkpoint, checkpoint_of
-from agents.observing import MaskObserver, as_tensors
+from agents.observations import MaskObserver, as_tensors
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.blocks import BlockMask

@@ -1,4 +1,4 @@
-"""Trains an agent: vector of environments, metrics, checkpoints and resuming."""
+"""Training: vector environment, metrics, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ MetricSink = Callable[[dict[str, float], int], None]
 """Takes metrics by name and the number of environment steps done."""
 
 MakeEnvs = Callable[[int], VectorEnv[Any, Any, Any]]
-"""Makes a vector environment of so many lanes."""
+"""Makes a vector environment with the given number of sub-environments."""
 
 WarmStart = Callable[[BaseAlgorithm], object]
-"""Prepares a new model before it learns from rewards (`agents.imitation`)."""
+"""Prepares a new model before reinforcement learning (`agents.imitation`)."""
 
 _RECENT_EPISODES = 50
 
@@ -45,18 +45,17 @@ class TrainingDivergedError(RapError, ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training came to.
+    """Result of a training. Counts and times include those before a resume.
 
     Attributes:
-        run_dir: Its folder; the policy is in the newest of ``checkpoints``.
-        timesteps: Environment steps done, those before a resume included.
-        episodes: Episodes ended, those before a resume included.
-        evaluations: Masks whose score had to be known, before a resume too: what an empty store
-            would have to run.
-        seconds: Wall time, that before a resume included.
-        resumed_from: Step of the checkpoint it went on from, or None.
-        recent_loss: Mean loss of the last episodes' masks, nats per token, of those
-            that fit their budget; NaN if there are none.
+        run_dir: The run's folder; the policy is in the newest of ``checkpoints``.
+        timesteps: Environment steps.
+        episodes: Finished episodes.
+        evaluations: Masks whose score was needed, stored scores included.
+        seconds: Wall time.
+        resumed_from: Step of the checkpoint from which this call resumed, or None.
+        recent_delta_nll: Mean rise in NLL of the masks of the last episodes that fit their
+            budget, nats per token; NaN if there are none.
     """
 
     run_dir: Path
@@ -65,7 +64,7 @@ class TrainResult:
     evaluations: int
     seconds: float
     resumed_from: int | None
-    recent_loss: float
+    recent_delta_nll: float
 
 
 def train(
@@ -77,26 +76,27 @@ def train(
     progress: bool = True,
     warm_start: WarmStart | None = None,
 ) -> TrainResult:
-    """Train an agent, or go on with the training that `run_dir` holds.
+    """Train an agent, or resume the training in `run_dir`.
 
-    A checkpoint is written after every rollout (PPO) or every thousand steps (DQN); a killed
-    training loses what came after the last one, and goes on from it exactly as it would have
-    gone without the kill. A finished one is not trained again.
+    A checkpoint is written after every rollout (PPO) or every thousand steps (DQN). A killed
+    training resumes from its last checkpoint and gives the same result as without the
+    interruption. A finished training is not repeated.
 
     Args:
         config: Agent, length and hyperparameters.
-        make_envs: Makes that many environments as one gymnasium vector environment, which resets
-            in the same step and can say where it stands (`agents.state.Resumable`).
-        run_dir: Folder of this run; checkpoints go to its ``checkpoints``.
+        make_envs: Makes a gymnasium vector environment with the given number of sub-environments,
+            the autoreset mode ``SAME_STEP`` and a state that can be saved
+            (`agents.checkpoint.Resumable`).
+        run_dir: Folder of this run; checkpoints are written to its ``checkpoints``.
         log_fns: Called after each episode and each update with metrics by name: ``episode/*``,
-            ``train/*``, ``time/*``. After a resume, steps since the checkpoint come again.
-        progress: Show a bar if there is a terminal.
-        warm_start: Called once with the new model before it learns; not after a resume. What
-            it costs in seconds and evaluations counts as the training's.
+            ``train/*``, ``time/*``. A resumed training repeats the steps since its checkpoint.
+        progress: Show a progress bar on a terminal.
+        warm_start: Called once with the new model before training; not after a resume. Its
+            seconds and evaluations count as those of the training.
 
     Raises:
-        ArtifactError: The run was begun with other settings, or all its checkpoints are damaged.
-        StorageFullError: No space for a checkpoint.
+        ArtifactError: The run was started with other settings, or all checkpoints are damaged.
+        StorageFullError: There is no space for a checkpoint.
         TrainingDivergedError: The parameters became NaN or infinite.
     """
     run_dir = Path(run_dir)
@@ -109,7 +109,7 @@ def train(
         else:
             check_same_run(checkpoint, config, venv)
             model, done = checkpoint.load_model(venv), checkpoint.body["progress"]
-            log.info("Training goes on from step %d of %s.", checkpoint.step, run_dir)
+            log.info("Training resumes from step %d of %s.", checkpoint.step, run_dir)
         model.set_logger(Logger(folder=None, output_formats=[_SinkWriter(log_fns)]))
         recorder = Recorder(config, run_dir, log_fns, done, progress, scored_before)
         remaining = config.total_timesteps - model.num_timesteps
@@ -121,7 +121,7 @@ def train(
         run_dir=run_dir,
         timesteps=model.num_timesteps,
         resumed_from=None if checkpoint is None else checkpoint.step,
-        recent_loss=recorder.recent_loss,
+        recent_delta_nll=recorder.recent_delta_nll,
         episodes=int(recorder.totals["episodes"]),
         evaluations=int(recorder.totals["evaluations"]),
         seconds=recorder.totals["seconds"],
@@ -131,7 +131,7 @@ def train(
 def _new_model(
     config: AgentConfig, venv: VecEnv, warm_start: WarmStart | None
 ) -> tuple[BaseAlgorithm, dict[str, float]]:
-    """A new model, warm if asked, and what that took so far."""
+    """Make a model, warm-start it if asked, and return it with the progress so far."""
     start = time.perf_counter()
     model = make_model(config, venv)
     if warm_start is not None:
@@ -140,7 +140,7 @@ def _new_model(
 
 
 def make_vector_env(config: AgentConfig, make_envs: MakeEnvs) -> VecEnv:
-    """`config.n_envs` environments stepped together, monitored, rewards normalised if asked."""
+    """Make `config.n_envs` sub-environments with a monitor and, if asked, normalised rewards."""
     venv: VecEnv = VecMonitor(GymVecEnv(make_envs(config.n_envs)))
     if config.normalize_reward:
         venv = VecNormalize(venv, norm_obs=False, gamma=config.hyperparameters["gamma"])
@@ -150,7 +150,7 @@ def make_vector_env(config: AgentConfig, make_envs: MakeEnvs) -> VecEnv:
 def _learn(model: BaseAlgorithm, steps: int, recorder: Recorder, fresh: bool) -> None:
     try:
         model.learn(steps, callback=recorder, reset_num_timesteps=fresh, log_interval=1)
-    except ValueError as error:  # torch refuses to sample from logits that are NaN
+    except ValueError as error:  # torch raises it when it samples from NaN logits
         _check_finite(model, error)
         raise
     finally:
@@ -165,13 +165,13 @@ def _check_finite(model: BaseAlgorithm, cause: Exception | None = None) -> None:
     if not bool(torch.isfinite(parameters).all()):
         raise TrainingDivergedError(
             f"Training diverged: parameters are NaN or infinite after {model.num_timesteps} steps. "
-            "The last checkpoint is from before; lower learning_rate and begin a new run, or look "
-            "at the rewards."
+            "The last checkpoint is older; lower learning_rate and start a new run, or check the "
+            "rewards."
         ) from cause
 
 
 class Recorder(BaseCallback):
-    """Sees every step: sends metrics, draws the bar, and saves checkpoints between rollouts."""
+    """Callback that logs metrics, updates the progress bar and saves checkpoints."""
 
     def __init__(
         self,
@@ -194,8 +194,8 @@ class Recorder(BaseCallback):
         self.totals = {"episodes": 0.0, "evaluations": 0.0, "seconds": 0.0, **done}
 
     @property
-    def recent_loss(self) -> float:
-        """Mean loss of the last episodes' masks, nats per token."""
+    def recent_delta_nll(self) -> float:
+        """As in `TrainResult`."""
         return float(np.mean(self._recent)) if self._recent else math.nan
 
     def save(self) -> None:
@@ -206,7 +206,7 @@ class Recorder(BaseCallback):
             self._saved_at = self.num_timesteps
 
     def close(self) -> None:
-        """Let go of the bar."""
+        """Close the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -252,13 +252,14 @@ class Recorder(BaseCallback):
             "time/seconds": self.totals["seconds"],
             "time/steps_per_s": self._steps_per_s(),
         }
-        if fits:  # the loss of a mask that does not fit says nothing
+        if fits:  # the NLL of a mask that does not fit means nothing
             metrics["episode/loss"] = float(info["loss"])
             self._recent.append(float(info["loss"]))
         for sink in self._sinks:
             sink(metrics, self.num_timesteps)
         self._bar.set_postfix_str(
-            f"{self.totals['episodes']:.0f} episodes, loss {self.recent_loss:.3f}", refresh=False
+            f"{self.totals['episodes']:.0f} episodes, ΔNLL {self.recent_delta_nll:.3f}",
+            refresh=False,
         )
 
     def _count(self) -> None:
@@ -273,7 +274,7 @@ class Recorder(BaseCallback):
 
 
 class _SinkWriter(KVWriter):
-    """Sends what stable-baselines3 logs of its updates to the sinks."""
+    """Forwards the metrics that stable-baselines3 logs about updates to the sinks."""
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         self._sinks = sinks
@@ -281,7 +282,7 @@ class _SinkWriter(KVWriter):
     def write(
         self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0
     ) -> None:
-        """Pass on the numbers of the update; ours cover episodes and time."""
+        """Forward metrics of the update; `Recorder` logs episodes and time itself."""
         metrics = {
             key: float(value)
             for key, value in key_values.items()
@@ -292,10 +293,10 @@ class _SinkWriter(KVWriter):
                 sink(metrics, step)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing; there is nothing to close."""
 
 
 def _evaluations(venv: VecEnv) -> int:
-    """Masks that had to be known so far by what the environments share; 0 if they don't say."""
-    bench = venv.get_attr("context", indices=[0])[0] if venv.has_attr("context") else None
-    return int(bench.scorer.known) if bench is not None else 0
+    """Return how many scores the environments' shared context was asked for; 0 without one."""
+    context = venv.get_attr("context", indices=[0])[0] if venv.has_attr("context") else None
+    return int(context.scorer.known) if context is not None else 0

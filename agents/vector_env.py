@@ -1,4 +1,4 @@
-"""A gymnasium vector environment as what stable-baselines3 trains on."""
+"""Adapter from gymnasium vector environments to the `VecEnv` of stable-baselines3."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Info = dict[str, Any]
 
 
 class GymVecEnv(VecEnv):
-    """A `VecEnv` of stable-baselines3 whose lanes gymnasium steps together.
+    """A `VecEnv` of stable-baselines3 on top of a gymnasium vector environment.
 
-    To an agent it is what `DummyVecEnv` over the single environments is: the same seeds, the
-    same observations, rewards and infos. It suits any vector environment of gymnasium's own
-    kinds, and `rap_env.RAPPruneVectorEnv`, which scores the masks of all lanes together.
+    An agent sees the same seeds, observations, rewards and infos as with `DummyVecEnv` over single
+    environments. It works with gymnasium's own vector environments and with
+    `rap_env.RAPPruneVectorEnv`, which scores the masks of all sub-environments together.
 
     Args:
         envs: The vector environment; its autoreset mode must be ``SAME_STEP``.
@@ -39,22 +39,22 @@ class GymVecEnv(VecEnv):
                 "autoreset mode for stable-baselines3:",
                 getattr(mode, "value", mode),
                 [AutoresetMode.SAME_STEP.value],
-                "A lane must begin its next episode in the step that ends the one before.",
+                "A sub-environment must be reset in the step that ends its episode.",
             )
         self.envs = envs
         self._actions: npt.NDArray[Any] = np.zeros(0)
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> Any:
-        """Begin an episode in every lane, with the seeds and options set before.
+        """Reset all sub-environments with the seeds and options that were set before.
 
         Raises:
-            InvalidRequestError: The lanes were given different options.
+            InvalidRequestError: The options of the sub-environments differ.
         """
         if any(options != self._options[0] for options in self._options):
             raise InvalidRequestError(
-                "The lanes of a vector environment are reset together and take the same options, "
-                f"not {self._options!r}."
+                "The sub-environments of a vector environment are reset together and take the same "
+                f"options, not {self._options!r}."
             )
         seeds = None if None in self._seeds else list(self._seeds)
         observation, infos = self.envs.reset(
@@ -67,78 +67,78 @@ class GymVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Take note of the actions for `step_wait`."""
+        """Keep the actions for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Step all lanes; those whose episode ends begin the next one."""
+        """Step all sub-environments; those whose episode ends are reset."""
         observation, rewards, terminated, truncated, infos = self.envs.step(self._actions)
         dones = np.asarray(terminated | truncated)
         each = split_infos(infos, self.num_envs)
-        for lane in np.flatnonzero(dones).tolist():
-            last = {"terminal_observation": each[lane].pop("final_obs")}
-            last.update(each[lane].pop("final_info", {}))
-            self.reset_infos[lane], each[lane] = each[lane], last
+        for index in np.flatnonzero(dones).tolist():
+            last = {"terminal_observation": each[index].pop("final_obs")}
+            last.update(each[index].pop("final_info", {}))
+            self.reset_infos[index], each[index] = each[index], last
         for info, limit in zip(each, (truncated & ~terminated).tolist(), strict=True):
             info["TimeLimit.truncated"] = limit
         return observation, np.asarray(rewards, dtype=np.float32), dones, each
 
     def close(self) -> None:
-        """Let go of the environments."""
+        """Close the environments."""
         self.envs.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """What some lanes have under a name; methods are called, as gymnasium does.
+        """Return an attribute of some sub-environments; methods are called, as gymnasium does.
 
         Raises:
-            AttributeError: They have no such thing.
+            AttributeError: They have no such attribute.
         """
         return self.env_method(attr_name, indices=indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of all lanes at once.
+        """Set an attribute of all sub-environments.
 
         Raises:
-            NotImplementedError: Only some lanes are meant; they share their attributes.
+            NotImplementedError: `indices` are not all of them, and they share attributes.
         """
         if list(self._get_indices(indices)) != list(range(self.num_envs)):
-            raise NotImplementedError("Lanes stepped together share their attributes; set all.")
+            raise NotImplementedError("Sub-environments share their attributes; leave out indices.")
         setattr(self.envs, attr_name, value)
 
     def env_method(
         self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
-        """What a method of every lane gives, for some lanes."""
+        """Call a method of all sub-environments and return the results of some."""
         values = self.envs.call(method_name, *args, **kwargs)  # type: ignore[attr-defined]
-        return [values[lane] for lane in self._get_indices(indices)]
+        return [values[index] for index in self._get_indices(indices)]
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """No lane is an environment of its own that could be wrapped."""
+        """Return False for each: a sub-environment is no object that could be wrapped."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[npt.NDArray[Any] | None]:
-        """A picture of each lane."""
+        """Return an image of each sub-environment."""
         if self.render_mode != "rgb_array":
             warnings.warn(
-                f"The render mode is {self.render_mode}, not 'rgb_array': there are no pictures.",
+                f"The render mode is {self.render_mode}, not 'rgb_array': there are no images.",
                 stacklevel=2,
             )
             return [None] * self.num_envs
-        pictures: Any = self.envs.render()
-        return list(pictures)
+        images: Any = self.envs.render()
+        return list(images)
 
 
 def split_infos(infos: Mapping[str, Any], num_envs: int) -> list[Info]:
-    """The infos of a gymnasium vector environment as one dict for each lane.
+    """Split the infos of a gymnasium vector environment into one dict per sub-environment.
 
     Args:
-        infos: Arrays with a value for each lane; ``_key`` says which lanes have `key`.
-        num_envs: How many lanes there are.
+        infos: Arrays with a value for each sub-environment; ``_key`` flags those that have `key`.
+        num_envs: Number of sub-environments.
 
     Returns:
-        For each lane what it has, numbers as those of Python.
+        The dict of each sub-environment, with Python numbers.
     """
     each: list[Info] = [{} for _ in range(num_envs)]
     for key, values in infos.items():
@@ -149,7 +149,7 @@ def split_infos(infos: Mapping[str, Any], num_envs: int) -> list[Info]:
         elif isinstance(values, np.ndarray) and values.ndim == 1:
             values = values.tolist()
         flags = infos.get(f"_{key}")
-        lanes = range(num_envs) if flags is None else np.flatnonzero(flags).tolist()
-        for lane in lanes:
-            each[lane][key] = values[lane]
+        indices = range(num_envs) if flags is None else np.flatnonzero(flags).tolist()
+        for index in indices:
+            each[index][key] = values[index]
     return each

@@ -127,7 +127,7 @@ def facts_of(result: TrainResult) -> dict[str, Any]:
         "episodes": result.episodes,
         "evaluations": result.evaluations,
         "training_s": round(result.seconds, 2),
-        "recent_loss": result.recent_loss if math.isfinite(result.recent_loss) else None,
+        "recent_loss": result.recent_delta_nll if math.isfinite(result.recent_delta_nll) else None,
     }
 
 

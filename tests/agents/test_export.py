@@ -151,7 +151,7 @@ def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):
 
 def test_what_cannot_be_exported_says_why(runs, tmp_path):
     bench, folders = runs
-    with pytest.raises(ArtifactError, match="of the kind 'mlp', and only block-wise ones"):
+    with pytest.raises(ArtifactError, match="is 'mlp', but only block-wise policies"):
         export_policy(folders["mlp"], bench)
     with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
         export_policy(tmp_path, bench)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
-from agents.demonstrations import TeacherStates
-from agents.imitation import Demonstration, ImitationConfig, imitate
+from agents.imitation import Demonstration, ImitationConfig, TeacherStates, imitate
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train

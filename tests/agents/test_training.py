@@ -110,7 +110,7 @@ def test_episodes_that_look_different_after_a_resume_begin_anew(tmp_path, bench,
     bench.features = ImportanceFeatures.none(12)
     with caplog.at_level(logging.WARNING):
         result = train(short(steps=128), make_envs(bench), tmp_path, progress=False)
-    assert "does not show the interrupted episodes as they were" in caplog.text
+    assert "cannot reproduce the unfinished episodes" in caplog.text
     assert (result.resumed_from, result.timesteps) == (64, 128)
 
 
@@ -162,7 +162,7 @@ def test_killed_training_goes_on(tmp_path):
     result = train(short(steps=at + 64), make_envs(slow_bench()), tmp_path, progress=False)
     assert result.resumed_from == at > 0
     assert result.timesteps == at + 64
-    assert result.recent_loss > 0
+    assert result.recent_delta_nll > 0
 
 
 def damage(path):
@@ -183,7 +183,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, bench, caplog, file):
     assert result.resumed_from == 224
     assert result.timesteps == 256
     assert "altered" in caplog.text
-    assert "The checkpoint before it is used" in caplog.text
+    assert "The previous checkpoint is used" in caplog.text
 
 
 def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
@@ -230,12 +230,12 @@ def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, ben
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        ({"name": "ppo"}, "begun with name='maskable_ppo' and cannot go on with name='ppo'"),
-        ({"policy": "mlp"}, "begun with policy='blockwise' and cannot go on with policy='mlp'"),
-        ({"seed": 3}, "begun with seed=0 and cannot go on with seed=3"),
-        ({"n_envs": 4}, "begun with n_envs=2"),
-        ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "begun with hyperparameters="),
-        ({"policy_settings": {"without": ["gsi"]}}, "begun with policy_settings=.*without"),
+        ({"name": "ppo"}, "started with name='maskable_ppo' and cannot resume with name='ppo'"),
+        ({"policy": "mlp"}, "started with policy='blockwise' and cannot resume with policy='mlp'"),
+        ({"seed": 3}, "started with seed=0 and cannot resume with seed=3"),
+        ({"n_envs": 4}, "started with n_envs=2"),
+        ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "started with hyperparameters="),
+        ({"policy_settings": {"without": ["gsi"]}}, "started with policy_settings=.*without"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(tmp_path, bench, other, text):
@@ -270,7 +270,7 @@ def test_a_warm_start_happens_once(tmp_path, bench):
 def test_resuming_on_another_model_is_refused(tmp_path, bench, real_bench):
     train(short(steps=32), make_envs(bench), tmp_path, progress=False)
     workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
-    with pytest.raises(ArtifactError, match="observation_space=.*cannot go on"):
+    with pytest.raises(ArtifactError, match="observation_space=.*cannot resume"):
         train(short(), make_envs(real_bench, workload=workload), tmp_path, progress=False)
 
 

@@ -13,16 +13,16 @@ from rap_env.errors import InvalidRequestError, UnknownNameError
 from tests.agents.synthetic import make_env, make_envs, request_at
 from tests.envs.playing import assert_same
 
-LANES = 4
+NUM_ENVS = 4
 DENSE = {"name": "perplexity", "timing": "dense"}
 
 
 def together(bench, **settings) -> GymVecEnv:
-    return GymVecEnv(make_envs(bench, **settings)(LANES))
+    return GymVecEnv(make_envs(bench, **settings)(NUM_ENVS))
 
 
 def one_by_one(bench, **settings) -> DummyVecEnv:
-    return DummyVecEnv([make_env(bench, **settings)] * LANES)
+    return DummyVecEnv([make_env(bench, **settings)] * NUM_ENVS)
 
 
 @pytest.mark.parametrize("reward", ["perplexity", DENSE])
@@ -35,25 +35,25 @@ def test_an_agent_cannot_tell_it_from_single_environments(bench, reward, workloa
     assert_same(*(dict(envs.reset()) for envs in pair))
     rng, ends = np.random.default_rng(0), {True: 0, False: 0}
     for _ in range(80):
-        actions = rng.integers(12, size=LANES)
+        actions = rng.integers(12, size=NUM_ENVS)
         results = [envs.step(actions) for envs in pair]
         (seen, rewards, dones, infos), (others, *expected) = results
         assert_same(dict(seen), dict(others))
         assert_same(rewards, expected[0])
         assert_same(dones, expected[1])
-        for lane in range(LANES):
-            assert_same(infos[lane], expected[2][lane])
-            assert_same(pair[0].reset_infos[lane], pair[1].reset_infos[lane])
-            if dones[lane]:
-                ends[infos[lane]["TimeLimit.truncated"]] += 1
-                assert not infos[lane]["terminal_observation"]["action_mask"].all()
+        for index in range(NUM_ENVS):
+            assert_same(infos[index], expected[2][index])
+            assert_same(pair[0].reset_infos[index], pair[1].reset_infos[index])
+            if dones[index]:
+                ends[infos[index]["TimeLimit.truncated"]] += 1
+                assert not infos[index]["terminal_observation"]["action_mask"].all()
     assert min(ends.values()) > 3
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_training_on_it_is_training_on_single_environments(bench, name):
     steps = {"n_steps": 16} if "ppo" in name else {"learning_starts": 32}
-    config = AgentConfig(name, n_envs=LANES, hyperparameters={**steps, "batch_size": 16})
+    config = AgentConfig(name, n_envs=NUM_ENVS, hyperparameters={**steps, "batch_size": 16})
     trained = []
     for envs in (together(bench), one_by_one(bench)):
         model = make_model(config, VecNormalize(VecMonitor(envs), norm_obs=False, gamma=1.0))
@@ -68,14 +68,14 @@ def test_a_new_episode_takes_the_seeds_and_options_given_before(bench):
     envs.set_options({"request": request})
     envs.seed(3)
     first = envs.reset()
-    assert envs.get_attr("request") == [request] * LANES
+    assert envs.get_attr("request") == [request] * NUM_ENVS
     second = envs.reset()  # options are used once
     assert not np.array_equal(first["request"], second["request"])
     third = envs.reset()  # and so are seeds
     assert not np.array_equal(second["request"], third["request"])
     envs.seed(3)
     assert np.array_equal(envs.reset()["request"], second["request"])
-    assert [info["reward_terms"] for info in envs.reset_infos] == [{}] * LANES
+    assert [info["reward_terms"] for info in envs.reset_infos] == [{}] * NUM_ENVS
 
 
 def test_different_options_for_lanes_are_refused(bench):
@@ -89,29 +89,29 @@ def test_lanes_answer_by_index(bench):
     envs = together(bench)
     envs.set_options({"request": request_at(bench, 2, 300, 0.6)})  # takes several removals
     envs.reset()
-    envs.step(np.arange(LANES))
+    envs.step(np.arange(NUM_ENVS))
     masks = envs.env_method("action_masks", indices=[2, 0])
     assert [row.tolist().index(False) for row in masks] == [2, 0]
     assert envs.get_attr("context", indices=1) == [bench]
     assert envs.has_attr("action_masks")
     assert not envs.has_attr("speed")
-    assert envs.env_is_wrapped(gym.Wrapper) == [False] * LANES
+    assert envs.env_is_wrapped(gym.Wrapper) == [False] * NUM_ENVS
     envs.set_attr("label", "all")
     assert envs.envs.label == "all"
-    with pytest.raises(NotImplementedError, match="set all"):
+    with pytest.raises(NotImplementedError, match="leave out indices"):
         envs.set_attr("label", "one", indices=[0])
 
 
-def test_it_draws_its_lanes(bench):
+def test_it_draws_its_sub_envs(bench):
     envs = together(bench, render_mode="rgb_array")
     envs.reset()
     images = envs.get_images()
-    assert len(images) == LANES
+    assert len(images) == NUM_ENVS
     assert envs.render().shape[0] > images[0].shape[0]  # tiled
     silent = together(bench)
     silent.reset()
-    with pytest.warns(UserWarning, match="no pictures"):
-        assert silent.get_images() == [None] * LANES
+    with pytest.warns(UserWarning, match="no images"):
+        assert silent.get_images() == [None] * NUM_ENVS
 
 
 def test_other_environments_of_gymnasium_can_be_trained_on():
@@ -129,7 +129,7 @@ def test_other_environments_of_gymnasium_can_be_trained_on():
 
 def test_another_autoreset_mode_is_refused():
     envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
-    with pytest.raises(UnknownNameError, match="'NextStep'; known are 'SameStep'.*must begin"):
+    with pytest.raises(UnknownNameError, match="'NextStep'; known are 'SameStep'.*must be reset"):
         GymVecEnv(envs)
 
 

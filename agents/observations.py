@@ -1,27 +1,23 @@
-"""Observations of many masks at once, as arrays: what `ObservationBuilder` gives of one."""
+"""Batches of observations: `ObservationBuilder` for many masks at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from rap_env.costs import VectorByteTracker, request_costs
+from rap_env.costs import Counts, Flags, VectorByteTracker, request_costs
 from rap_env.observation import BYTES_OVER, KEPT_AND_FREED, Observation, ObservationBuilder
 from rap_env.request import Request
 
-Flags = npt.NDArray[np.bool_]
-Counts = npt.NDArray[np.int64]
-
 
 class MaskObserver:
-    """Observes masks under some requests on a model of 2L blocks, n masks in one go.
+    """Observes batches of n masks under some requests, on a model of 2L blocks.
 
     Args:
-        builder: Makes the observation of the dense model, once for each request.
-        requests: The requests; they are named by their place from here on.
+        builder: Builds the observation of the dense model, once for each request.
+        requests: The requests; the methods refer to them by index.
 
     Raises:
         InvalidRequestError: The model cannot serve one of them.
@@ -39,10 +35,10 @@ class MaskObserver:
         self._budget = np.array([request.budget_bytes for request in requests])
 
     def over_bytes(self, which: Counts, removed: Flags) -> Counts:
-        """Bytes above the budget, 0 where the request fits.
+        """Return the bytes above the budget, 0 where the request fits.
 
         Args:
-            which: The request of each mask, (n,).
+            which: Index of each mask's request, (n,).
             removed: The blocks that each mask removes, (n, 2L).
 
         Returns:
@@ -52,10 +48,10 @@ class MaskObserver:
         return np.asarray(np.maximum(0, peak - self._budget[which]))
 
     def observe(self, which: Counts, removed: Flags) -> Observation:
-        """What an agent sees of the masks; the arguments are those of `over_bytes`.
+        """Return the observations of masks; the arguments are those of `over_bytes`.
 
         Returns:
-            ``request`` (n, R), ``blocks`` (n, 2L, F) and ``action_mask`` (n, 2L), float32 all.
+            ``request`` (n, R), ``blocks`` (n, 2L, F) and ``action_mask`` (n, 2L), all float32.
         """
         request, blocks = self._request[which], self._blocks[which]
         over = self.over_bytes(which, removed) / self._bytes.dense_peak_bytes[which]
@@ -66,5 +62,5 @@ class MaskObserver:
 
 
 def as_tensors(observation: Observation) -> dict[str, torch.Tensor]:
-    """An observation as tensors that share its memory."""
+    """Return an observation as tensors that share its memory."""
     return {key: torch.from_numpy(array) for key, array in observation.items()}

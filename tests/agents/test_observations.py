@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.observing import MaskObserver
+from agents.observations import MaskObserver
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.observation import ObservationBuilder
