@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import transformers
@@ -24,11 +26,26 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash"}
 
-TINY = {  # what makes each program short; everything else is as the page says
-    "profile": ["calibration.windows=1", "calibration.window_tokens=8", "importance.gsi_removals=1",
-                "importance.gsi_method=lazy", "frontier.evaluations=0"],
-    "train": [],
+_TEXT = ("calibration.windows=1", "calibration.window_tokens=16")
+_CELLS = ("evaluate.requests=[1x128]", "evaluate.budgets=[0.9]")
+_TRAINING = (*_TEXT, *_CELLS, "agent.total_timesteps=64")
+TINY = {
+    "compare": (),
+    "evaluate": (*_TEXT, *_CELLS, "evaluate.text.source=self", "evaluate.text.windows=1",
+                 "evaluate.text.window_tokens=16", "evaluate.tasks.names=[]",
+                 "evaluate.baselines=[gsi,random]"),
+    "export_policy": (),
+    "export_scores": (*_TEXT, "export.masks=50"),
+    "profile": (*_TEXT, "importance.gsi_removals=1", "importance.gsi_method=lazy"),
+    "repair": (*_TEXT, *(f"stubs.{texts}.self.{setting}" for texts in ("fit_texts", "report_texts")
+                         for setting in ("windows=2", "window_tokens=16")),
+               "stubs.distill_steps=2", "evaluate.tasks.names=[]"),
+    "replay": ("replay.systems=[dense]",),
+    "report": (),
+    "small_models": ("--cfg", "job"),
+    "train": _TRAINING,
 }  # fmt: skip
+"""Settings that make each program short; everything else is as the page says."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -120,9 +137,10 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
         return _ended([sys.executable, "-m", "rap_env.cli", *words[1:]], environment, folder)
     assert words[:2] == ["python", "-m"], "a kind of command that this test does not know"
     program = words[2].removeprefix("experiments.")
-    overrides = TINY[program]
-    if any(word.startswith("experiment=") or "wiki.jsonl" in word for word in words):
-        overrides = ["--cfg", "job"]  # needs data that is not here: the settings are composed
+    overrides = [*TINY[program], *(["hydra.sweeper.n_trials=2"] if "optuna" in words[-1] else [])]
+    if any(word.startswith("experiment=") or "wiki.jsonl" in word or "grid" in word for word in words):
+        overrides = ["--cfg", "job"]  # needs data that is not here, or hours: settings are composed
+        words = [word for word in words if word != "-m" or word is words[1]]
     return _ended([sys.executable, *words[1:], *overrides], environment, folder)
 
 
@@ -136,8 +154,25 @@ def installable(words: list[str]) -> str:
 
 
 def serves(words: list[str], environment: dict[str, str], folder: Path) -> str:
-    """Start a server, ask it one question, stop it."""
-    raise NotImplementedError
+    """Start a server, ask it one question, stop it; what went wrong."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "rap_env.cli", *words, "--port", str(port)]
+    log = folder / "serve.log"
+    with log.open("w", encoding="utf-8") as file:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+        try:
+            question = {"model": "smollm2-135m", "prompt": "Memory is", "max_tokens": 2}
+            answer = httpx.Client(
+                base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=12)
+            ).post("/v1/completions", json=question, timeout=60)
+            return "" if answer.status_code == 200 else answer.text
+        except httpx.HTTPError as error:
+            return f"{error}\n{log.read_text(encoding='utf-8')[-3000:]}"
+        finally:
+            server.terminate()
+            server.wait(30)
 
 
 def _ended(command: list[str], environment: dict[str, str], folder: Path) -> str:
