@@ -232,8 +232,21 @@ def api_page() -> str:
 
 
 def command_reference() -> str:
-    """The help of each ``rap`` command."""
-    return ""
+    """The help of ``rap`` and of each of its commands."""
+    import click
+
+    from rap_env.cli import cli
+
+    top = click.Context(cli, info_name="rap", max_content_width=92)
+    contexts = [top]
+    for name in sorted(cli.commands):
+        contexts.append(
+            click.Context(cli.commands[name], parent=top, info_name=name, max_content_width=92)
+        )
+    return "\n".join(
+        f"## {context.command_path}\n\n```text\n{context.command.get_help(context)}\n```\n"
+        for context in contexts
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -138,7 +138,9 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
     assert words[:2] == ["python", "-m"], "a kind of command that this test does not know"
     program = words[2].removeprefix("experiments.")
     overrides = [*TINY[program], *(["hydra.sweeper.n_trials=2"] if "optuna" in words[-1] else [])]
-    if any(word.startswith("experiment=") or "wiki.jsonl" in word or "grid" in word for word in words):
+    if any(
+        word.startswith("experiment=") or "wiki.jsonl" in word or "grid" in word for word in words
+    ):
         overrides = ["--cfg", "job"]  # needs data that is not here, or hours: settings are composed
         words = [word for word in words if word != "-m" or word is words[1]]
     return _ended([sys.executable, *words[1:], *overrides], environment, folder)
