@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -28,15 +29,16 @@ LANGUAGES = {"python", "bash"}
 
 _TEXT = ("calibration.windows=1", "calibration.window_tokens=16")
 _CELLS = ("evaluate.requests=[1x128]", "evaluate.budgets=[0.9]")
-_TRAINING = (*_TEXT, *_CELLS, "agent.total_timesteps=64")
+_GSI = ("importance.gsi_removals=1", "importance.gsi_method=lazy")
+_TRAINING = (*_TEXT, *_GSI, *_CELLS, "agent.total_timesteps=64")
 TINY = {
     "compare": (),
     "evaluate": (*_TEXT, *_CELLS, "evaluate.text.source=self", "evaluate.text.windows=1",
                  "evaluate.text.window_tokens=16", "evaluate.tasks.names=[]",
                  "evaluate.baselines=[gsi,random]"),
     "export_policy": (),
-    "export_scores": (*_TEXT, "export.masks=50"),
-    "profile": (*_TEXT, "importance.gsi_removals=1", "importance.gsi_method=lazy"),
+    "export_scores": (*_TEXT, "export.masks=150"),
+    "profile": (*_TEXT, *_GSI),
     "repair": (*_TEXT, *(f"stubs.{texts}.self.{setting}" for texts in ("fit_texts", "report_texts")
                          for setting in ("windows=2", "window_tokens=16")),
                "stubs.distill_steps=2", "evaluate.tasks.names=[]"),
@@ -68,8 +70,8 @@ def environment(tmp_path_factory):
         "WANDB_MODE": "offline",
     }
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=96, num_attention_heads=2,
-        num_key_value_heads=1, num_hidden_layers=8, max_position_embeddings=8192,
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=48, num_attention_heads=2,
+        num_key_value_heads=1, num_hidden_layers=30, max_position_embeddings=8192,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -165,16 +167,28 @@ def serves(words: list[str], environment: dict[str, str], folder: Path) -> str:
     with log.open("w", encoding="utf-8") as file:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
         try:
+            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+            wait_until_ready(client, server)
             question = {"model": "smollm2-135m", "prompt": "Memory is", "max_tokens": 2}
-            answer = httpx.Client(
-                base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=12)
-            ).post("/v1/completions", json=question, timeout=60)
+            answer = client.post("/v1/completions", json=question)
             return "" if answer.status_code == 200 else answer.text
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             return f"{error}\n{log.read_text(encoding='utf-8')[-3000:]}"
         finally:
             server.terminate()
             server.wait(30)
+
+
+def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers."""
+    deadline = time.monotonic() + 120
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            client.get("/healthz")
+            return
+        except httpx.ConnectError:
+            time.sleep(0.2)
+    raise TimeoutError("the server did not answer")
 
 
 def _ended(command: list[str], environment: dict[str, str], folder: Path) -> str:
