@@ -39,7 +39,7 @@ TINY = {
     "export_policy": (),
     "export_scores": (*_TEXT, "export.masks=150"),
     "profile": (*_TEXT, *_GSI),
-    "repair": (*_TEXT, *(f"stubs.{texts}.self.{setting}" for texts in ("fit_texts", "report_texts")
+    "repair": (*_TEXT, *_GSI, *(f"stubs.{texts}.self.{setting}" for texts in ("fit_texts", "report_texts")
                          for setting in ("windows=2", "window_tokens=16")),
                "stubs.distill_steps=2", "evaluate.tasks.names=[]"),
     "replay": ("replay.systems=[dense]",),
