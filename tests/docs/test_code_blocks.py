@@ -39,9 +39,9 @@ TINY = {
     "export_policy": (),
     "export_scores": (*_TEXT, "export.masks=150"),
     "profile": (*_TEXT, *_GSI),
-    "repair": (*_TEXT, *_GSI, *(f"stubs.{texts}.self.{setting}" for texts in ("fit_texts", "report_texts")
-                         for setting in ("windows=2", "window_tokens=16")),
-               "stubs.distill_steps=2", "evaluate.tasks.names=[]"),
+    "repair": (*_TEXT, *_GSI, "stubs.distill_steps=2", "evaluate.tasks.names=[]",
+               "stubs.fit_texts.self.windows=2", "stubs.fit_texts.self.window_tokens=16",
+               "stubs.report_texts.self.windows=2", "stubs.report_texts.self.window_tokens=16"),
     "replay": ("replay.systems=[dense]",),
     "report": (),
     "small_models": ("--cfg", "job"),
