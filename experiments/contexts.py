@@ -14,6 +14,7 @@ from rap_env.context.opening import open_context
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
+from rap_env.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
+DECISIONS_FILE = "decisions.jsonl"
 
 NEEDS_MODEL = {
     "profile": "measures the importance of its blocks",
@@ -142,3 +144,22 @@ def task_config(tasks: TasksConfig) -> TaskConfig:
         data_root=tasks.data_root,
         num_fewshot=tasks.num_fewshot,
     )
+
+
+def server_settings(config: Config, folder: Path) -> ServerSettings:
+    """Settings of the server, from the sections ``serve`` and ``model``.
+
+    `threads` is not set: the program has set it already.
+
+    Args:
+        config: All settings.
+        folder: The run folder.
+
+    Raises:
+        RapError: A setting is unknown or invalid.
+    """
+    model = {"model": config.model.name, "device": config.model.device, "dtype": config.model.dtype}
+    values = {**config.serve, **model}
+    if values["decisions"] == "default":
+        values["decisions"] = str(folder / DECISIONS_FILE)
+    return ServerSettings.from_mapping(values)

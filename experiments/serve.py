@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.config import Config
-from experiments.config.serving import server_settings
 from experiments.console import say
+from experiments.contexts import server_settings
 from experiments.launch import launch
 from rap_env.serving.stack import serve as serve_until_interrupted
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.config.common import at_least
 from experiments.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.serving.settings import ServerSettings
 
-if TYPE_CHECKING:
-    from experiments.config import Config
-
 METERS = ("process", "tensors")
-DECISIONS_FILE = "decisions.jsonl"
 
 _ELSEWHERE = ("model", "device", "dtype", "threads")  # from the sections model and config
 
@@ -27,25 +22,6 @@ def serve_defaults() -> dict[str, Any]:
     """
     values = asdict(ServerSettings()) | {"decisions": "default"}
     return {name: value for name, value in values.items() if name not in _ELSEWHERE}
-
-
-def server_settings(config: Config, folder: Path) -> ServerSettings:
-    """Settings of the server, from the sections ``serve`` and ``model``.
-
-    `threads` is not set: the program has set it already.
-
-    Args:
-        config: All settings.
-        folder: The run folder.
-
-    Raises:
-        RapError: A setting is unknown or invalid.
-    """
-    model = {"model": config.model.name, "device": config.model.device, "dtype": config.model.dtype}
-    values = {**config.serve, **model}
-    if values["decisions"] == "default":
-        values["decisions"] = str(folder / DECISIONS_FILE)
-    return ServerSettings.from_mapping(values)
 
 
 @dataclass

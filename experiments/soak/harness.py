@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.comparison.run_folder import provenance
 from experiments.config import Config
-from experiments.config.serving import server_settings
+from experiments.contexts import server_settings
 from experiments.soak.clients import LoadClient, Target
 from experiments.soak.invariants import (
     AnswerCheck,

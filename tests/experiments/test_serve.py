@@ -20,7 +20,7 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 import httpx
 
 from experiments.config import SoakConfig, as_config
-from experiments.config.serving import server_settings
+from experiments.contexts import server_settings
 from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR, register
 from rap_env.errors import UnknownNameError

@@ -1,0 +1,61 @@
+"""The import graph of the experiments: no circles, and nothing imports a program but a program."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import experiments
+
+ROOT = Path(experiments.__file__).parent
+SHARED = {"config", "console", "contexts", "errors", "launch"}
+"""Files of the root that are no programs."""
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+PROGRAMS = {name_of(path) for path in ROOT.glob("*.py") if path.stem not in {"__init__", *SHARED}}
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """Modules of the experiments that a module imports, also for type checking or in functions."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                found.add(module if module in FILES else str(node.module))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return frozenset(found & FILES.keys())
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert sum(len(imports(name)) for name in FILES) > 200, "imports are found"
+    try:
+        TopologicalSorter({name: imports(name) for name in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_only_programs_import_programs():
+    assert {"experiments.train", "experiments.evaluate"} <= PROGRAMS
+    wrong = [
+        f"{name} imports {', '.join(imports(name) & PROGRAMS)}"
+        for name in FILES
+        if name not in PROGRAMS and imports(name) & PROGRAMS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_root_has_few_files():
+    assert len(list(ROOT.glob("*.py"))) <= 15
