@@ -296,14 +296,14 @@ def quality(found: ReplayRecords) -> Figure:
     return figure
 
 
-def _draw_shares(axis: Axes, system: str, values: Sequence[float], asked: int) -> None:
+def _draw_shares(axis: Axes, system: str, values: Sequence[float], expected: int) -> None:
     """Draw shares of all requests; requests without a value lower the end of the line."""
     shown = system_look(system)
     if not values:
         axis.plot([], [], color=shown.colour, label=system_label(system))
         return
     ordered = np.sort(np.asarray([min(values), *values]))
-    shares = 100 * np.arange(len(ordered)) / asked
+    shares = 100 * np.arange(len(ordered)) / expected
     width = 2.0 if shown.learned else 1.2
     axis.step(
         ordered, shares, where="post", color=shown.colour, linewidth=width,

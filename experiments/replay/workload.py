@@ -60,11 +60,6 @@ class Arrival:
     prompt_tokens: int
     new_tokens: int
 
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return self.prompt_tokens + self.new_tokens
-
 
 def thinned(arrivals: Iterable[Arrival], settings: ReplayConfig) -> tuple[Arrival, ...]:
     """Reduce a trace to what one machine can serve, in order of arrival.

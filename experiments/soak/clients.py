@@ -130,11 +130,11 @@ class LoadClient:
         return 200, choices, found["usage"]
 
     def _streamed(self, route: str, body: dict[str, Any]) -> tuple[int, Any, Any]:
-        asked = {**body, "stream_options": {"include_usage": True}}
+        streaming = {**body, "stream_options": {"include_usage": True}}
         texts: dict[int, str] = {}
         reasons: dict[int, str] = {}
         usage, last = None, ""
-        with self._http.stream("POST", route, json=asked) as response:
+        with self._http.stream("POST", route, json=streaming) as response:
             if response.status_code != 200:
                 return response.status_code, response.read().decode(), None
             for line in response.iter_lines():

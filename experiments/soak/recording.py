@@ -197,7 +197,7 @@ class AnswerSample:
             return self._recent.pop(tuple(prompt_ids), None)
 
     def unfinished(self) -> list[RequestHandle]:
-        """Tickets that have not ended."""
+        """Return the requests that have not ended."""
         with self._lock:
             self._collect_ended()
             return list(self._running)

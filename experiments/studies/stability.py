@@ -229,14 +229,12 @@ class OrderAgreement:
     Attributes:
         method: ``"one_shot"`` or ``"gsi"``.
         texts: Names of the two texts; equal for two draws of one text.
-        seeds: Seeds of their windows.
         tau: Kendall's tau-b, in [-1, 1].
         overlaps: By k: share of the first k blocks that both orders have, in [0, 1].
     """
 
     method: str
     texts: tuple[str, str]
-    seeds: tuple[int, int]
     tau: float
     overlaps: dict[int, float]
 
@@ -260,7 +258,6 @@ def agreements(orders: Sequence[OrderRow], top: Sequence[int]) -> Iterator[Order
             yield OrderAgreement(
                 one.method,
                 (one.searched_on, two.searched_on),
-                (one.seed, two.seed),
                 kendall_tau(one.values, two.values),
                 {k: overlap(one.order, two.order, k) for k in top if k <= known},
             )

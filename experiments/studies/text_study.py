@@ -300,7 +300,7 @@ class TextComparison:
             if found.high < 0:
                 answer = "a gain"
             elif found.low > 0:
-                answer = "a loss"
+                answer = "a disadvantage"
             else:
                 answer = "no significant gain"
             parts.append(

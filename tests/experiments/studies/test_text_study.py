@@ -176,7 +176,7 @@ def test_the_answer_is_no_where_masks_do_not_differ():
         (s, k): [2.0, 2.0] if s == k else [1.0, 1.0]
         for s in ("a", "b", SHARED) for k in ("a", "b")
     })  # fmt: skip
-    assert ": a loss (+1.000" in worse.verdict()
+    assert ": a disadvantage (+1.000" in worse.verdict()
 
 
 def test_the_lazy_search_finds_what_the_whole_one_finds_with_fewer_evaluations(tmp_path):
