@@ -18,17 +18,17 @@ from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 
-def bench(tmp_path, **settings):
+def make_live(tmp_path, **settings):
     settings = {"folder": tmp_path, "progress": False, **settings}
     return LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens()), **settings)
 
 
 def test_importance_is_measured_once_and_kept(tmp_path):
-    first = bench(tmp_path, gsi_removals=2)
+    first = make_live(tmp_path, gsi_removals=2)
     assert len(first.gsi.order) == 2
     without = first.one_shot.nll_without
     assert first.scorer.evaluations == 6 + 5 + 1
-    again = bench(tmp_path, gsi_removals=2)
+    again = make_live(tmp_path, gsi_removals=2)
     assert again.gsi == first.gsi
     assert again.one_shot.nll_without == without
     assert again.features.gsi_rank.tolist() == first.gsi.rank.tolist()
@@ -36,26 +36,26 @@ def test_importance_is_measured_once_and_kept(tmp_path):
 
 
 def test_what_an_agent_sees_does_not_depend_on_what_was_measured_before(tmp_path):
-    fresh = bench(tmp_path / "a", gsi_removals=1).features
-    longer = bench(tmp_path / "b", gsi_removals=4)
+    fresh = make_live(tmp_path / "a", gsi_removals=1).features
+    longer = make_live(tmp_path / "b", gsi_removals=4)
     assert len(longer.gsi.order) == 4
-    after = bench(tmp_path / "b", gsi_removals=1).features
+    after = make_live(tmp_path / "b", gsi_removals=1).features
     assert np.array_equal(fresh.gsi_marginal_loss, after.gsi_marginal_loss)
     assert np.array_equal(fresh.gsi_rank, after.gsi_rank)
 
 
 def test_kinds_of_importance(tmp_path):
-    none = bench(tmp_path, importance="none")
+    none = make_live(tmp_path, importance="none")
     assert not none.features.one_shot.any()
     assert none.scorer.evaluations == 0
-    single = bench(tmp_path, importance="one_shot")
+    single = make_live(tmp_path, importance="one_shot")
     assert np.array_equal(single.features.one_shot, single.one_shot.delta_nll)
 
 
 def test_an_artifact_by_path(tmp_path):
     path = tmp_path / "mine.json"
-    profile = gsi(bench(tmp_path).scorer, stop=3, path=path, progress=False)
-    assert bench(tmp_path, importance=str(path)).gsi == profile
+    profile = gsi(make_live(tmp_path).scorer, stop=3, path=path, progress=False)
+    assert make_live(tmp_path, importance=str(path)).gsi == profile
     other = LiveContext(
         tiny_llm(layers=3, seed=9), Corpus.of_tokens(tokens()), importance=str(path)
     )
@@ -102,32 +102,34 @@ def test_a_plain_and_a_repaired_context_share_a_model_and_leave_each_other_alone
     masks = [BlockMask.of(*removed) for removed in ((0,), (3,), (0, 3), (1, 4, 5))]
     mixed = {plain: [], repaired: []}
     for mask in masks:
-        for bench in (plain, repaired, plain):
-            mixed[bench].append(bench.scorer.nll(mask))
-    for bench, other in ((plain, repaired), (repaired, plain)):
+        for context in (plain, repaired, plain):
+            mixed[context].append(context.scorer.nll(mask))
+    for context, other in ((plain, repaired), (repaired, plain)):
         with other.llm.masked(masks[-1]):  # what one has applied is none of the other's business
-            alone = LiveContext(bench.llm, bench.scorer.corpus)
-            assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[bench]))
+            alone = LiveContext(context.llm, context.scorer.corpus)
+            assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[context]))
             assert alone.scorer.evaluations == len(masks)
-            assert bench.llm.mask == masks[-1]
+            assert context.llm.mask == masks[-1]
     assert plain.scorer.dense_nll == repaired.scorer.dense_nll
     assert set(mixed[plain]).isdisjoint(mixed[repaired])
     assert plain.llm.mask == BlockMask()
 
 
 def test_importance_is_kept_apart_by_what_stands_in_the_blocks_places(config, tmp_path):
-    benches = [open_context(replace(config, repair=repair)) for repair in ("none", "library")]
-    orders = [bench.gsi for bench in benches]
+    contexts = [open_context(replace(config, repair=repair)) for repair in ("none", "library")]
+    orders = [context.gsi for context in contexts]
     assert orders[0].nll_after != orders[1].nll_after
-    assert len({bench._artifact("gsi") for bench in benches}) == 2
-    assert orders[1].provenance["scoring"]["repair"] == benches[1].memory.facts.repair
+    assert len({context._artifact("gsi") for context in contexts}) == 2
+    assert orders[1].provenance["scoring"]["repair"] == contexts[1].memory.facts.repair
     assert "repair" not in orders[0].provenance["scoring"]
-    for bench, order in zip(benches, orders, strict=True):
+    for context, order in zip(contexts, orders, strict=True):
         order.save(tmp_path / "gsi.json")
-        again = LiveContext(bench.llm, bench.scorer.corpus, importance=str(tmp_path / "gsi.json"))
+        again = LiveContext(
+            context.llm, context.scorer.corpus, importance=str(tmp_path / "gsi.json")
+        )
         assert again.gsi == order
     others = LiveContext(
-        benches[0].llm, benches[0].scorer.corpus, importance=str(tmp_path / "gsi.json")
+        contexts[0].llm, contexts[0].scorer.corpus, importance=str(tmp_path / "gsi.json")
     )
     with pytest.raises(ArtifactError, match="measured with the stubs .* is loaded without stubs"):
         _ = others.gsi

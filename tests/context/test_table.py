@@ -119,14 +119,14 @@ def test_stepping_loads_neither_torch_nor_transformers(model):
 
 
 def test_what_needs_the_model_says_so(live, model):
-    bench = open_context(ContextConfig(model=model, importance="one_shot"))
+    context = open_context(ContextConfig(model=model, importance="one_shot"))
     with pytest.raises(ModelNotAvailableError, match="no model, which .*tasks.*give the model"):
-        _ = bench.llm
+        _ = context.llm
     with pytest.raises(ModelNotAvailableError, match=r"score table .*t\.json"):
         gym.make("RAPPrune-v0", model=model, importance="one_shot", reward="accuracy")
-    assert bench.store is None
-    assert bench.memory.facts == live.memory.facts
-    assert bench.one_shot == live.one_shot
+    assert context.store is None
+    assert context.memory.facts == live.memory.facts
+    assert context.one_shot == live.one_shot
 
 
 def test_kinds_of_importance(live, model):
@@ -145,10 +145,10 @@ def test_a_table_with_gsi_gives_what_the_live_model_gave(tmp_path):
     table = table_of(live, all_masks(BLOCKS, 2), importance="gsi", gsi_removals=2)
     table.save(tmp_path / "g.json")
     name = f"score_table:{tmp_path / 'g.json'}"
-    bench = open_context(ContextConfig(model=name))
+    context = open_context(ContextConfig(model=name))
     for array in ("one_shot", "gsi_rank", "gsi_marginal_loss"):
-        assert np.array_equal(getattr(bench.features, array), getattr(live.features, array))
-    assert bench.gsi == live.gsi
+        assert np.array_equal(getattr(context.features, array), getattr(live.features, array))
+    assert context.gsi == live.gsi
     single = open_context(ContextConfig(model=name, importance="one_shot"))
     assert np.array_equal(single.features.one_shot, live.one_shot.delta_nll)
     gsi(live.scorer, stop=3, path=tmp_path / "mine.json", progress=False)
@@ -221,8 +221,8 @@ def test_the_repair_of_a_table_is_the_default_or_the_same(model, repaired_model,
 
 def test_importance_of_another_repair_is_refused_for_a_table_too(live, repaired_model, tmp_path):
     gsi(live.scorer, stop=2, path=tmp_path / "plain.json", progress=False)
-    bench = open_context(
+    context = open_context(
         ContextConfig(model=repaired_model, importance=str(tmp_path / "plain.json"))
     )
     with pytest.raises(ArtifactError, match="measured without stubs, but .* with the stubs"):
-        _ = bench.gsi
+        _ = context.gsi
