@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from experiments.comparison.formatting import Table, look
 from experiments.comparison.plotting import PNG_DPI, Draw, style, svg_uri
+from experiments.errors import MissingGroupError
 from rap_env.artifacts import atomic_write
-from rap_env.errors import MissingDependencyError
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def write_page(path: Path, **content: Any) -> None:
     """Render the template to a file.
 
     Raises:
-        MissingDependencyError: jinja2 is not installed.
+        MissingGroupError: jinja2 is not installed.
         StorageFullError: The disk is full.
     """
     try:
         import jinja2
     except ImportError:
-        raise MissingDependencyError("jinja2", "The report", "plots") from None
+        raise MissingGroupError("jinja2", "The report", "agents") from None
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined

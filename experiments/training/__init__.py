@@ -1,1 +1,1 @@
-"""Training: what an agent learns from, sweeps, and where metrics go."""
+"""Training of agents: score model, score tables, sweeps and loggers."""

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines always, TensorBoard and wandb if asked for."""
+"""Loggers of metrics: JSON lines always, TensorBoard and wandb if configured."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import RunFolder, flatten
 from experiments.config import Config
-from experiments.errors import ExperimentError
-from rap_env.errors import MissingDependencyError
+from experiments.errors import ExperimentError, MissingGroupError
 
 
-class MetricLogger(Protocol):
-    """One place that takes metrics, tables and images."""
+class MetricLogger:
+    """Base of loggers; by default, tables and images are ignored and nothing needs closing."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Take metrics by name at a step."""
+        """Log metrics by name at a step."""
+        raise NotImplementedError
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Take a table."""
+        """Log a table."""
 
     def image(self, name: str, path: Path) -> None:
-        """Take a PNG file."""
+        """Log a PNG file."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
 
 
-class Loggers:
+class Loggers(MetricLogger):
     """Several loggers as one.
 
     Args:
@@ -46,49 +46,47 @@ class Loggers:
         self.parts = parts
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Take metrics by name at a step; this is the sink that a training calls."""
+        """Log metrics by name at a step; the training calls this as a sink."""
         for part in self.parts:
             part.log(metrics, step)
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Take a table."""
+        """Log a table."""
         for part in self.parts:
             part.table(name, header, rows)
 
     def image(self, name: str, path: Path) -> None:
-        """Take a PNG file."""
+        """Log a PNG file."""
         for part in self.parts:
             part.image(name, path)
 
 
 @contextmanager
 def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> Iterator[Loggers]:
-    """The loggers that the settings ask for, closed at the end whatever happens.
+    """Open the configured loggers and close them at the end of the block.
 
     Args:
         config: All settings.
-        folder: The run's folder; its name becomes the run's name.
+        folder: The run folder; its name is the name of the run.
         job: Kind of run (``train``, ``evaluate``).
-        step: Step from which a resumed run goes on; later ones were lost and come again.
+        step: Step from which a resumed run continues; metrics of later steps are logged again.
 
     Raises:
-        MissingDependencyError: wandb or tensorboard was asked for but is not installed.
+        MissingGroupError: wandb or tensorboard is configured but not installed.
     """
     with ExitStack() as stack:
         parts: list[MetricLogger] = [JsonLines(RunFolder(folder).metrics)]
         if config.logger.tensorboard:
             parts.append(TensorBoard(folder / "tensorboard", step))
         if config.logger.wandb:
-            from experiments.training.loggers import Wandb
-
             parts.append(Wandb(config, folder, job))
         for part in parts:
             stack.callback(part.close)
         yield Loggers(parts)
 
 
-class JsonLines:
-    """``metrics.jsonl``: one line ``{"step": ..., name: value, ...}`` a call."""
+class JsonLines(MetricLogger):
+    """``metrics.jsonl``: one line ``{"step": ..., name: value, ...}`` for each call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,28 +96,19 @@ class JsonLines:
         finite = {k: v if abs(v) < float("inf") else None for k, v in metrics.items()}
         append_record(self.path, {"step": step, **finite}, durable=False)
 
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Nothing: tables have files of their own."""
 
-    def image(self, name: str, path: Path) -> None:
-        """Nothing: the image is a file already."""
-
-    def close(self) -> None:
-        """Nothing is left."""
-
-
-class TensorBoard:
+class TensorBoard(MetricLogger):
     """Event files for ``tensorboard --logdir``.
 
     Raises:
-        MissingDependencyError: tensorboard is not installed.
+        MissingGroupError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise MissingDependencyError("tensorboard", "logger=tensorboard", "agents") from None
+            raise MissingGroupError("tensorboard", "logger=tensorboard", "agents") from None
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -128,20 +117,20 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Add the table as text, which TensorBoard shows as Markdown."""
+        """Add a table as Markdown text."""
         from experiments.comparison.formatting import markdown
 
         text = markdown((list(header), [[str(cell) for cell in row] for row in rows]))
         self._writer.add_text(name, text)
 
     def image(self, name: str, path: Path) -> None:
-        """Add the image."""
+        """Add an image."""
         from matplotlib.image import imread
 
         self._writer.add_image(name, imread(path)[..., :3], dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
         self._writer.close()
 
 
@@ -150,22 +139,24 @@ log = logging.getLogger(__name__)
 _INIT_TIMEOUT_S = 30
 
 
-class Wandb:
+class Wandb(MetricLogger):
     """A wandb run: named after its folder, grouped by comparison, tagged by agent and model.
 
-    All runs of a comparison share its folder as wandb's, so that ``wandb leet`` shows them
-    together; a resumed run keeps its id.
+    All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them together.
+    A resumed run keeps its id. The run is online if a login is found, otherwise offline.
 
     Raises:
-        MissingDependencyError: wandb is not installed.
+        MissingGroupError: wandb is not installed.
     """
 
     def __init__(self, config: Config, folder: Path, job: str) -> None:
         try:
             import wandb
         except ImportError:
-            raise MissingDependencyError("wandb", "logger=wandb", "agents") from None
-        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it takes our `agents` for another
+            raise MissingGroupError("wandb", "logger=wandb", "agents") from None
+        os.environ.setdefault(
+            "WANDB_DISABLE_WEAVE", "true"
+        )  # it mistakes our package `agents` for another
         self._wandb = wandb
         options: dict[str, Any] = {
             "dir": str(config.root),
@@ -183,7 +174,7 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics over the environment's steps."""
+        """Log metrics over environment steps."""
         self._run.log({"step": step, **metrics})
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -209,7 +200,7 @@ class Wandb:
         except self._wandb.errors.Error as error:
             if mode == "offline":
                 raise
-            log.warning("wandb cannot be reached (%s); logging offline.", error)
+            log.warning("wandb is not reachable (%s); logging offline.", error)
             options = {**options, "id": f"{options['id']}-offline", "mode": "offline"}
             return self._wandb.init(settings=settings, reinit="create_new", **options)
 
@@ -223,7 +214,7 @@ class Wandb:
 
     @staticmethod
     def _settings(config: Config) -> dict[str, Any]:
-        """Return all settings under flat names, by which wandb sorts, filters and draws runs."""
+        """Return all settings under flat names, by which wandb sorts and filters runs."""
         settings = flatten(asdict(config))
         settings.pop("runs_dir")
         return settings
@@ -235,26 +226,26 @@ class Wandb:
 
 
 def wandb_mode(setting: str) -> str:
-    """The mode for `wandb.init`; ``auto`` is online only where a login is already there.
+    """Return the mode for `wandb.init`; ``auto`` is online only if a login exists.
 
-    ``WANDB_MODE`` is respected under ``auto``. Nothing is ever asked for.
+    ``auto`` respects ``WANDB_MODE``. wandb never prompts for a login.
 
     Raises:
-        ExperimentError: ``online`` was asked for without a login.
+        ExperimentError: The mode is ``online``, but there is no login.
     """
     mode = os.environ.get("WANDB_MODE", "") if setting == "auto" else setting
     if not mode:
         return "online" if has_login() else "offline"
     if mode == "online" and not has_login():
         raise ExperimentError(
-            "wandb was asked to be online, but there is no login; run `wandb login` first, or "
-            "set logger.wandb_mode=offline and `wandb sync` later."
+            "logger.wandb_mode is online, but there is no login. Run `wandb login` first, or set "
+            "logger.wandb_mode=offline and run `wandb sync` later."
         )
     return mode
 
 
 def has_login() -> bool:
-    """Whether wandb would find a key without asking: in the environment or in the netrc file."""
+    """Whether wandb finds an API key in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

@@ -1,10 +1,10 @@
-"""How an agent learns: from real scores alone, or from predicted ones that real ones correct.
+"""Training on measured scores, or on predicted scores that are corrected with measured ones.
 
-A teacher may be imitated first (`warm_start`). With `score_model.rounds`, each round fits the
-score model to all real scores that this training knows, trains on its predictions at the speed
-of arrays, and then really scores what the policy now chooses (Sutton 1991, Dyna; Anthony et al.
-2017, expert iteration, arXiv 1705.08439). Where the policy found a hole in the score model, the
-next round knows.
+Training may start with imitation of a teacher (`warm_start`). With `score_model.rounds`, each
+round fits the score model to all scores measured so far, trains the agent on its predictions, and
+then measures the masks that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017, expert
+iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the next round
+corrects it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from rap_env.workload import make_sampler
 log = logging.getLogger(__name__)
 
 ROUNDS_FILE = "rounds.jsonl"
-"""What the policy chose after each round: real and predicted scores."""
+"""Measured and predicted scores of the policy's masks after each round."""
 
-_DRAWN = 4  # masks drawn for each request that is verified; the one that promises most is scored
+_DRAWN = 4  # sampled masks for each verified request; the best by prediction is measured
 
 
 def learn(
@@ -53,23 +53,23 @@ def learn(
     folder: Path,
     sinks: Sequence[MetricSink],
 ) -> TrainResult:
-    """Train an agent, or go on with it.
+    """Train an agent, or resume its training.
 
     Args:
         config: All settings.
-        agent: The agent in the trainer's own terms.
+        agent: Settings of the agent for the trainer.
         context: The model, its scores and its importance.
-        folder: The run's folder.
-        sinks: Where metrics go.
+        folder: The run folder.
+        sinks: Receivers of metrics.
 
     Returns:
-        What it came to; ``evaluations`` counts the masks that had to be scored by the model.
+        The result; ``evaluations`` counts the masks scored by the model.
 
     Raises:
-        RapError: A setting cannot be, the folder holds another run, or training failed.
+        RapError: A setting is invalid, the folder has another run, or training failed.
     """
     if not config.score_model.rounds:
-        return _train(config, agent, context, context, folder, sinks)
+        return _train(config, agent, context, folder, sinks)
     known = _known(config, context, folder)
     rounds = config.score_model.rounds
     for number in range(rounds):
@@ -79,20 +79,20 @@ def learn(
             config, context, known,
             members=config.score_model.members, pessimism=config.score_model.pessimism,
         )  # fmt: skip
-        bench = TableContext(
+        predicted = TableContext(
             table, TABLE_FILE, importance=config.importance.method, frontier=context.frontier_path
         )
-        result = _train(config, part, context, bench, folder, sinks)
-        known |= _verified(config, number, context, bench, folder, sinks, result.timesteps)
+        result = _train(config, part, predicted, folder, sinks)
+        known |= _verified(config, number, context, predicted, folder, sinks, result.timesteps)
     table.save(folder / TABLE_FILE)
     return replace(result, evaluations=len(known))
 
 
 def make_envs(config: Config, context: PruningContext, num_envs: int) -> RAPPruneVectorEnv:
-    """The environments on a context, stepped and scored together.
+    """Make the vector environment on a context.
 
     Raises:
-        RapError: A setting of workload, reward or environment cannot be.
+        RapError: A setting of workload, reward or environment is invalid.
     """
     return RAPPruneVectorEnv(
         num_envs=num_envs,
@@ -108,7 +108,7 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> RAPPrun
 
 
 def draw_requests(config: Config, context: PruningContext, count: int, *key: int) -> list[Request]:
-    """Requests of the workload that need pruning and that some mask fits."""
+    """Draw workload requests that need pruning and that some mask can fit."""
     memory = context.memory
     sampler = make_sampler(config.workload, memory)
     rng = np.random.default_rng([config.seed, *key])
@@ -127,60 +127,59 @@ def _train(
     config: Config,
     agent: AgentConfig,
     context: PruningContext,
-    bench: PruningContext,
     folder: Path,
     sinks: Sequence[MetricSink],
 ) -> TrainResult:
-    """One training on the scores of `bench`."""
+    """Train the agent on the scores of a context."""
     return train_agent(
         agent,
-        lambda num_envs: make_envs(config, bench, num_envs),
+        lambda num_envs: make_envs(config, context, num_envs),
         folder,
         log_fns=sinks,
         progress=config.progress,
-        warm_start=_warm_start(config, bench),
+        warm_start=_warm_start(config, context),
     )
 
 
-def _warm_start(config: Config, bench: PruningContext) -> WarmStart | None:
+def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
     settings = config.warm_start
     if settings.teacher == "none":
         return None
 
     def start(model: Any) -> None:
-        shown = demonstrations(config, bench)
+        shown = demonstrations(config, context)
         how = ImitationConfig(
             updates=settings.updates, learning_rate=settings.learning_rate, seed=config.seed
         )
-        builder = ObservationBuilder(bench.memory, bench.features)
+        builder = ObservationBuilder(context.memory, context.features)
         result = imitate(model, shown, builder, how, progress=config.progress)
         log.info(
-            "Warm start: %d masks of the teacher %s; its choice in %.0f %% of states.",
+            "Warm start: %d masks of the teacher %s; agreement in %.0f %% of states.",
             len(shown), settings.teacher, 100 * result.agreement,
         )  # fmt: skip
 
     return start
 
 
-def demonstrations(config: Config, bench: PruningContext) -> list[Demonstration]:
-    """What the teacher does with requests of the workload.
+def demonstrations(config: Config, context: PruningContext) -> list[Demonstration]:
+    """Return the teacher's masks for requests of the workload.
 
     Raises:
-        ArtifactError: The teacher is the frontier, and there is none.
+        ArtifactError: The teacher is the frontier table, and there is none.
     """
     settings = config.warm_start
-    requests = draw_requests(config, bench, settings.requests, 1)
+    requests = draw_requests(config, context, settings.requests, 1)
     if settings.teacher == "greedy":
-        greedy = GreedyPerByteBaseline(bench)
+        greedy = GreedyPerByteBaseline(context)
         masks: list[BlockMask | None] = [greedy.choose(request) for request in requests]
     else:
-        masks = [bench.frontier.best(bench.memory, request) for request in requests]
+        masks = [context.frontier.best(context.memory, request) for request in requests]
     pairs = zip(requests, masks, strict=True)
     return [Demonstration(request, mask) for request, mask in pairs if mask]
 
 
 def _known(config: Config, context: PruningContext, folder: Path) -> dict[BlockMask, float]:
-    """Real scores before the first round: those of the frontier, or of planned masks."""
+    """Return measured scores before the first round: of the frontier, or of planned masks."""
     if Path(context.frontier_path or "").is_file():
         return dict(context.frontier.scores)
     blocks, wanted = context.memory.facts.num_blocks, config.score_model.first_masks
@@ -193,22 +192,22 @@ def _verified(
     config: Config,
     number: int,
     context: PruningContext,
-    bench: TableContext,
+    predicted: TableContext,
     folder: Path,
     sinks: Sequence[MetricSink],
     step: int,
 ) -> dict[BlockMask, float]:
-    """Real scores of what the policy chooses after a round, and a record of them."""
+    """Measure and record the masks that the policy chooses after a round."""
     path = folder / ROUNDS_FILE
     done = {record["round"]: record for record in read_records(path)}
     if number not in done:
-        policy = TrainedPolicy.load(folder, bench, seed=number)
+        policy = TrainedPolicy.load(folder, predicted, seed=number)
         requests = draw_requests(config, context, config.score_model.verify_requests, 2)
         favourites, others = [], []
         for request in requests:
             first, *drawn = policy.sample(request, 1 + _DRAWN)
             favourites.append(first)
-            others.append(min(drawn, key=bench.scorer.nll))
+            others.append(min(drawn, key=predicted.scorer.nll))
         masks = list(dict.fromkeys([*favourites, *others]))
         real = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
         dense = context.scorer.dense_nll
@@ -216,7 +215,7 @@ def _verified(
             "round": number,
             "step": step,
             "loss": float(np.mean([real[mask] - dense for mask in favourites])),
-            "predicted_loss": float(np.mean([bench.scorer.nll(m) - dense for m in favourites])),
+            "predicted_loss": float(np.mean([predicted.scorer.nll(m) - dense for m in favourites])),
             "scored": [[list(mask.names), nll] for mask, nll in real.items()],
         }
         append_record(path, done[number])
@@ -225,7 +224,7 @@ def _verified(
     for sink in sinks:
         sink(metrics, step)
     log.info(
-        "Round %d: what the policy chooses loses %.4f nats per token, predicted %.4f.",
+        "Round %d: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
         number, record["loss"], record["predicted_loss"],
     )  # fmt: skip
     return scored_masks(record)

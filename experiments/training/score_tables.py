@@ -1,18 +1,18 @@
-"""Which masks a score table measures: the one place where their mix is stated.
+"""Score tables: which masks are measured for them, and how they are made from scores.
 
-Beside the dense model, every single removal and the model without any attention, FFN or
-block at all, masks are drawn in fixed shares:
+The plan contains the dense model, every single removal, and the model without all attention
+blocks, all FFN blocks or all blocks. Further masks are drawn in fixed shares:
 
 | kind | share | masks |
 |------|-------|-------|
 | `random` | 20 % | any blocks, every number of removals equally likely |
-| `order` | 40 % | the first blocks of a noisy importance order: where trained agents end |
-| `episode` | 30 % | every prefix of such an order: all that one episode passes through |
-| `pair` | 10 % | two or three blocks: what removals do to each other |
+| `order` | 40 % | a prefix of a noisy importance order, similar to masks of trained agents |
+| `episode` | 30 % | all prefixes of such an order, similar to the states of an episode |
+| `pair` | 10 % | two or three blocks, to measure interactions |
 
-An order is one of importance (GSI, one-shot) with normal noise added to each block's place in
-[0, 1]; the noise is drawn from `TEMPERATURES`. Orders are cut after at most `DEEPEST` of the
-blocks: no budget that a served model meets asks for more.
+An order is an importance order (GSI or one-shot) with normal noise added to each block's position
+in [0, 1]; the standard deviation is drawn from `TEMPERATURES`. Orders are cut after at most a
+share of `DEEPEST` of the blocks, more than any practical budget requires.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rap_env.scoring.score_table import ScoreTable
 SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
 
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Standard deviations of the noise on a block's place in an order, as shares of the order."""
+"""Standard deviations of the noise on a block's position, as shares of the order."""
 
 DEEPEST = 0.6
-"""Most blocks that `order` and `episode` remove, as a share of all."""
+"""Maximum share of blocks that `order` and `episode` remove."""
 
 _Indices = npt.NDArray[np.int64]
 
@@ -45,14 +45,14 @@ _Indices = npt.NDArray[np.int64]
 def planned_masks(
     num_blocks: int, orders: Sequence[Sequence[int]], seed: int
 ) -> Iterator[BlockMask]:
-    """Masks without end, none twice; the same arguments give the same masks.
+    """Yield masks without repetition and without end; equal arguments give equal masks.
 
-    A small model's masks run out: whoever asks for more than it has waits for ever.
+    Callers must not request more masks than the model has, because the iterator then never returns.
 
     Args:
         num_blocks: 2L.
         orders: Importance orders, each of all block indices, least important first.
-        seed: Seed of what is drawn.
+        seed: Seed of the random masks.
     """
     seen: set[BlockMask] = set()
     for mask in _drawn(num_blocks, orders, seed):
@@ -70,7 +70,9 @@ def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Itera
     draw = _draws(num_blocks, [np.argsort(order) for order in orders])
     count = dict.fromkeys(SHARES, 0)
     while True:
-        kind = min(SHARES, key=lambda name: count[name] / SHARES[name])  # the one most behind
+        kind = min(
+            SHARES, key=lambda name: count[name] / SHARES[name]
+        )  # the one with the largest deficit
         masks = draw[kind](rng)
         count[kind] += len(masks)
         yield from (BlockMask.of(*mask.tolist()) for mask in masks)
@@ -79,7 +81,7 @@ def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Itera
 def _draws(
     num_blocks: int, places: Sequence[_Indices]
 ) -> dict[str, Callable[[np.random.Generator], list[_Indices]]]:
-    """For each kind of `SHARES`, what draws some masks of it."""
+    """Return a function for each kind of `SHARES` that draws masks of it."""
     deepest = max(1, round(DEEPEST * num_blocks))
 
     def shuffled(rng: np.random.Generator) -> _Indices:
@@ -106,7 +108,7 @@ def _draws(
 def table_of(
     config: Config, context: PruningContext, scores: Mapping[BlockMask, float], **model: Any
 ) -> ScoreTable:
-    """A table of some scores of a context.
+    """Make a score table from scores of a context.
 
     Args:
         config: All settings.
@@ -136,7 +138,7 @@ def table_of(
 
 
 def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
-    """The settings that whoever opens the table may repeat; no path of this machine."""
+    """Return the settings recorded in the table; they contain no local path."""
     text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
     text["source"] = context.corpus.provenance["source"]
     return {
@@ -151,6 +153,6 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
 
 
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
-    """Orders of importance that masks are drawn around."""
+    """Return the importance orders from which masks are drawn."""
     alone = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
     return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]

@@ -1,4 +1,9 @@
-"""How good a trained policy is, as one number: what a sweep minimises."""
+"""Sweeps: the objective, and trials of an Optuna study that resumes and prunes.
+
+The sweeper (hydra-optuna-sweeper) asks the study for hyperparameters and reports the objective, but
+does not tell a job which trial it runs. `StudyCallback` keeps the length of the sweep,
+`running_trial` finds a job's trial by its hyperparameters, and `Pruning` reports to it.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +37,13 @@ if TYPE_CHECKING:
 
 
 class TrialPrunedError(RapError):
-    """A sweep's trial is clearly worse than others were at the same step, so it stops."""
+    """A trial is pruned because it is worse than other trials at the same step."""
 
 
 class ObjectiveScorer:
-    """Judges choices by their loss on the text for choosing.
+    """Computes a sweep's objective: mean ΔNLL of the chosen masks on the selection text.
 
-    That is the calibration text, or ``evaluate.selection`` if given, which no search has seen.
+    The selection text is ``evaluate.selection``, or the calibration text if that is null.
 
     Args:
         config: All settings.
@@ -50,24 +55,24 @@ class ObjectiveScorer:
     """
 
     def __init__(self, config: Config, context: PruningContext) -> None:
-        self._on = judged_on(config)
+        self._on = measured_on(config)
         self._scorer = context.scorer
         if config.evaluate.selection is not None:
             self._scorer = held_out_scorer(config.evaluate.selection, "selection", context)
 
     def facts(self, found: Sequence[Choice]) -> dict[str, Any]:
-        """The mean loss over the grid, nats per token, and what it was measured on.
+        """Return the mean ΔNLL over the grid, nats per token, and what it was measured on.
 
         Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
+            NonFiniteScoreError: The model returned NaN or infinity.
         """
         dense_nll = self._scorer.dense_nll
         losses = [self._scorer.nll(BlockMask.of(*c.mask)) - dense_nll for c in found]
         return {"objective": sum(losses) / len(losses), "objective_on": self._on}
 
 
-def judged_on(config: Config) -> dict[str, Any]:
-    """The text and the grid that an objective is the loss on."""
+def measured_on(config: Config) -> dict[str, Any]:
+    """Return the text and the grid that an objective is measured on."""
     selection = config.evaluate.selection
     return {
         "text": asdict(selection) if selection is not None else "calibration",
@@ -77,14 +82,14 @@ def judged_on(config: Config) -> dict[str, Any]:
 
 
 def objective(config: Config, folder: Path) -> float:
-    """The objective of a finished training; measured again only if it was on another grid or text.
+    """Return the objective of a finished training; measured again if grid or text differ.
 
     Raises:
-        RapError: As opening the context, the text or the policy does.
+        RapError: The context, the text or the policy cannot be opened.
     """
     run, started = RunFolder(folder), time.monotonic()
     record = run.read() or {}
-    if record.get("objective_on") != judged_on(config):
+    if record.get("objective_on") != measured_on(config):
         context = build_context(config)
         requests = grid_requests(config.evaluate, context.memory)
         judge = ObjectiveScorer(config, context)
@@ -99,12 +104,11 @@ _RECENT_EPISODES = 50
 
 
 class StudyCallback(Callback):
-    """Makes ``n_trials`` the length of the study, so that the same command goes on with it.
+    """Interprets ``n_trials`` as the length of the study, so that the same command resumes it.
 
     Args:
-        marks: How often a training is compared with the others: a mark is the ``marks``-th part
-            of its steps.
-        pruner: The settings of an Optuna pruner, whose steps are these marks; None never prunes.
+        marks: Number of equal parts of a training, at the end of which trials are compared.
+        pruner: Settings of an Optuna pruner, whose steps are these parts; None never prunes.
     """
 
     def __init__(self, marks: int, pruner: DictConfig | None) -> None:
@@ -112,30 +116,32 @@ class StudyCallback(Callback):
         self.pruner = pruner
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leave to the sweeper what the study still lacks."""
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # for the study's file
+        """Reduce the sweeper's trials to those that the study still lacks."""
+        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # for the study's database
         sweeper = config.hydra.sweeper
-        if sweeper.n_jobs < 1:  # so joblib means every core
+        if sweeper.n_jobs < 1:  # joblib's notation for all cores
             with read_write(config):
                 sweeper.n_jobs = os.cpu_count() or 1
         done, total = trials_done(sweeper), sweeper.n_trials
         if not done:
             return
-        log.info("Study %s: %d of %d trials are done.", sweeper.study_name, done, total)
+        log.info("Study %s: %d of %d trials are finished.", sweeper.study_name, done, total)
         with read_write(config):
             sweeper.n_trials = max(0, total - done)
-            if sweeper.sampler.get("seed") is not None:  # else the first trials come again
+            if (
+                sweeper.sampler.get("seed") is not None
+            ):  # otherwise the first trials would be repeated
                 sweeper.sampler.seed += done
 
 
 class RunningTrial:
-    """One trial of a study, in the process that runs it.
+    """The trial of a study that this process runs.
 
     Args:
-        study: The study, with the pruner that decides.
-        storage: Where the study is kept.
+        study: The study, with its pruner.
+        storage: Storage of the study.
         number: The trial's number in the study.
-        marks: Into how many parts its training is divided; at the end of each it is compared.
+        marks: Number of equal parts of the training, at the end of which trials are compared.
     """
 
     def __init__(self, study: Study, storage: BaseStorage, number: int, marks: int) -> None:
@@ -147,22 +153,22 @@ class RunningTrial:
         self._id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
     def report(self, mark: int, loss: float) -> None:
-        """Tell the study how the training does at a mark."""
+        """Report the recent ΔNLL at a mark to the study."""
         self._storage.set_trial_intermediate_value(self._id, mark, loss)
 
     def should_stop(self) -> bool:
-        """Whether the pruner gives it up after the last report."""
+        """Whether the pruner stops the trial after the last report."""
         return bool(self._study.pruner.prune(self._study, self._storage.get_trial(self._id)))
 
 
 class Pruning:
-    """A metric sink that ends a training which does badly beside others of its study.
+    """A metric sink that stops a training which is worse than others of its study.
 
     It reports the mean loss of the recent episodes' masks, nats per token, at each mark. It ends
     nothing before there is a checkpoint, since the policy is judged as it stands then.
 
     Args:
-        trial: Where to report.
+        trial: The trial to report to.
         total_timesteps: Length of the training.
         folder: The run's folder.
     """
@@ -175,10 +181,10 @@ class Pruning:
         self._mark = 0
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
-        """Take the metrics of an episode or an update.
+        """Record the metrics of an episode or an update.
 
         Raises:
-            TrialPrunedError: The trial is given up.
+            TrialPrunedError: The trial is pruned.
         """
         if "episode/loss" in metrics:
             self._recent.append(metrics["episode/loss"])
@@ -191,13 +197,13 @@ class Pruning:
         self._trial.report(mark, loss)
         if self._trial.should_stop():
             raise TrialPrunedError(
-                f"Trial {self._trial.number} of the study stops at step {step}: its recent loss "
-                f"{loss:.3f} is worse than most others had there."
+                f"Trial {self._trial.number} of the study is pruned at step {step}: its recent "
+                f"ΔNLL {loss:.3f} is worse than that of most trials at this step."
             )
 
 
 def running_trial() -> RunningTrial | None:
-    """The trial that this job is, or None outside a sweep that prunes."""
+    """Return the trial that this job runs; None outside a sweep with a pruner."""
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
@@ -215,9 +221,9 @@ def running_trial() -> RunningTrial | None:
 
 
 def trial_number(study: Study, overrides: list[str]) -> int | None:
-    """The newest running trial that has the hyperparameters which a job was given.
+    """Return the newest running trial with the hyperparameters of a job.
 
-    The newest, since a trial whose job was killed stays in the study as running.
+    It is the newest because a trial whose job was killed remains in the study as running.
 
     Args:
         study: The study.
@@ -235,7 +241,7 @@ def trial_number(study: Study, overrides: list[str]) -> int | None:
 
 
 def trials_done(sweeper: DictConfig) -> int:
-    """Trials of the study that came to an end, failed ones included; 0 if there is no study."""
+    """Return the number of finished trials, failed ones included; 0 without a study."""
     import optuna
 
     if sweeper.storage is None:

@@ -150,7 +150,7 @@ def test_a_resumed_run_keeps_its_id(config, no_login):
 def test_the_mode_follows_the_login(no_login, monkeypatch):
     assert not has_login()
     assert wandb_mode("auto") == "offline"
-    with pytest.raises(ExperimentError, match="no login; run `wandb login` first"):
+    with pytest.raises(ExperimentError, match="no login. Run `wandb login` first"):
         wandb_mode("online")
     assert wandb_mode("offline") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -168,7 +168,7 @@ def test_a_missing_package_is_named(config, monkeypatch, package, no_login):
     hidden = "torch.utils.tensorboard" if package == "tensorboard" else package
     monkeypatch.setitem(sys.modules, hidden, None)
     config.logger = LoggerConfig(**{package: True})
-    expected = rf"logger={package} needs the package '{package}'; install it with"
+    expected = rf"logger={package} needs the package '{package}'; .*`pip install --group agents`"
     with (
         pytest.raises(MissingDependencyError, match=expected),
         open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train"),
