@@ -79,7 +79,7 @@ def quality_table(rows: Sequence[ReplayRow]) -> Table:
         "ΔNLL of masks",
         "Same tokens",
         "Accuracy",
-        "Blocks removed",
+        "Removed",
     ]
     return header, [
         [
