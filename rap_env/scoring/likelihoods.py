@@ -151,11 +151,6 @@ class ContinuationScorer:
             for chunk in _chunks(ordered)
         ]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that one call runs, including padding."""
-        return sum(batch.tokens.numel() for batch in self._batches)
-
     @torch.inference_mode()
     def run(self, *, progress: str | None = None) -> npt.NDArray[np.float64]:
         """Score all requests.

@@ -44,11 +44,6 @@ class TaskResult:
     documents: int
     per_document: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
-    @property
-    def main_metric(self) -> str:
-        """``acc`` if the task has it, else the first metric that it lists."""
-        return "acc" if "acc" in self.metrics else next(iter(self.metrics))
-
 
 class TaskRequests:
     """One lm-eval task with its requests built and encoded, once for all masks.

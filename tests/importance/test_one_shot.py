@@ -9,12 +9,12 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance import OneShotProfile, one_shot
-from rap_env.importance.one_shot_scores import block_influence
+from rap_env.importance.one_shot_scores import block_influence, layer_influence
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.scorer import MaskScorer
 from tests.envs.conftest import tiny_library
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, tiny_llm
+from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
 
 
 def test_loss_rise_is_measured_block_by_block():
@@ -95,3 +95,49 @@ def test_importance_is_that_of_the_model_with_its_stubs(tmp_path):
     other = tiny_library(llm, seed=9).attach(llm)
     with pytest.raises(ArtifactError, match="with the stubs .* with the stubs"):
         OneShotProfile.load(tmp_path / "repaired.json", other)
+
+
+def streams(llm, ids):
+    """What enters each layer, and what leaves the last one, by hooks on a usual pass."""
+    seen = []
+    layers = list(llm.adapter.layers(llm.model))
+
+    def enters(_layer, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def leaves(_layer, _args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_pre_hook(enters, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(leaves))
+    with torch.inference_mode():
+        llm.model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+def test_is_one_minus_the_cosine_across_each_layer(name):
+    llm = tiny_llm(name, layers=3)
+    batches = [
+        torch.randint(3, VOCAB_SIZE, (rows, 8), generator=torch.Generator().manual_seed(rows))
+        for rows in (2, 1)
+    ]
+    found = layer_influence(llm, batches)
+    cosines = []
+    for ids in batches:
+        states = [state.double() for state in streams(llm, ids)]
+        pairs = itertools.pairwise(states)
+        cosines.append([torch.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs])
+    expected = [1 - torch.cat(parts).mean() for parts in zip(*cosines, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(found) == 3
+
+
+def test_is_that_of_the_dense_model():
+    llm = tiny_llm()
+    ids = torch.arange(3, 11)[None]
+    dense = layer_influence(llm, [ids])
+    with llm.masked(BlockMask.of(0, 1)):
+        assert layer_influence(llm, [ids]).tolist() == dense.tolist()

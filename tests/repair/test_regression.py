@@ -1,10 +1,13 @@
 """The fitted maps: exact where a block is linear, and the best of their rank elsewhere."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
 from rap_env.llm.placeholders import Stub, normalised
-from rap_env.repair.regression import LowRankMap, Moments, reduced_rank_ridge
+from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 
 H, N = 6, 200
 
@@ -118,3 +121,110 @@ def test_states_that_do_not_vary_leave_the_mean() -> None:
     x, y = torch.ones(N, H), curved(states())
     fitted = reduced_rank_ridge(moments(x, y), 0.01, H)
     torch.testing.assert_close(stub(fitted, H)(x), y.mean(dim=0).expand(N, H), rtol=1e-3, atol=1e-3)
+
+
+H = 6
+
+
+def pairs(count: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, H, generator=generator) + 2
+    return x, x @ torch.randn(H, H, generator=generator) - 1
+
+
+@pytest.mark.parametrize("sizes", [[50], [1, 20, 29], [10] * 5])
+def test_they_are_those_of_the_tokens_however_they_come(sizes: list[int]) -> None:
+    x, y = pairs()
+    sums = Moments(H)
+    for a, b in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
+        sums.add(a, b)
+    x, y = x.double(), y.double()
+    x0, y0 = torch.arange(H).double(), torch.ones(H).double()
+    assert sums.tokens == 50
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(sums.x_mean, x.mean(dim=0), **close)
+    torch.testing.assert_close(sums.y_mean, y.mean(dim=0), **close)
+    torch.testing.assert_close(sums.xx(x0), (x - x0).T @ (x - x0) / 50, **close)
+    torch.testing.assert_close(sums.xy(x0, y0), (x - x0).T @ (y - y0) / 50, **close)
+    assert sums.yy(y0) == pytest.approx(float((y - y0).square().sum() / 50), rel=1e-6)
+    assert sums.y_power == pytest.approx(float(y.square().sum() / 50), rel=1e-6)
+
+
+def test_the_variance_around_the_mean_survives_a_large_mean() -> None:
+    x, y = pairs(2000)
+    sums = Moments(H)
+    for a, b in zip(torch.split(x + 100, 100), torch.split(y, 100), strict=True):
+        sums.add(a, b)
+    expected = torch.cov(x.double().T, correction=0)
+    torch.testing.assert_close(sums.xx(sums.x_mean), expected, rtol=0, atol=2e-2)
+
+
+def test_half_precision_is_summed_in_full() -> None:
+    x, y = (t.bfloat16() for t in pairs(400))
+    rounded, exact = Moments(H), Moments(H)
+    rounded.add(x, y)
+    exact.add(x.float(), y.float())
+    assert torch.equal(rounded.xx(torch.zeros(H).double()), exact.xx(torch.zeros(H).double()))
+    assert rounded.y_power == exact.y_power
+
+
+def total_loss(losses, choices, ranks) -> float:
+    return sum(curve[choices.index(ranks[block])] for block, curve in losses.items())
+
+
+def best_loss(losses, choices, total) -> float:
+    """The least loss of all ways to give ranks."""
+    blocks = list(losses)
+    ways = itertools.product(choices, repeat=len(blocks))
+    fitting = [dict(zip(blocks, way, strict=True)) for way in ways if sum(way) <= total]
+    return min(total_loss(losses, choices, ranks) for ranks in fitting)
+
+
+def falling(seed: int, blocks: int, choices: list[int]) -> dict[int, list[float]]:
+    """Loss curves with diminishing returns."""
+    rng = np.random.default_rng(seed)
+    return {
+        block: list(rng.uniform(0.5, 2) * np.exp(-np.array(choices) * rng.uniform(0.05, 0.5)))
+        for block in range(blocks)
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_steps_of_one_size_nothing_of_the_sum_is_better(seed: int) -> None:
+    choices = [0, 2, 4, 6]
+    losses = falling(seed, 4, choices)
+    for total in (0, 2, 8, 14, 24, 100):
+        ranks = allocate_ranks(losses, choices, total)
+        assert sum(ranks.values()) <= total
+        assert total_loss(losses, choices, ranks) == pytest.approx(
+            best_loss(losses, choices, total), abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_with_uneven_steps_it_loses_less_than_one_step(seed: int) -> None:
+    choices = [0, 1, 2, 4, 8]
+    losses = falling(seed, 4, choices)
+    for total in (5, 11, 20):
+        ranks = allocate_ranks(losses, choices, total)
+        assert sum(ranks.values()) <= total
+        even = dict.fromkeys(losses, max(c for c in choices if 4 * c <= total))
+        found = total_loss(losses, choices, ranks)
+        assert best_loss(losses, choices, total) <= found
+        assert found <= total_loss(losses, choices, even) + 1e-12
+
+
+def test_a_block_that_gains_nothing_stays_at_the_least() -> None:
+    losses = {5: [1.0, 1.0, 1.1], 6: [1.0, 0.5, 0.4]}
+    assert allocate_ranks(losses, [0, 8, 16], 100) == {5: 0, 6: 16}
+
+
+def test_a_plateau_is_stepped_over() -> None:
+    losses = {0: [1.0, 1.0, 0.2], 1: [1.0, 0.9, 0.85]}
+    assert allocate_ranks(losses, [0, 1, 2], 2) == {0: 2, 1: 0}
+
+
+def test_every_block_gets_the_least_rank() -> None:
+    losses = {0: [1.0, 0.5], 1: [1.0, 0.9]}
+    assert allocate_ranks(losses, [4, 8], 8) == {0: 4, 1: 4}
+    assert allocate_ranks(losses, [4, 8], 12) == {0: 8, 1: 4}
