@@ -17,18 +17,26 @@ Q_INVALID = -1e8
 """Q value of a removed block; finite, since 0 times infinity is NaN."""
 
 
-class _BlockwiseActorCritic:
+class _Blockwise:
+    """Mixin for policies that observe `BlockRows` and have `hidden` units in each layer."""
+
+    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
+        self.hidden = hidden
+        kwargs.setdefault("features_extractor_class", BlockRows)
+        super().__init__(*args, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        found: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
+        return {**found, "hidden": self.hidden}
+
+
+class _BlockwiseActorCritic(_Blockwise):
     """Mixin that builds block-wise heads in place of an actor-critic policy's MLPs."""
 
     mlp_extractor: Any
     action_net: Any
     value_net: Any
     optimizer: Any
-
-    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
-        self.hidden = hidden
-        kwargs.setdefault("features_extractor_class", BlockRows)
-        super().__init__(*args, **kwargs)
 
     def _build(self: Any, lr_schedule: Schedule) -> None:
         self.mlp_extractor = ActorCriticHeads(self.features_dim, self.hidden)
@@ -37,10 +45,6 @@ class _BlockwiseActorCritic:
         self.optimizer = self.optimizer_class(
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
         )
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        found: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
-        return {**found, "hidden": self.hidden}
 
 
 class BlockwisePolicy(_BlockwiseActorCritic, ActorCriticPolicy):
@@ -97,23 +101,15 @@ class MaskedMlpQPolicy(_QPolicy):
     q_net_class = MaskedQNetwork
 
 
-class BlockwiseQPolicy(_QPolicy):
+class BlockwiseQPolicy(_Blockwise, _QPolicy):
     """Block-wise policy for DQN."""
 
     q_net_class = BlockwiseQNetwork
-
-    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
-        self.hidden = hidden
-        kwargs.setdefault("features_extractor_class", BlockRows)
-        super().__init__(*args, **kwargs)
 
     def make_q_net(self) -> QNetwork:
         """Make the network with its own features extractor."""
         self.net_args["hidden"] = self.hidden
         return super().make_q_net()
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "hidden": self.hidden}
 
 
 class MaskedBlockwiseQPolicy(BlockwiseQPolicy):

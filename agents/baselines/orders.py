@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,15 +19,17 @@ if TYPE_CHECKING:
 
 
 class OrderBaseline(Baseline):
-    """Removes blocks in an order until the request fits."""
+    """Removes blocks in an order, `_blocks` or one that depends on the request, until it fits."""
+
+    _blocks: Sequence[int] = ()
 
     def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         return costs.remove_until_fits(self._order(request), request.budget_bytes)
 
-    @abstractmethod
     def _order(self, request: Request) -> Sequence[int]:
         """Return block indices in order of removal."""
+        return self._blocks
 
 
 class RandomBaseline(OrderBaseline):
@@ -39,7 +40,10 @@ class RandomBaseline(OrderBaseline):
 
     def _order(self, request: Request) -> Sequence[int]:
         key = [self.seed, request.batch_size, request.seq_len_tokens, request.budget_bytes]
-        return _indices(np.random.default_rng(key).permutation(self.memory.facts.num_blocks))
+        order: list[int] = (
+            np.random.default_rng(key).permutation(self.memory.facts.num_blocks).tolist()
+        )
+        return order
 
 
 class DenseBaseline(OrderBaseline):
@@ -47,9 +51,6 @@ class DenseBaseline(OrderBaseline):
 
     name = "dense"
     kv_aware = False
-
-    def _order(self, request: Request) -> Sequence[int]:
-        return ()
 
 
 class OneShotBaseline(OrderBaseline):
@@ -66,9 +67,6 @@ class OneShotBaseline(OrderBaseline):
     def setup_evaluations(self) -> int:
         """The dense model, and the model without each block in turn."""
         return self.memory.facts.num_blocks + 1
-
-    def _order(self, request: Request) -> Sequence[int]:
-        return self._blocks
 
 
 class OneShotPerByteBaseline(OneShotBaseline):
@@ -123,9 +121,6 @@ class BlockInfluenceBaseline(OrderBaseline):
         """One pass of the dense model measures the influence of all blocks."""
         return 1
 
-    def _order(self, request: Request) -> Sequence[int]:
-        return self._blocks
-
 
 class GSIBaseline(OrderBaseline):
     """Follows the GSI order until the request fits.
@@ -138,14 +133,12 @@ class GSIBaseline(OrderBaseline):
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
         self._gsi = context.gsi
+        self._blocks = self._gsi.full_order
 
     @property
     def setup_evaluations(self) -> int:
         """Masks that were scored to find the order."""
         return self._gsi.evaluations
-
-    def _order(self, request: Request) -> Sequence[int]:
-        return self._gsi.full_order
 
 
 class ShortGPTBaseline(Baseline):
@@ -160,7 +153,7 @@ class ShortGPTBaseline(Baseline):
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        self._layers = np.argsort(context.layer_influence, kind="stable").tolist()
+        self._layers = _ascending(context.layer_influence)
 
     @property
     def setup_evaluations(self) -> int:
@@ -205,8 +198,5 @@ class FrontierBaseline(Baseline):
 
 
 def _ascending(values: npt.NDArray[np.float64]) -> list[int]:
-    return _indices(np.argsort(values, kind="stable"))
-
-
-def _indices(values: npt.NDArray[np.int64]) -> list[int]:
-    return [int(value) for value in values]
+    order: list[int] = np.argsort(values, kind="stable").tolist()
+    return order

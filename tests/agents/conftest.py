@@ -11,7 +11,7 @@ from rap_env.context.live import LiveContext
 from rap_env.importance.frontier_search import FrontierConfig, build_frontier
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
-from tests.agents.synthetic import SyntheticBench
+from tests.agents.synthetic import SyntheticContext
 from tests.envs.conftest import make_context
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
@@ -22,15 +22,15 @@ def _one_thread():
 
 
 @pytest.fixture
-def bench() -> SyntheticBench:
+def context() -> SyntheticContext:
     """6 layers; the first is precious, and cheap-looking neighbours are dear together."""
     costs = np.random.default_rng(0).lognormal(-3, 0.8, 12)
     costs[:2] = 0.6, 4.0
-    return SyntheticBench(costs, interaction=2.0, cap=12.0)
+    return SyntheticContext(costs, interaction=2.0, cap=12.0)
 
 
 @pytest.fixture(scope="session")
-def real_bench() -> PruningContext:
+def real_context() -> PruningContext:
     """A real model of 3 layers with random weights."""
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -38,13 +38,13 @@ def real_bench() -> PruningContext:
 
 
 @pytest.fixture(scope="session")
-def repaired_bench() -> PruningContext:
+def repaired_context() -> PruningContext:
     """The same model, whose removed blocks leave stubs behind."""
     return with_frontier(make_context(repaired=True, importance="gsi"))
 
 
-def with_frontier(bench: PruningContext) -> PruningContext:
+def with_frontier(context: PruningContext) -> PruningContext:
     """The context with a small table of the best known masks."""
-    requests = [Request.at_fraction(bench.memory, 2, 16, fraction) for fraction in (0.9, 0.7)]
-    bench.frontier = build_frontier(bench.scorer, requests, FrontierConfig(evaluations=20))
-    return bench
+    requests = [Request.at_fraction(context.memory, 2, 16, fraction) for fraction in (0.9, 0.7)]
+    context.frontier = build_frontier(context.scorer, requests, FrontierConfig(evaluations=20))
+    return context

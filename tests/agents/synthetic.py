@@ -99,7 +99,7 @@ class SyntheticScorer:
         return {block: self.nll(mask | BlockMask.of(block)) for block in blocks}
 
 
-class SyntheticBench:
+class SyntheticContext:
     """Stands where a context would: memory, scorer, importance and features."""
 
     def __init__(self, costs, model=None, **scorer):
@@ -142,17 +142,17 @@ class SyntheticBench:
         )
 
 
-def make_env(bench, **settings):
+def make_env(context, **settings):
     """`RAPPrune-v0` itself, on losses that cost nothing."""
-    return lambda: RAPPruneEnv(context=bench, **settings)
+    return lambda: RAPPruneEnv(context=context, **settings)
 
 
-def make_envs(bench, **settings):
+def make_envs(context, **settings):
     """Many of them, stepped together."""
     return lambda num_envs: RAPPruneVectorEnv(
-        context=bench, num_envs=num_envs, autoreset_mode="SameStep", **settings
+        context=context, num_envs=num_envs, autoreset_mode="SameStep", **settings
     )
 
 
-def request_at(bench, batch_size, seq_len_tokens, fraction):
-    return Request.at_fraction(bench.memory, batch_size, seq_len_tokens, fraction)
+def request_at(context, batch_size, seq_len_tokens, fraction):
+    return Request.at_fraction(context.memory, batch_size, seq_len_tokens, fraction)

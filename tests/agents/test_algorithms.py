@@ -48,19 +48,19 @@ def test_hyperparameters_are_those_of_the_agent():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_given_hyperparameters_go_before_the_defaults(name, bench):
+def test_given_hyperparameters_go_before_the_defaults(name, context):
     config = AgentConfig(name, n_envs=1, hyperparameters={"learning_rate": 0.0123})
-    model = make_model(config, DummyVecEnv([make_env(bench)]))
+    model = make_model(config, DummyVecEnv([make_env(context)]))
     assert model.lr_schedule(1) == pytest.approx(0.0123)
     assert model.lr_schedule(0) == pytest.approx(0.00123)
     assert model.gamma == 1.0
     assert model.batch_size == (32 if "ppo" in name else 64)
 
 
-def test_policy_settings_reach_the_network(bench):
+def test_policy_settings_reach_the_network(context):
     settings = {"hidden": 7, "block_vectors": 5, "without": ["gsi"]}
     config = AgentConfig("ppo", n_envs=1, policy_settings=settings)
-    policy = make_model(config, DummyVecEnv([make_env(bench)])).policy
+    policy = make_model(config, DummyVecEnv([make_env(context)])).policy
     assert policy.hidden == 7
     assert policy.features_extractor.vectors.shape == (12, 5)
 

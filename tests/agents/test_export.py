@@ -15,7 +15,7 @@ from rap_env.observation import ObservationBuilder
 from rap_env.runtime.policies import NetworkPolicy, load_policy
 from rap_env.runtime.policy_file import PolicyFile
 from rap_env.runtime.policy_network import BlockNetwork
-from tests.agents.synthetic import SyntheticBench, make_envs, request_at
+from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 
 SHAPES = [(1, 10), (4, 500), (16, 2000)]
 FRACTIONS = np.linspace(0.3, 0.99, 12)
@@ -24,27 +24,27 @@ ABLATIONS = [(), ("gsi",), ("one_shot",), ("request",), ("gsi", "one_shot", "req
 
 def wide_bench(layers=15, seed=0):
     costs = np.random.default_rng(seed).lognormal(-3, 0.8, 2 * layers)
-    return SyntheticBench(costs, interaction=2.0, cap=12.0)
+    return SyntheticContext(costs, interaction=2.0, cap=12.0)
 
 
-def untrained(name, bench, policy="blockwise", spread=None, **settings):
+def untrained(name, context, policy="blockwise", spread=None, **settings):
     """A policy as it is before training, or with random weights of some spread."""
     torch.manual_seed(0)
     config = AgentConfig(name, policy, n_envs=1, policy_settings=settings)
-    model = make_model(config, make_vector_env(config, make_envs(bench)))
+    model = make_model(config, make_vector_env(config, make_envs(context)))
     if spread:
         for parameter in model.policy.parameters():
             torch.nn.init.normal_(parameter, std=spread)
     return model.policy
 
 
-def assert_same_choices(bench, policy, network):
+def assert_same_choices(context, policy, network):
     """The same masks on a grid of requests."""
-    builder = ObservationBuilder(bench.memory, bench.features)
+    builder = ObservationBuilder(context.memory, context.features)
     trained, found = TrainedPolicy(policy, builder), set()
     for shape in SHAPES:
         for fraction in FRACTIONS:
-            request = request_at(bench, *shape, fraction)
+            request = request_at(context, *shape, fraction)
             mask = trained.choose(request)
             assert frozenset(network.removals(request)) == mask.indices
             found.add(mask)
@@ -55,40 +55,40 @@ def assert_same_choices(bench, policy, network):
 @pytest.mark.parametrize("vectors", [0, 16])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_numpy_chooses_as_torch_does(name, vectors, spread):
-    bench = wide_bench()
-    policy = untrained(name, bench, spread=spread, hidden=24, block_vectors=vectors)
-    builder = ObservationBuilder(bench.memory, bench.features)
-    masks = assert_same_choices(bench, policy, BlockNetwork(network_weights(policy), builder))
+    context = wide_bench()
+    policy = untrained(name, context, spread=spread, hidden=24, block_vectors=vectors)
+    builder = ObservationBuilder(context.memory, context.features)
+    masks = assert_same_choices(context, policy, BlockNetwork(network_weights(policy), builder))
     assert len(masks) > 5
 
 
 @pytest.mark.parametrize("without", ABLATIONS, ids=lambda names: "-".join(names) or "nothing")
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
 def test_so_it_does_under_every_ablation(name, without):
-    bench = wide_bench()
-    policy = untrained(name, bench, spread=0.3, block_vectors=4, without=list(without))
-    builder = ObservationBuilder(bench.memory, bench.features)
+    context = wide_bench()
+    policy = untrained(name, context, spread=0.3, block_vectors=4, without=list(without))
+    builder = ObservationBuilder(context.memory, context.features)
     weights = network_weights(policy, without)
     assert weights.without == without
-    assert_same_choices(bench, policy, BlockNetwork(weights, builder))
+    assert_same_choices(context, policy, BlockNetwork(weights, builder))
 
 
-def test_so_it_does_with_stubs(repaired_bench):
-    policy = untrained("maskable_ppo", repaired_bench, spread=0.3)
-    builder = ObservationBuilder(repaired_bench.memory, repaired_bench.features)
+def test_so_it_does_with_stubs(repaired_context):
+    policy = untrained("maskable_ppo", repaired_context, spread=0.3)
+    builder = ObservationBuilder(repaired_context.memory, repaired_context.features)
     network, trained = (
         BlockNetwork(network_weights(policy), builder),
         TrainedPolicy(policy, builder),
     )
     for fraction in (0.95, 0.85, 0.75):
-        request = request_at(repaired_bench, 8, 64, fraction)
+        request = request_at(repaired_context, 8, 64, fraction)
         assert frozenset(network.removals(request)) == trained.choose(request).indices
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
-def test_an_mlp_scores_no_single_blocks(name, bench):
+def test_an_mlp_scores_no_single_blocks(name, context):
     with pytest.raises(ArtifactError, match="only block-wise policies can be exported"):
-        network_weights(untrained(name, bench, policy="mlp"))
+        network_weights(untrained(name, context, policy="mlp"))
 
 
 @pytest.fixture(scope="module")
@@ -99,35 +99,35 @@ def runs(tmp_path_factory):
         "vectors": ("ppo", "blockwise", {"block_vectors": 4}),
         "mlp": ("ppo", "mlp", {}),
     }
-    bench, folders = wide_bench(6), {}
+    context, folders = wide_bench(6), {}
     for kind, (name, policy, settings) in kinds.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
         config = AgentConfig(
             name, policy, 64, 2, hyperparameters={"n_steps": 32}, policy_settings=settings
         )
-        train(config, make_envs(bench), folders[kind], progress=False)
-    return bench, folders
+        train(config, make_envs(context), folders[kind], progress=False)
+    return context, folders
 
 
 @pytest.mark.parametrize("kind", ["plain", "vectors"])
 def test_a_run_becomes_a_file_that_chooses_the_same(runs, kind, tmp_path):
-    bench, folders = runs
-    export_policy(folders[kind], bench).save(tmp_path / "policy.safetensors")
+    context, folders = runs
+    export_policy(folders[kind], context).save(tmp_path / "policy.safetensors")
     exported, trained = (
-        load_policy(tmp_path / "policy.safetensors", bench.memory),
-        TrainedPolicy.load(folders[kind], bench),
+        load_policy(tmp_path / "policy.safetensors", context.memory),
+        TrainedPolicy.load(folders[kind], context),
     )
     assert isinstance(exported, NetworkPolicy)
-    assert exported.order == bench.gsi.full_order
+    assert exported.order == context.gsi.full_order
     for shape in SHAPES:
         for fraction in FRACTIONS:
-            request = request_at(bench, *shape, fraction)
+            request = request_at(context, *shape, fraction)
             assert exported.choose(request) == trained.choose(request)
 
 
 def test_the_file_says_where_it_is_from(runs, tmp_path):
-    bench, folders = runs
-    export_policy(folders["plain"], bench).save(tmp_path / "policy.safetensors")
+    context, folders = runs
+    export_policy(folders["plain"], context).save(tmp_path / "policy.safetensors")
     file = PolicyFile.load(tmp_path / "policy.safetensors")
     assert file.provenance["run"] == folders["plain"].name
     assert (file.provenance["agent"], file.provenance["seed"]) == ("maskable_ppo", 0)
@@ -150,8 +150,8 @@ def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):
 
 
 def test_what_cannot_be_exported_says_why(runs, tmp_path):
-    bench, folders = runs
+    context, folders = runs
     with pytest.raises(ArtifactError, match="is 'mlp', but only block-wise policies"):
-        export_policy(folders["mlp"], bench)
+        export_policy(folders["mlp"], context)
     with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
-        export_policy(tmp_path, bench)
+        export_policy(tmp_path, context)

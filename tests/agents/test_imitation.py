@@ -21,25 +21,25 @@ QUICK = ImitationConfig(updates=300, batch_size=64)
 
 
 @pytest.fixture
-def teacher(bench):
+def teacher(context):
     """Masks that no search would find; the budget of each request is met by all of its mask."""
     shown = []
     for blocks, shape in zip(MASKS, SHAPES, strict=True):
         mask = BlockMask.of(*blocks)
-        request = Request(*shape, bench.memory.peak_bytes(mask, Request(*shape, 1)))
-        shown.append(Demonstration(request, mask, -float(bench.scorer.loss(mask))))
+        request = Request(*shape, context.memory.peak_bytes(mask, Request(*shape, 1)))
+        shown.append(Demonstration(request, mask, -float(context.scorer.loss(mask))))
     return shown
 
 
 @pytest.fixture
-def builder(bench):
-    return ObservationBuilder(bench.memory, bench.features)
+def builder(context):
+    return ObservationBuilder(context.memory, context.features)
 
 
-def new_model(name, bench, **settings):
+def new_model(name, context, **settings):
     settings = {"n_envs": 2, "policy_settings": {"block_vectors": 8}, **settings}
     config = AgentConfig(name, **settings)
-    return make_model(config, make_vector_env(config, make_envs(bench)))
+    return make_model(config, make_vector_env(config, make_envs(context)))
 
 
 def weights(model):
@@ -47,16 +47,16 @@ def weights(model):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_policy_does_what_the_teacher_does(bench, builder, teacher, name):
-    model = new_model(name, bench)
+def test_the_policy_does_what_the_teacher_does(context, builder, teacher, name):
+    model = new_model(name, context)
     result = imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
     assert result.agreement > 0.99
 
 
-def test_an_mlp_can_imitate_too(bench, builder, teacher):
-    model = new_model("maskable_ppo", bench, policy="mlp", policy_settings={})
+def test_an_mlp_can_imitate_too(context, builder, teacher):
+    model = new_model("maskable_ppo", context, policy="mlp", policy_settings={})
     imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
@@ -80,8 +80,8 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_values_are_in_the_unit_of_the_models_rewards(bench, builder, teacher, normalize):
-    model = new_model("ppo", bench, normalize_reward=normalize)
+def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher, normalize):
+    model = new_model("ppo", context, normalize_reward=normalize)
     config = ImitationConfig(updates=400, batch_size=64)
     imitate(model, teacher, builder, config, progress=False)
     rewards = np.array([one.episode_return for one in teacher])
@@ -98,8 +98,8 @@ def test_values_are_in_the_unit_of_the_models_rewards(bench, builder, teacher, n
     assert values.ravel().numpy() == pytest.approx(rewards, abs=0.15 * float(np.ptp(rewards)))
 
 
-def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(bench, builder, teacher):
-    model = new_model("masked_dqn", bench, normalize_reward=False)
+def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, builder, teacher):
+    model = new_model("masked_dqn", context, normalize_reward=False)
     config = ImitationConfig(updates=400, batch_size=64, margin=0.5)
     imitate(model, teacher, builder, config, progress=False)
     for one in teacher:
@@ -112,9 +112,9 @@ def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(bench, buil
         assert values[right].max() - values[~right].max() > 0.3
 
 
-def test_unknown_returns_leave_values_and_rewards_alone(bench, builder, teacher):
+def test_unknown_returns_leave_values_and_rewards_alone(context, builder, teacher):
     unknown = [Demonstration(one.request, one.mask) for one in teacher]
-    model = new_model("ppo", bench)
+    model = new_model("ppo", context)
     critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]
     imitate(model, unknown, builder, QUICK, progress=False)
     after = list(model.policy.mlp_extractor.critic.parameters())
@@ -125,10 +125,10 @@ def test_unknown_returns_leave_values_and_rewards_alone(bench, builder, teacher)
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
-def test_same_seed_same_policy(bench, builder, teacher, name):
+def test_same_seed_same_policy(context, builder, teacher, name):
     found = []
     for seed in (0, 0, 1):
-        model = new_model(name, bench)
+        model = new_model(name, context)
         config = ImitationConfig(updates=20, batch_size=16, seed=seed)
         imitate(model, teacher, builder, config, progress=False)
         found.append(weights(model))
@@ -136,8 +136,8 @@ def test_same_seed_same_policy(bench, builder, teacher, name):
     assert not torch.equal(found[0], found[2])
 
 
-def test_what_cannot_be_imitated_is_refused(bench, builder, teacher):
-    model = new_model("ppo", bench)
+def test_what_cannot_be_imitated_is_refused(context, builder, teacher):
+    model = new_model("ppo", context)
     idle = [Demonstration(teacher[0].request, BlockMask())]
     with pytest.raises(AgentConfigError, match="no demonstration removes a block"):
         imitate(model, idle, builder)
@@ -149,7 +149,7 @@ def test_what_cannot_be_imitated_is_refused(bench, builder, teacher):
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_it_warms_up_a_training(tmp_path, bench, builder, teacher, name):
+def test_it_warms_up_a_training(tmp_path, context, builder, teacher, name):
     """Few steps after imitation the policy still does what the teacher does."""
     rate = {"learning_rate": 1e-6}
     config = AgentConfig(
@@ -157,10 +157,10 @@ def test_it_warms_up_a_training(tmp_path, bench, builder, teacher, name):
     )
     train(
         config,
-        make_envs(bench),
+        make_envs(context),
         tmp_path,
         progress=False,
         warm_start=lambda model: imitate(model, teacher, builder, QUICK, progress=False),
     )
-    policy = TrainedPolicy.load(tmp_path, bench)
+    policy = TrainedPolicy.load(tmp_path, context)
     assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]

@@ -21,7 +21,7 @@ class CountsInvalid(BaseCallback):
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("exploration", [1.0, 0.3])
-def test_never_acts_on_a_removed_block(bench, policy, exploration):
+def test_never_acts_on_a_removed_block(context, policy, exploration):
     counts = {}
     for name in ("masked_dqn", "dqn"):
         settings = {
@@ -32,7 +32,7 @@ def test_never_acts_on_a_removed_block(bench, policy, exploration):
             "exploration_final_eps": exploration,
         }
         config = AgentConfig(name, policy, n_envs=4, hyperparameters=settings)
-        model = make_model(config, DummyVecEnv([make_env(bench)] * 4))
+        model = make_model(config, DummyVecEnv([make_env(context)] * 4))
         counter = CountsInvalid()
         model.learn(300, callback=counter)
         counts[name] = counter.invalid
@@ -40,8 +40,8 @@ def test_never_acts_on_a_removed_block(bench, policy, exploration):
     assert counts["dqn"] > 10
 
 
-def test_random_actions_reach_every_valid_block(bench):
-    model = make_model(AgentConfig("masked_dqn", n_envs=1), DummyVecEnv([make_env(bench)]))
+def test_random_actions_reach_every_valid_block(context):
+    model = make_model(AgentConfig("masked_dqn", n_envs=1), DummyVecEnv([make_env(context)]))
     model.exploration_rate = 1.0
     observation = model.env.reset()
     observation["action_mask"][:] = 0
@@ -52,13 +52,13 @@ def test_random_actions_reach_every_valid_block(bench):
     assert np.shape(model.predict(single)[0]) == ()
 
 
-def test_same_seed_same_training(bench):
+def test_same_seed_same_training(context):
     weights = []
     for _ in range(2):
         config = AgentConfig(
             "masked_dqn", n_envs=2, hyperparameters={"learning_starts": 40, "batch_size": 8}
         )
-        model = make_model(config, DummyVecEnv([make_env(bench)] * 2))
+        model = make_model(config, DummyVecEnv([make_env(context)] * 2))
         model.learn(120)
         weights.append(np.concatenate([p.detach().ravel() for p in model.policy.parameters()]))
     assert np.array_equal(*weights)

@@ -7,21 +7,21 @@ import torch
 from agents.networks import BlockRows
 from rap_env.blocks import BlockMask
 from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
-from tests.agents.synthetic import SyntheticBench, request_at
+from tests.agents.synthetic import SyntheticContext, request_at
 
 
 @pytest.fixture
-def builder(bench):
-    return ObservationBuilder(bench.memory, bench.features)
+def builder(context):
+    return ObservationBuilder(context.memory, context.features)
 
 
 def tensors(observation):
     return {k: torch.as_tensor(v[None], dtype=torch.float32) for k, v in observation.items()}
 
 
-def observed(bench, *removed, shape=(4, 500), fraction=0.6):
-    builder = ObservationBuilder(bench.memory, bench.features)
-    return tensors(builder.build(request_at(bench, *shape, fraction), BlockMask.of(*removed)))
+def observed(context, *removed, shape=(4, 500), fraction=0.6):
+    builder = ObservationBuilder(context.memory, context.features)
+    return tensors(builder.build(request_at(context, *shape, fraction), BlockMask.of(*removed)))
 
 
 def columns_that_change(rows, one, other):
@@ -29,7 +29,7 @@ def columns_that_change(rows, one, other):
 
 
 def test_rows_are_finite_when_all_blocks_are_gone_or_look_alike():
-    same = SyntheticBench([0.1] * 12)
+    same = SyntheticContext([0.1] * 12)
     builder = ObservationBuilder(same.memory, same.features)
     rows = BlockRows(builder.space)
     for removed in ((), range(12)):
@@ -38,9 +38,9 @@ def test_rows_are_finite_when_all_blocks_are_gone_or_look_alike():
         assert torch.isfinite(out).all()
 
 
-def test_a_block_sees_which_neighbours_are_gone(bench, builder):
+def test_a_block_sees_which_neighbours_are_gone(context, builder):
     rows = BlockRows(builder.space)
-    near = rows(observed(bench, 4, 7))[0]
+    near = rows(observed(context, 4, 7))[0]
     # The columns after the block's own 2 x 7 features, 2 prices, useful share and kept.
     place = 2 * len(BLOCK_FEATURES) + 2 + 2
     found = near[:, place : place + 4].tolist()
@@ -50,8 +50,8 @@ def test_a_block_sees_which_neighbours_are_gone(bench, builder):
     assert found[0] == found[11] == [1, 1, 1, 1]  # beyond the ends all are kept
 
 
-def test_the_whole_says_how_many_of_each_kind_are_gone(bench, builder):
-    rows = BlockRows(builder.space)(observed(bench, 0, 2, 3))[0]
+def test_the_whole_says_how_many_of_each_kind_are_gone(context, builder):
+    rows = BlockRows(builder.space)(observed(context, 0, 2, 3))[0]
     assert torch.equal(rows[:, -2:], torch.tensor([2 / 6, 1 / 6]).expand(12, -1))
 
 
@@ -59,38 +59,38 @@ def test_the_whole_says_how_many_of_each_kind_are_gone(bench, builder):
     ("without", "features"),
     [("gsi", ["gsi_rank", "gsi_marginal_loss"]), ("one_shot", ["one_shot_loss"])],
 )
-def test_hidden_importance_does_not_reach_the_rows(bench, builder, without, features):
-    one, other = observed(bench, 3), observed(bench, 3)
+def test_hidden_importance_does_not_reach_the_rows(context, builder, without, features):
+    one, other = observed(context, 3), observed(context, 3)
     for name in features:
         other["blocks"][:, :, BLOCK_FEATURES.index(name)] = torch.rand(12)
     assert columns_that_change(BlockRows(builder.space), one, other)
     assert not columns_that_change(BlockRows(builder.space, without=[without]), one, other)
 
 
-def test_without_the_request_all_requests_look_alike(bench, builder):
-    one, other = observed(bench, 3), observed(bench, 3, shape=(16, 2000), fraction=0.8)
+def test_without_the_request_all_requests_look_alike(context, builder):
+    one, other = observed(context, 3), observed(context, 3, shape=(16, 2000), fraction=0.8)
     assert not torch.equal(one["request"], other["request"])
     blind = BlockRows(builder.space, without=["request"])
     assert not columns_that_change(blind, one, other)
     assert columns_that_change(BlockRows(builder.space), one, other)
 
 
-def test_every_column_can_be_hidden_or_is_of_no_request(bench, builder):
+def test_every_column_can_be_hidden_or_is_of_no_request(context, builder):
     """Together the ablations leave kind, depth and what was removed, and no column is lost."""
     blind = BlockRows(builder.space, without=["gsi", "one_shot", "request"])
     whole = BlockRows(builder.space)
     assert blind.features_dim == whole.features_dim
-    seen = blind(observed(bench))[0]
+    seen = blind(observed(context))[0]
     features = dict(zip(BLOCK_FEATURES, seen.T, strict=False))
     shown = {name for name, column in features.items() if column.any()}
     assert shown == {"kind", "depth", "kept"}
     assert len(REQUEST_FEATURES) + 4 * len(BLOCK_FEATURES) + 10 == whole.features_dim
 
 
-def test_a_vector_is_its_blocks_own_and_the_whole_sees_those_of_removed_blocks(bench, builder):
+def test_a_vector_is_its_blocks_own_and_the_whole_sees_those_of_removed_blocks(context, builder):
     torch.manual_seed(0)
     rows = BlockRows(builder.space, block_vectors=3)
-    found = rows(observed(bench, 2, 9))[0]
+    found = rows(observed(context, 2, 9))[0]
     place = 2 * len(BLOCK_FEATURES) + 2 + 2 + 4
     assert torch.equal(found[:, place : place + 3], rows.vectors)
     assert torch.allclose(found[0, -3:], rows.vectors[[2, 9]].mean(dim=0))

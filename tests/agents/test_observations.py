@@ -11,12 +11,12 @@ from rap_env.request import Request
 from tests.agents.synthetic import request_at
 
 
-@pytest.mark.parametrize("which_bench", ["bench", "repaired_bench"])
-def test_it_sees_what_the_builder_sees_of_each_mask(request, which_bench):
-    bench = request.getfixturevalue(which_bench)
-    builder = ObservationBuilder(bench.memory, bench.features)
-    requests = [request_at(bench, *r) for r in [(1, 10, 0.9), (4, 50, 0.5), (8, 33, 0.4)]]
-    count = bench.memory.facts.num_blocks
+@pytest.mark.parametrize("which_context", ["context", "repaired_context"])
+def test_it_sees_what_the_builder_sees_of_each_mask(request, which_context):
+    context = request.getfixturevalue(which_context)
+    builder = ObservationBuilder(context.memory, context.features)
+    requests = [request_at(context, *r) for r in [(1, 10, 0.9), (4, 50, 0.5), (8, 33, 0.4)]]
+    count = context.memory.facts.num_blocks
     rng = np.random.default_rng(0)
     removed = rng.random((40, count)) < 0.4
     removed[0], removed[1], removed[2, 1::2] = False, True, True  # the last FFN block counts
@@ -28,11 +28,11 @@ def test_it_sees_what_the_builder_sees_of_each_mask(request, which_bench):
         mask = BlockMask(frozenset(np.flatnonzero(removed[row]).tolist()))
         for key, expected in builder.build(asked, mask).items():
             assert np.array_equal(seen[key][row], expected), key
-        peak = bench.memory.peak_bytes(mask, asked)
+        peak = context.memory.peak_bytes(mask, asked)
         assert over[row] == max(0, peak - asked.budget_bytes)
 
 
-def test_a_request_that_cannot_be_served_is_refused(bench):
-    builder = ObservationBuilder(bench.memory, bench.features)
+def test_a_request_that_cannot_be_served_is_refused(context):
+    builder = ObservationBuilder(context.memory, context.features)
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         MaskObserver(builder, [Request(1, 5000, 10**9)])

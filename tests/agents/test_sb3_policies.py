@@ -9,13 +9,13 @@ from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.sb3_policies import Q_INVALID, action_scores
 from rap_env.blocks import BlockMask
 from rap_env.observation import BLOCK_FEATURES
-from tests.agents.synthetic import SyntheticBench, make_env, request_at
+from tests.agents.synthetic import SyntheticContext, make_env, request_at
 
 KINDS = [(name, policy) for name in ALGORITHMS for policy in ("blockwise", "mlp")]
 
 
-def model_of(name, policy, bench, **settings):
-    venv = DummyVecEnv([make_env(bench)])
+def model_of(name, policy, context, **settings):
+    venv = DummyVecEnv([make_env(context)])
     return make_model(AgentConfig(name, policy, n_envs=1, policy_settings=settings), venv)
 
 
@@ -26,20 +26,20 @@ def scores(model, observation):
         return action_scores(model.policy, tensors)[0].numpy()
 
 
-def observed(bench, *removed, fraction=0.6):
-    env = make_env(bench)()
-    observation, _ = env.reset(options={"request": request_at(bench, 4, 500, fraction)})
+def observed(context, *removed, fraction=0.6):
+    env = make_env(context)()
+    observation, _ = env.reset(options={"request": request_at(context, 4, 500, fraction)})
     for index in removed:
         observation, *_ = env.step(index)
     return observation
 
 
 @pytest.mark.parametrize(("name", "policy"), KINDS)
-def test_saved_and_loaded_by_sb3_itself(tmp_path, bench, name, policy):
-    model = model_of(name, policy, bench)
+def test_saved_and_loaded_by_sb3_itself(tmp_path, context, name, policy):
+    model = model_of(name, policy, context)
     model.save(tmp_path / "model.zip")
     again = type(model).load(tmp_path / "model.zip", device="cpu")
-    observation = observed(bench, 3)
+    observation = observed(context, 3)
     assert np.array_equal(scores(model, observation), scores(again, observation))
     assert type(again.policy) is type(model.policy)
 
@@ -48,21 +48,21 @@ def test_saved_and_loaded_by_sb3_itself(tmp_path, bench, name, policy):
 def test_blockwise_network_does_not_grow_with_the_model(name):
     sizes = []
     for layers in (3, 10):
-        model = model_of(name, "blockwise", SyntheticBench([0.1] * 2 * layers))
-        assert len(scores(model, observed(SyntheticBench([0.1] * 2 * layers)))) == 2 * layers
+        model = model_of(name, "blockwise", SyntheticContext([0.1] * 2 * layers))
+        assert len(scores(model, observed(SyntheticContext([0.1] * 2 * layers)))) == 2 * layers
         sizes.append(sum(p.numel() for p in model.policy.parameters()))
     assert sizes[0] == sizes[1] < 20_000
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_blockwise_scores_follow_the_blocks(name, bench):
+def test_blockwise_scores_follow_the_blocks(name, context):
     """Two blocks that swap their features swap their scores."""
-    model = model_of(name, "blockwise", bench)
+    model = model_of(name, "blockwise", context)
     torch.nn.utils.vector_to_parameters(
         torch.randn(sum(p.numel() for p in model.policy.parameters())) * 0.3,
         model.policy.parameters(),
     )
-    observation = observed(bench, 0)  # beside neither of the two
+    observation = observed(context, 0)  # beside neither of the two
     swapped = {key: value.copy() for key, value in observation.items()}
     swapped["blocks"][[4, 9]] = swapped["blocks"][[9, 4]]
     before, after = scores(model, observation), scores(model, swapped)
@@ -73,44 +73,44 @@ def test_blockwise_scores_follow_the_blocks(name, bench):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_settings_are_saved_and_loaded_too(tmp_path, bench, name):
+def test_settings_are_saved_and_loaded_too(tmp_path, context, name):
     settings = {"hidden": 8, "block_vectors": 3, "without": ["one_shot"]}
-    model = model_of(name, "blockwise", bench, **settings)
+    model = model_of(name, "blockwise", context, **settings)
     model.save(tmp_path / "model.zip")
     again = type(model).load(tmp_path / "model.zip", device="cpu")
-    observation = observed(bench, 3)
+    observation = observed(context, 3)
     seen = scores(again, observation)
     assert np.array_equal(scores(model, observation), seen)
     observation["blocks"][:, BLOCK_FEATURES.index("one_shot_loss")] = 0.5
     assert np.array_equal(scores(again, observation), seen)
     assert again.policy.hidden == 8
-    grown = model_of(name, "blockwise", bench)
+    grown = model_of(name, "blockwise", context)
     assert sum(p.numel() for p in again.policy.parameters()) < sum(
         p.numel() for p in grown.policy.parameters()
     )
 
 
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
-def test_first_choices_are_near_uniform(name, bench):
-    logits = torch.as_tensor(scores(model_of(name, "blockwise", bench), observed(bench)))
+def test_first_choices_are_near_uniform(name, context):
+    logits = torch.as_tensor(scores(model_of(name, "blockwise", context), observed(context)))
     probabilities = logits.softmax(dim=0)
     assert probabilities.max() < 1.2 / 12
     assert probabilities.min() > 0.8 / 12
 
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
-def test_only_masked_dqn_masks_its_q_values(bench, policy):
-    observation = observed(bench, 3, 7)
-    masked = scores(model_of("masked_dqn", policy, bench), observation)
+def test_only_masked_dqn_masks_its_q_values(context, policy):
+    observation = observed(context, 3, 7)
+    masked = scores(model_of("masked_dqn", policy, context), observation)
     assert masked[3] == masked[7] == Q_INVALID
     assert (masked > Q_INVALID).sum() == 10
-    assert (scores(model_of("dqn", policy, bench), observation) > Q_INVALID).all()
+    assert (scores(model_of("dqn", policy, context), observation) > Q_INVALID).all()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_sb3s_predict_gives_valid_actions_where_masks_are_known(name, bench):
-    model = model_of(name, "blockwise", bench)
-    observation = observed(bench, *range(8), fraction=0.3)
+def test_sb3s_predict_gives_valid_actions_where_masks_are_known(name, context):
+    model = model_of(name, "blockwise", context)
+    observation = observed(context, *range(8), fraction=0.3)
     arguments = {"action_masks": observation["action_mask"]} if "maskable" in name else {}
     for _ in range(30):
         action, _ = model.predict(observation, deterministic=False, **arguments)
@@ -120,9 +120,9 @@ def test_sb3s_predict_gives_valid_actions_where_masks_are_known(name, bench):
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
-def test_scores_are_the_logits_that_sb3_samples_from(bench, name, policy):
-    model = model_of(name, policy, bench)
-    observation = observed(bench, 3)
+def test_scores_are_the_logits_that_sb3_samples_from(context, name, policy):
+    model = model_of(name, policy, context)
+    observation = observed(context, 3)
     tensors, _ = model.policy.obs_to_tensor(observation)
     logits = torch.as_tensor(scores(model, observation)).log_softmax(dim=0)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
-from tests.agents.synthetic import SyntheticBench, make_envs, request_at
+from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 
 
 @pytest.fixture(autouse=True)
@@ -24,38 +24,38 @@ def _same_weights_each_time():
     torch.manual_seed(0)
 
 
-def untrained(name, bench, policy="blockwise", without=(), spread=0.5, **options):
+def untrained(name, context, policy="blockwise", without=(), spread=0.5, **options):
     """A policy with random weights, whose favourite is as likely a removed block as a kept one."""
     settings = {"without": list(without)} if without else {}
     config = AgentConfig(name, policy, n_envs=1, policy_settings=settings)
-    model = make_model(config, make_vector_env(config, make_envs(bench)))
+    model = make_model(config, make_vector_env(config, make_envs(context)))
     for parameter in model.policy.parameters():
         torch.nn.init.normal_(parameter, std=spread)
-    builder = ObservationBuilder(bench.memory, bench.features)
+    builder = ObservationBuilder(context.memory, context.features)
     return TrainedPolicy(model.policy, builder, **options)
 
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_budget_is_met_without_a_score(bench, name, policy):
-    trained = untrained(name, bench, policy)
-    before = bench.scorer.evaluations
+def test_every_budget_is_met_without_a_score(context, name, policy):
+    trained = untrained(name, context, policy)
+    before = context.scorer.evaluations
     for fraction in np.linspace(0.35, 0.95, 7):
-        request = request_at(bench, 2, 300, fraction)
+        request = request_at(context, 2, 300, fraction)
         mask = trained.choose(request)
-        assert bench.memory.peak_bytes(mask, request) <= request.budget_bytes
+        assert context.memory.peak_bytes(mask, request) <= request.budget_bytes
         assert trained.choose(request) == mask
     assert trained.evaluations == 0
-    assert bench.scorer.evaluations == before
+    assert context.scorer.evaluations == before
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_it_removes_what_the_network_likes_best_of_each_observation(bench, name):
-    trained = untrained(name, bench)
-    request, mask = request_at(bench, 2, 300, 0.5), BlockMask()
-    builder = ObservationBuilder(bench.memory, bench.features)
+def test_it_removes_what_the_network_likes_best_of_each_observation(context, name):
+    trained = untrained(name, context)
+    request, mask = request_at(context, 2, 300, 0.5), BlockMask()
+    builder = ObservationBuilder(context.memory, context.features)
     network = trained._policy
-    while not fits(bench.memory, mask, request):
+    while not fits(context.memory, mask, request):
         observation = builder.build(request, mask)
         given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
         action, _ = network.predict(observation, deterministic=True, **given)
@@ -64,11 +64,11 @@ def test_it_removes_what_the_network_likes_best_of_each_observation(bench, name)
 
 
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
-def test_without_the_request_it_is_one_static_order(bench, name):
+def test_without_the_request_it_is_one_static_order(context, name):
     torch.manual_seed(0)
-    blind, seeing = untrained(name, bench, without=["request"]), untrained(name, bench)
+    blind, seeing = untrained(name, context, without=["request"]), untrained(name, context)
     requests = [
-        request_at(bench, *shape, f)
+        request_at(context, *shape, f)
         for shape in [(1, 10), (16, 2000), (4, 500)]
         for f in (0.4, 0.55, 0.7, 0.85)
     ]
@@ -81,40 +81,40 @@ def test_without_the_request_it_is_one_static_order(bench, name):
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_best_of_several_is_the_one_that_scores_least(bench, monkeypatch, name, policy):
+def test_the_best_of_several_is_the_one_that_scores_least(context, monkeypatch, name, policy):
     monkeypatch.setattr(policies, "_Q_TEMPERATURE", 2.0)  # random Q values fall into two heaps
     judged = []
 
     def score(masks):
         judged.append(masks)
-        return [float(bench.scorer.loss(mask)) for mask in masks]
+        return [float(context.scorer.loss(mask)) for mask in masks]
 
-    trained = untrained(name, bench, policy, spread=0.1, best_of=16, score_masks=score)
-    request = request_at(bench, 2, 300, 0.6)
+    trained = untrained(name, context, policy, spread=0.1, best_of=16, score_masks=score)
+    request = request_at(context, 2, 300, 0.6)
     (greedy,) = trained.sample(request, 1)
     assert not judged
     chosen = trained.choose(request)
     (masks,) = judged
     assert masks[0] == greedy
     assert 3 < len(masks) == len(set(masks)) <= 16
-    assert all(fits(bench.memory, mask, request) for mask in masks)
+    assert all(fits(context.memory, mask, request) for mask in masks)
     for mask in masks:  # no sample goes on once it fits
         assert any(
-            not fits(bench.memory, BlockMask(mask.indices - {block}), request) for block in mask
+            not fits(context.memory, BlockMask(mask.indices - {block}), request) for block in mask
         )
-    assert bench.scorer.loss(chosen) == min(bench.scorer.loss(mask) for mask in masks)
+    assert context.scorer.loss(chosen) == min(context.scorer.loss(mask) for mask in masks)
     assert trained.choose(request) == chosen
     assert trained.evaluations == 0
 
 
-def test_samples_are_as_likely_as_the_network_says(bench):
+def test_samples_are_as_likely_as_the_network_says(context):
     """The first removal alone, from 4,000 samples of a request that one block satisfies."""
-    trained = untrained("ppo", bench)
-    request = request_at(bench, 1, 10, 0.999)
+    trained = untrained("ppo", context)
+    request = request_at(context, 1, 10, 0.999)
     with torch.no_grad():
         for parameter in trained._policy.parameters():
             parameter.mul_(0.2)  # less sure of itself
-    observation = ObservationBuilder(bench.memory, bench.features).build(request, BlockMask())
+    observation = ObservationBuilder(context.memory, context.features).build(request, BlockMask())
     tensors, _ = trained._policy.obs_to_tensor(observation)
     with torch.no_grad():
         expected = trained._policy.get_distribution(tensors).distribution.probs[0].numpy()
@@ -124,26 +124,26 @@ def test_samples_are_as_likely_as_the_network_says(bench):
     assert counts / 4000 == pytest.approx(expected, abs=0.035)  # 4 deviations
 
 
-def test_real_scores_count_as_evaluations(bench):
-    trained = untrained("ppo", bench, best_of=8, scorer=bench.scorer)
-    request = request_at(bench, 2, 300, 0.6)
-    before = bench.scorer.evaluations
-    choice = measure_choice(trained, request, bench.scorer)
-    assert choice.evaluations == bench.scorer.evaluations - before > 3
+def test_real_scores_count_as_evaluations(context):
+    trained = untrained("ppo", context, best_of=8, scorer=context.scorer)
+    request = request_at(context, 2, 300, 0.6)
+    before = context.scorer.evaluations
+    choice = measure_choice(trained, request, context.scorer)
+    assert choice.evaluations == context.scorer.evaluations - before > 3
     assert choice.decision_s < 50
-    again = measure_choice(trained, request, bench.scorer)  # stored scores cost as much
+    again = measure_choice(trained, request, context.scorer)  # stored scores cost as much
     assert again.evaluations == choice.evaluations
-    assert bench.scorer.evaluations - before == choice.evaluations
-    assert again.decision_s > choice.evaluations * bench.scorer.evaluation_s
+    assert context.scorer.evaluations - before == choice.evaluations
+    assert again.decision_s > choice.evaluations * context.scorer.evaluation_s
     assert again.mask == choice.mask
 
 
-def test_a_score_that_is_no_number_never_wins(bench):
+def test_a_score_that_is_no_number_never_wins(context):
     def score(masks):
         return [np.nan, *range(len(masks), 1, -1)]
 
-    trained = untrained("ppo", bench, best_of=8, score_masks=score)
-    request = request_at(bench, 2, 300, 0.6)
+    trained = untrained("ppo", context, best_of=8, score_masks=score)
+    request = request_at(context, 2, 300, 0.6)
     last = list(dict.fromkeys(trained.sample(request, 8)))[-1]
     assert trained.choose(request) == last
 
@@ -151,19 +151,19 @@ def test_a_score_that_is_no_number_never_wins(bench):
 @pytest.mark.parametrize(
     ("best_of", "text"), [(4, "needs a way to score masks"), (0, "at least 1")]
 )
-def test_several_masks_need_a_judge(bench, best_of, text):
+def test_several_masks_need_a_judge(context, best_of, text):
     with pytest.raises(AgentConfigError, match=text):
-        untrained("ppo", bench, best_of=best_of)
+        untrained("ppo", context, best_of=best_of)
 
 
-def test_stops_at_the_first_mask_that_fits(bench):
-    trained = untrained("ppo", bench)
-    assert not trained.choose(request_at(bench, 1, 10, 1.0))
-    assert len(trained.choose(request_at(bench, 1, 10, 0.999))) == 1
+def test_stops_at_the_first_mask_that_fits(context):
+    trained = untrained("ppo", context)
+    assert not trained.choose(request_at(context, 1, 10, 1.0))
+    assert len(trained.choose(request_at(context, 1, 10, 0.999))) == 1
 
 
-def test_impossible_requests_are_refused(bench):
-    trained = untrained("dqn", bench)
+def test_impossible_requests_are_refused(context):
+    trained = untrained("dqn", context)
     with pytest.raises(InfeasibleBudgetError, match="with every block removed"):
         trained.choose(Request(1, 10, 100))
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
@@ -174,7 +174,7 @@ def test_impossible_requests_are_refused(bench):
 def runs(tmp_path_factory):
     """One short training for each policy on a model of 4 layers."""
     folders = {}
-    bench = SyntheticBench(np.linspace(0.1, 0.8, 8))
+    context = SyntheticContext(np.linspace(0.1, 0.8, 8))
     kinds = {"blockwise": {}, "mlp": {}, "vectors": {"block_vectors": 4}}
     for kind, settings in kinds.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
@@ -182,48 +182,48 @@ def runs(tmp_path_factory):
         config = AgentConfig(
             "ppo", policy, 64, 2, hyperparameters={"n_steps": 32}, policy_settings=settings
         )
-        train(config, make_envs(bench), folders[kind], progress=False)
+        train(config, make_envs(context), folders[kind], progress=False)
     return folders
 
 
-def test_blockwise_policy_serves_a_model_with_more_layers(runs, bench):
-    request = request_at(bench, 1, 10, 0.7)
-    mask = TrainedPolicy.load(runs["blockwise"], bench).choose(request)
-    assert fits(bench.memory, mask, request)
-    assert len(bench.memory.facts.blocks) == 12
+def test_blockwise_policy_serves_a_model_with_more_layers(runs, context):
+    request = request_at(context, 1, 10, 0.7)
+    mask = TrainedPolicy.load(runs["blockwise"], context).choose(request)
+    assert fits(context.memory, mask, request)
+    assert len(context.memory.facts.blocks) == 12
 
 
-def test_mlp_policy_of_another_model_is_refused(runs, bench):
+def test_mlp_policy_of_another_model_is_refused(runs, context):
     with pytest.raises(ArtifactError, match="trained on a model of another shape.*train a policy"):
-        TrainedPolicy.load(runs["mlp"], bench)
+        TrainedPolicy.load(runs["mlp"], context)
 
 
-def test_a_policy_with_block_vectors_serves_its_own_number_of_blocks_alone(runs, bench):
+def test_a_policy_with_block_vectors_serves_its_own_number_of_blocks_alone(runs, context):
     with pytest.raises(ArtifactError, match="vector for each of 8 blocks, but this model has 12"):
-        TrainedPolicy.load(runs["vectors"], bench)
-    own = SyntheticBench(np.linspace(0.2, 0.9, 8))
+        TrainedPolicy.load(runs["vectors"], context)
+    own = SyntheticContext(np.linspace(0.2, 0.9, 8))
     request = request_at(own, 1, 10, 0.7)
     assert fits(own.memory, TrainedPolicy.load(runs["vectors"], own).choose(request), request)
 
 
-def test_options_of_a_choice_can_be_loaded_with(runs, bench):
-    options = {"best_of": 8, "scorer": bench.scorer}
-    trained = TrainedPolicy.load(runs["blockwise"], bench, **options)
-    trained.choose(request_at(bench, 1, 10, 0.7))
+def test_options_of_a_choice_can_be_loaded_with(runs, context):
+    options = {"best_of": 8, "scorer": context.scorer}
+    trained = TrainedPolicy.load(runs["blockwise"], context, **options)
+    trained.choose(request_at(context, 1, 10, 0.7))
     assert 1 < trained.evaluations <= 8
 
 
-def test_without_a_checkpoint_it_says_so(tmp_path, bench):
+def test_without_a_checkpoint_it_says_so(tmp_path, context):
     with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
-        TrainedPolicy.load(tmp_path, bench)
+        TrainedPolicy.load(tmp_path, context)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_bytes_of_stubs_count(repaired_bench, name):
-    memory = repaired_bench.memory
-    trained = untrained(name, repaired_bench)
+def test_the_bytes_of_stubs_count(repaired_context, name):
+    memory = repaired_context.memory
+    trained = untrained(name, repaired_context)
     for fraction in (0.95, 0.85, 0.75):
-        request = request_at(repaired_bench, 8, 64, fraction)
+        request = request_at(repaired_context, 8, 64, fraction)
         mask = trained.choose(request)
         parts = memory.breakdown(mask, request)
         assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in mask) > 0

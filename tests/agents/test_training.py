@@ -82,22 +82,22 @@ def often(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, bench, name, often):
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, context, name, often):
     config = short(name)
-    train(config, make_envs(bench), tmp_path / "whole", progress=False)
+    train(config, make_envs(context), tmp_path / "whole", progress=False)
     with pytest.raises(Interrupt):
-        train(config, make_envs(bench), tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
-    result = train(config, make_envs(bench), tmp_path / "cut", progress=False)
+        train(config, make_envs(context), tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
+    result = train(config, make_envs(context), tmp_path / "cut", progress=False)
     # The stop comes with the first episode that ends after step 150.
     assert 0 < result.resumed_from < config.total_timesteps
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
 
 
-def test_a_replayed_trace_goes_on_where_it_was(tmp_path, bench):
+def test_a_replayed_trace_goes_on_where_it_was(tmp_path, context):
     trace = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(100, 3000, 90))
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
-    envs = make_envs(bench, workload={"name": "trace", "path": str(trace), "order": "replay"})
+    envs = make_envs(context, workload={"name": "trace", "path": str(trace), "order": "replay"})
     train(short(), envs, tmp_path / "whole", progress=False)
     with pytest.raises(Interrupt):
         train(short(), envs, tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
@@ -105,25 +105,25 @@ def test_a_replayed_trace_goes_on_where_it_was(tmp_path, bench):
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
 
 
-def test_episodes_that_look_different_after_a_resume_begin_anew(tmp_path, bench, caplog):
-    train(short(steps=64), make_envs(bench), tmp_path, progress=False)
-    bench.features = ImportanceFeatures.none(12)
+def test_episodes_that_look_different_after_a_resume_begin_anew(tmp_path, context, caplog):
+    train(short(steps=64), make_envs(context), tmp_path, progress=False)
+    context.features = ImportanceFeatures.none(12)
     with caplog.at_level(logging.WARNING):
-        result = train(short(steps=128), make_envs(bench), tmp_path, progress=False)
+        result = train(short(steps=128), make_envs(context), tmp_path, progress=False)
     assert "cannot reproduce the unfinished episodes" in caplog.text
     assert (result.resumed_from, result.timesteps) == (64, 128)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_resumed_model_is_the_checkpointed_one(tmp_path, bench, name, often):
+def test_resumed_model_is_the_checkpointed_one(tmp_path, context, name, often):
     config = short(name, steps=128)
-    train(config, make_envs(bench), tmp_path, progress=False)
+    train(config, make_envs(context), tmp_path, progress=False)
     before = everything_of(tmp_path)
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
-    result = train(config, make_envs(bench), tmp_path / "copy", progress=False)
+    result = train(config, make_envs(context), tmp_path / "copy", progress=False)
     assert result.resumed_from == result.timesteps == before[0] == 128
     assert_same(before, everything_of(tmp_path / "copy"))
-    longer = train(short(name, steps=160), make_envs(bench), tmp_path / "copy", progress=False)
+    longer = train(short(name, steps=160), make_envs(context), tmp_path / "copy", progress=False)
     assert longer.timesteps == 160
     assert longer.episodes > result.episodes > 0
 
@@ -139,12 +139,12 @@ train(short(steps=2000), make_envs(slow_bench()), sys.argv[1], progress=False)
 
 
 def slow_bench():
-    from tests.agents.synthetic import SyntheticBench
+    from tests.agents.synthetic import SyntheticContext
 
-    bench = SyntheticBench(np.linspace(0.01, 0.5, 12))
-    fast = bench.scorer.nll
-    bench.scorer.nll = lambda mask: (time.sleep(0.02), fast(mask))[1]
-    return bench
+    context = SyntheticContext(np.linspace(0.01, 0.5, 12))
+    fast = context.scorer.nll
+    context.scorer.nll = lambda mask: (time.sleep(0.02), fast(mask))[1]
+    return context
 
 
 def test_killed_training_goes_on(tmp_path):
@@ -173,34 +173,34 @@ def damage(path):
 
 
 @pytest.mark.parametrize("file", ["model.zip", "checkpoint.json"])
-def test_damaged_checkpoint_is_passed_over(tmp_path, bench, caplog, file):
-    train(short(), make_envs(bench), tmp_path, progress=False)
+def test_damaged_checkpoint_is_passed_over(tmp_path, context, caplog, file):
+    train(short(), make_envs(context), tmp_path, progress=False)
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_000000224", "step_000000256"]
     damage(folders[1] / file)
     with caplog.at_level(logging.WARNING):
-        result = train(short(), make_envs(bench), tmp_path, progress=False)
+        result = train(short(), make_envs(context), tmp_path, progress=False)
     assert result.resumed_from == 224
     assert result.timesteps == 256
     assert "altered" in caplog.text
     assert "The previous checkpoint is used" in caplog.text
 
 
-def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, bench):
-    train(short(steps=64), make_envs(bench), tmp_path, progress=False)
+def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, context):
+    train(short(steps=64), make_envs(context), tmp_path, progress=False)
     first, second = sorted((tmp_path / "checkpoints").iterdir())
     damage(first / "model.zip")
     (second / "model.zip").unlink()
     with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged; delete that"):
-        train(short(steps=64), make_envs(bench), tmp_path, progress=False)
+        train(short(steps=64), make_envs(context), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged"):
-        TrainedPolicy.load(tmp_path, bench)
+        TrainedPolicy.load(tmp_path, context)
 
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
-def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, bench, policy):
+def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, context, policy):
     config = short("masked_dqn", steps=64, policy=policy)
-    train(config, make_envs(bench), tmp_path, progress=False)
+    train(config, make_envs(context), tmp_path, progress=False)
     found = latest_checkpoint(tmp_path / "checkpoints")
     before, path = found.load_model(), found.folder / "model.zip"
     with zipfile.ZipFile(path) as archive:
@@ -217,14 +217,14 @@ def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, bench, policy)
         assert torch.equal(one, other)
 
 
-def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, bench):
+def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, context):
     """Checkpoints of earlier versions have no entry for a setting at its default."""
-    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
+    train(short(steps=32), make_envs(context), tmp_path, progress=False)
     found = latest_checkpoint(tmp_path / "checkpoints")
     few = {"hyperparameters": SHORT["maskable_ppo"], "policy_settings": {}}
     body = {**found.body, "config": {**found.body["config"], **few}}
     save_artifact(found.folder / "checkpoint.json", "checkpoint", 3, body)
-    assert train(short(steps=64), make_envs(bench), tmp_path, progress=False).resumed_from == 32
+    assert train(short(steps=64), make_envs(context), tmp_path, progress=False).resumed_from == 32
 
 
 @pytest.mark.parametrize(
@@ -238,64 +238,64 @@ def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, ben
         ({"policy_settings": {"without": ["gsi"]}}, "started with policy_settings=.*without"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(tmp_path, bench, other, text):
-    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
+def test_resuming_with_other_settings_is_refused(tmp_path, context, other, text):
+    train(short(steps=32), make_envs(context), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match=text):
-        train(short(**other), make_envs(bench), tmp_path, progress=False)
+        train(short(**other), make_envs(context), tmp_path, progress=False)
 
 
-def test_a_warm_start_happens_once(tmp_path, bench):
-    calls, before = [], bench.scorer.evaluations
+def test_a_warm_start_happens_once(tmp_path, context):
+    calls, before = [], context.scorer.evaluations
 
     def warm_start(model):
         calls.append(model.num_timesteps)
-        bench.scorer.nll(BlockMask.of(0, 2, 4, 6, 8, 10))  # a teacher may score masks
+        context.scorer.nll(BlockMask.of(0, 2, 4, 6, 8, 10))  # a teacher may score masks
         time.sleep(0.1)
         with torch.no_grad():
             for parameter in model.policy.parameters():
                 parameter.fill_(0.01)
 
     settings = {"progress": False, "warm_start": warm_start}
-    result = train(short(steps=32), make_envs(bench), tmp_path, **settings)
+    result = train(short(steps=32), make_envs(context), tmp_path, **settings)
     assert calls == [0]
     assert result.seconds > 0.1
-    assert result.evaluations == bench.scorer.evaluations - before
+    assert result.evaluations == context.scorer.evaluations - before
     model = latest_checkpoint(tmp_path / "checkpoints").load_model()
     values = [p.detach().ravel() for p in model.policy.parameters()]
     assert torch.cat(values).sub(0.01).abs().max() < 0.05  # a few steps from where it began
-    train(short(steps=64), make_envs(bench), tmp_path, **settings)
+    train(short(steps=64), make_envs(context), tmp_path, **settings)
     assert calls == [0]
 
 
-def test_resuming_on_another_model_is_refused(tmp_path, bench, real_bench):
-    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
+def test_resuming_on_another_model_is_refused(tmp_path, context, real_context):
+    train(short(steps=32), make_envs(context), tmp_path, progress=False)
     workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
     with pytest.raises(ArtifactError, match="observation_space=.*cannot resume"):
-        train(short(), make_envs(real_bench, workload=workload), tmp_path, progress=False)
+        train(short(), make_envs(real_context, workload=workload), tmp_path, progress=False)
 
 
-def test_full_disk_leaves_the_last_checkpoint(tmp_path, bench, monkeypatch):
-    train(short(steps=64), make_envs(bench), tmp_path, progress=False)
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, context, monkeypatch):
+    train(short(steps=64), make_envs(context), tmp_path, progress=False)
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_artifact", full)
     with pytest.raises(StorageFullError, match="No space left while writing"):
-        train(short(steps=128), make_envs(bench), tmp_path, progress=False)
+        train(short(steps=128), make_envs(context), tmp_path, progress=False)
     assert latest_checkpoint(tmp_path / "checkpoints").step == 64
     assert not list((tmp_path / "checkpoints").glob(".new-*"))
 
 
-def test_left_overs_of_a_kill_are_swept_away(tmp_path, bench):
+def test_left_overs_of_a_kill_are_swept_away(tmp_path, context):
     left_over = tmp_path / "checkpoints" / ".new-abc"
     left_over.mkdir(parents=True)
-    train(short(steps=32), make_envs(bench), tmp_path, progress=False)
+    train(short(steps=32), make_envs(context), tmp_path, progress=False)
     assert not left_over.exists()
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_divergence_stops_with_what_to_do(tmp_path, bench, monkeypatch, name, often):
+def test_divergence_stops_with_what_to_do(tmp_path, context, monkeypatch, name, often):
     models = []
     made = training.make_model
 
@@ -310,17 +310,17 @@ def test_divergence_stops_with_what_to_do(tmp_path, bench, monkeypatch, name, of
 
     monkeypatch.setattr(training, "make_model", remembered)
     with pytest.raises(TrainingDivergedError, match="NaN or infinite.*lower learning_rate"):
-        train(short(name), make_envs(bench), tmp_path, log_fns=[poison], progress=False)
+        train(short(name), make_envs(context), tmp_path, log_fns=[poison], progress=False)
     saved = latest_checkpoint(tmp_path / "checkpoints").load_model()
     assert all(bool(torch.isfinite(p).all()) for p in saved.policy.parameters())
 
 
-def test_metrics_say_what_happened(tmp_path, bench):
+def test_metrics_say_what_happened(tmp_path, context):
     lines = []
-    before = bench.scorer.evaluations
+    before = context.scorer.evaluations
     result = train(
         short("ppo", steps=512),
-        make_envs(bench),
+        make_envs(context),
         tmp_path,
         log_fns=[lambda metrics, step: lines.append((step, metrics))],
         progress=False,
@@ -337,57 +337,57 @@ def test_metrics_say_what_happened(tmp_path, bench):
     updates = [metrics for _, metrics in lines if "train/loss" in metrics]
     assert len(updates) == 512 // 32
     assert {"train/value_loss", "train/entropy_loss"} <= set(updates[0])
-    assert result.evaluations == bench.scorer.evaluations - before
+    assert result.evaluations == context.scorer.evaluations - before
     assert [step for step, _ in lines] == sorted(step for step, _ in lines)
 
 
-def test_no_bar_without_a_terminal(tmp_path, bench, capfd):
-    train(short(steps=64), make_envs(bench), tmp_path)
+def test_no_bar_without_a_terminal(tmp_path, context, capfd):
+    train(short(steps=64), make_envs(context), tmp_path)
     assert "step/s" not in capfd.readouterr().err
 
 
-def mean_loss(bench, method):
+def mean_loss(context, method):
     shapes = [(1, 10), (1, 500), (8, 500), (4, 2000)]
-    requests = [request_at(bench, *shape, f) for shape in shapes for f in (0.6, 0.7, 0.8, 0.9)]
-    return np.mean([bench.scorer.loss(method.choose(request)) for request in requests])
+    requests = [request_at(context, *shape, f) for shape in shapes for f in (0.6, 0.7, 0.8, 0.9)]
+    return np.mean([context.scorer.loss(method.choose(request)) for request in requests])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_agent_learns(tmp_path, bench, name):
+def test_every_agent_learns(tmp_path, context, name):
     """On losses with a known optimum, a trained policy beats random and one-shot."""
     steps = 6000 if "dqn" in name else 2500  # Q values carry a terminal reward back step by step
     config = AgentConfig(name, total_timesteps=steps, n_envs=8)
-    train(config, make_envs(bench), tmp_path, progress=False)
-    learned = mean_loss(bench, TrainedPolicy.load(tmp_path, bench))
-    assert learned < 0.5 * mean_loss(bench, make_baseline("random", bench))
-    assert learned < mean_loss(bench, make_baseline("one_shot", bench))
+    train(config, make_envs(context), tmp_path, progress=False)
+    learned = mean_loss(context, TrainedPolicy.load(tmp_path, context))
+    assert learned < 0.5 * mean_loss(context, make_baseline("random", context))
+    assert learned < mean_loss(context, make_baseline("one_shot", context))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_on_a_real_model(tmp_path, real_bench, name):
+def test_on_a_real_model(tmp_path, real_context, name):
     settings = {
         "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
         "reward": "perplexity",
     }
-    result = train(short(name, 128), make_envs(real_bench, **settings), tmp_path, progress=False)
+    result = train(short(name, 128), make_envs(real_context, **settings), tmp_path, progress=False)
     assert result.timesteps == 128
-    assert real_bench.scorer.known > 10  # the agents share a bench, and there are 64 masks
-    before, request = real_bench.scorer.passes, request_at(real_bench, 2, 16, 0.8)
-    mask = TrainedPolicy.load(tmp_path, real_bench).choose(request)
-    assert fits(real_bench.memory, mask, request)
-    assert real_bench.scorer.passes == before
+    assert real_context.scorer.known > 10  # the agents share a context, and there are 64 masks
+    before, request = real_context.scorer.passes, request_at(real_context, 2, 16, 0.8)
+    mask = TrainedPolicy.load(tmp_path, real_context).choose(request)
+    assert fits(real_context.memory, mask, request)
+    assert real_context.scorer.passes == before
 
 
-def test_on_a_repaired_model(tmp_path, repaired_bench):
+def test_on_a_repaired_model(tmp_path, repaired_context):
     settings = {
         "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
         "infeasible": "clip",
     }
-    envs = make_envs(repaired_bench, **settings)
+    envs = make_envs(repaired_context, **settings)
     result = train(short("maskable_ppo", 128), envs, tmp_path, progress=False)
     assert result.timesteps == 128
-    request = request_at(repaired_bench, 2, 16, 0.8)
-    mask = TrainedPolicy.load(tmp_path, repaired_bench).choose(request)
-    parts = repaired_bench.memory.breakdown(mask, request)
+    request = request_at(repaired_context, 2, 16, 0.8)
+    mask = TrainedPolicy.load(tmp_path, repaired_context).choose(request)
+    parts = repaired_context.memory.breakdown(mask, request)
     assert parts.stubs > 0
     assert parts.peak <= request.budget_bytes

@@ -17,19 +17,19 @@ NUM_ENVS = 4
 DENSE = {"name": "perplexity", "timing": "dense"}
 
 
-def together(bench, **settings) -> GymVecEnv:
-    return GymVecEnv(make_envs(bench, **settings)(NUM_ENVS))
+def together(context, **settings) -> GymVecEnv:
+    return GymVecEnv(make_envs(context, **settings)(NUM_ENVS))
 
 
-def one_by_one(bench, **settings) -> DummyVecEnv:
-    return DummyVecEnv([make_env(bench, **settings)] * NUM_ENVS)
+def one_by_one(context, **settings) -> DummyVecEnv:
+    return DummyVecEnv([make_env(context, **settings)] * NUM_ENVS)
 
 
 @pytest.mark.parametrize("reward", ["perplexity", DENSE])
 @pytest.mark.parametrize("workload", ["grid", "azure-conv"])
-def test_an_agent_cannot_tell_it_from_single_environments(bench, reward, workload):
+def test_an_agent_cannot_tell_it_from_single_environments(context, reward, workload):
     settings = {"reward": reward, "workload": workload, "max_invalid_actions": 2}
-    pair = together(bench, **settings), one_by_one(bench, **settings)
+    pair = together(context, **settings), one_by_one(context, **settings)
     for envs in pair:
         envs.seed(7)
     assert_same(*(dict(envs.reset()) for envs in pair))
@@ -51,20 +51,20 @@ def test_an_agent_cannot_tell_it_from_single_environments(bench, reward, workloa
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_training_on_it_is_training_on_single_environments(bench, name):
+def test_training_on_it_is_training_on_single_environments(context, name):
     steps = {"n_steps": 16} if "ppo" in name else {"learning_starts": 32}
     config = AgentConfig(name, n_envs=NUM_ENVS, hyperparameters={**steps, "batch_size": 16})
     trained = []
-    for envs in (together(bench), one_by_one(bench)):
+    for envs in (together(context), one_by_one(context)):
         model = make_model(config, VecNormalize(VecMonitor(envs), norm_obs=False, gamma=1.0))
         model.learn(192)
         trained.append([parameter.detach().numpy() for parameter in model.policy.parameters()])
     assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
 
 
-def test_a_new_episode_takes_the_seeds_and_options_given_before(bench):
-    envs = together(bench)
-    request = request_at(bench, 2, 300, 0.7)
+def test_a_new_episode_takes_the_seeds_and_options_given_before(context):
+    envs = together(context)
+    request = request_at(context, 2, 300, 0.7)
     envs.set_options({"request": request})
     envs.seed(3)
     first = envs.reset()
@@ -78,21 +78,21 @@ def test_a_new_episode_takes_the_seeds_and_options_given_before(bench):
     assert [info["reward_terms"] for info in envs.reset_infos] == [{}] * NUM_ENVS
 
 
-def test_different_options_for_lanes_are_refused(bench):
-    envs = together(bench)
-    envs.set_options([{"request": request_at(bench, 2, 300, 0.1 * n)} for n in range(5, 9)])
+def test_different_options_for_lanes_are_refused(context):
+    envs = together(context)
+    envs.set_options([{"request": request_at(context, 2, 300, 0.1 * n)} for n in range(5, 9)])
     with pytest.raises(InvalidRequestError, match="take the same options"):
         envs.reset()
 
 
-def test_lanes_answer_by_index(bench):
-    envs = together(bench)
-    envs.set_options({"request": request_at(bench, 2, 300, 0.6)})  # takes several removals
+def test_lanes_answer_by_index(context):
+    envs = together(context)
+    envs.set_options({"request": request_at(context, 2, 300, 0.6)})  # takes several removals
     envs.reset()
     envs.step(np.arange(NUM_ENVS))
     masks = envs.env_method("action_masks", indices=[2, 0])
     assert [row.tolist().index(False) for row in masks] == [2, 0]
-    assert envs.get_attr("context", indices=1) == [bench]
+    assert envs.get_attr("context", indices=1) == [context]
     assert envs.has_attr("action_masks")
     assert not envs.has_attr("speed")
     assert envs.env_is_wrapped(gym.Wrapper) == [False] * NUM_ENVS
@@ -102,13 +102,13 @@ def test_lanes_answer_by_index(bench):
         envs.set_attr("label", "one", indices=[0])
 
 
-def test_it_draws_its_sub_envs(bench):
-    envs = together(bench, render_mode="rgb_array")
+def test_it_draws_its_sub_envs(context):
+    envs = together(context, render_mode="rgb_array")
     envs.reset()
     images = envs.get_images()
     assert len(images) == NUM_ENVS
     assert envs.render().shape[0] > images[0].shape[0]  # tiled
-    silent = together(bench)
+    silent = together(context)
     silent.reset()
     with pytest.warns(UserWarning, match="no images"):
         assert silent.get_images() == [None] * NUM_ENVS

@@ -9,7 +9,7 @@ from agents.baselines.base import CountingScorer, fits, measure_choice
 from agents.baselines.evolutionary import Evolution, EvolutionaryBaseline
 from rap_env.blocks import BlockMask
 from rap_env.request import Request
-from tests.agents.synthetic import SyntheticBench, request_at
+from tests.agents.synthetic import SyntheticContext, request_at
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6)]
 
@@ -18,25 +18,25 @@ REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6)]
 def small():
     """4 layers whose blocks make each other dearer, so that no cheap mask is the best."""
     rng = np.random.default_rng(3)
-    return SyntheticBench(rng.lognormal(-2, 1, 8), interaction=3.0)
+    return SyntheticContext(rng.lognormal(-2, 1, 8), interaction=3.0)
 
 
 @pytest.fixture
 def large():
     """20 layers: too many masks to try them all."""
     rng = np.random.default_rng(4)
-    return SyntheticBench(rng.lognormal(-3, 1, 40), interaction=3.0)
+    return SyntheticContext(rng.lognormal(-3, 1, 40), interaction=3.0)
 
 
-def least_loss(bench, request):
+def least_loss(context, request):
     """By enumeration of all masks."""
-    blocks = range(bench.memory.facts.num_blocks)
+    blocks = range(context.memory.facts.num_blocks)
     masks = (
         BlockMask.of(*chosen)
         for count in range(len(blocks) + 1)
         for chosen in itertools.combinations(blocks, count)
     )
-    return min(bench.scorer.loss(mask) for mask in masks if fits(bench.memory, mask, request))
+    return min(context.scorer.loss(mask) for mask in masks if fits(context.memory, mask, request))
 
 
 @pytest.mark.parametrize("shape", REQUESTS)

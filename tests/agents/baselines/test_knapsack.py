@@ -10,7 +10,7 @@ from agents.baselines.base import fits
 from agents.baselines.knapsack import cheapest_cover
 from rap_env.blocks import BlockMask
 from rap_env.request import Request
-from tests.agents.synthetic import SyntheticBench
+from tests.agents.synthetic import SyntheticContext
 
 
 def brute_force(costs, freed, needed):
@@ -51,20 +51,20 @@ def test_large_models_with_two_sizes_are_quick():
 
 
 def test_beats_one_shot_where_sizes_matter():
-    bench = SyntheticBench([0.10, 0.2, 0.11, 0.3, 0.12, 0.4, 0.13, 0.5])
-    request = Request(1, 1, bench.memory.dense_peak_bytes(1, 1) - 3000)
-    mask = make_baseline("knapsack", bench).choose(request)
+    context = SyntheticContext([0.10, 0.2, 0.11, 0.3, 0.12, 0.4, 0.13, 0.5])
+    request = Request(1, 1, context.memory.dense_peak_bytes(1, 1) - 3000)
+    mask = make_baseline("knapsack", context).choose(request)
     assert mask == BlockMask.of("layer00.ffn")  # 0.2, against 0.33 for three attn blocks
-    assert bench.scorer.loss(mask) < bench.scorer.loss(
-        make_baseline("one_shot", bench).choose(request)
+    assert context.scorer.loss(mask) < context.scorer.loss(
+        make_baseline("one_shot", context).choose(request)
     )
 
 
 def test_a_budget_that_only_the_empty_model_fits_is_met():
-    bench = SyntheticBench([0.1] * 8)
-    everything = BlockMask.all_of(bench.memory.facts.blocks)
+    context = SyntheticContext([0.1] * 8)
+    everything = BlockMask.all_of(context.memory.facts.blocks)
     probe = Request(1, 100, 10**9)
-    request = Request(1, 100, bench.memory.peak_bytes(everything, probe))
-    mask = make_baseline("knapsack", bench).choose(request)
+    request = Request(1, 100, context.memory.peak_bytes(everything, probe))
+    mask = make_baseline("knapsack", context).choose(request)
     assert mask == everything
-    assert fits(bench.memory, mask, request)
+    assert fits(context.memory, mask, request)

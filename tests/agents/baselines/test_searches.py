@@ -10,66 +10,66 @@ from agents.baselines.base import fits, measure_choice
 from agents.baselines.searches import BeamBaseline, GreedyPerByteBaseline, GreedySwapsBaseline
 from rap_env.blocks import BlockMask
 from rap_env.request import Request
-from tests.agents.synthetic import SyntheticBench, request_at
+from tests.agents.synthetic import SyntheticContext, request_at
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
 
 
 def trap():
     """The cheapest block is dear beside any other; greedy takes it first and cannot go back."""
-    bench = SyntheticBench([0.10, 9.0, 0.11, 9.0, 0.12, 9.0, 0.90, 9.0])
+    context = SyntheticContext([0.10, 9.0, 0.11, 9.0, 0.12, 9.0, 0.90, 9.0])
     for other in (2, 4, 6):
-        bench.scorer.pairs[0, other] = bench.scorer.pairs[other, 0] = 1.0
-    return bench
+        context.scorer.pairs[0, other] = context.scorer.pairs[other, 0] = 1.0
+    return context
 
 
-def needing(bench, bytes_over):
-    return Request(1, 1, bench.memory.dense_peak_bytes(1, 1) - bytes_over)
+def needing(context, bytes_over):
+    return Request(1, 1, context.memory.dense_peak_bytes(1, 1) - bytes_over)
 
 
 @pytest.fixture
 def large():
     rng = np.random.default_rng(4)
-    return SyntheticBench(rng.lognormal(-3, 1, 24), interaction=3.0)
+    return SyntheticContext(rng.lognormal(-3, 1, 24), interaction=3.0)
 
 
 @pytest.mark.parametrize("name", ["beam", "greedy_swaps", "evolutionary"])
 def test_gets_out_of_greedys_trap(name):
-    bench = trap()
-    request = needing(bench, 1500)  # two attention blocks
-    assert 0 in make_baseline("greedy_per_byte", bench).choose(request)
-    mask = make_baseline(name, bench).choose(request)
+    context = trap()
+    request = needing(context, 1500)  # two attention blocks
+    assert 0 in make_baseline("greedy_per_byte", context).choose(request)
+    mask = make_baseline(name, context).choose(request)
     assert mask == BlockMask.of("layer01.attn", "layer02.attn")
 
 
 def test_a_beam_of_one_is_caught_in_it():
-    bench = trap()
-    request = needing(bench, 1500)
-    assert 0 in BeamBaseline(bench, width=1).choose(request)
-    assert 0 not in BeamBaseline(bench, width=2).choose(request)
+    context = trap()
+    request = needing(context, 1500)
+    assert 0 in BeamBaseline(context, width=1).choose(request)
+    assert 0 not in BeamBaseline(context, width=2).choose(request)
 
 
 def test_beam_counts_every_mask_once():
-    bench = trap()
-    choice = measure_choice(BeamBaseline(bench, width=2), needing(bench, 1500), bench.scorer)
+    context = trap()
+    choice = measure_choice(BeamBaseline(context, width=2), needing(context, 1500), context.scorer)
     # The dense model, 8 blocks, then 7 more behind each of two blocks, one pair being the same.
-    assert choice.evaluations == 1 + 8 + 7 + 7 - 1 == bench.scorer.evaluations
-    again = measure_choice(BeamBaseline(bench, width=2), needing(bench, 1500), bench.scorer)
+    assert choice.evaluations == 1 + 8 + 7 + 7 - 1 == context.scorer.evaluations
+    again = measure_choice(BeamBaseline(context, width=2), needing(context, 1500), context.scorer)
     assert (again.mask, again.evaluations) == (choice.mask, choice.evaluations)
-    assert again.decision_s > bench.scorer.evaluation_s * again.evaluations
+    assert again.decision_s > context.scorer.evaluation_s * again.evaluations
 
 
 def test_beam_counts_useful_bytes_only():
     # Per byte layer02.ffn is cheapest, but an attention block suffices at less loss.
-    bench = SyntheticBench([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
-    assert BeamBaseline(bench).choose(needing(bench, 900)) == BlockMask.of("layer02.attn")
-    assert BeamBaseline(bench).choose(needing(bench, 3000)) == BlockMask.of("layer02.ffn")
+    context = SyntheticContext([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
+    assert BeamBaseline(context).choose(needing(context, 900)) == BlockMask.of("layer02.attn")
+    assert BeamBaseline(context).choose(needing(context, 3000)) == BlockMask.of("layer02.ffn")
 
 
 def test_beam_gives_the_best_mask_that_it_met():
     """A removal that lowers the loss is taken though the request fits without it."""
-    bench = SyntheticBench([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
-    assert "layer01.attn" in BeamBaseline(bench).choose(needing(bench, 3500))
+    context = SyntheticContext([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
+    assert "layer01.attn" in BeamBaseline(context).choose(needing(context, 3500))
 
 
 @pytest.mark.parametrize("shape", REQUESTS)
