@@ -98,7 +98,7 @@ class StubsConfig(HasCells):
         _ = self.parsed_cells
 
     def cells_of(self, study: str) -> list[Cell]:
-        """Return the cells that one of `experiments.repair.rows.STUDIES` uses."""
+        """Return the cells that one of `experiments.repair.records.STUDIES` uses."""
         few = study != "grid" and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells
 
