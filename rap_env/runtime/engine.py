@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_POLL_S = 0.1
-"""Seconds between reads of the budget while nothing is to be done."""
+_IDLE_POLL_S = 0.1  # between reads of the budget while nothing is to be done
 
 
 class Engine:
@@ -226,7 +225,7 @@ class Engine:
         while not self._closing:
             self._wake.clear()
             if not self._try(self.step):
-                self._wake.wait(IDLE_POLL_S)
+                self._wake.wait(_IDLE_POLL_S)
 
     @staticmethod
     def _try(action: Callable[[], bool | None]) -> bool:

@@ -48,17 +48,16 @@ class GivenMemory:
         budget: The budget in bytes, or a function that returns it whenever it is called.
         limit_bytes: The largest budget that the function will ever return, if known. A request
             that does not fit it is rejected at once; one that does waits.
-        name: For logs and metrics.
     """
+
+    name = "given"
 
     def __init__(
         self,
         budget: Callable[[], float] | int,
         *,
         limit_bytes: int | None = None,
-        name: str = "given",
     ) -> None:
-        self.name = name
         self.limit_bytes = limit_bytes
         if callable(budget):
             self._read = budget

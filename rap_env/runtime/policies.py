@@ -42,7 +42,7 @@ class StaticPolicy:
 
     Args:
         mask: The mask.
-        name: The policy's name in records, as for all policies here.
+        name: The policy's name in records.
     """
 
     def __init__(self, mask: BlockMask, name: str = "static") -> None:
@@ -60,7 +60,6 @@ class OrderPolicy:
     Args:
         memory: The model's byte arithmetic.
         order: Indices of blocks in the order of removal.
-        name: As for `StaticPolicy`.
 
     Attributes:
         order: As given.
@@ -69,10 +68,11 @@ class OrderPolicy:
         UnknownNameError: The order names a block that the model does not have.
     """
 
-    def __init__(self, memory: MemoryModel, order: Iterable[int], name: str = "order") -> None:
+    name = "order"
+
+    def __init__(self, memory: MemoryModel, order: Iterable[int]) -> None:
         self.memory = memory
         self.order = tuple(order)
-        self.name = name
         BlockMask.of(*self.order).check(memory.facts.num_blocks)
 
     def choose(self, request: Request) -> BlockMask:
@@ -91,13 +91,14 @@ class FrontierPolicy:
     Args:
         memory: The model's byte arithmetic.
         frontier: The model's best known masks.
-        name: As for `StaticPolicy`.
 
     Raises:
         ArtifactError: The frontier is of a model with another number of blocks.
     """
 
-    def __init__(self, memory: MemoryModel, frontier: Frontier, name: str = "frontier") -> None:
+    name = "frontier"
+
+    def __init__(self, memory: MemoryModel, frontier: Frontier) -> None:
         if frontier.num_blocks != memory.facts.num_blocks:
             raise ArtifactError(
                 f"The frontier is of a model with {frontier.num_blocks} blocks, but "
@@ -105,7 +106,6 @@ class FrontierPolicy:
             )
         self.memory = memory
         self.frontier = frontier
-        self.name = name
 
     def choose(self, request: Request) -> BlockMask:
         """Return the empty mask if it fits, else the known mask of least delta_nll that does.
@@ -132,7 +132,6 @@ class NetworkPolicy:
         memory: The model's byte arithmetic.
         file: The exported policy.
         features: Importance of the model's blocks; None takes the file's.
-        name: As for `StaticPolicy`.
         cached_choices: Requests whose mask is cached.
 
     Attributes:
@@ -143,18 +142,18 @@ class NetworkPolicy:
         ArtifactError: As for `PolicyFile.features_for`.
     """
 
+    name = "rap"
+
     def __init__(
         self,
         memory: MemoryModel,
         file: PolicyFile,
         features: ImportanceFeatures | None = None,
-        name: str = "rap",
         cached_choices: int = _CACHED_CHOICES,
     ) -> None:
         seen, self.order = file.features_for(memory.facts, features)
         self.memory = memory
         self.file = file
-        self.name = name
         self._network = BlockNetwork(file.weights, ObservationBuilder(memory, seen))
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 

@@ -142,22 +142,13 @@ class BlockNetwork:
     It does not change after construction, so threads may share it.
 
     Args:
-        weights: The trained weights.
+        weights: The trained weights, with vectors for as many blocks as the model has, or none.
         builder: Makes observations of requests on the model.
-
-    Raises:
-        ArtifactError: The weights have vectors for another number of blocks.
     """
 
     def __init__(self, weights: NetworkWeights, builder: ObservationBuilder) -> None:
         self._builder = builder
         self._count = builder.memory.facts.num_blocks
-        if weights.block_vectors and len(weights.vectors) != self._count:
-            raise ArtifactError(
-                f"The policy has vectors for {len(weights.vectors)} blocks, but this model has "
-                f"{self._count} blocks. Train a policy for this model, or one with "
-                "policy_settings.block_vectors=0, which serves both."
-            )
         first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
         parts = {n: first[c] for n, c in row_columns(weights.block_vectors).items()}
         self._see_request = "request" not in weights.without

@@ -17,8 +17,9 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
+from rap_env.runtime.policies import NetworkPolicy
 from rap_env.runtime.policy_network import BlockNetwork
-from tests.runtime.made_policies import features, memory, weights
+from tests.runtime.made_policies import features, memory, policy_file, weights
 
 SHAPES = [(1, 10), (16, 2000), (4, 500)]
 
@@ -99,8 +100,8 @@ def test_it_is_deterministic_and_stateless():
 
 def test_vectors_serve_only_their_own_number_of_blocks():
     builder = ObservationBuilder(memory(4), features(4))
-    with pytest.raises(ArtifactError, match="vectors for 12 blocks, but this model has 8"):
-        BlockNetwork(weights(6, block_vectors=3), builder)
+    with pytest.raises(ArtifactError, match="vectors for 12 blocks, but made has 8"):
+        NetworkPolicy(memory(4), policy_file(6, block_vectors=3), features(4))
     assert BlockNetwork(weights(6), builder).removals(Request.at_fraction(memory(4), 1, 10, 0.7))
 
 
