@@ -232,11 +232,9 @@ class Peak:
 
     Attributes:
         peak_bytes: Most bytes that tensors created in the block held at one time.
-        left_bytes: Bytes that they still held at its end.
     """
 
     peak_bytes: int = 0
-    left_bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -268,7 +266,6 @@ def _monitor_cuda(device: torch.device, measured: Peak) -> Iterator[None]:
     yield
     torch.cuda.synchronize(device)
     measured.peak_bytes = torch.cuda.max_memory_allocated(device) - before
-    measured.left_bytes = torch.cuda.memory_allocated(device) - before
 
 
 @contextlib.contextmanager
@@ -283,4 +280,3 @@ def _monitor_cpu(device: torch.device, measured: Peak) -> Iterator[None]:
     for report in sorted(reports, key=lambda report: report.start_ns()):
         held += report.nbytes()  # negative for freed memory
         measured.peak_bytes = max(measured.peak_bytes, held)
-    measured.left_bytes = held

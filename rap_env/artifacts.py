@@ -28,13 +28,16 @@ _GZIP = b"\x1f\x8b"  # how every gzip file begins
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn a full disk into an error that states what to do.
 
+    Safetensors reports a failed write only in the message of an error of its own.
+
     Raises:
         StorageFullError: The disk or the quota is full.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except Exception as error:
+        full = any(f"os error {number}" in str(error) for number in _FULL)
+        if not (error.errno in _FULL if isinstance(error, OSError) else full):
             raise
         raise StorageFullError(
             f"No space left while writing {os.fspath(path)}; free some and run the same command "

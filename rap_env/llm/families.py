@@ -1,11 +1,11 @@
-"""The decoder families whose blocks are known: names of modules, nothing else.
+"""The supported decoder families: the names of their modules.
 
-To add a family, add a `Family` to `FAMILIES` under its ``config.model_type``. It can be
-described here if each decoder layer adds its attention and its feed-forward output
-to the residual stream *outside* these modules (so that zeros stand for "nothing"), and if no
-biased norm sits between a block's output and that sum. Norms that both blocks read (one norm in
-front of a parallel layer) belong to neither: list only norms that one block alone uses. Then
-add a two-layer model to ``tests/tiny.py``: the tests of this room run on every entry there.
+To add a family, add a `Family` to `FAMILIES` under its ``config.model_type``. Two conditions must
+hold: each decoder layer adds its attention and feed-forward outputs to the residual stream
+*outside* these modules, so that an output of zeros has no effect; and there is no biased norm
+between a block's output and that sum. A norm that both blocks use (one norm in front of a parallel
+layer) belongs to neither: list only norms that a single block uses. Then add a two-layer model to
+``tests/tiny.py``: the tests of this package run on every entry there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _intermediate_size(config: Any) -> int:
 
 
 def _accept(config: Any) -> None:
-    """Every layout that the config class can express is fine."""
+    """Accept every layout that the config class can express."""
 
 
 def _one_after_the_other(config: Any) -> bool:
@@ -31,16 +31,16 @@ def _one_after_the_other(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the blocks of one family live. Paths are attribute names joined by dots.
+    """Where the blocks of one family are. Paths are attribute names joined by dots.
 
     Attributes:
-        decoder: Path from the causal language model to the module that gives the last
+        decoder: Path from the causal language model to the module that returns the last
             hidden state.
         attn: Name of a layer's attention module.
         attn_norms: Norms that only the attention block uses.
         ffn_norms: Norms that only the feed-forward block uses.
         ffn: Names of a layer's feed-forward modules, in the order of their calls; the last
-            one gives the block's output.
+            one returns the block's output.
         layers: Path from the decoder to the list of layers.
         ffn_width: Widest hidden activation for one token, from the config.
         check: Raises `UnsupportedModelError` for a config of the family that cannot be masked.
@@ -94,9 +94,9 @@ def _check_gpt2(config: Any) -> None:
 def _check_opt(config: Any) -> None:
     if not config.do_layer_norm_before:
         raise UnsupportedModelError(
-            "This OPT model normalises after each block (do_layer_norm_before=False, as "
-            "opt-350m does): there a removed block would still leave a norm in the residual "
-            "stream. Use an OPT model of another size."
+            "This OPT model normalises after each block (do_layer_norm_before=False, as in "
+            "opt-350m), so that a removed block would leave a norm in the residual stream. Use an "
+            "OPT model of another size."
         )
 
 
@@ -146,13 +146,13 @@ FAMILIES: dict[str, Family] = {
         decoder="model.decoder",
         attn="self_attn",
         attn_norms=("self_attn_layer_norm",),
-        # OPT has no module around its feed-forward block: the parts lie in the layer itself.
+        # OPT has no module for its feed-forward block: its parts are attributes of the layer.
         ffn=("fc1", "activation_fn", "fc2"),
         ffn_norms=("final_layer_norm",),
         ffn_width=_opt_width,
         check=_check_opt,
     ),
-    # With the parallel residual, too, each block reads the stream through a norm of its own.
+    # Each block has a norm of its own, with the parallel residual too.
     "gpt_neox": Family(
         decoder="gpt_neox",
         attn="attention",

@@ -1,4 +1,4 @@
-"""GGUF files: turned into a transformers folder once, by content, and kept in the cache."""
+"""Convert GGUF files to transformers folders, once for each content, and cache them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from rap_env.llm.progress import transformers_bars
 log = logging.getLogger(__name__)
 
 _CONVERTER = 1
-"""Part of a folder's name: raise it when a conversion comes out differently."""
+"""Part of a folder's name: increase it when the result of a conversion changes."""
 
 
 def gguf_folder_name(sha256: str) -> str:
-    """The name of the folder in `models_dir()` that a GGUF file of this content becomes."""
+    """The name of the folder in `models_dir()` for a GGUF file with this content."""
     return f"gguf-{sha256[:16]}-v{_CONVERTER}"
 
 
 def converted_gguf(path: Path, sha256: str | None = None, *, progress: bool = True) -> Path:
     """The transformers folder with the model of a GGUF file, converted at the first call.
 
-    Quantised tensors become the float32 values that they stand for, so the folder takes
-    4 bytes a parameter.
+    Quantised tensors become the float32 values that they represent, so the folder takes 4 bytes
+    per parameter.
 
     Args:
         path: The file.
-        sha256: Its SHA-256 in hex, where that was computed already.
+        sha256: Its SHA-256 in hex, if already computed.
         progress: Show progress bars on a terminal.
 
     Raises:
         ModelNotAvailableError: There is no such file.
-        ChecksumError: It is no GGUF file, or a truncated one.
+        ChecksumError: It is not a GGUF file, or truncated.
         UnsupportedModelError: Its family is not known; nothing was converted.
         StorageFullError: The disk is full.
     """
@@ -68,7 +68,7 @@ def _convert(path: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         path.parent, config=config, dtype=torch.float32, **files
     )
-    # The tensors are plain now; transformers saves nothing that calls itself quantised.
+    # The tensors are no longer quantised; transformers rejects saving a model marked so.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -77,22 +77,26 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Scalar entries of the file's header that the conversion looks at."""
+    """Scalar entries of the file's header that the conversion needs."""
     from gguf import GGUFReader
 
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ChecksumError(f"{path} is no GGUF file: it begins with {magic!r}, not b'GGUF'.")
+        raise ChecksumError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'.")
     try:
         fields = GGUFReader(path).fields
         wanted = ("general.architecture", "tokenizer.ggml.pre")
         found = {name: fields[name].contents() for name in wanted if name in fields}
     except Exception as error:
-        # The reader walks over the mapped file, and what it trips over depends on the cut.
-        raise ChecksumError(f"{path} is truncated or damaged ({error}); get it again.") from error
+        # The reader maps the file, and the type of its error depends on the place of the damage.
+        raise ChecksumError(
+            f"{path} is truncated or damaged ({error}); download it again."
+        ) from error
     if "general.architecture" not in found:
-        raise ChecksumError(f"{path} names no architecture; it is no language model.")
+        raise ChecksumError(
+            f"{path} names no architecture, so it is not a language model; use another file."
+        )
     return found
 
 
@@ -112,14 +116,14 @@ def _read_config(path: Path, architecture: str) -> Any:
 
 
 def _correct_tokenizer(tokenizer: Any, pre: str | None, config: Any) -> None:
-    """Restore what transformers leaves out when it reads a tokenizer from a GGUF file."""
+    """Set what transformers omits when it reads a tokenizer from a GGUF file."""
     from tokenizers import pre_tokenizers
 
     limit = getattr(config, "max_position_embeddings", None)
     if limit:
         tokenizer.model_max_length = limit
     if pre == "smollm":
-        # Digits stand alone in this vocabulary; else "  1" would be cut differently.
+        # Digits are single tokens in this vocabulary; else "  1" would be split differently.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),

@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,11 +23,10 @@ from rap_env.llm.device import (
     keep_freed_memory,
 )
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.progress import transformers_bars
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.llm.sources import load_tokenizer, locate, looks_like_path
 from rap_env.llm.streamed import stream_llm
-from rap_env.llm.weight_files import readable_weights, reject_missing, require_all_files
+from rap_env.llm.weight_files import load_weights
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -56,7 +54,6 @@ def load_llm(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str | None = None,
 ) -> ElasticLLM:
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
 
@@ -68,7 +65,6 @@ def load_llm(
         dtype: ``"auto"`` (bfloat16 if it was measured to be clearly faster, else float32;
             see `rap_env.llm.device.choose_dtype`), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. A pruned checkpoint has its own.
-        quantization: None; nothing else is supported yet.
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.
@@ -77,14 +73,10 @@ def load_llm(
         UnknownNameError: The alias, device or dtype does not exist.
         ModelNotAvailableError: The model is not on this machine and cannot be downloaded.
         UnsupportedModelError: The family is not known (nothing was loaded), the weights do not
-            fit the config, or `quantization` is not None.
+            fit the config.
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
-    if quantization is not None:
-        raise UnsupportedModelError(
-            f"quantization={quantization!r} is not supported yet; leave it out (None)."
-        )
     keep_freed_memory()
     bound_kernel_caches()
     place = choose_device(device)
@@ -94,7 +86,7 @@ def load_llm(
         return _load_pruned(found.folder, place, None if dtype == "auto" else kind)
     read_config(found.folder)
     log.info("Loading %s in %s on %s", found.name, kind, place)
-    loaded = _load_weights(found.folder, kind).to(place)
+    loaded = load_weights(found.folder, kind).to(place)
     speed_up_decoding(loaded)
     tokenizer = load_tokenizer(found.folder)
     return ElasticLLM(loaded, tokenizer, name=found.name, folder=found.folder)
@@ -109,7 +101,6 @@ def shared_llm(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str | None = None,
     max_memory_bytes: int | None = None,
 ) -> ElasticLLM:
     """The model that this process shares among all callers with the same arguments.
@@ -126,11 +117,11 @@ def shared_llm(
     name = os.fspath(model)
     if looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
-    key = (name, str(place), str(kind), str(quantization), str(max_memory_bytes), *settings)
+    key = (name, str(place), str(kind), str(max_memory_bytes), *settings)
     with _shared_lock:
         if key not in _shared:
             _shared[key] = (
-                load_llm(model, device=device, dtype=dtype, quantization=quantization)
+                load_llm(model, device=device, dtype=dtype)
                 if max_memory_bytes is None
                 else stream_llm(
                     model, max_memory_bytes=max_memory_bytes, device=device, dtype=dtype
@@ -146,31 +137,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
-    """The transformers model on the CPU; the files must contain every weight."""
-    from transformers import AutoModelForCausalLM
-
-    require_all_files(folder)
-    with transformers_bars(shown=False), readable_weights(folder):
-        # Transformers selects the attention: sdpa where the family has it, else eager.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are rejected below
-        )
-    model, report = loaded
-    reject_missing(folder, report)
-    if wrong := sorted(report["mismatched_keys"]):
-        raise UnsupportedModelError(
-            f"{folder} has {len(wrong)} tensors that do not fit its config: {wrong[0][0]!r} has "
-            f"shape {tuple(wrong[0][1])}, and {tuple(wrong[0][2])} was expected."
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _load_pruned(folder: Path, device: torch.device, dtype: torch.dtype | None) -> ElasticLLM:

@@ -1,4 +1,4 @@
-"""Model folders in the cache: made once, whole or not at all, checked at each use."""
+"""Model folders in the cache: created once, complete or not at all, and checked at each use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.errors import ArtifactError, StorageFullError
+from rap_env.errors import ArtifactError
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _VERSION = 1
 
 
 def models_dir() -> Path:
-    """Where downloaded and converted models lie."""
+    """The folder of downloaded and converted models."""
     return cache_dir() / "models"
 
 
@@ -36,10 +36,10 @@ def file_sha256(path: Path) -> str:
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a folder is there and holds what was put there when it was made.
+    """Whether a folder exists and its files are those of its manifest.
 
-    A file whose size and time are those of the manifest is believed; one with another time (the
-    cache was copied) is hashed. A bit that rots unseen shows in the model's fingerprint.
+    A file with the size and time of the manifest is accepted; one with another time (the cache was
+    copied) is hashed. Silent corruption of a file changes the model's fingerprint.
     """
     try:
         manifest = load_artifact(folder / MANIFEST, _KIND, _VERSION)
@@ -49,7 +49,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def manifest_source(folder: Path) -> dict[str, Any]:
-    """What `make` noted as the source of a folder that `made_once` made.
+    """The source of a folder that `made_once` created, from its manifest.
 
     Raises:
         FileNotFoundError: It is no such folder.
@@ -60,18 +60,18 @@ def manifest_source(folder: Path) -> dict[str, Any]:
 
 
 def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder, made now if it is not there or damaged.
+    """The folder, created now if it is missing or damaged.
 
-    A half-made folder never shows: it is filled beside its place and moved there at the end.
-    Several processes may ask at once; one makes it and the others wait. What a killed process
-    left behind is removed.
+    An incomplete folder is never visible: it is filled under another name and moved at the end.
+    If several processes call this at once, one creates the folder and the others wait. Leftovers
+    of killed processes are removed.
 
     Args:
-        folder: Its place.
-        make: Fills an empty folder and returns what to note in the manifest as its source.
+        folder: Path of the folder.
+        make: Fills an empty folder and returns its source for the manifest.
 
     Raises:
-        StorageFullError: The disk is full; nothing is left of the attempt.
+        StorageFullError: The disk is full; nothing remains of the attempt.
     """
     if is_intact(folder):
         return folder
@@ -79,7 +79,7 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
         if is_intact(folder):
             return folder
         if folder.exists():
-            log.warning("%s is damaged; it is made again", folder)
+            log.warning("%s is damaged; it is created again", folder)
         with scratch(folder) as work:
             source = make(work)
             files = {path.name: _entry(path) for path in sorted(work.iterdir())}
@@ -92,13 +92,13 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Keep other processes from making `target` at the same time; a killed holder lets go."""
+    """Keep other processes from creating `target` at the same time; a killed process unlocks."""
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(target.parent / f".{target.name}.lock")
     try:
         lock.acquire(timeout=1)
     except filelock.Timeout:
-        log.info("Another process is making %s; waiting for it", target)
+        log.info("Another process is creating %s; waiting for it", target)
         lock.acquire()
     try:
         yield
@@ -108,9 +108,9 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, removed afterwards unless it was moved away.
+    """An empty folder beside `target`, removed afterwards unless it was moved.
 
-    Call it under `locked(target)` only: what earlier, killed attempts left is removed first.
+    Call it only under `locked(target)`: leftovers of earlier, killed attempts are removed first.
 
     Raises:
         StorageFullError: The disk is full.
@@ -124,15 +124,6 @@ def scratch(target: Path) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work
-        except OSError:
-            raise
-        except Exception as error:
-            # safetensors reports a failed write as an error of its own, with the text alone.
-            if "No space left" not in str(error) and "os error 28" not in str(error):
-                raise
-            raise StorageFullError(
-                f"No space left while writing {target}; free some and run the same command again."
-            ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

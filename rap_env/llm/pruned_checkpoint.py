@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.blocks import BlockMask, block_index, block_name
-from rap_env.errors import ArtifactError, StorageFullError
+from rap_env.errors import ArtifactError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.cpu_decode import attention_name, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
@@ -66,7 +66,7 @@ def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]
         raise ArtifactError(
             f"{folder} has content that is no pruned checkpoint; choose another folder."
         )
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
@@ -219,18 +219,3 @@ def _without(base: Any, adapter: FamilyAdapter, removed: Mapping[str, int | None
 
     # The same name, by which transformers finds a class's renamed checkpoint keys.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """As `disk_errors`, also for safetensors, which reports an OS error only in its message."""
-    with disk_errors(folder):
-        try:
-            yield
-        except SafetensorError as error:
-            if "os error 28" not in str(error) and "os error 122" not in str(error):
-                raise
-            raise StorageFullError(
-                f"No space left while writing {folder}; free some space and save again. The "
-                "earlier content is unchanged."
-            ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -47,14 +46,17 @@ def open_weights(
     """
     from accelerate.hooks import remove_hook_from_module
 
-    require_all_files(folder)
+    _require_all_files(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelNotAvailableError(
             f"{folder} has no safetensors file, and single layers can be read only from those; "
             "load the model with load_llm() and save it again with llm.model.save_pretrained()."
         )
-    model, report = _load_offloaded(folder, config, work)
-    reject_missing(folder, report)
+    header = read_header(min(folder.glob("*.safetensors")))
+    kind = Counter(entry["dtype"] for entry in header.values()).most_common(1)[0][0]
+    loaded_dtype = DTYPES.get(kind, torch.float32)  # another dtype would read every weight now
+    with _quiet("accelerate"), disk_errors(work):
+        model, _ = _load(folder, loaded_dtype, device_map=_device_map(config), offload_folder=work)
     index = _offload_index(model)
     remove_hook_from_module(model, recurse=True)
     _set_dtype(model, dtype)
@@ -65,33 +67,48 @@ def open_weights(
     stored = {
         name: _stored(index[name], parameter.dtype, tables) for name, parameter in expected.items()
     }
-    _reject_other_shapes(folder, expected, stored)
+    shapes = {name: (found.shape, tuple(expected[name].shape)) for name, found in stored.items()}
+    wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    _reject_other_shapes(folder, wrong)
     return model.eval().requires_grad_(False), stored
 
 
-def _load_offloaded(folder: Path, config: Any, work: Path) -> tuple[Any, dict[str, Any]]:
+def load_weights(folder: Path, dtype: torch.dtype) -> Any:
+    """The transformers model of a folder on the CPU; its files must contain every weight.
+
+    Raises:
+        ModelNotAvailableError: A weight file is missing.
+        ChecksumError: A file is truncated or damaged.
+        UnsupportedModelError: The weights do not fit the config.
+    """
+    model, report = _load(folder, dtype)
+    _reject_other_shapes(folder, {name: (a, b) for name, a, b in report["mismatched_keys"]})
+    return model.eval().requires_grad_(False)
+
+
+def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A model, and transformers' loading report."""
     from transformers import AutoModelForCausalLM
 
-    first = read_header(min(folder.glob("*.safetensors")))
-    stored = Counter(entry["dtype"] for entry in first.values()).most_common(1)[0][0]
-
-    with (
-        transformers_bars(shown=False),
-        _quiet("accelerate"),
-        disk_errors(work),
-        readable_weights(folder),
-    ):
+    _require_all_files(folder)
+    with transformers_bars(shown=False), _readable_weights(folder):
+        # Transformers selects the attention: sdpa where the family has it, else eager.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=DTYPES.get(stored, torch.float32),  # another dtype would read every weight now
-            device_map=_device_map(config),
-            offload_folder=work,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the caller rejects them
+            ignore_mismatched_sizes=True,  # the callers reject them
+            **options,
         )
     model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{folder} lacks {len(missing)} tensors that its config requires, such as "
+            f"{missing[0]!r}; transformers would fill them with random numbers. Save the "
+            "model again."
+        )
     return model, report
 
 
@@ -155,53 +172,32 @@ def _stored(
     return StoredTensor(path, entry["at"], tuple(entry["shape"]), DTYPES[entry["dtype"]], dtype)
 
 
-def _reject_other_shapes(
-    folder: Path, expected: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
-) -> None:
-    wrong = sorted(n for n, found in stored.items() if found.shape != tuple(expected[n].shape))
-    if wrong:
-        raise UnsupportedModelError(
-            f"{folder} has {len(wrong)} tensors that do not fit its config: {wrong[0]!r} has "
-            f"shape {stored[wrong[0]].shape}, and {tuple(expected[wrong[0]].shape)} was expected."
-        )
-
-
-def require_all_files(folder: Path) -> None:
-    """Reject a folder without all of its weight files.
-
-    Raises:
-        ModelNotAvailableError: Some are missing.
-    """
+def _require_all_files(folder: Path) -> None:
     if not has_all_weights(folder):
         raise ModelNotAvailableError(
             f"{folder} has a config but not all its weight files; save the model there again."
         )
 
 
-def reject_missing(folder: Path, report: Mapping[str, Any]) -> None:
-    """Reject weights that lack tensors of the config, by transformers' loading report.
-
-    Raises:
-        UnsupportedModelError: Some are missing.
-    """
-    if missing := sorted(report["missing_keys"]):
+def _reject_other_shapes(folder: Path, wrong: Mapping[str, tuple[Any, Any]]) -> None:
+    """Reject tensors with another shape than the config's; `wrong` gives both by name."""
+    if wrong:
+        name, (found, expected) = min(wrong.items())
         raise UnsupportedModelError(
-            f"{folder} lacks {len(missing)} tensors that its config requires, such as "
-            f"{missing[0]!r}; transformers would fill them with random numbers. Save the "
-            "model again."
+            f"{folder} has {len(wrong)} tensors that do not fit its config: {name!r} has "
+            f"shape {tuple(found)}, and {tuple(expected)} was expected."
         )
 
 
 @contextlib.contextmanager
-def readable_weights(folder: Path) -> Iterator[None]:
+def _readable_weights(folder: Path) -> Iterator[None]:
     """Turn errors of the safetensors library into errors of this project."""
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
+        full = "os error 28" in str(error)  # no space for a converted tensor
+        if type(error).__name__ != "SafetensorError" or full:
             raise
-        if "os error 28" in str(error):  # no space for a converted tensor
-            raise OSError(errno.ENOSPC, str(error)) from error
         raise damaged_weights(folder, error) from error
 
 

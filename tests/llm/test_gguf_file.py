@@ -96,7 +96,7 @@ def test_a_damaged_conversion_is_made_again(
     else:
         weights.unlink()
     llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32")
-    assert "is damaged; it is made again" in caplog.text
+    assert "is damaged; it is created again" in caplog.text
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
 
 
@@ -174,7 +174,7 @@ def test_no_file(lonely: Path, tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_refused(lonely: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
-    with pytest.raises(ChecksumError, match=r"text\.gguf is no GGUF file: it begins with b'hell'"):
+    with pytest.raises(ChecksumError, match=r"text\.gguf is not a GGUF file: it begins with"):
         load_llm(tmp_path / "text.gguf")
 
 
@@ -183,7 +183,7 @@ def test_a_truncated_file_is_refused(kept: float, lonely: Path, tmp_path: Path) 
     write_tiny_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ChecksumError, match=r"tiny\.gguf is truncated or damaged .*get it again"):
+    with pytest.raises(ChecksumError, match=r"tiny\.gguf is truncated .*download it again"):
         load_llm(tmp_path / "tiny.gguf")
     assert not list((lonely / "models").glob("gguf-*"))
 

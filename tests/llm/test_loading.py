@@ -104,11 +104,6 @@ def test_a_pruned_checkpoint_loads_as_what_it_is(lonely: Path, tmp_path: Path) -
 # Errors
 
 
-def test_quantisation_is_refused_until_it_is_there(folder: Path) -> None:
-    with pytest.raises(RapError, match=r"quantization='int4' is not supported yet; leave it out"):
-        load_llm(folder, quantization="int4")
-
-
 def test_unknown_dtype_and_device(folder: Path) -> None:
     with pytest.raises(UnknownNameError, match="dtype 'int3'; known are 'auto'"):
         load_llm(folder, dtype="int3")
@@ -149,7 +144,7 @@ def test_a_damaged_config(text: str, folder: Path) -> None:
 def test_an_unknown_family_is_refused_before_its_weights(
     model_type: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
     edit_config(folder, model_type=model_type)
     with pytest.raises(
         UnsupportedModelError, match=f"'{model_type}' are not known; known are .*To add one"
@@ -259,9 +254,9 @@ def test_loading_leaves_the_garbage_collector_as_it_was(
     enabled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    real = loading._load_weights
+    real = loading.load_weights
     monkeypatch.setattr(
-        loading, "_load_weights", lambda *about: seen.append(gc.isenabled()) or real(*about)
+        loading, "load_weights", lambda *about: seen.append(gc.isenabled()) or real(*about)
     )
     try:
         (gc.enable if enabled else gc.disable)()
