@@ -20,6 +20,7 @@ from rap_env.request import Request
 from rap_env.runtime.policies import NetworkPolicy
 from rap_env.runtime.policy_network import BlockNetwork
 from tests.runtime.made_policies import features, memory, policy_file, weights
+from tests.runtime.test_policies import frontier
 
 SHAPES = [(1, 10), (16, 2000), (4, 500)]
 
@@ -119,20 +120,24 @@ def test_invalid_weights_are_refused(changed, text):
         replace(weights(), **changed)
 
 
-def test_choosing_loads_neither_torch_nor_a_training_library():
+def test_choosing_loads_neither_torch_nor_a_training_library(tmp_path):
+    frontier().save(tmp_path / "masks.json")
     code = (
         "import sys\n"
         "from tests.runtime.made_policies import memory, policy_file\n"
-        "from rap_env.runtime.policies import NetworkPolicy\n"
+        "from rap_env.runtime.policies import NetworkPolicy, load_policy\n"
         "from rap_env.request import Request\n"
         "model = memory()\n"
         "policy = NetworkPolicy(model, policy_file())\n"
         "assert policy.choose(Request.at_fraction(model, 4, 500, 0.7))\n"
+        "table = load_policy(sys.argv[1], model)\n"
+        "assert table.choose(Request.at_fraction(model, 1, 10, 0.8))\n"
         "heavy = ('torch', 'transformers', 'stable_baselines3', 'sb3_contrib', 'hydra', 'agents')\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code, str(tmp_path / "masks.json")],
+        capture_output=True, text=True, check=False,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.stdout.strip() == "[]", done.stderr
