@@ -145,7 +145,7 @@ class ElasticLLM:
         with self.exclusive():
             wanted = self._wanted(mask, bare)
             self._live.evict_keys_and_values(mask)
-            self._live.place(wanted, evict=True)
+            self._live.set_removed(wanted, evict=True)
 
     @contextlib.contextmanager
     def masked(
@@ -170,10 +170,10 @@ class ElasticLLM:
         with self.exclusive():
             before = dict(self._live.removed)
             try:
-                self._live.place(self._wanted(mask, bare))
+                self._live.set_removed(self._wanted(mask, bare))
                 yield self
             finally:
-                self._live.place(before, evict=True)
+                self._live.set_removed(before, evict=True)
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its mask, in a ``with`` block.
@@ -191,10 +191,10 @@ class ElasticLLM:
             yield
             return
         try:
-            self._live.place({**{index: self._stubs.get(index) for index in more}, **before})
+            self._live.set_removed({**{index: self._stubs.get(index) for index in more}, **before})
             yield
         finally:
-            self._live.place(before)
+            self._live.set_removed(before)
 
     @property
     def residency(self) -> Residency:
@@ -220,7 +220,7 @@ class ElasticLLM:
             if residency == self.residency:
                 return
             removed = dict(self._live.removed)
-            self._live.place({})  # all weights in memory
+            self._live.set_removed({})  # all weights in memory
             self._live.weights = None
             try:
                 if residency != "resident":
@@ -232,7 +232,7 @@ class ElasticLLM:
                         self.fingerprint,
                     )
             finally:
-                self._live.place(removed, evict=True)
+                self._live.set_removed(removed, evict=True)
         return_freed_memory()
 
     @property
@@ -267,7 +267,7 @@ class ElasticLLM:
         """Bytes left for hidden states under a memory cap; None without a cap."""
         return None
 
-    def hold_layer(self, number: int) -> None:
+    def load_layer(self, number: int) -> None:
         """Load the weights of a layer before it is called; here they are always in memory."""
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:

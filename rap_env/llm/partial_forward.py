@@ -75,7 +75,7 @@ class PartialForward:
         bare = BlockMask(others - frozenset(removed))
         with self._llm.masked(BlockMask(others), bare=bare):
             if blocks:
-                self._llm.hold_layer(layer)
+                self._llm.load_layer(layer)
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left

@@ -272,7 +272,7 @@ class LiveBlocks:
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     weights: BlockWeights | None = None
 
-    def place(self, wanted: Mapping[int, Stub | None], *, evict: bool = False) -> None:
+    def set_removed(self, wanted: Mapping[int, Stub | None], *, evict: bool = False) -> None:
         """Remove exactly the blocks of `wanted`.
 
         Args:

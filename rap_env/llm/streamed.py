@@ -188,7 +188,7 @@ class StreamedLLM(ElasticLLM):
                 "at a time whatever its mask is; load the model with load_llm()."
             )
 
-    def hold_layer(self, number: int) -> None:
+    def load_layer(self, number: int) -> None:
         """Load the weights of a layer, and evict those of the layer in memory.
 
         Raises:
@@ -278,4 +278,4 @@ class StreamedLLM(ElasticLLM):
 def _hold(llm: weakref.ref[StreamedLLM], number: int, *_: Any) -> None:
     streamed = llm()
     if streamed is not None:
-        streamed.hold_layer(number)
+        streamed.load_layer(number)

@@ -1,4 +1,4 @@
-"""The short way for single tokens gives what transformers' own way gives."""
+"""Decoding single tokens with the CPU optimisations equals transformers' own decoding."""
 
 import pytest
 import torch

@@ -71,13 +71,13 @@ def test_it_is_the_model_that_would_be_loaded(
 def test_one_layer_at_a_time_is_held_and_really_let_go(folder: Path) -> None:
     llm = stream(folder)
     layers = llm.adapter.layers(llm.model)
-    llm.hold_layer(0)
+    llm.load_layer(0)
     weight = layers[0].mlp.down_proj.weight
     assert layers_in_memory(llm) == [0]
-    llm.hold_layer(0)
+    llm.load_layer(0)
     assert layers[0].mlp.down_proj.weight is weight  # not read again
     assert llm.layer_reads == 1
-    llm.hold_layer(1)
+    llm.load_layer(1)
     assert layers_in_memory(llm) == [1]
     assert layers[0].mlp.down_proj.weight.is_meta
     assert [o for o in gc.get_referrers(weight) if isinstance(o, dict)] == []
@@ -86,7 +86,7 @@ def test_one_layer_at_a_time_is_held_and_really_let_go(folder: Path) -> None:
 def test_a_layer_is_held_whatever_mask_is_applied(folder: Path) -> None:
     llm = stream(folder)
     with llm.masked(BlockMask.of("layer01.ffn")):
-        llm.hold_layer(1)
+        llm.load_layer(1)
     with torch.no_grad():
         expected = load_llm(folder, device="cpu", dtype="float32").model(IDS).logits
         assert torch.equal(llm.model(IDS).logits, expected)
@@ -193,13 +193,13 @@ def test_weights_that_go_while_the_model_is_open(folder: Path) -> None:
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ChecksumError, match=r"truncated or damaged; download the model again"):
-        llm.hold_layer(1)
+        llm.load_layer(1)
     assert layers_in_memory(llm) == []
     weights.unlink()
     with pytest.raises(ModelNotAvailableError, match="was removed after the model was opened"):
-        llm.hold_layer(1)
+        llm.load_layer(1)
     weights.write_bytes(content)
-    llm.hold_layer(1)
+    llm.load_layer(1)
     assert layers_in_memory(llm) == [1]
 
 
@@ -230,4 +230,4 @@ def test_a_fork_leaves_the_converted_tensors_to_its_parent(lonely: Path, tmp_pat
     child.start()
     child.join(60)
     assert child.exitcode == 0
-    llm.hold_layer(1)
+    llm.load_layer(1)
