@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,36 @@ from rap_env.blocks import Block, block_index
 from rap_env.errors import ArtifactError
 from rap_env.memory import HasFacts
 
-_ONE_SHOT_KIND, _ONE_SHOT_FORMAT = "one-shot importance", 1
-_GSI_KIND, _GSI_FORMAT = "GSI profile", 2
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile of one model, saved as a checked JSON artifact.
+
+    Attributes:
+        KIND: Kind of the artifact.
+        FORMAT: Its format.
+    """
+
+    KIND: ClassVar[str]
+    FORMAT: ClassVar[int]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a checked JSON artifact."""
+        save_artifact(path, self.KIND, self.FORMAT, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
+        """
+        return cls(**load_profile(path, cls.KIND, cls.FORMAT, model))
 
 
 @dataclass(frozen=True)
-class OneShotProfile:
+class OneShotProfile(Profile):
     """Scores of the 2L blocks of a dense model.
 
     Attributes:
@@ -33,6 +57,9 @@ class OneShotProfile:
         seconds: Wall time of the masks that the model ran.
         provenance: Model, text and versions.
     """
+
+    KIND = "one-shot importance"
+    FORMAT = 1
 
     dense_nll: float
     nll_without: tuple[float, ...]
@@ -53,23 +80,9 @@ class OneShotProfile:
         """1 - cosine between the residual stream before and after each block, (2L,)."""
         return np.array(self.influence)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a checked JSON artifact."""
-        save_artifact(path, _ONE_SHOT_KIND, _ONE_SHOT_FORMAT, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> OneShotProfile:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
-        """
-        return cls(**load_profile(path, _ONE_SHOT_KIND, _ONE_SHOT_FORMAT, model))
-
 
 @dataclass(frozen=True)
-class GSIProfile:
+class GSIProfile(Profile):
     """The result of GSI (RAP, arXiv 2505.17138, Algorithm 1) on one model and text.
 
     Attributes:
@@ -92,6 +105,9 @@ class GSIProfile:
         seconds: Wall time of what the model ran, summed over all sessions.
         provenance: Model, text and everything else that determined the scores.
     """
+
+    KIND = "GSI profile"
+    FORMAT = 2
 
     method: str
     num_blocks: int
@@ -144,20 +160,6 @@ class GSIProfile:
             delta_nll[block_index(name)] = rise
         delta_nll[list(self.order_indices)] = np.diff(levels)
         return delta_nll
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a checked JSON artifact."""
-        save_artifact(path, _GSI_KIND, _GSI_FORMAT, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> GSIProfile:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
-        """
-        return cls(**load_profile(path, _GSI_KIND, _GSI_FORMAT, model))
 
 
 def load_profile(

@@ -25,7 +25,7 @@ class Scorer(Protocol):
 
     @property
     def known(self) -> int:
-        """Number of masks asked for so far, stored ones included."""
+        """Number of masks asked for so far, including stored ones."""
 
     @property
     def evaluations(self) -> int:
@@ -33,11 +33,11 @@ class Scorer(Protocol):
 
     @property
     def passes(self) -> float:
-        """As `evaluations`, but a mask that was run on a part of the text counts as that part."""
+        """As `evaluations`, but a mask run on a part of the text counts as that part."""
 
     @property
     def block_forwards(self) -> float:
-        """Number of blocks that were run on the whole text; on a part of it, that part."""
+        """Blocks that the model ran, in passes over the whole text; parts count by their share."""
 
     @property
     def num_windows(self) -> int:
@@ -69,4 +69,4 @@ class Scorer(Protocol):
     def scan(
         self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None
     ) -> dict[Block, float]:
-        """For every block that `mask` keeps: the NLL without that block too."""
+        """For every block that `mask` keeps: the NLL if that block is removed too."""

@@ -74,43 +74,9 @@ def require_lm_eval() -> None:
         raise MissingDependencyError(package, "Scoring tasks", "eval") from error
 
 
-class _Silence:
-    """Raises log levels and turns off bars of `datasets` while at least one user needs it."""
-
-    def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
-        self._levels: dict[str, int] = {}
-        self._had_bars = False
-
-    def begin(self) -> None:
-        """Silence lm-eval, unless another thread has done so."""
-        import datasets
-
-        with self._lock:
-            self._users += 1
-            if self._users > 1:
-                return
-            self._had_bars = not datasets.are_progress_bars_disabled()
-            datasets.disable_progress_bars()
-            for name in _NOISY:
-                self._levels[name] = logging.getLogger(name).level
-                logging.getLogger(name).setLevel(logging.ERROR)
-
-    def end(self) -> None:
-        """Restore the settings if no other thread needs silence."""
-        import datasets
-
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
-            for name, level in self._levels.items():
-                logging.getLogger(name).setLevel(level)
-            if self._had_bars:
-                datasets.enable_progress_bars()
-
-
-_silence = _Silence()
+_quiet_lock = threading.Lock()
+_quiet_users = 0
+_restore = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -119,11 +85,29 @@ def quiet() -> Iterator[None]:
 
     Standard error is not touched, and threads may overlap: the last one restores the settings.
     """
-    _silence.begin()
+    global _quiet_users
+    with _quiet_lock:
+        if not _quiet_users:
+            _silence()
+        _quiet_users += 1
     try:
         yield
     finally:
-        _silence.end()
+        with _quiet_lock:
+            _quiet_users -= 1
+            if not _quiet_users:
+                _restore.close()
+
+
+def _silence() -> None:
+    import datasets
+
+    for logger in map(logging.getLogger, _NOISY):
+        _restore.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+    if not datasets.are_progress_bars_disabled():
+        _restore.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
 
 
-def test_loss_rise_is_measured_block_by_block():
+def test_delta_nll_is_measured_block_by_block():
     scorer = MaskScorer(tiny_llm(), tokens())
     profile = one_shot(scorer, progress=False)
     expected = [scorer.nll(BlockMask.of(i)) - scorer.dense_nll for i in range(4)]

@@ -1,4 +1,4 @@
-"""Facts for the multiple-choice task: relations of everyday words, each with a question."""
+"""Facts for the multiple-choice task: relations between everyday words, with questions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """A question template and the pairs that it asks for.
+    """A question template and its pairs of words.
 
     Attributes:
-        name: What relates the two words.
+        name: The relation of the two words.
         question: Template with one ``{}`` for the known word.
         pairs: ``(known word, answer)``. The wrong choices are answers of other pairs.
     """

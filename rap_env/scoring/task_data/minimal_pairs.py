@@ -1,8 +1,8 @@
-"""Templates of grammatical minimal pairs: two sentences that differ where only one is English.
+"""Templates of grammatical minimal pairs: two similar sentences, one of them ungrammatical.
 
-Each paradigm is a function of a random generator that returns ``(good, bad)``. The word that
-differs is as often the good one as the bad one (only `polarity` cannot do that), so that a
-model that knows no more than how frequent words are stays near one half.
+Each paradigm is a function of a random generator that returns ``(good, bad)``. Each form of the
+differing word is as often correct as wrong (except in `polarity`), so that a model that only
+knows word frequencies scores near one half.
 """
 
 from __future__ import annotations
