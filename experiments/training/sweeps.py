@@ -92,8 +92,8 @@ def objective(config: Config, folder: Path) -> float:
     if record.get("objective_on") != measured_on(config):
         context = build_context(config)
         requests = grid_requests(config.evaluate, context.memory)
-        judge = ObjectiveScorer(config, context)
-        record = judge.facts(choices(TrainedPolicy.load(folder, context), requests, context))
+        scorer = ObjectiveScorer(config, context)
+        record = scorer.facts(choices(TrainedPolicy.load(folder, context), requests, context))
         run.finish(started, **record)
     return float(record["objective"])
 
@@ -164,8 +164,8 @@ class RunningTrial:
 class Pruning:
     """A metric sink that stops a training which is worse than others of its study.
 
-    It reports the mean loss of the recent episodes' masks, nats per token, at each mark. It ends
-    nothing before there is a checkpoint, since the policy is judged as it stands then.
+    It reports the mean ΔNLL of the masks of recent episodes, nats per token, at each mark. It stops
+    no training before its first checkpoint, because the objective is measured on a checkpoint.
 
     Args:
         trial: The trial to report to.

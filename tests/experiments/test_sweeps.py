@@ -62,7 +62,7 @@ def test_a_study_is_kept_goes_on_and_stops_what_is_bad(base):
     done = run_train(base, "+sweep=optuna", "name=tuning", "hydra.sweeper.n_trials=3",
                      f"~{pruner}", f"+{pruner}={never}")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 of 3 trials are done" in done.stderr + done.stdout
+    assert "2 of 3 trials are finished" in done.stderr + done.stdout
     folder = base / "runs" / "tuning" / "train"
     study = optuna.load_study(study_name="tuning", storage=f"sqlite:///{folder / 'study.db'}")
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
@@ -75,7 +75,7 @@ def test_a_study_is_kept_goes_on_and_stops_what_is_bad(base):
     assert marks[-1] == 9
     (stopped,) = (run for run in runs if run["pruned"])
     assert stopped["timesteps"] < 128
-    assert "Trial 2 of the study stops" in stopped["stopped"]
+    assert "Trial 2 of the study is pruned" in stopped["stopped"]
     assert all(run["timesteps"] == 128 for run in runs if not run["pruned"])
 
 
