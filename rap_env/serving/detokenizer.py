@@ -34,7 +34,7 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Add a token and return the text that is final now, often that of the token alone."""
         self._window.append(token_id)
-        text = self._decode(self._window)
+        text = plain_text(self._tokenizer, self._window)
         waiting = len(text) - len(text.rstrip(UNFINISHED))
         waiting = min(waiting, _MAX_UNFINISHED)
         if len(self._window) - self._context > _MAX_TOKENS:
@@ -48,19 +48,16 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return the text that was held back; call it after the last token."""
-        text = self._decode(self._window)
+        text = plain_text(self._tokenizer, self._window)
         piece = text[self._given :]
         self._given = len(text)
         return piece
 
     def _move_on(self) -> None:
         recent = self._window[self._context :]
-        if text := self._decode(recent):  # a window without text would be no context
+        if text := plain_text(self._tokenizer, recent):  # a window without text would be no context
             self._window, self._given = recent, len(text)
         self._context = len(self._window)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return plain_text(self._tokenizer, token_ids)
 
 
 def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

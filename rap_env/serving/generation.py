@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rap_env.errors import (
     EngineClosedError,
@@ -27,8 +27,7 @@ MIN_LOGPROB = -9999.0
 """Value that the API writes for a probability of zero."""
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token and its log probability.
 
     Attributes:
@@ -242,13 +241,9 @@ class Generation:
 def _as_api_error(error: BaseException) -> BaseException:
     """Error response for an error that the engine raised at submission."""
     if isinstance(error, QueueFullError):
-        return ApiError(
-            429,
-            str(error),
-            kind="requests",
-            code="rate_limit_exceeded",
-            headers={"retry-after": "1"},
-        )
+        retry = {"retry-after": "1"}
+        code = "rate_limit_exceeded"
+        return ApiError(429, str(error), kind="requests", code=code, headers=retry)
     if isinstance(error, InfeasibleBudgetError):
         return unavailable(str(error), "insufficient_memory")
     if isinstance(error, InvalidRequestError):

@@ -7,8 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -22,15 +21,6 @@ DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""
 
 
-@dataclass
-class _Choice:
-    """One answer, assembled from its deltas."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-
-
 class ResponseWriter:
     """Writes the response to one request.
 
@@ -41,10 +31,7 @@ class ResponseWriter:
     """
 
     def __init__(self, request: GenerationRequest, *, model: str, fingerprint: str) -> None:
-        self._chat = request.chat
-        self._logprobs = request.logprobs
-        self._include_usage = request.include_usage
-        self._size = request.size
+        self._request = request
         self._lengths: dict[int, int] = {}  # characters written of each answer
         self._head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -53,47 +40,44 @@ class ResponseWriter:
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, deltas: Iterable[OutputDelta], usage: Mapping[str, int]) -> dict[str, Any]:
+    def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, int]) -> dict[str, Any]:
         """Body of the response without streaming.
 
         Args:
             deltas: All deltas of all answers.
             usage: Numbers of tokens.
         """
-        answers = [_Choice() for _ in range(self._size)]
+        by_answer: list[list[OutputDelta]] = [[] for _ in range(self._request.size)]
         for delta in deltas:
-            answer = answers[delta.index]
-            answer.text += delta.text
-            answer.logprobs += delta.logprobs
-            answer.finish_reason = delta.finish_reason or answer.finish_reason
+            by_answer[delta.index].append(delta)
         return {
             **self._head,
-            "object": "chat.completion" if self._chat else "text_completion",
-            "choices": [self._whole_choice(i, answer) for i, answer in enumerate(answers)],
+            "object": "chat.completion" if self._request.chat else "text_completion",
+            "choices": [self._whole_choice(i, parts) for i, parts in enumerate(by_answer)],
             "usage": dict(usage),
         }
 
-    def _whole_choice(self, index: int, answer: _Choice) -> dict[str, Any]:
-        common = {
+    def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
+        text = "".join(delta.text for delta in deltas)
+        logprobs = [entry for delta in deltas for entry in delta.logprobs]
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {
             "index": index,
-            "finish_reason": answer.finish_reason,
-            "logprobs": self._logprobs_json(index, answer.logprobs),
+            "finish_reason": deltas[-1].finish_reason,
+            "logprobs": self._logprobs_json(index, logprobs),
+            **({"message": message} if self._request.chat else {"text": text}),
         }
-        if self._chat:
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
-            return {**common, "message": message}
-        return {**common, "text": answer.text}
 
     def opening(self) -> list[bytes]:
         """First events of a stream: in a chat, the role of each answer."""
-        if not self._chat:
+        if not self._request.chat:
             return []
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(i, {"delta": delta}, [], None) for i in range(self._size)]
+        return [self._chunk(i, {"delta": delta}, [], None) for i in range(self._request.size)]
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         """Events of a stream for one delta; in a chat, the finish reason is an event of its own."""
-        if not self._chat:
+        if not self._request.chat:
             body = {"text": delta.text}
             return [self._chunk(delta.index, body, delta.logprobs, delta.finish_reason)]
         events = []
@@ -106,7 +90,7 @@ class ResponseWriter:
 
     def closing(self, usage: Mapping[str, int]) -> list[bytes]:
         """Last events of a stream."""
-        if not self._include_usage:
+        if not self._request.include_usage:
             return [DONE]
         return [event({**self._stream_head(), "choices": [], "usage": dict(usage)}), DONE]
 
@@ -124,18 +108,18 @@ class ResponseWriter:
             "finish_reason": finish_reason,
         }
         chunk = {**self._stream_head(), "choices": [choice]}
-        if self._include_usage:
+        if self._request.include_usage:
             chunk["usage"] = None
         return event(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        kind = "chat.completion.chunk" if self._request.chat else "text_completion"
         return {**self._head, "object": kind}
 
     def _logprobs_json(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._logprobs:
+        if not self._request.logprobs:
             return None
-        if self._chat:
+        if self._request.chat:
             return {"content": [_chat_logprob(entry) for entry in found], "refusal": None}
         offsets = []
         for entry in found:

@@ -42,7 +42,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > settings.max_connections:
-                transport.write(_FULL)
+                transport.write(_too_many_connections())
                 transport.close()
                 return
             self._start_header_timer()
@@ -86,17 +86,14 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
-def _raw_response() -> bytes:
+def _too_many_connections() -> bytes:
+    """Whole HTTP response to a connection above the limit."""
     error = unavailable("Too many connections; ask again later.", "too_many_connections")
-    body = json.dumps(error.to_json()).encode()
-    head = (
+    body = json.dumps(error.to_json())
+    return (
         f"HTTP/1.1 {error.status} Service Unavailable\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-_FULL = _raw_response()
+        f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n{body}"
+    ).encode()
 
 
 class Server(uvicorn.Server):
@@ -177,12 +174,9 @@ def bind(host: str, port: int) -> socket.socket:
             bound.close()
             raise
     except (OSError, OverflowError) as error:
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        remedy = (
-            "stop the program that listens there, or choose another port"
-            if taken
-            else "check host and port"
-        )
+        remedy = "check host and port"
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            remedy = "stop the program that listens there, or choose another port"
         raise ServingSettingsError(f"Cannot listen at {host}:{port} ({error}); {remedy}.") from None
     return bound
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,7 +127,10 @@ class ServerSettings:
     def __post_init__(self) -> None:
         for name, types in setting_types().items():
             value = getattr(self, name)
-            self._check_type(name, value, types)
+            allowed: Any = (*types, int) if float in types else types
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                words = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+                raise ServingSettingsError(f"{name} must be of type {words}, not {value!r}.")
             if name in CHOICES and value not in CHOICES[name]:
                 raise UnknownNameError(name, value, CHOICES[name])
             if name == "port" and not 0 <= value <= 65535:
@@ -137,13 +140,6 @@ class ServerSettings:
             if types[0] is int and name != "port" and value is not None and value < 1:
                 raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
         _ = self.memory_source, self.reserve_bytes  # raise if they are not numbers of bytes
-
-    @staticmethod
-    def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-        allowed = (*types, int) if float in types else types
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            words = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise ServingSettingsError(f"{name} must be of type {words}, not {value!r}.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerSettings:
@@ -202,27 +198,24 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         ServingSettingsError: The file does not exist, has another suffix or is not valid.
     """
+    parsers: dict[str, Callable[[str], Any]] = {
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+        ".toml": tomllib.loads,
+    }
+    if path.suffix not in parsers:
+        raise ServingSettingsError(
+            f"{path} must have the suffix .yaml, .yml or .toml, not {path.suffix!r}."
+        )
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text)
-        elif path.suffix == ".toml":
-            values = tomllib.loads(text)
-        else:
-            raise ServingSettingsError(
-                f"{path} must have the suffix .yaml, .yml or .toml, not {path.suffix!r}."
-            )
+        values = parsers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ServingSettingsError(f"Cannot read {path}: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError) as error:  # also TOMLDecodeError, UnicodeDecodeError
-        if isinstance(error, ServingSettingsError):
-            raise
         reason = " ".join(str(error).split())
         raise ServingSettingsError(f"{path} is not valid {path.suffix[1:]}: {reason}.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ServingSettingsError(
             f"{path} must hold settings as 'name: value', not a {type(values).__name__}."
         )
-    return values
+    return values or {}

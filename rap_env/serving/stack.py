@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -136,13 +137,11 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
 def greeting(stack: ServerStack, url: str) -> str:
     """Text for the user once the server answers."""
     controller, name = stack.engine.controller, stack.settings.served_name
-    chat = bool(getattr(stack.engine.llm.tokenizer, "chat_template", None))
-    route = "chat/completions" if chat else "completions"
-    body = (
-        '{"model": "%s", "messages": [{"role": "user", "content": "Hello!"}]}'
-        if chat
-        else '{"model": "%s", "prompt": "Once upon a time"}'
-    ) % name
+    route = "completions"
+    body: dict[str, Any] = {"model": name, "prompt": "Once upon a time"}
+    if getattr(stack.engine.llm.tokenizer, "chat_template", None):
+        message = {"role": "user", "content": "Hello!"}
+        route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
         f"Memory: {controller.budget_bytes / 2**30:.2f} GiB now "
@@ -153,7 +152,7 @@ def greeting(stack: ServerStack, url: str) -> str:
         lines.append(f"Each change of the mask is a line in {stack.decisions.path}.")
     lines += [
         f"Health: {url}/healthz, metrics: {url}/metrics. Try it:",
-        f"  curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{body}'",
+        f"  curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
     ]
     return "\n".join(lines)
 
