@@ -41,9 +41,7 @@ if TYPE_CHECKING:
     from rap_env.llm.default_model import CachedModel
     from rap_env.policy import MaskPolicy
 
-ERROR_CODE = 2
-_EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}
-"""Extras, each with a module that shows whether it is installed."""
+_EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}  # a module of each
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _MIB = 2**20
 _HELP = setting_help()
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     click.echo(f"Error: {sentence}", err=True)
-    sys.exit(ERROR_CODE)
+    sys.exit(2)
 
 
 def _show(answer: dict[str, Any], text: str, as_json: bool) -> None:
@@ -169,8 +167,7 @@ def default_facts() -> ModelFacts:
 def _facts(model: str, device: str, dtype: str) -> ModelFacts:
     """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
     facts = default_facts()
-    names = (facts.name, facts.name.partition("@")[0])
-    if model in names and dtype in ("auto", facts.dtype):
+    if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
         return facts
     from rap_env.llm.loading import load_llm
 
@@ -227,8 +224,7 @@ def choose(
     """
     from rap_env.runtime.policies import load_policy
 
-    budget_bytes = parse_bytes(budget)
-    request = Request(batch, seq, budget_bytes)
+    request = Request(batch, seq, parse_bytes(budget))
     memory = MemoryModel(_facts(model, device, dtype))
     facts, chooser = memory.facts, load_policy(policy, memory)
     started = time.perf_counter()
@@ -242,7 +238,7 @@ def choose(
         "policy": policy,
         "request": asdict(request),
         "removed": list(mask.names),
-        "fits": parts.peak <= budget_bytes,
+        "fits": parts.peak <= request.budget_bytes,
         "peak_bytes": parts.peak,
         "native_peak_bytes": memory.dense_peak_bytes(batch, seq),
         "bytes": parts.as_dict(),
@@ -264,9 +260,8 @@ def _check_fits(memory: MemoryModel, mask: BlockMask, request: Request) -> None:
 
 def _choice_text(answer: dict[str, Any]) -> str:
     shape, budget = answer["request"], answer["request"]["budget_bytes"]
-    rise = answer["delta_nll"]
+    removed, rise = answer["removed"], answer["delta_nll"]
     known = "unknown" if rise is None else f"{rise:+.4f} nats/token"
-    removed = answer["removed"]
     lines = [
         f"{answer['model']} ({answer['dtype']}), {shape['batch_size']} x "
         f"{shape['seq_len_tokens']} tokens, policy {answer['policy']}:",

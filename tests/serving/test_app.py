@@ -84,7 +84,7 @@ def test_length_is_the_reason_when_tokens_run_out(server):
     assert choice["finish_reason"] == "length"
 
 
-def test_stop_strings_end_the_answer_and_the_ticket(server):
+def test_stop_strings_end_the_answer_and_cancel_its_handle(server):
     body = post(server, {**CHAT, "stop": ["o w", "rld"]}).json()
     assert body["choices"][0]["message"]["content"] == "hell"
     assert body["choices"][0]["finish_reason"] == "stop"

@@ -60,7 +60,7 @@ def answers(server):
     return response.status_code == 200 and response.json()["choices"][0]["text"] != ""
 
 
-def test_a_slow_body_times_out_and_nobody_waits_for_it(tokenizer):
+def test_a_slow_body_times_out_without_delaying_others(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer, body_timeout_s=0.3) as server:
         slow = raw(server, HEAD.format(length=1000).encode() + b'{"model":')
         assert answers(server)
@@ -110,7 +110,7 @@ def test_what_is_no_http_is_told_so(tokenizer):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_disconnect_cancels_the_ticket(tokenizer, stream, begun):
+def test_a_disconnect_cancels_the_handle(tokenizer, stream, begun):
     text = "abc" if begun else "a"  # the gate is before the last token
     engine = FakeEngine(tokenizer, text, gate=threading.Event())
     with served(engine, tokenizer) as server:

@@ -216,7 +216,7 @@ def test_what_never_fits_is_refused_at_once(tokenizer):
 def test_a_full_queue_is_told_so(tokenizer):
     budget = Budget(tokenizer, max_queue=1)
     with served(budget.engine, tokenizer) as server, client_of(server) as client:
-        budget.bytes = 10  # nobody gets out of the queue
+        budget.bytes = 10  # no request leaves the queue
         waiting = threading.Thread(target=lambda: greedy(client))
         waiting.start()
         while not budget.engine.stats().queued:
