@@ -18,6 +18,8 @@ from experiments.config.common import (
 )
 from experiments.errors import ExperimentError
 
+CALIBRATION = "calibration"
+"""Names the calibration text where another text could stand."""
 FORMATS = ("text", "json", "markdown")
 
 
@@ -41,9 +43,17 @@ class EvaluateConfig:
     baselines: list[str] = field(default_factory=list)
     random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     text: TextConfig = field(default_factory=self_written)
-    selection: TextConfig | None = None
-    """Text on which a sweep's objective is measured; null for the calibration text."""
+    selection: TextConfig | None = field(
+        default_factory=lambda: TextConfig(source=CALIBRATION)  # Hydra merges no dict into a null
+    )
+    """Text on which a sweep's objective is measured; ``calibration`` or null for that text."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
+
+    @property
+    def selection_text(self) -> TextConfig | None:
+        """The text that a sweep's objective is measured on; None for the calibration text."""
+        named = self.selection is None or self.selection.source == CALIBRATION
+        return None if named else self.selection
 
     def __post_init__(self) -> None:
         if not self.requests or not self.budgets:

@@ -43,7 +43,7 @@ class TrialPrunedError(RapError):
 class ObjectiveScorer:
     """Computes a sweep's objective: mean ΔNLL of the chosen masks on the selection text.
 
-    The selection text is ``evaluate.selection``, or the calibration text if that is null.
+    The selection text is ``evaluate.selection``, or the calibration text where none is given.
 
     Args:
         config: All settings.
@@ -57,8 +57,9 @@ class ObjectiveScorer:
     def __init__(self, config: Config, context: PruningContext) -> None:
         self._on = measured_on(config)
         self._scorer = context.scorer
-        if config.evaluate.selection is not None:
-            self._scorer = held_out_scorer(config.evaluate.selection, "selection", context)
+        selection = config.evaluate.selection_text
+        if selection is not None:
+            self._scorer = held_out_scorer(selection, "selection", context)
 
     def facts(self, found: Sequence[Choice]) -> dict[str, Any]:
         """Return the mean ΔNLL over the grid, nats per token, and what it was measured on.
@@ -73,7 +74,7 @@ class ObjectiveScorer:
 
 def measured_on(config: Config) -> dict[str, Any]:
     """Return the text and the grid that an objective is measured on."""
-    selection = config.evaluate.selection
+    selection = config.evaluate.selection_text
     return {
         "text": asdict(selection) if selection is not None else "calibration",
         "requests": list(config.evaluate.requests),

@@ -235,3 +235,11 @@ def test_a_misspelt_key_on_the_command_line_is_named_without_a_traceback(tmp_pat
     assert done.returncode == 2
     assert "nmae" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_selection_text_can_be_given_on_the_command_line():
+    assert composed().evaluate.selection_text is None
+    assert composed("train", "evaluate.selection=null").evaluate.selection_text is None
+    given = composed("train", "evaluate.selection={source: wiki.jsonl, field: page, windows: 16}")
+    assert given.evaluate.selection_text.source == "wiki.jsonl"
+    assert given.evaluate.selection_text.windows == 16

@@ -76,6 +76,7 @@ def test_the_packaged_policies_are_of_the_default_model(caplog):
     from rap_env.llm.loading import load_llm
 
     llm = load_llm(DEFAULT_MODEL, dtype="bfloat16")
+    caplog.clear()  # the download, if there was one, is announced
     request = Request.at_fraction(MemoryModel(llm), 1, 128, 0.8)
     for name in ("rap", "frontier"):
         assert load_policy(name, llm).choose(request) != BlockMask()
