@@ -98,10 +98,9 @@ def _setting_option(name: str) -> Command:
 
 
 def _request_options(required: bool) -> Command:
-    seq_help = "Tokens per sequence, prompt and answer together."
     return _options(
         click.option("--batch", type=int, required=required, help="Number of sequences."),
-        click.option("--seq", type=int, required=required, help=seq_help),
+        click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
         click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
         *map(_setting_option, ("policy", "model", "device", "dtype")),
     )
