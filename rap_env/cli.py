@@ -24,7 +24,7 @@ import click
 
 from rap_env.artifacts import load_artifact
 from rap_env.blocks import BlockMask
-from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError, RapError
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, RapError
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.request import Request
 from rap_env.serving.settings import (
@@ -39,7 +39,6 @@ from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.llm.default_model import CachedModel
-    from rap_env.policy import MaskPolicy
 
 _EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}  # a module of each
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
@@ -173,43 +172,6 @@ def _facts(model: str, device: str, dtype: str) -> ModelFacts:
     return load_llm(model, device=device, dtype=dtype).facts
 
 
-def measured_delta_nll(
-    memory: MemoryModel, policy: MaskPolicy, mask: BlockMask, request: Request
-) -> tuple[float | None, str]:
-    """Rise in NLL of a mask if it was measured, in nats per token, and where it was measured.
-
-    Sources are the policy's own frontier, else that of the package, and the scores in the policy's
-    file, which hold for single blocks and for the first blocks of the GSI order.
-    """
-    from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
-
-    if not mask:
-        return 0.0, "the dense model"
-    table = policy
-    if not isinstance(policy, FrontierPolicy):
-        with contextlib.suppress(ArtifactError):  # raised if it was measured with other weights
-            table = load_policy("frontier", memory)
-    frontier = table.frontier if isinstance(table, FrontierPolicy) else None
-    if frontier and mask in frontier.scores:
-        text = frontier.provenance["text"]
-        tokens, source = text["windows"] * text["window_tokens"], text["source"]
-        where = f"measured for the frontier on {tokens} tokens of {source}"
-        return frontier.scores[mask] - frontier.dense_nll, where
-    own = policy.file if isinstance(policy, NetworkPolicy) else None
-    if own and own.model.fingerprint == memory.facts.fingerprint:
-        features, indices = own.features, sorted(mask.indices)
-        if len(indices) == 1 and features.one_shot.any():
-            return float(features.one_shot[indices[0]]), "one-shot score in the policy file"
-        if own.order and set(own.order[: len(indices)]) == set(indices):
-            rise = float(features.gsi_marginal_loss[indices].sum())
-            return rise, "GSI scores in the policy file"
-    unknown = "never measured for this mask"
-    if frontier and (best := frontier.best(memory, request)):
-        rise = frontier.scores[best] - frontier.dense_nll
-        unknown += f"; with --policy frontier it is {rise:+.4f}"
-    return None, unknown
-
-
 @cli.command()
 @_request_options(required=True)
 @_json_option
@@ -221,6 +183,7 @@ def choose(
 
     The default model needs neither its weights nor torch.
     """
+    from rap_env.runtime.delta_nll import find_delta_nll
     from rap_env.runtime.policies import load_policy
 
     request = Request(batch, seq, parse_bytes(budget))
@@ -229,7 +192,7 @@ def choose(
     started = time.perf_counter()
     mask = chooser.choose(request)
     seconds = time.perf_counter() - started
-    rise, source = measured_delta_nll(memory, chooser, mask, request)
+    rise, source = find_delta_nll(memory, chooser, mask)
     parts = memory.breakdown(mask, request)
     answer = {
         "model": facts.name,

@@ -10,10 +10,11 @@ from dataclasses import asdict
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.cli import default_facts, main, measured_delta_nll
+from rap_env.cli import default_facts, main
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
+from rap_env.runtime.delta_nll import find_delta_nll
+from rap_env.runtime.policies import StaticPolicy, load_policy
 from rap_env.version import __version__
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model
@@ -84,13 +85,13 @@ def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
     assert answer["decision_s"] > 0
 
 
-def test_the_rise_in_nll_is_measured_or_unknown():
+def test_the_rise_in_nll_is_measured_or_predicted():
     memory, request = MemoryModel(default_facts()), Request(8, 1024, 350 * 2**20)
     policy, table = load_policy("rap", memory), load_policy("frontier", memory)
     frontier, file = table.frontier, policy.file
 
     def found(mask, chooser=policy):
-        return measured_delta_nll(memory, chooser, mask, request)
+        return find_delta_nll(memory, chooser, mask)
 
     assert found(BlockMask()) == (0.0, "the dense model")
     mask = table.choose(request)
@@ -108,9 +109,12 @@ def test_the_rise_in_nll_is_measured_or_unknown():
     assert source == "GSI scores in the policy file"
     single = next(BlockMask.of(n) for n in range(60) if BlockMask.of(n) not in frontier.scores)
     assert found(single)[0] == file.features.one_shot[next(iter(single.indices))]
-    rise, source = found(BlockMask.of(0, 59))
-    assert rise is None
-    assert "never measured for this mask; with --policy frontier it is +0." in source
+    near = mask - BlockMask.of(max(mask.indices))
+    assert near not in frontier.scores
+    rise, source = found(near)
+    assert rise == pytest.approx(frontier.scores[mask] - frontier.dense_nll, rel=0.3)
+    assert f"predicted from {len(frontier.scores)} measured masks; median error" in source
+    assert found(near, StaticPolicy(near, "static")) == (None, "never measured for this mask")
 
 
 def test_a_mask_that_does_not_fit_is_shown_and_fails(rap):

@@ -25,6 +25,15 @@ def test_links_within_the_repository_lead_somewhere(page):
     assert [target for target in own if not (path.parent / target).exists()] == []
 
 
+def test_the_site_builds_without_warnings(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "docs", str(tmp_path / "html")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "html" / "environment.html").exists()
+
+
 def test_the_readme_has_the_numbers_of_the_records():
     code = "import generate; print(generate.readme_results(), end='')"
     done = subprocess.run(
