@@ -133,9 +133,6 @@ def save_checkpoint(
 def checkpoint_of(run_dir: str | Path) -> Checkpoint:
     """Return the newest undamaged checkpoint of a run.
 
-    Args:
-        run_dir: The run's folder.
-
     Raises:
         ArtifactError: There is none, or all are damaged.
     """

@@ -78,10 +78,6 @@ class TeacherStates:
         gamma: Discount factor.
         batch_size: States in a batch, B.
         seed: Seed of the sampling.
-
-    Raises:
-        InvalidRequestError: The pruned model cannot serve a request.
-        UnknownNameError: It lacks blocks of a mask.
     """
 
     def __init__(

@@ -146,10 +146,6 @@ class BlockScores(nn.Module):
     """Scores each block; all scores start near 0, so the first choices are nearly uniform.
 
     A linear path parallel to the small network learns the important features in fewer episodes.
-
-    Args:
-        row_width: W.
-        hidden: H.
     """
 
     def __init__(self, row_width: int, hidden: int) -> None:
@@ -164,12 +160,7 @@ class BlockScores(nn.Module):
 
 
 class PooledValue(nn.Module):
-    """Value of the whole observation, from the mean over blocks of a network's features.
-
-    Args:
-        row_width: W.
-        hidden: H.
-    """
+    """Value of the whole observation, from the mean over blocks of a network's features."""
 
     def __init__(self, row_width: int, hidden: int) -> None:
         super().__init__()

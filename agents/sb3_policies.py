@@ -121,10 +121,6 @@ class MaskedBlockwiseQPolicy(BlockwiseQPolicy):
 def action_scores(policy: BasePolicy, observation: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the Q values or logits of a policy of any agent.
 
-    Args:
-        policy: An actor-critic or a DQN policy.
-        observation: B observations as tensors.
-
     Returns:
         Q values or logits (without a mask), shape (B, 2L).
     """

@@ -47,16 +47,7 @@ class _Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], owner: str) -> Self:
-        """Make the settings from a dict that has all of them.
-
-        Args:
-            values: The settings by name.
-            owner: What the settings belong to, for messages.
-
-        Raises:
-            UnknownNameError: There is no such setting.
-            AgentConfigError: A setting is missing or has an impossible value.
-        """
+        """Make the settings from a dict that has all of them."""
         known = [entry.name for entry in fields(cls)]
         for key in values:
             if key not in known:
@@ -205,11 +196,7 @@ def _file(name: str) -> dict[str, Any]:
 
 
 def _check_number(name: str, value: Any, hint: Any) -> None:
-    """Check a value against a type and a range.
-
-    Raises:
-        AgentConfigError: It is of another type or out of the range.
-    """
+    """Check a value against a type and a range."""
     kind, (allowed,) = hint.__origin__, hint.__metadata__
     if value is None and kind == float | None:
         return

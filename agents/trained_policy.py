@@ -102,15 +102,7 @@ class TrainedPolicy:
         """Load the policy of the newest undamaged checkpoint in a run's folder.
 
         A block-wise policy also serves a model with another number of layers, unless its
-        blocks have learned vectors.
-
-        Args:
-            run_dir: The run's folder.
-            context: The model that is pruned.
-            best_of: As for the class.
-            score_masks: As for the class.
-            scorer: As for the class.
-            seed: As for the class.
+        blocks have learned vectors. Further arguments are those of the class.
 
         Raises:
             ArtifactError: There is no checkpoint, all are damaged, or the policy was trained
@@ -184,11 +176,7 @@ class TrainedPolicy:
 
 
 def fitting_policy(checkpoint: Checkpoint, builder: ObservationBuilder) -> BasePolicy:
-    """Return the checkpoint's network, rebuilt for the model's spaces if they differ.
-
-    Raises:
-        ArtifactError: The policy was trained on a model of another shape and does not transfer.
-    """
+    """Return the checkpoint's network, rebuilt for the model's spaces if they differ."""
     policy: BasePolicy = checkpoint.load_model().policy
     space, num_blocks = builder.space, builder.memory.facts.num_blocks
     if policy.observation_space == space:

@@ -88,11 +88,7 @@ class GymVecEnv(VecEnv):
         self.envs.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return an attribute of some sub-environments; methods are called, as gymnasium does.
-
-        Raises:
-            AttributeError: They have no such attribute.
-        """
+        """Return an attribute of some sub-environments; methods are called, as gymnasium does."""
         return self.env_method(attr_name, indices=indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:

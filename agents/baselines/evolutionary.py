@@ -90,13 +90,6 @@ class _Stage:
 class Evolution:
     """The search for one request.
 
-    Args:
-        memory: Byte arithmetic of the model.
-        scores: Scores masks and counts the passes over the text.
-        request: The request that has to fit.
-        seed: Seed of the mutations.
-        max_evaluations: As in `EvolutionaryBaseline`.
-
     Attributes:
         parent: The best mask so far.
         nll: Its NLL on the whole text, nats per token.

@@ -52,10 +52,6 @@ class Texts:
 class StubLibraries:
     """Fits, distils and loads the stub libraries of a run, for one model and its texts.
 
-    Args:
-        config: All settings.
-        folder: Folder of the library files.
-
     Attributes:
         context: The model without stubs, its calibration text and score store.
         texts: The other texts.

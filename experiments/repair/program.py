@@ -63,10 +63,6 @@ class Entry:
 def repair(config: Config, folder: Path) -> Path:
     """Make the libraries and compare them; existing libraries and rows are not made again.
 
-    Args:
-        config: All settings.
-        folder: Folder for libraries and ``repair.jsonl``.
-
     Returns:
         The path of ``repair.jsonl``.
 
@@ -118,11 +114,7 @@ def entries(libraries: StubLibraries) -> Iterator[Entry]:
 
 
 class RepairEvaluator:
-    """Chooses masks for each library and measures them on the report texts.
-
-    Args:
-        libraries: The model with its texts and libraries.
-    """
+    """Chooses masks for each library and measures them on the report texts."""
 
     def __init__(self, libraries: StubLibraries) -> None:
         self._libraries = libraries

@@ -80,11 +80,7 @@ class ReplayRecords:
 
 
 def read_replay(folder: Path) -> ReplayRecords:
-    """Read the records of a run folder, or of a folder that they were copied to.
-
-    Raises:
-        ArtifactError: A record is damaged.
-    """
+    """Read the records of a run folder, or of a folder that they were copied to."""
     latest = {row.system: row for row in ReplayRow.read(folder / "replay.jsonl")}
     rows = list(latest.values())
     steps = {n: read_records(folder / "replay_steps" / f"{n}.jsonl") for n in latest}
@@ -125,12 +121,7 @@ def draw_all(source: Path, target: Path) -> list[Path]:
 
 
 def memory_over_time(found: ReplayRecords, systems: Sequence[str]) -> Figure:
-    """Measured memory against the budget, and below it which blocks were removed.
-
-    Args:
-        found: The records.
-        systems: Systems, one panel each.
-    """
+    """Measured memory against the budget, and below it which blocks were removed."""
     from matplotlib.figure import Figure
 
     rows = {row.system: row for row in found.rows}
@@ -160,16 +151,7 @@ def _draw_system(
     bounds: tuple[float, float],
     end_s: float,
 ) -> None:
-    """Draw one system: its memory above, its masks below.
-
-    Args:
-        part: The subfigure.
-        row: The system's row.
-        steps: Its downsampled time series.
-        num_layers: Layers of the model.
-        bounds: Minimum and maximum of the memory axis, in MiB.
-        end_s: End of the time axis.
-    """
+    """Draw a system: its memory above, within `bounds` in MiB, and its masks below."""
     upper, lower = part.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [1.5, 1.0], "hspace": 0.03}
     )

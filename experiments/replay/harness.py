@@ -85,19 +85,11 @@ class MonitoredController(RuntimeController):
     Each step is measured against the budget at its start: memory that the process held before the
     budget fell, and released then, does not count as a peak of the following step.
 
-    Args:
-        *args: As for `RuntimeController`.
-        meter: Measures the used memory.
-        **settings: As for `RuntimeController`.
-
     Attributes:
         admission_failed: Whether the last admission request was rejected.
     """
 
-    def __init__(self, *args: Any, meter: Meter, **settings: Any) -> None:
-        self.admission_failed = False
-        self._own_meter = meter
-        super().__init__(*args, meter=meter, **settings)
+    admission_failed = False
 
     def admit(
         self,
@@ -118,10 +110,10 @@ class MonitoredController(RuntimeController):
 
     @contextmanager
     def _reset_peak_if_budget_falls(self) -> Iterator[None]:
-        before = self.budget_bytes
+        before = self.monitor.budget_bytes
         yield
-        if self.budget_bytes < before:
-            self._own_meter.peak_bytes()
+        if self.monitor.budget_bytes < before:
+            self.monitor.meter.peak_bytes()
 
 
 def horizon_s(settings: ReplayConfig, workload: Workload) -> float:
@@ -130,15 +122,7 @@ def horizon_s(settings: ReplayConfig, workload: Workload) -> float:
 
 
 class ReplayHarness:
-    """Runs one system over all requests of a workload.
-
-    Args:
-        settings: Settings of the replay.
-        llm: The live model.
-        workload: The requests.
-        budget: The budget.
-        log: File for the controller's decisions.
-    """
+    """Runs one system over all requests of a workload."""
 
     def __init__(
         self, settings: ReplayConfig, llm: ElasticLLM, workload: Workload, budget: Budget, log: Path
@@ -159,16 +143,7 @@ class ReplayHarness:
         self._engine: Engine
 
     def run(self, name: str, factory: SystemFactory, *, progress: bool = False) -> SystemRun:
-        """Serve all requests until no further event can occur.
-
-        Args:
-            name: Name of the system.
-            factory: Makes the system.
-            progress: Whether to draw a progress bar.
-
-        Raises:
-            RapError: The system cannot be made.
-        """
+        """Serve all requests until no further event can occur."""
         system = factory.make(name, self)
         self._open(system)
         bar = tqdm(total=len(self._outcomes), desc=name, unit="request", leave=False,
@@ -203,7 +178,7 @@ class ReplayHarness:
 
     def margin_bytes(self) -> int:
         """Bytes that the controller keeps free below the budget."""
-        return self._controller.margin.bytes
+        return self._controller.monitor.margin.bytes
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

@@ -121,11 +121,7 @@ class EvaluatedRun:
 
 
 def evaluate_run(run: SystemRun, evaluator: QualityEvaluator) -> EvaluatedRun:
-    """Measure the quality of everything that a system generated.
-
-    Raises:
-        NonFiniteScoreError: The model returned NaN or infinity.
-    """
+    """Measure the quality of everything that a system generated."""
     done = [o for o in run.outcomes if o.outcome == "served" and o.handle and o.handle.token_ids]
     qualities = {
         o.request.number: evaluator.evaluate(o.request, o.handle.token_ids)
@@ -138,14 +134,7 @@ def evaluate_run(run: SystemRun, evaluator: QualityEvaluator) -> EvaluatedRun:
 def make_row(
     found: EvaluatedRun, budget: Budget, memory: MemoryModel, provenance: dict[str, Any]
 ) -> ReplayRow:
-    """Make the row of a system.
-
-    Args:
-        found: Its evaluated run.
-        budget: The budget.
-        memory: The model's byte arithmetic.
-        provenance: As in `ReplayRow`.
-    """
+    """Make the row of a system."""
     run, series = found.run, found.run.series
     done = [o for o in run.outcomes if o.outcome == "served"]
     counts = Counter(o.outcome for o in run.outcomes)
@@ -184,10 +173,10 @@ def make_row(
         duration_s=max(0.0, duration),
         busy_s=run.busy_s,
         controller_overhead_fraction=stats.overhead_s / stats.busy_s if stats.busy_s else 0.0,
-        decisions=controller.decisions,
-        decision_s=controller.decision_s,
-        switches=controller.switches,
-        switch_s=controller.switch_s,
+        decisions=controller.masks.decisions,
+        decision_s=controller.masks.decision_s,
+        switches=controller.masks.switches,
+        switch_s=controller.masks.switch_s,
         masks=len(by_mask),
         removed_mean=_mean_removed(by_mask),
         **_quality(list(found.qualities.values()), found.mask_delta_nll, tokens),
@@ -197,11 +186,7 @@ def make_row(
 
 
 def write_details(folder: Path, found: EvaluatedRun) -> None:
-    """Write what figures need beside the row: steps over time, and a record for each request.
-
-    Raises:
-        StorageFullError: The disk is full.
-    """
+    """Write what figures need beside the row: steps over time, and a record for each request."""
     name = f"{found.run.system.name}.jsonl"
     write_records(folder / STEPS / name, found.run.series.downsampled())
     requests = [

@@ -46,10 +46,6 @@ _PATHS = ("trace", "text", "data_root", "policy", "frontier", "gsi")
 def replay(config: Config, folder: Path) -> Path:
     """Run every system on the same workload; systems with a row already are not run again.
 
-    Args:
-        config: All settings.
-        folder: Folder for ``replay.jsonl``, the files beside it, tables and figures.
-
     Returns:
         The path of ``replay.jsonl``.
 
@@ -74,15 +70,7 @@ def replay(config: Config, folder: Path) -> Path:
 
 
 class Replay:
-    """What all systems share: model, workload and budget.
-
-    Args:
-        config: All settings.
-        folder: The run folder.
-
-    Raises:
-        RapError: As `replay`.
-    """
+    """What all systems share: model, workload and budget."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._config = config

@@ -124,11 +124,7 @@ class QualityEvaluator:
         return OutputQuality(nll, reference.nll, same, right)
 
     def mask_delta_nll(self, tokens: Mapping[BlockMask, int]) -> float | None:
-        """ΔNLL of masks on held-out text, mean over generated tokens; None if not measured.
-
-        Args:
-            tokens: Number of tokens generated under each mask.
-        """
+        """ΔNLL of masks on held-out text, mean over generated tokens; None if not measured."""
         if self._scorer is None or not tokens:
             return None
         masks = list(tokens)

@@ -58,11 +58,6 @@ class OraclePolicy:
 
     It chooses for the minimum of the budget over the time that the running requests still need,
     so that the mask need not change while they run.
-
-    Args:
-        inner: The wrapped policy.
-        budget: The budget of the whole replay.
-        state: The running replay.
     """
 
     name = "oracle"
@@ -73,11 +68,7 @@ class OraclePolicy:
         self._state = state
 
     def choose(self, request: Request) -> BlockMask:
-        """Choose a mask for the minimum of the budget while the request runs.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
+        """Choose a mask for the minimum of the budget while the request runs."""
         now = self._state.time_s()
         least = self._budget.least(now, now + self._state.remaining_s())
         budget_bytes = max(1, min(request.budget_bytes, least - self._state.margin_bytes()))
@@ -107,11 +98,7 @@ class GreedyPolicy:
         self._path: list[int] = []
 
     def choose(self, request: Request) -> BlockMask:
-        """Return the shortest fitting prefix of the path; the path is extended if needed.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
+        """Return the shortest fitting prefix of the path; the path is extended if needed."""
         costs = request_costs(self._memory, request.batch_size, request.seq_len_tokens)
         if costs.dense_peak_bytes <= request.budget_bytes:
             self._path.clear()
@@ -155,14 +142,7 @@ class System:
 
 
 class SystemFactory:
-    """Makes the systems of a replay.
-
-    Args:
-        config: All settings.
-        llm: The live model.
-        workload: The requests.
-        budget: The budget.
-    """
+    """Makes the systems of a replay."""
 
     def __init__(self, config: Config, llm: ElasticLLM, workload: Workload, budget: Budget) -> None:
         self._config = config
@@ -177,9 +157,6 @@ class SystemFactory:
         Args:
             name: One of ``replay.systems``.
             state: The running replay, for the oracle and the greedy policy.
-
-        Raises:
-            RapError: The policy, table or order is missing, damaged, or of another model.
         """
         settings = self._config.replay
         full = settings.static_batch or settings.max_batch_size
@@ -196,11 +173,7 @@ class SystemFactory:
         return makers[name]()
 
     def check(self, names: Iterable[str]) -> None:
-        """Load the files of all systems, so that a missing one fails before any system runs.
-
-        Raises:
-            RapError: A file is missing, damaged, or of another model.
-        """
+        """Load the files of all systems, so that a missing one fails before any system runs."""
         for name in names:
             if name == "rap":
                 _ = self._trained
@@ -210,11 +183,7 @@ class SystemFactory:
                 _ = self._frontier
 
     def source_sha256(self, name: str) -> str | None:
-        """Hash of the policy, table or order that a system reads from a file; None without one.
-
-        Raises:
-            RapError: As for `make`.
-        """
+        """Hash of the policy, table or order that a system reads from a file; None without one."""
         if name == "rap" and isinstance(self._trained, NetworkPolicy):
             arrays = self._trained.file.weights.arrays()
             weights = {name: array.tolist() for name, array in arrays.items()}
@@ -292,11 +261,7 @@ class SystemFactory:
         )
 
     def _gsi_order(self) -> tuple[int, ...]:
-        """Return the blocks in GSI order.
-
-        Raises:
-            ExperimentError: No GSI order was given.
-        """
+        """Return the blocks in GSI order."""
         if self._config.replay.gsi is not None:
             from rap_env.importance import GSIProfile
 

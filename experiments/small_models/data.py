@@ -60,22 +60,14 @@ class _Characters:
 
 
 class TextSource:
-    """Reads the texts: first as characters, then, with a tokenizer, as windows of tokens.
-
-    Args:
-        config: All settings.
-    """
+    """Reads the texts: first as characters, then, with a tokenizer, as windows of tokens."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self.texts = config.small_models.texts or {"self": _WRITTEN}
 
     def characters(self) -> list[str]:
-        """Return the training text of the tokenizer, one string per text.
-
-        Raises:
-            CorpusError: A text is missing, malformed or too short.
-        """
+        """Return the training text of the tokenizer, one string per text."""
         return [self._characters(text) for text in self.texts.values()]
 
     def tokens(self, llm: ElasticLLM) -> TrainingText:

@@ -39,10 +39,6 @@ _PROGRESS = "training.pt"
 def train_small_model(config: Config, folder: Path) -> Path:
     """Train a small model, unless it exists; an interrupted run resumes.
 
-    Args:
-        config: All settings.
-        folder: The run's folder.
-
     Returns:
         The model's folder, which can be used as any model.
 
@@ -80,12 +76,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise an error if the folder holds anything but the model of these settings.
-
-    Raises:
-        ExperimentError: It does.
-        ArtifactError: Its record is damaged.
-    """
+    """Raise an error if the folder holds anything but the model of these settings."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:

@@ -128,7 +128,7 @@ class SoakHarness:
         self._measure_at_rest()
         controller = self._engine.controller
         # The memory of libraries and clients in this process does not depend on the mask.
-        self._full_bytes += max(0, controller.used_bytes - controller.held.total)
+        self._full_bytes += max(0, controller.monitor.used_bytes - controller.monitor.held.total)
         for thread in (*clients, budget):
             thread.start()
         last_s, last_made = started, 0
@@ -232,7 +232,7 @@ class SoakHarness:
             self._state.made,
             seconds,
             stats.served,
-            self._engine.controller.switches,
+            self._engine.controller.masks.switches,
             self._rss[-1] / 2**20,
             self._state.problem_count,
         )
@@ -262,7 +262,7 @@ class SoakHarness:
                 "under_one_mask": self._sample.eligible, "mask_changed": self._sample.changed,
             },
             "budget_changes": self._budget_changes,
-            "switches": self._engine.controller.switches,
+            "switches": self._engine.controller.masks.switches,
             "masks": len(self._sample.masks),
             "agreement": asdict(self._check),
             "rss_bytes": {"first": self._rss[0], "last": self._rss[-1], "growth": growth,

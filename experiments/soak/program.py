@@ -24,10 +24,6 @@ RECORD_FILE = "soak.jsonl"
 def soak(config: Config, folder: Path) -> None:
     """Run the soak test and write its record; exit with status 1 if an invariant is violated.
 
-    Args:
-        config: All settings.
-        folder: The run's folder.
-
     Raises:
         RapError: The model cannot be loaded or the extra ``serve`` is not installed.
         SystemExit: An invariant is violated.

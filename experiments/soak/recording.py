@@ -28,9 +28,6 @@ _MAX_RECENT = 64
 class SoakState:
     """Counters and control of a soak test; thread-safe.
 
-    Args:
-        requests: Number of requests to send.
-
     Attributes:
         stop: Set when no more requests are to be sent.
         kinds: Finished requests by kind.
@@ -104,12 +101,7 @@ class SoakState:
 
 
 class RandomMasks:
-    """A policy that removes blocks in a new random order each time, until the request fits.
-
-    Args:
-        memory: The model's byte arithmetic.
-        seed: Seed of the orders.
-    """
+    """A policy that removes blocks in a new random order each time, until the request fits."""
 
     name = "random"
 
@@ -155,13 +147,9 @@ class Answer:
 
 
 class AnswerSample:
-    """A uniform sample (reservoir sampling) of the answers generated under a single mask.
+    """A uniform sample (reservoir sampling) of at most `size` answers, each under one mask.
 
     Its memory is bounded, since the soak test checks that memory does not grow.
-
-    Args:
-        size: Maximum number of answers.
-        seed: Seed of the sampling.
 
     Attributes:
         kept: The sampled answers.

@@ -31,11 +31,7 @@ from rap_env.scoring.scorer import MaskScorer
 class StudyContexts:
     """One model, with its own context and one for each other calibration text.
 
-    Args:
-        config: All settings.
-
     Attributes:
-        config: All settings.
         own: The context of the configured calibration text.
 
     Raises:
@@ -123,13 +119,6 @@ class Search:
 class StudyEvaluator:
     """Evaluates the masks of searches on report texts; existing rows are not computed again.
 
-    Args:
-        study: Name of the study.
-        contexts: The model.
-        searched: All texts that masks are searched on.
-        report: Report texts by name.
-        path: The file of the rows.
-
     Raises:
         CorpusError: A report text shares a run of tokens with a text that is searched on.
     """
@@ -149,22 +138,13 @@ class StudyEvaluator:
         self._file = RowFile(path, StudyRow)
 
     def check_disjoint(self, searched: Sequence[Corpus]) -> None:
-        """Check that the report texts share no run of tokens with texts that are searched on.
-
-        Raises:
-            CorpusError: One does.
-        """
+        """Check that the report texts share no run of tokens with texts that are searched on."""
         for text in searched:
             for scorer in self._report.values():
                 ensure_disjoint(text, scorer.corpus)
 
     def rows(self, search: Search, cells: Sequence[Cell]) -> list[StudyRow]:
-        """Return a row for each cell and report text; new rows are appended to the file.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch size or the length.
-            InfeasibleBudgetError: No mask fits a budget.
-        """
+        """Return a row for each cell and report text; new rows are appended to the file."""
         rows = []
         memory = self._contexts.own.memory
         for cell in cells:

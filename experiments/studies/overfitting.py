@@ -73,10 +73,6 @@ METHODS = {"gsi": GSIBaseline, GSIPerByteBaseline.name: GSIPerByteBaseline}
 def overfitting(config: Config, folder: Path) -> Path:
     """Measure an order on calibration texts of several sizes, and evaluate its masks.
 
-    Args:
-        config: All settings.
-        folder: Folder for ``overfitting.jsonl`` and ``tables.md``.
-
     Returns:
         The path of ``overfitting.jsonl``.
 

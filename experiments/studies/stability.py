@@ -71,10 +71,6 @@ DELTA_CAPTION = (
 def stability(config: Config, folder: Path) -> Path:
     """Measure orders on every draw of every text; evaluate their masks and those of agents.
 
-    Args:
-        config: All settings.
-        folder: Folder for ``orders.jsonl``, ``stability.jsonl`` and ``tables.md``.
-
     Returns:
         The path of ``stability.jsonl``.
 

@@ -135,10 +135,6 @@ METHODS: dict[str, type[Baseline]] = {**BASELINES, LazyPerByteBaseline.name: Laz
 def text_study(config: Config, folder: Path) -> Path:
     """Search masks on each kind of text and on all together; evaluate each on every kind.
 
-    Args:
-        config: All settings.
-        folder: Folder for ``text_study.jsonl`` and ``tables.md``.
-
     Returns:
         The path of ``text_study.jsonl``.
 
@@ -199,12 +195,7 @@ def _search(contexts: StudyContexts, name: str, corpus: Corpus) -> Search:
 
 
 def _check(settings: TextStudyConfig) -> None:
-    """Check the settings before anything is measured.
-
-    Raises:
-        ExperimentError: There are fewer than two kinds or no cells, or kinds differ in size.
-        UnknownNameError: The search method is unknown.
-    """
+    """Check the settings before anything is measured."""
     if settings.method not in METHODS:
         raise UnknownNameError("text_study.method", settings.method, METHODS)
     names = list(settings.texts)

@@ -36,11 +36,7 @@ class MetricLogger:
 
 
 class Loggers(MetricLogger):
-    """Several loggers as one.
-
-    Args:
-        parts: The loggers.
-    """
+    """Several loggers as one."""
 
     def __init__(self, parts: Sequence[MetricLogger]) -> None:
         self.parts = parts
@@ -98,11 +94,7 @@ class JsonLines(MetricLogger):
 
 
 class TensorBoard(MetricLogger):
-    """Event files for ``tensorboard --logdir``.
-
-    Raises:
-        MissingGroupError: tensorboard is not installed.
-    """
+    """Event files for ``tensorboard --logdir``."""
 
     def __init__(self, folder: Path, step: int) -> None:
         try:
@@ -144,9 +136,6 @@ class Wandb(MetricLogger):
 
     All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them together.
     A resumed run keeps its id. The run is online if a login is found, otherwise offline.
-
-    Raises:
-        MissingGroupError: wandb is not installed.
     """
 
     def __init__(self, config: Config, folder: Path, job: str) -> None:

@@ -55,13 +55,6 @@ def learn(
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
-    Args:
-        config: All settings.
-        agent: Settings of the agent for the trainer.
-        context: The model, its scores and its importance.
-        folder: The run folder.
-        sinks: Receivers of metrics.
-
     Returns:
         The result; ``evaluations`` counts the masks scored by the model.
 
@@ -89,11 +82,7 @@ def learn(
 
 
 def make_envs(config: Config, context: PruningContext, num_envs: int) -> RAPPruneVectorEnv:
-    """Make the vector environment on a context.
-
-    Raises:
-        RapError: A setting of workload, reward or environment is invalid.
-    """
+    """Make the vector environment on a context."""
     return RAPPruneVectorEnv(
         num_envs=num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,

@@ -45,10 +45,6 @@ class ObjectiveScorer:
 
     The selection text is ``evaluate.selection``, or the calibration text where none is given.
 
-    Args:
-        config: All settings.
-        context: The model and its calibration text.
-
     Raises:
         CorpusError: The selection text is too short or overlaps with the calibration text.
         ModelNotAvailableError: There is a selection text, but the model is a score table.
@@ -62,11 +58,7 @@ class ObjectiveScorer:
             self._scorer = held_out_scorer(selection, "selection", context)
 
     def facts(self, found: Sequence[Choice]) -> dict[str, Any]:
-        """Return the mean ΔNLL over the grid, nats per token, and what it was measured on.
-
-        Raises:
-            NonFiniteScoreError: The model returned NaN or infinity.
-        """
+        """Return the mean ΔNLL over the grid, nats per token, and what it was measured on."""
         dense_nll = self._scorer.dense_nll
         losses = [self._scorer.nll(BlockMask.of(*c.mask)) - dense_nll for c in found]
         return {"objective": sum(losses) / len(losses), "objective_on": self._on}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
 from rap_env.policy import MaskPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
-from rap_env.runtime.decisions import Decision, DecisionLog
+from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.mask_controller import MaskController
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
 from rap_env.runtime.memory_meter import Meter, process_meter
@@ -19,7 +19,6 @@ from rap_env.runtime.memory_source import MemorySource, open_memory
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.residency import HeldBytes
 
 
 class RuntimeController:
@@ -55,11 +54,9 @@ class RuntimeController:
         clock: Gives the time in seconds, for `hold_s` and the log.
 
     Attributes:
-        llm: As given.
         estimator: Predicts bytes.
         masks: Chooses and applies masks.
         monitor: Measures bytes.
-        hold_s: As given.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
@@ -113,63 +110,13 @@ class RuntimeController:
         )
         self._rejected: tuple[BatchShape, int] | None = None  # no mask fitted it in these bytes
 
-    @property
-    def policy(self) -> MaskPolicy:
-        """The policy that is asked."""
-        return self.masks.policy
-
-    @property
-    def decisions(self) -> int:
-        """How often the policy was asked."""
-        return self.masks.decisions
-
-    @property
-    def decision_s(self) -> float:
-        """Seconds spent choosing masks, in total."""
-        return self.masks.decision_s
-
-    @property
-    def switches(self) -> int:
-        """How often the mask changed."""
-        return self.masks.switches
-
-    @property
-    def switch_s(self) -> float:
-        """Seconds spent switching, in total."""
-        return self.masks.switch_s
-
-    @property
-    def recent(self) -> Sequence[Decision]:
-        """The last decisions, the newest at the end."""
-        return self.masks.recent
-
-    @property
-    def budget_bytes(self) -> int:
-        """The budget as last read."""
-        return self.monitor.budget_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes as last measured."""
-        return self.monitor.used_bytes
-
-    @property
-    def held(self) -> HeldBytes:
-        """Bytes of the tensors held after the last step."""
-        return self.monitor.held
-
-    @property
-    def margin(self) -> SafetyMargin:
-        """Bytes reserved beyond what masks need."""
-        return self.monitor.margin
-
     def admit(
         self,
         shape: BatchShape,
         running: BatchShape = EMPTY_BATCH,
         next_pass: PassSize = UNKNOWN_PASS,
     ) -> bool:
-        """Make room for a request that has arrived: choose and apply a mask for it.
+        """Choose and apply a mask for a request that has arrived; return whether one fits.
 
         While others run, a mask that already fits stays. With nothing else running, a switch costs
         no refill: then the policy is asked for a mask that suits the request, and one that needs
@@ -179,9 +126,6 @@ class RuntimeController:
             shape: The batch with the request.
             running: The batch without it.
             next_pass: Tokens of the pass that follows.
-
-        Returns:
-            Whether a mask fits.
         """
         with self._timed():
             self.monitor.poll()
@@ -248,20 +192,15 @@ class RuntimeController:
 
         Any thread may call it.
         """
-        limit = self.monitor.budget_limit_bytes() - self.margin.bytes
+        limit = self.monitor.budget_limit_bytes() - self.monitor.margin.bytes
         return self.masks.smallest_bytes(shape, limit) <= limit
 
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
-        """Whether a batch can never fit by what is measured now, even with nothing else running.
-
-        Args:
-            shape: The batch.
-            next_pass: Tokens of its first pass.
-        """
+        """Whether a batch can never fit by what is measured now, even with nothing else running."""
         self.monitor.trim()
         estimate = self.masks.pass_estimate(shape, next_pass)
         available = self.monitor.available_after_trim_bytes(shape, estimate)
-        limit = self.monitor.budget_limit_bytes() - (self.budget_bytes - available)
+        limit = self.monitor.budget_limit_bytes() - (self.monitor.budget_bytes - available)
         return self.masks.smallest_bytes(shape, limit) > limit
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
@@ -279,9 +218,9 @@ class RuntimeController:
             self.observe(shape)
             if not self.check(shape, next_pass):
                 raise InfeasibleBudgetError(
-                    f"No mask fits {self.budget_bytes:,} bytes for {shape.batch_size} x "
+                    f"No mask fits {self.monitor.budget_bytes:,} bytes for {shape.batch_size} x "
                     f"{shape.seq_len_tokens} tokens any more, with a safety margin of "
-                    f"{self.margin.bytes:,} bytes: raise the budget or generate less."
+                    f"{self.monitor.margin.bytes:,} bytes: raise the budget or generate less."
                 )
 
         return before

@@ -199,9 +199,9 @@ class Engine:
             queued=len(self._queue),
             running=len(self._scheduler.running),
             mask=self._scheduler.mask,
-            budget_bytes=self.controller.budget_bytes,
-            held=self.controller.held,
-            used_bytes=self.controller.used_bytes,
+            budget_bytes=self.controller.monitor.budget_bytes,
+            held=self.controller.monitor.held,
+            used_bytes=self.controller.monitor.used_bytes,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

@@ -44,11 +44,7 @@ class MaskChoice:
 
 
 class Debounce:
-    """Reports headroom only after it has lasted, so that the mask does not flap.
-
-    Args:
-        hold_s: Seconds for which the headroom must last.
-    """
+    """Reports headroom only after it has lasted for `hold_s`, so that the mask does not flap."""
 
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s
@@ -87,17 +83,10 @@ class Debounce:
 class MaskController:
     """Asks a policy for masks, makes them fit, and applies them until the measured bytes fit.
 
-    Where the policy's mask does not fit, the guard removes more blocks in its own order.
-
-    Args:
-        llm: The live model.
-        policy: Chooses masks.
-        estimator: Predicts bytes.
-        monitor: Measures bytes.
-        guard_order: As for `RuntimeController`, and so are the other settings.
+    Where the policy's mask does not fit, the guard removes more blocks in its own order. The
+    settings are those of `RuntimeController`.
 
     Attributes:
-        policy: As given.
         decisions: How often the policy was asked.
         decision_s: Seconds spent choosing masks.
         switches: How often the mask changed.
@@ -161,7 +150,7 @@ class MaskController:
         *,
         running: bool,
     ) -> bool:
-        """Apply a mask that needs no more than is available.
+        """Apply a mask that needs no more than is available; return whether one fits.
 
         Args:
             shape: The batch to serve.
@@ -169,9 +158,6 @@ class MaskController:
             trigger: What caused it.
             next_pass: Tokens of the next pass.
             running: Whether there are cached tokens, which a refill would compute again.
-
-        Returns:
-            Whether a mask fits.
         """
         self._debounce.reset()
         choice = self._choose(shape, available_bytes)
@@ -186,13 +172,7 @@ class MaskController:
         self._switch(choice, EMPTY_BATCH, "budget_fell", running=False)
 
     def grow_at_arrival(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
-        """Apply the policy's mask for a batch if it keeps more than the present one, and fits.
-
-        Args:
-            need_bytes: What the present mask needs.
-            shape: The batch to serve.
-            next_pass: Tokens of the next pass.
-        """
+        """Apply the policy's mask if it fits and needs more than the present one, `need_bytes`."""
         choice = self._choose(shape, self._growth_limit_bytes())
         if choice is not None and choice.need_bytes > need_bytes:
             self._settle(choice, shape, "arrival", next_pass, running=False)

@@ -37,9 +37,6 @@ class TensorMeter:
     """Counts the bytes of weights and KV caches: exact, without any other memory.
 
     The peak is the largest value at any call of its methods.
-
-    Args:
-        llm: The live model.
     """
 
     def __init__(self, llm: ElasticLLM) -> None:
@@ -60,11 +57,7 @@ class TensorMeter:
 
 
 class CudaMeter:
-    """Bytes that PyTorch's allocator has allocated on the device, temporary tensors included.
-
-    Args:
-        llm: The live model, on a CUDA device.
-    """
+    """Bytes that PyTorch's allocator has allocated on the device, temporary tensors included."""
 
     def __init__(self, llm: ElasticLLM) -> None:
         self._device = llm.device
@@ -174,10 +167,6 @@ def warm_up(llm: ElasticLLM, tokens: int = 8) -> None:
 
     Files are mapped and code is loaded at first use: measured before that, the baseline would be
     too small, and the model would seem larger later.
-
-    Args:
-        llm: The live model.
-        tokens: Length of the sequence to run.
     """
     import rap_env.runtime.sampling  # noqa: F401  takes tens of megabytes
     from rap_env.llm.live_batch import LiveBatch

@@ -66,17 +66,7 @@ class MemoryMonitor:
     later allocations reuse it. So measured bytes are compared with the most that tensors and
     workspace took since the last trim; only the excess over that goes into the margin.
 
-    Args:
-        llm: The live model.
-        source: Gives the budget.
-        meter: Measures what the runtime uses.
-        estimator: Predicts bytes.
-        margin: Learns what to reserve.
-
     Attributes:
-        source: As given.
-        meter: As given.
-        margin: As given.
         used_bytes: Bytes as last measured.
         budget_bytes: The budget as last read.
         max_budget_bytes: The largest budget so far.
@@ -159,10 +149,6 @@ class MemoryMonitor:
         That is the budget less the margin, as long as what is used now fits with all that the pass
         may allocate on top. If not, freed memory is returned first; if that is not enough, the
         process holds more beside its tensors than the margin covers, and that is counted instead.
-
-        Args:
-            shape: The batch to serve.
-            estimate: What the pass allocates.
         """
         if self.used_bytes + estimate.total > self.budget_bytes:
             self.trim()

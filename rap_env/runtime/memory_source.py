@@ -84,10 +84,7 @@ class CudaMemory:
     """All free memory of a CUDA device, shared with other processes.
 
     Memory that PyTorch's allocator holds in reserve counts as free: the allocator reuses it.
-
-    Args:
-        device: The device.
-        reserve_bytes: Bytes to leave free.
+    Of what is free, `reserve_bytes` stay free.
     """
 
     def __init__(self, device: torch.device | str = "cuda", reserve_bytes: int = 0) -> None:
@@ -97,11 +94,7 @@ class CudaMemory:
         self.limit_bytes: int | None = max(0, self._read()[1] - reserve_bytes)
 
     def budget_bytes(self, used_bytes: int) -> int:
-        """Used and free bytes, less the reserve.
-
-        Raises:
-            MemorySourceError: The device does not report its free memory.
-        """
+        """Used and free bytes, less the reserve."""
         free, _ = self._read()
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return max(0, used_bytes + free + cached - self.reserve_bytes)
@@ -184,19 +177,11 @@ class CgroupMemory:
         return max(0, min(found) - self.reserve_bytes) if found else None
 
     def budget_bytes(self, used_bytes: int) -> int:
-        """Used and free bytes, less the reserve.
-
-        Raises:
-            MemorySourceError: The system does not report free memory any more.
-        """
+        """Used and free bytes, less the reserve."""
         return max(0, used_bytes + self.free_bytes() - self.reserve_bytes)
 
     def free_bytes(self) -> int:
-        """Bytes that this process could allocate before the kernel kills a process.
-
-        Raises:
-            MemorySourceError: The system does not report free memory.
-        """
+        """Bytes that this process could allocate before the kernel kills a process."""
         try:
             free = [
                 limit - int(_text(group / self._version.usage)) + self._droppable(group)

@@ -38,12 +38,7 @@ _CACHED_CHOICES = 1024
 
 
 class StaticPolicy:
-    """The same mask for every request.
-
-    Args:
-        mask: The mask.
-        name: The policy's name in records.
-    """
+    """The same mask for every request."""
 
     def __init__(self, mask: BlockMask, name: str = "static") -> None:
         self.mask = mask
@@ -61,9 +56,6 @@ class OrderPolicy:
         memory: The model's byte arithmetic.
         order: Indices of blocks in the order of removal.
 
-    Attributes:
-        order: As given.
-
     Raises:
         UnknownNameError: The order names a block that the model does not have.
     """
@@ -76,21 +68,13 @@ class OrderPolicy:
         BlockMask.of(*self.order).check(memory.facts.num_blocks)
 
     def choose(self, request: Request) -> BlockMask:
-        """Return the shortest prefix of the order that fits the budget.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
+        """Return the shortest prefix of the order that fits the budget."""
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         return costs.remove_until_fits(self.order, request.budget_bytes)
 
 
 class FrontierPolicy:
     """Looks up the best known mask that fits, or the smallest known one if none does.
-
-    Args:
-        memory: The model's byte arithmetic.
-        frontier: The model's best known masks.
 
     Raises:
         ArtifactError: The frontier is of a model with another number of blocks.
@@ -108,11 +92,7 @@ class FrontierPolicy:
         self.frontier = frontier
 
     def choose(self, request: Request) -> BlockMask:
-        """Return the empty mask if it fits, else the known mask of least delta_nll that does.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
+        """Return the empty mask if it fits, else the known mask of least delta_nll that does."""
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         if costs.dense_peak_bytes <= request.budget_bytes:
             return BlockMask()
@@ -137,9 +117,6 @@ class NetworkPolicy:
     Attributes:
         order: The model's blocks in GSI order, length 2L; empty where no importance is known.
         file: The exported policy.
-
-    Raises:
-        ArtifactError: As for `PolicyFile.features_for`.
     """
 
     name = "rap"
@@ -158,11 +135,7 @@ class NetworkPolicy:
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
     def choose(self, request: Request) -> BlockMask:
-        """Return the blocks that the network removes until the request fits.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
+        """Return the blocks that the network removes until the request fits."""
         return self._cached_choice(request)
 
     def _choose(self, request: Request) -> BlockMask:

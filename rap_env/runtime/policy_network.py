@@ -167,11 +167,7 @@ class BlockNetwork:
         self._gone_kind = _gone_kind_part(parts, blocks)
 
     def removals(self, request: Request) -> list[int]:
-        """The blocks to remove until the request fits, in order; all if it never fits.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the batch or the length.
-        """
+        """The blocks to remove until the request fits, in order; all if it never fits."""
         costs = request_costs(self._builder.memory, request.batch_size, request.seq_len_tokens)
         budget, dense_peak = request.budget_bytes, costs.dense_peak_bytes
         removed: list[int] = []

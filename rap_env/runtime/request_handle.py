@@ -73,9 +73,6 @@ class RequestHandle:
 
     Attributes:
         id: A number that is unique in this process.
-        prompt_ids: As given.
-        params: As given.
-        arrived_s: As given.
         first_token_s: Time of the first token; None before it.
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
@@ -129,13 +126,7 @@ class RequestHandle:
             on_cancel()
 
     def result(self, timeout_s: float | None = None) -> RequestHandle:
-        """Wait for the end.
-
-        Args:
-            timeout_s: Longest wait in seconds; None for no limit.
-
-        Returns:
-            This handle.
+        """Wait for the end, at most `timeout_s` seconds if given, and return this handle.
 
         Raises:
             TimeoutError: The request has not ended by then; it continues.

@@ -74,9 +74,6 @@ class RowSampler:
 
     Each row has its own random stream, so its tokens do not depend on other rows or on the time.
     It draws on the CPU, so that a seed gives the same tokens on any device.
-
-    Args:
-        params: How to sample.
     """
 
     def __init__(self, params: SamplingParams) -> None:

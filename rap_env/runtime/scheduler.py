@@ -44,12 +44,7 @@ class RequestQueue:
         return len(self._waiting)
 
     def append(self, sequence: TokenSequence) -> None:
-        """Add a request at the end.
-
-        Raises:
-            QueueFullError: The queue is full.
-            EngineClosedError: The queue is closed.
-        """
+        """Add a request at the end; raises `QueueFullError` or `EngineClosedError`."""
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine is closed and accepts no more requests.")
@@ -152,11 +147,7 @@ class Scheduler:
         return [*self._decoding, *([prefilling.sequence] if prefilling else [])]
 
     def turn(self) -> bool:
-        """Run one turn.
-
-        Returns:
-            Whether the model was run.
-        """
+        """Run one turn; return whether the model was run."""
         self._remove_ended()
         self._admit_next()
         self._make_fit(prefill=True)
@@ -171,21 +162,13 @@ class Scheduler:
         return prefilled or decoded
 
     def check_feasible(self, sequence: TokenSequence) -> None:
-        """Check that a sequence could be served at some time; from any thread.
-
-        Raises:
-            InfeasibleBudgetError: No mask fits it into the largest budget so far.
-        """
+        """Raise `InfeasibleBudgetError` if no mask can ever fit a sequence; from any thread."""
         shape = shape_of([], sequence, uniform=self._uniform)
         if not self._controller.could_fit(shape):
             raise InfeasibleBudgetError(self._infeasible_message(shape))
 
     def warm_up(self, tokens: int) -> None:
-        """Run a dummy prompt, so that the controller learns what steps take.
-
-        Args:
-            tokens: Its length.
-        """
+        """Run a prompt of `tokens` dummies, so that the controller learns what steps take."""
         shape = BatchShape(1, tokens + 1)
         first = PassSize(tokens, tokens)
         if self.running or not self._controller.admit(shape, next_pass=first):
@@ -261,9 +244,9 @@ class Scheduler:
             rows=rows,
             length=length,
             mask=mask,
-            held=self._controller.held,
+            held=self._controller.monitor.held,
             peak_bytes=peak,
-            budget_bytes=self._controller.budget_bytes,
+            budget_bytes=self._controller.monitor.budget_bytes,
         )
         for observer in self.observers:
             observer(record)

@@ -32,11 +32,7 @@ log = logging.getLogger(__name__)
 class TokenSequence:
     """The tokens of one request, and the sampler that draws the next ones.
 
-    Args:
-        handle: The caller's handle of the request.
-
     Attributes:
-        handle: As given.
         sampler: Draws the request's tokens.
         queued_since_s: When it last entered the queue, on the engine's clock.
     """
@@ -83,14 +79,7 @@ class TokenSequence:
 
 
 class PrefillingSequence:
-    """A sequence whose known tokens are prefilled in chunks, in a batch of its own.
-
-    Args:
-        sequence: The sequence.
-        llm: The live model.
-        restore: As for `LiveBatch`.
-        chunk_tokens: Most tokens of a chunk.
-    """
+    """A sequence whose known tokens are prefilled in chunks, in a batch of its own."""
 
     def __init__(
         self, sequence: TokenSequence, llm: ElasticLLM, restore: Restore, chunk_tokens: int
@@ -123,12 +112,7 @@ class PrefillingSequence:
 
 
 class OutputProcessor:
-    """Samples tokens, delivers tokens and ends to request handles, and counts them.
-
-    Args:
-        clock: Gives the time of events, in seconds.
-        counters: Where requests and tokens are counted.
-    """
+    """Samples tokens, delivers tokens and ends to request handles, and counts them."""
 
     def __init__(self, clock: Callable[[], float], counters: Counters) -> None:
         self._clock = clock

@@ -75,8 +75,8 @@ class _EngineState(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
-        stats, controller = self._engine.stats(), self._engine.controller
-        names = {"model": self._settings.served_name, "policy": controller.policy.name}
+        stats, masks = self._engine.stats(), self._engine.controller.masks
+        names = {"model": self._settings.served_name, "policy": masks.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
         removed = " ".join(stats.mask.names)
         digest = hashlib.sha256(removed.encode()).hexdigest()[:12]
@@ -107,8 +107,8 @@ class _EngineState(Collector):
             (gauge, "queue_length", "Answers that wait.", stats.queued),
             (gauge, "running", "Answers that are being generated.", stats.running),
             (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),
-            (counter, "mask_switches", "Changes of the mask.", controller.switches),
-            (counter, "mask_decisions", "Times that a mask was chosen.", controller.decisions),
+            (counter, "mask_switches", "Changes of the mask.", masks.switches),
+            (counter, "mask_decisions", "Times that a mask was chosen.", masks.decisions),
             (counter, "controller_overhead_seconds", "Time spent on choosing and switching masks.",
              stats.overhead_s),
             (counter, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),

@@ -144,8 +144,8 @@ def greeting(stack: ServerStack, url: str) -> str:
         route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
-        f"Memory: {controller.budget_bytes / 2**30:.2f} GiB now "
-        f"({controller.monitor.source.name}); policy: {controller.policy.name}; "
+        f"Memory: {controller.monitor.budget_bytes / 2**30:.2f} GiB now "
+        f"({controller.monitor.source.name}); policy: {controller.masks.policy.name}; "
         f"removed weights: {stack.settings.residency}.",
     ]
     if stack.decisions is not None:
@@ -162,5 +162,5 @@ def farewell(engine: Engine) -> str:
     stats = engine.stats()
     return (
         f"Ended: {stats.served} answers with {stats.tokens} tokens, {stats.cancelled} cancelled, "
-        f"{engine.controller.switches} changes of the mask."
+        f"{engine.controller.masks.switches} changes of the mask."
     )

@@ -22,11 +22,8 @@ from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, or
 def test_a_request_that_fits_leaves_the_model_as_it_is():
     harness = ordered()
     assert harness.controller.admit(SHAPE)
-    assert (harness.mask, harness.controller.switches, harness.controller.decisions) == (
-        BlockMask(),
-        0,
-        0,
-    )
+    masks = harness.controller.masks
+    assert (harness.mask, masks.switches, masks.decisions) == (BlockMask(), 0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
@@ -35,14 +32,14 @@ def test_at_arrival_as_many_blocks_are_removed_as_needed(count):
     harness.budget_bytes = between(harness, count)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:count])
-    assert harness.controller.recent[-1].trigger == "arrival"
+    assert harness.controller.masks.recent[-1].trigger == "arrival"
 
 
 def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked():
     harness = ordered()
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
     assert not harness.controller.admit(SHAPE)
-    assert (harness.mask, harness.controller.decisions) == (BlockMask(), 0)
+    assert (harness.mask, harness.controller.masks.decisions) == (BlockMask(), 0)
 
 
 def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
@@ -66,7 +63,7 @@ def test_a_falling_budget_shrinks_the_mask_before_the_next_step():
     harness.budget_bytes = between(harness, 2)
     assert harness.controller.check(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:2])
-    assert harness.controller.recent[-1].trigger == "budget_fell"
+    assert harness.controller.masks.recent[-1].trigger == "budget_fell"
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -91,7 +88,7 @@ def test_the_guard_shrinks_a_mask_that_does_not_fit():
     harness.budget_bytes = harness.need(expected, SHAPE)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == expected
-    assert harness.controller.recent[-1].guarded
+    assert harness.controller.masks.recent[-1].guarded
 
 
 def test_the_policys_own_mask_is_taken_if_it_fits():
@@ -100,7 +97,7 @@ def test_the_policys_own_mask_is_taken_if_it_fits():
     harness.budget_bytes = harness.need(mask, SHAPE) + 10
     assert harness.controller.admit(SHAPE)
     assert harness.mask == mask
-    assert not harness.controller.recent[-1].guarded
+    assert not harness.controller.masks.recent[-1].guarded
     assert harness.policy.asked[-1].budget_bytes == harness.budget_bytes
 
 
@@ -149,7 +146,7 @@ def test_unpredicted_bytes_are_learned_and_reserved():
     harness.controller.admit(SHAPE)
     harness.meter.noise_bytes = 3 * 10**5
     harness.controller.observe(SHAPE, "prefill")
-    learned = harness.controller.margin.bytes
+    learned = harness.controller.monitor.margin.bytes
     assert learned == pytest.approx(3 * 10**5 - harness.estimator.workspace_bytes(SHAPE), abs=10)
     harness.budget_bytes += learned
     assert harness.controller.check(SHAPE)
@@ -179,7 +176,7 @@ def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
 
     harness.llm.apply = noisy_apply
     fits = harness.controller.check(SHAPE)
-    assert harness.controller.switches > 1
+    assert harness.controller.masks.switches > 1
     assert not fits or harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -197,11 +194,11 @@ def test_while_idle_a_burst_expires_and_freed_memory_is_returned():
     harness = ordered()
     harness.meter.noise_bytes = 10**6
     harness.controller.observe(SHAPE, "decode")
-    assert harness.controller.margin.bytes > 0
+    assert harness.controller.monitor.margin.bytes > 0
     harness.meter.noise_bytes = 0
     for _ in range(1100):
         harness.controller.check(EMPTY_BATCH)
-    assert harness.controller.margin.bytes == 0
+    assert harness.controller.monitor.margin.bytes == 0
 
 
 def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
@@ -213,7 +210,7 @@ def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
 
     harness.controller.monitor.source.budget_bytes = fails
     assert harness.controller.check(SHAPE)
-    assert harness.controller.budget_bytes == harness.budget_bytes
+    assert harness.controller.monitor.budget_bytes == harness.budget_bytes
     assert "stays at" in caplog.text
 
 
@@ -239,8 +236,8 @@ def test_seconds_and_counts_add_up():
     harness.budget_bytes = between(harness, 2)
     harness.controller.check(SHAPE)
     controller = harness.controller
-    assert (controller.decisions, controller.switches) == (1, 1)
-    assert 0 < controller.decision_s + controller.switch_s <= controller.overhead_s
+    assert (controller.masks.decisions, controller.masks.switches) == (1, 1)
+    assert 0 < controller.masks.decision_s + controller.masks.switch_s <= controller.overhead_s
 
 
 def test_generate_stays_within_its_budget():
@@ -273,5 +270,5 @@ def test_keys_and_values_in_use_count_as_used():
     batch = LiveBatch(harness.llm)
     batch.prefill([[5] * 40] * 4)
     harness.controller.check(SHAPE)
-    assert harness.controller.used_bytes == harness.llm.held_bytes.total
-    assert harness.controller.used_bytes > harness.llm.held_bytes.weights
+    assert harness.controller.monitor.used_bytes == harness.llm.held_bytes.total
+    assert harness.controller.monitor.used_bytes > harness.llm.held_bytes.weights

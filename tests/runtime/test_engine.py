@@ -350,6 +350,6 @@ def test_warm_up_teaches_the_margin_and_leaves_no_rows():
     engine = harness.engine(prefill_chunk_tokens=8)
     harness.meter.noise_bytes = 10**6
     engine.warm_up()
-    assert harness.controller.margin.bytes > 9 * 10**5
+    assert harness.controller.monitor.margin.bytes > 9 * 10**5
     assert harness.llm.held_bytes.kv_cache == 0
     assert engine.stats().tokens == 0
