@@ -121,7 +121,7 @@ class Evaluator:
 
     def key(self, method: Method, cell: EvaluationCell) -> str:
         """Return the identifier that the method's row at a cell will have."""
-        return row_key(method.name, method.seed, cell.cell, self.provenance(method), cell.part)
+        return row_key(method.name, method.seed, cell.cell, cell.part, self.provenance(method))
 
     def _tasks(self, config: Config) -> dict[str, Any]:
         settings = asdict(config.evaluate.tasks)

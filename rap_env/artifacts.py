@@ -11,6 +11,7 @@ import errno
 import gzip
 import hashlib
 import json
+import logging
 import os
 import secrets
 import zlib
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rap_env.errors import ArtifactError, StorageFullError
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _GZIP = b"\x1f\x8b"  # how every gzip file begins
@@ -66,6 +69,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         except BaseException:
             name.unlink(missing_ok=True)
             raise
+
+
+def remove_incomplete_line(path: Path) -> None:
+    """Remove an incomplete last line, which a killed process left, from a file."""
+    with path.open("rb+") as file:
+        start = end = file.seek(0, os.SEEK_END)
+        tail, step = b"", 1  # nearly always the last byte ends a line
+        while start > 0 and b"\n" not in tail:
+            start, step = max(0, start - step), 65536
+            file.seek(start)
+            tail = file.read(end - start)
+        whole = start + tail.rfind(b"\n") + 1
+        if whole < end:
+            log.warning("%s ended in an incomplete line, which was removed.", path)
+            file.truncate(whole)
 
 
 def canonical_json(value: Any) -> str:

@@ -48,23 +48,20 @@ class Baseline(ABC):
         name: Name in the registry and in records.
         kv_aware: Whether the baseline counts the KV cache.
         seeded: Whether its choices depend on the seed.
+        setup_evaluations: Masks scored once, before the first request.
         evaluations: As in `CountingPolicy`.
     """
 
     name: str
     kv_aware = True
     seeded = False
+    setup_evaluations = 0
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         self.memory = context.memory
         self.scorer = context.scorer
         self.seed = seed
         self.evaluations = 0
-
-    @property
-    def setup_evaluations(self) -> int:
-        """Masks scored once, before the first request."""
-        return 0
 
     def choose(self, request: Request) -> BlockMask:
         """Return the blocks to remove for a request.

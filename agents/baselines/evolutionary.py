@@ -54,14 +54,8 @@ class EvolutionaryBaseline(Baseline):
         self._starts: list[Baseline] = [start(context) for start in starts]
         self._last = np.argsort(-np.asarray(context.one_shot.delta_nll), kind="stable").tolist()
         self.max_evaluations = max_evaluations
-
-    @property
-    def setup_evaluations(self) -> int:
-        """Evaluations of the orders that the first parents follow.
-
-        The first round of GSI measures the one-shot importance too.
-        """
-        return max(start.setup_evaluations for start in self._starts)
+        # Of the orders that the first parents follow; GSI's first round measures one-shot too.
+        self.setup_evaluations = max(start.setup_evaluations for start in self._starts)
 
     def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         if fits(self.memory, BlockMask(), request):

@@ -62,11 +62,8 @@ class OneShotBaseline(OrderBaseline):
         super().__init__(context, seed)
         self._delta_nll = np.asarray(context.one_shot.delta_nll, dtype=np.float64)
         self._blocks = _ascending(self._delta_nll)
-
-    @property
-    def setup_evaluations(self) -> int:
-        """The dense model, and the model without each block in turn."""
-        return self.memory.facts.num_blocks + 1
+        # The dense model, and the model without each block in turn.
+        self.setup_evaluations = self.memory.facts.num_blocks + 1
 
 
 class OneShotPerByteBaseline(OneShotBaseline):
@@ -111,15 +108,11 @@ class BlockInfluenceBaseline(OrderBaseline):
     """
 
     name = "block_influence"
+    setup_evaluations = 1  # one pass of the dense model measures all blocks
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
         self._blocks = _ascending(context.one_shot.block_influence)
-
-    @property
-    def setup_evaluations(self) -> int:
-        """One pass of the dense model measures the influence of all blocks."""
-        return 1
 
 
 class GSIBaseline(OrderBaseline):
@@ -132,13 +125,8 @@ class GSIBaseline(OrderBaseline):
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
-        self._gsi = context.gsi
-        self._blocks = self._gsi.full_order
-
-    @property
-    def setup_evaluations(self) -> int:
-        """Masks that were scored to find the order."""
-        return self._gsi.evaluations
+        self._blocks = context.gsi.full_order
+        self.setup_evaluations = context.gsi.evaluations
 
 
 class ShortGPTBaseline(Baseline):
@@ -150,15 +138,11 @@ class ShortGPTBaseline(Baseline):
     """
 
     name = "shortgpt"
+    setup_evaluations = 1  # one pass of the dense model measures all layers
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         super().__init__(context, seed)
         self._layers = _ascending(context.layer_influence)
-
-    @property
-    def setup_evaluations(self) -> int:
-        """One pass of the dense model measures the influence of all layers."""
-        return 1
 
     def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         mask = BlockMask()
@@ -184,11 +168,7 @@ class FrontierBaseline(Baseline):
         super().__init__(context, seed)
         self._context = context
         self._frontier = context.frontier
-
-    @property
-    def setup_evaluations(self) -> int:
-        """Masks that were scored to build the table."""
-        return self._frontier.evaluations
+        self.setup_evaluations = self._frontier.evaluations
 
     def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         if fits(self.memory, BlockMask(), request):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from experiments.comparison.statistics import bootstrap_mean
 from experiments.config.common import Cell
-from rap_env.artifacts import atomic_write, digest, disk_errors
+from rap_env.artifacts import atomic_write, digest, disk_errors, remove_incomplete_line
 from rap_env.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -34,16 +34,20 @@ class Record:
         record_name: What error messages call a record, at the start of a sentence.
         rerun: What to do in a new run folder if a record is of another version.
         dropped_keys: Keys of older records that are read and ignored.
+        identity: Fields and properties that tell the rows of a file apart.
     """
 
     record_name: ClassVar[str] = "A record"
     rerun: ClassVar[str] = "run the program again"
     dropped_keys: ClassVar[frozenset[str]] = frozenset()
+    identity: ClassVar[tuple[str, ...]]
+
+    provenance: dict[str, Any]
 
     @property
     def key(self) -> str:
         """Identifies a result: a resumed run does not compute a row with the same key again."""
-        raise NotImplementedError
+        return row_key(*(getattr(self, name) for name in self.identity), self.provenance)
 
     def to_record(self) -> dict[str, Any]:
         """Return a plain dict for one JSON line."""
@@ -114,6 +118,17 @@ def delta_nll_fields(windows: npt.ArrayLike) -> dict[str, Any]:
     }
 
 
+def row_key(*identity: Any) -> str:
+    """Return the key of a row before it is computed.
+
+    Args:
+        *identity: What `Record.identity` names, and last the provenance of the row, of which only
+            what the result depends on counts.
+    """
+    *values, provenance = identity
+    return digest([*values, provenance.get("depends_on", {})])
+
+
 RowT = TypeVar("RowT", bound=Record)
 
 
@@ -161,8 +176,8 @@ def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            _cut_torn_line(file.fileno(), path)
+        with path.open("ab") as file:
+            remove_incomplete_line(path)
             file.write(line)
             file.flush()
             if durable:
@@ -296,16 +311,12 @@ class ResultRow(CellRecord):
 
     record_name = "A result record"
     rerun = "run the evaluation again"
+    identity = ("method", "seed", "cell", "part")
 
     @property
     def part(self) -> str:
         """Part of the evaluation that the cell belongs to, one of `PARTS`."""
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
-
-    @property
-    def key(self) -> str:
-        """Identifier that is equal for rows of the same result."""
-        return row_key(self.method, self.seed, self.cell, self.provenance, self.part)
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -315,19 +326,6 @@ class ResultRow(CellRecord):
         return sum(self.accuracies.values()) / len(self.accuracies)
 
 
-def row_key(
-    method: str,
-    seed: int | None,
-    cell: tuple[int, int, float],
-    provenance: Mapping[str, Any],
-    part: str = "grid",
-) -> str:
-    """Return the identifier of a result: a digest of method, seed, cell and dependencies."""
-    batch_size, seq_len_tokens, fraction = cell
-    depends = provenance.get("depends_on", {})
-    return digest([method, seed, batch_size, seq_len_tokens, fraction, part, depends])
-
-
 def read_rows(path: Path) -> list[ResultRow]:
     """Read all rows of a ``results.jsonl``.
 
@@ -335,12 +333,3 @@ def read_rows(path: Path) -> list[ResultRow]:
         ArtifactError: The file or one of its rows is damaged.
     """
     return ResultRow.read(path)
-
-
-def _cut_torn_line(descriptor: int, path: Path) -> None:
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
-    content = os.pread(descriptor, size, 0)
-    logger.warning("%s ended in an incomplete line, which was removed.", path)
-    os.ftruncate(descriptor, content.rfind(b"\n") + 1)

@@ -14,13 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from agents.baselines.searches import GreedyPerByteBaseline
-from experiments.comparison.records import RowFile, delta_nll_fields
+from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
 from experiments.config.common import Cell
 from experiments.contexts import task_config
 from experiments.repair.libraries import StubLibraries
-from experiments.repair.records import ORDERS_FILE, RepairRow, row_key, write_orders
+from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.records import CellRecord, read_json
-from experiments.config.common import Cell
-from rap_env.artifacts import atomic_write, digest
+from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:
     from rap_env.importance import GSIProfile
@@ -70,22 +69,7 @@ class RepairRow(CellRecord):
 
     record_name = "A repair record"
     rerun = "make it again"
-
-    @property
-    def key(self) -> str:
-        """Identifies the result; see `row_key`."""
-        return row_key(self.study, self.repair, self.cell, self.text, self.provenance)
-
-
-def row_key(
-    study: str,
-    repair: str,
-    cell: Cell,
-    text: str,
-    provenance: Mapping[str, Any],
-) -> str:
-    """Return the key of a row before it is measured."""
-    return digest([study, repair, *cell, text, provenance.get("depends_on", {})])
+    identity = ("study", "repair", "cell", "text")
 
 
 def write_orders(path: Path, profiles: Mapping[str, GSIProfile]) -> None:

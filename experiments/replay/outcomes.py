@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,38 +104,34 @@ class SystemRun:
     busy_s: float
 
 
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """The run of a system, and the quality of its output.
+def evaluate_outputs(
+    run: SystemRun, evaluator: QualityEvaluator
+) -> tuple[dict[int, OutputQuality], float | None]:
+    """Measure everything that a system generated.
 
-    Attributes:
-        run: The run.
-        qualities: Quality of each served request, by its number.
-        mask_delta_nll: ΔNLL of the masks on held-out text, mean over generated tokens, in nats
-            per token; None if it was not measured.
+    Returns:
+        The quality of each served request by its number, and the ΔNLL of the masks on held-out
+        text as `QualityEvaluator.mask_delta_nll`.
     """
-
-    run: SystemRun
-    qualities: dict[int, OutputQuality]
-    mask_delta_nll: float | None
-
-
-def evaluate_run(run: SystemRun, evaluator: QualityEvaluator) -> EvaluatedRun:
-    """Measure the quality of everything that a system generated."""
     done = [o for o in run.outcomes if o.outcome == "served" and o.handle and o.handle.token_ids]
     qualities = {
         o.request.number: evaluator.evaluate(o.request, o.handle.token_ids)
         for o in done
         if o.handle
     }
-    return EvaluatedRun(run, qualities, evaluator.mask_delta_nll(_tokens_by_mask(done)))
+    return qualities, evaluator.mask_delta_nll(_tokens_by_mask(done))
 
 
 def make_row(
-    found: EvaluatedRun, budget: Budget, memory: MemoryModel, provenance: dict[str, Any]
+    run: SystemRun,
+    qualities: Mapping[int, OutputQuality],
+    mask_delta_nll: float | None,
+    budget: Budget,
+    memory: MemoryModel,
+    provenance: dict[str, Any],
 ) -> ReplayRow:
     """Make the row of a system."""
-    run, series = found.run, found.run.series
+    series = run.series
     done = [o for o in run.outcomes if o.outcome == "served"]
     counts = Counter(o.outcome for o in run.outcomes)
     end = series.intervals[-1].end_s if series.intervals else 0.0
@@ -179,19 +175,17 @@ def make_row(
         switch_s=controller.masks.switch_s,
         masks=len(by_mask),
         removed_mean=_mean_removed(by_mask),
-        **_quality(list(found.qualities.values()), found.mask_delta_nll, tokens),
+        **_quality(list(qualities.values()), mask_delta_nll, tokens),
         notes=run.system.notes,
         provenance=provenance,
     )
 
 
-def write_details(folder: Path, found: EvaluatedRun) -> None:
+def write_details(folder: Path, run: SystemRun, qualities: Mapping[int, OutputQuality]) -> None:
     """Write what figures need beside the row: steps over time, and a record for each request."""
-    name = f"{found.run.system.name}.jsonl"
-    write_records(folder / STEPS / name, found.run.series.downsampled())
-    requests = [
-        _request_record(o, found.qualities.get(o.request.number)) for o in found.run.outcomes
-    ]
+    name = f"{run.system.name}.jsonl"
+    write_records(folder / STEPS / name, run.series.downsampled())
+    requests = [_request_record(o, qualities.get(o.request.number)) for o in run.outcomes]
     write_records(folder / REQUESTS / name, requests)
 
 

@@ -9,19 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.formatting import (
-    publish_tables,
-)
-from experiments.comparison.records import RowFile
+from experiments.comparison.formatting import publish_tables
+from experiments.comparison.records import RowFile, row_key
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.run_folder import provenance as run_provenance
 from experiments.config import Config, ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget, make_budget
 from experiments.replay.harness import ReplayHarness
-from experiments.replay.outcomes import evaluate_run, make_row, write_details
+from experiments.replay.outcomes import evaluate_outputs, make_row, write_details
 from experiments.replay.quality import QualityEvaluator
-from experiments.replay.records import ReplayRow, row_key
+from experiments.replay.records import ReplayRow
 from experiments.replay.systems import SystemFactory
 from experiments.replay.tables import replay_markdown, replay_text
 from experiments.replay.workload import Workload, make_workload
@@ -107,9 +105,9 @@ class Replay:
             self._scorer(),
             progress=progress,
         )
-        found = evaluate_run(run, evaluator)
-        write_details(self._folder, found)
-        row = make_row(found, self.budget, self._memory, provenance)
+        qualities, mask_delta_nll = evaluate_outputs(run, evaluator)
+        write_details(self._folder, run, qualities)
+        row = make_row(run, qualities, mask_delta_nll, self.budget, self._memory, provenance)
         log.info(
             "%s: %d of %d requests served in %.0f s (%.0f s of work), %d violations of the budget",
             name, row.served, row.requests, row.duration_s, row.busy_s, row.violations,

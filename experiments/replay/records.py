@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.comparison.records import Record
-from rap_env.artifacts import digest
 
 OUTCOMES = ("served", "refused", "queue_full", "timed_out", "unserved", "failed")
 """Outcomes of a request: served to its last token; rejected because no mask can ever fit it;
@@ -120,13 +118,4 @@ class ReplayRow(Record):
     record_name = "A replay record"
     rerun = "run the replay again"
     dropped_keys = frozenset({"energy_j"})
-
-    @property
-    def key(self) -> str:
-        """Identifies the result; see `row_key`."""
-        return row_key(self.system, self.provenance)
-
-
-def row_key(system: str, provenance: Mapping[str, Any]) -> str:
-    """Return the key of a row before its system is run."""
-    return digest([system, provenance.get("depends_on", {})])
+    identity = ("system",)

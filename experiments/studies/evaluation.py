@@ -11,13 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from agents.baselines.base import CountingPolicy
-from experiments.comparison.records import RowFile, delta_nll_fields
+from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import git_state
 from experiments.config import Config, TextConfig
 from experiments.config.common import Cell
 from experiments.contexts import build_context, load_text
 from experiments.errors import ExperimentError
-from experiments.studies.records import StudyRow, row_key
+from experiments.studies.records import StudyRow
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
@@ -154,9 +154,8 @@ class StudyEvaluator:
             for text in self._report:
                 provenance = self._provenance(search, text)
                 key = row_key(
-                    search.method, search.searched_on, search.seed, cell, text,
-                    provenance["depends_on"],
-                )  # fmt: skip
+                    search.method, search.searched_on, search.seed, cell, text, provenance
+                )
                 compute = partial(self._row, search, cell, request, choose, text, provenance)
                 rows.append(self._file.get(key, compute))
         return rows

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.comparison.records import CellRecord, Record
-from experiments.config.common import Cell
-from rap_env.artifacts import digest
 
 _NAME, _RERUN = "A study's record", "run the study again"
 
@@ -62,12 +59,7 @@ class StudyRow(CellRecord):
     provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name, rerun = _NAME, _RERUN
-
-    @property
-    def key(self) -> str:
-        """Identifies the result; see `row_key`."""
-        depends_on = self.provenance.get("depends_on", {})
-        return row_key(self.method, self.searched_on, self.seed, self.cell, self.text, depends_on)
+    identity = ("method", "searched_on", "seed", "cell", "text")
 
 
 @dataclass(frozen=True)
@@ -99,24 +91,7 @@ class OrderRow(Record):
     provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name, rerun = _NAME, _RERUN
-
-    @property
-    def key(self) -> str:
-        """Identifies the order: method, text and everything that it depends on."""
-        depends_on = self.provenance.get("depends_on", {})
-        return digest([self.method, self.searched_on, self.seed, depends_on])
-
-
-def row_key(
-    method: str,
-    searched_on: str,
-    seed: int,
-    cell: Cell,
-    text: str,
-    depends_on: Mapping[str, Any],
-) -> str:
-    """Return the key of a row before its mask is searched."""
-    return digest([method, searched_on, seed, *cell, text, dict(depends_on)])
+    identity = ("method", "searched_on", "seed")
 
 
 def search_evaluations(rows: list[StudyRow], *, per_cell: bool) -> int:

@@ -102,39 +102,30 @@ def _measure(config: Config, folder: Path) -> tuple[list[OrderRow], list[StudyRo
     report = {REPORT: contexts.load(config.evaluate.text, "report")}
     draws = _draws(contexts)
     evaluator = StudyEvaluator("stability", contexts, list(draws.values()), report, folder / FILE)
-    orders = OrderFile(contexts, folder / ORDERS)
+    file = RowFile(folder / ORDERS, OrderRow)
+    orders: list[OrderRow] = []
     rows: list[StudyRow] = []
     for (name, seed), corpus in progress_bar(config, "stability", list(draws.items())):
         context = contexts.on(corpus)
-        orders.measure(name, seed, context)
+        orders += _orders(contexts, file, name, seed, context)
         for search in searches(contexts, name, seed, context, agents):
             rows += evaluator.rows(search, cells)
     for agent, own in agents:
         evaluator.check_disjoint([build_context(own).corpus])
         rows += evaluator.rows(_own_search(agent, own), cells)
-    return orders.rows, rows
+    return orders, rows
 
 
-class OrderFile:
-    """Removal orders, each measured once and stored in a file.
-
-    Args:
-        contexts: The model.
-        path: The file.
-    """
-
-    def __init__(self, contexts: StudyContexts, path: Path) -> None:
-        self._contexts, self._file = contexts, RowFile(path, OrderRow)
-        self.rows: list[OrderRow] = []
-
-    def measure(self, name: str, seed: int, context: PruningContext) -> None:
-        """Append the orders on one text to `rows`."""
-        corpus = context.corpus
-        for method in METHODS:
-            identity = gsi_identity(self._contexts.config) if method == "gsi" else {}
-            provenance = self._contexts.provenance(corpus, **identity)
-            empty = OrderRow(method, name, seed, corpus.tokens.numel(), [], 0, [], 0, provenance)
-            self.rows.append(self._file.get(empty.key, partial(_measured, empty, context)))
+def _orders(
+    contexts: StudyContexts, file: RowFile[OrderRow], name: str, seed: int, context: PruningContext
+) -> Iterator[OrderRow]:
+    """Yield the orders on one text; each is measured once and stored in the file."""
+    corpus = context.corpus
+    for method in METHODS:
+        identity = gsi_identity(contexts.config) if method == "gsi" else {}
+        provenance = contexts.provenance(corpus, **identity)
+        empty = OrderRow(method, name, seed, corpus.tokens.numel(), [], 0, [], 0, provenance)
+        yield file.get(empty.key, partial(_measured, empty, context))
 
 
 def searches(

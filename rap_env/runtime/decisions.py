@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rap_env.artifacts import remove_incomplete_line
 from rap_env.blocks import BlockMask
 from rap_env.runtime.batch_shape import BatchShape
 
@@ -113,19 +114,3 @@ class DecisionLog:
         """Close the file; later decisions are not logged."""
         with self._lock:
             self._file.close()
-
-
-def remove_incomplete_line(path: Path) -> None:
-    """Remove an incomplete last line from a file."""
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        start = end
-        tail = b""
-        while start > 0 and b"\n" not in tail:
-            start = max(0, start - 65536)
-            file.seek(start)
-            tail = file.read(end - start)
-        whole = start + tail.rfind(b"\n") + 1
-        if whole < end:
-            log.warning("%s ended in an incomplete line, which was removed.", path)
-            file.truncate(whole)

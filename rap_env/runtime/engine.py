@@ -133,7 +133,7 @@ class Engine:
             self._scheduler.check_feasible(sequence)
             self._queue.append(sequence)
         except (InfeasibleBudgetError, QueueFullError):
-            self._scheduler.counters.add_rejection()
+            self._scheduler.counters.refused += 1
             raise
         self._wake.set()
         return handle
@@ -150,9 +150,9 @@ class Engine:
             started, overhead_s = time.perf_counter(), self.controller.overhead_s
             worked = self._scheduler.turn()
             if worked:
-                self._scheduler.counters.add_turn(
-                    time.perf_counter() - started, self.controller.overhead_s - overhead_s
-                )
+                counters = self._scheduler.counters
+                counters.busy_s += time.perf_counter() - started
+                counters.overhead_s += self.controller.overhead_s - overhead_s
             return worked
 
     def warm_up(self) -> None:

@@ -75,24 +75,6 @@ class Counters:
         else:
             self.served += 1
 
-    def add_rejection(self) -> None:
-        """Count a request that was rejected."""
-        self.refused += 1
-
-    def add_tokens(self, *, generated: int = 0, prefilled: int = 0) -> None:
-        """Count tokens that a pass generated or prefilled."""
-        self.tokens += generated
-        self.prompt_tokens += prefilled
-
-    def add_preemption(self) -> None:
-        """Count a preemption."""
-        self.preemptions += 1
-
-    def add_turn(self, busy_s: float, overhead_s: float) -> None:
-        """Count the seconds of a turn that ran the model, and the controller's share of them."""
-        self.busy_s += busy_s
-        self.overhead_s += overhead_s
-
 
 @dataclass(kw_only=True)
 class EngineStats(Counters):

@@ -197,7 +197,7 @@ class Scheduler:
                 logits, count = prefilling.advance()
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
-            self.counters.add_tokens(prefilled=count)
+            self.counters.prompt_tokens += count
             if logits is not None:
                 if self.output.deliver([prefilling.sequence], logits, mask)[0]:
                     self._batch.join(prefilling.batch)
@@ -301,7 +301,7 @@ class Scheduler:
             return False
         self._preempted_s = self._clock()
         sequence.preempt(self._preempted_s)
-        self.counters.add_preemption()
+        self.counters.preemptions += 1
         self._queue.put_first(sequence)
         return True
 

@@ -144,7 +144,7 @@ class OutputProcessor:
 
     def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
         """End a request that waits in the queue and cannot be admitted."""
-        self._counters.add_rejection()
+        self._counters.refused += 1
         sequence.handle.emit(EndEvent("error", error, self._clock(), rejection))
 
     def fail(self, sequences: Iterable[TokenSequence], error: Exception) -> None:
@@ -167,7 +167,7 @@ class OutputProcessor:
             self.end(sequence, "stop")
             return False
         handle.emit(TokenEvent(sample.token_id, sample.logprob, now, mask))
-        self._counters.add_tokens(generated=1)
+        self._counters.tokens += 1
         if len(handle.token_ids) < params.max_new_tokens:
             return True
         self.end(sequence, "length")

@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.runtime import decisions
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
 
@@ -117,10 +116,3 @@ def test_after_a_kill_all_complete_lines_are_valid(tmp_path):
     times = [record["time_s"] for record in read(path)]
     assert times == [float(number) for number in range(len(times))]
     assert len(times) >= 50
-
-
-def test_removing_an_incomplete_line_is_logged(tmp_path, caplog):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b"{}\n{")
-    decisions.remove_incomplete_line(path)
-    assert "incomplete line" in caplog.text

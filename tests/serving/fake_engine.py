@@ -32,9 +32,8 @@ class FakeEngine:
         self.handles = []
         self.alive = True
         self.closed = False
-        self.controller = SimpleNamespace(
-            switches=3, decisions=5, policy=SimpleNamespace(name="dense")
-        )
+        masks = SimpleNamespace(switches=3, decisions=5, policy=SimpleNamespace(name="dense"))
+        self.controller = SimpleNamespace(masks=masks)
         self.llm = SimpleNamespace(
             fingerprint="0123",
             model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),

@@ -35,12 +35,14 @@ class Budget:
         )
         self.engine = Engine(llm, self.controller, max_batch_size=4, **settings)
         self.masks = []  # of every step
-        self.pace_s = 0.0  # least seconds of a step
+        self.pause_after = float("inf")  # steps, after which the engine waits for `resumed`
+        self.resumed = threading.Event()
         self.engine.observers.append(self._observe)
 
     def _observe(self, record):
         self.masks.append(record.mask)
-        time.sleep(self.pace_s)
+        if len(self.masks) >= self.pause_after:
+            self.resumed.wait(20)
 
     def need(self, removed, demand):
         return self.controller.estimator.peak_bytes(BlockMask.of(*range(removed)), demand)
@@ -169,14 +171,15 @@ def _one(client, prompt):
 def test_the_mask_changes_while_a_stream_runs(client, budget):
     before = greedy(client, max_tokens=40).choices[0].message.content
     del budget.masks[:]
-    budget.pace_s = 0.05  # so that the client sees a chunk before the engine has made the last
+    budget.pause_after = 20  # so that the engine cannot finish before the client lowers the budget
     stream = greedy(client, stream=True, max_tokens=40)
     text = ""
     for number, chunk in enumerate(stream):
         text += chunk.choices[0].delta.content or ""
         if number == 5:
             budget.bytes = budget.need(3, BatchShape(1, 60))
-    budget.pace_s = 0.0
+            budget.resumed.set()
+    budget.pause_after = float("inf")
     assert text != before
     masks = [len(mask) for mask in budget.masks]
     assert masks[0] == 0

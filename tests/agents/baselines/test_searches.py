@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
-from agents.baselines import make_baseline
+from agents.baselines import BASELINES, make_baseline
 from agents.baselines.base import fits, measure_choice
-from agents.baselines.searches import BeamBaseline, GreedyPerByteBaseline, GreedySwapsBaseline
+from agents.baselines.searches import (
+    MOST_BLOCKS,
+    BeamBaseline,
+    GreedyPerByteBaseline,
+    GreedySwapsBaseline,
+    OracleBaseline,
+    whole_layer,
+)
 from rap_env.blocks import BlockMask
+from rap_env.errors import SearchTooLargeError
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, request_at
 
@@ -115,3 +125,63 @@ def test_swaps_count_what_greedy_scored_once(large):
     choice = measure_choice(GreedySwapsBaseline(large), request, large.scorer)
     assert choice.evaluations == large.scorer.evaluations
     assert choice.decision_s < large.scorer.evaluation_s  # all of it was run just now
+
+
+SHAPES = [(2, 16, 0.85), (8, 64, 0.8), (8, 64, 0.7)]
+
+
+def all_masks(blocks):
+    for removed in itertools.product([False, True], repeat=blocks):
+        yield BlockMask.of(*(index for index, gone in enumerate(removed) if gone))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_oracle_is_the_best_of_all_masks_of_a_real_model(real_context, shape):
+    request = Request.at_fraction(real_context.memory, *shape)
+    masks = [m for m in all_masks(6) if fits(real_context.memory, m, request)]
+    choice = measure_choice(make_baseline("oracle", real_context), request, real_context.scorer)
+    assert fits(real_context.memory, choice.mask, request)
+    assert choice.evaluations == len(masks)
+    assert real_context.scorer.nll(choice.mask) == min(map(real_context.scorer.nll, masks))
+
+
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"oracle"}))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_that_fits_beats_the_oracle(real_context, name, shape):
+    request = Request.at_fraction(real_context.memory, *shape)
+    oracle = make_baseline("oracle", real_context).choose(request)
+    choice = make_baseline(name, real_context).choose(request)
+    nll = real_context.scorer.nll
+    assert nll(oracle) <= nll(choice) or not fits(real_context.memory, choice, request)
+
+
+def test_the_oracle_may_remove_more_than_must_be():
+    context = SyntheticContext([0.5, 4.0, -0.1, 0.3, -0.2, 0.04, 0.03, 0.2])
+    request = Request(1, 1, context.memory.dense_peak_bytes(1, 1) - 900)
+    assert OracleBaseline(context).choose(request) == BlockMask.of(2, 4)
+
+
+def test_requests_of_the_oracle_share_their_scores():
+    context = SyntheticContext([0.1 + 0.01 * i for i in range(MOST_BLOCKS)], interaction=1.0)
+    oracle = OracleBaseline(context)
+    for fraction in (0.9, 0.7, 0.5):
+        oracle.choose(request_at(context, 8, 250, fraction))
+    assert context.scorer.evaluations <= 2**MOST_BLOCKS
+
+
+def test_the_oracle_refuses_a_larger_model():
+    context = SyntheticContext([0.1] * (MOST_BLOCKS + 2))
+    with pytest.raises(SearchTooLargeError, match="synthetic has 14 blocks and so 2.14 masks"):
+        OracleBaseline(context)
+
+
+def test_sleb_measures_again_after_each_removal():
+    context = SyntheticContext([0.5, 4.0, 0.02, 0.30, 0.01, 0.04, 0.03, 0.20])
+    # Alone layer 2 costs least and layer 3 next, but without layer 2 layer 3 is dear.
+    context.scorer.pairs[4, 6] = context.scorer.pairs[6, 4] = 2.0
+    sleb = make_baseline("sleb", context)
+    assert sleb.choose(needing(context, 100)) == whole_layer(2)
+    choice = measure_choice(sleb, needing(context, 4005), context.scorer)
+    assert choice.mask == whole_layer(1) | whole_layer(2)
+    assert choice.evaluations == 4 + 3
+    assert sleb.setup_evaluations == 0

@@ -126,8 +126,8 @@ def test_a_row_is_another_one_if_anything_that_it_depends_on_differs():
     row = make_row("gsi", (1, 128), 0.9)
 
     def key(**changes):
-        values = {"method": "gsi", "seed": None, "cell": row.cell, "provenance": row.provenance}
-        return row_key(**{**values, **changes})
+        values = {"method": "gsi", "seed": None, "cell": row.cell, "part": "grid"}
+        return row_key(*{**values, "provenance": row.provenance, **changes}.values())
 
     other = json.loads(json.dumps(row.provenance))
     other["depends_on"]["report_sha256"] = "c" * 64

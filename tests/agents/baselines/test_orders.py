@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -48,19 +50,39 @@ def test_shortgpt_follows_the_influence_of_layers(context):
     assert (choice.evaluations, shortgpt.setup_evaluations) == (0, 1)
 
 
-def test_sleb_measures_again_after_each_removal(context):
-    # Alone layer 2 costs least and layer 3 next, but without layer 2 layer 3 is dear.
-    context.scorer.pairs[4, 6] = context.scorer.pairs[6, 4] = 2.0
-    sleb = make_baseline("sleb", context)
-    assert sleb.choose(needing(context, 100)) == layers(2)
-    choice = measure_choice(sleb, needing(context, LAYER_BYTES + 1), context.scorer)
-    assert choice.mask == layers(1, 2)
-    assert choice.evaluations == 4 + 3
-    assert sleb.setup_evaluations == 0
-
-
 def test_on_a_real_model_the_influence_is_measured(real_context):
     request = Request.at_fraction(real_context.memory, 2, 16, 0.9)
     mask = make_baseline("shortgpt", real_context).choose(request)
     least = int(np.argmin(real_context.layer_influence))
     assert layers(least) <= mask
+
+
+def test_where_losses_add_up_and_costs_are_equal_the_frontier_has_the_best_mask(context):
+    for shape in [(1, 10, 0.8), (8, 250, 0.7), (16, 1000, 0.6)]:
+        request = request_at(context, *shape)
+        choice = make_baseline("frontier", context).choose(request)
+        best = make_baseline("oracle", context).choose(request)
+        assert context.scorer.loss(choice) == pytest.approx(context.scorer.loss(best))
+
+
+def test_the_frontier_looks_up_and_scores_nothing(context):
+    baseline = make_baseline("frontier", context)
+    before = context.scorer.passes
+    choice = measure_choice(baseline, request_at(context, 8, 250, 0.7), context.scorer)
+    assert choice.evaluations == 0
+    assert context.scorer.passes == before
+    assert baseline.setup_evaluations == context.frontier.evaluations == 25
+
+
+def test_the_frontier_follows_the_gsi_order_where_no_entry_fits(context):
+    context.frontier = SimpleNamespace(best=lambda memory, request: None, evaluations=7)
+    request = request_at(context, 8, 250, 0.5)
+    gsi = make_baseline("gsi", context).choose(request)
+    assert make_baseline("frontier", context).choose(request) == gsi != BlockMask()
+
+
+def test_a_real_frontier_is_read(real_context):
+    request = Request.at_fraction(real_context.memory, 2, 16, 0.7)
+    mask = make_baseline("frontier", real_context).choose(request)
+    assert mask == real_context.frontier.best(real_context.memory, request)
+    assert fits(real_context.memory, mask, request)
