@@ -81,8 +81,6 @@ class Algorithm:
     """A learning algorithm of stable-baselines3.
 
     Attributes:
-        cls: The algorithm's class.
-        blockwise: Its block-wise policy network.
         masked: Whether it uses action masks; the others learn from the penalty instead.
         checkpoint_steps: Environment steps between checkpoints; a rollout is always finished.
     """

@@ -56,7 +56,6 @@ class Checkpoint:
     """A checkpoint whose files were verified.
 
     Attributes:
-        folder: The checkpoint's folder.
         body: Its manifest: step, config, spaces, progress, state and checksums.
     """
 

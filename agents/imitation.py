@@ -40,7 +40,6 @@ class Demonstration:
     """A teacher's mask for a request.
 
     Attributes:
-        request: The request.
         mask: The blocks that the teacher removes.
         episode_return: Return of an episode that ends with this mask, if only the last step is
             rewarded: minus delta_nll (nats per token) with the reward ``perplexity``. None if
@@ -56,7 +55,6 @@ class Batch(NamedTuple):
     """A batch of B states on the way to a teacher's masks.
 
     Attributes:
-        seen: The observations.
         right: The blocks that the teacher would remove next, (B, 2L).
         kept: The blocks that are not removed, (B, 2L).
         returns: Discounted return of the rest of the episode, NaN if unknown, (B,).
@@ -158,7 +156,6 @@ class ImitationResult(NamedTuple):
     """Result of imitation learning, over the states of the last updates.
 
     Attributes:
-        loss: Mean training loss.
         agreement: Share of states in which the policy's greedy action is one of the teacher's.
     """
 

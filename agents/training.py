@@ -49,7 +49,6 @@ class TrainResult:
 
     Attributes:
         run_dir: The run's folder; the policy is in the newest of ``checkpoints``.
-        timesteps: Environment steps.
         episodes: Finished episodes.
         evaluations: Masks whose score was needed, stored scores included.
         seconds: Wall time.

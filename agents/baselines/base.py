@@ -144,7 +144,6 @@ class MeasuredChoice:
     """A mask chosen for one request, and the cost of choosing it.
 
     Attributes:
-        mask: The blocks to remove.
         evaluations: Masks whose scores the choice needed, stored scores included.
         decision_s: Wall time of the choice in seconds. A stored score counts with the time of
             one pass over the calibration text.

@@ -45,8 +45,6 @@ class Entry:
     """One library that is evaluated.
 
     Attributes:
-        study: As in `RepairRow`.
-        repair: As in `RepairRow`.
         fitted_on: Names of the texts it was fitted on.
         library: The stubs; None for removal without stubs. For ``per_mask`` the library with its
             mask and ranks.

@@ -29,7 +29,6 @@ class RepairSummary:
     """One repair over the whole grid.
 
     Attributes:
-        repair: Its name.
         fitted: Mean ΔNLL over cells and texts of fitted domains, nats per token; None without.
         fitted_ratio: `fitted` as a share of the ΔNLL without stubs.
         other: Mean ΔNLL over cells and texts of other domains; None without.
@@ -37,7 +36,6 @@ class RepairSummary:
         accuracy: Mean accuracy over tasks and cells, in [0, 1], or None.
         fit_tokens: Maximum of the tokens that its stubs were fitted on.
         fitting: Number of cells whose mask is within the budget.
-        cells: Number of cells.
     """
 
     repair: str

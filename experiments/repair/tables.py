@@ -206,8 +206,6 @@ class TitledTable(NamedTuple):
     """A table with its place in a document.
 
     Attributes:
-        name: Short name of the table.
-        table: Header and rows.
         title: Heading; empty for none.
         caption: Meaning of its numbers; empty for none.
         by_repair: Whether each line is a repair.

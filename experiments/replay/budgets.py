@@ -158,15 +158,8 @@ class CoTenantBudget(Budget):
     """What other tenants of a machine leave free.
 
     Tenants arrive as a Poisson process, each with one of the given sizes and an exponentially
-    distributed stay. A tenant that would leave less than the floor is rejected.
-
-    Attributes:
-        capacity_bytes: Budget without tenants.
-        floor_bytes: Minimum of the budget.
-        sizes_bytes: Sizes of tenants, equally likely.
-        arrivals_per_minute: Mean arrival rate.
-        mean_stay_s: Mean stay in seconds.
-        seed: Seed of arrivals, stays and sizes.
+    distributed stay. Without tenants the capacity is free; a tenant that would leave less than the
+    floor is rejected.
 
     Raises:
         BudgetError: A setting is out of range.

@@ -37,7 +37,6 @@ class RequestOutcome:
     """What became of one request.
 
     Attributes:
-        request: The request.
         handle: Its handle in the engine; None if it was rejected.
         outcome: One of `experiments.replay.records.OUTCOMES`.
         waited: Whether it waited because memory was short.
@@ -88,11 +87,7 @@ class SystemRun:
     """The run of one system.
 
     Attributes:
-        system: The system.
-        outcomes: What became of each request, in order of arrival.
         series: Steps and idle intervals over time.
-        controller: The controller, with its counters.
-        stats: Counters of the engine.
         busy_s: Seconds of the engine's steps that did work.
     """
 

@@ -129,7 +129,6 @@ class System:
 
     Attributes:
         name: As in ``replay.systems``.
-        policy: Chooses masks.
         guard_order: Blocks that may be removed if the policy's mask does not fit, in the order of
             removal; None leaves that to the controller, an empty tuple forbids it.
         notes: Facts for the records, such as a static mask.

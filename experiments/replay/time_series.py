@@ -23,12 +23,9 @@ class Interval:
     """One engine step, or a time without a running request.
 
     Attributes:
-        time_s: Start.
-        duration_s: Duration.
         kind: Kind of the engine step, or `IDLE`.
         rows: Running sequences.
         length: Tokens of each of them, padding included.
-        mask: The mask under which they ran.
         peak_bytes: Maximum of the measured bytes.
         budget_bytes: The budget at the start.
     """

@@ -48,13 +48,7 @@ requests before 18:55 of the Azure LLM inference trace 2023)."""
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request of a trace.
-
-    Attributes:
-        time_s: Seconds after the start.
-        prompt_tokens: Tokens of its prompt.
-        new_tokens: Tokens that are generated for it.
-    """
+    """One request of a trace."""
 
     time_s: float
     prompt_tokens: int
@@ -196,10 +190,7 @@ class ReplayRequest:
     """One request of the replay.
 
     Attributes:
-        number: Index in order of arrival.
         time_s: Arrival, in seconds of the replay.
-        prompt_ids: Token ids of the prompt.
-        new_tokens: Tokens to generate.
         answer: Text that a correct answer begins with; None if unknown.
     """
 

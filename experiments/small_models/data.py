@@ -33,7 +33,6 @@ class TrainingText:
     """Text by name, in tokens of the small model.
 
     Attributes:
-        fit: Training text.
         held_out: Text of the same sources that the finished model is measured on.
     """
 

@@ -134,12 +134,9 @@ class Trainer:
         )
 
     def train(self, path: Path, run: str, *, progress: bool) -> None:
-        """Train to the last step.
+        """Train to the last step; an interrupted run resumes from the checkpoint in `path`.
 
-        Args:
-            path: Checkpoint file, from which an interrupted run resumes.
-            run: Hash of everything that the training depends on.
-            progress: Whether to draw a progress bar.
+        The checkpoint must have the same `run`, a hash of all that the training depends on.
 
         Raises:
             ArtifactError: The checkpoint is damaged or of another run.

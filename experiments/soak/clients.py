@@ -23,15 +23,7 @@ _REJECTED_CODES = ("insufficient_memory", "service_unavailable", "rate_limit_exc
 
 @dataclass(frozen=True)
 class Target:
-    """The server under test.
-
-    Attributes:
-        url: Its address.
-        model: Name of the model.
-        token_ids: Token ids for random prompts.
-        tokenizer: The model's tokenizer.
-        sample: Sample of the engine's answers.
-    """
+    """The server under test."""
 
     url: str
     model: str

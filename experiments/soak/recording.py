@@ -33,9 +33,7 @@ class SoakState:
         kinds: Finished requests by kind.
         outcomes: Finished requests by ``kind: outcome``.
         problems: Descriptions of the first problems.
-        problem_count: Number of all problems.
         in_flight: Requests that are being sent or answered.
-        made: Requests started so far.
         progress_s: Time of the last progress, on the monotonic clock.
     """
 
@@ -121,11 +119,8 @@ class Answer:
     """An answer that was generated under one mask from start to end.
 
     Attributes:
-        prompt_ids: Token ids of the prompt.
         token_ids: Token ids of the answer, (T,).
         logprobs: Their log probabilities, (T,).
-        mask: The mask.
-        greedy: Whether decoding was greedy.
     """
 
     prompt_ids: tuple[int, ...]

@@ -85,12 +85,9 @@ class StudyContexts:
 
 @dataclass
 class Search:
-    """A method that chooses masks by what it measures on one text.
+    """A method that chooses masks by what it measures on one text, named as in `StudyRow`.
 
     Attributes:
-        method: As in `StudyRow`.
-        searched_on: As in `StudyRow`.
-        seed: As in `StudyRow`.
         context: The model on that text.
         make_policy: Makes the policy from the context; called when the first mask is needed.
         identity: What the choices depend on besides model and text, as plain values.

@@ -204,13 +204,10 @@ class RuntimeController:
         return self.masks.smallest_bytes(shape, limit) > limit
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
-        """A callback for ``llm.generate(before_step=...)`` that checks before each step.
+        """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
 
-        Args:
-            shape: The batch at its final length. `admit` it first.
-
-        Returns:
-            A function that raises `InfeasibleBudgetError` when no mask fits any more.
+        Admit the batch, at its final length, first. The callback raises `InfeasibleBudgetError`
+        when no mask fits any more.
         """
         next_pass = PassSize(shape.batch_size, shape.batch_size)
 

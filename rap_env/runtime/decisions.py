@@ -82,7 +82,6 @@ class DecisionLog:
         path: The file; it and its folder are created if missing.
 
     Attributes:
-        path: The file.
         lost: Number of lines that could not be written.
     """
 

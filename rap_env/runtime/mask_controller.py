@@ -28,14 +28,7 @@ _RECENT = 256
 
 @dataclass(frozen=True)
 class MaskChoice:
-    """A mask that fits.
-
-    Attributes:
-        mask: The mask.
-        need_bytes: Bytes that it needs.
-        guarded: Whether the guard changed the policy's mask.
-        decision_s: Seconds that the choice took.
-    """
+    """A mask that fits."""
 
     mask: BlockMask
     need_bytes: int

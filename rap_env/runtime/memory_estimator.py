@@ -86,14 +86,7 @@ class _ShapeCosts:
 
 
 class MemoryEstimator:
-    """Predicts the bytes of masks on a live model.
-
-    Args:
-        llm: The live model; its residency may change.
-
-    Attributes:
-        memory: The model's byte arithmetic.
-    """
+    """Predicts the bytes of masks on a live model."""
 
     def __init__(self, llm: ElasticLLM) -> None:
         self._llm = llm
@@ -127,13 +120,7 @@ class MemoryEstimator:
         return sum(size for layer, size in layers if 2 * layer not in mask.indices) // 2
 
     def pass_estimate(self, mask: BlockMask, shape: BatchShape, size: PassSize) -> PassEstimate:
-        """Most bytes that a pass allocates.
-
-        Args:
-            mask: The mask that it runs with.
-            shape: The batch that is served.
-            size: Tokens of the pass.
-        """
+        """Most bytes that a pass allocates."""
         copied = max(self._costs(shape).cache_bytes)
         if size.tokens == 0:
             return PassEstimate(workspace=copied)

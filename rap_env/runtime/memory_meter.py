@@ -84,10 +84,6 @@ class ResidentMeter:
     the peak is the largest value at any call. The baseline may shrink after the meter was made
     (kernels reclaim unused pages); see `correct_baseline`.
 
-    Args:
-        llm: The live model, on the CPU.
-        process: The process's folder in the process file system.
-
     Raises:
         MemorySourceError: The kernel does not report it.
     """
@@ -127,9 +123,6 @@ class ResidentMeter:
         """Lower the baseline if the tensors alone prove that it is too high.
 
         Otherwise the runtime would seem smaller than it is, and exceed its budget.
-
-        Args:
-            held_bytes: Bytes of weights and KV caches in memory now.
         """
         self._baseline = max(0, min(self._baseline, self._resident()[1] - held_bytes))
 

@@ -30,9 +30,6 @@ class SafetyMargin:
     Args:
         least_bytes: Lower bound of the margin.
         window: Steps of a kind after which a new maximum is started.
-
-    Attributes:
-        bytes: The margin.
     """
 
     def __init__(self, least_bytes: int = 0, window: int = 512) -> None:

@@ -148,9 +148,6 @@ class CgroupMemory:
         mount: Where the control groups are mounted.
         proc: Where the process file system is mounted.
 
-    Attributes:
-        name: ``"cgroup"``.
-
     Raises:
         MemorySourceError: This system reports neither.
     """

@@ -68,7 +68,6 @@ class PolicyFile:
         features: Importance of the model's blocks.
         order: The model's blocks in GSI order (the order of removal), length 2L; empty if the
             policy was trained without importance.
-        model: The model.
         provenance: How the policy was trained: agent, seed, steps, versions.
 
     Raises:

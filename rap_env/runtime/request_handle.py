@@ -28,7 +28,6 @@ class TokenEvent:
     """A token was generated.
 
     Attributes:
-        token_id: The token.
         logprob: Its log-probability in nats under the masked model.
         time_s: On the engine's clock.
         mask: The mask that the token was computed with.
@@ -45,7 +44,6 @@ class EndEvent:
     """A request ended.
 
     Attributes:
-        reason: Why.
         error: An error message for the user; None if nothing failed.
         time_s: On the engine's clock.
         rejection: Set if the engine rejected the request while it waited; a later attempt may

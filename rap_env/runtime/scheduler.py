@@ -89,17 +89,7 @@ class RequestQueue:
 
 
 class Scheduler:
-    """Runs sequences on a live model, within its budget. For one thread.
-
-    Args:
-        llm: The live model.
-        controller: Keeps it within its budget.
-        queue: The requests that wait.
-        clock: Gives the time in seconds.
-        max_batch_size: As for `Engine`, and so are the next three.
-        chunk_tokens: Most tokens of a prefill chunk.
-        restore: How restored attention blocks treat earlier tokens.
-        queue_timeout_s: Longest that a request may wait; None for no limit.
+    """Runs sequences on a live model, within its budget. For one thread; settings as of `Engine`.
 
     Attributes:
         counters: Totals of requests and tokens.

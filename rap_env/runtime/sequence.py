@@ -33,7 +33,6 @@ class TokenSequence:
     """The tokens of one request, and the sampler that draws the next ones.
 
     Attributes:
-        sampler: Draws the request's tokens.
         queued_since_s: When it last entered the queue, on the engine's clock.
     """
 
