@@ -13,13 +13,11 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer
@@ -39,16 +37,6 @@ _KEEP = 2
 _REPLAY_FIELDS = ("actions", "rewards", "dones", "timeouts")
 
 Json = dict[str, Any]
-
-
-class Resumable(Protocol):
-    """A vector environment whose state can be saved, such as `RAPPruneVectorEnv`."""
-
-    def get_state(self) -> list[Json]:
-        """Return the state of each sub-environment as plain JSON."""
-
-    def set_state(self, states: Sequence[Json]) -> dict[str, npt.NDArray[Any]]:
-        """Restore a state and return the observation."""
 
 
 @dataclass(frozen=True)
@@ -312,11 +300,10 @@ def fill_replay(buffer: DictReplayBuffer, arrays: dict[str, np.ndarray]) -> None
     buffer.pos, buffer.full = int(arrays["position"][0]), bool(arrays["position"][1])
 
 
-def _resumable(env: VecEnv) -> Resumable:
+def _resumable(env: VecEnv) -> Any:
     innermost = env.unwrapped
     assert isinstance(innermost, GymVecEnv)
-    envs: Any = innermost.envs
-    return envs  # type: ignore[no-any-return]
+    return innermost.envs
 
 
 def _find(env: VecEnv, kind: type[VecEnvWrapper]) -> VecEnvWrapper | None:

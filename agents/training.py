@@ -85,7 +85,7 @@ def train(
         config: Agent, length and hyperparameters.
         make_envs: Makes a gymnasium vector environment with the given number of sub-environments,
             the autoreset mode ``SAME_STEP`` and a state that can be saved
-            (`agents.checkpoint.Resumable`).
+            (`get_state` and `set_state`).
         run_dir: Folder of this run; checkpoints are written to its ``checkpoints``.
         log_fns: Called after each episode and each update with metrics by name: ``episode/*``,
             ``train/*``, ``time/*``. A resumed training repeats the steps since its checkpoint.

@@ -44,7 +44,8 @@ def delta_nll_against_peak(found: RepairComparison, narrow: bool) -> Figure:
         )  # fmt: skip
         for place, (axis, (text, shape)) in enumerate(zip(axes, places, strict=True)):
             _draw_peaks(axis, found, text, shape)
-            names = (_text_words(found, text), _shape_words(shape))
+            fitted = "not fitted on" if found.is_other(text) else "fitted domain"
+            names = (f"{text}\n{fitted}", f"{shape[0]} {TIMES} {shape[1]:,} tokens")
             row_name, column_name = names if narrow else names[::-1]
             if place < columns:
                 axis.set_title(column_name, fontsize=9)
@@ -105,14 +106,6 @@ def _draw_peaks(axis: Axes, found: RepairComparison, text: str, shape: Shape) ->
     )  # avoids magnifying differences of a few kB
     axis.set_xlim(low - spare, high + spare)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-
-
-def _text_words(found: RepairComparison, text: str) -> str:
-    return f"{text}\n{'not fitted on' if found.is_other(text) else 'fitted domain'}"
-
-
-def _shape_words(shape: Shape) -> str:
-    return f"{shape[0]} {TIMES} {shape[1]:,} tokens"
 
 
 def _draw_ratios(axis: Axes, found: RepairComparison, text: str, colour: str) -> None:

@@ -69,12 +69,13 @@ def repair_section(data: ReportData, gallery: Gallery) -> Section:
 
 
 def _add_peaks(section: Section, gallery: Gallery, found: RepairComparison) -> None:
+    looks = "; ".join(f"{look(repair).label}: {look(repair).what}" for repair in found.repairs)
     gallery.add(
         section, "repair_delta_nll_against_peak",
         "ΔNLL against peak memory, with and without stubs",
         f"Peak memory of each mask for its request (batch {TIMES} tokens), stubs included. A line "
         "joins the budgets of one request; hollow marks exceed their budget; the tables have "
-        f"intervals. {_looks_words(found)}",
+        f"intervals. {looks}.",
         partial(repair_figures.delta_nll_against_peak, found),
     )  # fmt: skip
 
@@ -115,7 +116,3 @@ def _finding(found: RepairComparison, repair: str) -> str:
     return (
         f"{look(repair).label}: of the ΔNLL without stubs at equal memory, {' and '.join(clauses)}."
     )
-
-
-def _looks_words(found: RepairComparison) -> str:
-    return "; ".join(f"{look(repair).label}: {look(repair).what}" for repair in found.repairs) + "."

@@ -58,15 +58,16 @@ class Budget(ABC):
 
     def least(self, start_s: float, end_s: float) -> int:
         """Minimum of the bytes from `start_s` to `end_s`, both included."""
-        times, levels = self.changes_until(max(0.0, end_s))
-        first = max(0, bisect_right(times, start_s) - 1)
-        return min(levels[first : max(first + 1, bisect_right(times, end_s))])
+        return min(self._between(start_s, end_s))
 
     def most(self, start_s: float, end_s: float) -> int:
         """Maximum of the bytes from `start_s` to `end_s`, both included."""
+        return max(self._between(start_s, end_s))
+
+    def _between(self, start_s: float, end_s: float) -> Sequence[int]:
         times, levels = self.changes_until(max(0.0, end_s))
         first = max(0, bisect_right(times, start_s) - 1)
-        return max(levels[first : max(first + 1, bisect_right(times, end_s))])
+        return levels[first : max(first + 1, bisect_right(times, end_s))]
 
     def next_change(self, time_s: float, horizon_s: float) -> float | None:
         """Time of the first change after `time_s` and up to `horizon_s`, or None."""

@@ -130,7 +130,9 @@ def make_row(
     done = [o for o in run.outcomes if o.outcome == "served"]
     counts = Counter(o.outcome for o in run.outcomes)
     end = series.intervals[-1].end_s if series.intervals else 0.0
-    servable = sum(_fits_alone(o.request, budget.most(0.0, end), memory) for o in run.outcomes)
+    most = budget.most(0.0, end)
+    alone = [Request(1, o.request.total_tokens, most) for o in run.outcomes]
+    servable = sum(memory.least_peak_bytes(request) <= most for request in alone)
     ttft = [o.ttft_s for o in done if o.ttft_s is not None]
     tpot = [o.tpot_s for o in done if o.tpot_s is not None]
     tokens = sum(len(o.handle.token_ids) for o in done if o.handle)
@@ -246,8 +248,3 @@ def _mean_removed(tokens: dict[BlockMask, int]) -> float | None:
     if not tokens:
         return None
     return float(np.average([len(mask) for mask in tokens], weights=list(tokens.values())))
-
-
-def _fits_alone(request: ReplayRequest, most_bytes: int, memory: MemoryModel) -> bool:
-    """Whether a mask exists with which the request, alone, fits into `most_bytes`."""
-    return memory.least_peak_bytes(Request(1, request.total_tokens, most_bytes)) <= most_bytes

@@ -28,7 +28,6 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
     from rap_env.scoring.scorer import MaskScorer
 
 log = logging.getLogger(__name__)
@@ -71,9 +70,12 @@ class Replay:
     """What all systems share: model, workload and budget."""
 
     def __init__(self, config: Config, folder: Path) -> None:
+        from rap_env.llm.loading import load_llm
+
         self._config = config
         self._folder = folder
-        self._llm = _load(config)
+        model = config.model
+        self._llm = load_llm(model.name, device=model.device, dtype=model.dtype)
         self._memory = MemoryModel(self._llm)
         self.reference_bytes = self._memory.dense_peak_bytes(*config.replay.reference_shape)
         self.budget: Budget = make_budget(config.budget, self.reference_bytes)
@@ -145,12 +147,6 @@ class Replay:
         }
         made = run_provenance({"replay": config.seed})
         return {"depends_on": depends_on, "load": self.workload.provenance, **made}
-
-
-def _load(config: Config) -> ElasticLLM:
-    from rap_env.llm.loading import load_llm
-
-    return load_llm(config.model.name, device=config.model.device, dtype=config.model.dtype)
 
 
 def _draw(folder: Path) -> None:

@@ -159,27 +159,27 @@ class SystemFactory:
         """
         settings = self._config.replay
         full = settings.static_batch or settings.max_batch_size
+        if name in _GSI_SYSTEMS:
+            groups = [(index,) for index in self._gsi_order()]
+            return self._static(name, groups, full if name == "static_gsi" else 1)
         makers: dict[str, Callable[[], System]] = {
             "dense": lambda: System("dense", StaticPolicy(BlockMask(), "dense"), ()),
-            "static_gsi": lambda: self._static("static_gsi", self._gsi_groups(), full),
-            "static_gsi_lean": lambda: self._static("static_gsi_lean", self._gsi_groups(), 1),
             "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), full),
             "greedy": lambda: self._greedy(state),
-            "frontier": lambda: System("frontier", self._frontier, self._guard_order),
-            "rap": self._rap,
-            "oracle": lambda: self._oracle(state),
+            "frontier": lambda: System(name, self._frontier, self._guard_order),
+            "rap": lambda: System(
+                name, self._trained, getattr(self._trained, "order", ()) or self._guard_order
+            ),
+            "oracle": lambda: System(
+                name, OraclePolicy(self._frontier, self._budget, state), self._guard_order
+            ),
         }
         return makers[name]()
 
     def check(self, names: Iterable[str]) -> None:
         """Load the files of all systems, so that a missing one fails before any system runs."""
         for name in names:
-            if name == "rap":
-                _ = self._trained
-            if name in _GSI_SYSTEMS:
-                self._gsi_order()
-            if name in ("frontier", "oracle"):
-                _ = self._frontier
+            self.source_sha256(name)
 
     def source_sha256(self, name: str) -> str | None:
         """Hash of the policy, table or order that a system reads from a file; None without one."""
@@ -216,22 +216,11 @@ class SystemFactory:
         except (ExperimentError, OSError, ValueError):
             return None
 
-    def _rap(self) -> System:
-        order = getattr(self._trained, "order", ()) or self._guard_order
-        return System("rap", self._trained, order)
-
-    def _oracle(self, state: ReplayState) -> System:
-        policy = OraclePolicy(self._frontier, self._budget, state)
-        return System("oracle", policy, self._guard_order)
-
     def _greedy(self, state: ReplayState) -> System:
         tokens = self._calibration.tokens[:1, : self._config.replay.greedy_tokens]
         scorer = MaskScorer(self._llm, Corpus.of_tokens(tokens))
         policy = GreedyPolicy(self._memory, scorer, state)
         return System("greedy", policy, self._guard_order, {"text_tokens": tokens.numel()})
-
-    def _gsi_groups(self) -> list[tuple[int, ...]]:
-        return [(index,) for index in self._gsi_order()]
 
     def _static(self, name: str, groups: Sequence[tuple[int, ...]], rows: int) -> System:
         """Make a system with the least pruned mask of an order that always fits.

@@ -235,7 +235,11 @@ def make_workload(config: Config, llm: ElasticLLM) -> Workload:
     settings = config.replay
     if llm.tokenizer is None:
         raise ExperimentError(f"{llm.name} has no tokenizer, which a replay needs for its prompts.")
-    arrivals = _arrivals(settings, config.seed)
+    if settings.trace is not None:
+        arrivals = read_arrivals(settings.trace, settings)
+    else:
+        rate = settings.arrivals_per_minute
+        arrivals = sample_arrivals(settings.traffic, rate, settings, config.seed)
     text = CorpusConfig(**asdict(settings.text), role="report")
     corpus = load_corpus(text, llm, progress=config.progress)
     stream = np.asarray(corpus.tokens.flatten())
@@ -288,12 +292,6 @@ def known_answers(settings: ReplayConfig, count: int, seed: int) -> list[Known]:
 def is_correct(answer: str, generated: str) -> bool:
     """Whether a generated text begins with the answer, as whole words."""
     return bool(re.match(rf"{re.escape(answer)}(?!\w)", generated.strip()))
-
-
-def _arrivals(settings: ReplayConfig, seed: int) -> tuple[Arrival, ...]:
-    if settings.trace is not None:
-        return read_arrivals(settings.trace, settings)
-    return sample_arrivals(settings.traffic, settings.arrivals_per_minute, settings, seed)
 
 
 def _with_answer(

@@ -17,7 +17,7 @@ from experiments.comparison.run_folder import RunFolder, provenance
 from experiments.config import Config
 from experiments.console import say
 from experiments.errors import ExperimentError
-from experiments.small_models.data import TextSource, TrainingText, train_tokenizer
+from experiments.small_models.data import TextSource, train_tokenizer
 from experiments.small_models.training import Trainer, untrained
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.llm.device import choose_device, choose_dtype
@@ -111,6 +111,7 @@ def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
     with transformers_bars(shown=False):
         model.save_pretrained(work)
     tokenizer.save_pretrained(work)
+    saved = load_llm(work, device=config.model.device, dtype=config.model.dtype)
     record = {
         **made_of,
         "parameters": model.num_parameters(),
@@ -118,19 +119,13 @@ def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
         "steps": trainer.step,
         "seconds": trainer.seconds,
         "loss_every_100_steps": trainer.curve,
-        "held_out_nll": _held_out_nll(config, work, texts),
+        "held_out_nll": {n: MaskScorer(saved, t).dense_nll for n, t in texts.held_out.items()},
         "texts": {name: dict(text.provenance) for name, text in texts.fit.items()},
         "held_out_texts": {name: dict(text.provenance) for name, text in texts.held_out.items()},
         "provenance": provenance({"run": config.seed}),
     }
     save_artifact(work / RECORD, _KIND, _VERSION, record)
     return made_of
-
-
-def _held_out_nll(config: Config, work: Path, texts: TrainingText) -> dict[str, float]:
-    """NLL of the saved model on held-out text, by name, nats per token."""
-    llm = load_llm(work, device=config.model.device, dtype=config.model.dtype)
-    return {name: MaskScorer(llm, text).dense_nll for name, text in texts.held_out.items()}
 
 
 def _report(path: Path, record: Mapping[str, Any]) -> None:

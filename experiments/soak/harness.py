@@ -111,7 +111,9 @@ class SoakHarness:
         self._unfinished = len(self._sample.unfinished())
         self._stack.close()
         if not self._hung:
-            self._verify()
+            model = self._config.model
+            fresh = load_llm(model.name, device=model.device, dtype=model.dtype)
+            self._check = check_answers(fresh, self._sample.kept)
         return self._record()
 
     def _apply_load(self, target: Target, started: float) -> None:
@@ -218,11 +220,6 @@ class SoakHarness:
             if time.monotonic() > deadline:
                 self._hang("Requests of disconnected clients did not end.")
             time.sleep(0.05)
-
-    def _verify(self) -> None:
-        config = self._config
-        fresh = load_llm(config.model.name, device=config.model.device, dtype=config.model.dtype)
-        self._check = check_answers(fresh, self._sample.kept)
 
     def _log_progress(self, seconds: float) -> None:
         stats = self._engine.stats()

@@ -287,7 +287,8 @@ class TextComparison:
         parts = []
         for rival in self.rivals:
             found = self.gain(rival, self.kinds)
-            share = found.mean / max(1e-12, self._mean(rival))
+            mean = float(np.mean([self.deltas(rival, kind) for kind in self.kinds]))
+            share = found.mean / max(1e-12, mean)
             if found.high < 0:
                 answer = "a gain"
             elif found.low > 0:
@@ -313,9 +314,6 @@ class TextComparison:
             title = f"## {cell[0]} x {cell[1]} tokens at {percent(cell[2], 0)}\n"
             parts += [title, markdown(self.matrix_table([cell]))]
         return "\n".join(parts)
-
-    def _mean(self, rival: str) -> float:
-        return float(np.mean([self.deltas(rival, kind) for kind in self.kinds]))
 
 
 if __name__ == "__main__":
