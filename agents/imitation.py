@@ -18,13 +18,13 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
-from tqdm import tqdm
 
 from agents.observations import MaskObserver, as_tensors
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags
+from rap_env.llm.progress import progress_bar
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
 from rap_env.scoring.predictor import feature_matrix
@@ -206,7 +206,7 @@ def imitate(
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_LEARNING_RATE, config.updates)
     reached = []
-    for _ in tqdm(range(config.updates), "imitate", disable=None if progress else True):
+    for _ in progress_bar(progress, range(config.updates), desc="imitate"):
         batch = states.draw()
         loss, agreement = _loss(policy, batch, config)
         optimizer.zero_grad()

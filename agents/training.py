@@ -24,6 +24,7 @@ from agents.algorithms import AgentConfig, make_model
 from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
+from rap_env.llm.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -214,13 +215,12 @@ class Recorder(BaseCallback):
         self._before = dict(self.totals)
         self._start = time.perf_counter()
         self._start_step = self._saved_at = self.num_timesteps
-        self._bar = tqdm(
+        self._bar = progress_bar(
+            self._show_bar,
             total=max(self._config.total_timesteps, self.num_timesteps),
             initial=self.num_timesteps,
             desc=f"train {self._config.name}",
             unit="step",
-            disable=None if self._show_bar else True,
-            dynamic_ncols=True,
         )
 
     def _on_rollout_start(self) -> None:

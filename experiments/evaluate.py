@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from agents.baselines.base import MeasuredChoice, measure_choice
 from experiments.comparison.evaluation import (
     EvaluationCell,
@@ -37,6 +35,7 @@ from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.llm.progress import progress_bar
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -169,10 +168,9 @@ def _all_rows(
     if found:
         log.info("Evaluation: %d of %d rows exist already.", len(found), len(wanted))
     warm: set[int] = set()
-    bar = tqdm(
-        todo, initial=len(found), total=len(wanted), desc="evaluate", unit="row",
-        disable=None if config.progress else True, dynamic_ncols=True,
-    )  # fmt: skip
+    bar = progress_bar(
+        config.progress, todo, initial=len(found), total=len(wanted), desc="evaluate", unit="row"
+    )
     for key, method, cell in bar:
         bar.set_postfix_str(method.name)
         if id(method) not in warm:

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
@@ -27,6 +26,7 @@ from experiments.launch import launch
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.scorer import METRIC, bar_callback
 from rap_env.scoring.store import context_key
 
@@ -78,9 +78,9 @@ def measure(config: Config, context: PruningContext) -> None:
         islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
     )
     began = time.perf_counter()
-    with tqdm(
-        total=wanted, initial=min(wanted, len(known)), desc="measure masks", unit="mask",
-        disable=None if config.progress else True, dynamic_ncols=True,
+    with progress_bar(
+        config.progress, total=wanted, initial=min(wanted, len(known)), desc="measure masks",
+        unit="mask",
     ) as bar:  # fmt: skip
         for start in range(0, len(missing), CHUNK_MASKS):
             chunk = missing[start : start + CHUNK_MASKS]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
@@ -19,6 +18,7 @@ from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance import FrontierConfig, build_frontier
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.scorer import bar_callback
 from rap_env.workload import make_sampler
 
@@ -69,10 +69,9 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     search = FrontierConfig(
         evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
     )
-    with tqdm(
-        total=settings.evaluations, desc="frontier", unit="mask",
-        disable=None if config.progress else True, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
+    with progress_bar(
+        config.progress, total=settings.evaluations, desc="frontier", unit="mask"
+    ) as bar:
         frontier = build_frontier(require_live(context).scorer, requests, search, bar_callback(bar))
     frontier.save(path)
     log.info(

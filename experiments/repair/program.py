@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from agents.baselines.searches import GreedyPerByteBaseline
 from experiments.comparison.records import RowFile, delta_nll_fields, row_key
@@ -23,6 +22,7 @@ from experiments.repair.libraries import StubLibraries
 from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
 from rap_env.repair import StubLibrary, fit_for_mask
 from rap_env.request import Request
@@ -125,11 +125,8 @@ class RepairEvaluator:
     def rows(self, compared: list[Entry]) -> list[RepairRow]:
         """Return the rows of all entries, cells and texts; new rows are appended to the file."""
         config = self._libraries.config
-        bar = tqdm(
-            [(entry, cell) for entry in compared for cell in config.stubs.cells_of(entry.study)],
-            desc="repair", unit="cell", dynamic_ncols=True,
-            disable=None if config.progress else True,
-        )  # fmt: skip
+        work = [(entry, cell) for entry in compared for cell in config.stubs.cells_of(entry.study)]
+        bar = progress_bar(config.progress, work, desc="repair", unit="cell")
         rows = []
         for entry, cell in bar:
             bar.set_postfix_str(f"{entry.study} {entry.repair}")

@@ -19,6 +19,7 @@ from experiments.replay.workload import Workload
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.llm.device import return_freed_memory
+from rap_env.llm.progress import progress_bar
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
@@ -146,8 +147,9 @@ class ReplayHarness:
         """Serve all requests until no further event can occur."""
         system = factory.make(name, self)
         self._open(system)
-        bar = tqdm(total=len(self._outcomes), desc=name, unit="request", leave=False,
-                   dynamic_ncols=True, disable=None if progress else True)  # fmt: skip
+        bar = progress_bar(
+            progress, total=len(self._outcomes), desc=name, unit="request", leave=False
+        )
         try:
             with bar:
                 self._loop(bar)

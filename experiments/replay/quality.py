@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from experiments.comparison.records import append_record, read_records
 from experiments.replay.workload import ReplayRequest, Workload, is_correct
@@ -18,6 +17,7 @@ from rap_env.errors import NonFiniteScoreError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.nll import token_nll
 from rap_env.scoring.scorer import MaskScorer
 
@@ -94,8 +94,8 @@ class QualityEvaluator:
         }
         left = [r for r in self._workload.requests if r.number not in found]
         left.sort(key=lambda request: (request.new_tokens, len(request.prompt_ids)))
-        bar = tqdm(total=len(left), desc="dense continuations", unit="request", leave=False,
-                   disable=None if self._progress else True)  # fmt: skip
+        desc = "dense continuations"
+        bar = progress_bar(self._progress, total=len(left), desc=desc, unit="request", leave=False)
         with bar:
             for start in range(0, len(left), _BATCH_SIZE):
                 group = left[start : start + _BATCH_SIZE]

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from experiments.config import SmallModelConfig
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.corpus import Corpus
 
 log = logging.getLogger(__name__)
@@ -144,10 +144,8 @@ class Trainer:
         if path.exists():
             self._restore(path, run)
         total = self._settings.steps
-        bar = tqdm(
-            total=total, initial=self.step, desc=f"train the {self._settings.family} model",
-            unit="step", dynamic_ncols=True, disable=None if progress else True,
-        )  # fmt: skip
+        desc = f"train the {self._settings.family} model"
+        bar = progress_bar(progress, total=total, initial=self.step, desc=desc, unit="step")
         self._model.train()
         with bar:
             while self.step < total:

@@ -8,8 +8,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from agents.baselines.base import CountingPolicy
 from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import git_state
@@ -203,11 +201,3 @@ def gsi_identity(config: Config) -> dict[str, Any]:
 def reseeded(text: TextConfig, seed: int, windows: int | None = None) -> TextConfig:
     """Return the same text with another seed, and optionally another number of windows."""
     return replace(text, seed=seed, windows=windows or text.windows)
-
-
-def progress_bar(config: Config, stage: str, searches: Sequence[Any]) -> tqdm[Any]:
-    """Return the progress bar of a study over its searches."""
-    return tqdm(
-        searches, desc=stage, unit="search", dynamic_ncols=True,
-        disable=None if config.progress else True,
-    )  # fmt: skip

@@ -30,11 +30,11 @@ from experiments.studies.evaluation import (
     StudyContexts,
     StudyEvaluator,
     gsi_identity,
-    progress_bar,
     reseeded,
 )
 from experiments.studies.records import StudyRow, search_evaluations
 from rap_env.context.base import PruningContext
+from rap_env.llm.progress import progress_bar
 from rap_env.request import Request
 
 FILE = "overfitting.jsonl"
@@ -105,7 +105,8 @@ def _rows(config: Config, folder: Path) -> list[StudyRow]:
     }
     evaluator = StudyEvaluator("overfitting", contexts, list(draws.values()), report, folder / FILE)
     rows: list[StudyRow] = []
-    for (_, seed), corpus in progress_bar(config, "overfitting", list(draws.items())):
+    bar = progress_bar(config.progress, draws.items(), desc="overfitting", unit="search")
+    for (_, seed), corpus in bar:
         context, identity = contexts.on(corpus), gsi_identity(config)
         for method, baseline in METHODS.items():
             search = Search(method, TEXT, seed, context, baseline, identity)

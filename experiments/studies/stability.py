@@ -37,12 +37,12 @@ from experiments.studies.evaluation import (
     StudyContexts,
     StudyEvaluator,
     gsi_identity,
-    progress_bar,
     reseeded,
 )
 from experiments.studies.records import OrderRow, StudyRow
 from rap_env.blocks import block_name
 from rap_env.context.base import PruningContext
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.corpus import Corpus
 
 FILE, ORDERS = "stability.jsonl", "orders.jsonl"
@@ -105,7 +105,8 @@ def _measure(config: Config, folder: Path) -> tuple[list[OrderRow], list[StudyRo
     file = RowFile(folder / ORDERS, OrderRow)
     orders: list[OrderRow] = []
     rows: list[StudyRow] = []
-    for (name, seed), corpus in progress_bar(config, "stability", list(draws.items())):
+    bar = progress_bar(config.progress, draws.items(), desc="stability", unit="search")
+    for (name, seed), corpus in bar:
         context = contexts.on(corpus)
         orders += _orders(contexts, file, name, seed, context)
         for search in searches(contexts, name, seed, context, agents):

@@ -35,12 +35,12 @@ from experiments.studies.evaluation import (
     StudyContexts,
     StudyEvaluator,
     gsi_identity,
-    progress_bar,
 )
 from experiments.studies.records import StudyRow, search_evaluations
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.importance.gsi_strategies import nearest_kept
+from rap_env.llm.progress import progress_bar
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 
@@ -166,9 +166,8 @@ def _rows(config: Config, folder: Path) -> list[StudyRow]:
     report = load_texts(report_texts, "report", llm, progress=progress)
     evaluator = StudyEvaluator("text", contexts, list(kinds.values()), report, folder / FILE)
     rows: list[StudyRow] = []
-    for name, corpus in progress_bar(
-        config, "text study", list(searched_texts(kinds, settings).items())
-    ):
+    texts = searched_texts(kinds, settings).items()
+    for name, corpus in progress_bar(config.progress, texts, desc="text study", unit="search"):
         rows += evaluator.rows(_search(contexts, name, corpus), settings.parsed_cells)
     return rows
 

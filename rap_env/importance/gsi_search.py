@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.gsi_strategies import STRATEGIES, GSIState, GSIStrategy
 from rap_env.importance.profiles import GSIProfile
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 
@@ -48,7 +47,7 @@ def gsi(
         UnknownNameError: An unknown method.
         ArtifactError: The file at `path` is damaged, or of another model or text.
     """
-    with tqdm(desc="GSI", unit="mask", leave=False, disable=None if progress else True) as bar:
+    with progress_bar(progress, desc="GSI", unit="mask", leave=False) as bar:
         for profile in gsi_rounds(
             scorer, method=method, stop=stop, path=path, on_score=bar_callback(bar)
         ):

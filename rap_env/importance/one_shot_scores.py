@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from rap_env.blocks import BlockMask
 from rap_env.importance.profiles import OneShotProfile
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 
@@ -23,10 +23,9 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
     before = scorer.evaluations, scorer.block_forwards
     dense = scorer.dense_nll
     blocks = scorer.llm.blocks
-    with tqdm(
-        total=len(blocks), desc="one-shot importance", unit="mask", leave=False,
-        disable=None if progress else True,
-    ) as bar:  # fmt: skip
+    with progress_bar(
+        progress, total=len(blocks), desc="one-shot importance", unit="mask", leave=False
+    ) as bar:
         without = scorer.scan(BlockMask(), on_score=bar_callback(bar))
     return OneShotProfile(
         dense_nll=dense,

@@ -5,10 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+
+
+def progress_bar(shown: bool, items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
+    """Return a progress bar that is drawn if it is wanted and there is a terminal.
+
+    Args:
+        shown: Whether it is wanted.
+        items: What it iterates over, if anything.
+        **options: As for tqdm.
+    """
+    return tqdm(items, dynamic_ncols=True, disable=None if shown else True, **options)
 
 
 @contextlib.contextmanager
@@ -60,13 +72,8 @@ def growing_folder_bar(
         shown: Show the bar if there is a terminal.
     """
     done = threading.Event()
-    with tqdm(
-        desc=title,
-        total=total_bytes,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None if shown else True,
+    with progress_bar(
+        shown, desc=title, total=total_bytes, unit="B", unit_scale=True, leave=False
     ) as bar:
 
         def watch() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from rap_env.artifacts import atomic_write, digest
 from rap_env.blocks import BlockMask
@@ -21,6 +20,7 @@ from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.llm.placeholders import Stub
+from rap_env.llm.progress import progress_bar
 from rap_env.repair.config import DistillConfig
 from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
@@ -86,9 +86,9 @@ def distill(
     trainer = Trainer(llm, library, text, masks, config)
     if path is not None and Path(path).exists():
         trainer.restore(Path(path), digest(run))
-    bar = tqdm(
-        total=config.steps, initial=trainer.step, desc="distilling stubs", unit="step",
-        leave=False, disable=None if progress else True,
+    bar = progress_bar(
+        progress, total=config.steps, initial=trainer.step, desc="distilling stubs", unit="step",
+        leave=False,
     )  # fmt: skip
     with bar:
         while trainer.step < config.steps:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.llm.placeholders import Stub, normalised
+from rap_env.llm.progress import progress_bar
 from rap_env.repair.config import FitConfig
 from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 from rap_env.repair.stub_library import StubLibrary
@@ -93,10 +93,9 @@ def block_fits(
     """The fitted maps of each block, in order of index."""
     partial = PartialForward(llm)
     width = min(llm.facts.hidden_size, max(config.ranks or (config.rank,)))
-    bar = tqdm(
-        total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False,
-        disable=None if progress else True,
-    )  # fmt: skip
+    bar = progress_bar(
+        progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
+    )
     with bar, llm.masked(BlockMask()):
         states = [[partial.enter(ids) for ids in text_batches(t, llm)] for t in (text, held_back)]
         for step in partial.steps:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, MissingDependencyError
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.progress import progress_bar
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
 
@@ -84,13 +84,9 @@ def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Te
         min(_GENERATION_BATCH, config.windows - i)
         for i in range(0, config.windows, _GENERATION_BATCH)
     ]
-    bar = tqdm(
-        total=config.windows * config.window_tokens,
-        unit="token",
-        leave=False,
-        desc=f"generating {config.role} text",
-        disable=None if progress else True,
-    )
+    total = config.windows * config.window_tokens
+    desc = f"generating {config.role} text"
+    bar = progress_bar(progress, total=total, unit="token", leave=False, desc=desc)
     devices = [llm.device] if llm.device.type == "cuda" else []
     parts = []
     with bar, torch.random.fork_rng(devices), llm.masked(BlockMask()):

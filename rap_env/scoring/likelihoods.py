@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
+from rap_env.llm.progress import progress_bar
 
 TokenRequest = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation whose likelihood is wanted."""
@@ -165,7 +165,7 @@ class ContinuationScorer:
         device = self._llm.device
         sums = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
         wrong = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
-        bar = tqdm(self._batches, desc=progress, leave=False, disable=None if progress else True)
+        bar = progress_bar(bool(progress), self._batches, desc=progress, leave=False)
         for batch in bar:
             hidden = self._decoder(batch.tokens.to(device), use_cache=False).last_hidden_state
             wanted = hidden[batch.rows.to(device), batch.columns.to(device)]
