@@ -57,9 +57,9 @@ class Side:
 
     Attributes:
         choose: The decision.
-        requests: The requests.
+        requests: What is decided.
         rounds: Times that all requests are decided in one call.
-        masks: The masks of the last round.
+        masks: The masks of the last call.
         milliseconds: Wall time of each decision, a list for each call.
         cpu_milliseconds: Processor time of each decision, without that of other processes.
     """
@@ -126,12 +126,7 @@ def main(settings: DecideSettings) -> None:
 
 
 def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
-    """The policy of stable-baselines3 with an exported one's weights; its critic is untrained.
-
-    Args:
-        file: The exported policy.
-        builder: Observes requests on the model that it is to serve.
-    """
+    """The policy of stable-baselines3 with an exported one's weights; its critic is untrained."""
     import torch
     from gymnasium import spaces
 

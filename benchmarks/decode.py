@@ -11,13 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.decode_step import ORDERS, MemoryTraffic, decode_seconds, of_proportional
+from benchmarks.decode_step import (
+    ORDERS,
+    MemoryTraffic,
+    decode_seconds,
+    of_proportional,
+    worst_target,
+)  # fmt: skip
 from benchmarks.harness import ModelSettings, Target, launch, open_model, spread
 from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 
-_WANTED = 0.9
 _ORDER_NAMES = {"even": "attn and ffn alike", "ffn": "ffn alone", "attn": "attn first"}
 _READ_BYTES = 2**29
 _CORNERS = ("dense", "no attn", "no ffn", "no block")
@@ -95,14 +100,7 @@ def _side(
 def _target(order: str, measured: dict[str, Any], shares: list[float]) -> Target:
     """The target of one order: its worst mask counts."""
     sides = [measured[f"{order} {share:.0%}"] for share in shares]
-    worst = min(sides, key=lambda side: side["of_proportional"]["median"])
-    return Target.of(
-        f"(1 - x) tokens/s over dense, {_ORDER_NAMES[order]} (worst at x = "
-        f"{worst['bytes_share_removed']:.0%})",
-        worst["of_proportional"],
-        at_least=_WANTED,
-        against="the dense model",
-    )
+    return worst_target(_ORDER_NAMES[order], sides)
 
 
 def _read_rates(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.harness import alternate, ratios
+from benchmarks.harness import Target, alternate, ratios
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.kv_cache import cache_argument
@@ -16,6 +16,9 @@ from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 
 ORDERS = ("even", "ffn", "attn")
 """Orders in which blocks are removed: attn and ffn in turn, only ffn, or attn before ffn."""
+
+_OF_PROPORTIONAL = 0.9
+"""Wanted part of the speed-up that is proportional to the bytes."""
 
 
 class Decoding:
@@ -112,6 +115,23 @@ def of_proportional(
     faster = ratios(dense_s, step_s)
     reached = {key: faster[key] * (1 - share) for key in ("median", "low", "high")}
     return {**reached, "repeats": faster["repeats"]}
+
+
+def worst_target(what: str, sides: Iterable[Mapping[str, Any]]) -> Target:
+    """The target for the mask, of several, with the least part of its proportional speed-up.
+
+    Args:
+        what: What the decoding is; the share of bytes that the mask removes is added.
+        sides: ``of_proportional`` and ``bytes_share_removed`` of each mask.
+    """
+    worst = min(sides, key=lambda side: float(side["of_proportional"]["median"]))
+    share = worst["bytes_share_removed"]
+    return Target.of(
+        f"(1 - x) tokens/s over dense, {what} (worst at x = {share:.0%})",
+        worst["of_proportional"],
+        at_least=_OF_PROPORTIONAL,
+        against="the dense model",
+    )
 
 
 class MemoryTraffic:

@@ -20,7 +20,7 @@ from benchmarks.scoring_setup import (
     ScoringSetup,
     naive_loop,
     open_setup,
-)
+)  # fmt: skip
 from rap_env.blocks import BlockMask
 from rap_env.importance import GSIProfile, gsi, gsi_rounds
 from rap_env.scoring.scorer import MaskScorer
@@ -130,7 +130,7 @@ def _naive_rounds(setup: ScoringSetup, loop: NaiveLoop, removals: int) -> Iterat
     removed = BlockMask()
     for _ in range(removals):
         candidates = [block.index for block in setup.llm.blocks if block not in removed]
-        scores = [loop.score(removed | BlockMask.of(index)) for index in candidates]
+        scores = [loop(removed | BlockMask.of(index)) for index in candidates]
         nll, best = min((nll, index) for (_, nll), index in zip(scores, candidates, strict=True))
         removed = removed | BlockMask.of(best)
         yield NaiveRound([seconds for seconds, _ in scores], best, nll)
@@ -156,7 +156,7 @@ def _true_nll(setup: ScoringSetup, profile: GSIProfile) -> float:
 
 
 def _dense(loop: NaiveLoop) -> float:
-    return statistics.median(loop.score(BlockMask())[0] for _ in range(_PROBES))
+    return statistics.median(loop(BlockMask())[0] for _ in range(_PROBES))
 
 
 def _describe(profile: GSIProfile, seconds: list[float], exact: GSIProfile) -> dict[str, Any]:

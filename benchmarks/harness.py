@@ -70,9 +70,6 @@ def settings_from_cli(schema: type[T]) -> T:
     """The settings of a benchmark, with ``key=value`` arguments of the command line.
 
     A misspelt key or a value of the wrong type ends the program with a message and exit code 2.
-
-    Args:
-        schema: A dataclass whose fields all have defaults.
     """
     try:
         given = OmegaConf.from_cli(sys.argv[1:])
@@ -90,10 +87,8 @@ def settings_from_cli(schema: type[T]) -> T:
 def launch(schema: type[T], run: Callable[[T], object]) -> None:
     """Run a benchmark with the settings of the command line.
 
-    Args:
-        schema: As for `settings_from_cli`.
-        run: Measures and writes the record; a `RapError` that it raises, such as for a model that
-            cannot be loaded, ends the program with its message and exit code 2.
+    A `RapError` of `run`, such as for a model that cannot be loaded, ends the program with its
+    message and exit code 2.
     """
     settings = settings_from_cli(schema)
     try:
@@ -177,15 +172,7 @@ class Target:
         at_most: float | None = None,
         against: str = "",
     ) -> Target:
-        """A target with a `spread` of measurements; the median decides.
-
-        Args:
-            what: As the attribute.
-            measured: The result of `spread` or `ratios`.
-            at_least: As the attribute.
-            at_most: As the attribute.
-            against: As the attribute.
-        """
+        """A target for measurements as `spread` or `ratios` returns them; the median decides."""
         median, low, high = measured["median"], measured["low"], measured["high"]
         return cls(what, at_least, at_most, median, against, low, high)
 
@@ -228,13 +215,10 @@ def parse_request(text: str) -> tuple[int, int]:
 
 @dataclass
 class Peak:
-    """Result of `measured_peak`, complete at the end of its block.
-
-    Attributes:
-        peak_bytes: Most bytes that tensors created in the block held at one time.
-    """
+    """Result of `measured_peak`, complete at the end of its block."""
 
     peak_bytes: int = 0
+    """Most bytes that tensors created in the block held at one time."""
 
 
 @contextlib.contextmanager
@@ -246,34 +230,21 @@ def measured_peak(device: torch.device) -> Iterator[Peak]:
     memory-mapped files, buffers that BLAS libraries allocate themselves, and the release of
     tensors from before the block. On a CPU the block should last seconds, not hours, because each
     operation leaves a profiler event until its end. Blocks cannot be nested.
-
-    Args:
-        device: Device of the work.
     """
-    measured = Peak()
-    monitor = _monitor_cuda if device.type == "cuda" else _monitor_cpu
-    with monitor(device, measured):
-        yield measured
-
-
-@contextlib.contextmanager
-def _monitor_cuda(device: torch.device, measured: Peak) -> Iterator[None]:
     import torch
-
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    yield
-    torch.cuda.synchronize(device)
-    measured.peak_bytes = torch.cuda.max_memory_allocated(device) - before
-
-
-@contextlib.contextmanager
-def _monitor_cpu(device: torch.device, measured: Peak) -> Iterator[None]:
     from torch.profiler import ProfilerActivity, profile
 
+    measured = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield measured
+        torch.cuda.synchronize(device)
+        measured.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+        return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
-        yield
+        yield measured
     results: Any = seen.profiler
     reports = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = 0

@@ -62,28 +62,23 @@ def main(settings: MemorySettings) -> None:
 
 
 def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
-    """Bytes that a model holds while it serves a request.
+    """Bytes that a model without the removed blocks holds while it serves a request.
 
     Args:
-        pruned: A model without the removed blocks.
+        pruned: The model.
         request: The request; its budget has no effect.
         steps: Number of its tokens that are generated one by one.
 
     Returns:
         ``weights_bytes``, ``kv_cache_bytes`` (of kept attn blocks) and ``peak_bytes``.
-
-    Raises:
-        InvalidRequestError: The request is not longer than its answer.
     """
     if request.seq_len_tokens <= steps:
         raise InvalidRequestError(
             f"A request must be longer than its answer of {steps} tokens (the setting steps), not "
             f"{request.seq_len_tokens} tokens."
         )
-    tensors = {
-        id(tensor): tensor.nbytes for tensor in pruned.model.state_dict(keep_vars=True).values()
-    }
-    weights = sum(tensors.values())
+    tensors = pruned.model.state_dict(keep_vars=True).values()
+    weights = sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
     with harness.measured_peak(pruned.device) as measured:
         decoding = Decoding(pruned, BlockMask(), request.batch_size, request.seq_len_tokens - steps)
         decoding.steps(steps)

@@ -65,32 +65,21 @@ class NaiveModel:
         return float(loss)
 
 
-def serve(
-    pipe: Connection,
-    folder: str,
-    dtype: str,
-    device: str,
-    tokens: list[list[int]],
-    threads: int,
-    keep_freed_memory: bool,
-) -> None:
+def serve(pipe: Connection, threads: int, keep_freed_memory: bool, *model_arguments: Any) -> None:
     """Answer each list of removed blocks with (seconds, NLL), until None is received.
 
     Args:
         pipe: Connection for the lists and the answers.
-        folder: As for `NaiveModel`, like `dtype`, `device` and `tokens`.
-        dtype: As there.
-        device: As there.
-        tokens: As there.
         threads: Threads of torch.
         keep_freed_memory: Let the C library keep freed memory, as this project does.
+        model_arguments: As for `NaiveModel`.
     """
     torch.set_num_threads(threads)
     if keep_freed_memory:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**30)
         mallopt(-3, 2**30)
-    model = NaiveModel(folder, dtype, device, tokens)
+    model = NaiveModel(*model_arguments)
     model.nll(())
     pipe.send("ready")
     while (removed := pipe.recv()) is not None:

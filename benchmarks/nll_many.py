@@ -50,28 +50,6 @@ class NLLManySettings(ScoringSettings):
     """Steps of the training that gives the last masks of episodes."""
 
 
-@dataclass(frozen=True)
-class InTurn:
-    """Scores of both sides, measured in turn for one slice of the masks after another.
-
-    Attributes:
-        ours_s: Seconds of each slice.
-        naive_s: Seconds of the same masks in the naive loop.
-        share_saved: Share of the blocks that single passes would have run.
-        largest_difference: Between the scores of both sides, nats per token.
-    """
-
-    ours_s: list[float]
-    naive_s: list[float]
-    share_saved: float
-    largest_difference: float
-
-    @property
-    def ratio(self) -> float:
-        """Naive seconds over ours, all slices together."""
-        return sum(self.naive_s) / sum(self.ours_s)
-
-
 def main(settings: NLLManySettings) -> None:
     """Measure, check the scores, and write the record."""
     setup = open_setup(settings)
@@ -79,18 +57,17 @@ def main(settings: NLLManySettings) -> None:
     measured: dict[str, Any] = {}
     for timing, steps in (("dense", settings.masks), ("terminal", settings.train_steps)):
         masks = rollout_masks(setup, timing, steps)[: settings.masks]
-        found = _in_turn(setup, masks, max(_LEAST_SLICES, settings.repeats))
-        slices = ratios(found.naive_s, found.ours_s)
+        ours_s, naive_s, facts = _in_turn(setup, masks, max(_LEAST_SLICES, settings.repeats))
+        ratio, slices = sum(naive_s) / sum(ours_s), ratios(naive_s, ours_s)
         targets.append(
-            Target(_NAMES[timing], 1.8, None, found.ratio, _AGAINST, slices["low"], slices["high"])
+            Target(_NAMES[timing], 1.8, None, ratio, _AGAINST, slices["low"], slices["high"])
         )
         measured[timing] = {
             "masks": len(masks),
             "blocks_removed": spread([len(mask) for mask in masks]),
-            "seconds": sum(found.ours_s),
-            "naive_s": sum(found.naive_s),
-            "share_of_blocks_saved": found.share_saved,
-            "largest_nll_difference_to_naive": found.largest_difference,
+            "seconds": sum(ours_s),
+            "naive_s": sum(naive_s),
+            **facts,
         }
     measured["seconds_by_masks_in_a_batch"] = _widths(setup, masks[:_WIDTH_MASKS])
     write_record(
@@ -135,8 +112,14 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMas
     return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
 
 
-def _in_turn(setup: ScoringSetup, masks: list[BlockMask], slices: int) -> InTurn:
-    """Call `nll_many` once; after each slice of it the naive loop scores the same masks."""
+def _in_turn(
+    setup: ScoringSetup, masks: list[BlockMask], slices: int
+) -> tuple[list[float], list[float], dict[str, float]]:
+    """Call `nll_many` once; after each slice of it the naive loop scores the same masks.
+
+    Returns:
+        Seconds of each slice on both sides, and facts for the record.
+    """
     scorer = MaskScorer(setup.llm, setup.corpus)
     ours: list[float] = []
     theirs: list[float] = []
@@ -151,7 +134,7 @@ def _in_turn(setup: ScoringSetup, masks: list[BlockMask], slices: int) -> InTurn
             if len(waiting) * slices < len(masks) and len(naive) + len(waiting) < len(masks):
                 return
             ours.append(time.perf_counter() - began)
-            answers = {mask: loop.score(mask) for mask in waiting}
+            answers = {mask: loop(mask) for mask in waiting}
             theirs.append(sum(seconds for seconds, _ in answers.values()))
             naive.update({mask: nll for mask, (_, nll) in answers.items()})
             print(f"{len(waiting)} masks: {ours[-1]:.1f} s, naive {theirs[-1]:.1f} s", flush=True)
@@ -163,7 +146,11 @@ def _in_turn(setup: ScoringSetup, masks: list[BlockMask], slices: int) -> InTurn
     difference = max(abs(naive[mask] - nll) for mask, nll in zip(masks, values, strict=True))
     if single != values[:_EQUALITY_CHECKS] or difference > _TOLERANCE:
         raise SystemExit("Scores differ from those of single passes; nothing was recorded.")
-    return InTurn(ours, theirs, scorer.share_saved, difference)
+    facts = {
+        "share_of_blocks_saved": scorer.share_saved,
+        "largest_nll_difference_to_naive": difference,
+    }
+    return ours, theirs, facts
 
 
 def _widths(setup: ScoringSetup, masks: list[BlockMask]) -> dict[str, float]:

@@ -9,11 +9,10 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.run_folder import git_state
+from experiments.comparison.run_folder import cpuinfo, git_state, machine_facts, package_versions
 from rap_env.artifacts import atomic_write
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
@@ -35,15 +34,12 @@ def write_record(
     """Write one benchmark's record as JSON and print it as a short table.
 
     Args:
-        name: Name of the benchmark.
+        name: Name of the benchmark; the file is ``NAME-cpu.json`` or ``NAME-cuda.json``.
         device: Device that was measured, such as ``"cpu"`` or ``"cuda:0"``.
         settings: A dataclass; its `results_dir`, if it has one, is the folder of the record.
         targets: The targets with the numbers that were reached.
         measured: All other measurements; plain values, with units in the names.
         notes: Sentences that explain the numbers, such as what bounds a missed target.
-
-    Returns:
-        The file, ``NAME-cpu.json`` or ``NAME-cuda.json``.
     """
     chosen = dataclasses.asdict(settings)
     folder = Path(chosen.pop("results_dir", RESULTS))
@@ -68,41 +64,19 @@ def write_record(
 
 def machine() -> dict[str, Any]:
     """The machine, as plain values for a record."""
-    facts = _cpuinfo()
-    found: dict[str, Any] = {
-        "system": platform.system(),
-        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+    flags = cpuinfo().get("flags", "").split()
+    return {
+        **machine_facts(),
         "cores": os.cpu_count(),
-        "instruction_sets": [s for s in _INSTRUCTION_SETS if s in facts.get("flags", "").split()],
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
         "memory_bytes": _memory_bytes(),
     }
-    if "torch" in sys.modules:  # only if the benchmark uses torch
-        torch = sys.modules["torch"]
-        found["threads"] = torch.get_num_threads()
-        if torch.cuda.is_available():
-            found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that determine the speed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name.replace("-", "_")] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo; empty on systems other than Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    packages = {name.replace("-", "_"): v for name, v in package_versions(_PACKAGES).items()}
+    return {"python": platform.python_version(), **packages}
 
 
 def _memory_bytes() -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,7 @@ class ScoringSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class ScoringSetup:
-    """A model and a text.
-
-    Attributes:
-        llm: The live model.
-        corpus: The calibration text.
-        settings: The settings of the benchmark.
-    """
+    """A model and a text."""
 
     llm: ElasticLLM
     corpus: Corpus
@@ -54,17 +48,8 @@ def open_setup(settings: ScoringSettings) -> ScoringSetup:
     return ScoringSetup(llm, load_corpus(text, llm), settings)
 
 
-class NaiveLoop:
-    """The naive loop in a process of its own."""
-
-    def __init__(self, pipe: multiprocessing.connection.Connection) -> None:
-        self._pipe = pipe
-
-    def score(self, mask: BlockMask) -> tuple[float, float]:
-        """Seconds and NLL of a mask."""
-        self._pipe.send(list(mask))
-        answer: tuple[float, float] = self._pipe.recv()
-        return answer
+NaiveLoop = Callable[[BlockMask], tuple[float, float]]
+"""The naive loop in a process of its own: returns seconds and NLL of a mask."""
 
 
 @contextlib.contextmanager
@@ -77,22 +62,25 @@ def naive_loop(setup: ScoringSetup, *, keep_freed_memory: bool = False) -> Itera
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    dtype = str(setup.llm.dtype).removeprefix("torch.")
-    arguments = (
-        theirs,
+    model = (
         os.fspath(locate(setup.settings.model).folder),
-        dtype,
+        str(setup.llm.dtype).removeprefix("torch."),
         setup.device,
         setup.corpus.tokens.tolist(),
-        torch.get_num_threads(),
-        keep_freed_memory,
     )
+    arguments = (theirs, torch.get_num_threads(), keep_freed_memory, *model)
     process = context.Process(target=serve, args=arguments, daemon=True)
+
+    def score(mask: BlockMask) -> tuple[float, float]:
+        ours.send(list(mask))
+        answer: tuple[float, float] = ours.recv()
+        return answer
+
     process.start()
     try:
         theirs.close()
         ours.recv()
-        yield NaiveLoop(ours)
+        yield score
     finally:
         with contextlib.suppress(OSError):
             ours.send(None)

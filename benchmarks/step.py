@@ -58,7 +58,6 @@ class Player:
 
     Attributes:
         env: A single environment or a vector environment that resets itself.
-        actions: The actions.
         rounds: Times that all actions run in one call.
         reset_s: Seconds in resets, for each call.
     """
@@ -74,7 +73,10 @@ class Player:
 
     def _play(self) -> float:
         request_costs.cache_clear()  # else a repetition would find each request in the cache
-        step, spent, clock = self.env.step, self._reset(seed=0), time.perf_counter
+        step, clock = self.env.step, time.perf_counter
+        began = clock()
+        self.env.reset(seed=0)
+        spent = clock() - began
         single = isinstance(self.env, gym.Env)
         for action in self.actions:
             _, _, terminated, truncated, _ = step(action)
@@ -83,11 +85,6 @@ class Player:
                 self.env.reset()
                 spent += clock() - began
         return spent
-
-    def _reset(self, seed: int) -> float:
-        began = time.perf_counter()
-        self.env.reset(seed=seed)
-        return time.perf_counter() - began
 
 
 def known_context(settings: StepSettings) -> KnownPruningContext:
@@ -101,14 +98,9 @@ def known_context(settings: StepSettings) -> KnownPruningContext:
     facts = load_llm(settings.model).facts
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=facts.num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=facts.num_layers,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
     models: Any = AutoModelForCausalLM
     tiny = ElasticLLM(models.from_config(config), None, name="tiny")
     scorer = MaskScorer(tiny, Corpus.of_tokens(torch.randint(64, (1, 8))))

@@ -11,8 +11,9 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -23,9 +24,9 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
 
 _PROCESS = """
-import sys
-from benchmarks.stream import growth
-print(growth(*sys.argv[1:]))
+import json, sys
+from benchmarks.stream import StreamSettings, growth
+print(growth(StreamSettings(**json.loads(sys.argv[1])), *map(int, sys.argv[2:])))
 """
 
 
@@ -133,24 +134,21 @@ def _peak(llm: ElasticLLM, corpus: Corpus, expected: dict[str, float]) -> tuple[
 
 
 def _in_a_process(settings: StreamSettings, threads: int, cap_bytes: int) -> int:
-    command = [sys.executable, "-c", _PROCESS, settings.model, settings.dtype, str(threads),
-               str(cap_bytes), str(settings.windows), str(settings.window_tokens)]  # fmt: skip
+    given = json.dumps(asdict(settings))
+    command = [sys.executable, "-c", _PROCESS, given, str(threads), str(cap_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"A process that measures memory failed: {done.stderr.strip()[-500:]}")
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
-def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens: str) -> int:
+def growth(settings: StreamSettings, threads: int, cap_bytes: int) -> int:
     """Bytes by which this process grows at its peak while it opens a model and scores a round.
 
     Args:
-        model: The model.
-        dtype: Its dtype.
+        settings: The model, and the size of a text that was generated before.
         threads: Threads of torch.
-        cap: Memory cap in bytes; 0 loads the model as a whole.
-        windows: Windows of a text that was generated before.
-        tokens: Tokens of each window.
+        cap_bytes: Memory cap; 0 loads the model as a whole.
 
     Raises:
         InvalidRequestError: The system does not report the memory of a process.
@@ -160,28 +158,27 @@ def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens:
 
     import rap_env.scoring.scorer  # noqa: F401
     from rap_env.llm.adapter import read_config
-    from rap_env.llm.loading import load_llm
+    from rap_env.llm.loading import shared_llm
     from rap_env.llm.sources import locate
-    from rap_env.llm.streamed import stream_llm
     from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
 
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     auto: Any = AutoModelForCausalLM
-    folder = locate(model).folder
+    folder = locate(settings.model).folder
     with torch.device("meta"):  # loads the family's code
         auto.from_config(read_config(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
     gc.collect()
     before = _status_bytes("VmRSS")
-    place = {"device": "cpu", "dtype": dtype}
-    llm: ElasticLLM
-    if int(cap):
-        llm = stream_llm(model, max_memory_bytes=int(cap), **place)
-    else:
-        llm = load_llm(model, **place)
-    text = CorpusConfig(windows=int(windows), window_tokens=int(tokens))
+    llm = shared_llm(
+        settings.model,
+        device="cpu",
+        dtype=settings.dtype,
+        max_memory_bytes=cap_bytes or None,
+    )
+    text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
     _scan(llm, load_corpus(text, llm))
     del tokenizer
     return _status_bytes("VmHWM") - before
@@ -189,8 +186,8 @@ def growth(model: str, dtype: str, threads: str, cap: str, windows: str, tokens:
 
 def _status_bytes(name: str) -> int:
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:  # noqa: PTH123
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
     except (OSError, StopIteration):
         raise InvalidRequestError(
             "This benchmark needs /proc/self/status to measure a process; run it on Linux."

@@ -152,13 +152,7 @@ class VectorByteTracker:
         return np.asarray(self.peak_bytes - freed * removes)
 
     def remove(self, index: Counts, removes: Flags, peak_bytes: Counts) -> None:
-        """Remove the kept blocks `index` where there is a flag.
-
-        Args:
-            index: A block of each request, (n,).
-            removes: Whether the request loses it, (n,).
-            peak_bytes: What `peak_without` gave for them, (n,).
-        """
+        """Remove the kept blocks `index` where there is a flag; all (n,), as `peak_without` has."""
         self.peak_bytes = peak_bytes
         self._ffn_left -= index % 2 * removes
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -75,8 +76,8 @@ def provenance(seeds: dict[str, int]) -> dict[str, Any]:
     """Return versions, machine, commit and seeds as plain values for a record."""
     return {
         "python": platform.python_version(),
-        "packages": _package_versions(),
-        "machine": _machine(),
+        "packages": package_versions(),
+        "machine": machine_facts(),
         "git": git_state(),
         "seeds": seeds,
     }
@@ -210,9 +211,10 @@ def _filled(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **filled}
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of those packages that are installed, by name."""
     versions = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -220,8 +222,10 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def _machine() -> dict[str, Any]:
-    machine: dict[str, Any] = {"system": platform.system(), "cpu": _cpu_name()}
+def machine_facts() -> dict[str, Any]:
+    """System and processor; with torch loaded, its number of threads and the GPU."""
+    cpu = cpuinfo().get("model name") or platform.processor() or platform.machine()
+    machine: dict[str, Any] = {"system": platform.system(), "cpu": cpu}
     if "torch" in sys.modules:  # recording provenance must not load torch
         torch = sys.modules["torch"]
         machine["threads"] = torch.get_num_threads()
@@ -230,14 +234,14 @@ def _machine() -> dict[str, Any]:
     return machine
 
 
-def _cpu_name() -> str:
+def cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty on systems other than Linux."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def git_state() -> dict[str, Any] | None:

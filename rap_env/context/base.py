@@ -133,11 +133,7 @@ def importance_features(context: PruningContext, importance: str) -> ImportanceF
 
 
 def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:
-    """Read a frontier artifact.
-
-    Raises:
-        ArtifactError: No path was given, or the file is missing, damaged or of another model.
-    """
+    """Read a frontier artifact; an `ArtifactError` if there is none or it is damaged."""
     if path is None or not Path(path).exists():
         raise ArtifactError(
             f"There is no frontier artifact ({path or 'no path was given'}); build one with "

@@ -116,11 +116,7 @@ class LiveContext:
 
     @cached_property
     def frontier(self) -> Frontier:
-        """The best known mask for each pair of counts of removed blocks.
-
-        Raises:
-            ArtifactError: As for `load_frontier`.
-        """
+        """The best known mask for each pair of counts of removed blocks."""
         return load_frontier(self.frontier_path, self.memory)
 
     @cached_property

@@ -35,11 +35,7 @@ def open_context(config: ContextConfig) -> PruningContext:
 
 
 def _open_live(config: ContextConfig) -> LiveContext:
-    """A new context of a live model; the model itself is shared within a process.
-
-    Raises:
-        RapError: As loading the model, the text, the stubs or the store does.
-    """
+    """A new context of a live model; the model itself is shared within a process."""
     from rap_env.llm.loading import shared_llm
     from rap_env.scoring.corpus_loading import load_corpus
 
@@ -66,11 +62,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
 
 
 def require_live(context: PruningContext) -> LiveContext:
-    """The same context, if it has a live model.
-
-    Raises:
-        ModelNotAvailableError: It is a score table.
-    """
+    """The same context; a `ModelNotAvailableError` if it is a score table."""
     if isinstance(context, LiveContext):
         return context
     raise ModelNotAvailableError(

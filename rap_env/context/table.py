@@ -63,11 +63,7 @@ class TableContext:
 
     @property
     def llm(self) -> NoReturn:
-        """There is none.
-
-        Raises:
-            ModelNotAvailableError: Always.
-        """
+        """There is none: always raises `ModelNotAvailableError`."""
         raise ModelNotAvailableError(
             f"The score table {self.name} holds scores and no model, which running text, tasks "
             f"or generation needs; give the model itself ({self.table.facts.name})."
@@ -96,11 +92,7 @@ class TableContext:
 
     @cached_property
     def frontier(self) -> Frontier:
-        """The best known mask for each pair of counts of removed blocks.
-
-        Raises:
-            ArtifactError: As for `load_frontier`.
-        """
+        """The best known mask for each pair of counts of removed blocks."""
         return load_frontier(self.frontier_path, self.memory)
 
     @cached_property

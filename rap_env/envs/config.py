@@ -74,23 +74,13 @@ class EnvConfig:
 
     @classmethod
     def of(cls, **arguments: Any) -> EnvConfig:
-        """The configuration of an environment's keyword arguments.
-
-        Raises:
-            UnknownNameError: There is no such argument; the error lists the known ones.
-            RapError: As for the class.
-        """
+        """The configuration of an environment's keyword arguments."""
         known = [entry.name for entry in fields(cls)]
         check_settings(arguments, "the environment", [*known, "context", "render_mode"])
         return cls(**arguments)
 
     def corpus_config(self) -> CorpusConfig:
-        """The calibration text, whose default is `CorpusConfig`'s.
-
-        Raises:
-            UnknownNameError: The calibration has no such setting.
-            CorpusError: A number is out of its range.
-        """
+        """The calibration text, whose default is `CorpusConfig`'s."""
         given = self.calibration
         settings = {"source": given} if isinstance(given, str) else dict(given or {})
         check_settings(settings, "the calibration", [entry.name for entry in fields(CorpusConfig)])
@@ -105,11 +95,7 @@ class EnvConfig:
 
 
 def check_render_mode(render_mode: str | None) -> str | None:
-    """Return the render mode, if it exists or is None.
-
-    Raises:
-        UnknownNameError: There is no such render mode.
-    """
+    """Return the render mode, if it exists or is None."""
     if render_mode is not None and render_mode not in RENDER_MODES:
         raise UnknownNameError("render mode", render_mode, RENDER_MODES)
     return render_mode

@@ -71,9 +71,6 @@ class EpisodeStart:
 class RemovedBlocks:
     """The blocks that an episode has removed, in ascending order.
 
-    Args:
-        indices: The blocks that it starts with.
-
     Attributes:
         indices: Their indices.
         names: Their names.
@@ -105,7 +102,6 @@ class Episode:
         builder: Makes the observation of the dense model.
 
     Attributes:
-        start: As given.
         removed: The blocks removed so far.
         bytes: Tracks the bytes that the request needs without them.
         measurement: What the model measured of the mask, or None if it was not measured.

@@ -84,20 +84,12 @@ class PruningTask:
 
     @cached_property
     def dense(self) -> Measurement:
-        """The measurement of the dense model.
-
-        Raises:
-            NonFiniteScoreError: The dense model gave NaN or infinity.
-        """
+        """The measurement of the dense model."""
         nll = self.context.scorer.dense_nll
         return Measurement(nll, 0.0, self.context.scorer.is_predicted(BlockMask()))
 
     def measure(self, masks: Sequence[BlockMask]) -> list[Measurement]:
-        """Measure masks; missing scores are measured together.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
+        """Measure masks; missing scores are measured together."""
         scorer, dense_nll = self.context.scorer, self.dense.nll
         scores = zip(masks, scorer.nll_many(masks), strict=True)
         return [
@@ -110,10 +102,6 @@ class PruningTask:
         """The measurement of each step's mask, and the reward's terms by name.
 
         All missing scores are measured together, those of the baseline's masks included.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
-            InvalidRequestError: The frontier that the reward is relative to has no mask that fits.
         """
         baselines: dict[int, BlockMask] = {}
         if self._baseline_mask is not None:
@@ -138,13 +126,7 @@ class PruningTask:
     def start_episode(
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
     ) -> EpisodeStart:
-        """The start of an episode with a request from the sampler, or the one in `options`.
-
-        Raises:
-            InvalidRequestError: The request does not suit the model, or the dense model fits it.
-            InfeasibleBudgetError: No mask can meet the budget, and ``infeasible="error"``.
-            UnknownNameError: There is no such option.
-        """
+        """The start of an episode with a request from the sampler, or the one in `options`."""
         options = options or {}
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
@@ -195,12 +177,6 @@ def task_scorer(
         context: The model and the score store.
         tasks: Names of tasks, dict of `TaskConfig` settings, or None for the generated ones.
             Without a ``limit``, `TASK_DOCUMENTS` documents of each are used.
-
-    Raises:
-        UnknownNameError: There is no such task or setting.
-        InvalidRequestError: A setting is out of its range.
-        MissingDependencyError: lm-eval is not installed.
-        ModelNotAvailableError: The context is a score table.
     """
     from rap_env.scoring.generated_tasks import GENERATED_TASKS
     from rap_env.scoring.tasks import TaskConfig, TaskScorer
@@ -223,10 +199,6 @@ def _baseline_mask(name: str | None, context: PruningContext) -> BaselineMask | 
     Args:
         name: One of `rap_env.reward.COMPARED_TO`, or None.
         context: Has the baseline's order or frontier; it is measured now if it was not before.
-
-    Raises:
-        InvalidRequestError: ``"gsi"``, but the context leaves importance out.
-        RapError: As measuring or loading an order or a frontier does.
     """
     if name is None:
         return None
@@ -260,17 +232,7 @@ def _from_frontier(context: PruningContext) -> BaselineMask:
 
 
 def _request_of(given: Request | Mapping[str, Any], memory: MemoryModel) -> Request:
-    """The request that a user passed to ``reset``.
-
-    Args:
-        given: A `Request`, or a dict of ``batch_size``, ``seq_len_tokens`` and one of
-            ``budget_bytes`` and ``budget_fraction``.
-        memory: The model's byte arithmetic.
-
-    Raises:
-        InvalidRequestError: The request does not suit the model, or a value is missing.
-        UnknownNameError: The dict has another key.
-    """
+    """The request that a user passed to ``reset``, in one of the forms that `RAPPruneEnv` names."""
     if isinstance(given, Request):
         memory.check(given.batch_size, given.seq_len_tokens)
         return given

@@ -50,10 +50,6 @@ class VectorStep:
 class VectorEpisodes:
     """The episodes of n sub-environments.
 
-    Args:
-        num_envs: n.
-        task: What they share.
-
     Attributes:
         starts: Request and costs of each sub-environment that has started an episode, by index.
         removed: The blocks that each one has removed.
@@ -88,14 +84,7 @@ class VectorEpisodes:
         measurement: Measurement | None,
         removed: Collection[int] = (),
     ) -> None:
-        """Start or restore the episode of one sub-environment.
-
-        Args:
-            index: The sub-environment.
-            start: Its request and costs.
-            measurement: What the model measured of its mask.
-            removed: The blocks that it has removed; none in a new episode.
-        """
+        """Start the episode of one sub-environment, or restore one with its `removed` blocks."""
         request = start.request
         self.starts[index], self.removed[index] = start, RemovedBlocks(removed)
         self.measurements[index] = measurement
@@ -121,11 +110,7 @@ class VectorEpisodes:
         return VectorStep(blocks, valid, invalid, peak, terminated, truncated)
 
     def compute_rewards(self, step: VectorStep) -> tuple[Terms, dict[int, Measurement]]:
-        """The reward's terms of a step, (n,) each, and the measurements behind them by index.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
+        """The reward's terms of a step, (n,) each, and the measurements behind them by index."""
         task = self._task
         ends, acts = step.terminated | step.truncated, step.valid | step.invalid
         where = np.flatnonzero(acts if task.reward.pays_every_step else ends).tolist()
@@ -194,11 +179,7 @@ class VectorEpisodes:
         }
 
     def set_state(self, index: int, state: Mapping[str, Any]) -> None:
-        """Restore what `get_state` returned; an unknown score is measured again.
-
-        Raises:
-            RapError: The model does not have those blocks or cannot serve that request.
-        """
+        """Restore what `get_state` returned; an unknown score is measured again."""
         mask = BlockMask.of(*state["removed"])
         request = Request(**state["request"])
         start = EpisodeStart.of(self._task.memory, request, state["asked_budget_bytes"])

@@ -25,12 +25,6 @@ class Slot:
     looking for a parameter, a buffer or a plain attribute of that name; there is none, since
     `original` was found in the table. The direct way is faster, and a mask may change between any
     two tokens.
-
-    Attributes:
-        parent: The module that has the attribute.
-        attribute: Its name.
-        original: The module that belongs there.
-        placeholder: The module in its place while the block is removed.
     """
 
     parent: nn.Module
@@ -143,11 +137,7 @@ class FamilyAdapter:
         return int(size or self.config.hidden_size // self.config.num_attention_heads)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of keys and values of one token in one layer.
-
-        Args:
-            itemsize: Bytes of one value in the cache.
-        """
+        """Bytes of keys and values of one token in one layer, with `itemsize` bytes a value."""
         return 2 * self.kv_heads * self.head_dim * itemsize
 
     @cached_property
@@ -180,19 +170,11 @@ class FamilyAdapter:
             ) from None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers, in order.
-
-        Raises:
-            UnsupportedModelError: The model is no causal language model of this family.
-        """
+        """The decoder layers, in order."""
         return cast("nn.ModuleList", self.decoder(model).get_submodule(self.family.layers))
 
     def sites(self, model: nn.Module) -> tuple[BlockSite, ...]:
-        """Where each block is in a live model, in order of index, (2L,).
-
-        Raises:
-            UnsupportedModelError: The model is no causal language model of this family.
-        """
+        """Where each block is in a live model, in order of index, (2L,)."""
         return tuple(
             BlockSite(2 * number + kind, tuple(slots))
             for number, layer in enumerate(self.layers(model))

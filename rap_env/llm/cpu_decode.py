@@ -19,11 +19,7 @@ PACKED_ATTENTION = "sdpa_packed"
 
 
 def speed_up_decoding(model: Any) -> None:
-    """Install both optimisations in a model on a CPU; models on other devices do not change.
-
-    Args:
-        model: A causal language model of transformers.
-    """
+    """Install both optimisations in a model on a CPU; models on other devices do not change."""
     if model.device.type == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_contiguous_rows)
         _pack_single_queries(model)

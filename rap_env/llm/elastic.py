@@ -55,9 +55,6 @@ class ElasticLLM:
 
     Attributes:
         model: The live model, as the current mask leaves it.
-        tokenizer: As given.
-        name: As given.
-        folder: As given.
         adapter: Describes the blocks, from the config.
 
     Raises:
@@ -159,13 +156,6 @@ class ElasticLLM:
         The earlier mask is restored afterwards, also after an error. Other threads neither run the
         model nor change its mask in the meantime. Weights of blocks that are removed only inside
         the ``with`` block stay in memory.
-
-        Args:
-            mask: As for `apply`.
-            bare: As for `apply`.
-
-        Raises:
-            UnknownNameError: The mask names a block that the model does not have.
         """
         with self.exclusive():
             before = dict(self._live.removed)

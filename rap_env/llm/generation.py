@@ -27,18 +27,8 @@ def generate(
 
     It runs on a shallow copy of the model, which shares everything with the original except two
     attributes. `forward` first updates the cache to the mask (`rap_env.llm.kv_cache.step`), and
-    `prepare_inputs_for_generation` notes the tokens so far, which a refill needs.
-
-    Args:
-        llm: The live model.
-        restore: For attention blocks that are restored.
-        before_step: Called before each forward pass, or None.
-        args: Positional arguments of ``generate``.
-        kwargs: Keyword arguments of ``generate``.
-
-    Raises:
-        UnknownNameError: There is no such restore mode.
-        UnsupportedCacheError: The cache or the decoding method cannot follow a change of the mask.
+    `prepare_inputs_for_generation` notes the tokens so far, which a refill needs. Arguments and
+    errors are those of `ElasticLLM.generate`.
     """
     check_restore(restore)
     _reject_assisted(kwargs)

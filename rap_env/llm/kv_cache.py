@@ -86,11 +86,7 @@ class Past:
 
 
 def check_restore(name: str) -> None:
-    """Reject an unknown restore mode.
-
-    Raises:
-        UnknownNameError: There is no such mode.
-    """
+    """Reject an unknown restore mode."""
     if name not in RESTORES:
         raise UnknownNameError("restore mode", name, RESTORES)
 
@@ -135,11 +131,7 @@ def layers_with_keys(cache: Any, layers: AbstractSet[int]) -> list[int]:
 
 
 def evict(cache: Any, layers: AbstractSet[int]) -> None:
-    """Free keys and values of some layers, and put placeholders in for their tokens.
-
-    Raises:
-        UnsupportedCacheError: As for `check_cache`; nothing changes.
-    """
+    """Put placeholders in for keys and values of some layers, or none if `check_cache` fails."""
     evicted = layers_with_keys(cache, layers)
     if evicted:
         check_cache(cache)
@@ -150,11 +142,7 @@ def evict(cache: Any, layers: AbstractSet[int]) -> None:
 
 
 def clear(cache: Any) -> None:
-    """Free everything that a cache holds; it can be filled again.
-
-    Raises:
-        UnsupportedCacheError: As for `check_cache`; nothing changes.
-    """
+    """Free everything that a cache holds; it can be filled again. `check_cache` must pass."""
     check_cache(cache)
     for layer in cache.layers:
         layer.keys = layer.values = None
@@ -200,9 +188,6 @@ def step(
         restore: For attention blocks that the mask has restored and the cache lacks.
         past: Returns the tokens of the cache, or None if they are not known; called for a refill.
         most_tokens: Most tokens to run at once in a refill.
-
-    Raises:
-        UnsupportedCacheError: The cache cannot be updated to the mask.
     """
     with llm.exclusive():
         if cache is None:

@@ -49,12 +49,7 @@ def is_intact(folder: Path) -> bool:
 
 
 def manifest_source(folder: Path) -> dict[str, Any]:
-    """The source of a folder that `made_once` created, from its manifest.
-
-    Raises:
-        FileNotFoundError: It is no such folder.
-        ArtifactError: Its manifest is damaged.
-    """
+    """The source of a folder that `made_once` created, from its manifest."""
     source: dict[str, Any] = load_artifact(folder / MANIFEST, _KIND, _VERSION)["source"]
     return source
 
@@ -111,9 +106,6 @@ def scratch(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, removed afterwards unless it was moved.
 
     Call it only under `locked(target)`: leftovers of earlier, killed attempts are removed first.
-
-    Raises:
-        StorageFullError: The disk is full.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -63,14 +63,7 @@ def hub_bars(*, shown: bool) -> Iterator[None]:
 def growing_folder_bar(
     folder: Path, total_bytes: int, title: str, *, shown: bool = True
 ) -> Iterator[None]:
-    """Show a bar of the bytes that another program writes into a folder.
-
-    Args:
-        folder: The folder; everything below it counts.
-        total_bytes: Number of bytes that are expected.
-        title: Text before the bar.
-        shown: Show the bar if there is a terminal.
-    """
+    """Show a bar of the bytes that another program writes below a folder, on a terminal."""
     done = threading.Event()
     with progress_bar(
         shown, desc=title, total=total_bytes, unit="B", unit_scale=True, leave=False

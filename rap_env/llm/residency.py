@@ -49,11 +49,7 @@ _ALIGN_BYTES = 64  # best for vector instructions, and the alignment of torch's 
 
 
 def check_residency(name: str) -> None:
-    """Reject an unknown residency.
-
-    Raises:
-        UnknownNameError: There is no such residency.
-    """
+    """Reject an unknown residency."""
     if name not in RESIDENCIES:
         raise UnknownNameError("residency", name, RESIDENCIES)
 
@@ -109,12 +105,7 @@ class _Block:
         self.evicted = True
 
     def load(self) -> None:
-        """Load the evicted weights into a new buffer.
-
-        Raises:
-            ChecksumError: A file is damaged.
-            ModelNotAvailableError: A file is missing.
-        """
+        """Load the evicted weights into a new buffer."""
         if self.host is not None:
             buffer = self.host.to(self.device, non_blocking=True)
         else:
@@ -199,12 +190,7 @@ class BlockWeights:
         block.evict()
 
     def load(self, index: int) -> None:
-        """Load the weights of a block into memory, unless they are there.
-
-        Raises:
-            ChecksumError: A file is damaged.
-            ModelNotAvailableError: A file is missing.
-        """
+        """Load the weights of a block into memory, unless they are there."""
         if self._blocks[index].evicted:
             self._blocks[index].load()
 
@@ -238,12 +224,7 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """Bytes of tensors that are in memory.
-
-    Attributes:
-        weights: Bytes of the model's weights, stubs included.
-        kv_cache: Bytes of the KV caches in use.
-    """
+    """Bytes in memory of the weights, stubs included, and of the KV caches in use."""
 
     weights: int
     kv_cache: int
@@ -298,11 +279,7 @@ class LiveBlocks:
             del self.removed[index]
 
     def evict_keys_and_values(self, mask: BlockMask) -> None:
-        """Free the keys and values of a mask's attention blocks in every cache in use.
-
-        Raises:
-            UnsupportedCacheError: Some cache does not allow it; no cache changes.
-        """
+        """Free a mask's keys and values in every cache in use; in none if one does not allow it."""
         caches = list(self.caches)
         if not caches:
             return

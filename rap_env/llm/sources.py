@@ -19,12 +19,7 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model is on this machine.
-
-    Attributes:
-        folder: A folder in transformers' format.
-        name: Its name in results; includes the source if there are several.
-    """
+    """A folder in transformers' format, and the model's name in results (with its source)."""
 
     folder: Path
     name: str
@@ -86,11 +81,7 @@ def _locate_path(path: Path) -> Located:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, set up for generation.
-
-    Raises:
-        ModelNotAvailableError: There is no tokenizer that transformers can read.
-    """
+    """A model folder's tokenizer, set up for generation; a `ModelNotAvailableError` if none."""
     from transformers import AutoTokenizer
 
     try:

@@ -133,13 +133,6 @@ class StreamedLLM(ElasticLLM):
         stored: The stored tensor of each parameter on the meta device, by name.
         device: Device of the computation.
         max_memory_bytes: As for `stream_llm`.
-
-    Attributes:
-        max_memory_bytes: As given.
-
-    Raises:
-        InvalidRequestError: The cap is too small; the message states the minimum.
-        UnsupportedModelError: The family is unknown or its layout cannot be masked.
     """
 
     def __init__(
@@ -175,12 +168,7 @@ class StreamedLLM(ElasticLLM):
         return self._held.reads
 
     def set_residency(self, residency: Residency) -> None:
-        """Accept only ``"resident"``, which changes nothing: streamed layers are always evicted.
-
-        Raises:
-            UnknownNameError: There is no such residency.
-            UnsupportedModelError: It is another residency.
-        """
+        """Accept only ``"resident"``, which changes nothing: streamed layers are always evicted."""
         check_residency(residency)
         if residency != "resident":
             raise UnsupportedModelError(
@@ -189,12 +177,7 @@ class StreamedLLM(ElasticLLM):
             )
 
     def load_layer(self, number: int) -> None:
-        """Load the weights of a layer, and evict those of the layer in memory.
-
-        Raises:
-            ChecksumError: A file is damaged.
-            ModelNotAvailableError: A file is missing.
-        """
+        """Load the weights of a layer, and evict those of the layer in memory."""
         if number == self._held.number:
             return
         self._evict()

@@ -74,13 +74,7 @@ def open_weights(
 
 
 def load_weights(folder: Path, dtype: torch.dtype) -> Any:
-    """The transformers model of a folder on the CPU; its files must contain every weight.
-
-    Raises:
-        ModelNotAvailableError: A weight file is missing.
-        ChecksumError: A file is truncated or damaged.
-        UnsupportedModelError: The weights do not fit the config.
-    """
+    """The transformers model of a folder on the CPU; its files must contain every weight."""
     model, report = _load(folder, dtype)
     _reject_other_shapes(folder, {name: (a, b) for name, a, b in report["mismatched_keys"]})
     return model.eval().requires_grad_(False)

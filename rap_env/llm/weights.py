@@ -126,9 +126,6 @@ class StoredTensor:
         The file is read, not mapped. Safetensors' own reader maps the whole file, and every page
         that was read would count as memory of the process.
 
-        Args:
-            device: Device of the copy.
-
         Raises:
             ChecksumError: The file is truncated.
             ModelNotAvailableError: The file is missing.
@@ -169,9 +166,6 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
     """Tensors in the safetensors files of a folder that can be read one by one, by name.
 
     Each has the dtype that it is stored in.
-
-    Raises:
-        ChecksumError: A file is truncated or damaged.
     """
     found = {}
     for path in sorted(folder.glob(pattern)):

@@ -31,11 +31,9 @@ class PoolSampler(RequestSampler):
     is measured once per request of the pool instead of once per episode.
 
     Attributes:
-        memory: The model's byte arithmetic.
         of: Spec of the sampler that fills the pool.
         size: Number of requests in the pool; some may be equal.
         seed: Seed of the draw. The same seed gives the same pool to every sub-environment and run.
-        requests: The pool.
 
     Raises:
         UnknownNameError: There is no such sampler, or it has no such setting.
@@ -80,7 +78,6 @@ class CurriculumSampler(RequestSampler):
     restarts it, and a restored environment continues at its position.
 
     Attributes:
-        memory: The model's byte arithmetic.
         of: Spec of the sampler whose budgets are eased.
         requests: Number of draws after which no budget is raised.
         start_fraction: The first bound as a share of the dense peak, in (0, 1).

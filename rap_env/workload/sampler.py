@@ -55,7 +55,6 @@ class FixedSampler(RequestSampler):
     """Draws the same request every time.
 
     Attributes:
-        memory: The model's byte arithmetic.
         batch_size: Number of sequences served together.
         seq_len_tokens: Tokens of each one; by default 1,024, or the model's positions if fewer.
         budget_fraction: Budget as a share of the dense peak, in (0, 1); 0.8 if neither is given.
@@ -90,7 +89,6 @@ class GridSampler(RequestSampler):
     """Draws uniformly from all combinations of the lists given.
 
     Attributes:
-        memory: The model's byte arithmetic.
         batch_sizes: Numbers of sequences served together.
         seq_lens_tokens: Tokens of each sequence; by default 256, 1,024 and 4,096, cut to the
             model's positions.

@@ -125,11 +125,7 @@ def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> int:
 
 
 def fit_trace(path: str | PathLike[str]) -> LengthTable:
-    """Fit a length table to a trace file: its empirical quantiles at `LEVELS`.
-
-    Raises:
-        TraceError: As for `read_trace`.
-    """
+    """Fit a length table to a trace file: its empirical quantiles at `LEVELS`."""
     found = np.quantile(read_trace(path), LEVELS, method="nearest")
     return LengthTable(tuple(int(value) for value in found))
 
