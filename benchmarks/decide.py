@@ -56,8 +56,6 @@ class Side:
     """One side of the comparison.
 
     Attributes:
-        choose: The decision.
-        requests: What is decided.
         rounds: Times that all requests are decided in one call.
         masks: The masks of the last call.
         milliseconds: Wall time of each decision, a list for each call.

@@ -105,13 +105,7 @@ def decode_seconds(
 def of_proportional(
     dense_s: Sequence[float], step_s: Sequence[float], share: float
 ) -> dict[str, float]:
-    """The speed-up of a mask relative to 1 / (1 - share), with its spread.
-
-    Args:
-        dense_s: Seconds of dense steps.
-        step_s: Seconds of steps under the mask.
-        share: Share of the dense model's bytes that the mask removes.
-    """
+    """The speed-up of a mask that removes a share of the bytes, relative to 1 / (1 - share)."""
     faster = ratios(dense_s, step_s)
     reached = {key: faster[key] * (1 - share) for key in ("median", "low", "high")}
     return {**reached, "repeats": faster["repeats"]}
@@ -139,10 +133,6 @@ class MemoryTraffic:
 
     Of an embedding that is not tied to the head a token reads one row; a tied one is read once, as
     the head. All experts of a mixture count, even those that a token does not use.
-
-    Args:
-        llm: The model.
-        context_tokens: Tokens in the cache.
     """
 
     def __init__(self, llm: ElasticLLM, context_tokens: int) -> None:
@@ -171,12 +161,7 @@ class MemoryTraffic:
         return 1 - self.step_bytes(mask) / self.step_bytes(BlockMask())
 
     def mask(self, order: str, share: float) -> BlockMask:
-        """The mask whose removed share is closest to `share`, with layers drawn by a fixed seed.
-
-        Args:
-            order: One of `ORDERS`.
-            share: The share, from 0 to 1.
-        """
+        """The mask whose removed share is closest to `share`, with layers drawn by a fixed seed."""
         taken = _removal_order(order, len(self.block_bytes) // 2)
         masks = [BlockMask.of(*taken[:number]) for number in range(len(taken) + 1)]
         return min(masks, key=lambda mask: abs(self.share(mask) - share))

@@ -54,11 +54,7 @@ class ModelSettings(Settings):
 
 
 def open_model(settings: ModelSettings) -> ElasticLLM:
-    """Set torch's threads and load the model.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
+    """Set torch's threads and load the model."""
     from rap_env.llm.device import use_threads  # these load torch
     from rap_env.llm.loading import load_llm
 
@@ -145,9 +141,6 @@ class Target:
         against: The reference of the comparison.
         low: Lowest measurement, where there are several.
         high: Highest measurement.
-
-    Raises:
-        ValueError: It has no bound.
     """
 
     what: str
@@ -200,11 +193,7 @@ def _synchronise() -> None:
 
 
 def parse_request(text: str) -> tuple[int, int]:
-    """Batch size and sequence length in tokens from a text such as ``4x1024``.
-
-    Raises:
-        InvalidRequestError: It is written in another way.
-    """
+    """Batch size and sequence length in tokens from a text such as ``4x1024``."""
     batch_size, _, tokens = text.partition("x")
     if not (batch_size.isdigit() and tokens.isdigit()):
         raise InvalidRequestError(

@@ -32,9 +32,6 @@ class NaiveModel:
     """A plain Llama-like model and the text that masks are scored on.
 
     Args:
-        folder: Folder of the model.
-        dtype: Name of torch's dtype.
-        device: Device of the model.
         tokens: Token ids, shape (windows, T), as nested lists.
     """
 

@@ -56,9 +56,7 @@ NaiveLoop = Callable[[BlockMask], tuple[float, float]]
 def naive_loop(setup: ScoringSetup, *, keep_freed_memory: bool = False) -> Iterator[NaiveLoop]:
     """A process with a plain model of the same weights, dtype, text and threads.
 
-    Args:
-        setup: The model and the text.
-        keep_freed_memory: Let its C library keep freed memory, as this project does.
+    Its C library returns freed memory unless `keep_freed_memory`; this project's keeps it.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

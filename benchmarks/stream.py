@@ -42,11 +42,7 @@ class StreamSettings(harness.ModelSettings):
 
 
 def main(settings: StreamSettings) -> None:
-    """Measure, check that the scores are equal, and write the record.
-
-    Raises:
-        RapError: The model cannot be loaded, or the cap is too small for it.
-    """
+    """Measure, check that the scores are equal, and write the record."""
     import torch
 
     from rap_env.llm.streamed import stream_llm
@@ -149,9 +145,6 @@ def growth(settings: StreamSettings, threads: int, cap_bytes: int) -> int:
         settings: The model, and the size of a text that was generated before.
         threads: Threads of torch.
         cap_bytes: Memory cap; 0 loads the model as a whole.
-
-    Raises:
-        InvalidRequestError: The system does not report the memory of a process.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -29,12 +29,9 @@ _GZIP = b"\x1f\x8b"  # how every gzip file begins
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a full disk into an error that states what to do.
+    """Turn a full disk or quota into a `StorageFullError` that states what to do.
 
     Safetensors reports a failed write only in the message of an error of its own.
-
-    Raises:
-        StorageFullError: The disk or the quota is full.
     """
     try:
         yield
@@ -106,15 +103,7 @@ def save_artifact(
 ) -> None:
     """Write `body` as an indented JSON file with its kind, version and checksum.
 
-    Args:
-        path: The file.
-        kind: What it holds.
-        version: Format of the body.
-        body: Its content.
-        compress: Write gzip instead of plain text, for large bodies.
-
-    Raises:
-        StorageFullError: The disk is full.
+    With `compress` it is written as gzip, for large bodies.
     """
     body = json.loads(canonical_json(body))  # as it will be read: string keys, lists
     document = {"kind": kind, "version": version, "sha256": digest(body), "body": body}
@@ -126,9 +115,7 @@ def save_artifact(
 def _layout(value: Any, line: str) -> str:
     """JSON with one entry per line, except that lists of plain values stay on one line.
 
-    Args:
-        value: What to write.
-        line: A line break, and the indentation of the value.
+    `line` is a line break and the indentation of the value.
     """
     nested = isinstance(value, dict) or (
         isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
@@ -147,11 +134,7 @@ def load_artifact(
 ) -> dict[str, Any]:
     """Read the body of an artifact that `save_artifact` wrote, compressed or not.
 
-    Args:
-        path: The file.
-        kind: The kind that is expected.
-        version: The current format.
-        older: Earlier formats that the caller can read too.
+    Its format must be the current `version`, or one of the `older` ones that the caller can read.
 
     Raises:
         FileNotFoundError: There is no such file.

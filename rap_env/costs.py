@@ -120,10 +120,6 @@ class ByteTracker:
 class VectorByteTracker:
     """Peak bytes of n requests while blocks are removed from each one: `ByteTracker` as arrays.
 
-    Args:
-        count: Number of requests, n.
-        num_blocks: 2L.
-
     Attributes:
         dense_peak_bytes: Peak bytes of each request with every block, (n,).
         peak_bytes: Peak bytes of each request now, (n,).
@@ -157,14 +153,9 @@ class VectorByteTracker:
         self._ffn_left -= index % 2 * removes
 
     def peaks_of(self, rows: Counts, removed: Flags) -> Counts:
-        """Peak bytes of whole masks, whatever was removed so far.
+        """Peak bytes of whole masks, (m,), whatever was removed so far.
 
-        Args:
-            rows: The request of each mask, (m,).
-            removed: The blocks that each mask removes, (m, 2L).
-
-        Returns:
-            Bytes, (m,).
+        `rows` has the request of each mask, (m,), and `removed` the blocks it removes, (m, 2L).
         """
         peak = self.dense_peak_bytes[rows] - (self._freed[rows] * removed).sum(axis=1)
         peak -= self._last_ffn_bytes[rows] * removed[:, 1::2].all(axis=1)

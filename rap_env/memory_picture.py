@@ -28,16 +28,9 @@ def draw_memory(
     width_in: float = 9.2,
     row_height_in: float = 2.9,
 ) -> Figure:
-    """Plot shares of the dense peak against sequence length, one panel per batch size.
+    """Plot rows of `MemoryModel.shares` against sequence length, one panel per batch size.
 
-    Args:
-        shares: Rows of `MemoryModel.shares`.
-        columns: Number of panels side by side; all by default.
-        width_in: Width of the figure, in inches.
-        row_height_in: Height of a row of panels, in inches.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
+    All panels are side by side unless `columns` says how many.
     """
     try:
         from matplotlib.figure import Figure

@@ -31,6 +31,7 @@ _COLOURS = {  # distinguishable by colour-blind people; in the order in which th
 }
 _STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of blocks
 _PANEL = (440, 928)  # left and right of the words and the bar
+_LINE_LAYERS = 60  # layers per line of text, and characters of its bar
 _Box = tuple[float, float, float, float]
 
 
@@ -39,9 +40,6 @@ class Scene:
     """The content of a picture.
 
     Attributes:
-        memory: The model's byte arithmetic.
-        request: What is to be served.
-        mask: The blocks removed so far.
         delta_nll: NLL of the mask minus the dense model's, nats per token; None if not measured.
     """
 
@@ -119,14 +117,9 @@ def human_bytes(count: float) -> str:
     return f"{count:,.2f} GiB"
 
 
-def render_ansi(scene: Scene, width: int = 60) -> str:
-    """Draw the scene as text: one column per layer, ``#`` kept and ``.`` removed.
-
-    Args:
-        scene: What to show.
-        width: Layers per line, and characters of the bar.
-    """
-    facts = scene.memory.facts
+def render_ansi(scene: Scene) -> str:
+    """Draw the scene as text: one column per layer, ``#`` kept and ``.`` removed."""
+    facts, width = scene.memory.facts, _LINE_LAYERS
     lines = [f"{facts.name}: {scene.request_words}", f"budget   {scene.budget_words}"]
     for start in range(0, facts.num_layers, width):
         layers = range(start, min(start + width, facts.num_layers))

@@ -207,11 +207,7 @@ class AccuracyReward(RewardTerm):
 
 @dataclass(frozen=True)
 class Reward:
-    """A weighted sum of terms.
-
-    Attributes:
-        weighted: Terms with their weights.
-    """
+    """A weighted sum of terms."""
 
     weighted: tuple[tuple[float, RewardTerm], ...]
 
@@ -227,11 +223,7 @@ class Reward:
         return next((name for name in named if name is not None), None)
 
     def step(self, outcome: StepOutcome) -> dict[str, float]:
-        """Each term's share of the reward by name; the reward is their sum.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
+        """Each term's share of the reward by name; the reward is their sum."""
         return {term.name: weight * term.step(outcome) for weight, term in self.weighted}
 
     def zeros(self) -> dict[str, float]:

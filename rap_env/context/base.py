@@ -118,12 +118,7 @@ class PruningContext(Protocol):
 
 
 def importance_features(context: PruningContext, importance: str) -> ImportanceFeatures:
-    """The importance that an agent observes: measured, or zeros for ``"none"``.
-
-    Args:
-        context: Has the importance; it is measured now if it was not before.
-        importance: As in `ContextConfig`.
-    """
+    """The importance that an agent observes: measured, or zeros for ``"none"``."""
     if importance == "none":
         return ImportanceFeatures.none(context.memory.facts.num_blocks)
     if importance == "one_shot":

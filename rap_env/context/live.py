@@ -28,14 +28,12 @@ log = logging.getLogger(__name__)
 class LiveContext:
     """A live model with its memory arithmetic, scorer and importance.
 
+    Arguments that are not described here are those of `ContextConfig`.
+
     Args:
         llm: The live model, or a repaired view of one (`StubLibrary.attach`).
         calibration: The text that masks are searched on.
         store: Where scores are stored; None keeps them in memory.
-        importance: As in `ContextConfig`.
-        gsi_removals: As in `ContextConfig`.
-        gsi_method: As in `ContextConfig`.
-        frontier: As in `ContextConfig`.
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.
     """
@@ -86,11 +84,7 @@ class LiveContext:
 
     @cached_property
     def gsi(self) -> GSIProfile:
-        """The GSI order, measured on first use (minutes) and cached.
-
-        Raises:
-            ArtifactError: The artifact that ``importance`` names is damaged or of another model.
-        """
+        """The GSI order, measured on first use (minutes) and cached."""
         from rap_env.importance.gsi_search import gsi
 
         if self._importance not in IMPORTANCES:

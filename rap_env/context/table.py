@@ -30,13 +30,10 @@ class TableContext:
     """Memory arithmetic, scores and importance from a score table.
 
     What needs text or a model (`llm`, `corpus`, `layer_influence`) raises
-    `ModelNotAvailableError`.
+    `ModelNotAvailableError`. `importance` and `frontier` are as in `ContextConfig`.
 
     Args:
-        table: The score table.
         name: What error messages call the table.
-        importance: As in `ContextConfig`.
-        frontier: As in `ContextConfig`.
 
     Raises:
         ArtifactError: ``importance="gsi"``, but the table has no GSI order.
@@ -116,10 +113,6 @@ def open_table(path: Path, config: ContextConfig) -> TableContext:
 
     A table was measured with certain settings. A setting at its default takes the table's value;
     any other value must equal the table's. `ContextConfig.store` is ignored: nothing is measured.
-
-    Args:
-        path: The table's file.
-        config: Settings; its ``model`` names the table.
 
     Raises:
         ModelNotAvailableError: There is no such file.

@@ -45,7 +45,6 @@ class EpisodeStart:
     """The initial state of an episode: the dense model under a request.
 
     Attributes:
-        request: The request.
         costs: What the dense model needs for it, and what each removal frees.
         asked_budget_bytes: The budget before it was raised to the least possible one, or None.
     """
@@ -69,12 +68,7 @@ class EpisodeStart:
 
 
 class RemovedBlocks:
-    """The blocks that an episode has removed, in ascending order.
-
-    Attributes:
-        indices: Their indices.
-        names: Their names.
-    """
+    """Indices and names of the blocks that an episode has removed, in ascending order."""
 
     __slots__ = ("indices", "names")
 
@@ -95,11 +89,6 @@ class RemovedBlocks:
 
 class Episode:
     """The state of one episode. It returns copies of its arrays.
-
-    Args:
-        start: The request and what it costs.
-        dense: The measurement of the dense model.
-        builder: Makes the observation of the dense model.
 
     Attributes:
         removed: The blocks removed so far.

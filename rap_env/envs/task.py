@@ -55,13 +55,7 @@ class RewardedStep(NamedTuple):
 class PruningTask:
     """The parts of an environment that do not depend on an episode; many environments share one.
 
-    Args:
-        config: The environment's configuration.
-        context: A pruning context to use; None opens the one that `config` describes.
-
     Attributes:
-        context: The model with its memory arithmetic, scorer and importance.
-        memory: The model's byte arithmetic.
         sampler: Draws requests; environments that run side by side take a `twin` each.
         reward: The reward; see `compute_rewards`.
         observations: Builds observations.
@@ -194,12 +188,7 @@ def task_scorer(
 
 
 def _baseline_mask(name: str | None, context: PruningContext) -> BaselineMask | None:
-    """The masks of the baseline that a reward is relative to; None if it is to none.
-
-    Args:
-        name: One of `rap_env.reward.COMPARED_TO`, or None.
-        context: Has the baseline's order or frontier; it is measured now if it was not before.
-    """
+    """The masks of the baseline that a reward is relative to; None if it is to none."""
     if name is None:
         return None
     if name == "frontier":

@@ -132,12 +132,7 @@ class VectorEpisodes:
         return RewardedStep(self.starts[index], mask, delta_nll_before, ends)
 
     def apply(self, step: VectorStep, measurements: Mapping[int, Measurement]) -> None:
-        """Apply a step.
-
-        Args:
-            step: What `plan` returned.
-            measurements: Measurements of the new masks by index, from `compute_rewards`.
-        """
+        """Apply a step."""
         where = np.flatnonzero(step.valid)
         blocks = step.blocks[where]
         for index, block in zip(where.tolist(), blocks.tolist(), strict=True):

@@ -46,7 +46,6 @@ class BlockSite:
     """All slots of one block: its modules, and the norms that only it uses.
 
     Attributes:
-        index: Index of the block.
         slots: The slots; the first one holds the attention or the last feed-forward module.
     """
 
@@ -80,9 +79,7 @@ class FamilyAdapter:
     """Describes the blocks of one model from its config; needs no weights.
 
     Attributes:
-        model_type: The family.
         config: The config of the decoder (of the text part, if there are several).
-        family: Names of the family's modules.
     """
 
     model_type: str
@@ -124,21 +121,12 @@ class FamilyAdapter:
         """Longest sequence that the model supports, in tokens."""
         return int(self.config.max_position_embeddings)
 
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and of values that a token writes to each layer's cache."""
-        heads = getattr(self.config, "num_key_value_heads", None)
-        return int(heads or self.config.num_attention_heads)
-
-    @property
-    def head_dim(self) -> int:
-        """Values in each of those heads."""
-        size = getattr(self.config, "head_dim", None)
-        return int(size or self.config.hidden_size // self.config.num_attention_heads)
-
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in one layer, with `itemsize` bytes a value."""
-        return 2 * self.kv_heads * self.head_dim * itemsize
+        heads = self.config.num_attention_heads
+        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return int(2 * kv_heads * size * itemsize)
 
     @cached_property
     def kv_window_tokens(self) -> tuple[int | None, ...]:
@@ -200,9 +188,6 @@ def _slot(layer: nn.Module, attribute: str, placeholder: nn.Module) -> Slot:
 def adapter_for(config: Any) -> FamilyAdapter:
     """The adapter for a model's config; nothing of the model itself is loaded.
 
-    Args:
-        config: A transformers config of a causal language model.
-
     Raises:
         UnsupportedModelError: The family is unknown, or this config of a known one has a
             layout that cannot be masked.
@@ -250,10 +235,6 @@ def read_config(folder: Path) -> Any:
 
 
 def check_family(model_type: object) -> None:
-    """Reject a family by its name alone, where transformers cannot create a config for it.
-
-    Raises:
-        UnsupportedModelError: It is not known; the message lists the known ones.
-    """
+    """Reject a family by its name alone, where transformers cannot create a config for it."""
     if str(model_type) not in FAMILIES:
         adapter_for(SimpleNamespace(model_type=model_type))

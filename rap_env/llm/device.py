@@ -64,10 +64,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     The measurement takes half a second per kind of processor; the result is stored in the cache
     folder (see `remembered_dtype`).
 
-    Args:
-        name: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        device: Where the model will run.
-
     Raises:
         UnknownNameError: It is another name.
     """
@@ -107,11 +103,8 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
     It is faster on hardware with matrix units for it (AMX, AVX512-BF16, CUDA from Ampere on);
     elsewhere bfloat16 is emulated. Both are measured in turn, half a second in total, and the best
     of several slices counts, so that other load on the machine does not decide. On a CPU one
-    thread is measured: the waiting of several threads would hide the speed of the units.
-
-    Args:
-        device: Where the model will run.
-        rate: Replaces the measurement.
+    thread is measured: the waiting of several threads would hide the speed of the units. `rate`
+    replaces the measurement.
     """
     rate = rate or _rate_on(device)
     slice_s = _BENCHMARK_S / (2 * _SLICES)
@@ -166,16 +159,13 @@ def synchronise(device: torch.device) -> None:
 
 
 def use_threads(number: int | str = "auto") -> int:
-    """Set the number of torch threads of this process, and log it.
+    """Set the number of torch threads of this process, log and return it.
 
     The library itself never calls it: torch's default (one thread per core) is used until you do.
     Rounding depends on the number, so compare only scores that were computed with the same one.
 
     Args:
         number: A number of threads, or ``"auto"`` for the result of `fastest_threads`.
-
-    Returns:
-        The number of threads.
 
     Raises:
         UnknownNameError: It is neither ``"auto"`` nor a whole number of at least 1.

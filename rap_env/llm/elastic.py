@@ -121,17 +121,13 @@ class ElasticLLM:
         """Whether any of these blocks has a stub that replaces it when it is removed."""
         return any(index in self._stubs for index in blocks)
 
-    def apply(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> None:
+    def apply(self, mask: BlockMask) -> None:
         """Remove exactly the blocks of `mask`, and restore all others.
 
         Waits for a step of another thread to end. Then the keys and values of removed blocks are
         evicted from every cache in use, and their weights as `set_residency` selects, before the
         weights of restored blocks are loaded. Each cache is updated to restored blocks before its
         own next step.
-
-        Args:
-            mask: The blocks to remove.
-            bare: Blocks of `mask` that get no stub, even if there is one.
 
         Raises:
             UnknownNameError: The mask names a block that the model does not have; nothing changes.
@@ -140,22 +136,17 @@ class ElasticLLM:
             ModelNotAvailableError: The same for a file that is missing.
         """
         with self.exclusive():
-            wanted = self._wanted(mask, bare)
+            wanted = self._wanted(mask)
             self._live.evict_keys_and_values(mask)
             self._live.set_removed(wanted, evict=True)
 
     @contextlib.contextmanager
-    def masked(
-        self,
-        mask: BlockMask,
-        *,
-        bare: BlockMask = BlockMask(),
-    ) -> Iterator[ElasticLLM]:
+    def masked(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> Iterator[ElasticLLM]:
         """Apply `mask` for the duration of a ``with`` block.
 
         The earlier mask is restored afterwards, also after an error. Other threads neither run the
         model nor change its mask in the meantime. Weights of blocks that are removed only inside
-        the ``with`` block stay in memory.
+        the ``with`` block stay in memory. Blocks of `bare` get no stub, even if there is one.
         """
         with self.exclusive():
             before = dict(self._live.removed)
@@ -196,9 +187,6 @@ class ElasticLLM:
 
         The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer of
         its own and checks that they can be read again; this takes seconds per GB.
-
-        Args:
-            residency: ``"resident"``, ``"offload"`` or ``"drop"``.
 
         Raises:
             UnknownNameError: There is no such residency.
@@ -245,7 +233,7 @@ class ElasticLLM:
             index // 2 for index in self.pruned.indices if index % 2 == 0
         )
 
-    def _wanted(self, mask: BlockMask, bare: BlockMask) -> dict[int, Stub | None]:
+    def _wanted(self, mask: BlockMask, bare: BlockMask = BlockMask()) -> dict[int, Stub | None]:
         mask.check(self.num_blocks)
         return {
             index: None if index in bare.indices else self._stubs.get(index)

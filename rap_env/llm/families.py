@@ -17,18 +17,6 @@ from typing import Any
 from rap_env.errors import UnsupportedModelError
 
 
-def _intermediate_size(config: Any) -> int:
-    return int(config.intermediate_size)
-
-
-def _accept(config: Any) -> None:
-    """Accept every layout that the config class can express."""
-
-
-def _one_after_the_other(config: Any) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Family:
     """Where the blocks of one family are. Paths are attribute names joined by dots.
@@ -53,21 +41,13 @@ class Family:
     ffn_norms: tuple[str, ...]
     ffn: tuple[str, ...] = ("mlp",)
     layers: str = "layers"
-    ffn_width: Callable[[Any], int] = _intermediate_size
-    check: Callable[[Any], None] = _accept
-    parallel: Callable[[Any], bool] = _one_after_the_other
+    ffn_width: Callable[[Any], int] = lambda config: int(config.intermediate_size)
+    check: Callable[[Any], None] = lambda config: None  # accepts every layout
+    parallel: Callable[[Any], bool] = lambda config: False
 
 
 def _gpt2_width(config: Any) -> int:
     return int(config.n_inner if config.n_inner is not None else 4 * config.hidden_size)
-
-
-def _opt_width(config: Any) -> int:
-    return int(config.ffn_dim)
-
-
-def _mixtral_width(config: Any) -> int:
-    return int(config.num_experts_per_tok * config.intermediate_size)
 
 
 def _qwen2_moe_width(config: Any) -> int:
@@ -128,7 +108,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
     "phi3": _PRE_NORM,
-    "mixtral": replace(_PRE_NORM, ffn_width=_mixtral_width),
+    "mixtral": replace(
+        _PRE_NORM, ffn_width=lambda config: config.num_experts_per_tok * config.intermediate_size
+    ),
     "qwen2_moe": replace(_PRE_NORM, ffn_width=_qwen2_moe_width),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
@@ -149,7 +131,7 @@ FAMILIES: dict[str, Family] = {
         # OPT has no module for its feed-forward block: its parts are attributes of the layer.
         ffn=("fc1", "activation_fn", "fc2"),
         ffn_norms=("final_layer_norm",),
-        ffn_width=_opt_width,
+        ffn_width=lambda config: int(config.ffn_dim),
         check=_check_opt,
     ),
     # Each block has a norm of its own, with the parallel residual too.

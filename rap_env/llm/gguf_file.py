@@ -30,12 +30,7 @@ def converted_gguf(path: Path, sha256: str | None = None, *, progress: bool = Tr
     """The transformers folder with the model of a GGUF file, converted at the first call.
 
     Quantised tensors become the float32 values that they represent, so the folder takes 4 bytes
-    per parameter.
-
-    Args:
-        path: The file.
-        sha256: Its SHA-256 in hex, if already computed.
-        progress: Show progress bars on a terminal.
+    per parameter. `sha256` is the file's, in hex, if it was already computed.
 
     Raises:
         ModelNotAvailableError: There is no such file.

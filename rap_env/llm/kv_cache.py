@@ -92,11 +92,7 @@ def check_restore(name: str) -> None:
 
 
 def check_cache(cache: Any) -> None:
-    """Reject a cache whose layers cannot be evicted and refilled one by one.
-
-    Raises:
-        UnsupportedCacheError: Some layer is of an unknown kind, or is offloaded.
-    """
+    """Reject a cache with layers of an unknown kind, or offloaded ones: they cannot be changed."""
     from transformers import cache_utils
 
     known = (
@@ -228,13 +224,8 @@ def refill(
 ) -> None:
     """Compute a cache again under the model's mask, in chunks that bound the workspace.
 
-    Its content is freed first, so that memory never holds more than the new state.
-
-    Args:
-        llm: The live model.
-        cache: The cache; it is filled in place.
-        past: The tokens from which to compute it.
-        most_tokens: Most tokens, of all sequences together, to run at once.
+    Its content is freed first, so that memory never holds more than the new state. At most
+    `most_tokens` tokens, of all sequences together, run at once.
     """
     clear(cache)
     batch, length = past.tokens.shape

@@ -43,8 +43,8 @@ class LiveBatch:
     Args:
         llm: The live model.
         restore: ``"refill"`` or ``"next_request"``.
-        most_tokens: Most tokens, of all rows together, to run at once in a refill, and by default
-            in a prefill; fewer need less workspace.
+        most_tokens: Most tokens, of all rows together, to run at once in a prefill or refill;
+            fewer need less workspace.
 
     Raises:
         UnknownNameError: There is no such restore mode.
@@ -80,14 +80,8 @@ class LiveBatch:
         """Bytes that the KV cache takes."""
         return 0 if self._cache is None else cache_bytes(self._cache)
 
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], chunk_tokens: int | None = None
-    ) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Fill an empty batch with one row per prompt.
-
-        Args:
-            prompts: Token ids, at least one each.
-            chunk_tokens: Most tokens of each row to run at once; fewer need less workspace.
 
         Returns:
             Logits after the last token of each row, (B, V), float32.
@@ -103,7 +97,7 @@ class LiveBatch:
         if not rows or not all(rows):
             raise InvalidRequestError("A batch needs prompts of at least one token each.")
         length = max(map(len, rows))
-        width = chunk_tokens or max(1, self._most_tokens // len(rows))
+        width = max(1, self._most_tokens // len(rows))
         logits = torch.empty(0)
         try:
             for end in [*range(width, length, width), length]:
@@ -118,9 +112,6 @@ class LiveBatch:
 
     def extend(self, tokens: Sequence[int]) -> torch.Tensor:
         """Run one decoding step: append a token to each row.
-
-        Args:
-            tokens: One for each row.
 
         Returns:
             Logits after the token, (B, V), float32.

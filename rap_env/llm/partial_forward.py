@@ -26,9 +26,6 @@ class PartialForward:
     Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
     mask that is applied to the model has no effect: each step names the blocks that it runs.
 
-    Args:
-        llm: The live model.
-
     Attributes:
         steps: Blocks that run together, in order: each block alone, except that both blocks of a
             layer run together if they read the same state (parallel residual).

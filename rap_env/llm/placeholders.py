@@ -115,9 +115,6 @@ class RemovedAttention(RemovedBlock):
     cache of one particular layer. If that layer wrote nothing, positions and masks of all other
     layers would be wrong without an error. So the removed block still writes one uint8 value for
     each token and sequence as key and another as value (2 bytes; the memory arithmetic counts 0).
-
-    Args:
-        layer_idx: Index of the layer in the cache.
     """
 
     def __init__(self, layer_idx: int) -> None:

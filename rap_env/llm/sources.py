@@ -28,17 +28,8 @@ class Located:
 def locate(model: str | os.PathLike[str]) -> Located:
     """Find a model on this machine, and download or convert it if needed.
 
-    An alias takes precedence over a folder of that name, and a folder over a hub id.
-
-    Args:
-        model: As for `rap_env.llm.loading.load_llm`.
-
-    Raises:
-        UnknownNameError: It is no alias, no path and no hub id.
-        ModelNotAvailableError: It is not on this machine and cannot be downloaded.
-        UnsupportedModelError: Its family is not known.
-        ChecksumError: A file is damaged.
-        StorageFullError: The disk is full.
+    An alias takes precedence over a folder of that name, and a folder over a hub id. Names and
+    errors are those of `rap_env.llm.loading.load_llm`.
     """
     name = os.fspath(model)
     alias, _, source = name.partition("@")

@@ -128,11 +128,7 @@ class StreamedLLM(ElasticLLM):
 
     Args:
         model: The model that `open_weights` returned.
-        tokenizer: Its tokenizer, or None if only token ids are used.
-        name: Name of the model in results.
         stored: The stored tensor of each parameter on the meta device, by name.
-        device: Device of the computation.
-        max_memory_bytes: As for `stream_llm`.
     """
 
     def __init__(

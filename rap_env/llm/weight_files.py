@@ -28,21 +28,9 @@ def open_weights(
     and layouts are converted as in any other loading. A tensor whose layout in memory differs from
     the files (the experts of a mixture) is written to `work`.
 
-    Args:
-        folder: Model folder with safetensors files.
-        config: Its config.
-        dtype: Dtype of the weights.
-        work: An empty folder for converted tensors.
-
     Returns:
         The model, with parameters that stay in files on the meta device and real non-persistent
         buffers; and the stored parameters by name, a tied one under each of its names.
-
-    Raises:
-        ModelNotAvailableError: Weights are missing, or not saved as safetensors.
-        ChecksumError: A file is truncated or damaged.
-        UnsupportedModelError: The weights do not fit the config.
-        StorageFullError: The disk is full.
     """
     from accelerate.hooks import remove_hook_from_module
 

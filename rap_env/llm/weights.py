@@ -47,9 +47,8 @@ def tensor_key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
 def fingerprint_of(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
     """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
 
-    Args:
-        model: The model with no block removed.
-        read: Returns the content of a weight, given its name and tensor.
+    No block may be removed from the model. `read` returns the content of a weight, given its name
+    and tensor.
     """
     config = json.loads(model.config.to_json_string())
     kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
@@ -71,11 +70,8 @@ def untied_parameters(
     """Parameters that only one block uses, (2L,), and all others, by their names in the model.
 
     A parameter with several names is among the others. Different parameters that share memory
-    are in neither: moving one would separate them.
-
-    Args:
-        model: The model with no block removed.
-        blocks: The modules of each block, in order of index.
+    are in neither: moving one would separate them. No block may be removed from the model; `blocks`
+    has the modules of each, in order of index.
     """
     named = dict(model.named_parameters())  # one name for each object
     users = Counter(tensor_key(parameter) for parameter in named.values())
@@ -95,9 +91,7 @@ class StoredTensor:
     """One tensor in a safetensors file.
 
     Attributes:
-        path: The file.
         offset: Where its bytes begin in the file.
-        shape: Its shape.
         stored_dtype: Its dtype in the file.
         dtype: The dtype to read it in.
     """

@@ -36,9 +36,7 @@ class PoolSampler(RequestSampler):
         seed: Seed of the draw. The same seed gives the same pool to every sub-environment and run.
 
     Raises:
-        UnknownNameError: There is no such sampler, or it has no such setting.
         InvalidRequestError: A value is out of its range, or `of` is a curriculum.
-        TraceError: As for the inner sampler.
     """
 
     memory: MemoryModel
@@ -83,9 +81,7 @@ class CurriculumSampler(RequestSampler):
         start_fraction: The first bound as a share of the dense peak, in (0, 1).
 
     Raises:
-        UnknownNameError: There is no such sampler, or it has no such setting.
         InvalidRequestError: A value is out of its range.
-        TraceError: As for the inner sampler.
     """
 
     memory: MemoryModel

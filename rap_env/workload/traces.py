@@ -2,16 +2,18 @@
 
 The length distribution of a service has several modes (a chat service answers short questions
 and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two tables
-here were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et al.,
-"Splitwise", ISCA 2024; CC BY 4.0).
+in ``azure_2023.json`` were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et
+al., "Splitwise", ISCA 2024; CC BY 4.0).
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from os import PathLike
 from pathlib import Path
 
@@ -66,15 +68,11 @@ class LengthTable:
 
 @contextlib.contextmanager
 def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[csv.DictReader[str]]:
-    """Open a trace file and read its lines by column.
-
-    Args:
-        path: A CSV file; a leading ``~`` is the user's home.
-        needed: Required columns.
+    """Open a CSV file, of which a leading ``~`` is the user's home, and read its lines by column.
 
     Raises:
-        TraceError: The file is missing, lacks a column, or turns out to be no CSV file, now or
-            while it is read.
+        TraceError: The file is missing, lacks a `needed` column, or turns out to be no CSV file,
+            now or while it is read.
     """
     try:
         with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
@@ -96,8 +94,7 @@ def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[c
 def read_trace(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
     """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
 
-    Args:
-        path: A CSV file with the columns `COLUMNS` (more are ignored).
+    The file is a CSV file with the columns `COLUMNS`; more are ignored.
 
     Raises:
         TraceError: The file is missing, has other columns, no request, or a line whose token
@@ -130,18 +127,11 @@ def fit_trace(path: str | PathLike[str]) -> LengthTable:
     return LengthTable(tuple(int(value) for value in found))
 
 
-# fmt: off
-AZURE_CONV = LengthTable((
-    81, 149, 252, 315, 356, 391, 431, 447, 461, 476, 485, 491, 497, 504, 511, 521, 534, 561,
-    987, 1248, 1375, 1406, 1423, 1439, 1453, 1467, 1480, 1494, 1508, 1523, 1542, 1567, 1602,
-    1663, 1849, 2265, 2731, 4111, 4127, 4145, 4175, 4229, 5348, 14089,
-))
+_FITTED = json.loads(
+    resources.files("rap_env.workload").joinpath("azure_2023.json").read_text(encoding="utf-8")
+)
+AZURE_CONV = LengthTable(tuple(_FITTED["azure-conv"]))
 """Chat requests: `fit_trace` of azure_2023_conv.csv, the 13,927 requests before 18:55."""
 
-AZURE_CODE = LengthTable((
-    12, 36, 64, 96, 129, 172, 212, 268, 343, 406, 504, 598, 701, 793, 890, 960, 1040, 1094,
-    1166, 1272, 1376, 1482, 1601, 1704, 1799, 1911, 2049, 2169, 2302, 2434, 2561, 2733,
-    2931, 3163, 3543, 3969, 4482, 5113, 6105, 7222, 7447, 7461, 7566, 7841,
-))
+AZURE_CODE = LengthTable(tuple(_FITTED["azure-code"]))
 """Code completion: `fit_trace` of azure_2023_code.csv, the 7,000 requests before 18:55."""
-# fmt: on

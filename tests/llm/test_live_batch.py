@@ -135,8 +135,8 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(name) -> None:
     llm = tiny_llm(name)
     prompts = random_tokens(11, 3, 7)
     for chunk in (1, 4, 11, 50):
-        batch = LiveBatch(llm)
-        close(batch.prefill(prompts, chunk_tokens=chunk), gated_logits(llm, prompts, {})[:, -1])
+        batch = LiveBatch(llm, most_tokens=chunk * len(prompts))
+        close(batch.prefill(prompts), gated_logits(llm, prompts, {})[:, -1])
     batch = LiveBatch(llm)
     batch.prefill([prompt[:3] for prompt in prompts])
     more = random_tokens(4, 4, 4, seed=9)
