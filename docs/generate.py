@@ -68,7 +68,7 @@ def write_all(docs: Path) -> None:
 def comparison_markdown(name: str) -> str:
     """All tables of one comparison, as ``python -m experiments.compare`` prints them."""
     from experiments.compare import compare
-    from experiments.config import CompareConfig
+    from experiments.config.evaluation import CompareConfig
 
     return compare(CompareConfig(runs=str(RESULTS / name), format="markdown"))
 

@@ -35,8 +35,8 @@ from experiments.comparison.tables import (
     tables_markdown,
     terminal_text,
 )
-from experiments.config import CompareConfig
 from experiments.config.common import Cell
+from experiments.config.evaluation import CompareConfig
 from experiments.launch import launch_reader
 
 

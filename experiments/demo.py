@@ -15,7 +15,8 @@ from hydra import compose
 from omegaconf import OmegaConf
 
 from experiments.comparison.run_folder import run_label
-from experiments.config import AgentConfig, Config
+from experiments.config import Config
+from experiments.config.training import AgentConfig
 from experiments.console import say
 from experiments.evaluate import evaluate
 from experiments.launch import launch

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from agents.export import export_policy
 from experiments.comparison.run_folder import RunFolder
-from experiments.config import Config, ExportPolicyConfig, as_config
+from experiments.config import Config, as_config
+from experiments.config.evaluation import ExportPolicyConfig
 from experiments.console import message, say
 from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError

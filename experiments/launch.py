@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.comparison.run_folder import run_label
-from experiments.config import CompareConfig, Config, ExportPolicyConfig, as_config
+from experiments.config import Config, as_config
+from experiments.config.evaluation import CompareConfig, ExportPolicyConfig
 from experiments.console import fail, message
 from experiments.errors import ExperimentError
 from rap_env.artifacts import atomic_write

@@ -16,8 +16,9 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.formatting import mebibytes, percent
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder, method_and_seed, training_dirs
 from experiments.comparison.summaries import REFERENCE
-from experiments.config import Config, EvaluateConfig
+from experiments.config import Config
 from experiments.config.common import Cell, one_of
+from experiments.config.evaluation import EvaluateConfig
 from experiments.errors import ExperimentError
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext

@@ -1,7 +1,7 @@
 """Settings of all experiments: dataclasses define types and bounds, ``conf/`` holds values.
 
 Hydra merges the YAML files and the command line into `Config`: a misspelt key or a wrong type
-raises an error that names it, and `__post_init__` rejects values out of range.
+raises an error that names it, and `Section` rejects values that are not allowed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from experiments.config.common import TasksConfig, TextConfig, at_least, parse_cell, parse_shape
-from experiments.config.evaluation import CompareConfig, EvaluateConfig, ReportConfig
+from experiments.config.common import Count, Section, TextConfig
+from experiments.config.evaluation import EvaluateConfig, ReportConfig
 from experiments.config.model import (
-    REPAIRS,
     ExportConfig,
-    ExportPolicyConfig,
     ImportanceConfig,
     ModelConfig,
     RepairConfig,
     StubsConfig,
 )
-from experiments.config.replay import ReplayConfig
-from experiments.config.serving import SoakConfig, serve_defaults
+from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
 from experiments.config.studies import (
     OverfittingConfig,
     SmallModelConfig,
@@ -33,7 +30,6 @@ from experiments.config.studies import (
     TextStudyConfig,
 )
 from experiments.config.training import (
-    WANDB_MODES,
     AgentConfig,
     DemoConfig,
     EnvConfig,
@@ -44,42 +40,9 @@ from experiments.config.training import (
 )
 from experiments.errors import ExperimentError
 
-__all__ = [
-    "REPAIRS",
-    "WANDB_MODES",
-    "AgentConfig",
-    "CompareConfig",
-    "Config",
-    "DemoConfig",
-    "EnvConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "ExportPolicyConfig",
-    "FrontierConfig",
-    "ImportanceConfig",
-    "LoggerConfig",
-    "ModelConfig",
-    "OverfittingConfig",
-    "RepairConfig",
-    "ReplayConfig",
-    "ReportConfig",
-    "ScoreModelConfig",
-    "SmallModelConfig",
-    "SoakConfig",
-    "StabilityConfig",
-    "StubsConfig",
-    "TasksConfig",
-    "TextConfig",
-    "TextStudyConfig",
-    "WarmStartConfig",
-    "as_config",
-    "parse_cell",
-    "parse_shape",
-]
-
 
 @dataclass
-class Config:
+class Config(Section):
     """All settings; each program reads the sections that it needs."""
 
     stage: str = MISSING
@@ -91,7 +54,7 @@ class Config:
     store: str | None = "default"
     """Score store: ``default`` (in the user's cache), a file, or null for none."""
     progress: bool = True
-    threads: int | None = None
+    threads: Count | None = None
     """Threads of torch; null measures the fastest number once for each comparison."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
@@ -120,11 +83,11 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ExperimentError(
                 f"name must be one folder name of letters, digits and . _ + -, not {self.name!r}."
             )
-        at_least("config", 1, threads=self.threads)
 
     @property
     def root(self) -> Path:

@@ -1,10 +1,12 @@
-"""Parts that several sections share: texts, tasks, requests and validation."""
+"""Parts that several sections share: allowed values, texts, tasks and requests."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from omegaconf import MISSING
 
@@ -14,30 +16,24 @@ from rap_env.errors import UnknownNameError
 Cell = tuple[int, int, float]
 """Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
 
+Rule = Callable[[str, Any], None]
+"""Raises an error that names a setting (first argument) if its value is not allowed."""
+
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 _CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
 
 
-def at_least(section: str, least: float, **values: float | None) -> None:
-    """Check that values are None or not below `least`.
+def within(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
+    """Return the rule that a number is at least (or, if `above`, above) `low`, at most `high`."""
 
-    Raises:
-        ExperimentError: A value is below.
-    """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ExperimentError(f"{section}.{name} must be at least {least}, not {value}.")
+    def check(name: str, value: float) -> None:
+        if not (low < value <= high or (value == low and not above)):
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ExperimentError(
+                f"{name} must be {'above' if above else 'at least'} {low}{most}, not {value}."
+            )
 
-
-def above_zero(section: str, **values: float | None) -> None:
-    """Check that values are None or above 0.
-
-    Raises:
-        ExperimentError: A value is 0 or below.
-    """
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ExperimentError(f"{section}.{name} must be above 0, not {value}.")
+    return check
 
 
 def one_of(kind: str, name: str, known: Collection[str]) -> None:
@@ -50,67 +46,56 @@ def one_of(kind: str, name: str, known: Collection[str]) -> None:
         raise UnknownNameError(kind, name, known)
 
 
-def each_once(section: str, **lists: list[int]) -> None:
-    """Check that lists have entries, none twice, and none below 1 (seeds: below 0).
+def among(*known: str) -> Rule:
+    """Return the rule that a name is one of the known ones."""
+    return lambda setting, name: one_of(setting, name, known)
+
+
+def form(parse: Callable[[str], Any]) -> Rule:
+    """Return the rule that a text can be parsed."""
+    return lambda _, text: parse(text)
+
+
+def some(name: str, values: list[Any]) -> None:
+    """Check that a list has entries."""
+    if not values:
+        raise ExperimentError(f"{name} needs at least one entry.")
+
+
+def distinct(name: str, values: list[Any]) -> None:
+    """Check that a list has entries, none twice."""
+    if not values or len(set(values)) < len(values):
+        raise ExperimentError(f"{name} must have at least one entry and none twice, not {values}.")
+
+
+class Section:
+    """Base of settings whose annotations say which values are allowed.
+
+    Attributes:
+        section: Name of the section, for messages; empty for settings without a section.
 
     Raises:
-        ExperimentError: A list is empty, or an entry is repeated or too small.
+        RapError: A value is not allowed.
     """
-    for name, values in lists.items():
-        if not values or len(set(values)) < len(values):
-            raise ExperimentError(
-                f"{section}.{name} must have at least one entry and none twice, not {values}."
-            )
-        at_least(section, 0 if name == "seeds" else 1, **{name: min(values)})
 
-
-@dataclass
-class TextConfig:
-    """Text cut into windows."""
-
-    source: str = MISSING
-    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
-    windows: int = 4
-    window_tokens: int = 128
-    seed: int = 0
-    field: str = "text"
-    """Field of a JSONL file or data set that holds the text."""
+    section: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        at_least("text", 1, windows=self.windows)
-        at_least("text", 2, window_tokens=self.window_tokens)
+        prefix = f"{self.section}." if self.section else ""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            _check(f"{prefix}{name}", getattr(self, name), hint)
 
 
-def self_written() -> TextConfig:
-    """Return the settings of text written by the dense model."""
-    return TextConfig(source="self")
-
-
-@dataclass
-class TasksConfig:
-    """lm-eval tasks; none without names."""
-
-    names: list[str] = field(default_factory=list)
-    limit: int | None = None
-    """Documents of each task; null for all."""
-    data_root: str | None = None
-    """Folder with local files of hub tasks, or null."""
-    num_fewshot: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("tasks", 1, limit=self.limit)
-        at_least("tasks", 0, num_fewshot=self.num_fewshot)
-
-
-class HasCells:
-    """Mixin of sections with a field `cells`: requests and budgets as text."""
-
-    cells: list[str]
-
-    @property
-    def parsed_cells(self) -> list[Cell]:
-        """The cells as (batch size, sequence length in tokens, budget fraction)."""
-        return [parse_cell(text) for text in self.cells]
+def _check(name: str, value: Any, hint: Any) -> None:
+    if value is None or isinstance(value, dict):
+        return
+    if hasattr(hint, "__metadata__"):
+        for rule in hint.__metadata__:
+            rule(name, value)
+        hint = hint.__origin__
+    for part in get_args(hint):
+        for entry in value if isinstance(value, list) else [value]:
+            _check(name, entry, part)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -137,3 +122,51 @@ def parse_cell(text: str) -> Cell:
             f"A cell is BATCHxTOKENS@BUDGET, such as 8x2048@0.85; {text!r} is not."
         )
     return (*parse_shape(match[1]), float(match[2]))
+
+
+Count = Annotated[int, within(1)]
+CountOrZero = Annotated[int, within(0)]
+NotNegative = Annotated[float, within(0)]
+Positive = Annotated[float, within(0, above=True)]
+Share = Annotated[float, within(0, 1)]
+Fraction = Annotated[float, within(0, 1, above=True)]
+CellText = Annotated[str, form(parse_cell)]
+ShapeText = Annotated[str, form(parse_shape)]
+
+
+@dataclass
+class TextConfig(Section):
+    """Text cut into windows."""
+
+    section = "text"
+    source: str = MISSING
+    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
+    windows: Count = 4
+    window_tokens: Annotated[int, within(2)] = 128
+    seed: int = 0
+    field: str = "text"
+    """Field of a JSONL file or data set that holds the text."""
+
+
+@dataclass
+class TasksConfig(Section):
+    """lm-eval tasks; none without names."""
+
+    section = "tasks"
+    names: list[str] = field(default_factory=list)
+    limit: Count | None = None
+    """Documents of each task; null for all."""
+    data_root: str | None = None
+    """Folder with local files of hub tasks, or null."""
+    num_fewshot: CountOrZero = 0
+
+
+class HasCells:
+    """Mixin of sections with a field `cells`: requests and budgets as text."""
+
+    cells: list[CellText]
+
+    @property
+    def parsed_cells(self) -> list[Cell]:
+        """The cells as (batch size, sequence length in tokens, budget fraction)."""
+        return [parse_cell(text) for text in self.cells]

@@ -1,16 +1,28 @@
-"""Settings of the server and of the soak test."""
+"""Settings of the server, its soak test, and the replay of arrivals on several systems."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
-from experiments.config.common import at_least
+from experiments.config.common import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Section,
+    ShapeText,
+    Share,
+    TextConfig,
+    among,
+    distinct,
+    parse_shape,
+    within,
+)
 from experiments.errors import ExperimentError
-from rap_env.errors import UnknownNameError
-from rap_env.serving.settings import ServerSettings
+from rap_env.serving.settings import CHOICES, ServerSettings
 
-METERS = ("process", "tensors")
+Meter = Annotated[str, among("process", "tensors")]
 
 _ELSEWHERE = ("model", "device", "dtype", "threads")  # from the sections model and config
 
@@ -25,53 +37,144 @@ def serve_defaults() -> dict[str, Any]:
 
 
 @dataclass
-class SoakConfig:
+class SoakConfig(Section):
     """A soak test: valid and invalid requests to a server whose memory budget changes."""
 
-    requests: int = 10_000
+    section = "soak"
+    requests: Count = 10_000
     """Number of requests of all kinds."""
-    max_minutes: float = 30.0
+    max_minutes: Positive = 30.0
     """Minutes after which it ends, even if fewer requests were made."""
-    clients: int = 6
+    clients: Count = 6
     """Number of concurrent clients."""
-    prompt_tokens: int = 24
+    prompt_tokens: Count = 24
     """Longest prompt, in tokens."""
-    answer_tokens: int = 8
+    answer_tokens: Count = 8
     """Longest answer, in tokens."""
-    cancel_share: float = 0.08
+    cancel_share: NotNegative = 0.08
     """Share of requests whose stream the client closes while it runs."""
-    disconnect_share: float = 0.07
+    disconnect_share: NotNegative = 0.07
     """Share of requests whose client disconnects, before or after the request is complete."""
-    bad_share: float = 0.15
+    bad_share: NotNegative = 0.15
     """Share of invalid requests."""
-    checks: int = 400
+    checks: Count = 400
     """Answers generated under one mask that are recomputed and compared afterwards."""
-    phase_s: float = 2.0
+    phase_s: Positive = 2.0
     """Mean seconds between changes of the budget."""
-    least_budget: float = 0.4
+    least_budget: Positive = 0.4
     """Smallest budget, as a fraction of what the dense model needs."""
-    meter: str = "process"
+    meter: Meter = "process"
     """How memory is measured: ``process``, or ``tensors`` for a tiny model."""
-    hang_s: float = 90.0
+    hang_s: Positive = 90.0
     """Seconds without a token or an answer that count as a hang."""
-    rss_samples: int = 60
+    rss_samples: Count = 60
     """Number of measurements of resident memory, each idle and with the dense model."""
-    rss_tolerance: float = 0.02
+    rss_tolerance: Positive = 0.02
     """Allowed relative growth between the second and the last tenth of the samples."""
     out: str | None = None
     """File that the record is appended to; null for ``soak.jsonl`` in the run folder."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.meter not in METERS:
-            raise UnknownNameError("soak.meter", self.meter, METERS)
-        at_least("soak", 1, requests=self.requests, clients=self.clients, checks=self.checks,
-                 prompt_tokens=self.prompt_tokens, answer_tokens=self.answer_tokens,
-                 rss_samples=self.rss_samples)  # fmt: skip
-        at_least("soak", 0, cancel_share=self.cancel_share, bad_share=self.bad_share,
-                 disconnect_share=self.disconnect_share)  # fmt: skip
+        super().__post_init__()
         if self.cancel_share + self.disconnect_share + self.bad_share > 1:
             raise ExperimentError("The sum of the shares of soak must be at most 1.")
-        for name in ("max_minutes", "phase_s", "hang_s", "rss_tolerance", "least_budget"):
-            if not getattr(self, name) > 0:
-                raise ExperimentError(f"soak.{name} must be above 0.")
+
+
+SYSTEMS = (
+    "dense", "static_gsi", "static_gsi_lean", "static_shortgpt", "greedy", "frontier", "rap",
+    "oracle",
+)  # fmt: skip
+"""Systems that can be replayed."""
+
+
+@dataclass
+class ReplayConfig(Section):
+    """An open-loop replay of the same arrivals on several systems.
+
+    The defaults are one minute of synthetic traffic for each system, on the default model.
+    """
+
+    section = "replay"
+    systems: Annotated[list[Annotated[str, among(*SYSTEMS)]], distinct] = field(
+        default_factory=lambda: list(SYSTEMS)
+    )
+    """Systems to run, in this order; all get the same arrivals and the same budget."""
+    trace: str | None = None
+    """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null generates
+    `traffic`."""
+    traffic: str = "azure-conv"
+    """Model of the synthetic traffic: ``azure-conv`` or ``azure-code``."""
+    arrivals_per_minute: Positive = 300.0
+    """Arrival rate of the synthetic traffic, in trace time and before `every` is applied."""
+    minutes: Positive = 10.0
+    """Minutes of the trace to replay."""
+    every: Count = 75
+    """Keep one request out of this many."""
+    time_scale: Positive = 10.0
+    """Seconds of trace time per second of the replay."""
+    token_scale: Positive = 0.1
+    """Factor by which prompt lengths are scaled."""
+    new_token_scale: Positive | None = None
+    """Factor by which answer lengths are scaled; null for `token_scale`."""
+    max_prompt_tokens: Count = 256
+    max_new_tokens: Count = 32
+    text: TextConfig = field(
+        default_factory=lambda: TextConfig(source="self", windows=4, window_tokens=64, seed=1)
+    )
+    """Text that prompts are cut from; the dense model writes this one within half a minute."""
+    known_share: Share = 0.25
+    """Share of requests with a known answer."""
+    known_task: Annotated[str, among("lambada_openai", "rap_recall")] = "rap_recall"
+    """``rap_recall`` (lists from templates), or ``lambada_openai``, which needs `data_root`."""
+    data_root: str | None = None
+    """Folder with one folder for each lm-eval task, for ``lambada_openai``."""
+    reference: ShapeText = "8x256"
+    """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
+    policy: str = "rap"
+    """Policy of the system ``rap``: an exported file, or the name of a bundled policy."""
+    frontier: str = "frontier"
+    """Table of the systems ``frontier`` and ``oracle``: a file, or the name of a bundled one."""
+    gsi: str | None = None
+    """GSI artifact of the system ``static_gsi``; null for the order in the policy file."""
+    static_batch: Count | None = None
+    """Batch size that static masks are chosen for (``static_gsi_lean``: 1); null for
+    `max_batch_size`."""
+    greedy_tokens: Annotated[int, within(2)] = 16
+    """Tokens of text on which the system ``greedy`` evaluates masks while it serves."""
+    max_batch_size: Count = 8
+    max_queue: Count = 64
+    """Maximum number of waiting requests; further ones are rejected."""
+    queue_timeout_s: Positive = 30.0
+    """Seconds after which a waiting request times out."""
+    prefill_chunk_tokens: Count = 256
+    restore: Annotated[str, among(*CHOICES["restore"])] = "refill"
+    """When a restored attention block is used again: after a cache ``refill``, or from the
+    ``next_request`` on."""
+    residency: Annotated[str, among(*CHOICES["residency"])] = "offload"
+    """Where removed weights go: ``resident``, ``offload`` or ``drop``."""
+    meter: Meter = "process"
+    """Which memory is measured: that of the ``process``, or of ``tensors`` only."""
+    timing: Annotated[str, among("wall", "cpu")] = "wall"
+    """Clock: ``wall`` time, or ``cpu`` time of the process, which other processes on the machine
+    do not lengthen (CPU devices only)."""
+    margin_share: NotNegative = 0.0
+    hysteresis_share: NotNegative = 0.05
+    """Share of the budget that must be free before blocks are restored."""
+    hold_s: NotNegative = 2.0
+    """Minimum time for which a mask is kept before blocks are restored, in seconds."""
+    mask_loss_windows: CountOrZero = 2
+    """Windows of `text` on which ΔNLL of the used masks is measured; 0 for none."""
+    figures: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.known_task == "lambada_openai" and self.known_share and not self.data_root:
+            raise ExperimentError(
+                "replay.known_task=lambada_openai needs replay.data_root, a folder with "
+                "lambada_openai/test.jsonl; or set replay.known_task=rap_recall."
+            )
+
+    @property
+    def reference_shape(self) -> tuple[int, int]:
+        """The reference as (batch size, sequence length in tokens)."""
+        return parse_shape(self.reference)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 from agents.settings import HYPERPARAMETERS, with_defaults
-from experiments.config.common import TasksConfig, at_least, one_of
-
-WANDB_MODES = ("auto", "online", "offline")
-TEACHERS = ("none", "frontier", "greedy")
+from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
 
 
 @dataclass
@@ -26,17 +23,18 @@ class EnvConfig:
 
 
 @dataclass
-class AgentConfig:
+class AgentConfig(Section):
     """An algorithm and the length of its training."""
 
+    section = "agent"
     name: str = MISSING
     """``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``."""
     label: str | None = None
     """Name of its runs in folders and tables; null for the agent's name."""
     policy: str = "blockwise"
     """``blockwise`` (one network applied to every block) or ``mlp``."""
-    total_timesteps: int = 20_000
-    n_envs: int = 8
+    total_timesteps: Count = 20_000
+    n_envs: Count = 8
     """Number of sub-environments; they share one model."""
     normalize_reward: bool = True
     policy_settings: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +44,7 @@ class AgentConfig:
     the value in the agent's file in ``conf/agent``, which then replaces it."""
 
     def __post_init__(self) -> None:
-        at_least("agent", 1, total_timesteps=self.total_timesteps, n_envs=self.n_envs)
+        super().__post_init__()
         completed = complete_agent(vars(self))
         self.policy_settings = completed["policy_settings"]
         self.hyperparameters = completed["hyperparameters"]
@@ -67,76 +65,63 @@ def complete_agent(agent: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class WarmStartConfig:
+class WarmStartConfig(Section):
     """Imitation learning before reinforcement learning."""
 
-    teacher: str = "none"
-    """``none``; ``frontier``: the frontier table; ``greedy``: greedy searches."""
-    requests: int = 512
+    section = "warm_start"
+    teacher: Annotated[str, among("none", "frontier", "greedy")] = "none"
+    """``frontier``: the frontier table; ``greedy``: greedy searches."""
+    requests: Count = 512
     """Number of workload requests that the teacher answers."""
-    updates: int = 600
+    updates: Count = 600
     """Updates of the network on the teacher's masks."""
-    learning_rate: float = 3e-3
-
-    def __post_init__(self) -> None:
-        one_of("teacher", self.teacher, TEACHERS)
-        at_least("warm_start", 1, requests=self.requests, updates=self.updates)
-        at_least("warm_start", 0, learning_rate=self.learning_rate)
+    learning_rate: NotNegative = 3e-3
 
 
 @dataclass
-class ScoreModelConfig:
+class ScoreModelConfig(Section):
     """Training on predicted scores that are corrected with measured ones after each round."""
 
-    rounds: int = 0
+    section = "score_model"
+    rounds: CountOrZero = 0
     """Number of rounds, each of which fits the score model anew; the training steps are divided
     among them. 0 trains on measured scores only."""
-    first_masks: int = 1000
+    first_masks: Count = 1000
     """Masks measured before the first round, if no frontier table provides scores."""
-    verify_requests: int = 128
+    verify_requests: Count = 128
     """Requests on which masks of the policy are measured after each round: for each request the
     most probable mask, and the best of several sampled ones."""
-    members: int = 5
+    members: Count = 5
     """Predictors of the ensemble."""
-    pessimism: float = 1.0
+    pessimism: NotNegative = 1.0
     """Standard deviations of the ensemble that are added to a predicted ΔNLL."""
 
-    def __post_init__(self) -> None:
-        at_least("score_model", 0, rounds=self.rounds, pessimism=self.pessimism)
-        at_least("score_model", 1, first_masks=self.first_masks, members=self.members)
-        at_least("score_model", 1, verify_requests=self.verify_requests)
-
 
 @dataclass
-class FrontierConfig:
+class FrontierConfig(Section):
     """The frontier table that ``experiments.profile`` builds."""
 
-    evaluations: int = 0
+    section = "frontier"
+    evaluations: CountOrZero = 0
     """Masks to score at most; 0 builds no table."""
-    deepest_loss: float = 3.0
+    deepest_loss: NotNegative = 3.0
     """Pairs of counts whose best mask is expected to have a larger ΔNLL, in nats per token, are
     left out."""
-    requests: int = 512
+    requests: Count = 512
     """Workload requests that decide which pairs of counts are useful."""
-
-    def __post_init__(self) -> None:
-        at_least("frontier", 0, evaluations=self.evaluations, deepest_loss=self.deepest_loss)
-        at_least("frontier", 1, requests=self.requests)
 
 
 @dataclass
-class LoggerConfig:
+class LoggerConfig(Section):
     """Loggers besides ``metrics.jsonl`` in the run folder, which is always written."""
 
+    section = "logger"
     wandb: bool = False
     tensorboard: bool = False
     project: str = "rap"
-    wandb_mode: str = "auto"
+    wandb_mode: Annotated[str, among("auto", "online", "offline")] = "auto"
     """``auto``: online if a login is found, else offline."""
     tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        one_of("logger.wandb_mode", self.wandb_mode, WANDB_MODES)
 
 
 @dataclass

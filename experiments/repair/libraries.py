@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.config import Config, TextConfig
+from experiments.config import Config
+from experiments.config.common import TextConfig
 from experiments.contexts import build_context, load_texts
 from experiments.errors import ExperimentError
 from rap_env.context.live import LiveContext

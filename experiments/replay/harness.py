@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from experiments.config import ReplayConfig
+from experiments.config.serving import ReplayConfig
 from experiments.replay.budgets import Budget
 from experiments.replay.outcomes import RequestOutcome, SystemRun
 from experiments.replay.systems import System, SystemFactory

@@ -13,7 +13,8 @@ from experiments.comparison.formatting import publish_tables
 from experiments.comparison.records import RowFile, row_key
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.run_folder import provenance as run_provenance
-from experiments.config import Config, ReplayConfig
+from experiments.config import Config
+from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget, make_budget
 from experiments.replay.harness import ReplayHarness

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import Config, ReplayConfig
+from experiments.config import Config
+from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.errors import UnknownNameError

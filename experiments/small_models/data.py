@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from experiments.config import Config, TextConfig
+from experiments.config import Config
+from experiments.config.common import TextConfig
 from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import shared_llm

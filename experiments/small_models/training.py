@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.config import SmallModelConfig
+from experiments.config.studies import SmallModelConfig
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
 from rap_env.llm.progress import progress_bar

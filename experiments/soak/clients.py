@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from experiments.config import SoakConfig
+from experiments.config.serving import SoakConfig
 from experiments.soak.recording import AnswerSample, SoakState
 from rap_env.serving.detokenizer import plain_text
 

@@ -11,8 +11,8 @@ from typing import Any
 from agents.baselines.base import CountingPolicy
 from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import git_state
-from experiments.config import Config, TextConfig
-from experiments.config.common import Cell
+from experiments.config import Config
+from experiments.config.common import Cell, TextConfig
 from experiments.contexts import build_context, load_text
 from experiments.errors import ExperimentError
 from experiments.studies.records import StudyRow

@@ -27,7 +27,9 @@ from experiments.comparison.formatting import (
 )
 from experiments.comparison.records import RowFile
 from experiments.comparison.run_folder import RunFolder, method_and_seed
-from experiments.config import Config, ImportanceConfig, TextConfig
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ImportanceConfig
 from experiments.console import say
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError

@@ -16,7 +16,9 @@ from omegaconf.errors import MissingMandatoryValue
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
 from experiments.comparison.run_folder import run_label
-from experiments.config import EvaluateConfig, as_config, parse_shape
+from experiments.config import as_config
+from experiments.config.common import parse_shape
+from experiments.config.evaluation import EvaluateConfig
 from experiments.config.training import AgentConfig
 from experiments.contexts import context_config
 from experiments.errors import ExperimentError
@@ -153,8 +155,8 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
     [
         ("agent.total_timesteps=0", "agent.total_timesteps must be at least 1, not 0"),
         ("calibration.windows=0", "text.windows must be at least 1, not 0"),
-        ("evaluate.budgets=[1.2]", "above 0 and at most 1; 1.2 is not"),
-        ("evaluate.budgets=[]", "need an entry each"),
+        ("evaluate.budgets=[1.2]", "evaluate.budgets must be above 0 and at most 1, not 1.2"),
+        ("evaluate.budgets=[]", "evaluate.budgets needs at least one entry"),
         ("evaluate.requests=[8by16]", "such as 8x2048; '8by16' is not"),
         ("importance.method=gis", "Did you mean 'gsi'?"),
         ("logger.wandb_mode=of", "known are 'auto', 'offline', 'online'"),

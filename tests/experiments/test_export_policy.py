@@ -12,15 +12,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from agents.trained_policy import TrainedPolicy
-from experiments.config import (
-    AgentConfig,
-    Config,
-    EvaluateConfig,
-    FrontierConfig,
-    ImportanceConfig,
-    ModelConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import AgentConfig, FrontierConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of

@@ -17,16 +17,11 @@ import pytest
 
 from experiments.comparison.records import read_records
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
-from experiments.config import (
-    AgentConfig,
-    Config,
-    EvaluateConfig,
-    ExportConfig,
-    ImportanceConfig,
-    ModelConfig,
-    RepairConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
+from experiments.config.training import AgentConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores

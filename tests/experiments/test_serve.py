@@ -19,7 +19,8 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 
 import httpx
 
-from experiments.config import SoakConfig, as_config
+from experiments.config import as_config
+from experiments.config.serving import SoakConfig
 from experiments.contexts import server_settings
 from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR, register

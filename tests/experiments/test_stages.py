@@ -13,16 +13,11 @@ from experiments.comparison.evaluation import check_names
 from experiments.comparison.loading import gather
 from experiments.comparison.records import append_record, read_records, read_rows
 from experiments.comparison.run_folder import RunFolder, training_dirs
-from experiments.config import (
-    AgentConfig,
-    Config,
-    DemoConfig,
-    EvaluateConfig,
-    ImportanceConfig,
-    ModelConfig,
-    RepairConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig
+from experiments.config.training import AgentConfig, DemoConfig
 from experiments.contexts import build_context
 from experiments.demo import demo, demo_agents
 from experiments.errors import ExperimentError

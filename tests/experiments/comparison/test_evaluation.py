@@ -16,15 +16,11 @@ from experiments.comparison.evaluation import (
 )
 from experiments.comparison.loading import read_groups
 from experiments.comparison.records import read_rows
-from experiments.config import (
-    AgentConfig,
-    CompareConfig,
-    Config,
-    EvaluateConfig,
-    ImportanceConfig,
-    ModelConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import CompareConfig, EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import AgentConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
@@ -97,10 +93,10 @@ def test_cells_that_no_mask_meets_are_refused(config):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"sparsities": [1.5]}, "evaluate.sparsities are fractions of all blocks' bytes"),
+        ({"sparsities": [1.5]}, "evaluate.sparsities must be above 0 and at most 1"),
         ({"outside": ["4x48"]}, "A cell is BATCHxTOKENS@BUDGET"),
         ({"best_of": [0]}, "evaluate.best_of must be at least 1, not 0"),
-        ({"best_of": []}, "evaluate.best_of needs an entry"),
+        ({"best_of": []}, "evaluate.best_of needs at least one entry"),
     ],
 )
 def test_impossible_cells_are_named(config, change, sentence):

@@ -10,14 +10,10 @@ import pytest
 import yaml
 
 from experiments.comparison.run_folder import RunFolder, flatten, provenance
-from experiments.config import (
-    AgentConfig,
-    Config,
-    ImportanceConfig,
-    ModelConfig,
-    RepairConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig
+from experiments.config.training import AgentConfig
 from experiments.errors import ExperimentError
 from rap_env.errors import ArtifactError
 

@@ -7,15 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.config import (
-    Config,
-    EvaluateConfig,
-    ImportanceConfig,
-    ModelConfig,
-    RepairConfig,
-    StubsConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig, StubsConfig
 from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.program import FILE, repair

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.config import Config, ModelConfig, ReplayConfig, TextConfig
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ModelConfig
+from experiments.config.serving import ReplayConfig
 from rap_env.blocks import BlockMask
 from rap_env.importance import Frontier
 from rap_env.llm.loading import load_llm

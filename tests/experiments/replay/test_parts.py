@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from experiments.config import ReplayConfig
+from experiments.config.serving import ReplayConfig
 from experiments.replay.budgets import StepBudget
 from experiments.replay.harness import ReplayClock
 from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from experiments.comparison.records import read_records
-from experiments.config import Config, ReplayConfig, TextConfig
-from experiments.config.replay import SYSTEMS
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.serving import SYSTEMS, ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.figures import draw_all, main, read_replay
 from experiments.replay.outcomes import REQUESTS, STEPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.config import ReplayConfig
+from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.workload import (
     FITTED_TRAFFIC,

@@ -8,7 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.config import Config, ImportanceConfig, ModelConfig, SmallModelConfig, TextConfig
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.studies import SmallModelConfig
 from experiments.errors import ExperimentError
 from experiments.profile import profile
 from experiments.small_models import training as small_models_training

@@ -9,14 +9,11 @@ import pytest
 
 from agents.baselines.base import price_per_byte
 from experiments.comparison.run_folder import RunFolder
-from experiments.config import (
-    Config,
-    EvaluateConfig,
-    ImportanceConfig,
-    ModelConfig,
-    OverfittingConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.studies import OverfittingConfig
 from experiments.errors import ExperimentError
 from experiments.studies.overfitting import FILE, GSIPerByteBaseline, gap_table, overfitting
 from experiments.studies.records import StudyRow

@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.comparison.run_folder import RunFolder
-from experiments.config import (
-    AgentConfig,
-    Config,
-    EvaluateConfig,
-    ImportanceConfig,
-    ModelConfig,
-    StabilityConfig,
-    TextConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.studies import StabilityConfig
+from experiments.config.training import AgentConfig
 from experiments.errors import ExperimentError
 from experiments.studies.records import OrderRow, StudyRow
 from experiments.studies.stability import (

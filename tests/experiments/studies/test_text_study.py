@@ -11,14 +11,11 @@ from agents.baselines import GreedyPerByteBaseline
 from agents.baselines.base import fits, measure_choice
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.statistics import paired_difference
-from experiments.config import (
-    Config,
-    EvaluateConfig,
-    ImportanceConfig,
-    ModelConfig,
-    TextConfig,
-    TextStudyConfig,
-)
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.studies import TextStudyConfig
 from experiments.errors import ExperimentError
 from experiments.studies.records import StudyRow
 from experiments.studies.text_study import (

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from experiments.comparison.records import read_records
-from experiments.config import AgentConfig, Config, LoggerConfig, ModelConfig
+from experiments.config import Config
+from experiments.config.model import ModelConfig
+from experiments.config.training import AgentConfig, LoggerConfig
 from experiments.errors import ExperimentError
 from experiments.training.loggers import has_login, open_loggers, wandb_mode
 from rap_env.errors import MissingDependencyError

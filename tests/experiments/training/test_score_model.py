@@ -10,15 +10,14 @@ import pytest
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.records import append_record, read_records
 from experiments.comparison.run_folder import RunFolder
-from experiments.config import (
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import (
     AgentConfig,
-    Config,
-    EvaluateConfig,
     FrontierConfig,
-    ImportanceConfig,
-    ModelConfig,
     ScoreModelConfig,
-    TextConfig,
     WarmStartConfig,
 )
 from experiments.contexts import build_context
