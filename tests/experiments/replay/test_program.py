@@ -265,7 +265,7 @@ def test_masks_are_measured_on_text_that_is_no_prompt_alone(config, folder, rows
         ({"systems": []}, ExperimentError, "at least one entry"),
         ({"systems": ["rapp"]}, UnknownNameError, "Did you mean 'rap'"),
         ({"timing": "wal"}, UnknownNameError, "Did you mean 'wall'"),
-        ({"known_share": 1.5}, ExperimentError, "from 0 to 1, not 1.5"),
+        ({"known_share": 1.5}, ExperimentError, "at least 0 and at most 1, not 1.5"),
         ({"known_task": "lambada_openai"}, ExperimentError, "needs replay.data_root"),
         ({"reference": "8by4"}, ExperimentError, "8by4"),
         ({"queue_timeout_s": 0}, ExperimentError, "queue_timeout_s must be above 0"),
