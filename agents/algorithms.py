@@ -164,7 +164,7 @@ class AgentConfig:
 
     @property
     def algorithm(self) -> Algorithm:
-        """The algorithm that `name` stands for."""
+        """The algorithm with this `name`."""
         return ALGORITHMS[self.name]
 
     @property

@@ -2,7 +2,7 @@
 
 A mask says which blocks are removed, not in which order. In a state on the way to the mask each
 of its remaining blocks is therefore a right action, and the policy is trained to choose one of
-them. States are random subsets of the teacher's masks, drawn anew for each update.
+them. States are random subsets of the teacher's masks, drawn again for each update.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class _Range(NamedTuple):
 
 @dataclass(frozen=True)
 class _Settings:
-    """A group of numeric settings, whose annotations say what is allowed.
+    """A group of numeric settings, whose annotations state the allowed values.
 
     Raises:
         AgentConfigError: A value has another type or is out of its range.

@@ -1,4 +1,4 @@
-"""Speed and memory beside a naive version or a peer, in one run: ``python -m benchmarks.NAME``.
+"""Benchmarks of speed and memory against a baseline in the same run: ``python -m benchmarks.NAME``.
 
 Settings are given as ``key=value``. Each program prints a short table and writes one JSON record to
 ``results/benchmarks/``; `benchmarks.table` turns the records into a table.

@@ -1,4 +1,4 @@
-"""A change between two resident masks, beside a decode step: ``python -m benchmarks.apply``."""
+"""Time of a mask change, relative to a decode step: ``python -m benchmarks.apply``."""
 
 from __future__ import annotations
 

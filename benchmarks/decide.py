@@ -1,4 +1,4 @@
-"""A decision of the exported policy, beside stable-baselines3's: ``python -m benchmarks.decide``.
+"""Time of a decision: exported policy against stable-baselines3: ``python -m benchmarks.decide``.
 
 Every decision includes all of its work: the bytes of the request, its observation, and a pass of
 the network for each removed block. Nothing is cached from earlier requests. Set

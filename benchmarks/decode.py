@@ -1,4 +1,4 @@
-"""Tokens per second under masks, beside the dense model: ``python -m benchmarks.decode``.
+"""Decoding speed under masks, relative to the dense model: ``python -m benchmarks.decode``.
 
 If decoding is bound by reading weights and cache, a mask that removes the share x of the bytes
 makes it 1 / (1 - x) times as fast. The target is the reached part of that speed-up. The record also
@@ -72,8 +72,8 @@ def _masks(llm: ElasticLLM, traffic: MemoryTraffic, shares: list[float]) -> dict
         BlockMask.all_of(llm.blocks, "ffn"),
         BlockMask.all_of(llm.blocks),
     )
-    judged = {f"{o} {share:.0%}": traffic.mask(o, share) for o in ORDERS for share in shares}
-    return dict(zip(_CORNERS, corners, strict=True)) | judged
+    targets = {f"{o} {share:.0%}": traffic.mask(o, share) for o in ORDERS for share in shares}
+    return dict(zip(_CORNERS, corners, strict=True)) | targets
 
 
 def _memory_read(device: Any) -> Any:
@@ -127,7 +127,7 @@ def _bounds(rates: dict[str, Any]) -> list[str]:
     words = {
         "attn_block": "a kept attn block",
         "ffn_block": "a kept ffn block",
-        "rest": "all else (head, norms, stand-ins of removed blocks)",
+        "rest": "everything else (head, norms, placeholders of removed blocks)",
     }
     parts = [
         f"{text} {rates[name]['bytes'] / 1e6:.1f} MB in {rates[name]['seconds'] * 1e3:.2f} ms "
@@ -138,8 +138,8 @@ def _bounds(rates: dict[str, Any]) -> list[str]:
     return [
         f"In a dense step {'; '.join(parts)}; a plain read of memory reaches {peak / 1e9:.1f} GB/s "
         f"and the whole step {dense / peak:.0%} of that.",
-        "A kind of block that is read faster than the average costs less time than its bytes say, "
-        "so taking away only that kind falls short; taking away the other one exceeds the target.",
+        "A kind of block that is read faster than the average costs less time than its bytes "
+        "suggest: removing only that kind misses the target, removing only the other exceeds it.",
     ]
 
 

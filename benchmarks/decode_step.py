@@ -29,7 +29,7 @@ class Decoding:
     Args:
         llm: The model.
         mask: The mask under which its cache is filled and read.
-        batch_size: Sequences at once.
+        batch_size: Number of sequences in the batch.
         context_tokens: Tokens in the cache before the first step.
     """
 

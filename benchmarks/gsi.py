@@ -1,4 +1,4 @@
-"""Three methods for the GSI order, beside the naive loop: ``python -m benchmarks.gsi``.
+"""Three GSI methods against the naive loop: ``python -m benchmarks.gsi``.
 
 The naive loop and the exact search alternate round by round, so that a slow phase of the machine
 affects both; the faster methods run as a whole, several times.
@@ -91,7 +91,7 @@ def main(settings: GSISettings) -> None:
         raise SystemExit("Exact GSI gave another order than the naive loop; nothing was recorded.")
     notes = [
         "A ratio is total naive seconds over total seconds; for exact the spread is that of the "
-        "rounds, each measured beside the naive one.",
+        "rounds, each against the naive round.",
         "naive_dense_forward_s shows how the machine drifted, and what the naive loop would gain "
         "from keeping freed memory as this project does.",
     ]

@@ -1,7 +1,7 @@
 """Masks that change while the model generates: ``python -m benchmarks.live``.
 
-Time of a change beside a decode step, time of a refill of the KV cache beside a prefill of the same
-tokens, and memory that offloaded blocks free.
+Measures the time of a mask change relative to a decode step, the time of a KV-cache refill relative
+to a prefill of the same tokens, and the memory that offloading blocks frees.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LiveSettings(harness.ModelSettings):
     refill_tokens: list[int] = field(default_factory=lambda: [128, 512, 1024])
     """Tokens in the cache when attention blocks are restored."""
     offloaded: list[int] = field(default_factory=lambda: [10, 20, 30, 40])
-    """Numbers of blocks to offload at once."""
+    """Numbers of blocks to offload together."""
 
 
 def main(settings: LiveSettings) -> None:
@@ -84,7 +84,7 @@ def _prompt(llm: ElasticLLM, tokens: int) -> list[int]:
 
 
 def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict[str, Any]:
-    """Seconds of removing and restoring blocks with a full cache, beside decode steps."""
+    """Seconds of removing and restoring blocks with a full cache, and of decode steps."""
     prompt = _prompt(llm, settings.context_tokens)
     remove_s, restore_s, step_s = [], [], []
     for _ in range(settings.repeats + 1):  # the first one is a warm-up
@@ -112,7 +112,7 @@ def _decode(batch: LiveBatch, steps: int) -> None:
 def _refilling(
     llm: ElasticLLM, mask: BlockMask, tokens: int, settings: LiveSettings
 ) -> dict[str, Any]:
-    """The step that refills the cache, minus a plain step, beside a prefill."""
+    """Time of the step that refills the cache minus a plain step, and of a prefill."""
     prompt = _prompt(llm, tokens)
     ready: list[LiveBatch] = []
 
@@ -141,7 +141,7 @@ def _refilling(
 
 
 def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[str, Any]]:
-    """Memory that offloading blocks frees, beside their bytes, and the time of it."""
+    """Memory that offloading blocks frees, the blocks' bytes, and the time it takes."""
     from rap_env.runtime.memory_meter import process_meter
 
     llm.set_residency("offload")

@@ -1,4 +1,4 @@
-"""First load of a model in a new process, beside transformers: ``python -m benchmarks.load``.
+"""First load of a model in a new process, against transformers: ``python -m benchmarks.load``.
 
 Each measurement starts a Python process that imports, loads from the cache, and exits when model
 and tokenizer are ready. The files are in the page cache. Transformers is given the folder and the
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from benchmarks.harness import Settings, Target, alternate, launch, spread
 from benchmarks.record import write_record
 
-_ENDS = "import os; os._exit(0)"  # at once: shutting the process down is not part of loading
+_ENDS = "import os; os._exit(0)"  # exit immediately: interpreter shutdown is not part of loading
 _OURS = f"""
 import sys, rap_env
 rap_env.load_llm(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Predicted bytes beside measured bytes: ``python -m benchmarks.memory``.
+"""Predicted bytes against measured bytes: ``python -m benchmarks.memory``.
 
 For each mask a checkpoint without the blocks is saved and loaded (`save_pruned`, `load_pruned`).
 Then a prompt is prefilled in chunks, as `MemoryModel` assumes, and a few tokens are generated,

@@ -1,4 +1,4 @@
-"""Naive scoring of a mask: a full forward pass of a plain model, in a process of its own.
+"""Naive scoring of a mask: a full forward pass of a plain model, in a separate process.
 
 This module imports nothing of this project. Removed blocks return zeros, the pass computes all
 logits, and the loss is torch's own over all of them at once in float32, as in the code of SLEB,

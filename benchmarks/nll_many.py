@@ -1,4 +1,4 @@
-"""Scores of many masks, beside a full forward pass for each: ``python -m benchmarks.nll_many``.
+"""Scoring of many masks, against a full forward pass for each: ``python -m benchmarks.nll_many``.
 
 The masks are those that a MaskablePPO agent scored during a training on the model, in two ways:
 with a reward at each step, all masks of its episodes; with a reward at the end, only the last mask
@@ -77,7 +77,7 @@ def main(settings: NLLManySettings) -> None:
         targets=targets,
         measured=measured,
         notes=[
-            "The spread is that of slices of the masks, each measured beside the naive loop.",
+            "The spread is that of slices of the masks, each against the naive loop.",
             f"{_EQUALITY_CHECKS} masks of each kind were checked to have the score of a single "
             "pass, bit for bit.",
         ],
@@ -89,7 +89,7 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMas
 
     Args:
         setup: The model. The training's own text is short, since only its masks are used.
-        timing: Of the reward, see `rap_env.reward`.
+        timing: Timing of the reward (see `rap_env.reward`).
         steps: Steps of the training.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -98,8 +98,8 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMas
         context = LiveContext(setup.llm, text, store, importance="none", progress=False)
         train(
             AgentConfig(name="maskable_ppo", total_timesteps=steps),
-            lambda lanes: RAPPruneVectorEnv(
-                num_envs=lanes,
+            lambda num_envs: RAPPruneVectorEnv(
+                num_envs=num_envs,
                 context=context,
                 reward={"name": "perplexity", "timing": timing},
                 autoreset_mode="SameStep",

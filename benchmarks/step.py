@@ -1,4 +1,4 @@
-"""A step with a cached score, beside a step of CartPole: ``python -m benchmarks.step``."""
+"""Time of a step with a cached score against a CartPole step: ``python -m benchmarks.step``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class StepSettings(Settings):
     workload: str = "azure-conv"
     steps: int = 4000
     """Steps of a single environment, repeated `rounds` times in one measurement."""
-    lanes: int = 64
+    num_envs: int = 64
+    """Sub-environments of the vector environment."""
     vector_steps: int = 150
     """Steps of the vector environment, repeated `rounds` times in one measurement."""
     rounds: int = 5
@@ -119,7 +120,7 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
         actions = [env.action_space.sample() for _ in range(count)]
         return Player(env, actions, settings.rounds)
 
-    vector = {**rap, "num_envs": settings.lanes}
+    vector = {**rap, "num_envs": settings.num_envs}
     return {
         "cart_pole": player(gym.make, settings.steps, id=_CART_POLE),
         "single": player(gym.make, settings.steps, **rap, max_episode_steps=_MOST_STEPS),
@@ -141,13 +142,14 @@ def main(settings: StepSettings) -> None:
     measured_after_warm_up = context.scorer.evaluations
 
     steps = settings.steps * settings.rounds
-    lane_steps = settings.vector_steps * settings.lanes * settings.rounds
+    vector_steps = settings.vector_steps * settings.num_envs * settings.rounds
     step_us = {name: _each(seconds[name], steps) for name in ("cart_pole", "single")}
     bare_us = {
         name: _each(np.subtract(seconds[name], sides[name].reset_s[-settings.repeats :]), steps)
         for name in step_us
     }
-    per_s = {name: [lane_steps / s for s in seconds[name]] for name in seconds if "vector" in name}
+    vectors = [name for name in seconds if "vector" in name]
+    per_s = {name: [vector_steps / s for s in seconds[name]] for name in vectors}
     against = f"{_CART_POLE}: {spread(step_us['cart_pole'])['median']:.1f} µs a step with resets"
     write_record(
         "step",
@@ -161,7 +163,7 @@ def main(settings: StepSettings) -> None:
                 against=against,
             ),
             Target.of(
-                f"steps/s of {settings.lanes} lanes, resets included",
+                f"steps/s of {settings.num_envs} sub-environments, resets included",
                 spread(per_s["vector"]),
                 at_least=100_000.0,
                 against="-",

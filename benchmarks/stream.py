@@ -1,4 +1,4 @@
-"""One GSI round under a memory cap, beside the model in memory: ``python -m benchmarks.stream``.
+"""One GSI round under a memory cap, against the model in memory: ``python -m benchmarks.stream``.
 
 All candidates of the first round are scored on a short text, by a model whose layers are read from
 their files one at a time, and by the whole model. New processes measure how much memory each side

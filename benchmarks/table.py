@@ -20,7 +20,7 @@ def read_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def markdown(records: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table with a row for each target: median [lowest, highest] beside its bounds."""
+    """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
     rows = [_HEAD, _RULE]
     for record in records:
         for target in record["targets"]:

@@ -56,7 +56,7 @@ def compare(config: CompareConfig) -> str:
 def result_rows(groups: list[Group]) -> list[dict[str, Any]]:
     """Return a row for each group, part, method and cell.
 
-    Keys with ``loss`` are ΔNLL in nats per token, on the report text unless they say otherwise.
+    Keys with ``loss`` are ΔNLL in nats per token, on the report text unless stated otherwise.
     """
     return [
         _row(group, comparison, method, cell)

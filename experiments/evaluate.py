@@ -148,7 +148,7 @@ def evaluate(config: Config, folder: Path) -> Path:
     context = build_context(config)
     cells = evaluation_cells(config.evaluate, context.memory)
     run.start(config)
-    trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last session
+    trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:
         rows = _all_rows(config, run, Evaluator(config, context), cells)
         _log_results(Comparison(rows), loggers)

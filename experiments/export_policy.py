@@ -26,7 +26,7 @@ FRONTIER_SUFFIX = ".frontier.json"
 
 
 def export(config: ExportPolicyConfig) -> Path:
-    """Write a run's policy and, if its profile has a frontier table, a reduced table beside it.
+    """Write a run's policy and, if its profile has a frontier table, a reduced table next to it.
 
     Args:
         config: The run and the output file.
@@ -44,10 +44,10 @@ def export(config: ExportPolicyConfig) -> Path:
     file.save(path)
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
     if frontier_artifact(settings).exists():
-        beside = path.with_suffix(FRONTIER_SUFFIX)
+        target = path.with_suffix(FRONTIER_SUFFIX)
         table = reduced(context.frontier)
-        table.save(beside)
-        say(f"{beside}: {beside.stat().st_size:,} bytes, {len(table.entries)} best known masks.")
+        table.save(target)
+        say(f"{target}: {target.stat().st_size:,} bytes, {len(table.entries)} best known masks.")
     return path
 
 
@@ -64,7 +64,7 @@ def settings_of(folder: Path) -> Config:
         config = as_config(OmegaConf.merge(OmegaConf.structured(Config), written))
     except OmegaConfBaseException as error:
         raise ExperimentError(
-            f"{folder / 'config.yaml'} has settings that this version does not know: "
+            f"{folder / 'config.yaml'} has settings that this version does not support: "
             f"{message(error)}"
         ) from None
     train = folder.resolve().parent

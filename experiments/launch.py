@@ -86,7 +86,7 @@ def launch(stage: str, run: Stage) -> None:
 
 
 def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
-    """Run a program that has settings of its own and makes no run folder.
+    """Run a program that has its own settings and makes no run folder.
 
     Args:
         name: Name of the program and of its file in ``conf/``.

@@ -31,7 +31,7 @@ _GZIP = b"\x1f\x8b"  # how every gzip file begins
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn a full disk or quota into a `StorageFullError` that states what to do.
 
-    Safetensors reports a failed write only in the message of an error of its own.
+    Safetensors reports a failed write only in the message of its own error type.
     """
     try:
         yield

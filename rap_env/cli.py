@@ -109,7 +109,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the a
 
 
 def _server_option(name: str) -> Command:
-    """Option for a setting of the server, None unless it is given; ``none`` stands for null."""
+    """Option for a setting of the server, None unless it is given; ``none`` means null."""
     default = getattr(ServerSettings, name)
     text = _HELP.get(name, "").replace("null", "none")
     return click.option(

@@ -1,4 +1,6 @@
-"""Methods that choose a mask without learning, each aware of the KV cache unless it says not.
+"""Methods that choose a mask without learning.
+
+Each counts the KV cache unless its docstring states otherwise.
 
 `BASELINES` is the registry; `make_baseline` makes one by name.
 """

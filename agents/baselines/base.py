@@ -26,7 +26,7 @@ class CountingPolicy(MaskPolicy, Protocol):
 
     Attributes:
         evaluations: Passes over the calibration text that all choices so far needed, rounded up
-            for each request. A stored score counts too: the number says what a server with an
+            for each request. A stored score counts too: the number is what a server with an
             empty score store would have to run.
     """
 

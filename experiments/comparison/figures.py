@@ -233,7 +233,7 @@ def removal_picture(rows: Sequence[Removal], num_layers: int, narrow: bool) -> F
     Args:
         rows: Rows of one method; several seeds are averaged.
         num_layers: Number of the model's layers.
-        narrow: Whether attn is above ffn instead of beside it.
+        narrow: Whether the attn panel is above the ffn panel instead of to its left.
     """
     cells = sorted(
         {row.cell for row in rows}, key=lambda cell: (cell[0] * cell[1], cell[0], -cell[2])

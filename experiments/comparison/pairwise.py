@@ -190,14 +190,14 @@ def _within(comparison: Comparison, policy: Summary, other: str) -> list[list[st
     if not found or not found.relative:
         return []
     most = WITHIN[other]
-    goal = f"mean ΔNLL against {look(other).label}"
+    name = f"mean ΔNLL against {look(other).label}"
     target = f"{signed_percent(most, 0)} or less"
-    return [_row(goal, relative_words(found.relative), target, found.relative.mean <= most)]
+    return [_row(name, relative_words(found.relative), target, found.relative.mean <= most)]
 
 
 def _relative(found: PairwiseComparison) -> str:
     return relative_words(found.relative) if found.relative else f"{found.difference} nats/token"
 
 
-def _row(goal: str, reached: str, target: str, met: bool) -> list[str]:
-    return [goal, reached, target, "yes" if met else "no"]
+def _row(name: str, reached: str, target: str, met: bool) -> list[str]:
+    return [name, reached, target, "yes" if met else "no"]

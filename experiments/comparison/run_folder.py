@@ -131,7 +131,7 @@ class RunFolder:
         """Record in ``run.json`` that the run finished.
 
         Args:
-            started: `time.monotonic()` at the start of this session.
+            started: `time.monotonic()` at the start of this process.
             **facts: More entries of ``run.json``.
         """
         record = self.read() or {"seconds": 0.0}

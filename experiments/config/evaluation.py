@@ -25,7 +25,7 @@ from experiments.config.common import (
 from experiments.errors import ExperimentError
 
 CALIBRATION = "calibration"
-"""Names the calibration text where another text could stand."""
+"""Value of a text setting that selects the calibration text."""
 POLICY_SUFFIX = ".safetensors"
 
 
@@ -46,7 +46,7 @@ class EvaluateConfig(Section):
     """Run folders of trained agents; null for all of this comparison, [] for none."""
     best_of: Annotated[list[Count], some] = field(default_factory=lambda: [1])
     """Number of masks that an agent samples before it takes the best by its scores; 1 uses no
-    scores. The first entry is the agent's method; each other entry is a method of its own."""
+    scores. The first entry is the agent's method; each other entry is a separate method."""
     baselines: list[str] = field(default_factory=list)
     random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))

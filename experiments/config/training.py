@@ -40,8 +40,8 @@ class AgentConfig(Section):
     policy_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the block-wise network: ``hidden``, ``block_vectors``, ``without``."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    """Hyperparameters of the algorithm. Here and in `policy_settings` null, or no entry, stands for
-    the value in the agent's file in ``conf/agent``, which then replaces it."""
+    """Hyperparameters of the algorithm. Here and in `policy_settings`, null or a missing entry is
+    replaced by the value in the agent's file in ``conf/agent``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class ScoreModelConfig(Section):
 
     section = "score_model"
     rounds: CountOrZero = 0
-    """Number of rounds, each of which fits the score model anew; the training steps are divided
+    """Number of rounds, each of which fits the score model again; the training steps are divided
     among them. 0 trains on measured scores only."""
     first_masks: Count = 1000
     """Masks measured before the first round, if no frontier table provides scores."""

@@ -25,7 +25,7 @@ ARROW = " \N{RIGHTWARDS ARROW} "
 SAME_MASKS = (
     "Each library is evaluated under the masks that the search with the whole library chose "
     "(except where own masks are stated), and compared, cell by cell, with removal without stubs "
-    "under masks of its own search."
+    "under the masks of its own search."
 )
 """Caption of the studies of tokens and domains."""
 
@@ -209,7 +209,7 @@ class TitledTable(NamedTuple):
         title: Heading; empty for none.
         caption: Meaning of its numbers; empty for none.
         by_repair: Whether each line is a repair.
-        detail: Whether it is a detail, which stands last in Markdown and is folded in HTML.
+        detail: Whether it is a detail, which is last in Markdown and folded in HTML.
     """
 
     name: str

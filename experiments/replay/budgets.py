@@ -345,7 +345,7 @@ def make_budget(settings: str | Mapping[str, Any], reference_bytes: int) -> Budg
         settings: A dict with a ``name`` of `BUDGETS`, the ``unit`` of its levels (``"fraction"``
             of the reference, which is the default, or ``"bytes"``), and its own settings. A
             recorded file is always in bytes.
-        reference_bytes: Bytes that the fraction 1 stands for.
+        reference_bytes: Bytes of the fraction 1.
 
     Raises:
         UnknownNameError: The budget or one of its settings is unknown.

@@ -47,7 +47,7 @@ SHOWN = ("dense", "static_gsi", "rap")
 
 _METHODS = {
     "static_gsi": "gsi",
-    "static_gsi_lean": "sleb",  # a colour of its own
+    "static_gsi_lean": "sleb",  # its own colour
     "static_shortgpt": "shortgpt",
     "greedy": "greedy_per_byte",
 }
@@ -92,7 +92,7 @@ def draw_all(source: Path, target: Path) -> list[Path]:
     """Draw every figure as a PNG file.
 
     Args:
-        source: Folder with ``replay.jsonl`` and the files beside it.
+        source: Folder with ``replay.jsonl`` and the other files of the replay.
         target: Folder for the figures.
 
     Raises:

@@ -26,7 +26,7 @@ from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import RequestHandle
 
 STEPS, REQUESTS = "replay_steps", "replay_requests"
-"""Folders beside ``replay.jsonl`` with a JSON-lines file for each system."""
+"""Folders next to ``replay.jsonl`` with a JSON-lines file for each system."""
 
 _REJECTED = {"queue_timeout": "timed_out", "infeasible": "refused"}
 """Outcome of a request that waited, by the engine's reason to reject it."""
@@ -179,7 +179,7 @@ def make_row(
 
 
 def write_details(folder: Path, run: SystemRun, qualities: Mapping[int, OutputQuality]) -> None:
-    """Write what figures need beside the row: steps over time, and a record for each request."""
+    """Write the other data of the figures: steps over time, and a record for each request."""
     name = f"{run.system.name}.jsonl"
     write_records(folder / STEPS / name, run.series.downsampled())
     requests = [_request_record(o, qualities.get(o.request.number)) for o in run.outcomes]

@@ -24,7 +24,7 @@ class ReplayRow(Record):
         served_fraction: `served` as a share of `requests`.
         servable: Requests that, alone, some mask fits into the maximum of the budget.
         served_fraction_of_servable: `served` as a share of `servable`.
-        refused: Requests rejected at once because they can never fit.
+        refused: Requests rejected on arrival because they can never fit.
         queue_full: Requests rejected because the queue was full.
         timed_out: Requests with a queue timeout.
         failed: Requests that ended in an error or were still waiting at the end.

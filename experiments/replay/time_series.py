@@ -15,7 +15,7 @@ IDLE = "idle"
 """Kind of an interval in which no request runs."""
 
 MAX_RECORDS = 600
-"""Approximate number of records that are written; a record then stands for several steps."""
+"""Approximate number of records that are written; a record then summarises several steps."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _longest(entries: Iterable[tuple[Value, float]]) -> Value:
 def recorded_mask(value: Sequence[str] | str) -> BlockMask:
     """Read the mask of a record: names of the removed blocks.
 
-    Older records hold a hexadecimal number whose bit i stands for the removed block i.
+    Older records hold a hexadecimal number whose bit i is set if block i is removed.
     """
     if isinstance(value, str):
         bits = int(value, 16)

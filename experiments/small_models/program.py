@@ -30,7 +30,7 @@ from rap_env.scoring.scorer import MaskScorer
 log = logging.getLogger(__name__)
 
 RECORD = "small_lm.json"
-"""Record of settings, text and results, beside the weights."""
+"""Record of settings, text and results, in the folder of the weights."""
 
 _KIND, _VERSION = "rap-env.small-lm", 1
 _PROGRESS = "training.pt"

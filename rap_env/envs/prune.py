@@ -79,7 +79,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     ## Rewards
     With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final mask on
     the calibration text. Reasons for this form:
-    - Fitting the budget ends the episode and has no reward of its own, so no weight between
+    - Fitting the budget ends the episode and is not rewarded separately, so no weight between
       quality and memory has to be chosen: every complete episode meets the budget.
     - The NLL (the log of perplexity) adds up over steps, and one ruined model does not dominate
       the other episodes.
@@ -129,7 +129,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
       last step, and on each step where the reward measures them (`timing="dense"`).
     - `baseline_loss`: present on the last step if the reward is `relative_to` a baseline: the
       ΔNLL of that baseline's mask at the same request.
-    - `predicted`: true; present only beside an `nll` that a score table predicted instead of
+    - `predicted`: true; present only if a score table predicted `nll` instead of
       measuring it.
     - `reward_terms`: dict of each term's share of the reward by name, `invalid_action` included;
       they add up to the reward. Empty at the reset.

@@ -56,7 +56,7 @@ class PruningTask:
     """The parts of an environment that do not depend on an episode; many environments share one.
 
     Attributes:
-        sampler: Draws requests; environments that run side by side take a `twin` each.
+        sampler: Draws requests; each sub-environment gets its own `clone`.
         reward: The reward; see `compute_rewards`.
         observations: Builds observations.
         invalid_action_penalty: What an invalid action costs.

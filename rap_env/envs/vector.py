@@ -97,7 +97,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         self.single_action_space = gym.spaces.Discrete(task.num_blocks)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._samplers = [task.sampler.twin() for _ in range(num_envs)]
+        self._samplers = [task.sampler.clone() for _ in range(num_envs)]
         self._generators = [seeding.np_random() for _ in range(num_envs)]
         self._episodes = VectorEpisodes(num_envs, task)
 

@@ -141,7 +141,7 @@ class ExactStrategy(GSIStrategy):
         delta_nll = {}
         for block, mask in candidates:
             # A mask may be dropped after a small part of the text. The last known rise of its
-            # block then says more than the lower bound.
+            # block is then more informative than the lower bound.
             if mask in found.nll:
                 delta_nll[block.index] = found.nll[mask] - state.nll
             else:

@@ -102,7 +102,7 @@ class GSIProfile(Profile):
             `evaluations` if a store already had some.
         block_forwards: Blocks that the model ran, in passes over the whole text; parts of the
             text count by their share.
-        seconds: Wall time of what the model ran, summed over all sessions.
+        seconds: Wall time of what the model ran, summed over all interrupted runs.
         provenance: Model, text and everything else that determined the scores.
     """
 

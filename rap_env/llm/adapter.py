@@ -1,4 +1,4 @@
-"""Where the blocks of a model are, and what its config says about them."""
+"""Location of the blocks in a model, and what its config states about them."""
 
 from __future__ import annotations
 

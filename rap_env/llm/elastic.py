@@ -267,7 +267,7 @@ class ElasticLLM:
     ) -> Any:
         """`model.generate` without gradients, under masks that may change between its steps.
 
-        Several threads may generate at once: their steps run in turn.
+        Several threads may generate concurrently: their steps alternate.
 
         Args:
             *args: As for transformers' ``generate``.

@@ -134,7 +134,7 @@ FAMILIES: dict[str, Family] = {
         ffn_width=lambda config: int(config.ffn_dim),
         check=_check_opt,
     ),
-    # Each block has a norm of its own, with the parallel residual too.
+    # Each block has its own norm, also with the parallel residual.
     "gpt_neox": Family(
         decoder="gpt_neox",
         attn="attention",

@@ -3,8 +3,8 @@
 Shapes: B sequences, T tokens held, K key and value heads, D values in a head.
 
 A mask changes between two steps (`ElasticLLM.apply`), and each cache in use is updated before its
-own next step. `apply` evicts the keys and values of a removed attention block at once. A restored
-block lacks those of the tokens so far, and `Restore` selects what happens:
+own next step. `apply` immediately evicts the keys and values of a removed attention block. A
+restored block lacks those of the tokens so far, and `Restore` selects what happens:
 
 ================  ============================  =======================================
 Restore           Bytes                         Time

@@ -34,7 +34,7 @@ class LiveBatch:
     """A batch of sequences with one KV cache on a live model.
 
     It runs under the model's mask: `ElasticLLM.apply` may change the mask between any two calls,
-    from any thread. The keys and values of a removed attention block are evicted at once. A
+    from any thread. The keys and values of a removed attention block are evicted immediately. A
     restored block is handled at the next call that runs the model or joins batches: its cache is
     refilled, or it stays unused until the batch is empty (see `rap_env.llm.kv_cache`). Each call
     holds the model exclusively; all calls of one batch must come from one thread. After a call

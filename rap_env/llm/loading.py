@@ -1,4 +1,4 @@
-"""Load a live model: one of its own, or one that the process shares."""
+"""Load a live model: a new one, or one that the process shares."""
 
 from __future__ import annotations
 

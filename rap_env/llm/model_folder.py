@@ -58,8 +58,8 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
     """The folder, created now if it is missing or damaged.
 
     An incomplete folder is never visible: it is filled under another name and moved at the end.
-    If several processes call this at once, one creates the folder and the others wait. Leftovers
-    of killed processes are removed.
+    If several processes call this concurrently, one creates the folder and the others wait.
+    Leftovers of killed processes are removed.
 
     Args:
         folder: Path of the folder.
@@ -103,7 +103,7 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, removed afterwards unless it was moved.
+    """An empty folder in the parent of `target`, removed afterwards unless it was moved.
 
     Call it only under `locked(target)`: leftovers of earlier, killed attempts are removed first.
     """

@@ -29,7 +29,7 @@ from rap_env.scoring.nll import HEAD_TOKENS
 
 log = logging.getLogger(__name__)
 
-_ROWS = 16  # float32 rows over the vocabulary that exist at once: they stay in the cache
+_ROWS = 16  # float32 rows over the vocabulary in memory at a time: they stay in the CPU cache
 _TEACHER_BYTES = 512 * 2**20
 _CLIP_NORM = 1.0
 

@@ -143,7 +143,7 @@ def allocate_ranks(
 ) -> dict[int, int]:
     """Choose the rank of each block so that the sum of errors is small and that of ranks bounded.
 
-    Every unit of rank takes the same bytes, so ranks stand for bytes. Starting from the least
+    Every unit of rank takes the same bytes, so ranks measure bytes. Starting from the least
     rank, the step that reduces the error most per unit is taken first. With diminishing returns,
     as regressions have, the result is optimal for its sum up to the last step.
 

@@ -120,7 +120,7 @@ class RuntimeController:
 
         While others run, a mask that already fits stays. With nothing else running, a switch costs
         no refill: then the policy is asked for a mask that suits the request, and one that needs
-        more than the present mask is applied at once, if it fits with `hysteresis_share` to spare.
+        more than the present mask is applied immediately if it fits with `hysteresis_share` spare.
 
         Args:
             shape: The batch with the request.

@@ -31,7 +31,7 @@ class Engine:
     Each turn (`step`) admits at most one request from the queue, prefills at most one chunk of its
     prompt, and decodes a token for every row of the running batch; so a long prompt delays others
     by no more than a chunk at a time. Before each pass through the model the controller reads the
-    budget. A request waits while no mask makes it fit beside the running batch. If no mask fits
+    budget. A request waits while no mask makes it fit with the running batch. If no mask fits
     the running batch, the newest request is preempted: it returns to the front of the queue with
     its tokens, and is prefilled again from them later.
 
@@ -165,7 +165,7 @@ class Engine:
             self._scheduler.warm_up(max(1, tokens))
 
     def start(self) -> None:
-        """Run turns in a thread of its own, until `close`."""
+        """Run turns in a separate thread until `close`."""
         if self._thread is None and not self._closing:
             self._thread = threading.Thread(target=self._run, name="rap-engine", daemon=True)
             self._thread.start()

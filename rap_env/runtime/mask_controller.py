@@ -1,4 +1,4 @@
-"""Chooses and changes a live model's mask: shrinks it at once, grows it after a debounce."""
+"""Chooses a live model's mask: removes blocks immediately, restores them after a debounce."""
 
 from __future__ import annotations
 

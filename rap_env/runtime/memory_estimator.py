@@ -34,7 +34,7 @@ _PASS_FACTOR = 2.5  # passes took up to 2.3 times the estimated workspace, in bf
 
 @dataclass(frozen=True)
 class PassSize:
-    """Tokens of the next pass through the model. ``PassSize()`` stands for an unknown pass.
+    """Tokens of the next pass through the model. ``PassSize()`` is an unknown pass.
 
     Attributes:
         tokens: Tokens that the pass runs, of all sequences together; 0 if unknown.

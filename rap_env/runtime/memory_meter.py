@@ -1,6 +1,6 @@
 """Measured bytes of the runtime: of the process, of a CUDA device, or of its tensors alone.
 
-Memory that a process holds beside the model when its meter is made (the interpreter, libraries,
+Memory that a process holds besides the model when its meter is made (the interpreter, libraries,
 other tensors) is the baseline and does not count. All growth above it counts.
 """
 

@@ -145,7 +145,7 @@ class MemoryMonitor:
 
         That is the budget less the margin, as long as what is used now fits with all that the pass
         may allocate on top. If not, freed memory is returned first; if that is not enough, the
-        process holds more beside its tensors than the margin covers, and that is counted instead.
+        process holds more besides its tensors than the margin covers, and that is counted instead.
         """
         if self.used_bytes + estimate.total > self.budget_bytes:
             self.trim()
@@ -154,7 +154,7 @@ class MemoryMonitor:
         return self.budget_bytes - self.margin.bytes
 
     def available_after_trim_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
-        """The same right after a trim, with all that the process holds beside its tensors."""
+        """`available_bytes` right after a trim, counting all memory besides tensors."""
         other = self.used_bytes - self.held.total
         excess = other + estimate.workspace - self._estimator.workspace_bytes(shape)
         return self.budget_bytes - max(self.margin.bytes, excess)

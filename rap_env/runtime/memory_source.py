@@ -47,7 +47,7 @@ class GivenMemory:
     Args:
         budget: The budget in bytes, or a function that returns it whenever it is called.
         limit_bytes: The largest budget that the function will ever return, if known. A request
-            that does not fit it is rejected at once; one that does waits.
+            that does not fit it is rejected on arrival; one that does waits.
     """
 
     name = "given"

@@ -32,7 +32,7 @@ DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policy and frontier."""
 
 NAMED = ("dense", "frontier", "rap")
-"""Names that `load_policy` knows."""
+"""Names that `load_policy` accepts."""
 
 _CACHED_CHOICES = 1024
 

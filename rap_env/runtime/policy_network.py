@@ -299,8 +299,8 @@ def _gone_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Flo
     """First-layer terms of each block as the only removed one, (2L, H + 1)."""
     blocks = blocks.copy()
     blocks[:, KEPT_AND_FREED] = 0.0
-    gone = blocks @ parts["mean_removed"] + vectors @ parts["removed_vectors"]
-    return np.asarray(gone, dtype=np.float32)
+    removed = blocks @ parts["mean_removed"] + vectors @ parts["removed_vectors"]
+    return np.asarray(removed, dtype=np.float32)
 
 
 def _gone_kind_part(parts: dict[str, Floats], blocks: Floats) -> Floats:

@@ -134,7 +134,7 @@ class RequestHandle:
         return self
 
     def add_listener(self, callback: Listener) -> None:
-        """Pass every event to a callback: past events at once, later ones as they happen.
+        """Pass every event to a callback: past events immediately, later ones as they happen.
 
         The engine's thread makes the calls and waits for them, so a callback should hand the event
         over and return. A callback that raises is logged and not called again.

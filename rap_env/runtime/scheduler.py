@@ -144,7 +144,7 @@ class Scheduler:
         prefilled = self._prefilling is not None
         if self._prefilling is not None:
             self._prefill(self._prefilling)
-            self._make_fit()  # the budget may have moved meanwhile
+            self._make_fit()  # the budget may have changed since
         decoded = bool(self._decoding)
         if decoded:
             self._decode()

@@ -78,7 +78,7 @@ class TokenSequence:
 
 
 class PrefillingSequence:
-    """A sequence whose known tokens are prefilled in chunks, in a batch of its own."""
+    """A sequence whose known tokens are prefilled in chunks, in its own batch."""
 
     def __init__(
         self, sequence: TokenSequence, llm: ElasticLLM, restore: Restore, chunk_tokens: int

@@ -49,7 +49,7 @@ def choose_batch_width(
     One mask's batch saturates a CPU (two masks in one batch were no faster), so on a CPU each
     mask has its own batch, which keeps scores bit for bit those of single passes. On an
     accelerator the width is measured. A model that is streamed under a memory cap runs as many
-    masks through each of its layers as the cap allows, each in a batch of its own.
+    masks through each of its layers as the cap allows, each in its own batch.
 
     Args:
         llm: The live model.

@@ -60,7 +60,7 @@ class Fidelity:
     seen neighbours of them. Agreement on masks from another distribution is worse.
 
     Attributes:
-        fitted: Number of masks that the judged predictor was fitted to.
+        fitted: Number of masks that the evaluated predictor was fitted to.
         rows: All held-out masks, then those with few, some and many removals.
     """
 

@@ -22,7 +22,7 @@ TokenRequest = tuple[list[int], list[int]]
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 4096
-HEAD_TOKENS = 256  # positions whose logits exist at once
+HEAD_TOKENS = 256  # positions whose logits are in memory at a time
 
 
 class RequestEncoder:

@@ -227,7 +227,7 @@ def _manager(folder: str) -> Any:
 
 
 def _manager_for(name: str) -> Any:
-    """A manager that knows the task.
+    """A task manager that has the task.
 
     Raises:
         UnknownNameError: lm-eval has no such task.

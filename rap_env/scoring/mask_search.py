@@ -23,7 +23,7 @@ Objective = Callable[[BlockMask, float], float]
 
 OnScore = Callable[[BlockMask], None]
 
-_MOST_KEPT = 16  # masks whose states may be held at once
+_MOST_KEPT = 16  # masks whose states may be held at the same time
 
 
 def nll_objective(_mask: BlockMask, nll: float) -> float:
@@ -142,7 +142,7 @@ class BestMaskSearch:
     first.
 
     Args:
-        scorer: Measures the masks; it knows the score of every mask measured to the end.
+        scorer: Measures the masks; it caches the score of every mask measured to the end.
     """
 
     def __init__(self, scorer: MaskScorer) -> None:

@@ -11,9 +11,9 @@ from torch.nn import functional
 from rap_env.llm.partial_forward import PartialForward
 
 HEAD_TOKENS = 256
-"""Tokens whose logits exist at once, in the model's dtype."""
+"""Tokens whose logits are in memory at a time, in the model's dtype."""
 
-_LOSS_ROWS = 16  # tokens whose float32 logits exist at once: they fit the processor's cache
+_LOSS_ROWS = 16  # tokens whose float32 logits are in memory at a time: they fit the CPU cache
 _VOCABULARY_PARTS = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 2e-3

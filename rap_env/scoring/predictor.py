@@ -32,7 +32,7 @@ Features = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 MEMBERS = 5
-"""Predictors of an ensemble, unless told otherwise."""
+"""Default number of predictors in an ensemble."""
 
 REACHES = (4, 12, 60)
 """Candidates for the greatest distance, in blocks, of pairs that have a weight."""
@@ -147,10 +147,10 @@ class DeltaNLLPredictor:
 def fit_predictor(
     features: Features, delta_nll: Floats, alone: Floats, *, seed: int = 0
 ) -> tuple[DeltaNLLPredictor, Fidelity]:
-    """Fit a predictor to measured masks and judge it on masks that it was not fitted to.
+    """Fit a predictor to measured masks and evaluate it on held-out masks.
 
-    A tenth of the masks is held out for the judgement; another tenth chooses reach and ridge. The
-    returned predictor is then fitted to all masks, so it is no worse than the judged one.
+    A tenth of the masks is held out for the evaluation; another tenth selects reach and ridge. The
+    returned predictor is then fitted to all masks, so it is no worse than the evaluated one.
 
     Args:
         features: The measured masks, from `feature_matrix`, (N, 2L).
@@ -167,9 +167,9 @@ def fit_predictor(
     fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out])
     candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
     best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
-    judged = fit.solved([0, 1], *best)
+    evaluated = fit.solved([0, 1], *best)
     fidelity = Fidelity.of(
-        judged.delta_nll_many(features[held_out]), delta_nll[held_out],
+        evaluated.delta_nll_many(features[held_out]), delta_nll[held_out],
         features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
     )  # fmt: skip
     return fit.solved([0, 1, 2], *best), fidelity
@@ -286,7 +286,7 @@ def fit_score_model(
     pessimism: float = 0.0,
     seed: int = 0,
 ) -> tuple[ScoreModel, Fidelity]:
-    """Fit an ensemble to measured masks and judge one member on masks it was not fitted to.
+    """Fit an ensemble to measured masks and evaluate one member on held-out masks.
 
     Args:
         features: The measured masks, from `feature_matrix`, (N, 2L).

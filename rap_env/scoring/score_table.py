@@ -89,7 +89,7 @@ class ScoreTable:
         Args:
             facts: Facts of the model.
             scores: Mean NLL of masks, nats per token.
-            seed: Decides which masks are held out to judge the predictor.
+            seed: Decides which masks are held out to evaluate the predictor.
             members: As in `fit_score_model`.
             pessimism: As in `ScoreModel`.
             **origin: The other attributes.
@@ -265,5 +265,5 @@ class TableScorer:
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a frozen dataclass from JSON, whose lists stand for tuples."""
+    """Fields of a frozen dataclass from JSON, whose lists are tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -165,7 +165,7 @@ class ScoreStore:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Convert SQLite's errors into errors that say what to do."""
+        """Convert SQLite's errors into errors that state what to do."""
         try:
             yield
         except sqlite3.OperationalError as error:

@@ -70,7 +70,7 @@ class _EngineState(Collector):
         self._settings = settings
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing; otherwise the registry would scrape at once to learn the names."""
+        """Return nothing; otherwise the registry would scrape immediately to learn the names."""
         return []
 
     def collect(self) -> Iterable[Metric]:

@@ -167,7 +167,7 @@ class RequestBuilder:
             raise
         except Exception as error:  # a template is a program that may raise anything
             raise invalid(
-                f"The model's chat template refuses these messages: {shown(str(error))}.",
+                f"The model's chat template rejects these messages: {shown(str(error))}.",
                 "messages",
             ) from None
 

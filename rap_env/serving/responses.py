@@ -76,7 +76,7 @@ class ResponseWriter:
         return [self._chunk(i, {"delta": delta}, [], None) for i in range(self._request.size)]
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
-        """Events of a stream for one delta; in a chat, the finish reason is an event of its own."""
+        """Events of a stream for one delta; in a chat, the finish reason is a separate event."""
         if not self._request.chat:
             body = {"text": delta.text}
             return [self._chunk(delta.index, body, delta.logprobs, delta.finish_reason)]

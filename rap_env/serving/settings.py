@@ -79,7 +79,7 @@ class ServerSettings:
         max_stop_chars: Most characters of a stop string.
         max_messages: Most messages of a chat.
         max_body_bytes: Most bytes of a request body. With `max_connections` it bounds the memory
-            that requests take beside the model's budget.
+            that requests take in addition to the model's budget.
         max_connections: Most open connections; more are rejected with status 503.
         header_timeout_s: Seconds in which a request's header must be complete.
         body_timeout_s: Seconds in which a request's body must be complete.

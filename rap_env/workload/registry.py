@@ -110,10 +110,10 @@ class CurriculumSampler(RequestSampler):
         self._position = position
         self._inner.restart(position)
 
-    def twin(self) -> Self:
+    def clone(self) -> Self:
         """The same curriculum at its start, with its own inner sampler."""
         other = copy.copy(self)
-        other._inner, other._position = self._inner.twin(), 0
+        other._inner, other._position = self._inner.clone(), 0
         return other
 
     @property

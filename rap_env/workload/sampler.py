@@ -43,7 +43,7 @@ class RequestSampler(ABC):
     def restart(self, position: int = 0) -> None:  # noqa: B027 - only an order needs it
         """Go back to the first request, or to another `position`; called on a seeded reset."""
 
-    def twin(self) -> Self:
+    def clone(self) -> Self:
         """A sampler of the same requests with its own position, at the first request."""
         other = copy.copy(self)
         other.restart()

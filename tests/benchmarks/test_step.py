@@ -8,7 +8,8 @@ from benchmarks.step import Player, StepSettings, known_context, main, players
 from rap_env.blocks import BlockMask
 from tests.tiny import tiny_model, tiny_tokenizer
 
-SHORT = {"steps": 40, "lanes": 3, "vector_steps": 12, "rounds": 2, "workload": "grid", "repeats": 2}
+SHORT = {"steps": 40, "num_envs": 3, "vector_steps": 12, "rounds": 2, "repeats": 2}
+SHORT |= {"workload": "grid"}
 
 
 @pytest.fixture(scope="module")

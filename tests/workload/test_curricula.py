@@ -30,7 +30,7 @@ class TestPool:
         assert max(request.batch_size for request in pools[0]) <= 4
         sampler = make_sampler({**spec, "seed": 3}, memory)
         draws(sampler, 9, seed=1)
-        assert sampler.twin().requests == sampler.requests == pools[0]
+        assert sampler.clone().requests == sampler.requests == pools[0]
 
     def test_a_replayed_trace_fills_it_in_order(self, memory, trace):
         inner = {"name": "trace", "path": str(trace), "order": "replay"}
@@ -78,9 +78,9 @@ class TestCurriculum:
         inner = {"name": "trace", "path": str(trace), "order": "replay"}
         sampler = make_sampler({"name": "curriculum", "of": inner, "requests": 8}, memory)
         before = draws(sampler, 4)
-        twin = sampler.twin()
-        assert (sampler.position, twin.position) == (4, 0)
-        assert draws(twin, 4) == before
+        clone = sampler.clone()
+        assert (sampler.position, clone.position) == (4, 0)
+        assert draws(clone, 4) == before
         assert sampler.position == 4
         assert draws(sampler, 1)[0].seq_len_tokens == 505  # the fifth of the file
 

@@ -218,11 +218,11 @@ def test_twins_draw_the_same_and_have_a_position_of_their_own(memory, trace):
     spec = {"name": "trace", "path": str(trace), "order": "replay"}
     one = make_sampler(spec, memory)
     before = draws(one, 3)
-    twin = one.twin()
-    assert (one.position, twin.position) == (3, 0)
-    assert draws(twin, 3) == before
+    clone = one.clone()
+    assert (one.position, clone.position) == (3, 0)
+    assert draws(clone, 3) == before
     one.restart(1)
     assert [r.seq_len_tokens for r in draws(one, 2)] == [r.seq_len_tokens for r in before[1:]]
     grid = make_sampler("grid", memory)
-    assert draws(grid.twin()) == draws(grid)
+    assert draws(grid.clone()) == draws(grid)
     assert grid.position == 0
