@@ -145,6 +145,8 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
     ):
         overrides = ["--cfg", "job"]  # needs data that is not here, or hours: settings are composed
         words = [word for word in words if word != "-m" or word is words[1]]
+        # Without -m, a list of values is no sweep: take the first one.
+        words = [word if "{" in word or "[" in word else word.split(",")[0] for word in words]
     return _ended([sys.executable, *words[1:], *overrides], environment, folder)
 
 

@@ -117,7 +117,7 @@ def test_what_is_no_run_says_so(config, run, tmp_path):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
     settings = {**yaml.safe_load(text), "agnet": 1}
     (untrained / "config.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(ExperimentError, match="does not know: .*agnet"):
+    with pytest.raises(ExperimentError, match="does not support: .*agnet"):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
 
 
