@@ -38,14 +38,14 @@ same_folder = settings(
 
 @same_folder
 @given(body=BODIES)
-def test_an_artifact_comes_back_as_it_was_saved(body: dict[str, Any], tmp_path: Path) -> None:
+def test_an_artifact_round_trips(body: dict[str, Any], tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 3, body)
     assert load_artifact(tmp_path / "a.json", "thing", 3) == body
 
 
 @same_folder
 @given(data=st.data())
-def test_an_artifact_that_was_cut_anywhere_is_refused(data: Any, tmp_path: Path) -> None:
+def test_a_truncated_artifact_is_rejected(data: Any, tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 3, {"order": ["layer00.attn"], "nll": [1.5, 2.0]})
     content = (tmp_path / "a.json").read_bytes()
     kept = data.draw(st.integers(0, len(content) - 2))  # the last byte is a line break
@@ -58,7 +58,7 @@ def test_an_artifact_that_was_cut_anywhere_is_refused(data: Any, tmp_path: Path)
 
 @same_folder
 @given(data=st.data())
-def test_no_altered_byte_goes_unnoticed(data: Any, tmp_path: Path) -> None:
+def test_every_altered_byte_is_detected(data: Any, tmp_path: Path) -> None:
     body = {"order": ["layer00.attn"], "nll": [1.5, 2.0]}
     save_artifact(tmp_path / "a.json", "thing", 3, body)
     content = bytearray((tmp_path / "a.json").read_bytes())
@@ -69,13 +69,13 @@ def test_no_altered_byte_goes_unnoticed(data: Any, tmp_path: Path) -> None:
         assert load_artifact(tmp_path / "a.json", "thing", 3) == body  # only spaces differ
 
 
-def test_keys_and_tuples_come_back_as_json_has_them(tmp_path: Path) -> None:
+def test_keys_and_tuples_are_loaded_as_json_types(tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 1, {"by_layer": {2: "b", 10: "a"}, "pair": (1, 2)})
     body = load_artifact(tmp_path / "a.json", "thing", 1)
     assert body == {"by_layer": {"2": "b", "10": "a"}, "pair": [1, 2]}
 
 
-def test_an_altered_number_is_refused(tmp_path: Path) -> None:
+def test_an_altered_number_is_rejected(tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 1, {"nll": 1.5})
     text = (tmp_path / "a.json").read_text().replace("1.5", "1.4")
     (tmp_path / "a.json").write_text(text)
@@ -83,7 +83,7 @@ def test_an_altered_number_is_refused(tmp_path: Path) -> None:
         load_artifact(tmp_path / "a.json", "thing", 1)
 
 
-def test_another_kind_or_version_is_refused(tmp_path: Path) -> None:
+def test_another_kind_or_version_is_rejected(tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 1, {})
     with pytest.raises(ArtifactError, match="is of the kind 'thing', but 'other' was expected"):
         load_artifact(tmp_path / "a.json", "other", 1)
@@ -104,18 +104,18 @@ def test_another_kind_or_version_is_refused(tmp_path: Path) -> None:
         '{"kind": "thing", "version": 1, "sha256": "", "body": {"nll": NaN}}',
     ],
 )
-def test_what_is_no_artifact_is_refused(text: str, tmp_path: Path) -> None:
+def test_other_files_are_rejected(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(ArtifactError, match="is truncated or no artifact of this project"):
         load_artifact(tmp_path / "a.json", "thing", 1)
 
 
-def test_a_missing_artifact_is_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_artifact_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_artifact(tmp_path / "none.json", "thing", 1)
 
 
-def test_nan_is_no_result_to_save_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_nan_is_not_saved_and_the_old_file_is_kept(tmp_path: Path) -> None:
     save_artifact(tmp_path / "a.json", "thing", 1, {"nll": 1.0})
     with pytest.raises(ValueError, match="not JSON compliant"):
         save_artifact(tmp_path / "a.json", "thing", 1, {"nll": float("nan")})
@@ -145,7 +145,7 @@ def test_values_of_different_types_have_different_digests(pair: tuple[Any, Any])
 # Writing in one move
 
 
-def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(TypeError), atomic_write(path) as file:
@@ -154,7 +154,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_shows_before_the_end(tmp_path: Path) -> None:
+def test_the_file_is_invisible_until_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file"
     with atomic_write(path) as file:
         file.write(b"content")
@@ -163,7 +163,7 @@ def test_nothing_shows_before_the_end(tmp_path: Path) -> None:
     assert path.read_bytes() == b"content"
 
 
-def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         with atomic_write(tmp_path / "file") as file:
@@ -195,7 +195,7 @@ def test_a_kill_in_the_middle_leaves_the_old_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_in_a_sentence(code: int, tmp_path: Path) -> None:
+def test_a_full_disk_raises_a_short_error(code: int, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with (

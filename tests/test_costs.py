@@ -68,7 +68,7 @@ def test_parts_are_those_of_the_memory_model(memory, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_stubs_leave_the_dense_model_as_it_is_and_are_missed_from_what_is_freed(memory, shape):
+def test_stubs_do_not_change_dense_bytes_and_reduce_freed_bytes(memory, shape):
     plain = MemoryModel(replace(memory.facts, stub_bytes=(), repair=""))
     ours, theirs = request_costs(memory, *shape), request_costs(plain, *shape)
     stub_bytes = memory.facts.stub_bytes or (0,) * 2 * LAYERS
@@ -80,7 +80,7 @@ def test_stubs_leave_the_dense_model_as_it_is_and_are_missed_from_what_is_freed(
         assert ours.peak_bytes([index]) - theirs.peak_bytes([index]) == held
 
 
-def test_they_are_kept_and_cannot_be_changed(memory):
+def test_cost_arrays_are_cached_and_read_only(memory):
     costs = request_costs(memory, 2, 30)
     assert request_costs(memory, 2, 30) is costs
     for array in (costs.freed_bytes, costs.freed_share):
@@ -88,18 +88,18 @@ def test_they_are_kept_and_cannot_be_changed(memory):
             array[0] = 0
 
 
-def test_models_do_not_mix(memory):
+def test_costs_of_models_do_not_mix(memory):
     other = MemoryModel(memory.facts)
     assert request_costs(other, 2, 30) is not request_costs(memory, 2, 30)
 
 
 @pytest.mark.parametrize(("shape", "message"), [((0, 5), "not 0"), ((1, 2049), "2048 tokens")])
-def test_what_the_model_cannot_serve_is_refused(memory, shape, message):
+def test_what_the_model_cannot_serve_is_rejected(memory, shape, message):
     with pytest.raises(InvalidRequestError, match=message):
         request_costs(memory, *shape)
 
 
-def test_numbers_that_are_not_whole_leave_no_trace(memory):
+def test_non_integers_are_rejected_and_not_cached(memory):
     with pytest.raises(InvalidRequestError, match=r"not 7\.0"):
         request_costs(memory, 1, 7.0)
     assert isinstance(request_costs(memory, 1, 7).dense_peak_bytes, int)

@@ -16,7 +16,7 @@ def test_an_unknown_name_lists_the_known_and_guesses():
     assert isinstance(error, RapError | ValueError)
 
 
-def test_a_missing_package_says_how_to_install_it():
+def test_a_missing_package_names_the_install_command():
     assert "pip install 'rap-env[eval]'" in str(MissingDependencyError("lm-eval", "A task", "eval"))
 
 

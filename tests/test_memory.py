@@ -97,7 +97,7 @@ def test_stubs_of_a_small_case_by_hand() -> None:
     assert plain.stubs == 0
 
 
-def test_stubs_are_missed_from_what_a_removal_frees() -> None:
+def test_stubs_reduce_the_bytes_that_a_removal_frees() -> None:
     assert REPAIRED.freed_bytes(REQUEST).tolist() == [250, 280, 170, 270, 190, 290]
 
 
@@ -127,7 +127,7 @@ def test_each_removed_block_lowers_the_peak_by_what_it_frees_with_stubs_too(
     assert before.peak - after.peak == freed + before.workspace - after.workspace
 
 
-def test_a_budget_between_the_least_with_and_without_stubs_is_refused() -> None:
+def test_a_budget_between_the_least_with_and_without_stubs_is_rejected() -> None:
     least = MEMORY.least_peak_bytes(REQUEST)
     assert REPAIRED.least_peak_bytes(REQUEST) == least + sum(STUB_BYTES)
     tight = replace(REQUEST, budget_bytes=least + sum(STUB_BYTES) - 1)
@@ -190,7 +190,7 @@ def test_sizes_beyond_32_bits_are_exact() -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("batch_size", 0), ("seq_len_tokens", -1), ("budget_bytes", 1.5)]
 )
-def test_a_request_of_nothing_is_refused(field: str, value: Any) -> None:
+def test_an_empty_request_is_rejected(field: str, value: Any) -> None:
     with pytest.raises(
         InvalidRequestError, match=f"{field} must be a whole number of at least 1, not {value}"
     ):
@@ -209,7 +209,7 @@ def test_numpy_integers_make_a_plain_request() -> None:
     assert type(request.batch_size) is int
 
 
-def test_a_length_beyond_the_models_positions_is_refused() -> None:
+def test_a_length_beyond_the_models_positions_is_rejected() -> None:
     with pytest.raises(
         InvalidRequestError, match=r"from 1 to 4096 tokens \(the positions of made-up\), not 4097"
     ):
@@ -218,12 +218,12 @@ def test_a_length_beyond_the_models_positions_is_refused() -> None:
         MEMORY.check(0, 10)
 
 
-def test_a_mask_of_another_model_is_refused() -> None:
+def test_a_mask_of_another_model_is_rejected() -> None:
     with pytest.raises(UnknownNameError, match=r"'layer03\.attn'; known are 'layer00\.attn \.\.\."):
         MEMORY.peak_bytes(BlockMask.of("layer03.attn"), REQUEST)
 
 
-def test_a_budget_below_every_mask_is_refused_with_the_least() -> None:
+def test_a_budget_below_every_mask_is_rejected_with_the_least() -> None:
     least = MEMORY.least_peak_bytes(REQUEST)
     MEMORY.check_feasible(replace(REQUEST, budget_bytes=least))
     with pytest.raises(InfeasibleBudgetError) as caught:
@@ -248,7 +248,7 @@ def test_the_whole_dense_peak_needs_no_pruning() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, float("nan"), float("inf")])
-def test_a_fraction_that_is_no_budget(fraction: float) -> None:
+def test_an_invalid_budget_fraction_is_rejected(fraction: float) -> None:
     with pytest.raises(InvalidRequestError, match="budget fraction must be above 0, not"):
         Request.at_fraction(MEMORY, 1, 1, fraction)
 
@@ -262,7 +262,7 @@ def test_a_fraction_of_a_length_that_the_model_cannot_serve() -> None:
     "changes",
     [{"block_param_bytes": (1, 1, 1)}, {"kv_window_tokens": (None,)}, {"stub_bytes": (1,) * 5}],
 )
-def test_facts_that_do_not_fit_together_are_refused(changes: dict[str, Any]) -> None:
+def test_facts_that_do_not_fit_together_are_rejected(changes: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="facts of made-up do not fit together"):
         replace(FACTS, **changes)
 
@@ -279,7 +279,7 @@ def test_shares_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
     assert sum(row[part] for part in parts) == pytest.approx(1)
 
 
-def test_the_cache_takes_over_from_the_weights_as_requests_grow() -> None:
+def test_the_cache_share_grows_with_the_request() -> None:
     (short,), (long,) = MEMORY.shares([1], [16]), MEMORY.shares([256], [4096])
     assert short["ffn_weights"] > short["kv_cache"]
     assert long["kv_cache"] > long["ffn_weights"]

@@ -129,5 +129,5 @@ def test_any_depth_stays_inside_the_picture(layers):
     ("count", "text"),
     [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (_MIB, "1.0 MiB"), (3 * 2**31, "6.00 GiB")],
 )
-def test_bytes_for_people(count, text):
+def test_bytes_are_formatted_with_units(count, text):
     assert human_bytes(count) == text

@@ -103,7 +103,7 @@ def test_the_log_scale_by_hand(settings, loss, expected):
     assert term.step(StepOutcome(PATH[1], loss, None, ends=True)) == pytest.approx(expected)
 
 
-def test_the_log_scale_has_no_bend_at_zero():
+def test_the_log_scale_is_smooth_at_zero():
     around = [PerplexityReward(scale="log")._cost(loss) for loss in (-1e-7, 0.0, 1e-7)]
     assert around[2] - around[1] == pytest.approx(around[1] - around[0], rel=1e-5)
 
@@ -134,7 +134,7 @@ def test_a_step_on_the_way_is_not_compared():
         PerplexityReward(relative_to="gsi").step(on_the_way._replace(ends=True))
 
 
-def test_a_baseline_is_asked_for_only_where_a_term_is_paid():
+def test_a_baseline_is_requested_only_if_a_term_uses_it():
     compared = {"name": "combined", "relative_to": "gsi"}
     assert make_reward(compared, KeptShare).relative_to == "gsi"
     only_accuracy = {**compared, "weights": {"perplexity": 0, "accuracy": 1}}
@@ -143,14 +143,14 @@ def test_a_baseline_is_asked_for_only_where_a_term_is_paid():
     assert make_reward("accuracy", KeptShare).relative_to is None
 
 
-def test_the_dense_reward_pays_each_removal_what_it_adds(scorer):
+def test_the_dense_reward_pays_the_delta_nll_of_each_removal(scorer):
     paid = [r["perplexity"] for r in play(make_reward(_dense(), no_tasks), scorer)]
     nll = [scorer.nll(mask) for mask in PATH]
     assert paid == pytest.approx([a - b for a, b in itertools.pairwise(nll)])
     assert paid[2] == 0.0  # the action that changed nothing
 
 
-def test_a_dense_reward_without_the_loss_before_is_refused():
+def test_a_dense_reward_without_the_loss_before_is_rejected():
     with pytest.raises(ValueError, match="needs the ΔNLL of the mask before"):
         PerplexityReward("dense").step(StepOutcome(PATH[1], 1.0, None, ends=True))
 
@@ -226,7 +226,7 @@ def test_unknown_names_list_the_known_ones(spec, message):
         ({"name": "combined", "weights": {"accuracy": 0}}, "needs a weight above 0"),
     ],
 )
-def test_impossible_settings_are_refused(spec, message):
+def test_impossible_settings_are_rejected(spec, message):
     with pytest.raises(InvalidRequestError, match=message):
         make_reward(spec, KeptShare)
 

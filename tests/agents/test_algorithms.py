@@ -50,7 +50,7 @@ def test_hyperparameters_are_those_of_the_agent():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_given_hyperparameters_go_before_the_defaults(name, context):
+def test_given_hyperparameters_override_the_defaults(name, context):
     config = AgentConfig(name, n_envs=1, hyperparameters={"learning_rate": 0.0123})
     model = make_model(config, DummyVecEnv([make_env(context)]))
     assert model.lr_schedule(1) == pytest.approx(0.0123)
@@ -67,7 +67,7 @@ def test_policy_settings_reach_the_network(context):
     assert policy.features_extractor.vectors.shape == (12, 5)
 
 
-def test_config_as_dict_makes_the_config_again():
+def test_config_round_trips_through_a_dict():
     settings = {"without": ["request"]}
     config = AgentConfig("ppo", "blockwise", 500, 2, 7, {"n_steps": 16}, policy_settings=settings)
     assert AgentConfig(**config.as_dict()) == config

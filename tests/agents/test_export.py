@@ -54,7 +54,7 @@ def assert_same_choices(context, policy, network):
 @pytest.mark.parametrize("spread", [None, 0.3], ids=["first", "random"])
 @pytest.mark.parametrize("vectors", [0, 16])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_numpy_chooses_as_torch_does(name, vectors, spread):
+def test_numpy_and_torch_choose_the_same_masks(name, vectors, spread):
     context = wide_bench()
     policy = untrained(name, context, spread=spread, hidden=24, block_vectors=vectors)
     builder = ObservationBuilder(context.memory, context.features)
@@ -64,7 +64,7 @@ def test_numpy_chooses_as_torch_does(name, vectors, spread):
 
 @pytest.mark.parametrize("without", ABLATIONS, ids=lambda names: "-".join(names) or "nothing")
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
-def test_so_it_does_under_every_ablation(name, without):
+def test_numpy_and_torch_agree_under_every_ablation(name, without):
     context = wide_bench()
     policy = untrained(name, context, spread=0.3, block_vectors=4, without=list(without))
     builder = ObservationBuilder(context.memory, context.features)
@@ -73,7 +73,7 @@ def test_so_it_does_under_every_ablation(name, without):
     assert_same_choices(context, policy, BlockNetwork(weights, builder))
 
 
-def test_so_it_does_with_stubs(repaired_context):
+def test_numpy_and_torch_agree_with_stubs(repaired_context):
     policy = untrained("maskable_ppo", repaired_context, spread=0.3)
     builder = ObservationBuilder(repaired_context.memory, repaired_context.features)
     network, trained = (
@@ -110,7 +110,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["plain", "vectors"])
-def test_a_run_becomes_a_file_that_chooses_the_same(runs, kind, tmp_path):
+def test_an_exported_run_chooses_the_same_masks(runs, kind, tmp_path):
     context, folders = runs
     export_policy(folders[kind], context).save(tmp_path / "policy.safetensors")
     exported, trained = (
@@ -125,7 +125,7 @@ def test_a_run_becomes_a_file_that_chooses_the_same(runs, kind, tmp_path):
             assert exported.choose(request) == trained.choose(request)
 
 
-def test_the_file_says_where_it_is_from(runs, tmp_path):
+def test_the_file_records_its_provenance(runs, tmp_path):
     context, folders = runs
     export_policy(folders["plain"], context).save(tmp_path / "policy.safetensors")
     file = PolicyFile.load(tmp_path / "policy.safetensors")
@@ -149,7 +149,7 @@ def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):
         export_policy(folders["vectors"], larger)
 
 
-def test_what_cannot_be_exported_says_why(runs, tmp_path):
+def test_an_unexportable_policy_raises_an_error_with_the_reason(runs, tmp_path):
     context, folders = runs
     with pytest.raises(ArtifactError, match="is 'mlp', but only block-wise policies"):
         export_policy(folders["mlp"], context)

@@ -47,7 +47,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_policy_does_what_the_teacher_does(context, builder, teacher, name):
+def test_the_policy_matches_its_teacher(context, builder, teacher, name):
     model = new_model(name, context)
     result = imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
@@ -136,7 +136,7 @@ def test_same_seed_same_policy(context, builder, teacher, name):
     assert not torch.equal(found[0], found[2])
 
 
-def test_what_cannot_be_imitated_is_refused(context, builder, teacher):
+def test_unsupported_imitation_is_rejected(context, builder, teacher):
     model = new_model("ppo", context)
     idle = [Demonstration(teacher[0].request, BlockMask())]
     with pytest.raises(AgentConfigError, match="no demonstration removes a block"):
@@ -149,7 +149,7 @@ def test_what_cannot_be_imitated_is_refused(context, builder, teacher):
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_it_warms_up_a_training(tmp_path, context, builder, teacher, name):
+def test_imitation_warm_starts_a_training(tmp_path, context, builder, teacher, name):
     """Few steps after imitation the policy still does what the teacher does."""
     rate = {"learning_rate": 1e-6}
     config = AgentConfig(

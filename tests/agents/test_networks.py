@@ -28,7 +28,7 @@ def columns_that_change(rows, one, other):
     return set(torch.nonzero((rows(one) - rows(other)).abs().amax(dim=(0, 1))).ravel().tolist())
 
 
-def test_rows_are_finite_when_all_blocks_are_gone_or_look_alike():
+def test_rows_are_finite_when_all_blocks_are_removed_or_identical():
     same = SyntheticContext([0.1] * 12)
     builder = ObservationBuilder(same.memory, same.features)
     rows = BlockRows(builder.space)
@@ -38,7 +38,7 @@ def test_rows_are_finite_when_all_blocks_are_gone_or_look_alike():
         assert torch.isfinite(out).all()
 
 
-def test_a_block_sees_which_neighbours_are_gone(context, builder):
+def test_a_block_observes_which_neighbours_are_removed(context, builder):
     rows = BlockRows(builder.space)
     near = rows(observed(context, 4, 7))[0]
     # The columns after the block's own 2 x 7 features, 2 prices, useful share and kept.
@@ -50,7 +50,7 @@ def test_a_block_sees_which_neighbours_are_gone(context, builder):
     assert found[0] == found[11] == [1, 1, 1, 1]  # beyond the ends all are kept
 
 
-def test_the_whole_says_how_many_of_each_kind_are_gone(context, builder):
+def test_global_features_count_removed_blocks_by_kind(context, builder):
     rows = BlockRows(builder.space)(observed(context, 0, 2, 3))[0]
     assert torch.equal(rows[:, -2:], torch.tensor([2 / 6, 1 / 6]).expand(12, -1))
 
@@ -67,7 +67,7 @@ def test_hidden_importance_does_not_reach_the_rows(context, builder, without, fe
     assert not columns_that_change(BlockRows(builder.space, without=[without]), one, other)
 
 
-def test_without_the_request_all_requests_look_alike(context, builder):
+def test_without_request_features_all_requests_have_equal_observations(context, builder):
     one, other = observed(context, 3), observed(context, 3, shape=(16, 2000), fraction=0.8)
     assert not torch.equal(one["request"], other["request"])
     blind = BlockRows(builder.space, without=["request"])
@@ -87,7 +87,7 @@ def test_every_column_can_be_hidden_or_is_of_no_request(context, builder):
     assert len(REQUEST_FEATURES) + 4 * len(BLOCK_FEATURES) + 10 == whole.features_dim
 
 
-def test_a_vector_is_its_blocks_own_and_the_whole_sees_those_of_removed_blocks(context, builder):
+def test_block_vectors_are_per_block_and_global_features_include_removed_ones(context, builder):
     torch.manual_seed(0)
     rows = BlockRows(builder.space, block_vectors=3)
     found = rows(observed(context, 2, 9))[0]

@@ -12,7 +12,7 @@ from tests.agents.synthetic import request_at
 
 
 @pytest.mark.parametrize("which_context", ["context", "repaired_context"])
-def test_it_sees_what_the_builder_sees_of_each_mask(request, which_context):
+def test_batch_observations_equal_those_of_the_single_builder(request, which_context):
     context = request.getfixturevalue(which_context)
     builder = ObservationBuilder(context.memory, context.features)
     requests = [request_at(context, *r) for r in [(1, 10, 0.9), (4, 50, 0.5), (8, 33, 0.4)]]
@@ -32,7 +32,7 @@ def test_it_sees_what_the_builder_sees_of_each_mask(request, which_context):
         assert over[row] == max(0, peak - asked.budget_bytes)
 
 
-def test_a_request_that_cannot_be_served_is_refused(context):
+def test_a_request_that_cannot_be_served_is_rejected(context):
     builder = ObservationBuilder(context.memory, context.features)
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         MaskObserver(builder, [Request(1, 5000, 10**9)])

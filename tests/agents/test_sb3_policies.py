@@ -35,7 +35,7 @@ def observed(context, *removed, fraction=0.6):
 
 
 @pytest.mark.parametrize(("name", "policy"), KINDS)
-def test_saved_and_loaded_by_sb3_itself(tmp_path, context, name, policy):
+def test_policies_can_be_saved_and_loaded_by_sb3(tmp_path, context, name, policy):
     model = model_of(name, policy, context)
     model.save(tmp_path / "model.zip")
     again = type(model).load(tmp_path / "model.zip", device="cpu")
@@ -91,7 +91,7 @@ def test_settings_are_saved_and_loaded_too(tmp_path, context, name):
 
 
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
-def test_first_choices_are_near_uniform(name, context):
+def test_an_untrained_policy_is_near_uniform(name, context):
     logits = torch.as_tensor(scores(model_of(name, "blockwise", context), observed(context)))
     probabilities = logits.softmax(dim=0)
     assert probabilities.max() < 1.2 / 12
@@ -108,7 +108,7 @@ def test_only_masked_dqn_masks_its_q_values(context, policy):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_sb3s_predict_gives_valid_actions_where_masks_are_known(name, context):
+def test_sb3_predict_returns_valid_actions_if_masks_are_given(name, context):
     model = model_of(name, "blockwise", context)
     observation = observed(context, *range(8), fraction=0.3)
     arguments = {"action_masks": observation["action_mask"]} if "maskable" in name else {}

@@ -50,7 +50,7 @@ def test_every_budget_is_met_without_a_score(context, name, policy):
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_it_removes_what_the_network_likes_best_of_each_observation(context, name):
+def test_it_removes_the_block_with_the_highest_network_score(context, name):
     trained = untrained(name, context)
     request, mask = request_at(context, 2, 300, 0.5), BlockMask()
     builder = ObservationBuilder(context.memory, context.features)
@@ -81,7 +81,7 @@ def test_without_the_request_it_is_one_static_order(context, name):
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_best_of_several_is_the_one_that_scores_least(context, monkeypatch, name, policy):
+def test_best_of_takes_the_mask_with_the_lowest_score(context, monkeypatch, name, policy):
     monkeypatch.setattr(policies, "_Q_TEMPERATURE", 2.0)  # random Q values fall into two heaps
     judged = []
 
@@ -138,7 +138,7 @@ def test_real_scores_count_as_evaluations(context):
     assert again.mask == choice.mask
 
 
-def test_a_score_that_is_no_number_never_wins(context):
+def test_a_nan_score_never_wins(context):
     def score(masks):
         return [np.nan, *range(len(masks), 1, -1)]
 
@@ -151,7 +151,7 @@ def test_a_score_that_is_no_number_never_wins(context):
 @pytest.mark.parametrize(
     ("best_of", "text"), [(4, "needs a way to score masks"), (0, "at least 1")]
 )
-def test_several_masks_need_a_judge(context, best_of, text):
+def test_best_of_needs_a_scorer(context, best_of, text):
     with pytest.raises(AgentConfigError, match=text):
         untrained("ppo", context, best_of=best_of)
 
@@ -162,7 +162,7 @@ def test_stops_at_the_first_mask_that_fits(context):
     assert len(trained.choose(request_at(context, 1, 10, 0.999))) == 1
 
 
-def test_impossible_requests_are_refused(context):
+def test_impossible_requests_are_rejected(context):
     trained = untrained("dqn", context)
     with pytest.raises(InfeasibleBudgetError, match="with every block removed"):
         trained.choose(Request(1, 10, 100))
@@ -193,12 +193,12 @@ def test_blockwise_policy_serves_a_model_with_more_layers(runs, context):
     assert len(context.memory.facts.blocks) == 12
 
 
-def test_mlp_policy_of_another_model_is_refused(runs, context):
+def test_mlp_policy_of_another_model_is_rejected(runs, context):
     with pytest.raises(ArtifactError, match="trained on a model of another shape.*train a policy"):
         TrainedPolicy.load(runs["mlp"], context)
 
 
-def test_a_policy_with_block_vectors_serves_its_own_number_of_blocks_alone(runs, context):
+def test_a_policy_with_block_vectors_needs_its_own_number_of_blocks(runs, context):
     with pytest.raises(ArtifactError, match="vector for each of 8 blocks, but this model has 12"):
         TrainedPolicy.load(runs["vectors"], context)
     own = SyntheticContext(np.linspace(0.2, 0.9, 8))
@@ -213,7 +213,7 @@ def test_options_of_a_choice_can_be_loaded_with(runs, context):
     assert 1 < trained.evaluations <= 8
 
 
-def test_without_a_checkpoint_it_says_so(tmp_path, context):
+def test_a_missing_checkpoint_raises_an_error(tmp_path, context):
     with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
         TrainedPolicy.load(tmp_path, context)
 

@@ -93,7 +93,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, context, name, o
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
 
 
-def test_a_replayed_trace_goes_on_where_it_was(tmp_path, context):
+def test_a_replayed_trace_continues_at_its_position(tmp_path, context):
     trace = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(100, 3000, 90))
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
@@ -105,7 +105,7 @@ def test_a_replayed_trace_goes_on_where_it_was(tmp_path, context):
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
 
 
-def test_episodes_that_look_different_after_a_resume_begin_anew(tmp_path, context, caplog):
+def test_changed_episodes_restart_after_a_resume(tmp_path, context, caplog):
     train(short(steps=64), make_envs(context), tmp_path, progress=False)
     context.features = ImportanceFeatures.none(12)
     with caplog.at_level(logging.WARNING):
@@ -147,7 +147,7 @@ def slow_bench():
     return context
 
 
-def test_killed_training_goes_on(tmp_path):
+def test_killed_training_resumes(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(tmp_path)], env=environment)
     folder = tmp_path / "checkpoints"
@@ -173,7 +173,7 @@ def damage(path):
 
 
 @pytest.mark.parametrize("file", ["model.zip", "checkpoint.json"])
-def test_damaged_checkpoint_is_passed_over(tmp_path, context, caplog, file):
+def test_a_damaged_checkpoint_is_skipped(tmp_path, context, caplog, file):
     train(short(), make_envs(context), tmp_path, progress=False)
     folders = sorted((tmp_path / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step_000000224", "step_000000256"]
@@ -186,7 +186,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, context, caplog, file):
     assert "The previous checkpoint is used" in caplog.text
 
 
-def test_all_damaged_is_an_error_that_says_what_to_do(tmp_path, context):
+def test_only_damaged_checkpoints_raise_an_error_with_a_remedy(tmp_path, context):
     train(short(steps=64), make_envs(context), tmp_path, progress=False)
     first, second = sorted((tmp_path / "checkpoints").iterdir())
     damage(first / "model.zip")
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, con
         ({"policy_settings": {"without": ["gsi"]}}, "started with policy_settings=.*without"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(tmp_path, context, other, text):
+def test_resuming_with_other_settings_is_rejected(tmp_path, context, other, text):
     train(short(steps=32), make_envs(context), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match=text):
         train(short(**other), make_envs(context), tmp_path, progress=False)
@@ -267,7 +267,7 @@ def test_a_warm_start_happens_once(tmp_path, context):
     assert calls == [0]
 
 
-def test_resuming_on_another_model_is_refused(tmp_path, context, real_context):
+def test_resuming_on_another_model_is_rejected(tmp_path, context, real_context):
     train(short(steps=32), make_envs(context), tmp_path, progress=False)
     workload = {"name": "fixed", "batch_size": 1, "seq_len_tokens": 16}
     with pytest.raises(ArtifactError, match="observation_space=.*cannot resume"):
@@ -287,7 +287,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, context, monkeypatch):
     assert not list((tmp_path / "checkpoints").glob(".new-*"))
 
 
-def test_left_overs_of_a_kill_are_swept_away(tmp_path, context):
+def test_leftovers_of_a_kill_are_removed(tmp_path, context):
     left_over = tmp_path / "checkpoints" / ".new-abc"
     left_over.mkdir(parents=True)
     train(short(steps=32), make_envs(context), tmp_path, progress=False)
@@ -295,7 +295,7 @@ def test_left_overs_of_a_kill_are_swept_away(tmp_path, context):
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_divergence_stops_with_what_to_do(tmp_path, context, monkeypatch, name, often):
+def test_divergence_raises_an_error_with_a_remedy(tmp_path, context, monkeypatch, name, often):
     models = []
     made = training.make_model
 
@@ -315,7 +315,7 @@ def test_divergence_stops_with_what_to_do(tmp_path, context, monkeypatch, name, 
     assert all(bool(torch.isfinite(p).all()) for p in saved.policy.parameters())
 
 
-def test_metrics_say_what_happened(tmp_path, context):
+def test_metrics_describe_the_training(tmp_path, context):
     lines = []
     before = context.scorer.evaluations
     result = train(
@@ -341,7 +341,7 @@ def test_metrics_say_what_happened(tmp_path, context):
     assert [step for step, _ in lines] == sorted(step for step, _ in lines)
 
 
-def test_no_bar_without_a_terminal(tmp_path, context, capfd):
+def test_no_progress_bar_without_a_terminal(tmp_path, context, capfd):
     train(short(steps=64), make_envs(context), tmp_path)
     assert "step/s" not in capfd.readouterr().err
 

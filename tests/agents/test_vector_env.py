@@ -78,14 +78,14 @@ def test_a_new_episode_takes_the_seeds_and_options_given_before(context):
     assert [info["reward_terms"] for info in envs.reset_infos] == [{}] * NUM_ENVS
 
 
-def test_different_options_for_lanes_are_refused(context):
+def test_different_options_for_sub_environments_are_rejected(context):
     envs = together(context)
     envs.set_options([{"request": request_at(context, 2, 300, 0.1 * n)} for n in range(5, 9)])
     with pytest.raises(InvalidRequestError, match="take the same options"):
         envs.reset()
 
 
-def test_lanes_answer_by_index(context):
+def test_sub_environments_are_addressed_by_index(context):
     envs = together(context)
     envs.set_options({"request": request_at(context, 2, 300, 0.6)})  # takes several removals
     envs.reset()
@@ -102,7 +102,7 @@ def test_lanes_answer_by_index(context):
         envs.set_attr("label", "one", indices=[0])
 
 
-def test_it_draws_its_sub_envs(context):
+def test_render_draws_the_sub_environments(context):
     envs = together(context, render_mode="rgb_array")
     envs.reset()
     images = envs.get_images()
@@ -127,13 +127,13 @@ def test_other_environments_of_gymnasium_can_be_trained_on():
     assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
 
 
-def test_another_autoreset_mode_is_refused():
+def test_another_autoreset_mode_is_rejected():
     envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
     with pytest.raises(UnknownNameError, match="'NextStep'; known are 'SameStep'.*must be reset"):
         GymVecEnv(envs)
 
 
-def test_infos_are_split_by_who_has_them():
+def test_infos_are_split_by_sub_environment():
     infos = {
         "a": np.array([1, 2]),
         "_a": np.array([True, False]),

@@ -28,7 +28,7 @@ def test_the_network_in_torch_is_the_same_policy(settings):
         assert trained.choose(request) == exported.choose(request)
 
 
-def test_a_side_times_every_decision():
+def test_every_decision_is_timed():
     asked = [Request(1, length, 10**9) for length in (5, 6, 7)]
     side = Side(lambda request: BlockMask.of(request.seq_len_tokens), asked, rounds=2)
     side()
@@ -44,7 +44,7 @@ def test_a_side_times_every_decision():
     assert found["cpu_p50_ms"]["repeats"] == 1
 
 
-def test_it_ends_in_a_record_of_both_sides(tmp_path):
+def test_the_benchmark_writes_a_record_of_both_sides(tmp_path):
     folder = tmp_path / "model"
     tiny_model("llama_tied", layers=4).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -41,7 +41,7 @@ def test_settings_come_from_the_command_line(monkeypatch):
         ("repeats=0", "repeats must be at least 1, not 0"),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(word, message, monkeypatch, capsys):
+def test_a_wrong_setting_gives_a_short_error(word, message, monkeypatch, capsys):
     _given(monkeypatch, word)
     with pytest.raises(SystemExit) as ended:
         settings_from_cli(_Settings)
@@ -53,7 +53,7 @@ def test_a_wrong_setting_is_one_sentence(word, message, monkeypatch, capsys):
     assert "known are repeats, threads, results_dir, batch_size" in said
 
 
-def test_a_mistake_that_shows_later_is_one_sentence_too(monkeypatch, capsys):
+def test_a_late_error_is_short_too(monkeypatch, capsys):
     def run(settings: _Settings) -> None:
         raise InvalidRequestError(f"No batch of {settings.batch_size}.")
 
@@ -73,7 +73,7 @@ def test_sides_take_turns_after_the_warm_up():
     assert all(found > 0 for side in seconds.values() for found in side)
 
 
-def test_the_time_is_that_of_the_call_alone(monkeypatch):
+def test_only_the_call_is_timed(monkeypatch):
     clock = iter([1.0, 3.5, 10.0, 10.25])
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     assert alternate({"A": lambda: None}, repeats=2, warm_up=3) == {"A": [2.5, 0.25]}
@@ -102,7 +102,7 @@ def test_a_target_is_met_within_its_bounds(at_least, at_most, reached, met):
     assert Target("ratio", at_least, at_most, reached).met is met
 
 
-def test_a_target_without_bounds_is_refused():
+def test_a_target_without_bounds_is_rejected():
     with pytest.raises(ValueError, match="'ratio' needs at_least or at_most"):
         Target("ratio", None, None, 1.0)
 
@@ -112,7 +112,7 @@ def test_the_median_of_a_spread_decides():
     assert (target.reached, target.low, target.high, target.met) == (3.0, 1.0, 9.0, True)
 
 
-def test_a_record_says_what_gave_the_numbers(tmp_path, capsys):
+def test_a_record_states_how_the_numbers_were_measured(tmp_path, capsys):
     slow = Target("seconds", None, 3.0, 4.0, low=3.5, high=5.0)
     path = write_record(
         "toy",
@@ -137,7 +137,7 @@ def test_a_record_says_what_gave_the_numbers(tmp_path, capsys):
     assert "side: step_s 2 [1, 3], bytes 123,456" in printed
 
 
-def test_a_number_that_is_not_finite_is_no_result(tmp_path):
+def test_a_non_finite_number_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_record(
             "toy",

@@ -14,7 +14,7 @@ def _floats(kib: int) -> torch.Tensor:
     return torch.ones(kib * KIB // 4)
 
 
-def test_the_peak_counts_what_is_alive_at_once_and_not_what_was_there_before():
+def test_the_peak_counts_simultaneously_live_tensors_allocated_inside():
     before = _floats(64)
     with measured_peak(CPU) as measured:
         first = _floats(8)
@@ -33,13 +33,13 @@ def test_temporary_tensors_inside_an_operation_count():
     assert measured.peak_bytes >= logits.numel() * 4  # log-probabilities, seen by nobody
 
 
-def test_no_work_needs_nothing():
+def test_an_empty_block_has_a_peak_of_zero():
     with measured_peak(CPU) as measured:
         pass
     assert measured.peak_bytes == 0
 
 
-def test_an_error_in_the_block_comes_out_and_the_next_block_measures_again():
+def test_an_error_in_the_block_propagates_and_the_next_measurement_works():
     with pytest.raises(ZeroDivisionError), measured_peak(CPU):
         1 / 0  # noqa: B018
     with measured_peak(CPU) as measured:
@@ -48,7 +48,7 @@ def test_an_error_in_the_block_comes_out_and_the_next_block_measures_again():
 
 
 @pytest.mark.gpu
-def test_the_allocator_of_a_gpu_is_asked_the_same():
+def test_the_cuda_allocator_gives_the_same_peak():
     with measured_peak(torch.device("cuda:0")) as measured:
         first = torch.ones(1 << 20, device="cuda:0")
         del first

@@ -61,7 +61,7 @@ class TestMemoryTraffic:
         assert short.step_bytes(BlockMask.of(1)) == dense - llm.facts.block_param_bytes[1]
 
     @pytest.mark.parametrize("order", ORDERS)
-    def test_a_mask_takes_about_the_share_asked_for(self, order):
+    def test_a_mask_frees_about_the_requested_share(self, order):
         traffic = MemoryTraffic(tiny_llm("llama", layers=8), 8)
         mask = traffic.mask(order, 0.25)
         one = max(traffic.block_bytes) / traffic.step_bytes(BlockMask())
@@ -91,7 +91,7 @@ class TestDecoding:
             torch.testing.assert_close(one.keys, other.keys)
 
 
-def test_apply_ends_in_a_record_and_leaves_its_ratio(folder, tmp_path):
+def test_apply_writes_a_record_with_its_ratio(folder, tmp_path):
     settings = apply.ApplySettings(
         repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder),
         blocks=2, context_tokens=8, steps=2, changes=10,
@@ -103,7 +103,7 @@ def test_apply_ends_in_a_record_and_leaves_its_ratio(folder, tmp_path):
     assert 0 < share <= record["targets"][0]["reached"]
 
 
-def test_live_ends_in_a_record_with_what_it_took_and_freed(folder, tmp_path):
+def test_live_writes_a_record_of_seconds_and_freed_bytes(folder, tmp_path):
     settings = live.LiveSettings(
         repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder),
         blocks=3, context_tokens=8, steps=2, refill_tokens=[4, 8], offloaded=[1, 2 * LAYERS],
@@ -119,7 +119,7 @@ def test_live_ends_in_a_record_with_what_it_took_and_freed(folder, tmp_path):
     assert len(record["targets"]) == 4
 
 
-def test_decode_ends_in_a_record_of_every_order_and_share(folder, tmp_path, monkeypatch):
+def test_decode_writes_a_record_for_every_order_and_share(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_READ_BYTES", 2**16)
     settings = decode.DecodeSettings(
         repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder),
@@ -135,7 +135,7 @@ def test_decode_ends_in_a_record_of_every_order_and_share(folder, tmp_path, monk
     assert "a plain read of memory" in record["notes"][1]
 
 
-def test_repair_counts_the_stubs_as_bytes_that_stay(folder, tmp_path):
+def test_repair_counts_stubs_as_kept_bytes(folder, tmp_path):
     settings = repair.RepairSettings(
         repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder), fit_tokens=64,
         held_back_tokens=32, window_tokens=16, rank=2, context_tokens=16, steps=2, shares=[0.4],
@@ -178,7 +178,7 @@ class TestMemory:
         logits = 2 * llm.facts.vocab_size * 4
         assert held + logits <= found["peak_bytes"] < 2 * held
 
-    def test_it_ends_in_a_record(self, folder, tmp_path):
+    def test_the_benchmark_writes_a_record(self, folder, tmp_path):
         settings = memory.MemorySettings(
             repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder),
             dtype="float32", requests=["1x8", "2x12"], steps=2,
@@ -191,7 +191,7 @@ class TestMemory:
         assert peak["reached"] == pytest.approx(100 * max(off))
         assert len(off) == 8
 
-    def test_a_request_without_a_prompt_is_refused(self):
+    def test_a_request_without_a_prompt_is_rejected(self):
         with pytest.raises(InvalidRequestError, match="longer than its answer of 4 tokens"):
             memory.measure(tiny_llm("llama"), Request(1, 4, budget_bytes=2**62), steps=4)
 

@@ -25,7 +25,7 @@ def sides(settings) -> dict[str, Player]:
     return players(settings, known_context(settings))
 
 
-def test_every_score_is_known_after_one_play(sides):
+def test_every_score_is_cached_after_one_run(sides):
     scorer = sides["single"].env.unwrapped.context.scorer
     for side in sides.values():
         side()

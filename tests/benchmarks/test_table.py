@@ -19,7 +19,7 @@ def _record(name: str, *targets: Target, **machine: object) -> dict[str, object]
     }
 
 
-def test_each_target_is_a_row():
+def test_the_table_has_a_row_for_each_target():
     fast = Target("times as fast", 2.2, None, 2.5, "naive loop", 2.4, 2.6)
     slow = Target("seconds", None, 3.0, 4.0)
     lines = markdown([_record("gsi", fast, slow), _record("load", slow, gpu="Toy GPU")]).split("\n")

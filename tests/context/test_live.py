@@ -35,7 +35,7 @@ def test_importance_is_measured_once_and_kept(tmp_path):
     assert again.scorer.evaluations == 0
 
 
-def test_what_an_agent_sees_does_not_depend_on_what_was_measured_before(tmp_path):
+def test_observations_do_not_depend_on_earlier_measurements(tmp_path):
     fresh = make_live(tmp_path / "a", gsi_removals=1).features
     longer = make_live(tmp_path / "b", gsi_removals=4)
     assert len(longer.gsi.order) == 4
@@ -93,7 +93,7 @@ def config(tmp_path):
     )  # fmt: skip
 
 
-def test_a_plain_and_a_repaired_context_share_a_model_and_leave_each_other_alone(config):
+def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
     plain = open_context(config)
     repaired = open_context(replace(config, repair="library"))
     assert repaired.llm.model is plain.llm.model
@@ -115,7 +115,7 @@ def test_a_plain_and_a_repaired_context_share_a_model_and_leave_each_other_alone
     assert plain.llm.mask == BlockMask()
 
 
-def test_importance_is_kept_apart_by_what_stands_in_the_blocks_places(config, tmp_path):
+def test_importance_is_stored_separately_for_each_repair(config, tmp_path):
     contexts = [open_context(replace(config, repair=repair)) for repair in ("none", "library")]
     orders = [context.gsi for context in contexts]
     assert orders[0].nll_after != orders[1].nll_after
@@ -135,7 +135,7 @@ def test_importance_is_kept_apart_by_what_stands_in_the_blocks_places(config, tm
         _ = others.gsi
 
 
-def test_a_library_that_was_made_again_is_read_again(config, tmp_path):
+def test_a_rewritten_library_is_read_again(config, tmp_path):
     path = tmp_path / "mine.safetensors"
     llm = open_context(config).llm
     asked = replace(config, repair=str(path))

@@ -85,7 +85,7 @@ def test_the_same_episodes_as_with_the_live_model(live, model, timing):
     assert not any("predicted" in info for *_, info in found)
 
 
-def test_predicted_scores_are_flagged_where_they_are_shown(shallow):
+def test_predicted_scores_are_flagged_in_info(shallow):
     env = gym.make("RAPPrune-v0", model=shallow, importance="one_shot", workload=WORKLOAD)
     infos = [info for *_, info in play(env)]
     deep = [info for info in infos if "nll" in info and len(info["removed"]) > 2]
@@ -118,7 +118,7 @@ def test_stepping_loads_neither_torch_nor_transformers(model):
     assert done.stdout.strip() == "[]"
 
 
-def test_what_needs_the_model_says_so(live, model):
+def test_operations_that_need_the_model_raise_an_error(live, model):
     context = open_context(ContextConfig(model=model, importance="one_shot"))
     with pytest.raises(ModelNotAvailableError, match="no model, which .*tasks.*give the model"):
         _ = context.llm
@@ -139,7 +139,7 @@ def test_kinds_of_importance(live, model):
         opened("gsi")
 
 
-def test_a_table_with_gsi_gives_what_the_live_model_gave(tmp_path):
+def test_a_table_with_gsi_equals_the_live_model(tmp_path):
     base = make_context()
     live = LiveContext(base.llm, base.scorer.corpus, gsi_removals=2, progress=False)
     table = table_of(live, all_masks(BLOCKS, 2), importance="gsi", gsi_removals=2)
@@ -167,12 +167,12 @@ def test_a_table_with_gsi_gives_what_the_live_model_gave(tmp_path):
         ({"calibration": CorpusConfig(source="text.txt")}, r"calibration\.source='text\.txt'"),
     ],
 )
-def test_settings_that_a_table_cannot_honour(model, settings, text):
+def test_settings_unsupported_by_a_table_are_rejected(model, settings, text):
     with pytest.raises(ArtifactError, match=text):
         open_context(ContextConfig(model=model, importance="one_shot", **settings))
 
 
-def test_settings_that_it_was_measured_with(model):
+def test_settings_of_the_table_are_accepted(model):
     text = CorpusConfig(windows=2, window_tokens=8)
     config = ContextConfig(
         model=model, importance="one_shot", dtype="float32", device="cpu", calibration=text
@@ -180,14 +180,14 @@ def test_settings_that_it_was_measured_with(model):
     assert open_context(config) is open_context(config)
 
 
-def test_a_table_that_was_made_again_is_read_again(live, model, tmp_path):
+def test_a_rewritten_table_is_read_again(live, model, tmp_path):
     config = ContextConfig(model=model, importance="one_shot")
     assert len(open_context(config).table.scores) == 2**BLOCKS
     table_of(live, all_masks(BLOCKS, 2)).save(tmp_path / "t.json")
     assert len(open_context(config).table.scores) == 22
 
 
-def test_files_that_are_not_there_or_no_table(tmp_path):
+def test_missing_files_and_other_files_are_rejected(tmp_path):
     with pytest.raises(ModelNotAvailableError, match=r"none\.json"):
         gym.make("RAPPrune-v0", model=f"score_table:{tmp_path / 'none.json'}")
     (tmp_path / "other.json").write_text(json.dumps({"kind": "x"}))
@@ -219,7 +219,7 @@ def test_the_repair_of_a_table_is_the_default_or_the_same(model, repaired_model,
         opened(model, "library")
 
 
-def test_importance_of_another_repair_is_refused_for_a_table_too(live, repaired_model, tmp_path):
+def test_importance_of_another_repair_is_rejected_for_a_table(live, repaired_model, tmp_path):
     gsi(live.scorer, stop=2, path=tmp_path / "plain.json", progress=False)
     context = open_context(
         ContextConfig(model=repaired_model, importance=str(tmp_path / "plain.json"))

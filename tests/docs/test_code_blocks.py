@@ -88,7 +88,7 @@ def environment(tmp_path_factory):
     return variables
 
 
-def test_blocks_are_found_and_of_known_languages():
+def test_code_blocks_have_known_languages():
     found = {
         (page, language)
         for page in PAGES

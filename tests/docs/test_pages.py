@@ -18,7 +18,7 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md"])
-def test_links_within_the_repository_lead_somewhere(page):
+def test_repository_links_have_targets(page):
     path = ROOT / page
     targets = LINK.findall(path.read_text(encoding="utf-8"))
     own = [target for target in targets if "://" not in target and "_generated" not in target]

@@ -63,6 +63,6 @@ class TestAccuracy:
             ("rap_choice", "list of tasks 'rap_choice'"),
         ],
     )
-    def test_unknown_tasks_are_refused(self, bench, tasks, message):
+    def test_unknown_tasks_are_rejected(self, bench, tasks, message):
         with pytest.raises(UnknownNameError, match=message):
             make(bench, reward="accuracy", tasks=tasks)

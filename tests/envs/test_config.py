@@ -29,7 +29,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
         ({"wokload": "grid"}, UnknownNameError, "'wokload'; known .* mean 'workload'"),
     ],
 )
-def test_impossible_settings_are_refused_when_made(context, settings, error, message):
+def test_invalid_settings_are_rejected_at_construction(context, settings, error, message):
     with pytest.raises(error, match=message):
         make(context, **settings)
 
@@ -59,7 +59,7 @@ def test_a_configuration_is_frozen_and_describes_a_context():
     assert EnvConfig().context_config() == ContextConfig()
 
 
-def test_a_misspelt_calibration_key_is_refused_before_a_model_loads():
+def test_a_misspelt_calibration_key_is_rejected_before_a_model_loads():
     with pytest.raises(UnknownNameError, match=r"setting of the calibration: 'window'"):
         RAPPruneEnv("no-such-model", calibration={"window": 3})
 

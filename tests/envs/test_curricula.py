@@ -31,7 +31,7 @@ def test_sub_environments_draw_what_single_environments_draw(context, mode, work
     assert_same(play_vector(vector, 1), play_vector(make_sync(context, mode, **settings), 1))
 
 
-def test_each_sub_environment_has_a_curriculum_of_its_own_that_a_seed_begins_anew(context):
+def test_each_sub_environment_has_its_own_curriculum_and_a_seed_restarts_it(context):
     vector = make_vector(context, workload=CURRICULUM)
     vector.reset(seed=0)
     assert [share(vector, index) for index in range(NUM_ENVS)] == pytest.approx(
@@ -59,7 +59,7 @@ def test_a_pool_repeats_its_requests_in_all_sub_environments(context):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, workload):
+def test_a_restored_state_continues_identically(context, mode, workload):
     settings = {"autoreset_mode": mode, "workload": workload, "max_episode_steps": 4}
     vector = make_vector(context, **settings)
     vector.reset(seed=4)

@@ -28,7 +28,7 @@ def request_(context) -> Request:
     return Request.at_fraction(context.memory, 4, 32, 0.75)
 
 
-def test_request_features_are_what_the_table_says(builder, request_):
+def test_request_features_match_the_documented_table(builder, request_):
     memory, seen = builder.memory, builder.build(request_, BlockMask())["request"]
     dense = memory.breakdown(BlockMask(), request_)
     assert seen[0] == pytest.approx(0.75, abs=1e-4)
@@ -38,7 +38,7 @@ def test_request_features_are_what_the_table_says(builder, request_):
     assert seen[4] == pytest.approx(dense.kv_cache / dense.peak)
 
 
-def test_block_features_are_what_the_table_says(builder, request_):
+def test_block_features_match_the_documented_table(builder, request_):
     blocks = builder.build(request_, BlockMask.of(2))["blocks"]
     assert blocks[:, 0].tolist() == [0, 1] * LAYERS
     assert blocks[:, 1].tolist() == [0, 0, 0.5, 0.5, 1, 1]
@@ -48,7 +48,7 @@ def test_block_features_are_what_the_table_says(builder, request_):
     assert blocks[:, 6] == pytest.approx([0.2] * COUNT)
 
 
-def test_freed_share_is_what_the_peak_falls_by(builder, request_):
+def test_freed_share_equals_the_drop_of_the_peak(builder, request_):
     memory = builder.memory
     blocks = builder.build(request_, BlockMask.of(2))["blocks"]
     dense = memory.peak_bytes(BlockMask(), request_)
@@ -79,7 +79,7 @@ def test_extreme_requests_stay_in_the_space(builder, shape, budget):
     assert builder.space.contains(builder.build(Request(*shape, budget), BlockMask()))
 
 
-def test_every_call_gives_arrays_of_its_own(builder, request_):
+def test_every_call_returns_new_arrays(builder, request_):
     first, second = (builder.build(request_, BlockMask()) for _ in range(2))
     for key, array in first.items():
         assert not np.shares_memory(array, second[key])
@@ -88,7 +88,7 @@ def test_every_call_gives_arrays_of_its_own(builder, request_):
     assert all(np.array_equal(third[key], second[key]) for key in second)
 
 
-def test_requests_in_turn_do_not_mix(builder, request_):
+def test_consecutive_requests_do_not_interfere(builder, request_):
     other = Request.at_fraction(builder.memory, 1, 8, 0.9)
     fresh = builder.build(other, BlockMask())
     builder.build(request_, BlockMask())
@@ -96,7 +96,7 @@ def test_requests_in_turn_do_not_mix(builder, request_):
     assert all(np.array_equal(fresh[key], again[key]) for key in fresh)
 
 
-def test_what_the_model_does_not_have_is_refused(builder, request_):
+def test_what_the_model_does_not_have_is_rejected(builder, request_):
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
         builder.build(request_, BlockMask.of(COUNT))
     with pytest.raises(InvalidRequestError, match="from 1 to 64 tokens"):
@@ -104,7 +104,7 @@ def test_what_the_model_does_not_have_is_refused(builder, request_):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_episode_shows_what_is_built_for_its_masks(context, masked):
+def test_episode_observations_equal_those_built_for_its_masks(context, masked):
     builder = ObservationBuilder(context.memory, context.features)
     for seed, workload in itertools.product(range(10), ("grid", "azure-conv")):
         env = make(context, workload=workload)
@@ -115,7 +115,7 @@ def test_an_episode_shows_what_is_built_for_its_masks(context, masked):
                 assert seen[key].dtype == array.dtype
 
 
-def test_an_episode_is_not_disturbed_by_what_is_done_to_its_observations(context):
+def test_modifying_observations_does_not_affect_the_episode(context):
     env = make(context)
     plain = play(env, 0, masked=True)
     env.action_space.seed(0)

@@ -113,13 +113,13 @@ class TestEpisode:
             assert reward == pytest.approx(sum(info["reward_terms"].values()))
             assert set(info["reward_terms"]) == {"perplexity", "invalid_action"}
 
-    def test_nll_is_told_when_it_was_measured(self, context):
+    def test_nll_is_in_info_when_it_was_measured(self, context):
         (_, start), *steps = play(make(context), 3, masked=True)
         assert start["nll"] == context.scorer.dense_nll
         assert start["loss"] == 0.0
         assert [("nll" in info) for *_, info in steps] == [False] * (len(steps) - 1) + [True]
 
-    def test_one_evaluation_an_episode_by_default(self):
+    def test_one_evaluation_per_episode_by_default(self):
         bench = make_context()
         env = make(bench)
         env.reset(seed=0)
@@ -166,14 +166,14 @@ class TestEpisode:
         assert env.mask == BlockMask()
 
     @pytest.mark.parametrize("action", [-1, COUNT, 0.5])
-    def test_an_action_that_is_none_is_refused_and_changes_nothing(self, context, action):
+    def test_a_malformed_action_is_rejected_and_changes_nothing(self, context, action):
         env = make(context)
         env.reset(seed=0)
         with pytest.raises(UnknownNameError, match=r"Unknown action .*5 \(layer02\.ffn\)"):
             env.step(action)
         assert env.mask == BlockMask()
 
-    def test_nan_from_the_model_leaves_the_episode_where_it_was(self):
+    def test_nan_from_the_model_does_not_change_the_episode(self):
         bench = make_context()
         env = make(bench, reward=DENSE_TIMING)
         start, _ = env.reset(seed=0, options={"request": request_at(bench, 0.7)})
@@ -193,5 +193,5 @@ class TestEpisode:
         assert data_equivalence(start, again)
 
 
-def test_the_package_names_it():
+def test_the_environment_is_registered():
     assert rap_env.RAPPruneEnv is RAPPruneEnv

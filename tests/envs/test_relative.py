@@ -62,7 +62,7 @@ def test_the_return_is_the_advantage_over_the_baseline(ordered, name, seed):
     assert info["reward_terms"]["perplexity"] == pytest.approx(expected - info["loss"])
 
 
-def test_the_frontier_answers_with_its_best_mask_that_fits(ordered):
+def test_the_frontier_baseline_uses_its_best_fitting_mask(ordered):
     env = make(ordered, reward=relative("frontier"))
     env.reset(seed=0, options={"request": request_at(ordered, 0.7)})
     over = False
@@ -78,7 +78,7 @@ def test_the_frontier_answers_with_its_best_mask_that_fits(ordered):
 
 @pytest.mark.parametrize("name", ["gsi", "one_shot"])
 @pytest.mark.parametrize("settings", [{}, {"scale": "log"}, {"timing": "dense"}, LOG_DENSE])
-def test_following_the_baselines_own_order_returns_nothing(ordered, name, settings):
+def test_following_the_baseline_gives_a_return_of_zero(ordered, name, settings):
     order = ordered.gsi.full_order if name == "gsi" else ordered.one_shot.delta_nll.argsort()
     env = make(ordered, reward=relative(name, **settings))
     for seed in range(5):
@@ -104,7 +104,7 @@ def test_with_the_log_scale_the_return_is_a_log_ratio(ordered):
 
 
 @pytest.mark.parametrize("reward", ["perplexity", relative("gsi"), relative("gsi", **LOG_DENSE)])
-def test_the_baseline_is_told_on_the_last_step_and_only_where_asked(ordered, reward):
+def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward):
     (_, start), *steps = play(make(ordered, reward=reward), 3, masked=True)
     told = ["baseline_loss" in info for info in (start, *(step[-1] for step in steps))]
     assert told == [False] * len(steps) + [reward != "perplexity"]
@@ -137,7 +137,7 @@ def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["gsi", "frontier"])
 @pytest.mark.parametrize("settings", [{}, LOG_DENSE])
-def test_sub_environments_are_paid_as_single_environments_are(ordered, mode, name, settings):
+def test_sub_environments_get_the_rewards_of_single_environments(ordered, mode, name, settings):
     shared = {"reward": relative(name, **settings), "max_invalid_actions": 3}
     happened = play_vector(make_vector(ordered, autoreset_mode=mode, **shared), 1)
     assert_same(happened, play_vector(make_sync(ordered, mode, **shared), 1))
@@ -147,7 +147,7 @@ def test_sub_environments_are_paid_as_single_environments_are(ordered, mode, nam
     assert sum(flags.sum() for flags in compared) > NUM_ENVS
 
 
-def test_the_baselines_masks_are_scored_with_the_final_ones(ordered):
+def test_baseline_masks_and_final_masks_are_scored_together(ordered):
     bench = CountsCalls(ordered)
     bench.gsi = ordered.gsi
     vector = make_vector(bench, reward=relative("gsi"), autoreset_mode="SameStep")
@@ -159,7 +159,7 @@ def test_the_baselines_masks_are_scored_with_the_final_ones(ordered):
     assert bench.asked == [2 * count for count in ended if count]
 
 
-def test_a_request_below_the_frontier_is_refused_and_changes_nothing():
+def test_a_request_below_the_frontier_is_rejected_and_changes_nothing():
     bench = make_context()
     bench.frontier = frontier_of(bench, [BlockMask.of(1)])
     env = make(bench, reward=relative("frontier"))
@@ -171,7 +171,7 @@ def test_a_request_below_the_frontier_is_refused_and_changes_nothing():
     assert len(env.mask) == COUNT - 1
 
 
-def test_a_baseline_that_cannot_be_is_refused_when_made(ordered):
+def test_an_unavailable_baseline_is_rejected_at_construction(ordered):
     blind = make_context(importance="none")
     for maker in (make, make_vector):
         with pytest.raises(InvalidRequestError, match="importance='none' leaves it out"):

@@ -57,7 +57,7 @@ def test_the_bytes_of_stubs_count_until_the_request_fits(repaired, seed):
     assert all(after < before for before, after in itertools.pairwise(peaks))
 
 
-def test_an_agent_sees_what_a_removal_frees_less_its_stub(context, repaired):
+def test_freed_bytes_in_observations_exclude_the_stub(context, repaired):
     request = request_at(context, 0.7)
     plain, stubs = (
         make(bench).reset(seed=0, options={"request": request})[0]["blocks"][:, 3]
@@ -109,7 +109,7 @@ def settings(tmp_path, monkeypatch):
     }
 
 
-def test_make_takes_the_words_and_a_path(settings, tmp_path):
+def test_make_accepts_names_and_a_path(settings, tmp_path):
     plain = gym.make("RAPPrune-v0", **settings)
     assert plain.unwrapped.memory.facts.repair == ""
     fitted = gym.make("RAPPrune-v0", repair="library", **settings)
@@ -125,7 +125,7 @@ def test_make_takes_the_words_and_a_path(settings, tmp_path):
     assert play(fitted, 0, masked=True)[-1][2]
 
 
-def test_mistakes_are_named(settings, tmp_path):
+def test_errors_name_the_wrong_value(settings, tmp_path):
     with pytest.raises(UnknownNameError, match="repair 'libary'.*Did you mean 'library'"):
         RAPPruneEnv(repair="libary", **settings)
     other = tmp_path / "other.safetensors"
@@ -134,5 +134,5 @@ def test_mistakes_are_named(settings, tmp_path):
         RAPPruneEnv(repair=str(other), **settings)
 
 
-def test_the_page_names_it():
+def test_the_page_documents_it():
     assert '| `repair` | `"none"` |' in RAPPruneEnv.__doc__

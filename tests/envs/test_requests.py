@@ -50,19 +50,19 @@ def test_requests_that_fit_the_dense_model_are_drawn_again(context):
     assert lengths == {64}
 
 
-def test_a_workload_that_never_needs_pruning_is_refused(context):
+def test_a_workload_that_never_needs_pruning_is_rejected(context):
     env = make(context, workload={"name": "fixed", "budget_bytes": 2**60})
     with pytest.raises(InvalidRequestError, match=r"each of 100 requests .* smaller budgets"):
         env.reset(seed=0)
 
 
-def test_an_option_that_fits_the_dense_model_is_refused(context):
+def test_an_option_that_fits_the_dense_model_is_rejected(context):
     env = make(context)
     with pytest.raises(InvalidRequestError, match=r"dense model already fits .* smaller"):
         env.reset(options={"request": {**LONG, "budget_fraction": 1.0}})
 
 
-def test_an_infeasible_budget_is_refused_at_reset(context):
+def test_an_infeasible_budget_is_rejected_at_reset(context):
     env = make(context, infeasible="error", workload={"name": "fixed", **LONG})
     with pytest.raises(InfeasibleBudgetError, match=r"every block removed.*infeasible='clip'"):
         env.reset(options={"request": {**LONG, "budget_bytes": 10}})
@@ -102,11 +102,11 @@ def test_an_infeasible_budget_is_clipped_on_demand(context):
         ([1, 2, 3], InvalidRequestError, "must be a Request or a dict"),
     ],
 )
-def test_bad_requests_are_refused(context, request_, error, message):
+def test_bad_requests_are_rejected(context, request_, error, message):
     with pytest.raises(error, match=message):
         make(context).reset(options={"request": request_})
 
 
-def test_a_misspelt_option_is_refused(context):
+def test_a_misspelt_option_is_rejected(context):
     with pytest.raises(UnknownNameError, match="setting of reset: 'requests'"):
         make(context).reset(options={"requests": request_at(context)})

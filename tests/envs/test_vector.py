@@ -11,7 +11,7 @@ from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
 @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
-def test_it_plays_as_single_environments_do(context, mode, reward, workload):
+def test_it_equals_single_environments(context, mode, reward, workload):
     settings = {"reward": reward, "workload": workload, "max_invalid_actions": 3}
     vector = make_vector(context, autoreset_mode=mode, **settings)
     sync = make_sync(context, mode, **settings)
@@ -24,9 +24,7 @@ def test_it_plays_as_single_environments_do(context, mode, reward, workload):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_replayed_trace_goes_on_in_each_sub_environment_as_in_single_environments(
-    context, mode, tmp_path
-):
+def test_a_replayed_trace_continues_in_each_sub_environment(context, mode, tmp_path):
     path = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(9, 60, 7))
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
@@ -74,7 +72,7 @@ def test_requests_given_at_the_reset_are_those_of_single_environments(context, m
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_predicted_scores_are_said_to_be_so(context, mode, reward):
+def test_predicted_scores_are_flagged(context, mode, reward):
     bench = PredictsOddMasks(context)
     settings = {"reward": reward, "max_invalid_actions": 3}
     happened = play_vector(make_vector(bench, autoreset_mode=mode, **settings), 0)
@@ -114,7 +112,7 @@ class PredictsOddMasks(CountsCalls):
         return len(mask) % 2 == 1
 
 
-def test_the_scores_of_a_step_are_asked_for_together(context):
+def test_the_scores_of_a_step_are_requested_in_one_call(context):
     bench = CountsCalls(context)
     vector = make_vector(bench, reward=DENSE_TIMING, autoreset_mode="SameStep")
     vector.reset(seed=0)

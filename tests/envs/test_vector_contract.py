@@ -42,7 +42,7 @@ def test_gymnasium_makes_it(context):
     assert envs.single_action_space == gym.spaces.Discrete(COUNT)
 
 
-def test_results_are_not_touched_by_later_steps(context):
+def test_later_steps_do_not_modify_earlier_results(context):
     vector = make_vector(context, autoreset_mode="SameStep")
     happened = play_vector(vector, 0, steps=20)
     kept = play_vector(vector, 0, steps=20)
@@ -60,7 +60,7 @@ def test_results_are_not_touched_by_later_steps(context):
     assert infos["removed"].tolist() == [None, [], None, None, None]
 
 
-def test_what_sub_environments_have_can_be_asked_for_by_name(context):
+def test_attributes_of_sub_environments_can_be_read_by_name(context):
     vector = make_vector(context)
     vector.reset(seed=0, options={"request": request_at(context, 0.7)})
     vector.step(np.arange(NUM_ENVS))
@@ -94,7 +94,7 @@ def test_it_renders_every_sub_environment(context):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, reward):
+def test_a_restored_state_continues_identically(context, mode, reward):
     settings = {"autoreset_mode": mode, "reward": reward, "max_episode_steps": 9}
     vector = make_vector(context, **settings)
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(context, mode, reward)
         assert_same(resumed.set_state(state), result[0])
 
 
-def test_a_failing_model_leaves_all_sub_environments_where_they_were():
+def test_a_failing_model_changes_no_sub_environment():
     bench = make_context()
     vector = make_vector(bench, reward=DENSE_TIMING)
     vector.reset(seed=0, options={"request": request_at(bench, 0.7)})
@@ -133,7 +133,7 @@ def test_a_failing_model_leaves_all_sub_environments_where_they_were():
     assert vector.masks[4] == BlockMask.of(1, 3)
 
 
-def test_sub_environments_that_are_over_wait_for_their_reset(context):
+def test_finished_sub_environments_wait_for_their_reset(context):
     vector = make_vector(context, autoreset_mode="Disabled", max_episode_steps=1)
     with pytest.raises(ResetNeeded, match="call reset"):
         vector.step(np.zeros(NUM_ENVS, dtype=int))
@@ -157,7 +157,7 @@ def test_sub_environments_that_are_over_wait_for_their_reset(context):
         ({"budget": 1}, UnknownNameError, "setting of the environment: 'budget'; .*'workload'"),
     ],
 )
-def test_impossible_settings_are_refused(context, settings, error, message):
+def test_impossible_settings_are_rejected(context, settings, error, message):
     with pytest.raises(error, match=message):
         RAPPruneVectorEnv(context=context, **{"num_envs": 2, **settings})
 
@@ -172,7 +172,7 @@ def test_impossible_settings_are_refused(context, settings, error, message):
         ([0.0] * NUM_ENVS, UnknownNameError, r"Unknown action 0\.0"),
     ],
 )
-def test_impossible_actions_are_refused_and_change_nothing(context, actions, error, message):
+def test_impossible_actions_are_rejected_and_change_nothing(context, actions, error, message):
     vector = make_vector(context)
     vector.reset(seed=0)
     with pytest.raises(error, match=message):
@@ -189,6 +189,6 @@ def test_impossible_actions_are_refused_and_change_nothing(context, actions, err
         ({"options": {"requests": 1}}, UnknownNameError, "setting of reset: 'requests'"),
     ],
 )
-def test_impossible_resets_are_refused(context, given, error, message):
+def test_impossible_resets_are_rejected(context, given, error, message):
     with pytest.raises(error, match=message):
         make_vector(context).reset(**given)

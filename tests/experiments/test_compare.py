@@ -102,7 +102,7 @@ def test_rows_that_cannot_be_averaged_are_groups_of_their_own(tmp_path, change):
     assert len(names) == 2, "each can be told apart"
 
 
-def test_a_repair_is_called_what_the_run_called_it(tmp_path):
+def test_a_repair_has_the_name_of_its_run(tmp_path):
     row = make_row("gsi", (1, 128), 0.9, provenance=depending(repair="9" * 64))
     write_rows(tmp_path / "r", [row], repair="some/folder/distilled.safetensors")
     assert as_json(tmp_path)[0]["repair"] == "distilled"
@@ -130,7 +130,7 @@ def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
         as_json(tmp_path)
 
 
-def test_cells_beside_the_grid_are_never_averaged_with_it(tmp_path):
+def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
     rows = make_rows()
     for method in ("gsi", "maskable_ppo"):
         rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_losses=[50.0] * 16))
@@ -150,7 +150,7 @@ def test_cells_beside_the_grid_are_never_averaged_with_it(tmp_path):
     assert "20 % sparsity" in page
 
 
-def test_text_and_markdown_tell_verdicts_curves_and_costs(root):
+def test_text_and_markdown_show_verdicts_curves_and_costs(root):
     text = compare(CompareConfig(runs=str(root)))
     assert max(map(len, text.splitlines())) <= 100
     lines = [line.split() for line in text.splitlines()]
@@ -178,7 +178,7 @@ def test_the_final_delta_nll_is_that_of_the_last_episodes(root):
     assert len(steps) > 50
 
 
-def test_mistakes_are_named(tmp_path):
+def test_errors_name_the_wrong_value(tmp_path):
     with pytest.raises(ExperimentError, match=r"no folder .*nothing; runs= names folders"):
         compare(CompareConfig(runs=str(tmp_path / "nothing")))
     with pytest.raises(ExperimentError, match="no records under"):
@@ -207,7 +207,7 @@ def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path)
     assert list(tmp_path.iterdir()) == [], "it makes no run folder"
 
 
-def test_the_program_refuses_in_one_sentence(tmp_path):
+def test_the_program_reports_errors_in_one_sentence(tmp_path):
     done = run_compare("runs=missing", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Error: There is no folder missing")

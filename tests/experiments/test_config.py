@@ -88,7 +88,7 @@ def test_every_file_of_every_group_composes(path):
 
 
 @pytest.mark.parametrize("choice", sorted(NEEDED))
-def test_what_a_file_leaves_open_must_be_given(choice):
+def test_missing_values_of_a_file_must_be_given(choice):
     with pytest.raises(MissingMandatoryValue, match=NEEDED[choice][0].split("=")[0]):
         composed("train", choice.replace("/", "=", 1))
 
@@ -115,7 +115,7 @@ def test_repair_reaches_the_context_from_every_program(program):
     assert context_config(asked).repair == "some/stubs.safetensors"
 
 
-def test_null_is_the_value_of_the_agents_file():
+def test_null_takes_the_value_of_the_agent_file():
     changed = ("agent.hyperparameters.learning_rate=0.01", "agent.hyperparameters.gamma=null")
     given = agent_config(composed("train", *changed)).hyperparameters
     defaults = agent_config(composed("train")).hyperparameters
@@ -224,7 +224,7 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_2(tmp_path):
     assert (tmp_path / "runs" / "nothing" / "report").is_dir(), "the run folder is the default one"
 
 
-def test_in_a_sweep_every_job_runs_and_the_mistake_is_told(tmp_path):
+def test_in_a_sweep_every_job_runs_and_errors_are_reported(tmp_path):
     done = run_program("experiments.report", "-m", "name=one,two", cwd=tmp_path)
     assert done.returncode == 2
     assert "Error: runs/one has no records" in done.stderr

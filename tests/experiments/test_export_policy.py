@@ -65,7 +65,7 @@ def asked(memory):
     return [Request.at_fraction(memory, 2, 16, fraction) for fraction in (0.9, 0.8, 0.7)]
 
 
-def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
+def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
     path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
     context = build_context(config)
     exported = load_policy(path, context.memory)
@@ -77,7 +77,7 @@ def test_the_file_chooses_as_the_run_did(config, run, tmp_path):
     assert exported.file.model.fingerprint == context.memory.facts.fingerprint
 
 
-def test_the_best_known_masks_lie_beside_it(config, run, tmp_path):
+def test_the_frontier_is_written_next_to_the_policy(config, run, tmp_path):
     export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
     context = build_context(config)
     table = load_policy(tmp_path / "rap.frontier.json", context.memory)
@@ -101,12 +101,12 @@ def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_
     assert not (tmp_path / "rap.frontier.json").exists(), "there is none without a profile"
 
 
-def test_a_run_in_a_place_of_its_own_keeps_its_words(config, run, tmp_path):
+def test_a_run_in_a_custom_folder_keeps_its_labels(config, run, tmp_path):
     copied = shutil.copytree(run, tmp_path / "mine")
     assert settings_of(copied).root == config.root
 
 
-def test_what_is_no_run_says_so(config, run, tmp_path):
+def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
     with pytest.raises(ExperimentError, match="is not a run folder: it has no config.yaml"):
         export(ExportPolicyConfig(str(tmp_path), "rap.safetensors"))
     untrained = tmp_path / "train" / "x-s0"
@@ -121,7 +121,7 @@ def test_what_is_no_run_says_so(config, run, tmp_path):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
 
 
-def test_the_name_of_the_file_is_one_that_is_known_again():
+def test_the_file_name_can_be_loaded_again():
     with pytest.raises(ExperimentError, match=r"out must end in \.safetensors"):
         ExportPolicyConfig("run", "policy.bin")
 

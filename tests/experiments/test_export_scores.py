@@ -66,7 +66,7 @@ def exported(config):
     return export_scores(config, config.stage_dir("export_scores"))
 
 
-def test_a_table_holds_what_was_asked_for_and_says_how_good_it_is(config, exported, capsys):
+def test_a_table_has_the_requested_masks_and_its_fidelity(config, exported, capsys):
     table = ScoreTable.load(exported)
     assert exported.name == TABLE_FILE
     assert len(table.scores) == MASKS
@@ -88,7 +88,7 @@ def test_a_table_holds_what_was_asked_for_and_says_how_good_it_is(config, export
     assert again.fidelity == table.fidelity
 
 
-def test_without_a_number_it_takes_what_the_store_has(config, exported, tmp_path):
+def test_without_a_number_the_stored_scores_are_used(config, exported, tmp_path):
     live = build_context(config)
     live.scorer.nll(BlockMask.of(0, 2, 4, 6, 7))
     path = tmp_path / "deep" / "mine.json"
@@ -138,7 +138,7 @@ def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_
         train(on_plain, tmp_path / "maskable_ppo-s0")
 
 
-def test_stages_that_need_the_model_refuse_a_table(config, exported, tmp_path):
+def test_stages_that_need_the_model_reject_a_table(config, exported, tmp_path):
     model = ModelConfig(name=f"score_table:{exported}")
     for stage, run in (
         ("profile", profile),
@@ -155,7 +155,7 @@ def test_stages_that_need_the_model_refuse_a_table(config, exported, tmp_path):
         train(other, tmp_path / "maskable_ppo-s0")
 
 
-def test_an_empty_store_is_told_before_anything_is_measured(config, tmp_path):
+def test_an_empty_store_is_reported_before_measuring(config, tmp_path):
     empty = replace(config, store=str(tmp_path / "empty.sqlite"), export=ExportConfig())
     with pytest.raises(RapError, match=r"has no scores of .*export\.masks=20000"):
         export_scores(empty, tmp_path / "run")
@@ -164,7 +164,7 @@ def test_an_empty_store_is_told_before_anything_is_measured(config, tmp_path):
         export_scores(replace(config, store=None), tmp_path / "run")
 
 
-def test_more_masks_than_a_model_has(config, tmp_path):
+def test_more_masks_than_the_model_has_are_rejected(config, tmp_path):
     many = replace(config, export=ExportConfig(masks=600))
     with pytest.raises(
         RapError, match="10 blocks, thus 1024 masks.*at most half of them, 512, not 600"

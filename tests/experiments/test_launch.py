@@ -26,7 +26,7 @@ def test_the_first_choice_is_kept(tmp_path, monkeypatch):
     assert torch.get_num_threads() == 3
 
 
-def test_the_number_asked_for_wins(tmp_path):
+def test_an_explicit_number_wins(tmp_path):
     set_threads(Config(name="c", runs_dir=str(tmp_path), threads=2))
     assert torch.get_num_threads() == 2
     assert not list(tmp_path.iterdir())

@@ -44,7 +44,7 @@ def comparison():
     return Comparison(make_rows())
 
 
-def test_methods_stand_in_order_of_loss_and_those_that_miss_budgets_last(comparison):
+def test_methods_are_sorted_by_loss_with_unmet_budgets_last(comparison):
     order = [summary.method for summary in comparison.summaries]
     fair = [method for method in FACTORS if method != "attention_only"]
     assert order[:-1] == sorted(fair, key=FACTORS.__getitem__)
@@ -74,7 +74,7 @@ def test_a_mean_is_over_cells_that_all_methods_have():
     assert part.delta_nll.mean < whole.delta_nll.mean, "the tightest budget is left out for all"
 
 
-def test_differences_are_paired_and_judged(comparison):
+def test_differences_are_paired_and_tested(comparison):
     header, rows = difference_table(comparison, "maskable_ppo")
     pairwise_comparisons = {row[0]: row[-1] for row in rows}
     assert header[0] == "Compared with"
@@ -84,7 +84,7 @@ def test_differences_are_paired_and_judged(comparison):
     assert "MaskablePPO" not in pairwise_comparisons
 
 
-def test_tables_say_where_a_mask_does_not_fit(comparison):
+def test_tables_mark_masks_that_do_not_fit(comparison):
     _, rows = delta_nll_table(comparison, (1, 128))
     cells = {row[0]: row[1:] for row in rows}
     assert len(cells["One-shot"]) == 3
@@ -92,7 +92,7 @@ def test_tables_say_where_a_mask_does_not_fit(comparison):
     assert not any("does not fit" in cell for cell in cells["One-shot"])
 
 
-def test_each_method_shows_what_it_loses_on_the_text_that_it_searched_on(comparison):
+def test_each_method_shows_its_calibration_loss(comparison):
     header, rows = summary_table(comparison)
     held_out, searched = (header.index(f"{text} text") for text in ("ΔNLL on held-out",
                                                                     "On calibration"))  # fmt: skip
@@ -135,7 +135,7 @@ def test_the_findings_agree_with_the_numbers(root):
     assert "single seed" not in text, "there are two"
 
 
-def test_one_pair_is_no_pairs(tmp_path):
+def test_one_pair_is_not_plural(tmp_path):
     rows = [make_row(m, (1, 128), 0.9, seed=s) for m, s in (("maskable_ppo", 0), ("gsi", None))]
     root = tmp_path / "one"
     for row in rows:
@@ -175,7 +175,7 @@ class _Page(HTMLParser):
         self.ids += [values["id"]] if "id" in values else []
 
 
-def test_the_page_needs_nothing_from_outside(page):
+def test_the_page_has_no_external_resources(page):
     text = page.read_text()
     parser = _Page()
     parser.feed(text)
@@ -188,7 +188,7 @@ def test_the_page_needs_nothing_from_outside(page):
     assert "url(" not in text
 
 
-def test_figures_and_tables_lie_beside_the_page(page):
+def test_figures_and_tables_are_written_next_to_the_page(page):
     names = {path.stem for path in (page.parent / "figures").glob("*.png")}
     expected = {"overview", "loss_against_budget", "memory", "importance", "learning_curves",
                 "removed_maskable_ppo", "removed_greedy_per_byte"}  # fmt: skip
@@ -213,13 +213,13 @@ def test_a_profile_alone_gives_a_report(root, tmp_path):
     assert "What a decision costs" not in text
 
 
-def test_an_empty_folder_says_what_to_run(tmp_path):
+def test_an_empty_folder_raises_an_error_with_the_command(tmp_path):
     config = Config(stage="report", name="nothing", runs_dir=str(tmp_path))
     with pytest.raises(ExperimentError, match="no records to report; run profile, train"):
         report(config, tmp_path / "nothing" / "report")
 
 
-def test_every_method_has_a_colour_of_its_own():
+def test_every_method_has_a_distinct_colour():
     methods = [*FACTORS, "ppo", "dqn", "masked_dqn", "dense"]
     assert len({look(method).colour for method in methods}) == len(methods)
     variant = look("ppo-gamma=0.9")

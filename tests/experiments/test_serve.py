@@ -103,7 +103,7 @@ class Served:
         return response.json()["choices"][0]["text"]
 
 
-def test_after_a_kill_it_serves_at_once_and_its_log_is_whole(model_folder, tmp_path):
+def test_after_a_kill_it_serves_immediately_and_its_log_is_complete(model_folder, tmp_path):
     decisions = tmp_path / "default" / "serve" / "decisions.jsonl"
     first = Served(model_folder, tmp_path)
     try:
@@ -132,7 +132,7 @@ def test_after_a_kill_it_serves_at_once_and_its_log_is_whole(model_folder, tmp_p
         second.process.kill()
 
 
-def test_a_taken_port_is_told_before_the_model_is_loaded(model_folder, tmp_path):
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(model_folder, tmp_path):
     import socket
 
     with socket.socket() as taken:

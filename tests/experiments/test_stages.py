@@ -120,7 +120,7 @@ def test_a_training_leaves_checkpoints_metrics_and_a_picture(trained):
     assert training_dirs(trained.root, finished=True) == [folder]
 
 
-def test_a_finished_training_is_left_alone_and_a_longer_one_goes_on(trained):
+def test_a_finished_training_is_kept_and_a_longer_one_continues(trained):
     folder = trained.stage_dir("train") / "maskable_ppo-s0"
     before = (folder / "metrics.jsonl").read_bytes()
     train(trained, folder)
@@ -153,7 +153,7 @@ def test_every_method_has_a_row_for_every_cell(evaluated):
     assert by_method["maskable_ppo"].setup_evaluations > by_method["gsi"].setup_evaluations > 0
 
 
-def test_rows_that_are_there_are_not_computed_again(evaluated):
+def test_existing_rows_are_not_computed_again(evaluated):
     path = evaluated.stage_dir("evaluate") / "results.jsonl"
     before = read_records(path)
     kept = before[:5]
@@ -164,7 +164,7 @@ def test_rows_that_are_there_are_not_computed_again(evaluated):
     assert len(after) == len(before)
 
 
-def test_rows_of_other_settings_are_set_aside_and_come_back(evaluated):
+def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):
     path = evaluated.stage_dir("evaluate") / "results.jsonl"
     whole = read_records(path)
     smaller = replace(evaluated, evaluate=replace(evaluated.evaluate, budgets=[0.9]))
@@ -192,7 +192,7 @@ def test_the_demo_reuses_everything_and_ends_with_table_and_report(evaluated, ca
     assert gather(evaluated.root).comparison.incomplete is False
 
 
-def test_the_demo_trains_the_agents_it_is_told_to(evaluated):
+def test_the_demo_trains_the_configured_agents(evaluated):
     several = replace(evaluated, demo=DemoConfig(agents=["dqn", "maskable_ppo"]))
     register()
     with initialize_config_dir(str(CONF_DIR), version_base=None):
@@ -203,7 +203,7 @@ def test_the_demo_trains_the_agents_it_is_told_to(evaluated):
     assert demo_agents(evaluated) == [evaluated.agent]
 
 
-def test_a_budget_that_no_mask_meets_is_refused_before_anything_runs(trained, tmp_path):
+def test_a_budget_that_no_mask_fits_is_rejected_before_the_start(trained, tmp_path):
     tight = replace(trained, evaluate=replace(trained.evaluate, budgets=[0.01]))
     with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
         evaluate(tight, tmp_path / "evaluate")
@@ -212,7 +212,7 @@ def test_a_budget_that_no_mask_meets_is_refused_before_anything_runs(trained, tm
     assert not (tmp_path / "maskable_ppo-s1" / "checkpoints").exists()
 
 
-def test_text_that_was_searched_on_is_refused(trained, tmp_path):
+def test_text_that_was_searched_on_is_rejected(trained, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the same few words again and again. " * 200)
     source = {"source": str(text), "window_tokens": 32}
@@ -226,7 +226,7 @@ def test_text_that_was_searched_on_is_refused(trained, tmp_path):
         evaluate(same, tmp_path / "evaluate")
 
 
-def test_unknown_names_and_folders_are_refused(trained, tmp_path):
+def test_unknown_names_and_folders_are_rejected(trained, tmp_path):
     unknown = replace(trained, evaluate=replace(trained.evaluate, baselines=["gready_per_byte"]))
     with pytest.raises(UnknownNameError, match="Did you mean 'greedy_per_byte'"):
         check_names(unknown)
@@ -238,7 +238,7 @@ def test_unknown_names_and_folders_are_refused(trained, tmp_path):
         check_names(nothing)
 
 
-def test_a_damaged_row_is_told_not_skipped(evaluated, tmp_path):
+def test_a_damaged_row_raises_an_error(evaluated, tmp_path):
     append_record(tmp_path / "results.jsonl", {"method": "gsi"})
     with pytest.raises(ArtifactError, match="missing or unknown keys"):
         read_rows(tmp_path / "results.jsonl")
@@ -291,7 +291,7 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
             assert each.keys() == like.keys()
 
 
-def test_a_profile_with_stubs_says_which(profiled, repaired):
+def test_a_profile_with_stubs_names_its_library(profiled, repaired):
     facts = [
         json.loads((each.stage_dir("profile") / "profile.json").read_text())["facts"]
         for each in (profiled, repaired)
@@ -299,7 +299,7 @@ def test_a_profile_with_stubs_says_which(profiled, repaired):
     assert [one["repair"] for one in facts] == ["", build_context(repaired).memory.facts.repair]
 
 
-def test_one_name_does_not_mix_repairs(evaluated):
+def test_one_run_name_cannot_mix_repairs(evaluated):
     other = replace(evaluated, repair=RepairConfig("library"))
     refused = r"repair\.name: 'none' -> 'library'.*another name"
     with pytest.raises(ExperimentError, match=refused):

@@ -53,7 +53,7 @@ def runs_in(folder):
     return [RunFolder(path.parent).read() for path in sorted(folder.glob("*/run.json"))]
 
 
-def test_a_study_is_kept_goes_on_and_stops_what_is_bad(base):
+def test_a_study_is_stored_resumed_and_prunes_bad_trials(base):
     """Two trials; then the study is made three long, under a pruner that gives up everything."""
     done = run_train(base, "+sweep=optuna", "name=tuning", "hydra.sweeper.n_trials=2")
     assert done.returncode == 0, done.stderr
@@ -113,14 +113,14 @@ def composed(*overrides):
         return compose("train", overrides=list(overrides), return_hydra_config=True)
 
 
-def test_only_jobs_beside_others_get_one_thread():
+def test_only_parallel_jobs_get_one_thread():
     multirun = "hydra.mode=MULTIRUN"
     assert runs_in_parallel(composed("hydra/launcher=local", multirun).hydra)
     assert not runs_in_parallel(composed("hydra/launcher=local", "hydra.mode=RUN").hydra)
     assert not runs_in_parallel(composed(multirun).hydra)
 
 
-def test_the_search_asks_for_as_many_trials_as_run_at_once():
+def test_the_sweeper_requests_as_many_trials_as_run_in_parallel():
     sweep = composed("+sweep=optuna", "name=x", "hydra/launcher=local", "hydra.launcher.n_jobs=3")
     assert sweep.hydra.sweeper.n_jobs == 3
     assert composed("+sweep=optuna").hydra.sweeper.n_jobs == 1
@@ -128,7 +128,7 @@ def test_the_search_asks_for_as_many_trials_as_run_at_once():
     assert sweep.hydra.sweeper.storage.url == "sqlite:///runs/x/train/study.db"
 
 
-def test_what_is_searched_are_settings_of_the_agent():
+def test_searched_parameters_are_agent_settings():
     """Each hyperparameter of the search can be set to each end of its range."""
     params = composed("+sweep=optuna").hydra.sweeper.params
     assert len(params) >= 6

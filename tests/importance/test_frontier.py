@@ -50,7 +50,7 @@ def frontier(llm):
     return built(llm, evaluations=250)
 
 
-def test_its_entries_are_the_best_of_what_was_scored(frontier):
+def test_entries_are_the_best_scored_masks(frontier):
     seen = [(mask.count("attn"), mask.count("ffn")) for mask, _ in frontier.entries]
     assert len(set(seen)) == len(seen)
     for mask, loss in frontier.entries:
@@ -60,14 +60,14 @@ def test_its_entries_are_the_best_of_what_was_scored(frontier):
         assert loss == min(same) - frontier.dense_nll
 
 
-def test_scores_are_the_models_and_are_counted(llm, frontier):
+def test_scores_equal_the_models_and_are_counted(llm, frontier):
     scorer = MaskScorer(llm, tokens())
     some = list(frontier.scores)[::17]
     assert [frontier.scores[mask] for mask in some] == scorer.nll_many(some)
     assert frontier.evaluations == len(frontier.scores) == frontier.evaluations_run <= 250
 
 
-def test_answers_beat_the_order_of_gsi_and_come_near_the_best_of_all_masks(llm, frontier):
+def test_answers_beat_gsi_and_are_near_optimal(llm, frontier):
     blocks, scorer, memory = range(2 * LAYERS), MaskScorer(llm, tokens()), MemoryModel(llm)
     everything = [
         BlockMask.of(*part)
@@ -94,7 +94,7 @@ def test_nothing_fits_an_impossible_budget(llm, frontier):
     assert frontier.best(MemoryModel(llm), Request(1, 8, 1)) is None
 
 
-def test_an_interrupted_search_is_repeated_out_of_the_store(llm, tmp_path):
+def test_an_interrupted_search_resumes_from_the_store(llm, tmp_path):
     whole = built(llm, evaluations=150)
     store = ScoreStore(tmp_path / "scores.sqlite")
     built(llm, store, evaluations=70)
@@ -104,7 +104,7 @@ def test_an_interrupted_search_is_repeated_out_of_the_store(llm, tmp_path):
     assert again.evaluations_run < whole.evaluations_run - 60
 
 
-def test_it_comes_back_from_its_file_and_is_refused_for_others(llm, frontier, tmp_path):
+def test_it_round_trips_and_is_rejected_for_other_models(llm, frontier, tmp_path):
     path = tmp_path / "frontier.json"
     frontier.save(path)
     again = Frontier.load(path, llm)
@@ -118,7 +118,7 @@ def test_it_comes_back_from_its_file_and_is_refused_for_others(llm, frontier, tm
 
 
 @pytest.mark.parametrize("wrong", [{"evaluations": 0}, {"looks": 0}, {"deepest_loss": 0.0}])
-def test_impossible_settings_are_refused(wrong):
+def test_impossible_settings_are_rejected(wrong):
     with pytest.raises(InvalidRequestError, match="must be at least 1"):
         replace(FrontierConfig(), **wrong)
 

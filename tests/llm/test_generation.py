@@ -74,7 +74,7 @@ PROMPT = padded_batch()["input_ids"].shape[1]
 
 @EVERY_FAMILY
 @EVERY_BACK
-def test_refill_makes_the_state_of_the_new_mask_from_the_start(name, gone) -> None:
+def test_refill_gives_the_state_of_the_new_mask_from_the_start(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
     out = generate(llm, Switch(llm, at_3=BlockMask()))
@@ -84,7 +84,7 @@ def test_refill_makes_the_state_of_the_new_mask_from_the_start(name, gone) -> No
 
 @EVERY_FAMILY
 @EVERY_BACK
-def test_the_next_request_has_the_block_and_this_one_has_not(name, gone) -> None:
+def test_a_restored_block_is_used_from_the_next_request_on(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
     out = generate(llm, Switch(llm, at_3=BlockMask()), restore="next_request")
@@ -107,7 +107,7 @@ def test_removed_restored_removed_again_and_restored(name) -> None:
 
 
 @pytest.mark.parametrize("restore", ["refill", "next_request"])
-def test_a_block_that_comes_and_goes_before_a_token(restore) -> None:
+def test_a_block_restored_and_removed_between_two_tokens(restore) -> None:
     llm = tiny_llm()
     llm.apply(ATTENTION)
 
@@ -183,7 +183,7 @@ class TestGivenCache:
         assert_greedy(llm, generate(llm, **self.filled(llm, ATTENTION)), {})
 
     @EVERY_FAMILY
-    def test_what_the_mask_removes_is_dropped_from_it(self, name) -> None:
+    def test_removed_blocks_are_evicted_from_a_given_cache(self, name) -> None:
         llm = tiny_llm(name)
         given = self.filled(llm, BlockMask())
         llm.apply(ATTENTION)
@@ -209,7 +209,7 @@ class TestGivenCache:
         with pytest.raises(UnsupportedCacheError, match="made from embeddings"):
             llm.generate(inputs_embeds=embedded, before_step=Switch(llm, at_2=BlockMask()), **ask)
 
-    def test_other_kinds_of_caches_are_refused_once_the_mask_changes(self) -> None:
+    def test_unsupported_caches_are_rejected_when_the_mask_changes(self) -> None:
         class OtherLayer(DynamicLayer):
             pass
 
@@ -231,7 +231,7 @@ class TestGivenCache:
         assert len(seen) == NEW
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_bad_arguments_are_rejected() -> None:
     llm = tiny_llm()
     with pytest.raises(UnknownNameError, match="restore mode 'refil'"):
         generate(llm, restore="refil")
@@ -259,7 +259,7 @@ def test_keys_and_values_are_freed_while_it_generates() -> None:
     assert llm.held_bytes.kv_cache == 0
 
 
-def test_nothing_of_the_model_is_changed_for_others() -> None:
+def test_generate_does_not_change_the_model_for_other_callers() -> None:
     llm = tiny_llm()
     names = set(vars(llm.model))
     generate(llm, Switch(llm, at_2=BlockMask.of(0)))
@@ -269,7 +269,7 @@ def test_nothing_of_the_model_is_changed_for_others() -> None:
 class TestThreads:
     """Several threads generate, score and switch at once."""
 
-    def test_under_one_mask_each_gets_what_it_gets_alone(self) -> None:
+    def test_under_one_mask_concurrent_calls_equal_single_calls(self) -> None:
         llm = tiny_llm("gemma2")
         llm.apply(BlockMask.of(0, 3))
         alone = generate(llm)
@@ -337,7 +337,7 @@ class TestThreads:
         assert all(len(step & {1, 3}) in (0, 2) for step in ran)
 
 
-def test_a_static_cache_given_by_hand_lives_through_a_switch() -> None:
+def test_a_given_static_cache_survives_a_mask_switch() -> None:
     llm = tiny_llm()
     cache = StaticCache(config=llm.model.config, max_cache_len=32)
     llm.apply(ATTENTION)
@@ -345,7 +345,7 @@ def test_a_static_cache_given_by_hand_lives_through_a_switch() -> None:
     assert_greedy(llm, out, {}, start=3)
 
 
-def test_quantised_caches_exist_and_are_not_among_the_known() -> None:
+def test_quantised_caches_are_unsupported() -> None:
     from rap_env.llm import kv_cache
 
     assert QuantizedCache is not None

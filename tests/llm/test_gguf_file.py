@@ -59,7 +59,9 @@ def test_the_tokenizer_is_kept(lonely: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_digits_stand_alone_as_in_the_original_tokenizer(lonely: Path, tmp_path: Path) -> None:
+def test_digits_are_single_tokens_as_in_the_original_tokenizer(
+    lonely: Path, tmp_path: Path
+) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     tokenizer = load_llm(tmp_path / "tiny.gguf", device="cpu").tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("he  1").input_ids) == ["he", "ĠĠ", "1"]
@@ -135,7 +137,7 @@ def _convert_and_note(path: Path, notes: Path) -> None:
     assert is_intact(converted_gguf(path))
 
 
-def test_of_two_processes_one_converts_and_both_get_it(lonely: Path, tmp_path: Path) -> None:
+def test_two_processes_share_one_conversion(lonely: Path, tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -172,14 +174,14 @@ def test_no_file(lonely: Path, tmp_path: Path) -> None:
         load_llm(tmp_path / "none.gguf")
 
 
-def test_a_file_of_another_kind_is_refused(lonely: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_rejected(lonely: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(ChecksumError, match=r"text\.gguf is not a GGUF file: it begins with"):
         load_llm(tmp_path / "text.gguf")
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
-def test_a_truncated_file_is_refused(kept: float, lonely: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected(kept: float, lonely: Path, tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
@@ -189,7 +191,7 @@ def test_a_truncated_file_is_refused(kept: float, lonely: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("architecture", ["starcoder2", "rwkv6"])
-def test_an_unknown_family_is_refused_before_its_weights_are_read(
+def test_an_unknown_family_is_rejected_before_its_weights_are_read(
     architecture: str, lonely: Path, tmp_path: Path
 ) -> None:
     write_tiny_gguf(tmp_path / "other.gguf", architecture=architecture)

@@ -82,7 +82,7 @@ def test_a_revision_can_be_named(serve: Serve) -> None:
         load_llm("org/tiny@v9")
 
 
-def test_an_unknown_family_is_refused_before_its_weights_are_fetched(
+def test_an_unknown_family_is_rejected_before_its_weights_are_fetched(
     serve: Serve, checkpoint: Path
 ) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
@@ -94,7 +94,7 @@ def test_an_unknown_family_is_refused_before_its_weights_are_fetched(
     assert "model.safetensors" not in fake.served
 
 
-def test_a_repository_without_weights_is_refused(serve: Serve, checkpoint: Path) -> None:
+def test_a_repository_without_weights_is_rejected(serve: Serve, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     serve()
     with pytest.raises(UnsupportedModelError, match=r"org/tiny has no weights .*GGUF file"):
@@ -116,7 +116,7 @@ def test_a_half_fetched_model_is_completed(serve: Serve, monkeypatch: pytest.Mon
     assert fake.served.count("model.safetensors") == 1  # the hub's client had kept the content
 
 
-def test_sharded_weights_are_whole_only_with_every_shard(tmp_path: Path) -> None:
+def test_sharded_weights_need_every_shard(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path, max_shard_size="5KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -133,7 +133,7 @@ def test_offline_and_not_cached(lonely: Path) -> None:
         load_llm("org/tiny")
 
 
-def test_downloads_can_be_forbidden(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_can_be_disabled(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = serve()
     monkeypatch.setenv("RAP_OFFLINE", "1")
     with pytest.raises(ModelNotAvailableError, match="org/tiny is not .* and RAP_OFFLINE is set"):
@@ -141,7 +141,7 @@ def test_downloads_can_be_forbidden(serve: Serve, monkeypatch: pytest.MonkeyPatc
     assert not fake.served
 
 
-def test_a_download_says_what_from_where_and_into_which_folder(
+def test_a_hub_download_is_logged_with_source_and_folder(
     serve: Serve, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (checkpoint / "model.safetensors").open("ab") as file:
@@ -151,15 +151,13 @@ def test_a_download_says_what_from_where_and_into_which_folder(
     assert f"org/tiny from the Hugging Face hub, 5 MB, into {tmp_path / 'hub'}" in caplog.text
 
 
-def test_a_hub_that_refuses_the_connection(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_rejects_the_connection(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connect(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(ModelNotAvailableError, match=r"org/tiny is not .*hub cannot be reached"):
         load_llm("org/tiny")
 
 
-def test_a_hub_that_never_answers_is_given_up_soon(
-    lonely: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_never_answers_times_out(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "PROBE_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         connect(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")

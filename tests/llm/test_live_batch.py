@@ -45,7 +45,7 @@ def rows_of(batch: LiveBatch) -> list[list[int]]:
 
 @EVERY_FAMILY
 @EVERY_SWITCH
-def test_after_a_refill_the_new_mask_was_there_from_the_start(name, before, after) -> None:
+def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, before, after) -> None:
     llm = tiny_llm(name)
     llm.apply(before)
     batch = LiveBatch(llm)
@@ -75,7 +75,7 @@ def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name) -> None:
 
 @EVERY_FAMILY
 @EVERY_SWITCH
-def test_removal_counts_for_the_tokens_after_it(name, before, after) -> None:
+def test_a_removal_affects_only_later_tokens(name, before, after) -> None:
     llm = tiny_llm(name)
     llm.apply(after)  # the switch the other way round: what was there goes
     batch = LiveBatch(llm, restore="next_request")
@@ -94,7 +94,7 @@ def test_removal_counts_for_the_tokens_after_it(name, before, after) -> None:
 
 
 @EVERY_FAMILY
-def test_until_the_next_request_a_restored_block_stays_out(name) -> None:
+def test_a_restored_block_is_unused_until_the_next_request(name) -> None:
     llm = tiny_llm(name)
     llm.apply(ATTENTION)
     batch = LiveBatch(llm, restore="next_request")
@@ -109,7 +109,7 @@ def test_until_the_next_request_a_restored_block_stays_out(name) -> None:
 
 
 @EVERY_FAMILY
-def test_rows_join_and_leave_and_none_sees_another(name) -> None:
+def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
     llm = tiny_llm(name)
     llm.apply(BlockMask.of(0, 3))
     batch, other = LiveBatch(llm), LiveBatch(llm)
@@ -131,7 +131,7 @@ def test_rows_join_and_leave_and_none_sees_another(name) -> None:
 
 
 @EVERY_FAMILY
-def test_a_prompt_in_chunks_is_the_prompt_at_once(name) -> None:
+def test_a_chunked_prefill_equals_one_prefill(name) -> None:
     llm = tiny_llm(name)
     prompts = random_tokens(11, 3, 7)
     for chunk in (1, 4, 11, 50):
@@ -144,7 +144,7 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(name) -> None:
     close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
 
 
-def test_a_newcomer_under_another_mask_follows_before_it_joins() -> None:
+def test_a_joining_row_under_another_mask_is_updated_first() -> None:
     llm = tiny_llm()
     batch, newcomer = LiveBatch(llm), LiveBatch(llm)
     batch.prefill(random_tokens(6))
@@ -159,7 +159,7 @@ def test_a_newcomer_under_another_mask_follows_before_it_joins() -> None:
     close(logits[1:], newer)
 
 
-def test_what_is_removed_is_freed_at_once_and_what_remains_is_counted() -> None:
+def test_removed_keys_and_values_are_freed_and_the_rest_is_counted() -> None:
     llm = tiny_llm(dtype=torch.bfloat16)
     batch = LiveBatch(llm)
     batch.prefill(random_tokens(8, 8))
@@ -212,7 +212,7 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
     close(batch.extend([3, 4]), gated_logits(llm, rows_of(batch), {})[:, -1])
 
 
-def test_a_refill_runs_no_more_tokens_at_once_than_it_may() -> None:
+def test_a_refill_respects_its_token_limit() -> None:
     llm = tiny_llm()
     llm.apply(BlockMask.of(0))
     batch = LiveBatch(llm, most_tokens=6)
@@ -227,7 +227,7 @@ def test_a_refill_runs_no_more_tokens_at_once_than_it_may() -> None:
     close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
 
 
-def test_bad_calls_are_refused_and_change_nothing() -> None:
+def test_bad_calls_are_rejected_and_change_nothing() -> None:
     llm = tiny_llm()
     with pytest.raises(UnknownNameError, match="restore mode"):
         LiveBatch(llm, restore="refil")
@@ -246,7 +246,7 @@ def test_bad_calls_are_refused_and_change_nothing() -> None:
     assert rows_of(batch) == [[3, 4], [5]]
 
 
-def test_stubs_stand_where_blocks_were_and_leave_when_those_come_back() -> None:
+def test_stubs_replace_removed_blocks_and_go_when_they_return() -> None:
     llm = tiny_llm()
     view = repaired(llm)
     view.apply(BlockMask.of(0, 3))

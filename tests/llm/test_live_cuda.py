@@ -29,7 +29,7 @@ def test_a_refill_equals_a_fresh_prefill(name, residency) -> None:
     torch.testing.assert_close(logits, fresh, rtol=1e-4, atol=1e-4)
 
 
-def test_offload_gives_the_allocator_its_bytes_back() -> None:
+def test_offload_returns_memory_to_the_allocator() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -51,7 +51,7 @@ def test_offload_gives_the_allocator_its_bytes_back() -> None:
         assert torch.equal(was, now.detach().cpu())
 
 
-def test_keys_and_values_go_at_once() -> None:
+def test_keys_and_values_are_freed_immediately() -> None:
     llm = on_cuda(dtype=torch.bfloat16)
     batch = LiveBatch(llm)
     batch.prefill([list(range(3, 43))] * 8)

@@ -44,7 +44,7 @@ def nothing_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_shared", {})
 
 
-def test_a_folder_gives_the_model_that_was_saved(folder: Path) -> None:
+def test_a_folder_loads_the_saved_model(folder: Path) -> None:
     llm = load_llm(folder, device="cpu", dtype="float32")
     assert llm.name == "tiny-llama"
     assert torch.equal(llm.model(IDS).logits, tiny_model("llama_tied")(IDS).logits)
@@ -68,7 +68,7 @@ def test_every_family_loads(family: str, lonely: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_is_as_asked(dtype: str, folder: Path) -> None:
+def test_the_dtype_is_the_requested_one(dtype: str, folder: Path) -> None:
     llm = load_llm(folder, device="cpu", dtype=dtype)
     assert {parameter.dtype for parameter in llm.model.parameters()} == {getattr(torch, dtype)}
     assert llm.facts.dtype == dtype
@@ -88,7 +88,7 @@ def test_a_tokenizer_without_padding_gets_its_end_token(folder: Path) -> None:
     assert load_llm(folder, device="cpu").tokenizer.pad_token == "</s>"
 
 
-def test_a_pruned_checkpoint_loads_as_what_it_is(lonely: Path, tmp_path: Path) -> None:
+def test_a_pruned_checkpoint_loads_as_a_pruned_model(lonely: Path, tmp_path: Path) -> None:
     mask = BlockMask.of("layer00.attn")
     dense = tiny_llm(tokenizer=tiny_tokenizer())
     save_pruned(dense, mask, tmp_path / "pruned")
@@ -120,7 +120,7 @@ def test_an_unknown_alias(name: str, lonely: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./none", "~/none", "/none/at/all", "a/b/c", "none.gguf"])
-def test_a_path_that_is_not_there(name: str, lonely: Path) -> None:
+def test_a_missing_path_is_an_error(name: str, lonely: Path) -> None:
     with pytest.raises(
         ModelNotAvailableError,
         match=r"no model folder or GGUF file .*the alias smollm2-135m or",
@@ -141,7 +141,7 @@ def test_a_damaged_config(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "never-heard-of", None])
-def test_an_unknown_family_is_refused_before_its_weights(
+def test_an_unknown_family_is_rejected_before_its_weights(
     model_type: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
@@ -158,7 +158,7 @@ def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
         load_llm(folder)
 
 
-def test_missing_tensors_are_not_made_up(folder: Path) -> None:
+def test_missing_tensors_are_not_initialised_at_random(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=3)
     with pytest.raises(
         UnsupportedModelError, match=r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"
@@ -208,7 +208,7 @@ def test_equal_arguments_share_one_model(folder: Path, monkeypatch: pytest.Monke
     assert load_llm(folder, device="cpu", dtype="float32") is not llm
 
 
-def test_auto_shares_with_what_it_stands_for(folder: Path) -> None:
+def test_auto_shares_with_its_resolved_value(folder: Path) -> None:
     llm = shared_llm(folder)
     dtype = str(llm.dtype).removeprefix("torch.")
     assert shared_llm(folder, device=str(llm.device), dtype=dtype) is llm
@@ -224,7 +224,7 @@ def test_another_source_is_another_model(folder: Path, monkeypatch: pytest.Monke
     assert len(loaded) == 2
 
 
-def test_a_failed_load_is_tried_again(folder: Path) -> None:
+def test_a_failed_load_is_retried(folder: Path) -> None:
     config = folder / "config.json"
     config.rename(folder / "away.json")
     with pytest.raises(ModelNotAvailableError):
@@ -240,7 +240,7 @@ def _use_in_child(folder: Path) -> None:
     os._exit(0 if same else 4)
 
 
-def test_a_forked_process_goes_on_with_its_parents_model(folder: Path) -> None:
+def test_a_forked_process_uses_its_parents_model(folder: Path) -> None:
     shared_llm(folder, device="cpu", dtype="float32")
     with loading._shared_lock:  # as if another thread were loading while the process forks
         child = multiprocessing.get_context("fork").Process(target=_use_in_child, args=(folder,))

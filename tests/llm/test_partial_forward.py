@@ -23,7 +23,7 @@ def by_blocks(partial, ids, mask):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_one_by_one_are_the_whole_pass(family, dtype):
+def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     partial = PartialForward(llm)
     for mask in MASKS:
@@ -39,7 +39,7 @@ def test_blocks_one_by_one_are_the_whole_pass(family, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_stubs_too(family, dtype):
+def test_blocks_run_one_by_one_with_stubs_equal_the_full_pass(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     view = repaired(llm)
     partial, plain = PartialForward(view), PartialForward(llm)

@@ -21,7 +21,7 @@ def test_bytes_of_a_folder_with_folders_in_it(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "none") == 0
 
 
-def test_folders_may_vanish_while_they_are_counted(tmp_path: Path) -> None:
+def test_folders_may_be_deleted_while_being_counted(tmp_path: Path) -> None:
     done = threading.Event()
 
     def churn() -> None:
@@ -49,7 +49,7 @@ def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_the_bar_is_seen_on_a_terminal_unless_it_is_not_wanted(
+def test_the_bar_is_shown_on_a_terminal_unless_disabled(
     tmp_path: Path, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):
@@ -62,7 +62,7 @@ def test_the_bar_is_seen_on_a_terminal_unless_it_is_not_wanted(
     assert ("Downloading" in sys.stderr.getvalue()) == shown
 
 
-def test_the_hubs_bars_are_put_back() -> None:
+def test_the_hubs_progress_bars_are_restored() -> None:
     assert not are_progress_bars_disabled()
     for shown in (True, False):
         with hub_bars(shown=shown):
@@ -70,7 +70,7 @@ def test_the_hubs_bars_are_put_back() -> None:
         assert not are_progress_bars_disabled()
 
 
-def test_transformers_bars_are_put_back() -> None:
+def test_the_transformers_progress_bars_are_restored() -> None:
     before = logging.is_progress_bar_enabled()
     for shown in (True, False):
         with transformers_bars(shown=shown):

@@ -81,7 +81,7 @@ def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_pat
     assert again.pruned == MASK | more
 
 
-def test_the_arithmetic_of_the_pruned_model_is_that_of_the_mask(tmp_path) -> None:
+def test_the_pruned_model_computes_bitwise_like_the_mask(tmp_path) -> None:
     llm = tiny_llm()
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
     request = Request(2, 16, 1)
@@ -116,12 +116,12 @@ def test_the_attention_implementation_is_kept(tmp_path) -> None:
         assert torch.equal(logits(loaded.model), logits(llm.model))
 
 
-def test_plain_transformers_refuses_the_folder(saved) -> None:
+def test_plain_transformers_rejects_the_folder(saved) -> None:
     with pytest.raises(ValueError, match="rap_pruned"):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
-def test_why_it_must_be_refused_plain_transformers_invents_the_removed_weights(saved) -> None:
+def test_plain_transformers_would_initialise_removed_weights_at_random(saved) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     _, report = LlamaForCausalLM.from_pretrained(saved, output_loading_info=True)
@@ -182,7 +182,7 @@ def test_a_folder_without_a_pruned_checkpoint_is_not_found(tmp_path) -> None:
         load_pruned(tmp_path)
 
 
-def test_a_block_that_the_model_lacks_is_refused_and_nothing_is_written(tmp_path) -> None:
+def test_a_block_that_the_model_lacks_is_rejected_and_nothing_is_written(tmp_path) -> None:
     with pytest.raises(UnknownNameError, match="layer07"):
         save_pruned(tiny_llm(), BlockMask.of("layer07.ffn"), tmp_path / "pruned")
     assert list(tmp_path.iterdir()) == []

@@ -62,7 +62,7 @@ def test_the_loaded_stubs_are_part_of_the_model(tmp_path) -> None:
     assert ours.weights == theirs.weights + theirs.stubs
 
 
-def test_a_mask_of_a_lost_block_takes_its_stub_away(tmp_path) -> None:
+def test_a_mask_with_a_missing_block_removes_its_stub(tmp_path) -> None:
     llm = tiny_llm()
     loaded = load_pruned(save_pruned(repaired(llm), MASK, tmp_path / "pruned"))
     before = logits(loaded.model)
@@ -93,7 +93,7 @@ def test_a_repaired_view_under_the_empty_mask_saves_the_dense_model(tmp_path) ->
     assert loaded.fingerprint == view.fingerprint
 
 
-def test_the_file_states_ranks_and_an_older_one_without_them_loads(tmp_path) -> None:
+def test_ranks_are_saved_and_older_files_without_them_load(tmp_path) -> None:
     view = repaired(tiny_llm())
     body = load_artifact(
         save_pruned(view, MASK, tmp_path / "new") / PRUNED_FILE, "pruned-checkpoint", 1
@@ -107,7 +107,7 @@ def test_the_file_states_ranks_and_an_older_one_without_them_loads(tmp_path) -> 
         assert torch.equal(logits(load_pruned(folder).model), logits(view.model))
 
 
-def test_plain_transformers_refuses_stubs_too(tmp_path) -> None:
+def test_plain_transformers_rejects_stubs_too(tmp_path) -> None:
     folder = save_pruned(repaired(tiny_llm()), MASK, tmp_path / "pruned")
     with pytest.raises(ValueError, match="rap_pruned"):
         AutoModelForCausalLM.from_pretrained(folder)

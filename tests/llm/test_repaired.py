@@ -45,7 +45,7 @@ def hooked(llm: ElasticLLM, stubs, mask: BlockMask):
 
 @EVERY_DTYPE
 @EVERY_FAMILY
-def test_a_repaired_mask_equals_a_model_with_stubs_put_in_by_hand(name, dtype) -> None:
+def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     stubs = random_stubs(llm)
     view = llm.repaired(stubs, "random")
@@ -118,7 +118,7 @@ class TestSharing:
         llm = tiny_llm()
         return llm, repaired(llm)
 
-    def test_either_applies_and_both_see_it(self, pair) -> None:
+    def test_a_mask_applied_to_either_view_affects_both(self, pair) -> None:
         llm, view = pair
         view.apply(SOME)
         assert llm.mask == view.mask == SOME
@@ -152,7 +152,7 @@ class TestSharing:
             assert torch.equal(logits(outer.model), before)
         assert list(outer.model.state_dict()) == list(tiny_model().state_dict())
 
-    def test_two_views_with_other_stubs_do_not_mix(self, pair) -> None:
+    def test_two_views_with_different_stubs_do_not_interfere(self, pair) -> None:
         llm, one = pair
         two = repaired(llm, seed=1)
         with one.masked(SOME):
@@ -161,7 +161,7 @@ class TestSharing:
                 assert not torch.equal(logits(llm.model), first)
             assert torch.equal(logits(llm.model), first)
 
-    def test_an_exception_inside_brings_the_stubs_before_back(self, pair) -> None:
+    def test_an_exception_restores_the_previous_stubs(self, pair) -> None:
         llm, view = pair
         with view.masked(SOME):
             before = logits(view.model)
@@ -171,7 +171,7 @@ class TestSharing:
                 pytest.fail("the mask should not have been applied")
             assert torch.equal(logits(view.model), before)
 
-    def test_a_view_of_a_view_has_its_stubs_alone(self, pair) -> None:
+    def test_a_view_of_a_view_uses_only_its_own_stubs(self, pair) -> None:
         llm, view = pair
         other = view.repaired({3: random_stubs(llm, seed=1)[3]}, "other")
         assert (other.facts.repair, view.facts.repair, llm.facts.repair) == (
@@ -184,7 +184,7 @@ class TestSharing:
             assert torch.equal(logits(llm.model), found)
 
 
-def test_bare_blocks_leave_nothing_behind() -> None:
+def test_removed_blocks_without_stubs_leave_no_module() -> None:
     llm = tiny_llm()
     stubs = random_stubs(llm)
     view = llm.repaired(stubs, "random")
@@ -199,7 +199,7 @@ def test_bare_blocks_leave_nothing_behind() -> None:
         assert torch.equal(logits(llm.model), found)
 
 
-def test_a_block_without_a_stub_leaves_nothing_behind() -> None:
+def test_a_block_without_a_stub_leaves_no_module() -> None:
     llm = tiny_llm()
     view = llm.repaired({0: random_stubs(llm)[0]}, "one")
     assert view.has_stub([0, 3])

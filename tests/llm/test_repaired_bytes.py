@@ -34,7 +34,7 @@ def test_every_byte_of_a_repaired_model_is_counted(name, dtype) -> None:
         assert parts.peak == sum(held.values()) + parts.kv_cache + parts.workspace
 
 
-def test_a_stub_costs_what_it_weighs_and_the_rest_is_as_without() -> None:
+def test_stub_bytes_are_added_and_the_rest_is_unchanged() -> None:
     llm = tiny_llm()
     plain, ours = MemoryModel(llm), MemoryModel(repaired(llm))
     request = Request(2, 8, 1)
@@ -56,7 +56,7 @@ def streamed(lonely, tmp_path):
     return stream_llm(tmp_path / "m", device="cpu", dtype="float32", max_memory_bytes=2**20)
 
 
-def test_stubs_take_from_what_a_streamed_model_has_to_spare(streamed) -> None:
+def test_stubs_reduce_the_free_bytes_of_a_streamed_model(streamed) -> None:
     before = streamed.spare_bytes
     view = repaired(streamed)
     assert view.spare_bytes == before - sum(view.facts.stub_bytes) < before

@@ -109,7 +109,7 @@ def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
         torch.nn.functional.linear(torch.ones(1, 16), parameters[1][0])
 
 
-def test_a_mask_for_a_while_brings_back_and_lets_go() -> None:
+def test_a_temporary_mask_loads_and_evicts_blocks() -> None:
     llm, plain = tiny_llm(), tiny_llm()
     llm.set_residency("offload")
     llm.apply(BlockMask.of(0, 3))
@@ -144,7 +144,7 @@ def test_a_model_without_files_writes_them_once() -> None:
     assert written[0] == written[1]
 
 
-def test_files_with_other_values_are_not_believed(tmp_path) -> None:
+def test_files_with_other_values_are_not_used(tmp_path) -> None:
     llm = opened(saved(tmp_path))
     with torch.no_grad():
         llm.model.model.layers[0].mlp.down_proj.weight[0, 0] += 1
@@ -158,7 +158,7 @@ def test_files_with_other_values_are_not_believed(tmp_path) -> None:
     assert weights_hash(llm.model) == before
 
 
-def test_to_drop_needs_files() -> None:
+def test_drop_needs_model_files() -> None:
     llm = tiny_llm()
     with pytest.raises(
         UnsupportedModelError,
@@ -170,7 +170,7 @@ def test_to_drop_needs_files() -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_block_that_cannot_be_read_stays_out_and_the_model_serves(tmp_path, damage) -> None:
+def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, damage) -> None:
     folder = saved(tmp_path)
     llm, plain = opened(folder), tiny_llm(dtype=torch.bfloat16)  # in memory, not mapped
     llm.set_residency("drop")
@@ -192,7 +192,7 @@ def test_a_block_that_cannot_be_read_stays_out_and_the_model_serves(tmp_path, da
     assert torch.equal(logits(llm), logits(plain))
 
 
-def test_back_to_resident_everything_is_there(tmp_path) -> None:
+def test_switching_back_to_resident_loads_all_blocks(tmp_path) -> None:
     llm = opened(saved(tmp_path))
     dense = llm.held_bytes.weights
     llm.apply(BlockMask.of(0, 1))
@@ -206,7 +206,7 @@ def test_back_to_resident_everything_is_there(tmp_path) -> None:
     assert torch.equal(logits(llm), logits(opened(tmp_path / "model")))
 
 
-def test_a_streamed_model_has_nothing_to_let_go_of(tmp_path) -> None:
+def test_a_streamed_model_rejects_residency_changes(tmp_path) -> None:
     folder = saved(tmp_path)
     tiny_tokenizer().save_pretrained(folder)
     llm = stream_llm(folder, max_memory_bytes=10**6, dtype="bfloat16")

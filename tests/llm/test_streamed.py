@@ -68,7 +68,7 @@ def test_it_is_the_model_that_would_be_loaded(
         assert len(layers_in_memory(streamed)) == 1
 
 
-def test_one_layer_at_a_time_is_held_and_really_let_go(folder: Path) -> None:
+def test_one_layer_at_a_time_is_in_memory(folder: Path) -> None:
     llm = stream(folder)
     layers = llm.adapter.layers(llm.model)
     llm.load_layer(0)
@@ -83,7 +83,7 @@ def test_one_layer_at_a_time_is_held_and_really_let_go(folder: Path) -> None:
     assert [o for o in gc.get_referrers(weight) if isinstance(o, dict)] == []
 
 
-def test_a_layer_is_held_whatever_mask_is_applied(folder: Path) -> None:
+def test_a_layer_is_in_memory_under_any_mask(folder: Path) -> None:
     llm = stream(folder)
     with llm.masked(BlockMask.of("layer01.ffn")):
         llm.load_layer(1)
@@ -136,7 +136,7 @@ def test_converted_tensors_are_kept_only_as_long_as_the_model(lonely: Path, tmp_
     assert not list(lonely.glob("converted-*"))
 
 
-def test_what_the_cap_leaves(folder: Path) -> None:
+def test_the_cap_bounds_the_cached_layers(folder: Path) -> None:
     llm = stream(folder)
     layer = sum(block.param_bytes for block in llm.blocks[:2])
     assert llm.spare_bytes == ENOUGH - llm.facts.base_bytes - layer
@@ -155,7 +155,7 @@ def test_reading_in_another_dtype_counts(folder: Path) -> None:
 # Errors
 
 
-def test_a_pruned_checkpoint_is_refused(lonely: Path, tmp_path: Path) -> None:
+def test_a_pruned_checkpoint_is_rejected(lonely: Path, tmp_path: Path) -> None:
     save_pruned(tiny_llm(tokenizer=tiny_tokenizer()), BlockMask.of(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match=r"pruned checkpoint.* use load_llm\(\)"):
         stream(tmp_path / "pruned")
@@ -188,7 +188,7 @@ def test_lost_and_truncated_weights(folder: Path, lonely: Path) -> None:
     assert not list(lonely.glob("converted-*"))
 
 
-def test_weights_that_go_while_the_model_is_open(folder: Path) -> None:
+def test_weights_deleted_while_the_model_is_open(folder: Path) -> None:
     llm, weights = stream(folder), folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
@@ -203,7 +203,7 @@ def test_weights_that_go_while_the_model_is_open(folder: Path) -> None:
     assert layers_in_memory(llm) == [1]
 
 
-def test_quantised_weights_are_refused(folder: Path) -> None:
+def test_quantised_weights_are_rejected(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name] = weights[name].to(torch.int8)
@@ -212,13 +212,13 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
         stream(folder)
 
 
-def test_a_file_that_is_no_safetensors_file(folder: Path) -> None:
+def test_another_file_format_is_rejected(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
         stream(folder)
 
 
-def test_a_fork_leaves_the_converted_tensors_to_its_parent(lonely: Path, tmp_path: Path) -> None:
+def test_a_fork_does_not_delete_its_parents_converted_tensors(lonely: Path, tmp_path: Path) -> None:
     llm = stream(save(tmp_path / "m", "mixtral"))
 
     def forget() -> None:

@@ -98,7 +98,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_holds_the_package_alone_with_all_files_that_code_reads(wheel):
+def test_the_wheel_holds_only_the_package_and_its_data_files(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.partition("/")[0] for name in names} == {
         "rap_env", f"rap_env-{__version__}.dist-info",
@@ -125,7 +125,7 @@ def test_its_metadata_has_the_extras_and_the_command(wheel):
     assert "rap = rap_env.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
 
 
-def test_twine_finds_nothing_wrong(wheel):
+def test_twine_check_passes(wheel):
     pytest.importorskip("twine", reason="twine is not installed")
     command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -156,7 +156,7 @@ def test_the_environment_passes_gymnasiums_checker(installed, model_folder):
     assert "peak_bytes" in keys
 
 
-def test_rap_answers_without_a_model(installed):
+def test_rap_choose_needs_no_model(installed):
     assert installed.rap("--version").stdout == f"rap, version {__version__}\n"
     answer = json.loads(
         installed.rap("choose", "--batch", "8", "--seq", "2048", "--budget", "300MiB",

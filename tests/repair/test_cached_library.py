@@ -42,7 +42,7 @@ def short(monkeypatch):
     monkeypatch.setattr(cached_library, "HELD_BACK", replace(cached_library.HELD_BACK, windows=2))
 
 
-def test_the_library_is_the_one_of_the_stated_text_and_settings():
+def test_the_library_matches_its_text_and_settings():
     llm = tiny_llm()
     found = open_library("library", llm, progress=False)
     texts = [found.provenance[name] for name in ("text", "held_back")]
@@ -77,14 +77,14 @@ def test_a_path_is_read_and_nothing_is_fitted(short, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["libary", "no/such/file.safetensors", "."])
-def test_what_is_neither_a_word_nor_a_file(name):
+def test_an_unknown_repair_setting_is_rejected(name):
     with pytest.raises(
         UnknownNameError, match=r"repair .*'library', 'none'.*path of a stub library"
     ):
         open_library(name, tiny_llm())
 
 
-def test_a_damaged_file_says_what_to_do(short):
+def test_a_damaged_file_raises_an_error_with_a_remedy(short):
     llm = tiny_llm()
     open_library("library", llm, progress=False)
     (path,) = kept_files()
@@ -95,7 +95,7 @@ def test_a_damaged_file_says_what_to_do(short):
     assert open_library("library", llm, progress=False).stubs
 
 
-def test_a_model_without_a_start_token_cannot_write(short):
+def test_a_model_without_a_start_token_cannot_write_text(short):
     llm = tiny_llm()
     llm.model.config.bos_token_id = llm.model.generation_config.bos_token_id = None
     with pytest.raises(CorpusError, match="no start token"):
@@ -140,7 +140,7 @@ def _fit_and_hang(at_work):
     _open_in_a_process(multiprocessing.SimpleQueue())
 
 
-def test_two_processes_at_once_and_a_kill_leave_one_whole_file(short):
+def test_concurrent_processes_and_a_kill_leave_one_complete_file(short):
     context = multiprocessing.get_context("spawn")
     at_work, done = context.Event(), context.SimpleQueue()
     killed = context.Process(target=_fit_and_hang, args=(at_work,))
@@ -159,7 +159,7 @@ def test_two_processes_at_once_and_a_kill_leave_one_whole_file(short):
     assert left == {path.name}
 
 
-def test_records_name_a_file_without_its_place_on_the_machine():
+def test_records_name_a_file_without_its_path():
     assert repair_label("none") == "none"
     assert repair_label("library") == "library"
     assert repair_label(str(Path.home() / "runs" / "stubs.safetensors")) == "runs/stubs.safetensors"

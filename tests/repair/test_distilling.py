@@ -43,7 +43,7 @@ def distilled(llm, library, config=SHORT, *, masks=None, text=TEXT, path=None) -
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
-def test_the_masked_models_come_nearer_to_the_dense_one(name: str) -> None:
+def test_distillation_reduces_the_divergence_from_the_dense_model(name: str) -> None:
     llm = tiny(name)
     library = fitted(llm)
     config = DistillConfig(steps=150, windows=10, learning_rate=1e-2, warmup_steps=10)
@@ -60,7 +60,7 @@ def test_the_masked_models_come_nearer_to_the_dense_one(name: str) -> None:
 
 @pytest.mark.parametrize("wants_gradients", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_nothing_but_stubs_changes(name: str, wants_gradients: bool) -> None:
+def test_only_stubs_change(name: str, wants_gradients: bool) -> None:
     llm = tiny(name)
     llm.model.requires_grad_(wants_gradients)
     library, weights = fitted(llm), weights_hash(llm.model)
@@ -78,7 +78,7 @@ def test_nothing_but_stubs_changes(name: str, wants_gradients: bool) -> None:
     assert learnt.sha256 != library.sha256
 
 
-def test_the_stubs_of_all_removed_blocks_learn() -> None:
+def test_all_removed_blocks_stubs_are_trained() -> None:
     llm = tiny()
     library = fitted(llm)
     learnt = distilled(
@@ -88,7 +88,7 @@ def test_the_stubs_of_all_removed_blocks_learn() -> None:
         assert not torch.equal(learnt.stubs[index].mean, stub.mean)
 
 
-def test_a_budget_that_removes_nothing_teaches_nothing() -> None:
+def test_a_budget_that_removes_nothing_leaves_stubs_unchanged() -> None:
     llm = tiny()
     llm.model.requires_grad_(False)  # as load_llm() gives it
     library = fitted(llm)
@@ -138,7 +138,7 @@ def test_the_mask_in_force_does_not_matter_and_stays() -> None:
 # Refusals
 
 
-def test_a_streamed_model_is_refused(lonely, tmp_path) -> None:
+def test_a_streamed_model_is_rejected(lonely, tmp_path) -> None:
     folder = saved_model(tmp_path / "m")
     llm = stream_llm(folder, device="cpu", dtype="float32", max_memory_bytes=2**20)
     library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
@@ -147,7 +147,7 @@ def test_a_streamed_model_is_refused(lonely, tmp_path) -> None:
         distilled(llm, library, masks=masks)
 
 
-def test_stubs_of_another_model_are_refused() -> None:
+def test_stubs_of_another_model_are_rejected() -> None:
     with pytest.raises(ArtifactError, match="were fitted on tiny-llama with other weights"):
         distilled(tiny(seed=1), fitted(tiny()))
 
@@ -178,7 +178,7 @@ def test_the_rate_rises_then_falls_along_half_a_cosine() -> None:
     assert 0.1 <= rates[-1] < 0.11
 
 
-def test_every_window_is_learnt_from_once_an_epoch() -> None:
+def test_every_window_is_used_once_per_epoch() -> None:
     from rap_env.repair.distilling import Trainer
 
     llm = tiny()

@@ -38,7 +38,7 @@ def killed_at(after: int, llm, library, path, config=SHORT) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("after", [2, 4, 6, 11])
-def test_a_killed_run_goes_on_bit_for_bit(after: int, dtype, tmp_path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(after: int, dtype, tmp_path) -> None:
     llm, path = tiny(dtype=dtype), tmp_path / "deep" / "progress.pt"
     library = fitted(llm)
     whole = distilled(llm, library)
@@ -72,7 +72,7 @@ def test_two_kills_are_no_worse_than_one(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_replayed_trace_goes_on_where_it_stood(tmp_path) -> None:
+def test_a_replayed_trace_resumes_at_its_position(tmp_path) -> None:
     rows = "".join(f"{n},{3 + 7 * n % 50},{1 + n % 5}\n" for n in range(9))
     (tmp_path / "trace.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
     llm, path = tiny(), tmp_path / "progress.pt"
@@ -91,7 +91,7 @@ def test_a_replayed_trace_goes_on_where_it_stood(tmp_path) -> None:
     assert first.drawn[:4] + rest.drawn == whole.drawn
 
 
-def test_progress_of_another_run_is_refused_and_kept(tmp_path) -> None:
+def test_progress_of_another_run_is_rejected_and_kept(tmp_path) -> None:
     llm, path = tiny(), tmp_path / "progress.pt"
     library = fitted(llm)
     killed_at(5, llm, library, path)
@@ -114,7 +114,7 @@ def test_progress_of_another_run_is_refused_and_kept(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not torch's own", b"\x80\x02}q\x00.", None])
-def test_damaged_progress_is_refused(content: bytes | None, tmp_path) -> None:
+def test_damaged_progress_is_rejected(content: bytes | None, tmp_path) -> None:
     llm, path = tiny(), tmp_path / "progress.pt"
     library = fitted(llm)
     killed_at(5, llm, library, path)
@@ -127,7 +127,7 @@ def test_damaged_progress_is_refused(content: bytes | None, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("other", [torch.zeros(3), [1, 2], {"step": 3}, 7])
-def test_a_file_of_torch_that_is_no_progress_is_refused(other, tmp_path) -> None:
+def test_a_file_of_torch_that_is_no_progress_is_rejected(other, tmp_path) -> None:
     llm = tiny()
     torch.save(other, tmp_path / "progress.pt")
     with pytest.raises(ArtifactError, match="is damaged or not a distillation checkpoint"):

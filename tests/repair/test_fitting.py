@@ -45,7 +45,7 @@ def test_every_block_has_a_stub_that_helps(name: str, dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_neox_sequential", "opt"])
-def test_a_removed_block_is_missed_less_with_its_stub_on_text_held_back(name: str) -> None:
+def test_a_stub_reduces_the_nll_on_held_out_text(name: str) -> None:
     llm = tiny_llm(name)
     view = fitted(llm).attach(llm)
     for block in range(llm.num_blocks):
@@ -53,7 +53,7 @@ def test_a_removed_block_is_missed_less_with_its_stub_on_text_held_back(name: st
         assert state_error(view, HELD_BACK, mask) < state_error(llm, HELD_BACK, mask), block
 
 
-def test_a_held_back_error_is_what_the_block_still_lacks() -> None:
+def test_the_held_out_error_is_the_remaining_residual() -> None:
     llm = tiny_llm()
     library = fitted(llm)
     view = library.attach(llm)
@@ -88,7 +88,7 @@ def test_a_block_that_is_linear_is_reproduced() -> None:
         assert (logits(llm.model) - dense).abs().max() > 0.1
 
 
-def test_blocks_that_read_one_state_are_fitted_to_it() -> None:
+def test_parallel_blocks_are_fitted_to_the_same_state() -> None:
     """With a parallel residual the feed-forward block does not see what attention added."""
     model = tiny_model("gpt_neox")
     model.gpt_neox.layers[0].mlp = nn.Linear(16, 16)
@@ -113,7 +113,7 @@ def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-def test_ranks_go_where_they_save_most() -> None:
+def test_ranks_are_given_to_the_largest_savings() -> None:
     llm = tiny_llm(layers=3)
     even = fitted(llm, FitConfig(rank=4, ranks=None))
     uneven = fitted(llm, FitConfig(rank=4, ranks=tuple(range(17))))
@@ -122,7 +122,7 @@ def test_ranks_go_where_they_save_most() -> None:
     assert uneven.nbytes <= even.nbytes
 
 
-def test_the_ridge_that_does_best_on_the_held_back_text_is_taken() -> None:
+def test_the_best_ridge_on_held_out_text_is_selected() -> None:
     llm = tiny_llm()
     ridges = (1e-6, 0.1, 1e4)
     errors = [
@@ -162,7 +162,7 @@ def test_the_mask_in_force_does_not_matter_and_stays() -> None:
     assert fitted(view).sha256 == expected  # the dense model is fitted, whatever stands beside it
 
 
-def test_provenance_says_how_it_was_made(tmp_path) -> None:
+def test_provenance_describes_the_fit(tmp_path) -> None:
     library = fitted(tiny_llm())
     library.save(tmp_path / "stubs.safetensors")
     known = StubLibrary.load(tmp_path / "stubs.safetensors").provenance
@@ -173,7 +173,7 @@ def test_provenance_says_how_it_was_made(tmp_path) -> None:
     assert json.dumps(known)
 
 
-def test_blocks_that_a_model_lost_get_no_stub(tmp_path) -> None:
+def test_missing_blocks_get_no_stub(tmp_path) -> None:
     lost = BlockMask.of(0, 3)
     llm = load_pruned(save_pruned(tiny_llm(), lost, tmp_path / "pruned"))
     library = fitted(llm)
@@ -183,7 +183,7 @@ def test_blocks_that_a_model_lost_get_no_stub(tmp_path) -> None:
     assert state_error(view, TEXT, BlockMask.of(1)) < state_error(llm, TEXT, BlockMask.of(1))
 
 
-def test_texts_that_overlap_are_refused() -> None:
+def test_texts_that_overlap_are_rejected() -> None:
     shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
         fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
@@ -212,7 +212,7 @@ MASK = BlockMask.of(0, 1, 3, 4)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_it_has_stubs_for_the_mask_alone_and_they_help(name: str, dtype) -> None:
+def test_a_mask_specific_repair_has_only_its_stubs_and_reduces_nll(name: str, dtype) -> None:
     llm = tiny_llm(name, layers=3, dtype=dtype)
     weights = weights_hash(llm.model)
     library = fit_for_mask(llm, MASK, TEXT, HELD_BACK, CONFIG)
@@ -226,7 +226,7 @@ def test_it_has_stubs_for_the_mask_alone_and_they_help(name: str, dtype) -> None
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "opt"])
-def test_it_is_nearer_to_the_dense_model_than_stubs_for_any_mask(name: str) -> None:
+def test_mask_specific_stubs_are_nearer_to_the_dense_model(name: str) -> None:
     llm = tiny_llm(name, layers=3)
     shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).attach(llm)
     own = fit_for_mask(llm, MASK, TEXT, HELD_BACK, CONFIG).attach(llm)
@@ -234,7 +234,7 @@ def test_it_is_nearer_to_the_dense_model_than_stubs_for_any_mask(name: str) -> N
 
 
 @pytest.mark.parametrize("block", [0, 1, 2, 3])
-def test_where_nothing_was_lost_before_it_is_the_stub_of_the_library(block: int) -> None:
+def test_the_first_removed_block_gets_the_library_stub(block: int) -> None:
     llm = tiny_llm()
     shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).stubs[block]
     own = fit_for_mask(llm, BlockMask.of(block), TEXT, HELD_BACK, CONFIG).stubs[block]
@@ -261,7 +261,7 @@ def test_without_blocks_there_are_no_stubs() -> None:
     assert fit_for_mask(tiny_llm(), BlockMask(), TEXT, HELD_BACK, CONFIG).stubs == {}
 
 
-def test_overlapping_texts_and_unknown_blocks_are_refused() -> None:
+def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
         fit_for_mask(tiny_llm(), MASKS["all ffn"], TEXT, TEXT, CONFIG)
     with pytest.raises(UnknownNameError, match="layer09"):

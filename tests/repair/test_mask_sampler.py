@@ -83,7 +83,7 @@ def by_price(model: MemoryModel, request, losses) -> BlockMask:
 
 
 @STUBS
-def test_without_noise_it_follows_the_price(stub_bytes: int) -> None:
+def test_without_noise_the_order_follows_the_cost_per_byte(stub_bytes: int) -> None:
     model = memory(stub_bytes)
     sampler = grid(model)
     draw = MaskSampler(model, sampler, LOSSES, noise=(0.0,))
@@ -104,7 +104,7 @@ def test_short_requests_lose_ffn_blocks_and_long_ones_attention() -> None:
     assert long_attn > 1.5 * long_ffn
 
 
-def test_the_more_noise_the_less_it_follows() -> None:
+def test_more_noise_lowers_the_correlation_with_the_order() -> None:
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_fraction=0.8)
     seen = []
@@ -127,7 +127,7 @@ def test_a_budget_that_no_mask_meets_removes_everything() -> None:
     assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {BlockMask.of(*range(2 * LAYERS))}
 
 
-def test_settings_are_values_alone_and_tell_draws_apart(tmp_path) -> None:
+def test_settings_are_plain_values_and_identify_the_draws(tmp_path) -> None:
     (tmp_path / "trace.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n1,10,5\n")
     model = memory()
     trace = TraceSampler(model, path=str(tmp_path / "trace.csv"), order="replay")

@@ -133,7 +133,7 @@ def pairs(count: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sizes", [[50], [1, 20, 29], [10] * 5])
-def test_they_are_those_of_the_tokens_however_they_come(sizes: list[int]) -> None:
+def test_moments_do_not_depend_on_the_batching(sizes: list[int]) -> None:
     x, y = pairs()
     sums = Moments(H)
     for a, b in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
@@ -159,7 +159,7 @@ def test_the_variance_around_the_mean_survives_a_large_mean() -> None:
     torch.testing.assert_close(sums.xx(sums.x_mean), expected, rtol=0, atol=2e-2)
 
 
-def test_half_precision_is_summed_in_full() -> None:
+def test_half_precision_is_accumulated_in_full_precision() -> None:
     x, y = (t.bfloat16() for t in pairs(400))
     rounded, exact = Moments(H), Moments(H)
     rounded.add(x, y)
@@ -190,7 +190,7 @@ def falling(seed: int, blocks: int, choices: list[int]) -> dict[int, list[float]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_with_steps_of_one_size_nothing_of_the_sum_is_better(seed: int) -> None:
+def test_equal_steps_give_the_optimal_rank_allocation(seed: int) -> None:
     choices = [0, 2, 4, 6]
     losses = falling(seed, 4, choices)
     for total in (0, 2, 8, 14, 24, 100):
@@ -214,7 +214,7 @@ def test_with_uneven_steps_it_loses_less_than_one_step(seed: int) -> None:
         assert found <= total_loss(losses, choices, even) + 1e-12
 
 
-def test_a_block_that_gains_nothing_stays_at_the_least() -> None:
+def test_a_block_without_gain_keeps_the_least_rank() -> None:
     losses = {5: [1.0, 1.0, 1.1], 6: [1.0, 0.5, 0.4]}
     assert allocate_ranks(losses, [0, 8, 16], 100) == {5: 0, 6: 16}
 

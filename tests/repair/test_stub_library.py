@@ -31,7 +31,7 @@ def path(tmp_path):
 
 
 @EVERY_DTYPE
-def test_it_comes_back_bit_for_bit(dtype, tmp_path) -> None:
+def test_a_library_round_trips_bit_for_bit(dtype, tmp_path) -> None:
     made = library(dtype, method="random", numbers=[0.1, None, {"deep": True}])
     made.save(tmp_path / "new" / "stubs.safetensors")
     loaded = StubLibrary.load(tmp_path / "new" / "stubs.safetensors")
@@ -95,7 +95,7 @@ def test_a_truncated_file(path, kept: int) -> None:
         StubLibrary.load(path)
 
 
-def test_no_byte_can_change_unseen(tmp_path) -> None:
+def test_every_changed_byte_is_detected(tmp_path) -> None:
     llm, path = tiny_llm(), tmp_path / "stubs.safetensors"
     StubLibrary(llm.name, llm.fingerprint, random_stubs(llm, (1,)), {"text": "some"}).save(path)
     content = path.read_bytes()
@@ -168,7 +168,7 @@ def test_attached_stubs_are_those_of_the_library(name: str, tmp_path) -> None:
     assert llm.facts.repair == ""
 
 
-def test_what_is_done_with_a_view_leaves_the_library(path) -> None:
+def test_using_a_view_does_not_change_the_library(path) -> None:
     made = StubLibrary.load(path)
     view = made.attach(tiny_llm())
     with torch.no_grad(), view.masked(BlockMask.of(0)):
@@ -183,7 +183,7 @@ def test_what_is_done_with_a_view_leaves_the_library(path) -> None:
     [tiny_llm(seed=1), tiny_llm(dtype=torch.bfloat16), tiny_llm("mistral"), tiny_llm(layers=3)],
     ids=["weights", "dtype", "family", "layers"],
 )
-def test_another_model_is_refused(other) -> None:
+def test_another_model_is_rejected(other) -> None:
     dtype = other.facts.dtype
     with pytest.raises(
         ArtifactError,

@@ -25,7 +25,7 @@ def test_the_empty_batch_is_false_and_has_a_size_for_the_memory_model():
 
 
 @pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
-def test_invalid_shapes_are_refused(wrong):
+def test_invalid_shapes_are_rejected(wrong):
     with pytest.raises(InvalidRequestError, match="or 0 of both"):
         BatchShape(*wrong)
 

@@ -167,7 +167,7 @@ def test_a_request_can_be_cancelled_at_any_stage_and_others_continue(turns):
     assert harness.llm.held_bytes.kv_cache == 0
 
 
-def test_invalid_requests_are_refused_at_once():
+def test_invalid_requests_are_rejected_at_once():
     engine = Harness().engine(max_seq_len_tokens=20)
     with pytest.raises(InvalidRequestError, match="prompt is empty"):
         engine.submit([], greedy(1))
@@ -183,7 +183,7 @@ def test_invalid_requests_are_refused_at_once():
 @pytest.mark.parametrize(
     "wrong", [{"max_batch_size": 0}, {"prefill_chunk_tokens": 0}, {"max_seq_len_tokens": 65}]
 )
-def test_invalid_limits_are_refused(wrong):
+def test_invalid_limits_are_rejected(wrong):
     with pytest.raises(InvalidRequestError, match="must be at least 1"):
         Harness().engine(**wrong)
 
@@ -197,7 +197,7 @@ def test_a_request_can_use_the_whole_context():
     assert max(record.length for record in harness.records) <= 64
 
 
-def test_a_full_queue_refuses_requests():
+def test_a_full_queue_rejects_requests():
     engine = Harness().engine(max_queue=2)
     for _ in range(2):
         engine.submit(prompt(3), greedy(2))
@@ -334,7 +334,7 @@ def test_closing_ends_all_requests():
     engine.close()
 
 
-def test_a_request_that_can_never_fit_is_refused():
+def test_a_request_that_can_never_fit_is_rejected():
     harness = Harness()
     least = harness.need(harness.everything, BatchShape(1, 30))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = least - 1

@@ -97,7 +97,7 @@ def test_without_a_resettable_mark_the_peak_is_the_largest_value_read(tmp_path):
 
 
 @linux
-def test_a_process_that_cannot_be_read_is_refused(tmp_path):
+def test_a_process_that_cannot_be_read_is_rejected(tmp_path):
     with pytest.raises(MemorySourceError, match="use TensorMeter"):
         ResidentMeter(tiny_llm(), process=tmp_path / "none")
 

@@ -140,7 +140,7 @@ def test_no_budget_is_below_zero(machine):
     assert memory.budget_bytes(used_bytes=10 * MIB) == 0
 
 
-def test_a_system_that_reports_nothing_is_refused_with_a_remedy(tmp_path):
+def test_a_system_that_reports_nothing_is_rejected_with_a_remedy(tmp_path):
     with pytest.raises(MemorySourceError, match="give the budget as a number of bytes"):
         CgroupMemory(mount=tmp_path, proc=tmp_path)
 
@@ -173,7 +173,7 @@ def test_a_fixed_budget_is_its_own_limit():
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_function_that_gives_no_number_is_refused(wrong):
+def test_a_function_that_gives_no_number_is_rejected(wrong):
     with pytest.raises(MemorySourceError, match="should return a number of bytes"):
         GivenMemory(lambda: wrong).budget_bytes(0)
 

@@ -65,7 +65,7 @@ def test_an_order_policy_removes_blocks_until_the_request_fits():
     assert policy.order == (3, 0, 5, 1)
 
 
-def test_an_order_of_another_model_is_refused():
+def test_an_order_of_another_model_is_rejected():
     with pytest.raises(UnknownNameError, match=r"layer06\.attn"):
         OrderPolicy(memory(), [0, 12])
 
@@ -80,7 +80,7 @@ def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
     assert policy.name == "frontier"
 
 
-def test_a_frontier_of_another_shape_is_refused():
+def test_a_frontier_of_another_shape_is_rejected():
     with pytest.raises(ArtifactError, match="with 8 blocks, but made has 12"):
         FrontierPolicy(memory(), frontier(4))
 
@@ -109,7 +109,7 @@ def test_cached_choices_equal_new_ones():
 
 
 @pytest.mark.parametrize("policy", ["order", "frontier", "network"])
-def test_what_the_model_cannot_serve_is_refused(policy):
+def test_what_the_model_cannot_serve_is_rejected(policy):
     made = {
         "order": OrderPolicy(memory(), range(12)),
         "frontier": FrontierPolicy(memory(), frontier()),

@@ -58,7 +58,7 @@ def test_the_same_policy_gives_the_same_bytes(path, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1, -200])
-def test_a_truncated_file_is_refused(path, size):
+def test_a_truncated_file_is_rejected(path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(
         ArtifactError, match=r"is truncated or not an exported policy; use the packaged policy"
@@ -66,7 +66,7 @@ def test_a_truncated_file_is_refused(path, size):
         PolicyFile.load(path)
 
 
-def test_a_file_of_another_kind_is_refused(path, tmp_path):
+def test_a_file_of_another_kind_is_rejected(path, tmp_path):
     path.write_text("{}")
     with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
         PolicyFile.load(path)
@@ -79,13 +79,13 @@ def test_a_file_of_another_kind_is_refused(path, tmp_path):
         PolicyFile.load(tmp_path / "nothing.safetensors")
 
 
-def test_a_newer_format_is_refused(path):
+def test_a_newer_format_is_rejected(path):
     rewritten(path, lambda header: header.update(format=2))
     with pytest.raises(ArtifactError, match="format 2, but this version reads .* of format 1"):
         PolicyFile.load(path)
 
 
-def test_altered_content_is_refused(path):
+def test_altered_content_is_rejected(path):
     def nudge(arrays):
         arrays["network.last_weight"][0] += 1
 
@@ -109,7 +109,7 @@ def test_altered_content_is_refused(path):
         PolicyFile.load(path)
 
 
-def test_parts_of_different_models_are_refused():
+def test_parts_of_different_models_are_rejected():
     made = policy_file()
     with pytest.raises(ArtifactError, match="importance of made must have 12 values"):
         replace(made, features=features(4))

@@ -82,7 +82,7 @@ def test_without_the_request_the_order_is_static():
         assert static == all(b[: len(a)] == a for a, b in itertools.pairwise(orders))
 
 
-def test_a_request_that_the_model_cannot_serve_is_refused():
+def test_a_request_that_the_model_cannot_serve_is_rejected():
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         network().removals(Request(1, 5000, 10**9))
 
@@ -115,7 +115,7 @@ def test_vectors_serve_only_their_own_number_of_blocks():
         ({"without": ("gis",)}, "without 'gis', which is unknown to this version"),
     ],
 )
-def test_invalid_weights_are_refused(changed, text):
+def test_invalid_weights_are_rejected(changed, text):
     with pytest.raises(ArtifactError, match=text):
         replace(weights(), **changed)
 

@@ -30,7 +30,7 @@ def sampled(**settings) -> SamplingParams:
         ("seed", "x"),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(setting, wrong):
+def test_values_out_of_range_are_rejected_by_name(setting, wrong):
     with pytest.raises(InvalidRequestError, match=f"{setting} must be"):
         SamplingParams(**{setting: wrong})
 

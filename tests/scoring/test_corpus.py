@@ -60,7 +60,7 @@ def test_written_text_is_the_dense_models_whatever_mask_is_on(cache):
         assert torch.equal(load_corpus(config, model, progress=False).tokens, dense.tokens)
 
 
-def test_kept_text_is_read_again(cache):
+def test_written_text_is_cached(cache):
     config = CorpusConfig(windows=2, window_tokens=8)
     first = load_corpus(config, llm(), progress=False)
     model = llm()
@@ -101,7 +101,7 @@ def test_windows_are_chosen_by_seed(tmp_path):
     assert not torch.equal(chosen[0].tokens, chosen[2].tokens)
 
 
-def test_provenance_says_what_was_read(tmp_path):
+def test_provenance_records_the_text_read(tmp_path):
     path = write_text(tmp_path)
     corpus = load_corpus(CorpusConfig(source=str(path), windows=4, window_tokens=16), llm())
     provenance = corpus.provenance
@@ -168,7 +168,7 @@ def test_a_model_without_start_token_or_tokenizer(tmp_path):
         load_corpus(CorpusConfig(source=str(write_text(tmp_path))), model)
 
 
-def test_a_data_set_that_cannot_be_reached(monkeypatch):
+def test_an_unreachable_data_set_is_an_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CorpusError, match="Check the name and the network"):
         load_corpus(CorpusConfig(source="hub:nobody/nothing-at-all"), llm())

@@ -41,7 +41,7 @@ def test_documents_are_distinct_and_fewer_are_the_first_of_more(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_guessing_gives_chance_wherever_the_guess_is(name):
+def test_constant_guesses_score_at_chance(name):
     task = GENERATED_TASKS[name]
     documents = task.documents(0)
     assert all(len(set(d["choices"])) == len(d["choices"]) == 1 / task.chance for d in documents)
@@ -58,7 +58,7 @@ def test_guessing_gives_chance_wherever_the_guess_is(name):
         ("rap_choice", len(RELATIONS)),
     ],
 )
-def test_the_first_documents_are_as_mixed_as_all(name, kinds):
+def test_the_first_documents_mix_all_kinds(name, kinds):
     documents = GENERATED_TASKS[name].documents(1)
     assert len({d["kind"] for d in documents[:kinds]}) == kinds
     counts = Counter(d["kind"] for d in documents).values()
@@ -73,7 +73,7 @@ def test_a_minimal_pair_differs_in_one_word():
         assert document["context"] == ""
 
 
-def test_words_of_minimal_pairs_do_not_give_the_answer_away():
+def test_word_frequency_does_not_solve_minimal_pairs():
     """What a model without context knows, the frequency of the differing words, is balanced."""
     good, bad = Counter(), Counter()
     for document in GENERATED_TASKS["rap_minimal_pairs"].documents(0, 4800):
@@ -112,13 +112,13 @@ def test_recall_asks_for_a_value_that_its_list_holds_once():
     assert lengths == set(RECALL_LENGTHS)
 
 
-def test_recall_has_words_enough_for_its_longest_list():
+def test_recall_has_enough_words_for_its_longest_list():
     assert len(set(NAMES)) == len(NAMES) >= max(RECALL_LENGTHS)
     assert len(set(OBJECTS)) == len(OBJECTS) >= max(RECALL_LENGTHS)
 
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.name)
-def test_facts_have_one_answer_each_and_enough_wrong_ones(relation):
+def test_facts_have_one_answer_and_enough_distractors(relation):
     asked = [known for known, _ in relation.pairs]
     assert len(set(asked)) == len(asked)
     assert all(known and answer for known, answer in relation.pairs)

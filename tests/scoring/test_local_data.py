@@ -165,14 +165,14 @@ def test_rows_keep_line_separators_inside_strings(tmp_path):
     assert read_rows(path) == [{"a": "x\u2028y"}]
 
 
-def test_columns_of_mixed_types_are_refused(tmp_path):
+def test_columns_of_mixed_types_are_rejected(tmp_path):
     row = {**ROWS["piqa"], "label": "one"}
     write_task(tmp_path, "piqa", rows=[ROWS["piqa"], row])
     with pytest.raises(CorpusError, match="files of the task 'piqa' .* do not match"):
         load(tmp_path, "piqa")
 
 
-def test_tasks_that_generate_text_are_refused(tmp_path):
+def test_tasks_that_generate_text_are_rejected(tmp_path):
     own = {"task": "x", "output_type": "generate_until", "test_split": "test"}
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "test.jsonl").write_text('{"a": "b"}\n')

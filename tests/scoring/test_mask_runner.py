@@ -15,7 +15,7 @@ def state(number):
     return torch.full((4,), float(number))  # 16 bytes
 
 
-def test_the_longest_unused_state_goes_first():
+def test_the_least_recently_used_state_is_evicted_first():
     cache = StateCache(48)
     for number in range(3):
         cache.put(0, (number, DENSE), state(number))
@@ -25,7 +25,7 @@ def test_the_longest_unused_state_goes_first():
     assert cache.held_bytes == 48
 
 
-def test_batches_and_nodes_are_told_apart():
+def test_batches_and_nodes_are_distinguished():
     cache = StateCache(1000)
     cache.put(0, (1, DENSE), state(1))
     cache.put(1, (1, DENSE), state(2))

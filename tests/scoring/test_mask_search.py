@@ -24,7 +24,7 @@ def scorers(family="llama", layers=5, dtype=torch.float32, windows=6):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("near", [BASE, None])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_best_is_that_of_measuring_all(family, near, dtype):
+def test_the_search_finds_the_best_of_all_masks(family, near, dtype):
     scorer, plain = scorers(family, dtype=dtype)
     masks = list(scorer.candidates(BASE).values())
     nll = plain.nll_many(masks)
@@ -74,7 +74,7 @@ def test_known_masks_are_not_run_again():
     assert (scorer.evaluations, scorer.block_forwards) == ran
 
 
-def test_the_winners_states_begin_the_next_round():
+def test_the_next_round_starts_from_the_winners_states():
     scorer, plain = scorers(layers=8)
     search = BestMaskSearch(scorer)
     best = search.find(list(scorer.candidates(BASE).values())).best
@@ -89,7 +89,7 @@ def test_a_single_mask_and_the_dense_model():
     assert BestMaskSearch(scorer).find([BlockMask()]).nll == {BlockMask(): plain.dense_nll}
 
 
-def test_numbers_that_are_none_are_refused():
+def test_non_finite_numbers_are_rejected():
     scorer, _ = scorers()
     scorer.llm.model.get_decoder().layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteScoreError, match="non-finite"):

@@ -32,7 +32,7 @@ def test_pieces_give_the_whole_loss(dtype, head_tokens, monkeypatch):
     assert found.tolist() == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
 
 
-def test_float32_logits_exist_a_few_at_a_time(monkeypatch):
+def test_float32_logits_are_computed_in_small_slices(monkeypatch):
     seen = []
     plain = functional.cross_entropy
 

@@ -56,7 +56,7 @@ def predictor():
     return fitted()[0]
 
 
-def test_it_predicts_masks_that_it_never_saw(predictor):
+def test_it_predicts_held_out_masks(predictor):
     other = masks(300, seed=99)[1 + BLOCKS :]
     found = np.array([predictor.delta_nll(mask_of(row)) for row in other])
     assert spearman(found, losses(other)) > 0.98
@@ -91,7 +91,7 @@ def test_a_prediction_depends_on_the_set_alone(predictor):
     assert predictor.delta_nll(BlockMask()) == 0.0
 
 
-def test_it_survives_a_file(predictor):
+def test_it_round_trips_through_a_file(predictor):
     values = json.loads(json.dumps(asdict(predictor)))
     again = DeltaNLLPredictor(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -99,7 +99,7 @@ def test_it_survives_a_file(predictor):
     assert again.delta_nll(BlockMask.of(2, 5, 11)) == predictor.delta_nll(BlockMask.of(2, 5, 11))
 
 
-def test_far_from_the_data_it_stays_between_what_was_measured():
+def test_extrapolations_are_clipped_to_measured_values():
     predictor, _ = fitted(400, most=4)  # nothing with more than four removals
     removed = masks(400, most=4)
     rng = np.random.default_rng(5)
@@ -168,7 +168,7 @@ def model():
     return fit_score_model(removed, losses(removed), SINGLE)[0]
 
 
-def test_the_ensemble_predicts_masks_that_it_never_saw(model):
+def test_the_ensemble_predicts_held_out_masks(model):
     other = masks(300, most=6, seed=99)[1 + BLOCKS :]
     assert spearman(model.delta_nll_many(other), losses(other)) > 0.95
 

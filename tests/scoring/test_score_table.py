@@ -36,7 +36,7 @@ def path(table, tmp_path):
     return tmp_path / "t.json"
 
 
-def test_a_table_comes_back_from_its_file(table, path):
+def test_a_table_round_trips_through_its_file(table, path):
     again = ScoreTable.load(path)
     assert again.scores == table.scores
     assert again.facts == table.facts
@@ -57,7 +57,7 @@ def test_measured_scores_are_the_models_to_the_last_bit(context, path):
     assert not any(map(scorer.is_predicted, masks))
 
 
-def test_other_masks_are_predicted_and_say_so(table, path):
+def test_unmeasured_masks_are_predicted_and_flagged(table, path):
     scorer = TableScorer(ScoreTable.load(path))
     deep = [mask for mask in all_masks(BLOCKS) if len(mask) > 3]
     assert all(map(scorer.is_predicted, deep))
@@ -66,7 +66,7 @@ def test_other_masks_are_predicted_and_say_so(table, path):
     assert together == [table.dense_nll + table.predictor.delta_nll(mask) for mask in deep]
 
 
-def test_it_counts_what_was_asked_for_and_runs_nothing(table):
+def test_it_counts_requested_scores_and_runs_no_model(table):
     scorer, seen = TableScorer(table), []
     masks = [BlockMask.of(0), BlockMask.of(0), BlockMask.of(0, 1, 2, 3), BlockMask()]
     scorer.nll_many(masks, seen.append)
@@ -89,7 +89,7 @@ def test_too_few_scores(context):
         table_of(context, all_masks(BLOCKS, 1))
 
 
-def test_damaged_files_are_refused(table, path, tmp_path):
+def test_damaged_files_are_rejected(table, path, tmp_path):
     packed = path.read_bytes()
     for damaged in (
         packed[: len(packed) // 2],
@@ -142,7 +142,7 @@ def large(table):
     return ScoreTable.fitted(facts, scores, **origin)
 
 
-def test_twenty_thousand_masks_are_a_small_file_and_load_at_once(large, tmp_path):
+def test_twenty_thousand_masks_load_quickly_from_a_small_file(large, tmp_path):
     assert len(large.scores) > 19_000
     large.save(tmp_path / "t.json")
     assert (tmp_path / "t.json").stat().st_size < 1e6
@@ -189,7 +189,7 @@ def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
     assert TableScorer(again).nll_many(masks) == bench.scorer.nll_many(masks)
 
 
-def test_older_tables_know_of_no_stubs(table, path):
+def test_older_tables_have_no_stubs(table, path):
     document = json.loads(gzip.decompress(path.read_bytes()))
     body = document["body"]
     for name in ("stub_bytes", "repair"):
@@ -199,7 +199,7 @@ def test_older_tables_know_of_no_stubs(table, path):
     assert ScoreTable.load(path).facts == table.facts
 
 
-def test_tables_with_packed_masks_and_a_doubt_are_still_read(table, path):
+def test_tables_with_packed_masks_and_the_old_pessimism_key_are_read(table, path):
     document = json.loads(gzip.decompress(path.read_bytes()))
     body = document["body"]
     masks = [BlockMask.of(*names) for names in body["masks"]]

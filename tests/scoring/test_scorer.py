@@ -118,7 +118,7 @@ def test_batching_of_windows_is_part_of_the_context():
     assert split.context != whole.context
 
 
-def test_context_tells_models_texts_and_dtypes_apart():
+def test_the_context_distinguishes_models_texts_and_dtypes():
     ids = tokens()
     contexts = [
         MaskScorer(tiny_llm(), ids).context,

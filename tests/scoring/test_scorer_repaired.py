@@ -46,7 +46,7 @@ def test_masks_that_share_a_batch_differ_by_rounding_alone(family):
     assert together.nll_many(masks) == pytest.approx(single, abs=1e-5)
 
 
-def test_a_stub_counts_as_no_block():
+def test_a_stub_is_not_counted_as_a_block():
     llm, ids = tiny_llm(), tokens()
     ours, plain = MaskScorer(repaired(llm), ids), MaskScorer(llm, ids)
     for scorer in (ours, plain):
@@ -55,7 +55,7 @@ def test_a_stub_counts_as_no_block():
     assert ours.full_block_forwards == plain.full_block_forwards
 
 
-def test_a_search_finds_the_least_of_repaired_masks():
+def test_a_search_finds_the_best_repaired_mask():
     view, ids = repaired(tiny_llm(layers=3), (2, 0, 1, 3, 4, 2)), tokens()
     scan = MaskScorer(view, ids).scan(BlockMask.of(3))
     least = min(scan, key=scan.__getitem__)
@@ -91,7 +91,7 @@ def libraries(llm):
     return [StubLibrary(llm.name, llm.fingerprint, stubs) for stubs in (first, second)]
 
 
-def test_the_context_tells_stubs_apart_and_is_unchanged_without_them():
+def test_the_context_depends_on_stubs_only_if_there_are_any():
     llm, ids = tiny_llm(), tokens()
     plain = MaskScorer(llm, ids).context
     assert "repair" not in plain

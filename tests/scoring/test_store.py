@@ -47,7 +47,7 @@ def test_rows_lists_what_was_stored(path):
     assert len(store) == 3
 
 
-def test_an_altered_row_is_refused(path):
+def test_an_altered_row_is_rejected(path):
     store = ScoreStore(path)
     store.put(KEY, MASK, "nll", [1.0])
     store.close()
@@ -57,7 +57,7 @@ def test_an_altered_row_is_refused(path):
         ScoreStore(path).get(KEY, MASK, "nll")
 
 
-def test_a_truncated_file_is_refused(path):
+def test_a_truncated_file_is_rejected(path):
     store = ScoreStore(path)
     for index in range(200):
         store.put(KEY, BlockMask.of(index), "nll", [float(index)] * 20)
@@ -68,14 +68,14 @@ def test_a_truncated_file_is_refused(path):
         ScoreStore(path)
 
 
-def test_another_kind_of_file_is_refused(path):
+def test_another_kind_of_file_is_rejected(path):
     path.parent.mkdir()
     path.write_text("these are no scores, " * 100)
     with pytest.raises(StoreError, match="no score store"):
         ScoreStore(path)
 
 
-def test_a_newer_format_is_refused(path):
+def test_a_newer_format_is_rejected(path):
     ScoreStore(path).close()
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
@@ -83,7 +83,7 @@ def test_a_newer_format_is_refused(path):
         ScoreStore(path)
 
 
-def test_a_full_disk_says_so_and_loses_nothing(path):
+def test_a_full_disk_raises_an_error_and_loses_nothing(path):
     store = ScoreStore(path)
     store.put(KEY, MASK, "nll", [1.0])
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
@@ -98,7 +98,7 @@ def _fill(store):
         store.put(KEY, BlockMask.of(index), "nll", [1.0] * 50)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_an_uncreatable_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the system's own error is clear here
         ScoreStore(tmp_path / "file" / "scores.sqlite")
@@ -111,7 +111,7 @@ def _write(path, start):
         store.put(KEY, BlockMask.of(index), "nll", [float(index)])
 
 
-def test_several_processes_write_at_once(path):
+def test_several_processes_write_concurrently(path):
     context = multiprocessing.get_context("fork")
     parent = ScoreStore(path)  # open before the fork: children must not share its connection
     workers = [context.Process(target=_write, args=(path, 40 * n)) for n in range(4)]
@@ -197,7 +197,7 @@ def test_a_store_with_masks_as_indices_is_converted(path):
     assert masks == {"[]", '["layer00.attn", "layer01.ffn"]', '["layer06.attn"]'}
 
 
-def test_several_processes_may_open_an_old_store_at_once(path):
+def test_several_processes_may_open_an_old_store_concurrently(path):
     write_index_store(path, {str(index): f"[{index}.0]" for index in range(200)})
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_write, args=(path, 200 + 50 * n)) for n in range(4)]

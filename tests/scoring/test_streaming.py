@@ -151,7 +151,7 @@ def _measure(scorer, how):
     return profile.order_indices, profile.nll_after
 
 
-def test_a_cap_that_leaves_too_little_says_what_is_needed(tmp_path):
+def test_too_small_a_cap_raises_an_error_with_the_needed_bytes(tmp_path):
     folder, ids = save(tmp_path / "m", tiny_model()), tokens()
     least = cap_for(folder, ids, 1)
     _, streamed = pair(folder, cap=least - 2**11)

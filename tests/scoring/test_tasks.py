@@ -248,7 +248,7 @@ def test_stored_scores_are_used_and_do_not_count(tmp_path, llm):
     assert again.evaluations == 1
 
 
-def test_a_task_scored_beside_others_is_found_alone(tmp_path, llm):
+def test_a_task_scored_with_others_is_stored_separately(tmp_path, llm):
     store = ScoreStore(tmp_path / "scores.db")
     TaskScorer(llm, TaskConfig(GENERATED, limit=4), store).accuracies(SOME)
     alone = TaskScorer(llm, TaskConfig(("rap_choice",), limit=4), store)
@@ -336,7 +336,7 @@ def test_silence_ends_with_its_last_user():
     assert not datasets.are_progress_bars_disabled()
 
 
-def test_nan_is_an_error_that_says_where():
+def test_nan_is_an_error_with_its_location():
     llm = make_llm()
     with torch.no_grad():
         llm.model.model.norm.weight[0] = torch.nan
@@ -353,7 +353,7 @@ def test_unknown_blocks_are_named(llm):
         scorer.accuracies(BlockMask.of("layer09.ffn"))
 
 
-def test_a_misspelt_generated_task_is_refused_at_once():
+def test_a_misspelt_generated_task_is_rejected_at_once():
     with pytest.raises(
         UnknownNameError, match="'rap_choise'; known are .*'piqa'.*Did you mean 'rap_choice'"
     ):
@@ -390,7 +390,7 @@ def test_names_must_be_a_list_of_names():
     assert TaskConfig(["piqa"]).names == ("piqa",)
 
 
-def test_a_missing_lm_eval_says_how_to_install_it(monkeypatch, llm):
+def test_a_missing_lm_eval_names_the_install_command(monkeypatch, llm):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in [n for n in sys.modules if n.startswith("lm_eval.")]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -398,12 +398,12 @@ def test_a_missing_lm_eval_says_how_to_install_it(monkeypatch, llm):
         TaskScorer(llm, TaskConfig(("rap_choice",)))
 
 
-def test_a_model_without_tokenizer_is_refused():
+def test_a_model_without_tokenizer_is_rejected():
     with pytest.raises(CorpusError, match="tiny-llama has no tokenizer to read tasks with"):
         TaskScorer(tiny_llm(), TaskConfig(("rap_choice",)))
 
 
-def test_an_answer_longer_than_the_model_is_refused(tmp_path):
+def test_an_answer_longer_than_the_model_is_rejected(tmp_path):
     write_task(
         tmp_path, "blimp_causative", rows=[{"sentence_good": "a " * 80, "sentence_bad": "b"}]
     )
@@ -413,7 +413,7 @@ def test_an_answer_longer_than_the_model_is_refused(tmp_path):
         )
 
 
-def test_without_network_the_hubs_tasks_say_what_to_do(monkeypatch, llm):
+def test_without_network_hub_tasks_raise_an_error_with_a_remedy(monkeypatch, llm):
     import datasets
     import huggingface_hub
 

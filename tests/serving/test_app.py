@@ -53,7 +53,7 @@ def events_of(response):
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_a_chat_answer_has_all_that_the_api_says(server):
+def test_a_chat_answer_has_all_fields_of_the_api(server):
     body = post(server, {**CHAT, "max_tokens": 20}).json()
     assert body["object"] == "chat.completion"
     assert body["id"].startswith("chatcmpl-")
@@ -113,7 +113,7 @@ def test_sampling_is_passed_on_as_the_api_means_it(server):
     assert server.service.engine.handles[-1].params.greedy
 
 
-def test_a_chat_stream_says_who_speaks_then_pieces_then_why_it_ended(server):
+def test_a_chat_stream_has_the_role_then_text_then_finish_reason(server):
     response = post(server, {**CHAT, "stream": True, "stream_options": {"include_usage": True}})
     assert response.headers["content-type"].startswith("text/event-stream")
     first, *middle, end, usage = events_of(response)
@@ -138,7 +138,7 @@ def test_a_plain_stream_has_text_in_every_event(server):
     assert not any("usage" in event for event in events)
 
 
-def test_streams_of_several_answers_are_told_apart(server):
+def test_streams_of_several_answers_have_indices(server):
     events = events_of(post(server, {**CHAT, "stream": True, "n": 2}))
     for index in (0, 1):
         own = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
@@ -269,11 +269,11 @@ def test_parts_and_developer_messages_are_text(server):
      '{"model": "\\ud800", "messages": []}'],
     ids=["empty", "open", "list", "word", "text", "deep", "nan", "binary", "long", "half"],
 )  # fmt: skip
-def test_what_is_no_json_object_is_told_so(server, body):
+def test_a_body_that_is_not_a_json_object_is_rejected(server, body):
     assert error_of(post(server, body), 400)["code"] == "invalid_json"
 
 
-def test_another_content_type_is_refused(server):
+def test_another_content_type_is_rejected(server):
     headers = {"content-type": "text/plain"}
     assert error_of(post(server, CHAT, headers=headers), 400)["code"] == "unsupported_content_type"
 
@@ -299,7 +299,7 @@ def test_other_paths_and_methods_are_errors_of_the_same_shape(server):
 
 
 @pytest.mark.parametrize("known_length", [True, False])
-def test_a_body_that_is_too_long_is_refused_while_it_is_read(tokenizer, known_length):
+def test_a_body_that_is_too_long_is_rejected_while_it_is_read(tokenizer, known_length):
     with served(FakeEngine(tokenizer), tokenizer, max_body_bytes=1000) as server:
         body = json.dumps({**CHAT, "user": "x" * 3_000_000}).encode()
         if not known_length:
@@ -333,7 +333,7 @@ def test_only_prompts_within_the_limit_are_taken(tokenizer):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_engine_refuses_has_a_status(tokenizer, raised, status, code, stream):
+def test_engine_rejections_have_a_status(tokenizer, raised, status, code, stream):
     with served(FakeEngine(tokenizer, end=raised), tokenizer) as server:
         response = post(server, {**CHAT, "stream": stream})
         error = error_of(response, status)
@@ -383,7 +383,7 @@ def test_an_empty_prompt_needs_a_start_token(server):
         error_of(post(other, {"model": "tiny"}, "completions"), 400)
 
 
-def test_health_says_whether_the_engine_lives(tokenizer):
+def test_health_reports_whether_the_engine_runs(tokenizer):
     engine = FakeEngine(tokenizer)
     with served(engine, tokenizer) as server:
         assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok", "model": "tiny"}

@@ -69,7 +69,7 @@ def test_a_slow_body_times_out_without_delaying_others(tokenizer):
         assert b"request_timeout" in received
 
 
-def test_a_header_that_does_not_come_costs_the_connection(tokenizer):
+def test_a_missing_header_closes_the_connection(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer, header_timeout_s=0.3) as server:
         for begun in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: te"):
             assert everything(raw(server, begun)) == b""
@@ -86,7 +86,7 @@ def test_a_long_answer_is_no_idle_connection(tokenizer):
         assert answers(server)
 
 
-def test_connections_beyond_the_most_are_told_so(tokenizer):
+def test_connections_beyond_the_limit_are_rejected(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
         idle = [raw(server) for _ in range(3)]
         eventually(lambda: len(server._server.server_state.connections) == 3)
@@ -100,7 +100,7 @@ def test_connections_beyond_the_most_are_told_so(tokenizer):
         assert answers(server)
 
 
-def test_what_is_no_http_is_told_so(tokenizer):
+def test_invalid_http_is_rejected(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer) as server:
         assert everything(raw(server, b"\x16\x03\x01\x02\x00hello\r\n\r\n")).startswith(
             b"HTTP/1.1 400"
@@ -149,7 +149,7 @@ def test_an_answer_that_is_not_read_is_cut_off(tokenizer):
         assert engine.handles[0].cancelled or engine.handles[0].done
 
 
-def test_all_choices_are_cancelled_when_one_is_refused(tokenizer):
+def test_all_choices_are_cancelled_when_one_is_rejected(tokenizer):
     engine = FakeEngine(tokenizer, "abc", gate=threading.Event())
     submit = engine.submit
 

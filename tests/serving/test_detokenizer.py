@@ -34,7 +34,7 @@ def test_pieces_are_whole_characters_and_add_up(tokenizer, text):
     assert len([piece for piece in pieces if piece]) <= len(text)
 
 
-def test_any_bytes_come_out_as_if_decoded_at_once(tokenizer):
+def test_streamed_bytes_equal_decoding_in_one_call(tokenizer):
     random_state = random.Random(0)
     for _ in range(30):
         ids = [random_state.randrange(1, 257) for _ in range(random_state.randrange(1, 60))]
@@ -43,7 +43,7 @@ def test_any_bytes_come_out_as_if_decoded_at_once(tokenizer):
         assert found == tokenizer.decode(ids)
 
 
-def test_bytes_that_never_become_a_character_are_not_held_for_ever(tokenizer):
+def test_invalid_bytes_are_not_held_back_forever(tokenizer):
     byte = tokenizer.encode("é")[0]
     detokenizer = Detokenizer(tokenizer)
     given = "".join(detokenizer.add(byte) for _ in range(500))
@@ -95,7 +95,7 @@ def test_text_ends_before_the_first_stop_string(pieces, stops, expected):
     assert stop.add("more") == stop.finish() == ""
 
 
-def test_what_only_looked_like_a_stop_comes_out():
+def test_partial_stop_strings_are_released():
     stop = StopStrings(["\n\nUser:", "###"])
     pieces = ["Hello", "\n", "\n", "User", "s #", "#", " end ##"]
     given = [stop.add(piece) for piece in pieces]
@@ -105,7 +105,7 @@ def test_what_only_looked_like_a_stop_comes_out():
     assert stop.finish() == "##"
 
 
-def test_without_stop_strings_all_passes_at_once():
+def test_without_stop_strings_text_is_not_held_back():
     stop = StopStrings()
     assert [stop.add("a"), stop.add(""), stop.add("b")] == ["a", "", "b"]
     assert stop.finish() == ""

@@ -83,7 +83,7 @@ def test_chat(client):
     assert answer.choices[0].message.content == greedy(client).choices[0].message.content
 
 
-def test_a_stream_says_what_the_whole_answer_says(client):
+def test_a_stream_equals_the_complete_answer(client):
     with greedy(client, stream=True, stream_options={"include_usage": True}) as stream:
         chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -155,7 +155,7 @@ def test_closing_a_stream_cancels_the_request(client, budget):
     assert greedy(client).usage.completion_tokens == 12
 
 
-def test_clients_at_once_get_what_each_would_get_alone(client):
+def test_concurrent_clients_get_the_answers_of_single_clients(client):
     prompts = [f"{letter} is a letter" for letter in "abcdefgh"]
     alone = [_one(client, prompt) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
@@ -193,7 +193,7 @@ def test_the_mask_changes_while_a_stream_runs(client, budget):
     assert greedy(client, max_tokens=40).choices[0].message.content == before
 
 
-def test_what_no_mask_fits_waits_for_memory_and_gives_up_after_a_while(tokenizer):
+def test_a_request_that_no_mask_fits_waits_then_times_out(tokenizer):
     budget = Budget(tokenizer, queue_timeout_s=0.3)
     with served(budget.engine, tokenizer) as server, client_of(server) as client:
         budget.bytes = 10
@@ -204,7 +204,7 @@ def test_what_no_mask_fits_waits_for_memory_and_gives_up_after_a_while(tokenizer
         assert greedy(client).usage.completion_tokens == 12
 
 
-def test_what_never_fits_is_refused_at_once(tokenizer):
+def test_a_request_that_never_fits_is_rejected_immediately(tokenizer):
     budget = Budget(tokenizer, limit_bytes=10)
     with (
         served(budget.engine, tokenizer) as server,
@@ -216,7 +216,7 @@ def test_what_never_fits_is_refused_at_once(tokenizer):
     assert found.value.code == "insufficient_memory"
 
 
-def test_a_full_queue_is_told_so(tokenizer):
+def test_a_full_queue_is_reported(tokenizer):
     budget = Budget(tokenizer, max_queue=1)
     with served(budget.engine, tokenizer) as server, client_of(server) as client:
         budget.bytes = 10  # no request leaves the queue
@@ -232,7 +232,7 @@ def test_a_full_queue_is_told_so(tokenizer):
         assert not waiting.is_alive()
 
 
-def test_the_end_of_the_server_is_told_to_those_who_still_wait(tokenizer):
+def test_shutdown_is_reported_to_waiting_requests(tokenizer):
     budget = Budget(tokenizer)
     with (
         served(budget.engine, tokenizer, shutdown_grace_s=0.3) as server,

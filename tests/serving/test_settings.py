@@ -39,7 +39,7 @@ def test_bytes_are_read_with_their_unit(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "2 GX", "1e9", "two"])
-def test_what_is_not_a_number_of_bytes_is_named(text):
+def test_an_invalid_number_of_bytes_is_named(text):
     with pytest.raises(ServingSettingsError, match=re.escape(repr(text))):
         parse_bytes(text)
 
@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_its_extra(module, monkeypatch):
         require_extra()
 
 
-def test_an_address_is_taken_once():
+def test_an_address_can_be_bound_only_once():
     with bind("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
@@ -148,6 +148,6 @@ def test_an_address_is_taken_once():
 
 
 @pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 80), ("127.0.0.1", 99999)])
-def test_an_address_that_is_none_is_named(host, port):
+def test_an_invalid_address_is_named(host, port):
     with pytest.raises(ServingSettingsError, match=f"Cannot listen at {host}:{port}"):
         bind(host, port)

@@ -39,7 +39,7 @@ class TestPool:
 
 
 class TestCurriculum:
-    def test_the_bound_falls_to_nothing_by_hand(self, memory):
+    def test_the_curriculum_bound_decreases_to_zero(self, memory):
         spec = {"name": "curriculum", "of": LOW, "requests": 4, "start_fraction": 0.8}
         shares = [share(memory, request) for request in draws(make_sampler(spec, memory), 6)]
         assert shares == pytest.approx([0.8, 0.6, 0.4, 0.3, 0.3, 0.3], abs=1e-3)
@@ -74,7 +74,7 @@ class TestCurriculum:
         whole.restart()
         assert draws(whole, 3, seed=5) == first
 
-    def test_twins_count_for_themselves(self, memory, trace):
+    def test_clones_have_their_own_position(self, memory, trace):
         inner = {"name": "trace", "path": str(trace), "order": "replay"}
         sampler = make_sampler({"name": "curriculum", "of": inner, "requests": 8}, memory)
         before = draws(sampler, 4)

@@ -17,7 +17,7 @@ from rap_env.workload.traces import (
 from tests.workload.drawing import HEADER, draws, share
 
 
-def test_request_refuses_what_is_no_whole_number():
+def test_request_rejects_non_integers():
     with pytest.raises(InvalidRequestError, match=r"batch_size must be a whole number.*not 0"):
         Request(0, 5, 5)
     with pytest.raises(InvalidRequestError, match=r"seq_len_tokens .*not 1\.5"):
@@ -47,7 +47,7 @@ def test_every_sampler_works_by_name_and_depends_on_the_generator_alone(memory, 
         assert draws(make_sampler(name, memory), seed=1) != first
 
 
-def test_fixed_gives_what_it_was_told(memory):
+def test_fixed_returns_its_request(memory):
     spec = {"name": "fixed", "batch_size": 3, "seq_len_tokens": 7, "budget_bytes": 11_000}
     assert draws(make_sampler(spec, memory), 2) == [Request(3, 7, 11_000)] * 2
     assert share(memory, draws(make_sampler("fixed", memory), 1)[0]) == pytest.approx(0.8, abs=1e-3)
@@ -148,14 +148,14 @@ def test_trace_draws_at_random_by_default(memory, trace):
         (HEADER + "t,0,0\n", "Line 2 of"),
     ],
 )
-def test_a_bad_trace_is_refused_with_its_line(memory, tmp_path, text, message):
+def test_a_bad_trace_is_rejected_with_its_line(memory, tmp_path, text, message):
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(TraceError, match=message):
         make_sampler({"name": "trace", "path": str(path)}, memory)
 
 
-def test_a_trace_that_is_not_there_or_no_text(memory, tmp_path):
+def test_a_missing_or_binary_trace_is_rejected(memory, tmp_path):
     with pytest.raises(TraceError, match=r"no\.csv cannot be read"):
         make_sampler({"name": "trace", "path": str(tmp_path / "no.csv")}, memory)
     path = tmp_path / "binary.csv"
@@ -202,7 +202,7 @@ def test_unknown_names_list_the_known_ones(memory, spec, message):
         ({"name": "azure-conv", "budget_fraction_range": [0.5]}, "lowest and a highest share"),
     ],
 )
-def test_impossible_settings_are_refused_when_made(memory, spec, message):
+def test_invalid_settings_are_rejected_at_construction(memory, spec, message):
     with pytest.raises(InvalidRequestError, match=message):
         make_sampler(spec, memory)
 
@@ -214,7 +214,7 @@ def test_a_length_table_must_ascend():
         LengthTable(tuple(range(44, 0, -1)))
 
 
-def test_twins_draw_the_same_and_have_a_position_of_their_own(memory, trace):
+def test_clones_draw_the_same_requests_with_their_own_position(memory, trace):
     spec = {"name": "trace", "path": str(trace), "order": "replay"}
     one = make_sampler(spec, memory)
     before = draws(one, 3)

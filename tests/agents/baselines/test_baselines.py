@@ -184,7 +184,7 @@ def test_unknown_baseline_lists_the_known(context):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_impossible_requests_are_refused(context, name):
+def test_impossible_requests_are_rejected(context, name):
     baseline = make_baseline(name, context)
     with pytest.raises(InfeasibleBudgetError, match="with every block removed"):
         baseline.choose(Request(1, 10, 100))
@@ -204,7 +204,7 @@ def test_on_a_real_model(real_context, name):
         assert peak <= request.budget_bytes
 
 
-def test_a_search_is_not_quick_because_its_scores_are_known(context):
+def test_a_warm_store_does_not_shorten_the_reported_search_cost(context):
     greedy, request = make_baseline("greedy_per_byte", context), needing(context, 5000)
     first, again = (
         measure_choice(greedy, request, context.scorer),
@@ -220,7 +220,7 @@ def test_a_search_is_not_quick_because_its_scores_are_known(context):
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize(("shape", "fraction"), [((1, 8), 0.9), ((8, 64), 0.8), ((8, 64), 0.7)])
-def test_on_a_repaired_model_the_bytes_of_stubs_count(repaired_context, name, shape, fraction):
+def test_bytes_of_stubs_count_on_a_repaired_model(repaired_context, name, shape, fraction):
     memory = repaired_context.memory
     request = Request.at_fraction(memory, *shape, fraction)
     mask = make_baseline(name, repaired_context).choose(request)

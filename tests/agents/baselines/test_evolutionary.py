@@ -80,7 +80,7 @@ def test_seed_and_request_decide(large):
     assert EvolutionaryBaseline.seeded
 
 
-def test_evaluations_are_passes_that_an_empty_store_would_need(large):
+def test_evaluations_count_stored_scores_too(large):
     request = request_at(large, 1, 10, 0.7)
     baseline = EvolutionaryBaseline(large, max_evaluations=60)
     before = large.scorer.passes
@@ -92,7 +92,7 @@ def test_evaluations_are_passes_that_an_empty_store_would_need(large):
     assert again.decision_s > large.scorer.evaluation_s
 
 
-def test_offspring_have_equal_bytes_and_nothing_needless(large):
+def test_offspring_fit_the_budget_and_are_minimal(large):
     request = request_at(large, 8, 250, 0.7)
     baseline = EvolutionaryBaseline(large)
     search = Evolution(large.memory, CountingScorer(large.scorer), request, 0, 500)
@@ -105,7 +105,7 @@ def test_offspring_have_equal_bytes_and_nothing_needless(large):
         assert len(search.parent & mask) > len(search.parent) / 2  # a few switches away
 
 
-def test_ends_once_nothing_new_is_left(small):
+def test_the_search_ends_when_no_new_mask_is_left(small):
     # One attention block suffices and any does: few masks are near, and none is tried twice.
     dense = small.memory.dense_peak_bytes(1, 1)
     choice = measure_choice(EvolutionaryBaseline(small), Request(1, 1, dense - 900), small.scorer)
@@ -121,5 +121,5 @@ def test_a_text_of_one_window_is_searched_too(small):
     assert small.scorer.windows_run == 0
 
 
-def test_setup_is_what_the_first_parents_need(small):
+def test_setup_counts_the_evaluations_of_the_first_parents(small):
     assert EvolutionaryBaseline(small).setup_evaluations == small.gsi.evaluations

@@ -32,13 +32,13 @@ def test_agrees_with_brute_force(seed):
     assert costs[chosen].sum() == pytest.approx(brute_force(costs, freed, needed))
 
 
-def test_takes_all_that_costs_less_than_nothing_and_no_more():
+def test_removes_all_blocks_of_negative_cost_and_no_more():
     costs, freed = np.array([-0.1, 0.2, -0.3]), np.array([5, 5, 5])
     assert cheapest_cover(costs, freed, 10) == [0, 2]
     assert cheapest_cover(costs, freed, 11) == [0, 1, 2]
 
 
-def test_says_when_nothing_suffices():
+def test_returns_unmet_if_no_mask_suffices():
     assert cheapest_cover(np.array([1.0, 1.0]), np.array([2, 3]), 6) is None
     assert cheapest_cover(np.array([1.0, 1.0]), np.array([2, 3]), 5) == [0, 1]
 

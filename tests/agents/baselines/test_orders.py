@@ -30,7 +30,7 @@ def layers(*numbers):
 
 @pytest.mark.parametrize("name", ["shortgpt", "sleb"])
 @pytest.mark.parametrize("fraction", [0.95, 0.8, 0.6])
-def test_both_blocks_of_a_layer_go_together(context, name, fraction):
+def test_both_blocks_of_a_layer_are_removed_together(context, name, fraction):
     request = request_at(context, 8, 250, fraction)
     mask = make_baseline(name, context).choose(request)
     assert fits(context.memory, mask, request)

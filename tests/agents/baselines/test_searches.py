@@ -44,7 +44,7 @@ def large():
 
 
 @pytest.mark.parametrize("name", ["beam", "greedy_swaps", "evolutionary"])
-def test_gets_out_of_greedys_trap(name):
+def test_beam_search_escapes_the_greedy_local_optimum(name):
     context = trap()
     request = needing(context, 1500)  # two attention blocks
     assert 0 in make_baseline("greedy_per_byte", context).choose(request)
@@ -52,7 +52,7 @@ def test_gets_out_of_greedys_trap(name):
     assert mask == BlockMask.of("layer01.attn", "layer02.attn")
 
 
-def test_a_beam_of_one_is_caught_in_it():
+def test_a_beam_of_one_stays_in_the_greedy_local_optimum():
     context = trap()
     request = needing(context, 1500)
     assert 0 in BeamBaseline(context, width=1).choose(request)
@@ -76,7 +76,7 @@ def test_beam_counts_useful_bytes_only():
     assert BeamBaseline(context).choose(needing(context, 3000)) == BlockMask.of("layer02.ffn")
 
 
-def test_beam_gives_the_best_mask_that_it_met():
+def test_beam_returns_the_best_mask_seen():
     """A removal that lowers the loss is taken though the request fits without it."""
     context = SyntheticContext([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
     assert "layer01.attn" in BeamBaseline(context).choose(needing(context, 3500))
@@ -169,7 +169,7 @@ def test_requests_of_the_oracle_share_their_scores():
     assert context.scorer.evaluations <= 2**MOST_BLOCKS
 
 
-def test_the_oracle_refuses_a_larger_model():
+def test_the_oracle_rejects_a_larger_model():
     context = SyntheticContext([0.1] * (MOST_BLOCKS + 2))
     with pytest.raises(SearchTooLargeError, match="synthetic has 14 blocks and so 2.14 masks"):
         OracleBaseline(context)

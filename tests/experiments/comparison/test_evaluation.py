@@ -84,7 +84,7 @@ def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):
     assert asked[4].cell == (4, 48, 0.75)
 
 
-def test_cells_that_no_mask_meets_are_refused(config):
+def test_cells_that_no_mask_fits_are_rejected(config):
     memory = build_context(config).memory
     with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
         evaluation_cells(replace(config.evaluate, outside=["1x16@0.01"]), memory)
@@ -104,7 +104,7 @@ def test_impossible_cells_are_named(config, change, sentence):
         replace(config.evaluate, **change)
 
 
-def test_every_method_has_a_row_for_every_cell_that_says_its_part(evaluated):
+def test_every_method_has_a_row_with_its_part_for_every_cell(evaluated):
     rows = rows_of(evaluated)
     methods = {"dense", "rap", "rap-best_of=4", "greedy_per_byte", "one_shot"}
     assert {row.method for row in rows} == methods
@@ -121,7 +121,7 @@ def test_every_method_has_a_row_for_every_cell_that_says_its_part(evaluated):
             assert freed >= 0.99 * row.sparsity * sum(memory.facts.block_param_bytes)
 
 
-def test_the_best_of_several_masks_is_really_scored_and_no_worse(evaluated):
+def test_best_of_masks_are_measured_and_no_worse(evaluated):
     rows = {(row.method, row.cell, row.part): row for row in rows_of(evaluated)}
     for (method, cell, part), row in rows.items():
         if method == "rap":
@@ -134,7 +134,7 @@ def test_the_best_of_several_masks_is_really_scored_and_no_worse(evaluated):
     assert all(row.training_s is None for row in rows.values() if row.method == "one_shot")
 
 
-def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
+def test_a_run_with_a_score_model_ranks_masks_by_it(evaluated):
     bench = build_context(evaluated)
     folder = evaluated.stage_dir("train") / "rap-s0"
     assert decision_scores(folder) is None
@@ -159,7 +159,7 @@ def test_a_run_with_a_score_model_judges_its_masks_by_that(evaluated):
     assert "scores" not in found["rap"].identity
 
 
-def test_parts_are_compared_apart(evaluated):
+def test_parts_are_compared_separately(evaluated):
     groups, learning = read_groups([evaluated.root])
     assert [part for group in groups for part in group.parts] == ["grid", "sparsity", "outside"]
     assert [run.method for found in learning for run in found.runs] == ["rap"]

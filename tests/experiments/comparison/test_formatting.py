@@ -12,7 +12,7 @@ METHODS = ("rap", "maskable_ppo", "ppo", "masked_dqn", "dqn", *BASELINES)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_look_of_its_own(method):
+def test_every_method_has_a_distinct_style(method):
     shown = look(method)
     assert shown.label != method
     assert shown.what != "no description"

@@ -38,7 +38,7 @@ def comparison(*groups):
     return Comparison([row for rows in groups for row in rows])
 
 
-def test_a_verdict_counts_pairs_and_judges_the_mean():
+def test_a_verdict_counts_pairs_and_tests_the_mean():
     found = compare_pair(
         comparison(
             rows_of("ppo", [0.8, 0.9, 1.3, 1.0], seeds=(0, 1), noise=0.01),
@@ -52,7 +52,7 @@ def test_a_verdict_counts_pairs_and_judges_the_mean():
     assert found.verdict == "even"
 
 
-def test_a_tenth_less_is_a_tenth_less():
+def test_a_relative_difference_of_a_tenth():
     both = comparison(rows_of("ppo", [0.9] * 4, seeds=(0,)), rows_of("gsi", [1.0] * 4))
     found = compare_pair(both, "ppo", "gsi")
     assert (found.relative.low, found.relative.high) == pytest.approx((-0.1, -0.1))
@@ -64,7 +64,7 @@ def test_a_tenth_less_is_a_tenth_less():
     assert relative_difference_on(both, "ppo", "gsi", []) is None
 
 
-def test_many_pairs_need_clearer_differences_to_count_together():
+def test_many_pairs_raise_the_significance_threshold():
     """A difference that is just clear alone is not so among four that are tested together."""
     noisy = rows_of("ppo", [0.885, 1.0, 1.0, 1.0], seeds=(0,), noise=1.0)
     found = compare_pair(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
@@ -72,7 +72,7 @@ def test_many_pairs_need_clearer_differences_to_count_together():
     assert found.corrected == Counts(0, 4, 0)
 
 
-def test_verdicts_stand_in_order_and_never_on_the_method_itself():
+def test_verdicts_are_ordered_and_exclude_self_comparison():
     both = comparison(
         rows_of("ppo", [1.0] * 4, seeds=(0,)),
         rows_of("gsi", [1.2] * 4),
@@ -85,7 +85,7 @@ def test_verdicts_stand_in_order_and_never_on_the_method_itself():
     assert [row[-1] for row in table] == ["worse", "better", "worse*"]
 
 
-def test_targets_are_met_or_not_as_the_numbers_say():
+def test_targets_are_met_if_the_numbers_meet_them():
     both = comparison(
         rows_of("rap", [0.85] * 4, seeds=(0, 1), decision_s=0.004, evaluations=0),
         rows_of("ppo", [0.1] * 4, seeds=(0,)),
@@ -122,7 +122,7 @@ def test_the_main_policy_is_not_chosen_by_report_text():
     assert both.main_policy.method == "maskable_ppo"
 
 
-def test_parts_are_told_apart():
+def test_parts_are_distinguished():
     rows = rows_of("gsi", [1.0] * 4)
     rows += rows_of("gsi", [2.0] * 4, sparsity=0.1) + rows_of("gsi", [3.0] * 4, outside=True)
     found = Comparison(rows)
@@ -133,7 +133,7 @@ def test_parts_are_told_apart():
     assert Comparison(rows_of("gsi", [1.0] * 4)).other_part("outside") is None
 
 
-def test_rows_that_contradict_each_other_are_refused():
+def test_rows_that_contradict_each_other_are_rejected():
     row = make_row("gsi", (1, 128), 0.9)
     assert len(Comparison([row, row]).rows) == 1
     with pytest.raises(ArtifactError, match="have different masks"):

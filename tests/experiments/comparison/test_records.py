@@ -32,7 +32,7 @@ def test_what_is_appended_is_read_back_in_order(tmp_path):
     assert read_records(tmp_path / "none.jsonl") == []
 
 
-def test_a_torn_last_line_is_dropped_and_the_next_record_stands_on_its_own(tmp_path, caplog):
+def test_a_torn_last_line_is_removed_before_the_next_record(tmp_path, caplog):
     path = tmp_path / "r.jsonl"
     append_record(path, {"n": 0})
     with path.open("a") as file:
@@ -50,7 +50,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
         read_records(path)
 
 
-def test_a_record_without_a_number_is_refused_and_nothing_is_written(tmp_path):
+def test_a_record_without_a_number_is_rejected_and_nothing_is_written(tmp_path):
     path = tmp_path / "r.jsonl"
     append_record(path, {"n": 0})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -58,7 +58,7 @@ def test_a_record_without_a_number_is_refused_and_nothing_is_written(tmp_path):
     assert read_records(path) == [{"n": 0}]
 
 
-def test_killed_writers_lose_nothing_that_was_appended(tmp_path):
+def test_killed_writers_lose_no_appended_record(tmp_path):
     path = tmp_path / "r.jsonl"
     code = (
         "import sys\nfrom pathlib import Path\n"
@@ -83,7 +83,7 @@ def test_killed_writers_lose_nothing_that_was_appended(tmp_path):
     assert len(numbers) > confirmed
 
 
-def test_metrics_beyond_a_checkpoint_are_dropped_before_they_come_again(tmp_path):
+def test_metrics_after_a_checkpoint_are_removed_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_records(path, [{"step": step, "loss": 1.0} for step in (10, 20, 20, 30)])
     trim_metrics(path, 20)
@@ -110,7 +110,7 @@ def test_a_row_of_another_schema_names_the_keys():
         ResultRow.from_record(record)
 
 
-def test_rows_of_earlier_versions_have_what_they_lack_by_default():
+def test_missing_fields_of_older_rows_get_defaults():
     record = make_row("gsi", (1, 128), 0.9).to_record()
     for key in ("sparsity", "outside", "training_s"):
         del record[key]
@@ -122,7 +122,7 @@ def test_rows_of_earlier_versions_have_what_they_lack_by_default():
         assert all(row.part == "grid" for row in read_rows(folder / "results.jsonl"))
 
 
-def test_a_row_is_another_one_if_anything_that_it_depends_on_differs():
+def test_the_row_key_depends_on_all_inputs():
     row = make_row("gsi", (1, 128), 0.9)
 
     def key(**changes):

@@ -47,7 +47,7 @@ def test_resuming_adds_a_start_and_the_time(tmp_path, config):
     assert run.read()["seconds"] >= 2
 
 
-def test_other_settings_are_refused_by_name(tmp_path, config):
+def test_other_settings_are_rejected_by_name(tmp_path, config):
     run = RunFolder(tmp_path)
     run.start(config, frozen=("agent", "seed"))
     changed = replace(config, agent=replace(config.agent, n_envs=2))
@@ -58,7 +58,7 @@ def test_other_settings_are_refused_by_name(tmp_path, config):
     assert run.settings()["agent"]["total_timesteps"] == 99
 
 
-def test_a_damaged_note_says_what_to_do(tmp_path, config):
+def test_a_damaged_run_json_raises_an_error_with_a_remedy(tmp_path, config):
     run = RunFolder(tmp_path)
     run.start(config)
     (tmp_path / "run.json").write_text('{"stage": ')
@@ -73,7 +73,7 @@ def test_provenance_and_flattening():
     assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
 
 
-def test_a_run_from_before_there_was_repair_had_none(tmp_path, config):
+def test_older_runs_without_repair_read_as_none(tmp_path, config):
     run = RunFolder(tmp_path)
     run.start(config, frozen=("agent", "repair"))
     settings = run.settings()
@@ -87,7 +87,7 @@ def test_a_run_from_before_there_was_repair_had_none(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", ["main", "seeds"])
-def test_published_settings_can_be_gone_on_with(tmp_path, name):
+def test_published_runs_can_be_continued(tmp_path, name):
     """They were written before there were repair and ways of GSI."""
     published = Path(__file__).parents[3] / "results" / name / "evaluate/config.yaml"
     settings = yaml.safe_load(published.read_text())

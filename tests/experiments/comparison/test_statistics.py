@@ -16,7 +16,7 @@ from experiments.comparison.statistics import (
 )
 
 
-def test_the_mean_is_the_mean_and_lies_within_its_interval():
+def test_the_mean_lies_within_its_interval():
     values = np.random.default_rng(0).normal(1.0, 0.3, 40)
     found = bootstrap_mean(values)
     assert found.mean == pytest.approx(values.mean())
@@ -26,7 +26,7 @@ def test_the_mean_is_the_mean_and_lies_within_its_interval():
     assert found.high - found.low == pytest.approx(2 * half, rel=0.15)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
@@ -53,7 +53,7 @@ def test_one_value_is_its_own_interval():
     assert bootstrap_mean([0.25]) == Estimate(0.25, 0.25, 0.25, 1)
 
 
-def test_pairing_tells_apart_what_single_intervals_cannot():
+def test_paired_differences_are_significant_where_single_intervals_overlap():
     rng = np.random.default_rng(3)
     hardness = rng.normal(2.0, 1.0, 24)  # windows differ far more than the methods
     one = hardness + rng.normal(0, 0.01, 24)
@@ -66,7 +66,7 @@ def test_pairing_tells_apart_what_single_intervals_cannot():
 
 
 @pytest.mark.parametrize("values", [[], [np.nan, 1.0], [np.inf]])
-def test_values_that_have_no_mean_are_refused(values):
+def test_values_that_have_no_mean_are_rejected(values):
     with pytest.raises(ValueError, match="finite values"):
         bootstrap_mean(values)
 
@@ -95,13 +95,13 @@ def test_a_relative_difference_is_a_ratio_of_means():
     assert noisy.low < -0.1 < noisy.high
 
 
-def test_there_is_no_ratio_to_a_loss_that_may_be_zero():
+def test_no_ratio_to_a_delta_nll_that_may_be_zero():
     windows = np.linspace(-1.0, 1.1, 12)
     assert relative_difference(windows + 1, windows) is None
     assert relative_difference(windows, np.zeros(12)) is None
 
 
-def test_a_p_value_is_small_where_the_interval_leaves_zero_out():
+def test_the_p_value_is_small_if_the_interval_excludes_zero():
     rng = np.random.default_rng(6)
     base = rng.normal(1.0, 0.5, 24)
     clear, none = base + 0.2 + rng.normal(0, 0.05, 24), base + rng.normal(0, 0.05, 24)
@@ -110,7 +110,7 @@ def test_a_p_value_is_small_where_the_interval_leaves_zero_out():
     assert difference_p(base, base) == 1.0
 
 
-def test_holm_rejects_in_order_and_stops_at_the_first_that_is_not_clear():
+def test_holm_rejects_in_order_and_stops_at_the_first_non_significant():
     assert holm([0.04, 0.001, 0.03, 0.012]) == [False, True, False, True]
     assert holm([0.04]) == [True]
     assert holm([0.03, 0.03]) == [False, False]

@@ -105,7 +105,7 @@ def test_a_row_is_the_loss_of_the_repaired_mask_over_the_dense_model(config, row
         assert row.loss_ci_low <= row.loss <= row.loss_ci_high
 
 
-def test_what_stubs_were_fitted_on_is_counted(rows):
+def test_the_fitted_tokens_are_recorded(rows):
     tokens = {(row.study, row.repair): row.fit_tokens for row in rows}
     assert tokens == {
         ("grid", "none"): 0, ("grid", "library"): 20 * 12, ("grid", "distilled"): 20 * 12,
@@ -121,7 +121,7 @@ def test_what_stubs_were_fitted_on_is_counted(rows):
     assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
 
 
-def test_run_again_it_measures_nothing(config, rows, monkeypatch):
+def test_a_second_run_measures_nothing(config, rows, monkeypatch):
     def measured(*_: object) -> None:
         raise AssertionError("a row was measured again")
 
@@ -130,7 +130,7 @@ def test_run_again_it_measures_nothing(config, rows, monkeypatch):
     assert again == rows
 
 
-def test_a_lost_row_alone_is_made_again(config, rows, tmp_path):
+def test_only_a_missing_row_is_measured_again(config, rows, tmp_path):
     folder = config.stage_dir("repair")
     path = folder / FILE
     whole = path.read_bytes()
@@ -142,13 +142,13 @@ def test_a_lost_row_alone_is_made_again(config, rows, tmp_path):
     }
 
 
-def test_other_settings_are_refused_in_the_same_folder(config, rows):
+def test_other_settings_are_rejected_in_the_same_folder(config, rows):
     other = replace(config, stubs=replace(config.stubs, rank=3))
     with pytest.raises(ExperimentError, match=r"stubs\.rank: 2 -> 3"):
         repair(other, config.stage_dir("repair"))
 
 
-def test_a_damaged_library_is_refused(config, rows, tmp_path):
+def test_a_damaged_library_is_rejected(config, rows, tmp_path):
     folder = tmp_path / "repair"
     folder.mkdir()
     whole = (config.stage_dir("repair") / "library.safetensors").read_bytes()
@@ -168,7 +168,7 @@ def test_text_that_is_fitted_on_is_not_reported_on(config, tmp_path):
         repair(replace(config, stubs=stubs), tmp_path / "run")
 
 
-def test_settings_that_cannot_be_are_refused(config, tmp_path):
+def test_invalid_settings_are_rejected(config, tmp_path):
     with pytest.raises(ExperimentError, match="need an entry each"):
         repair(replace(config, stubs=replace(config.stubs, report_texts={})), tmp_path)
     with pytest.raises(ExperimentError, match=r"leave repair\.name"):

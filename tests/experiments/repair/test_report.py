@@ -66,7 +66,7 @@ def test_ratios_are_of_means_over_the_grid(found):
         assert summary.other_ratio.mean == pytest.approx(OTHER_RATIOS[summary.repair])
 
 
-def test_a_ratio_of_means_is_no_mean_of_ratios():
+def test_a_ratio_of_means_is_not_a_mean_of_ratios():
     loose, tight = CELL, (1, 128, 0.8)  # without stubs they lose 1.6 and 4.0
     rows = [make_repair_row("none", cell, "wiki") for cell in (loose, tight)]
     rows += [make_repair_row("library", loose, "wiki", ratio=1.0)]
@@ -130,7 +130,7 @@ def test_the_summary_table(found):
     assert rows[1][4].startswith("0.70 [")
 
 
-def test_accuracies_are_of_cells_whatever_the_text():
+def test_accuracies_are_per_cell_and_independent_of_the_text():
     rows = []
     for cell, right in ((CELL, 0.5), ((1, 128, 0.8), 0.3)):
         for text in ("wiki", "code", "maths"):
@@ -150,7 +150,7 @@ def test_accuracies_are_of_cells_whatever_the_text():
     assert repair_accuracy_table(RepairComparison(rows, {"task_one": 0.6}))[1] == lines[1:]
 
 
-def test_the_main_table_has_a_line_a_request_and_budget(found):
+def test_the_main_table_has_a_row_per_request_and_budget(found):
     header, rows = repair_grid_table(found)
     assert header == ["Request", "Budget", "self", "wiki", "code", "maths (not fitted on)",
                       "Blocks removed"]  # fmt: skip
@@ -164,7 +164,7 @@ def test_the_main_table_has_a_line_a_request_and_budget(found):
     assert "No stubs → Library → Distilled library → Fitted per mask" in grid_caption(found)
 
 
-def test_a_mask_over_its_budget_is_told():
+def test_a_mask_over_its_budget_is_marked():
     row = make_repair_row("none", CELL, "wiki")
     found = RepairComparison([replace(row, peak_bytes=row.budget_bytes + 1)])
     assert repair_summary_table(found)[1][0][-1] == "0/1"
@@ -195,7 +195,7 @@ def test_domains_are_compared_with_the_grid_cell_by_cell(found):
     assert alone.ratio(own).mean == pytest.approx((0.5 * 0.8 + 0.75 * 4.2) / 5.0), "one cell alone"
 
 
-def test_goals_are_judged_by_what_was_reached(found):
+def test_targets_are_compared_with_reached_values(found):
     header, rows = targets_table(found)
     assert header == ["Ratio to no stubs", "Measured", "Target", "Met"]
     assert [(row[0], row[1][:4], row[2], row[3]) for row in rows] == [
@@ -206,7 +206,7 @@ def test_goals_are_judged_by_what_was_reached(found):
     ]
 
 
-def test_a_goal_without_rows_is_left_out():
+def test_a_target_without_rows_is_omitted():
     rows = [r for r in make_repair_rows() if r.repair != "distilled" and r.study == "grid"]
     goals = [row[0] for row in targets_table(RepairComparison(rows))[1]]
     assert len(goals) == 2
@@ -223,7 +223,7 @@ def test_the_last_row_of_the_same_counts():
     assert ratio.mean == pytest.approx(0.25)
 
 
-def test_rows_that_do_not_compare_are_refused():
+def test_rows_that_do_not_compare_are_rejected():
     row = make_repair_row("none", CELL, "wiki")
     other = {"model_fingerprint": "e" * 64, "calibration_sha256": "a" * 64, "report_sha256": "wiki"}
     changes = {
@@ -273,7 +273,7 @@ def test_a_mask_over_its_budget_is_hollow():
         assert sum(line.get_markerfacecolor() == "white" for line in lines) == marks
 
 
-def test_the_token_figure_has_a_line_a_text(found):
+def test_the_token_figure_has_a_line_per_text(found):
     axis = ratio_against_tokens(found, False).axes[0]
     lines = {c.get_label(): c.lines[0].get_data() for c in axis.containers}
     assert list(lines) == ["self", "wiki", "code", "maths (not fitted on)"]
@@ -282,7 +282,7 @@ def test_the_token_figure_has_a_line_a_text(found):
     assert axis.get_xscale() == "log"
 
 
-def test_rows_alone_give_a_page_on_stubs(page):
+def test_a_page_on_stubs_is_made_from_rows_alone(page):
     text = page.read_text()
     assert "A stub is a small module" in text
     assert "smollm2-135m" in text
@@ -295,7 +295,7 @@ def test_rows_alone_give_a_page_on_stubs(page):
     assert not (page.parent / "tables.md").exists()
 
 
-def test_the_tables_lie_beside_the_page(page, found):
+def test_the_tables_are_written_next_to_the_page(page, found):
     text = (page.parent / "repair_tables.md").read_text()
     assert text == repair_markdown(found)
     assert "| 16,384 | 0.85 [" in text
@@ -309,7 +309,7 @@ def test_the_findings_agree_with_the_numbers(page):
     assert "0.70 [" in texts[0]
 
 
-def test_repair_stands_beside_the_other_sections(tmp_path):
+def test_the_repair_section_is_added_to_the_other_sections(tmp_path):
     root = write_repair(write_root(tmp_path / "both"))
     text = report(
         Config(stage="report", name="both", runs_dir=str(tmp_path)), root / "report"

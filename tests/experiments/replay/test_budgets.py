@@ -25,14 +25,14 @@ STEPS = StepBudget((0, 10, 20), (100, 60, 80))
 TENANTS = CoTenantBudget(1000, 400, (100, 200), arrivals_per_minute=20, mean_stay_s=12, seed=3)
 
 
-def test_a_constant_budget_stays():
+def test_a_constant_budget_does_not_change():
     budget = StepBudget((0,), (7,))
     assert {budget.at(t) for t in (-1, 0, 5, 1e6)} == {7}
     assert budget.least(0, 1e6) == budget.most(0, 1e6) == 7
     assert budget.next_change(0, 1e6) is None
 
 
-def test_steps_hold_from_their_moment_on():
+def test_each_step_holds_from_its_time_on():
     assert [STEPS.at(t) for t in (-5, 0, 9.999, 10, 19, 20, 1000)] == [
         100, 100, 100, 60, 60, 80, 80
     ]  # fmt: skip
@@ -42,7 +42,7 @@ def test_steps_hold_from_their_moment_on():
     assert STEPS.next_change(20, 100) is None
 
 
-def test_the_least_counts_both_ends_and_what_held_at_the_start():
+def test_the_minimum_includes_both_ends_and_the_initial_level():
     assert STEPS.least(0, 9.9) == 100
     assert STEPS.least(0, 10) == 60
     assert STEPS.least(15, 30) == 60
@@ -51,7 +51,7 @@ def test_the_least_counts_both_ends_and_what_held_at_the_start():
     assert STEPS.most(15, 30) == 80
 
 
-def test_pieces_are_the_integral():
+def test_the_integral_is_the_sum_of_pieces():
     assert list(STEPS.pieces(5, 25)) == [(5, 100), (10, 60), (5, 80)]
     assert list(STEPS.pieces(3, 3)) == []
 
@@ -63,7 +63,7 @@ def test_steps_start_again_after_their_period():
     assert budget.least(15, 24) == 100
 
 
-def test_a_sine_swings_state_its_mean():
+def test_a_sine_budget_has_its_stated_mean():
     budget = sine_budget(1000, 300, period_s=40)
     seen = [budget.at(t) for t in np.arange(0, 80, 0.1)]
     assert np.mean(seen) == pytest.approx(1000, abs=5)
@@ -75,7 +75,7 @@ def test_a_sine_swings_state_its_mean():
     assert ahead.at(0) == pytest.approx(1300, abs=5)
 
 
-def test_co_tenants_are_the_same_for_whoever_asks_in_whatever_order():
+def test_co_tenants_do_not_depend_on_the_order_of_queries():
     again = CoTenantBudget(1000, 400, (100, 200), arrivals_per_minute=20, mean_stay_s=12, seed=3)
     times = np.linspace(0, 5000, 997)
     forward = [TENANTS.at(t) for t in times]
@@ -85,7 +85,7 @@ def test_co_tenants_are_the_same_for_whoever_asks_in_whatever_order():
     assert [other.at(t) for t in times] != forward
 
 
-def test_co_tenants_leave_the_floor_and_take_as_much_as_their_rate_says():
+def test_co_tenants_respect_the_floor_and_their_arrival_rate():
     levels = np.array([TENANTS.at(t) for t in np.arange(0, 20_000, 1.0)])
     assert levels.min() >= 400
     assert levels.max() == 1000
@@ -94,7 +94,7 @@ def test_co_tenants_leave_the_floor_and_take_as_much_as_their_rate_says():
     assert taken.mean() == pytest.approx(100 * 20 / 60 * 12, rel=0.05)  # Little's law
 
 
-def test_the_least_of_every_budget_is_that_of_all_times_between():
+def test_every_budgets_minimum_covers_all_times_in_the_interval():
     for budget in (STEPS, TENANTS, sine_budget(1000, 300, period_s=37)):
         for start, end in ((0, 5), (3, 47), (11, 300)):
             seen = [budget.at(t) for t in np.linspace(start, end, 2000)]
@@ -150,13 +150,13 @@ def test_recorded_budgets_are_read_from_both_forms(tmp_path):
         ("a.jsonl", "[1]\n", "Line 1"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path, name, text, sentence):
+def test_a_bad_file_is_rejected_with_its_line(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
     with pytest.raises(BudgetError, match=sentence):
         read_budget(tmp_path / name)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_file_is_rejected(tmp_path):
     with pytest.raises(BudgetError, match="cannot be read"):
         read_budget(tmp_path / "nothing.csv")
 
@@ -187,12 +187,12 @@ def test_a_missing_file_is_refused(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_impossible_settings_are_refused_in_a_sentence(settings, sentence):
+def test_invalid_settings_raise_a_short_error(settings, sentence):
     with pytest.raises(BudgetError, match=sentence):
         make_budget(settings, 1000)
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_rejected():
     with pytest.raises(UnknownNameError, match="Did you mean 'sine'"):
         make_budget({"name": "sin"}, 1000)
     with pytest.raises(UnknownNameError, match="setting of the budget 'constant'"):

@@ -106,7 +106,7 @@ def test_violations_are_bytes_times_seconds_above_the_budget_at_the_start():
     assert series.peak_bytes == 130
 
 
-def test_what_falls_while_a_step_runs_is_counted_apart():
+def test_budget_drops_during_a_step_are_counted_separately():
     budget = StepBudget((0, 10), (100, 60))
     series = TimeSeries((moment(8, 5, peak=90, budget=100), moment(13, 1, peak=50, budget=60)))
     assert series.violation_byte_s == 0
@@ -186,7 +186,7 @@ def test_an_answer_is_correct_if_it_comes_first_as_a_whole_word(generated, right
     assert is_correct("sea", generated) is right
 
 
-def test_the_oracle_chooses_for_the_least_budget_to_come():
+def test_the_oracle_chooses_for_the_lowest_future_budget():
     llm = tiny_llm(layers=LAYERS)
     memory = MemoryModel(llm)
     dense = memory.dense_peak_bytes(2, 16)

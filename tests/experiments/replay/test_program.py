@@ -55,7 +55,7 @@ def test_every_system_has_a_row_in_the_order_of_the_settings(rows):
     assert list(rows) == list(SYSTEMS)
 
 
-def test_all_systems_saw_the_same_requests_under_the_same_budget(folder, rows):
+def test_all_systems_get_the_same_requests_and_budget(folder, rows):
     assert len({row.provenance["depends_on"]["load_sha256"] for row in rows.values()}) == 1
     asked = {
         name: [(r["number"], r["arrived_s"], r["prompt_tokens"], r["new_tokens"]) for r in records]
@@ -116,7 +116,7 @@ def test_static_masks_always_fit_and_never_change(config, folder, rows):
         assert rows[name].switches == 0
 
 
-def test_the_dense_models_tokens_are_its_own_and_cost_nothing(rows):
+def test_the_dense_model_has_no_quality_loss(rows):
     assert rows["dense"].same_fraction == 1
     assert rows["dense"].loss_mean == 0
     assert rows["dense"].mask_loss_mean == 0
@@ -158,7 +158,7 @@ def test_decisions_are_logged(folder, rows):
         assert len(read_records(folder / DECISIONS / f"{name}.jsonl")) == rows[name].switches
 
 
-def test_rows_say_what_made_them_and_name_no_folder_of_the_machine(folder, rows, base):
+def test_rows_have_provenance_without_local_paths(folder, rows, base):
     for row in rows.values():
         assert row.provenance["load"]["trace"] == "trace.csv"
         assert {"python", "packages", "machine", "git", "seeds"} <= set(row.provenance)
@@ -168,7 +168,7 @@ def test_rows_say_what_made_them_and_name_no_folder_of_the_machine(folder, rows,
         )
 
 
-def test_what_is_there_is_not_run_again(config, folder, monkeypatch):
+def test_existing_rows_are_not_measured_again(config, folder, monkeypatch):
     before = (folder / FILE).read_bytes()
 
     def run(*_: object) -> None:
@@ -179,7 +179,7 @@ def test_what_is_there_is_not_run_again(config, folder, monkeypatch):
     assert (folder / FILE).read_bytes() == before
 
 
-def test_a_killed_system_starts_anew_and_the_others_stay(config, folder, monkeypatch):
+def test_a_killed_system_restarts_and_finished_ones_are_kept(config, folder, monkeypatch):
     lines = (folder / FILE).read_bytes().splitlines(keepends=True)
     kept = lines[:-1]
     (folder / FILE).write_bytes(b"".join(kept) + lines[-1][: len(lines[-1]) // 2])
@@ -201,7 +201,7 @@ def test_a_killed_system_starts_anew_and_the_others_stay(config, folder, monkeyp
     assert json.loads(found[-1])["system"] == "oracle"
 
 
-def test_other_settings_are_refused_in_the_same_folder(config, folder):
+def test_other_settings_are_rejected_in_the_same_folder(config, folder):
     changed = replace(config, replay=replace(config.replay, every=2))
     with pytest.raises(ExperimentError, match=r"replay\.every: 1 -> 2"):
         replay(changed, folder)
@@ -237,7 +237,7 @@ def test_the_picture_shows_as_many_layers_as_the_model_has(folder):
     assert read_replay(folder).num_layers == LAYERS
 
 
-def test_a_row_of_another_version_is_refused(rows):
+def test_a_row_of_another_version_is_rejected(rows):
     record = rows["rap"].to_record()
     assert ReplayRow.from_record(record) == rows["rap"]
     assert ReplayRow.from_record({**record, "energy_j": None}) == rows["rap"]  # an older record
@@ -245,7 +245,7 @@ def test_a_row_of_another_version_is_refused(rows):
         ReplayRow.from_record({**record, "colour": "red"})
 
 
-def test_masks_are_measured_on_text_that_is_no_prompt_alone(config, folder, rows):
+def test_masks_are_measured_on_more_than_prompts(config, folder, rows):
     """What the masks lose is what the scorer says of the text's first windows."""
     from experiments.replay.program import Replay
 
@@ -272,7 +272,7 @@ def test_masks_are_measured_on_text_that_is_no_prompt_alone(config, folder, rows
         ({"every": 0}, ExperimentError, "replay.every must be at least 1, not 0"),
     ],
 )
-def test_impossible_settings_are_refused_in_a_sentence(changes, error, sentence):
+def test_invalid_settings_raise_a_short_error(changes, error, sentence):
     with pytest.raises(error, match=sentence):
         ReplayConfig(**changes)
 
@@ -297,14 +297,14 @@ def changed_replay(config, tmp_path, **changes) -> tuple[Config, object]:
         ({"known_task": "lambada_openai", "data_root": "nowhere"}, "Cannot read"),
     ],
 )
-def test_what_is_missing_is_told_before_anything_runs(config, tmp_path, changes, sentence):
+def test_missing_inputs_are_reported_before_the_start(config, tmp_path, changes, sentence):
     changed, run = changed_replay(config, tmp_path, **changes)
     with pytest.raises(RapError, match=sentence):
         replay(changed, run)
     assert not (run / FILE).exists()
 
 
-def test_a_budget_below_any_static_mask_is_refused_in_a_sentence(config, tmp_path):
+def test_a_budget_below_every_static_mask_raises_a_short_error(config, tmp_path):
     tiny = {"name": "constant", "unit": "bytes", "level": 100}
     changed, run = changed_replay(config, tmp_path, budget=tiny, systems=["static_gsi"])
     with pytest.raises(ExperimentError, match="raise the budget's floor"):

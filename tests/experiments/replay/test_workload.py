@@ -72,13 +72,13 @@ def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
         ("2023-11-16 18:59:58,1,1\n2023-11-16 18:59:57,1,1\n", "Line 3 .*sort"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path, lines, sentence):
+def test_a_bad_file_is_rejected_with_its_line(tmp_path, lines, sentence):
     (tmp_path / "trace.csv").write_text(HEAD + lines)
     with pytest.raises(TraceError, match=sentence):
         read_arrivals(tmp_path / "trace.csv", thinning())
 
 
-def test_missing_files_and_columns_are_refused(tmp_path):
+def test_missing_files_and_columns_are_rejected(tmp_path):
     with pytest.raises(TraceError, match="cannot be read"):
         read_arrivals(tmp_path / "nothing.csv", thinning())
     (tmp_path / "trace.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
@@ -91,7 +91,7 @@ def test_missing_files_and_columns_are_refused(tmp_path):
     [({"every": 0}, "every"), ({"minutes": 0}, "minutes"), ({"time_scale": -1.0}, "time_scale"),
      ({"token_scale": float("nan")}, "token_scale"), ({"max_new_tokens": 0}, "max_new_tokens")],
 )  # fmt: skip
-def test_impossible_thinning_is_refused(settings, name):
+def test_impossible_thinning_is_rejected(settings, name):
     with pytest.raises(ExperimentError, match=name):
         thinning(**settings)
 
@@ -111,7 +111,7 @@ def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
         assert found != sample_arrivals(name, 60, settings, seed=2)
 
 
-def test_unknown_traffic_and_no_arrivals_are_refused():
+def test_unknown_traffic_and_no_arrivals_are_rejected():
     with pytest.raises(UnknownNameError, match="Did you mean 'azure-conv'"):
         sample_arrivals("azure-conf", 60, thinning())
     with pytest.raises(TraceError, match="arrivals_per_minute"):

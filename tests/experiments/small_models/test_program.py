@@ -98,7 +98,7 @@ def test_blocks_cost_the_same_or_not_by_family(make):
     assert freed[1, 1] == freed[2, 1] > freed[0, 1] == freed[3, 1]
 
 
-def test_it_writes_text_of_its_own_and_is_profiled_like_any_model(make, tmp_path):
+def test_it_writes_text_and_can_be_profiled(make, tmp_path):
     path = trained(make())
     llm = load_llm(path)
     text = load_corpus(CorpusConfig(windows=2, window_tokens=20), llm, progress=False)
@@ -138,7 +138,7 @@ def test_without_files_another_model_writes_the_text(make, tmp_path):
     assert found["tokens"] > 0
 
 
-def test_a_killed_run_leaves_no_model_and_goes_on(make, monkeypatch):
+def test_a_killed_run_leaves_no_model_and_resumes(make, monkeypatch):
     monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
     whole = load_llm(trained(make(run="whole"))).fingerprint
     update, done = Trainer._update, []
@@ -161,7 +161,7 @@ def test_a_killed_run_leaves_no_model_and_goes_on(make, monkeypatch):
     assert not (config.stage_dir("small_models") / "training.pt").exists()
 
 
-def test_a_finished_model_is_not_trained_again_and_other_settings_are_refused(make, monkeypatch):
+def test_a_finished_model_is_not_trained_again_and_other_settings_are_rejected(make, monkeypatch):
     path = trained(make())
 
     def updated(_: object) -> float:
@@ -175,7 +175,7 @@ def test_a_finished_model_is_not_trained_again_and_other_settings_are_refused(ma
         trained(replace(make(), seed=1))
 
 
-def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
+def test_a_folder_with_other_content_is_not_modified(make, tmp_path):
     other = tmp_path / "mine"
     other.mkdir()
     (other / "notes.txt").write_text("keep")
@@ -185,7 +185,7 @@ def test_a_folder_of_something_else_is_left_alone(make, tmp_path):
     assert (other / "notes.txt").read_text() == "keep"
 
 
-def test_progress_that_is_damaged_or_of_another_run_is_refused(make, monkeypatch):
+def test_progress_that_is_damaged_or_of_another_run_is_rejected(make, monkeypatch):
     monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
     update = Trainer._update
 
@@ -206,7 +206,7 @@ def test_progress_that_is_damaged_or_of_another_run_is_refused(make, monkeypatch
         trained(config)
 
 
-def test_the_tokenizer_gives_any_text_back():
+def test_the_tokenizer_round_trips_any_text():
     tokenizer = train_tokenizer([sentences(WORDS, 50)], vocab_size=280, max_positions=64)
     text = "  Grüße, 世界!\n\tthe cat 🐈"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -217,7 +217,7 @@ def test_the_tokenizer_gives_any_text_back():
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-def test_what_cannot_be_is_refused(make, tmp_path):
+def test_invalid_settings_are_rejected(make, tmp_path):
     with pytest.raises(UnknownNameError, match=r"small_models\.family.*uniform"):
         make(family="mixed")
     with pytest.raises(ExperimentError, match="8 heads, not 24"):

@@ -44,7 +44,7 @@ def config(folder, *overrides):
         return as_config(compose("soak", overrides=given))
 
 
-def test_a_short_soak_finds_nothing_wrong_and_says_so(model_folder, tmp_path):
+def test_a_short_soak_passes(model_folder, tmp_path):
     settings = config(model_folder)
     out = tmp_path / "out" / "soak.jsonl"
     settings = replace(settings, soak=replace(settings.soak, out=str(out)))
@@ -98,7 +98,7 @@ def answer_of(llm, mask, prompt, tokens=6):
     return Answer.of(handle)
 
 
-def test_agreement_sees_right_and_wrong_answers():
+def test_agreement_detects_right_and_wrong_answers():
     llm = tiny_llm(layers=4)
     masks = [BlockMask(), BlockMask.of(1, 4)]
     right = [answer_of(llm, mask, [5, 6, 7]) for mask in masks]
@@ -134,7 +134,7 @@ def test_the_sample_is_bounded_and_leaves_out_changed_masks():
     assert max(answer.prompt_ids[0] for answer in sample.kept) > 100
 
 
-def test_clients_rest_when_asked_to():
+def test_clients_pause_on_request():
     state = SoakState(2)
     assert state.next_number() == 0
     with state.paused(0.05) as idle:

@@ -70,7 +70,7 @@ def test_small_texts_are_drawn_with_more_seeds_than_large_ones(rows):
     assert OverfittingConfig(seeds=[0, 1, 2], most_windows=16).seeds_of(128) == [0]
 
 
-def test_losses_are_those_on_the_text_searched_on_and_on_text_never_seen(config, rows):
+def test_losses_are_measured_on_search_text_and_held_out_text(config, rows):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     report = CorpusConfig(**vars(config.evaluate.text), role="report")
     unseen = MaskScorer(llm, load_corpus(report, llm))
@@ -83,7 +83,7 @@ def test_losses_are_those_on_the_text_searched_on_and_on_text_never_seen(config,
         assert row.peak_bytes <= row.budget_bytes
 
 
-def test_per_byte_removes_what_lost_least_for_the_bytes_that_it_frees(config):
+def test_per_byte_removes_the_least_loss_per_freed_byte(config):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     corpus = load_corpus(CorpusConfig(**vars(config.calibration)), llm)
     context = LiveContext(llm, corpus, gsi_removals=4, progress=False)
@@ -97,7 +97,7 @@ def test_per_byte_removes_what_lost_least_for_the_bytes_that_it_frees(config):
     assert prices[list(mask)].max() <= prices[kept].min()
 
 
-def test_killed_it_goes_on_with_the_same_numbers(config, folder, rows, monkeypatch):
+def test_a_killed_run_continues_with_the_same_numbers(config, folder, rows, monkeypatch):
     whole = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(whole[: 2 * len(whole) // 3])
     overfitting(config, folder)
@@ -139,7 +139,7 @@ def test_the_table_sets_both_losses_side_by_side():
     assert lines[1][5:] == ["+0.100", "-"]
 
 
-def test_settings_that_cannot_be_are_refused(config, tmp_path):
+def test_invalid_settings_are_rejected(config, tmp_path):
     with pytest.raises(ExperimentError, match=r"overfitting\.cells needs an entry"):
         overfitting(replace(config, overfitting=OverfittingConfig(cells=[])), tmp_path)
     with pytest.raises(ExperimentError, match=r"overfitting\.windows must have at least one entry"):

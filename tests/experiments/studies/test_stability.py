@@ -103,7 +103,7 @@ def test_importance_is_the_loss_without_the_block_on_that_text(config, folder):
     raise AssertionError("the order is missing")
 
 
-def test_masks_are_judged_on_one_report_text_at_equal_bytes(config, folder):
+def test_masks_are_evaluated_on_one_report_text_at_equal_bytes(config, folder):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     text = CorpusConfig(**vars(config.evaluate.text), role="report")
     scorer = MaskScorer(llm, load_corpus(text, llm))
@@ -125,7 +125,7 @@ def test_masks_follow_their_order(folder):
         assert row.evaluations == order.evaluations
 
 
-def test_killed_it_goes_on_with_the_same_numbers(config, folder, monkeypatch):
+def test_a_killed_run_continues_with_the_same_numbers(config, folder, monkeypatch):
     before = {row.key: (row.loss, row.mask) for row in StudyRow.read(folder / FILE)}
     rows, orders = (folder / FILE).read_bytes(), (folder / ORDERS).read_bytes()
     (folder / FILE).write_bytes(rows[: len(rows) // 2])  # in the middle of a line
@@ -142,7 +142,7 @@ def test_killed_it_goes_on_with_the_same_numbers(config, folder, monkeypatch):
     stability(config, folder)
 
 
-def test_a_policy_is_shown_the_importance_of_each_text(config, folder):
+def test_a_policy_observes_the_importance_of_each_text(config, folder):
     trained = replace(
         config, stage="train", name="agents",
         agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
@@ -160,7 +160,7 @@ def test_a_policy_is_shown_the_importance_of_each_text(config, folder):
     assert len(hashes) == 5
 
 
-def test_the_run_says_what_it_took_and_writes_its_tables(config, folder):
+def test_the_run_records_its_cost_and_writes_tables(config, folder):
     facts = RunFolder(folder).read()
     orders = OrderRow.read(folder / ORDERS)
     assert facts["evaluations"] == sum(order.evaluations for order in orders)
@@ -199,7 +199,7 @@ def test_only_orders_of_one_method_are_compared_and_only_as_far_as_both_go():
     assert not pairs[0].same_text
 
 
-def test_what_cannot_be_compared_is_refused(config, tmp_path):
+def test_incomparable_inputs_are_rejected(config, tmp_path):
     with pytest.raises(ExperimentError, match=r"stability\.texts needs an entry"):
         stability(replace(config, stability=StabilityConfig()), tmp_path / "none")
     table = replace(config, model=ModelConfig(name="score_table:some/table.json"))
@@ -218,7 +218,7 @@ def test_what_cannot_be_compared_is_refused(config, tmp_path):
         StabilityConfig(cells=["8x2048"])
 
 
-def test_report_text_that_was_searched_on_is_refused(config, tmp_path):
+def test_report_text_that_was_searched_on_is_rejected(config, tmp_path):
     repeated = tmp_path / "same.txt"
     repeated.write_text("the cat sat on the mat and looked at the dog. " * 200)
     text = TextConfig(source=str(repeated), windows=2, window_tokens=36)

@@ -80,7 +80,7 @@ def rows(folder):
     return StudyRow.read(folder / FILE)
 
 
-def test_every_mask_is_judged_on_every_kind(rows):
+def test_every_mask_is_evaluated_on_every_kind_of_text(rows):
     found = {(row.searched_on, row.cell, row.text) for row in rows}
     cells = [(1, 16, 0.8), (2, 32, 0.7)]
     searched = ["few", "many", SHARED, SHARED_ALL]
@@ -123,7 +123,7 @@ def test_a_kinds_mask_is_what_the_search_finds_on_its_calibration_text(config, r
         assert row.peak_bytes <= row.budget_bytes
 
 
-def test_killed_it_goes_on_and_searches_only_what_is_missing(config, folder, rows, monkeypatch):
+def test_a_killed_run_searches_only_missing_cells(config, folder, rows, monkeypatch):
     whole = (folder / FILE).read_bytes().splitlines(keepends=True)
     (folder / FILE).write_bytes(b"".join(whole[:-2]) + whole[-2][:50])
     text_study(config, folder)
@@ -165,7 +165,7 @@ def test_the_gain_is_the_paired_difference_of_own_and_other_masks():
     assert f"against {SHARED}: a gain (-0.500" in found.verdict()
 
 
-def test_the_answer_is_no_where_masks_do_not_differ():
+def test_the_answer_is_no_if_masks_are_equal():
     same = [1.0, 2.0, 3.0]
     found = synthetic({(s, k): same for s in ("a", "b", SHARED) for k in ("a", "b")})
     assert f"against {SHARED}: no significant gain (+0.000" in found.verdict()
@@ -194,7 +194,7 @@ def test_the_lazy_search_finds_what_the_whole_one_finds_with_fewer_evaluations(t
     assert scorer.nll(two.mask) - dense <= 1.1 * abs(scorer.nll(one.mask) - dense) + 0.05
 
 
-def test_the_lazy_search_is_exact_where_losses_add_up():
+def test_the_lazy_search_is_exact_if_losses_are_additive():
     costs = np.random.default_rng(3).uniform(0.01, 0.4, 24)
     parts = type("Parts", (), {"memory": MemoryModel(facts(12)), "one_shot": None, "gsi": None})
     parts.scorer = SyntheticScorer(costs)
@@ -214,7 +214,7 @@ def _letters(folder):
     return path
 
 
-def test_what_cannot_be_compared_is_refused(config, tmp_path):
+def test_incomparable_inputs_are_rejected(config, tmp_path):
     settings = config.text_study
 
     def refused(match: str, error: type[Exception] = ExperimentError, **changes: object) -> None:

@@ -71,7 +71,7 @@ def folder_of(config, label="agent-s0"):
     return config.stage_dir("train") / label
 
 
-def test_the_policy_starts_where_its_teacher_is(config):
+def test_the_policy_starts_at_its_teacher(config):
     context = build_context(config)
     started = replace(
         config,
@@ -85,7 +85,7 @@ def test_the_policy_starts_where_its_teacher_is(config):
     assert np.mean(within) > 0.9
 
 
-def test_demonstrations_fit_and_are_the_frontiers(config):
+def test_demonstrations_fit_and_come_from_the_frontier(config):
     context = build_context(config)
     for shown in demonstrations(config, context):
         assert shown.mask == context.frontier.best(context.memory, shown.request)
@@ -107,7 +107,7 @@ def test_rounds_verify_with_real_scores_and_learn_from_them(config):
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_killed_training_goes_on_as_if_it_had_not_been(config, monkeypatch, at):
+def test_a_killed_training_resumes_identically(config, monkeypatch, at):
     whole, killed = train(config, folder_of(config)), folder_of(config, f"killed{at}-s0")
     calls = []
 

@@ -15,7 +15,7 @@ def first(number, orders=ORDERS, seed=0):
     return list(islice(planned_masks(BLOCKS, orders, seed), number))
 
 
-def test_masks_come_once_and_in_a_fixed_order():
+def test_masks_are_unique_and_in_a_fixed_order():
     masks = first(3000)
     assert len(set(masks)) == 3000
     assert masks == first(3000)
@@ -30,7 +30,7 @@ def test_the_dense_model_and_every_single_removal_come_first():
     assert [len(mask) for mask in masks[61:]] == [30, 30, 60]
 
 
-def test_every_depth_is_there_and_small_masks_too():
+def test_every_depth_occurs_including_small_masks():
     counts = np.bincount([len(mask) for mask in first(6000)], minlength=BLOCKS + 1)
     assert (counts > 0).all()
     assert counts[2] + counts[3] > 300  # a tenth is pairs and triples
@@ -47,7 +47,7 @@ def test_most_masks_lie_near_an_order():
     assert np.median(place) < np.median(random)
 
 
-def test_all_prefixes_of_an_episode_are_there():
+def test_all_prefixes_of_an_episode_are_included():
     masks = set(first(2000))
     chains = [mask for mask in masks if len(mask) == 15 and any(
         mask - BlockMask.of(block) in masks for block in mask)]  # fmt: skip

@@ -73,7 +73,7 @@ def expected(config, folder, scorer):
     return sum(scorer.nll(mask) - scorer.dense_nll for mask in masks) / len(masks)
 
 
-def test_it_is_the_mean_loss_on_the_grid_and_in_the_run(config, trained):
+def test_the_objective_is_the_mean_loss_on_the_grid(config, trained):
     found = RunFolder(trained).read()
     assert found["objective"] == pytest.approx(
         expected(config, trained, build_context(config).scorer)
@@ -84,13 +84,13 @@ def test_it_is_the_mean_loss_on_the_grid_and_in_the_run(config, trained):
     assert (last["objective"], last["step"]) == (found["objective"], found["timesteps"])
 
 
-def test_a_finished_run_gives_it_without_training(config, trained):
+def test_a_finished_run_returns_its_objective_without_training(config, trained):
     before = (trained / "metrics.jsonl").read_bytes()
     assert run_trial(config, trained) == RunFolder(trained).read()["objective"]
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_on_another_text_it_is_measured_again(config, trained, tmp_path):
+def test_the_objective_on_another_text_is_measured_again(config, trained, tmp_path):
     text = TextConfig(source="self", windows=2, window_tokens=12, seed=7)
     other = replace(config, evaluate=replace(config.evaluate, selection=text))
     context = build_context(config)
@@ -105,7 +105,7 @@ def test_on_another_text_it_is_measured_again(config, trained, tmp_path):
     assert found != objective(config, trained)
 
 
-def test_the_calibration_text_is_no_selection_text(config, tmp_path):
+def test_the_calibration_text_is_rejected_as_selection_text(config, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcdefgh. " * 60)
     text = TextConfig(source=str(path), windows=2, window_tokens=12)
@@ -163,7 +163,7 @@ def pruning(study, storage, tmp_path):
     return Pruning(trial, STEPS, tmp_path)
 
 
-def test_the_mean_of_recent_episodes_is_reported_once_a_mark(study, pruning):
+def test_the_mean_of_recent_episodes_is_reported_at_each_mark(study, pruning):
     for step, loss in ((50, 0.2), (100, 0.4), (120, 0.9), (199, 0.5)):
         pruning({"episode/loss": loss}, step)
     assert study.trials[-1].intermediate_values == {1: pytest.approx(0.3)}
@@ -180,12 +180,12 @@ def test_a_trial_worse_than_the_median_stops_after_the_warm_up(pruning):
         pruning({"episode/loss": 5.0}, 210)
 
 
-def test_one_that_is_as_good_goes_on(pruning):
+def test_a_trial_as_good_as_the_median_continues(pruning):
     for step in (100, 200, 300):
         pruning({"episode/loss": 0.5}, step)
 
 
-def test_nothing_stops_before_there_is_a_checkpoint_to_judge(pruning, study, tmp_path):
+def test_no_trial_is_pruned_before_its_first_checkpoint(pruning, study, tmp_path):
     (tmp_path / "checkpoints" / "step_1").rmdir()
     pruning({"episode/loss": 5.0}, 300)
     assert study.trials[-1].intermediate_values == {}
@@ -223,7 +223,7 @@ def settings(tmp_path, trials, jobs=1):
     }})  # fmt: skip
 
 
-def test_what_is_done_counts_towards_the_length_of_the_study(tmp_path):
+def test_finished_trials_count_towards_the_study_length(tmp_path):
     callback = StudyCallback(marks=MARKS, pruner=None)
     config = settings(tmp_path, trials=5, jobs=-1)
     callback.on_multirun_start(config)
