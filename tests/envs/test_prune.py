@@ -193,5 +193,5 @@ class TestEpisode:
         assert data_equivalence(start, again)
 
 
-def test_the_environment_is_registered():
+def test_the_package_exports_the_environment():
     assert rap_env.RAPPruneEnv is RAPPruneEnv

@@ -101,7 +101,7 @@ def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_
     assert not (tmp_path / "rap.frontier.json").exists(), "there is none without a profile"
 
 
-def test_a_run_in_a_custom_folder_keeps_its_labels(config, run, tmp_path):
+def test_a_copied_run_keeps_its_settings(config, run, tmp_path):
     copied = shutil.copytree(run, tmp_path / "mine")
     assert settings_of(copied).root == config.root
 
@@ -121,7 +121,7 @@ def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
 
 
-def test_the_file_name_can_be_loaded_again():
+def test_the_output_file_needs_a_loadable_suffix():
     with pytest.raises(ExperimentError, match=r"out must end in \.safetensors"):
         ExportPolicyConfig("run", "policy.bin")
 

@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_those_of_the_full_forward_pass(name, dtype) -> None:
+def test_packed_decoding_gives_the_same_logits(name, dtype) -> None:
     plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
     speed_up_decoding(packed.model)
     for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
@@ -51,7 +51,7 @@ def test_it_is_taken_where_heads_share_keys_and_nowhere_else() -> None:
         assert model.config._attn_implementation == (PACKED_ATTENTION if taken else usual)
 
 
-def test_model_names_are_standard_after_save_and_load(tmp_path) -> None:
+def test_the_packed_attention_name_is_not_saved(tmp_path) -> None:
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

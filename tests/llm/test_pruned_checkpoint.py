@@ -81,7 +81,7 @@ def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_pat
     assert again.pruned == MASK | more
 
 
-def test_the_pruned_model_computes_bitwise_like_the_mask(tmp_path) -> None:
+def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
     llm = tiny_llm()
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
     request = Request(2, 16, 1)

@@ -136,7 +136,7 @@ def test_converted_tensors_are_kept_only_as_long_as_the_model(lonely: Path, tmp_
     assert not list(lonely.glob("converted-*"))
 
 
-def test_the_cap_bounds_the_cached_layers(folder: Path) -> None:
+def test_spare_bytes_are_the_cap_less_base_and_one_layer(folder: Path) -> None:
     llm = stream(folder)
     layer = sum(block.param_bytes for block in llm.blocks[:2])
     assert llm.spare_bytes == ENOUGH - llm.facts.base_bytes - layer

@@ -156,7 +156,7 @@ def test_the_environment_passes_gymnasiums_checker(installed, model_folder):
     assert "peak_bytes" in keys
 
 
-def test_rap_choose_needs_no_model(installed):
+def test_rap_choose_and_info_need_no_model(installed):
     assert installed.rap("--version").stdout == f"rap, version {__version__}\n"
     answer = json.loads(
         installed.rap("choose", "--batch", "8", "--seq", "2048", "--budget", "300MiB",

@@ -30,7 +30,7 @@ def by_torch(partial, student, teacher) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
-def test_the_optimizer_step_equals_torch(family: str, rows: int) -> None:
+def test_divergence_and_gradient_equal_torch(family: str, rows: int) -> None:
     llm = tiny_llm(family)
     partial = PartialForward(llm)
     student, teacher = states(llm, rows, 0), states(llm, rows, 1)
@@ -42,7 +42,7 @@ def test_the_optimizer_step_equals_torch(family: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_of_every_family_is_supported(family: str) -> None:
+def test_divergence_supports_the_head_of_every_family(family: str) -> None:
     llm = tiny_llm(family)
     partial = PartialForward(llm)
     student, teacher = states(llm, 20, 0), states(llm, 20, 1)

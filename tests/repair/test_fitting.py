@@ -45,7 +45,7 @@ def test_every_block_has_a_stub_that_helps(name: str, dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt_neox_sequential", "opt"])
-def test_a_stub_reduces_the_nll_on_held_out_text(name: str) -> None:
+def test_a_stub_reduces_the_state_error_on_held_out_text(name: str) -> None:
     llm = tiny_llm(name)
     view = fitted(llm).attach(llm)
     for block in range(llm.num_blocks):
@@ -234,7 +234,7 @@ def test_mask_specific_stubs_are_nearer_to_the_dense_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1, 2, 3])
-def test_the_first_removed_block_gets_the_library_stub(block: int) -> None:
+def test_a_single_removed_block_gets_the_library_stub(block: int) -> None:
     llm = tiny_llm()
     shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).stubs[block]
     own = fit_for_mask(llm, BlockMask.of(block), TEXT, HELD_BACK, CONFIG).stubs[block]

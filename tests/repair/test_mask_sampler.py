@@ -104,7 +104,7 @@ def test_short_requests_lose_ffn_blocks_and_long_ones_attention() -> None:
     assert long_attn > 1.5 * long_ffn
 
 
-def test_more_noise_lowers_the_correlation_with_the_order() -> None:
+def test_more_noise_gives_more_distinct_masks() -> None:
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_fraction=0.8)
     seen = []

@@ -245,7 +245,7 @@ def test_a_row_of_another_version_is_rejected(rows):
         ReplayRow.from_record({**record, "colour": "red"})
 
 
-def test_masks_are_measured_on_more_than_prompts(config, folder, rows):
+def test_mask_losses_equal_those_of_the_scorer(config, folder, rows):
     """What the masks lose is what the scorer says of the text's first windows."""
     from experiments.replay.program import Replay
 
