@@ -31,7 +31,8 @@ from experiments.comparison.tables import (
     COUNTS_CAPTION,
     PART_CAPTIONS,
     PART_TITLES,
-    short_differences,
+    costs_table,
+    difference_table,
     tables_markdown,
     terminal_text,
 )
@@ -68,10 +69,7 @@ def result_rows(groups: list[Group]) -> list[dict[str, Any]]:
 
 
 def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[str, Any]:
-    rows = comparison.at(method, cell)
-    loss = comparison.delta_nll_at(method, cell)
-    assert loss is not None  # the cell is one of the method's
-    trained = [row.training_s for row in rows if row.training_s is not None]
+    found = comparison.summary(method, [cell])
     depends = group.depends_on
     return {
         "comparison": group.name,
@@ -82,18 +80,18 @@ def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[
         "learned": method in comparison.learned,
         "request": f"{cell[0]}x{cell[1]}",
         "budget_fraction": cell[2],
-        "sparsity": rows[0].sparsity,
-        "loss_mean": loss.mean,
-        "ci_low": loss.low,
-        "ci_high": loss.high,
-        "loss_calibration_mean": float(np.mean([row.loss_calibration for row in rows])),
-        "seeds": len(rows),
-        "fits": all(row.fits for row in rows),
-        "kv_aware": all(row.kv_aware for row in rows),
-        "evaluations": float(np.mean([row.evaluations for row in rows])),
-        "decision_s": float(np.median([row.decision_s for row in rows])),
-        "setup_evaluations": max(row.setup_evaluations for row in rows),
-        "training_s": float(np.mean(trained)) if trained else None,
+        "sparsity": comparison.at(method, cell)[0].sparsity,
+        "loss_mean": found.delta_nll.mean,
+        "ci_low": found.delta_nll.low,
+        "ci_high": found.delta_nll.high,
+        "loss_calibration_mean": found.delta_nll_calibration,
+        "seeds": found.rows,
+        "fits": found.fits_all,
+        "kv_aware": found.kv_aware,
+        "evaluations": found.evaluations,
+        "decision_s": found.decision_s,
+        "setup_evaluations": found.setup_evaluations,
+        "training_s": found.training_s,
         "report_sha256": depends.get("report_sha256"),
         "calibration_sha256": depends.get("calibration_sha256"),
     }
@@ -182,7 +180,7 @@ def _comparison_text(comparison: Comparison) -> list[str]:
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
         title = f"ΔNLL of {look(method).label} minus each other method (nats per token, paired):"
-        parts.append(f"{title}\n\n{plain(short_differences(comparison, method))}")
+        parts.append(f"{title}\n\n{plain(difference_table(comparison, method, short=True))}")
     if learned:
         parts.append(wrapped(COUNTS_CAPTION))
     targets = targets_table(comparison) if comparison.part == "grid" else None
@@ -191,15 +189,9 @@ def _comparison_text(comparison: Comparison) -> list[str]:
 
 def setup_table(comparison: Comparison) -> Table:
     """Return the cost of each method before any request."""
-    header = ["Cost once", "Evaluations", "Training"]
-    rows = [
-        [
-            short_label(s.method), f"{s.setup_evaluations:,}",
-            "-" if s.training_s is None else seconds(s.training_s),
-        ]
-        for s in comparison.summaries
-    ]  # fmt: skip
-    return header, rows
+    costs = zip(comparison.summaries, costs_table(comparison)[1], strict=True)
+    rows = [[short_label(summary.method), *row[3:5]] for summary, row in costs]
+    return ["Cost once", "Evaluations", "Training"], rows
 
 
 def _title(found: Group | Learning) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 from experiments.comparison.formatting import counted, look, number, seconds
 from experiments.comparison.html import Gallery, write_page
 from experiments.comparison.loading import ReportData, gather
+from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.sections import (
     comparison_section,
     costs_section,
@@ -17,7 +19,7 @@ from experiments.comparison.sections import (
     policy_section,
     provenance_section,
 )
-from experiments.comparison.summaries import Comparison, Summary
+from experiments.comparison.summaries import Summary
 from experiments.comparison.tables import tables_markdown, terminal_text
 from experiments.config import Config
 from experiments.console import say
@@ -32,6 +34,14 @@ from experiments.repair.report import (
 from experiments.repair.tables import repair_markdown
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
+
+ABSTRACT = [
+    "A language model in service has a memory budget that changes over time. What uses the "
+    "memory changes as well: for short requests it is the weights, most of them in the "
+    "feed-forward (FFN) blocks; for many long requests it is the KV cache, which belongs to "
+    "the attention blocks. This report compares methods that choose, for each request and "
+    "budget, which blocks to remove, so that the model fits at the lowest loss of quality.",
+]
 
 
 def report(config: Config, folder: Path) -> Path:
@@ -69,6 +79,7 @@ def report(config: Config, folder: Path) -> Path:
 def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
     """Return the values of the template, and draw all figures."""
     gallery = Gallery(figures)
+    repair_alone = data.repair and not (data.comparison or data.profile or data.runs)
     sections = [
         comparison_section(data, gallery),
         policy_section(data, gallery),
@@ -83,15 +94,11 @@ def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": REPAIR_ABSTRACT if _repair_alone(data) else abstract(data),
+        "abstract": REPAIR_ABSTRACT if repair_alone else ABSTRACT,
         "key": key_numbers(data) or repair_key_numbers(data),
         "findings": [*findings(data), *repair_findings(data)],
         "sections": [section for section in sections if section and section.parts],
     }
-
-
-def _repair_alone(data: ReportData) -> bool:
-    return bool(data.repair) and not (data.comparison or data.profile or data.runs)
 
 
 def _need_matplotlib() -> None:
@@ -119,45 +126,33 @@ def subtitle(data: ReportData) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def abstract(data: ReportData) -> list[str]:
-    """Return the introduction of the page."""
-    return [
-        "A language model in service has a memory budget that changes over time. What uses the "
-        "memory changes as well: for short requests it is the weights, most of them in the "
-        "feed-forward (FFN) blocks; for many long requests it is the KV cache, which belongs to "
-        "the attention blocks. This report compares methods that choose, for each request and "
-        "budget, which blocks to remove, so that the model fits at the lowest loss of quality.",
-    ]
-
-
 def key_numbers(data: ReportData) -> list[dict[str, str]]:
     """Return a few numbers for the top of the page."""
     comparison = data.comparison
     if not comparison or not comparison.summaries:
         return []
+    policy = comparison.main_policy
+    fair = [s for s in comparison.summaries if s.method in comparison.baselines and s.fits_all]
+    best = fair[0] if fair else None
     found = []
-    policy, best, rest = comparison.main_policy, _best_baseline(comparison), _random(comparison)
     if policy:
-        found.append(
-            _key(f"{policy.delta_nll.mean:.3f}", f"ΔNLL of {look(policy.method).label}, "
-                 f"nats/token, 95 % interval {_interval(policy)}")
-        )  # fmt: skip
+        found.append(_delta_nll(policy, "nats/token, 95 % interval "))
     if best:
-        found.append(
-            _key(f"{best.delta_nll.mean:.3f}", f"ΔNLL of {look(best.method).label}, the best "
-                 f"baseline, {_interval(best)}")
-        )  # fmt: skip
-    if rest:
-        found.append(
-            _key(f"{rest.delta_nll.mean:.2f}", f"ΔNLL of random removal, {_interval(rest)}")
-        )
+        found.append(_delta_nll(best, "the best baseline, "))
+    found += [_delta_nll(s, "", 2) for s in comparison.summaries if s.method == "random"]
     if policy and best:
-        found.append(
-            _key(f"{seconds(policy.decision_s)}", "decision time of the policy, with "
-                 f"{number(policy.evaluations)} model evaluations; {look(best.method).label}: "
-                 f"{seconds(best.decision_s)}, {number(best.evaluations)}")
-        )  # fmt: skip
+        label = (
+            f"decision time of the policy, with {number(policy.evaluations)} model evaluations; "
+            f"{look(best.method).label}: {seconds(best.decision_s)}, {number(best.evaluations)}"
+        )
+        found.append({"value": seconds(policy.decision_s), "label": label})
     return found
+
+
+def _delta_nll(s: Summary, what: str, digits: int = 3) -> dict[str, str]:
+    interval = f"{s.delta_nll.low:.3f} to {s.delta_nll.high:.3f}"
+    label = f"ΔNLL of {look(s.method).label}, {what}{interval}"
+    return {"value": f"{s.delta_nll.mean:.{digits}f}", "label": label}
 
 
 def findings(data: ReportData) -> list[str]:
@@ -167,22 +162,13 @@ def findings(data: ReportData) -> list[str]:
     if not comparison or not policy:
         return []
     name = look(policy.method).label
-    better: list[str] = []
-    worse: list[str] = []
-    even: list[str] = []
-    for other in comparison.summaries:
-        if other.method in comparison.learned or not other.fits_all:
-            continue
-        difference = comparison.difference(policy.method, other.method)
-        place = better if difference.high < 0 else worse if difference.low > 0 else even
-        place.append(look(other.method).label)
-    clauses = []
-    if better:
-        clauses.append(f"has a lower ΔNLL than {_join(better)}")
-    if even:
-        clauses.append(f"does not differ significantly from {_join(even)}")
-    if worse:
-        clauses.append(f"has a higher ΔNLL than {_join(worse)}")
+    others: dict[str, list[str]] = defaultdict(list)
+    for found in pairwise_comparisons(comparison, policy.method):
+        if found.other not in comparison.learned and found.other_fits:
+            others[found.verdict].append(look(found.other).label)
+    words = {"better": "has a lower ΔNLL than", "even": "does not differ significantly from",
+             "worse": "has a higher ΔNLL than"}  # fmt: skip
+    clauses = [f"{words[v]} {_join(others[v])}" for v in words if others[v]]
     missing = [look(s.method).label for s in comparison.summaries if not s.fits_all]
     texts = [
         f"On {counted(len(comparison.cells), 'pair')} of request and budget, {name} "
@@ -201,24 +187,6 @@ def findings(data: ReportData) -> list[str]:
             "over trainings."
         )
     return texts
-
-
-def _best_baseline(comparison: Comparison) -> Summary | None:
-    return next(
-        (s for s in comparison.summaries if s.method in comparison.baselines and s.fits_all), None
-    )
-
-
-def _random(comparison: Comparison) -> Summary | None:
-    return next((s for s in comparison.summaries if s.method == "random"), None)
-
-
-def _key(value: str, label: str) -> dict[str, str]:
-    return {"value": value, "label": label}
-
-
-def _interval(summary: Summary) -> str:
-    return f"{summary.delta_nll.low:.3f} to {summary.delta_nll.high:.3f}"
 
 
 def _join(words: list[str]) -> str:

@@ -166,7 +166,9 @@ def show_policy(
     """Draw, log and return the blocks that the policy removes on the evaluation's grid."""
     found = choices(TrainedPolicy.load(folder, context), requests, context)
     path = folder / "policy.png"
-    figure = removal_picture(found, context.memory.facts.num_layers, narrow=False)
+    figure = removal_picture(
+        [(c.cell, c.mask) for c in found], context.memory.facts.num_layers, narrow=False
+    )
     with style(), atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=PNG_DPI)
     loggers.image("policy/blocks_removed", path)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import KIND_COLOURS, TIMES, look, short_label
+from experiments.comparison.formatting import KIND_COLOURS, look, shape_words, short_label
 from experiments.comparison.plotting import (
     FAINT,
     INK,
@@ -21,6 +21,7 @@ from experiments.comparison.plotting import (
 )
 from experiments.comparison.run_folder import TrainingRun
 from experiments.comparison.summaries import REFERENCE, Comparison
+from experiments.config.common import Cell
 from rap_env.blocks import BlockMask
 from rap_env.memory_picture import draw_memory
 
@@ -78,7 +79,7 @@ def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
         means: list[float] = []
         for place, (axis, shape) in enumerate(zip(axes, shapes, strict=False)):
             means += _draw_delta_nlls(axis, comparison, shape)
-            axis.set_title(f"{shape[0]} {TIMES} {shape[1]:,} tokens")
+            axis.set_title(f"{shape_words(shape)} tokens")
             axis.set_xlabel("memory budget (% of the dense peak)" if narrow or place >= (
                 rows - 1) * columns else "")  # fmt: skip
         for place, axis in enumerate(axes[: len(shapes)]):
@@ -211,34 +212,25 @@ CURVES = (
 )
 """Metrics drawn as learning curves, with axis labels."""
 
+Removal = tuple[Cell, list[str]]
+"""A cell, and the names of the blocks that a mask removes there."""
+
 SMOOTHED_EPISODES = 50
 """Number of episodes that each point of a learning curve averages."""
 
 
-class Removal(Protocol):
-    """A mask at a cell, such as a result row."""
-
-    @property
-    def cell(self) -> tuple[int, int, float]:
-        """Batch size, sequence length in tokens, budget fraction."""
-
-    @property
-    def mask(self) -> list[str]:
-        """Names of the removed blocks."""
-
-
-def removal_picture(rows: Sequence[Removal], num_layers: int, narrow: bool) -> Figure:
+def removal_picture(removed: Sequence[Removal], num_layers: int, narrow: bool) -> Figure:
     """Draw which blocks a method removes: a line for each cell, a column for each layer.
 
     Args:
-        rows: Rows of one method; several seeds are averaged.
+        removed: Cells and masks of one method; several seeds are averaged.
         num_layers: Number of the model's layers.
         narrow: Whether the attn panel is above the ffn panel instead of to its left.
     """
     cells = sorted(
-        {row.cell for row in rows}, key=lambda cell: (cell[0] * cell[1], cell[0], -cell[2])
+        {cell for cell, _ in removed}, key=lambda cell: (cell[0] * cell[1], cell[0], -cell[2])
     )
-    shares = np.array([_removed_share(rows, cell, num_layers) for cell in cells])
+    shares = np.array([_removed_share(removed, cell, num_layers) for cell in cells])
     with style():
         shape = (2, 1) if narrow else (1, 2)
         figure, axes = panels(*shape, narrow=narrow, height=1.0 + 0.21 * len(cells), sharey=True)
@@ -252,11 +244,14 @@ def removal_picture(rows: Sequence[Removal], num_layers: int, narrow: bool) -> F
     return figure
 
 
-def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure | None:
-    """Draw learning curves: thin for each seed, thick for the mean; None without data."""
-    drawn = [(name, label) for name, label in CURVES if any(run.series(name)[0] for run in runs)]
-    if not drawn:
-        return None
+def logged_curves(runs: Sequence[TrainingRun]) -> list[tuple[str, str]]:
+    """Return those of `CURVES` that some run has logged."""
+    return [(name, label) for name, label in CURVES if any(run.series(name)[0] for run in runs)]
+
+
+def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure:
+    """Draw the logged learning curves: thin for each seed, thick for the mean."""
+    drawn = logged_curves(runs)
     shape = (len(drawn), 1) if narrow else (1, len(drawn))
     with style():
         figure, axes = panels(*shape, narrow=narrow, height=2.8)
@@ -297,13 +292,13 @@ def _draw_curves(axis: Axes, method: str, series: Sequence[tuple[list[int], list
 
 
 def _removed_share(
-    rows: Sequence[Removal], cell: tuple[int, int, float], num_layers: int
+    removed: Sequence[Removal], cell: Cell, num_layers: int
 ) -> npt.NDArray[np.float64]:
-    """Return the share of the rows at a cell that remove each block, shape (2L,)."""
-    found = [row for row in rows if row.cell == cell]
+    """Return the share of the masks at a cell that remove each block, shape (2L,)."""
+    masks = [mask for place, mask in removed if place == cell]
     share = np.zeros(2 * num_layers)
-    for row in found:
-        share[list(BlockMask.of(*row.mask))] += 1 / len(found)
+    for mask in masks:
+        share[list(BlockMask.of(*mask))] += 1 / len(masks)
     return share
 
 
@@ -327,12 +322,11 @@ def _draw_shares(axis: Axes, shares: npt.NDArray[np.float64], kind: str) -> None
     axis.set_ylim(len(shares), 0)  # the first request on top; panels share this axis
 
 
-def _separate_requests(axis: Axes, cells: Sequence[tuple[int, int, float]]) -> None:
-    axis.set_yticks(np.arange(len(cells)) + 0.5, [_cell_name(cell) for cell in cells])
+def _separate_requests(axis: Axes, cells: Sequence[Cell]) -> None:
+    axis.set_yticks(
+        np.arange(len(cells)) + 0.5,
+        [f"{shape_words(cell)}  {100 * cell[2]:.0f} %" for cell in cells],
+    )
     for place in range(1, len(cells)):
         if cells[place][:2] != cells[place - 1][:2]:
             axis.axhline(place, color=FAINT, linewidth=0.8)
-
-
-def _cell_name(cell: tuple[int, int, float]) -> str:
-    return f"{cell[0]} {TIMES} {cell[1]:,}  {100 * cell[2]:.0f} %"

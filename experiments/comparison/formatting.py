@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.comparison.statistics import Estimate
 from experiments.console import say
@@ -95,6 +96,11 @@ def look(method: str) -> Look:
     return Look(label, colour, "d", parent.what, parent.learned)
 
 
+def full_label(method: str) -> str:
+    """Return the label of a method."""
+    return look(method).label
+
+
 def short_label(method: str, length: int = 26) -> str:
     """Return the label of a method, shortened in the middle: variants differ at the end."""
     label = look(method).label
@@ -119,6 +125,36 @@ TABLES_FILE = "tables.md"
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
+
+
+class TitledTable(NamedTuple):
+    """A table with its place in a document.
+
+    Attributes:
+        table: Header and rows.
+        title: Heading; empty for none.
+        caption: Meaning of its numbers; empty for none. Markdown has it only if asked to.
+        name: Short name of the table, by which a page places figures.
+        by_method: Whether each line is a method or repair.
+        detail: Whether it is a detail, which is folded in HTML.
+    """
+
+    table: Table
+    title: str = ""
+    caption: str = ""
+    name: str = ""
+    by_method: bool = True
+    detail: bool = False
+
+
+def document(tables: Iterable[TitledTable], *, captions: bool = False) -> str:
+    """Format tables as Markdown, each below its title."""
+    parts = []
+    for part in tables:
+        parts += [f"## {part.title}\n"] if part.title else []
+        parts += [f"{part.caption}\n"] if part.caption and captions else []
+        parts.append(markdown(part.table))
+    return "\n".join(parts)
 
 
 def markdown(table: Table) -> str:
@@ -195,6 +231,11 @@ def number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Format a number with its noun, such as "1 pair" or "4 pairs"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shape_words(shape: Sequence[float]) -> str:
+    """Format batch size and tokens, the first two values of a shape or cell."""
+    return f"{shape[0]} {TIMES} {shape[1]:,}"
 
 
 def mebibytes(value: float) -> str:

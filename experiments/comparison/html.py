@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.comparison.formatting import Table, look
+from experiments.comparison.formatting import Table, TitledTable, look
 from experiments.comparison.plotting import PNG_DPI, Draw, style, svg_uri
 from experiments.errors import MissingGroupError
 from rap_env.artifacts import atomic_write
@@ -59,6 +60,14 @@ class Section:
             for cells in rows
         ]
         self.parts.append(Part("table", {"header": header, "rows": shown}, title, folded, words))
+
+    def document(self, tables: Iterable[TitledTable], methods: dict[str, str]) -> None:
+        """Add tables with their titles and captions."""
+        for part in tables:
+            named = methods if part.by_method else None
+            self.table(part.table, named, title=part.title, folded=part.detail)
+            if part.caption:
+                self.text(part.caption)
 
     def facts(self, pairs: list[tuple[str, str]], title: str = "") -> None:
         """Add a list of names and values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from experiments.comparison.formatting import Table, look, number, relative_words, signed_percent
 from experiments.comparison.statistics import (
@@ -17,15 +18,8 @@ from experiments.comparison.summaries import Comparison, Summary
 from experiments.config.common import Cell
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of cells by the sign of the difference in ΔNLL.
-
-    Attributes:
-        better: Cells at which the interval of the difference is below 0.
-        even: Cells at which it contains 0.
-        worse: Cells at which it is above 0.
-    """
+class Counts(NamedTuple):
+    """Numbers of cells at which the interval of the difference is below, around and above 0."""
 
     better: int
     even: int
@@ -40,8 +34,6 @@ class PairwiseComparison:
     """Difference in ΔNLL between two methods, paired over windows.
 
     Attributes:
-        method: The method.
-        other: The method that it is compared with.
         difference: Mean ΔNLL minus that of `other`, nats per token, with a 95 % interval.
         relative: The difference divided by the mean ΔNLL of `other`; None if that is not
             significantly above 0.
@@ -50,7 +42,6 @@ class PairwiseComparison:
         other_fits: Whether `other` met every budget.
     """
 
-    method: str
     other: str
     difference: Estimate
     relative: Estimate | None
@@ -68,42 +59,36 @@ class PairwiseComparison:
 
 def pairwise_comparisons(comparison: Comparison, method: str) -> list[PairwiseComparison]:
     """Compare a method with every other one, in order of their mean ΔNLL."""
-    others = [s for s in comparison.summaries if s.method != method]
-    return [_compare(comparison, method, s.method, s.fits_all) for s in others]
+    others = [s.method for s in comparison.summaries if s.method != method]
+    return [found for other in others if (found := compare_pair(comparison, method, other))]
 
 
-def compare_pair(comparison: Comparison, method: str, other: str) -> PairwiseComparison | None:
-    """Compare a method with another one; None if `other` was not measured."""
-    found = [s for s in comparison.summaries if s.method == other]
-    return _compare(comparison, method, other, found[0].fits_all) if found else None
+def compare_pair(
+    comparison: Comparison, method: str, other: str, cells: Sequence[Cell] | None = None
+) -> PairwiseComparison | None:
+    """Compare a method with another one over some cells (default: those that all methods have).
 
-
-def relative_difference_on(
-    comparison: Comparison, method: str, other: str, cells: Sequence[Cell]
-) -> Estimate | None:
-    """Return mean ΔNLL over some cells, divided by that of `other`, minus 1; None without cells."""
-    if not cells:
+    Returns:
+        The comparison; None if `other` was not measured or there are no cells.
+    """
+    cells = comparison.cells if cells is None else cells
+    summary = next((s for s in comparison.summaries if s.method == other), None)
+    if summary is None or not cells:
         return None
-    means = [comparison.window_means(name, cells) for name in (method, other)]
-    return relative_difference(*means)
-
-
-def _compare(comparison: Comparison, method: str, other: str, fits: bool) -> PairwiseComparison:
-    one, two = comparison.window_means(method), comparison.window_means(other)
+    one, two = comparison.window_means(method, cells), comparison.window_means(other, cells)
     pairs = [
         (comparison.window_delta_nlls(method, cell), comparison.window_delta_nlls(other, cell))
-        for cell in comparison.cells
+        for cell in cells
     ]
     differences = [paired_difference(*pair) for pair in pairs]
     rejected = holm([difference_p(*pair) for pair in pairs])
     return PairwiseComparison(
-        method=method,
         other=other,
         difference=paired_difference(one, two),
         relative=relative_difference(one, two),
         cells=_counts(differences, [found.high < 0 or found.low > 0 for found in differences]),
         corrected=_counts(differences, rejected),
-        other_fits=fits,
+        other_fits=summary.fits_all,
     )
 
 
@@ -160,11 +145,12 @@ def _against_gsi(comparison: Comparison, policy: Summary) -> list[list[str]]:
         _row("cells with higher ΔNLL than the GSI order", str(found.cells.worse), "none",
              found.cells.worse == 0),
     ]  # fmt: skip
-    some = relative_difference_on(comparison, policy.method, "gsi", competing_cells(comparison))
-    if some:
+    some = compare_pair(comparison, policy.method, "gsi", competing_cells(comparison))
+    if some and some.relative:
         rows.append(
-            _row("the same where weights and cache compete", relative_words(some),
-                 f"{signed_percent(-COMPETING_GAIN, 0)} or less", some.mean <= -COMPETING_GAIN)
+            _row("the same where weights and cache compete", relative_words(some.relative),
+                 f"{signed_percent(-COMPETING_GAIN, 0)} or less",
+                 some.relative.mean <= -COMPETING_GAIN)
         )  # fmt: skip
     return rows
 

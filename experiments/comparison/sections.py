@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.comparison import figures, tables
 from experiments.comparison.formatting import (
@@ -11,35 +11,18 @@ from experiments.comparison.formatting import (
     counted,
     look,
     percent,
-    rank,
     seconds,
+    shape_words,
     text_words,
 )
 from experiments.comparison.html import Gallery, Section
 from experiments.comparison.loading import ReportData
-from experiments.comparison.pairwise import targets_table
 from experiments.comparison.records import ResultRow
-from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import (
-    COUNTS_CAPTION,
-    HOLM_CAPTION,
-    PART_CAPTIONS,
-    PART_TITLES,
-    difference_table,
+
+INTERVAL_WORDS = (
+    "Intervals are 95 % percentile bootstrap over held-out windows, resampled jointly for all "
+    "methods, and over seeds if a method has several."
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-def grid_words(comparison: Comparison) -> str:
-    """Describe the grid in two sentences."""
-    shapes = ", ".join(f"{batch} {TIMES} {tokens:,}" for batch, tokens in comparison.shapes)
-    budgets = ", ".join(percent(budget, 0) for budget in comparison.budgets)
-    return (
-        f"Requests (batch {TIMES} tokens of prompt and answer): {shapes}. Budgets: {budgets} of "
-        "the dense model's peak memory for the request."
-    )
 
 
 def comparison_section(data: ReportData, gallery: Gallery) -> Section:
@@ -48,19 +31,24 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
     comparison = data.comparison
     if not comparison or not comparison.summaries:
         return section
-    named = method_names(comparison)
+    named = tables.method_names(comparison)
+    shapes = ", ".join(map(shape_words, comparison.shapes))
+    budgets = ", ".join(percent(budget, 0) for budget in comparison.budgets)
     section.text(
-        f"{grid_words(comparison)} ΔNLL is the increase of the negative log-likelihood over the "
-        "dense model, in nats per token, on text that no method has used; the dense model has 0. "
-        "The next column has ΔNLL on the calibration text, on which methods search and train: a "
-        "method for which it is much lower than on held-out text overfits the calibration text."
+        f"Requests (batch {TIMES} tokens of prompt and answer): {shapes}. Budgets: {budgets} of "
+        "the dense model's peak memory for the request. ΔNLL is the increase of the negative "
+        "log-likelihood over the dense model, in nats per token, on text that no method has "
+        "used; the dense model has 0. The next column has ΔNLL on the calibration text, on which "
+        "methods search and train: a method for which it is much lower than on held-out text "
+        "overfits the calibration text."
     )
     if comparison.incomplete:
         section.text(
             "Some methods lack results for some pairs of request and budget; means are over the "
             f"{counted(len(comparison.cells), 'pair')} that all methods have."
         )
-    section.table(tables.summary_table(comparison), named)
+    first, *others = tables.comparison_document(comparison)
+    section.document([first], named)
     gallery.add(
         section, "overview", "Every method over the whole grid",
         f"Mean over {counted(len(comparison.cells), 'pair')} of request and budget; "
@@ -75,16 +63,7 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
         f"where the mask does not fit. {INTERVAL_WORDS}",
         partial(figures.delta_nll_against_budget, comparison),
     )  # fmt: skip
-    targets = targets_table(comparison)
-    if targets:
-        section.table(targets, title="Targets", words=True)
-    add_pairwise_tables(section, comparison)
-    add_cells(section, comparison)
-    for part in PART_TITLES:
-        add_part(section, comparison, part)
-    accuracy = tables.accuracy_table(comparison)
-    if accuracy:
-        section.table(accuracy, named, title="Accuracy of each task, mean over the grid")
+    section.document(others, named)
     return section
 
 
@@ -106,7 +85,10 @@ def policy_section(data: ReportData, gallery: Gallery) -> Section:
             f"Each line is a request (batch {TIMES} tokens) at a budget (% of the dense peak), "
             f"each column a layer. {shade} Most bytes of short requests are FFN "
             "weights; most of long ones are KV cache, which only removed attention blocks free.",
-            partial(figures.removal_picture, rows, _num_layers(data, rows)),
+            partial(
+                figures.removal_picture, [(row.cell, row.mask) for row in rows],
+                _num_layers(data, rows),
+            ),
         )  # fmt: skip
     return section
 
@@ -166,7 +148,7 @@ def learning_section(data: ReportData, gallery: Gallery) -> Section:
     section = Section("learning", "Learning")
     if not data.runs:
         return section
-    if figures.learning_curves(data.runs, narrow=False):
+    if figures.logged_curves(data.runs):
         gallery.add(
             section, "learning_curves", "Learning curves",
             "Training episodes draw new requests and sample their actions, so their ΔNLL is above "
@@ -174,7 +156,7 @@ def learning_section(data: ReportData, gallery: Gallery) -> Section:
             f"mean of up to {figures.SMOOTHED_EPISODES} episodes. Left: ΔNLL of the mask "
             "at the end of the episode. Right: return of the episode, penalties included. For a "
             "method with several seeds, thin lines are seeds and the thick line is their mean.",
-            lambda narrow: _curves(data, narrow),
+            partial(figures.learning_curves, data.runs),
         )  # fmt: skip
     header = ["Run", "Steps", "Seed", "Training time", "Model evaluations"]
     rows = [
@@ -200,7 +182,7 @@ def costs_section(data: ReportData) -> Section:
             "than a pass takes if masks share their first layers."
         )
         section.table(
-            tables.costs_table(data.comparison), method_names(data.comparison), words=True
+            tables.costs_table(data.comparison), tables.method_names(data.comparison), words=True
         )
     return section
 
@@ -264,63 +246,8 @@ def _run_facts(note: dict[str, Any], stage: str) -> list[tuple[str, str]]:
     ]
 
 
-def _curves(data: ReportData, narrow: bool) -> Figure:
-    found = figures.learning_curves(data.runs, narrow)
-    assert found is not None  # checked by the caller
-    return found
-
-
 def _num_layers(data: ReportData, rows: list[ResultRow]) -> int:
     if data.profile:
         return int(data.profile["facts"]["num_layers"])
     names = [name for row in rows for name in row.mask]
     return 1 + max((int(name[5:].partition(".")[0]) for name in names), default=0)
-
-
-INTERVAL_WORDS = (
-    "Intervals are 95 % percentile bootstrap over held-out windows, resampled jointly for all "
-    "methods, and over seeds if a method has several."
-)
-
-
-def add_pairwise_tables(section: Section, comparison: Comparison, where: str = "") -> None:
-    """Add a table of each trained method against all others."""
-    shown = [s.method for s in comparison.summaries if s.method in comparison.learned]
-    for method in shown:
-        section.table(
-            difference_table(comparison, method), method_names(comparison),
-            title=f"ΔNLL of {look(method).label} minus each other method{where}, "
-            "paired over windows",
-        )  # fmt: skip
-    if shown:
-        section.text(f"{COUNTS_CAPTION} {HOLM_CAPTION}")
-
-
-def add_cells(section: Section, comparison: Comparison, folded: bool = True) -> None:
-    """Add ΔNLL and removed blocks at each budget, a table for each request."""
-    named = method_names(comparison)
-    for shape in comparison.shapes:
-        title = f"{shape[0]} {TIMES} {shape[1]:,} tokens"
-        section.table(tables.delta_nll_table(comparison, shape), named,
-                      title=f"ΔNLL (nats/token) by budget, {title}", folded=folded)  # fmt: skip
-        section.table(tables.removed_table(comparison, shape), named, folded=True,
-                      title=f"Blocks removed (attn + ffn) and peak memory, {title}")  # fmt: skip
-
-
-def add_part(section: Section, comparison: Comparison, part: str) -> None:
-    """Add summary, pairwise tables and ΔNLL of cells outside the grid, if there are any."""
-    other = comparison.other_part(part)
-    if not other or not other.summaries:
-        return
-    section.table(tables.summary_table(other), method_names(other), title=PART_TITLES[part])
-    section.text(PART_CAPTIONS[part])
-    add_pairwise_tables(section, other, f" ({PART_TITLES[part].lower()})")
-    add_cells(section, other, folded=False)
-
-
-def method_names(comparison: Comparison) -> dict[str, str]:
-    """Map first cells of tables, with or without a seed count, to methods."""
-    named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
-    for summary in comparison.summaries:
-        named[f"{look(summary.method).label} ({summary.delta_nll.seeds})"] = summary.method
-    return named

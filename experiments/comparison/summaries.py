@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from experiments.comparison.formatting import look, rank
 from experiments.comparison.records import ResultRow
-from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_difference
+from experiments.comparison.statistics import Estimate, bootstrap_mean
 from experiments.config.common import Cell
 from rap_env.errors import ArtifactError
 
@@ -27,7 +27,6 @@ class Summary:
     """One method over all cells.
 
     Attributes:
-        method: Name of the method.
         delta_nll: Mean ΔNLL over cells, seeds and windows, nats per token, with a 95 % interval.
         delta_nll_calibration: Mean ΔNLL on the calibration text, nats per token.
         accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
@@ -35,8 +34,7 @@ class Summary:
         setup_evaluations: Masks scored once, before any request.
         training_s: Mean seconds of training over seeds; None if not recorded.
         decision_s: Median seconds from request to mask.
-        fitting: Number of rows whose peak is within the budget.
-        rows: Number of rows.
+        fitting: Number of rows whose peak is within the budget, of `rows` rows.
         kv_aware: Whether the method counts the KV cache.
     """
 
@@ -154,10 +152,6 @@ class Comparison:
         whole = [losses for losses in seeds.values() if len(losses) == len(cells)]
         return np.asarray(np.mean(np.array(whole, dtype=np.float64), axis=1))
 
-    def difference(self, method: str, other: str) -> Estimate:
-        """Return the mean ΔNLL of `method` minus that of `other`, paired over windows."""
-        return paired_difference(self.window_means(method), self.window_means(other))
-
     def window_delta_nlls(self, method: str, cell: Cell) -> list[list[float]]:
         """Return the ΔNLL of a method at a cell, shape (seeds, windows)."""
         return [row.window_losses for row in self.at(method, cell)]
@@ -167,7 +161,7 @@ class Comparison:
         """One summary for each compared method: those that meet every budget first, by ΔNLL."""
         if not self.cells:
             return []
-        found = [self._summary(method) for method in self.compared]
+        found = [self.summary(method) for method in self.compared]
         return sorted(found, key=lambda s: (not s.fits_all, s.delta_nll.mean))
 
     @property
@@ -188,13 +182,15 @@ class Comparison:
             found[row.method, row.cell].append(row)
         return found
 
-    def _summary(self, method: str) -> Summary:
-        rows = [row for cell in self.cells for row in self.at(method, cell)]
+    def summary(self, method: str, cells: Sequence[Cell] | None = None) -> Summary:
+        """Return the summary of a method over some cells (default: `cells`)."""
+        cells = self.cells if cells is None else cells
+        rows = [row for cell in cells for row in self.at(method, cell)]
         accuracies = [row.mean_accuracy for row in rows if row.mean_accuracy is not None]
         trained = [row.training_s for row in rows if row.training_s is not None]
         return Summary(
             method=method,
-            delta_nll=bootstrap_mean(self.window_means(method)),
+            delta_nll=bootstrap_mean(self.window_means(method, cells)),
             delta_nll_calibration=float(np.mean([row.loss_calibration for row in rows])),
             accuracy=float(np.mean(accuracies)) if accuracies else None,
             evaluations=float(np.mean([row.evaluations for row in rows])),

@@ -6,19 +6,25 @@ from collections.abc import Callable
 
 from experiments.comparison.formatting import (
     Table,
+    TitledTable,
+    document,
+    full_label,
     look,
-    markdown,
     mebibytes,
     number,
     percent,
     plain,
+    rank,
     relative_words,
     seconds,
+    shape_words,
     short_label,
     signed,
     wrapped,
 )
-from experiments.comparison.pairwise import PairwiseComparison, pairwise_comparisons, targets_table
+from experiments.comparison.pairwise import pairwise_comparisons, targets_table
+from experiments.comparison.records import ResultRow
+from experiments.comparison.statistics import bootstrap_mean
 from experiments.comparison.summaries import REFERENCE, Comparison, Summary
 from experiments.config.common import Cell
 
@@ -48,10 +54,16 @@ COUNTS_CAPTION = (
 HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a level of 5 %."
 
 
-def summary_table(comparison: Comparison) -> Table:
-    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
+def summary_table(comparison: Comparison, *, short: bool = False) -> Table:
+    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells.
+
+    Args:
+        comparison: The results.
+        short: Whether to shorten long names of methods.
+    """
+    label = short_label if short else full_label
     columns: dict[str, Callable[[Summary], str]] = {
-        "Method": _name,
+        "Method": lambda s: f"{label(s.method)}{_seeds(s)}",
         "ΔNLL on held-out text": lambda s: str(s.delta_nll),
         "On calibration text": lambda s: f"{s.delta_nll_calibration:.3f}",
         "Accuracy": lambda s: percent(s.accuracy),
@@ -63,6 +75,16 @@ def summary_table(comparison: Comparison) -> Table:
         del columns["Accuracy"]
     rows = [[cell(summary) for cell in columns.values()] for summary in comparison.summaries]
     return list(columns), rows
+
+
+def _seeds(summary: Summary) -> str:
+    return f" ({summary.delta_nll.seeds})" if summary.delta_nll.seeds > 1 else ""
+
+
+def method_names(comparison: Comparison) -> dict[str, str]:
+    """Map first cells of tables, with or without a seed count, to methods."""
+    named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
+    return named | {f"{look(s.method).label}{_seeds(s)}": s.method for s in comparison.summaries}
 
 
 def costs_table(comparison: Comparison) -> Table:
@@ -82,43 +104,36 @@ def costs_table(comparison: Comparison) -> Table:
 
 def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     """Return ΔNLL in nats/token for one request: methods as rows, budgets as columns."""
-    return _budget_table(comparison, shape, _delta_nll)
+
+    def entry(rows: list[ResultRow]) -> str:
+        found = bootstrap_mean([row.window_losses for row in rows])
+        return f"{found}{'' if all(row.fits for row in rows) else ' (does not fit)'}"
+
+    return _budget_table(comparison, shape, entry)
 
 
 def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     """Return removed blocks (attn + ffn) and peak memory for one request."""
-    return _budget_table(comparison, shape, _removed)
+
+    def entry(rows: list[ResultRow]) -> str:
+        attn = sum(row.attn_removed for row in rows) / len(rows)
+        ffn = sum(row.ffn_removed for row in rows) / len(rows)
+        return f"{attn:.3g} + {ffn:.3g}, {mebibytes(max(row.peak_bytes for row in rows))}"
+
+    return _budget_table(comparison, shape, entry)
 
 
 def _budget_table(
-    comparison: Comparison,
-    shape: tuple[int, int],
-    entry: Callable[[Comparison, str, Cell], str],
+    comparison: Comparison, shape: tuple[int, int], entry: Callable[[list[ResultRow]], str]
 ) -> Table:
     cells = [(*shape, budget) for budget in comparison.budgets]
     cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
     header = ["Method", *[_budget(comparison, cell) for cell in cells]]
-    rows = [
-        [
-            look(s.method).label,
-            *[entry(comparison, s.method, cell) if comparison.at(s.method, cell) else ""
-              for cell in cells],
-        ]
-        for s in comparison.summaries
-    ]  # fmt: skip
+    rows = []
+    for s in comparison.summaries:
+        found = [comparison.at(s.method, cell) for cell in cells]
+        rows.append([look(s.method).label, *[entry(own) if own else "" for own in found]])
     return header, rows
-
-
-def _delta_nll(comparison: Comparison, method: str, cell: Cell) -> str:
-    fits = all(row.fits for row in comparison.at(method, cell))
-    return f"{comparison.delta_nll_at(method, cell)}{'' if fits else ' (does not fit)'}"
-
-
-def _removed(comparison: Comparison, method: str, cell: Cell) -> str:
-    found = comparison.at(method, cell)
-    attn = sum(row.attn_removed for row in found) / len(found)
-    ffn = sum(row.ffn_removed for row in found) / len(found)
-    return f"{attn:.3g} + {ffn:.3g}, {mebibytes(max(row.peak_bytes for row in found))}"
 
 
 def accuracy_table(comparison: Comparison) -> Table | None:
@@ -162,21 +177,9 @@ def terminal_text(comparison: Comparison) -> str:
         "their budget; methods that miss budgets are listed last, because their ΔNLL is not "
         "comparable. (n): seeds."
     )
-    return f"{plain(short_summary(comparison))}\n\n{wrapped(legend)}"
-
-
-def short_summary(comparison: Comparison) -> Table:
-    """Return the summary with shorter headings and labels."""
-    short = {"On calibration text": "Calibr.", "Evaluations": "Evals"}
-    header, rows = summary_table(comparison)
-    names = [_name(s, short_label(s.method)) for s in comparison.summaries]
-    cells = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
-    return [short.get(name, name) for name in header], cells
-
-
-def _name(summary: Summary, label: str = "") -> str:
-    seeds = f" ({summary.delta_nll.seeds})" if summary.delta_nll.seeds > 1 else ""
-    return f"{label or look(summary.method).label}{seeds}"
+    header, rows = summary_table(comparison, short=True)
+    header = [{"On calibration text": "Calibr.", "Evaluations": "Evals"}.get(h, h) for h in header]
+    return f"{plain((header, rows))}\n\n{wrapped(legend)}"
 
 
 def _budget(comparison: Comparison, cell: Cell) -> str:
@@ -186,58 +189,70 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 
-def difference_table(comparison: Comparison, method: str) -> Table:
-    """Return the ΔNLL of a method minus that of each other, paired over windows."""
+def difference_table(comparison: Comparison, method: str, *, short: bool = False) -> Table:
+    """Return the ΔNLL of a method minus that of each other, paired over windows.
+
+    Args:
+        comparison: The results.
+        method: The method.
+        short: Whether the table must fit in 100 columns; it then lacks the counts by Holm.
+    """
     header = ["Compared with", "Difference in ΔNLL (nats/token)", "Relative",
               "Better / even / worse", "By Holm", "Verdict"]  # fmt: skip
-    rows = [_difference_row(found) for found in pairwise_comparisons(comparison, method)]
-    return header, rows
-
-
-def short_differences(comparison: Comparison, method: str) -> Table:
-    """Return the differences for the terminal, at most 100 columns wide: without Holm counts."""
+    rows = [
+        [
+            (short_label if short else full_label)(found.other), signed(found.difference),
+            relative_words(found.relative), str(found.cells), str(found.corrected),
+            found.verdict if found.other_fits else f"{found.verdict}*",
+        ]
+        for found in pairwise_comparisons(comparison, method)
+    ]  # fmt: skip
+    if not short:
+        return header, rows
     header = ["Compared with", "Difference", "Relative", "+/=/-", "Verdict"]
-    rows = []
-    for found in pairwise_comparisons(comparison, method):
-        _, difference, relative, cells, _, verdict = _difference_row(found)
-        rows.append([short_label(found.other), difference, relative, cells, verdict])
-    return header, rows
+    return header, [[*row[:4], row[5]] for row in rows]
+
+
+def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
+    """Return the tables of one part: summary, pairwise differences, and values at each cell.
+
+    Args:
+        comparison: The part.
+        where: Title and suffix of titles; empty for the grid.
+    """
+    suffix = f" ({where.lower()})" if where else ""
+    tables = [TitledTable(summary_table(comparison), where, PART_CAPTIONS.get(comparison.part, ""))]
+    learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
+    for method in learned:
+        title = f"ΔNLL of {look(method).label} minus each other method{suffix}, paired over windows"
+        caption = f"{COUNTS_CAPTION} {HOLM_CAPTION}" if method == learned[-1] else ""
+        tables.append(TitledTable(difference_table(comparison, method), title, caption))
+    for shape in comparison.shapes:
+        words = f"{shape_words(shape)} tokens{suffix}"
+        delta_nll, removed = delta_nll_table(comparison, shape), removed_table(comparison, shape)
+        title = f"Blocks removed (attn + ffn) and peak memory, {words}"
+        tables += [
+            TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
+            TitledTable(removed, title, detail=True),
+        ]
+    return tables
+
+
+def comparison_document(comparison: Comparison) -> list[TitledTable]:
+    """Return all tables of a comparison but that of costs."""
+    tables = part_document(comparison)
+    if targets := targets_table(comparison):
+        tables.append(TitledTable(targets, "Targets", by_method=False))
+    for part, title in PART_TITLES.items():
+        other = comparison.other_part(part)
+        if other and other.summaries:
+            tables += part_document(other, title)
+    if accuracy := accuracy_table(comparison):
+        tables.append(TitledTable(accuracy, "Accuracy of each task, mean over the grid"))
+    return tables
 
 
 def tables_markdown(comparison: Comparison, title: str = "Comparison") -> str:
     """Return all tables as Markdown, for ``tables.md``."""
-    parts = [f"# {title}\n", *_part_tables(comparison)]
-    targets = targets_table(comparison)
-    if targets:
-        parts += ["## Targets\n", markdown(targets)]
-    accuracy = accuracy_table(comparison)
-    if accuracy:
-        parts += ["## Accuracy\n", markdown(accuracy)]
-    parts += ["## Costs\n", markdown(costs_table(comparison))]
-    for part, heading in PART_TITLES.items():
-        other = comparison.other_part(part)
-        if other:
-            parts += [f"# {heading}\n", *_part_tables(other)]
-    return "\n".join(parts)
-
-
-def _part_tables(comparison: Comparison) -> list[str]:
-    parts = [markdown(summary_table(comparison))]
-    for method in comparison.learned:
-        if method in {s.method for s in comparison.summaries}:
-            parts += [f"## {look(method).label} minus each other method\n",
-                      markdown(difference_table(comparison, method))]  # fmt: skip
-    for shape in comparison.shapes:
-        title = f"{shape[0]} x {shape[1]} tokens"
-        parts += [f"## ΔNLL, {title}\n", markdown(delta_nll_table(comparison, shape)),
-                  f"## Blocks removed (attn + ffn) and peak memory, {title}\n",
-                  markdown(removed_table(comparison, shape))]  # fmt: skip
-    return parts
-
-
-def _difference_row(found: PairwiseComparison) -> list[str]:
-    return [
-        look(found.other).label, signed(found.difference), relative_words(found.relative),
-        str(found.cells), str(found.corrected),
-        found.verdict if found.other_fits else f"{found.verdict}*",
-    ]  # fmt: skip
+    tables = [*comparison_document(comparison), TitledTable(costs_table(comparison), "Costs")]
+    return f"# {title}\n\n{document(tables)}"

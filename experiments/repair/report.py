@@ -60,11 +60,7 @@ def repair_section(data: ReportData, gallery: Gallery) -> Section:
             _add_peaks(section, gallery, found)
         if part.name == "tokens":
             _add_tokens(section, gallery, found)
-        section.table(
-            part.table, names if part.by_repair else None, title=part.title, folded=part.detail
-        )
-        if part.caption:
-            section.text(part.caption)
+        section.document([part], names)
     return section
 
 

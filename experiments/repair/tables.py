@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments.comparison.formatting import (
     TIMES,
     Table,
+    TitledTable,
     counted,
+    document,
     look,
-    markdown,
     mebibytes,
     number,
     percent,
@@ -202,24 +203,6 @@ def summary_caption(found: RepairComparison) -> str:
     )
 
 
-class TitledTable(NamedTuple):
-    """A table with its place in a document.
-
-    Attributes:
-        title: Heading; empty for none.
-        caption: Meaning of its numbers; empty for none.
-        by_repair: Whether each line is a repair.
-        detail: Whether it is a detail, which is last in Markdown and folded in HTML.
-    """
-
-    name: str
-    table: Table
-    title: str = ""
-    caption: str = ""
-    by_repair: bool = False
-    detail: bool = False
-
-
 def repair_document(
     found: RepairComparison, orders: Mapping[str, Any] | None = None
 ) -> list[TitledTable]:
@@ -232,38 +215,40 @@ def repair_document(
     tables: list[TitledTable] = []
     if found.summaries:
         table, caption = repair_summary_table(found), summary_caption(found)
-        tables.append(TitledTable("summary", table, caption=caption, by_repair=True))
+        tables.append(TitledTable(table, caption=caption, name="summary"))
     if targets := targets_table(found):
-        tables.append(TitledTable("targets", targets, "Targets"))
+        tables.append(TitledTable(targets, "Targets", name="targets", by_method=False))
     if found.cells:
         title = "ΔNLL at each request and budget"
-        tables.append(TitledTable("grid", repair_grid_table(found), title, grid_caption(found)))
+        tables.append(
+            TitledTable(
+                repair_grid_table(found), title, grid_caption(found), name="grid", by_method=False
+            )
+        )
     for text in found.texts if found.cells else []:
         title = f"ΔNLL with interval and peak memory, {text_label(found, text)}"
-        tables.append(TitledTable(text, repair_text_table(found, text), title, detail=True))
+        tables.append(
+            TitledTable(repair_text_table(found, text), title, detail=True, by_method=False)
+        )
     if accuracy := repair_accuracy_table(found):
         title = "Accuracy of each task, mean over the cells"
-        tables.append(TitledTable("accuracy", accuracy, title, by_repair=True))
+        tables.append(TitledTable(accuracy, title, name="accuracy"))
     if tokens := token_table(found):
         title = "Ratio to no stubs against fitting tokens"
-        tables.append(TitledTable("tokens", tokens, title, SAME_MASKS))
+        tables.append(TitledTable(tokens, title, SAME_MASKS, name="tokens", by_method=False))
     if domains := domain_table(found):
         title = "Ratio to no stubs: fitted on (lines), reported on (columns)"
-        tables.append(TitledTable("domains", domains, title, SAME_MASKS))
+        tables.append(TitledTable(domains, title, SAME_MASKS, name="domains", by_method=False))
     if ordered := orders_table(orders or {}):
         title = "The order of importance, with stubs in place"
-        tables.append(TitledTable("orders", ordered, title, ORDERS_CAPTION, by_repair=True))
+        tables.append(TitledTable(ordered, title, ORDERS_CAPTION, name="orders"))
     return tables
 
 
 def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = None) -> str:
     """Return every table, for ``repair_tables.md``; arguments as for `repair_document`."""
-    parts = ["# Repair\n"]
-    for part in sorted(repair_document(found, orders), key=lambda part: part.detail):
-        parts += [f"## {part.title}\n"] if part.title else []
-        parts += [f"{part.caption}\n"] if part.caption else []
-        parts.append(markdown(part.table))
-    return "\n".join(parts)
+    parts = sorted(repair_document(found, orders), key=lambda part: part.detail)
+    return f"# Repair\n\n{document(parts, captions=True)}"
 
 
 def repair_ratio(ratio: Estimate | None) -> str:

@@ -194,7 +194,7 @@ def test_figures_and_tables_are_written_next_to_the_page(page):
                 "removed_maskable_ppo", "removed_greedy_per_byte"}  # fmt: skip
     assert names == expected
     text = (page.parent / "tables.md").read_text()
-    assert "## ΔNLL, 8 x 2048 tokens" in text
+    assert "## ΔNLL (nats/token), 8 \N{MULTIPLICATION SIGN} 2,048 tokens" in text
     for line in text.splitlines():
         assert line.startswith(("|", "#")) or not line
 

@@ -10,7 +10,6 @@ from experiments.comparison.pairwise import (
     compare_pair,
     competing_cells,
     pairwise_comparisons,
-    relative_difference_on,
     targets_table,
 )
 from experiments.comparison.records import PARTS
@@ -59,9 +58,9 @@ def test_a_relative_difference_of_a_tenth():
     assert (found.verdict, found.cells) == ("better", Counts(4, 0, 0))
     assert compare_pair(both, "gsi", "ppo").verdict == "worse"
     assert compare_pair(both, "ppo", "knapsack") is None
-    half = relative_difference_on(both, "ppo", "gsi", both.cells[:2])
-    assert half.mean == pytest.approx(-0.1)
-    assert relative_difference_on(both, "ppo", "gsi", []) is None
+    half = compare_pair(both, "ppo", "gsi", both.cells[:2])
+    assert half.relative.mean == pytest.approx(-0.1)
+    assert compare_pair(both, "ppo", "gsi", []) is None
 
 
 def test_many_pairs_raise_the_significance_threshold():
