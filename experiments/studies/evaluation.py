@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.baselines.base import CountingPolicy
+from experiments.comparison.formatting import Table, markdown, plain, wrapped
 from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import git_state
 from experiments.config import Config
@@ -190,6 +191,13 @@ class StudyEvaluator:
             report_sha256=self._report[text].corpus.sha256,
             **search.identity,
         )
+
+
+def captioned_tables(title: str, parts: Sequence[tuple[str, Table]]) -> tuple[str, str]:
+    """Return tables with their captions, in Markdown and for the terminal."""
+    in_markdown = [f"{caption}\n\n{markdown(table)}" for caption, table in parts]
+    in_terminal = [f"{plain(table)}\n\n{wrapped(caption)}" for caption, table in parts]
+    return "\n".join([f"# {title}\n", *in_markdown]), "\n\n".join(in_terminal)
 
 
 def gsi_identity(config: Config) -> dict[str, Any]:

@@ -13,11 +13,8 @@ from agents.baselines.orders import GSIBaseline
 from experiments.comparison.formatting import (
     Table,
     look,
-    markdown,
-    plain,
     publish_tables,
     signed,
-    wrapped,
 )
 from experiments.comparison.run_folder import RunFolder
 from experiments.comparison.statistics import bootstrap_mean, paired_difference
@@ -29,6 +26,7 @@ from experiments.studies.evaluation import (
     Search,
     StudyContexts,
     StudyEvaluator,
+    captioned_tables,
     gsi_identity,
     reseeded,
 )
@@ -87,9 +85,7 @@ def overfitting(config: Config, folder: Path) -> Path:
     rows = _rows(config, folder)
     evaluations = search_evaluations(rows, per_cell=False)
     run.finish(started, rows=len(rows), evaluations=evaluations)
-    table = gap_table(rows)
-    in_markdown = f"# Overfitting\n\n{CAPTION}\n\n{markdown(table)}"
-    publish_tables(folder, in_markdown, f"{plain(table)}\n\n{wrapped(CAPTION)}\n")
+    publish_tables(folder, *captioned_tables("Overfitting", [(CAPTION, gap_table(rows))]))
     say(f"{evaluations:,} evaluations to measure the orders; {len(rows)} rows in {folder / FILE}.")
     return folder / FILE
 

@@ -19,11 +19,8 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.formatting import (
     Table,
     look,
-    markdown,
     percent,
-    plain,
     publish_tables,
-    wrapped,
 )
 from experiments.comparison.records import RowFile
 from experiments.comparison.run_folder import RunFolder, method_and_seed
@@ -38,6 +35,7 @@ from experiments.studies.evaluation import (
     Search,
     StudyContexts,
     StudyEvaluator,
+    captioned_tables,
     gsi_identity,
     reseeded,
 )
@@ -91,8 +89,10 @@ def stability(config: Config, folder: Path) -> Path:
     orders, rows = _measure(config, folder)
     evaluations = sum(order.evaluations for order in orders)
     run.finish(started, orders=len(orders), rows=len(rows), evaluations=evaluations)
-    top = settings.top
-    publish_tables(folder, stability_markdown(orders, rows, top), stability_text(orders, rows, top))
+    tables = [(AGREEMENT_CAPTION, agreement_table(orders, settings.top))]
+    if rows:
+        tables.append((DELTA_CAPTION, text_delta_table(rows)))
+    publish_tables(folder, *captioned_tables("Stability", tables))
     say(f"{evaluations:,} evaluations for {len(orders)} orders; records in {folder}.")
     return folder / FILE
 
@@ -320,24 +320,6 @@ def text_delta_table(rows: Sequence[StudyRow]) -> Table:
                  f"{np.std(means):.3f}"]
             )  # fmt: skip
     return header, lines
-
-
-def stability_text(orders: Sequence[OrderRow], rows: Sequence[StudyRow], top: Sequence[int]) -> str:
-    """Both tables for the terminal."""
-    parts = [plain(agreement_table(orders, top)), wrapped(AGREEMENT_CAPTION)]
-    if rows:
-        parts += [plain(text_delta_table(rows)), wrapped(DELTA_CAPTION)]
-    return "\n\n".join(parts)
-
-
-def stability_markdown(
-    orders: Sequence[OrderRow], rows: Sequence[StudyRow], top: Sequence[int]
-) -> str:
-    """Both tables in Markdown."""
-    parts = ["# Stability\n", AGREEMENT_CAPTION + "\n", markdown(agreement_table(orders, top))]
-    if rows:
-        parts += [DELTA_CAPTION + "\n", markdown(text_delta_table(rows))]
-    return "\n".join(parts)
 
 
 def _groups(pairs: Sequence[OrderAgreement]) -> dict[str, list[OrderAgreement]]:

@@ -16,7 +16,6 @@ from experiments.comparison.formatting import (
     Table,
     markdown,
     percent,
-    plain,
     publish_tables,
     signed,
     wrapped,
@@ -34,6 +33,7 @@ from experiments.studies.evaluation import (
     Search,
     StudyContexts,
     StudyEvaluator,
+    captioned_tables,
     gsi_identity,
 )
 from experiments.studies.records import StudyRow, search_evaluations
@@ -148,8 +148,7 @@ def text_study(config: Config, folder: Path) -> Path:
     rows = _rows(config, folder)
     evaluations = search_evaluations(rows, per_cell=config.text_study.method != "gsi")
     run.finish(started, rows=len(rows), evaluations=evaluations)
-    found = TextComparison(rows)
-    publish_tables(folder, found.markdown(), found.text())
+    publish_tables(folder, *TextComparison(rows).document())
     say(f"{evaluations:,} evaluations to search the masks; {len(rows)} records in {folder / FILE}.")
     return folder / FILE
 
@@ -299,20 +298,15 @@ class TextComparison:
             )
         return f"Effect of a mask for the kind of text: {'; '.join(parts)}."
 
-    def text(self) -> str:
-        """Tables and verdict for the terminal."""
-        parts = [plain(self.matrix_table()), wrapped(CAPTION), plain(self.gain_table()),
-                 wrapped(GAIN_CAPTION), wrapped(self.verdict())]  # fmt: skip
-        return "\n\n".join(parts)
-
-    def markdown(self) -> str:
-        """All tables, also those of single requests, and the verdict."""
-        parts = ["# Kinds of text\n", CAPTION + "\n", markdown(self.matrix_table())]
-        parts += [GAIN_CAPTION + "\n", markdown(self.gain_table()), self.verdict() + "\n"]
+    def document(self) -> tuple[str, str]:
+        """All tables and the verdict, in Markdown (single requests too) and for the terminal."""
+        tables = [(CAPTION, self.matrix_table()), (GAIN_CAPTION, self.gain_table())]
+        in_markdown, in_terminal = captioned_tables("Kinds of text", tables)
+        parts = [in_markdown, self.verdict() + "\n"]
         for cell in self.cells:
             title = f"## {cell[0]} x {cell[1]} tokens at {percent(cell[2], 0)}\n"
             parts += [title, markdown(self.matrix_table([cell]))]
-        return "\n".join(parts)
+        return "\n".join(parts), f"{in_terminal}\n\n{wrapped(self.verdict())}"
 
 
 if __name__ == "__main__":

@@ -143,9 +143,8 @@ class Wandb(MetricLogger):
             import wandb
         except ImportError:
             raise MissingGroupError("wandb", "logger=wandb", "agents") from None
-        os.environ.setdefault(
-            "WANDB_DISABLE_WEAVE", "true"
-        )  # it mistakes our package `agents` for another
+        # Weave mistakes our package `agents` for another one.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         self._wandb = wandb
         options: dict[str, Any] = {
             "dir": str(config.root),

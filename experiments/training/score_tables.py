@@ -70,9 +70,8 @@ def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Itera
     draw = _draws(num_blocks, [np.argsort(order) for order in orders])
     count = dict.fromkeys(SHARES, 0)
     while True:
-        kind = min(
-            SHARES, key=lambda name: count[name] / SHARES[name]
-        )  # the one with the largest deficit
+        # The one with the largest deficit.
+        kind = min(SHARES, key=lambda name: count[name] / SHARES[name])
         masks = draw[kind](rng)
         count[kind] += len(masks)
         yield from (BlockMask.of(*mask.tolist()) for mask in masks)

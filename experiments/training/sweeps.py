@@ -121,9 +121,7 @@ class StudyCallback(Callback):
         log.info("Study %s: %d of %d trials are finished.", sweeper.study_name, done, total)
         with read_write(config):
             sweeper.n_trials = max(0, total - done)
-            if (
-                sweeper.sampler.get("seed") is not None
-            ):  # otherwise the first trials would be repeated
+            if sweeper.sampler.get("seed") is not None:  # else the first trials would be repeated
                 sweeper.sampler.seed += done
 
 
@@ -145,12 +143,9 @@ class RunningTrial:
         study_id = storage.get_study_id_from_name(study.study_name)
         self._id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
-    def report(self, mark: int, loss: float) -> None:
-        """Report the recent ΔNLL at a mark to the study."""
+    def should_stop(self, mark: int, loss: float) -> bool:
+        """Report the recent ΔNLL at a mark; return whether the study's pruner stops the trial."""
         self._storage.set_trial_intermediate_value(self._id, mark, loss)
-
-    def should_stop(self) -> bool:
-        """Whether the pruner stops the trial after the last report."""
         return bool(self._study.pruner.prune(self._study, self._storage.get_trial(self._id)))
 
 
@@ -187,8 +182,7 @@ class Pruning:
         if not any(self._checkpoints.glob("step_*")):
             return
         self._mark, loss = mark, sum(self._recent) / len(self._recent)
-        self._trial.report(mark, loss)
-        if self._trial.should_stop():
+        if self._trial.should_stop(mark, loss):
             raise TrialPrunedError(
                 f"Trial {self._trial.number} of the study is pruned at step {step}: its recent "
                 f"ΔNLL {loss:.3f} is worse than that of most trials at this step."

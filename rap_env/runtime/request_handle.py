@@ -169,10 +169,6 @@ class RequestHandle:
                 self._listeners.clear()
                 self._on_cancel = None
 
-    def note_preemption(self) -> None:
-        """Count a preemption. Only the engine calls this."""
-        self.preemptions += 1
-
     def _notify(self, callback: Listener, event: Event) -> None:
         if callback not in self._listeners:
             return

@@ -208,7 +208,7 @@ class Scheduler:
         try:
             with self._llm.exclusive():
                 mask = self._llm.mask
-                logits = self._batch.extend([sequence.last_token for sequence in sequences])
+                logits = self._batch.extend([s.handle.token_ids[-1] for s in sequences])
             seconds = time.perf_counter() - started
             length = self._batch.length
             continues = self.output.deliver(sequences, logits, mask)

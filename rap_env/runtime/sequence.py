@@ -51,16 +51,6 @@ class TokenSequence:
         """The number of known tokens."""
         return len(self.handle.prompt_ids) + len(self.handle.token_ids)
 
-    @property
-    def last_token(self) -> int:
-        """The last generated token, the input of the next decode step."""
-        return self.handle.token_ids[-1]
-
-    @property
-    def final_tokens(self) -> int:
-        """Most tokens that the model will process; the last generated one is not fed back."""
-        return len(self.handle.prompt_ids) + self.handle.params.max_new_tokens - 1
-
     def progress(self, *, in_batch: bool) -> tuple[int, int]:
         """Cached tokens and tokens to come.
 
@@ -69,11 +59,13 @@ class TokenSequence:
                 else the numbers hold for the end of its prefill.
         """
         cached = self.known_tokens - in_batch
-        return cached, self.final_tokens - cached
+        params = self.handle.params
+        # The last generated token is not fed back.
+        return cached, len(self.handle.prompt_ids) + params.max_new_tokens - 1 - cached
 
     def preempt(self, time_s: float) -> None:
         """Note that the sequence goes back to the queue."""
-        self.handle.note_preemption()
+        self.handle.preemptions += 1
         self.queued_since_s = time_s
 
 
