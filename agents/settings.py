@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -40,10 +40,12 @@ class _Settings:
         AgentConfigError: A value has another type or is out of its range.
     """
 
+    section: ClassVar[str] = "hyperparameters"
+
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             if hasattr(hint, "__metadata__"):
-                _check_number(f"{self._section()}.{name}", getattr(self, name), hint)
+                _check_number(f"{self.section}.{name}", getattr(self, name), hint)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], owner: str) -> Self:
@@ -51,15 +53,11 @@ class _Settings:
         known = [entry.name for entry in fields(cls)]
         for key in values:
             if key not in known:
-                raise UnknownNameError(f"{cls._section()} of {owner}:", key, known)
+                raise UnknownNameError(f"{cls.section} of {owner}:", key, known)
         missing = [key for key in known if key not in values]
         if missing:
-            raise AgentConfigError(f"The {cls._section()} of {owner} lack {', '.join(missing)}.")
+            raise AgentConfigError(f"The {cls.section} of {owner} lack {', '.join(missing)}.")
         return cls(**values)
-
-    @classmethod
-    def _section(cls) -> str:
-        return "hyperparameters"
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,15 @@ class PolicySettings(_Settings):
         AgentConfigError: A value is impossible.
     """
 
+    section: ClassVar[str] = "policy_settings"
+
     hidden: Annotated[int, _Range(1)]
     block_vectors: Annotated[int, _Range(0)]
     without: tuple[str, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.without, str) or not isinstance(self.without, list | tuple):
+        if not isinstance(self.without, list | tuple):
             raise AgentConfigError(
                 f"policy_settings.without must be a list of ablations, not {self.without!r}."
             )
@@ -158,10 +158,6 @@ class PolicySettings(_Settings):
             if name not in ABLATIONS:
                 raise UnknownNameError("ablation in policy_settings.without:", name, ABLATIONS)
         object.__setattr__(self, "without", tuple(self.without))
-
-    @classmethod
-    def _section(cls) -> str:
-        return "policy_settings"
 
     def policy_kwargs(self) -> dict[str, Any]:
         """Return the same settings as ``policy_kwargs`` of stable-baselines3."""

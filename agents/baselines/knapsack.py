@@ -63,9 +63,7 @@ def cheapest_cover(
         kept = _pareto_optimal(all_bytes, all_costs)
         total_bytes, total_cost = all_bytes[kept], all_costs[kept]
         steps.append(kept)
-    position = int(
-        np.argmax(total_bytes)
-    )  # the only Pareto-optimal set that frees all needed bytes
+    position = int(np.argmax(total_bytes))  # the only Pareto-optimal set that frees enough
     for step in range(len(items) - 1, -1, -1):
         before = int(steps[step][position])
         size = _size_before(steps, step)

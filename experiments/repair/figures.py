@@ -95,15 +95,12 @@ def _draw_peaks(axis: Axes, found: RepairComparison, text: str, shape: Shape) ->
             *zip(*points, strict=True) if points else ([], []), color=shown.colour, marker="o",
             markersize=4.5, linewidth=1.4, label=shown.label, zorder=3 + place,
         )  # fmt: skip
-        missed = [point for point, row in zip(points, known, strict=True)
-                  if row.peak_bytes > row.budget_bytes]  # fmt: skip
-        for point in missed:
-            axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
-                      zorder=9)  # fmt: skip
+        for point, row in zip(points, known, strict=True):
+            if row.peak_bytes > row.budget_bytes:
+                axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
+                          zorder=9)  # fmt: skip
     low, high = axis.get_xlim()
-    spare = (
-        max(0.0, _MIN_SPAN * high - (high - low)) / 2
-    )  # avoids magnifying differences of a few kB
+    spare = max(0.0, _MIN_SPAN * high - (high - low)) / 2  # so that a few kB are not magnified
     axis.set_xlim(low - spare, high + spare)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
