@@ -84,9 +84,19 @@ class Record:
 class CellRecord(Record):
     """A record of one mask at one cell: a request at a budget.
 
+    Losses are ΔNLL: the mask's NLL minus the dense model's on the same windows, nats per token. The
+    fields of every such record:
+
     Attributes:
         request: ``{"batch_size": int, "seq_len_tokens": int}``.
         budget_fraction: Budget as a fraction of the dense model's peak bytes.
+        budget_bytes: The budget itself.
+        peak_bytes: Peak bytes of the mask under the request, stubs included.
+        mask: Names of the removed blocks.
+        loss: ΔNLL, mean over the windows of the report text, on which no mask is searched.
+        loss_ci_low: Lower end of its 95 % interval over windows.
+        loss_ci_high: Upper end.
+        window_losses: ΔNLL of each window of the report text, (windows,).
     """
 
     request: dict[str, int]
@@ -255,25 +265,16 @@ fixed sparsity, and cells outside the training range of policies."""
 class ResultRow(CellRecord):
     """Result of one method and seed at one cell: a line of ``results.jsonl``.
 
-    Losses are ΔNLL: the mask's NLL minus the dense model's on the same windows, nats per token.
+    For the other fields see `CellRecord`.
 
     Attributes:
         method: Name of the baseline, or of the trained agent's run without its seed.
         kv_aware: Whether the method counts the KV cache when it chooses.
         seed: Seed of the agent or of the random baseline; None where nothing is drawn.
-        request: ``{"batch_size": int, "seq_len_tokens": int}``.
-        budget_fraction: Budget as a fraction of the dense model's peak bytes.
-        budget_bytes: The budget itself.
-        peak_bytes: Peak bytes of the mask under the request.
         fits: Whether the peak is within the budget.
         attn_removed: Number of removed attn blocks.
         ffn_removed: Number of removed ffn blocks.
-        mask: Names of the removed blocks.
         loss_calibration: ΔNLL on the calibration text, which methods may have used.
-        loss: ΔNLL on the report text, which no method has used.
-        loss_ci_low: Lower end of its 95 % interval over the report windows.
-        loss_ci_high: Upper end.
-        window_losses: ΔNLL on each report window, shape (windows,).
         accuracies: Accuracy of each task in [0, 1]; empty without tasks.
         decision_s: Seconds from the request to the mask.
         evaluations: Masks scored by the model for this request.

@@ -22,27 +22,18 @@ ORDERS_FILE = "orders.json"
 class RepairRow(CellRecord):
     """One repair, request, budget and report text: a line of ``repair.jsonl``.
 
-    Losses are ΔNLL in nats per token: NLL of the repaired mask minus the dense model's.
+    For the other fields see `CellRecord`; masks are repaired with the stubs.
 
     Attributes:
         study: ``"grid"``: every repair with its own search; ``"tokens"`` and ``"domain"``:
             libraries fitted on other amounts and kinds of text, under the masks of the grid's
             library; ``"alone"``: a library fitted on one kind of text, with its own search.
         repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
-        request: ``{"batch_size": int, "seq_len_tokens": int}``.
-        budget_fraction: Budget as a fraction of the dense peak.
-        budget_bytes: The budget.
-        peak_bytes: Peak bytes of the mask, stubs included.
         text: Name of the report text.
         fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
         fit_tokens: Number of tokens of those texts.
         mean_rank: Mean rank of the stubs.
-        mask: Names of the removed blocks.
         mask_from: The repair whose greedy search chose the mask.
-        loss: ΔNLL, mean over the windows of the report text.
-        loss_ci_low: Lower end of its 95 % interval over windows.
-        loss_ci_high: Upper end.
-        window_losses: ΔNLL of each window, (windows,).
         accuracies: Accuracy of each lm-eval task in [0, 1] under the mask; the same for all texts,
             empty without tasks.
         provenance: ``{"depends_on": hashes and settings, "git": commit}``.

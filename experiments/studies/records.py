@@ -14,7 +14,7 @@ _NAME, _RERUN = "A study's record", "run the study again"
 class StudyRow(CellRecord):
     """One mask on one report text.
 
-    Losses are ΔNLL: the mask's NLL minus the dense model's, nats per token.
+    For the other fields see `CellRecord`.
 
     Attributes:
         study: ``"stability"``, ``"text"`` or ``"overfitting"``.
@@ -23,17 +23,8 @@ class StudyRow(CellRecord):
             was measured that a trained policy observed.
         seed: Seed of that text's windows.
         tokens: Tokens of that text.
-        request: ``{"batch_size": int, "seq_len_tokens": int}``.
-        budget_fraction: Budget as a fraction of the dense peak.
-        budget_bytes: The budget.
-        peak_bytes: Peak bytes of the mask under the request.
-        mask: Names of the removed blocks.
         loss_calibration: ΔNLL on the text that the mask was searched on.
         text: Name of the report text.
-        loss: ΔNLL, mean over the windows of the report text.
-        loss_ci_low: Lower end of its 95 % interval over windows.
-        loss_ci_high: Upper end.
-        window_losses: ΔNLL of each window of the report text, (windows,).
         evaluations: Masks scored for the choice, including stored scores and those of an order
             that serves all requests.
         provenance: ``{"depends_on": hashes and settings, "searched_on": the text, "git": ...}``.
