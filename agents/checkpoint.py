@@ -87,13 +87,9 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, model: BaseAlgorithm, config: AgentConfig, progress: dict[str, float]
 ) -> Path:
-    """Write a checkpoint of `model` to a new folder, and delete all but the last two.
+    """Write a checkpoint between two rollouts, and delete all but the last two.
 
-    Args:
-        folder: Folder of this run's checkpoints.
-        model: The model, between two rollouts.
-        config: Its configuration.
-        progress: Counters that continue after a resume (episodes, seconds, ...).
+    The counters in `progress` continue after a resume.
 
     Raises:
         StorageFullError: The disk is full; earlier checkpoints are intact.

@@ -57,10 +57,6 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
 def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> NetworkWeights:
     """Return the weights that score blocks: of an actor, or of a Q network's advantages.
 
-    Args:
-        policy: A block-wise policy of any agent.
-        without: Features hidden from it, as in `agents.settings.PolicySettings`.
-
     Raises:
         ArtifactError: The policy is not block-wise.
     """

@@ -25,11 +25,8 @@ class GymVecEnv(VecEnv):
     environments. It works with gymnasium's own vector environments and with
     `rap_env.RAPPruneVectorEnv`, which scores the masks of all sub-environments together.
 
-    Args:
-        envs: The vector environment; its autoreset mode must be ``SAME_STEP``.
-
     Raises:
-        UnknownNameError: It has another autoreset mode.
+        UnknownNameError: The autoreset mode is not ``SAME_STEP``.
     """
 
     def __init__(self, envs: VectorEnv[Any, Any, Any]) -> None:

@@ -86,9 +86,6 @@ class CountingScorer:
     """Scores masks for one request and counts the passes over the text that this needs.
 
     A mask that was scored on the whole text is remembered and counts once.
-
-    Args:
-        scorer: Runs the masks, or finds their scores in its store.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -155,13 +152,7 @@ class MeasuredChoice:
 
 
 def measure_choice(policy: CountingPolicy, request: Request, scorer: Scorer) -> MeasuredChoice:
-    """Let a policy choose a mask, and measure the cost.
-
-    Args:
-        policy: A baseline or a trained policy.
-        request: The request.
-        scorer: The scorer that the policy uses; tells which scores were stored.
-    """
+    """Let a policy choose a mask, and measure the cost; `scorer` is the one that it uses."""
     counted, ran = policy.evaluations, scorer.passes
     start = time.perf_counter()
     mask = policy.choose(request)
@@ -181,14 +172,7 @@ def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:
 def restore_unneeded(
     memory: MemoryModel, mask: BlockMask, order: Iterable[int], request: Request
 ) -> BlockMask:
-    """Restore every removed block without which the request still fits.
-
-    Args:
-        memory: Byte arithmetic of the model.
-        mask: A mask under which the request fits.
-        order: Blocks that may be restored, in the order in which this is tried.
-        request: The request.
-    """
+    """Restore, in `order`, every removed block without which the request still fits."""
     for index in order:
         fewer = mask - BlockMask.of(index)
         if index in mask and fits(memory, fewer, request):

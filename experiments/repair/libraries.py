@@ -127,10 +127,7 @@ class StubLibraries:
     def fitted(self, label: str, names: list[str], windows: int | None = None) -> StubLibrary:
         """Return a library fitted on some texts; it is read from its file if that exists.
 
-        Args:
-            label: Name of its file.
-            names: Names of the texts.
-            windows: Windows to fit on, spread over all of them; None for all windows.
+        With `windows` it is fitted on so many windows, spread over all of the texts.
         """
         path = self.folder / f"{label}.safetensors"
         if path.exists():

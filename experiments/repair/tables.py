@@ -206,12 +206,7 @@ def summary_caption(found: RepairComparison) -> str:
 def repair_document(
     found: RepairComparison, orders: Mapping[str, Any] | None = None
 ) -> list[TitledTable]:
-    """Return every table with its title and caption; tables without rows are left out.
-
-    Args:
-        found: The rows.
-        orders: GSI orders by repair, as returned by `experiments.repair.records.read_orders`.
-    """
+    """Return every table with its title and caption; tables without rows are left out."""
     tables: list[TitledTable] = []
     if found.summaries:
         table, caption = repair_summary_table(found), summary_caption(found)

@@ -44,9 +44,6 @@ class Budget(ABC):
     def changes_until(self, time_s: float) -> tuple[Sequence[float], Sequence[int]]:
         """Return all changes up to a time, and possibly some later ones.
 
-        Args:
-            time_s: Seconds, at least 0.
-
         Returns:
             Times in ascending order, the first of them 0, and the bytes from each time on.
         """

@@ -91,10 +91,6 @@ def read_replay(folder: Path) -> ReplayRecords:
 def draw_all(source: Path, target: Path) -> list[Path]:
     """Draw every figure as a PNG file.
 
-    Args:
-        source: Folder with ``replay.jsonl`` and the other files of the replay.
-        target: Folder for the figures.
-
     Raises:
         ArtifactError: A record is damaged.
         MissingDependencyError: matplotlib is not installed.

@@ -50,9 +50,6 @@ class ReplayClock:
 
     It runs only between `resume` and `stop`, so that the work of the replay itself (records,
     submitting requests) takes no time.
-
-    Args:
-        stopwatch: Returns seconds of real work.
     """
 
     def __init__(self, stopwatch: Callable[[], float] = time.perf_counter) -> None:

@@ -82,11 +82,6 @@ class GreedyPolicy:
     the whole path does not fit, the path grows by the block with the smallest rise in NLL per
     freed byte, which takes a measurement of every remaining block. The path is cleared when the
     dense model fits again. The text stays the same, so no mask is measured twice.
-
-    Args:
-        memory: The model's byte arithmetic.
-        scorer: Measures masks.
-        state: The running replay, which counts the time and memory of the measurements.
     """
 
     name = "greedy"
@@ -151,12 +146,7 @@ class SystemFactory:
         self._memory = MemoryModel(llm)
 
     def make(self, name: str, state: ReplayState) -> System:
-        """Make a system by its name.
-
-        Args:
-            name: One of ``replay.systems``.
-            state: The running replay, for the oracle and the greedy policy.
-        """
+        """Make a system by its name."""
         settings = self._config.replay
         full = settings.static_batch or settings.max_batch_size
         if name in _GSI_SYSTEMS:

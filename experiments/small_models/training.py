@@ -41,13 +41,7 @@ _DAMAGE = (
 
 
 def untrained(settings: SmallModelConfig, tokenizer: Any, seed: int) -> Any:
-    """Build a causal language model with random weights in float32.
-
-    Args:
-        settings: Family and sizes.
-        tokenizer: Defines the vocabulary, and the start and the end token.
-        seed: Seed of the weights.
-    """
+    """Build a causal language model with random weights in float32."""
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM

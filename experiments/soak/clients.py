@@ -33,14 +33,7 @@ class Target:
 
 
 class LoadClient:
-    """Sends one request after another (closed loop), each of a random kind.
-
-    Args:
-        state: Shared state of the soak test.
-        target: The server.
-        soak: Sizes and shares.
-        seed: Seed; the kind of a request depends only on the seed and the request's number.
-    """
+    """Sends one request after another (closed loop), each of a kind drawn by seed and number."""
 
     def __init__(self, state: SoakState, target: Target, soak: SoakConfig, seed: int) -> None:
         self._state = state

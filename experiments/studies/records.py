@@ -88,9 +88,7 @@ class OrderRow(Record):
 def search_evaluations(rows: list[StudyRow], *, per_cell: bool) -> int:
     """Count the masks scored by all searches; a search that served several rows counts once.
 
-    Args:
-        rows: The rows.
-        per_cell: Whether each request was searched separately, or one order served all of them.
+    A search serves a single cell with `per_cell`, else all of them.
     """
     searches = {
         (row.searched_on, row.seed, row.tokens, "" if not per_cell else (row.method, row.cell)):

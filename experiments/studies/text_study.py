@@ -212,11 +212,7 @@ def _check(settings: TextStudyConfig) -> None:
 
 
 class TextComparison:
-    """The rows of one text study.
-
-    Args:
-        rows: A row for each text searched on, cell and report text.
-    """
+    """The rows of one text study."""
 
     def __init__(self, rows: Sequence[StudyRow]) -> None:
         self._rows = {(row.searched_on, row.cell, row.text): row for row in rows}

@@ -126,14 +126,7 @@ class StudyCallback(Callback):
 
 
 class RunningTrial:
-    """The trial of a study that this process runs.
-
-    Args:
-        study: The study, with its pruner.
-        storage: Storage of the study.
-        number: The trial's number in the study.
-        marks: Number of equal parts of the training, at the end of which trials are compared.
-    """
+    """The trial of a study that this process runs."""
 
     def __init__(self, study: Study, storage: BaseStorage, number: int, marks: int) -> None:
         self.number = number
@@ -154,11 +147,6 @@ class Pruning:
 
     It reports the mean ΔNLL of the masks of recent episodes, nats per token, at each mark. It stops
     no training before its first checkpoint, because the objective is measured on a checkpoint.
-
-    Args:
-        trial: The trial to report to.
-        total_timesteps: Length of the training.
-        folder: The run's folder.
     """
 
     def __init__(self, trial: RunningTrial, total_timesteps: int, folder: Path) -> None:

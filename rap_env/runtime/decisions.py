@@ -72,14 +72,11 @@ class Decision:
 
 
 class DecisionLog:
-    """A file of decisions, one JSON object a line.
+    """A file of decisions, one JSON object a line; it and its folder are created if missing.
 
     Each line is written by one call. An incomplete last line, left by a killed process, is removed
     when the file is opened again. If the disk fails later, lines are lost and counted in `lost`,
     and the service continues.
-
-    Args:
-        path: The file; it and its folder are created if missing.
 
     Attributes:
         lost: Number of lines that could not be written.

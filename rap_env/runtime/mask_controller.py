@@ -171,13 +171,7 @@ class MaskController:
             self._settle(choice, shape, "arrival", next_pass, running=False)
 
     def grow(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
-        """Restore blocks once there has been headroom for them long enough.
-
-        Args:
-            need_bytes: What the present mask needs.
-            shape: The running batch.
-            next_pass: Tokens of the next pass.
-        """
+        """Restore blocks once there has been headroom above the present need long enough."""
         monitor = self._monitor
         headroom = self._growth_limit_bytes() - need_bytes
         freed = self._estimator.freed_bytes(shape)

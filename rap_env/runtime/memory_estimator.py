@@ -138,18 +138,9 @@ class MemoryEstimator:
     def shrink_to_fit(
         self, mask: BlockMask, order: Iterable[int], shape: BatchShape, limit_bytes: int
     ) -> BlockMask | None:
-        """Remove more blocks from a mask until it needs no more than a limit.
+        """Remove more blocks, in `order`, until a mask fits a limit; None if it never does.
 
         Blocks whose removal frees nothing are skipped.
-
-        Args:
-            mask: The mask to start from.
-            order: Indices of blocks in the order of removal.
-            shape: The batch to serve.
-            limit_bytes: The limit.
-
-        Returns:
-            The first mask that fits, or None if none does.
         """
         costs = self._costs(shape)
         removed = set(mask.indices)

@@ -141,12 +141,8 @@ class CgroupMemory:
 
     A group's limit counts every page that its processes use, file cache included. The kernel drops
     clean, unmapped file cache as soon as memory is needed, so that counts as free here. Any group
-    above this process's own may have a limit too; the tightest one holds.
-
-    Args:
-        reserve_bytes: Bytes to leave free.
-        mount: Where the control groups are mounted.
-        proc: Where the process file system is mounted.
+    above this process's own may have a limit too; the tightest one holds. Of what is free,
+    `reserve_bytes` stay free.
 
     Raises:
         MemorySourceError: This system reports neither.

@@ -52,10 +52,6 @@ class StaticPolicy:
 class OrderPolicy:
     """Removes blocks in a fixed order until the request fits; all of them if it never does.
 
-    Args:
-        memory: The model's byte arithmetic.
-        order: Indices of blocks in the order of removal.
-
     Raises:
         UnknownNameError: The order names a block that the model does not have.
     """

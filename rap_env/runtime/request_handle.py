@@ -63,14 +63,9 @@ Listener = Callable[[Event], None]
 class RequestHandle:
     """A submitted request and its results. The engine writes it; any thread may read or cancel it.
 
-    Args:
-        prompt_ids: Tokens of the prompt.
-        params: How to generate.
-        arrived_s: Time of arrival on the engine's clock.
-        on_cancel: Called on cancellation, from any thread.
-
     Attributes:
         id: A number that is unique in this process.
+        arrived_s: Time of arrival on the engine's clock, as all times here.
         first_token_s: Time of the first token; None before it.
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.

@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 
 
 class RequestQueue:
-    """The requests that wait, first come, first served; thread-safe.
+    """At most `max_size` requests that wait, first come, first served; thread-safe.
 
-    Args:
-        max_size: Most requests that may wait. Preempted ones may always return.
+    Preempted requests may always return.
     """
 
     def __init__(self, max_size: int) -> None:
