@@ -7,7 +7,7 @@ deliberately and nothing else. Each message states what is wrong and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -35,6 +35,12 @@ class UnknownNameError(RapError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_from  # worker processes send errors as pickles
+
+
+def check_name(kind: str, name: object, known: Collection[str]) -> None:
+    """Raise an `UnknownNameError` unless a name is among the known ones."""
+    if name not in known:
+        raise UnknownNameError(kind, name, known)
 
 
 class InvalidRequestError(RapError, ValueError):

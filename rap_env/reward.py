@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import InvalidRequestError, check_name
 from rap_env.specs import check_settings, split_spec
 
 TIMINGS = ("terminal", "dense")
@@ -136,12 +136,10 @@ class PerplexityReward(RewardTerm):
     log_offset: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.timing not in TIMINGS:
-            raise UnknownNameError("timing of the reward", self.timing, TIMINGS)
-        if self.scale not in SCALES:
-            raise UnknownNameError("scale of the reward", self.scale, SCALES)
-        if self.relative_to not in (None, *COMPARED_TO):
-            raise UnknownNameError("baseline of the reward", self.relative_to, COMPARED_TO)
+        check_name("timing of the reward", self.timing, TIMINGS)
+        check_name("scale of the reward", self.scale, SCALES)
+        if self.relative_to is not None:
+            check_name("baseline of the reward", self.relative_to, COMPARED_TO)
         if self.loss_cap is not None and not self.loss_cap > 0:
             raise InvalidRequestError(
                 f"loss_cap must be above 0 nats per token, or None, not {self.loss_cap!r}."
@@ -273,8 +271,7 @@ def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccur
 def _check_weights(weights: Mapping[str, float]) -> None:
     """Reject weights of unknown terms, negative weights, and weights that are all 0."""
     for term, weight in weights.items():
-        if term not in _COMBINED_WEIGHTS:
-            raise UnknownNameError("reward term", term, _COMBINED_WEIGHTS)
+        check_name("reward term", term, _COMBINED_WEIGHTS)
         if not 0 <= weight < math.inf:
             raise InvalidRequestError(
                 f"The weight of the reward term {term!r} must be at least 0, not {weight!r}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rap_env.errors import UnknownNameError
+from rap_env.errors import check_name
 
 
 def split_spec(
@@ -23,8 +23,7 @@ def split_spec(
     """
     settings: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name, known = settings.pop("name", None), list(known)
-    if name not in known:
-        raise UnknownNameError(kind, name, known)
+    check_name(kind, name, known)
     return str(name), settings
 
 
@@ -36,5 +35,4 @@ def check_settings(settings: Mapping[str, Any], owner: str, known: Iterable[str]
     """
     known = list(known)
     for key in settings:
-        if key not in known:
-            raise UnknownNameError(f"setting of {owner}:", key, known)
+        check_name(f"setting of {owner}:", key, known)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import InvalidRequestError, check_name
 from rap_env.reward import REWARDS
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.specs import check_settings, split_spec
@@ -60,8 +60,7 @@ class EnvConfig:
         split_spec(self.workload, "sampler", SAMPLERS)
         split_spec(self.reward, "reward", REWARDS)
         self.corpus_config()
-        if self.infeasible not in INFEASIBLE:
-            raise UnknownNameError("setting of infeasible:", self.infeasible, INFEASIBLE)
+        check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
         penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
         if not 0 <= penalty < float("inf"):
             raise InvalidRequestError(
@@ -96,6 +95,6 @@ class EnvConfig:
 
 def check_render_mode(render_mode: str | None) -> str | None:
     """Return the render mode, if it exists or is None."""
-    if render_mode is not None and render_mode not in RENDER_MODES:
-        raise UnknownNameError("render mode", render_mode, RENDER_MODES)
+    if render_mode is not None:
+        check_name("render mode", render_mode, RENDER_MODES)
     return render_mode

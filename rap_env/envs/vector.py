@@ -19,7 +19,7 @@ from rap_env.envs.config import EnvConfig, check_render_mode
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.task import PruningTask
 from rap_env.envs.vector_episodes import VectorEpisodes
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import InvalidRequestError, check_name
 from rap_env.observation import Observation
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request, whole_number
@@ -266,9 +266,8 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
-    known = [each.value for each in AutoresetMode]
-    if not isinstance(mode, AutoresetMode) and mode not in known:
-        raise UnknownNameError("autoreset mode", mode, known)
+    if not isinstance(mode, AutoresetMode):
+        check_name("autoreset mode", mode, [each.value for each in AutoresetMode])
     return AutoresetMode(mode)
 
 

@@ -15,18 +15,13 @@ from typing import Any
 import torch
 
 from rap_env.blocks import Block, BlockMask
+from rap_env.errors import check_name
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.generation import generate
 from rap_env.llm.kv_cache import Restore
 from rap_env.llm.placeholders import Stub
-from rap_env.llm.residency import (
-    BlockWeights,
-    HeldBytes,
-    LiveBlocks,
-    Residency,
-    check_residency,
-)
+from rap_env.llm.residency import RESIDENCIES, BlockWeights, HeldBytes, LiveBlocks, Residency
 from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_parameters
 from rap_env.memory import ModelFacts
 
@@ -193,7 +188,7 @@ class ElasticLLM:
             UnsupportedModelError: ``"drop"`` without the model's own files.
             StorageFullError: No space for a file to offload to.
         """
-        check_residency(residency)
+        check_name("residency", residency, RESIDENCIES)
         with self.exclusive():
             if residency == self.residency:
                 return

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from rap_env.errors import UnsupportedCacheError
-from rap_env.llm.kv_cache import MaskedModel, Past, Restore, check_restore, positions_of, step
+from rap_env.errors import UnsupportedCacheError, check_name
+from rap_env.llm.kv_cache import RESTORES, MaskedModel, Past, Restore, positions_of, step
 from rap_env.llm.placeholders import cache_in
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
@@ -30,7 +30,7 @@ def generate(
     `prepare_inputs_for_generation` notes the tokens so far, which a refill needs. Arguments and
     errors are those of `ElasticLLM.generate`.
     """
-    check_restore(restore)
+    check_name("restore mode", restore, RESTORES)
     _reject_assisted(kwargs)
     model = llm.model
     view = copy.copy(model)

@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from rap_env.errors import UnknownNameError, UnsupportedCacheError
+from rap_env.errors import UnsupportedCacheError
 from rap_env.llm.adapter import FamilyAdapter
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
 from rap_env.memory import PREFILL_CHUNK_TOKENS
@@ -83,12 +83,6 @@ class Past:
     tokens: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-
-
-def check_restore(name: str) -> None:
-    """Reject an unknown restore mode."""
-    if name not in RESTORES:
-        raise UnknownNameError("restore mode", name, RESTORES)
 
 
 def check_cache(cache: Any) -> None:

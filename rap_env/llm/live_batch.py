@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rap_env.errors import InvalidRequestError
+from rap_env.errors import InvalidRequestError, check_name
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.kv_cache import (
+    RESTORES,
     Past,
     Restore,
     cache_argument,
     cache_bytes,
-    check_restore,
     evict,
     missing,
     refill,
@@ -57,7 +57,7 @@ class LiveBatch:
         restore: Restore = "refill",
         most_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> None:
-        check_restore(restore)
+        check_name("restore mode", restore, RESTORES)
         self._llm = llm
         self._restore = restore
         self._most_tokens = most_tokens

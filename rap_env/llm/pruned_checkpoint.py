@@ -10,7 +10,6 @@ transformers' Auto classes reject; load the folder with `load_pruned`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from rap_env.errors import ArtifactError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.cpu_decode import attention_name, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.model_folder import file_sha256
 from rap_env.llm.placeholders import RemovedBlock, Stub
 from rap_env.llm.progress import transformers_bars
 
@@ -35,10 +35,7 @@ PRUNED_FILE = "rap_pruned.json"
 
 _KIND, _VERSION = "pruned-checkpoint", 1
 _MODEL_TYPE = "rap_pruned"
-_PORTABLE_ATTENTION = (
-    "eager",
-    "sdpa",
-)  # others may be missing on the machine that loads the folder
+_PORTABLE_ATTENTION = ("eager", "sdpa")  # others may be missing on the machine that loads it
 
 
 def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]) -> Path:
@@ -165,8 +162,8 @@ def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file that determines what the model computes."""
     sums = {}
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors*")]):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.suppress(FileNotFoundError):
+            sums[path.name] = file_sha256(path)
     return sums
 
 

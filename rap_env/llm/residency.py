@@ -33,7 +33,7 @@ from torch import nn
 
 from rap_env.artifacts import atomic_write
 from rap_env.blocks import BlockMask
-from rap_env.errors import UnknownNameError, UnsupportedModelError
+from rap_env.errors import UnsupportedModelError
 from rap_env.llm.adapter import BlockSite
 from rap_env.llm.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
 from rap_env.llm.placeholders import Stub
@@ -46,12 +46,6 @@ Residency = Literal["resident", "offload", "drop"]
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
 _ALIGN_BYTES = 64  # best for vector instructions, and the alignment of torch's own allocator
-
-
-def check_residency(name: str) -> None:
-    """Reject an unknown residency."""
-    if name not in RESIDENCIES:
-        raise UnknownNameError("residency", name, RESIDENCIES)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rap_env.errors import InvalidRequestError, UnsupportedModelError
+from rap_env.errors import InvalidRequestError, UnsupportedModelError, check_name
 from rap_env.llm.adapter import read_config
 from rap_env.llm.device import choose_device, choose_dtype
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE
-from rap_env.llm.residency import Residency, check_residency
+from rap_env.llm.residency import RESIDENCIES, Residency
 from rap_env.llm.sources import load_tokenizer, locate
 from rap_env.llm.weight_files import open_weights
 from rap_env.llm.weights import StoredTensor
@@ -165,7 +165,7 @@ class StreamedLLM(ElasticLLM):
 
     def set_residency(self, residency: Residency) -> None:
         """Accept only ``"resident"``, which changes nothing: streamed layers are always evicted."""
-        check_residency(residency)
+        check_name("residency", residency, RESIDENCIES)
         if residency != "resident":
             raise UnsupportedModelError(
                 f"residency={residency!r} has no effect on a streamed model, which holds one layer "

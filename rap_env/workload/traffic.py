@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import InvalidRequestError, check_name
 from rap_env.request import Request, whole_number
 from rap_env.workload.sampler import RequestSampler
 from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
@@ -100,8 +100,7 @@ class TraceSampler(TrafficSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in ("random", "replay"):
-            raise UnknownNameError("order of a trace", self.order, ["random", "replay"])
+        check_name("order of a trace", self.order, ["random", "replay"])
         if not self.path:
             raise InvalidRequestError("The sampler 'trace' needs the setting 'path', a CSV file.")
         self._lengths = read_trace(self.path)
