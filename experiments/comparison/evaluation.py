@@ -17,11 +17,12 @@ from experiments.comparison.formatting import mebibytes, percent
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder, method_and_seed, training_dirs
 from experiments.comparison.summaries import REFERENCE
 from experiments.config import Config
-from experiments.config.common import Cell, one_of
+from experiments.config.common import Cell
 from experiments.config.evaluation import EvaluateConfig
 from experiments.errors import ExperimentError
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.errors import check_name
 from rap_env.memory import MemoryModel
 from rap_env.policy import MaskPolicy
 from rap_env.request import Request
@@ -183,7 +184,7 @@ def check_names(config: Config) -> None:
         ExperimentError: A folder holds no training run, or there is nothing to compare.
     """
     for name in config.evaluate.baselines:
-        one_of("baseline", name, BASELINES)
+        check_name("baseline", name, BASELINES)
     folders = agent_folders(config)
     for folder in folders:
         method_and_seed(folder)

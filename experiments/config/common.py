@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from omegaconf import MISSING
 
 from experiments.errors import ExperimentError
-from rap_env.errors import UnknownNameError
+from rap_env.errors import check_name
 
 Cell = tuple[int, int, float]
 """Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
@@ -36,19 +36,9 @@ def within(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     return check
 
 
-def one_of(kind: str, name: str, known: Collection[str]) -> None:
-    """Check that a name is known.
-
-    Raises:
-        UnknownNameError: It is not.
-    """
-    if name not in known:
-        raise UnknownNameError(kind, name, known)
-
-
 def among(*known: str) -> Rule:
     """Return the rule that a name is one of the known ones."""
-    return lambda setting, name: one_of(setting, name, known)
+    return lambda setting, name: check_name(setting, name, known)
 
 
 def form(parse: Callable[[str], Any]) -> Rule:

@@ -17,9 +17,9 @@ from experiments.config.common import (
     Section,
     TextConfig,
     among,
-    one_of,
     parse_cell,
 )
+from rap_env.errors import check_name
 
 REPAIRS = ("none", "library", "distilled", "per_mask")
 
@@ -91,9 +91,9 @@ class StubsConfig(Section, HasCells):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in [*self.domain_study, *self.alone]:
-            one_of("text of stubs.domain_study and stubs.alone", name, self.fit_texts)
+            check_name("text of stubs.domain_study and stubs.alone", name, self.fit_texts)
         for name in self.study_cells:
-            one_of("cell of stubs.study_cells", name, self.cells)
+            check_name("cell of stubs.study_cells", name, self.cells)
 
     def cells_of(self, study: str) -> list[Cell]:
         """Return the cells that one of `experiments.repair.records.STUDIES` uses."""
