@@ -11,7 +11,7 @@ from tests.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def bench():
+def context():
     pytest.importorskip("lm_eval")
     return make_context(tokenizer=tiny_tokenizer())
 
@@ -19,11 +19,11 @@ def bench():
 class TestAccuracy:
     """With lm-eval's own code on generated tasks."""
 
-    def test_the_return_is_the_drop_in_mean_accuracy(self, bench):
+    def test_the_return_is_the_drop_in_mean_accuracy(self, context):
         tasks = {"names": ["rap_minimal_pairs", "rap_choice"], "limit": 12}
-        env = make(bench, reward="accuracy", tasks=tasks)
+        env = make(context, reward="accuracy", tasks=tasks)
         _, *steps = play(env, 1, masked=True)
-        scorer = task_scorer(bench, tasks)
+        scorer = task_scorer(context, tasks)
         mask = BlockMask.of(*steps[-1][-1]["removed"])
         drop = scorer.mean_accuracy(mask) - scorer.mean_accuracy(BlockMask())
         assert drop != 0
@@ -31,25 +31,25 @@ class TestAccuracy:
         assert steps[-1][-1]["reward_terms"] == {"accuracy": drop, "invalid_action": 0.0}
         assert "nll" in steps[-1][-1]
 
-    def test_with_stubs_the_tasks_are_run_on_the_repaired_model(self, bench):
+    def test_with_stubs_the_tasks_are_run_on_the_repaired_model(self, context):
         tasks = {"names": ["rap_minimal_pairs", "rap_choice"], "limit": 12}
         repaired = make_context(tokenizer=tiny_tokenizer(), repaired=True)
-        plain, stubs = (task_scorer(each, tasks) for each in (bench, repaired))
+        plain, stubs = (task_scorer(each, tasks) for each in (context, repaired))
         assert stubs.context == {**plain.context, "repair": repaired.memory.facts.repair}
         masks = [BlockMask(), *(BlockMask.of(index) for index in range(6))]
         found = [[scorer.mean_accuracy(mask) for mask in masks] for scorer in (plain, stubs)]
         assert found[0][0] == found[1][0]  # the dense model has no stub anywhere
         assert found[0] != found[1]
 
-    def test_environments_share_the_tasks_of_a_context(self, bench):
-        first = task_scorer(bench, ["rap_choice"])
-        assert task_scorer(bench, {"names": ("rap_choice",)}) is first
-        assert task_scorer(bench, {"names": ("rap_choice",), "limit": 3}) is not first
+    def test_environments_share_the_tasks_of_a_context(self, context):
+        first = task_scorer(context, ["rap_choice"])
+        assert task_scorer(context, {"names": ("rap_choice",)}) is first
+        assert task_scorer(context, {"names": ("rap_choice",), "limit": 3}) is not first
         assert first.config.limit == TASK_DOCUMENTS
 
-    def test_combined_names_both_terms(self, bench):
+    def test_combined_names_both_terms(self, context):
         spec = {"name": "combined", "weights": {"perplexity": 0.5, "accuracy": 2.0}}
-        env = make(bench, reward=spec, tasks={"names": ["rap_choice"], "limit": 4})
+        env = make(context, reward=spec, tasks={"names": ["rap_choice"], "limit": 4})
         _, reward, *_, info = play(env, 2, masked=True)[-1]
         assert info["reward_terms"]["perplexity"] == pytest.approx(-0.5 * info["loss"])
         assert reward == pytest.approx(sum(info["reward_terms"].values()))
@@ -63,6 +63,6 @@ class TestAccuracy:
             ("rap_choice", "list of tasks 'rap_choice'"),
         ],
     )
-    def test_unknown_tasks_are_rejected(self, bench, tasks, message):
+    def test_unknown_tasks_are_rejected(self, context, tasks, message):
         with pytest.raises(UnknownNameError, match=message):
-            make(bench, reward="accuracy", tasks=tasks)
+            make(context, reward="accuracy", tasks=tasks)

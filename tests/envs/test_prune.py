@@ -120,14 +120,14 @@ class TestEpisode:
         assert [("nll" in info) for *_, info in steps] == [False] * (len(steps) - 1) + [True]
 
     def test_one_evaluation_per_episode_by_default(self):
-        bench = make_context()
-        env = make(bench)
+        context = make_context()
+        env = make(context)
         env.reset(seed=0)
-        bench.scorer.nll(BlockMask())
-        before = bench.scorer.evaluations
+        context.scorer.nll(BlockMask())
+        before = context.scorer.evaluations
         _, *steps = play(env, 3, masked=True)
         assert len(steps) > 1
-        assert bench.scorer.evaluations - before == 1
+        assert context.scorer.evaluations - before == 1
 
     def test_an_invalid_action_changes_nothing_and_costs(self, context):
         env = make(context, invalid_action_penalty=0.25)
@@ -174,14 +174,14 @@ class TestEpisode:
         assert env.mask == BlockMask()
 
     def test_nan_from_the_model_does_not_change_the_episode(self):
-        bench = make_context()
-        env = make(bench, reward=DENSE_TIMING)
-        start, _ = env.reset(seed=0, options={"request": request_at(bench, 0.7)})
-        head = bench.llm.model.get_output_embeddings().weight
+        context = make_context()
+        env = make(context, reward=DENSE_TIMING)
+        start, _ = env.reset(seed=0, options={"request": request_at(context, 0.7)})
+        head = context.llm.model.get_output_embeddings().weight
         kept = head.detach().clone()
         with torch.no_grad():
             head.fill_(torch.nan)
-        bench.scorer.nll(BlockMask.of(1))  # measured before the damage, by the one-shot scan
+        context.scorer.nll(BlockMask.of(1))  # measured before the damage, by the one-shot scan
         env.step(1)
         with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
             env.step(3)
@@ -189,7 +189,7 @@ class TestEpisode:
         with torch.no_grad():
             head.copy_(kept)
         assert env.step(3)[-1]["removed"] == ["layer00.ffn", "layer01.ffn"]
-        again, _ = env.reset(seed=0, options={"request": request_at(bench, 0.7)})
+        again, _ = env.reset(seed=0, options={"request": request_at(context, 0.7)})
         assert data_equivalence(start, again)
 
 

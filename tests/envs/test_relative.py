@@ -26,16 +26,16 @@ def relative(name: str, **settings) -> dict:
     return {"name": "perplexity", "relative_to": name, **settings}
 
 
-def loss_of(bench, mask: BlockMask) -> float:
-    return bench.scorer.nll(mask) - bench.scorer.dense_nll
+def loss_of(context, mask: BlockMask) -> float:
+    return context.scorer.nll(mask) - context.scorer.dense_nll
 
 
-def frontier_of(bench, masks) -> Frontier:
+def frontier_of(context, masks) -> Frontier:
     """A frontier that knows these masks."""
-    scores = zip(masks, bench.scorer.nll_many(masks), strict=True)
+    scores = zip(masks, context.scorer.nll_many(masks), strict=True)
     return Frontier(
         num_blocks=COUNT,
-        dense_nll=bench.scorer.dense_nll,
+        dense_nll=context.scorer.dense_nll,
         scores=dict(scores),
         evaluations_run=len(masks),
         seconds=0.0,
@@ -47,9 +47,9 @@ def frontier_of(bench, masks) -> Frontier:
 @pytest.fixture(scope="module")
 def ordered():
     """A context with a GSI order and a frontier."""
-    bench = make_context(importance="gsi")
-    bench.frontier = frontier_of(bench, FRONTIER)
-    return bench
+    wrapped = make_context(importance="gsi")
+    wrapped.frontier = frontier_of(wrapped, FRONTIER)
+    return wrapped
 
 
 @pytest.mark.parametrize("name", ["gsi", "one_shot"])
@@ -111,15 +111,15 @@ def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward)
 
 
 def test_a_baseline_is_measured_once_for_a_request(ordered):
-    bench = make_context(importance="gsi")
-    env = make(bench, reward=relative("gsi"), workload=POOL)
-    bench.scorer.nll(BlockMask())
-    before = bench.scorer.evaluations
+    context = make_context(importance="gsi")
+    env = make(context, reward=relative("gsi"), workload=POOL)
+    context.scorer.nll(BlockMask())
+    before = context.scorer.evaluations
     masks = set()
     for seed in range(6):
         play(env, seed, masked=True)
-        masks |= {env.mask, make_baseline("gsi", bench).choose(env.request)}
-    assert bench.scorer.evaluations - before <= len(masks)
+        masks |= {env.mask, make_baseline("gsi", context).choose(env.request)}
+    assert context.scorer.evaluations - before <= len(masks)
 
 
 def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
@@ -148,22 +148,22 @@ def test_sub_environments_get_the_rewards_of_single_environments(ordered, mode, 
 
 
 def test_baseline_masks_and_final_masks_are_scored_together(ordered):
-    bench = CountsCalls(ordered)
-    bench.gsi = ordered.gsi
-    vector = make_vector(bench, reward=relative("gsi"), autoreset_mode="SameStep")
+    context = CountsCalls(ordered)
+    context.gsi = ordered.gsi
+    vector = make_vector(context, reward=relative("gsi"), autoreset_mode="SameStep")
     vector.reset(seed=0)
     ended = []
     for step in range(20):
         _, _, terminated, truncated, _ = vector.step([step % COUNT] * NUM_ENVS)
         ended.append(int((terminated | truncated).sum()))
-    assert bench.asked == [2 * count for count in ended if count]
+    assert context.asked == [2 * count for count in ended if count]
 
 
 def test_a_request_below_the_frontier_is_rejected_and_changes_nothing():
-    bench = make_context()
-    bench.frontier = frontier_of(bench, [BlockMask.of(1)])
-    env = make(bench, reward=relative("frontier"))
-    env.reset(seed=0, options={"request": request_at(bench, 1e-6)})  # clipped: all must go
+    context = make_context()
+    context.frontier = frontier_of(context, [BlockMask.of(1)])
+    env = make(context, reward=relative("frontier"))
+    env.reset(seed=0, options={"request": request_at(context, 1e-6)})  # clipped: all must go
     for action in range(COUNT - 1):
         env.step(action)
     with pytest.raises(InvalidRequestError, match="No mask of the frontier fits Request"):

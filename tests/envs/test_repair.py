@@ -36,8 +36,8 @@ def test_spaces_and_info_are_those_without_stubs(context, repaired):
 
 def test_the_dense_model_is_the_same_one(context, repaired):
     (_, plain), (_, stubs) = (
-        make(bench).reset(seed=0, options={"request": request_at(bench, 0.7)})
-        for bench in (context, repaired)
+        make(each).reset(seed=0, options={"request": request_at(each, 0.7)})
+        for each in (context, repaired)
     )
     assert stubs == plain  # no block is removed, so no stub stands anywhere
 
@@ -60,8 +60,8 @@ def test_the_bytes_of_stubs_count_until_the_request_fits(repaired, seed):
 def test_freed_bytes_in_observations_exclude_the_stub(context, repaired):
     request = request_at(context, 0.7)
     plain, stubs = (
-        make(bench).reset(seed=0, options={"request": request})[0]["blocks"][:, 3]
-        for bench in (context, repaired)
+        make(each).reset(seed=0, options={"request": request})[0]["blocks"][:, 3]
+        for each in (context, repaired)
     )
     dense = context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
     lost = [count / dense for count in repaired.memory.facts.stub_bytes]
@@ -71,12 +71,12 @@ def test_freed_bytes_in_observations_exclude_the_stub(context, repaired):
 def test_rewards_are_those_of_the_model_with_stubs(context, repaired):
     options = {"request": request_at(context, 0.8)}
     found = {}
-    for bench in (context, repaired):
-        env = make(bench, reward=DENSE_TIMING)
+    for each in (context, repaired):
+        env = make(each, reward=DENSE_TIMING)
         env.reset(seed=0, options=options)
         *_, info = env.step(1)
-        found[bench] = info["nll"]
-        assert info["nll"] == bench.scorer.nll(BlockMask.of(1))
+        found[each] = info["nll"]
+        assert info["nll"] == each.scorer.nll(BlockMask.of(1))
     assert found[context] != found[repaired]
 
 

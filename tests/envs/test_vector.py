@@ -46,14 +46,14 @@ def test_rewards_with_accuracy_are_those_of_single_environments():
     pytest.importorskip("lm_eval")
     from tests.tiny import tiny_tokenizer
 
-    bench = make_context(tokenizer=tiny_tokenizer())
+    context = make_context(tokenizer=tiny_tokenizer())
     settings = {
         "reward": {"name": "combined", "timing": "dense"},
         "tasks": {"names": ["rap_choice"], "limit": 4},
     }
     for mode in MODES:
-        vector = make_vector(bench, autoreset_mode=mode, **settings)
-        sync = make_sync(bench, mode, **settings)
+        vector = make_vector(context, autoreset_mode=mode, **settings)
+        sync = make_sync(context, mode, **settings)
         assert_same(play_vector(vector, 0, steps=15), play_vector(sync, 0, steps=15))
 
 
@@ -73,10 +73,10 @@ def test_requests_given_at_the_reset_are_those_of_single_environments(context, m
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
 def test_predicted_scores_are_flagged(context, mode, reward):
-    bench = PredictsOddMasks(context)
+    wrapped = PredictsOddMasks(context)
     settings = {"reward": reward, "max_invalid_actions": 3}
-    happened = play_vector(make_vector(bench, autoreset_mode=mode, **settings), 0)
-    assert_same(happened, play_vector(make_sync(bench, mode, **settings), 0))
+    happened = play_vector(make_vector(wrapped, autoreset_mode=mode, **settings), 0)
+    assert_same(happened, play_vector(make_sync(wrapped, mode, **settings), 0))
     told = [result[-1] for result in happened]
     told += [info["final_info"] for info in told if "final_info" in info]
     flags = [(info["_predicted"], info["predicted"]) for info in told if "predicted" in info]
@@ -93,16 +93,16 @@ def test_predicted_scores_are_flagged(context, mode, reward):
 class CountsCalls:
     """A real context that notes how many masks are asked for at a time."""
 
-    def __init__(self, bench) -> None:
-        self.bench, self.asked = bench, []
-        self.memory, self.features, self.scorer = bench.memory, bench.features, self
+    def __init__(self, context) -> None:
+        self.context, self.asked = context, []
+        self.memory, self.features, self.scorer = context.memory, context.features, self
 
     def __getattr__(self, name):
-        return getattr(self.bench.scorer, name)
+        return getattr(self.context.scorer, name)
 
     def nll_many(self, masks):
         self.asked.append(len(masks))
-        return self.bench.scorer.nll_many(masks)
+        return self.context.scorer.nll_many(masks)
 
 
 class PredictsOddMasks(CountsCalls):
@@ -113,17 +113,17 @@ class PredictsOddMasks(CountsCalls):
 
 
 def test_the_scores_of_a_step_are_requested_in_one_call(context):
-    bench = CountsCalls(context)
-    vector = make_vector(bench, reward=DENSE_TIMING, autoreset_mode="SameStep")
+    wrapped = CountsCalls(context)
+    vector = make_vector(wrapped, reward=DENSE_TIMING, autoreset_mode="SameStep")
     vector.reset(seed=0)
     for step in range(1, 4):
         vector.step(np.arange(NUM_ENVS))
-        assert bench.asked == [NUM_ENVS] * step
-    bench.asked.clear()
-    terminal = make_vector(bench, autoreset_mode="SameStep")
+        assert wrapped.asked == [NUM_ENVS] * step
+    wrapped.asked.clear()
+    terminal = make_vector(wrapped, autoreset_mode="SameStep")
     terminal.reset(seed=0)
     ended = []
     for step in range(30):
         _, _, terminated, truncated, _ = terminal.step(np.full(NUM_ENVS, step % COUNT))
         ended.append(int((terminated | truncated).sum()))
-    assert bench.asked == [count for count in ended if count]
+    assert wrapped.asked == [count for count in ended if count]

@@ -114,10 +114,10 @@ def test_a_restored_state_continues_identically(context, mode, reward):
 
 
 def test_a_failing_model_changes_no_sub_environment():
-    bench = make_context()
-    vector = make_vector(bench, reward=DENSE_TIMING)
-    vector.reset(seed=0, options={"request": request_at(bench, 0.7)})
-    head = bench.llm.model.get_output_embeddings().weight
+    context = make_context()
+    vector = make_vector(context, reward=DENSE_TIMING)
+    vector.reset(seed=0, options={"request": request_at(context, 0.7)})
+    head = context.llm.model.get_output_embeddings().weight
     kept = head.detach().clone()
     first = np.ones(NUM_ENVS, dtype=int)  # measured before the damage, by the one-shot scan
     vector.step(first)

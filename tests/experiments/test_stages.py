@@ -258,17 +258,17 @@ def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
     rows = read_rows(repaired.stage_dir("evaluate") / "results.jsonl")
     plain = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")
     assert len(rows) == len(plain)
-    bench = build_context(repaired)
+    context = build_context(repaired)
     text = CorpusConfig(source="self", windows=3, window_tokens=12, role="report")
-    report = MaskScorer(bench.llm, load_corpus(text, bench.llm))
+    report = MaskScorer(context.llm, load_corpus(text, context.llm))
     for row in rows:
         mask, request = BlockMask.of(*row.mask), Request(**row.request, budget_bytes=1)
-        parts = bench.memory.breakdown(mask, request)
+        parts = context.memory.breakdown(mask, request)
         assert row.peak_bytes == parts.peak
         assert (parts.stubs > 0) == bool(row.mask)
         losses = report.window_nll(mask) - report.window_nll(BlockMask())
         assert row.window_losses == losses.tolist()
-        calibrated = bench.scorer.nll(mask) - bench.scorer.dense_nll
+        calibrated = context.scorer.nll(mask) - context.scorer.dense_nll
         assert row.loss_calibration == pytest.approx(calibrated)
         assert row.fits != (row.method == "dense")
 

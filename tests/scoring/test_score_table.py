@@ -178,15 +178,15 @@ def test_it_loads_neither_torch_nor_transformers(path):
 
 
 def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
-    bench = make_context(repaired=True)
-    table_of(bench, all_masks(BLOCKS, 2)).save(tmp_path / "r.json")
+    context = make_context(repaired=True)
+    table_of(context, all_masks(BLOCKS, 2)).save(tmp_path / "r.json")
     again = ScoreTable.load(tmp_path / "r.json")
-    assert again.facts == bench.memory.facts
+    assert again.facts == context.memory.facts
     assert len(again.facts.stub_bytes) == BLOCKS
     assert min(again.facts.stub_bytes) > 0
-    assert again.context["repair"] == again.facts.repair == bench.llm.facts.repair
+    assert again.context["repair"] == again.facts.repair == context.llm.facts.repair
     masks = all_masks(BLOCKS, 2)
-    assert TableScorer(again).nll_many(masks) == bench.scorer.nll_many(masks)
+    assert TableScorer(again).nll_many(masks) == context.scorer.nll_many(masks)
 
 
 def test_older_tables_have_no_stubs(table, path):

@@ -242,9 +242,9 @@ def test_nothing_of_a_part_is_stored(scorer, tmp_path):
 
 
 def test_a_table_has_one_part_the_whole_text():
-    bench = make_context()
-    scorer = TableScorer(table_of(bench, all_masks(6)))
+    context = make_context()
+    scorer = TableScorer(table_of(context, all_masks(6)))
     masks = [BlockMask.of(1), BlockMask.of(0, 3)]
     assert scorer.num_windows == 1
-    assert scorer.nll_on(masks, [0]) == bench.scorer.nll_many(masks)
+    assert scorer.nll_on(masks, [0]) == context.scorer.nll_many(masks)
     assert scorer.passes == 0

@@ -135,26 +135,26 @@ def test_best_of_masks_are_measured_and_no_worse(evaluated):
 
 
 def test_a_run_with_a_score_model_ranks_masks_by_it(evaluated):
-    bench = build_context(evaluated)
+    context = build_context(evaluated)
     folder = evaluated.stage_dir("train") / "rap-s0"
     assert decision_scores(folder) is None
-    blocks = range(bench.memory.facts.num_blocks)
+    blocks = range(context.memory.facts.num_blocks)
     masks = [BlockMask.of(*some) for size in (0, 1, 2) for some in combinations(blocks, size)]
-    scores = dict(zip(masks, bench.scorer.nll_many(masks), strict=True))
+    scores = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
     table = ScoreTable.fitted(
-        bench.memory.facts, scores, context=dict(bench.scorer.context), text={}, settings={},
+        context.memory.facts, scores, context=dict(context.scorer.context), text={}, settings={},
         features={}, one_shot={}, gsi=None, evaluation_s=0.1,
     )  # fmt: skip
     table.save(folder / TABLE_FILE)
     try:
-        found = {entry.name: entry for entry in build_methods(evaluated, bench)}
+        found = {entry.name: entry for entry in build_methods(evaluated, context)}
         predicted = decision_scores(folder)(masks[:20])
         assert list(predicted) == pytest.approx(list(scores.values())[:20])
     finally:
         (folder / TABLE_FILE).unlink()
     entry = found["rap-best_of=4"]
     assert entry.identity["scores"] != "real"
-    entry.policy.choose(Request.at_fraction(bench.memory, 1, 16, 0.8))
+    entry.policy.choose(Request.at_fraction(context.memory, 1, 16, 0.8))
     assert entry.policy.evaluations == 0
     assert "scores" not in found["rap"].identity
 
