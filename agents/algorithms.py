@@ -103,7 +103,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Which agent is trained, for how long and how.
+    """Configuration of a training: the agent, its length and its settings.
 
     Attributes:
         name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``.

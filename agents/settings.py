@@ -62,7 +62,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class PPOHyperparameters(_Settings):
-    """What ``ppo`` and ``maskable_ppo`` train with; names as in stable-baselines3.
+    """Hyperparameters of ``ppo`` and ``maskable_ppo``; names as in stable-baselines3.
 
     Attributes:
         learning_rate: Adam's first learning rate; it falls linearly to a tenth over the training.
@@ -93,7 +93,7 @@ class PPOHyperparameters(_Settings):
 
 @dataclass(frozen=True)
 class DQNHyperparameters(_Settings):
-    """What ``dqn`` and ``masked_dqn`` train with; names as in stable-baselines3.
+    """Hyperparameters of ``dqn`` and ``masked_dqn``; names as in stable-baselines3.
 
     Attributes:
         learning_rate: Adam's first learning rate; it falls linearly to a tenth over the training.

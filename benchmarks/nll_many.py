@@ -121,8 +121,8 @@ def _in_turn(
         Seconds of each slice on both sides, and facts for the record.
     """
     scorer = MaskScorer(setup.llm, setup.corpus)
-    ours: list[float] = []
-    theirs: list[float] = []
+    scorer_s: list[float] = []
+    naive_s: list[float] = []
     naive: dict[BlockMask, float] = {}
     waiting: list[BlockMask] = []
     with naive_loop(setup) as loop:
@@ -133,11 +133,13 @@ def _in_turn(
             waiting.append(mask)
             if len(waiting) * slices < len(masks) and len(naive) + len(waiting) < len(masks):
                 return
-            ours.append(time.perf_counter() - began)
+            scorer_s.append(time.perf_counter() - began)
             answers = {mask: loop(mask) for mask in waiting}
-            theirs.append(sum(seconds for seconds, _ in answers.values()))
+            naive_s.append(sum(seconds for seconds, _ in answers.values()))
             naive.update({mask: nll for mask, (_, nll) in answers.items()})
-            print(f"{len(waiting)} masks: {ours[-1]:.1f} s, naive {theirs[-1]:.1f} s", flush=True)
+            print(
+                f"{len(waiting)} masks: {scorer_s[-1]:.1f} s, naive {naive_s[-1]:.1f} s", flush=True
+            )
             waiting.clear()
             began = time.perf_counter()
 
@@ -150,7 +152,7 @@ def _in_turn(
         "share_of_blocks_saved": scorer.share_saved,
         "largest_nll_difference_to_naive": difference,
     }
-    return ours, theirs, facts
+    return scorer_s, naive_s, facts
 
 
 def _widths(setup: ScoringSetup, masks: list[BlockMask]) -> dict[str, float]:

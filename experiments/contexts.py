@@ -81,11 +81,11 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
         ExperimentError: The model is a score table, but the stage needs a live model.
         RapError: The model, text, store or an artifact cannot be loaded.
     """
-    refuse_table(config)
+    reject_table(config)
     return open_context(context_config(config, profiled=profiled))
 
 
-def refuse_table(config: Config) -> None:
+def reject_table(config: Config) -> None:
     """Check that the model is no score table if the stage needs a live model.
 
     Raises:

@@ -80,7 +80,7 @@ class ModelFacts:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What scores depend on: weights, their dtype and, if there are any, stubs."""
+        """Identity of the model in scores: weights, their dtype and, if there are any, stubs."""
         own = {"model": self.fingerprint, "dtype": self.dtype}
         return {**own, "repair": self.repair} if self.repair else own
 

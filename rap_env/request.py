@@ -17,7 +17,7 @@ class DensePeak(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be served, and within which memory budget.
+    """A request: batch size, sequence length and memory budget.
 
     Attributes:
         batch_size: Number of sequences served together.

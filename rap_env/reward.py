@@ -171,7 +171,7 @@ class PerplexityReward(RewardTerm):
         return self._cost(outcome.baseline_delta_nll)
 
     def _cost(self, delta_nll: float) -> float:
-        """What a ΔNLL counts as; 0 for the dense model."""
+        """Cost of a ΔNLL on the reward's scale; 0 for the dense model."""
         if self.loss_cap is not None:
             delta_nll = min(delta_nll, self.loss_cap)
         if self.scale == "nats":

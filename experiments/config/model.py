@@ -51,7 +51,7 @@ class ImportanceConfig(Section):
 
 @dataclass
 class RepairConfig:
-    """What replaces removed blocks."""
+    """Replacement of removed blocks."""
 
     name: str = "none"
     """``none``; ``library``: stubs fitted once on self-written text; or the path of a library."""
@@ -59,7 +59,7 @@ class RepairConfig:
 
 @dataclass
 class StubsConfig(Section, HasCells):
-    """What ``experiments.repair`` fits, distils and compares."""
+    """Settings of ``experiments.repair``: texts to fit on, distillation and comparison."""
 
     section = "stubs"
     fit_texts: dict[str, TextConfig] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class StubsConfig(Section, HasCells):
 
 @dataclass
 class ExportConfig(Section):
-    """Which score table ``experiments.export_scores`` writes."""
+    """The score table that ``experiments.export_scores`` writes."""
 
     section = "export"
     masks: Count | None = None

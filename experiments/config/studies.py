@@ -21,7 +21,7 @@ from experiments.errors import ExperimentError
 
 @dataclass
 class StabilityConfig(Section, HasCells):
-    """How much importance, removal order and policy depend on the calibration text."""
+    """Dependence of importance, removal order and policy on the calibration text."""
 
     section = "stability"
     texts: dict[str, TextConfig] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class StabilityConfig(Section, HasCells):
 
 @dataclass
 class TextStudyConfig(Section, HasCells):
-    """How much the best mask depends on the kind of text."""
+    """Dependence of the best mask on the kind of text."""
 
     section = "text_study"
     texts: dict[str, TextConfig] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class TextStudyConfig(Section, HasCells):
 
 @dataclass
 class OverfittingConfig(Section, HasCells):
-    """How far ΔNLL on the calibration text differs from that on held-out text."""
+    """Difference between ΔNLL on the calibration text and on held-out text."""
 
     section = "overfitting"
     windows: Annotated[list[Count], distinct] = field(default_factory=lambda: [2, 8, 32, 128])

@@ -153,7 +153,7 @@ def sine_budget(
 
 @dataclass(frozen=True)
 class CoTenantBudget(Budget):
-    """What other tenants of a machine leave free.
+    """Memory that other tenants of a machine leave free.
 
     Tenants arrive as a Poisson process, each with one of the given sizes and an exponentially
     distributed stay. Without tenants the capacity is free; a tenant that would leave less than the

@@ -134,7 +134,7 @@ def memory_over_time(found: ReplayRecords, systems: Sequence[str]) -> Figure:
 
 
 def system_look(name: str) -> Look:
-    """How a system is drawn: like the method that chooses its masks."""
+    """Style of a system in figures: that of the method that chooses its masks."""
     found = look(_METHODS.get(name, name))
     return replace(found, marker=_MARKERS.get(name, found.marker))
 

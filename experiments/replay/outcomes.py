@@ -1,4 +1,4 @@
-"""Outcomes: what became of each request, and the row of a system that follows from them."""
+"""Outcomes of requests, and the row of a system that is computed from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _REJECTED = {"queue_timeout": "timed_out", "infeasible": "refused"}
 
 @dataclass
 class RequestOutcome:
-    """What became of one request.
+    """Outcome of one request.
 
     Attributes:
         handle: Its handle in the engine; None if it was rejected.

@@ -38,7 +38,7 @@ _GSI_SYSTEMS = ("static_gsi", "static_gsi_lean")
 
 
 class ReplayState(Protocol):
-    """What the policies `OraclePolicy` and `GreedyPolicy` read of the running replay."""
+    """State of the running replay that `OraclePolicy` and `GreedyPolicy` read."""
 
     def remaining_s(self) -> float:
         """Seconds until the running requests finish."""

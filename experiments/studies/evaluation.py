@@ -1,4 +1,4 @@
-"""What the studies of calibration text share: one model, a context per text, rows that resume."""
+"""Shared parts of the studies: one model, a context per text, and resumable rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every pruning context offers, its configuration, and what the two kinds share."""
+"""The interface of pruning contexts, their configuration, and shared code of the two kinds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMPORTANCES = ("gsi", "one_shot", "none")
 
 @dataclass(frozen=True)
 class ContextConfig:
-    """What to measure with: plain values, so that it can be a key and be written to records.
+    """Configuration of a pruning context: plain values, usable as a key and in records.
 
     Attributes:
         model: Alias, hub id, folder or GGUF file; or ``"score_table:PATH"``, which has scores
@@ -82,7 +82,7 @@ class PruningContext(Protocol):
 
     @property
     def store(self) -> ScoreStore | None:
-        """Where scores are stored; None if they are kept in memory or come from a table."""
+        """The store of scores; None if they are kept in memory or come from a table."""
 
     @property
     def llm(self) -> ElasticLLM:

@@ -62,7 +62,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
 
 
 def require_live(context: PruningContext) -> LiveContext:
-    """The same context; a `ModelNotAvailableError` if it is a score table."""
+    """Return the context if it has a live model; else raise `ModelNotAvailableError`."""
     if isinstance(context, LiveContext):
         return context
     raise ModelNotAvailableError(

@@ -60,7 +60,7 @@ class TableContext:
 
     @property
     def llm(self) -> NoReturn:
-        """There is none: always raises `ModelNotAvailableError`."""
+        """Raises `ModelNotAvailableError`: a score table has no model."""
         raise ModelNotAvailableError(
             f"The score table {self.name} holds scores and no model, which running text, tasks "
             f"or generation needs; give the model itself ({self.table.facts.name})."

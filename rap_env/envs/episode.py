@@ -24,7 +24,7 @@ _name = lru_cache(maxsize=4096)(block_name)
 
 
 class Measurement(NamedTuple):
-    """What the model measured of a mask.
+    """Measurements of a mask by the model.
 
     Attributes:
         nll: NLL in nats per token.

@@ -1,4 +1,4 @@
-"""What environments of one model share: workload, measurements, rewards and observations."""
+"""Parts that environments of one model share: workload, measurements, rewards and observations."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class PruningTask:
         )
 
     def _feasible(self, start: EpisodeStart) -> EpisodeStart:
-        """The same start with a budget that some mask can meet."""
+        """The start with its budget raised, if necessary, to one that some mask can meet."""
         asked, costs = start.request.budget_bytes, start.costs
         if asked >= costs.least_peak_bytes:
             return start

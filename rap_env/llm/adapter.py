@@ -162,7 +162,7 @@ class FamilyAdapter:
         return cast("nn.ModuleList", self.decoder(model).get_submodule(self.family.layers))
 
     def sites(self, model: nn.Module) -> tuple[BlockSite, ...]:
-        """Where each block is in a live model, in order of index, (2L,)."""
+        """The sites of the blocks of a live model, in order of index, (2L,)."""
         return tuple(
             BlockSite(2 * number + kind, tuple(slots))
             for number, layer in enumerate(self.layers(model))

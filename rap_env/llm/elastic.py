@@ -321,7 +321,7 @@ class ElasticLLM:
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """What the memory arithmetic needs to know about the unmasked model."""
+        """Facts about the unmasked model for the memory arithmetic."""
         adapter = self.adapter
         per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
         own, base = self._own_bytes

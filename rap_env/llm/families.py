@@ -19,7 +19,7 @@ from rap_env.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Where the blocks of one family are. Paths are attribute names joined by dots.
+    """Location of the blocks in models of one family. Paths are attribute names joined by dots.
 
     Attributes:
         decoder: Path from the causal language model to the module that returns the last

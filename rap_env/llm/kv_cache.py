@@ -47,7 +47,7 @@ RESTORES: tuple[Restore, ...] = get_args(Restore)
 
 
 class MaskedModel(Protocol):
-    """What a step needs of a live model; `rap_env.llm.elastic.ElasticLLM` has it."""
+    """Interface of a live model that a step needs; `rap_env.llm.elastic.ElasticLLM` has it."""
 
     model: Any
     adapter: FamilyAdapter
@@ -114,7 +114,7 @@ def missing(cache: Any) -> frozenset[int]:
 
 
 def layers_with_keys(cache: Any, layers: AbstractSet[int]) -> list[int]:
-    """Those of `layers` whose keys and values the cache holds."""
+    """The subset of `layers` whose keys and values the cache holds."""
     return [
         n for n, layer in _filled(cache) if n in layers and layer.keys.dtype != PLACEHOLDER_DTYPE
     ]

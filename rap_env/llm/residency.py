@@ -1,4 +1,4 @@
-"""Which blocks of a live model are removed, and whether their weights stay in memory.
+"""Removal of blocks of a live model, and the residency of their weights.
 
 =============  ==================================  ======================================
 Residency      Weights of a removed block          Restoring the block
@@ -110,7 +110,7 @@ class _Block:
         self.evicted = False
 
     def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-        """Where the parameters are stored, in their dtype, without those that are not stored."""
+        """Storage of the parameters in their dtype; parameters that are not stored are left out."""
         return [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
 
     def same_as(self, files: Sequence[StoredTensor]) -> bool:

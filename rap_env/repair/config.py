@@ -16,7 +16,7 @@ _LAST_RATE = 0.05  # share of the learning rate that is left at the end
 
 
 def repair_label(name: str) -> str:
-    """How records name a setting ``repair``: a file by its name and folder, as texts are.
+    """Name of a setting ``repair`` in records: a file by its name and folder, as texts are.
 
     >>> repair_label("some/where/runs/stubs.safetensors")
     'runs/stubs.safetensors'

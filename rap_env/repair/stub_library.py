@@ -74,7 +74,7 @@ class StubLibrary:
             )
 
     def attach(self, llm: ElasticLLM) -> ElasticLLM:
-        """The same live model with these stubs in the place of removed blocks.
+        """Return a view of the live model with these stubs in the place of removed blocks.
 
         It shares weights and mask with `llm`, and can be used wherever a model is expected:
         scorers, importance, memory arithmetic, generation, `save_pruned`.

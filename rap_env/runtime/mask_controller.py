@@ -121,7 +121,7 @@ class MaskController:
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
 
     def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
-        """What the next pass allocates, with the refill of attention blocks that returned."""
+        """Bytes that the next pass allocates, with the refill of attention blocks that returned."""
         mask = self._llm.mask
         estimate = self._estimator.pass_estimate(mask, shape, size)
         if not self._refill_pending:

@@ -111,7 +111,7 @@ class MemoryEstimator:
         return self.memory.workspace_bytes(shape.request(1)) + layer
 
     def refill_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
-        """What a cache refill of all rows may take beyond the workspace of its passes.
+        """Bytes that a cache refill of all rows may take beyond the workspace of its passes.
 
         The caches grow from nothing, each time into new memory, and the old copies leave holes in
         the heap: up to half of the final bytes were measured.

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class SafetyMargin:
-    """Bytes reserved on top of a prediction: the largest excess of recent steps over theirs.
+    """Bytes reserved on top of a prediction: the largest recent excess of a step.
 
     Weights and KV cache are predicted exactly, the workspace is estimated. Allocations inside
     libraries and heap fragmentation are unknown. They persist, so a measured excess is expected

@@ -1,4 +1,4 @@
-"""What an engine reports: a record of each step, counters, and a summary at any time."""
+"""Metrics of an engine: a record of each step, counters, and a summary at any time."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ class BlockNetwork:
         self._log_importance = np.log(self._columns[priced] + np.float32(IMPORTANCE_FLOOR))
         vectors = weights.vectors if weights.block_vectors else blocks[:, :0]
         self._own = _own_part(weights, parts, blocks, vectors)
-        self._gone = _gone_part(parts, blocks, vectors)
-        self._gone_kind = _gone_kind_part(parts, blocks)
+        self._removed = _removed_part(parts, blocks, vectors)
+        self._removed_kind = _removed_kind_part(parts, blocks)
 
     def removals(self, request: Request) -> list[int]:
         """The blocks to remove until the request fits, in order; all if it never fits."""
@@ -198,7 +198,7 @@ class _Pass:
         self._varying: Floats = np.empty((_COMPARED + 1, count), dtype=np.float32)
         self._own = network._own + freed[:, None] * network._freed_weight
         self._shared = fixed @ network._request_weight
-        self._gone: Floats = np.zeros_like(self._shared)
+        self._removed: Floats = np.zeros_like(self._shared)
         self._kept: Floats = np.ones(count, dtype=np.float32)
         self._closed: Floats = np.zeros(count, dtype=np.float32)
         self._left = count
@@ -214,7 +214,7 @@ class _Pass:
         mean = self._compare(seen_over)
         shared = self._shared + seen_over * layers.over + mean[:_FEATURES] @ layers.mean_kept
         if self._left < len(self._kept):
-            shared += self._gone / np.float32(len(self._kept) - self._left)
+            shared += self._removed / np.float32(len(self._kept) - self._left)
         hidden = self._varying.T @ layers.varying
         hidden += self._own
         hidden += shared
@@ -232,8 +232,8 @@ class _Pass:
         self._kept[index] = 0.0
         self._closed[index] = -np.inf
         self._left -= 1
-        self._gone += network._gone[index]
-        self._shared = self._shared + network._gone_kind[index]
+        self._removed += network._removed[index]
+        self._shared = self._shared + network._removed_kind[index]
         for step, weight in zip(NEIGHBOURS, self._layers.near, strict=True):
             if 0 <= index - step < len(self._kept):  # it is the neighbour of that block
                 self._own[index - step] -= weight
@@ -295,7 +295,7 @@ def _own_part(
     return np.asarray(own, dtype=np.float32)
 
 
-def _gone_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Floats:
+def _removed_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Floats:
     """First-layer terms of each block as the only removed one, (2L, H + 1)."""
     blocks = blocks.copy()
     blocks[:, KEPT_AND_FREED] = 0.0
@@ -303,7 +303,7 @@ def _gone_part(parts: dict[str, Floats], blocks: Floats, vectors: Floats) -> Flo
     return np.asarray(removed, dtype=np.float32)
 
 
-def _gone_kind_part(parts: dict[str, Floats], blocks: Floats) -> Floats:
+def _removed_kind_part(parts: dict[str, Floats], blocks: Floats) -> Floats:
     """First-layer terms of one more removed block of each block's kind, (2L, H + 1)."""
     ffn = blocks[:, BLOCK_FEATURES.index("kind")]
     kinds = np.stack([1 - ffn, ffn], axis=1)

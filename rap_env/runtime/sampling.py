@@ -22,7 +22,7 @@ from rap_env.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How much to generate, and how to sample.
+    """Length of the generation and sampling settings.
 
     Attributes:
         max_new_tokens: Most tokens to generate.

@@ -170,7 +170,7 @@ class Scheduler:
         batch.close()
 
     def drop_all(self) -> None:
-        """Free all rows and forget their sequences."""
+        """Free all rows and drop their sequences."""
         self._drop_prefill()
         self._batch.close()
         self._batch = self._new_batch()

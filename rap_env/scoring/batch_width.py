@@ -28,7 +28,7 @@ _SLACK_BYTES = 2**18
 
 @dataclass(frozen=True)
 class BatchWidth:
-    """How many masks run together.
+    """Number of masks that run together.
 
     Attributes:
         masks: Most masks whose states share a batch.
@@ -76,13 +76,13 @@ def choose_batch_width(
 def _under_cap(
     llm: ElasticLLM, ids: torch.Tensor, cache_bytes: int, width: int, spare: int
 ) -> BatchWidth:
-    """As many masks as fit the memory; each mask holds a block's input and its output."""
+    """The most masks that fit in memory; each mask holds a block's input and its output."""
     state_bytes = ids.numel() * llm.facts.hidden_size * llm.facts.itemsize
     least = max(width * _block_bytes(llm, ids), _head_bytes(llm, ids)) + _SLACK_BYTES
     free = spare - least
     if free < 2 * state_bytes:
         raise InvalidRequestError(
-            f"Beside the weights of {llm.name}, max_memory_bytes leaves {spare:,} bytes, but one "
+            f"max_memory_bytes leaves {spare:,} bytes besides the weights of {llm.name}, but one "
             f"mask on {len(ids)} x {ids.shape[1]} tokens needs {least + 2 * state_bytes:,}; raise "
             "max_memory_bytes by the difference, use shorter windows or a smaller batch_tokens."
         )

@@ -143,7 +143,7 @@ class Corpus:
         have = len(self.tokens)
         if not 1 <= windows <= have:
             raise CorpusError(
-                f"From 1 to {have} windows can be taken of this text, not {windows}; give more."
+                f"windows must be from 1 to {have} (the windows of this text), not {windows}."
             )
         chosen = [number * have // windows for number in range(windows)]
         kept = {k: v for k, v in self.provenance.items() if k not in _COUNTS}

@@ -60,8 +60,8 @@ class RequestEncoder:
             if not context or not continuation or len(continuation) > self.max_length:
                 raise CorpusError(
                     f"A request of the task {instance.task_name!r} has {len(context)} context and "
-                    f"{len(continuation)} continuation tokens; there must be one of each at least, "
-                    f"and at most {self.max_length} to continue with (the model's positions)."
+                    f"{len(continuation)} continuation tokens; each must have at least 1, and the "
+                    f"continuation at most {self.max_length} (the model's positions)."
                 )
         return requests
 

@@ -134,7 +134,7 @@ def task_class() -> Any:
             return self._once("choice", super().doc_to_choice, doc, doc_to_choice)
 
         def build_all_requests(self, *, limit: int | None = None, **settings: Any) -> None:
-            """As lm-eval builds them, without its bar; for other settings, by lm-eval itself."""
+            """Build requests as lm-eval does, but without its progress bar."""
             if {name: value for name, value in settings.items() if value} != {"world_size": 1}:
                 super().build_all_requests(limit=limit, **settings)
                 return

@@ -120,7 +120,7 @@ class CandidateRunner:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What an exact search measured, nats per token.
+    """Result of an exact search, nats per token.
 
     Attributes:
         best: The mask of the least objective; the first such mask if several are equal.

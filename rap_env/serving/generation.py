@@ -41,7 +41,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to generate for one HTTP request, and how to write the response.
+    """Generation settings and response format of one HTTP request.
 
     Attributes:
         prompts: Token ids of each prompt.

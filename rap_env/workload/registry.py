@@ -111,7 +111,7 @@ class CurriculumSampler(RequestSampler):
         self._inner.restart(position)
 
     def clone(self) -> Self:
-        """The same curriculum at its start, with its own inner sampler."""
+        """A copy of the curriculum at its start, with its own inner sampler."""
         other = copy.copy(self)
         other._inner, other._position = self._inner.clone(), 0
         return other

@@ -212,7 +212,7 @@ MASK = BlockMask.of(0, 1, 3, 4)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_mask_specific_repair_has_only_its_stubs_and_reduces_nll(name: str, dtype) -> None:
+def test_stubs_of_one_mask_reduce_its_state_error(name: str, dtype) -> None:
     llm = tiny_llm(name, layers=3, dtype=dtype)
     weights = weights_hash(llm.model)
     library = fit_for_mask(llm, MASK, TEXT, HELD_BACK, CONFIG)
