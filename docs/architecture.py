@@ -23,7 +23,7 @@ LAYERS = (
 _ABOVE = {"render": "envs", "cli": "cli"}  # single modules that belong to another layer
 
 
-def room(module: str) -> str | None:
+def package(module: str) -> str | None:
     """The package that a module ``rap_env.a.b`` belongs to; None for the package itself."""
     parts = module.split(".")
     if len(parts) < 2:
@@ -36,7 +36,7 @@ def arrows() -> set[tuple[str, str]]:
     """Which package imports which, function-local and type-checking imports included."""
     found: set[tuple[str, str]] = set()
     for path in PACKAGE.rglob("*.py"):
-        own = room(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+        own = package(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
         if own is None or path == PACKAGE / "__init__.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -46,7 +46,7 @@ def arrows() -> set[tuple[str, str]]:
             elif isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             for module in modules:
-                other = room(module) if module.startswith("rap_env.") else None
+                other = package(module) if module.startswith("rap_env.") else None
                 if other and other != own:
                     found.add((own, other))
     return found

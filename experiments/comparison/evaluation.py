@@ -74,7 +74,7 @@ def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell,
     """Return every cell of the grid with its request.
 
     Raises:
-        InvalidRequestError: A batch or length does not suit the model.
+        InvalidRequestError: The model cannot serve a batch size or length.
         InfeasibleBudgetError: No mask meets a budget.
     """
     found = []
@@ -90,7 +90,7 @@ def evaluation_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[Evaluati
     """Return all cells: the grid, fixed sparsities, and cells outside the training range.
 
     Raises:
-        InvalidRequestError: A batch or length does not suit the model.
+        InvalidRequestError: The model cannot serve a batch size or length.
         InfeasibleBudgetError: No mask meets a budget.
     """
     found = [EvaluationCell(cell, request) for cell, request in grid_requests(grid, memory)]

@@ -101,7 +101,7 @@ def memory_section(data: ReportData, gallery: Gallery) -> Section:
             section, "memory", "Shares of the dense model's peak memory",
             "Computed from the sizes of the weights and of the KV cache, both exact; the workspace "
             f"(activations and logits) is an estimate. As batch {TIMES} length grows, the KV "
-            "cache takes over, so what is worth removing changes.",
+            "cache takes over, so the best blocks to remove change.",
             partial(figures.memory_picture, data.profile),
         )  # fmt: skip
     return section

@@ -170,7 +170,7 @@ def _draw_memory(
         for key in ("budget_bytes", "peak_bytes")
     )
     low, high = bounds
-    top = high + 0.2 * (high - low)  # room for the legend
+    top = high + 0.2 * (high - low)  # space for the legend
     colour = FAINT if row.system == "dense" else system_look(row.system).colour
     axis.fill_between(times, budget, top, step="post", color="#EFEDE8", linewidth=0, zorder=0)
     axis.fill_between(

@@ -27,7 +27,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     ## Description
     A decoder-only language model with L layers has 2L blocks: each layer has an attention block
     (`attn`) and a feed-forward block (`ffn`). A request has a batch size, a sequence length and a
-    budget in bytes that is too small for the whole model with its KV cache. The agent removes one
+    budget in bytes that is too small for the dense model with its KV cache. The agent removes one
     block after another until the rest fits the budget. Its goal is to lose as little quality as
     possible. Quality is measured by running the real model. Which kind of block frees more bytes
     depends on the request: FFN blocks hold most of the weights, while the KV cache belongs to the
@@ -210,7 +210,7 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
             options: ``{"request": ...}`` sets the request, see Starting State.
 
         Raises:
-            InvalidRequestError: The request does not suit the model, or the dense model fits it.
+            InvalidRequestError: The model cannot serve the request, or the dense model fits it.
             InfeasibleBudgetError: No mask can meet the budget, and ``infeasible="error"``.
             UnknownNameError: There is no such option.
             NonFiniteScoreError: The dense model gave NaN or infinity.

@@ -148,7 +148,7 @@ class BlockWeights:
 
     Raises:
         UnsupportedModelError: ``"drop"``, and the model's files do not contain these weights.
-        StorageFullError: No room for a file to offload to.
+        StorageFullError: No disk space for a file to offload to.
     """
 
     def __init__(

@@ -155,7 +155,7 @@ def load_policy(
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
-        ArtifactError: The file is damaged, or does not suit the model.
+        ArtifactError: The file is damaged, or of an incompatible model.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
     if source == "dense":
