@@ -1,4 +1,4 @@
-"""What holds for every test: no network, and nobody else's cache."""
+"""Fixtures of every test: no network, and a separate cache folder."""
 
 import os
 
@@ -9,5 +9,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """A cache folder of its own for each test, so that none finds or leaves files elsewhere."""
+    """A separate cache folder for each test, so that tests do not share files."""
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))

@@ -1,4 +1,4 @@
-"""Errors say what is known and survive the way out of a worker process."""
+"""Errors list known names and can be pickled."""
 
 import pickle
 

@@ -126,7 +126,7 @@ def tiny_config(name: str = "llama", layers: int = LAYERS) -> Any:
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every weight anew, norms and biases too: at their usual start they hide mistakes."""
+    """Randomise every weight, norms and biases included: default values hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -62,7 +62,7 @@ def test_blockwise_scores_follow_the_blocks(name, context):
         torch.randn(sum(p.numel() for p in model.policy.parameters())) * 0.3,
         model.policy.parameters(),
     )
-    observation = observed(context, 0)  # beside neither of the two
+    observation = observed(context, 0)  # not a neighbour of either
     swapped = {key: value.copy() for key, value in observation.items()}
     swapped["blocks"][[4, 9]] = swapped["blocks"][[9, 4]]
     before, after = scores(model, observation), scores(model, swapped)

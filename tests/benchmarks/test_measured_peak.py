@@ -30,7 +30,7 @@ def test_temporary_tensors_inside_an_operation_count():
     logits, wanted = torch.randn(64, 100), torch.zeros(64, dtype=torch.long)
     with measured_peak(CPU) as measured:
         functional.cross_entropy(logits, wanted)
-    assert measured.peak_bytes >= logits.numel() * 4  # log-probabilities, seen by nobody
+    assert measured.peak_bytes >= logits.numel() * 4  # log-probabilities, which are not returned
 
 
 def test_an_empty_block_has_a_peak_of_zero():

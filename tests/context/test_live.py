@@ -1,4 +1,4 @@
-"""One context for all that measure: shared, kept between runs, never mixed up."""
+"""Live contexts: shared in a process, stored between runs, separate for each configuration."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def test_one_context_for_each_config(tmp_path):
 
 @pytest.fixture
 def config(tmp_path):
-    """Settings for a tiny model in a folder of its own."""
+    """Settings for a tiny model in a separate folder."""
     folder = tmp_path / "model"
     tiny_model(layers=3).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -106,8 +106,8 @@ def test_with_the_log_scale_the_return_is_a_log_ratio(ordered):
 @pytest.mark.parametrize("reward", ["perplexity", relative("gsi"), relative("gsi", **LOG_DENSE)])
 def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward):
     (_, start), *steps = play(make(ordered, reward=reward), 3, masked=True)
-    told = ["baseline_loss" in info for info in (start, *(step[-1] for step in steps))]
-    assert told == [False] * len(steps) + [reward != "perplexity"]
+    reported = ["baseline_loss" in info for info in (start, *(step[-1] for step in steps))]
+    assert reported == [False] * len(steps) + [reward != "perplexity"]
 
 
 def test_a_baseline_is_measured_once_for_a_request(ordered):
@@ -180,4 +180,4 @@ def test_an_unavailable_baseline_is_rejected_at_construction(ordered):
             maker(ordered, reward=relative("greedy"))
     only_accuracy = {"name": "combined", "weights": {"perplexity": 1, "accuracy": 0}}
     make(blind, reward=only_accuracy)  # asks for no order
-    make(blind, reward=relative("one_shot"))  # has an order of its own
+    make(blind, reward=relative("one_shot"))  # needs no GSI order

@@ -39,7 +39,7 @@ def test_the_dense_model_is_the_same_one(context, repaired):
         make(each).reset(seed=0, options={"request": request_at(each, 0.7)})
         for each in (context, repaired)
     )
-    assert stubs == plain  # no block is removed, so no stub stands anywhere
+    assert stubs == plain  # no block is removed, so no stub is active
 
 
 @pytest.mark.parametrize("seed", range(5))

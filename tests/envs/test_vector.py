@@ -77,14 +77,14 @@ def test_predicted_scores_are_flagged(context, mode, reward):
     settings = {"reward": reward, "max_invalid_actions": 3}
     happened = play_vector(make_vector(wrapped, autoreset_mode=mode, **settings), 0)
     assert_same(happened, play_vector(make_sync(wrapped, mode, **settings), 0))
-    told = [result[-1] for result in happened]
-    told += [info["final_info"] for info in told if "final_info" in info]
-    flags = [(info["_predicted"], info["predicted"]) for info in told if "predicted" in info]
+    infos = [result[-1] for result in happened]
+    infos += [info["final_info"] for info in infos if "final_info" in info]
+    flags = [(info["_predicted"], info["predicted"]) for info in infos if "predicted" in info]
     assert flags
     for has_it, value in flags:
         assert np.array_equal(has_it, value)
         assert has_it.any()
-    for info in told:
+    for info in infos:
         for index in np.flatnonzero(info.get("_nll", [])):
             odd = len(info["removed"][index]) % 2 == 1
             assert info.get("predicted", np.zeros(NUM_ENVS, bool))[index] == odd

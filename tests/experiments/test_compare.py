@@ -1,4 +1,4 @@
-"""Any set of run folders side by side: groups stay apart, and JSON is all that is printed."""
+"""Comparison of run folders: separate groups, and pure JSON output."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_rows_that_cannot_be_averaged_are_groups_of_their_own(tmp_path, change):
     groups, _ = read_groups([tmp_path])
     assert [len(group.rows) for group in groups] == [1, 1]
     names = {(group.name, group.model, group.repair) for group in groups}
-    assert len(names) == 2, "each can be told apart"
+    assert len(names) == 2, "labels must be distinct"
 
 
 def test_a_repair_has_the_name_of_its_run(tmp_path):

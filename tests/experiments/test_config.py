@@ -1,4 +1,4 @@
-"""Settings: every file composes, and mistakes are named."""
+"""Settings: every file composes, and errors name the wrong value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a run's folder to a policy's file: as the run chose, wherever the folder lies now."""
+"""Export of a run's policy: the same masks as the run, also if its folder was moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a store to a score table: whole, resumed after a kill, trained on, and refused."""
+"""Export of a score table: content, resuming after a kill, training on it, rejected settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison keeps to one number of threads."""
+"""The number of threads is stored once for a comparison."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The report says what the records say, on its own in one file."""
+"""The report agrees with the records and is one self-contained file."""
 
 from __future__ import annotations
 

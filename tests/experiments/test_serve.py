@@ -1,4 +1,4 @@
-"""The program that serves: its settings, its first words, its end, and its restart after a kill."""
+"""The serving program: settings, startup, shutdown, and restart after a kill."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def model_folder(tmp_path_factory):
 
 
 class Served:
-    """The program in a process of its own."""
+    """The program in a separate process."""
 
     def __init__(self, folder, runs, *overrides):
         command = [

@@ -1,4 +1,4 @@
-"""The four stages on a tiny real model: end to end, resumed, and refused where they must be."""
+"""The four stages on a tiny real model: end to end, resuming, and rejected settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Settings for a random model of four layers in a folder of its own."""
+    """Settings for a random model of four layers in a separate folder."""
     base = tmp_path_factory.mktemp("stages")
     tiny_model(layers=4).save_pretrained(base / "model")
     tiny_tokenizer().save_pretrained(base / "model")

@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: a study that goes on, early stops, workers that share a store."""
+"""Sweeps as a user runs them: resumed studies, pruned trials, workers that share a store."""
 
 from __future__ import annotations
 

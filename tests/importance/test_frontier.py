@@ -1,4 +1,4 @@
-"""The frontier: the best masks for each pair of counts, in few real scores."""
+"""The frontier: the best masks for each pair of counts, with few evaluations."""
 
 import itertools
 import json

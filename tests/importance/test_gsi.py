@@ -1,4 +1,4 @@
-"""GSI: the order of the naive loop, whole after an interruption, refused for another model."""
+"""GSI: equal to the naive loop, resumable, rejected for another model."""
 
 import json
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_quicker_methods_measure_less_and_are_nearly_as_good(method):
 def test_lazy_measures_more_candidates_after_an_unexpected_score():
     scorer = MaskScorer(tiny_llm(layers=8), tokens())
     nll = {block.index: value for block, value in scorer.scan(BlockMask.of(0)).items()}
-    ranked = sorted(set(nll) - {1}, key=nll.__getitem__)  # block 1 stands beside the gap
+    ranked = sorted(set(nll) - {1}, key=nll.__getitem__)  # block 1 is next to the removed block
     good, bad = ranked[:7], ranked[7:]
     at = GSIState((0,), scorer.nll(BlockMask.of(0)))
 

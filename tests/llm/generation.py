@@ -18,7 +18,7 @@ def cached_step(model, ids, cache, attention_mask=None) -> torch.Tensor:
 
 
 def token_by_token(model, input_ids, attention_mask, prompt: int) -> torch.Tensor:
-    """Logits of all tokens: `prompt` of them at once, each other one by itself.
+    """Logits of all tokens: `prompt` of them in one pass, then one at a time.
 
     No position ids are given: the model takes them from its cache, or from the mask.
     """

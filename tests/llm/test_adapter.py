@@ -1,4 +1,4 @@
-"""Which models are known, which are refused, and what a config alone tells."""
+"""Supported and rejected model families, and facts read from a config alone."""
 
 import subprocess
 import sys

@@ -199,7 +199,7 @@ def test_the_rate_is_work_per_second() -> None:
 
 
 class TestRemembered:
-    """What a later process finds; `cache_clear` stands for its start."""
+    """The choice in a later process, simulated by `cache_clear`."""
 
     @pytest.fixture(autouse=True)
     def new_process(self):
@@ -242,7 +242,7 @@ class TestRemembered:
         remembered_dtype.cache_clear()
         assert remembered_dtype(CPU, "one") is torch.bfloat16
         remembered_dtype.cache_clear()
-        assert remembered_dtype(CPU, "one") is torch.bfloat16  # mended by now
+        assert remembered_dtype(CPU, "one") is torch.bfloat16  # replaced by the new measurement
 
     def test_a_cache_that_cannot_be_written_is_no_error(
         self, measurements: list[torch.dtype], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""A mask does to a live model what deleting the blocks would do, and undoes it exactly."""
+"""Masking a live model equals deleting the blocks, and is exactly reversible."""
 
 import copy
 import hashlib

@@ -161,7 +161,7 @@ def test_a_static_cache_is_refilled_too(name, gone) -> None:
 
 
 class TestGivenCache:
-    """A cache that somebody filled before, maybe under another mask."""
+    """A cache that was filled earlier, possibly under another mask."""
 
     def filled(self, llm, mask: BlockMask, cache=None):
         batch = padded_batch()
@@ -267,7 +267,7 @@ def test_generate_does_not_change_the_model_for_other_callers() -> None:
 
 
 class TestThreads:
-    """Several threads generate, score and switch at once."""
+    """Several threads generate, score and switch concurrently."""
 
     def test_under_one_mask_concurrent_calls_equal_single_calls(self) -> None:
         llm = tiny_llm("gemma2")

@@ -22,7 +22,7 @@ IDS = torch.tensor([[5, 9, 33]])
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A model folder with things beside the model, as repositories have them."""
+    """A model folder with extra files, as in hub repositories."""
     folder = tmp_path / "checkpoint"
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Batches that outlive changes of the mask: held against one pass with a gate for each token."""
+"""Batches across mask changes, compared with one pass with a gate for each token."""
 
 import pytest
 import torch
@@ -259,6 +259,6 @@ def test_stubs_replace_removed_blocks_and_go_when_they_return() -> None:
     fresh = LiveBatch(view)
     fresh.prefill(random_tokens(6, 6))
     assert torch.equal(logits, fresh.extend(column))
-    llm.apply(BlockMask.of(3))  # the same mask without stubs says something else
+    llm.apply(BlockMask.of(3))  # the same mask without stubs gives other logits
     bare.prefill(random_tokens(6, 6))
     assert not torch.equal(logits, bare.extend(column))

@@ -46,7 +46,7 @@ def test_it_answers_in_the_dtype_of_the_states(rank: int) -> None:
 def test_zeros_add_nothing_and_can_be_filled(rank: int) -> None:
     stub = Stub.zeros(rank, 16, torch.float32)
     assert torch.equal(stub(X), torch.zeros_like(X))
-    # Each part has memory of its own: filling one leaves the others.
+    # Each part has its own memory: filling one does not change the others.
     other = random_stubs(tiny_llm(), (rank,))[0]
     stub.load_state_dict(other.state_dict())
     for ours, theirs in zip(stub.parameters(), other.parameters(), strict=True):

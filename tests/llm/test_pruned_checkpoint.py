@@ -38,7 +38,7 @@ def tensor_bytes(folder) -> int:
 
 
 def resign(folder) -> None:
-    """Write the mask file anew, so that its checksums suit the changed files."""
+    """Rewrite the mask file with the checksums of the changed files."""
     body = load_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1)
     body["files"] = pruned_checkpoint._checksums(folder)
     save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, body)

@@ -1,4 +1,4 @@
-"""What stubs weigh, and stubs on a model that is streamed under a cap."""
+"""Bytes of stubs, and stubs on a model that is streamed under a cap."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Weights of removed blocks leave memory, really, and come back bit for bit."""
+"""Weights of removed blocks really leave memory, and are restored bit for bit."""
 
 import hashlib
 import re

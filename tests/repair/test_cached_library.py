@@ -1,4 +1,4 @@
-"""The stubs that a word or a path stands for: fitted once, kept whole, refused where damaged."""
+"""Stub libraries opened by name or path: fitted once, cached, rejected if damaged."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""A killed distillation goes on as if there was no kill, or says why it does not."""
+"""A killed distillation resumes identically, or raises an error with the reason."""
 
 from dataclasses import dataclass, field
 

@@ -159,7 +159,7 @@ def test_the_mask_in_force_does_not_matter_and_stays() -> None:
         assert fitted(llm).sha256 == expected
         assert llm.mask == MASKS["everything"]
     view = fitted(llm).attach(llm)
-    assert fitted(view).sha256 == expected  # the dense model is fitted, whatever stands beside it
+    assert fitted(view).sha256 == expected  # the dense model is fitted, whatever its view does
 
 
 def test_provenance_describes_the_fit(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""A stub library comes back from its file bit for bit, or not at all."""
+"""A stub library round-trips bit for bit; damaged files are rejected."""
 
 import errno
 import os

@@ -36,8 +36,8 @@ def memory():
 def test_the_files_are_small_and_hold_no_local_paths():
     assert POLICY.stat().st_size < 300_000
     assert TABLE.stat().st_size < 200_000
-    told = json.dumps(PolicyFile.load(POLICY).provenance) + TABLE.read_text()
-    assert '"/' not in told, "an absolute path"
+    text = json.dumps(PolicyFile.load(POLICY).provenance) + TABLE.read_text()
+    assert '"/' not in text, "an absolute path"
 
 
 @pytest.mark.parametrize("name", ["rap", "frontier"])

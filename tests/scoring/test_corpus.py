@@ -1,4 +1,4 @@
-"""Texts: reproducible, disjoint by role, and refused in one clear sentence."""
+"""Texts: reproducible, disjoint by role, and rejected with clear errors."""
 
 import json
 

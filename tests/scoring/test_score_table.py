@@ -1,4 +1,4 @@
-"""A table of scores: what the model said, quickly, and a flag on what it did not say."""
+"""Score tables: measured scores are exact, other scores are predicted and flagged."""
 
 import gzip
 import json

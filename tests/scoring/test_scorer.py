@@ -1,4 +1,4 @@
-"""Scores of masks: right, shared without changing a bit, and counted."""
+"""Mask scores: correct, bit-identical with shared prefixes, and counted."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The score store: durable, shared, and never wrong."""
+"""The score store: durable, shared by processes, and protected by checksums."""
 
 import errno
 import hashlib

@@ -297,7 +297,7 @@ def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
 
 
 def test_standard_error_and_logging_are_left_to_the_application(tmp_path, llm, monkeypatch):
-    """Threads that score at once give equal results, and whoever writes meanwhile is heard."""
+    """Threads that score concurrently give equal results, and other output is not suppressed."""
     write_task(tmp_path, "hellaswag")
     config = TaskConfig(("rap_choice", "hellaswag"), limit=2, data_root=str(tmp_path))
     stream, seen = io.StringIO(), []

@@ -1,4 +1,4 @@
-"""An engine that says what a test tells it to, for what a real one seldom does."""
+"""A fake engine with scripted answers, for events that are rare in a real one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FakeEngine:
 
     Args:
         tokenizer: What `text` is tokenised with.
-        text: What every answer says.
+        text: Text of every answer.
         pace_s: Seconds before each token.
         gate: Waited for before the last token, if given.
         end: Reason of the end, or an exception that `submit` raises.

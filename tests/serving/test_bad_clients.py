@@ -1,4 +1,4 @@
-"""Bad clients get an error or lose their connection; the others do not notice."""
+"""Bad clients get an error or lose their connection without affecting others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text comes in whole characters, is the same as decoded at once, and ends at a stop string."""
+"""Streamed text has whole characters, equals a single decode, and ends at a stop string."""
 
 from __future__ import annotations
 

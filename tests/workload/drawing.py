@@ -1,4 +1,4 @@
-"""Requests out of a sampler."""
+"""Helper that draws requests from a sampler."""
 
 from __future__ import annotations
 

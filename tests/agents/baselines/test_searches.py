@@ -26,7 +26,7 @@ REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
 
 
 def trap():
-    """The cheapest block is dear beside any other; greedy takes it first and cannot go back."""
+    """The cheapest single block is expensive in combination; greedy takes it first and keeps it."""
     context = SyntheticContext([0.10, 9.0, 0.11, 9.0, 0.12, 9.0, 0.90, 9.0])
     for other in (2, 4, 6):
         context.scorer.pairs[0, other] = context.scorer.pairs[other, 0] = 1.0

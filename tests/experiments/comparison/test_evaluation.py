@@ -1,4 +1,4 @@
-"""Cells beside the grid, and agents that propose several masks: on a tiny real model."""
+"""Cells outside the grid, and agents that propose several masks: on a tiny real model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Settings for a random model of four layers in a folder of its own."""
+    """Settings for a random model of four layers in a separate folder."""
     base = tmp_path_factory.mktemp("cells")
     tiny_model(layers=4).save_pretrained(base / "model")
     tiny_tokenizer().save_pretrained(base / "model")

@@ -1,4 +1,4 @@
-"""Records survive kills, and damage is noticed."""
+"""Records survive kills, and damage is detected."""
 
 from __future__ import annotations
 

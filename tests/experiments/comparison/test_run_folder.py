@@ -1,4 +1,4 @@
-"""Run folders know what made them."""
+"""Run folders record their settings, versions and starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals cover what they should, and pairing helps."""
+"""Coverage of intervals, and the effect of pairing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The repair program on a tiny real model: libraries, rows, resumed, refused."""
+"""The repair program on a tiny real model: libraries, rows, resuming, rejected settings."""
 
 from __future__ import annotations
 

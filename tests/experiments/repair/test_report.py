@@ -1,4 +1,4 @@
-"""The report on stubs says what the rows of ``repair.jsonl`` say."""
+"""The report on stubs agrees with the rows of ``repair.jsonl``."""
 
 from __future__ import annotations
 

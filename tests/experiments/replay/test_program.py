@@ -1,4 +1,4 @@
-"""A replay of a tiny model from its settings to its records: complete, resumed, refused."""
+"""A replay of a tiny model from settings to records: complete runs, resuming, rejected settings."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_a_row_of_another_version_is_rejected(rows):
 
 
 def test_mask_losses_equal_those_of_the_scorer(config, folder, rows):
-    """What the masks lose is what the scorer says of the text's first windows."""
+    """The ΔNLL of masks equals that of the scorer on the first windows of the text."""
     from experiments.replay.program import Replay
 
     made = Replay(config, folder)

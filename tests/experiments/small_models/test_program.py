@@ -1,4 +1,4 @@
-"""Small models trained on the spot: what they learn from, what they cost, killed and resumed."""
+"""Small models trained from scratch: text, block costs, and resuming after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short soak of a tiny model, and what its checks find."""
+"""A short soak test of a tiny model, and its checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of overfitting on a tiny real model: sizes, both losses, gap, resumed, refused."""
+"""The study of overfitting on a tiny real model: losses, gap, resuming, rejected settings."""
 
 from __future__ import annotations
 

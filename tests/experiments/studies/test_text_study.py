@@ -1,4 +1,4 @@
-"""The study of kinds of text on a tiny real model: masks, matrix, gain, resumed, refused."""
+"""The study of kinds of text on a tiny real model: masks, gain, resuming, rejected settings."""
 
 from __future__ import annotations
 
