@@ -139,12 +139,7 @@ def task_config(tasks: TasksConfig) -> TaskConfig:
     """Convert the settings of tasks to those of the scorer."""
     from rap_env.scoring.tasks import TaskConfig
 
-    return TaskConfig(
-        names=tuple(tasks.names),
-        limit=tasks.limit,
-        data_root=tasks.data_root,
-        num_fewshot=tasks.num_fewshot,
-    )
+    return TaskConfig(**{**asdict(tasks), "names": tuple(tasks.names)})
 
 
 def server_settings(config: Config, folder: Path) -> ServerSettings:

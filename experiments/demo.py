@@ -30,28 +30,21 @@ log = logging.getLogger(__name__)
 def demo(config: Config, folder: Path) -> Path:
     """Run the four stages and print the comparison.
 
-    Args:
-        config: All settings.
-        folder: The comparison's folder; this program writes only its log there.
-
     Returns:
-        The report's path.
-
-    Raises:
-        RapError: One of the four stages failed.
+        The report's path. This program writes only its log to `folder`.
     """
     started = time.monotonic()
-    _announce(1, "importance of each block (calibration text, one-shot, GSI)")
-    profile(_for_stage(config, "profile"), config.stage_dir("profile"))
-    _announce(2, "training")
+    say("[1/4] importance of each block (calibration text, one-shot, GSI)")
+    profile(replace(config, stage="profile"), config.stage_dir("profile"))
+    say("[2/4] training")
     for agent in demo_agents(config):
         for seed in config.demo.seeds:
-            settings = replace(_for_stage(config, "train"), agent=agent, seed=seed)
+            settings = replace(config, stage="train", agent=agent, seed=seed)
             train(settings, config.stage_dir("train") / run_label("train", agent.name, seed))
-    _announce(3, "evaluation against the baselines on held-out text")
-    evaluate(_for_stage(config, "evaluate"), config.stage_dir("evaluate"))
-    _announce(4, "report")
-    page = report(_for_stage(config, "report"), config.stage_dir("report"))
+    say("[3/4] evaluation against the baselines on held-out text")
+    evaluate(replace(config, stage="evaluate"), config.stage_dir("evaluate"))
+    say("[4/4] report")
+    page = report(replace(config, stage="report"), config.stage_dir("report"))
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return page
 
@@ -70,14 +63,6 @@ def demo_agents(config: Config) -> list[AgentConfig]:
         assert isinstance(agent, AgentConfig)
         found.append(replace(agent, total_timesteps=config.agent.total_timesteps))
     return found
-
-
-def _for_stage(config: Config, stage: str) -> Config:
-    return replace(config, stage=stage)
-
-
-def _announce(number: int, what: str) -> None:
-    say(f"[{number}/4] {what}")
 
 
 if __name__ == "__main__":

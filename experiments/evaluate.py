@@ -132,16 +132,8 @@ class Evaluator:
 def evaluate(config: Config, folder: Path) -> Path:
     """Compare all methods on all cells; existing rows are not computed again.
 
-    Args:
-        config: All settings.
-        folder: Folder for ``results.jsonl``.
-
     Returns:
-        The path of ``results.jsonl``.
-
-    Raises:
-        RapError: A setting is invalid, no mask meets a budget, texts overlap, or a record or
-            artifact is damaged.
+        The path of ``results.jsonl`` in the folder.
     """
     check_names(config)
     run, started = RunFolder(folder), time.monotonic()

@@ -28,15 +28,8 @@ FRONTIER_SUFFIX = ".frontier.json"
 def export(config: ExportPolicyConfig) -> Path:
     """Write a run's policy and, if its profile has a frontier table, a reduced table next to it.
 
-    Args:
-        config: The run and the output file.
-
     Returns:
         The path of the policy.
-
-    Raises:
-        ExperimentError: There is no such run, or its settings cannot be read.
-        RapError: The model, the text, an artifact or the policy cannot be loaded.
     """
     settings = settings_of(Path(config.run))
     context = build_context(settings)

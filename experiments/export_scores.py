@@ -39,15 +39,8 @@ CHUNK_MASKS = 256
 def export_scores(config: Config, folder: Path) -> Path:
     """Write a score table, and print how well it predicts.
 
-    Args:
-        config: All settings.
-        folder: The run's folder.
-
     Returns:
         The table's path.
-
-    Raises:
-        RapError: A setting is invalid, the store has too few scores, or measuring failed.
     """
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
@@ -66,11 +59,7 @@ def export_scores(config: Config, folder: Path) -> Path:
 
 
 def measure(config: Config, context: PruningContext) -> None:
-    """Score planned masks until the store has `config.export.masks`.
-
-    Raises:
-        NonFiniteScoreError: The model returned NaN or infinity.
-    """
+    """Score planned masks until the store has `config.export.masks`."""
     wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
     known = _scores(context)
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
@@ -101,11 +90,8 @@ def _check(config: Config, context: PruningContext) -> None:
         ExperimentError: There is no store; it is empty and no masks are to be measured; or the
             number of masks is more than half of all masks of the model.
     """
-    name, blocks, wanted = (
-        context.llm.name,
-        context.memory.facts.num_blocks,
-        config.export.masks,
-    )
+    name, blocks = context.llm.name, context.memory.facts.num_blocks
+    wanted = config.export.masks
     if context.store is None:
         raise ExperimentError(
             "A score table is made from a score store, but store is null. Set store=default or "

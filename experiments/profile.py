@@ -28,16 +28,13 @@ log = logging.getLogger(__name__)
 def profile(config: Config, folder: Path) -> Path:
     """Measure importance and write artifacts; existing artifacts are kept.
 
-    Args:
-        config: All settings.
-        folder: Folder for ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if
-            `frontier.evaluations` is above 0, ``frontier.json``.
+    The folder gets ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if
+    `frontier.evaluations` is above 0, ``frontier.json``.
 
     Returns:
         The path of ``profile.json``.
 
     Raises:
-        RapError: The model, text, store or an artifact cannot be loaded.
         ExperimentError: The folder has a profile of another model, text, importance or repair.
     """
     run = RunFolder(folder)
@@ -58,9 +55,6 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     """Build the frontier table for requests of the workload.
 
     After a kill, the same command resumes from the score store.
-
-    Raises:
-        NonFiniteScoreError: The model returned NaN or infinity.
     """
     settings = config.frontier
     sampler = make_sampler(config.workload, context.memory)

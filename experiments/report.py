@@ -47,17 +47,14 @@ ABSTRACT = [
 def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
 
-    Args:
-        config: All settings; the records of ``<runs_dir>/<name>`` are read.
-        folder: Folder for ``index.html``, ``tables.md``, ``repair_tables.md`` and ``figures/``,
-            as far as there are records for them.
+    The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, ``tables.md``,
+    ``repair_tables.md`` and ``figures/``, as far as there are records for them.
 
     Returns:
         The page's path.
 
     Raises:
         ExperimentError: There are no records.
-        ArtifactError: A record is damaged.
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
     _need_matplotlib()

@@ -15,16 +15,7 @@ from rap_env.serving.stack import serve as serve_until_interrupted
 
 
 def serve(config: Config, folder: Path) -> None:
-    """Serve until SIGINT or SIGTERM.
-
-    Args:
-        config: All settings.
-        folder: The run folder.
-
-    Raises:
-        RapError: The model, the policy, the memory source or the address is not available, or the
-            extra ``serve`` is not installed.
-    """
+    """Serve until SIGINT or SIGTERM."""
     serve_until_interrupted(server_settings(config, folder), say)
 
 

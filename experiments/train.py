@@ -55,9 +55,6 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
 
     Returns:
         The folder.
-
-    Raises:
-        RapError: A setting is invalid, the folder has another run, or training failed.
     """
     run = RunFolder(folder)
     started = time.monotonic()
@@ -98,17 +95,8 @@ def agent_config(config: Config) -> AgentConfig:
         UnknownNameError: There is no such agent, policy or hyperparameter.
         AgentConfigError: A value is out of range.
     """
-    agent = config.agent
-    return AgentConfig(
-        name=agent.name,
-        policy=agent.policy,
-        total_timesteps=agent.total_timesteps,
-        n_envs=agent.n_envs,
-        seed=config.seed,
-        hyperparameters=agent.hyperparameters,
-        normalize_reward=agent.normalize_reward,
-        policy_settings=agent.policy_settings,
-    )
+    settings = {name: value for name, value in vars(config.agent).items() if name != "label"}
+    return AgentConfig(**settings, seed=config.seed)
 
 
 def is_done(record: dict[str, Any], total_timesteps: int, trial: RunningTrial | None) -> bool:
@@ -177,11 +165,7 @@ def show_policy(
 
 
 def run_trial(config: Config, folder: Path) -> float:
-    """Train an agent and return the objective that a sweep minimises.
-
-    Raises:
-        RapError: Training or measuring the objective failed.
-    """
+    """Train an agent and return the objective that a sweep minimises."""
     train(config, folder, trial=running_trial())
     return objective(config, folder)
 

@@ -14,7 +14,7 @@ from agents.baselines.base import CountingPolicy
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.formatting import mebibytes, percent
-from experiments.comparison.run_folder import TABLE_FILE, RunFolder, method_and_seed, training_dirs
+from experiments.comparison.run_folder import TABLE_FILE, TrainingRun, training_dirs
 from experiments.comparison.summaries import REFERENCE
 from experiments.config import Config
 from experiments.config.common import Cell
@@ -34,8 +34,6 @@ class EvaluationCell:
     """A request at a budget, at which all methods are compared.
 
     Attributes:
-        cell: Batch size, sequence length in tokens, budget fraction.
-        request: The request, with its budget in bytes.
         sparsity: Share of the block bytes to free, if the cell is defined by it.
         outside: Whether the cell is outside the training range of policies.
     """
@@ -56,10 +54,7 @@ class Choice:
     """Mask that a policy chose at one cell.
 
     Attributes:
-        cell: Batch size, sequence length in tokens, budget fraction.
         mask: Names of the removed blocks.
-        budget_bytes: The budget, in bytes.
-        peak_bytes: Peak bytes of the mask.
         loss_calibration: ΔNLL on the calibration text, nats per token.
     """
 
@@ -123,15 +118,9 @@ def choices(
     found = []
     for cell, request in requests:
         mask = policy.choose(request)
-        found.append(
-            Choice(
-                cell,
-                list(mask.names),
-                request.budget_bytes,
-                context.memory.peak_bytes(mask, request),
-                context.scorer.nll(mask) - context.scorer.dense_nll,
-            )
-        )
+        peak_bytes = context.memory.peak_bytes(mask, request)
+        delta_nll = context.scorer.nll(mask) - context.scorer.dense_nll
+        found.append(Choice(cell, list(mask.names), request.budget_bytes, peak_bytes, delta_nll))
     return found
 
 
@@ -158,11 +147,9 @@ class Method:
     """One method with one seed.
 
     Attributes:
-        name: Name in tables and records.
         seed: Seed of the agent or the random baseline; None for deterministic methods.
         kv_aware: Whether the method counts the KV cache when it chooses.
         setup_evaluations: Masks scored once, before any request.
-        policy: The policy that chooses masks.
         identity: What the masks depend on besides the context, as plain values.
         training_s: Seconds of training; None if not recorded.
     """
@@ -187,7 +174,7 @@ def check_names(config: Config) -> None:
         check_name("baseline", name, BASELINES)
     folders = agent_folders(config)
     for folder in folders:
-        method_and_seed(folder)
+        _ = TrainingRun(folder).facts  # raises an error if it is no training run
     if not folders and not config.evaluate.baselines:
         raise ExperimentError(
             "There is nothing to evaluate: no finished training in "
@@ -246,7 +233,8 @@ def _agent(
     folder: Path, context: PruningContext, importance: str, best_of: int, default: bool
 ) -> Method:
     """Load a trained agent; its name states `best_of` unless that is the default."""
-    method, seed = method_and_seed(folder)
+    run = TrainingRun(folder)
+    method = run.method
     identity: dict[str, Any] = {"run": folder.name}
     scores = decision_scores(folder) if best_of > 1 else None
     if not default:
@@ -259,12 +247,12 @@ def _agent(
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None  # the policy was loaded from it
     identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
-    facts = RunFolder(folder).read() or {}
     blocks = context.memory.facts.num_blocks
     features = {"gsi": lambda: context.gsi.evaluations, "one_shot": lambda: blocks + 1}
-    setup = int(facts.get("evaluations", 0)) + features.get(importance, lambda: 0)()
-    trained = facts.get("training_s")
-    return Method(method, seed, policy.kv_aware, setup, policy, identity, trained)
+    setup = int(run.facts.get("evaluations", 0)) + features.get(importance, lambda: 0)()
+    return Method(
+        method, run.seed, policy.kv_aware, setup, policy, identity, run.facts.get("training_s")
+    )
 
 
 def _file_hash(path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison.records import PARTS, ResultRow, read_json, read_rows
-from experiments.comparison.run_folder import RunFolder, TrainingRun, training_dirs, training_run
+from experiments.comparison.run_folder import RunFolder, TrainingRun, training_dirs
 from experiments.comparison.summaries import Comparison
 from experiments.errors import ExperimentError
 from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
@@ -50,10 +50,9 @@ def gather(root: Path) -> ReportData:
 
     Raises:
         ExperimentError: There is nothing to report.
-        ArtifactError: A record is damaged.
     """
     files = sorted((root / "evaluate").rglob("results.jsonl"))
-    runs = [training_run(path) for path in training_dirs(root)]
+    runs = [TrainingRun(path) for path in training_dirs(root)]
     rows = with_training_s([row for file in files for row in read_rows(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
     repair_rows = RepairRow.read(root / "repair" / "repair.jsonl")
@@ -219,8 +218,9 @@ def _differs(group: Group, others: Sequence[Group]) -> str:
 def _learning(files: Iterable[Path], names: dict[Path, str]) -> list[Learning]:
     found: dict[tuple[str, str, str], Learning] = {}
     for file in files:
-        run = training_run(file.parent)
-        key = names[_home(file.parent)], _model(run.settings, {}), _setting(run.settings)
+        run = TrainingRun(file.parent)
+        settings = run.settings() or {}
+        key = names[_home(file.parent)], _model(settings, {}), _setting(settings)
         found.setdefault(key, Learning(*key, [])).runs.append(run)
     return list(found.values())
 

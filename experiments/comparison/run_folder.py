@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -260,24 +261,42 @@ def git_state() -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """Records of one training run.
+class TrainingRun(RunFolder):
+    """Folder of one training run."""
 
-    Attributes:
-        label: Folder name, such as ``maskable_ppo-s0``.
-        method: The label without its seed.
-        seed: The run's seed.
-        curve: Metrics in order of step.
-        facts: The content of ``run.json``.
-        settings: The content of ``config.yaml``.
-    """
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The content of ``run.json``.
 
-    label: str
-    method: str
-    seed: int
-    curve: list[dict[str, Any]]
-    facts: dict[str, Any]
-    settings: dict[str, Any]
+        Raises:
+            ExperimentError: The folder holds no training run.
+        """
+        facts = self.read()
+        if not facts or "method" not in facts:
+            raise ExperimentError(
+                f"{self.path} holds no training run; name a folder that experiments.train wrote."
+            )
+        return facts
+
+    @property
+    def label(self) -> str:
+        """Folder name, such as ``maskable_ppo-s0``."""
+        return self.path.name
+
+    @property
+    def method(self) -> str:
+        """The label without its seed."""
+        return str(self.facts["method"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.facts["seed"])
+
+    @cached_property
+    def curve(self) -> list[dict[str, Any]]:
+        """Metrics in order of step."""
+        return read_records(self.metrics)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return steps and values of one metric, where it was logged."""
@@ -296,32 +315,3 @@ def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
     if not finished:
         return found
     return [path for path in found if "finished" in (RunFolder(path).read() or {})]
-
-
-def method_and_seed(path: Path) -> tuple[str, int]:
-    """Return method and seed of a training run from its ``run.json``.
-
-    Raises:
-        ExperimentError: The folder holds no training run.
-    """
-    facts = RunFolder(path).read()
-    if not facts or "method" not in facts:
-        raise ExperimentError(
-            f"{path} holds no training run; name a folder that experiments.train wrote."
-        )
-    return str(facts["method"]), int(facts["seed"])
-
-
-def training_run(path: Path) -> TrainingRun:
-    """Read the records of a training run.
-
-    Raises:
-        ExperimentError: The folder holds no training run.
-        ArtifactError: A record is damaged.
-    """
-    folder = RunFolder(path)
-    facts = folder.read() or {}
-    method, seed = method_and_seed(path)
-    return TrainingRun(
-        path.name, method, seed, read_records(folder.metrics), facts, folder.settings() or {}
-    )

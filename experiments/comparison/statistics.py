@@ -17,6 +17,9 @@ import numpy.typing as npt
 RESAMPLES = 2000
 """Number of bootstrap resamples; ends of a 95 % interval then vary by about 1 % of its width."""
 
+LEVEL = 0.95
+"""Coverage probability of intervals."""
+
 SEED = 20_250_517
 """Seed of every resampling, so that the same records give the same intervals."""
 
@@ -41,15 +44,12 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap_mean(
-    values: npt.ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES
-) -> Estimate:
+def bootstrap_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES) -> Estimate:
     """Return the mean with a percentile-bootstrap interval over windows, and over several seeds.
 
     Args:
         values: Shape (windows,) or (seeds, windows). Both axes are resampled with
             replacement, each resample drawing one set of seeds and one set of windows.
-        level: Coverage probability of the interval.
         resamples: Number of resamples.
 
     Returns:
@@ -63,50 +63,37 @@ def bootstrap_mean(
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(f"A mean needs finite values, at least one; got {table!r}.")
     (means,) = _resampled(table, resamples=resamples)
-    return _estimate(table.mean(), means, level, len(table))
+    return _estimate(table.mean(), means, len(table))
 
 
-def paired_difference(
-    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = 0.95
-) -> Estimate:
+def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate:
     """`first` minus `second`, window by window, with an interval.
 
     Args:
         first: Losses of one method, shape (windows,) or (seeds, windows).
         second: Losses of another on the same windows; it may have other seeds, which are
             resampled on their own.
-        level: Coverage probability of the interval.
 
     Raises:
         ValueError: The two were not measured on the same number of windows.
     """
     one, two = _paired(first, second)
     means, others = _resampled(one, two)
-    return _estimate(one.mean() - two.mean(), means - others, level, len(one))
+    return _estimate(one.mean() - two.mean(), means - others, len(one))
 
 
-def relative_difference(
-    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = 0.95
-) -> Estimate | None:
+def relative_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate | None:
     """Return mean `first` divided by mean `second`, minus 1, resampled like `paired_difference`.
-
-    Args:
-        first: As for `paired_difference`.
-        second: As for `paired_difference`.
-        level: Coverage probability of the interval.
 
     Returns:
         The estimate, such as -0.1 for 10 % less; None if `second` is not significantly above 0,
         because the ratio is then meaningless.
-
-    Raises:
-        ValueError: The two were not measured on the same number of windows.
     """
     one, two = _paired(first, second)
     means, others = _resampled(one, two)
     if min(float(two.mean()), float(others.min())) <= 0:
         return None
-    return _estimate(one.mean() / two.mean() - 1.0, means / others - 1.0, level, len(one))
+    return _estimate(one.mean() / two.mean() - 1.0, means / others - 1.0, len(one))
 
 
 def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -120,28 +107,27 @@ def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     return float(min(1.0, 2.0 * (1 + min(below, above)) / (RESAMPLES + 1)))
 
 
-def holm(p_values: Sequence[float], *, level: float = 0.95) -> list[bool]:
-    """Return which of several null hypotheses are rejected at a joint level.
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """Return which of several null hypotheses are rejected at a joint level of 5 %.
 
     Source: Holm (1979), A simple sequentially rejective multiple test procedure.
     """
     rejected = [False] * len(p_values)
     for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if p_values[number] > (1.0 - level) / (len(p_values) - place):
+        if p_values[number] > (1.0 - LEVEL) / (len(p_values) - place):
             break
         rejected[number] = True
     return rejected
 
 
-def wilson_interval(accuracy: float, documents: int, *, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(accuracy: float, documents: int) -> tuple[float, float]:
     """Return Wilson's score interval of an accuracy over `documents` independent questions.
 
     Args:
         accuracy: Share of correct answers, in [0, 1].
         documents: Number of questions, at least 1.
-        level: 0.95 or 0.9.
     """
-    z = {0.95: 1.959964, 0.9: 1.644854}[level]
+    z = 1.959964  # of 95 %
     shrink = 1.0 + z * z / documents
     centre = (accuracy + z * z / (2 * documents)) / shrink
     spread = accuracy * (1 - accuracy) / documents + z * z / (4 * documents**2)
@@ -193,9 +179,7 @@ def _weights(
     return tuple(found)
 
 
-def _estimate(
-    mean: float, resampled: npt.NDArray[np.float64], level: float, seeds: int
-) -> Estimate:
-    tail = (1.0 - level) / 2.0
+def _estimate(mean: float, resampled: npt.NDArray[np.float64], seeds: int) -> Estimate:
+    tail = (1.0 - LEVEL) / 2.0
     low, high = np.quantile(resampled, [tail, 1.0 - tail])
     return Estimate(float(mean), float(low), float(high), seeds)

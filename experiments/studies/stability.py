@@ -23,7 +23,7 @@ from experiments.comparison.formatting import (
     publish_tables,
 )
 from experiments.comparison.records import RowFile
-from experiments.comparison.run_folder import RunFolder, method_and_seed
+from experiments.comparison.run_folder import RunFolder, TrainingRun
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ImportanceConfig
@@ -155,7 +155,7 @@ def trained_with(folder: Path, config: Config) -> Config:
     Raises:
         ExperimentError: The folder holds no training run.
     """
-    method_and_seed(folder)
+    _ = TrainingRun(folder).facts  # raises an error if it is no training run
     settings = RunFolder(folder).settings()
     if settings is None:
         raise ExperimentError(f"{folder} has no config.yaml; give a complete run folder.")
