@@ -158,7 +158,7 @@ def readme_results() -> str:
         f"{quality['Frontier table'][0]}. The dense model serves {served['Dense'][0]} and exceeds "
         f"it in {served['Dense'][6]} steps; the largest static mask that always fits one row has "
         f"ΔNLL {quality['Static, lean'][0]}.",
-        "**Stubs recover much of the loss**: on text of other kinds, a library fitted once leaves "
+        "**Stubs recover much of the ΔNLL**: on text of other kinds, a library fitted once leaves "
         f"{repair['Library'][3]} of ΔNLL, a distilled one {repair['Distilled library'][3]}. "
         "Accuracies on five small tasks hardly move.",
         f"**It is fast**: a decision takes {decision_ms:.1f} ms (99th percentile, without torch), "

@@ -94,7 +94,7 @@ def test_costs_of_models_do_not_mix(memory):
 
 
 @pytest.mark.parametrize(("shape", "message"), [((0, 5), "not 0"), ((1, 2049), "2048 tokens")])
-def test_what_the_model_cannot_serve_is_rejected(memory, shape, message):
+def test_requests_that_the_model_cannot_serve_are_rejected(memory, shape, message):
     with pytest.raises(InvalidRequestError, match=message):
         request_costs(memory, *shape)
 

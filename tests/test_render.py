@@ -54,7 +54,7 @@ def test_text_shows_each_block_once_and_the_bytes():
     assert "ΔNLL     +0.250 nats per token (perplexity x 1.28)" in text
 
 
-def test_text_says_whether_the_request_fits():
+def test_text_shows_whether_the_request_fits():
     assert re.search(r"\d MiB over the budget", render_ansi(make_scene()))
     assert re.search(r"fits, [\d.]+ (MiB|KiB) to spare", render_ansi(make_scene(1, 3, 5)))
 

@@ -31,7 +31,7 @@ def scorer() -> MaskScorer:
 
 
 class KeptShare:
-    """A measure of accuracy that is known by heart: the share of the six blocks that is kept."""
+    """A fake accuracy: the share of the six blocks that is kept."""
 
     def mean_accuracy(self, mask: BlockMask) -> float:
         return 1 - len(mask) / 6

@@ -23,7 +23,7 @@ def _one_thread():
 
 @pytest.fixture
 def context() -> SyntheticContext:
-    """6 layers; the first is precious, and cheap-looking neighbours are dear together."""
+    """6 layers; the first is important, and some neighbours cost far more together than alone."""
     costs = np.random.default_rng(0).lognormal(-3, 0.8, 12)
     costs[:2] = 0.6, 4.0
     return SyntheticContext(costs, interaction=2.0, cap=12.0)

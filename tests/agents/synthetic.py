@@ -100,7 +100,7 @@ class SyntheticScorer:
 
 
 class SyntheticContext:
-    """Stands where a context would: memory, scorer, importance and features."""
+    """A fake pruning context: memory, scorer, importance and features."""
 
     def __init__(self, costs, model=None, **scorer):
         self.memory = MemoryModel(model or facts(len(costs) // 2))

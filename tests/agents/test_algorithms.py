@@ -74,7 +74,7 @@ def test_config_round_trips_through_a_dict():
 
 
 class CountsInvalid(BaseCallback):
-    """Counts the actions on blocks that were already gone."""
+    """Counts the actions on blocks that were already removed."""
 
     invalid = 0
 

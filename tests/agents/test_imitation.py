@@ -112,7 +112,7 @@ def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, bu
         assert values[right].max() - values[~right].max() > 0.3
 
 
-def test_unknown_returns_leave_values_and_rewards_alone(context, builder, teacher):
+def test_unknown_returns_do_not_train_values(context, builder, teacher):
     unknown = [Demonstration(one.request, one.mask) for one in teacher]
     model = new_model("ppo", context)
     critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]

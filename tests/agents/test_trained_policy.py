@@ -107,7 +107,7 @@ def test_best_of_takes_the_mask_with_the_lowest_score(context, monkeypatch, name
     assert trained.evaluations == 0
 
 
-def test_samples_are_as_likely_as_the_network_says(context):
+def test_samples_follow_the_probabilities_of_the_network(context):
     """The first removal alone, from 4,000 samples of a request that one block satisfies."""
     trained = untrained("ppo", context)
     request = request_at(context, 1, 10, 0.999)

@@ -96,7 +96,7 @@ def test_consecutive_requests_do_not_interfere(builder, request_):
     assert all(np.array_equal(fresh[key], again[key]) for key in fresh)
 
 
-def test_what_the_model_does_not_have_is_rejected(builder, request_):
+def test_observations_of_unknown_blocks_or_lengths_are_rejected(builder, request_):
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
         builder.build(request_, BlockMask.of(COUNT))
     with pytest.raises(InvalidRequestError, match="from 1 to 64 tokens"):

@@ -31,7 +31,7 @@ def loss_of(context, mask: BlockMask) -> float:
 
 
 def frontier_of(context, masks) -> Frontier:
-    """A frontier that knows these masks."""
+    """A frontier with these masks."""
     scores = zip(masks, context.scorer.nll_many(masks), strict=True)
     return Frontier(
         num_blocks=COUNT,

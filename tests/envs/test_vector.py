@@ -91,7 +91,7 @@ def test_predicted_scores_are_flagged(context, mode, reward):
 
 
 class CountsCalls:
-    """A real context that notes how many masks are asked for at a time."""
+    """A real context that records the number of masks of each call."""
 
     def __init__(self, context) -> None:
         self.context, self.asked = context, []

@@ -134,7 +134,7 @@ def test_its_settings_compose():
             OmegaConf.to_object(compose("export_policy"))
 
 
-def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(tmp_path):
+def test_an_error_is_one_sentence_and_writes_no_file(tmp_path):
     done = run_program(
         "experiments.export_policy", "run=nowhere", "out=rap.safetensors", cwd=tmp_path
     )

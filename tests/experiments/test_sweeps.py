@@ -54,7 +54,7 @@ def runs_in(folder):
 
 
 def test_a_study_is_stored_resumed_and_prunes_bad_trials(base):
-    """Two trials; then the study is made three long, under a pruner that gives up everything."""
+    """Two trials; then the study is made three long, under a pruner that stops every trial."""
     done = run_train(base, "+sweep=optuna", "name=tuning", "hydra.sweeper.n_trials=2")
     assert done.returncode == 0, done.stderr
     pruner = "hydra.callbacks.study.pruner"

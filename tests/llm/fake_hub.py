@@ -41,14 +41,14 @@ class FakeHub:
                 hub.answer(self, body=True)
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        """Go away."""
+        """Stop the hub."""
         self._server.shutdown()
         self._server.server_close()
 

@@ -43,7 +43,7 @@ def test_the_head_gets_last_tokens_that_lie_side_by_side() -> None:
     torch.testing.assert_close(logits, LiveBatch(tiny_llm()).prefill(prompts))
 
 
-def test_it_is_taken_where_heads_share_keys_and_nowhere_else() -> None:
+def test_packed_attention_is_used_only_where_heads_share_keys() -> None:
     for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
         model = tiny_model(name)
         usual = model.config._attn_implementation

@@ -188,7 +188,9 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_is_written(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_checkpoint_is_replaced_and_other_folders_are_left_alone(saved, tmp_path) -> None:
+def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(
+    saved, tmp_path
+) -> None:
     save_pruned(tiny_llm(), EVERYTHING, saved)
     assert load_pruned(saved).pruned == EVERYTHING
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]

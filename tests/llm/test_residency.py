@@ -78,7 +78,7 @@ def test_masks_under_offload_are_those_of_resident_weights(name) -> None:
 
 
 @EVERY_FAMILY
-def test_held_bytes_are_what_the_arithmetic_says(name) -> None:
+def test_held_bytes_equal_the_memory_arithmetic(name) -> None:
     llm = tiny_llm(name)
     memory, request = MemoryModel(llm), Request(1, 8, 1)
     dense = llm.held_bytes.weights

@@ -78,7 +78,7 @@ def test_a_preempted_request_is_first_in_the_queue():
     assert sum(handle.preemptions for handle in handles) == 1
 
 
-def test_a_request_waits_while_no_mask_fits_it_beside_the_running_batch():
+def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
     harness = Harness(guard_order=())
     harness.budget_bytes = harness.need(BlockMask(), BatchShape(1, 30))
     engine = harness.engine()

@@ -109,7 +109,7 @@ def test_cached_choices_equal_new_ones():
 
 
 @pytest.mark.parametrize("policy", ["order", "frontier", "network"])
-def test_what_the_model_cannot_serve_is_rejected(policy):
+def test_requests_that_the_model_cannot_serve_are_rejected(policy):
     made = {
         "order": OrderPolicy(memory(), range(12)),
         "frontier": FrontierPolicy(memory(), frontier()),

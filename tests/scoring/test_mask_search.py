@@ -16,7 +16,7 @@ BASE = BlockMask.of(3)
 
 
 def scorers(family="llama", layers=5, dtype=torch.float32, windows=6):
-    """Two that know nothing: one to search with, one to measure all with."""
+    """Two scorers with empty caches: one to search with, one to measure all masks with."""
     llm, ids = tiny_llm(family, layers=layers, dtype=dtype), tokens(windows=windows)
     return [MaskScorer(llm, ids, batch_tokens=18) for _ in range(2)]
 

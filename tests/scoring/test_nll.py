@@ -19,7 +19,7 @@ def passed(llm, ids, mask=BlockMask()):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_tokens", [1, 5, 256])
-def test_pieces_give_the_whole_loss(dtype, head_tokens, monkeypatch):
+def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
     monkeypatch.setattr(nll_module, "HEAD_TOKENS", head_tokens)
     llm, ids = tiny_llm(dtype=dtype), tokens()
     with torch.inference_mode():

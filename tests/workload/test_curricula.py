@@ -58,7 +58,7 @@ class TestCurriculum:
         assert min(raised) == 0
         assert all(gained > 0 for gained in raised[:6])
 
-    def test_it_goes_on_from_a_position_with_what_it_eases(self, memory, trace):
+    def test_a_curriculum_restarts_at_a_position_with_its_inner_sampler(self, memory, trace):
         inner = {"name": "trace", "path": str(trace), "order": "replay"}
         spec = {"name": "curriculum", "of": inner, "requests": 8}
         whole = make_sampler(spec, memory)

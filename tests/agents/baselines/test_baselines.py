@@ -94,7 +94,7 @@ def test_gsi_follows_its_order_until_it_fits(context):
     )
 
 
-def test_one_kind_alone_removes_that_kind_and_says_when_it_does_not_suffice(context):
+def test_one_kind_baselines_remove_only_that_kind_and_may_not_fit(context):
     modest, large = needing(context, 3500), needing(context, 7500)
     only_attn = make_baseline("attention_only", context)
     assert only_attn.choose(modest).count("ffn") == 0
@@ -170,7 +170,7 @@ def test_costs_of_a_choice_are_counted(context):
     assert costs["random"] == costs["greedy_per_byte"] == costs["dense"] == 0
 
 
-def test_kv_cache_decides_which_kind_goes():
+def test_the_kv_cache_decides_which_kind_is_removed():
     context = SyntheticContext([0.1] * 8, facts(layers=4))
     greedy = make_baseline("greedy_per_byte", context)
     short, long = needing(context, 5900), request_at(context, 16, 1000, 0.8)

@@ -16,7 +16,7 @@ REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6)]
 
 @pytest.fixture
 def small():
-    """4 layers whose blocks make each other dearer, so that no cheap mask is the best."""
+    """4 layers whose blocks raise each other's cost, so that no simple mask is the best."""
     rng = np.random.default_rng(3)
     return SyntheticContext(rng.lognormal(-2, 1, 8), interaction=3.0)
 

@@ -147,7 +147,7 @@ def test_the_oracle_is_the_best_of_all_masks_of_a_real_model(real_context, shape
 
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"oracle"}))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_nothing_that_fits_beats_the_oracle(real_context, name, shape):
+def test_no_fitting_mask_beats_the_oracle(real_context, name, shape):
     request = Request.at_fraction(real_context.memory, *shape)
     oracle = make_baseline("oracle", real_context).choose(request)
     choice = make_baseline(name, real_context).choose(request)

@@ -24,7 +24,7 @@ from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import make_row
 
 
-def test_what_is_appended_is_read_back_in_order(tmp_path):
+def test_appended_records_are_read_in_order(tmp_path):
     path = tmp_path / "deep" / "r.jsonl"
     for number in range(3):
         append_record(path, {"n": number})

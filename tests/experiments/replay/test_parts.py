@@ -137,7 +137,7 @@ def test_masks_are_recorded_by_name_and_older_numbers_are_read():
     assert recorded_mask("0") == recorded_mask([]) == BlockMask()
 
 
-def test_prompts_are_cut_from_the_text_and_end_where_arrivals_say(loaded):
+def test_prompts_are_cut_from_the_text_to_the_requested_lengths(loaded):
     config, llm = loaded
     workload = make_workload(config, llm)
     assert [asked.number for asked in workload.requests] == list(range(24))

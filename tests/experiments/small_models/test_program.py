@@ -113,7 +113,7 @@ def test_it_writes_text_and_can_be_profiled(make, tmp_path):
     assert profile(config, tmp_path / "profile").exists()
 
 
-def test_neither_model_nor_tokenizer_sees_more_than_the_calibration_part(make, tmp_path):
+def test_model_and_tokenizer_are_trained_on_the_calibration_part_only(make, tmp_path):
     first, rest = sentences(WORDS, 1000), sentences([word.upper() for word in WORDS], 1700)
     assert len(first) < 0.42 * len(first + rest)
     path = tmp_path / "two_kinds.txt"
