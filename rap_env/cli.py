@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sentence = str(error)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    click.echo(f"Error: {sentence}", err=True)
+    is_help = sentence.startswith("Usage:")  # without a command, click raises its help text
+    click.echo(sentence if is_help else f"Error: {sentence}", err=True)
     sys.exit(2)
 
 
@@ -186,7 +187,7 @@ def choose(
     from rap_env.runtime.delta_nll import find_delta_nll
     from rap_env.runtime.policies import load_policy
 
-    request = Request(batch, seq, parse_bytes(budget))
+    request = Request(batch, seq, parse_bytes("--budget", budget))
     memory = MemoryModel(_facts(model, device, dtype))
     facts, chooser = memory.facts, load_policy(policy, memory)
     started = time.perf_counter()
@@ -257,7 +258,7 @@ def prune(
     """
     names = [name.strip() for text in remove for name in text.split(",") if name.strip()]
     if batch is not None and seq is not None and budget is not None and not names:
-        request = Request(batch, seq, parse_bytes(budget))
+        request = Request(batch, seq, parse_bytes("--budget", budget))
     elif names and (batch, seq, budget) == (None, None, None):
         request = None
     else:

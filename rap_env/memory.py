@@ -25,6 +25,9 @@ PREFILL_CHUNK_TOKENS = 2048
 """Prompt tokens processed in one pass; servers limit it, so the workspace is bounded."""
 
 _LOGIT_BYTES = 4  # logits are float32
+MAX_BATCH_SIZE = 2**20
+"""Largest batch size that is accepted; it keeps the arithmetic within 64 bits."""
+
 _NO_WINDOW = 2**62  # tokens
 
 
@@ -164,11 +167,15 @@ class MemoryModel:
         """Reject a batch size or a length that the model cannot serve.
 
         Raises:
-            InvalidRequestError: The batch size is below 1, or the length is not between 1 and
-                the model's positions.
+            InvalidRequestError: The batch size is not between 1 and `MAX_BATCH_SIZE`, or the
+                length is not between 1 and the model's positions.
         """
         if batch_size < 1:
             raise InvalidRequestError(f"The batch size must be at least 1, not {batch_size}.")
+        if batch_size > MAX_BATCH_SIZE:
+            raise InvalidRequestError(
+                f"The batch size must be at most {MAX_BATCH_SIZE}, not {batch_size}."
+            )
         longest = self.facts.max_positions
         if not 1 <= seq_len_tokens <= longest:
             raise InvalidRequestError(

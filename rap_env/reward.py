@@ -14,11 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, check_name
-from rap_env.specs import check_settings, split_spec
+from rap_env.specs import check_settings, check_types, split_spec
 
 TIMINGS = ("terminal", "dense")
 
@@ -120,7 +121,7 @@ class PerplexityReward(RewardTerm):
 
     Raises:
         UnknownNameError: There is no such timing, scale or baseline.
-        InvalidRequestError: The cap or the offset is not above 0.
+        InvalidRequestError: A value has the wrong type, or the cap or the offset is not above 0.
     """
 
     name: ClassVar[str] = "perplexity"
@@ -136,6 +137,7 @@ class PerplexityReward(RewardTerm):
     log_offset: float = 0.05
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_name("timing of the reward", self.timing, TIMINGS)
         check_name("scale of the reward", self.scale, SCALES)
         if self.relative_to is not None:
@@ -254,12 +256,7 @@ def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccur
         UnknownNameError: There is no such reward, setting, timing, scale, baseline or term.
         InvalidRequestError: A weight, the cap or the offset is out of its range.
     """
-    name, settings = split_spec(spec, "reward", REWARDS)
-    check_settings(settings, f"the reward {name!r}", REWARDS[name])
-    weights = settings.pop("weights", _COMBINED_WEIGHTS) if name == "combined" else {name: 1.0}
-    _check_weights(weights)
-    if name != "accuracy":
-        perplexity = PerplexityReward(**settings)  # checks settings, used or not
+    weights, perplexity = parse_reward(spec)
     weighted: list[tuple[float, RewardTerm]] = []
     for term, weight in weights.items():
         if weight:
@@ -268,11 +265,26 @@ def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccur
     return Reward(tuple(weighted))
 
 
+def parse_reward(spec: str | Mapping[str, Any]) -> tuple[Mapping[str, float], PerplexityReward]:
+    """Weights by term of the reward that a spec names, and its term `perplexity`, used or not.
+
+    Raises:
+        RapError: As for `make_reward`.
+    """
+    name, settings = split_spec(spec, "reward", REWARDS)
+    check_settings(settings, f"the reward {name!r}", REWARDS[name])
+    weights = settings.pop("weights", _COMBINED_WEIGHTS) if name == "combined" else {name: 1.0}
+    _check_weights(weights)
+    return weights, PerplexityReward(**settings)
+
+
 def _check_weights(weights: Mapping[str, float]) -> None:
     """Reject weights of unknown terms, negative weights, and weights that are all 0."""
+    if not isinstance(weights, Mapping):
+        raise InvalidRequestError(f"weights must be a dict of terms and numbers, not {weights!r}.")
     for term, weight in weights.items():
         check_name("reward term", term, _COMBINED_WEIGHTS)
-        if not 0 <= weight < math.inf:
+        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise InvalidRequestError(
                 f"The weight of the reward term {term!r} must be at least 0, not {weight!r}."
             )

@@ -8,9 +8,14 @@ A spec is a name (``"perplexity"``) or a dict with that ``name`` and settings
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from rap_env.errors import check_name
+from rap_env.errors import InvalidRequestError, RapError, check_name
+
+_NUMBERS: dict[type, type] = {int: Integral, float: Real}  # includes those of NumPy
 
 
 def split_spec(
@@ -19,8 +24,13 @@ def split_spec(
     """Split a spec (a name, or a dict with a ``name``) into name and settings.
 
     Raises:
+        InvalidRequestError: The spec is neither a string nor a mapping.
         UnknownNameError: The name is missing or not among the `known` ones.
     """
+    if not isinstance(spec, str | Mapping):
+        raise InvalidRequestError(
+            f"A {kind} must be a name, or a dict with a 'name' and settings, not {spec!r}."
+        )
     settings: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name, known = settings.pop("name", None), list(known)
     check_name(kind, name, known)
@@ -36,3 +46,38 @@ def check_settings(settings: Mapping[str, Any], owner: str, known: Iterable[str]
     known = list(known)
     for key in settings:
         check_name(f"setting of {owner}:", key, known)
+
+
+def check_types(
+    owner: Any, error: type[RapError] = InvalidRequestError, *, none: str = "None"
+) -> None:
+    """Check the fields of a dataclass against their annotations; NumPy numbers become Python's.
+
+    Args:
+        owner: The dataclass. An integer is allowed where a float is; a bool is not a number.
+        error: Class of the error.
+        none: What messages call None.
+
+    Raises:
+        RapError: The value of a field has another type.
+    """
+    for name, types in field_types(type(owner)).items():
+        value = getattr(owner, name)
+        allowed = tuple(_NUMBERS.get(kind, kind) for kind in types)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
+            words = " or ".join(none if kind is NoneType else kind.__name__ for kind in types)
+            raise error(f"{name} must be of type {words}, not {value!r}.")
+        if isinstance(value, Real) and not isinstance(value, int | float):
+            plain = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(owner, name, plain)
+
+
+def field_types(owner: type) -> dict[str, tuple[type, ...]]:
+    """Types that each field of a dataclass accepts, by its name."""
+    hints = get_type_hints(owner)
+    types: dict[str, tuple[type, ...]] = {}
+    for entry in fields(owner):
+        hint = hints[entry.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        types[entry.name] = tuple(get_origin(kind) or kind for kind in kinds)
+    return types

@@ -56,6 +56,12 @@ def test_version_and_help(rap):
     assert "[default: 8000]" in out
 
 
+def test_without_a_command_it_shows_its_help(rap):
+    code, out, err = rap()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: rap ")
+
+
 def test_choosing_a_mask_for_the_default_model_loads_no_torch():
     code = (
         "import sys; from rap_env.cli import main\n"
@@ -199,7 +205,10 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
     ("arguments", "words"),
     [
         (["choose", "--batch", "8"], "Missing option '--seq'"),
-        (["choose", "--batch", "8", "--seq", "1", "--budget", "much"], "'much' is not a number"),
+        (
+            ["choose", "--batch", "8", "--seq", "1", "--budget", "much"],
+            "--budget must be a number of bytes",
+        ),
         (["choose", "--batch", "8", "--seq", "99999", "--budget", "1GiB"], "from 1 to 8192 tokens"),
         (["choose", *REQUEST, "--policy", "nobody"], "Unknown policy 'nobody'"),
         (["prune", "x"], "Give either --remove, or all of --batch, --seq and --budget"),

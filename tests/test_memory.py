@@ -15,7 +15,7 @@ from rap_env.errors import (
     InvalidRequestError,
     UnknownNameError,
 )
-from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts
+from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts
 from rap_env.request import Request
 
 FACTS = ModelFacts(
@@ -216,6 +216,15 @@ def test_a_length_beyond_the_models_positions_is_rejected() -> None:
         MEMORY.peak_bytes(BlockMask(), Request(1, 4097, 1))
     with pytest.raises(InvalidRequestError, match="batch size must be at least 1, not 0"):
         MEMORY.check(0, 10)
+
+
+def test_a_batch_beyond_64_bit_arithmetic_is_rejected() -> None:
+    for batch_size in (MAX_BATCH_SIZE + 1, 10**30):
+        with pytest.raises(InvalidRequestError, match=f"at most 1048576, not {batch_size}"):
+            MEMORY.peak_bytes(BlockMask(), Request(batch_size, 10, 1))
+    request = Request(MAX_BATCH_SIZE, 4096, 1)
+    peak = MEMORY.peak_bytes(BlockMask(), request)
+    assert peak == MEMORY.dense_peak_bytes(MAX_BATCH_SIZE, 4096) > 0
 
 
 def test_a_mask_of_another_model_is_rejected() -> None:

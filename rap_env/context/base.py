@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.corpus import CorpusConfig
+from rap_env.specs import check_types
 
 if TYPE_CHECKING:  # a context without a live model loads no torch
     import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
+
+GSI_METHODS = ("exact", "lazy", "halving")
+"""Methods of `rap_env.importance.gsi`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class ContextConfig:
         frontier: Path of a frontier artifact (`rap_env.importance.build_frontier`); None if
             nothing needs the best known masks.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
+
+    Raises:
+        InvalidRequestError: A value has the wrong type or is out of range.
+        UnknownNameError: There is no such GSI method.
     """
 
     model: str = "smollm2-135m"
@@ -61,6 +69,13 @@ class ContextConfig:
     repair: str = "none"
     frontier: str | None = None
     store: str | None = "default"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_name("GSI method", self.gsi_method, GSI_METHODS)
+        for name in ("gsi_removals", "max_memory_bytes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InvalidRequestError(f"{name} must be at least 1, or None, not {value}.")
 
 
 class PruningContext(Protocol):

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rap_env.artifacts import canonical_json
-from rap_env.context.base import ContextConfig, PruningContext
+from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
-from rap_env.errors import ModelNotAvailableError
+from rap_env.errors import ModelNotAvailableError, UnknownNameError
 from rap_env.paths import cache_dir
 from rap_env.repair import REPAIRS
 from rap_env.scoring.score_table import table_path
@@ -24,6 +24,9 @@ def open_context(config: ContextConfig) -> PruningContext:
     Raises:
         RapError: As loading the model, the text, the stubs, the store, a table or an artifact does.
     """
+    if config.importance not in IMPORTANCES and not Path(config.importance).is_file():
+        hint = "Any other value is the path of a GSI artifact; there is no such file."
+        raise UnknownNameError("importance", config.importance, IMPORTANCES, hint)
     key, table = canonical_json(asdict(config)), table_path(config.model)
     library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
     for file in (table, library):

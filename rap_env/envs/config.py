@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import InvalidRequestError, check_name
-from rap_env.reward import REWARDS
+from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
-from rap_env.specs import check_settings, split_spec
+from rap_env.specs import check_settings, check_types, split_spec
 from rap_env.workload import SAMPLERS
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class EnvConfig:
     Raises:
         UnknownNameError: There is no such workload, reward, calibration setting or value of
             `infeasible`.
-        InvalidRequestError: The penalty or the number of invalid actions is out of its range.
+        InvalidRequestError: An argument has the wrong type, or a number of the reward, the
+            penalty or the number of invalid actions is out of its range.
         CorpusError: A number of the calibration text is out of its range.
     """
 
@@ -57,8 +58,9 @@ class EnvConfig:
     store: str | None = "default"
 
     def __post_init__(self) -> None:
+        check_types(self)
         split_spec(self.workload, "sampler", SAMPLERS)
-        split_spec(self.reward, "reward", REWARDS)
+        parse_reward(self.reward)
         self.corpus_config()
         check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
         penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
@@ -66,7 +68,7 @@ class EnvConfig:
             raise InvalidRequestError(
                 f"invalid_action_penalty must be 0 or above, not {penalty!r}."
             )
-        if isinstance(limit, bool) or int(limit) != limit or limit < 1:
+        if limit < 1:
             raise InvalidRequestError(
                 f"max_invalid_actions must be a whole number of at least 1, not {limit!r}."
             )

@@ -65,7 +65,12 @@ class PruningTask:
     """
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
-        self.context = context or open_context(config.context_config())
+        if context is not None and not hasattr(context, "scorer"):
+            raise InvalidRequestError(
+                f"context must be a pruning context, not {context!r}; make one with "
+                "rap_env.context.open_context(ContextConfig(...)), or pass None."
+            )
+        self.context = open_context(config.context_config()) if context is None else context
         self.memory = self.context.memory
         self.num_blocks = self.memory.facts.num_blocks
         self.sampler = make_sampler(config.workload, self.memory)

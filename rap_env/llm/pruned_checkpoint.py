@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,20 +54,27 @@ def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]
 
     Raises:
         UnknownNameError: The mask names a block that the model does not have.
-        ArtifactError: The folder has content and is no pruned checkpoint.
+        ArtifactError: The folder has content and is no pruned checkpoint, or it is a file.
         StorageFullError: The disk is full; the folder is unchanged.
     """
     folder = Path(folder)
     mask.check(llm.num_blocks)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file, not a folder; choose another folder.")
     if folder.exists() and not (folder / PRUNED_FILE).exists() and any(folder.iterdir()):
         raise ArtifactError(
             f"{folder} has content that is no pruned checkpoint; choose another folder."
         )
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        # tempfile would create a folder that only its owner can read, as safetensors does files.
+        work = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+        work.mkdir()
         try:
             _write(llm, mask, work)
+            mode = (work / PRUNED_FILE).stat().st_mode
+            for path in work.iterdir():
+                path.chmod(mode)
             _replace(folder, work)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.specs import check_types
 
 if TYPE_CHECKING:  # reading a `CorpusConfig` must not import torch
     import torch
@@ -42,7 +43,7 @@ class CorpusConfig:
         role: ``"calibration"``, ``"selection"`` or ``"report"``; roles never share text.
 
     Raises:
-        CorpusError: A number is out of range.
+        CorpusError: A value has the wrong type, or a number is out of range.
         UnknownNameError: An unknown role.
     """
 
@@ -55,11 +56,12 @@ class CorpusConfig:
     role: str = "calibration"
 
     def __post_init__(self) -> None:
+        check_types(self, CorpusError)
         if self.role not in ROLE_SPANS:
             raise UnknownNameError("corpus role", self.role, ROLE_SPANS)
         for name, least in (("windows", 1), ("window_tokens", 2), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise CorpusError(f"{name} must be a whole number >= {least}, not {value!r}.")
 
     @classmethod

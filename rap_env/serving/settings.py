@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 
 from rap_env.errors import MissingDependencyError, ServingSettingsError, UnknownNameError
-from rap_env.specs import check_settings
+from rap_env.specs import check_settings, check_types, field_types
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
 CHOICES = {
@@ -30,8 +30,12 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(name: str, text: str | int) -> int:
     """Convert ``"2.5GiB"``, ``"800 MB"`` or ``"1048576"`` to a number of bytes.
+
+    Args:
+        name: What error messages call the value.
+        text: The text, or a number of bytes.
 
     Raises:
         ServingSettingsError: The text has another form.
@@ -39,7 +43,7 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     if match is None or match[2] not in _UNITS:
         raise ServingSettingsError(
-            f"{text!r} is not a number of bytes; write it as 2.5GiB, 800MB or 1048576."
+            f"{name} must be a number of bytes such as 2.5GiB, 800MB or 1048576, not {text!r}."
         )
     return int(float(match[1]) * _UNITS[match[2]])
 
@@ -125,12 +129,9 @@ class ServerSettings:
     shutdown_grace_s: float = 10.0
 
     def __post_init__(self) -> None:
+        check_types(self, ServingSettingsError, none="null")
         for name, types in setting_types().items():
             value = getattr(self, name)
-            allowed: Any = (*types, int) if float in types else types
-            if not isinstance(value, allowed) or isinstance(value, bool):
-                words = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-                raise ServingSettingsError(f"{name} must be of type {words}, not {value!r}.")
             if name in CHOICES and value not in CHOICES[name]:
                 raise UnknownNameError(name, value, CHOICES[name])
             if name == "port" and not 0 <= value <= 65535:
@@ -160,12 +161,12 @@ class ServerSettings:
     @property
     def memory_source(self) -> str | int:
         """Name of the memory source, or the budget in bytes."""
-        return self.memory if self.memory in MEMORY_SOURCES else parse_bytes(self.memory)
+        return self.memory if self.memory in MEMORY_SOURCES else parse_bytes("memory", self.memory)
 
     @property
     def reserve_bytes(self) -> int:
         """Bytes to leave free."""
-        return parse_bytes(self.reserve)
+        return parse_bytes("reserve", self.reserve)
 
 
 def require_extra() -> None:
@@ -181,8 +182,7 @@ def require_extra() -> None:
 
 def setting_types() -> dict[str, tuple[type, ...]]:
     """Types that each setting accepts, by its name."""
-    hints = get_type_hints(ServerSettings)
-    return {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(ServerSettings)}
+    return field_types(ServerSettings)
 
 
 def setting_help() -> dict[str, str]:
@@ -211,7 +211,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         values = parsers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ServingSettingsError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError) as error:  # also TOMLDecodeError, UnicodeDecodeError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A ValueError may be a TOMLDecodeError or a UnicodeDecodeError.
         reason = " ".join(str(error).split())
         raise ServingSettingsError(f"{path} is not valid {path.suffix[1:]}: {reason}.") from None
     if not isinstance(values, dict | None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -93,7 +94,7 @@ class CurriculumSampler(RequestSampler):
 
     def __post_init__(self) -> None:
         whole_number("requests", self.requests, least=1)
-        if not 0 < self.start_fraction < 1:
+        if not isinstance(self.start_fraction, Real) or not 0 < self.start_fraction < 1:
             raise InvalidRequestError(
                 "start_fraction must be a share of the dense peak between 0 and 1, not "
                 f"{self.start_fraction!r}."

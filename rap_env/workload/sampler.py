@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -148,9 +149,9 @@ def _request(
     if size is not None:
         return Request(batch, length, size)
     fraction = _DEFAULT_FRACTION if fraction is None else fraction
-    if not 0 < fraction < 1:
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise InvalidRequestError(
-            f"A budget fraction must be between 0 and 1, not {fraction!r}: at 1 the dense model "
-            "fits and there is nothing to remove."
+            f"A budget fraction must be a number between 0 and 1, not {fraction!r}: at 1 the "
+            "dense model fits and there is nothing to remove."
         )
     return Request.at_fraction(memory, batch, length, fraction)

@@ -6,12 +6,15 @@ import re
 from dataclasses import FrozenInstanceError, fields
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
-from rap_env.context.base import ContextConfig
+from rap_env.context.base import GSI_METHODS, ContextConfig
 from rap_env.envs.config import EnvConfig
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
+from rap_env.importance.gsi_strategies import STRATEGIES
+from rap_env.specs import field_types
 from tests.envs.playing import DENSE_TIMING, make, play
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -25,7 +28,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
         ({"reward": "speed"}, UnknownNameError, "reward 'speed'"),
         ({"invalid_action_penalty": -1}, InvalidRequestError, "0 or above, not -1"),
         ({"max_invalid_actions": 0}, InvalidRequestError, "at least 1, not 0"),
-        ({"max_invalid_actions": 1.5}, InvalidRequestError, r"at least 1, not 1\.5"),
+        ({"max_invalid_actions": 1.5}, InvalidRequestError, r"be of type int, not 1\.5"),
         ({"wokload": "grid"}, UnknownNameError, "'wokload'; known .* mean 'workload'"),
     ],
 )
@@ -38,6 +41,57 @@ def test_mistakes_are_found_before_a_model_loads():
     for settings in ({"reward": "speed"}, {"workload": "azure"}, {"infeasible": "ignore"}):
         with pytest.raises(UnknownNameError):
             RAPPruneEnv("no-such-model", **settings)
+
+
+def wrong_arguments():
+    """Wrong values of every argument, with words of the error."""
+    for name, types in field_types(EnvConfig).items():
+        for value in (5, None, float("nan"), "x", [], {}, object(), True, ["a"]):
+            numbers = {int: int, float: (int, float)}
+            allowed = tuple(numbers.get(kind, kind) for kind in types)
+            if not isinstance(value, allowed) or value is True:
+                yield {name: value}, f"{name} must be of type"
+    for reward in (
+        {"loss_cap": "1"}, {"loss_cap": [1]}, {"loss_cap": True}, {"log_offset": None},
+        {"timing": ["dense"]},
+    ):  # fmt: skip
+        (name,) = reward
+        yield {"reward": {"name": "perplexity", **reward}}, f"{name} must be of type"
+    for weights in (5, None, ["perplexity"], "perplexity"):
+        yield {"reward": {"name": "combined", "weights": weights}}, "weights must be a dict"
+    for weight in ("1", None, float("nan")):
+        weights = {"perplexity": weight}
+        yield {"reward": {"name": "combined", "weights": weights}}, "must be at least 0"
+    for source in (5, None):
+        yield {"calibration": {"source": source}}, "source must be of type str"
+    for windows in ("1", True, 1.5):
+        yield {"calibration": {"windows": windows}}, "windows must be of type int"
+    yield {"gsi_removals": 0}, "gsi_removals must be at least 1"
+    yield {"gsi_method": "fast"}, "Unknown GSI method 'fast'"
+    yield {"importance": "absent.json"}, "Unknown importance 'absent.json'.*no such file"
+
+
+@pytest.mark.parametrize(("settings", "words"), wrong_arguments())
+def test_a_wrong_type_is_named_before_a_model_loads(settings, words):
+    with pytest.raises(RapError, match=words):
+        RAPPruneEnv(**{"model": "no-such-model", **settings})
+
+
+@pytest.mark.parametrize("context", [{}, 5, "smollm2-135m"])
+def test_another_object_is_no_context(context):
+    with pytest.raises(InvalidRequestError, match="context must be a pruning context, not "):
+        RAPPruneEnv("no-such-model", context=context)
+
+
+def test_numbers_of_numpy_are_accepted():
+    config = EnvConfig(gsi_removals=np.int64(3), invalid_action_penalty=np.float32(0.5))
+    assert type(config.gsi_removals) is int
+    assert type(config.invalid_action_penalty) is float
+    assert (config.gsi_removals, config.invalid_action_penalty) == (3, 0.5)
+
+
+def test_the_gsi_methods_are_those_of_the_search():
+    assert tuple(STRATEGIES) == GSI_METHODS
 
 
 def test_the_table_of_arguments_is_that_of_the_configuration():

@@ -201,6 +201,21 @@ def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
 
+def test_others_may_read_what_the_umask_lets_them(saved, tmp_path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").touch()
+    for path in saved, *saved.iterdir():
+        other = plain if path.is_dir() else plain / "file"
+        assert path.stat().st_mode == other.stat().st_mode, path
+
+
+def test_a_file_is_no_folder_for_a_checkpoint(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="is a file, not a folder"):
+        save_pruned(tiny_llm(), BlockMask(), tmp_path / "file")
+
+
 @pytest.mark.parametrize("as_safetensors", [False, True])
 def test_a_full_disk_leaves_the_older_checkpoint(
     saved, tmp_path, monkeypatch, as_safetensors: bool

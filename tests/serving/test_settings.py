@@ -35,13 +35,22 @@ from rap_env.serving.settings import (
     ],
 )  # fmt: skip
 def test_bytes_are_read_with_their_unit(text, expected):
-    assert parse_bytes(text) == expected
+    assert parse_bytes("memory", text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "2 GX", "1e9", "two"])
 def test_an_invalid_number_of_bytes_is_named(text):
-    with pytest.raises(ServingSettingsError, match=re.escape(repr(text))):
-        parse_bytes(text)
+    with pytest.raises(
+        ServingSettingsError, match=f"reserve must be .* not {re.escape(repr(text))}"
+    ):
+        parse_bytes("reserve", text)
+
+
+@pytest.mark.parametrize("name", ["settings.yaml", "settings.toml"])
+def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name):
+    (tmp_path / name).write_text("a = " + 9999 * "[" if name.endswith("toml") else 9999 * "[")
+    with pytest.raises(ServingSettingsError, match=f"{name} is not valid"):
+        read_settings_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +61,7 @@ def test_an_invalid_number_of_bytes_is_named(text):
         ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
         ({"body_timeout_s": 0}, "body_timeout_s must be above 0 seconds"),
         ({"shutdown_grace_s": float("nan")}, "shutdown_grace_s"),
-        ({"memory": "much"}, "'much' is not a number of bytes"),
+        ({"memory": "much"}, "memory must be a number of bytes .* not 'much'"),
         ({"residency": "gone"}, "residency"),
         ({"restore": "from_here"}, "restore"),
         ({"port": 70000}, "port must be from 0 to 65535"),
