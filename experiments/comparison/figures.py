@@ -80,8 +80,10 @@ def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
         for place, (axis, shape) in enumerate(zip(axes, shapes, strict=False)):
             means += _draw_delta_nlls(axis, comparison, shape)
             axis.set_title(f"{shape_words(shape)} tokens")
-            axis.set_xlabel("memory budget (% of the dense peak)" if narrow or place >= (
-                rows - 1) * columns else "")  # fmt: skip
+            lowest = place + columns >= len(shapes)  # no panel below
+            axis.set_xlabel("memory budget (% of the dense peak)" if narrow or lowest else "")
+            if lowest:
+                axis.tick_params(labelbottom=True)
         for place, axis in enumerate(axes[: len(shapes)]):
             delta_nll_scale(axis, means, "y", label=place % columns == 0)
         _budget_axis(axes[0], comparison.budgets)
