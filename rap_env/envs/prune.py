@@ -277,7 +277,9 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
         """The action as a Python integer."""
         whole = isinstance(action, np.integer) or type(action) is int
         if not whole:  # an array of one integer is accepted, a boolean is not
-            whole = np.issubdtype(np.asarray(action).dtype, np.integer)
+            array = np.asarray(action)
+            whole = array.size == 1 and np.issubdtype(array.dtype, np.integer)
+            action = array.item() if whole else action
         if not whole or not 0 <= action < self._task.num_blocks:
             raise self._task.unknown_action(action)
         return int(action)

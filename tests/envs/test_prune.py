@@ -165,13 +165,20 @@ class TestEpisode:
         env.reset(seed=1)
         assert env.mask == BlockMask()
 
-    @pytest.mark.parametrize("action", [-1, COUNT, 0.5])
+    @pytest.mark.parametrize("action", [-1, COUNT, 0.5, None, [0, 1], True])
     def test_a_malformed_action_is_rejected_and_changes_nothing(self, context, action):
         env = make(context)
         env.reset(seed=0)
         with pytest.raises(UnknownNameError, match=r"Unknown action .*5 \(layer02\.ffn\)"):
             env.step(action)
         assert env.mask == BlockMask()
+
+    @pytest.mark.parametrize("action", [np.array(2), np.array([2]), [2], np.uint8(2)])
+    def test_an_array_of_one_integer_is_an_action(self, context, action):
+        env = make(context)
+        env.reset(seed=0)
+        env.step(action)
+        assert env.mask.indices == {2}
 
     def test_nan_from_the_model_does_not_change_the_episode(self):
         context = make_context()
