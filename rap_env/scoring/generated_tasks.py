@@ -11,19 +11,43 @@ turns, so that the first documents of a task have the same mix as all of them.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from importlib import resources
+from typing import Any, NamedTuple, TypedDict
 
-from rap_env.errors import UnknownNameError
-from rap_env.scoring.task_data.facts import RELATIONS, Relation
-from rap_env.scoring.task_data.minimal_pairs import PARADIGMS
-from rap_env.scoring.task_data.words import NAMES, OBJECTS
+from rap_env.errors import check_name
+from rap_env.scoring.minimal_pairs import PARADIGMS
 
 TEST_DOCUMENTS = 200
 FEWSHOT_DOCUMENTS = 32
 RECALL_LENGTHS = (4, 8, 16, 32)
+
+
+class Relation(NamedTuple):
+    """A relation between everyday words, for the multiple-choice task.
+
+    Attributes:
+        name: Kind of the question.
+        question: Template with one ``{}`` for the known word.
+        pairs: ``(known word, answer)``. The wrong choices are answers of other pairs.
+    """
+
+    name: str
+    question: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+_WORDS: dict[str, Any] = json.loads(
+    resources.files("rap_env.scoring").joinpath("task_words.json").read_text(encoding="utf-8")
+)
+NAMES, OBJECTS = _WORDS["names"], _WORDS["objects"]  # keys and values of the recall task
+RELATIONS = tuple(
+    Relation(entry["name"], entry["question"], tuple(entry["pairs"].items()))
+    for entry in _WORDS["relations"]
+)
 
 
 class Document(TypedDict):
@@ -73,15 +97,9 @@ def _choice(rng: random.Random) -> Iterator[Document]:
         if not decks[relation.name]:
             decks[relation.name] = rng.sample(relation.pairs, len(relation.pairs))
         known, good = decks[relation.name].pop()
-        yield _document(rng, *_question(rng, relation, known, good), relation.name)
-
-
-def _question(
-    rng: random.Random, relation: Relation, known: str, good: str
-) -> tuple[str, str, list[str]]:
-    others = sorted({answer for _, answer in relation.pairs} - {good})
-    context = f"Question: {relation.question.format(known)}\nAnswer:"
-    return context, good, rng.sample(others, 3)
+        others = sorted({answer for _, answer in relation.pairs} - {good})
+        context = f"Question: {relation.question.format(known)}\nAnswer:"
+        yield _document(rng, context, good, rng.sample(others, 3), relation.name)
 
 
 @dataclass(frozen=True)
@@ -129,10 +147,6 @@ def lm_eval_config(task: GeneratedTask, seed: int = 0) -> dict[str, Any]:
     """The task as an inline lm-eval config, for ``TaskManager.load([config])``.
 
     Few-shot examples are separate documents that are not among the tested ones.
-
-    Args:
-        task: One of `GENERATED_TASKS`.
-        seed: Chooses the documents.
     """
 
     def make(**_metadata: Any) -> Any:
@@ -162,6 +176,5 @@ def generated_task(name: str) -> GeneratedTask:
     Raises:
         UnknownNameError: There is no such task.
     """
-    if name not in GENERATED_TASKS:
-        raise UnknownNameError("generated task", name, GENERATED_TASKS)
+    check_name("generated task", name, GENERATED_TASKS)
     return GENERATED_TASKS[name]

@@ -6,14 +6,15 @@ from rap_env.errors import UnknownNameError
 from rap_env.scoring.generated_tasks import (
     FEWSHOT_DOCUMENTS,
     GENERATED_TASKS,
+    NAMES,
+    OBJECTS,
     RECALL_LENGTHS,
+    RELATIONS,
     TEST_DOCUMENTS,
     generated_task,
     lm_eval_config,
 )
-from rap_env.scoring.task_data.facts import RELATIONS
-from rap_env.scoring.task_data.minimal_pairs import PARADIGMS
-from rap_env.scoring.task_data.words import NAMES, OBJECTS
+from rap_env.scoring.minimal_pairs import PARADIGMS
 
 ALL = sorted(GENERATED_TASKS)
 WHOLE = TEST_DOCUMENTS + FEWSHOT_DOCUMENTS

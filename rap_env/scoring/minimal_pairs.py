@@ -7,52 +7,26 @@ knows word frequencies scores near one half.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from importlib import resources
+from typing import Any
 
 Pair = tuple[str, str]
 Paradigm = Callable[[random.Random], Pair]
 
-PEOPLE = (
-    ("boy", "boys"), ("girl", "girls"), ("teacher", "teachers"), ("doctor", "doctors"),
-    ("farmer", "farmers"), ("child", "children"), ("woman", "women"), ("man", "men"),
-    ("student", "students"), ("singer", "singers"), ("neighbor", "neighbors"),
-    ("driver", "drivers"), ("guest", "guests"), ("sailor", "sailors"), ("lawyer", "lawyers"),
-    ("nurse", "nurses"), ("baker", "bakers"), ("painter", "painters"), ("guard", "guards"),
-    ("hunter", "hunters"),
-)  # fmt: skip
-GENDERED = (
-    ("king", "queen"), ("man", "woman"), ("boy", "girl"), ("uncle", "aunt"),
-    ("father", "mother"), ("brother", "sister"), ("son", "daughter"), ("prince", "princess"),
-    ("grandfather", "grandmother"), ("husband", "wife"),
-)  # fmt: skip
-THINGS = (
-    ("book", "books"), ("key", "keys"), ("box", "boxes"), ("window", "windows"),
-    ("car", "cars"), ("shoe", "shoes"), ("cup", "cups"), ("letter", "letters"),
-    ("door", "doors"), ("lamp", "lamps"), ("chair", "chairs"), ("picture", "pictures"),
-    ("bottle", "bottles"), ("knife", "knives"), ("basket", "baskets"), ("boat", "boats"),
-    ("table", "tables"), ("plate", "plates"), ("clock", "clocks"), ("tree", "trees"),
-)  # fmt: skip
-MASS = ("water", "rice", "sand", "milk", "smoke", "furniture", "money", "rain", "bread", "traffic")
-PEOPLE_ADJECTIVES = ("tired", "happy", "angry", "late", "hungry", "ready", "afraid", "famous")
-THING_ADJECTIVES = ("old", "heavy", "broken", "clean", "expensive", "red", "empty", "new")
-PLACES = ("garden", "kitchen", "street", "station", "church", "market", "library", "river")
-# base, third person, past, participle; past and participle differ
-IRREGULAR = (
-    ("break", "breaks", "broke", "broken"), ("take", "takes", "took", "taken"),
-    ("steal", "steals", "stole", "stolen"), ("choose", "chooses", "chose", "chosen"),
-    ("see", "sees", "saw", "seen"), ("forget", "forgets", "forgot", "forgotten"),
-    ("hide", "hides", "hid", "hidden"), ("give", "gives", "gave", "given"),
-    ("draw", "draws", "drew", "drawn"), ("throw", "throws", "threw", "thrown"),
-)  # fmt: skip
-TRANSITIVE = ("carried", "found", "washed", "moved", "bought", "repaired", "touched", "sold")
-INTRANSITIVE = ("arrived", "slept", "laughed", "smiled", "waited", "sat", "cried", "sneezed")
-LIKING = (("likes", "like"), ("knows", "know"), ("sees", "see"), ("remembers", "remember"))
-REGULAR_BASE = (
-    ("walk", "walks"), ("wait", "waits"), ("work", "works"), ("sing", "sings"),
-    ("sleep", "sleeps"), ("play", "plays"), ("talk", "talks"), ("stand", "stands"),
-)  # fmt: skip
-BE = (("is", "are"), ("was", "were"))
+_WORDS: dict[str, Any] = json.loads(
+    resources.files("rap_env.scoring").joinpath("minimal_pairs.json").read_text(encoding="utf-8")
+)
+PEOPLE, THINGS = _WORDS["people"], _WORDS["things"]  # (singular, plural)
+GENDERED = _WORDS["gendered"]  # (male, female)
+MASS, PLACES = _WORDS["mass"], _WORDS["places"]
+PEOPLE_ADJECTIVES, THING_ADJECTIVES = _WORDS["people_adjectives"], _WORDS["thing_adjectives"]
+IRREGULAR = _WORDS["irregular"]  # (base, third person, past, participle); the last two differ
+TRANSITIVE, INTRANSITIVE = _WORDS["transitive"], _WORDS["intransitive"]
+LIKING, BE = _WORDS["liking"], _WORDS["be"]  # (singular, plural)
+REGULAR_BASE = _WORDS["regular_base"]  # (base, third person)
 
 
 def simple_agreement(rng: random.Random) -> Pair:

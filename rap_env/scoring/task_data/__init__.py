@@ -1,1 +1,0 @@
-"""Word lists and templates of the generated tasks."""
