@@ -22,7 +22,8 @@ from benchmarks.scoring_setup import (
     open_setup,
 )  # fmt: skip
 from rap_env.blocks import BlockMask
-from rap_env.importance import GSIProfile, gsi, gsi_rounds
+from rap_env.importance.gsi_search import gsi, gsi_rounds
+from rap_env.importance.profiles import GSIProfile
 from rap_env.scoring.scorer import MaskScorer
 
 _AGAINST = "one full forward of a plain model for each candidate"

@@ -40,7 +40,8 @@ class RepairSettings(ModelSettings):
 
 def main(settings: RepairSettings) -> None:
     """Measure, and write the record."""
-    from rap_env.repair import FitConfig, fit_library
+    from rap_env.repair.config import FitConfig
+    from rap_env.repair.fitting import fit_library
 
     llm = open_model(settings)
     text, held_back = (_random_text(llm, settings, seed) for seed in (0, 1))

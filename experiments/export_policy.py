@@ -20,7 +20,7 @@ from experiments.console import message, say
 from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
-from rap_env.importance import Frontier
+from rap_env.importance.frontier import Frontier
 
 FRONTIER_SUFFIX = ".frontier.json"
 

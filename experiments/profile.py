@@ -17,7 +17,7 @@ from experiments.launch import launch
 from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
-from rap_env.importance import FrontierConfig, build_frontier
+from rap_env.importance.frontier_search import FrontierConfig, build_frontier
 from rap_env.llm.progress import progress_bar
 from rap_env.scoring.scorer import bar_callback
 from rap_env.workload import make_sampler

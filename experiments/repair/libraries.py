@@ -15,10 +15,14 @@ from experiments.config.common import TextConfig
 from experiments.contexts import build_context, load_texts
 from experiments.errors import ExperimentError
 from rap_env.context.live import LiveContext
-from rap_env.importance import GSIProfile, gsi
+from rap_env.importance.gsi_search import gsi
+from rap_env.importance.profiles import GSIProfile
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
+from rap_env.repair.config import DistillConfig, FitConfig
+from rap_env.repair.distilling import distill
+from rap_env.repair.fitting import fit_library
 from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.workload import make_sampler

@@ -24,7 +24,8 @@ from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
-from rap_env.repair import StubLibrary, fit_for_mask
+from rap_env.repair.fitting import fit_for_mask
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 

@@ -12,7 +12,7 @@ from experiments.comparison.records import CellRecord, read_json
 from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:
-    from rap_env.importance import GSIProfile
+    from rap_env.importance.profiles import GSIProfile
 
 STUDIES = ("grid", "tokens", "domain", "alone")
 ORDERS_FILE = "orders.json"

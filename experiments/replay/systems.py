@@ -241,7 +241,7 @@ class SystemFactory:
     def _gsi_order(self) -> tuple[int, ...]:
         """Return the blocks in GSI order."""
         if self._config.replay.gsi is not None:
-            from rap_env.importance import GSIProfile
+            from rap_env.importance.profiles import GSIProfile
 
             try:
                 return GSIProfile.load(self._config.replay.gsi, self._llm).full_order

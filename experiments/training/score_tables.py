@@ -27,7 +27,7 @@ import numpy.typing as npt
 from experiments.config import Config
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
-from rap_env.repair import repair_label
+from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
 

@@ -45,11 +45,11 @@ class ContextConfig:
         importance: ``"gsi"`` (measured once, then cached), ``"one_shot"`` (2L evaluations),
             ``"none"``, or the path of a GSI artifact.
         gsi_removals: Number of removals after which GSI stops; None orders all blocks.
-        gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.importance.gsi`.
+        gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.gsi`.
         repair: What replaces removed blocks: ``"none"``; ``"library"``, stubs that are fitted on
             self-generated text at the first use and cached; or the path of a library's file
-            (see `rap_env.repair.open_library`).
-        frontier: Path of a frontier artifact (`rap_env.importance.build_frontier`); None if
+            (see `rap_env.open_library`).
+        frontier: Path of a frontier artifact (`rap_env.importance.frontier_search`); None if
             nothing needs the best known masks.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
 
@@ -147,7 +147,7 @@ def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:
     if path is None or not Path(path).exists():
         raise ArtifactError(
             f"There is no frontier artifact ({path or 'no path was given'}); build one with "
-            "rap_env.importance.build_frontier(scorer, requests).save(path), or in a checkout "
-            "with `python -m experiments.profile frontier.evaluations=3000`."
+            "rap_env.importance.frontier_search.build_frontier(scorer, requests).save(path), or in "
+            "a checkout with `python -m experiments.profile frontier.evaluations=3000`."
         )
     return Frontier.load(path, memory)

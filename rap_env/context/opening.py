@@ -11,7 +11,7 @@ from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
 from rap_env.errors import ModelNotAvailableError, UnknownNameError
 from rap_env.paths import cache_dir
-from rap_env.repair import REPAIRS
+from rap_env.repair.config import REPAIRS
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
 

@@ -19,7 +19,7 @@ from rap_env.importance.frontier import Frontier
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 from rap_env.observation import ImportanceFeatures
-from rap_env.repair import repair_label
+from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
 

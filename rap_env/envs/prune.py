@@ -164,8 +164,8 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
 
     With `repair="none"` a removed block is replaced by nothing, as in the paper. Otherwise a
     *stub* replaces it: a small linear map with a mean. `"library"` fits one stub for each block on
-    text that the model generates (once, then cached); a path names a file of
-    `rap_env.repair.StubLibrary`. Spaces, rules and rewards stay the same. The bytes of stubs
+    text that the model generates (once, then cached); a path names a file that
+    `rap_env.open_library` reads. Spaces, rules and rewards stay the same. The bytes of stubs
     count: `peak_bytes` includes them, and a removal frees that much less. ΔNLL and importance are
     those of the model with stubs.
 

@@ -99,8 +99,7 @@ class ElasticLLM:
         """A view of this model with stubs in the places of removed blocks.
 
         It shares the weights and the applied mask with this one; nothing changes until one of the
-        two applies a mask. Prefer `rap_env.repair.StubLibrary.attach`, which checks that the stubs
-        belong to the model.
+        two applies a mask. Prefer `StubLibrary.attach`, which checks that the stubs belong to it.
 
         Args:
             stubs: Stubs by index of their block, on the model's device and in its dtype. A removed

@@ -49,7 +49,7 @@ def open_library(name: str, llm: ElasticLLM, *, progress: bool = True) -> StubLi
     if not path.is_file():
         hint = (
             "Any other value is the path of a stub library, written by "
-            "rap_env.fit_library(...).save(path); there is no such file."
+            "rap_env.repair.fitting.fit_library(...).save(path); there is no such file."
         )
         raise UnknownNameError("repair", name, REPAIRS, hint)
     return StubLibrary.load(path)

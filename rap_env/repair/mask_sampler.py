@@ -31,7 +31,7 @@ class MaskSampler:
         memory: The model's byte arithmetic, including stubs.
         requests: Samples requests.
         delta_nll: Rise in NLL at the removal of each block, nats per token, (2L,), such as
-            `rap_env.importance.GSIProfile.marginal_delta_nll`.
+            `rap_env.importance.profiles.GSIProfile.marginal_delta_nll`.
         noise: Standard deviations to choose from.
     """
 

@@ -108,7 +108,7 @@ class StubLibrary:
             ArtifactError: It is truncated, altered, or not a stub library of this format.
         """
         path = Path(path)
-        again = "fit it again with rap_env.fit_library(...) and save it with .save(path)"
+        again = "fit it again with rap_env.repair.fitting.fit_library(...).save(path)"
         if not path.exists():
             raise FileNotFoundError(f"There is no stub library at {path}; {again}.")
         try:

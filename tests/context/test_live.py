@@ -10,7 +10,7 @@ from rap_env.context.base import ContextConfig
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError
-from rap_env.importance import gsi
+from rap_env.importance.gsi_search import gsi
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
 from tests.envs.conftest import tiny_library

@@ -14,7 +14,7 @@ from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, ModelNotAvailableError
-from rap_env.importance import gsi
+from rap_env.importance.gsi_search import gsi
 from rap_env.scoring.corpus import CorpusConfig
 from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of

@@ -12,7 +12,9 @@ import pytest
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
-from rap_env.importance import Frontier, FrontierConfig, build_frontier, gsi
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.frontier_search import FrontierConfig, build_frontier
+from rap_env.importance.gsi_search import gsi
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer

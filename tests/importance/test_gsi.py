@@ -9,8 +9,9 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance import GSIProfile, gsi
+from rap_env.importance.gsi_search import gsi
 from rap_env.importance.gsi_strategies import GSIState, LazyStrategy
+from rap_env.importance.profiles import GSIProfile
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore

@@ -8,8 +8,8 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
-from rap_env.importance import OneShotProfile, one_shot
-from rap_env.importance.one_shot_scores import block_influence, layer_influence
+from rap_env.importance.one_shot_scores import block_influence, layer_influence, one_shot
+from rap_env.importance.profiles import OneShotProfile
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.scorer import MaskScorer
 from tests.envs.conftest import tiny_library

@@ -5,8 +5,10 @@ import sys
 from dataclasses import asdict
 
 from rap_env.blocks import BlockMask
-from rap_env.importance import GSIProfile, OneShotProfile, gsi, one_shot
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.gsi_search import gsi
+from rap_env.importance.one_shot_scores import one_shot
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm
@@ -14,9 +16,8 @@ from tests.tiny import tiny_llm
 LOAD = """
 import sys
 from types import SimpleNamespace
-import rap_env.importance
-from rap_env.importance import Frontier, GSIProfile, OneShotProfile
-from rap_env.importance.frontier import Frontier as again
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.observation import ImportanceFeatures
 folder, fingerprint = sys.argv[1:]
 model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
@@ -25,7 +26,6 @@ gsi = GSIProfile.load(f"{folder}/gsi.json", model)
 frontier = Frontier.load(f"{folder}/frontier.json", model)
 ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 frontier.entries
-assert Frontier is again
 torch_like = ("torch", "transformers", "rap_env.llm", "rap_env.scoring.scorer")
 print([name for name in torch_like if name in sys.modules])
 """

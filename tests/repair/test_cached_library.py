@@ -17,7 +17,10 @@ from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
-from rap_env.repair import FitConfig, cached_library, fit_library, open_library, repair_label
+from rap_env.repair import cached_library
+from rap_env.repair.cached_library import open_library
+from rap_env.repair.config import FitConfig, repair_label
+from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.corpus_loading import load_corpus

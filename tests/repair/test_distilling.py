@@ -8,8 +8,11 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnsupportedModelError
 from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
-from rap_env.repair import DistillConfig, FitConfig, StubLibrary, distill, fit_library
+from rap_env.repair.config import DistillConfig, FitConfig
+from rap_env.repair.distilling import distill
+from rap_env.repair.fitting import fit_library
 from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
 from tests.llm.stubs import random_stubs
 from tests.llm.test_elastic import weights_hash

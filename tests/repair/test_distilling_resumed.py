@@ -9,8 +9,9 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
-from rap_env.repair import DistillConfig, StubLibrary
+from rap_env.repair.config import DistillConfig
 from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.workload.sampler import FixedSampler
 from rap_env.workload.traffic import TraceSampler
 from tests.llm.stubs import random_stubs

@@ -11,7 +11,7 @@ from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.repair import StubLibrary
+from rap_env.repair.stub_library import StubLibrary
 from tests.llm.stubs import RANKS, random_stubs
 from tests.llm.test_elastic import MASKS, logits, weights_hash
 from tests.tiny import FAMILIES, tiny_llm

@@ -6,7 +6,7 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.streamed import stream_llm
-from rap_env.repair import StubLibrary
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.mask_search import BestMaskSearch
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key

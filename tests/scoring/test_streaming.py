@@ -7,7 +7,7 @@ import transformers as tf
 from benchmarks.harness import measured_peak
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
-from rap_env.importance import gsi
+from rap_env.importance.gsi_search import gsi
 from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
 from rap_env.scoring.corpus import CorpusConfig

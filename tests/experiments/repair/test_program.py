@@ -20,7 +20,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
-from rap_env.repair import StubLibrary
+from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -12,7 +12,7 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.serving import ReplayConfig
 from rap_env.blocks import BlockMask
-from rap_env.importance import Frontier
+from rap_env.importance.frontier import Frontier
 from rap_env.llm.loading import load_llm
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel
 from tests.runtime import made_policies
