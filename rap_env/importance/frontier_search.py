@@ -87,16 +87,10 @@ def build_frontier(
     config: FrontierConfig = FrontierConfig(),
     on_score: Callable[[BlockMask], None] | None = None,
 ) -> Frontier:
-    """Search the best masks for the pairs of counts that requests would use.
+    """Search the best masks on the scorer's text for the pairs of counts that requests would use.
 
-    Args:
-        scorer: Measures masks on the calibration text.
-        requests: A sample of the expected requests; their bytes decide which pairs matter.
-        config: Settings of the search.
-        on_score: Called after each scored mask.
-
-    Raises:
-        NonFiniteScoreError: The model gave NaN or infinity.
+    `requests` is a sample of the expected requests: their bytes decide which pairs matter.
+    `on_score` is called after each scored mask.
     """
     began, ran = time.perf_counter(), scorer.evaluations
     search = _Search(scorer, config, on_score)
@@ -249,9 +243,8 @@ class UsefulCounts:
     def pairs(self, expected: Floats, slack: float) -> set[Counts]:
         """Pairs whose expected delta_nll is close to that of the best pair of some request.
 
-        Args:
-            expected: Expected delta_nll of each pair, nats per token, (L + 1, L + 1).
-            slack: Greatest distance from the best pair, as a share.
+        `expected` is in nats per token, (L + 1, L + 1); `slack` is the greatest distance from the
+        best pair, as a share.
         """
         found: set[Counts] = set()
         for fits in self._fitting:
@@ -268,20 +261,11 @@ def propose(
     predictor: DeltaNLLPredictor,
     measured: Collection[BlockMask],
 ) -> tuple[BlockMask, float] | None:
-    """The best predicted mask with these counts that was not measured yet, if there is one.
+    """The best predicted mask with these counts that was not measured, and its delta_nll.
 
     Masks are rows of the predictor's feature matrix here, because a round predicts all swaps of
     many masks: the 401 swaps of a mask of 20 among 60 blocks take 0.5 ms to make and predict as
     rows, and 2.0 ms as `BlockMask` objects.
-
-    Args:
-        pair: Numbers of attn and ffn blocks removed.
-        best: The best known mask for each pair.
-        predictor: Predicts delta_nll.
-        measured: Masks that need no proposal.
-
-    Returns:
-        The mask, and its predicted delta_nll in nats per token.
     """
     blocks = len(predictor.alone)
     starts = feature_matrix(list(_starts(pair, best, blocks)), blocks)

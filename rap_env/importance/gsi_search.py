@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rap_env.blocks import BlockMask, block_index, block_name
-from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.gsi_strategies import STRATEGIES, GSIState, GSIStrategy
 from rap_env.importance.profiles import GSIProfile
 from rap_env.llm.progress import progress_bar
@@ -68,17 +68,11 @@ def gsi_rounds(
     path: str | os.PathLike[str] | None = None,
     on_score: Callable[[BlockMask], None] = lambda _: None,
 ) -> Iterator[GSIProfile]:
-    """Run `gsi` and yield the profile at the start and after each removal.
+    """Run `gsi` with its arguments, and yield the profile at the start and after each removal.
 
-    Args:
-        scorer: As for `gsi`, like `method`, `stop`, `path` and the errors.
-        method: As for `gsi`.
-        stop: As for `gsi`.
-        path: As for `gsi`.
-        on_score: Called after each examined mask.
+    `on_score` is called after each examined mask.
     """
-    if method not in STRATEGIES:
-        raise UnknownNameError("GSI method", method, STRATEGIES)
+    check_name("GSI method", method, STRATEGIES)
     profile = _start(scorer, method, path)
     strategy, rounds = STRATEGIES[method](scorer), _rounds(scorer, stop)
     yield profile

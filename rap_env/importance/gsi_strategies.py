@@ -59,11 +59,7 @@ class RoundResult:
 
 
 class GSIStrategy(ABC):
-    """Finds the block to remove next.
-
-    Args:
-        scorer: Measures masks on the calibration text.
-    """
+    """Finds the block to remove next, with a scorer of the calibration text."""
 
     def __init__(self, scorer: MaskScorer) -> None:
         self.scorer = scorer
@@ -72,12 +68,7 @@ class GSIStrategy(ABC):
     def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
         """Find the block whose removal raises the NLL least.
 
-        Args:
-            state: State before the round.
-            on_score: Called after each examined mask.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
+        `on_score` is called after each examined mask.
         """
 
     @property

@@ -40,14 +40,11 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
 
 
 def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
-    """Block influence of ShortGPT (Men et al. 2024, eq. 1), per block instead of per layer.
+    """Block influence of ShortGPT (Men et al. 2024, eq. 1) of each block instead of layer, (2L,).
 
     ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the block, the mean
     taken over all tokens. In a parallel layer the attention block counts first. It costs two
     forward passes; the head does not run.
-
-    Returns:
-        Influence of each block, shape (2L,).
     """
     partial = scorer.runner.partial
     total = torch.zeros(scorer.llm.num_blocks, dtype=torch.float64)
@@ -64,17 +61,11 @@ def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
 
 
 def layer_influence(llm: ElasticLLM, batches: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Block influence of each layer of the dense model (Men et al. 2024, eq. 1).
+    """Block influence of each layer of the dense model (Men et al. 2024, eq. 1), (L,).
 
     ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the layer, the mean
-    taken over all tokens. It costs one forward pass; the head does not run.
-
-    Args:
-        llm: The live model.
-        batches: The text: token ids, each of shape (windows, T), on the model's device.
-
-    Returns:
-        Influence of each layer, shape (L,).
+    taken over all tokens of `batches`: token ids, each of shape (windows, T), on the model's
+    device. It costs one forward pass; the head does not run.
     """
     partial = PartialForward(llm)
     total = torch.zeros(llm.facts.num_layers, dtype=torch.float64)

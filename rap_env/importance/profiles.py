@@ -18,12 +18,7 @@ from rap_env.memory import HasFacts
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile of one model, saved as a checked JSON artifact.
-
-    Attributes:
-        KIND: Kind of the artifact.
-        FORMAT: Its format.
-    """
+    """A profile of one model, saved as a checked JSON artifact."""
 
     KIND: ClassVar[str]
     FORMAT: ClassVar[int]
@@ -172,12 +167,7 @@ def load_profile(
 ) -> dict[str, Any]:
     """The fields of a saved profile of this model, lists as tuples.
 
-    Args:
-        path: The file.
-        kind: The kind of artifact.
-        version: The current format.
-        model: The model that the profile must belong to.
-        older: Earlier formats that the caller can read too.
+    `older` are earlier formats than `version` that the caller can read too.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -55,18 +55,9 @@ def distill(
     are trained. One set of stubs serves all masks, as Once-for-All (Cai et al. 2020) trains one
     set of weights for all subnetworks.
 
-    Args:
-        llm: The live model that the library belongs to; its mask is restored.
-        library: The initial stubs.
-        text: Tokens to train on; do not report results on them.
-        masks: Draws the mask of each update.
-        config: Length and learning rate of the training.
-        path: Checkpoint file, so that an interrupted run can resume. It is kept at the end:
-            remove it once the library is saved.
-        progress: Whether to draw a progress bar.
-
-    Returns:
-        A library in the model's dtype.
+    Do not report results on the text that the stubs are trained on. `path` is a checkpoint file,
+    from which an interrupted run resumes. It is kept at the end: remove it once the library, which
+    is in the model's dtype, is saved.
 
     Raises:
         UnsupportedModelError: The model is streamed from files; gradients need all layers.
@@ -173,11 +164,7 @@ class Trainer:
             torch.save(state, file)
 
     def restore(self, path: Path, run: str) -> None:
-        """Resume from a checkpoint that `save` wrote.
-
-        Raises:
-            ArtifactError: It is damaged, or of another run.
-        """
+        """Resume from a checkpoint that `save` wrote, unless it is damaged or of another run."""
         try:
             state = dict(torch.load(path, map_location=self._llm.device, weights_only=True))
             found = state["run"]
@@ -246,17 +233,11 @@ class Trainer:
 def divergence(
     partial: PartialForward, student: torch.Tensor, teacher: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """Mean Kullback-Leibler divergence of next-token predictions, and its gradient.
+    """``KL(teacher || student)`` of next-token predictions, and its gradient by `student`, (N, H).
 
-    Only the logits of a few tokens exist at a time, and no graph over the vocabulary is kept.
-
-    Args:
-        partial: The model whose head both share.
-        student: Decoder outputs of the trained model, (N, H).
-        teacher: Decoder outputs of the imitated model, (N, H).
-
-    Returns:
-        ``KL(teacher || student)`` in nats per token, and its gradient by `student`, (N, H).
+    The divergence is the mean in nats per token. `student` and `teacher` are decoder outputs,
+    (N, H), of models that share their head. Only the logits of a few tokens exist at a time, and
+    no graph over the vocabulary is kept.
     """
     total, gradients = 0.0, []
     pairs = zip(

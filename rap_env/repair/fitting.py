@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -54,14 +55,8 @@ def fit_library(
 
     The text advances through the model one block at a time: memory holds its hidden states and the
     moments of one block only, and a streamed model reads each layer once. The ridge penalty and the
-    rank of each block are chosen on the held-back tokens.
-
-    Args:
-        llm: The live model; its mask is restored.
-        text: Tokens to fit on; do not report results on them.
-        held_back: Tokens to choose ranks and penalties on; the same kind of text, but disjoint.
-        config: Ranks and penalties.
-        progress: Whether to draw a progress bar.
+    rank of each block are chosen on the held-back tokens, which are of the same kind of text, but
+    disjoint. Do not report results on either text.
 
     Raises:
         CorpusError: The two texts overlap.
@@ -75,16 +70,22 @@ def fit_library(
     ]
     ranks = _ranks(fits, config)
     stubs = {fit.block: fit.stub(ranks[fit.block], llm.dtype) for fit in fits}
-    provenance = {
+    made_by = {
+        **_made_by(text, held_back, config, began),
         "method": "ridge regression on the dense model's states",
+        "ridge": [fit.ridge for fit in fits],
+        "held_back_errors": [float(fit.errors[ranks[fit.block]]) for fit in fits],
+    }
+    return StubLibrary(llm.name, llm.fingerprint, stubs, made_by)
+
+
+def _made_by(text: Corpus, held_back: Corpus, config: FitConfig, began: float) -> dict[str, Any]:
+    return {
         "settings": asdict(config),
         "text": dict(text.provenance),
         "held_back": dict(held_back.provenance),
-        "ridge": [fit.ridge for fit in fits],
-        "held_back_errors": [float(fit.errors[ranks[fit.block]]) for fit in fits],
         "seconds": time.perf_counter() - began,
     }
-    return StubLibrary(llm.name, llm.fingerprint, stubs, provenance)
 
 
 def block_fits(
@@ -130,15 +131,7 @@ def _advance(
 def best_fit(
     block: int, fit_on: Moments, judge_on: Moments, config: FitConfig, width: int
 ) -> BlockFit:
-    """Fit the maps of a block with the penalty of least held-back error at the mean rank.
-
-    Args:
-        block: Its index.
-        fit_on: Moments of the tokens to fit on.
-        judge_on: Moments of the held-back tokens.
-        config: Mean rank and penalties.
-        width: The greatest rank to fit.
-    """
+    """Fit maps up to rank `width` with the penalty of least held-back error at the mean rank."""
     found = []
     for ridge in config.ridges:
         candidate = reduced_rank_ridge(fit_on, ridge, width)
@@ -171,19 +164,10 @@ def fit_for_mask(
     """Fit the stubs of one mask, each on the states that result from the stubs before it.
 
     A stub's target is the dense model's state after the block, so it also corrects errors of
-    earlier blocks. The stubs serve this mask only. A shared library is compared with them.
-
-    Args:
-        llm: The live model; its mask is restored.
-        mask: The blocks to remove.
-        text: Tokens to fit on; do not report results on them.
-        held_back: Tokens on which the ridge penalty is chosen.
-        config: Rank and penalties.
-        ranks: Rank of each stub by index of its block, such as a library's, for equal bytes; None
-            gives every stub the rank of `config`.
-
-    Returns:
-        A library with stubs for the blocks of `mask` only.
+    earlier blocks. The library has stubs for the blocks of this mask only; a shared library is
+    compared with it. The ridge penalty is chosen on the held-back tokens. `ranks` has the rank of
+    each stub by index of its block, such as a library's, for equal bytes; None gives every stub
+    the rank of `config`.
 
     Raises:
         CorpusError: The two texts overlap.
@@ -207,15 +191,12 @@ def fit_for_mask(
                 stubs[block] = fit.stub(rank, llm.dtype)
                 for track in tracks:
                     track.add(stubs[block].on(llm.device))
-    provenance = {
+    made_by = {
+        **_made_by(text, held_back, config, began),
         "method": "ridge regression for one mask, towards the dense model's states",
         "mask": list(mask.names),
-        "settings": asdict(config),
-        "text": dict(text.provenance),
-        "held_back": dict(held_back.provenance),
-        "seconds": time.perf_counter() - began,
     }
-    return StubLibrary(llm.name, llm.fingerprint, stubs, provenance)
+    return StubLibrary(llm.name, llm.fingerprint, stubs, made_by)
 
 
 class _Track:

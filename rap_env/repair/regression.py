@@ -12,13 +12,7 @@ import torch
 class Moments:
     """Streamed sums over pairs (x, y) of width H: a normalised state, and a block's output for it.
 
-    Memory does not depend on the number of tokens.
-
-    Args:
-        hidden_size: H.
-
-    Attributes:
-        tokens: Number of pairs added so far.
+    Memory does not depend on the number of tokens. `tokens` is the number of pairs added so far.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -31,12 +25,7 @@ class Moments:
         self._yy = 0.0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the tokens of a batch.
-
-        Args:
-            x: Normalised states, (N, H).
-            y: The block's output, which is added to the residual stream, (N, H).
-        """
+        """Add a batch: normalised states, and what the block adds to the residual, both (N, H)."""
         x, y = x.float(), y.float()
         self.tokens += len(x)
         self._x += x.double().sum(dim=0).cpu()
@@ -119,12 +108,8 @@ def reduced_rank_ridge(moments: Moments, ridge: float, rank: int) -> LowRankMap:
     """Fit the map of each rank up to `rank` with the least squared error plus ridge penalty.
 
     Ridge regression (Hoerl and Kennard 1970), then the leading eigenvectors of the explained part
-    (reduced-rank regression, Izenman 1975): the optimum among all maps of rank r.
-
-    Args:
-        moments: Sums over the tokens to fit.
-        ridge: Penalty as a multiple of the mean variance of x; above 0.
-        rank: R, at most H.
+    (reduced-rank regression, Izenman 1975): the optimum among all maps of rank r. `ridge` is the
+    penalty as a multiple of the mean variance of x, above 0; `rank` is at most H.
     """
     x_mean, y_mean = moments.x_mean, moments.y_mean
     xx, xy = moments.xx(x_mean), moments.xy(x_mean, y_mean)
@@ -151,9 +136,6 @@ def allocate_ranks(
         errors: For each block: the error at each of the `choices`.
         choices: Ranks to choose from, ascending.
         total: Greatest sum of the ranks.
-
-    Returns:
-        Rank of each block.
     """
     place = dict.fromkeys(errors, 0)
     left = total - choices[0] * len(errors)
