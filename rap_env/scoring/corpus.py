@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.errors import CorpusError, check_name
 from rap_env.specs import check_types
 
 if TYPE_CHECKING:  # reading a `CorpusConfig` must not import torch
@@ -57,8 +57,7 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         check_types(self, CorpusError)
-        if self.role not in ROLE_SPANS:
-            raise UnknownNameError("corpus role", self.role, ROLE_SPANS)
+        check_name("corpus role", self.role, ROLE_SPANS)
         for name, least in (("windows", 1), ("window_tokens", 2), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
@@ -75,8 +74,7 @@ class CorpusConfig:
             return value
         known = {f.name for f in fields(cls)}
         for key in value or {}:
-            if key not in known:
-                raise UnknownNameError("corpus setting", key, known)
+            check_name("corpus setting", key, known)
         return cls(**(value or {}))
 
 
@@ -115,10 +113,7 @@ class Corpus:
 
     @classmethod
     def joined(cls, parts: Mapping[str, Corpus]) -> Corpus:
-        """Concatenate several texts.
-
-        Args:
-            parts: Texts by name; all of the same window length.
+        """Concatenate texts, given by name, whose windows have one length.
 
         Raises:
             CorpusError: The windows differ in length, or there is no text.

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +29,6 @@ _TEMPERATURE, _TOP_P = 0.9, 0.95
 _GENERATION_BATCH = 16
 
 
-class _Text(NamedTuple):
-    """Token ids of shape (windows, window_tokens), and their origin."""
-
-    tokens: torch.Tensor
-    origin: dict[str, Any]
-
-
 def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
     """Read the text that `config` describes, or let the dense model generate it.
 
@@ -46,12 +39,12 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
             to generate from.
         MissingDependencyError: A hub data set without the `datasets` package.
     """
-    own = config.source == "self"
-    text = _generated_text(config, llm, progress) if own else _cut_text(config, llm)
-    return Corpus.of_tokens(text.tokens, **text.origin)
+    if config.source == "self":
+        return _generated_text(config, llm, progress)
+    return _cut_text(config, llm)
 
 
-def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> _Text:
+def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
     """Text by the dense model, from the cache if it is there."""
     described = {"model": llm.facts.fingerprint, "format": _FORMAT, **_generation_settings(config)}
     path = cache_dir() / "corpora" / f"{digest(described)[:24]}.json"
@@ -60,7 +53,7 @@ def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> _T
     except FileNotFoundError:
         tokens = _generate(config, llm, progress)
         save_artifact(path, "corpus", _FORMAT, {"made_by": described, "tokens": tokens.tolist()})
-    return _Text(tokens, {**_generation_settings(config), "writer": llm.name})
+    return Corpus.of_tokens(tokens, **_generation_settings(config), writer=llm.name)
 
 
 def _generation_settings(config: CorpusConfig) -> dict[str, Any]:
@@ -110,7 +103,7 @@ def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Te
     return torch.cat(parts)
 
 
-def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> _Text:
+def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     """Windows from the part of a file or data set that belongs to the role."""
     hub = config.source.startswith("hub:")
     text = _hub_text(config) if hub else _file_text(config)
@@ -130,13 +123,10 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> _Text:
     tokens = span.view(available, config.window_tokens)[torch.from_numpy(np.sort(chosen))]
     # The file and its folder: results contain no path of a machine.
     name = config.source if hub else "/".join(Path(config.source).parts[-2:])
-    origin = {
-        "source": name,
-        "role": config.role,
-        "seed": config.seed,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
-    return _Text(tokens, origin)
+    text_sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Corpus.of_tokens(
+        tokens, source=name, role=config.role, seed=config.seed, text_sha256=text_sha256
+    )
 
 
 def _file_text(config: CorpusConfig) -> str:

@@ -30,10 +30,7 @@ class RequestEncoder:
 
     A subclass of lm-eval's `HFLM` wraps the live model but never runs it: it records the token
     ids of which `HFLM` would compute likelihoods. So the rules for empty contexts, trailing
-    spaces, start tokens and rolling windows are lm-eval's.
-
-    Args:
-        llm: The live model; the model and its tokenizer are not changed.
+    spaces, start tokens and rolling windows are lm-eval's. The tokenizer is not changed.
 
     Raises:
         CorpusError: It has no tokenizer.
@@ -126,12 +123,7 @@ class ContinuationScorer:
     The results are those of lm-eval's `HFLM` for the same token ids: sums of log-probabilities in
     float32, and whether every token was the most likely one. As in `HFLM`, contexts that are too
     long are truncated on the left and equal inputs run once. Unlike `HFLM`, the head runs on the
-    positions of continuations only.
-
-    Args:
-        llm: The live model.
-        requests: Token ids of contexts and continuations.
-        max_length: Most tokens of one input.
+    positions of continuations only. `max_length` is the most tokens of one input.
     """
 
     def __init__(self, llm: ElasticLLM, requests: Sequence[TokenRequest], max_length: int) -> None:
@@ -153,10 +145,7 @@ class ContinuationScorer:
 
     @torch.inference_mode()
     def run(self, *, progress: str | None = None) -> npt.NDArray[np.float64]:
-        """Score all requests.
-
-        Args:
-            progress: Text of a progress bar, or None for none.
+        """Score all requests, with a progress bar if it has a text.
 
         Returns:
             Shape (requests, 2): log-likelihood in nats, and 1.0 if greedy decoding would give the

@@ -202,12 +202,7 @@ def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) 
 
 
 def check_generated_name(name: str) -> None:
-    """Check the name of a generated task without asking lm-eval.
-
-    Raises:
-        UnknownNameError: The name begins with ``rap_``, as no task of lm-eval does, and is
-            unknown.
-    """
+    """Raise an error if a name begins with ``rap_``, as no task of lm-eval does, and is unknown."""
     if name.startswith("rap_") and name not in GENERATED_TASKS:
         raise UnknownNameError("task", name, KNOWN_TASKS, _ANY_OTHER)
 
@@ -227,11 +222,7 @@ def _manager(folder: str) -> Any:
 
 
 def _manager_for(name: str) -> Any:
-    """A task manager that has the task.
-
-    Raises:
-        UnknownNameError: lm-eval has no such task.
-    """
+    """A task manager that has the task."""
     folder = TASK_FOLDERS.get("blimp" if name.startswith("blimp_") else name)
     manager = None if folder is None else _manager(folder)
     if manager is None or name not in manager.task_index:

@@ -39,15 +39,9 @@ Rows = list[dict[str, Any]]
 
 
 def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes to a task's lm-eval config that make it read local files.
+    """Changes to a task's own lm-eval config that make it read local files.
 
-    Args:
-        data_root: The folder of task folders.
-        task: Name of the task.
-        config: The task's own lm-eval config.
-
-    Returns:
-        A function that returns the data set, and null for every split without a file.
+    They are a function that returns the data set, and null for every split without a file.
 
     Raises:
         CorpusError: The folder, a file or a field is missing, or a file is not JSON lines.
@@ -71,11 +65,7 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
 
 
 def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
-    """The rows of a JSON-lines file.
-
-    Args:
-        path: The file, UTF-8.
-        fields: Fields that every row must have.
+    """The rows of a UTF-8 JSON-lines file, all of which must have the `fields`.
 
     Raises:
         CorpusError: It cannot be read, is empty, or a line is not an object with these fields.

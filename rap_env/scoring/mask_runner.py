@@ -42,11 +42,7 @@ def mask_prefixes(mask: BlockMask, steps: Steps) -> tuple[BlockMask, ...]:
 
 
 class StateCache:
-    """Hidden states by batch of windows and node; evicts the least recently used state.
-
-    Args:
-        max_bytes: Most bytes of hidden states that are kept.
-    """
+    """Hidden states by batch of windows and node; evicts the least recently used state."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -83,9 +79,7 @@ class StateCache:
 def branch_nodes(masks: Sequence[BlockMask], steps: Steps) -> set[Node]:
     """The nodes at which later masks of a list leave the path of earlier ones.
 
-    Args:
-        masks: Masks in the order in which they will run.
-        steps: Blocks that run together, in order.
+    Masks and steps are in the order in which they run.
     """
     paths = [mask_prefixes(mask, steps)[:-1] for mask in masks]
     leaves = [
@@ -143,15 +137,9 @@ class MaskRunner:
     def run(
         self, batch: int, masks: Sequence[BlockMask], visit: Visit
     ) -> dict[BlockMask, torch.Tensor]:
-        """Run masks on one batch of the text.
+        """Run masks on one batch of the text; returns each one's output, (windows, T, H).
 
-        Args:
-            batch: Its number.
-            masks: The masks.
-            visit: Called with every state on the way, the output of the last step included.
-
-        Returns:
-            The output of the last step for each mask, (windows, T, H).
+        `visit` is called with every state on the way, the output of the last step included.
         """
         starts = {mask: self._nearest(batch, mask) for mask in masks}
         first = min(step for step, _ in starts.values())

@@ -18,17 +18,9 @@ from rap_env.scoring.mask_runner import Node, chunks
 from rap_env.scoring.nll import VocabularyBound, window_nll
 from rap_env.scoring.scorer import MaskScorer, notify
 
-Objective = Callable[[BlockMask, float], float]
-"""The value to minimise, from a mask and its NLL; it must not fall as the NLL grows."""
-
 OnScore = Callable[[BlockMask], None]
 
 _MOST_KEPT = 16  # masks whose states may be held at the same time
-
-
-def nll_objective(_mask: BlockMask, nll: float) -> float:
-    """The NLL itself."""
-    return nll
 
 
 @dataclass
@@ -59,11 +51,8 @@ class CandidateRunner:
     """Runs masks that share a prefix, such as the candidates of one GSI round.
 
     The states of the shared prefix are cached for all of them. The states of a single mask are
-    held until it is known whether it wins, because the next round starts from them.
-
-    Args:
-        scorer: Gives the model and the text.
-        masks: The masks; the blocks that all of them remove are the prefix.
+    held until it is known whether it wins, because the next round starts from them. The blocks
+    that all of the masks remove are the prefix.
     """
 
     def __init__(self, scorer: MaskScorer, masks: Sequence[BlockMask]) -> None:
@@ -78,11 +67,8 @@ class CandidateRunner:
     ) -> None:
         """Run masks on one batch of the text and set their `hidden`.
 
-        Args:
-            candidates: The masks.
-            batch: Number of the batch.
-            hold_states: Whether to hold the states of masks that run alone, as long as they may
-                still win. Never done where memory is capped.
+        With `hold_states`, the states of masks that run alone are held as long as they may still
+        win; never where memory is capped.
         """
         runner = self._scorer.runner
         for group in chunks(candidates, self._scorer.in_flight):
@@ -123,7 +109,7 @@ class SearchResult:
     """Result of an exact search, nats per token.
 
     Attributes:
-        best: The mask of the least objective; the first such mask if several are equal.
+        best: The mask of the least NLL; the first such mask if several are equal.
         nll: NLL of every mask that was measured on the whole text.
         lower_bounds: For the other masks, a lower bound of their NLL (up to rounding).
     """
@@ -139,10 +125,7 @@ class BestMaskSearch:
     The NLL of a text is a sum of non-negative terms, so the terms of a part of the text bound the
     sum from below. For the part that was run, the NLL over a subset of the vocabulary is another
     lower bound (`VocabularyBound`), so few masks need the whole head. Likely winners should come
-    first.
-
-    Args:
-        scorer: Measures the masks; it caches the score of every mask measured to the end.
+    first. The scorer caches the score of every mask measured to the end.
     """
 
     def __init__(self, scorer: MaskScorer) -> None:
@@ -152,15 +135,13 @@ class BestMaskSearch:
         self,
         masks: Sequence[BlockMask],
         *,
-        objective: Objective = nll_objective,
         near: BlockMask | None = None,
         on_score: OnScore | None = None,
     ) -> SearchResult:
-        """Find the mask of the least objective.
+        """Find the mask of the least NLL.
 
         Args:
             masks: At least one; likely winners first.
-            objective: The value to minimise; by default the NLL.
             near: A mask whose likely words bound the NLL of the others: the more similar, the
                 tighter. It costs as much as measuring one mask. None uses no such bound, which
                 is better for a few masks of nearly equal NLL.
@@ -172,7 +153,7 @@ class BestMaskSearch:
         if self._scorer.llm.spare_bytes is not None:
             # The memory cap leaves no room for the vocabulary bound and the held states.
             nll = dict(zip(masks, self._scorer.nll_many(masks, on_score), strict=True))
-            return SearchResult(min(masks, key=lambda m: objective(m, nll[m])), nll, {})
+            return SearchResult(min(masks, key=nll.__getitem__), nll, {})
         known = {m: float(v.mean()) for m in masks if (v := self._scorer.look_up(m)) is not None}
         missing = [mask for mask in masks if mask not in known]
         lower_bounds: dict[BlockMask, float] = {}
@@ -180,14 +161,13 @@ class BestMaskSearch:
             with self._scorer.llm.masked(BlockMask()):
                 bound = None if near is None else self._vocabulary(near)
                 runner = CandidateRunner(self._scorer, masks)
-                state = _SearchState(self._scorer, runner, bound, objective, known)
+                state = _SearchState(self._scorer, runner, bound, known)
                 for group in chunks(missing, self._scorer.in_flight):
                     lower_bounds |= state.evaluate(group)
                     notify(on_score, group)
                 state.keep_winner()
         measured = [mask for mask in masks if mask in known]
-        best = min(measured, key=lambda m: objective(m, known[m]))
-        return SearchResult(best, known, lower_bounds)
+        return SearchResult(min(measured, key=known.__getitem__), known, lower_bounds)
 
     def _vocabulary(self, near: BlockMask) -> VocabularyBound:
         """The bound from the entries that are likely under a mask."""
@@ -207,13 +187,11 @@ class _SearchState:
         scorer: MaskScorer,
         runner: CandidateRunner,
         bound: VocabularyBound | None,
-        objective: Objective,
         known: dict[BlockMask, float],
     ) -> None:
         self._scorer, self._runner, self._bound = scorer, runner, bound
-        self._objective = objective
         self._known = known  # NLL of the masks measured to the end; grows
-        self._best = min((objective(mask, nll) for mask, nll in known.items()), default=math.inf)
+        self._best = min(known.values(), default=math.inf)
         self._tolerance = 0.0 if bound is None else bound.tolerance
         self._winner: Candidate | None = None
 
@@ -228,7 +206,7 @@ class _SearchState:
             alive = [candidate for candidate in alive if not self._cannot_win(candidate)]
         for mask in masks:
             self._scorer.count(mask)
-        for candidate in sorted(alive, key=lambda c: self._objective(c.mask, c.nll)):
+        for candidate in sorted(alive, key=lambda candidate: candidate.nll):
             self._finish(candidate)
         return {one.mask: one.nll for one in candidates if one.mask not in self._known}
 
@@ -255,8 +233,7 @@ class _SearchState:
         windows = [candidate.window_nll[batch] for batch in range(len(candidate.window_nll))]
         values = torch.cat(windows).cpu().numpy()
         self._scorer.record(candidate.mask, values)
-        self._known[candidate.mask] = float(values.mean())
-        value = self._objective(candidate.mask, self._known[candidate.mask])
+        value = self._known[candidate.mask] = float(values.mean())
         if value < self._best:
             self._best, self._winner = value, candidate
 
@@ -266,7 +243,7 @@ class _SearchState:
         self._runner.add(candidate, batch, candidate.window_nll[batch])
 
     def _cannot_win(self, candidate: Candidate) -> bool:
-        return self._objective(candidate.mask, candidate.nll - self._tolerance) > self._best
+        return candidate.nll - self._tolerance > self._best
 
 
 @dataclass(frozen=True)

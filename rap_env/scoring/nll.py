@@ -35,15 +35,9 @@ class _Piece:
 
 
 def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean NLL of each window, nats per token.
+    """Mean NLL of each window, nats per token, float64, (windows,).
 
-    Args:
-        partial: The model whose head is used.
-        hidden: The decoder's output for the windows, shape (windows, T, H).
-        ids: Tokens of the windows, shape (windows, T).
-
-    Returns:
-        float64, shape (windows,).
+    `hidden` is the decoder's output for the tokens `ids`: (windows, T, H) and (windows, T).
     """
     rows, targets = predictions(hidden, ids)
     losses = [
@@ -105,14 +99,9 @@ class VocabularyBound:
 
     @torch.inference_mode()
     def window_nll(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Lower bound of each window's mean NLL.
+        """Lower bound of each window's mean NLL, nats per token, float64, (windows,).
 
-        Args:
-            batch: Number of the batch of the text.
-            hidden: The decoder's output for its windows, shape (windows, T, H).
-
-        Returns:
-            Nats per token, float64, shape (windows,).
+        `hidden` is the decoder's output for the windows of the batch, (windows, T, H).
         """
         losses = []
         for part, piece in zip(

@@ -106,15 +106,11 @@ class DeltaNLLPredictor:
         return min(max(math.exp(min(log_delta, _MOST_LOG)) - self.offset, least), self.most)
 
     def delta_nll_many(self, features: Features, *, clamped: bool = True) -> Floats:
-        """The predicted delta_nll of many masks, equal to `delta_nll` up to rounding.
+        """The predicted delta_nll of many masks, nats per token, (N,).
 
-        Args:
-            features: From `feature_matrix`, (N, 2L).
-            clamped: Whether to clamp as described above. A search that measures what it proposes
-                needs to tell masks apart beyond the bounds too.
-
-        Returns:
-            Nats per token, (N,).
+        They equal those of `delta_nll` up to rounding. Without `clamped`, the bounds described
+        above are left out: a search that measures what it proposes needs to tell masks apart
+        beyond the bounds too.
         """
         x = features.astype(np.float64)
         counts, ffn = features.sum(axis=1), x[:, 1::2].sum(axis=1)
@@ -178,12 +174,8 @@ def fit_predictor(
 class PredictorFit:
     """Normal equations of parts of the data, from which predictors of any settings are solved.
 
-    Args:
-        features: The measured masks, (N, 2L).
-        delta_nll: Their measured values, nats per token, (N,).
-        alone: delta_nll without each block alone, nats per token, (2L,).
-        parts: Indices of the masks of each part.
-        reaches: Candidates for the reach; those with too many pairs are left out.
+    The data are as in `fit_predictor`; each part has the indices of its masks. Of the candidates
+    for the reach, those with too many pairs are left out.
     """
 
     def __init__(
@@ -286,15 +278,10 @@ def fit_score_model(
     pessimism: float = 0.0,
     seed: int = 0,
 ) -> tuple[ScoreModel, Fidelity]:
-    """Fit an ensemble to measured masks and evaluate one member on held-out masks.
+    """Fit an ensemble to measured masks, given as to `fit_predictor`, and evaluate one member.
 
-    Args:
-        features: The measured masks, from `feature_matrix`, (N, 2L).
-        delta_nll: Their measured values, nats per token, (N,).
-        alone: delta_nll without each block alone, nats per token, (2L,).
-        members: Predictors; a single one is fitted to all masks, several to bootstrap samples.
-        pessimism: As in `ScoreModel`.
-        seed: Decides which masks are held out, and the samples.
+    A single member is fitted to all masks, several to bootstrap samples. `seed` decides which
+    masks are held out, and the samples.
 
     Returns:
         The ensemble, and the fidelity of a single predictor that never saw the held-out masks;

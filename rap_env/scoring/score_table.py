@@ -84,15 +84,10 @@ class ScoreTable:
         pessimism: float = 0.0,
         **origin: Any,
     ) -> ScoreTable:
-        """A table of measured scores, with a predictor fitted to them.
+        """A table of measured scores, with a predictor fitted to them as by `fit_score_model`.
 
-        Args:
-            facts: Facts of the model.
-            scores: Mean NLL of masks, nats per token.
-            seed: Decides which masks are held out to evaluate the predictor.
-            members: As in `fit_score_model`.
-            pessimism: As in `ScoreModel`.
-            **origin: The other attributes.
+        `scores` are in nats per token; `seed` decides which masks are held out to evaluate the
+        predictor; `origin` are the other attributes.
 
         Raises:
             ArtifactError: The dense model or a single removal was not measured, or there are
@@ -182,19 +177,9 @@ class TableScorer:
     """Scores masks from a table: the interface of `MaskScorer`, without a model.
 
     A measured mask has exactly the score that the model gave. Any other mask has a predicted
-    score; `is_predicted` tells which is which.
-
-    Args:
-        table: The scores.
-
-    Attributes:
-        evaluations: 0, because no mask is run.
-        block_forwards: 0, because no block is run.
-        passes: 0, likewise.
-        num_windows: 1, because a table does not divide the text.
-        dense_nll: NLL of the dense model, nats per token.
-        context: Everything that determined the scores.
-        evaluation_s: Seconds that one evaluation took on the machine that measured the scores.
+    score; `is_predicted` tells which is which. No mask and no block is run, so their counts are 0.
+    A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
+    evaluation on the machine that measured the scores.
     """
 
     evaluations = 0
@@ -239,12 +224,7 @@ class TableScorer:
     def nll_many(
         self, masks: Sequence[BlockMask], on_score: Callable[[BlockMask], None] | None = None
     ) -> list[float]:
-        """NLL of several masks, in their order.
-
-        Args:
-            masks: Masks to score.
-            on_score: Called after each distinct mask, for progress bars.
-        """
+        """NLL of several masks, in their order; `on_score` is called after each distinct one."""
         if on_score is not None:
             for mask in dict.fromkeys(masks):
                 self.nll(mask)

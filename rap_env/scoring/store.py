@@ -83,14 +83,9 @@ class ScoreStore:
         values: Sequence[float],
         context: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store the values of a mask's metric; durable when it returns.
+        """Store the values of a mask's metric, such as ``"window_nll"``; durable when it returns.
 
-        Args:
-            context_key: Digest of the context.
-            mask: The mask that was scored.
-            metric: Name of the metric, such as ``"window_nll"``.
-            values: The measured values.
-            context: The context itself, kept once per key for people and exports.
+        The context itself is kept once per key for people and exports.
 
         Raises:
             StorageFullError: The disk is full.

@@ -48,12 +48,7 @@ class TaskResult:
 class TaskRequests:
     """One lm-eval task with its requests built and encoded, once for all masks.
 
-    Args:
-        llm: The live model.
-        task: lm-eval's task object.
-        encoder: Converts requests to token ids.
-        limit: Number of first documents, or None for all.
-        seed: The seed that the task was loaded with; only stored in `context`.
+    It has the first `limit` documents, or all. `seed` is that of the task; only `context` has it.
 
     Attributes:
         context: Everything but the model that determines the task's likelihoods.

@@ -44,14 +44,7 @@ Schema = type[ChatCompletionRequest] | type[CompletionRequest]
 class Service:
     """State that the routes share: the engine, the metrics and the running generations.
 
-    Args:
-        engine: The engine, not started.
-        tokenizer: Its tokenizer.
-        settings: Names and limits.
-
-    Attributes:
-        metrics: Metrics of the server.
-        closing: Whether the server is shutting down and accepts no more requests.
+    While `closing`, the server shuts down and accepts no more requests.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: ServerSettings) -> None:
@@ -151,15 +144,9 @@ class Service:
 
 
 def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> FastAPI:
-    """Make the server's application, which starts and closes the engine.
+    """Make the server's ASGI application, which starts and closes the engine.
 
-    Args:
-        engine: The engine, not started.
-        tokenizer: The model's tokenizer.
-        settings: Names and limits.
-
-    Returns:
-        An ASGI application; its `state.service` is the `Service`.
+    Its `state.service` is the `Service`.
     """
     service = Service(engine, tokenizer, settings)
     app = FastAPI(

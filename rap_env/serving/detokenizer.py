@@ -20,9 +20,6 @@ class Detokenizer:
     of a text) and, if a character has several bytes, on the tokens after it. So each step decodes
     a short window that begins with tokens whose text was already returned, and holds back text
     that may still change. The work per step does not grow with the sequence.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -69,13 +66,9 @@ def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 class StopStrings:
-    """Truncates streamed text before the first of several stop strings.
+    """Truncates streamed text before the first of several stop strings, none of them empty.
 
-    Args:
-        strings: The stop strings, none of them empty.
-
-    Attributes:
-        found: Whether a stop string was seen; no text is returned after it.
+    After one was `found`, no text is returned.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:

@@ -28,12 +28,7 @@ MIN_LOGPROB = -9999.0
 
 
 class TokenLogprob(NamedTuple):
-    """A token and its log probability.
-
-    Attributes:
-        token: Its text, which may be a part of a character.
-        logprob: Natural logarithm of its probability.
-    """
+    """The text of a token, maybe part of a character, and the natural log of its probability."""
 
     token: str
     logprob: float
@@ -113,14 +108,7 @@ class _Choice:
 
 
 class Generation:
-    """Generates the answers to one request. All methods run in one event loop.
-
-    Args:
-        engine: The engine.
-        tokenizer: Its tokenizer.
-        request: What to generate.
-        metrics: Observes the latencies.
-    """
+    """Generates the answers to one request. All methods run in one event loop."""
 
     def __init__(
         self, engine: Engine, tokenizer: Any, request: GenerationRequest, metrics: ServingMetrics
@@ -163,11 +151,7 @@ class Generation:
         return self._engine.submit(prompt, self.request.params_of(number), listen)
 
     def cancel(self, cause: Exception | None = None) -> None:
-        """Cancel all answers; `deltas` ends soon after.
-
-        Args:
-            cause: Error that `deltas` then raises; None for a general one.
-        """
+        """Cancel all answers; `deltas` soon raises the cause, or a general error."""
         self._cancelled_by = cause or self._cancelled_by
         for choice in self._choices:
             if not choice.ended:

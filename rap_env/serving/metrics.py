@@ -30,10 +30,6 @@ _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 class ServingMetrics:
     """Counters of the server; each scrape also reads the engine's state.
 
-    Args:
-        engine: The engine to observe.
-        settings: The server's settings.
-
     Attributes:
         requests: Requests by endpoint and outcome: ``ok``, ``disconnected``, or the code of
             the error response.

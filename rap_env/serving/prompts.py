@@ -22,11 +22,7 @@ _UNSUPPORTED_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio")
 class RequestBuilder:
     """Makes generation requests from validated bodies.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        settings: The server's limits.
-        context_tokens: Most tokens of a prompt and its answer together.
-        stop_token_ids: Tokens that end an answer.
+    `context_tokens` is the most tokens of a prompt and its answer together.
     """
 
     def __init__(

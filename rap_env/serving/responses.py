@@ -22,13 +22,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ResponseWriter:
-    """Writes the response to one request.
-
-    Args:
-        request: The generation request.
-        model: Name of the model.
-        fingerprint: The system fingerprint.
-    """
+    """Writes the response to one request."""
 
     def __init__(self, request: GenerationRequest, *, model: str, fingerprint: str) -> None:
         self._request = request
@@ -41,12 +35,7 @@ class ResponseWriter:
         }
 
     def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, int]) -> dict[str, Any]:
-        """Body of the response without streaming.
-
-        Args:
-            deltas: All deltas of all answers.
-            usage: Numbers of tokens.
-        """
+        """Body of the response without streaming, from all deltas of all answers."""
         by_answer: list[list[OutputDelta]] = [[] for _ in range(self._request.size)]
         for delta in deltas:
             by_answer[delta.index].append(delta)
@@ -179,11 +168,7 @@ async def cancel_on_disconnect(request: Request, generation: Generation) -> Asyn
 class EventStreamResponse(StreamingResponse):
     """A response that is written while it is generated.
 
-    Args:
-        request: The HTTP request.
-        generation: The generation, started.
-        writer: Writes the events.
-        on_end: Called once with the outcome, also after an error.
+    `on_end` is called once with the outcome, also after an error.
     """
 
     media_type = "text/event-stream"
@@ -206,12 +191,7 @@ class EventStreamResponse(StreamingResponse):
         self._outcome = "disconnected"
 
     async def first(self) -> None:
-        """Wait for the first delta.
-
-        Raises:
-            ApiError: The generation failed before it.
-            ClientDisconnect: The client disconnected.
-        """
+        """Wait for the first delta."""
         async with cancel_on_disconnect(self._request, self._generation):
             self._first = await anext(self._deltas)
 

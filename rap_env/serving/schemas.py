@@ -87,11 +87,6 @@ BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
 async def read_body(request: Request, schema: type[BodyT], settings: ServerSettings) -> BodyT:
     """Read and validate the body of an HTTP request.
 
-    Args:
-        request: The HTTP request; its body has not been read.
-        schema: `ChatCompletionRequest` or `CompletionRequest`.
-        settings: Limits of size and time.
-
     Raises:
         ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it declares its
             length, 408 if it is too slow.
@@ -146,11 +141,7 @@ async def _drop_rest(request: Request) -> None:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ApiError: The body is not a JSON object (400).
-    """
+    """Parse a JSON object; anything else is an `ApiError` (400)."""
     try:
         found = json.loads(body, parse_constant=_reject_constant)
         if b"\\u" in body:  # may be half of a surrogate pair, which no response could quote
@@ -172,11 +163,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 
 def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
-    """Validate a parsed body.
-
-    Raises:
-        ApiError: A field is missing, invalid, unknown or not supported (400).
-    """
+    """Validate a parsed body; a missing, invalid or unsupported field is an `ApiError` (400)."""
     try:
         request = schema.model_validate(body)
     except ValidationError as error:

@@ -100,11 +100,8 @@ class Server(uvicorn.Server):
     """A uvicorn server with a graceful shutdown.
 
     At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s` to
-    finish; then they are cancelled with an error response.
-
-    Args:
-        app: An application of `create_app`.
-        on_ready: Called when the server accepts requests.
+    finish; then they are cancelled with an error response. `on_ready` is called when the server
+    accepts requests.
     """
 
     def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -192,11 +189,7 @@ def url_of(bound: socket.socket) -> str:
 class BackgroundServer:
     """Runs a server in a thread, within a ``with`` block; for tests and measurements.
 
-    Args:
-        app: An application of `create_app`.
-
-    Attributes:
-        url: Its address, on a free port of this machine.
+    Its `url` has a free port of this machine.
     """
 
     def __init__(self, app: FastAPI) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rap_env.errors import MissingDependencyError, ServingSettingsError, UnknownNameError
+from rap_env.errors import MissingDependencyError, ServingSettingsError, check_name
 from rap_env.specs import check_settings, check_types, field_types
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
@@ -132,8 +132,8 @@ class ServerSettings:
         check_types(self, ServingSettingsError, none="null")
         for name, types in setting_types().items():
             value = getattr(self, name)
-            if name in CHOICES and value not in CHOICES[name]:
-                raise UnknownNameError(name, value, CHOICES[name])
+            if name in CHOICES:
+                check_name(name, value, CHOICES[name])
             if name == "port" and not 0 <= value <= 65535:
                 raise ServingSettingsError(f"port must be from 0 to 65535, not {value}.")
             if name.endswith("_s") and value is not None and not value > 0:

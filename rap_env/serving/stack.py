@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerStack:
-    """All parts of a server; nothing is started yet.
-
-    Attributes:
-        settings: The settings.
-        engine: The engine, with its controller and model. The application starts and closes it.
-        app: The ASGI application.
-        decisions: Log of the controller's decisions, if any; `close` closes it.
-    """
+    """All parts of a server; nothing is started yet. The ASGI application closes the engine."""
 
     settings: ServerSettings
     engine: Engine
@@ -48,11 +41,7 @@ class ServerStack:
 
 
 def load_served_model(settings: ServerSettings) -> ElasticLLM:
-    """Load the model and set its residency.
-
-    Raises:
-        RapError: The model cannot be loaded.
-    """
+    """Load the model and set its residency."""
     llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
     llm.set_residency(cast("Residency", settings.residency))
     return llm
@@ -67,15 +56,9 @@ def build_stack(
     engine_class: type[Engine] = Engine,
     **controls: Any,
 ) -> ServerStack:
-    """Build all parts of a server.
+    """Build all parts of a server; parts that are not given are those of the settings.
 
-    Args:
-        settings: The settings.
-        llm: Model with its residency set; None loads the model of the settings.
-        policy: Policy; None loads that of the settings.
-        memory: Memory source; None opens that of the settings.
-        engine_class: `Engine` or a subclass.
-        **controls: Further arguments of `RuntimeController`.
+    The residency of `llm` must be set. `controls` are further arguments of `RuntimeController`.
 
     Raises:
         RapError: The model, the policy or the memory source is not available, a limit does not
@@ -110,11 +93,7 @@ def build_stack(
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM.
-
-    Args:
-        settings: The settings.
-        say: Shows a text to the user.
+    """Serve until SIGINT or SIGTERM; `say` shows a text to the user.
 
     Raises:
         RapError: As for `build_stack`, or the address is not available.

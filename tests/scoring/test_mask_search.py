@@ -51,19 +51,6 @@ def test_masks_that_cannot_win_are_dropped(monkeypatch):
     assert all(scorer.look_up(mask) is None for mask in found.lower_bounds)
 
 
-def test_an_objective_may_weigh_the_nll():
-    scorer, plain = scorers()
-    masks = list(scorer.candidates(BASE).values())
-
-    def objective(mask, nll):
-        return nll / (1 + max(mask - BASE))
-
-    nll = dict(zip(masks, plain.nll_many(masks), strict=True))
-    assert BestMaskSearch(scorer).find(masks, objective=objective).best == min(
-        masks, key=lambda mask: objective(mask, nll[mask])
-    )
-
-
 def test_known_masks_are_not_run_again():
     scorer, _ = scorers()
     masks = list(scorer.candidates(BASE).values())
