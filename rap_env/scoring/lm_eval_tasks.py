@@ -17,23 +17,7 @@ from typing import Any
 
 from rap_env.errors import CorpusError, MissingDependencyError, UnknownNameError
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, lm_eval_config
-from rap_env.scoring.local_data import local_overrides
-
-TASK_FOLDERS: dict[str, str] = {
-    "arc_challenge": "arc",
-    "arc_easy": "arc",
-    "blimp": "blimp",
-    "boolq": "super_glue/boolq",
-    "copa": "super_glue/copa",
-    "hellaswag": "hellaswag",
-    "lambada_openai": "lambada",
-    "openbookqa": "openbookqa",
-    "piqa": "piqa",
-    "sciq": "sciq",
-    "wikitext": "wikitext",
-    "winogrande": "winogrande",
-}
-"""Folders of well-known tasks inside lm-eval's folder of tasks."""
+from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
 
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -223,7 +207,7 @@ def _manager(folder: str) -> Any:
 
 def _manager_for(name: str) -> Any:
     """A task manager that has the task."""
-    folder = TASK_FOLDERS.get("blimp" if name.startswith("blimp_") else name)
+    folder = TASK_FOLDERS.get(known_name(name))
     manager = None if folder is None else _manager(folder)
     if manager is None or name not in manager.task_index:
         log.info("Searching all of lm-eval's tasks for %r, which takes some seconds.", name)

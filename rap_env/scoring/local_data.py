@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,22 @@ from rap_env.errors import CorpusError
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 EVALUATION_KEYS = ("test_split", "validation_split")
 
-TASK_FIELDS: dict[str, tuple[str, ...]] = {
-    "arc_challenge": ("question", "choices.text", "choices.label", "answerKey"),
-    "arc_easy": ("question", "choices.text", "choices.label", "answerKey"),
-    "blimp": ("sentence_good", "sentence_bad"),
-    "boolq": ("passage", "question", "label"),
-    "copa": ("premise", "choice1", "choice2", "question", "label"),
-    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "lambada_openai": ("text",),
-    "openbookqa": ("question_stem", "choices.text", "choices.label", "answerKey"),
-    "piqa": ("goal", "sol1", "sol2", "label"),
-    "sciq": ("support", "question", "distractor1", "distractor2", "distractor3", "correct_answer"),
-    "wikitext": ("page",),
-    "winogrande": ("sentence", "option1", "option2", "answer"),
-}
+_TASKS: dict[str, Any] = json.loads(
+    resources.files("rap_env.scoring").joinpath("lm_eval_tasks.json").read_text(encoding="utf-8")
+)
+TASK_FOLDERS: dict[str, str] = {name: task["folder"] for name, task in _TASKS.items()}
+"""Folders of well-known tasks inside lm-eval's folder of tasks."""
+
+TASK_FIELDS = {name: tuple(task["fields"]) for name, task in _TASKS.items()}
 """Fields that a task's prompts read. A missing field does not always fail in lm-eval, because its
 templates use the name of an unknown field as literal text."""
 
 Rows = list[dict[str, Any]]
+
+
+def known_name(task: str) -> str:
+    """The task under whose name folder and fields are known: ``"blimp"`` for its members."""
+    return "blimp" if task.startswith("blimp_") else task
 
 
 def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
     folder = _task_folder(Path(data_root).expanduser(), task)
     wanted = _split_names(config)
     rows = {
-        split: read_rows(path, _fields_of(task))
+        split: read_rows(path, TASK_FIELDS.get(known_name(task), ()))
         for split in sorted(set(wanted.values()))
         if (path := folder / f"{split}.jsonl").is_file()
     }
@@ -106,10 +105,6 @@ def _has(row: Any, field: str) -> bool:
             return False
         row = row[name]
     return True
-
-
-def _fields_of(task: str) -> tuple[str, ...]:
-    return TASK_FIELDS.get("blimp" if task.startswith("blimp_") else task, ())
 
 
 def _task_folder(root: Path, task: str) -> Path:

@@ -99,7 +99,14 @@ class MaskScorer:
         self._prefix_cache_bytes = prefix_cache_bytes
         self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
         self._part_windows = 0  # windows that parts ran, summed over masks
-        self.context = self._make_context(rows)
+        self.context: Mapping[str, Any] = {
+            **model_context(llm),
+            "tokens": self.corpus.sha256,
+            "shape": list(tokens.shape),
+            "batch_windows": rows,
+            "head_tokens": HEAD_TOKENS,
+            "loss": _LOSS_VERSION,
+        }
         self._key = context_key(self.context)
 
     @property
@@ -318,22 +325,17 @@ class MaskScorer:
         values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
         return values
 
-    def _make_context(self, rows: int) -> Mapping[str, Any]:
-        """Everything that determines a score, including the rounding of its last bit."""
-        model = self.llm.model
-        return {
-            **self.llm.facts.identity,
-            "device": device_kind(self.llm.device),
-            "attention": attention_name(model),
-            "tokens": self.corpus.sha256,
-            "shape": list(self.corpus.tokens.shape),
-            "batch_windows": rows,
-            "head_tokens": HEAD_TOKENS,
-            "loss": _LOSS_VERSION,
-            "threads": torch.get_num_threads() if self.llm.device.type == "cpu" else 0,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+
+def model_context(llm: ElasticLLM) -> dict[str, Any]:
+    """What determines any score of a model, including the rounding of its last bit."""
+    return {
+        **llm.facts.identity,
+        "device": device_kind(llm.device),
+        "attention": attention_name(llm.model),
+        "threads": torch.get_num_threads() if llm.device.type == "cpu" else 0,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def notify(on_score: Callable[[BlockMask], None] | None, masks: Sequence[BlockMask]) -> None:

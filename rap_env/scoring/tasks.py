@@ -10,16 +10,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
-from rap_env.llm.cpu_decode import attention_name
-from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.likelihoods import RequestEncoder
+from rap_env.scoring.scorer import model_context
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
 
@@ -124,7 +121,11 @@ class TaskScorer:
                 for name, task in members.items()
             }
         self._results: dict[BlockMask, dict[str, TaskResult]] = {}
-        common = self._common_context()
+        common = {
+            **model_context(llm),
+            "batch": [likelihoods.BATCH_ROWS, likelihoods.BATCH_TOKENS, likelihoods.HEAD_TOKENS],
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
         self.context: Mapping[str, Any] = {
             **common,
             "tasks": {name: member.context for name, member in self._members.items()},
@@ -217,22 +218,6 @@ class TaskScorer:
             values = outputs.reshape(-1).tolist()
             self.store.put(self._keys[name], mask, _METRIC, values, self._contexts[name])
         return outputs
-
-    def _common_context(self) -> dict[str, Any]:
-        return {
-            **self.llm.facts.identity,
-            "device": device_kind(self.llm.device),
-            "attention": attention_name(self.llm.model),
-            "batch": [
-                likelihoods.BATCH_ROWS,
-                likelihoods.BATCH_TOKENS,
-                likelihoods.HEAD_TOKENS,
-            ],
-            "threads": torch.get_num_threads() if self.llm.device.type == "cpu" else 0,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "lm_eval": importlib.metadata.version("lm_eval"),
-        }
 
 
 __all__ = ["TaskConfig", "TaskResult", "TaskScorer"]

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
+from importlib import resources
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
@@ -199,62 +200,22 @@ def _first_error(error: ValidationError) -> ApiError:
     )
 
 
-_IGNORED = frozenset(
-    {
-        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention", "parallel_tool_calls", "prediction",
-    }
-)  # fmt: skip
-"""Fields about billing, storage or speed; they cannot change the answer."""
-
-_NO_TOOLS = "it calls no tools; leave it out."
-_NO_PENALTY = "tokens are not penalised here; set it to 0 or leave it out."
-_TEXT_ONLY = "it reads and writes text; leave it out."
-_EMPTY: tuple[Any, ...] = (None, [], {}, False)
-
-# For each unsupported field: the values that have no effect, and a hint for the error message.
-_COMMON: dict[str, tuple[tuple[Any, ...], str]] = {
-    "frequency_penalty": ((None, 0), _NO_PENALTY),
-    "presence_penalty": ((None, 0), _NO_PENALTY),
-    "logit_bias": ((None, {}), "no logits are biased here; leave it out."),
-}
-_CHAT = {
-    **_COMMON,
-    "tools": (_EMPTY, _NO_TOOLS),
-    "tool_choice": ((None, "none", "auto"), _NO_TOOLS),
-    "functions": (_EMPTY, _NO_TOOLS),
-    "function_call": ((None, "none", "auto"), _NO_TOOLS),
-    "response_format": (
-        (None, {"type": "text"}),
-        "answers are free text; use {'type': 'text'} or leave it out.",
-    ),
-    "top_logprobs": (
-        (None, 0),
-        "only the log probability of the chosen tokens is known; set it to 0.",
-    ),
-    "modalities": ((None, ["text"]), _TEXT_ONLY),
-    "audio": ((None,), _TEXT_ONLY),
-    "web_search_options": ((None,), "it searches nothing; leave it out."),
-    "reasoning_effort": ((None, "none"), "it has no reasoning modes; leave it out."),
-    "verbosity": ((None, "medium"), "it has no verbosity modes; leave it out."),
-}
-_COMPLETION = {
-    **_COMMON,
-    "echo": ((None, False), "put the prompt before the answer yourself, or leave it out."),
-    "suffix": ((None, ""), "it completes prompts at their end alone; leave it out."),
-    "best_of": ((None, 1), "ask for several answers with 'n' and choose among them yourself."),
-}
+_OTHER_FIELDS: dict[str, Any] = json.loads(
+    resources.files("rap_env.serving").joinpath("other_fields.json").read_text(encoding="utf-8")
+)
+"""Undeclared fields of the API. Ignored ones are about billing, storage or speed and cannot change
+the answer. For each other one: the values that have no effect, and a hint for the error message."""
 
 
 def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
     """Reject undeclared fields that are unknown or would change the answer."""
-    limits = _CHAT if chat else _COMPLETION
+    limits = _OTHER_FIELDS["both"] | _OTHER_FIELDS["chat" if chat else "completion"]
     for name, value in fields.items():
-        if name in _IGNORED:
+        if name in _OTHER_FIELDS["ignored"]:
             continue
         if name not in limits:
             raise invalid(f"Unknown parameter: '{shown(name)}'.", shown(name), "unknown_parameter")
-        neutral, hint = limits[name]
-        if not any(value == other for other in neutral):
+        if value not in limits[name]["neutral"]:
+            hint = limits[name]["hint"]
             message = f"Unsupported parameter: '{name}' is not supported with this server; {hint}"
             raise invalid(message, name, "unsupported_parameter")
