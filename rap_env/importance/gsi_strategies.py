@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rap_env.blocks import Block, BlockMask
-from rap_env.scoring.mask_search import BestMaskSearch, Candidate, Stage, successive_halving
+from rap_env.scoring.mask_search import Candidate, Stage, find_best_mask, successive_halving
 from rap_env.scoring.scorer import MaskScorer
 
 OnScore = Callable[[BlockMask], None]
@@ -110,10 +110,6 @@ class ExactStrategy(GSIStrategy):
     are what is known of single blocks afterwards.
     """
 
-    def __init__(self, scorer: MaskScorer) -> None:
-        super().__init__(scorer)
-        self._search = BestMaskSearch(scorer)
-
     def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
         """As in `GSIStrategy`."""
         if state.last or not state.order:
@@ -128,7 +124,7 @@ class ExactStrategy(GSIStrategy):
         on_score: OnScore,
     ) -> RoundResult:
         masks = [mask for _, mask in candidates]
-        found = self._search.find(masks, near=near, on_score=on_score)
+        found = find_best_mask(self.scorer, masks, near=near, on_score=on_score)
         delta_nll = {}
         for block, mask in candidates:
             # A mask may be dropped after a small part of the text. The last known rise of its

@@ -49,13 +49,9 @@ def choose_batch_width(
     One mask's batch saturates a CPU (two masks in one batch were no faster), so on a CPU each
     mask has its own batch, which keeps scores bit for bit those of single passes. On an
     accelerator the width is measured. A model that is streamed under a memory cap runs as many
-    masks through each of its layers as the cap allows, each in its own batch.
-
-    Args:
-        llm: The live model.
-        ids: The first batch of the text, shape (windows, T).
-        cache_bytes: Most bytes of hidden states, unless a memory cap allows less.
-        width: Most masks that share a batch, or None to choose.
+    masks through each of its layers as the cap allows, each in its own batch. `ids` is the first
+    batch of the text, (windows, T); `cache_bytes` the most bytes of hidden states, unless a memory
+    cap allows less; a `width` of None is chosen.
 
     Raises:
         InvalidRequestError: The width is not a whole number of at least 1, or a memory cap is

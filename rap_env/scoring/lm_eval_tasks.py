@@ -154,16 +154,11 @@ def task_class() -> Any:
 
 
 def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) -> LoadedTask:
-    """Load a task or group by name.
+    """Load a generated task, or any task, group or tag of lm-eval by name.
 
-    Generated tasks need no data; others read `data_root` if it is given, else the hub.
-
-    Args:
-        name: A generated task, or any task, group or tag of lm-eval.
-        data_root: Folder of local data, see `rap_env.scoring.local_data`.
-        seed: Seeds the documents of generated tasks and the choice of few-shot examples.
-        num_fewshot: Solved examples before each question; as in lm-eval, tasks that fix the
-            number to 0 (such as blimp's) keep 0.
+    Generated tasks need no data; others read `data_root` (see `rap_env.scoring.local_data`) if it
+    is given, else the hub. `seed` is that of the documents of generated tasks and of the choice of
+    few-shot examples. As in lm-eval, tasks that fix `num_fewshot` to 0 (such as blimp's) keep 0.
 
     Raises:
         UnknownNameError: There is no such task, or it is not scored by likelihoods.

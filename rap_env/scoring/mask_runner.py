@@ -104,16 +104,9 @@ class MaskRunner:
 
     The masks of one call advance together, one step at a time. A step runs once for all masks
     that removed the same blocks before it; masks that removed other blocks but keep the blocks
-    of this step may share a batch.
-
-    Args:
-        partial: The model.
-        batches: The text: token ids, each of shape (windows, T).
-        cache: Known states.
-        width: Most states that share a batch. Above 1, results may differ by the dtype's rounding.
-
-    Attributes:
-        block_runs: Blocks that were run, counted once for each batch of the text and state.
+    of this step may share a batch. `batches` are the token ids of the text, each of shape
+    (windows, T). At most `width` states share a batch; above 1, results may differ by the dtype's
+    rounding. `block_runs` counts a block once for each batch of the text and state.
     """
 
     def __init__(

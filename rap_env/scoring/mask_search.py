@@ -1,6 +1,6 @@
 """Searches that find the best of several masks without running every mask on the whole text.
 
-`BestMaskSearch` is exact: it drops a mask as soon as a lower bound shows that it cannot win.
+`find_best_mask` is exact: it drops a mask as soon as a lower bound shows that it cannot win.
 `successive_halving` is approximate: most masks run on a part of the text only.
 """
 
@@ -119,64 +119,58 @@ class SearchResult:
     lower_bounds: dict[BlockMask, float]
 
 
-class BestMaskSearch:
-    """Finds the best of some masks exactly, and drops each mask as soon as it cannot win.
+def find_best_mask(
+    scorer: MaskScorer,
+    masks: Sequence[BlockMask],
+    *,
+    near: BlockMask | None = None,
+    on_score: OnScore | None = None,
+) -> SearchResult:
+    """Find the mask of the least NLL exactly; drops each mask as soon as it cannot win.
 
     The NLL of a text is a sum of non-negative terms, so the terms of a part of the text bound the
     sum from below. For the part that was run, the NLL over a subset of the vocabulary is another
-    lower bound (`VocabularyBound`), so few masks need the whole head. Likely winners should come
-    first. The scorer caches the score of every mask measured to the end.
+    lower bound (`VocabularyBound`), so few masks need the whole head.
+
+    Args:
+        scorer: Measures the masks; it caches the score of every mask measured to the end.
+        masks: At least one; likely winners first.
+        near: A mask whose likely words bound the NLL of the others: the more similar, the tighter.
+            It costs as much as measuring one mask. None uses no such bound, which is better for a
+            few masks of nearly equal NLL.
+        on_score: Called after each mask that was measured or dropped.
+
+    Raises:
+        NonFiniteScoreError: The model gave NaN or infinity.
     """
+    if scorer.llm.spare_bytes is not None:
+        # The memory cap leaves no room for the vocabulary bound and the held states.
+        nll = dict(zip(masks, scorer.nll_many(masks, on_score), strict=True))
+        return SearchResult(min(masks, key=nll.__getitem__), nll, {})
+    known = {m: float(v.mean()) for m in masks if (v := scorer.look_up(m)) is not None}
+    missing = [mask for mask in masks if mask not in known]
+    lower_bounds: dict[BlockMask, float] = {}
+    if missing:
+        with scorer.llm.masked(BlockMask()):
+            bound = None if near is None else _vocabulary(scorer, near)
+            runner = CandidateRunner(scorer, masks)
+            state = _SearchState(scorer, runner, bound, known)
+            for group in chunks(missing, scorer.in_flight):
+                lower_bounds |= state.evaluate(group)
+                notify(on_score, group)
+            state.keep_winner()
+    measured = [mask for mask in masks if mask in known]
+    return SearchResult(min(measured, key=known.__getitem__), known, lower_bounds)
 
-    def __init__(self, scorer: MaskScorer) -> None:
-        self._scorer = scorer
 
-    def find(
-        self,
-        masks: Sequence[BlockMask],
-        *,
-        near: BlockMask | None = None,
-        on_score: OnScore | None = None,
-    ) -> SearchResult:
-        """Find the mask of the least NLL.
-
-        Args:
-            masks: At least one; likely winners first.
-            near: A mask whose likely words bound the NLL of the others: the more similar, the
-                tighter. It costs as much as measuring one mask. None uses no such bound, which
-                is better for a few masks of nearly equal NLL.
-            on_score: Called after each mask that was measured or dropped.
-
-        Raises:
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
-        if self._scorer.llm.spare_bytes is not None:
-            # The memory cap leaves no room for the vocabulary bound and the held states.
-            nll = dict(zip(masks, self._scorer.nll_many(masks, on_score), strict=True))
-            return SearchResult(min(masks, key=nll.__getitem__), nll, {})
-        known = {m: float(v.mean()) for m in masks if (v := self._scorer.look_up(m)) is not None}
-        missing = [mask for mask in masks if mask not in known]
-        lower_bounds: dict[BlockMask, float] = {}
-        if missing:
-            with self._scorer.llm.masked(BlockMask()):
-                bound = None if near is None else self._vocabulary(near)
-                runner = CandidateRunner(self._scorer, masks)
-                state = _SearchState(self._scorer, runner, bound, known)
-                for group in chunks(missing, self._scorer.in_flight):
-                    lower_bounds |= state.evaluate(group)
-                    notify(on_score, group)
-                state.keep_winner()
-        measured = [mask for mask in masks if mask in known]
-        return SearchResult(min(measured, key=known.__getitem__), known, lower_bounds)
-
-    def _vocabulary(self, near: BlockMask) -> VocabularyBound:
-        """The bound from the entries that are likely under a mask."""
-        runner, candidate = CandidateRunner(self._scorer, [near]), Candidate(near)
-        batches = self._scorer.batches
-        for batch in range(len(batches)):
-            runner.evaluate_batch([candidate], batch)
-        hidden = [candidate.hidden[batch] for batch in range(len(batches))]
-        return VocabularyBound(self._scorer.runner.partial, hidden, batches)
+def _vocabulary(scorer: MaskScorer, near: BlockMask) -> VocabularyBound:
+    """The bound from the entries that are likely under a mask."""
+    runner, candidate = CandidateRunner(scorer, [near]), Candidate(near)
+    batches = scorer.batches
+    for batch in range(len(batches)):
+        runner.evaluate_batch([candidate], batch)
+    hidden = [candidate.hidden[batch] for batch in range(len(batches))]
+    return VocabularyBound(scorer.runner.partial, hidden, batches)
 
 
 class _SearchState:
@@ -271,21 +265,14 @@ def successive_halving(
 
     Successive halving (Karnin, Koren and Somekh, Almost Optimal Exploration in Multi-Armed
     Bandits, ICML 2013). Nothing is stored, because the NLL of a part is not a score of the text.
-
-    Args:
-        scorer: Gives the model and the text.
-        masks: At least one; the first of equal masks wins.
-        stages: Each batch of the text belongs to one of them.
-        rank: Decides which masks continue, the least first; by default the contributions of the
-            batches that were run. The masks of the last stage are compared by their NLL.
-        on_score: Called after each mask that leaves the search.
+    Each batch of the text belongs to one of the stages. `rank` decides which masks continue, the
+    least first; by default the contributions of the batches that were run. The masks of the last
+    stage are compared by their NLL; the first of equal masks wins. `on_score` is called after each
+    mask that leaves the search.
 
     Returns:
         All masks with the contributions of the batches that they were run on, the winner first:
         it was run on the whole text.
-
-    Raises:
-        NonFiniteScoreError: The model gave NaN or infinity.
     """
     runner, model = CandidateRunner(scorer, masks), scorer.runner.partial
     alive = [Candidate(mask) for mask in masks]

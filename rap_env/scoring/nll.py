@@ -72,12 +72,8 @@ class VocabularyBound:
     ``-log softmax`` of a target grows with every further entry of the vocabulary, so the value
     over a subset with the target is a lower bound. The bound is tight if the subset holds most of
     the probability. A few windows need few entries, so each piece of the text has its own subset.
-
-    Args:
-        partial: The model whose head is used.
-        hidden: Decoder outputs under some mask, for each batch of the text, (windows, T, H); the
-            bound is tight for masks under which the same entries are likely.
-        batches: Token ids of the same windows, each of shape (windows, T).
+    `hidden` are decoder outputs under some mask for each of the `batches`, (windows, T, H) and
+    (windows, T); the bound is tight for masks under which the same entries are likely.
 
     Attributes:
         tolerance: How far the bound may exceed the NLL because of rounding, nats per token:

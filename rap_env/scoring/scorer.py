@@ -267,11 +267,7 @@ class MaskScorer:
         self._scores[mask] = values
 
     def raise_non_finite(self, mask: BlockMask) -> NoReturn:
-        """Report that the model gave NaN or infinity under `mask`.
-
-        Raises:
-            NonFiniteScoreError: Always.
-        """
+        """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under `mask`."""
         self.runner.cache.clear()  # the states on the way may be non-finite too
         raise NonFiniteScoreError(
             f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {mask}; check the "

@@ -177,9 +177,7 @@ class TaskScorer:
     def results(self, mask: BlockMask) -> dict[str, TaskResult]:
         """All metrics, standard errors and document counts by task under `mask`.
 
-        Raises:
-            UnknownNameError: The mask names blocks that the model does not have.
-            NonFiniteScoreError: The model gave NaN or infinity.
+        The errors are those of `accuracies`.
         """
         mask.check(self.llm.num_blocks)
         if mask not in self._results:

@@ -7,7 +7,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
 from rap_env.scoring import nll as nll_module
-from rap_env.scoring.mask_search import BestMaskSearch, Stage, successive_halving
+from rap_env.scoring.mask_search import Stage, find_best_mask, successive_halving
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm
@@ -28,7 +28,7 @@ def test_the_search_finds_the_best_of_all_masks(family, near, dtype):
     scorer, plain = scorers(family, dtype=dtype)
     masks = list(scorer.candidates(BASE).values())
     nll = plain.nll_many(masks)
-    found = BestMaskSearch(scorer).find(masks, near=near)
+    found = find_best_mask(scorer, masks, near=near)
     assert found.best == masks[int(np.argmin(nll))]
     assert found.nll[found.best] == min(nll)
     for mask, value in zip(masks, nll, strict=True):
@@ -44,7 +44,7 @@ def test_masks_that_cannot_win_are_dropped(monkeypatch):
     scorer, plain = scorers(layers=8)
     masks = sorted(scorer.candidates(BASE).values(), key=plain.nll)  # likely winners first
     ticks = []
-    found = BestMaskSearch(scorer).find(masks, near=BASE, on_score=ticks.append)
+    found = find_best_mask(scorer, masks, near=BASE, on_score=ticks.append)
     assert len(found.lower_bounds) > len(masks) // 2
     assert ticks == masks
     assert scorer.evaluations == len(masks)
@@ -56,15 +56,14 @@ def test_known_masks_are_not_run_again():
     masks = list(scorer.candidates(BASE).values())
     nll = scorer.nll_many(masks)
     ran = scorer.evaluations, scorer.block_forwards
-    found = BestMaskSearch(scorer).find(masks)
+    found = find_best_mask(scorer, masks)
     assert found.nll == dict(zip(masks, nll, strict=True))
     assert (scorer.evaluations, scorer.block_forwards) == ran
 
 
 def test_the_next_round_starts_from_the_winners_states():
     scorer, plain = scorers(layers=8)
-    search = BestMaskSearch(scorer)
-    best = search.find(list(scorer.candidates(BASE).values())).best
+    best = find_best_mask(scorer, list(scorer.candidates(BASE).values())).best
     before = scorer.block_forwards
     alone = best | BlockMask.of(15)
     assert scorer.nll(alone) == plain.nll(alone)
@@ -73,14 +72,14 @@ def test_the_next_round_starts_from_the_winners_states():
 
 def test_a_single_mask_and_the_dense_model():
     scorer, plain = scorers()
-    assert BestMaskSearch(scorer).find([BlockMask()]).nll == {BlockMask(): plain.dense_nll}
+    assert find_best_mask(scorer, [BlockMask()]).nll == {BlockMask(): plain.dense_nll}
 
 
 def test_non_finite_numbers_are_rejected():
     scorer, _ = scorers()
     scorer.llm.model.get_decoder().layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteScoreError, match="non-finite"):
-        BestMaskSearch(scorer).find(list(scorer.candidates(BASE).values()))
+        find_best_mask(scorer, list(scorer.candidates(BASE).values()))
     assert scorer.known == 0
 
 

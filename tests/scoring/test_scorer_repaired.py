@@ -7,7 +7,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.llm.streamed import stream_llm
 from rap_env.repair.stub_library import StubLibrary
-from rap_env.scoring.mask_search import BestMaskSearch
+from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.llm.stubs import random_stubs, repaired
@@ -61,7 +61,7 @@ def test_a_search_finds_the_best_repaired_mask():
     least = min(scan, key=scan.__getitem__)
     scorer = MaskScorer(view, ids)
     masks = list(scorer.candidates(BlockMask.of(3)).values())
-    found = BestMaskSearch(scorer).find(masks)
+    found = find_best_mask(scorer, masks)
     assert found.best == BlockMask.of(3, least)
     assert found.nll[found.best] == scan[least]
 

@@ -12,7 +12,7 @@ from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.mask_search import BestMaskSearch
+from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import FAMILIES, VOCAB_SIZE, randomise, tiny_model, tiny_tokenizer
@@ -98,8 +98,8 @@ def test_gsi_finds_the_same_order(method, tmp_path):
 def test_a_search_finds_the_same_mask(tmp_path):
     whole, streamed = pair(save(tmp_path / "m", tiny_model(layers=4)))
     masks = [BlockMask.of(1, i) for i in (2, 3, 4, 6)]
-    found = BestMaskSearch(MaskScorer(streamed, tokens())).find(masks, near=BlockMask.of(1))
-    expected = BestMaskSearch(MaskScorer(whole, tokens())).find(masks, near=BlockMask.of(1))
+    found = find_best_mask(MaskScorer(streamed, tokens()), masks, near=BlockMask.of(1))
+    expected = find_best_mask(MaskScorer(whole, tokens()), masks, near=BlockMask.of(1))
     assert found.best == expected.best
     assert found.nll[found.best] == expected.nll[expected.best]
 
