@@ -16,6 +16,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Collection, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,6 +82,11 @@ def remove_incomplete_line(path: Path) -> None:
         if whole < end:
             log.warning("%s ended in an incomplete line, which was removed.", path)
             file.truncate(whole)
+
+
+def package_json(package: str, name: str) -> Any:
+    """Content of a JSON file that a package contains."""
+    return json.loads(resources.files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 def canonical_json(value: Any) -> str:

@@ -61,7 +61,7 @@ class StubLibrary:
         return {block_name(index): stub.rank for index, stub in sorted(self.stubs.items())}
 
     def check(self, llm: ElasticLLM) -> None:
-        """Raise an `ArtifactError` if the stubs were fitted on another model, or in another dtype."""
+        """Raise an `ArtifactError` if the stubs are of another model, or of another dtype."""
         if llm.fingerprint != self.fingerprint:
             raise ArtifactError(
                 f"These stubs were fitted on {self.model} with other weights or another dtype than "

@@ -11,13 +11,12 @@ turns, so that the first documents of a task have the same mix as all of them.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, NamedTuple, TypedDict
 
+from rap_env.artifacts import package_json
 from rap_env.errors import check_name
 from rap_env.scoring.minimal_pairs import PARADIGMS
 
@@ -40,9 +39,7 @@ class Relation(NamedTuple):
     pairs: tuple[tuple[str, str], ...]
 
 
-_WORDS: dict[str, Any] = json.loads(
-    resources.files("rap_env.scoring").joinpath("task_words.json").read_text(encoding="utf-8")
-)
+_WORDS: dict[str, Any] = package_json("rap_env.scoring", "task_words.json")
 NAMES, OBJECTS = _WORDS["names"], _WORDS["objects"]  # keys and values of the recall task
 RELATIONS = tuple(
     Relation(entry["name"], entry["question"], tuple(entry["pairs"].items()))

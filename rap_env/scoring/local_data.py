@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rap_env.artifacts import package_json
 from rap_env.errors import CorpusError
 
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 EVALUATION_KEYS = ("test_split", "validation_split")
 
-_TASKS: dict[str, Any] = json.loads(
-    resources.files("rap_env.scoring").joinpath("lm_eval_tasks.json").read_text(encoding="utf-8")
-)
+_TASKS: dict[str, Any] = package_json("rap_env.scoring", "lm_eval_tasks.json")
 TASK_FOLDERS: dict[str, str] = {name: task["folder"] for name, task in _TASKS.items()}
 """Folders of well-known tasks inside lm-eval's folder of tasks."""
 

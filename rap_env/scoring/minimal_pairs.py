@@ -7,18 +7,16 @@ knows word frequencies scores near one half.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
+
+from rap_env.artifacts import package_json
 
 Pair = tuple[str, str]
 Paradigm = Callable[[random.Random], Pair]
 
-_WORDS: dict[str, Any] = json.loads(
-    resources.files("rap_env.scoring").joinpath("minimal_pairs.json").read_text(encoding="utf-8")
-)
+_WORDS: dict[str, Any] = package_json("rap_env.scoring", "minimal_pairs.json")
 PEOPLE, THINGS = _WORDS["people"], _WORDS["things"]  # (singular, plural)
 GENDERED = _WORDS["gendered"]  # (male, female)
 MASS, PLACES = _WORDS["mass"], _WORDS["places"]

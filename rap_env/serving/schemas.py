@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
-from importlib import resources
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from rap_env.artifacts import package_json
 from rap_env.serving.errors import ApiError, invalid, shown, too_large
 from rap_env.serving.settings import ServerSettings
 
@@ -200,9 +200,7 @@ def _first_error(error: ValidationError) -> ApiError:
     )
 
 
-_OTHER_FIELDS: dict[str, Any] = json.loads(
-    resources.files("rap_env.serving").joinpath("other_fields.json").read_text(encoding="utf-8")
-)
+_OTHER_FIELDS: dict[str, Any] = package_json("rap_env.serving", "other_fields.json")
 """Undeclared fields of the API. Ignored ones are about billing, storage or speed and cannot change
 the answer. For each other one: the values that have no effect, and a hint for the error message."""
 

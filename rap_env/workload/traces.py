@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.artifacts import package_json
 from rap_env.errors import RapError
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -127,9 +126,7 @@ def fit_trace(path: str | PathLike[str]) -> LengthTable:
     return LengthTable(tuple(int(value) for value in found))
 
 
-_FITTED = json.loads(
-    resources.files("rap_env.workload").joinpath("azure_2023.json").read_text(encoding="utf-8")
-)
+_FITTED = package_json("rap_env.workload", "azure_2023.json")
 AZURE_CONV = LengthTable(tuple(_FITTED["azure-conv"]))
 """Chat requests: `fit_trace` of azure_2023_conv.csv, the 13,927 requests before 18:55."""
 
