@@ -16,12 +16,28 @@ from rap_env.errors import ArtifactError
 from rap_env.memory import HasFacts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A profile of one model, saved as a checked JSON artifact."""
+    """A profile of one model, saved as a checked JSON artifact.
+
+    Attributes:
+        evaluations: Masks that the profile needs, including stored ones: the cost without a store.
+        evaluations_run: Masks that the model ran, some of them on a part of the text; fewer than
+            `evaluations` if a store already had some.
+        block_forwards: Blocks that the model ran, in passes over the whole text; parts of the
+            text count by their share.
+        seconds: Wall time of what the model ran, summed over all interrupted runs.
+        provenance: Model, text and everything else that determined the scores.
+    """
 
     KIND: ClassVar[str]
     FORMAT: ClassVar[int]
+
+    evaluations: int
+    evaluations_run: int
+    block_forwards: float
+    seconds: float
+    provenance: dict[str, Any]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked JSON artifact."""
@@ -38,7 +54,7 @@ class Profile:
         return cls(**load_profile(path, cls.KIND, cls.FORMAT, model))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OneShotProfile(Profile):
     """Scores of the 2L blocks of a dense model.
 
@@ -46,11 +62,6 @@ class OneShotProfile(Profile):
         dense_nll: NLL of the dense model, nats per token.
         nll_without: NLL without each block, nats per token, length 2L.
         influence: Block influence of each block, length 2L (see `block_influence`).
-        evaluations: Masks that the profile needs, including stored ones.
-        evaluations_run: Masks that the model ran.
-        block_forwards: Blocks that the model ran.
-        seconds: Wall time of the masks that the model ran.
-        provenance: Model, text and versions.
     """
 
     KIND = "one-shot importance"
@@ -59,11 +70,6 @@ class OneShotProfile(Profile):
     dense_nll: float
     nll_without: tuple[float, ...]
     influence: tuple[float, ...]
-    evaluations: int
-    evaluations_run: int
-    block_forwards: float
-    seconds: float
-    provenance: dict[str, Any]
 
     @property
     def delta_nll(self) -> npt.NDArray[np.float64]:
@@ -76,7 +82,7 @@ class OneShotProfile(Profile):
         return np.array(self.influence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GSIProfile(Profile):
     """The result of GSI (RAP, arXiv 2505.17138, Algorithm 1) on one model and text.
 
@@ -91,14 +97,6 @@ class GSIProfile(Profile):
         left_loss: For each remaining block, by name: the last known rise in NLL if it is removed
             in addition to the blocks removed by then.
         candidates: Blocks examined in each round.
-        evaluations: Masks examined in all rounds, including stored ones: the cost without a
-            store.
-        evaluations_run: Masks that the model ran, many of them on a part of the text; fewer than
-            `evaluations` if a store already had some.
-        block_forwards: Blocks that the model ran, in passes over the whole text; parts of the
-            text count by their share.
-        seconds: Wall time of what the model ran, summed over all interrupted runs.
-        provenance: Model, text and everything else that determined the scores.
     """
 
     KIND = "GSI profile"
@@ -113,11 +111,6 @@ class GSIProfile(Profile):
     first_nll: tuple[float, ...]
     left_loss: dict[str, float]
     candidates: tuple[int, ...]
-    evaluations: int
-    evaluations_run: int
-    block_forwards: float
-    seconds: float
-    provenance: dict[str, Any]
 
     @property
     def order(self) -> tuple[Block, ...]:

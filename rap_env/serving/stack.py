@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerStack:
-    """All parts of a server; nothing is started yet. The ASGI application closes the engine."""
+    """All parts of a server, not started; the application starts and closes the engine."""
 
     settings: ServerSettings
     engine: Engine
