@@ -67,8 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         sentence = error.format_message()
-    except (RapError, OSError) as error:
+    except RapError as error:
         sentence = str(error)
+    except OSError as error:
+        sentence = str(error)
+        if error.filename is not None and error.strerror:
+            sentence = (
+                f"Cannot use {error.filename}: {error.strerror}. Check that the path is of the "
+                "right kind (file or folder) and that you may write to it; the cache is the "
+                "folder that $RAP_CACHE_DIR names."
+            )
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     is_help = sentence.startswith("Usage:")  # without a command, click raises its help text

@@ -11,13 +11,16 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.cli import default_facts, main
+from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.delta_nll import find_delta_nll
 from rap_env.runtime.policies import StaticPolicy, load_policy
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack
 from rap_env.version import __version__
 from tests.serving.tokenizers import chat_tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import tiny_llm, tiny_model
 
 REQUEST = ["--batch", "8", "--seq", "1024", "--budget", "350MiB"]
 
@@ -251,3 +254,20 @@ def test_the_shipped_facts_are_those_of_the_default_model():
     from rap_env.llm.loading import load_llm
 
     assert load_llm("smollm2-135m@pypi", dtype="bfloat16").facts == default_facts()
+
+
+def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise NotADirectoryError(20, "Not a directory", str(tmp_path))
+
+    monkeypatch.setattr("rap_env.llm.default_model.fetch_default_model", fail)
+    code, _, error = rap("fetch")
+    assert code == 2
+    assert f"Cannot use {tmp_path}: Not a directory. Check that" in error
+    assert "Errno" not in error
+
+
+@pytest.mark.parametrize("budget", ["0", "1KiB"])
+def test_a_budget_below_the_least_peak_is_rejected(budget):
+    with pytest.raises(ServingSettingsError, match=r"memory must be at least [\d,]+ bytes"):
+        build_stack(ServerSettings(memory=budget, policy="dense"), llm=tiny_llm())

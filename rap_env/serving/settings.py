@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ class ServerSettings:
         model: Model to serve: an alias such as ``smollm2-135m``, a hub id, a folder or a GGUF file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        threads: Threads of torch; null for torch's own number.
+        threads: Threads of torch, at most the number of CPUs; null for torch's own number.
         policy: Policy that chooses masks: ``rap``, ``frontier``, ``dense``, or the path of an
             exported policy.
         memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
@@ -140,6 +141,10 @@ class ServerSettings:
                 raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
             if types[0] is int and name != "port" and value is not None and value < 1:
                 raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
+        if self.threads is not None and self.threads > (cpus := os.cpu_count() or 1):
+            raise ServingSettingsError(
+                f"threads must be at most {cpus}, the number of CPUs, not {self.threads}."
+            )
         _ = self.memory_source, self.reserve_bytes  # raise if they are not numbers of bytes
 
     @classmethod

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from rap_env.errors import ServingSettingsError
 from rap_env.llm.device import use_threads
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
 from rap_env.policy import MaskPolicy
+from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
@@ -73,6 +76,7 @@ def build_stack(
         policy = load_policy(settings.policy, llm) if policy is None else policy
         if memory is None:
             reserve = settings.reserve_bytes
+            _check_budget(settings, llm)
             memory = open_memory(settings.memory_source, device=llm.device, reserve_bytes=reserve)
         engine = engine_class(
             llm,
@@ -90,6 +94,19 @@ def build_stack(
             decisions.close()
         raise
     return ServerStack(settings, engine, app, decisions)
+
+
+def _check_budget(settings: ServerSettings, llm: ElasticLLM) -> None:
+    """Reject a fixed budget in which not even one token fits with every block removed."""
+    budget = settings.memory_source
+    if isinstance(budget, str):
+        return
+    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, max(1, budget)))
+    if budget < least:
+        raise ServingSettingsError(
+            f"memory must be at least {least:,} bytes for {settings.model}, which it needs for "
+            f"one token without any block, not {budget:,}; give a larger budget."
+        )
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:

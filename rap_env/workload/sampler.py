@@ -109,6 +109,13 @@ class GridSampler(RequestSampler):
 
     def __post_init__(self) -> None:
         _one_budget(self.budget_fractions, self.budget_bytes)
+        for name in ("batch_sizes", "seq_lens_tokens", "budget_fractions", "budget_bytes"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Sequence | np.ndarray):
+                raise InvalidRequestError(
+                    f"{name} of the sampler 'grid' must be a list such as [{value!r}], "
+                    f"not {value!r}."
+                )
         if not self.requests:
             raise InvalidRequestError("Each list of the sampler 'grid' needs at least one entry.")
 

@@ -13,7 +13,7 @@ from gymnasium.wrappers import FlattenObservation
 import rap_env
 from rap_env.blocks import BlockMask
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.errors import NonFiniteScoreError, UnknownNameError
+from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, make, play, request_at
 
@@ -202,3 +202,9 @@ class TestEpisode:
 
 def test_the_package_exports_the_environment():
     assert rap_env.RAPPruneEnv is RAPPruneEnv
+
+
+def test_options_of_reset_that_are_no_dict_are_rejected(context):
+    env = make(context)
+    with pytest.raises(InvalidRequestError, match="must be a dict .* not 5"):
+        env.reset(options=5)

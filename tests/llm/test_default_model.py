@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
+from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
 from rap_env.llm import default_model, sources
 from rap_env.llm.default_model import cached_models, fetch_default_model
 from rap_env.llm.loading import load_llm
@@ -269,3 +270,12 @@ def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     answer = llm.generate(**chat, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])
+
+
+def test_a_full_disk_during_the_download_is_named(
+    lonely: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
+    monkeypatch.setattr(default_model.subprocess, "run", lambda *_args, **_options: full)
+    with pytest.raises(StorageFullError, match="No space left while writing"):
+        load_llm("smollm2-135m")

@@ -66,6 +66,7 @@ def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name):
         ({"restore": "from_here"}, "restore"),
         ({"port": 70000}, "port must be from 0 to 65535"),
         ({"max_queue": 0}, "max_queue"),
+        ({"threads": 100_000}, r"threads must be at most \d+, the number of CPUs, not 100000"),
         ({"port": "8000"}, "port must be of type int, not '8000'"),
         ({"max_batch_size": True}, "max_batch_size must be of type int, not True"),
         ({"queue_timeout_s": "long"}, "queue_timeout_s must be of type float or null"),

@@ -194,6 +194,7 @@ def test_unknown_names_list_the_known_ones(memory, spec, message):
         ({"name": "fixed", "budget_fraction": 0.5, "budget_bytes": 5}, "not both"),
         ({"name": "fixed", "budget_bytes": 0}, "budget_bytes must be a whole number"),
         ({"name": "grid", "batch_sizes": []}, "at least one entry"),
+        ({"name": "grid", "batch_sizes": 4}, r"batch_sizes .* must be a list such as \[4\]"),
         ({"name": "grid", "budget_fractions": []}, "at least one entry"),
         ({"name": "grid", "seq_lens_tokens": [5, 0]}, "not 0"),
         ({"name": "grid", "budget_fractions": [0.5], "budget_bytes": [5]}, "not both"),
