@@ -18,9 +18,6 @@ class MaskObserver:
     Args:
         builder: Builds the observation of the dense model, once for each request.
         requests: The requests; the methods refer to them by index.
-
-    Raises:
-        InvalidRequestError: The model cannot serve one of them.
     """
 
     def __init__(self, builder: ObservationBuilder, requests: Sequence[Request]) -> None:

@@ -42,12 +42,7 @@ from experiments.launch import launch_reader
 
 
 def compare(config: CompareConfig) -> str:
-    """Return the comparison of all methods in some folders, in the configured format.
-
-    Raises:
-        ExperimentError: A folder does not exist, or there are no records.
-        ArtifactError: A record is damaged, or two contradict each other.
-    """
+    """Return the comparison of all methods in some folders, in the configured format."""
     groups, learning = read_groups(config.folders)
     if config.format == "json":
         return json.dumps(result_rows(groups), indent=1, allow_nan=False)

@@ -100,22 +100,14 @@ def reject_table(config: Config) -> None:
 
 
 def load_text(text: TextConfig, role: str, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
-    """Load a text for a role: ``"calibration"``, ``"selection"`` or ``"report"``.
-
-    Raises:
-        CorpusError: The text is missing, malformed or too short.
-    """
+    """Load a text for a role: ``"calibration"``, ``"selection"`` or ``"report"``."""
     return load_corpus(CorpusConfig(**asdict(text), role=role), llm, progress=progress)
 
 
 def load_texts(
     texts: Mapping[str, TextConfig], role: str, llm: ElasticLLM, *, progress: bool = True
 ) -> dict[str, Corpus]:
-    """Load texts by name. Files come first, so that a wrong path fails before the model writes.
-
-    Raises:
-        CorpusError: A text is missing, malformed or too short.
-    """
+    """Load texts by name. Files come first, so that a wrong path fails before the model writes."""
     files_first = sorted(texts.items(), key=lambda item: item[1].source == "self")
     found = {name: load_text(text, role, llm, progress=progress) for name, text in files_first}
     return {name: found[name] for name in texts}
@@ -150,9 +142,6 @@ def server_settings(config: Config, folder: Path) -> ServerSettings:
     Args:
         config: All settings.
         folder: The run folder.
-
-    Raises:
-        RapError: A setting is unknown or invalid.
     """
     model = {"model": config.model.name, "device": config.model.device, "dtype": config.model.dtype}
     values = {**config.serve, **model}

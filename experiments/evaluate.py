@@ -50,10 +50,6 @@ class Evaluator:
     Args:
         config: All settings.
         context: The model and the calibration text, which methods may use.
-
-    Raises:
-        CorpusError: The report text is too short or overlaps with the calibration text.
-        UnknownNameError: There is no such task.
     """
 
     def __init__(self, config: Config, context: PruningContext) -> None:
@@ -81,11 +77,7 @@ class Evaluator:
             self.depends_on["repair"] = context.memory.facts.repair
 
     def measure(self, method: Method, cell: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
-        """Return the row of one choice.
-
-        Raises:
-            NonFiniteScoreError: The model returned NaN or infinity.
-        """
+        """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
         mask, request, scorer = choice.mask, cell.request, self.context.scorer
         losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
         peak_bytes = self.context.memory.peak_bytes(mask, request)

@@ -52,10 +52,6 @@ def report(config: Config, folder: Path) -> Path:
 
     Returns:
         The page's path.
-
-    Raises:
-        ExperimentError: There are no records.
-        MissingDependencyError: matplotlib or jinja2 is not installed.
     """
     _need_matplotlib()
     data = gather(config.root)

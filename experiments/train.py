@@ -89,12 +89,7 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
 
 
 def agent_config(config: Config) -> AgentConfig:
-    """Convert the settings of the agent to those of the trainer.
-
-    Raises:
-        UnknownNameError: There is no such agent, policy or hyperparameter.
-        AgentConfigError: A value is out of range.
-    """
+    """Convert the settings of the agent to those of the trainer."""
     settings = {name: value for name, value in vars(config.agent).items() if name != "label"}
     return AgentConfig(**settings, seed=config.seed)
 

@@ -66,12 +66,7 @@ class Choice:
 
 
 def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell, Request]]:
-    """Return every cell of the grid with its request.
-
-    Raises:
-        InvalidRequestError: The model cannot serve a batch size or length.
-        InfeasibleBudgetError: No mask meets a budget.
-    """
+    """Return every cell of the grid with its request."""
     found = []
     for batch_size, seq_len_tokens in grid.shapes:
         for fraction in sorted(set(grid.budgets), reverse=True):
@@ -82,12 +77,7 @@ def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell,
 
 
 def evaluation_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
-    """Return all cells: the grid, fixed sparsities, and cells outside the training range.
-
-    Raises:
-        InvalidRequestError: The model cannot serve a batch size or length.
-        InfeasibleBudgetError: No mask meets a budget.
-    """
+    """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
     found = [EvaluationCell(cell, request) for cell, request in grid_requests(grid, memory)]
     shape = min(grid.shapes, key=lambda shape: (shape[0] * shape[1], shape))
     found += [_at_sparsity(memory, shape, share) for share in sorted(set(grid.sparsities))]
@@ -190,11 +180,7 @@ def agent_folders(config: Config) -> list[Path]:
 
 
 def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
-    """Yield the dense reference, the trained agents, then the baselines.
-
-    Raises:
-        ArtifactError: A run has no complete checkpoint, or one of another model.
-    """
+    """Yield the dense reference, the trained agents, then the baselines."""
     yield _baseline(REFERENCE, None, context)
     for folder in agent_folders(config):
         for best_of in dict.fromkeys(config.evaluate.best_of):
@@ -221,9 +207,6 @@ def decision_scores(folder: Path) -> Scores | None:
     Returns:
         The run's own score model (`TABLE_FILE` in its folder), which predicts NLL; None if the
         run has none, so that the sampled masks are measured.
-
-    Raises:
-        ArtifactError: The score model is damaged.
     """
     path = folder / TABLE_FILE
     return TableScorer(ScoreTable.load(path)).nll_many if path.exists() else None

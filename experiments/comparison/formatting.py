@@ -184,11 +184,7 @@ def wrapped(text: str) -> str:
 
 
 def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
-    """Write ``tables.md`` into a run folder, and print the terminal form.
-
-    Raises:
-        StorageFullError: The disk is full.
-    """
+    """Write ``tables.md`` into a run folder, and print the terminal form."""
     with atomic_write(folder / TABLES_FILE) as file:
         file.write(in_markdown.encode())
     say(in_terminal)

@@ -99,12 +99,7 @@ class Gallery:
 
 
 def write_page(path: Path, **content: Any) -> None:
-    """Render the template to a file.
-
-    Raises:
-        MissingGroupError: jinja2 is not installed.
-        StorageFullError: The disk is full.
-    """
+    """Render the template to a file."""
     try:
         import jinja2
     except ImportError:

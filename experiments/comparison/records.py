@@ -328,9 +328,5 @@ class ResultRow(CellRecord):
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Read all rows of a ``results.jsonl``.
-
-    Raises:
-        ArtifactError: The file or one of its rows is damaged.
-    """
+    """Read all rows of a ``results.jsonl``."""
     return ResultRow.read(path)

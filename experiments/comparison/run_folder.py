@@ -142,11 +142,7 @@ class RunFolder:
         self._write("run.json", json.dumps(record, indent=1))
 
     def read(self) -> dict[str, Any] | None:
-        """Return the content of ``run.json``; None if the run never started.
-
-        Raises:
-            ArtifactError: The file is damaged.
-        """
+        """Return the content of ``run.json``; None if the run never started."""
         return read_json(self.path / "run.json", made_by="the program")
 
     def settings(self) -> dict[str, Any] | None:

@@ -63,9 +63,6 @@ class Section:
 
     Attributes:
         section: Name of the section, for messages; empty for settings without a section.
-
-    Raises:
-        RapError: A value is not allowed.
     """
 
     section: ClassVar[str] = ""

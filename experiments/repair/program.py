@@ -64,10 +64,6 @@ def repair(config: Config, folder: Path) -> Path:
 
     Returns:
         The path of ``repair.jsonl``.
-
-    Raises:
-        RapError: A setting is invalid, texts overlap, a budget is infeasible, or a record or
-            library is damaged or of another model.
     """
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=_FROZEN)

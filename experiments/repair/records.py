@@ -80,9 +80,5 @@ def write_orders(path: Path, profiles: Mapping[str, GSIProfile]) -> None:
 
 
 def read_orders(path: Path) -> dict[str, Any]:
-    """Read what `write_orders` wrote; empty if there is no file.
-
-    Raises:
-        ArtifactError: The file is damaged.
-    """
+    """Read what `write_orders` wrote; empty if there is no file."""
     return read_json(path, made_by="experiments.repair") or {}

@@ -89,12 +89,7 @@ def read_replay(folder: Path) -> ReplayRecords:
 
 
 def draw_all(source: Path, target: Path) -> list[Path]:
-    """Draw every figure as a PNG file.
-
-    Raises:
-        ArtifactError: A record is damaged.
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Draw every figure as a PNG file."""
     found = read_replay(source)
     if not found.rows:
         return []

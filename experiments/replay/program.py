@@ -46,10 +46,6 @@ def replay(config: Config, folder: Path) -> Path:
 
     Returns:
         The path of ``replay.jsonl``.
-
-    Raises:
-        RapError: A setting is invalid, or a trace, text, policy, table or record is missing or
-            damaged.
     """
     if not config.budget:
         raise ExperimentError(

@@ -73,10 +73,6 @@ def overfitting(config: Config, folder: Path) -> Path:
 
     Returns:
         The path of ``overfitting.jsonl``.
-
-    Raises:
-        RapError: A setting is invalid, a text is too short or overlaps with the report text, a
-            budget is infeasible, or a record is damaged.
     """
     if not config.overfitting.cells:
         raise ExperimentError("overfitting.cells needs an entry.")

@@ -73,10 +73,6 @@ def stability(config: Config, folder: Path) -> Path:
 
     Returns:
         The path of ``stability.jsonl``.
-
-    Raises:
-        RapError: A setting is invalid, a text is too short or overlaps with the report text, a
-            budget is infeasible, or a record is damaged.
     """
     settings = config.stability
     if not settings.texts or OWN_TEXT in settings.texts:

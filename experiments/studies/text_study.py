@@ -137,10 +137,6 @@ def text_study(config: Config, folder: Path) -> Path:
 
     Returns:
         The path of ``text_study.jsonl``.
-
-    Raises:
-        RapError: A setting is invalid, a text is too short or overlaps with a report text, a
-            budget is infeasible, or a record is damaged.
     """
     _check(config.text_study)
     run, started = RunFolder(folder), time.monotonic()

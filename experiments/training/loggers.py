@@ -66,9 +66,6 @@ def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> It
         folder: The run folder; its name is the name of the run.
         job: Kind of run (``train``, ``evaluate``).
         step: Step from which a resumed run continues; metrics of later steps are logged again.
-
-    Raises:
-        MissingGroupError: wandb or tensorboard is configured but not installed.
     """
     with ExitStack() as stack:
         parts: list[MetricLogger] = [JsonLines(RunFolder(folder).metrics)]

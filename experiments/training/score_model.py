@@ -57,9 +57,6 @@ def learn(
 
     Returns:
         The result; ``evaluations`` counts the masks scored by the model.
-
-    Raises:
-        RapError: A setting is invalid, the folder has another run, or training failed.
     """
     if not config.score_model.rounds:
         return _train(config, agent, context, folder, sinks)

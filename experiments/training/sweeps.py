@@ -75,11 +75,7 @@ def measured_on(config: Config) -> dict[str, Any]:
 
 
 def objective(config: Config, folder: Path) -> float:
-    """Return the objective of a finished training; measured again if grid or text differ.
-
-    Raises:
-        RapError: The context, the text or the policy cannot be opened.
-    """
+    """Return the objective of a finished training; measured again if grid or text differ."""
     run, started = RunFolder(folder), time.monotonic()
     record = run.read() or {}
     if record.get("objective_on") != measured_on(config):

@@ -45,9 +45,6 @@ class LiveBatch:
         restore: ``"refill"`` or ``"next_request"``.
         most_tokens: Most tokens, of all rows together, to run at once in a prefill or refill;
             fewer need less workspace.
-
-    Raises:
-        UnknownNameError: There is no such restore mode.
     """
 
     def __init__(
