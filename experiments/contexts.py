@@ -138,10 +138,6 @@ def server_settings(config: Config, folder: Path) -> ServerSettings:
     """Settings of the server, from the sections ``serve`` and ``model``.
 
     `threads` is not set: the program has set it already.
-
-    Args:
-        config: All settings.
-        folder: The run folder.
     """
     model = {"model": config.model.name, "device": config.model.device, "dtype": config.model.dtype}
     values = {**config.serve, **model}

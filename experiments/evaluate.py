@@ -45,12 +45,7 @@ SET_ASIDE = "results.other.jsonl"
 
 
 class Evaluator:
-    """Measures masks on held-out text and tasks.
-
-    Args:
-        config: All settings.
-        context: The model and the calibration text, which methods may use.
-    """
+    """Measures masks on held-out text and tasks."""
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context

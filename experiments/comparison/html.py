@@ -75,11 +75,7 @@ class Section:
 
 
 class Gallery:
-    """Draws and numbers the figures of a page, and writes them as PNG files.
-
-    Args:
-        folder: Folder for the PNG files.
-    """
+    """Draws and numbers the figures of a page, and writes them as PNG files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -145,10 +145,6 @@ RowT = TypeVar("RowT", bound=Record)
 class RowFile(Generic[RowT]):
     """Rows in a JSON-lines file, each computed only once: a resumed run finds the earlier ones.
 
-    Args:
-        path: The file; it need not exist yet.
-        row_type: Class of its rows.
-
     Raises:
         ArtifactError: The file or one of its rows is damaged.
     """

@@ -55,12 +55,7 @@ HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a l
 
 
 def summary_table(comparison: Comparison, *, short: bool = False) -> Table:
-    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells.
-
-    Args:
-        comparison: The results.
-        short: Whether to shorten long names of methods.
-    """
+    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
     label = short_label if short else full_label
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": lambda s: f"{label(s.method)}{_seeds(s)}",

@@ -195,10 +195,6 @@ def trial_number(study: Study, overrides: list[str]) -> int | None:
     """Return the newest running trial with the hyperparameters of a job.
 
     It is the newest because a trial whose job was killed remains in the study as running.
-
-    Args:
-        study: The study.
-        overrides: The job's overrides, as the sweeper wrote them.
     """
     import optuna
 
