@@ -145,6 +145,8 @@ RowT = TypeVar("RowT", bound=Record)
 class RowFile(Generic[RowT]):
     """Rows in a JSON-lines file, each computed only once: a resumed run finds the earlier ones.
 
+    The file need not exist yet.
+
     Raises:
         ArtifactError: The file or one of its rows is damaged.
     """

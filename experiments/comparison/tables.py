@@ -55,7 +55,10 @@ HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a l
 
 
 def summary_table(comparison: Comparison, *, short: bool = False) -> Table:
-    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
+    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells.
+
+    `short` shortens long names of methods.
+    """
     label = short_label if short else full_label
     columns: dict[str, Callable[[Summary], str]] = {
         "Method": lambda s: f"{label(s.method)}{_seeds(s)}",
