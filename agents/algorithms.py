@@ -117,6 +117,10 @@ class AgentConfig:
             observations are in [0, 1] already.
         policy_settings: Settings of the block-wise policy (`agents.settings.PolicySettings`),
             completed in the same way; ``mlp`` has none, and they are then empty.
+
+    Raises:
+        UnknownNameError: There is no such agent, policy, setting or hyperparameter.
+        AgentConfigError: A value is impossible.
     """
 
     name: str = "maskable_ppo"

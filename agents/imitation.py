@@ -131,6 +131,9 @@ class ImitationConfig:
             least be lower, in units of the normalised reward (0.8 in DQfD).
         value_weight: Weight of the value loss relative to the action loss.
         seed: Seed of the states.
+
+    Raises:
+        AgentConfigError: A number is out of its range.
     """
 
     updates: int = 600

@@ -136,6 +136,10 @@ class PolicySettings(_Settings):
         without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
             rise in NLL), ``one_shot`` (the one-shot rise in NLL), ``request`` (the request, and
             what a block frees for it: the policy is then one static order of removal).
+
+    Raises:
+        UnknownNameError: There is no such ablation.
+        AgentConfigError: A value is impossible.
     """
 
     section: ClassVar[str] = "policy_settings"

@@ -45,7 +45,7 @@ SET_ASIDE = "results.other.jsonl"
 
 
 class Evaluator:
-    """Measures masks on held-out text and tasks; methods see only the calibration text."""
+    """Measures masks on tasks and on text that shares nothing with the calibration text."""
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context

@@ -95,7 +95,12 @@ class Gallery:
 
 
 def write_page(path: Path, **content: Any) -> None:
-    """Render the template to a file."""
+    """Render the template to a file.
+
+    Raises:
+        MissingGroupError: jinja2 is not installed.
+        StorageFullError: The disk is full.
+    """
     try:
         import jinja2
     except ImportError:

@@ -100,7 +100,11 @@ class Config(Section):
 
 
 def as_config(node: Any) -> Config:
-    """Convert what Hydra composed to a validated `Config`."""
+    """Convert what Hydra composed to a validated `Config`.
+
+    Raises:
+        RapError: A value is out of range.
+    """
     config = OmegaConf.to_object(node)
     if not isinstance(config, Config):
         raise ExperimentError("The settings were not composed over the schema 'rap_schema'.")

@@ -158,6 +158,9 @@ class CoTenantBudget(Budget):
     Tenants arrive as a Poisson process, each with one of the given sizes and an exponentially
     distributed stay. Without tenants the capacity is free; a tenant that would leave less than the
     floor is rejected.
+
+    Raises:
+        BudgetError: A setting is out of range.
     """
 
     capacity_bytes: int

@@ -31,6 +31,9 @@ class SamplingParams:
         top_k: Sample among this number of most likely tokens; 0 for all.
         seed: Seed of the random stream; None for a different stream each time.
         stop_token_ids: Tokens that end the answer; they are not part of it.
+
+    Raises:
+        InvalidRequestError: A value is out of its range.
     """
 
     max_new_tokens: int = 16
