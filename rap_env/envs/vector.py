@@ -140,6 +140,10 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
                 the single environment.
             RapError: As for the single environment.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise InvalidRequestError(
+                f"The options of reset must be a dict or None, not {options!r}."
+            )
         rest = dict(options or {})
         flags = _reset_flags(rest.pop("reset_mask", None), self.num_envs)
         if not flags.all():

@@ -73,7 +73,7 @@ def _recording_model(llm: ElasticLLM) -> Any:
             self.recorded.extend((list(context), list(target)) for _, context, target in requests)
             return [(0.0, False)] * len(requests)
 
-    with _untouched(llm.model):
+    with llm.exclusive(), _untouched(llm.model):
         return Recorder(
             pretrained=llm.model,
             backend="causal",

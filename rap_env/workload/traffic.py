@@ -101,8 +101,10 @@ class TraceSampler(TrafficSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name("order of a trace", self.order, ["random", "replay"])
-        if not self.path:
-            raise InvalidRequestError("The sampler 'trace' needs the setting 'path', a CSV file.")
+        if not self.path or not isinstance(self.path, str):
+            raise InvalidRequestError(
+                f"The sampler 'trace' needs the setting 'path', a CSV file, not {self.path!r}."
+            )
         self._lengths = read_trace(self.path)
 
     @property

@@ -71,7 +71,7 @@ def wrong_arguments():
     yield {"importance": "absent.json"}, "Unknown importance 'absent.json'.*no such file"
 
 
-@pytest.mark.parametrize(("settings", "words"), wrong_arguments())
+@pytest.mark.parametrize(("settings", "words"), list(wrong_arguments()))
 def test_a_wrong_type_is_named_before_a_model_loads(settings, words):
     with pytest.raises(RapError, match=words):
         RAPPruneEnv(**{"model": "no-such-model", **settings})

@@ -192,3 +192,8 @@ def test_impossible_actions_are_rejected_and_change_nothing(context, actions, er
 def test_impossible_resets_are_rejected(context, given, error, message):
     with pytest.raises(error, match=message):
         make_vector(context).reset(**given)
+
+
+def test_reset_options_that_are_no_dict_are_rejected(context):
+    with pytest.raises(InvalidRequestError, match="must be a dict or None, not 5"):
+        make_vector(context).reset(options=5)

@@ -164,6 +164,8 @@ def test_a_missing_or_binary_trace_is_rejected(memory, tmp_path):
         make_sampler({"name": "trace", "path": str(path)}, memory)
     with pytest.raises(InvalidRequestError, match="needs the setting 'path'"):
         make_sampler("trace", memory)
+    with pytest.raises(InvalidRequestError, match="'path', a CSV file, not 5"):
+        make_sampler({"name": "trace", "path": 5}, memory)
 
 
 @pytest.mark.parametrize(
