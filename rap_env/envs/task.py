@@ -126,12 +126,7 @@ class PruningTask:
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
     ) -> EpisodeStart:
         """The start of an episode with a request from the sampler, or the one in `options`."""
-        options = {} if options is None else options
-        if not isinstance(options, Mapping):
-            raise InvalidRequestError(
-                "The options of reset must be a dict such as {'request': ...}, or None, not "
-                f"{options!r}."
-            )
+        options = reset_options(options)
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
             return self._feasible(self._draw(sampler, rng))
@@ -251,3 +246,17 @@ def _request_of(given: Request | Mapping[str, Any], memory: MemoryModel) -> Requ
     if "budget_fraction" in given:
         return Request.at_fraction(memory, batch_size, seq_len_tokens, given["budget_fraction"])
     return request
+
+
+def reset_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of the options that a user passed to ``reset``.
+
+    Raises:
+        InvalidRequestError: They are neither a dict nor None.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidRequestError(
+            "The options of reset must be a dict such as {'request': ...}, or None, not "
+            f"{options!r}."
+        )
+    return dict(options or {})

@@ -17,7 +17,7 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags
 from rap_env.envs.config import EnvConfig, check_render_mode
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.envs.task import PruningTask
+from rap_env.envs.task import PruningTask, reset_options
 from rap_env.envs.vector_episodes import VectorEpisodes
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.observation import Observation
@@ -140,11 +140,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
                 the single environment.
             RapError: As for the single environment.
         """
-        if options is not None and not isinstance(options, Mapping):
-            raise InvalidRequestError(
-                f"The options of reset must be a dict or None, not {options!r}."
-            )
-        rest = dict(options or {})
+        rest = reset_options(options)
         flags = _reset_flags(rest.pop("reset_mask", None), self.num_envs)
         if not flags.all():
             self._started  # noqa: B018 - raises if others would stay without an episode

@@ -195,5 +195,5 @@ def test_impossible_resets_are_rejected(context, given, error, message):
 
 
 def test_reset_options_that_are_no_dict_are_rejected(context):
-    with pytest.raises(InvalidRequestError, match="must be a dict or None, not 5"):
+    with pytest.raises(InvalidRequestError, match="must be a dict such as .*, or None, not 5"):
         make_vector(context).reset(options=5)
