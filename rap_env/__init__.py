@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
     from rap_env.llm.streamed import stream_llm
     from rap_env.memory import MemoryModel
+    from rap_env.plan import CompressionPlan
     from rap_env.repair.cached_library import open_library
     from rap_env.request import Request
     from rap_env.runtime.controller import RuntimeController
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "BlockMask": "blocks",
+    "CompressionPlan": "plan",
     "CorpusConfig": "scoring.corpus",
     "MaskScorer": "scoring.scorer",
     "MemoryModel": "memory",
@@ -54,6 +56,7 @@ _MODULES = {
 
 __all__ = [
     "BlockMask",
+    "CompressionPlan",
     "CorpusConfig",
     "MaskScorer",
     "MemoryModel",

@@ -1,8 +1,9 @@
-"""Byte arithmetic: what a mask needs for a request. It loads neither torch nor a model.
+"""Byte arithmetic: what a mask or plan needs for a request. It loads neither torch nor a model.
 
-Weights and KV cache are exact: equal to the bytes of the tensors that the model and its cache
-hold. The workspace (activations of one prefill chunk, logits of one position) is an estimate and
-is called one.
+Weights and KV cache are exact at every level: equal to the bytes of the tensors that the model and
+its cache hold, with scales, zeros and the unquantised tail of a cache. The workspace (activations
+of one prefill chunk, logits of one position, the buffer into which packed weights are widened) is
+an estimate and is called one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy.typing as npt
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
+from rap_env.levels import CacheLevel, WeightLevel
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -51,6 +54,17 @@ class ModelFacts:
         stub_bytes: Bytes of the stub that replaces each block once it is removed, (2L,); empty
             means 0 each.
         repair: Hash of the stubs, in hex; empty without stubs.
+        weights: The format of native weights: ``"unquantised"``, or what packed ones came from,
+            such as ``"packed"``.
+        int8_param_bytes: Bytes of each block at level int8, (2L,); 0 where it has no such level
+            below its native one. Empty means none.
+        int4_param_bytes: The same for int4.
+        int8_base_bytes: As `base_bytes`, at level int8; 0 without such a level.
+        int4_base_bytes: The same for int4.
+        widen_bytes: Bytes of the buffer into which packed weights are widened, one matrix at a
+            time.
+        kv_heads: Key and value heads of each layer, (L,); empty if caches have no levels.
+        kv_head_size: Channels of a key or value head of each layer, (L,).
 
     Raises:
         ArtifactError: The numbers of layers and blocks are inconsistent.
@@ -70,6 +84,14 @@ class ModelFacts:
     max_positions: int
     stub_bytes: tuple[int, ...] = ()
     repair: str = ""
+    weights: str = "unquantised"
+    int8_param_bytes: tuple[int, ...] = ()
+    int4_param_bytes: tuple[int, ...] = ()
+    int8_base_bytes: int = 0
+    int4_base_bytes: int = 0
+    widen_bytes: int = 0
+    kv_heads: tuple[int, ...] = ()
+    kv_head_size: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         blocks, windows = len(self.block_param_bytes), len(self.kv_window_tokens)
@@ -85,7 +107,30 @@ class ModelFacts:
     def identity(self) -> dict[str, str]:
         """Identity of the model in scores: weights, their dtype and, if there are any, stubs."""
         own = {"model": self.fingerprint, "dtype": self.dtype}
+        if self.weights != "unquantised":
+            own["weights"] = self.weights
         return {**own, "repair": self.repair} if self.repair else own
+
+    @property
+    def packed(self) -> bool:
+        """Whether native weights are packed."""
+        return self.weights != "unquantised"
+
+    def weight_levels(self, index: int) -> dict[WeightLevel, int]:
+        """The levels of a block's weights that exist, from native down, with their bytes."""
+        levels: dict[WeightLevel, int] = {"native": self.block_param_bytes[index]}
+        for level, sizes in (("int8", self.int8_param_bytes), ("int4", self.int4_param_bytes)):
+            if sizes and sizes[index]:
+                levels[level] = sizes[index]
+        levels["removed"] = self.stub_bytes[index] if self.stub_bytes else 0
+        return levels
+
+    @property
+    def embedding_levels(self) -> dict[WeightLevel, int]:
+        """The levels of embeddings and head that exist, with the bytes outside all blocks."""
+        levels: dict[WeightLevel, int] = {"native": self.base_bytes}
+        levels |= {"int8": self.int8_base_bytes} if self.int8_base_bytes else {}
+        return levels | ({"int4": self.int4_base_bytes} if self.int4_base_bytes else {})
 
     @property
     def num_layers(self) -> int:
@@ -113,7 +158,7 @@ class HasFacts(Protocol):
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """Bytes of one mask under one request, by what they hold."""
+    """Bytes of one mask or plan under one request, by what they hold."""
 
     attn_weights: int
     ffn_weights: int
@@ -199,30 +244,71 @@ class MemoryModel:
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
 
-    def breakdown(self, mask: BlockMask, request: Request) -> MemoryBreakdown:
-        """The bytes that the model with `mask` holds while it serves `request`.
+    def cache_bytes(
+        self, level: CacheLevel, layer: int, batch_size: int, seq_len_tokens: int
+    ) -> int:
+        """Bytes of a layer's cache at a level after `seq_len_tokens` tokens a sequence.
+
+        Raises:
+            ArtifactError: The model's facts come from a version that knew no levels.
+        """
+        facts, window = self.facts, self.facts.kv_window_tokens[layer]
+        if level.native:
+            held = seq_len_tokens if window is None else min(seq_len_tokens, window)
+            return batch_size * held * facts.kv_bytes_per_token[layer]
+        if not facts.kv_heads:
+            raise ArtifactError(
+                f"The facts of {facts.name} do not say how its caches can be stored; export them "
+                "again with this version."
+            )
+        heads, size = facts.kv_heads[layer], facts.kv_head_size[layer]
+        return batch_size * level.row_bytes(seq_len_tokens, heads, size, facts.itemsize, window)
+
+    def check_plan(self, plan: MaskOrPlan) -> CompressionPlan:
+        """Return a mask or plan as a plan if the model has all its items and levels.
+
+        Raises:
+            UnknownNameError: It names an item or a level that the model does not have.
+        """
+        plan = as_plan(plan).check(self.facts.num_blocks)
+        for index, level in plan.weights:
+            if level not in (known := self.facts.weight_levels(index)):
+                check_levels(plan, [name for name in known if name != "native"])
+        if plan.embeddings not in (known := self.facts.embedding_levels):
+            check_levels(plan, known)
+        return plan
+
+    def breakdown(self, plan: MaskOrPlan, request: Request) -> MemoryBreakdown:
+        """The bytes that the model with a mask or plan holds while it serves `request`.
 
         Raises:
             InvalidRequestError: As for `check`.
-            UnknownNameError: The mask names blocks that the model does not have.
+            UnknownNameError: The plan names items or levels that the model does not have.
         """
         self.check(request.batch_size, request.seq_len_tokens)
-        kept = np.ones(self.facts.num_blocks, dtype=bool)
-        kept[list(mask.check(self.facts.num_blocks))] = False
+        facts, plan = self.facts, self.check_plan(plan)
+        kept = np.ones(facts.num_blocks, dtype=bool)
+        kept[list(plan.removed)] = False
         params = np.where(kept, self._param_bytes, 0)
+        for index, level in plan.weights:
+            params[index] = facts.weight_levels(index)[level]
         kv = self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
+        for layer, cache in plan.caches:
+            kv[layer] = self.cache_bytes(cache, layer, request.batch_size, request.seq_len_tokens)
+        workspace = self.workspace_bytes(request, any_ffn=bool(kept[1::2].any()))
+        lowered = plan.weights or plan.embeddings != "native"
         return MemoryBreakdown(
             attn_weights=int(params[0::2].sum()),
             ffn_weights=int(params[1::2].sum()),
-            embeddings=self.facts.base_bytes,
+            embeddings=facts.embedding_levels[plan.embeddings],
             kv_cache=int(kv[kept[0::2]].sum()),
-            workspace=self.workspace_bytes(request, any_ffn=bool(kept[1::2].any())),
+            workspace=workspace + (facts.widen_bytes if lowered and not facts.packed else 0),
             stubs=int(self._stub_bytes[~kept].sum()),
         )
 
-    def peak_bytes(self, mask: BlockMask, request: Request) -> int:
+    def peak_bytes(self, plan: MaskOrPlan, request: Request) -> int:
         """Kept weights + stubs + embeddings and head + KV cache of kept attn blocks + workspace."""
-        return self.breakdown(mask, request).peak
+        return self.breakdown(plan, request).peak
 
     def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
         """Peak bytes of the unpruned model.
@@ -304,6 +390,7 @@ class MemoryModel:
         tokens = min(batch_size * seq_len_tokens, PREFILL_CHUNK_TOKENS)
         inner = max(4 * facts.hidden_size, 2 * facts.ffn_width if any_ffn else 0)
         activations = tokens * facts.itemsize * (3 * facts.hidden_size + inner)
+        activations += facts.widen_bytes if facts.packed else 0
         return activations + batch_size * facts.vocab_size * _LOGIT_BYTES
 
 

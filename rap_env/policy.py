@@ -1,4 +1,4 @@
-"""The interface of everything that chooses masks: baselines, trained policies, lookup tables."""
+"""The interface of everything that chooses masks or plans: baselines, policies, lookup tables."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ ROOT = Path(rap_env.__file__).parent
 
 LAYERS = (
     (
-        "version", "errors", "paths", "specs", "artifacts", "blocks", "request", "policy",
-        "memory", "memory_picture", "costs", "observation", "block_rows",
+        "version", "errors", "paths", "specs", "artifacts", "blocks", "levels", "plan", "request",
+        "policy", "memory", "memory_picture", "costs", "observation", "block_rows",
     ),
     ("workload",),
     ("llm",),
