@@ -119,9 +119,10 @@ class ModelFacts:
     def weight_levels(self, index: int) -> dict[WeightLevel, int]:
         """The levels of a block's weights that exist, from native down, with their bytes."""
         levels: dict[WeightLevel, int] = {"native": self.block_param_bytes[index]}
-        for level, sizes in (("int8", self.int8_param_bytes), ("int4", self.int4_param_bytes)):
-            if sizes and sizes[index]:
-                levels[level] = sizes[index]
+        if self.int8_param_bytes and self.int8_param_bytes[index]:
+            levels["int8"] = self.int8_param_bytes[index]
+        if self.int4_param_bytes and self.int4_param_bytes[index]:
+            levels["int4"] = self.int4_param_bytes[index]
         levels["removed"] = self.stub_bytes[index] if self.stub_bytes else 0
         return levels
 

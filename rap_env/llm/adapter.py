@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.levels import CacheLevel
 from rap_env.llm.families import FAMILIES, Family
 from rap_env.llm.placeholders import RemovedAttention, RemovedBlock, RemovedFFN
 
@@ -73,6 +74,17 @@ class BlockSite:
         for slot in self.slots:
             slot.restore()
 
+    def set_cache_level(self, level: CacheLevel) -> None:
+        """Let an attention block store its KV cache at a level, from its next call on.
+
+        The level is the attribute ``cache_level`` of the attention module; native ones have none.
+        """
+        attention = self.slots[0].original
+        if not level.native:
+            attention.__dict__["cache_level"] = level
+        else:
+            attention.__dict__.pop("cache_level", None)
+
 
 @dataclass(frozen=True)
 class FamilyAdapter:
@@ -121,12 +133,22 @@ class FamilyAdapter:
         """Longest sequence that the model supports, in tokens."""
         return int(self.config.max_position_embeddings)
 
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+        return int(
+            getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        )
+
+    @property
+    def kv_head_size(self) -> int:
+        """Channels of a key or value head."""
+        size = getattr(self.config, "head_dim", None)
+        return int(size or self.config.hidden_size // self.config.num_attention_heads)
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in one layer, with `itemsize` bytes a value."""
-        heads = self.config.num_attention_heads
-        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
-        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        return int(2 * kv_heads * size * itemsize)
+        return 2 * self.kv_heads * self.kv_head_size * itemsize
 
     @cached_property
     def kv_window_tokens(self) -> tuple[int | None, ...]:

@@ -16,18 +16,21 @@ import torch
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import check_name
+from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.generation import generate
 from rap_env.llm.kv_cache import Restore
+from rap_env.llm.live_blocks import HeldBytes, LiveBlocks, LiveState
 from rap_env.llm.placeholders import Stub
-from rap_env.llm.residency import RESIDENCIES, BlockWeights, HeldBytes, LiveBlocks, Residency
+from rap_env.llm.residency import RESIDENCIES, BlockWeights, Residency
 from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_parameters
 from rap_env.memory import ModelFacts
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
 
 
 class ElasticLLM:
-    """A causal language model with a mask of removed blocks.
+    """A causal language model whose blocks and caches follow a plan.
 
     A removed block's modules are replaced by placeholders without weights or computation. This
     object keeps the originals, so that any mask can be undone exactly. The weights stay in memory
@@ -87,8 +90,17 @@ class ElasticLLM:
 
     @property
     def mask(self) -> BlockMask:
-        """The mask that is applied now."""
-        return BlockMask(frozenset(self._live.removed))
+        """The blocks that are removed now."""
+        return self._live.state.plan.removed
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan that is applied now."""
+        return self._live.state.plan
+
+    def cache_level(self, layer: int) -> CacheLevel:
+        """The level at which a layer's KV cache is stored now."""
+        return self.plan.cache_level(layer)
 
     @cached_property
     def pruned(self) -> BlockMask:
@@ -115,40 +127,41 @@ class ElasticLLM:
         """Whether any of these blocks has a stub that replaces it when it is removed."""
         return any(index in self._stubs for index in blocks)
 
-    def apply(self, mask: BlockMask) -> None:
-        """Remove exactly the blocks of `mask`, and restore all others.
+    def apply(self, plan: MaskOrPlan) -> None:
+        """Give every item its level in a mask or plan; a mask's kept blocks are native.
 
         Waits for a step of another thread to end. Then the keys and values of removed blocks are
-        evicted from every cache in use, and their weights as `set_residency` selects, before the
-        weights of restored blocks are loaded. Each cache is updated to restored blocks before its
-        own next step.
+        evicted from every cache in use, those of lowered caches are requantised, and weights that
+        the plan does not use are freed as `set_residency` selects, before others are loaded. Each
+        cache is updated to restored blocks and raised levels before its own next step.
 
         Raises:
-            UnknownNameError: The mask names a block that the model does not have; nothing changes.
-            UnsupportedCacheError: A cache in use cannot evict a block; nothing changes.
+            UnknownNameError: The model does not have an item or a level; nothing changes.
+            UnsupportedCacheError: A cache in use cannot follow the plan; nothing changes.
             ChecksumError: A restored block's file is damaged; blocks not yet restored stay removed.
             ModelNotAvailableError: The same for a file that is missing.
         """
+        plan = as_plan(plan)
         with self.exclusive():
-            wanted = self._wanted(mask)
-            self._live.evict_keys_and_values(mask)
-            self._live.set_removed(wanted, evict=True)
+            wanted = self._wanted(plan)
+            self._live.lower_caches(plan)
+            self._live.set(wanted, evict=True)
 
     @contextlib.contextmanager
-    def masked(self, mask: BlockMask, *, bare: BlockMask = BlockMask()) -> Iterator[ElasticLLM]:
-        """Apply `mask` for the duration of a ``with`` block.
+    def masked(self, plan: MaskOrPlan, *, bare: BlockMask = BlockMask()) -> Iterator[ElasticLLM]:
+        """Apply a mask or plan for the duration of a ``with`` block.
 
-        The earlier mask is restored afterwards, also after an error. Other threads neither run the
-        model nor change its mask in the meantime. Weights of blocks that are removed only inside
-        the ``with`` block stay in memory. Blocks of `bare` get no stub, even if there is one.
+        The earlier plan is restored afterwards, also after an error. Other threads neither run the
+        model nor change its plan in the meantime. Weights that are unused only inside the ``with``
+        block stay in memory. Blocks of `bare` get no stub, even if there is one.
         """
         with self.exclusive():
-            before = dict(self._live.removed)
+            before = self._live.state
             try:
-                self._live.set_removed(self._wanted(mask, bare))
+                self._live.set(self._wanted(as_plan(plan), bare))
                 yield self
             finally:
-                self._live.set_removed(before, evict=True)
+                self._live.set(before, evict=True)
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its mask, in a ``with`` block.
@@ -160,16 +173,17 @@ class ElasticLLM:
     @contextlib.contextmanager
     def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
         """Run without more blocks than the mask removes, for the duration of one step."""
-        before = dict(self._live.removed)
-        more = blocks - before.keys() - self.pruned.indices
+        before = self._live.state
+        more = BlockMask(frozenset(blocks - before.stubs.keys() - self.pruned.indices))
         if not more:
             yield
             return
         try:
-            self._live.set_removed({**{index: self._stubs.get(index) for index in more}, **before})
+            stubs = {index: self._stubs.get(index) for index in more.indices}
+            self._live.set(LiveState(before.plan.without(more), {**stubs, **before.stubs}))
             yield
         finally:
-            self._live.set_removed(before)
+            self._live.set(before)
 
     @property
     def residency(self) -> Residency:
@@ -191,8 +205,8 @@ class ElasticLLM:
         with self.exclusive():
             if residency == self.residency:
                 return
-            removed = dict(self._live.removed)
-            self._live.set_removed({})  # all weights in memory
+            before = self._live.state
+            self._live.set(LiveState())  # all weights in memory
             self._live.weights = None
             try:
                 if residency != "resident":
@@ -204,7 +218,7 @@ class ElasticLLM:
                         self.fingerprint,
                     )
             finally:
-                self._live.set_removed(removed, evict=True)
+                self._live.set(before, evict=True)
         return_freed_memory()
 
     @property
@@ -227,12 +241,13 @@ class ElasticLLM:
             index // 2 for index in self.pruned.indices if index % 2 == 0
         )
 
-    def _wanted(self, mask: BlockMask, bare: BlockMask = BlockMask()) -> dict[int, Stub | None]:
-        mask.check(self.num_blocks)
-        return {
+    def _wanted(self, plan: CompressionPlan, bare: BlockMask = BlockMask()) -> LiveState:
+        check_levels(plan.check(self.num_blocks), ())
+        stubs = {
             index: None if index in bare.indices else self._stubs.get(index)
-            for index in mask.indices
+            for index in plan.removed.indices
         }
+        return LiveState(plan, stubs)
 
     @property
     def spare_bytes(self) -> int | None:
@@ -323,6 +338,7 @@ class ElasticLLM:
         """Facts about the unmasked model for the memory arithmetic."""
         adapter = self.adapter
         per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
+        kept = [2 * layer not in self.pruned for layer in range(adapter.num_layers)]
         own, base = self._own_bytes
         return ModelFacts(
             name=self.name,
@@ -330,9 +346,7 @@ class ElasticLLM:
             dtype=str(self.dtype).removeprefix("torch."),
             block_param_bytes=own,
             base_bytes=base,
-            kv_bytes_per_token=tuple(
-                0 if 2 * layer in self.pruned else per_token for layer in range(adapter.num_layers)
-            ),
+            kv_bytes_per_token=tuple(per_token if has_cache else 0 for has_cache in kept),
             kv_window_tokens=adapter.kv_window_tokens,
             itemsize=self.dtype.itemsize,
             hidden_size=adapter.hidden_size,
@@ -341,4 +355,6 @@ class ElasticLLM:
             max_positions=adapter.max_positions,
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
+            kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
+            kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
         )

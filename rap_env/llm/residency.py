@@ -1,4 +1,4 @@
-"""Removal of blocks of a live model, and the residency of their weights.
+"""The residency of the weights of removed blocks.
 
 =============  ==================================  ======================================
 Residency      Weights of a removed block          Restoring the block
@@ -21,22 +21,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from rap_env.artifacts import atomic_write
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
-from rap_env.llm.adapter import BlockSite
-from rap_env.llm.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
-from rap_env.llm.placeholders import Stub
 from rap_env.llm.weights import StoredTensor, stored_tensors
 from rap_env.paths import cache_dir
 
@@ -214,79 +208,6 @@ class BlockWeights:
                 file.write(save({p.name: p.parameter.data.contiguous() for p in block.parts}))
             files = block.among(stored_tensors(path.parent, path.name))
         return files
-
-
-@dataclass(frozen=True)
-class HeldBytes:
-    """Bytes in memory of the weights, stubs included, and of the KV caches in use."""
-
-    weights: int
-    kv_cache: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of weights and KV caches."""
-        return self.weights + self.kv_cache
-
-
-@dataclass
-class LiveBlocks:
-    """The applied mask of a model and what depends on it; shared by all views of the model.
-
-    Attributes:
-        sites: Where each block is, (2L,).
-        removed: The removed blocks by index, with the stub in the block's place, or None.
-        lock: Held by the thread that runs the model or changes its mask.
-        caches: KV caches in use.
-        weights: Evicts the weights of removed blocks; None if they stay in memory.
-    """
-
-    sites: tuple[BlockSite, ...]
-    removed: dict[int, Stub | None] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    weights: BlockWeights | None = None
-
-    def set_removed(self, wanted: Mapping[int, Stub | None], *, evict: bool = False) -> None:
-        """Remove exactly the blocks of `wanted`.
-
-        Args:
-            wanted: The blocks, with their stubs.
-            evict: Free the weights of all removed blocks, unless the residency keeps them. This
-                happens before others are loaded, so that memory never holds more than either mask
-                needs.
-
-        Raises:
-            RapError: A block's weights cannot be read; that block and those after it stay removed.
-        """
-        for index, stub in wanted.items():
-            if index not in self.removed or self.removed[index] is not stub:
-                self.sites[index].remove(stub)
-                self.removed[index] = stub
-        if self.weights is not None and evict:
-            for index in wanted:
-                self.weights.evict(index)
-        for index in self.removed.keys() - wanted.keys():
-            if self.weights is not None:
-                self.weights.load(index)
-            self.sites[index].restore()
-            del self.removed[index]
-
-    def evict_keys_and_values(self, mask: BlockMask) -> None:
-        """Free a mask's keys and values in every cache in use; in none if one does not allow it."""
-        caches = list(self.caches)
-        if not caches:
-            return
-        layers = frozenset(index // 2 for index in mask.indices if index % 2 == 0)
-        for cache in caches:
-            if layers_with_keys(cache, layers):
-                check_cache(cache)
-        for cache in caches:
-            evict(cache, layers)
-
-    def kv_bytes(self) -> int:
-        """Bytes of all caches in use."""
-        return sum(cache_bytes(cache) for cache in list(self.caches))
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
