@@ -59,7 +59,7 @@ def open_model(settings: ModelSettings) -> ElasticLLM:
     from rap_env.llm.loading import load_llm
 
     use_threads(settings.threads or "auto")
-    return load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights="bf16")
 
 
 def settings_from_cli(schema: type[T]) -> T:

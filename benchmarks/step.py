@@ -96,7 +96,7 @@ def known_context(settings: StepSettings) -> KnownPruningContext:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.loading import load_llm
 
-    facts = load_llm(settings.model).facts
+    facts = load_llm(settings.model, weights="bf16").facts
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=facts.num_layers,

@@ -169,6 +169,7 @@ def growth(settings: StreamSettings, threads: int, cap_bytes: int) -> int:
         settings.model,
         device="cpu",
         dtype=settings.dtype,
+        weights="bf16",
         max_memory_bytes=cap_bytes or None,
     )
     text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)

@@ -276,7 +276,7 @@ def prune(
     from rap_env.llm.pruned_checkpoint import save_pruned
     from rap_env.runtime.policies import load_policy
 
-    llm = load_llm(model, device=device, dtype=dtype)
+    llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
     facts = llm.facts
     if request:
         mask = load_policy(policy, llm).choose(request)

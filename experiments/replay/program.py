@@ -72,7 +72,9 @@ class Replay:
         self._config = config
         self._folder = folder
         model = config.model
-        self._llm = load_llm(model.name, device=model.device, dtype=model.dtype)
+        self._llm = load_llm(
+            model.name, device=model.device, dtype=model.dtype, weights=model.weights
+        )
         self._memory = MemoryModel(self._llm)
         self.reference_bytes = self._memory.dense_peak_bytes(*config.replay.reference_shape)
         self.budget: Budget = make_budget(config.budget, self.reference_bytes)

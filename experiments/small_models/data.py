@@ -118,7 +118,7 @@ class TextSource:
         """Return text written by another language model; it is cached."""
         model = self._config.model
         writer = shared_llm(
-            self._config.small_models.writer, device=model.device, dtype=model.dtype
+            self._config.small_models.writer, device=model.device, dtype=model.dtype, weights="bf16"
         )
         settings = CorpusConfig(**asdict(text), role=role)
         corpus = load_corpus(settings, writer, progress=self._config.progress)

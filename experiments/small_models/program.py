@@ -111,7 +111,7 @@ def _make(config: Config, folder: Path, work: Path) -> dict[str, Any]:
     with transformers_bars(shown=False):
         model.save_pretrained(work)
     tokenizer.save_pretrained(work)
-    saved = load_llm(work, device=config.model.device, dtype=config.model.dtype)
+    saved = load_llm(work, device=config.model.device, dtype=config.model.dtype, weights="bf16")
     record = {
         **made_of,
         "parameters": model.num_parameters(),

@@ -112,7 +112,9 @@ class SoakHarness:
         self._stack.close()
         if not self._hung:
             model = self._config.model
-            fresh = load_llm(model.name, device=model.device, dtype=model.dtype)
+            fresh = load_llm(
+                model.name, device=model.device, dtype=model.dtype, weights=model.weights
+            )
             self._check = check_answers(fresh, self._sample.kept)
         return self._record()
 

@@ -39,6 +39,7 @@ class ContextConfig:
             and no model (see `rap_env.context.table`).
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
+        weights: ``"bf16"`` (unquantised, in `dtype`), or another value of `rap_env.load_llm`.
         max_memory_bytes: Memory cap under which layers are read from files one at a time (see
             `rap_env.stream_llm`); None loads the whole model.
         calibration: The text that masks are searched on.
@@ -61,6 +62,7 @@ class ContextConfig:
     model: str = "smollm2-135m"
     device: str = "auto"
     dtype: str = "auto"
+    weights: str = "bf16"
     max_memory_bytes: int | None = None
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     importance: str = "gsi"

@@ -46,6 +46,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
         config.model,
         device=config.device,
         dtype=config.dtype,
+        weights=config.weights,
         max_memory_bytes=config.max_memory_bytes,
     )
     if config.repair != "none":

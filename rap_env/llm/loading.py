@@ -9,10 +9,11 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
-from rap_env.errors import UnsupportedModelError
+from rap_env.errors import UnsupportedModelError, check_name
 from rap_env.llm.adapter import read_config
 from rap_env.llm.cpu_decode import speed_up_decoding
 from rap_env.llm.default_model import SOURCE_VARIABLE
@@ -28,6 +29,11 @@ from rap_env.llm.sources import load_tokenizer, locate, looks_like_path
 from rap_env.llm.streamed import stream_llm
 from rap_env.llm.weight_files import load_weights
 from rap_env.paths import cache_dir
+
+Weights = Literal["native", "bf16"]
+"""Formats in which `load_llm` loads weights."""
+
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +60,7 @@ def load_llm(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "native",
 ) -> ElasticLLM:
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
 
@@ -65,18 +72,21 @@ def load_llm(
         dtype: ``"auto"`` (bfloat16 if it was measured to be clearly faster, else float32;
             see `rap_env.llm.device.choose_dtype`), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. A pruned checkpoint has its own.
+        weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
+            sources; ``"bf16"`` unquantises to `dtype`.
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.
 
     Raises:
-        UnknownNameError: The alias, device or dtype does not exist.
+        UnknownNameError: The alias, device, dtype or format of weights does not exist.
         ModelNotAvailableError: The model is not on this machine and cannot be downloaded.
         UnsupportedModelError: The family is not known (nothing was loaded), the weights do not
             fit the config.
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
+    check_name("format of weights", weights, WEIGHTS)
     keep_freed_memory()
     bound_kernel_caches()
     place = choose_device(device)
@@ -101,6 +111,7 @@ def shared_llm(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "native",
     max_memory_bytes: int | None = None,
 ) -> ElasticLLM:
     """The model that this process shares among all callers with the same arguments.
@@ -117,14 +128,18 @@ def shared_llm(
     name = os.fspath(model)
     if looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
-    key = (name, str(place), str(kind), str(max_memory_bytes), *settings)
+    key = (name, str(place), str(kind), weights, str(max_memory_bytes), *settings)
     with _shared_lock:
         if key not in _shared:
             _shared[key] = (
-                load_llm(model, device=device, dtype=dtype)
+                load_llm(model, device=device, dtype=dtype, weights=weights)
                 if max_memory_bytes is None
                 else stream_llm(
-                    model, max_memory_bytes=max_memory_bytes, device=device, dtype=dtype
+                    model,
+                    max_memory_bytes=max_memory_bytes,
+                    device=device,
+                    dtype=dtype,
+                    weights=weights,
                 )
             )
         return _shared[key]

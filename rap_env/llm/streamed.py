@@ -37,6 +37,7 @@ def stream_llm(
     max_memory_bytes: int,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str = "bf16",
 ) -> StreamedLLM:
     """Open a causal language model whose layers are read from its files when they are called.
 
@@ -49,6 +50,7 @@ def stream_llm(
             compute with them; the memory of Python and its libraries is not included.
         device: As for `load_llm`.
         dtype: As for `load_llm`.
+        weights: ``"bf16"``; other formats of `load_llm` cannot be read layer by layer.
 
     Raises:
         InvalidRequestError: The cap is too small; the message states the minimum.
@@ -59,6 +61,11 @@ def stream_llm(
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
+    if weights != "bf16":
+        raise UnsupportedModelError(
+            f"weights={weights!r} cannot be streamed, only 'bf16' (unquantised weights in dtype): "
+            "pass weights='bf16', or load the model with load_llm()."
+        )
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     found = locate(model)

@@ -109,6 +109,8 @@ def test_unknown_dtype_and_device(folder: Path) -> None:
         load_llm(folder, dtype="int3")
     with pytest.raises(UnknownNameError, match="device 'tpu'; known are 'auto', 'cpu'"):
         load_llm(folder, device="tpu")
+    with pytest.raises(UnknownNameError, match="format of weights 'int3'; known are"):
+        load_llm(folder, weights="int3")
 
 
 @pytest.mark.parametrize("name", ["smollm-135m", "nothing", ""])
@@ -212,6 +214,12 @@ def test_auto_shares_with_its_resolved_value(folder: Path) -> None:
     llm = shared_llm(folder)
     dtype = str(llm.dtype).removeprefix("torch.")
     assert shared_llm(folder, device=str(llm.device), dtype=dtype) is llm
+
+
+def test_another_format_of_weights_is_another_model(folder: Path) -> None:
+    llm = shared_llm(folder, device="cpu")
+    assert shared_llm(folder, device="cpu", weights="native") is llm
+    assert shared_llm(folder, device="cpu", weights="bf16") is not llm
 
 
 def test_another_source_is_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,11 @@ def test_a_pruned_checkpoint_is_rejected(lonely: Path, tmp_path: Path) -> None:
         stream(tmp_path / "pruned")
 
 
+def test_packed_weights_are_rejected(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"weights='int8' .* pass weights='bf16'"):
+        stream_llm(folder, max_memory_bytes=ENOUGH, weights="int8")
+
+
 def test_missing_tensors_and_tensors_of_another_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
