@@ -12,6 +12,7 @@ import torch
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.llm.adapter import adapter_for, check_family
+from rap_env.llm.gguf_reader import GgufFile, transformers_reads
 from rap_env.llm.model_folder import file_sha256, made_once, models_dir
 from rap_env.llm.progress import transformers_bars
 
@@ -52,52 +53,51 @@ def converted_gguf(path: Path, sha256: str | None = None, *, progress: bool = Tr
 
 
 def _convert(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    facts = _read_header(path)
-    config = _read_config(path, facts["general.architecture"])
-    log.info("Converting %s (once; about half a minute for 100 million parameters)", path.name)
-    files: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **files)
-    _correct_tokenizer(tokenizer, facts.get("tokenizer.ggml.pre"), config)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, config=config, dtype=torch.float32, **files
-    )
+    file = GgufFile(path)
+    with transformers_reads(file):
+        config = _read_config(file)
+        log.info("Converting %s (once; about ten seconds for 100 million parameters)", path.name)
+        _tokenizer(file, config).save_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            config=config,
+            dtype=torch.float32,
+            gguf_file=path.name,
+            local_files_only=True,
+        )
     # The tensors are no longer quantised; transformers rejects saving a model marked so.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """Scalar entries of the file's header that the conversion needs."""
-    from gguf import GGUFReader
+def _tokenizer(file: GgufFile, config: Any) -> Any:
+    from transformers import AutoTokenizer
 
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ChecksumError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'.")
-    try:
-        fields = GGUFReader(path).fields
-        wanted = ("general.architecture", "tokenizer.ggml.pre")
-        found = {name: fields[name].contents() for name in wanted if name in fields}
-    except Exception as error:
-        # The reader maps the file, and the type of its error depends on the place of the damage.
-        raise ChecksumError(
-            f"{path} is truncated or damaged ({error}); download it again."
-        ) from error
-    if "general.architecture" not in found:
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.path.parent, gguf_file=file.path.name, local_files_only=True
+    )
+    _correct_tokenizer(tokenizer, file.value("tokenizer.ggml.pre"), config)
+    return tokenizer
+
+
+def _read_config(file: GgufFile) -> Any:
+    """The config of the model in a file.
+
+    Raises:
+        ChecksumError: The file holds no language model.
+        UnsupportedModelError: Its family is not known.
+    """
+    from transformers import AutoConfig
+
+    path, architecture = file.path, file.value("general.architecture")
+    if architecture is None:
         raise ChecksumError(
             f"{path} names no architecture, so it is not a language model; use another file."
         )
-    return found
-
-
-def _read_config(path: Path, architecture: str) -> Any:
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError) as error:
