@@ -119,6 +119,13 @@ class CompressionPlan:
         )
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.removed, self.weights, self.caches, self.embeddings))
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: scorers look plans up again and again
+
+    @cached_property
     def _weights(self) -> dict[int, WeightLevel]:
         return dict(self.weights)
 
@@ -228,6 +235,24 @@ MaskOrPlan: TypeAlias = BlockMask | CompressionPlan
 def as_plan(plan: MaskOrPlan) -> CompressionPlan:
     """A mask or a plan as a plan."""
     return plan if isinstance(plan, CompressionPlan) else CompressionPlan(plan)
+
+
+def simplest(plan: MaskOrPlan) -> MaskOrPlan:
+    """A plan as a mask where it is one: equal plans are then equal keys, whichever was given."""
+    return plan.removed if isinstance(plan, CompressionPlan) and plan.is_mask else plan
+
+
+def only_mask(plan: MaskOrPlan, hint: str) -> BlockMask:
+    """Return a mask or plan as a mask, for what works with blocks that are kept or removed only.
+
+    Raises:
+        UnknownNameError: The plan lowers an item; `hint` ends the message.
+    """
+    plan = simplest(plan)
+    if isinstance(plan, BlockMask):
+        return plan
+    lowered = [f"{level} ({item})" for item, level in plan.levels.items() if level != "removed"]
+    raise UnknownNameError("level", lowered[0], ["native", "removed"], hint)
 
 
 def check_levels(plan: CompressionPlan, known: Iterable[str]) -> None:

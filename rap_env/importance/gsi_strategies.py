@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rap_env.blocks import Block, BlockMask
+from rap_env.plan import MaskOrPlan
 from rap_env.scoring.mask_search import Candidate, Stage, find_best_mask, successive_halving
 from rap_env.scoring.scorer import MaskScorer
 
@@ -202,7 +203,7 @@ class HalvingStrategy(GSIStrategy):
             base = successive_halving(self._parts, [state.removed], [whole_text])[0]
             self._base = base.contributions
         pool, stages = self._pool(state)
-        blocks = {mask: block.index for block, mask in pool}
+        blocks: dict[MaskOrPlan, int] = {mask: block.index for block, mask in pool}
 
         def rank(candidate: Candidate) -> float:
             return self._estimate(state, blocks[candidate.mask], candidate)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from rap_env.blocks import BlockMask
+from rap_env.levels import WeightLevel
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -24,7 +28,8 @@ class PartialForward:
     """Runs a live model in steps: the embedding, each block, the last norm, the head.
 
     Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
-    mask that is applied to the model has no effect: each step names the blocks that it runs.
+    mask or plan that is applied to the model has no effect: each step names the blocks that it runs
+    and their levels.
 
     Attributes:
         steps: Blocks that run together, in order: each block alone, except that both blocks of a
@@ -42,36 +47,38 @@ class PartialForward:
         self.steps = tuple(tuple(range(b, b + together)) for b in range(0, count, together))
 
     @torch.inference_mode()
-    def enter(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The input of the first layer, (B, T) -> (B, T, H)."""
+    def enter(self, input_ids: torch.Tensor, embeddings: WeightLevel = "native") -> torch.Tensor:
+        """The input of the first layer, (B, T) -> (B, T, H), with embeddings at a level."""
         entered: list[torch.Tensor] = []
 
         def note(_number: int, hidden: torch.Tensor, _call: _Call) -> torch.Tensor:
             entered.append(hidden)
             return hidden
 
-        self._pass(input_ids, note)
+        with self.embeddings(embeddings):
+            self._pass(input_ids, note)
         return entered[0]
 
     @torch.inference_mode()
     def run(
-        self, blocks: tuple[int, ...], state: torch.Tensor, removed: tuple[int, ...] = ()
+        self, blocks: tuple[int, ...], state: torch.Tensor, plan: MaskOrPlan = BlockMask()
     ) -> torch.Tensor:
         """Run blocks of one layer and no other block, (B, T, H) -> (B, T, H).
 
         Args:
             blocks: Some of the blocks of one step.
             state: Their input.
-            removed: Other blocks of the step, whose stubs run in their place, if they have any.
+            plan: The level of each of these blocks; the stubs of those that it removes run in
+                their place, if they have any. Other items of the plan have no effect.
         """
-        if not blocks and not self._llm.has_stub(removed):
+        if not blocks:
             return state
-        layer = (*blocks, *removed)[0] // 2
+        layer, kept, removed, inside, bare = _layer_plan(blocks, plan)
+        if not kept and not self._llm.has_stub(removed):
+            return state
         args, kwargs = self._calls_for(state)[layer]
-        others = frozenset((2 * layer, 2 * layer + 1)) - frozenset(blocks)
-        bare = BlockMask(others - frozenset(removed))
-        with self._llm.masked(BlockMask(others), bare=bare):
-            if blocks:
+        with self._llm.masked(inside, bare=bare):
+            if kept:
                 self._llm.load_layer(layer)
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -79,7 +86,10 @@ class PartialForward:
 
     @torch.inference_mode()
     def leave(self, state: torch.Tensor) -> torch.Tensor:
-        """The decoder's output for the output of the last layer, (B, T, H) -> (B, T, H)."""
+        """The decoder's output for the output of the last layer, (B, T, H) -> (B, T, H).
+
+        Call it in the ``with`` block of `embeddings` that the head runs in.
+        """
         last = len(self._layers) - 1
         return self._pass(
             _placeholder(state), lambda number, hidden, _: state if number == last else hidden
@@ -100,6 +110,12 @@ class PartialForward:
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """Apply Gemma's soft cap, the only change that a family's `forward` makes to logits."""
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def embeddings(self, level: WeightLevel) -> AbstractContextManager[object]:
+        """Run embeddings and head at a level in a ``with`` block, without any change for native."""
+        if level == "native":
+            return contextlib.nullcontext()
+        return self._llm.masked(CompressionPlan(embeddings=level))
 
     @property
     def head(self) -> nn.Linear:
@@ -135,6 +151,28 @@ class PartialForward:
             output = self._decoder(input_ids=input_ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
+
+
+@lru_cache(maxsize=4096)
+def _layer_plan(
+    blocks: tuple[int, ...], plan: MaskOrPlan
+) -> tuple[int, tuple[int, ...], tuple[int, ...], MaskOrPlan, BlockMask]:
+    """How a layer runs some of its blocks at their levels, and no other block.
+
+    Returns:
+        The layer, the blocks that run, those that are removed, the plan to apply to the model, and
+        the removed blocks without a stub.
+    """
+    layer, gone = blocks[0] // 2, as_plan(plan).removed.indices
+    kept = tuple(block for block in blocks if block not in gone)
+    removed = tuple(block for block in blocks if block in gone)
+    others = BlockMask(frozenset((2 * layer, 2 * layer + 1)) - frozenset(kept))
+    inside: MaskOrPlan = others
+    if isinstance(plan, CompressionPlan):
+        weights = tuple(pair for pair in plan.weights if pair[0] in kept)
+        caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
+        inside = simplest(CompressionPlan(others, weights, caches))
+    return layer, kept, removed, inside, BlockMask(others.indices - frozenset(removed))
 
 
 def _placeholder(state: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,19 @@
-"""The interface of everything that scores masks: a live model's scorer and a score table's."""
+"""The interface of everything that scores masks and plans: a live model's scorer, a table's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from rap_env.blocks import Block, BlockMask
+from rap_env.blocks import Block
+from rap_env.plan import MaskOrPlan
+
+OnScore = Callable[[Any], object]
+"""Called with each mask or plan after it was scored, as `rap_env.plan.simplest` gives it."""
 
 
 class Scorer(Protocol):
-    """Gives the NLL of masks on one text.
+    """Gives the NLL of masks and plans on one text.
 
     `rap_env.scoring.scorer.MaskScorer` measures it with a live model;
     `rap_env.scoring.score_table.TableScorer` reads it from a score table.
@@ -25,15 +29,15 @@ class Scorer(Protocol):
 
     @property
     def known(self) -> int:
-        """Number of masks asked for so far, including stored ones."""
+        """Number of masks and plans asked for so far, including stored ones."""
 
     @property
     def evaluations(self) -> int:
-        """Number of masks that were run through the model; stored scores do not count."""
+        """Number of plans that were run through the model; stored scores do not count."""
 
     @property
     def passes(self) -> float:
-        """As `evaluations`, but a mask run on a part of the text counts as that part."""
+        """As `evaluations`, but one run on a part of the text counts as that part."""
 
     @property
     def block_forwards(self) -> float:
@@ -47,26 +51,24 @@ class Scorer(Protocol):
     def evaluation_s(self) -> float:
         """Seconds that one pass over the text takes."""
 
-    def is_predicted(self, mask: BlockMask, /) -> bool:
-        """Whether the score of `mask` is a prediction rather than a measurement."""
+    def is_predicted(self, plan: MaskOrPlan, /) -> bool:
+        """Whether the score of a plan is a prediction rather than a measurement."""
 
-    def nll(self, mask: BlockMask) -> float:
-        """Mean NLL of the text under `mask`, nats per token.
+    def nll(self, plan: MaskOrPlan, /) -> float:
+        """Mean NLL of the text under a mask or plan, nats per token.
 
         Raises:
-            UnknownNameError: The mask names blocks that the model does not have.
+            UnknownNameError: The plan names items or levels that the model does not have.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
 
     def nll_many(
-        self, masks: Sequence[BlockMask], on_score: Callable[[BlockMask], None] | None = None
+        self, plans: Sequence[MaskOrPlan], /, on_score: OnScore | None = None
     ) -> list[float]:
-        """NLL of several masks, in their order; `on_score` is called after each one."""
+        """NLL of several masks or plans, in their order; `on_score` is called after each one."""
 
-    def nll_on(self, masks: Sequence[BlockMask], windows: Sequence[int], /) -> list[float]:
-        """NLL of several masks on some windows of the text only, nats per token."""
+    def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int], /) -> list[float]:
+        """NLL of several masks or plans on some windows of the text only, nats per token."""
 
-    def scan(
-        self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None
-    ) -> dict[Block, float]:
-        """For every block that `mask` keeps: the NLL if that block is removed too."""
+    def scan(self, plan: MaskOrPlan, /, on_score: OnScore | None = None) -> dict[Block, float]:
+        """For every block that a mask or plan keeps: the NLL if that block is removed too."""

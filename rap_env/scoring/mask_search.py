@@ -1,4 +1,4 @@
-"""Searches that find the best of several masks without running every mask on the whole text.
+"""Searches that find the best of several masks or plans without running each on the whole text.
 
 `find_best_mask` is exact: it drops a mask as soon as a lower bound shows that it cannot win.
 `successive_halving` is approximate: most masks run on a part of the text only.
@@ -8,34 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.scoring.mask_runner import Node, chunks
+from rap_env.plan import MaskOrPlan, as_plan, simplest
+from rap_env.scoring.candidates import shared_plan
+from rap_env.scoring.interface import OnScore
 from rap_env.scoring.nll import VocabularyBound, window_nll
+from rap_env.scoring.plan_runner import Node, chunks
 from rap_env.scoring.scorer import MaskScorer, notify
-
-OnScore = Callable[[BlockMask], None]
 
 _MOST_KEPT = 16  # masks whose states may be held at the same time
 
 
 @dataclass
 class Candidate:
-    """A mask that runs through a text batch by batch.
+    """A mask or plan that runs through a text batch by batch.
 
     Attributes:
-        mask: The mask.
+        mask: The mask or plan, as `simplest` gives it.
         hidden: Decoder output for each batch of the text that was run, (windows, T, H).
         contributions: For each batch, its share of the text's NLL, or a lower bound of it.
         window_nll: For each batch that was measured exactly, the NLL of its windows.
-        states: Hidden states at the nodes on the mask's path, held while it may still win.
+        states: Hidden states at the nodes on its path, held while it may still win.
     """
 
-    mask: BlockMask
+    mask: MaskOrPlan
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     contributions: dict[int, float] = field(default_factory=dict)
     window_nll: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -48,16 +50,16 @@ class Candidate:
 
 
 class CandidateRunner:
-    """Runs masks that share a prefix, such as the candidates of one GSI round.
+    """Runs masks or plans that share a prefix, such as the candidates of one GSI round.
 
-    The states of the shared prefix are cached for all of them. The states of a single mask are
-    held until it is known whether it wins, because the next round starts from them. The blocks
-    that all of the masks remove are the prefix.
+    The states of the shared prefix are cached for all of them. The states of a single one are
+    held until it is known whether it wins, because the next round starts from them. The prefix is
+    what `shared_plan` finds.
     """
 
-    def __init__(self, scorer: MaskScorer, masks: Sequence[BlockMask]) -> None:
+    def __init__(self, scorer: MaskScorer, masks: Sequence[MaskOrPlan]) -> None:
         self._scorer = scorer
-        self._prefixes = scorer.runner.prefixes(reduce(lambda a, b: a & b, masks))
+        self._prefixes = scorer.runner.prefixes(shared_plan(masks))
         self._capped = scorer.llm.spare_bytes is not None
         windows = scorer.corpus.tokens.shape[0]
         self.shares = [len(ids) / windows for ids in scorer.batches]
@@ -76,7 +78,18 @@ class CandidateRunner:
             visit = partial(self._visit, batch, group[0] if alone else None)
             last = runner.run(batch, [candidate.mask for candidate in group], visit)
             for candidate in group:
-                candidate.hidden[batch] = runner.partial.leave(last[candidate.mask])
+                with self.head(candidate):
+                    candidate.hidden[batch] = runner.partial.leave(last[candidate.mask])
+
+    def head(self, candidate: Candidate) -> AbstractContextManager[object]:
+        """Run the head at the candidate's level in a ``with`` block."""
+        return self._scorer.runner.partial.embeddings(as_plan(candidate.mask).embeddings)
+
+    def window_nll(self, candidate: Candidate, batch: int) -> torch.Tensor:
+        """NLL of each window of a batch from the candidate's `hidden`, (windows,)."""
+        hidden, ids = candidate.hidden[batch], self._scorer.batches[batch]
+        with self.head(candidate):
+            return window_nll(self._scorer.runner.partial, hidden, ids)
 
     def add(self, candidate: Candidate, batch: int, windows: torch.Tensor) -> None:
         """Set what a batch contributes to the text's NLL, from the NLL of its windows.
@@ -114,16 +127,16 @@ class SearchResult:
         lower_bounds: For the other masks, a lower bound of their NLL (up to rounding).
     """
 
-    best: BlockMask
-    nll: dict[BlockMask, float]
-    lower_bounds: dict[BlockMask, float]
+    best: MaskOrPlan
+    nll: dict[MaskOrPlan, float]
+    lower_bounds: dict[MaskOrPlan, float]
 
 
 def find_best_mask(
     scorer: MaskScorer,
-    masks: Sequence[BlockMask],
+    masks: Sequence[MaskOrPlan],
     *,
-    near: BlockMask | None = None,
+    near: MaskOrPlan | None = None,
     on_score: OnScore | None = None,
 ) -> SearchResult:
     """Find the mask of the least NLL exactly; drops each mask as soon as it cannot win.
@@ -135,24 +148,28 @@ def find_best_mask(
     Args:
         scorer: Measures the masks; it caches the score of every mask measured to the end.
         masks: At least one; likely winners first.
-        near: A mask whose likely words bound the NLL of the others: the more similar, the tighter.
-            It costs as much as measuring one mask. None uses no such bound, which is better for a
-            few masks of nearly equal NLL.
+        near: A mask or plan whose likely words bound the NLL of the others: the more similar, the
+            tighter. It costs as much as measuring one mask. None uses no such bound, which is
+            better for a few masks of nearly equal NLL. Without effect unless all have the same
+            level of the embeddings.
         on_score: Called after each mask that was measured or dropped.
 
     Raises:
         NonFiniteScoreError: The model gave NaN or infinity.
     """
+    masks = [simplest(mask) for mask in masks]
     if scorer.llm.spare_bytes is not None:
         # The memory cap leaves no room for the vocabulary bound and the held states.
         nll = dict(zip(masks, scorer.nll_many(masks, on_score), strict=True))
         return SearchResult(min(masks, key=nll.__getitem__), nll, {})
     known = {m: float(v.mean()) for m in masks if (v := scorer.look_up(m)) is not None}
     missing = [mask for mask in masks if mask not in known]
-    lower_bounds: dict[BlockMask, float] = {}
+    lower_bounds: dict[MaskOrPlan, float] = {}
     if missing:
         with scorer.llm.masked(BlockMask()):
-            bound = None if near is None else _vocabulary(scorer, near)
+            bound = None
+            if near is not None and len({as_plan(mask).embeddings for mask in (near, *masks)}) == 1:
+                bound = _vocabulary(scorer, simplest(near))
             runner = CandidateRunner(scorer, masks)
             state = _SearchState(scorer, runner, bound, known)
             for group in chunks(missing, scorer.in_flight):
@@ -163,14 +180,15 @@ def find_best_mask(
     return SearchResult(min(measured, key=known.__getitem__), known, lower_bounds)
 
 
-def _vocabulary(scorer: MaskScorer, near: BlockMask) -> VocabularyBound:
+def _vocabulary(scorer: MaskScorer, near: MaskOrPlan) -> VocabularyBound:
     """The bound from the entries that are likely under a mask."""
     runner, candidate = CandidateRunner(scorer, [near]), Candidate(near)
     batches = scorer.batches
     for batch in range(len(batches)):
         runner.evaluate_batch([candidate], batch)
     hidden = [candidate.hidden[batch] for batch in range(len(batches))]
-    return VocabularyBound(scorer.runner.partial, hidden, batches)
+    with runner.head(candidate):
+        return VocabularyBound(scorer.runner.partial, hidden, batches)
 
 
 class _SearchState:
@@ -181,7 +199,7 @@ class _SearchState:
         scorer: MaskScorer,
         runner: CandidateRunner,
         bound: VocabularyBound | None,
-        known: dict[BlockMask, float],
+        known: dict[MaskOrPlan, float],
     ) -> None:
         self._scorer, self._runner, self._bound = scorer, runner, bound
         self._known = known  # NLL of the masks measured to the end; grows
@@ -189,7 +207,7 @@ class _SearchState:
         self._tolerance = 0.0 if bound is None else bound.tolerance
         self._winner: Candidate | None = None
 
-    def evaluate(self, masks: Sequence[BlockMask]) -> dict[BlockMask, float]:
+    def evaluate(self, masks: Sequence[MaskOrPlan]) -> dict[MaskOrPlan, float]:
         """Run masks; returns the lower bounds of those that were dropped."""
         candidates = [Candidate(mask) for mask in masks]
         alive = candidates
@@ -214,7 +232,8 @@ class _SearchState:
         if self._bound is None:
             self._measure(candidate, batch)
         else:
-            windows = self._bound.window_nll(batch, candidate.hidden[batch])
+            with self._runner.head(candidate):
+                windows = self._bound.window_nll(batch, candidate.hidden[batch])
             self._runner.add(candidate, batch, windows)
 
     def _finish(self, candidate: Candidate) -> None:
@@ -232,8 +251,7 @@ class _SearchState:
             self._best, self._winner = value, candidate
 
     def _measure(self, candidate: Candidate, batch: int) -> None:
-        hidden, ids = candidate.hidden[batch], self._scorer.batches[batch]
-        candidate.window_nll[batch] = window_nll(self._scorer.runner.partial, hidden, ids)
+        candidate.window_nll[batch] = self._runner.window_nll(candidate, batch)
         self._runner.add(candidate, batch, candidate.window_nll[batch])
 
     def _cannot_win(self, candidate: Candidate) -> bool:
@@ -255,7 +273,7 @@ class Stage:
 
 def successive_halving(
     scorer: MaskScorer,
-    masks: Sequence[BlockMask],
+    masks: Sequence[MaskOrPlan],
     stages: Sequence[Stage],
     *,
     rank: Callable[[Candidate], float] = lambda candidate: candidate.nll,
@@ -274,8 +292,8 @@ def successive_halving(
         All masks with the contributions of the batches that they were run on, the winner first:
         it was run on the whole text.
     """
-    runner, model = CandidateRunner(scorer, masks), scorer.runner.partial
-    alive = [Candidate(mask) for mask in masks]
+    runner = CandidateRunner(scorer, masks)
+    alive = [Candidate(simplest(mask)) for mask in masks]
     dropped: list[Candidate] = []
     with scorer.llm.masked(BlockMask()):
         for number, stage in enumerate(stages):
@@ -287,8 +305,8 @@ def successive_halving(
                 for group in chunks(alive, scorer.in_flight):
                     runner.evaluate_batch(group, batch, hold_states=len(alive) <= _MOST_KEPT)
                     for candidate in group:
-                        hidden, ids = candidate.hidden.pop(batch), scorer.batches[batch]
-                        runner.add(candidate, batch, window_nll(model, hidden, ids))
+                        runner.add(candidate, batch, runner.window_nll(candidate, batch))
+                        del candidate.hidden[batch]
     alive.sort(key=lambda candidate: candidate.nll)
     runner.keep_states(alive[0])
     _leave(scorer, alive, on_score)

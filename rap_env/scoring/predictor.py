@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
+from rap_env.plan import MaskOrPlan, only_mask
 from rap_env.scoring.fidelity import Fidelity
 
 Features = npt.NDArray[np.bool_]
@@ -46,6 +47,7 @@ LEAST_SHARE = 0.5
 share was 0.67."""
 
 _CHUNK = 2048
+_MASKS_ONLY = "A predictor's input tells of each block only whether it is removed."
 _EVIDENCE = 20  # masks that a bound for their number of removals must rest on
 _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
 _COUNT_SCALE = 20.0  # brings squared counts of blocks near the other inputs
@@ -299,11 +301,15 @@ def fit_score_model(
     return ScoreModel(tuple(found), pessimism), fidelity
 
 
-def feature_matrix(masks: Collection[BlockMask], num_blocks: int) -> Features:
-    """The predictor's input: True for each removed block of each mask, (N, 2L)."""
+def feature_matrix(masks: Collection[MaskOrPlan], num_blocks: int) -> Features:
+    """The predictor's input: True for each removed block of each mask, (N, 2L).
+
+    Raises:
+        UnknownNameError: One of them is a plan that lowers an item.
+    """
     features = np.zeros((len(masks), num_blocks), dtype=bool)
     for row, mask in zip(features, masks, strict=True):
-        row[list(mask.indices)] = True
+        row[list(only_mask(mask, _MASKS_ONLY).indices)] = True
     return features
 
 

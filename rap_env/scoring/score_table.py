@@ -6,8 +6,9 @@ model that an environment needs. It needs numpy only, neither torch nor transfor
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,10 @@ from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.memory import ModelFacts
+from rap_env.plan import CompressionPlan, MaskOrPlan, only_mask, simplest
+from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
+from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
     ScoreModel,
@@ -30,8 +34,12 @@ from rap_env.scoring.predictor import (
 PREFIX = "score_table:"
 """Prefix of a model name that is the path of a table."""
 
-_KIND, _FORMAT = "score table", 3
+_KIND, _FORMAT = "score table", 4
+_MASK_FORMAT = 3  # had no plans
 _HEX_FORMAT = 2  # masks were hex strings with one bit per block, pessimism was called doubt
+_NO_PREDICTION = (
+    "A score table predicts masks only, and this plan was not measured: score it with a live model."
+)
 _PREDICTIONS_KEPT = 2**17
 
 
@@ -46,8 +54,8 @@ class ScoreTable:
 
     Attributes:
         facts: The facts of the model that the byte arithmetic needs.
-        scores: Mean NLL by mask, nats per token; contains the dense model and every single
-            removal.
+        scores: Mean NLL by mask or plan, nats per token; contains the dense model and every
+            single removal.
         context: Everything that determined the scores (`MaskScorer.context`).
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
@@ -62,7 +70,7 @@ class ScoreTable:
     """
 
     facts: ModelFacts
-    scores: dict[BlockMask, float]
+    scores: dict[MaskOrPlan, float]
     context: dict[str, Any]
     text: dict[str, Any]
     settings: dict[str, Any]
@@ -77,7 +85,7 @@ class ScoreTable:
     def fitted(
         cls,
         facts: ModelFacts,
-        scores: Mapping[BlockMask, float],
+        scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
         *,
         seed: int = 0,
         members: int = 1,
@@ -86,23 +94,25 @@ class ScoreTable:
     ) -> ScoreTable:
         """A table of measured scores, with a predictor fitted to them as by `fit_score_model`.
 
-        `scores` are in nats per token; `seed` decides which masks are held out to evaluate the
+        `scores` are in nats per token; the predictor is fitted to those of masks, those of plans
+        are only looked up. `seed` decides which masks are held out to evaluate the
         predictor; `origin` are the other attributes.
 
         Raises:
             ArtifactError: The dense model or a single removal was not measured, or there are
                 fewer masks than twice the blocks.
         """
+        scores = {simplest(plan): float(nll) for plan, nll in scores.items()}
+        masks = sorted((mask for mask in scores if isinstance(mask, BlockMask)), key=tuple)
         singles = [BlockMask.of(index) for index in range(facts.num_blocks)]
         missing = [str(mask) for mask in (BlockMask(), *singles) if mask not in scores]
-        if missing or len(scores) < 2 * facts.num_blocks:
+        if missing or len(masks) < 2 * facts.num_blocks:
             lacks = f" ({missing[0]}: not measured)" if missing else ""
             raise ArtifactError(
-                f"{len(scores)} scores of {facts.name}{lacks} are too few for a score table, which "
+                f"{len(masks)} scores of {facts.name}{lacks} are too few for a score table, which "
                 f"needs the dense model, each of {facts.num_blocks} single removals, and "
                 f"{2 * facts.num_blocks} masks in all; measure more of them first."
             )
-        masks = sorted(scores, key=tuple)
         nll = np.array([scores[mask] for mask in masks])
         dense = scores[BlockMask()]
         alone = np.array([scores[mask] for mask in singles]) - dense
@@ -114,7 +124,8 @@ class ScoreTable:
             pessimism=pessimism,
             seed=seed,
         )
-        held = {mask: float(scores[mask]) for mask in masks}
+        held: dict[MaskOrPlan, float] = {mask: scores[mask] for mask in masks}
+        held |= {plan: nll for plan, nll in scores.items() if plan not in held}
         return cls(facts, held, predictor=predictor, fidelity=fidelity, **origin)
 
     @property
@@ -132,7 +143,7 @@ class ScoreTable:
         for name in ("facts", "predictor", "fidelity"):
             body[name] = asdict(body[name])
         del body["scores"]
-        body["masks"] = [mask.names for mask in self.scores]
+        body["masks"] = [json.loads(plan.to_json()) for plan in self.scores]
         body["nll"] = list(self.scores.values())
         save_artifact(path, _KIND, _FORMAT, body, compress=True)
 
@@ -145,7 +156,7 @@ class ScoreTable:
             ArtifactError: It is truncated, altered, not a score table, or of an unknown format.
         """
         try:
-            body = load_artifact(path, _KIND, _FORMAT, older=[_HEX_FORMAT])
+            body = load_artifact(path, _KIND, _FORMAT, older=[_MASK_FORMAT, _HEX_FORMAT])
         except OSError as error:
             raise ModelNotAvailableError(
                 f"Cannot read the score table {os.fspath(path)} ({error.strerror}); correct the "
@@ -153,31 +164,37 @@ class ScoreTable:
                 "`python -m experiments.export_scores` does in a checkout of the project."
             ) from None
         facts = ModelFacts(**with_tuples(body.pop("facts")))
-        masks = _read_masks(body.pop("masks"), facts.num_blocks)
+        plans = _read_plans(body.pop("masks"), facts.num_blocks)
         predictor = body["predictor"]
         members = (DeltaNLLPredictor(**with_tuples(values)) for values in predictor["members"])
         pessimism = predictor.get("pessimism", predictor.get("doubt"))
         body["predictor"] = ScoreModel(tuple(members), pessimism)
         body["fidelity"] = Fidelity.from_json(body["fidelity"])
-        return cls(facts=facts, scores=dict(zip(masks, body.pop("nll"), strict=True)), **body)
+        return cls(facts=facts, scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
 
 
-def _read_masks(written: Sequence[Any], num_blocks: int) -> list[BlockMask]:
-    """Masks from lists of block names, or from the hex strings of earlier versions."""
+def _read_plans(written: Sequence[Any], num_blocks: int) -> list[MaskOrPlan]:
+    """Masks from lists of block names or earlier versions' hex strings; plans from levels."""
     if written and isinstance(written[0], str):
         # One bit per block, the first block in the highest bit of the first byte.
         packed = np.frombuffer(bytes.fromhex("".join(written)), dtype=np.uint8)
         bits = np.unpackbits(packed.reshape(len(written), -1), axis=1, count=num_blocks)
         return [BlockMask.of(*np.flatnonzero(row).tolist()) for row in bits]
     index = {block_name(number): number for number in range(num_blocks)}
-    return [BlockMask(frozenset(map(index.__getitem__, names))) for names in written]
+    return [
+        CompressionPlan.of(one)
+        if isinstance(one, dict)
+        else BlockMask(frozenset(map(index.__getitem__, one)))
+        for one in written
+    ]
 
 
 class TableScorer:
     """Scores masks from a table: the interface of `MaskScorer`, without a model.
 
-    A measured mask has exactly the score that the model gave. Any other mask has a predicted
-    score; `is_predicted` tells which is which. No mask and no block is run, so their counts are 0.
+    A measured mask or plan has exactly the score that the model gave. Any other mask has a
+    predicted score; `is_predicted` tells which is which. There is no predictor of plans, so other
+    plans raise an `UnknownNameError`. No mask and no block is run, so their counts are 0.
     A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
     evaluation on the machine that measured the scores.
     """
@@ -193,55 +210,55 @@ class TableScorer:
         self.evaluation_s = table.evaluation_s
         self._facts = table.facts
         self._measured = table.scores
-        self._asked: set[BlockMask] = set()
+        self._asked: set[MaskOrPlan] = set()
         self._predict = lru_cache(_PREDICTIONS_KEPT)(table.predictor.delta_nll)
 
     @property
     def known(self) -> int:
-        """Masks asked for so far.
+        """Masks and plans asked for so far.
 
         A predicted mask counts again if 131,072 others were predicted since it was asked for.
         """
         return len(self._asked) + self._predict.cache_info().misses
 
-    def is_predicted(self, mask: BlockMask) -> bool:
+    def is_predicted(self, plan: MaskOrPlan) -> bool:
         """Whether the mask was not measured, so that its score comes from the predictor."""
-        return mask not in self._measured
+        return plan not in self._measured and simplest(plan) not in self._measured
 
-    def nll(self, mask: BlockMask) -> float:
-        """Mean NLL of the text under `mask`, nats per token; measured or predicted.
+    def nll(self, plan: MaskOrPlan) -> float:
+        """Mean NLL of the text under a mask or plan, nats per token; measured or predicted.
 
         Raises:
-            UnknownNameError: The mask names blocks that the model does not have.
+            UnknownNameError: The plan names blocks that the model does not have, or lowers an item
+                and was not measured.
         """
-        found = self._measured.get(mask)
+        found = self._measured.get(plan)
         if found is None:
-            mask.check(self._facts.num_blocks)
-            return self.dense_nll + self._predict(mask)
-        self._asked.add(mask)
+            plan = simplest(plan)
+            found = self._measured.get(plan)
+        if found is None:
+            plan.check(self._facts.num_blocks)
+            return self.dense_nll + self._predict(only_mask(plan, _NO_PREDICTION))
+        self._asked.add(plan)
         return found
 
-    def nll_many(
-        self, masks: Sequence[BlockMask], on_score: Callable[[BlockMask], None] | None = None
-    ) -> list[float]:
-        """NLL of several masks, in their order; `on_score` is called after each distinct one."""
+    def nll_many(self, plans: Sequence[MaskOrPlan], on_score: OnScore | None = None) -> list[float]:
+        """NLL of several masks or plans, in their order; `on_score` is called after each one."""
         if on_score is not None:
-            for mask in dict.fromkeys(masks):
-                self.nll(mask)
-                on_score(mask)
-        return [self.nll(mask) for mask in masks]
+            for plan in dict.fromkeys(map(simplest, plans)):
+                self.nll(plan)
+                on_score(plan)
+        return [self.nll(plan) for plan in plans]
 
-    def nll_on(self, masks: Sequence[BlockMask], _windows: Sequence[int]) -> list[float]:
-        """NLL of several masks on the whole text, because a table does not divide it."""
-        return self.nll_many(masks)
+    def nll_on(self, plans: Sequence[MaskOrPlan], _windows: Sequence[int]) -> list[float]:
+        """NLL of several plans on the whole text, because a table does not divide it."""
+        return self.nll_many(plans)
 
-    def scan(
-        self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None
-    ) -> dict[Block, float]:
-        """For every block that `mask` keeps: the NLL if that block is removed too."""
-        blocks = [block for block in self._facts.blocks if block not in mask]
-        candidates = [mask | BlockMask.of(block) for block in blocks]
-        return dict(zip(blocks, self.nll_many(candidates, on_score), strict=True))
+    def scan(self, plan: MaskOrPlan, on_score: OnScore | None = None) -> dict[Block, float]:
+        """For every block that a mask or plan keeps: the NLL if that block is removed too."""
+        candidates = removal_candidates(self._facts.blocks, plan)
+        nll = self.nll_many(list(candidates.values()), on_score)
+        return dict(zip(candidates, nll, strict=True))
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

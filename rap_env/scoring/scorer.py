@@ -1,11 +1,11 @@
-"""Mean NLL of masks on a fixed text; blocks that several masks share are computed once."""
+"""Mean NLL of masks and plans on a fixed text; what several share is computed once."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,14 @@ from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import device_kind
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
+from rap_env.memory import MemoryModel
+from rap_env.plan import MaskOrPlan, as_plan, simplest
 from rap_env.scoring.batch_width import choose_batch_width
+from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.mask_runner import MaskRunner, Node, StateCache, branch_nodes, chunks
+from rap_env.scoring.interface import OnScore
 from rap_env.scoring.nll import HEAD_TOKENS, window_nll
+from rap_env.scoring.plan_runner import Node, PlanRunner, StateCache, branch_nodes, chunks
 from rap_env.scoring.store import ScoreStore, context_key
 
 METRIC = "window_nll"
@@ -31,34 +35,40 @@ METRIC = "window_nll"
 _BATCH_TOKENS = 1024
 _PREFIX_BYTES = 512 * 2**20
 _LOSS_VERSION = 2  # raised when the same numbers are computed in another order
+_LEVELS: Mapping[str, Any] = {"levels": 1}  # raised when lowered items get other values
 
 
 class MaskScorer:
-    """Measures the model's NLL under masks, on a text cut into windows.
+    """Measures the model's NLL under masks and plans, on a text cut into windows.
 
     Each window of T tokens is scored on its own (stride T, no context before it) and gives
-    T - 1 predictions. Masks run in the order of a prefix tree over blocks: each mask starts at
-    the last state that it shares with a mask that ran before. The result equals that of a whole
+    T - 1 predictions. Plans run in the order of a prefix tree over blocks: each plan starts at
+    the last state that it shares with a plan that ran before. The result equals that of a whole
     pass bit for bit, because the same operations run on the same tensors. On an accelerator,
-    where several masks may share a batch, it is equal up to the dtype's rounding.
+    where several plans may share a batch, it is equal up to the dtype's rounding.
+
+    A mask and a plan that says the same have one score and one key in the store. Lowered caches
+    are those of `rap_env.levels`: a score is what decoding token by token would give.
 
     Args:
-        llm: The live model; its mask is restored after each call.
+        llm: The live model; its plan is restored after each call.
         text: A corpus, or token ids of shape (windows, T).
         store: Keeps scores between runs; None keeps them in this object only.
         batch_tokens: Tokens of one forward pass; windows are batched up to this number.
         prefix_cache_bytes: Most bytes of hidden states kept for sharing. If they do not suffice
-            for every step of a mask, the states of every second (third, ...) step are kept.
-        masks_together: Most masks that share a batch; None is 1 on a CPU, and measured on
-            an accelerator.
+            for every step of a plan, the states of every second (third, ...) step are kept.
+        masks_together: Most masks or plans that share a batch; None is 1 on a CPU, and measured
+            on an accelerator.
 
     Attributes:
-        runner: Runs masks on the text and counts blocks.
-        evaluations: Masks that the model ran, including those that a search dropped before
-            the end; masks found in the store do not count.
-        full_block_forwards: Blocks that single full passes would have run for these masks.
-        in_flight: Masks that advance through the model together.
-        stride: The states of every `stride`-th step of a mask are kept.
+        runner: Runs plans on the text and counts blocks.
+        evaluations: Masks and plans that the model ran, including those that a search dropped
+            before the end; those found in the store do not count.
+        full_block_forwards: Blocks that single full passes would have run for them.
+        in_flight: Plans that advance through the model together.
+        stride: The states of every `stride`-th step of a plan are kept.
+        context: What determines the scores of masks; part of their keys in the store.
+        plan_context: The same for plans that are no masks.
 
     Raises:
         CorpusError: The windows are shorter than two tokens, or longer than the model's positions.
@@ -91,14 +101,15 @@ class MaskScorer:
         width = choose_batch_width(llm, batches[0], prefix_cache_bytes, masks_together)
         self.in_flight = width.in_flight
         partial_forward, cache = PartialForward(llm), StateCache(width.cache_bytes)
-        self.runner = MaskRunner(partial_forward, batches, cache, width.masks)
+        self.runner = PlanRunner(partial_forward, batches, cache, width.masks)
         state_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
         path_bytes = len(partial_forward.steps) * state_bytes
         self.stride = max(1, -(-path_bytes // max(1, width.cache_bytes)))
-        self._scores: dict[BlockMask, npt.NDArray[np.float64]] = {}
+        self._scores: dict[MaskOrPlan, npt.NDArray[np.float64]] = {}  # masks as masks
+        self._memory = MemoryModel(llm)
         self._prefix_cache_bytes = prefix_cache_bytes
         self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
-        self._part_windows = 0  # windows that parts ran, summed over masks
+        self._part_windows = 0  # windows that parts ran, summed over plans
         self.context: Mapping[str, Any] = {
             **model_context(llm),
             "tokens": self.corpus.sha256,
@@ -107,7 +118,10 @@ class MaskScorer:
             "head_tokens": HEAD_TOKENS,
             "loss": _LOSS_VERSION,
         }
-        self._key = context_key(self.context)
+        # Scores of masks do not depend on how levels are made, so their keys do not either.
+        self.plan_context: Mapping[str, Any] = {**self.context, **_LEVELS}
+        self._mask_key = context_key(self.context)
+        self._plan_key = context_key(self.plan_context)
 
     @property
     def batches(self) -> Sequence[torch.Tensor]:
@@ -138,7 +152,7 @@ class MaskScorer:
 
     @property
     def passes(self) -> float:
-        """Masks that the model ran; a mask run on a part of the text counts as that part."""
+        """Plans that the model ran; one run on a part of the text counts as that part."""
         return self.evaluations + self._part_windows / self.num_windows
 
     @property
@@ -150,14 +164,14 @@ class MaskScorer:
     @cached_property
     def evaluation_s(self) -> float:
         """Seconds that one pass of the dense model over the text takes, measured once."""
-        alone = MaskRunner(self.runner.partial, self.batches, StateCache(0))
+        alone = PlanRunner(self.runner.partial, self.batches, StateCache(0))
         began = time.perf_counter()
         self._values(alone, [BlockMask()], keep=())
         return time.perf_counter() - began
 
     @property
     def known(self) -> int:
-        """Masks asked for so far, including stored ones: what an empty store would have to run."""
+        """Plans asked for so far, stored ones included: what an empty store would have to run."""
         return len(self._scores)
 
     @property
@@ -165,129 +179,158 @@ class MaskScorer:
         """NLL of the dense model, nats per token."""
         return self.nll(BlockMask())
 
-    def is_predicted(self, _mask: BlockMask) -> bool:
-        """Whether the score of `mask` is predicted: never, because a live model measures it."""
+    def is_predicted(self, _plan: MaskOrPlan) -> bool:
+        """Whether the score of a plan is predicted: never, because a live model measures it."""
         return False
 
-    def nll(self, mask: BlockMask) -> float:
-        """Mean NLL of the text under `mask`, nats per token.
+    def nll(self, plan: MaskOrPlan) -> float:
+        """Mean NLL of the text under a mask or plan, nats per token.
 
         Raises:
-            UnknownNameError: The mask names blocks that the model does not have.
+            UnknownNameError: The plan names items or levels that the model does not have.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        return float(self.window_nll(mask).mean())
+        return float(self.window_nll(plan).mean())
 
-    def window_nll(self, mask: BlockMask) -> npt.NDArray[np.float64]:
-        """Mean NLL of each window under `mask`, nats per token, shape (windows,)."""
-        if self.look_up(mask) is None:
-            self._measure([mask], self._path(mask))
-        return self._scores[mask]
+    def window_nll(self, plan: MaskOrPlan) -> npt.NDArray[np.float64]:
+        """Mean NLL of each window under a mask or plan, nats per token, shape (windows,)."""
+        values = self.look_up(plan)
+        if values is None:
+            plan = simplest(plan)
+            self._measure([plan], self._path(plan))
+            values = self._scores[plan]
+        return values
 
-    def nll_many(
-        self, masks: Sequence[BlockMask], on_score: Callable[[BlockMask], None] | None = None
-    ) -> list[float]:
-        """NLL of several masks, in their order; steps that they share run once.
+    def nll_many(self, plans: Sequence[MaskOrPlan], on_score: OnScore | None = None) -> list[float]:
+        """NLL of several masks or plans, in their order; steps that they share run once.
 
         Args:
-            masks: Masks to score; repeated masks are measured once.
-            on_score: Called after each finished mask, for progress bars.
+            plans: Masks and plans to score; repeated ones are measured once.
+            on_score: Called after each finished one, for progress bars.
         """
-        known = [values for mask in masks if (values := self.look_up(mask)) is not None]
-        if on_score is None and len(known) == len(masks):  # the common case in a vector environment
+        known = [values for plan in plans if (values := self.look_up(plan)) is not None]
+        if on_score is None and len(known) == len(plans):  # the common case in a vector environment
             return [float(values.mean()) for values in known]
-        distinct = sorted(set(masks), key=self._sharing_order)
-        missing = [mask for mask in distinct if self.look_up(mask) is None]
+        distinct = sorted(set(map(simplest, plans)), key=self._sharing_order)
+        missing = [plan for plan in distinct if self.look_up(plan) is None]
         branches = branch_nodes(missing, self.runner.partial.steps)
         for group in chunks(missing, self.in_flight):
             last = group[-1] is missing[-1]
             self._measure(group, branches | self._path(group[-1]) if last else branches)
             notify(on_score, group)
-        notify(on_score, [mask for mask in distinct if mask not in missing])
-        return [self.nll(mask) for mask in masks]
+        notify(on_score, [plan for plan in distinct if plan not in missing])
+        return [self.nll(plan) for plan in plans]
 
-    def nll_on(self, masks: Sequence[BlockMask], windows: Sequence[int]) -> list[float]:
-        """NLL of several masks on some windows of the text only, nats per token.
+    def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int]) -> list[float]:
+        """NLL of several masks or plans on some windows of the text only, nats per token.
 
-        A mask that is known on the whole text is not run again. Nothing is stored for the other
-        masks, because the NLL of a part is not a score of the text.
+        A plan that is known on the whole text is not run again. Nothing is stored for the others,
+        because the NLL of a part is not a score of the text.
 
         Args:
-            masks: Masks to score; repeated masks are measured once.
+            plans: Masks and plans to score; repeated ones are measured once.
             windows: Numbers of the windows, at least one.
         """
         chosen = tuple(windows)
-        known = {mask: self.look_up(mask) for mask in masks}
-        nll = {m: float(v[list(chosen)].mean()) for m, v in known.items() if v is not None}
-        missing = [mask for mask in known if mask not in nll]
+        known = {plan: self.look_up(plan) for plan in map(simplest, plans)}
+        nll = {p: float(v[list(chosen)].mean()) for p, v in known.items() if v is not None}
+        missing = [plan for plan in known if plan not in nll]
         if missing:
             part = self._part(chosen)
             ran = part.evaluations
             nll |= dict(zip(missing, part.nll_many(missing), strict=True))
             self._part_windows += (part.evaluations - ran) * len(chosen)
-        return [nll[mask] for mask in masks]
+        return [nll[simplest(plan)] for plan in plans]
 
-    def scan(
-        self, mask: BlockMask, on_score: Callable[[BlockMask], None] | None = None
-    ) -> dict[Block, float]:
-        """For every block that `mask` keeps: the NLL if that block is removed too."""
-        candidates = self.candidates(mask)
+    def scan(self, plan: MaskOrPlan, on_score: OnScore | None = None) -> dict[Block, float]:
+        """For every block that a mask or plan keeps: the NLL if that block is removed too."""
+        candidates = self.candidates(plan)
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))
 
-    def candidates(self, mask: BlockMask) -> dict[Block, BlockMask]:
-        """For every block that `mask` keeps: the mask that also removes it."""
-        kept = [block for block in self.llm.blocks if block not in mask]
-        return {block: mask | BlockMask.of(block) for block in kept}
+    @overload
+    def candidates(self, plan: BlockMask) -> dict[Block, BlockMask]: ...
+    @overload
+    def candidates(self, plan: MaskOrPlan) -> dict[Block, MaskOrPlan]: ...
+    def candidates(self, plan: MaskOrPlan) -> Any:
+        """For every block that a mask or plan keeps: the plan that also removes it."""
+        return removal_candidates(self.llm.blocks, plan)
 
-    def look_up(self, mask: BlockMask) -> npt.NDArray[np.float64] | None:
+    def scan_levels(
+        self,
+        plan: MaskOrPlan = BlockMask(),
+        levels: Collection[str] | None = None,
+        on_score: OnScore | None = None,
+    ) -> dict[tuple[str, str], float]:
+        """For every item and each level below its own: the NLL at that level, nats per token.
+
+        The keys are pairs of item and level; `plan` and `levels` as in `level_candidates`.
+        """
+        candidates = level_candidates(self.llm.facts, plan, levels)
+        nll = self.nll_many(list(candidates.values()), on_score)
+        return dict(zip(candidates, nll, strict=True))
+
+    def look_up(self, plan: MaskOrPlan) -> npt.NDArray[np.float64] | None:
         """NLL of each window if it is known, shape (windows,), or None.
 
         Raises:
-            UnknownNameError: The mask names blocks that the model does not have.
+            UnknownNameError: The plan names items or levels that the model does not have.
         """
-        if mask not in self._scores:
-            mask.check(self.llm.facts.num_blocks)
-            values = None if self.store is None else self.store.get(self._key, mask, METRIC)
+        found = self._scores.get(plan)
+        return self._look_further(simplest(plan)) if found is None else found
+
+    def _look_further(self, plan: MaskOrPlan) -> npt.NDArray[np.float64] | None:
+        if plan not in self._scores:
+            self._check(plan)
+            key = self._mask_key if isinstance(plan, BlockMask) else self._plan_key
+            values = None if self.store is None else self.store.get(key, plan, METRIC)
             if values is None:
                 return None
-            self._scores[mask] = np.array(values)
-        return self._scores[mask]
+            self._scores[plan] = np.array(values)
+        return self._scores[plan]
 
-    def record(self, mask: BlockMask, values: npt.NDArray[np.float64]) -> None:
-        """Store the measured NLL of each window under a mask, shape (windows,).
+    def record(self, plan: MaskOrPlan, values: npt.NDArray[np.float64]) -> None:
+        """Store the measured NLL of each window under a mask or plan, shape (windows,).
 
         Raises:
             NonFiniteScoreError: A value is NaN or infinite; nothing is stored.
         """
+        plan = simplest(plan)
         if not np.isfinite(values).all():
-            self.raise_non_finite(mask)
+            self.raise_non_finite(plan)
         if self.store is not None:
-            self.store.put(self._key, mask, METRIC, values.tolist(), self.context)
-        self._scores[mask] = values
+            context = self.context if isinstance(plan, BlockMask) else self.plan_context
+            self.store.put(context_key(context), plan, METRIC, values.tolist(), context)
+        self._scores[plan] = values
 
-    def raise_non_finite(self, mask: BlockMask) -> NoReturn:
-        """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under `mask`."""
+    def raise_non_finite(self, plan: MaskOrPlan) -> NoReturn:
+        """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a mask or plan."""
         self.runner.cache.clear()  # the states on the way may be non-finite too
         raise NonFiniteScoreError(
-            f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {mask}; check the "
+            f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {plan}; check the "
             "weights, or load the model with dtype='float32'."
         )
 
-    def count(self, mask: BlockMask) -> None:
-        """Count a mask that the model ran."""
+    def count(self, plan: MaskOrPlan) -> None:
+        """Count a mask or plan that the model ran."""
         self.evaluations += 1
-        self.full_block_forwards += self.llm.facts.num_blocks - len(mask)
+        self.full_block_forwards += self.llm.facts.num_blocks - len(as_plan(plan).removed)
 
-    def _sharing_order(self, mask: BlockMask) -> tuple[bool, ...]:
-        return tuple(index in mask.indices for index in range(self.llm.facts.num_blocks))
+    def _check(self, plan: MaskOrPlan) -> None:
+        if isinstance(plan, BlockMask):
+            plan.check(self.llm.facts.num_blocks)
+        else:
+            self._memory.check_plan(plan)
 
-    def _path(self, mask: BlockMask) -> set[Node]:
-        """The nodes of one mask that are kept for the masks of later calls."""
-        return set(list(enumerate(self.runner.prefixes(mask)[:-1]))[:: self.stride])
+    def _sharing_order(self, plan: MaskOrPlan) -> tuple[Any, ...]:
+        return sharing_order(plan, self.llm.facts.num_blocks)
+
+    def _path(self, plan: MaskOrPlan) -> set[Node]:
+        """The nodes of one plan that are kept for the plans of later calls."""
+        return set(list(enumerate(self.runner.prefixes(plan)[:-1]))[:: self.stride])
 
     def _part(self, windows: tuple[int, ...]) -> MaskScorer:
-        """The scorer of some windows, kept: a mask that was measured there is known."""
+        """The scorer of some windows, kept: a plan that was measured there is known."""
         if windows not in self._parts:
             share = len(windows) / self.num_windows
             self._parts[windows] = type(self)(
@@ -302,22 +345,26 @@ class MaskScorer:
     def _share(self, part: MaskScorer) -> float:
         return part.num_windows / self.num_windows
 
-    def _measure(self, masks: Sequence[BlockMask], keep: Collection[Node]) -> None:
-        values = self._values(self.runner, masks, keep)
-        for mask, row in zip(masks, values, strict=True):
-            self.record(mask, row)
-            self.count(mask)
+    def _measure(self, plans: Sequence[MaskOrPlan], keep: Collection[Node]) -> None:
+        values = self._values(self.runner, plans, keep)
+        for plan, row in zip(plans, values, strict=True):
+            self.record(plan, row)
+            self.count(plan)
 
     def _values(
-        self, runner: MaskRunner, masks: Sequence[BlockMask], keep: Collection[Node]
+        self, runner: PlanRunner, plans: Sequence[MaskOrPlan], keep: Collection[Node]
     ) -> npt.NDArray[np.float64]:
-        """Mean NLL of each window for each mask, (masks, windows); caches the states of `keep`."""
+        """Mean NLL of each window for each plan, (plans, windows); caches the states of `keep`."""
         parts = []
         with self.llm.masked(BlockMask()):
             for batch, ids in enumerate(runner.batches):
-                last = runner.run(batch, masks, partial(_keep_some, runner.cache, keep, batch))
-                hidden = (runner.partial.leave(last[mask]) for mask in masks)
-                parts.append(torch.stack([window_nll(runner.partial, h, ids) for h in hidden]))
+                last = runner.run(batch, plans, partial(_keep_some, runner.cache, keep, batch))
+                rows = []
+                for plan in plans:
+                    with runner.partial.embeddings(as_plan(plan).embeddings):
+                        hidden = runner.partial.leave(last[plan])
+                        rows.append(window_nll(runner.partial, hidden, ids))
+                parts.append(torch.stack(rows))
         values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
         return values
 
@@ -334,11 +381,16 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
     }
 
 
-def notify(on_score: Callable[[BlockMask], None] | None, masks: Sequence[BlockMask]) -> None:
-    """Call `on_score`, if there is one, for each mask."""
+def levels_context(plan: MaskOrPlan) -> Mapping[str, Any]:
+    """What determines a plan's scores besides `model_context`: nothing for masks."""
+    return {} if isinstance(simplest(plan), BlockMask) else _LEVELS
+
+
+def notify(on_score: OnScore | None, plans: Sequence[MaskOrPlan]) -> None:
+    """Call `on_score`, if there is one, for each mask or plan."""
     if on_score is not None:
-        for mask in masks:
-            on_score(mask)
+        for plan in plans:
+            on_score(plan)
 
 
 def _keep_some(
@@ -348,10 +400,10 @@ def _keep_some(
         cache.put(batch, node, state)
 
 
-def bar_callback(bar: tqdm[Any]) -> Callable[[BlockMask], None]:
+def bar_callback(bar: tqdm[Any]) -> Callable[[Any], None]:
     """A callback for `MaskScorer.nll_many` that advances a progress bar."""
 
-    def advance(_mask: BlockMask) -> None:
+    def advance(_plan: MaskOrPlan) -> None:
         bar.update()
 
     return advance

@@ -1,8 +1,9 @@
 """Keeps scores in an SQLite file, which makes writes atomic and lets processes share it.
 
 A row's key is the digest of everything that determines the score (`MaskScorer.context`) and the
-mask as a JSON list of block names. Its checksum covers key and values, so that an edited or
-damaged row raises an error instead of giving a wrong score.
+mask as a JSON list of block names, or the plan as a JSON object of items and levels. Its checksum
+covers key and values, so that an edited or damaged row raises an error instead of giving a wrong
+score.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from rap_env.artifacts import canonical_json, digest
 from rap_env.blocks import BlockMask
 from rap_env.errors import StorageFullError, StoreError
+from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 
 _FORMAT = 2
 _INDEX_FORMAT = 1  # masks were comma-separated indices; such a file is converted when opened
@@ -56,21 +58,21 @@ class ScoreStore:
             if self._format() != _FORMAT:
                 self._prepare()
 
-    def get(self, context_key: str, mask: BlockMask, metric: str) -> list[float] | None:
-        """Values of a mask's metric, or None if they are not stored.
+    def get(self, context_key: str, plan: MaskOrPlan, metric: str) -> list[float] | None:
+        """Values of a metric of a mask or plan, or None if they are not stored.
 
         Raises:
             StoreError: The row or the file is damaged.
         """
         query = 'SELECT "values", sha256 FROM scores WHERE context = ? AND mask = ? AND metric = ?'
-        key = (context_key, mask.to_json(), metric)
+        key = (context_key, plan.to_json(), metric)
         with self._errors():
             row = self._connection.execute(query, key).fetchone()
         if row is None:
             return None
         if row[1] != _checksum(*key, row[0]):
             raise StoreError(
-                f"A score in {self.path} was altered (checksum differs for {mask}); delete the "
+                f"A score in {self.path} was altered (checksum differs for {plan}); delete the "
                 "file: scores are computed again when they are needed."
             )
         return [float(value) for value in json.loads(row[0])]
@@ -78,12 +80,12 @@ class ScoreStore:
     def put(
         self,
         context_key: str,
-        mask: BlockMask,
+        plan: MaskOrPlan,
         metric: str,
         values: Sequence[float],
         context: Mapping[str, Any] | None = None,
     ) -> None:
-        """Store the values of a mask's metric, such as ``"window_nll"``; durable when it returns.
+        """Store the values of a metric, such as ``"window_nll"``; durable when it returns.
 
         The context itself is kept once per key for people and exports.
 
@@ -91,7 +93,7 @@ class ScoreStore:
             StorageFullError: The disk is full.
             StoreError: The file is damaged.
         """
-        key = (context_key, mask.to_json(), metric)
+        key = (context_key, plan.to_json(), metric)
         text = canonical_json([float(value) for value in values])
         with self._errors(), self._connection as connection:
             if context is not None and context_key not in self._known_contexts:
@@ -103,15 +105,21 @@ class ScoreStore:
         self._known_contexts.add(context_key)
 
     def rows(self, context_key: str, metric: str) -> Iterator[tuple[BlockMask, list[float]]]:
-        """All masks with their values for one context and metric."""
+        """All masks with their values for one context and metric; see `plan_rows`."""
+        for plan, values in self.plan_rows(context_key, metric):
+            if isinstance(plan, BlockMask):
+                yield plan, values
+
+    def plan_rows(self, context_key: str, metric: str) -> Iterator[tuple[MaskOrPlan, list[float]]]:
+        """All masks and plans with their values for one context and metric."""
         query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
         with self._errors():
-            masks = self._connection.execute(query, (context_key, metric)).fetchall()
-        for (text,) in masks:
-            mask = BlockMask.from_json(text)
-            values = self.get(context_key, mask, metric)
+            plans = self._connection.execute(query, (context_key, metric)).fetchall()
+        for (text,) in plans:
+            plan = simplest(CompressionPlan.from_json(text))
+            values = self.get(context_key, plan, metric)
             if values is not None:
-                yield mask, values
+                yield plan, values
 
     def __len__(self) -> int:
         with self._errors():

@@ -1,4 +1,4 @@
-"""Scores masks on lm-eval tasks: requests are built once, then only the model runs."""
+"""Scores masks and plans on lm-eval tasks: requests are built once, then only the model runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import numpy as np
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.memory import MemoryModel
+from rap_env.plan import MaskOrPlan, simplest
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.likelihoods import RequestEncoder
-from rap_env.scoring.scorer import model_context
+from rap_env.scoring.scorer import levels_context, model_context
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
 
@@ -70,19 +72,19 @@ class TaskConfig:
 
 
 class TaskScorer:
-    """Measures the model's scores on lm-eval tasks under masks.
+    """Measures the model's scores on lm-eval tasks under masks and plans.
 
     The tasks' own code computes every metric from the log-likelihoods of their requests. Only
     these likelihoods are computed here and kept in the store.
 
     Args:
-        llm: The live model; its mask is restored after each call.
+        llm: The live model; its plan is restored after each call.
         config: Which tasks.
         store: Keeps likelihoods between runs; None keeps results in this object only.
         progress: Whether to draw a bar for each task while the model runs.
 
     Attributes:
-        evaluations: Masks for which the model ran; masks found in the store do not count.
+        evaluations: Plans for which the model ran; those found in the store do not count.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -120,7 +122,7 @@ class TaskScorer:
                 name: TaskRequests(llm, task, encoder, limit=config.limit, seed=config.seed)
                 for name, task in members.items()
             }
-        self._results: dict[BlockMask, dict[str, TaskResult]] = {}
+        self._results: dict[MaskOrPlan, dict[str, TaskResult]] = {}
         common = {
             **model_context(llm),
             "batch": [likelihoods.BATCH_ROWS, likelihoods.BATCH_TOKENS, likelihoods.HEAD_TOKENS],
@@ -133,7 +135,6 @@ class TaskScorer:
         self._contexts = {
             name: {**common, "task": member.context} for name, member in self._members.items()
         }
-        self._keys = {name: context_key(context) for name, context in self._contexts.items()}
 
     @property
     def dense_accuracies(self) -> dict[str, float]:
@@ -150,71 +151,76 @@ class TaskScorer:
             for loaded in self._loaded
         }
 
-    def accuracies(self, mask: BlockMask) -> dict[str, float]:
-        """Accuracy by task under `mask`, each in [0, 1].
+    def accuracies(self, plan: MaskOrPlan) -> dict[str, float]:
+        """Accuracy by task under a mask or plan, each in [0, 1].
 
         Tasks without an accuracy (wikitext) are left out; `results` has their metrics.
 
         Raises:
-            UnknownNameError: The mask names blocks that the model does not have.
+            UnknownNameError: The plan names items or levels that the model does not have.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        results = self.results(mask)
+        results = self.results(plan)
         return {n: r.metrics["acc"] for n, r in results.items() if "acc" in r.metrics}
 
-    def mean_accuracy(self, mask: BlockMask) -> float:
-        """Mean of the tasks' accuracies under `mask`.
+    def mean_accuracy(self, plan: MaskOrPlan) -> float:
+        """Mean of the tasks' accuracies under a mask or plan.
 
         Raises:
             UnknownNameError: None of the tasks has an accuracy.
         """
-        accuracies = self.accuracies(mask)
+        accuracies = self.accuracies(plan)
         if not accuracies:
             known = [name for name in lm_eval_tasks.KNOWN_TASKS if name != "wikitext"]
             raise UnknownNameError("accuracy task", ", ".join(self.config.names), known)
         return statistics.fmean(accuracies.values())
 
-    def results(self, mask: BlockMask) -> dict[str, TaskResult]:
-        """All metrics, standard errors and document counts by task under `mask`.
+    def results(self, plan: MaskOrPlan) -> dict[str, TaskResult]:
+        """All metrics, standard errors and document counts by task under a mask or plan.
 
         The errors are those of `accuracies`.
         """
-        mask.check(self.llm.num_blocks)
-        if mask not in self._results:
-            outputs = self._outputs(mask)
+        plan = simplest(plan)
+        if plan not in self._results:
+            MemoryModel(self.llm).check_plan(plan)
+            outputs = self._outputs(plan)
             with lm_eval_tasks.quiet():
                 parts = {n: member.result(outputs[n]) for n, member in self._members.items()}
-                self._results[mask] = {
+                self._results[plan] = {
                     loaded.name: combine(loaded, [parts[t.task_name] for t in loaded.tasks])
                     for loaded in self._loaded
                 }
-        return dict(self._results[mask])
+        return dict(self._results[plan])
 
-    def _outputs(self, mask: BlockMask) -> dict[str, Outputs]:
+    def _outputs(self, plan: MaskOrPlan) -> dict[str, Outputs]:
         """Likelihoods by member task, from the store or the model."""
-        outputs = {name: self._look_up(name, mask) for name in self._members}
+        outputs = {name: self._look_up(name, plan) for name in self._members}
         missing = [name for name, found in outputs.items() if found is None]
-        with self.llm.masked(mask):
+        with self.llm.masked(plan):
             for name in missing:
-                outputs[name] = self._measure(name, mask)
+                outputs[name] = self._measure(name, plan)
         self.evaluations += bool(missing)
         return {name: found for name, found in outputs.items() if found is not None}
 
-    def _look_up(self, name: str, mask: BlockMask) -> Outputs | None:
-        values = None if self.store is None else self.store.get(self._keys[name], mask, _METRIC)
+    def _look_up(self, name: str, plan: MaskOrPlan) -> Outputs | None:
+        if self.store is None:
+            return None
+        key = context_key({**self._contexts[name], **levels_context(plan)})
+        values = self.store.get(key, plan, _METRIC)
         return None if values is None else np.array(values).reshape(-1, 2)
 
-    def _measure(self, name: str, mask: BlockMask) -> Outputs:
+    def _measure(self, name: str, plan: MaskOrPlan) -> Outputs:
         outputs = self._members[name].run(name if self._progress else None)
         if not np.isfinite(outputs).all():
             raise NonFiniteScoreError(
                 f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite likelihood on the "
-                f"task {name!r} {mask}; check the weights, or load the model with "
+                f"task {name!r} {plan}; check the weights, or load the model with "
                 "dtype='float32'."
             )
         if self.store is not None:
+            context = {**self._contexts[name], **levels_context(plan)}
             values = outputs.reshape(-1).tolist()
-            self.store.put(self._keys[name], mask, _METRIC, values, self._contexts[name])
+            self.store.put(context_key(context), plan, _METRIC, values, context)
         return outputs
 
 

@@ -16,8 +16,7 @@ MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMa
 def by_blocks(partial, ids, mask):
     state = partial.enter(ids)
     for step in partial.steps:
-        kept, gone = (tuple(b for b in step if (b in mask) == lost) for lost in (False, True))
-        state = partial.run(kept, state, gone)
+        state = partial.run(step, state, mask)
     return partial.leave(state)
 
 
@@ -59,10 +58,10 @@ def test_blocks_that_are_not_named_leave_no_stub(family):
     assert torch.equal(partial.run((1,), state), plain.run((1,), state))
     assert partial.run((), state) is state
     with torch.inference_mode():
-        alone, added = partial.run((), state, (0,)), stubs[0](state)
+        alone, added = partial.run((0,), state, BlockMask.of(0)), stubs[0](state)
     torch.testing.assert_close(alone, state + added)
     no_stub = PartialForward(llm.repaired({1: stubs[1]}, "one"))
-    assert no_stub.run((), state, (0,)) is state
+    assert no_stub.run((0,), state, BlockMask.of(0)) is state
 
 
 def test_parallel_blocks_are_one_step():

@@ -5,7 +5,7 @@ import random
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.scoring.mask_runner import StateCache, branch_nodes, mask_prefixes
+from rap_env.scoring.plan_runner import StateCache, branch_nodes, plan_prefixes
 
 STEPS = tuple((block,) for block in range(8))
 DENSE = BlockMask()
@@ -57,9 +57,9 @@ def test_branches_are_where_later_masks_leave():
 
 def test_prefixes_are_the_blocks_removed_before_each_step():
     mask = BlockMask.of(1, 6)
-    assert mask_prefixes(mask, STEPS) == (*[DENSE] * 2, *[BlockMask.of(1)] * 5, mask, mask)
+    assert plan_prefixes(mask, STEPS) == (*[DENSE] * 2, *[BlockMask.of(1)] * 5, mask, mask)
     pairs = tuple((block, block + 1) for block in range(0, 8, 2))
-    assert mask_prefixes(mask, pairs) == (DENSE, *[BlockMask.of(1)] * 3, mask)
+    assert plan_prefixes(mask, pairs) == (DENSE, *[BlockMask.of(1)] * 3, mask)
 
 
 def test_with_its_branches_kept_every_prefix_runs_once():
@@ -70,7 +70,7 @@ def test_with_its_branches_kept_every_prefix_runs_once():
         kept = branch_nodes(masks, STEPS)
         have, ran = set(), []
         for mask in masks:
-            path = list(enumerate(mask_prefixes(mask, STEPS)))
+            path = list(enumerate(plan_prefixes(mask, STEPS)))
             start = max((n for n, node in enumerate(path) if node in have), default=0)
             ran += path[start + 1 :]
             have |= kept & set(path)

@@ -1,0 +1,229 @@
+"""Runs masks and plans over a text and computes each block that several share only once.
+
+They form a prefix tree over the steps of the model: two plans share all steps up to the first block
+whose weights or cache differ in level. Plans that differ in the embeddings share nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.llm.partial_forward import PartialForward
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+
+T = TypeVar("T")
+
+Steps = tuple[tuple[int, ...], ...]
+"""Blocks that run together, in order (`PartialForward.steps`)."""
+
+Node = tuple[int, MaskOrPlan]
+"""A node of the prefix tree: the number of a step, and the plan of what runs before that step."""
+
+Visit = Callable[[Node, torch.Tensor], None]
+"""Receives a node and the hidden state that enters it; must keep the state to use it later."""
+
+
+@lru_cache(maxsize=4096)
+def plan_prefixes(plan: MaskOrPlan, steps: Steps) -> tuple[MaskOrPlan, ...]:
+    """The part of a plan before each step; the last entry is the plan itself.
+
+    Plans are given as `simplest` gives them, and so are the prefixes: a mask where one says it all.
+    """
+    found: list[MaskOrPlan] = []
+    for step in steps:
+        prefix = _before(plan, step[0])
+        # Equal prefixes are one object, which makes comparing and hashing them cheap.
+        found.append(found[-1] if found and found[-1] == prefix else prefix)
+    return (*found, plan)
+
+
+@lru_cache(maxsize=4096)
+def plan_steps(plan: MaskOrPlan, steps: Steps) -> tuple[MaskOrPlan, ...]:
+    """The part of a plan that concerns the blocks of each step, without the embeddings."""
+    if isinstance(plan, BlockMask):
+        return tuple(BlockMask(plan.indices.intersection(step)) for step in steps)
+    found: list[MaskOrPlan] = []
+    for step in steps:
+        within = CompressionPlan(
+            BlockMask(plan.removed.indices.intersection(step)),
+            tuple(pair for pair in plan.weights if pair[0] in step),
+            tuple(pair for pair in plan.caches if 2 * pair[0] in step),
+        )
+        found.append(simplest(within))
+    return tuple(found)
+
+
+def _before(plan: MaskOrPlan, index: int) -> MaskOrPlan:
+    if isinstance(plan, BlockMask):
+        return BlockMask(frozenset(block for block in plan.indices if block < index))
+    return simplest(plan.before(index))
+
+
+class StateCache:
+    """Hidden states by batch of windows and node; evicts the least recently used state."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._states: OrderedDict[tuple[int, Node], torch.Tensor] = OrderedDict()
+
+    def put(self, batch: int, node: Node, state: torch.Tensor) -> None:
+        """Keep a state; without effect if it alone is larger than the cap."""
+        key = (batch, node)
+        self._drop(key)
+        self._states[key] = state
+        self.held_bytes += state.nbytes
+        while self.held_bytes > self.max_bytes:
+            self._drop(next(iter(self._states)))
+
+    def get(self, batch: int, node: Node) -> torch.Tensor | None:
+        """The state of a node, or None."""
+        key = (batch, node)
+        if key in self._states:
+            self._states.move_to_end(key)
+        return self._states.get(key)
+
+    def clear(self) -> None:
+        """Drop all states."""
+        self._states.clear()
+        self.held_bytes = 0
+
+    def _drop(self, key: tuple[int, Node]) -> None:
+        state = self._states.pop(key, None)
+        if state is not None:
+            self.held_bytes -= state.nbytes
+
+
+def branch_nodes(plans: Sequence[MaskOrPlan], steps: Steps) -> set[Node]:
+    """The nodes at which later plans of a list leave the path of earlier ones.
+
+    Plans and steps are in the order in which they run.
+    """
+    paths = [plan_prefixes(plan, steps)[:-1] for plan in plans]
+    leaves = [_last_shared(*two) for two in itertools.pairwise(paths)]
+    nodes = set()
+    for place, path in enumerate(paths[:-1]):
+        nearest = len(steps)
+        for leave in leaves[place:]:
+            if leave < 0:
+                break  # from there on nothing is shared
+            if leave < nearest:
+                nearest = leave
+                node = (nearest, path[nearest])
+                if node in nodes:
+                    break  # an earlier plan keeps this node and all nodes before it
+                nodes.add(node)
+    return nodes
+
+
+def _last_shared(one: Sequence[MaskOrPlan], other: Sequence[MaskOrPlan]) -> int:
+    """The last step that two paths enter in the same state; -1 if their embeddings differ."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return max((step for step, (a, b) in pairs if a == b), default=-1)
+
+
+class PlanRunner:
+    """Runs masks and plans from the nearest cached states.
+
+    The plans of one call advance together, one step at a time. A step runs once for all plans
+    that agree on everything before it; plans that differ there but run this step at the same
+    levels may share a batch. `batches` are the token ids of the text, each of shape (windows, T).
+    At most `width` states share a batch; above 1, results may differ by the dtype's rounding.
+    `block_runs` counts a block once for each batch of the text and state.
+
+    Masks are given as masks (see `simplest`), here and in `StateCache`.
+    """
+
+    def __init__(
+        self,
+        partial: PartialForward,
+        batches: Sequence[torch.Tensor],
+        cache: StateCache,
+        width: int = 1,
+    ) -> None:
+        self.partial = partial
+        self.batches = batches
+        self.cache = cache
+        self.width = width
+        self.block_runs = 0
+        self._depth = len(partial.steps)
+
+    def prefixes(self, plan: MaskOrPlan) -> tuple[MaskOrPlan, ...]:
+        """The part of a plan before each step; the last entry is the plan itself."""
+        return plan_prefixes(plan, self.partial.steps)
+
+    def run(
+        self, batch: int, plans: Sequence[MaskOrPlan], visit: Visit
+    ) -> dict[MaskOrPlan, torch.Tensor]:
+        """Run plans on one batch of the text; returns each one's output, (windows, T, H).
+
+        `visit` is called with every state on the way, the output of the last step included.
+        """
+        starts = {plan: self._nearest(batch, plan) for plan in plans}
+        first = min(step for step, _ in starts.values())
+        states: dict[MaskOrPlan, torch.Tensor] = {}  # by the plan of what ran before the step
+        for number in range(first, self._depth):
+            for plan, (step, at) in starts.items():
+                if step == number:
+                    states[self.prefixes(plan)[number]] = at
+            for prefix, state in states.items():
+                visit((number, prefix), state)
+            started = [plan for plan in plans if starts[plan][0] <= number]
+            states = self._advance(number, states, started)
+        states |= {plan: at for plan, (step, at) in starts.items() if step == self._depth}
+        for plan, state in states.items():
+            visit((self._depth, plan), state)
+        return states
+
+    def _nearest(self, batch: int, plan: MaskOrPlan) -> tuple[int, torch.Tensor]:
+        """The last step whose state is cached for a plan, and that state."""
+        prefixes = self.prefixes(plan)
+        for number in range(self._depth, -1, -1):
+            state = self.cache.get(batch, (number, prefixes[number]))
+            if state is not None:
+                return number, state
+        entered = self.partial.enter(self.batches[batch], as_plan(plan).embeddings)
+        self.cache.put(batch, (0, prefixes[0]), entered)
+        return 0, entered
+
+    def _advance(
+        self, number: int, states: dict[MaskOrPlan, torch.Tensor], plans: Sequence[MaskOrPlan]
+    ) -> dict[MaskOrPlan, torch.Tensor]:
+        """Run one step: from the states that enter it to its outputs, by the plan so far."""
+        blocks, steps = self.partial.steps[number], self.partial.steps
+        # For each way in which plans run this step: the prefix before and after it.
+        ends: dict[MaskOrPlan, dict[MaskOrPlan, MaskOrPlan]] = {}
+        for plan in plans:
+            prefixes = self.prefixes(plan)
+            within = plan_steps(plan, steps)[number]
+            ends.setdefault(within, {})[prefixes[number]] = prefixes[number + 1]
+        after: dict[MaskOrPlan, torch.Tensor] = {}
+        for within, prefix_after in ends.items():
+            kept = len(blocks) - len(as_plan(within).removed)
+            for group in chunks(list(prefix_after), self.width if kept else 1):
+                self.block_runs += kept * len(group)
+                outputs = self._run_together(blocks, within, [states[prefix] for prefix in group])
+                for prefix, output in zip(group, outputs, strict=True):
+                    after[prefix_after[prefix]] = output
+        return after
+
+    def _run_together(
+        self, blocks: tuple[int, ...], plan: MaskOrPlan, states: list[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        if len(states) == 1:
+            return [self.partial.run(blocks, states[0], plan)]
+        together = self.partial.run(blocks, torch.cat(states), plan)
+        return torch.split(together, [len(s) for s in states])
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut a sequence into parts of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
