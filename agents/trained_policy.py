@@ -33,7 +33,7 @@ _Q_TEMPERATURE = 0.25
 
 
 class TrainedPolicy:
-    """Chooses masks with a trained network of any agent; implements `MaskPolicy`.
+    """Chooses masks with a trained network of any agent; implements `PlanPolicy`.
 
     It repeatedly removes the block with the highest logit until the request fits. Removed blocks
     are never considered, also for agents that were trained without action masks. With `best_of`

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _GZIP = b"\x1f\x8b"  # how every gzip file begins
+_DAMAGED = (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile)
+"""Errors of reading a damaged file: no JSON, or NaN in it; no fields; damaged gzip."""
 
 
 @contextlib.contextmanager
@@ -135,6 +137,25 @@ def _layout(value: Any, line: str) -> str:
     return f"[{inner}{f',{inner}'.join(_layout(entry, inner) for entry in value)}{line}]"
 
 
+def artifact_kind(path: str | os.PathLike[str]) -> str | None:
+    """The kind of an artifact that `save_artifact` wrote; None if the file is none or damaged.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        return str(_document(path)["kind"])
+    except _DAMAGED:
+        return None
+
+
+def _document(path: str | os.PathLike[str]) -> Any:
+    content = Path(path).read_bytes()
+    if content.startswith(_GZIP):
+        content = gzip.decompress(content)
+    return json.loads(content.decode(errors="replace"))
+
+
 def load_artifact(
     path: str | os.PathLike[str], kind: str, version: int, *, older: Collection[int] = ()
 ) -> dict[str, Any]:
@@ -147,16 +168,12 @@ def load_artifact(
         ArtifactError: It is truncated, altered, of another kind or of another version.
     """
     remedy = "delete it and create it again"
-    content = Path(path).read_bytes()
     try:
-        if content.startswith(_GZIP):
-            content = gzip.decompress(content)
-        document = json.loads(content.decode(errors="replace"))
+        document = _document(path)
         found, written, checksum = document["kind"], document["version"], document["sha256"]
         body: dict[str, Any] = document["body"]
         actual = digest(body)
-    except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile):
-        # ValueError: no JSON, or NaN in it; the last three: damaged gzip
+    except _DAMAGED:
         raise ArtifactError(
             f"{path} is truncated or no artifact of this project; {remedy}."
         ) from None

@@ -26,6 +26,7 @@ from rap_env.artifacts import load_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, RapError
 from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.serving.settings import (
     ServerSettings,
@@ -188,7 +189,7 @@ def choose(
     batch: int, seq: int, budget: str, policy: str, model: str, device: str,
     dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Choose a mask for a request and show its memory.
+    """Choose a plan for a request and show its memory.
 
     The default model needs neither its weights nor torch.
     """
@@ -199,16 +200,17 @@ def choose(
     memory = MemoryModel(_facts(model, device, dtype))
     facts, chooser = memory.facts, load_policy(policy, memory)
     started = time.perf_counter()
-    mask = chooser.choose(request)
+    plan = as_plan(chooser.choose(request))
     seconds = time.perf_counter() - started
-    rise, source = find_delta_nll(memory, chooser, mask)
-    parts = memory.breakdown(mask, request)
+    rise, source = find_delta_nll(memory, chooser, plan, seq)
+    parts = memory.breakdown(plan, request)
     answer = {
         "model": facts.name,
         "dtype": facts.dtype,
         "policy": policy,
         "request": asdict(request),
-        "removed": list(mask.names),
+        "removed": list(plan.removed.names),
+        "levels": plan.levels,
         "fits": parts.peak <= request.budget_bytes,
         "peak_bytes": parts.peak,
         "native_peak_bytes": memory.dense_peak_bytes(batch, seq),
@@ -218,25 +220,25 @@ def choose(
         "decision_s": seconds,
     }
     _show(answer, _choice_text(answer), as_json)
-    _check_fits(memory, mask, request)
+    _check_fits(memory, plan, request)
 
 
-def _check_fits(memory: MemoryModel, mask: BlockMask, request: Request) -> None:
-    if (need := memory.peak_bytes(mask, request)) > request.budget_bytes:
+def _check_fits(memory: MemoryModel, plan: MaskOrPlan, request: Request) -> None:
+    if (need := memory.peak_bytes(plan, request)) > request.budget_bytes:
         raise InfeasibleBudgetError(
-            f"This mask needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
+            f"This plan needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
             f"without any block the model needs {memory.least_peak_bytes(request):,}."
         )
 
 
 def _choice_text(answer: dict[str, Any]) -> str:
     shape, budget = answer["request"], answer["request"]["budget_bytes"]
-    removed, rise = answer["removed"], answer["delta_nll"]
+    rise = answer["delta_nll"]
     known = "unknown" if rise is None else f"{rise:+.4f} nats/token"
     lines = [
         f"{answer['model']} ({answer['dtype']}), {shape['batch_size']} x "
         f"{shape['seq_len_tokens']} tokens, policy {answer['policy']}:",
-        f"Removed ({len(removed)}): {' '.join(removed) or 'nothing'}",
+        *_level_lines(answer["levels"]),
         *(
             f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{held / _MIB:>9.1f} MiB"
             f"{100 * held / budget:>6.1f} % of the budget"
@@ -248,6 +250,16 @@ def _choice_text(answer: dict[str, Any]) -> str:
         f"Decision time: {1000 * answer['decision_s']:.2f} ms",
     ]
     return "\n".join(lines)
+
+
+def _level_lines(levels: dict[str, str]) -> list[str]:
+    """The items of each level, with a line for removed blocks in any case."""
+    by_level: dict[str, list[str]] = {}
+    for item, level in levels.items():
+        by_level.setdefault(level, []).append(item)
+    removed = by_level.pop("removed", [])
+    lines = [f"{level} ({len(items)}): {' '.join(items)}" for level, items in by_level.items()]
+    return [*lines, f"Removed ({len(removed)}): {' '.join(removed) or 'nothing'}"]
 
 
 @cli.command()
@@ -279,8 +291,14 @@ def prune(
     llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
     facts = llm.facts
     if request:
-        mask = load_policy(policy, llm).choose(request)
-        _check_fits(MemoryModel(llm), mask, request)
+        plan = as_plan(load_policy(policy, llm).choose(request))
+        _check_fits(MemoryModel(llm), plan, request)
+        if not plan.is_mask:
+            raise InvalidRequestError(
+                f"A checkpoint keeps or removes blocks, but the policy {policy!r} also lowers "
+                "levels; name the blocks, or choose another policy, such as 'frontier'."
+            )
+        mask = plan.removed
     save_pruned(llm, mask, folder)
     sizes = facts.block_param_bytes
     before = facts.base_bytes + sum(sizes)

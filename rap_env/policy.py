@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 
 
-class MaskPolicy(Protocol):
-    """Chooses the mask for a request.
+class PlanPolicy(Protocol):
+    """Chooses the mask or plan for a request.
 
     Attributes:
         name: The policy's name in records and tables.
@@ -17,8 +17,8 @@ class MaskPolicy(Protocol):
 
     name: str
 
-    def choose(self, request: Request) -> BlockMask:
-        """Return a mask for a request. It does not have to fit the budget.
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return a mask or plan for a request. It does not have to fit the budget.
 
         The call changes no model.
 

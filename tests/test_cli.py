@@ -126,11 +126,11 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     assert found(near, StaticPolicy(near, "static")) == (None, "never measured for this mask")
 
 
-def test_a_mask_that_does_not_fit_is_shown_and_fails(rap):
+def test_a_plan_that_does_not_fit_is_shown_and_fails(rap):
     code, out, err = rap("choose", *REQUEST, "--policy", "dense", "--json")
     assert code == 2
     assert not json.loads(out)["fits"]
-    assert err.startswith("Error: This mask needs 479,007,360 bytes, more than the budget")
+    assert err.startswith("Error: This plan needs 479,007,360 bytes, more than the budget")
 
 
 def test_another_model_is_loaded_for_its_bytes(rap, model_folder):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
-from rap_env.policy import MaskPolicy
+from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _ROUNDING = 1e-6  # error of a sum of fractions of a text
 
 
-class CountingPolicy(MaskPolicy, Protocol):
+class CountingPolicy(PlanPolicy, Protocol):
     """A policy that counts the masks it had to score.
 
     Attributes:
@@ -31,6 +31,9 @@ class CountingPolicy(MaskPolicy, Protocol):
     """
 
     evaluations: int
+
+    def choose(self, request: Request) -> BlockMask:
+        """Return a mask for a request, as in `PlanPolicy`."""
 
 
 class Baseline(ABC):

@@ -24,7 +24,6 @@ from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.errors import check_name
 from rap_env.memory import MemoryModel
-from rap_env.policy import MaskPolicy
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable, TableScorer
 
@@ -102,7 +101,7 @@ def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> E
 
 
 def choices(
-    policy: MaskPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
+    policy: CountingPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
 ) -> list[Choice]:
     """Let a policy choose masks on the grid, and score them on the calibration text."""
     found = []

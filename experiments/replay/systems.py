@@ -19,7 +19,8 @@ from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.memory import MemoryModel
-from rap_env.policy import MaskPolicy
+from rap_env.plan import MaskOrPlan
+from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.policies import (
     FrontierPolicy,
@@ -62,13 +63,13 @@ class OraclePolicy:
 
     name = "oracle"
 
-    def __init__(self, inner: MaskPolicy, budget: Budget, state: ReplayState) -> None:
+    def __init__(self, inner: PlanPolicy, budget: Budget, state: ReplayState) -> None:
         self._inner = inner
         self._budget = budget
         self._state = state
 
-    def choose(self, request: Request) -> BlockMask:
-        """Choose a mask for the minimum of the budget while the request runs."""
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Choose a mask or plan for the minimum of the budget while the request runs."""
         now = self._state.time_s()
         least = self._budget.least(now, now + self._state.remaining_s())
         budget_bytes = max(1, min(request.budget_bytes, least - self._state.margin_bytes()))
@@ -130,7 +131,7 @@ class System:
     """
 
     name: str
-    policy: MaskPolicy
+    policy: PlanPolicy
     guard_order: tuple[int, ...] | None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -184,7 +185,7 @@ class SystemFactory:
         return digest(list(self._gsi_order())) if name in _GSI_SYSTEMS else None
 
     @cached_property
-    def _trained(self) -> MaskPolicy:
+    def _trained(self) -> PlanPolicy:
         return load_policy(self._config.replay.policy, self._memory)
 
     @cached_property

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
-from rap_env.policy import MaskPolicy
+from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.mask_controller import MaskController
@@ -68,7 +68,7 @@ class RuntimeController:
     def __init__(
         self,
         llm: ElasticLLM,
-        policy: MaskPolicy,
+        policy: PlanPolicy,
         memory: MemorySource | Callable[[], float] | int | str,
         *,
         meter: Meter | None = None,

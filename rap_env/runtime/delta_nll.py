@@ -1,4 +1,4 @@
-"""The rise in NLL of a chosen mask: from measurements, or predicted from them. Without torch."""
+"""The rise in NLL of a chosen mask or plan: measured, or predicted. Without torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel
-from rap_env.policy import MaskPolicy
+from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.policy import PlanPolicy
+from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
 from rap_env.scoring.predictor import feature_matrix, fit_predictor
 
 
 def find_delta_nll(
-    memory: MemoryModel, policy: MaskPolicy, mask: BlockMask
+    memory: MemoryModel, policy: PlanPolicy, plan: MaskOrPlan, seq_len_tokens: int | None = None
 ) -> tuple[float | None, str]:
-    """Rise in NLL of a mask in nats per token, None if unknown, and where it is from.
+    """Rise in NLL of a mask or plan in nats per token, None if unknown, and where it is from.
 
-    Sources are the policy's own frontier, else that of the package; the scores in the policy's
-    file, which hold for single blocks and for the first blocks of the GSI order; else a prediction
-    from both.
+    A knapsack's plans are predicted from its level costs, for sequences of `seq_len_tokens` tokens
+    (None is the length at which they were measured). Lowered levels have no other source.
+    Sources for masks are the policy's own frontier, else that of the package; the scores in the
+    policy's file, which hold for single blocks and for the first blocks of the GSI order; else a
+    prediction from both.
     """
-    if not mask:
+    plan = as_plan(plan)
+    if not plan:
         return 0.0, "the dense model"
+    if isinstance(policy, KnapsackPolicy):
+        return policy.delta_nll(plan, seq_len_tokens), _level_source(policy)
+    if not plan.is_mask:
+        return None, "never measured for this plan"
+    mask = plan.removed
     table = policy
     if not isinstance(policy, FrontierPolicy):
         with contextlib.suppress(ArtifactError):  # raised if it was measured with other weights
@@ -48,6 +58,12 @@ def find_delta_nll(
         if frontier and features.one_shot.any():
             return predicted_delta_nll(frontier, features.one_shot, mask)
     return None, "never measured for this mask"
+
+
+def _level_source(policy: KnapsackPolicy) -> str:
+    text = policy.costs.provenance["text"]
+    tokens = text["windows"] * text["window_tokens"]
+    return f"predicted from one-shot costs of levels on {tokens} tokens of {text['source']}"
 
 
 def predicted_delta_nll(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask
-from rap_env.policy import MaskPolicy
+from rap_env.plan import as_plan
+from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
@@ -90,7 +91,7 @@ class MaskController:
     def __init__(
         self,
         llm: ElasticLLM,
-        policy: MaskPolicy,
+        policy: PlanPolicy,
         estimator: MemoryEstimator,
         monitor: MemoryMonitor,
         *,
@@ -240,7 +241,7 @@ class MaskController:
     def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> BlockMask:
         """The policy's mask; the dense one if the policy fails."""
         try:
-            mask = self.policy.choose(shape.request(limit_bytes))
+            mask = as_plan(self.policy.choose(shape.request(limit_bytes))).removed
             return mask.check(self._llm.num_blocks)
         except Exception:
             log.exception("Policy %r failed; the guard chooses the mask.", self.policy.name)

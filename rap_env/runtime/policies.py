@@ -1,4 +1,4 @@
-"""Policies for live requests: the trained network, the frontier table, orders, fixed masks.
+"""Policies for live requests: the knapsack, the trained network, the frontier, orders, fixed masks.
 
 No policy here runs a model or loads torch; its choice depends on the request alone.
 """
@@ -11,14 +11,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.memory import HasFacts, MemoryModel
 from rap_env.observation import ObservationBuilder
-from rap_env.policy import MaskPolicy
+from rap_env.plan import MaskOrPlan
+from rap_env.policy import PlanPolicy
 from rap_env.request import Request
+from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.policy_file import PolicyFile
 from rap_env.runtime.policy_network import BlockNetwork
 
@@ -29,23 +33,23 @@ SAVED = Path(__file__).parent / "saved"
 """Folder of the policy files in the package, named after their model."""
 
 DEFAULT_MODEL = "smollm2-135m"
-"""The model of the packaged policy and frontier."""
+"""The model of the packaged policy, frontier and level costs."""
 
-NAMED = ("dense", "frontier", "rap")
+NAMED = ("dense", "frontier", "knapsack", "rap")
 """Names that `load_policy` accepts."""
 
 _CACHED_CHOICES = 1024
 
 
 class StaticPolicy:
-    """The same mask for every request."""
+    """The same mask or plan for every request."""
 
-    def __init__(self, mask: BlockMask, name: str = "static") -> None:
+    def __init__(self, mask: MaskOrPlan, name: str = "static") -> None:
         self.mask = mask
         self.name = name
 
-    def choose(self, request: Request) -> BlockMask:
-        """Return the mask."""
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return the mask or plan."""
         return self.mask
 
 
@@ -143,13 +147,14 @@ def load_policy(
     model: HasFacts | MemoryModel,
     *,
     features: ImportanceFeatures | None = None,
-) -> MaskPolicy:
+) -> PlanPolicy:
     """Load a policy for a live model.
 
     Args:
-        source: ``"rap"`` (the packaged trained policy, for the default model), ``"frontier"``
-            (the packaged table for the same), ``"dense"``, or the path of an exported policy
-            (``.safetensors``) or of a frontier artifact (``.json``).
+        source: ``"knapsack"`` (the packaged level costs, for the default model), ``"rap"`` (the
+            packaged trained policy for the same), ``"frontier"`` (the packaged table), ``"dense"``,
+            or the path of an exported policy (``.safetensors``), of level costs or of a frontier
+            artifact (``.json``).
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, for a network; None takes the file's.
 
@@ -160,10 +165,32 @@ def load_policy(
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
     if source == "dense":
         return StaticPolicy(BlockMask(), "dense")
+    if source == "knapsack":
+        return KnapsackPolicy(memory, _packaged_costs(memory))
     path = _path_of(source)
     if path.suffix == ".json":
+        if artifact_kind(path) == LevelCosts.KIND:
+            return KnapsackPolicy(memory, LevelCosts.load(path, memory))
         return FrontierPolicy(memory, Frontier.load(path, memory))
     return NetworkPolicy(memory, PolicyFile.load(path), features)
+
+
+def _packaged_costs(memory: MemoryModel) -> LevelCosts:
+    """The level costs of the default model.
+
+    Raises:
+        ArtifactError: The model is another one.
+    """
+    path = SAVED / f"{DEFAULT_MODEL}.levels.json"
+    try:
+        return LevelCosts.load(path, memory)
+    except (FileNotFoundError, ArtifactError) as error:
+        raise ArtifactError(
+            f"The package has no level costs of {memory.facts.name} as it is loaded "
+            f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout "
+            f"with `python -m experiments.profile model.name={memory.facts.name} levels=true`, and "
+            f"give the path of the file it writes as the policy. {error}"
+        ) from None
 
 
 def _path_of(source: str | os.PathLike[str]) -> Path:

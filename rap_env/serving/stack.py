@@ -12,7 +12,7 @@ from rap_env.llm.device import use_threads
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
-from rap_env.policy import MaskPolicy
+from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
@@ -54,7 +54,7 @@ def build_stack(
     settings: ServerSettings,
     *,
     llm: ElasticLLM | None = None,
-    policy: MaskPolicy | None = None,
+    policy: PlanPolicy | None = None,
     memory: MemorySource | None = None,
     engine_class: type[Engine] = Engine,
     **controls: Any,

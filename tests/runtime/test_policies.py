@@ -9,6 +9,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
+from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime import policies
 from rap_env.runtime.policies import (
@@ -19,6 +20,8 @@ from rap_env.runtime.policies import (
     load_policy,
 )
 from tests.runtime.made_policies import facts, features, memory, policy_file
+from tests.runtime.test_knapsack import costs as level_costs
+from tests.runtime.test_knapsack import facts as levelled_facts
 
 SCORES = {(): 2.5, (0,): 2.6, (1,): 2.7, (0, 1): 2.9, (0, 1, 3): 3.4}
 
@@ -153,7 +156,27 @@ class TestLoadPolicy:
         with pytest.raises(ArtifactError, match="other weights or another dtype"):
             load_policy("frontier", memory(fingerprint="b" * 64))
 
+    def test_level_costs_by_path_and_by_name(self, tmp_path, monkeypatch):
+        made = levelled_facts(packed=True)
+        path = tmp_path / "smollm2-135m.levels.json"
+        level_costs(made).save(path)
+        live = MemoryModel(made)
+        request = Request.at_fraction(live, 1, 700, 0.8)
+        chosen = load_policy(path, live).choose(request)
+        assert chosen.levels
+        monkeypatch.setattr(policies, "SAVED", tmp_path)
+        named = load_policy("knapsack", live)
+        assert (named.name, named.choose(request)) == ("knapsack", chosen)
+
+    def test_a_model_without_level_costs_is_told_how_to_measure_them(self):
+        with pytest.raises(
+            ArtifactError, match=r"experiments\.profile model\.name=made levels=true"
+        ):
+            load_policy("knapsack", memory())
+
     @pytest.mark.parametrize("name", ["rapp", "some/policy.safetensors", "masks.json"])
     def test_unknown_names_and_missing_files(self, name):
-        with pytest.raises(UnknownNameError, match="known are 'dense', 'frontier', 'rap'"):
+        with pytest.raises(
+            UnknownNameError, match="known are 'dense', 'frontier', 'knapsack', 'rap'"
+        ):
             load_policy(name, memory())

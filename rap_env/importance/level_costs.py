@@ -1,0 +1,178 @@
+"""One-shot costs of levels: the rise in NLL if a single item is lowered. Without torch.
+
+A plan's rise in NLL is predicted as the sum of the costs of its levels. Two corrections make the
+sums useful:
+
+- *Factors.* Lowering all 30 caches costs more, or less, than the sum of lowering each one alone.
+  Each level's costs are multiplied by the ratio that was measured for it (`LevelCosts.factors`).
+- *Windows.* A window costs nothing at tokens that still see everything. Its measured cost is
+  spread over the tokens that see less, so it grows with the length of the sequence
+  (`window_share`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+
+from rap_env.blocks import block_name
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.profiles import Profile
+from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, CacheLevel
+from rap_env.memory import HasFacts
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, item_names
+
+UNQUANTISED = "unquantised"
+"""The format of native weights that are not packed, as in `ModelFacts.weights`."""
+
+_FACTOR_RANGE = 0.1, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelCosts(Profile):
+    """Costs of the levels of one model's items (L layers), measured on one text.
+
+    Attributes:
+        num_layers: L.
+        window_tokens: Tokens of a window of the text: the length at which caches were measured.
+        native_nll: NLL of the native model, nats per token.
+        one_shot: Rise in NLL if only this item has this level, nats per token; by names of items
+            and levels. Levels that are missing were not measured, and no policy chooses them.
+        joint: Rise in NLL of plans that lower several items, nats per token, by their JSON.
+    """
+
+    KIND = "level costs"
+    FORMAT = 1
+
+    num_layers: int
+    window_tokens: int
+    native_nll: float
+    one_shot: dict[str, dict[str, float]]
+    joint: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.one_shot) - set(item_names(self.num_layers)):
+            raise ArtifactError(
+                f"Level costs of a model with {self.num_layers} layers name the item "
+                f"{sorted(unknown)[0]!r}, which it does not have."
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, or of another model or format of its weights.
+        """
+        found = super().load(path, model)
+        measured = found.provenance["scoring"].get("weights", UNQUANTISED)
+        if measured != model.facts.weights:
+            raise ArtifactError(
+                f"{os.fspath(path)} was measured with {measured} weights, but those of "
+                f"{model.facts.name} are {model.facts.weights}."
+            )
+        return found
+
+    @cached_property
+    def cache_levels(self) -> tuple[CacheLevel, ...]:
+        """The levels of caches that were measured, with the native one first."""
+        caches = (self.one_shot.get(cache_name(n), {}) for n in range(self.num_layers))
+        names = dict.fromkeys(level for costs in caches for level in costs)
+        return (NATIVE_CACHE, *map(CacheLevel.of, names))
+
+    @cached_property
+    def factors(self) -> dict[str, float]:
+        """Measured joint cost over the sum of one-shot costs, by kind of item and level.
+
+        Keys are such as ``cache int4`` and ``block int8``. A level that was never measured
+        jointly has no factor.
+        """
+        found = {}
+        for kind, items in self._kinds.items():
+            for level in dict.fromkeys(name for i in items for name in self.one_shot.get(i, {})):
+                lowered = {i: level for i in items if level in self.one_shot.get(i, {})}
+                joint = self.joint.get(CompressionPlan.of(lowered).to_json())
+                total = sum(max(0.0, self.one_shot[item][level]) for item in lowered)
+                if joint is not None and len(lowered) > 1 and total > 0:
+                    found[f"{kind} {level}"] = float(np.clip(joint / total, *_FACTOR_RANGE))
+        return found
+
+    @property
+    def _kinds(self) -> dict[str, list[str]]:
+        layers = range(self.num_layers)
+        return {
+            "block": [block_name(index) for index in range(2 * self.num_layers)],
+            "cache": [cache_name(layer) for layer in layers],
+        }
+
+    def cost(self, item: str, level: str, seq_len_tokens: int | None = None) -> float:
+        """Rise in NLL if an item has a level, with the level's factor, nats per token, at least 0.
+
+        Args:
+            item: Name of the item.
+            level: Name of the level; 0 for ``native``.
+            seq_len_tokens: Length of the sequences; None is the length of the measured windows.
+
+        Raises:
+            UnknownNameError: The level was not measured for this item.
+        """
+        if level == "native":
+            return 0.0
+        costs = self.one_shot.get(item, {})
+        if level not in costs:
+            raise UnknownNameError(f"measured level of {item}", level, ["native", *costs])
+        cost = self._scaled(item, level)
+        if not item.endswith(".cache") or seq_len_tokens is None:
+            return cost
+        stored = CacheLevel.of(level)
+        if stored.window_tokens is None:
+            return cost
+        measured = window_share(stored, self.window_tokens)
+        if not measured:
+            raise ArtifactError(
+                f"The cost of {level} was measured at {self.window_tokens} tokens, where it still "
+                "holds everything; measure it with longer windows of text."
+            )
+        precision = CacheLevel(stored.bits).name  # the same bits, without a window
+        kept = 0.0 if precision not in costs else min(cost, self._scaled(item, precision))
+        return kept + (cost - kept) * window_share(stored, seq_len_tokens) / measured
+
+    def _scaled(self, item: str, level: str) -> float:
+        kind = "cache" if item.endswith(".cache") else item if item == EMBEDDINGS else "block"
+        return max(0.0, self.one_shot[item][level]) * self.factors.get(f"{kind} {level}", 1.0)
+
+    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float:
+        """Predicted rise in NLL of a plan: the sum of the costs of its levels, nats per token.
+
+        Raises:
+            UnknownNameError: A level of the plan was not measured.
+        """
+        levels = as_plan(plan).levels.items()
+        return sum(self.cost(item, level, seq_len_tokens) for item, level in levels)
+
+    def errors(self) -> list[dict[str, Any]]:
+        """Predicted and measured rise in NLL of every plan that was measured jointly."""
+        return [
+            {
+                "plan": str(plan := CompressionPlan.from_json(text)),
+                "predicted": self.delta_nll(plan),
+                "measured": measured,
+            }
+            for text, measured in self.joint.items()
+        ]
+
+
+def window_share(level: CacheLevel, tokens: int) -> float:
+    """Share of a sequence's tokens for which a window hides something, from 0 to 1.
+
+    A token sees its own group, the window's groups before it, and the sinks.
+    """
+    if level.window_tokens is None:
+        return 0.0
+    whole = GROUP_TOKENS * (level.window_tokens // GROUP_TOKENS + SINK_GROUPS + 1)
+    return max(0, tokens - whole) / tokens

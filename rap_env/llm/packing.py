@@ -1,0 +1,355 @@
+"""Packed matrices: weights as codes of 8 or 4 bits with scales, and products with them.
+
+=======  ==========================================  =============================================
+Level    Codes                                       Scales (bfloat16)
+=======  ==========================================  =============================================
+int8     int8 (out, in)                              (out,); from files also (in / 32, out)
+int4     uint8, two codes of 0 to 15 a byte:         (in / 32, out, 2): scale and zero of each
+         (out / 64, in, 32) in blocks of 64 rows,    group of 32 inputs;
+         or (out, in / 2) in pairs of inputs         weight = (code - 8) * scale + zero
+=======  ==========================================  =============================================
+
+In a block, byte (n, i, r) has the code of row ``64 n + r`` and input i in its low bits, and that of
+row ``64 n + 32 + r`` in its high bits. Torch's product on CPUs with AVX512 reads that layout, and
+widening it needs no transposition within bytes. Matrices whose sizes do not fill blocks are stored
+in pairs: the even input in the low bits. The layout does not depend on the machine, so files can be
+moved between machines.
+
+Products with few rows use torch's packed kernels where these apply. Those with many rows widen the
+weights into one buffer that all matrices of the process use in turn, a piece at a time, because
+unquantised products are faster per row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from rap_env.errors import ArtifactError, check_name
+
+PackedLevel = Literal["int8", "int4"]
+PACKED_LEVELS: tuple[PackedLevel, ...] = ("int8", "int4")
+"""Levels of packed weights, from the most to the least exact one."""
+
+GROUP_INPUTS = 32
+"""Inputs that share a scale and a zero at int4."""
+
+SCALE_DTYPE = torch.bfloat16
+"""Dtype in which scales and zeros are stored, whatever the model computes in."""
+
+PIECE_VALUES = 2**20
+"""Weights that are widened at a time, at most, unless one block of 64 rows has more."""
+
+_BLOCK = 64  # rows of a block
+_HALF = _BLOCK // 2
+_MIDDLE = 8  # the int4 code that stands for the zero itself
+_KERNEL_ROWS: dict[PackedLevel, int] = {"int8": 24, "int4": 32}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A matrix of weights at int8 or int4. Make one with `from_codes` or `quantise`.
+
+    Attributes:
+        level: Its level.
+        shape: (out, in): rows and inputs.
+        codes: The codes, see the table above.
+        scales: Their scales, see there.
+    """
+
+    level: PackedLevel
+    shape: tuple[int, int]
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        minimum: torch.Tensor | None = None,
+        zero: torch.Tensor | None = None,
+    ) -> PackedMatrix:
+        """Pack given codes: int4 with a minimum or a zero, else int8.
+
+        An int4 weight is ``code * scale + minimum``, or ``(code - 8) * scale + zero``. Only the
+        scale and the zero are rounded (to bfloat16).
+
+        Args:
+            codes: (out, in), integers; 0 to 15 at int4, -127 to 127 at int8.
+            scale: At int4 (out, groups) with groups of 32 inputs, the last one possibly shorter; at
+                int8 (out,), or (out, groups) with a scale for each group.
+            minimum: At int4 (out, groups): the weight of code 0.
+            zero: In place of the minimum, the weight of code 8.
+        """
+        if zero is None and minimum is not None:
+            zero = minimum.float() + _MIDDLE * scale.float()
+        if zero is None:
+            stored = scale if scale.dim() == 1 else scale.T
+            return cls("int8", _pair(codes), codes.to(torch.int8).contiguous(), _as_scales(stored))
+        scales = torch.stack((scale.float().T, zero.float().T), dim=-1)
+        return cls("int4", _pair(codes), _packed_codes(codes), _as_scales(scales))
+
+    @classmethod
+    def from_tensors(
+        cls, level: PackedLevel, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]
+    ) -> PackedMatrix:
+        """Rebuild a matrix from its `tensors`.
+
+        Raises:
+            ArtifactError: They are not the tensors of a matrix of this level and shape.
+        """
+        check_name("level of packed weights", level, PACKED_LEVELS)
+        codes, scales = tensors.get("codes"), tensors.get("scales")
+        wanted = tensor_shapes(level, shape)
+        if codes is None or scales is None or codes.shape != wanted["codes"]:
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ArtifactError(
+                f"A matrix of {shape[0]} x {shape[1]} weights at {level} has tensors of shapes "
+                f"{wanted}, not {found}."
+            )
+        return cls(level, shape, codes, scales)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file stores: ``codes`` and ``scales``."""
+        return {"codes": self.codes, "scales": self.scales}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales belong to groups of inputs, not to whole rows."""
+        return self.scales.dim() > 1
+
+    def to(self, device: torch.device | str) -> PackedMatrix:
+        """The same matrix on another device."""
+        return PackedMatrix(self.level, self.shape, self.codes.to(device), self.scales.to(device))
+
+    def widen(self, out: torch.Tensor, first: int = 0) -> None:
+        """Write the weights of some rows, rounded once to the dtype of `out`.
+
+        Args:
+            out: (rows, in), contiguous: float32, bfloat16 or float16, on the matrix's device.
+            first: First row, a multiple of 64.
+        """
+        rows = slice(first, first + len(out))
+        if self.level == "int4":
+            scale, zero = self.scales[:, rows].unbind(-1)
+            if self.codes.dim() == 3:
+                blocks = slice(first // _BLOCK, (first + len(out)) // _BLOCK)
+                _widen_blocks(self.codes[blocks], scale, zero, out)
+            else:
+                _widen_pairs(self.codes[rows], scale, zero, out)
+        elif self.grouped:
+            scale = _by_input(self.scales[:, rows], self.shape[1])
+            out.copy_(self.codes[rows]).mul_(scale)
+        else:
+            out.copy_(self.codes[rows]).mul_(self.scales[rows, None])
+
+    def widened(self, dtype: torch.dtype) -> torch.Tensor:
+        """All weights in a new tensor (out, in)."""
+        with torch.inference_mode(False):
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+            self.widen(out)
+        return out
+
+    def rows(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of single rows, as an embedding looks them up: (...) to (..., in)."""
+        flat = indices.reshape(-1)
+        if self.level == "int4":
+            scale, zero = (_by_input(part[:, flat], self.shape[1]) for part in self._pairs())
+            codes = self._code_rows(flat).to(torch.float32)
+            found = torch.addcmul(zero.float(), codes - _MIDDLE, scale.float())
+        elif self.grouped:
+            scale = _by_input(self.scales[:, flat], self.shape[1])
+            found = self.codes[flat].float() * scale.float()
+        else:
+            found = self.codes[flat].float() * self.scales[flat, None].float()
+        return found.to(dtype).view(*indices.shape, self.shape[1])
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """``states @ weights.T``: (..., in) to (..., out), in the dtype of `states`."""
+        out, inputs = self.shape
+        flat = states.reshape(-1, inputs)
+        found = self._by_kernel(flat) if self._kernel_applies(flat) else self._by_widening(flat)
+        return found.view(*states.shape[:-1], out)
+
+    def _kernel_applies(self, flat: torch.Tensor) -> bool:
+        if len(flat) > _KERNEL_ROWS[self.level] or not len(flat) or flat.device.type != "cpu":
+            return False
+        if self.level == "int4":
+            return self.codes.dim() == 3 and kernel_reads_blocks()
+        # With other sizes torch's kernel reads beyond the end of the matrix.
+        return not self.grouped and self.shape[1] % GROUP_INPUTS == 0
+
+    def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
+        scales = self.scales.to(flat.dtype)
+        if self.level == "int8":
+            return torch._weight_int8pack_mm(flat, self.codes, scales)
+        codes = self.codes.view(self.shape[0], -1)
+        found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            flat, codes, GROUP_INPUTS, scales
+        )
+        return found
+
+    def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
+        out, inputs = self.shape
+        rows = piece_rows(self.shape)
+        with _buffer_lock:
+            if rows >= out:
+                weights = widening_buffer(out * inputs, flat.dtype, flat.device).view(out, inputs)
+                self.widen(weights)
+                return functional.linear(flat, weights)
+            found = flat.new_empty(len(flat), out)
+            for first in range(0, out, rows):
+                count = min(rows, out - first)
+                weights = widening_buffer(rows * inputs, flat.dtype, flat.device)
+                weights = weights[: count * inputs].view(count, inputs)
+                self.widen(weights, first)
+                found[:, first : first + count] = functional.linear(flat, weights)
+            return found
+
+    def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = self.scales.unbind(-1)
+        return scale, zero
+
+    def _code_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The int4 codes of single rows, (n,) to (n, in)."""
+        if self.codes.dim() == 3:
+            block, row = rows // _BLOCK, rows % _BLOCK
+            found = self.codes[block, :, row % _HALF]
+            return torch.where((row < _HALF)[:, None], found & 15, found >> 4)
+        return _unpaired(self.codes[rows], self.shape[1])
+
+
+def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a matrix with one scale a row (int8) or 32 inputs (int4)."""
+    out, inputs = shape
+    if level == "int8":
+        return {"codes": (out, inputs), "scales": (out,)}
+    groups = -(-inputs // GROUP_INPUTS)
+    blocks = (out // _BLOCK, inputs, _HALF) if fills_blocks(shape) else (out, -(-inputs // 2))
+    return {"codes": blocks, "scales": (groups, out, 2)}
+
+
+def packed_bytes(level: PackedLevel, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix at a level, without making it."""
+    out, inputs = shape
+    if level == "int8":
+        return out * inputs + out * SCALE_DTYPE.itemsize
+    groups = -(-inputs // GROUP_INPUTS)
+    return out * -(-inputs // 2) + out * groups * 2 * SCALE_DTYPE.itemsize
+
+
+def fills_blocks(shape: tuple[int, int]) -> bool:
+    """Whether an int4 matrix is stored in blocks of 64 rows, which torch's kernels need."""
+    return shape[0] % _BLOCK == 0 and shape[1] % GROUP_INPUTS == 0
+
+
+def piece_rows(shape: tuple[int, int]) -> int:
+    """Rows of a matrix that are widened at a time: all, or a multiple of 64."""
+    out, inputs = shape
+    return min(out, max(_BLOCK, PIECE_VALUES // inputs // _BLOCK * _BLOCK))
+
+
+_buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+_buffer_lock = threading.RLock()
+
+
+def widening_buffer(values: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The process's buffer for widened weights, (values,); hold `buffer_in_use` while using it."""
+    key = (device, dtype)
+    if key not in _buffers or len(_buffers[key]) < values:
+        _buffers.pop(key, None)
+        with torch.inference_mode(False):
+            _buffers[key] = torch.empty(values, dtype=dtype, device=device)
+    return _buffers[key][:values]
+
+
+def buffer_in_use() -> threading.RLock:
+    """The lock to hold while the buffer is in use."""
+    return _buffer_lock
+
+
+@lru_cache(maxsize=1)
+def kernel_reads_blocks() -> bool:
+    """Whether torch's int4 product on this CPU reads the blocks described above."""
+    codes = torch.arange(_BLOCK * GROUP_INPUTS, dtype=torch.int32).mul_(7).remainder_(11)
+    codes = codes.view(_BLOCK, GROUP_INPUTS)
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (RuntimeError, AttributeError):  # no such product in this build of torch
+        return False
+    return torch.equal(theirs.view(torch.uint8).flatten(), _packed_codes(codes).flatten())
+
+
+def _packed_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0 to 15 of shape (out, in), in blocks or pairs."""
+    codes = codes.to(torch.uint8)
+    out, inputs = codes.shape
+    if fills_blocks((out, inputs)):
+        halves = codes.view(out // _BLOCK, 2, _HALF, inputs)
+        return (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+    if inputs % 2:
+        codes = functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _unpaired(codes: torch.Tensor, inputs: int) -> torch.Tensor:
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :inputs]
+
+
+def _widen_blocks(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Codes (blocks, in, 32), scale and zero (groups, rows), into (rows, in)."""
+    blocks, inputs, _ = codes.shape
+    shape = (blocks, inputs // GROUP_INPUTS, GROUP_INPUTS, _BLOCK)
+    wide = torch.empty((blocks, inputs, 2, _HALF), dtype=out.dtype, device=out.device)
+    wide[:, :, 0] = codes & 15
+    wide[:, :, 1] = codes >> 4
+    scale, zero = (
+        part.to(out.dtype).reshape(-1, blocks, 1, _BLOCK).transpose(0, 1) for part in (scale, zero)
+    )
+    values = wide.sub_(_MIDDLE).view(shape)
+    torch.addcmul(zero, values, scale, out=values)
+    out.view(blocks, _BLOCK, inputs).copy_(values.view(blocks, inputs, _BLOCK).transpose(1, 2))
+
+
+def _widen_pairs(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Codes (rows, in / 2), scale and zero (groups, rows), into (rows, in)."""
+    inputs = out.shape[1]
+    scale, zero = (_by_input(part.to(out.dtype), inputs) for part in (scale, zero))
+    centred = _unpaired(codes, inputs).to(out.dtype).sub_(_MIDDLE)
+    torch.addcmul(zero, centred, scale, out=out)
+
+
+def _by_input(scale: torch.Tensor, inputs: int) -> torch.Tensor:
+    """(groups, rows) to (rows, in)."""
+    return scale.T.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs]
+
+
+def _as_scales(scales: torch.Tensor) -> torch.Tensor:
+    return scales.to(SCALE_DTYPE).contiguous()
+
+
+def _pair(codes: torch.Tensor) -> tuple[int, int]:
+    out, inputs = codes.shape
+    return out, inputs

@@ -1,0 +1,138 @@
+"""Costs of levels: factors, windows, artifacts, and the scan that measures them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.level_costs import LevelCosts, window_share
+from rap_env.importance.level_scan import measure_jointly, scan_levels
+from rap_env.levels import CacheLevel
+from rap_env.plan import CompressionPlan
+from tests.runtime.test_knapsack import costs, facts
+
+SINGLE = {"int8": 0.01, "int4": 0.1, "int4-window64": 0.3, "removed": 1.0}
+
+
+class FakeScorer:
+    """Gives each level a price, and twice the sum to plans with more than one."""
+
+    def __init__(self, made, length=512):
+        self.llm = SimpleNamespace(facts=made)
+        self.corpus = SimpleNamespace(tokens=np.zeros((2, length), dtype=int))
+        self.evaluations = 0
+        self.block_forwards = 0.0
+        self.provenance = {
+            "model": "made", "fingerprint": made.fingerprint, "scoring": {"weights": made.weights},
+            "text": {"windows": 2, "window_tokens": length, "source": "self"},
+        }  # fmt: skip
+
+    def nll_many(self, plans, on_score=None):
+        self.evaluations += len(set(plans))
+        sums = [(len(p.levels), sum(SINGLE[n] for n in p.levels.values())) for p in plans]
+        return [3.0 + total * (2 if count > 1 else 1) for count, total in sums]
+
+
+def scanned(length=512, levels=("int8", "int4", "int4-window64")):
+    return scan_levels(FakeScorer(facts(packed=True), length), levels, progress=False)
+
+
+def test_a_scan_measures_each_level_of_each_item_alone_and_uniform_levels_jointly():
+    made = scanned()
+    assert made.native_nll == 3.0
+    assert made.window_tokens == 512
+    assert set(made.one_shot) == {
+        "layer00.attn", "layer00.ffn", "layer01.attn", "layer01.ffn", "layer00.cache",
+        "layer01.cache", "embeddings",
+    }  # fmt: skip
+    assert made.one_shot["layer01.ffn"] == pytest.approx({"removed": 1.0})
+    assert made.one_shot["layer01.cache"] == pytest.approx(
+        {"int8": 0.01, "int4": 0.1, "int4-window64": 0.3}
+    )
+    uniform = CompressionPlan.uniform(2, caches="int4").to_json()
+    assert made.joint[uniform] == pytest.approx(0.4)
+    assert len(made.joint) == 3
+    assert made.evaluations == made.evaluations_run == 1 + 4 + 6 + 3
+
+
+def test_joint_measurements_correct_the_sum():
+    made = scanned()
+    assert made.factors == pytest.approx(
+        {"cache int8": 2.0, "cache int4": 2.0, "cache int4-window64": 2.0}
+    )
+    for row in made.errors():
+        assert row["predicted"] == pytest.approx(row["measured"])
+    assert made.delta_nll(CompressionPlan.of({"layer00.cache": "int4"})) == pytest.approx(0.2)
+
+
+def test_windows_that_hold_the_whole_text_are_not_measured():
+    assert "int4-window64" not in scanned(length=128).one_shot["layer00.cache"]
+    assert "int4-window64" in scanned(length=129).one_shot["layer00.cache"]
+
+
+def test_the_share_of_tokens_that_a_window_affects():
+    """A token is affected once the cache holds fewer groups than came before its own."""
+    for name in ("window64", "int4-window96"):
+        level = CacheLevel.of(name)
+        for tokens in (1, 127, 128, 129, 160, 161, 300):
+            seen = [level.groups_held(t) < (t - 1) // 32 for t in range(1, tokens + 1)]
+            assert window_share(level, tokens) == pytest.approx(np.mean(seen))
+    assert window_share(CacheLevel.of("int4"), 10**6) == 0
+
+
+def test_more_plans_may_be_measured_later():
+    made = scanned()
+    plan = CompressionPlan.of({"layer00.cache": "int8", "layer01.ffn": "removed"})
+    more = measure_jointly(made, FakeScorer(facts(packed=True)), [plan], progress=False)
+    assert more.joint[plan.to_json()] == pytest.approx(2.02)
+    assert more.one_shot == made.one_shot
+    assert more.evaluations == made.evaluations + 2
+    assert more.factors == made.factors
+
+
+def test_costs_are_never_negative():
+    made = scanned()
+    made.one_shot["layer00.ffn"]["removed"] = -0.5
+    assert made.cost("layer00.ffn", "removed") == 0
+
+
+def test_levels_without_a_measurement_are_rejected():
+    with pytest.raises(UnknownNameError, match="measured level of layer00.cache 'int2'"):
+        scanned().cost("layer00.cache", "int2")
+    assert scanned().cost("layer00.cache", "native") == 0
+
+
+def test_unknown_items_are_rejected():
+    with pytest.raises(ArtifactError, match=r"layer02\.attn"):
+        costs(facts(3)).__class__(**{**vars(costs(facts(3))), "num_layers": 2})
+
+
+LOAD = """
+import sys
+from types import SimpleNamespace
+from rap_env.importance.level_costs import LevelCosts
+from tests.runtime.test_knapsack import facts
+made = LevelCosts.load(sys.argv[1], SimpleNamespace(facts=facts(packed=True)))
+print(len(made.one_shot), [name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_artifacts_load_without_torch_and_only_for_their_model(tmp_path):
+    path = tmp_path / "levels.json"
+    made = scanned()
+    made.save(path)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "7 []"
+    live = SimpleNamespace(facts=facts(packed=True))
+    assert LevelCosts.load(path, live) == made
+    with pytest.raises(ArtifactError, match="other weights"):
+        LevelCosts.load(path, SimpleNamespace(facts=facts(packed=True, fingerprint="b" * 64)))
+    with pytest.raises(ArtifactError, match="unquantised"):
+        LevelCosts.load(path, SimpleNamespace(facts=facts()))

@@ -1,0 +1,170 @@
+"""The knapsack over levels: best plans, exact bytes, and costs that depend on the length."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask, block_name
+from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
+from rap_env.request import Request
+from rap_env.runtime.knapsack import KnapsackPolicy
+
+CACHES = ("int8", "int4", "int4-window64")
+
+
+def facts(layers=2, packed=False, widen_bytes=700, **changed):
+    """Layers with unequal bytes, two key and value heads of 32 channels, levels everywhere."""
+    blocks = 2 * layers
+    native = tuple(4000 + 1000 * (i % 3) for i in range(blocks))
+    values = {
+        "name": "made",
+        "fingerprint": "a" * 64,
+        "dtype": "bfloat16",
+        "block_param_bytes": native,
+        "base_bytes": 9000,
+        "kv_bytes_per_token": (256,) * layers,
+        "kv_window_tokens": (None,) * layers,
+        "itemsize": 2,
+        "hidden_size": 1,
+        "ffn_width": 40,
+        "vocab_size": 10,
+        "max_positions": 4096,
+        "weights": "packed" if packed else "unquantised",
+        "int8_param_bytes": () if packed else tuple(n // 2 for n in native),
+        "int4_param_bytes": () if packed else tuple(n // 3 for n in native),
+        "int8_base_bytes": 0 if packed else 4500,
+        "widen_bytes": widen_bytes,
+        "kv_heads": (2,) * layers,
+        "kv_head_size": (32,) * layers,
+        **changed,
+    }
+    return ModelFacts(**values)
+
+
+def costs(made, seed=0, caches=CACHES, joint=None, window_tokens=512):
+    """Random costs that rise from level to level."""
+    rng = np.random.default_rng(seed)
+    items = {
+        block_name(i): [n for n in made.weight_levels(i) if n != "native"]
+        for i in range(made.num_blocks)
+    }
+    items |= {cache_name(n): list(caches) for n in range(made.num_layers)}
+    items[EMBEDDINGS] = [n for n in made.embedding_levels if n != "native"]
+    one_shot = {
+        item: dict(zip(levels, np.cumsum(rng.random(len(levels))).tolist(), strict=True))
+        for item, levels in items.items()
+    }
+    return LevelCosts(
+        num_layers=made.num_layers, window_tokens=window_tokens, native_nll=3.0,
+        one_shot=one_shot, joint=joint or {}, evaluations=1, evaluations_run=1,
+        block_forwards=1.0, seconds=0.0,
+        provenance={"model": "made", "fingerprint": made.fingerprint,
+                    "scoring": {"weights": made.weights},
+                    "text": {"windows": 1, "window_tokens": window_tokens, "source": "self"}},
+    )  # fmt: skip
+
+
+def every_plan(made, caches=CACHES):
+    """All plans of a small model."""
+    blocks = []
+    for index in range(made.num_blocks):
+        options = []
+        for weights in made.weight_levels(index):
+            levels = {block_name(index): weights}
+            with_cache = index % 2 == 0 and weights != "removed"
+            for cache in ("native", *caches) if with_cache else ("native",):
+                options.append(levels | ({cache_name(index // 2): cache} if with_cache else {}))
+        blocks.append(options)
+    blocks.append([{EMBEDDINGS: level} for level in made.embedding_levels])
+    for chosen in itertools.product(*blocks):
+        yield CompressionPlan.of({k: v for part in chosen for k, v in part.items()})
+
+
+@pytest.mark.parametrize("made", [facts(), facts(packed=True), facts(stub_bytes=(300,) * 4)])
+@pytest.mark.parametrize("shape", [(1, 20), (2, 700)])
+def test_plans_are_the_best_of_all_that_fit(made, shape):
+    memory, known = MemoryModel(made), costs(made)
+    policy = KnapsackPolicy(memory, known)
+    unbounded = Request(*shape, 1)
+    plans = list(every_plan(made))
+    peaks = np.array([memory.peak_bytes(plan, unbounded) for plan in plans])
+    rises = np.array([policy.delta_nll(plan, shape[1]) for plan in plans])
+    for budget in np.linspace(peaks.min(), peaks.max() + 1, 25).astype(int):
+        plan = policy.choose(Request(*shape, int(budget)))
+        assert memory.peak_bytes(plan, unbounded) <= budget
+        # A lowered level costs at least 1e-7, so that ties prefer less lowering.
+        best = rises[peaks <= budget].min()
+        assert policy.delta_nll(plan, shape[1]) == pytest.approx(best, abs=2e-6)
+    smallest = policy.choose(Request(*shape, 1))
+    assert memory.peak_bytes(smallest, unbounded) == peaks.min()
+    assert policy.choose(Request(*shape, int(peaks.max()))) == CompressionPlan()
+
+
+def test_weights_are_not_lowered_if_the_widening_buffer_takes_what_they_free():
+    """Lowered weights need a buffer, which removed blocks do not need."""
+    made = facts(widen_bytes=10**6)
+    policy = KnapsackPolicy(MemoryModel(made), costs(made))
+    request = Request.at_fraction(policy.memory, 1, 20, 0.6)
+    plan = policy.choose(request)
+    assert plan.removed
+    assert not plan.weights
+    assert policy.memory.peak_bytes(plan, request) <= request.budget_bytes
+
+
+def test_removal_of_the_last_ffn_block_frees_its_workspace():
+    """The budget is met only because no FFN block is left."""
+    made = facts(packed=True, base_bytes=0, vocab_size=0, ffn_width=4000)
+    memory = MemoryModel(made)
+    policy = KnapsackPolicy(memory, costs(made))
+    without = CompressionPlan(BlockMask.of(1, 3))
+    request = Request(1, 64, memory.peak_bytes(without, Request(1, 64, 1)))
+    assert policy.choose(request) == without
+
+
+def test_ties_prefer_less_lowering():
+    made = facts(packed=True)
+    known = costs(made)
+    free = {item: dict.fromkeys(levels, 0.0) for item, levels in known.one_shot.items()}
+    policy = KnapsackPolicy(MemoryModel(made), replace(known, one_shot=free))
+    native = policy.memory.dense_peak_bytes(1, 700)
+    assert policy.choose(Request(1, 700, native)) == CompressionPlan()
+    assert len(policy.choose(Request(1, 700, native - 1)).levels) == 1
+
+
+def test_a_window_is_free_where_it_holds_everything():
+    made = facts(layers=1, packed=True)
+    known = costs(made, caches=("window64",), window_tokens=512)
+    price = known.one_shot["layer00.cache"]["window64"]
+    whole = 64 + 32 + 32  # the window, the sinks and the token's own group
+    measured = (512 - whole) / 512
+    assert known.cost("layer00.cache", "window64") == price
+    assert known.cost("layer00.cache", "window64", whole) == 0
+    assert known.cost("layer00.cache", "window64", 512) == pytest.approx(price)
+    expected = price * (2048 - whole) / 2048 / measured
+    assert known.cost("layer00.cache", "window64", 2048) == pytest.approx(expected)
+
+
+def test_only_measured_levels_are_chosen():
+    made = facts()
+    known = costs(made)
+    some = {item: levels for item, levels in known.one_shot.items() if item.endswith(".ffn")}
+    policy = KnapsackPolicy(MemoryModel(made), replace(known, one_shot=some))
+    for fraction in (0.9, 0.7, 0.5):
+        plan = policy.choose(Request.at_fraction(policy.memory, 1, 20, fraction))
+        assert plan.levels
+        assert all(item.endswith(".ffn") for item in plan.levels)
+
+
+def test_costs_and_requests_of_another_model_are_rejected():
+    with pytest.raises(ArtifactError, match="2 layers, but made has 3"):
+        KnapsackPolicy(MemoryModel(facts(3)), costs(facts(2)))
+    policy = KnapsackPolicy(MemoryModel(facts()), costs(facts()))
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        policy.choose(Request(1, 5000, 1000))
