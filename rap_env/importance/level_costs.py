@@ -26,6 +26,11 @@ from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, CacheLevel
 from rap_env.memory import HasFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, item_names
 
+CACHE_LEVELS = (
+    "int8", "int4", "int2", "int4-window512", "int2-window512", "int4-window256",
+)  # fmt: skip
+"""Levels of caches that are measured unless others are asked for."""
+
 UNQUANTISED = "unquantised"
 """The format of native weights that are not packed, as in `ModelFacts.weights`."""
 
@@ -159,9 +164,9 @@ class LevelCosts(Profile):
         """Predicted and measured rise in NLL of every plan that was measured jointly."""
         return [
             {
-                "plan": str(plan := CompressionPlan.from_json(text)),
-                "predicted": self.delta_nll(plan),
+                "predicted": self.delta_nll(plan := CompressionPlan.from_json(text)),
                 "measured": measured,
+                "plan": str(plan),
             }
             for text, measured in self.joint.items()
         ]

@@ -7,17 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rap_env.blocks import block_name
-from rap_env.importance.level_costs import LevelCosts, window_share
+from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts, window_share
 from rap_env.levels import CacheLevel
 from rap_env.llm.progress import progress_bar
 from rap_env.memory import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.scoring.scorer import MaskScorer, bar_callback
-
-CACHE_LEVELS = (
-    "int8", "int4", "int2", "int4-window512", "int2-window512", "int4-window256",
-)  # fmt: skip
-"""Levels of caches that are measured unless others are asked for."""
 
 
 def scan_levels(

@@ -188,8 +188,8 @@ def _packaged_costs(memory: MemoryModel) -> LevelCosts:
         raise ArtifactError(
             f"The package has no level costs of {memory.facts.name} as it is loaded "
             f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout "
-            f"with `python -m experiments.profile model.name={memory.facts.name} levels=true`, and "
-            f"give the path of the file it writes as the policy. {error}"
+            f"with `python -m experiments.levels model.name={memory.facts.name}`, and give the "
+            f"path of the levels.json that it writes as the policy. {error}"
         ) from None
 
 

@@ -34,6 +34,7 @@ GROUPS = [path for path in FILES if path.parent.parent == CONF_DIR and path.pare
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
     "text_study", "overfitting", "small_models", "replay", "serve", "soak",
+    "levels",
 )  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],
