@@ -67,7 +67,7 @@ def layer_influence(llm: ElasticLLM, batches: Sequence[torch.Tensor]) -> npt.NDA
     taken over all tokens of `batches`: token ids, each of shape (windows, T), on the model's
     device. It costs one forward pass; the head does not run.
     """
-    partial = PartialForward(llm)
+    partial = PartialForward(llm, widen=True)
     total = torch.zeros(llm.facts.num_layers, dtype=torch.float64)
     with llm.masked(BlockMask()):
         for tokens in batches:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch import nn
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.widened_weights import WidenedWeights
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,13 +32,19 @@ class PartialForward:
     mask or plan that is applied to the model has no effect: each step names the blocks that it runs
     and their levels.
 
+    Args:
+        llm: The live model.
+        widen: Whether packed weights are widened once and kept, which is faster for many rows (see
+            `rap_env.llm.widened_weights`).
+
     Attributes:
         steps: Blocks that run together, in order: each block alone, except that both blocks of a
             layer run together if they read the same state (parallel residual).
     """
 
-    def __init__(self, llm: ElasticLLM) -> None:
+    def __init__(self, llm: ElasticLLM, *, widen: bool = False) -> None:
         self._llm = llm
+        self._widened = WidenedWeights.of(llm.model) if widen else None
         self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
         self._decoder = llm.adapter.decoder(llm.model)
         self._layers = list(llm.adapter.layers(llm.model))
@@ -80,7 +87,8 @@ class PartialForward:
         with self._llm.masked(inside, bare=bare):
             if kept:
                 self._llm.load_layer(layer)
-            output = self._layers[layer](state, *args, **kwargs)
+            with self._wide(self._layers[layer]):
+                output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
@@ -119,9 +127,27 @@ class PartialForward:
 
     @property
     def head(self) -> nn.Linear:
-        """The module that computes logits."""
+        """The module that computes logits, unquantised if packed weights are widened."""
         head: nn.Linear = self._llm.model.get_output_embeddings()
-        return head
+        return head if self._widened is None else cast(nn.Linear, self._widened.linear(head))
+
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The decoder's output under the applied plan, (B, T) -> (B, T, H), with gradients."""
+        with self._llm.exclusive(), self._wide(self._decoder):
+            output = self._decoder(input_ids=input_ids, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def release(self) -> None:
+        """Free the widened weights that are kept."""
+        if self._widened is not None:
+            self._widened.clear()
+
+    def _wide(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Compute with widened weights in a module, if they are used."""
+        if self._widened is None:
+            return contextlib.nullcontext()
+        return self._widened.used_in(module)
 
     def _model_head(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(hidden)

@@ -112,7 +112,7 @@ class Trainer:
         self._tokens = text.tokens
         self._stubs = {index: stub.on(llm.device).float() for index, stub in library.stubs.items()}
         self._llm = library.attach(llm).repaired(self._stubs, "in training")
-        self._partial = PartialForward(self._llm)
+        self._partial = PartialForward(self._llm, widen=True)
         self._teacher_states: dict[int, torch.Tensor] = {}
         self._teacher_bytes = 0
         self._parameters = [p for stub in self._stubs.values() for p in stub.parameters()]
@@ -129,7 +129,7 @@ class Trainer:
         ids = self._tokens[windows].to(self._llm.device)
         teacher = torch.cat([self._teacher(int(window)) for window in windows])
         with torch.enable_grad(), self._llm.masked(mask):
-            student = self._llm.hidden(ids).flatten(end_dim=1)
+            student = self._partial.hidden(ids).flatten(end_dim=1)
         value, gradient = divergence(self._partial, student, teacher)
         self._adam.zero_grad()
         if student.requires_grad:  # else no block is removed, or none has a stub
@@ -222,7 +222,7 @@ class Trainer:
         if window not in self._teacher_states:
             ids = self._tokens[window : window + 1].to(self._llm.device)
             with self._llm.masked(BlockMask()):
-                hidden = self._llm.hidden(ids)[0]
+                hidden = self._partial.hidden(ids)[0]
             if self._teacher_bytes + hidden.nbytes > _TEACHER_BYTES:
                 return hidden
             self._teacher_states[window] = hidden

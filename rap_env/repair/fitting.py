@@ -92,7 +92,7 @@ def block_fits(
     llm: ElasticLLM, text: Corpus, held_back: Corpus, config: FitConfig, *, progress: bool = True
 ) -> Iterator[BlockFit]:
     """The fitted maps of each block, in order of index."""
-    partial = PartialForward(llm)
+    partial = PartialForward(llm, widen=True)
     width = min(llm.facts.hidden_size, max(config.ranks or (config.rank,)))
     bar = progress_bar(
         progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
@@ -177,7 +177,7 @@ def fit_for_mask(
     mask.check(llm.num_blocks)
     began = time.perf_counter()
     stubs: dict[int, Stub] = {}
-    partial = PartialForward(llm)
+    partial = PartialForward(llm, widen=True)
     with llm.masked(BlockMask()):
         tracks = [_Track(partial, text_batches(t, llm)) for t in (text, held_back)]
         for step in partial.steps:

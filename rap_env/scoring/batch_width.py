@@ -110,7 +110,7 @@ def _head_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
 
 def _fastest(llm: ElasticLLM, ids: torch.Tensor) -> int:
     """The width at which a block in the middle of the model takes least time per mask."""
-    partial = PartialForward(llm)
+    partial = PartialForward(llm, widen=True)
     state = partial.enter(ids)
     step = partial.steps[len(partial.steps) // 2]
     free_bytes = torch.cuda.mem_get_info(llm.device)[0] if llm.device.type == "cuda" else 2**32

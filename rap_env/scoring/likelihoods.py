@@ -128,8 +128,7 @@ class ContinuationScorer:
 
     def __init__(self, llm: ElasticLLM, requests: Sequence[TokenRequest], max_length: int) -> None:
         self._llm = llm
-        self._partial = PartialForward(llm)
-        self._decoder = llm.adapter.decoder(llm.model)
+        self._partial = PartialForward(llm, widen=True)
         self.num_requests = len(requests)
         inputs: dict[tuple[int, ...], list[int]] = {}
         for number, (context, continuation) in enumerate(requests):
@@ -156,7 +155,7 @@ class ContinuationScorer:
         wrong = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
         bar = progress_bar(bool(progress), self._batches, desc=progress, leave=False)
         for batch in bar:
-            hidden = self._decoder(batch.tokens.to(device), use_cache=False).last_hidden_state
+            hidden = self._partial.hidden(batch.tokens.to(device))
             wanted = hidden[batch.rows.to(device), batch.columns.to(device)]
             request = batch.request.to(device)
             logs, greedy = self._look_up(wanted, batch)

@@ -100,7 +100,7 @@ class MaskScorer:
         batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
         width = choose_batch_width(llm, batches[0], prefix_cache_bytes, masks_together)
         self.in_flight = width.in_flight
-        partial_forward, cache = PartialForward(llm), StateCache(width.cache_bytes)
+        partial_forward, cache = PartialForward(llm, widen=True), StateCache(width.cache_bytes)
         self.runner = PlanRunner(partial_forward, batches, cache, width.masks)
         state_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
         path_bytes = len(partial_forward.steps) * state_bytes
@@ -122,6 +122,13 @@ class MaskScorer:
         self.plan_context: Mapping[str, Any] = {**self.context, **_LEVELS}
         self._mask_key = context_key(self.context)
         self._plan_key = context_key(self.plan_context)
+
+    def release(self) -> None:
+        """Free the hidden states and the widened weights that are kept for later calls."""
+        self.runner.cache.clear()
+        self.runner.partial.release()
+        for part in self._parts.values():
+            part.release()
 
     @property
     def batches(self) -> Sequence[torch.Tensor]:
