@@ -1,8 +1,11 @@
 """One-shot costs of levels: the rise in NLL if a single item is lowered. Without torch.
 
-A plan's rise in NLL is predicted as the sum of the costs of its levels. Two corrections make the
-sums useful:
+A plan's rise in NLL is predicted as the sum of the costs of its levels. Three corrections make
+the sums useful:
 
+- *Order.* A level costs at least as much as each more exact level of the same item, and the
+  removal of a block at least as much as any of its levels. This also keeps noise, such as a
+  negative rise, from making a level look free.
 - *Factors.* Lowering all 30 caches costs more, or less, than the sum of lowering each one alone.
   Each level's costs are multiplied by the ratio that was measured for it (`LevelCosts.factors`).
 - *Windows.* A window costs nothing at tokens that still see everything. Its measured cost is
@@ -19,10 +22,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import Profile
-from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, CacheLevel
+from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.memory import HasFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, item_names
 
@@ -35,6 +37,7 @@ UNQUANTISED = "unquantised"
 """The format of native weights that are not packed, as in `ModelFacts.weights`."""
 
 _FACTOR_RANGE = 0.1, 10.0
+_PULL = 0.2  # weight of the preference for factors of removal of 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +97,81 @@ class LevelCosts(Profile):
     def factors(self) -> dict[str, float]:
         """Measured joint cost over the sum of one-shot costs, by kind of item and level.
 
-        Keys are such as ``cache int4`` and ``block int8``. A level that was never measured
-        jointly has no factor.
+        Keys are such as ``cache int4``, ``block int8`` and ``attn removed``. Levels of caches and
+        weights have the ratio of their uniform plan. Removal has no such plan: its two factors
+        are fitted to the relative errors of all plans that remove blocks, by least squares with a
+        preference for 1. A level that was never measured jointly has no factor.
         """
-        found = {}
-        for kind, items in self._kinds.items():
-            for level in dict.fromkeys(name for i in items for name in self.one_shot.get(i, {})):
-                lowered = {i: level for i in items if level in self.one_shot.get(i, {})}
-                joint = self.joint.get(CompressionPlan.of(lowered).to_json())
-                total = sum(max(0.0, self.one_shot[item][level]) for item in lowered)
-                if joint is not None and len(lowered) > 1 and total > 0:
-                    found[f"{kind} {level}"] = float(np.clip(joint / total, *_FACTOR_RANGE))
+        found: dict[str, float] = {}
+        for (kind, level), items in self._groups.items():
+            joint = self.joint.get(CompressionPlan.of(dict.fromkeys(items, level)).to_json())
+            total = sum(self._alone[item][level] for item in items)
+            if joint is not None and len(items) > 1 and total > 0:
+                found[f"{kind} {level}"] = float(np.clip(joint / total, *_FACTOR_RANGE))
+        return found | self._removal_factors(found)
+
+    def _removal_factors(self, others: dict[str, float]) -> dict[str, float]:
+        kinds = [group for group in self._groups if group[1] == "removed"]
+        rows, wanted = [], []
+        for text, measured in self.joint.items():
+            levels = CompressionPlan.from_json(text).levels
+            if measured <= 0 or "removed" not in levels.values():
+                continue
+            sums = dict.fromkeys(kinds, 0.0)
+            rest = measured
+            for item, level in levels.items():
+                group = _kind(item, level), level
+                if group in sums:
+                    sums[group] += self._alone[item][level]
+                else:
+                    rest -= self._alone[item][level] * others.get(" ".join(group), 1.0)
+            rows.append([total / measured for total in sums.values()])
+            wanted.append(rest / measured)
+        if not rows:
+            return {}
+        # One more row for each factor pulls it to 1.
+        matrix = np.array([*rows, *(_PULL * np.eye(len(kinds)))])
+        solved = np.linalg.lstsq(matrix, np.array([*wanted, *[_PULL] * len(kinds)]), rcond=None)[0]
+        values = np.clip(solved, *_FACTOR_RANGE).tolist()
+        return {
+            f"{kind} {level}": value for (kind, level), value in zip(kinds, values, strict=True)
+        }
+
+    @cached_property
+    def _alone(self) -> dict[str, dict[str, float]]:
+        """One-shot costs without noise below 0, and at least those of every more exact level."""
+        found: dict[str, dict[str, float]] = {}
+        for item, costs in self.one_shot.items():
+            found[item] = {}
+            for level in costs:
+                exact = [cost for other, cost in costs.items() if _keeps(item, other, level)]
+                found[item][level] = max(0.0, *exact)
         return found
 
-    @property
-    def _kinds(self) -> dict[str, list[str]]:
-        layers = range(self.num_layers)
-        return {
-            "block": [block_name(index) for index in range(2 * self.num_layers)],
-            "cache": [cache_name(layer) for layer in layers],
+    @cached_property
+    def _corrected(self) -> dict[str, dict[str, float]]:
+        """One-shot costs with their factors; removal costs at least as much as any level."""
+        found = {
+            item: {
+                level: cost * self.factors.get(f"{_kind(item, level)} {level}", 1.0)
+                for level, cost in costs.items()
+            }
+            for item, costs in self._alone.items()
         }
+        for item, costs in found.items():
+            if "removed" in costs:
+                cache = found.get(item.replace(".attn", ".cache"), {})
+                costs["removed"] = max(*costs.values(), *cache.values(), 0.0)
+        return found
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, str], list[str]]:
+        """The items that have a level, by their kind and the level."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for item, costs in self.one_shot.items():
+            for level in costs:
+                found.setdefault((_kind(item, level), level), []).append(item)
+        return found
 
     def cost(self, item: str, level: str, seq_len_tokens: int | None = None) -> float:
         """Rise in NLL if an item has a level, with the level's factor, nats per token, at least 0.
@@ -131,7 +189,7 @@ class LevelCosts(Profile):
         costs = self.one_shot.get(item, {})
         if level not in costs:
             raise UnknownNameError(f"measured level of {item}", level, ["native", *costs])
-        cost = self._scaled(item, level)
+        cost = self._corrected[item][level]
         if not item.endswith(".cache") or seq_len_tokens is None:
             return cost
         stored = CacheLevel.of(level)
@@ -144,12 +202,8 @@ class LevelCosts(Profile):
                 "holds everything; measure it with longer windows of text."
             )
         precision = CacheLevel(stored.bits).name  # the same bits, without a window
-        kept = 0.0 if precision not in costs else min(cost, self._scaled(item, precision))
+        kept = 0.0 if precision not in costs else min(cost, self._corrected[item][precision])
         return kept + (cost - kept) * window_share(stored, seq_len_tokens) / measured
-
-    def _scaled(self, item: str, level: str) -> float:
-        kind = "cache" if item.endswith(".cache") else item if item == EMBEDDINGS else "block"
-        return max(0.0, self.one_shot[item][level]) * self.factors.get(f"{kind} {level}", 1.0)
 
     def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float:
         """Predicted rise in NLL of a plan: the sum of the costs of its levels, nats per token.
@@ -170,6 +224,23 @@ class LevelCosts(Profile):
             }
             for text, measured in self.joint.items()
         ]
+
+
+def _kind(item: str, level: str) -> str:
+    """Items with one factor for a level: caches, blocks, or removed blocks of one kind."""
+    if item == EMBEDDINGS:
+        return item
+    kind = item.partition(".")[2]
+    return kind if kind == "cache" or level == "removed" else "block"
+
+
+def _keeps(item: str, exact: str, level: str) -> bool:
+    """Whether one level of an item is at least as exact as another one."""
+    if not item.endswith(".cache"):
+        return WEIGHT_LEVELS.index(exact) <= WEIGHT_LEVELS.index(level)
+    one, other = CacheLevel.of(exact), CacheLevel.of(level)
+    longest = one.window_tokens or np.inf, other.window_tokens or np.inf
+    return one.bits >= other.bits and longest[0] >= longest[1]
 
 
 def window_share(level: CacheLevel, tokens: int) -> float:
