@@ -111,9 +111,9 @@ class LevelCosts(Profile):
         return found | self._removal_factors(found)
 
     def _removal_factors(self, others: dict[str, float]) -> dict[str, float]:
-        kinds = [group for group in self._groups if group[1] == "removed"]
+        kinds = sorted(group for group in self._groups if group[1] == "removed")
         rows, wanted = [], []
-        for text, measured in self.joint.items():
+        for text, measured in sorted(self.joint.items()):
             levels = CompressionPlan.from_json(text).levels
             if measured <= 0 or "removed" not in levels.values():
                 continue
