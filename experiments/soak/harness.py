@@ -22,7 +22,7 @@ from experiments.soak.invariants import (
     memory_growth,
     resident_bytes,
 )
-from experiments.soak.recording import AnswerSample, RandomMasks, RecordingEngine, SoakState
+from experiments.soak.recording import AnswerSample, RandomPlans, RecordingEngine, SoakState
 from rap_env.blocks import BlockMask
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.loading import load_llm
@@ -65,7 +65,7 @@ class SoakHarness:
         self._stack = build_stack(
             settings,
             llm=llm,
-            policy=RandomMasks(MemoryModel(llm), config.seed),
+            policy=RandomPlans(MemoryModel(llm), config.seed),
             memory=GivenMemory(lambda: self._budget_bytes, limit_bytes=_UNLIMITED),
             engine_class=RecordingEngine,
             meter=TensorMeter(llm) if tensors else process_meter(llm),
@@ -131,7 +131,7 @@ class SoakHarness:
         budget = threading.Thread(target=self._move_budget, name="budget", daemon=True)
         self._measure_at_rest()
         controller = self._engine.controller
-        # The memory of libraries and clients in this process does not depend on the mask.
+        # The memory of libraries and clients in this process does not depend on the plan.
         self._full_bytes += max(0, controller.monitor.used_bytes - controller.monitor.held.total)
         for thread in (*clients, budget):
             thread.start()
@@ -200,7 +200,7 @@ class SoakHarness:
         deadline += timeout_s
         while (now := time.monotonic()) < deadline:
             stats = self._engine.stats()
-            if self._engine.llm.mask or stats.running or stats.queued:
+            if self._engine.llm.plan or stats.running or stats.queued:
                 quiet_s = now
             if now - quiet_s > _QUIET_S:
                 return True
@@ -231,7 +231,7 @@ class SoakHarness:
             self._state.made,
             seconds,
             stats.served,
-            self._engine.controller.masks.switches,
+            self._engine.controller.plans.switches,
             self._rss[-1] / 2**20,
             self._state.problem_count,
         )
@@ -261,8 +261,8 @@ class SoakHarness:
                 "under_one_mask": self._sample.eligible, "mask_changed": self._sample.changed,
             },
             "budget_changes": self._budget_changes,
-            "switches": self._engine.controller.masks.switches,
-            "masks": len(self._sample.masks),
+            "switches": self._engine.controller.plans.switches,
+            "masks": len(self._sample.plans),
             "agreement": asdict(self._check),
             "rss_bytes": {"first": self._rss[0], "last": self._rss[-1], "growth": growth,
                           "samples": self._rss},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from experiments.soak.recording import Answer
 from rap_env.blocks import BlockMask
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.kv_cache import cache_argument
+from rap_env.plan import CompressionPlan
 
 TIE_ROUNDINGS = 4.0
 """Two logits count as equal within so many roundings of the largest logit: a batch sums in another
@@ -23,7 +24,7 @@ MIN_TOLERANCE = 1e-3
 
 @dataclass
 class AnswerCheck:
-    """Comparison of answers with a fresh model under the same mask.
+    """Comparison of answers with a fresh model under the same plan.
 
     Each token is compared given the tokens that actually precede it, so a near-tie does not make
     the following tokens count as wrong.
@@ -31,7 +32,7 @@ class AnswerCheck:
     Attributes:
         answers: Answers that were recomputed.
         tokens: Their tokens.
-        masks: Their different masks.
+        masks: Their different plans.
         near_ties: Greedy tokens that are not the most likely token of the fresh model, but equally
             likely up to rounding.
         wrong_tokens: Other greedy tokens that differ, and tokens whose log probability differs.
@@ -39,7 +40,7 @@ class AnswerCheck:
         unstable: Answers that agree only within the difference of the fresh model from itself
             between one pass over the text and token-by-token generation.
         worst_logprob: Largest difference of a log probability, in nats.
-        control_wrong: Wrong answers among controls, which are compared under a mask that differs
+        control_wrong: Wrong answers among controls, which are compared under a plan that differs
             in one block; shows that the check detects such a difference.
         control_answers: Number of controls.
     """
@@ -64,19 +65,22 @@ def check_answers(
     Args:
         fresh: The same model, loaded again.
         answers: The sampled answers.
-        controls: Number of answers that are also compared under another mask.
+        controls: Number of answers that are also compared under another plan.
     """
     found = AnswerCheck()
-    by_mask: dict[BlockMask, list[Answer]] = defaultdict(list)
+    by_plan: dict[CompressionPlan, list[Answer]] = defaultdict(list)
     for answer in answers:
-        by_mask[answer.mask].append(answer)
-    found.masks = len(by_mask)
-    for mask, group in by_mask.items():
-        with fresh.masked(mask):
+        by_plan[answer.plan].append(answer)
+    found.masks = len(by_plan)
+    for plan, group in by_plan.items():
+        with fresh.masked(plan):
             for answer in group:
                 _compare(fresh, answer, found)
     for answer in answers[:controls]:
-        other = BlockMask(answer.mask.indices ^ {fresh.num_blocks // 2})
+        other = replace(
+            answer.plan,
+            removed=BlockMask(answer.plan.removed.indices ^ {fresh.num_blocks // 2}),
+        )
         control = AnswerCheck()
         with fresh.masked(other):
             _compare(fresh, answer, control)

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rap_env.blocks import BlockMask
+from rap_env.blocks import BlockMask, block_name
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, MaskOrPlan, cache_name
 from rap_env.request import Request
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.policies import OrderPolicy
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _MAX_PROBLEMS = 50
 _MAX_RECENT = 64
+_CACHE_LEVELS = ("native", "int8", "int4", "int2")
 
 
 class SoakState:
@@ -98,8 +100,11 @@ class SoakState:
             self._open.set()
 
 
-class RandomMasks:
-    """A policy that removes blocks in a new random order each time, until the request fits."""
+class RandomPlans:
+    """A policy that lowers or removes items in a new random order until the request fits.
+
+    Half of its choices are masks. The others give random blocks and caches random levels first.
+    """
 
     name = "random"
 
@@ -107,16 +112,35 @@ class RandomMasks:
         self._memory = memory
         self._random = random.Random(seed)
 
-    def choose(self, request: Request) -> BlockMask:
-        """Return a random mask that fits, if one exists."""
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return a random mask or plan that fits, if one exists."""
+        shape = request.batch_size, request.seq_len_tokens
         order = list(range(self._memory.facts.num_blocks))
         self._random.shuffle(order)
-        return OrderPolicy(self._memory, order).choose(request)
+        fits = self._memory.dense_peak_bytes(*shape) <= request.budget_bytes
+        if fits or self._random.random() < 0.5:
+            return OrderPolicy(self._memory, order).choose(request)
+        plan = self._lowered(order)
+        for index in order:
+            if self._memory.peak_bytes(plan, request) <= request.budget_bytes:
+                break
+            plan = plan.without(BlockMask.of(index))
+        return plan
+
+    def _lowered(self, order: Sequence[int]) -> CompressionPlan:
+        facts = self._memory.facts
+        levels: dict[str, str] = {}
+        for index in order[: self._random.randrange(len(order) + 1)]:
+            known: list[str] = [level for level in facts.weight_levels(index) if level != "removed"]
+            levels[block_name(index)] = self._random.choice(known)
+            if index % 2 == 0 and facts.kv_heads:
+                levels[cache_name(index // 2)] = self._random.choice(_CACHE_LEVELS)
+        return CompressionPlan.of(levels)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that was generated under one mask from start to end.
+    """An answer that was generated under one plan from start to end.
 
     Attributes:
         token_ids: Token ids of the answer, (T,).
@@ -126,7 +150,7 @@ class Answer:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    mask: BlockMask
+    plan: CompressionPlan
     greedy: bool
 
     @classmethod
@@ -136,21 +160,21 @@ class Answer:
             handle.prompt_ids,
             tuple(handle.token_ids),
             tuple(handle.logprobs),
-            handle.masks[0],
+            handle.plans[0],
             handle.params.greedy,
         )
 
 
 class AnswerSample:
-    """A uniform sample (reservoir sampling) of at most `size` answers, each under one mask.
+    """A uniform sample (reservoir sampling) of at most `size` answers, each under one plan.
 
     Its memory is bounded, since the soak test checks that memory does not grow.
 
     Attributes:
         kept: The sampled answers.
-        eligible: Answers generated under a single mask.
-        changed: Answers during which the mask changed.
-        masks: Hashes of all masks under which tokens were generated.
+        eligible: Answers generated under a single plan.
+        changed: Answers during which the plan changed.
+        plans: Hashes of all plans under which tokens were generated.
     """
 
     def __init__(self, size: int = 400, seed: int = 0) -> None:
@@ -158,7 +182,7 @@ class AnswerSample:
         self.kept: list[Answer] = []
         self.eligible = 0
         self.changed = 0
-        self.masks: set[int] = set()
+        self.plans: set[int] = set()
         self._running: list[RequestHandle] = []
         self._recent: OrderedDict[tuple[int, ...], RequestHandle] = OrderedDict()
         self._random = random.Random(seed)
@@ -192,10 +216,10 @@ class AnswerSample:
             self._add(handle)
 
     def _add(self, handle: RequestHandle) -> None:
-        masks = set(handle.masks)
-        self.masks.update(map(hash, masks))
-        self.changed += len(masks) > 1
-        if len(masks) != 1:
+        plans = set(handle.plans)
+        self.plans.update(map(hash, plans))
+        self.changed += len(plans) > 1
+        if len(plans) != 1:
             return
         self.eligible += 1
         if len(self.kept) < self.size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rap_env.errors import InvalidRequestError
 from rap_env.request import Request
@@ -16,6 +16,8 @@ class BatchShape:
     Attributes:
         batch_size: Sequences in the batch.
         seq_len_tokens: Tokens of each of them, padding included.
+        rows: Most sequences at any time, at least `batch_size`: the batch may have more of them
+            while they are shorter, and a cache in groups takes some bytes for each.
 
     Raises:
         InvalidRequestError: One of them is negative, or one is 0 and the other is not.
@@ -23,8 +25,10 @@ class BatchShape:
 
     batch_size: int = 0
     seq_len_tokens: int = 0
+    rows: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", max(self.rows, self.batch_size))
         if min(self.batch_size, self.seq_len_tokens) < 0 or (
             (self.batch_size == 0) != (self.seq_len_tokens == 0)
         ):
@@ -68,9 +72,9 @@ class BatchShape:
 
             >>> rows = [(100, 10)] * 7 + [(100, 900)]
             >>> BatchShape.of(rows), BatchShape.of(rows, uniform=True).seq_len_tokens
-            (BatchShape(batch_size=1, seq_len_tokens=1000), 1000)
+            (BatchShape(batch_size=1, seq_len_tokens=1000, rows=8), 1000)
         """
-        most, longest, best = 0, 0, cls()
+        most, longest, best, count = 0, 0, cls(), 0
         for count, (cached, to_come) in enumerate(
             sorted(rows, key=lambda row: row[1], reverse=True), start=1
         ):
@@ -80,7 +84,7 @@ class BatchShape:
                 best = cls(count, max(best.seq_len_tokens, final))
             elif count * final > most:
                 most, best = count * final, cls(count, final)
-        return best
+        return replace(best, rows=count)
 
 
 EMPTY_BATCH = BatchShape()

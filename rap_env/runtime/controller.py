@@ -1,4 +1,4 @@
-"""Keeps a live model within a memory budget that moves, by changing its mask."""
+"""Keeps a live model within a memory budget that moves, by changing its plan."""
 
 from __future__ import annotations
 
@@ -8,54 +8,59 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
-from rap_env.runtime.mask_controller import MaskController
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
 from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory
+from rap_env.runtime.plan_controller import PlanController
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
 
 class RuntimeController:
-    """Holds measured bytes within a budget that moves, by changing a live model's mask.
+    """Holds measured bytes within a budget that moves, by changing a live model's plan.
 
     The policy is asked when a request arrives, when the budget falls below the need, and when
-    there is headroom again. Its mask is applied only if its predicted bytes fit the budget together
-    with a safety margin that is learned from measurements (`rap_env.runtime.memory_monitor`);
-    otherwise the guard removes more blocks in its own order until they do.
+    there is headroom again. Its mask or plan is applied only if its predicted bytes fit the budget
+    together with a safety margin that is learned from measurements
+    (`rap_env.runtime.memory_monitor`). Otherwise a policy that chooses plans is asked for a smaller
+    one, and then the guard removes more blocks in its own order until they do.
 
     **Shrinking** is immediate: `check` before each step. **Growing** is debounced while anything
-    runs: a mask that needs more is applied only after it would have fitted for `hold_s` without a
+    runs: a plan that needs more is applied only after it would have fitted for `hold_s` without a
     break, with `hysteresis_share` of the budget to spare. A budget that jitters around a threshold
-    causes one switch, not many. A request that arrives while nothing runs gets its mask at once
-    (`admit`).
+    causes one switch, not many. A request that arrives while nothing runs gets its plan at once
+    (`admit`). Weights return to any level exactly and at any time. Caches of running requests keep
+    a lowered level until nothing runs, except where a refill pays: a refill is a pass over all
+    tokens, and it is made for attention blocks that return and for caches that leave 2 bits.
 
     Only the thread that runs the model may call it; any thread may read the counters.
 
     Args:
         llm: The live model. Set its residency first: with ``"resident"``, removing an FFN block
             frees nothing, and the guard takes that into account.
-        policy: Chooses masks.
+        policy: Chooses masks or plans.
         memory: Gives the budget: a source, or what `open_memory` accepts.
         meter: Measures what is used; by default the process or the device.
         guard_order: Indices of blocks in the order in which the guard removes them. By
             default the policy's `order` if it has one, else those that free most bytes first.
-            An empty order disables the guard: only the policy's own mask is tried.
-        margin_share: Share of the dense model's weights to reserve in any case, before the
-            safety margin is learned.
-        hysteresis_share: Share of the budget to leave free when blocks are restored.
-        hold_s: Seconds for which headroom must last before blocks are restored.
+            An empty order disables the guard: only the policy's own plan is tried.
+        margin_share: Share of the native weights to reserve in any case, before the safety margin
+            is learned.
+        hysteresis_share: Share of the budget to leave free when items are raised.
+        hold_s: Seconds for which headroom must last before items are raised.
+        chunk_tokens: Most tokens that one pass through the model runs; fewer need less workspace.
         log: Where to log decisions.
         clock: Gives the time in seconds, for `hold_s` and the log.
 
     Attributes:
         estimator: Predicts bytes.
-        masks: Chooses and applies masks.
+        plans: Chooses and applies plans.
         monitor: Measures bytes.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
@@ -76,6 +81,7 @@ class RuntimeController:
         margin_share: float = 0.0,
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         log: DecisionLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,7 +91,7 @@ class RuntimeController:
                 f"not {hysteresis_share}, {hold_s} and {margin_share}."
             )
         self.llm = llm
-        self.estimator = MemoryEstimator(llm)
+        self.estimator = MemoryEstimator(llm, chunk_tokens)
         facts = self.estimator.memory.facts
         weights = facts.base_bytes + sum(facts.block_param_bytes)
         self.monitor = MemoryMonitor(
@@ -97,7 +103,7 @@ class RuntimeController:
         )
         self.hold_s = hold_s
         self.overhead_s = 0.0
-        self.masks = MaskController(
+        self.plans = PlanController(
             llm,
             policy,
             self.estimator,
@@ -108,7 +114,7 @@ class RuntimeController:
             decision_log=log,
             clock=clock,
         )
-        self._rejected: tuple[BatchShape, int] | None = None  # no mask fitted it in these bytes
+        self._rejected: tuple[BatchShape, int] | None = None  # no plan fitted it in these bytes
 
     def admit(
         self,
@@ -116,11 +122,11 @@ class RuntimeController:
         running: BatchShape = EMPTY_BATCH,
         next_pass: PassSize = UNKNOWN_PASS,
     ) -> bool:
-        """Choose and apply a mask for a request that has arrived; return whether one fits.
+        """Choose and apply a plan for a request that has arrived; return whether one fits.
 
-        While others run, a mask that already fits stays. With nothing else running, a switch costs
-        no refill: then the policy is asked for a mask that suits the request, and one that needs
-        more than the present mask is applied immediately if it fits with `hysteresis_share` spare.
+        While others run, a plan that already fits stays. With nothing else running, a switch costs
+        no refill: then the policy is asked for a plan that suits the request, and one that needs
+        more than the present plan is applied immediately if it fits with `hysteresis_share` spare.
 
         Args:
             shape: The batch with the request.
@@ -132,44 +138,44 @@ class RuntimeController:
             available = self._available_bytes(shape, next_pass)
             if self._rejected and self._rejected[0] == shape and available <= self._rejected[1]:
                 return False
-            mask = self.llm.mask
-            need = self.estimator.peak_bytes(mask, shape)
+            plan = self.llm.plan
+            need = self.estimator.peak_bytes(plan, shape)
             if need > available:
-                if not self.masks.fit(
+                if not self.plans.fit(
                     shape, available, "arrival", next_pass, running=bool(running)
                 ):
                     self._rejected = (shape, available)
                     return False
-            elif mask and not running:
-                self.masks.grow_at_arrival(need, shape, next_pass)
+            elif plan and not running:
+                self.plans.grow_at_arrival(need, shape, next_pass)
             return True
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
-        """Before each step: shrink the mask if the budget fell, or grow it if there is headroom.
+        """Before each step: lower items if the budget fell, or raise them if there is headroom.
 
         Args:
             shape: The running batch.
             next_pass: Tokens of the pass that follows.
 
         Returns:
-            Whether the batch fits now. If not, no mask makes it fit: preempt and call again.
+            Whether the batch fits now. If not, no plan makes it fit: preempt and call again.
         """
         with self._timed():
             self.monitor.poll()
             if not shape:
                 self.monitor.observe_idle()
             available = self._available_bytes(shape, next_pass)
-            mask = self.llm.mask
-            need = self.estimator.peak_bytes(mask, shape)
+            plan = self.llm.plan
+            need = self.estimator.peak_bytes(plan, shape)
             if need > available:
-                fits = self.masks.fit(
+                fits = self.plans.fit(
                     shape, available, "budget_fell", next_pass, running=bool(shape)
                 )
                 if not fits and not shape:
-                    self.masks.remove_all()
+                    self.plans.remove_all()
                 return fits
-            if mask:
-                self.masks.grow(need, shape, next_pass)
+            if plan:
+                self.plans.grow(need, shape, next_pass)
             return True
 
     def observe(self, shape: BatchShape, kind: str = "step") -> int:
@@ -184,7 +190,7 @@ class RuntimeController:
         """
         with self._timed():
             if kind != "prefill":
-                self.masks.note_decode()
+                self.plans.note_decode()
             return self.monitor.observe_step(shape, kind)
 
     def could_fit(self, shape: BatchShape) -> bool:
@@ -193,21 +199,21 @@ class RuntimeController:
         Any thread may call it.
         """
         limit = self.monitor.budget_limit_bytes() - self.monitor.margin.bytes
-        return self.masks.smallest_bytes(shape, limit) <= limit
+        return self.plans.smallest_bytes(shape, limit) <= limit
 
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Whether a batch can never fit by what is measured now, even with nothing else running."""
         self.monitor.trim()
-        estimate = self.masks.pass_estimate(shape, next_pass)
+        estimate = self.plans.pass_estimate(shape, next_pass)
         available = self.monitor.available_after_trim_bytes(shape, estimate)
         limit = self.monitor.budget_limit_bytes() - (self.monitor.budget_bytes - available)
-        return self.masks.smallest_bytes(shape, limit) > limit
+        return self.plans.smallest_bytes(shape, limit) > limit
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
 
         Admit the batch, at its final length, first. The callback raises `InfeasibleBudgetError`
-        when no mask fits any more.
+        when no plan fits any more.
         """
         next_pass = PassSize(shape.batch_size, shape.batch_size)
 
@@ -215,7 +221,7 @@ class RuntimeController:
             self.observe(shape)
             if not self.check(shape, next_pass):
                 raise InfeasibleBudgetError(
-                    f"No mask fits {self.monitor.budget_bytes:,} bytes for {shape.batch_size} x "
+                    f"No plan fits {self.monitor.budget_bytes:,} bytes for {shape.batch_size} x "
                     f"{shape.seq_len_tokens} tokens any more, with a safety margin of "
                     f"{self.monitor.margin.bytes:,} bytes: raise the budget or generate less."
                 )
@@ -223,7 +229,7 @@ class RuntimeController:
         return before
 
     def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        estimate = self.masks.pass_estimate(shape, next_pass)
+        estimate = self.plans.pass_estimate(shape, next_pass)
         return self.monitor.available_bytes(shape, estimate)
 
     @contextmanager

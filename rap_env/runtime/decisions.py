@@ -1,4 +1,4 @@
-"""The controller's decisions as JSON lines: when, why, which mask replaced which, at what cost."""
+"""The controller's decisions as JSON lines: when, why, which plan replaced which, at what cost."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rap_env.artifacts import remove_incomplete_line
-from rap_env.blocks import BlockMask
+from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.runtime.batch_shape import BatchShape
 
 log = logging.getLogger(__name__)
@@ -23,28 +23,29 @@ again, or a request left and freed memory."""
 
 @dataclass(frozen=True)
 class Decision:
-    """A switch from one mask to another.
+    """A switch from one plan to another.
 
     Attributes:
         time_s: On the controller's clock.
         wall_time: ISO 8601, UTC.
         trigger: What caused it; ``why`` in the log.
-        before: The mask before the switch; ``from`` in the log.
-        after: The mask after it; ``to`` in the log.
+        before: The mask or plan before the switch; ``from`` in the log.
+        after: That after it; ``to`` in the log. A mask is logged as the list of its blocks, any
+            other plan as an object of items and levels.
         bytes_before: Measured before the switch.
         bytes_after: Measured after it.
         budget_bytes: The budget.
         shape: The batch that the mask had to fit; ``demand`` in the log.
-        decision_s: Seconds spent choosing the mask.
+        decision_s: Seconds spent choosing the plan.
         switch_s: Seconds spent applying it.
-        guarded: Whether the guard changed the policy's mask.
+        guarded: Whether the guard changed the policy's plan.
     """
 
     time_s: float
     wall_time: str
     trigger: Trigger
-    before: BlockMask
-    after: BlockMask
+    before: MaskOrPlan
+    after: MaskOrPlan
     bytes_before: int
     bytes_after: int
     budget_bytes: int
@@ -59,16 +60,25 @@ class Decision:
             "time_s": self.time_s,
             "wall_time": self.wall_time,
             "why": self.trigger,
-            "from": list(self.before.names),
-            "to": list(self.after.names),
+            "from": plan_record(self.before),
+            "to": plan_record(self.after),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "budget_bytes": self.budget_bytes,
-            "demand": asdict(self.shape),
+            "demand": {
+                "batch_size": self.shape.batch_size,
+                "seq_len_tokens": self.shape.seq_len_tokens,
+            },
             "decision_s": self.decision_s,
             "switch_s": self.switch_s,
             "guarded": self.guarded,
         }
+
+
+def plan_record(plan: MaskOrPlan) -> list[str] | dict[str, str]:
+    """A plan in a record: the names of a mask's blocks, or all lowered items with their levels."""
+    plan = as_plan(plan)
+    return list(plan.removed.names) if plan.is_mask else plan.levels
 
 
 class DecisionLog:

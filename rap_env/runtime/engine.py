@@ -26,16 +26,16 @@ _IDLE_POLL_S = 0.1  # between reads of the budget while nothing is to be done
 
 
 class Engine:
-    """Continuous batching over a live model whose mask follows the budget.
+    """Continuous batching over a live model whose plan follows the budget.
 
     Each turn (`step`) admits at most one request from the queue, prefills at most one chunk of its
     prompt, and decodes a token for every row of the running batch; so a long prompt delays others
     by no more than a chunk at a time. Before each pass through the model the controller reads the
-    budget. A request waits while no mask makes it fit with the running batch. If no mask fits
+    budget. A request waits while no plan makes it fit with the running batch. If no plan fits
     the running batch, the newest request is preempted: it returns to the front of the queue with
     its tokens, and is prefilled again from them later.
 
-    As long as the mask is the same, a row's tokens depend on other rows only by rounding.
+    As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 
     Args:
         llm: The live model.
@@ -120,7 +120,7 @@ class Engine:
         Raises:
             InvalidRequestError: The prompt is empty, too long together with the answer, or holds
                 an id that is not in the model's vocabulary.
-            InfeasibleBudgetError: No mask could ever make it fit.
+            InfeasibleBudgetError: No plan could ever make it fit.
             QueueFullError: Too many requests wait.
             EngineClosedError: The engine was closed.
         """
@@ -198,7 +198,7 @@ class Engine:
             **vars(self._scheduler.counters),
             queued=len(self._queue),
             running=len(self._scheduler.running),
-            mask=self._scheduler.mask,
+            plan=self._scheduler.plan,
             budget_bytes=self.controller.monitor.budget_bytes,
             held=self.controller.monitor.held,
             used_bytes=self.controller.monitor.used_bytes,

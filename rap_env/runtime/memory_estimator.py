@@ -1,10 +1,14 @@
-"""Predicted bytes of a mask on a live model: the memory model's peak bytes, and what comes on top.
+"""Predicted bytes of a plan on a live model: the memory model's peak bytes, and what comes on top.
 
 Beyond `rap_env.memory`, a live model takes:
 
-- the weights of removed blocks, where they stay resident;
+- with residency ``"resident"``, the native weights of removed and lowered blocks, and all levels
+  that were used so far;
 - one layer's keys and values a second time: caches grow by copying, one layer at a time;
-- 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.placeholders`).
+- 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.placeholders`);
+- the tail of a grouped cache for each row that the batch has while its rows are still short.
+
+The workspace is that of passes of at most `chunk_tokens` tokens, as the scheduler runs them.
 """
 
 from __future__ import annotations
@@ -18,12 +22,17 @@ import numpy as np
 
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
-from rap_env.memory import MemoryModel
+from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel, WeightLevel
+from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
+
+Level = tuple[int, WeightLevel]
+"""A block's index and a level of its weights."""
 
 _PLACEHOLDER_BYTES = 2  # a token and sequence, for each removed attention block
 _LOGIT_BYTES = 4  # logits are float32
@@ -69,81 +78,95 @@ class PassEstimate:
 
 @dataclass(frozen=True, eq=False)
 class _ShapeCosts:
-    """Bytes of one batch shape under one residency.
+    """Bytes of one batch shape at some levels, while blocks are removed on top.
 
     Attributes:
         costs: Bytes by the memory model; a removed block frees its bytes less what stays of it.
         cache_bytes: Keys and values of each layer, (L,).
+        copied_bytes: What is copied when each layer's cache grows, (L,).
     """
 
     costs: RequestCosts
     cache_bytes: tuple[int, ...]
+    copied_bytes: tuple[int, ...]
 
     def peak_bytes(self, removed: Collection[int]) -> int:
-        layers = enumerate(self.cache_bytes)
+        layers = enumerate(self.copied_bytes)
         copied = max((size for layer, size in layers if 2 * layer not in removed), default=0)
         return self.costs.peak_bytes(removed) + copied
 
 
 class MemoryEstimator:
-    """Predicts the bytes of masks on a live model."""
+    """Predicts the bytes of masks and plans on a live model.
 
-    def __init__(self, llm: ElasticLLM) -> None:
+    Args:
+        llm: The live model.
+        chunk_tokens: Most tokens that one pass through the model runs.
+    """
+
+    def __init__(self, llm: ElasticLLM, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
         self._llm = llm
         self.memory = MemoryModel(llm)
+        self._chunk_tokens = min(chunk_tokens, PREFILL_CHUNK_TOKENS)
         facts = self.memory.facts
         windows = (facts.max_positions if w is None else w for w in facts.kv_window_tokens)
         self._layer_kinds = set(zip(facts.kv_bytes_per_token, windows, strict=True))
         self._cached_costs = lru_cache(maxsize=_CACHED_SHAPES)(self._compute_costs)
 
-    def peak_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
-        """Most bytes that the model takes with a mask while it serves a batch.
+    def peak_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
+        """Most bytes that the model takes with a mask or plan while it serves a batch.
 
         Raises:
             InvalidRequestError: The model cannot serve so many tokens.
         """
-        return self._costs(shape).peak_bytes(mask.indices)
+        plan = as_plan(plan)
+        return self._costs(plan, shape).peak_bytes(plan.removed.indices)
 
     def workspace_bytes(self, shape: BatchShape) -> int:
         """The memory model's estimate for activations and logits, plus one copied cache layer."""
         batch, tokens = shape.at_least_one
         layer = max(batch * min(tokens, window) * size for size, window in self._layer_kinds)
-        return self.memory.workspace_bytes(shape.request(1)) + layer
+        return self._workspace(shape) + layer
 
-    def refill_bytes(self, mask: BlockMask, shape: BatchShape) -> int:
+    def budget_for_policy(self, shape: BatchShape, limit_bytes: int) -> int:
+        """The budget at which a policy, which asks the memory model, may use `limit_bytes`.
+
+        The memory model's workspace is that of longer passes than the scheduler runs.
+        """
+        return limit_bytes + self.memory.workspace_bytes(shape.request(1)) - self._workspace(shape)
+
+    def refill_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
         """Bytes that a cache refill of all rows may take beyond the workspace of its passes.
 
         The caches grow from nothing, each time into new memory, and the old copies leave holes in
         the heap: up to half of the final bytes were measured.
         """
-        layers = enumerate(self._costs(shape).cache_bytes)
-        return sum(size for layer, size in layers if 2 * layer not in mask.indices) // 2
+        plan = as_plan(plan)
+        layers = enumerate(self._costs(plan, shape).cache_bytes)
+        return sum(size for layer, size in layers if 2 * layer not in plan.removed.indices) // 2
 
-    def pass_estimate(self, mask: BlockMask, shape: BatchShape, size: PassSize) -> PassEstimate:
+    def pass_estimate(self, plan: MaskOrPlan, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Most bytes that a pass allocates."""
-        copied = max(self._costs(shape).cache_bytes)
+        plan = as_plan(plan)
+        copied = max(self._costs(plan, shape).copied_bytes)
         if size.tokens == 0:
             return PassEstimate(workspace=copied)
         facts = self.memory.facts
         activations = self.memory.workspace_bytes(Request(1, size.tokens, 1))
         logits = shape.batch_size * facts.vocab_size * _LOGIT_BYTES
-        per_token = sum(
-            size_bytes
-            for layer, size_bytes in enumerate(facts.kv_bytes_per_token)
-            if 2 * layer not in mask.indices
-        )
         workspace = int(_PASS_FACTOR * activations) + logits + copied
-        return PassEstimate(workspace, size.growth_tokens * per_token)
+        return PassEstimate(workspace, self._growth_bytes(plan, shape, size.growth_tokens))
 
     def shrink_to_fit(
-        self, mask: BlockMask, order: Iterable[int], shape: BatchShape, limit_bytes: int
-    ) -> BlockMask | None:
-        """Remove more blocks, in `order`, until a mask fits a limit; None if it never does.
+        self, plan: MaskOrPlan, order: Iterable[int], shape: BatchShape, limit_bytes: int
+    ) -> CompressionPlan | None:
+        """Remove more blocks, in `order`, until a plan fits a limit; None if it never does.
 
         Blocks whose removal frees nothing are skipped.
         """
-        costs = self._costs(shape)
-        removed = set(mask.indices)
+        plan = as_plan(plan)
+        costs = self._costs(plan, shape)
+        removed = set(plan.removed.indices)
         need = costs.peak_bytes(removed)
         skipped = []
         for index in order:
@@ -160,21 +183,115 @@ class MemoryEstimator:
         if need > limit_bytes and skipped:  # together they may free the last FFN block's workspace
             removed.update(skipped)
             need = costs.peak_bytes(removed)
-        return BlockMask(frozenset(removed)) if need <= limit_bytes else None
+        return plan.without(BlockMask(frozenset(removed))) if need <= limit_bytes else None
 
-    def freed_bytes(self, shape: BatchShape) -> tuple[int, ...]:
-        """Bytes that the removal of each block frees, (2L,)."""
-        return self._costs(shape).costs.freed
+    def freed_bytes(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> tuple[int, ...]:
+        """Bytes that the removal of each block frees from its level in a plan, (2L,)."""
+        return self._costs(as_plan(plan), shape).costs.freed
 
-    def _costs(self, shape: BatchShape) -> _ShapeCosts:
-        return self._cached_costs(shape, self._llm.residency == "resident")
+    def least_raise_bytes(self, plan: CompressionPlan, shape: BatchShape) -> int:
+        """Fewest bytes with which some removed block returns or some item gets a better level."""
+        facts, freed = self.memory.facts, self.freed_bytes(shape)
+        steps = [freed[index] for index in plan.removed.indices]
+        for index, level in plan.weights:
+            sizes = facts.weight_levels(index)
+            steps.append(min(size - sizes[level] for size in sizes.values() if size > sizes[level]))
+        for layer, cache in plan.caches:
+            better = CacheLevel(min(16, 2 * cache.bits), cache.window_tokens)
+            better = CacheLevel() if better == cache else better
+            steps.append(
+                self._cache_bytes(better, layer, shape) - self._cache_bytes(cache, layer, shape)
+            )
+        if plan.embeddings != "native":
+            steps.append(facts.base_bytes - facts.embedding_levels[plan.embeddings])
+        return max(1, min(steps, default=1))
 
-    def _compute_costs(self, shape: BatchShape, resident: bool) -> _ShapeCosts:
+    def _growth_bytes(self, plan: CompressionPlan, shape: BatchShape, tokens: int) -> int:
+        """Bytes of keys and values that stay after `tokens` more tokens."""
+        facts, lowered = self.memory.facts, dict(plan.caches)
+        removed = plan.removed.indices
+        native = sum(
+            size
+            for layer, size in enumerate(facts.kv_bytes_per_token)
+            if 2 * layer not in removed and layer not in lowered
+        )
+        groups = tokens // GROUP_TOKENS + shape.rows  # each row may complete one more
+        return tokens * native + groups * sum(
+            level.group_bytes(facts.kv_heads[n], facts.kv_head_size[n], facts.itemsize)
+            for n, level in plan.caches
+        )
+
+    def _cache_bytes(self, level: CacheLevel, layer: int, shape: BatchShape) -> int:
+        """Most bytes of a layer's cache while a batch of this shape grows and shrinks."""
         batch, tokens = shape.at_least_one
+        memory, facts = self.memory, self.memory.facts
+        size = memory.cache_bytes(level, layer, batch, tokens)
+        more = max(1, shape.rows) - batch
+        if level.native or not more:
+            return size
+        tail = level.row_bytes(1, facts.kv_heads[layer], facts.kv_head_size[layer], facts.itemsize)
+        if level.window_tokens is None:
+            return size + more * tail
+        full = (SINK_GROUPS + 1) * GROUP_TOKENS + level.window_tokens
+        longer = memory.cache_bytes(level, layer, batch + more, max(tokens, full))
+        if level.bits == 16:
+            whole = batch * (tail + tokens * facts.kv_bytes_per_token[layer])
+        else:
+            whole = memory.cache_bytes(CacheLevel(level.bits), layer, batch, tokens)
+        return min(longer, whole + more * tail)
+
+    def _workspace(self, shape: BatchShape, any_ffn: bool = True) -> int:
+        batch, tokens = shape.at_least_one
+        one_pass = Request(1, min(batch * tokens, self._chunk_tokens), 1)
+        logits = (batch - 1) * self.memory.facts.vocab_size * _LOGIT_BYTES
+        return self.memory.workspace_bytes(one_pass, any_ffn) + logits
+
+    def _costs(self, plan: CompressionPlan, shape: BatchShape) -> _ShapeCosts:
+        in_memory = self._levels_in_memory() if self._llm.residency == "resident" else None
+        return self._cached_costs(shape, plan.weights, plan.caches, plan.embeddings, in_memory)
+
+    def _levels_in_memory(self) -> frozenset[Level]:
+        """Lowered levels of blocks that a resident model holds beside the native ones."""
+        return frozenset(getattr(self._llm, "levels_in_memory", ()))
+
+    def _compute_costs(
+        self,
+        shape: BatchShape,
+        weights: tuple[Level, ...],
+        caches: tuple[tuple[int, CacheLevel], ...],
+        embeddings: WeightLevel,
+        in_memory: frozenset[Level] | None,
+    ) -> _ShapeCosts:
+        facts, (batch, tokens) = self.memory.facts, shape.at_least_one
         costs = request_costs(self.memory, batch, tokens)
+        workspace, without_ffn = (self._workspace(shape, any_ffn) for any_ffn in (True, False))
+        peak = costs.dense_peak_bytes + workspace - self.memory.workspace_bytes(shape.request(1))
         freed = costs.freed_bytes.copy()
         freed[0::2] -= _PLACEHOLDER_BYTES * batch * tokens
-        if resident:
-            freed -= np.array(self.memory.facts.block_param_bytes)
-        layers = self.memory.kv_bytes_by_layer(batch, tokens).tolist() if shape else [0]
-        return _ShapeCosts(replace(costs, freed_bytes=freed), tuple(layers))
+        for index, level in weights:
+            size = facts.weight_levels(index)[level]
+            if in_memory is None:
+                saved = facts.block_param_bytes[index] - size
+                peak, freed[index] = peak - saved, freed[index] - saved
+            elif (index, level) not in in_memory:
+                peak += size
+        if in_memory is not None:
+            freed -= np.array(facts.block_param_bytes)
+            peak += sum(facts.weight_levels(index)[level] for index, level in in_memory)
+        held = self.memory.kv_bytes_by_layer(batch, tokens).tolist()
+        for layer, cache in caches:
+            size = self._cache_bytes(cache, layer, shape)
+            saved = held[layer] - size
+            peak, freed[2 * layer], held[layer] = peak - saved, freed[2 * layer] - saved, size
+        if embeddings != "native":
+            peak -= facts.base_bytes - facts.embedding_levels[embeddings]
+        if (weights or embeddings != "native") and not facts.packed:
+            peak += facts.widen_bytes
+        lowered = replace(
+            costs,
+            dense_peak_bytes=peak,
+            freed_bytes=freed,
+            last_ffn_bytes=workspace - without_ffn,
+        )
+        layers = tuple(held) if shape else (0,)
+        return _ShapeCosts(lowered, layers, layers)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.live_blocks import HeldBytes
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.request_handle import Reason
 
 StepKind = Literal["prefill", "decode"]
@@ -22,7 +23,7 @@ class StepRecord:
         kind: A prefill chunk of one prompt, or a decode step of the running batch.
         rows: Sequences in the pass.
         length: Cached tokens of each of them afterwards, padding included.
-        mask: The mask that the pass ran with.
+        plan: The plan that the pass ran with.
         held: Bytes of all tensors held afterwards.
         peak_bytes: Peak bytes measured since the last step or switch.
         budget_bytes: The budget as last read before the step.
@@ -33,10 +34,15 @@ class StepRecord:
     kind: StepKind
     rows: int
     length: int
-    mask: BlockMask
+    plan: CompressionPlan
     held: HeldBytes
     peak_bytes: int
     budget_bytes: int
+
+    @property
+    def mask(self) -> BlockMask:
+        """The blocks that the plan removes."""
+        return self.plan.removed
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Counters:
 
     Attributes:
         served: Requests that ended by a stop token or their token limit.
-        refused: Requests that were rejected: the queue was full, no mask could ever fit, or they
+        refused: Requests that were rejected: the queue was full, no plan could ever fit, or they
             had waited too long.
         cancelled: Requests cancelled by the caller, or because the engine was closed.
         failed: Requests ended by an error.
@@ -83,7 +89,7 @@ class EngineStats(Counters):
     Attributes:
         queued: Requests in the queue, preempted ones included.
         running: Requests in the running batch or in prefill.
-        mask: The mask of the last step.
+        plan: The plan of the last step.
         budget_bytes: The budget as last read.
         held: Bytes of all tensors held after the last step.
         used_bytes: Bytes as last measured.
@@ -91,7 +97,12 @@ class EngineStats(Counters):
 
     queued: int
     running: int
-    mask: BlockMask
+    plan: CompressionPlan
     budget_bytes: int
     held: HeldBytes
     used_bytes: int
+
+    @property
+    def mask(self) -> BlockMask:
+        """The blocks that the plan removes."""
+        return self.plan.removed

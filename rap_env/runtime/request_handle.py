@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -18,9 +19,10 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop token, its token limit, a cancellation, or a failure."""
 
 Rejection = Literal["queue_timeout", "infeasible"]
-"""Why the engine gave a request up: it waited too long, or no mask fits any expected budget."""
+"""Why the engine gave a request up: it waited too long, or no plan fits any expected budget."""
 
 _ids = itertools.count(1)
+_NATIVE = CompressionPlan()
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,15 @@ class TokenEvent:
     """A token was generated.
 
     Attributes:
-        logprob: Its log-probability in nats under the masked model.
+        logprob: Its log-probability in nats under the plan.
         time_s: On the engine's clock.
-        mask: The mask that the token was computed with.
+        plan: The plan that the token was computed with.
     """
 
     token_id: int
     logprob: float
     time_s: float
-    mask: BlockMask = BlockMask()
+    plan: CompressionPlan = _NATIVE
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class RequestHandle:
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
-        masks: The mask that each of them was computed with.
+        plans: The plan that each of them was computed with.
         reason: Why the request ended; None before its end.
         error: The error message, if the request failed.
         rejection: Why the engine rejected the request after it had waited, if it did.
@@ -94,7 +96,7 @@ class RequestHandle:
         self.ended_s: float | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
-        self.masks: list[BlockMask] = []
+        self.plans: list[CompressionPlan] = []
         self.reason: Reason | None = None
         self.error: str | None = None
         self.rejection: Rejection | None = None
@@ -105,6 +107,11 @@ class RequestHandle:
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._on_cancel = on_cancel
+
+    @property
+    def masks(self) -> list[BlockMask]:
+        """The removed blocks of each token's plan."""
+        return [plan.removed for plan in self.plans]
 
     @property
     def done(self) -> bool:
@@ -151,7 +158,7 @@ class RequestHandle:
             if isinstance(event, TokenEvent):
                 self.token_ids.append(event.token_id)
                 self.logprobs.append(event.logprob)
-                self.masks.append(event.mask)
+                self.plans.append(event.plan)
                 if self.first_token_s is None:
                     self.first_token_s = event.time_s
             else:

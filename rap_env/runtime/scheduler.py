@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import EngineClosedError, InfeasibleBudgetError, QueueFullError
 from rap_env.llm.live_batch import LiveBatch
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
@@ -93,7 +93,7 @@ class Scheduler:
     Attributes:
         counters: Totals of requests and tokens.
         output: Delivers tokens and ends to request handles.
-        mask: The mask of the last turn.
+        plan: The plan of the last turn.
         observers: Called with a `StepRecord` after each pass.
     """
 
@@ -126,7 +126,7 @@ class Scheduler:
         self._preempted_s = float("-inf")
         self.counters = Counters()
         self.output = OutputProcessor(clock, self.counters)
-        self.mask = llm.mask
+        self.plan = llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
 
     @property
@@ -147,11 +147,11 @@ class Scheduler:
         decoded = bool(self._decoding)
         if decoded:
             self._decode()
-        self.mask = self._llm.mask
+        self.plan = self._llm.plan
         return prefilled or decoded
 
     def check_feasible(self, sequence: TokenSequence) -> None:
-        """Raise `InfeasibleBudgetError` if no mask can ever fit a sequence; from any thread."""
+        """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
         shape = shape_of([], sequence, uniform=self._uniform)
         if not self._controller.could_fit(shape):
             raise InfeasibleBudgetError(self._infeasible_message(shape))
@@ -182,13 +182,13 @@ class Scheduler:
         began, started = self._clock(), time.perf_counter()
         try:
             with self._llm.exclusive():
-                mask = self._llm.mask
+                plan = self._llm.plan
                 logits, count = prefilling.advance()
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self.counters.prompt_tokens += count
             if logits is not None:
-                if self.output.deliver([prefilling.sequence], logits, mask)[0]:
+                if self.output.deliver([prefilling.sequence], logits, plan)[0]:
                     self._batch.join(prefilling.batch)
                     self._decoding.append(prefilling.sequence)
                 self._drop_prefill()
@@ -199,28 +199,34 @@ class Scheduler:
                 self.output.fail(self._decoding, error)
                 self.drop_all()
             return
-        self._record(began, seconds, "prefill", 1, length, mask)
+        self._record(began, seconds, "prefill", 1, length, plan)
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()
         sequences = self._decoding
         try:
             with self._llm.exclusive():
-                mask = self._llm.mask
+                plan = self._llm.plan
                 logits = self._batch.extend([s.handle.token_ids[-1] for s in sequences])
             seconds = time.perf_counter() - started
             length = self._batch.length
-            continues = self.output.deliver(sequences, logits, mask)
+            continues = self.output.deliver(sequences, logits, plan)
             if not all(continues):
                 self._keep([row for row, stays in enumerate(continues) if stays])
         except Exception as error:
             self.output.fail(sequences, error)
             self.drop_all()
             return
-        self._record(began, seconds, "decode", len(sequences), length, mask)
+        self._record(began, seconds, "decode", len(sequences), length, plan)
 
     def _record(
-        self, began: float, seconds: float, kind: StepKind, rows: int, length: int, mask: BlockMask
+        self,
+        began: float,
+        seconds: float,
+        kind: StepKind,
+        rows: int,
+        length: int,
+        plan: CompressionPlan,
     ) -> None:
         prefilling = 0 if self._prefilling is None else self._prefilling.batch.size
         longest = max(length, self._batch.length)
@@ -232,7 +238,7 @@ class Scheduler:
             kind=kind,
             rows=rows,
             length=length,
-            mask=mask,
+            plan=plan,
             held=self._controller.monitor.held,
             peak_bytes=peak,
             budget_bytes=self._controller.monitor.budget_bytes,
@@ -246,7 +252,7 @@ class Scheduler:
         limit = self._controller.monitor.budget_limit_bytes()
         return (
             f"{shape.seq_len_tokens} tokens do not fit the largest expected budget of {limit:,} "
-            "bytes under any mask; shorten the prompt or ask for fewer tokens."
+            "bytes under any plan; shorten the prompt or ask for fewer tokens."
         )
 
     def _running_shape(self) -> BatchShape:
@@ -261,7 +267,7 @@ class Scheduler:
         return self._shape
 
     def _make_fit(self, prefill: bool = False) -> None:
-        """Shrink the mask, or preempt, until the next pass fits."""
+        """Lower the plan, or preempt, until the next pass fits."""
         while True:
             next_pass = self._pass_size(self._prefilling if prefill else None)
             if self._controller.check(self._running_shape(), next_pass) or not self._preempt():

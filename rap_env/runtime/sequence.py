@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
 from rap_env.llm.live_batch import LiveBatch
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.metrics import Counters
 from rap_env.runtime.request_handle import (
@@ -110,14 +110,14 @@ class OutputProcessor:
         self._counters = counters
 
     def deliver(
-        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, mask: BlockMask
+        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plan: CompressionPlan
     ) -> list[bool]:
         """Sample a token for each sequence and deliver it.
 
         Args:
             sequences: B sequences.
             logits: (B, V), float32.
-            mask: The mask that they were computed with.
+            plan: The plan that they were computed with.
 
         Returns:
             For each sequence whether it continues.
@@ -125,7 +125,7 @@ class OutputProcessor:
         samples = sample_rows([sequence.sampler for sequence in sequences], logits)
         now = self._clock()
         pairs = zip(sequences, samples, strict=True)
-        return [self._deliver(sequence, sample, mask, now) for sequence, sample in pairs]
+        return [self._deliver(sequence, sample, plan, now) for sequence, sample in pairs]
 
     def end(self, sequence: TokenSequence, reason: Reason, error: str | None = None) -> None:
         """End a request, unless it has ended."""
@@ -148,7 +148,7 @@ class OutputProcessor:
             self.end(sequence, "error", f"The step failed: {error}")
 
     def _deliver(
-        self, sequence: TokenSequence, sample: Sample | None, mask: BlockMask, now: float
+        self, sequence: TokenSequence, sample: Sample | None, plan: CompressionPlan, now: float
     ) -> bool:
         handle, params = sequence.handle, sequence.handle.params
         if sample is None:
@@ -157,7 +157,7 @@ class OutputProcessor:
         if sample.token_id in params.stop_token_ids:
             self.end(sequence, "stop")
             return False
-        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, mask))
+        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan))
         self._counters.tokens += 1
         if len(handle.token_ids) < params.max_new_tokens:
             return True

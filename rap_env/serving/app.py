@@ -60,7 +60,7 @@ class Service:
             context_tokens=engine.max_seq_len_tokens,
             stop_token_ids=stop_tokens(engine.llm, tokenizer),
         )
-        made_of = (engine.llm.fingerprint, engine.controller.masks.policy.name, __version__)
+        made_of = (engine.llm.fingerprint, engine.controller.plans.policy.name, __version__)
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
         self.system_fingerprint = f"fp_{digest[:10]}"
 

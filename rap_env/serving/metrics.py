@@ -1,8 +1,9 @@
-"""Prometheus metrics: memory, budget, mask, queue, requests and latencies."""
+"""Prometheus metrics: memory, budget, plan, queue, requests and latencies."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter as Tally
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from rap_env.blocks import KINDS
+from rap_env.plan import CompressionPlan
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
@@ -71,13 +73,24 @@ class _EngineState(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
-        stats, masks = self._engine.stats(), self._engine.controller.masks
-        names = {"model": self._settings.served_name, "policy": masks.policy.name}
+        stats, plans = self._engine.stats(), self._engine.controller.plans
+        names = {"model": self._settings.served_name, "policy": plans.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
         removed = " ".join(stats.mask.names)
         digest = hashlib.sha256(removed.encode()).hexdigest()[:12]
         mask = {"removed": removed, "digest": digest}
         yield InfoMetricFamily("rap_mask", "The removed blocks.", mask)
+        plan = stats.plan.to_json()
+        digest = hashlib.sha256(plan.encode()).hexdigest()[:12]
+        whole = {"plan": plan, "digest": digest}
+        yield InfoMetricFamily("rap_plan", "Items below their native level.", whole)
+        lowered = GaugeMetricFamily(
+            "rap_items_lowered", "Items below their native level, removed ones included.",
+            labels=["kind", "level"],
+        )  # fmt: skip
+        for labels, count in _lowered_items(stats.plan).items():
+            lowered.add_metric(labels, count)
+        yield lowered
 
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         counts = {kind: stats.mask.count(kind) for kind in KINDS}
@@ -103,10 +116,15 @@ class _EngineState(Collector):
             (gauge, "queue_length", "Answers that wait.", stats.queued),
             (gauge, "running", "Answers that are being generated.", stats.running),
             (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),
-            (counter, "mask_switches", "Changes of the mask.", masks.switches),
-            (counter, "mask_decisions", "Times that a mask was chosen.", masks.decisions),
-            (counter, "controller_overhead_seconds", "Time spent on choosing and switching masks.",
+            (counter, "mask_switches", "Changes of the plan.", plans.switches),
+            (counter, "mask_decisions", "Times that a plan was chosen.", plans.decisions),
+            (counter, "controller_overhead_seconds", "Time spent on choosing and switching plans.",
              stats.overhead_s),
             (counter, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),
         ):  # fmt: skip
             yield family(f"rap_{name}", text, value=value)
+
+
+def _lowered_items(plan: CompressionPlan) -> Tally[tuple[str, str]]:
+    """Numbers of items below their native level, by kind (as the item's name ends) and level."""
+    return Tally((item.rpartition(".")[2], level) for item, level in plan.levels.items())

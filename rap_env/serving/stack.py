@@ -80,7 +80,14 @@ def build_stack(
             memory = open_memory(settings.memory_source, device=llm.device, reserve_bytes=reserve)
         engine = engine_class(
             llm,
-            RuntimeController(llm, policy, memory, log=decisions, **controls),
+            RuntimeController(
+                llm,
+                policy,
+                memory,
+                log=decisions,
+                chunk_tokens=settings.prefill_chunk_tokens,
+                **controls,
+            ),
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,
             max_seq_len_tokens=settings.max_seq_len_tokens,
@@ -141,11 +148,11 @@ def greeting(stack: ServerStack, url: str) -> str:
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
         f"Memory: {controller.monitor.budget_bytes / 2**30:.2f} GiB now "
-        f"({controller.monitor.source.name}); policy: {controller.masks.policy.name}; "
+        f"({controller.monitor.source.name}); policy: {controller.plans.policy.name}; "
         f"removed weights: {stack.settings.residency}.",
     ]
     if stack.decisions is not None:
-        lines.append(f"Each change of the mask is a line in {stack.decisions.path}.")
+        lines.append(f"Each change of the plan is a line in {stack.decisions.path}.")
     lines += [
         f"Health: {url}/healthz, metrics: {url}/metrics. Try it:",
         f"  curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
@@ -158,5 +165,5 @@ def farewell(engine: Engine) -> str:
     stats = engine.stats()
     return (
         f"Ended: {stats.served} answers with {stats.tokens} tokens, {stats.cancelled} cancelled, "
-        f"{engine.controller.masks.switches} changes of the mask."
+        f"{engine.controller.plans.switches} changes of the plan."
     )

@@ -41,6 +41,11 @@ def test_the_largest_shape_agrees_with_a_simulation():
         assert BatchShape.of(rows).tokens == simulated(rows), rows
 
 
+def test_a_shape_knows_the_most_rows_of_its_batch():
+    assert BatchShape(3, 20).rows == 3
+    assert BatchShape.of([(100, 10)] * 7 + [(100, 900)]) == BatchShape(1, 1000, rows=8)
+
+
 def test_a_uniform_shape_covers_every_row_at_every_time():
     draw = random.Random(1)
     for _ in range(50):

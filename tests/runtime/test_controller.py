@@ -22,7 +22,7 @@ from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, or
 def test_a_request_that_fits_leaves_the_model_as_it_is():
     harness = ordered()
     assert harness.controller.admit(SHAPE)
-    masks = harness.controller.masks
+    masks = harness.controller.plans
     assert (harness.mask, masks.switches, masks.decisions) == (BlockMask(), 0, 0)
 
 
@@ -32,14 +32,14 @@ def test_at_arrival_as_many_blocks_are_removed_as_needed(count):
     harness.budget_bytes = between(harness, count)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:count])
-    assert harness.controller.masks.recent[-1].trigger == "arrival"
+    assert harness.controller.plans.recent[-1].trigger == "arrival"
 
 
 def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked():
     harness = ordered()
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
     assert not harness.controller.admit(SHAPE)
-    assert (harness.mask, harness.controller.masks.decisions) == (BlockMask(), 0)
+    assert (harness.mask, harness.controller.plans.decisions) == (BlockMask(), 0)
 
 
 def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
@@ -63,7 +63,7 @@ def test_a_falling_budget_shrinks_the_mask_before_the_next_step():
     harness.budget_bytes = between(harness, 2)
     assert harness.controller.check(SHAPE)
     assert harness.mask == BlockMask.of(*ORDER[:2])
-    assert harness.controller.masks.recent[-1].trigger == "budget_fell"
+    assert harness.controller.plans.recent[-1].trigger == "budget_fell"
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -88,7 +88,7 @@ def test_the_guard_shrinks_a_mask_that_does_not_fit():
     harness.budget_bytes = harness.need(expected, SHAPE)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == expected
-    assert harness.controller.masks.recent[-1].guarded
+    assert harness.controller.plans.recent[-1].guarded
 
 
 def test_the_policys_own_mask_is_taken_if_it_fits():
@@ -97,7 +97,7 @@ def test_the_policys_own_mask_is_taken_if_it_fits():
     harness.budget_bytes = harness.need(mask, SHAPE) + 10
     assert harness.controller.admit(SHAPE)
     assert harness.mask == mask
-    assert not harness.controller.masks.recent[-1].guarded
+    assert not harness.controller.plans.recent[-1].guarded
     assert harness.policy.asked[-1].budget_bytes == harness.budget_bytes
 
 
@@ -114,9 +114,9 @@ def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
     policy = FakePolicy(BlockMask())
     policy.order = ORDER
     harness = Harness(policy=policy)
-    assert harness.controller.masks.guard_order(SHAPE) == ORDER
+    assert harness.controller.plans.guard_order(SHAPE) == ORDER
     freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.masks.guard_order(SHAPE)
+    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.plans.guard_order(SHAPE)
     assert sorted(by_bytes) == list(range(6))
     assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
@@ -176,7 +176,7 @@ def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
 
     harness.llm.apply = noisy_apply
     fits = harness.controller.check(SHAPE)
-    assert harness.controller.masks.switches > 1
+    assert harness.controller.plans.switches > 1
     assert not fits or harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -236,8 +236,8 @@ def test_seconds_and_counts_add_up():
     harness.budget_bytes = between(harness, 2)
     harness.controller.check(SHAPE)
     controller = harness.controller
-    assert (controller.masks.decisions, controller.masks.switches) == (1, 1)
-    assert 0 < controller.masks.decision_s + controller.masks.switch_s <= controller.overhead_s
+    assert (controller.plans.decisions, controller.plans.switches) == (1, 1)
+    assert 0 < controller.plans.decision_s + controller.plans.switch_s <= controller.overhead_s
 
 
 def test_generate_stays_within_its_budget():

@@ -25,7 +25,7 @@ MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding", "gemma2"])
 def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
     harness = Harness(name=name, mask=mask)
-    harness.controller.masks.policy = _Static(mask)
+    harness.controller.plans.policy = _Static(mask)
     engine = harness.engine(max_batch_size=3, prefill_chunk_tokens=4)
     prompts = [prompt(length, seed) for seed, length in enumerate((3, 9, 14, 1, 6))]
     handles = [engine.submit(ids, greedy(7 + n)) for n, ids in enumerate(prompts)]
@@ -339,7 +339,7 @@ def test_a_request_that_can_never_fit_is_rejected():
     least = harness.need(harness.everything, BatchShape(1, 30))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = least - 1
     engine = harness.engine()
-    with pytest.raises(InfeasibleBudgetError, match="under any mask"):
+    with pytest.raises(InfeasibleBudgetError, match="under any plan"):
         engine.submit(prompt(21), greedy(10))
     engine.submit(prompt(11), greedy(10))
     assert engine.stats().refused == 1

@@ -5,6 +5,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator
@@ -48,9 +49,9 @@ def test_resident_weights_are_not_freed_and_the_guard_skips_them(llm):
     assert set(freed[1::2]) == {0}
     assert min(freed[0::2]) > 0
     limit = estimator.peak_bytes(BlockMask.of(0, 2), SHAPE)
-    assert estimator.shrink_to_fit(BlockMask(), [1, 0, 3, 2, 5, 4], SHAPE, limit) == BlockMask.of(
-        0, 2
-    )
+    order = [1, 0, 3, 2, 5, 4]
+    found = estimator.shrink_to_fit(BlockMask(), order, SHAPE, limit)
+    assert found == CompressionPlan(BlockMask.of(0, 2))
 
 
 def test_an_empty_batch_needs_the_weights_and_one_token(llm):
@@ -64,7 +65,8 @@ def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
     for count in range(7):
         expected = BlockMask.of(*order[:count])
         limit = estimator.peak_bytes(expected, SHAPE)
-        assert estimator.shrink_to_fit(BlockMask(), order, SHAPE, limit) == expected
+        found = estimator.shrink_to_fit(BlockMask(), order, SHAPE, limit)
+        assert found == CompressionPlan(expected)
     everything = estimator.peak_bytes(BlockMask.of(*order), SHAPE)
     assert estimator.shrink_to_fit(BlockMask(), order, SHAPE, everything - 1) is None
     assert estimator.shrink_to_fit(BlockMask(), [], SHAPE, everything) is None
@@ -73,10 +75,9 @@ def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
 def test_the_guard_starts_from_the_given_mask(llm):
     estimator = MemoryEstimator(llm)
     limit = estimator.peak_bytes(BlockMask.of(3, 4), SHAPE)
-    assert estimator.shrink_to_fit(BlockMask.of(3), [4, 1], SHAPE, limit) == BlockMask.of(3, 4)
-    assert estimator.shrink_to_fit(BlockMask.of(3, 4, 5), [1], SHAPE, limit) == BlockMask.of(
-        3, 4, 5
-    )
+    for start, order, expected in (((3,), [4, 1], (3, 4)), ((3, 4, 5), [1], (3, 4, 5))):
+        found = estimator.shrink_to_fit(BlockMask.of(*start), order, SHAPE, limit)
+        assert found == CompressionPlan(BlockMask.of(*expected))
 
 
 def test_sliding_windows_limit_the_cache_of_a_row():

@@ -6,8 +6,13 @@ import threading
 import time
 from types import SimpleNamespace
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
+
+PLAN = CompressionPlan.of(
+    dict.fromkeys(("layer00.attn", "layer01.ffn", "layer01.attn"), "removed")
+    | {"layer02.cache": "int4", "layer03.cache": "int4", "layer02.ffn": "int8"}
+)
 
 
 class FakeEngine:
@@ -32,8 +37,8 @@ class FakeEngine:
         self.handles = []
         self.alive = True
         self.closed = False
-        masks = SimpleNamespace(switches=3, decisions=5, policy=SimpleNamespace(name="dense"))
-        self.controller = SimpleNamespace(masks=masks)
+        plans = SimpleNamespace(switches=3, decisions=5, policy=SimpleNamespace(name="dense"))
+        self.controller = SimpleNamespace(plans=plans)
         self.llm = SimpleNamespace(
             fingerprint="0123",
             model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),
@@ -73,7 +78,7 @@ class FakeEngine:
     def stats(self):
         return SimpleNamespace(
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
-            prompt_tokens=50, mask=BlockMask.of("layer00.attn", "layer01.ffn", "layer01.attn"),
+            prompt_tokens=50, plan=PLAN, mask=PLAN.removed,
             budget_bytes=1000, held=SimpleNamespace(weights=600, kv_cache=70, total=670),
             used_bytes=700, preemptions=4, overhead_s=0.25, busy_s=9.0,
         )  # fmt: skip

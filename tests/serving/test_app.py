@@ -15,8 +15,9 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from rap_env.plan import CompressionPlan
 from tests.serving.conftest import served
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.fake_engine import PLAN, FakeEngine
 from tests.serving.tokenizers import byte_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -395,7 +396,7 @@ def test_health_reports_whether_the_engine_runs(tokenizer):
 
 def test_metrics_are_what_prometheus_reads(tokenizer):
     engine = FakeEngine(tokenizer, "abc")
-    engine.controller.masks.policy.name = "rap"
+    engine.controller.plans.policy.name = "rap"
     with served(engine, tokenizer) as server:
         assert post(server, CHAT).status_code == 200
         assert post(server, {**CHAT, "n": 0}).status_code == 400
@@ -419,6 +420,11 @@ def test_metrics_are_what_prometheus_reads(tokenizer):
     assert samples["rap_time_per_output_token_seconds_count",] == 1
     (mask,) = families["rap_mask_info"].samples
     assert mask.labels["removed"] == "layer00.attn layer01.attn layer01.ffn"
+    assert samples["rap_items_lowered", "cache", "int4"] == 2
+    assert samples["rap_items_lowered", "ffn", "int8"] == 1
+    assert samples["rap_items_lowered", "attn", "removed"] == 2
+    (plan,) = families["rap_plan_info"].samples
+    assert CompressionPlan.from_json(plan.labels["plan"]) == PLAN
     (build,) = families["rap_build_info"].samples
     assert build.labels["policy"] == "rap"
 

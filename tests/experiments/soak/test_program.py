@@ -18,6 +18,7 @@ from experiments.soak.invariants import check_answers, memory_growth
 from experiments.soak.program import soak, summary
 from experiments.soak.recording import Answer, AnswerSample, SoakState
 from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.serving.tokenizers import chat_tokenizer
@@ -93,7 +94,7 @@ def answer_of(llm, mask, prompt, tokens=6):
             logprobs = llm.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             token = int(logprobs.argmax())
             ids.append(token)
-            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0, mask))
+            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0, CompressionPlan(mask)))
     handle.emit(EndEvent("length", None, 0.0))
     return Answer.of(handle)
 
@@ -108,7 +109,7 @@ def test_agreement_detects_right_and_wrong_answers():
     assert found.worst_logprob < 1e-4
     assert found.control_wrong == found.control_answers == 2
     wrong = answer_of(llm, masks[0], [5, 6, 7])
-    assert check_answers(llm, [replace(wrong, mask=masks[1])]).wrong_answers == 1
+    assert check_answers(llm, [replace(wrong, plan=CompressionPlan(masks[1]))]).wrong_answers == 1
 
 
 def test_growth_compares_the_second_tenth_with_the_last():
@@ -124,7 +125,7 @@ def test_the_sample_is_bounded_and_leaves_out_changed_masks():
         handle = RequestHandle((number,), SamplingParams(), 0.0)
         masks = [BlockMask(), BlockMask.of(number % 2)] if number % 5 else [BlockMask()]
         for mask in masks:
-            handle.emit(TokenEvent(5, -0.5, 0.0, mask))
+            handle.emit(TokenEvent(5, -0.5, 0.0, CompressionPlan(mask)))
         handle.emit(EndEvent("length", None, 0.0))
         sample.note(handle)
     assert sample.unfinished() == []

@@ -1,0 +1,428 @@
+"""Chooses a live model's plan: lowers items immediately, raises them after a debounce."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.levels import CacheLevel, WeightLevel
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
+from rap_env.policy import PlanPolicy
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
+from rap_env.runtime.memory_monitor import MemoryMonitor
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 4  # at making a plan fit by measured bytes
+_ASKS = 4  # of a policy, each with a lower limit
+_RECENT = 256
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A plan that fits."""
+
+    plan: CompressionPlan
+    need_bytes: int
+    guarded: bool
+    decision_s: float = 0.0
+
+
+class Debounce:
+    """Reports headroom only after it has lasted for `hold_s`, so that the plan does not flap."""
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._since_s: float | None = None
+        self._least_bytes = 0
+
+    def update(self, time_s: float, headroom_bytes: int, wanted_bytes: int) -> int | None:
+        """Take in the headroom of now.
+
+        Args:
+            time_s: The time.
+            headroom_bytes: Free bytes.
+            wanted_bytes: Least headroom that is of use; less restarts the wait.
+
+        Returns:
+            Bytes that were free throughout, once `hold_s` has passed (then a new wait begins);
+            else None.
+        """
+        if headroom_bytes < wanted_bytes:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s, self._least_bytes = time_s, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if time_s - self._since_s < self._hold_s:
+            return None
+        least = self._least_bytes
+        self._since_s, self._least_bytes = time_s, headroom_bytes
+        return least
+
+    def reset(self) -> None:
+        """Restart the wait."""
+        self._since_s = None
+
+
+class PlanController:
+    """Asks a policy for plans, makes them fit, and applies them until the measured bytes fit.
+
+    A policy that chooses plans is asked again with a lower limit where its plan does not fit. Where
+    that does not help either, and with a policy that chooses masks, the guard removes more blocks
+    in its own order. The settings are those of `RuntimeController`.
+
+    Attributes:
+        decisions: How often the policy was asked for a decision.
+        decision_s: Seconds spent choosing plans.
+        switches: How often the plan changed.
+        switch_s: Seconds spent switching.
+        recent: The last decisions, the newest at the end.
+    """
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        policy: PlanPolicy,
+        estimator: MemoryEstimator,
+        monitor: MemoryMonitor,
+        *,
+        guard_order: Sequence[int] | None,
+        hysteresis_share: float,
+        hold_s: float,
+        decision_log: DecisionLog | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._llm = llm
+        self.policy = policy
+        self._estimator = estimator
+        self._monitor = monitor
+        self._hysteresis_share = hysteresis_share
+        self._decision_log = decision_log
+        self._clock = clock
+        if guard_order is None:
+            guard_order = getattr(policy, "order", None)
+        self._order = None if guard_order is None else tuple(guard_order)
+        self._guards = self._order != ()
+        BlockMask.of(*(self._order or ())).check(llm.num_blocks)
+        self._debounce = Debounce(hold_s)
+        self._retry_above: tuple[BatchShape, int] | None = None  # less headroom raises nothing
+        self._switched_for = EMPTY_BATCH
+        self._refill_pending = False
+        self.decisions = self.switches = 0
+        self.decision_s = self.switch_s = 0.0
+        self.recent: deque[Decision] = deque(maxlen=_RECENT)
+
+    def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
+        """Bytes that the next pass allocates, with the refill that a switch has made necessary."""
+        plan = self._llm.plan
+        estimate = self._estimator.pass_estimate(plan, shape, size)
+        if not self._refill_pending:
+            return estimate
+        workspace = estimate.workspace + self._estimator.refill_bytes(plan, shape)
+        final = self._estimator.peak_bytes(plan, shape) - self._estimator.workspace_bytes(shape)
+        return PassEstimate(workspace, max(estimate.growth, final - self._monitor.held.total))
+
+    def note_decode(self) -> None:
+        """Note that a pass of all rows has ended, and with it any refill."""
+        self._refill_pending = False
+
+    def fit(
+        self,
+        shape: BatchShape,
+        available_bytes: int,
+        trigger: Trigger,
+        next_pass: PassSize,
+        *,
+        running: bool,
+    ) -> bool:
+        """Apply a plan that needs no more than is available; return whether one fits.
+
+        Args:
+            shape: The batch to serve.
+            available_bytes: Most bytes that the plan may need.
+            trigger: What caused it.
+            next_pass: Tokens of the next pass.
+            running: Whether there are cached tokens, which a refill would compute again.
+        """
+        self._debounce.reset()
+        choice = self._choose(shape, available_bytes)
+        if choice is not None and running:
+            choice = self._without_refill(choice, shape, available_bytes)
+        return choice is not None and self._settle(choice, shape, trigger, next_pass, running)
+
+    def remove_all(self) -> None:
+        """Remove all that the guard may remove: nothing is left to preempt."""
+        plan = self._smallest(EMPTY_BATCH, self._monitor.budget_bytes)
+        choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH), guarded=True)
+        self._switch(choice, EMPTY_BATCH, "budget_fell", running=False)
+
+    def grow_at_arrival(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
+        """Apply the policy's plan if it fits and is better than the present one."""
+        choice = self._choose(shape, self._growth_limit_bytes())
+        if choice is not None and self._improves(choice, need_bytes, shape):
+            self._settle(choice, shape, "arrival", next_pass, running=False)
+
+    def grow(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
+        """Raise items once there has been headroom above the present need long enough."""
+        monitor = self._monitor
+        headroom = self._growth_limit_bytes() - need_bytes
+        least = self._estimator.least_raise_bytes(self._llm.plan, shape)
+        lasting = self._debounce.update(self._clock(), headroom, least)
+        if lasting is None or (
+            self._retry_above and self._retry_above[0] == shape and lasting < self._retry_above[1]
+        ):
+            return
+        monitor.trim()
+        estimate = self.pass_estimate(shape, next_pass)
+        available = monitor.available_after_trim_bytes(shape, estimate) - self._reserve_bytes()
+        choice = self._grown(shape, min(need_bytes + lasting, available), available)
+        if choice is not None and self._improves(choice, need_bytes, shape):
+            left = shape.tokens < self._switched_for.tokens
+            trigger: Trigger = "left" if left else "room"
+            self._settle(choice, shape, trigger, next_pass, running=bool(shape))
+        else:  # ask again when there is headroom for one more block
+            self._retry_above = (shape, lasting + least)
+
+    def _grown(self, shape: BatchShape, limit_bytes: int, available: int) -> PlanChoice | None:
+        """The policy's plan for headroom; one with a refill only if it pays and fits."""
+        choice = self._choose(shape, limit_bytes)
+        if choice is None or not shape or not self._refills(choice.plan):
+            return choice
+        if self._refill_pays(choice.plan):
+            limit = available - self._estimator.refill_bytes(choice.plan, shape)
+            if choice.need_bytes > limit:
+                choice = self._choose(shape, limit)
+            if choice is None or self._refill_pays(choice.plan):
+                return choice
+        return self._without_refill(choice, shape, limit_bytes)
+
+    def _reserve_bytes(self) -> int:
+        return int(self._monitor.budget_bytes * self._hysteresis_share)
+
+    def _growth_limit_bytes(self) -> int:
+        monitor = self._monitor
+        return monitor.budget_bytes - self._reserve_bytes() - monitor.margin.bytes
+
+    def guard_order(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> Sequence[int]:
+        """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
+        if self._order is not None:
+            return self._order
+        freed = self._estimator.freed_bytes(shape, plan)
+        return sorted(range(len(freed)), key=lambda index: -freed[index])
+
+    def smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
+        """Bytes that the smallest plan for a batch needs."""
+        return self._estimator.peak_bytes(self._smallest(shape, limit_bytes), shape)
+
+    def _smallest(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
+        """The plan that leaves least: all that the guard may remove, or the policy's plan."""
+        if self._guards:
+            return CompressionPlan(BlockMask.of(*self.guard_order(shape)))
+        return self._ask_policy(shape, limit_bytes)[0]
+
+    def _choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
+        """The policy's plan for a batch, made to fit a limit; None if no plan fits it."""
+        started = time.perf_counter()
+        plan = None
+        guarded = False
+        if not self._guards or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
+            self.decisions += 1
+            wanted = self._wanted(shape, limit_bytes)
+            order = self.guard_order(shape, wanted)
+            plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
+            guarded = plan != wanted
+        seconds = time.perf_counter() - started
+        self.decision_s += seconds
+        if plan is None:
+            return None
+        return PlanChoice(plan, self._estimator.peak_bytes(plan, shape), guarded, seconds)
+
+    def _wanted(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
+        """The policy's plan; one for a lower limit if that for the limit needs more than it."""
+        limit = limit_bytes
+        plan, is_mask = self._ask_policy(shape, limit)
+        for _ in range(_ASKS - 1):
+            over = self._estimator.peak_bytes(plan, shape) - limit_bytes
+            if is_mask or over <= 0 or limit <= over:
+                break
+            limit -= over
+            plan, is_mask = self._ask_policy(shape, limit)
+        return plan
+
+    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool]:
+        """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
+        budget = self._estimator.budget_for_policy(shape, limit_bytes)
+        try:
+            found: MaskOrPlan = self.policy.choose(shape.request(budget))
+            return self._estimator.memory.check_plan(found), isinstance(found, BlockMask)
+        except Exception:
+            log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
+            return CompressionPlan(), True
+
+    def _without_refill(
+        self, choice: PlanChoice, shape: BatchShape, limit_bytes: int
+    ) -> PlanChoice:
+        """Change a choice so that no cache has to be computed again.
+
+        Attention blocks that would return stay removed, and lowered caches keep their level. In
+        exchange, as many of the newly removed and lowered items stay as they are as fit.
+        """
+        before = self._llm.plan
+        if not self._refills(choice.plan):
+            return choice
+        returning = {i for i in (before.removed - choice.plan.removed).indices if i % 2 == 0}
+        lower = [(layer, _lower_of(level, choice.plan.cache_level(layer)))
+                 for layer, level in before.caches]  # fmt: skip
+        plan = replace(
+            choice.plan,
+            removed=choice.plan.removed | BlockMask(frozenset(returning)),
+            caches=(*(p for p in choice.plan.caches if p[0] not in dict(lower)), *lower),
+        )
+        for item in self._newly_lowered(plan, shape):
+            kept = _with_level_of(plan, before, item)
+            if self._estimator.peak_bytes(kept, shape) <= limit_bytes:
+                plan = kept
+        need_bytes = self._estimator.peak_bytes(plan, shape)
+        return PlanChoice(plan, need_bytes, guarded=True, decision_s=choice.decision_s)
+
+    def _newly_lowered(self, plan: CompressionPlan, shape: BatchShape) -> list[str]:
+        """Items that a plan lowers below the present one: removed blocks, weights, caches."""
+        before = self._llm.plan
+        order = list(reversed(self.guard_order(shape)))
+        removed = [i for i in order if i in plan.removed.indices - before.removed.indices]
+        weights = [i for i, level in plan.weights if self._is_lower(i, level)]
+        caches = [n for n, level in plan.caches if 2 * n not in before.removed.indices
+                  and _lower_of(before.cache_level(n), level) != before.cache_level(n)]  # fmt: skip
+        sizes = self._estimator.memory.facts.embedding_levels
+        embeddings = [EMBEDDINGS] if sizes[plan.embeddings] < sizes[before.embeddings] else []
+        return [*map(block_name, (*removed, *weights)), *embeddings, *map(cache_name, caches)]
+
+    def _is_lower(self, index: int, level: WeightLevel) -> bool:
+        sizes = self._estimator.memory.facts.weight_levels(index)
+        return sizes[level] < sizes[self._llm.plan.weight_level(index)]
+
+    def _improves(self, choice: PlanChoice, need_bytes: int, shape: BatchShape) -> bool:
+        """Whether a choice is better than the present plan, which needs `need_bytes`.
+
+        It is if it lowers nothing, else if the policy predicts a smaller rise in NLL. Without a
+        prediction, more bytes count as better.
+        """
+        plan, before = choice.plan, self._llm.plan
+        if plan == before:
+            return False
+        if plan.removed <= before.removed and not self._newly_lowered(plan, shape):
+            return True
+        predict = getattr(self.policy, "delta_nll", None)
+        if predict is None:
+            return choice.need_bytes > need_bytes
+        tokens = shape.at_least_one[1]
+        return bool(predict(plan, tokens) < predict(before, tokens))
+
+    def _settle(
+        self,
+        choice: PlanChoice,
+        shape: BatchShape,
+        trigger: Trigger,
+        next_pass: PassSize,
+        running: bool,
+    ) -> bool:
+        """Apply a plan; if it does not fit by measured bytes, try smaller ones."""
+        attempt: PlanChoice | None = choice
+        for _ in range(_ATTEMPTS):
+            if attempt is None:
+                return False
+            self._switch(attempt, shape, trigger, running=running)
+            estimate = self.pass_estimate(shape, next_pass)
+            available = self._monitor.available_after_trim_bytes(shape, estimate)
+            if attempt.need_bytes <= available:
+                return True
+            attempt = self._choose(shape, available)
+            if attempt is not None and running:
+                attempt = self._without_refill(attempt, shape, available)
+        return False
+
+    def _refills(self, plan: CompressionPlan) -> bool:
+        """Whether a plan returns attention blocks or raises caches of those that are kept."""
+        before = self._llm.plan
+        return self._returns_attention(plan) or any(
+            _lower_of(level, plan.cache_level(layer)) != plan.cache_level(layer)
+            for layer, level in before.caches
+            if 2 * layer not in plan.removed.indices
+        )
+
+    def _refill_pays(self, plan: CompressionPlan) -> bool:
+        """Whether what a refill raises costs more quality than a pass is worth.
+
+        That holds for removed attention blocks and for caches of 2 bits, not for better ones.
+        """
+        return self._returns_attention(plan) or any(
+            level.bits == 2 and plan.cache_level(layer).bits > 2
+            for layer, level in self._llm.plan.caches
+            if 2 * layer not in plan.removed.indices
+        )
+
+    def _returns_attention(self, plan: CompressionPlan) -> bool:
+        return (self._llm.plan.removed - plan.removed).count("attn") > 0
+
+    def _switch(
+        self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool
+    ) -> None:
+        """Apply a plan, return freed memory to the system, measure, and record the decision."""
+        monitor, before = self._monitor, self._llm.plan
+        if choice.plan == before:
+            return
+        refills = self._refill_pending or (running and self._refills(choice.plan))
+        bytes_before, started = monitor.used_bytes, time.perf_counter()
+        self._llm.apply(choice.plan)
+        monitor.trim()
+        seconds = time.perf_counter() - started
+        self.switches += 1
+        self.switch_s += seconds
+        decision = Decision(
+            time_s=self._clock(),
+            wall_time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            trigger=trigger,
+            before=before,
+            after=choice.plan,
+            bytes_before=bytes_before,
+            bytes_after=monitor.used_bytes,
+            budget_bytes=monitor.budget_bytes,
+            shape=shape,
+            decision_s=choice.decision_s,
+            switch_s=seconds,
+            guarded=choice.guarded,
+        )
+        self.recent.append(decision)
+        if self._decision_log is not None:
+            self._decision_log.append(decision)
+        self._refill_pending = refills
+        self._debounce.reset()
+        self._switched_for = shape
+        self._retry_above = None
+
+
+def _lower_of(a: CacheLevel, b: CacheLevel) -> CacheLevel:
+    """The level that caches at either level can be lowered to: fewer bits, the shorter window."""
+    windows = [level.window_tokens for level in (a, b) if level.window_tokens is not None]
+    return CacheLevel(min(a.bits, b.bits), min(windows, default=None))
+
+
+def _with_level_of(plan: CompressionPlan, other: CompressionPlan, item: str) -> CompressionPlan:
+    """A plan in which one item has its level in another plan, with its cache if it returns."""
+    items = [item]
+    if plan.levels.get(item) == "removed" and item.endswith(".attn"):
+        items.append(cache_name(block_index(item) // 2))
+    levels = plan.levels | {name: other.levels.get(name, "native") for name in items}
+    return CompressionPlan.of({name: value for name, value in levels.items() if value != "native"})
