@@ -132,6 +132,11 @@ class PackedMatrix:
         return self.codes.device
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether its codes are int4 in blocks of 64 rows."""
+        return self.codes.dim() > len(self.shape)
+
+    @property
     def grouped(self) -> bool:
         """Whether scales belong to groups of inputs, not to whole rows."""
         return self.scales.dim() > 1
@@ -144,22 +149,29 @@ class PackedMatrix:
         """Write the weights of some rows, rounded once to the dtype of `out`.
 
         Args:
-            out: (rows, in), contiguous: float32, bfloat16 or float16, on the matrix's device.
+            out: (rows, in): float32, bfloat16 or float16, on the matrix's device. Int4 blocks are
+                widened fastest if its transpose is contiguous, all others if it is itself.
             first: First row, a multiple of 64.
         """
         rows = slice(first, first + len(out))
-        if self.level == "int4":
-            scale, zero = self.scales[:, rows].unbind(-1)
-            if self.codes.dim() == 3:
-                blocks = slice(first // _BLOCK, (first + len(out)) // _BLOCK)
-                _widen_blocks(self.codes[blocks], scale, zero, out)
-            else:
-                _widen_pairs(self.codes[rows], scale, zero, out)
-        elif self.grouped:
-            scale = _by_input(self.scales[:, rows], self.shape[1])
-            out.copy_(self.codes[rows]).mul_(scale)
-        else:
-            out.copy_(self.codes[rows]).mul_(self.scales[rows, None])
+        codes = self.codes[rows]
+        if self.level == "int8":
+            by_row = self.scales[rows, None]
+            scale = _by_input(self.scales[:, rows], self.shape[1]) if self.grouped else by_row
+            out.copy_(codes).mul_(scale)
+            return
+        scale, zero = self.scales[:, rows].unbind(-1)
+        if not self.in_blocks:
+            _widen_pairs(codes, scale, zero, out)
+            return
+        wide = out.T
+        if out.dtype == torch.float16 or not wide.is_contiguous():  # its range is too short
+            dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+            wide = torch.empty(wide.shape, dtype=dtype, device=out.device)
+        blocks = slice(first // _BLOCK, (first + len(out)) // _BLOCK)
+        _widen_blocks(self.codes[blocks], scale, zero, wide)
+        if wide.data_ptr() != out.data_ptr():
+            out.copy_(wide.T)
 
     def widened(self, dtype: torch.dtype) -> torch.Tensor:
         """All weights in a new tensor (out, in)."""
@@ -190,10 +202,13 @@ class PackedMatrix:
         return found.view(*states.shape[:-1], out)
 
     def _kernel_applies(self, flat: torch.Tensor) -> bool:
-        if len(flat) > _KERNEL_ROWS[self.level] or not len(flat) or flat.device.type != "cpu":
+        rows, dtype = len(flat), flat.dtype
+        if not 0 < rows <= _KERNEL_ROWS[self.level] or flat.device.type != "cpu":
+            return False
+        if dtype == torch.float16:  # its range is too short for some scales
             return False
         if self.level == "int4":
-            return self.codes.dim() == 3 and kernel_reads_blocks()
+            return self.in_blocks and kernel_reads_blocks()
         # With other sizes torch's kernel reads beyond the end of the matrix.
         return not self.grouped and self.shape[1] % GROUP_INPUTS == 0
 
@@ -208,21 +223,26 @@ class PackedMatrix:
         return found
 
     def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
-        out, inputs = self.shape
-        rows = piece_rows(self.shape)
+        out, rows = self.shape[0], piece_rows(self.shape)
         with _buffer_lock:
             if rows >= out:
-                weights = widening_buffer(out * inputs, flat.dtype, flat.device).view(out, inputs)
-                self.widen(weights)
-                return functional.linear(flat, weights)
+                return self._piece_product(flat, 0, out)
             found = flat.new_empty(len(flat), out)
             for first in range(0, out, rows):
-                count = min(rows, out - first)
-                weights = widening_buffer(rows * inputs, flat.dtype, flat.device)
-                weights = weights[: count * inputs].view(count, inputs)
-                self.widen(weights, first)
-                found[:, first : first + count] = functional.linear(flat, weights)
+                last = min(first + rows, out)
+                found[:, first:last] = self._piece_product(flat, first, last)
             return found
+
+    def _piece_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        inputs, rows = self.shape[1], last - first
+        buffer = widening_buffer(rows * inputs, flat.dtype, flat.device)
+        if self.level == "int8" and not self.grouped:  # one scale a row: it can wait
+            weights = buffer.view(rows, inputs).copy_(self.codes[first:last])
+            return functional.linear(flat, weights).mul_(self.scales[first:last])
+        shape = (inputs, rows) if self.in_blocks else (rows, inputs)
+        weights = buffer.view(shape).T if self.in_blocks else buffer.view(shape)
+        self.widen(weights, first)
+        return functional.linear(flat, weights)
 
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero = self.scales.unbind(-1)
@@ -230,7 +250,7 @@ class PackedMatrix:
 
     def _code_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The int4 codes of single rows, (n,) to (n, in)."""
-        if self.codes.dim() == 3:
+        if self.in_blocks:
             block, row = rows // _BLOCK, rows % _BLOCK
             found = self.codes[block, :, row % _HALF]
             return torch.where((row < _HALF)[:, None], found & 15, found >> 4)
@@ -317,18 +337,20 @@ def _unpaired(codes: torch.Tensor, inputs: int) -> torch.Tensor:
 def _widen_blocks(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Codes (blocks, in, 32), scale and zero (groups, rows), into (rows, in)."""
+    """Codes (blocks, in, 32), scale and zero (groups, rows), into (in, rows).
+
+    The codes become signed bytes of 16 times their distance from the middle, which take one
+    operation for each half of a byte and convert to any dtype exactly.
+    """
     blocks, inputs, _ = codes.shape
-    shape = (blocks, inputs // GROUP_INPUTS, GROUP_INPUTS, _BLOCK)
-    wide = torch.empty((blocks, inputs, 2, _HALF), dtype=out.dtype, device=out.device)
-    wide[:, :, 0] = codes & 15
-    wide[:, :, 1] = codes >> 4
-    scale, zero = (
-        part.to(out.dtype).reshape(-1, blocks, 1, _BLOCK).transpose(0, 1) for part in (scale, zero)
-    )
-    values = wide.sub_(_MIDDLE).view(shape)
-    torch.addcmul(zero, values, scale, out=values)
-    out.view(blocks, _BLOCK, inputs).copy_(values.view(blocks, inputs, _BLOCK).transpose(1, 2))
+    signed = torch.bitwise_xor(codes, 0x88)
+    halves = out.view(inputs, blocks, 2, _HALF)
+    halves[:, :, 1].copy_((signed & 0xF0).view(torch.int8).transpose(0, 1))
+    halves[:, :, 0].copy_(signed.bitwise_left_shift_(4).view(torch.int8).transpose(0, 1))
+    groups = out.view(-1, GROUP_INPUTS, len(out[0]))
+    # Contiguous: with other strides torch computes one value at a time.
+    scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale / 16, zero))
+    torch.addcmul(zero, groups, scale, out=groups)
 
 
 def _widen_pairs(
