@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import synchronise
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
@@ -90,7 +91,7 @@ def _block_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
     """Upper bound of one block's inner activations (6 to 18 hidden states were measured)."""
     facts, (rows, length) = llm.facts, ids.shape
     attn = _ATTN_STATES * facts.hidden_size * facts.itemsize
-    if getattr(llm.model.config, "_attn_implementation", None) == "eager":
+    if attention_name(llm.model) == "eager":
         heads = int(llm.adapter.config.num_attention_heads)
         attn += _EAGER_SCORES * heads * length * _FLOAT32
     ffn = (4 * facts.hidden_size + 5 * facts.ffn_width) * facts.itemsize

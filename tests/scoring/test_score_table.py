@@ -13,11 +13,14 @@ import pytest
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
+from rap_env.plan import CompressionPlan
+from rap_env.scoring.predictor import feature_matrix
 from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
 from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of
 
 BLOCKS = 6
+ORIGIN = ("context", "text", "settings", "features", "one_shot", "gsi", "evaluation_s")
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +213,38 @@ def test_tables_with_packed_masks_and_the_old_pessimism_key_are_read(table, path
     assert again.scores == table.scores
     assert again.predictor.pessimism == 1.5
     assert again.predictor.members[0].linear == table.predictor.members[0].linear
+
+
+def test_measured_plans_stand_beside_masks(context, table, tmp_path):
+    plan = CompressionPlan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+    scores = {**table.scores, plan: 7.25, CompressionPlan(BlockMask.of(0, 1, 2, 3)): 9.5}
+    kept = {name: getattr(table, name) for name in ORIGIN}
+    with_plans = ScoreTable.fitted(table.facts, scores, **kept)
+    with_plans.save(tmp_path / "t.json")
+    again = ScoreTable.load(tmp_path / "t.json")
+    assert again.scores == with_plans.scores
+    scorer = TableScorer(again)
+    assert scorer.nll(plan) == 7.25
+    assert not scorer.is_predicted(plan)
+    assert scorer.nll(BlockMask.of(0, 1, 2, 3)) == 9.5
+    mask = BlockMask.of(1)
+    assert scorer.nll(CompressionPlan(mask)) == scorer.nll(mask) == table.scores[mask]
+    assert scorer.known == 3
+    other = CompressionPlan.of({"layer00.cache": "int2"})
+    assert scorer.is_predicted(other)
+    with pytest.raises(UnknownNameError, match=r"int2 \(layer00\.cache\).*live model"):
+        scorer.nll(other)
+    with pytest.raises(UnknownNameError, match=r"layer09"):
+        scorer.nll(CompressionPlan.of({"layer09.cache": "int2"}))
+
+
+def test_a_table_of_the_format_before_plans_still_loads(table, path):
+    body = json.loads(gzip.decompress(path.read_bytes()))["body"]
+    save_artifact(path, "score table", 3, body, compress=True)
+    assert ScoreTable.load(path).scores == table.scores
+
+
+def test_plans_are_no_input_of_the_predictor():
+    with pytest.raises(UnknownNameError, match=r"int8 \(layer01\.ffn\).*only whether"):
+        feature_matrix([BlockMask(), CompressionPlan.of({"layer01.ffn": "int8"})], 4)
+    assert feature_matrix([CompressionPlan(BlockMask.of(2))], 4).tolist() == [[0, 0, 1, 0]]
