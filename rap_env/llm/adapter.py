@@ -18,9 +18,11 @@ from rap_env.llm.families import FAMILIES, Family
 from rap_env.llm.placeholders import RemovedAttention, RemovedBlock, RemovedFFN
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slot:
     """One attribute of a layer that holds a part of a block.
+
+    A module at another level of weights may stand in for the original (`put`).
 
     Modules are replaced in the parent's own table of modules. ``setattr`` does the same after
     looking for a parameter, a buffer or a plain attribute of that name; there is none, since
@@ -32,14 +34,23 @@ class Slot:
     attribute: str
     original: nn.Module
     placeholder: nn.Module
+    _present: nn.Module | None = None
 
     def remove(self) -> None:
-        """Replace the original by the placeholder."""
+        """Replace the part by the placeholder."""
         self.parent._modules[self.attribute] = self.placeholder
 
     def restore(self) -> None:
-        """Put the original back."""
-        self.parent._modules[self.attribute] = self.original
+        """Put the part back."""
+        self.parent._modules[self.attribute] = (
+            self.original if self._present is None else self._present
+        )
+
+    def put(self, module: nn.Module) -> None:
+        """Let a module stand in for the original, at once or once the block is restored."""
+        self._present = module
+        if self.parent._modules[self.attribute] is not self.placeholder:
+            self.parent._modules[self.attribute] = module
 
 
 @dataclass(frozen=True)

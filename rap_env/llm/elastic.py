@@ -22,9 +22,11 @@ from rap_env.llm.device import return_freed_memory
 from rap_env.llm.generation import generate
 from rap_env.llm.kv_cache import Restore
 from rap_env.llm.live_blocks import HeldBytes, LiveBlocks, LiveState
+from rap_env.llm.packed_modules import PackedModule
 from rap_env.llm.placeholders import Stub
-from rap_env.llm.residency import RESIDENCIES, BlockWeights, Residency
-from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_parameters
+from rap_env.llm.residency import RESIDENCIES, Residency, WeightStore
+from rap_env.llm.weight_levels import block_items, embeddings_item, level_bytes
+from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_weights
 from rap_env.memory import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
 
@@ -67,7 +69,8 @@ class ElasticLLM:
         self.tokenizer = tokenizer
         self.name = name
         self.folder = folder
-        self._live = LiveBlocks(self.adapter.sites(model))
+        sites = self.adapter.sites(model)
+        self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
         self._stubs: Mapping[int, Stub] = {}
         self._repair = ""
         self._whole: ElasticLLM | None = None  # the model of which this is a view
@@ -188,7 +191,7 @@ class ElasticLLM:
     @property
     def residency(self) -> Residency:
         """Where the weights of removed blocks are kept; see `rap_env.llm.residency`."""
-        return "resident" if self._live.weights is None else self._live.weights.residency
+        return "resident" if self._live.store is None else self._live.store.residency
 
     def set_residency(self, residency: Residency) -> None:
         """Select where the weights of removed blocks are kept, including those removed now.
@@ -205,29 +208,45 @@ class ElasticLLM:
         with self.exclusive():
             if residency == self.residency:
                 return
-            before = self._live.state
-            self._live.set(LiveState())  # all weights in memory
-            self._live.weights = None
+            live, before = self._live, self._live.state
+            live.set(LiveState())  # all native weights are in memory, and those in use before
+            live.forget_evicted()
+            live.store = None
             try:
                 if residency != "resident":
-                    self._live.weights = BlockWeights(
-                        *untied_parameters(self.model, (s.modules for s in self._live.sites)),
-                        self.device,
-                        self.folder,
-                        residency,
-                        self.fingerprint,
-                    )
+                    live.store = self._weight_store(residency)
             finally:
-                self._live.set(before, evict=True)
+                live.set(before, evict=True)
         return_freed_memory()
+
+    def _weight_store(self, residency: Residency) -> WeightStore:
+        live = self._live
+        own, rest = untied_weights(self.model, (site.modules for site in live.sites))
+        taken = {
+            name: tensor
+            for place in live.embeddings.places
+            if place.tied is None
+            for name, tensor in place.weights.items()
+        }
+        ids = {id(tensor) for tensor in taken.values()}
+        return WeightStore(
+            live.all_items,
+            [*own, taken],
+            {name: tensor for name, tensor in rest.items() if id(tensor) not in ids},
+            self.device,
+            self.folder,
+            residency,
+            self.fingerprint,
+        )
 
     @property
     def held_bytes(self) -> HeldBytes:
         """Bytes that the model's tensors and the KV caches in use take in memory now."""
         with self.exclusive():
             own, base = self._own_bytes
-            evicted = 0 if self._live.weights is None else self._live.weights.evicted_bytes
-            weights = base + sum(own) - evicted + sum(self._stub_bytes())
+            evicted = 0 if self._live.store is None else self._live.store.evicted_bytes
+            made = sum(item.made_bytes for item in self._live.all_items)
+            weights = base + sum(own) - evicted + made + sum(self._stub_bytes())
             return HeldBytes(weights, self._live.kv_bytes())
 
     def track_cache(self, cache: Any) -> None:
@@ -242,12 +261,19 @@ class ElasticLLM:
         )
 
     def _wanted(self, plan: CompressionPlan, bare: BlockMask = BlockMask()) -> LiveState:
-        check_levels(plan.check(self.num_blocks), ())
+        self._check_levels(plan.check(self.num_blocks))
         stubs = {
             index: None if index in bare.indices else self._stubs.get(index)
             for index in plan.removed.indices
         }
         return LiveState(plan, stubs)
+
+    def _check_levels(self, plan: CompressionPlan) -> None:
+        """Raise an `UnknownNameError` unless all items have their level of weights."""
+        for index, level in plan.weights:
+            if level not in (known := self._live.items[index].levels):
+                check_levels(plan, known)
+        check_levels(CompressionPlan(embeddings=plan.embeddings), self._live.embeddings.levels)
 
     @property
     def spare_bytes(self) -> int | None:
@@ -340,6 +366,9 @@ class ElasticLLM:
         per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
         kept = [2 * layer not in self.pruned for layer in range(adapter.num_layers)]
         own, base = self._own_bytes
+        items, embeddings = self._live.items, self._live.embeddings
+        native = (place.original for item in self._live.all_items for place in item.places)
+        packed = any(isinstance(module, PackedModule) for module in native)
         return ModelFacts(
             name=self.name,
             fingerprint=self.fingerprint,
@@ -355,6 +384,9 @@ class ElasticLLM:
             max_positions=adapter.max_positions,
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
+            weights="packed" if packed else "unquantised",
+            **level_bytes(items, own, embeddings, base),
+            widen_bytes=max(item.widen_bytes for item in self._live.all_items),
             kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
             kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
         )

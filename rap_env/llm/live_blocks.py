@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -9,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rap_env.blocks import BlockMask
-from rap_env.levels import NATIVE_CACHE, CacheLevel
+from rap_env.errors import RapError
+from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
 from rap_env.llm import kv_cache
 from rap_env.llm.adapter import BlockSite
 from rap_env.llm.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
 from rap_env.llm.placeholders import Stub
-from rap_env.llm.residency import BlockWeights
+from rap_env.llm.residency import WeightStore
+from rap_env.llm.weight_levels import WeightItem, packed_level
 from rap_env.plan import CompressionPlan
 
 
@@ -50,19 +53,28 @@ class LiveBlocks:
 
     Attributes:
         sites: Where each block is, (2L,).
+        items: The weights of each block at their levels, (2L,).
+        embeddings: The same for embeddings with head.
         state: The present plan.
         lock: Held by the thread that runs the model or changes its plan.
         caches: KV caches in use.
-        weights: Evicts the weights of removed blocks; None if they stay in memory.
+        store: Evicts weights that are not in use; None if they stay in memory.
     """
 
     sites: tuple[BlockSite, ...]
+    items: tuple[WeightItem, ...]
+    embeddings: WeightItem
     state: LiveState = field(default_factory=LiveState)
     lock: threading.RLock = field(default_factory=threading.RLock)
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    weights: BlockWeights | None = None
+    store: WeightStore | None = None
     _removed: dict[int, Stub | None] = field(default_factory=dict)
     _cache_levels: dict[int, CacheLevel] = field(default_factory=dict)
+
+    @property
+    def all_items(self) -> tuple[WeightItem, ...]:
+        """The weights of all blocks, and of embeddings with head."""
+        return (*self.items, self.embeddings)
 
     @property
     def removed(self) -> Mapping[int, Stub | None]:
@@ -73,36 +85,102 @@ class LiveBlocks:
         """Give every item its level in `wanted`.
 
         Args:
-            wanted: The new state.
-            evict: Free the weights of all removed blocks, unless the residency keeps them. This
+            wanted: The new state, whose levels all exist.
+            evict: Free the weights that it does not use, unless the residency keeps them. This
                 happens before others are loaded, so that memory never holds more than either plan
                 needs.
 
         Raises:
-            RapError: A block's weights cannot be read; that block and those after it stay removed.
+            RapError: Weights cannot be read. If a level could not be made, nothing changes; else
+                blocks whose weights are not in memory are removed now.
         """
-        try:
-            self._set(wanted, evict)
-        finally:
-            mask = BlockMask(frozenset(self._removed))
-            caches = tuple(self._cache_levels.items())
-            plan = CompressionPlan(mask, caches=caches)
-            self.state = wanted if plan == wanted.plan else LiveState(plan, dict(self._removed))
-
-    def _set(self, wanted: LiveState, evict: bool) -> None:
+        changes = self._changes(wanted)
+        if self.store is not None:
+            for key, level in changes.items():
+                self.store.prepare(self._item(key), level)
         for index, stub in wanted.stubs.items():
             if index not in self._removed or self._removed[index] is not stub:
                 self.sites[index].remove(stub)
                 self._removed[index] = stub
         self._set_caches(wanted.plan.caches)
-        if self.weights is not None and evict:
-            for index in wanted.stubs:
-                self.weights.evict(index)
-        for index in self._removed.keys() - wanted.stubs.keys():
-            if self.weights is not None:
-                self.weights.load(index)
-            self.sites[index].restore()
-            del self._removed[index]
+        if self.store is not None and evict:
+            for key, item in enumerate(self.all_items):
+                self.store.release(item, self._level(wanted, key))
+        try:
+            self._set_weights(changes)
+        except BaseException:
+            self.state = self._found_state()
+            raise
+        self.state = wanted
+
+    def forget_evicted(self) -> None:
+        """Forget levels of weights that are not in memory; no item may use one."""
+        for item in self.all_items:
+            for level in item.made:
+                if self.store is not None and not self.store.holds(item, level):
+                    item.forget(level)
+
+    def _changes(self, wanted: LiveState) -> dict[int, WeightLevel]:
+        """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
+        before = self.state.plan
+        keys: set[int] = set()
+        if before.embeddings != wanted.plan.embeddings:
+            keys.add(len(self.items))
+        if before.weights != wanted.plan.weights:
+            changed = {*before.weights} ^ {*wanted.plan.weights}
+            keys.update(index for index, _ in changed)
+        keys.update(self._removed)
+        keys -= wanted.stubs.keys()
+        return {key: self._level(wanted, key) for key in sorted(keys, reverse=True)}
+
+    def _set_weights(self, changes: Mapping[int, WeightLevel]) -> None:
+        done = set()
+        try:
+            for key, level in changes.items():
+                item = self._item(key)
+                if self.store is not None:
+                    self.store.load(item, level)
+                elif (packed := packed_level(level)) is not None and packed not in item.made:
+                    item.quantise(packed)
+                item.put(level)
+                if key in self._removed:
+                    self.sites[key].restore()
+                    del self._removed[key]
+                done.add(key)
+        except BaseException:
+            self._without_lost_weights(changes.keys() - done)
+            raise
+
+    def _without_lost_weights(self, keys: Iterable[int]) -> None:
+        """Remove blocks whose weights are not in memory any more."""
+        for key in keys:
+            item = self._item(key)
+            if self.store is None or self.store.holds(item, item.level):
+                continue
+            if item is self.embeddings:
+                with contextlib.suppress(RapError):
+                    self.store.load(item, item.level)
+            elif key not in self._removed:
+                self.sites[key].remove(None)
+                self._removed[key] = None
+
+    def _found_state(self) -> LiveState:
+        """The state as it is, by looking at each item."""
+        kept = (index for index in range(len(self.items)) if index not in self._removed)
+        plan = CompressionPlan(
+            BlockMask(frozenset(self._removed)),
+            tuple((index, self.items[index].level) for index in kept),
+            tuple(self._cache_levels.items()),
+            self.embeddings.level,
+        )
+        return LiveState(plan, dict(self._removed))
+
+    def _item(self, key: int) -> WeightItem:
+        return self.embeddings if key == len(self.items) else self.items[key]
+
+    def _level(self, state: LiveState, key: int) -> WeightLevel:
+        is_block = key < len(self.items)
+        return state.plan.weight_level(key) if is_block else state.plan.embeddings
 
     def _set_caches(self, levels: Iterable[tuple[int, CacheLevel]]) -> None:
         wanted = dict(levels)

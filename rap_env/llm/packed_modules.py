@@ -344,6 +344,36 @@ def widened(module: nn.Module) -> nn.Module:
     return module.widened() if isinstance(module, PackedModule) else module
 
 
+def skeleton(module: nn.Module) -> nn.Module:
+    """A child for `from_tensors` without weights of its own: they are on the meta device.
+
+    Args:
+        module: A child of `packable`, or a packed module, whose unquantised shape is then meant.
+    """
+    if isinstance(module, PackedLinear):
+        size = (module.in_features, module.out_features)
+        linear = nn.Linear(*size, bias=False, device="meta", dtype=module.dtype)
+        linear.register_parameter("bias", module.bias)
+        return linear
+    if isinstance(module, PackedEmbedding):
+        rows = nn.Embedding(
+            module.num_embeddings, module.embedding_dim, device="meta", dtype=module.dtype
+        )
+        rows.register_buffer("embed_scale", module.embed_scale, persistent=False)
+        return rows
+    if isinstance(module, PackedExperts):
+        full, child, dtype = module._full, module._child[0], module.dtype
+    else:
+        child, names = module, list(raw_weights(module)) or ["weight"]
+        weights = {name: cast("torch.Tensor", getattr(module, name)) for name in names}
+        full = {name: tuple(weight.shape) for name, weight in weights.items()}
+        dtype = next(iter(weights.values())).dtype
+    bare = _without(child, full)
+    for name, shape in full.items():
+        bare._parameters[name] = _fixed(torch.empty(shape, dtype=dtype, device="meta"))
+    return bare
+
+
 def module_bytes(child: nn.Module, level: PackedLevel) -> int:
     """Bytes that `packed` stores for a child at a level, from its sizes alone."""
     matrices = matrices_of(child).values()

@@ -1,53 +1,67 @@
-"""The residency of the weights of removed blocks.
+"""The residency of weights that the plan does not use.
 
 =============  ==================================  ======================================
-Residency      Weights of a removed block          Restoring the block
+Residency      Weights that are not used           Loading them
 =============  ==================================  ======================================
-``resident``   stay in memory                      moves nothing
+``resident``   stay in memory, at every level      moves nothing
+               that was used so far
 ``offload``    CUDA: are in pinned host memory;    CUDA: one copy over the bus;
                CPU: stay in a safetensors file     CPU: one read of the file (mostly from
                                                    the system's page cache)
-``drop``       are freed; no copy is kept          a read of the model's own files
+``drop``       are freed; no copy is kept          a read of the model's own files; other
+                                                   levels are made from them again
 =============  ==================================  ======================================
 
 On a CPU the file is the model's own if it holds exactly these bytes, else one that is written once
 to the cache folder. It is read into a buffer, not mapped: mapped pages would count as memory of the
-process. Each block's weights are in a buffer of their own, whose memory returns to the system as
-soon as it is freed; the C library's heap would keep it. All other weights are copied to memory too:
-transformers may have left them mapped, and a mapping keeps every page of the file that was read.
+process. Weights that are freed together are in a buffer of their own, whose memory returns to the
+system as soon as it is freed; the C library's heap would keep it. All other weights are copied to
+memory too: transformers may have left them mapped, and a mapping keeps every page of the file that
+was read.
+
+A level of a block's weights is made at its first use, and under ``offload`` written to a file of
+its own with a checksum, which later processes verify before they use it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import nn
 
 from rap_env.artifacts import atomic_write
-from rap_env.errors import UnsupportedModelError
-from rap_env.llm.weights import StoredTensor, stored_tensors
+from rap_env.errors import ArtifactError, ChecksumError, UnsupportedModelError
+from rap_env.levels import WEIGHT_LEVELS, WeightLevel
+from rap_env.llm.packing import PackedLevel
+from rap_env.llm.weight_levels import WeightItem, packed_level
+from rap_env.llm.weights import StoredTensor, metadata, stored_tensors
 from rap_env.paths import cache_dir
 
 Residency = Literal["resident", "offload", "drop"]
-"""Where the weights of removed blocks are kept."""
+"""Where weights are kept that the plan does not use."""
 
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
+log = logging.getLogger(__name__)
+
 _ALIGN_BYTES = 64  # best for vector instructions, and the alignment of torch's own allocator
+_LEVELS_VERSION = 1
+"""Part of the names of files with levels: increase it when quantisers give other values."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A parameter of a block and its offset in the block's buffer."""
+    """A tensor of a group and its offset in the group's buffer."""
 
     name: str
-    parameter: nn.Parameter
+    tensor: torch.Tensor
     offset: int
     shape: torch.Size
     dtype: torch.dtype
@@ -60,51 +74,64 @@ class _Part:
         return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
-class _Block:
-    """The weights of one block: in a buffer of their own, or evicted."""
+class _Group:
+    """Tensors that the same levels use: in a buffer of their own, or evicted.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    Args:
+        tensors: Parameters or buffers of modules, by name.
+        levels: The levels that use them.
+        device: Where they are.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        levels: Collection[WeightLevel],
+        device: torch.device,
+    ) -> None:
         offset, parts = 0, []
-        for name, parameter in parameters.items():
-            parts.append(_Part(name, parameter, offset, parameter.shape, parameter.dtype))
-            offset += -(-parameter.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        for name, tensor in tensors.items():
+            parts.append(_Part(name, tensor, offset, tensor.shape, tensor.dtype))
+            offset += -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
         self.parts = parts
+        self.levels = levels
         self.buffer_bytes = offset
         self.nbytes = sum(part.nbytes for part in parts)
         self.device = device
         self.evicted = False
         self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
-        self.files: Sequence[StoredTensor] = ()
+        self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
 
     def pack(self) -> None:
         """Move the weights into a buffer of their own."""
         self._point_to(self._copied_to(_buffer(self.buffer_bytes, self.device)))
 
-    def pin(self) -> None:
-        """Keep a copy in pinned host memory."""
-        self.host = self._copied_to(
-            torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
-        )
-
-    def evict(self) -> None:
-        """Free the buffer."""
+    def evict(self, pin: bool) -> None:
+        """Free the buffer, unless it is freed already; with `pin` keep a copy in host memory."""
+        if self.evicted or not self.parts:
+            return
+        if pin and self.host is None:  # the copy is kept: weights never change
+            empty = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
+            self.host = self._copied_to(empty)
         for part in self.parts:
-            part.parameter.data = part.parameter.data.new_empty(0)
+            part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
 
     def load(self) -> None:
-        """Load the evicted weights into a new buffer."""
+        """Load the weights into a new buffer, unless they are in memory."""
+        if not self.evicted:
+            return
         if self.host is not None:
             buffer = self.host.to(self.device, non_blocking=True)
         else:
             buffer = _buffer(self.buffer_bytes, self.device)
-            for part, stored in zip(self.parts, self.files, strict=True):
+            for part, stored in zip(self.parts, self.files or (), strict=True):
                 stored.read_into(part.view(buffer))
         self._point_to(buffer)
         self.evicted = False
 
     def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-        """Storage of the parameters in their dtype; parameters that are not stored are left out."""
+        """Storage of the tensors in their dtype; those that are not stored are left out."""
         return [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
 
     def same_as(self, files: Sequence[StoredTensor]) -> bool:
@@ -114,28 +141,29 @@ class _Block:
         cpu = torch.device("cpu")
         return all(
             stored.shape == part.shape
-            and torch.equal(_bytes(stored.read(cpu)), _bytes(part.parameter.data.cpu()))
+            and torch.equal(_bytes(stored.read(cpu)), _bytes(part.tensor.data.cpu()))
             for part, stored in zip(self.parts, files, strict=True)
         )
 
     def _copied_to(self, buffer: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
-            part.view(buffer).copy_(part.parameter.data)
+            part.view(buffer).copy_(part.tensor.data)
         return buffer
 
     def _point_to(self, buffer: torch.Tensor) -> None:
         for part in self.parts:
-            part.parameter.data = part.view(buffer)
+            part.tensor.data = part.view(buffer)
 
 
-class BlockWeights:
-    """Evicts the weights of single blocks and loads them again, bit for bit.
+class WeightStore:
+    """Evicts weights of single items and loads them again, bit for bit.
 
     Args:
-        parameters: Parameters of each block by their names in the model, (2L,), without those
-            that are also used elsewhere (tied), which always stay in memory.
-        rest: All other parameters that share no memory with any.
-        device: Device of the parameters.
+        items: The items: the blocks, and embeddings with head.
+        own: All native weights of each item by their names in the model. Those that are also used
+            elsewhere (tied) are left out; they always stay in memory.
+        rest: All other weights that share no memory with any.
+        device: Device of the weights.
         folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
         fingerprint: Fingerprint of the model; names the files that have to be written.
@@ -147,67 +175,182 @@ class BlockWeights:
 
     def __init__(
         self,
-        parameters: Sequence[Mapping[str, nn.Parameter]],
-        rest: Mapping[str, nn.Parameter],
+        items: Sequence[WeightItem],
+        own: Sequence[Mapping[str, torch.Tensor]],
+        rest: Mapping[str, torch.Tensor],
         device: torch.device,
         folder: Path | None,
         residency: Residency,
         fingerprint: str,
     ) -> None:
         self.residency = residency
-        self._blocks = [_Block(own, device) for own in parameters]
+        self._device = device
+        self._pinned = device.type == "cuda" and residency == "offload"
         self._written = cache_dir() / "offloaded" / fingerprint[:16]
-        known = {} if folder is None else stored_tensors(folder)
-        for index, block in enumerate(self._blocks):
-            self._prepare(index, block, known)
-        for block in (*self._blocks, _Block(rest, device)):
-            block.pack()
+        self._known = {} if folder is None else stored_tensors(folder)
+        self._native = {
+            item: list(_native_groups(item, weights, device))
+            for item, weights in zip(items, own, strict=True)
+        }
+        self._made: dict[WeightItem, dict[PackedLevel, _Group]] = {item: {} for item in items}
+        for item in items[:-1]:  # embeddings are rarely evicted: their files are found on demand
+            self._find_files(item)
+        for groups in self._native.values():
+            for group in groups:
+                group.pack()
+        _Group(rest, (), device).pack()
+        for item in items:
+            for level in item.made:
+                self._add(item, level)
 
     @property
     def evicted_bytes(self) -> int:
-        """Bytes of weights that are not in memory."""
-        return sum(block.nbytes for block in self._blocks if block.evicted)
+        """Bytes of native weights that are not in memory."""
+        groups = (group for native in self._native.values() for group in native)
+        return sum(group.nbytes for group in groups if group.evicted)
 
-    def evict(self, index: int) -> None:
-        """Free the weights of a block, unless they are freed already."""
-        block = self._blocks[index]
-        if block.evicted or not block.parts:
+    def holds(self, item: WeightItem, level: WeightLevel) -> bool:
+        """Whether all weights that an item uses at a level are in memory."""
+        made = level == "native" or level in self._made[item]
+        return made and not any(group.evicted for group in self._used(item, level))
+
+    def prepare(self, item: WeightItem, level: WeightLevel) -> None:
+        """Make sure that an item can leave its level for another, and that this one exists.
+
+        The first use of a level makes it; its weights are then in a file, and not in memory. Under
+        ``drop`` there is no such file, and `load` makes them.
+
+        Raises:
+            UnsupportedModelError: ``"drop"``, and the model's files do not contain the weights.
+            StorageFullError: No disk space for a file to offload to.
+        """
+        if level != "native":
+            self._find_files(item)
+        packed = packed_level(level)
+        if packed is not None and packed not in self._made[item] and self.residency == "offload":
+            self._make(item, packed)
+            self._made[item][packed].evict(self._pinned)
+
+    def release(self, item: WeightItem, level: WeightLevel) -> None:
+        """Free the weights of an item that a level does not use."""
+        for group in (*self._native[item], *self._made[item].values()):
+            if level not in group.levels and not group.evicted:
+                group.evict(self._pinned)
+
+    def load(self, item: WeightItem, level: WeightLevel) -> None:
+        """Load the weights that an item uses at a level, unless they are in memory."""
+        packed = packed_level(level)
+        made = self._made[item].get(packed) if packed is not None else None
+        if packed is not None and (made is None or (made.evicted and self.residency == "drop")):
+            self._make(item, packed)
+        for group in self._used(item, level):
+            group.load()
+
+    def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[_Group]:
+        groups = (*self._native[item], *self._made[item].values())
+        return (group for group in groups if level in group.levels)
+
+    def _find_files(self, item: WeightItem) -> None:
+        """Find the files from which an item's native weights can be read, or write them."""
+        groups = [group for group in self._native[item] if group.files is None]
+        if self._pinned or not groups:
             return
-        if block.device.type == "cuda" and self.residency == "offload" and block.host is None:
-            block.pin()  # the copy is kept: weights never change
-        block.evict()
-
-    def load(self, index: int) -> None:
-        """Load the weights of a block into memory, unless they are there."""
-        if self._blocks[index].evicted:
-            self._blocks[index].load()
-
-    def _prepare(self, index: int, block: _Block, known: Mapping[str, StoredTensor]) -> None:
-        """Find the files from which the weights of a block can be read, or write them."""
-        if block.device.type == "cuda" and self.residency == "offload":
-            return
-        files = block.among(known)
-        if not block.same_as(files):
+        known = {**item.aliased(self._known), **self._known}
+        found = [group.among(known) for group in groups]
+        if not all(map(_Group.same_as, groups, found)):
             if self.residency == "drop":
                 raise UnsupportedModelError(
                     "residency='drop' reads removed blocks again from the model's own safetensors "
                     "files, and they are missing or hold other values than the model; save it "
                     "with save_pretrained() and load it from that folder, or use 'offload'."
                 )
-            files = self._write(index, block)
-        block.files = files
+            path = self._written / f"{item.name}.safetensors"
+            known = stored_tensors(path.parent, path.name)
+            found = [group.among(known) for group in groups]
+            if not all(map(_Group.same_as, groups, found)):
+                _write(path, {p.name: p.tensor.data for group in groups for p in group.parts})
+                known = stored_tensors(path.parent, path.name)
+                found = [group.among(known) for group in groups]
+        for group, files in zip(groups, found, strict=True):
+            group.files = files
 
-    def _write(self, index: int, block: _Block) -> list[StoredTensor]:
-        """Write the block's weights to the cache folder, unless a file there holds them already."""
-        from safetensors.torch import save
+    def _make(self, item: WeightItem, level: PackedLevel) -> None:
+        """Make a level of an item, from its file if there is one; the weights are in memory."""
+        path = self._level_path(item, level)
+        if self.residency == "offload" and not self._pinned and path.is_file():
+            try:
+                item.build(level, _verified(path, self._device))
+                self._add(item, level)
+                return
+            except (ChecksumError, ArtifactError) as error:
+                log.warning("%s is damaged (%s); it is created again", path, error)
+        absent = [group for group in self._native[item] if group.evicted]
+        try:
+            for group in absent:
+                group.load()
+            item.quantise(level)
+        finally:
+            for group in absent:
+                group.evict(self._pinned)
+        self._add(item, level)
 
-        path = self._written / f"block{index:03d}.safetensors"
-        files = block.among(stored_tensors(path.parent, path.name))
-        if not block.same_as(files):
-            with atomic_write(path) as file:
-                file.write(save({p.name: p.parameter.data.contiguous() for p in block.parts}))
-            files = block.among(stored_tensors(path.parent, path.name))
-        return files
+    def _add(self, item: WeightItem, level: PackedLevel) -> None:
+        """Take over the tensors of a level that was made, and write them if needed."""
+        group = _Group(item.tensors(level), (level,), self._device)
+        group.pack()
+        self._made[item][level] = group
+        if self.residency == "offload" and not self._pinned:
+            path = self._level_path(item, level)
+            files = group.among(stored_tensors(path.parent, path.name)) if path.is_file() else []
+            if not group.same_as(files):
+                _write(path, {part.name: part.tensor.data for part in group.parts})
+                files = group.among(stored_tensors(path.parent, path.name))
+            group.files = files
+
+    def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
+        return self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"
+
+
+def _native_groups(
+    item: WeightItem, weights: Mapping[str, torch.Tensor], device: torch.device
+) -> Iterator[_Group]:
+    """Native weights of an item, those together that the same levels use."""
+    users = item.native_tensors()
+    by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        _, levels = users.get(name, (tensor, frozenset(WEIGHT_LEVELS[:-1])))
+        by_levels.setdefault(levels, {})[name] = tensor
+    return (_Group(tensors, levels, device) for levels, tensors in by_levels.items())
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file with a checksum of its tensors."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(whole, {"sha256": _checksum(whole.items())}))
+
+
+def _verified(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """All tensors of a file that `_write` wrote.
+
+    Raises:
+        ChecksumError: It is damaged.
+    """
+    stored = stored_tensors(path.parent, path.name)
+    found = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
+    if metadata(path).get("sha256") != _checksum(found.items()):
+        raise ChecksumError(f"The content of {path} does not match its checksum.")
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(_bytes(tensor).numpy().data)
+    return total.hexdigest()
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -25,8 +25,10 @@ from rap_env.llm.pruned_checkpoint import PRUNED_FILE
 from rap_env.llm.residency import RESIDENCIES, Residency
 from rap_env.llm.sources import load_tokenizer, locate
 from rap_env.llm.weight_files import open_weights
+from rap_env.llm.weight_levels import embeddings_item
 from rap_env.llm.weights import StoredTensor
 from rap_env.paths import cache_dir
+from rap_env.plan import CompressionPlan
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +158,7 @@ class StreamedLLM(ElasticLLM):
         self._layers, resident = self._parameters()
         self._check_cap(resident)
         self._load_resident(resident)
+        self._live.embeddings = embeddings_item(self.model)  # only now tied weights are one tensor
         for number, parameters in enumerate(self._layers):
             for module in {id(entry.module): entry.module for entry in parameters}.values():
                 module.register_forward_pre_hook(partial(_hold, weakref.ref(self), number))
@@ -177,6 +180,14 @@ class StreamedLLM(ElasticLLM):
             raise UnsupportedModelError(
                 f"residency={residency!r} has no effect on a streamed model, which holds one layer "
                 "at a time whatever its mask is; load the model with load_llm()."
+            )
+
+    def _check_levels(self, plan: CompressionPlan) -> None:
+        super()._check_levels(plan)
+        if plan.weights or plan.embeddings != "native":
+            raise UnsupportedModelError(
+                "The weights of a streamed model are read from its files at every use, so that "
+                "they have no other levels; load the model with load_llm()."
             )
 
     def load_layer(self, number: int) -> None:

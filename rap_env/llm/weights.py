@@ -16,6 +16,7 @@ from torch import nn
 
 from rap_env.artifacts import canonical_json
 from rap_env.errors import ChecksumError, ModelNotAvailableError
+from rap_env.llm.packed_modules import PackedModule
 
 # Entries of a config that do not affect what the model computes, or (dtype) that the tensors
 # themselves state.
@@ -29,7 +30,9 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Dtypes that can be read, by their names in safetensors files."""
+"""Dtypes of unquantised weights that can be read, by their names in safetensors files."""
+
+_ALL_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -64,26 +67,37 @@ def fingerprint_of(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]
     return total.hexdigest()
 
 
-def untied_parameters(
+def untied_weights(
     model: nn.Module, blocks: Iterable[Iterable[nn.Module]]
-) -> tuple[list[dict[str, nn.Parameter]], dict[str, nn.Parameter]]:
-    """Parameters that only one block uses, (2L,), and all others, by their names in the model.
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Weights that only one block uses, (2L,), and all others, by their names in the model.
 
-    A parameter with several names is among the others. Different parameters that share memory
-    are in neither: moving one would separate them. No block may be removed from the model; `blocks`
-    has the modules of each, in order of index.
+    Weights are parameters, and the tensors of packed modules. One with several names is among the
+    others. Different ones that share memory are in neither: moving one would separate them. No
+    block may be removed from the model; `blocks` has the modules of each, in order of index.
     """
-    named = dict(model.named_parameters())  # one name for each object
+    named = dict(_weights_of(model))  # one name for each object
     users = Counter(tensor_key(parameter) for parameter in named.values())
     alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
     seen = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
     names = {id(parameter): name for name, parameter in alone.items()}
     own = []
     for modules in blocks:
-        inside = [p for part in modules for p in part.parameters() if id(p) in names]
+        inside = [p for part in modules for _, p in _weights_of(part) if id(p) in names]
         own.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
     taken = {name for block in own for name in block}
     return own, {name: p for name, p in alone.items() if name not in taken}
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and the tensors of packed modules, each object once."""
+    yield from module.named_parameters()
+    seen = set()
+    for path, part in module.named_modules():
+        for name, tensor in part.tensors().items() if isinstance(part, PackedModule) else ():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}".lstrip("."), tensor
 
 
 @dataclass(frozen=True)
@@ -164,8 +178,14 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
     found = {}
     for path in sorted(folder.glob(pattern)):
         for name, entry in read_header(path).items():
-            if (dtype := DTYPES.get(entry["dtype"])) is not None:
+            if (dtype := _ALL_DTYPES.get(entry["dtype"])) is not None:
                 found[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
+    return found
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; errors as for `read_header`."""
+    found: dict[str, str] = _header(path)[0].get("__metadata__", {})
     return found
 
 
@@ -175,17 +195,22 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         ChecksumError: It is truncated or damaged.
     """
+    table, begin = _header(path)
+    table.pop("__metadata__", None)
+    return {
+        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
+    }
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors begin."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         try:
             table: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
         except ValueError as error:
             raise damaged_weights(path.parent, error) from error
-    table.pop("__metadata__", None)
-    begin = _LENGTH_BYTES + length
-    return {
-        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
-    }
+    return table, _LENGTH_BYTES + length
 
 
 def damaged_weights(folder: Path, error: Exception) -> ChecksumError:
