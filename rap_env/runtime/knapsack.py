@@ -79,6 +79,10 @@ class KnapsackPolicy:
         costs: Costs of its levels; levels that were not measured are not chosen.
         cached_choices: Requests whose plan is cached.
 
+    Attributes:
+        order: Blocks in the order of what their removal costs, (2L,); None if that was not
+            measured for all of them.
+
     Raises:
         ArtifactError: The costs are of a model with another number of layers.
     """
@@ -95,6 +99,7 @@ class KnapsackPolicy:
             )
         self.memory = memory
         self.costs = costs
+        self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
@@ -105,6 +110,13 @@ class KnapsackPolicy:
     def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float:
         """Predicted rise in NLL of a plan, nats per token; see `LevelCosts.delta_nll`."""
         return self.costs.delta_nll(plan, seq_len_tokens)
+
+    def _removal_order(self) -> tuple[int, ...] | None:
+        names = [block_name(index) for index in range(self.memory.facts.num_blocks)]
+        if not all(self._measured(name, "removed") for name in names):
+            return None
+        costs = [self.costs.cost(name, "removed") for name in names]
+        return tuple(sorted(range(len(names)), key=costs.__getitem__))
 
     def _choose(self, request: Request) -> CompressionPlan:
         memory, budget = self.memory, request.budget_bytes

@@ -162,6 +162,17 @@ def test_only_measured_levels_are_chosen():
         assert all(item.endswith(".ffn") for item in plan.levels)
 
 
+def test_the_removal_order_follows_the_costs():
+    made = facts(packed=True)
+    known = costs(made)
+    policy = KnapsackPolicy(MemoryModel(made), known)
+    rises = [known.cost(block_name(index), "removed") for index in policy.order]
+    assert sorted(policy.order) == [0, 1, 2, 3]
+    assert rises == sorted(rises)
+    some = {item: levels for item, levels in known.one_shot.items() if item != "layer01.ffn"}
+    assert KnapsackPolicy(MemoryModel(made), replace(known, one_shot=some)).order is None
+
+
 def test_costs_and_requests_of_another_model_are_rejected():
     with pytest.raises(ArtifactError, match="2 layers, but made has 3"):
         KnapsackPolicy(MemoryModel(facts(3)), costs(facts(2)))
