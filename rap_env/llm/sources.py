@@ -25,19 +25,24 @@ class Located:
     name: str
 
 
-def locate(model: str | os.PathLike[str]) -> Located:
+def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
     """Find a model on this machine, and download or convert it if needed.
 
     An alias takes precedence over a folder of that name, and a folder over a hub id. Names and
     errors are those of `rap_env.llm.loading.load_llm`.
+
+    Args:
+        model: A name or a path.
+        packed: Let a GGUF file keep its own bits: the folder is then one for
+            `rap_env.llm.packed_folder.load_native`, which `is_packed` tells.
     """
     name = os.fspath(model)
     alias, _, source = name.partition("@")
     if alias == ALIAS:
-        folder, source = default_model_folder(source or None)
+        folder, source = default_model_folder(source or None, packed=packed)
         return Located(folder, f"{alias}@{source}")
     if looks_like_path(model):
-        return _locate_path(Path(name).expanduser())
+        return _locate_path(Path(name).expanduser(), packed)
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise UnknownNameError(
@@ -60,11 +65,11 @@ def looks_like_path(model: str | os.PathLike[str]) -> bool:
     return written or (name != "" and Path(name).exists())
 
 
-def _locate_path(path: Path) -> Located:
+def _locate_path(path: Path, packed: bool) -> Located:
     if path.is_dir():
         return Located(path, path.resolve().name)
     if path.is_file():
-        return Located(converted_gguf(path.resolve()), path.stem)
+        return Located(converted_gguf(path.resolve(), packed=packed), path.stem)
     raise ModelNotAvailableError(
         f"There is no model folder or GGUF file {path}; check the path, or use the alias {ALIAS} "
         "or a hub id."

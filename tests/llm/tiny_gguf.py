@@ -9,6 +9,8 @@ import gguf
 import numpy as np
 import torch
 import transformers as tf
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from tokenizers import pre_tokenizers
 
 from tests.tiny import randomise
@@ -36,19 +38,19 @@ _NAMES = {
 }
 
 
-def tiny_source_model(seed: int = 0) -> Any:
-    """A random Llama with a tied head and the vocabulary `TOKENS`."""
+def tiny_source_model(seed: int = 0, *, tied: bool = True, hidden: int = 32, ffn: int = 48) -> Any:
+    """A random Llama with the vocabulary `TOKENS`."""
     config = tf.LlamaConfig(
         vocab_size=len(TOKENS),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=ffn,
         num_hidden_layers=2,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
@@ -58,15 +60,35 @@ def tiny_source_model(seed: int = 0) -> Any:
     return model.eval()
 
 
-def write_tiny_gguf(path: Path, *, architecture: str = "llama", seed: int = 0) -> Any:
-    """Write a GGUF file and return the model whose weights it holds."""
-    model = tiny_source_model(seed)
+def write_tiny_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    seed: int = 0,
+    kind: str = "F32",
+    leave_out: str = "none",
+    **sizes: Any,
+) -> Any:
+    """Write a GGUF file and return the model whose weights it holds.
+
+    Args:
+        path: The file to write.
+        architecture: What its header says.
+        seed: Seed of the weights.
+        kind: Type of its matrices; if not F32, they hold the model's weights only approximately.
+        leave_out: A tensor that the file lacks.
+        **sizes: As for `tiny_source_model`.
+    """
+    model = tiny_source_model(seed, **sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, architecture)
     _write_header(writer, model.config)
     for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":
-            writer.add_tensor(*_gguf_tensor(name, tensor))
+        tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if not tied_head and name != leave_out:
+            written, values = _gguf_tensor(name, tensor)
+            stored = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+            writer.add_tensor(written, quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -102,6 +124,8 @@ def _gguf_tensor(name: str, tensor: torch.Tensor) -> tuple[str, np.ndarray]:
     values = tensor.numpy()
     if name == "model.embed_tokens.weight":
         return "token_embd.weight", values
+    if name == "lm_head.weight":
+        return "output.weight", values
     if name == "model.norm.weight":
         return "output_norm.weight", values
     _, _, layer, *middle, _ = name.split(".")
