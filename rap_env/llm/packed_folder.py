@@ -269,7 +269,7 @@ def _as_stored(
     """Weights that were dequantised: packed again, or as they are if they were not quantised."""
     if kind in UNQUANTISED:
         return weights.to(UNQUANTISED[kind])
-    if (child := _child(model, name)) is None:
+    if _child(model, name) is None:
         return weights
     return quantise(_oriented(name, weights, model), "int4" if packs_as_int4(kind) else "int8")
 
