@@ -32,6 +32,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.errors import ArtifactError, check_name
+from rap_env.llm.kernel_choice import remembered_rows
 
 PackedLevel = Literal["int8", "int4"]
 PACKED_LEVELS: tuple[PackedLevel, ...] = ("int8", "int4")
@@ -49,7 +50,7 @@ PIECE_VALUES = 2**20
 _BLOCK = 64  # rows of a block
 _HALF = _BLOCK // 2
 _MIDDLE = 8  # the int4 code that stands for the zero itself
-_KERNEL_ROWS: dict[PackedLevel, int] = {"int8": 24, "int4": 32}
+_EXAMPLE = (1536, 576)  # (out, in) of the matrix with which kernels are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,15 +203,15 @@ class PackedMatrix:
         return found.view(*states.shape[:-1], out)
 
     def _kernel_applies(self, flat: torch.Tensor) -> bool:
-        rows, dtype = len(flat), flat.dtype
-        if not 0 < rows <= _KERNEL_ROWS[self.level] or flat.device.type != "cpu":
-            return False
-        if dtype == torch.float16:  # its range is too short for some scales
+        rows = len(flat)
+        # The range of float16 is too short for some scales.
+        if not rows or flat.device.type != "cpu" or flat.dtype == torch.float16:
             return False
         if self.level == "int4":
-            return self.in_blocks and kernel_reads_blocks()
-        # With other sizes torch's kernel reads beyond the end of the matrix.
-        return not self.grouped and self.shape[1] % GROUP_INPUTS == 0
+            readable = self.in_blocks and kernel_reads_blocks()
+        else:  # with other sizes torch's kernel reads beyond the end of the matrix
+            readable = not self.grouped and self.shape[1] % GROUP_INPUTS == 0
+        return readable and rows <= kernel_rows(self.level, flat.dtype)
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
         scales = self.scales.to(flat.dtype)
@@ -304,6 +305,18 @@ def widening_buffer(values: int, dtype: torch.dtype, device: torch.device) -> to
 def buffer_in_use() -> threading.RLock:
     """The lock to hold while the buffer is in use."""
     return _buffer_lock
+
+
+@lru_cache(maxsize=16)
+def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
+    """Most rows of a product for which the packed kernel is faster than widening; measured once."""
+    with torch.inference_mode():
+        codes = torch.zeros(_EXAMPLE, dtype=torch.int8)
+        groups = _EXAMPLE[1] // GROUP_INPUTS
+        scale = torch.ones(_EXAMPLE[0] if level == "int8" else (_EXAMPLE[0], groups))
+        example = PackedMatrix.from_codes(codes, scale, zero=None if level == "int8" else scale)
+        kernel, widening = example._by_kernel, example._by_widening
+        return remembered_rows(level, kernel, widening, _EXAMPLE[1], dtype)
 
 
 @lru_cache(maxsize=1)

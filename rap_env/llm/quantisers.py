@@ -29,6 +29,7 @@ Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
 _LARGEST = 15  # int4 code
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 15.5, 16.0, 16.5, 17.0, 17.5, 18.0, 19.0)
 _REFITS = 2
+_EXACT = 2.0**-18  # squared error of weights on a grid whose scales were rounded
 _ROWS = 256  # of a matrix that are quantised at a time, to bound temporary memory
 
 
@@ -46,7 +47,7 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
     weight = weight.detach()
     if level == "int8":
         return _quantise_int8(weight)
-    return _int4(weight, _searched)
+    return _int4(weight, searched)
 
 
 def round_to_nearest(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
@@ -64,15 +65,18 @@ def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
     return PackedMatrix.from_codes(codes.to(torch.int8), scale)
 
 
-_Fit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+_Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _int4(weight: torch.Tensor, fit: _Fit) -> PackedMatrix:
     codes, scales, zeros = [], [], []
+    inputs = weight.shape[1]
+    counted = functional.pad(torch.ones(inputs), (0, -inputs % GROUP_INPUTS))
+    counted = counted.view(-1, GROUP_INPUTS).to(weight.device)
     for piece in torch.split(weight, _ROWS):
         groups = grouped(piece.float())
-        scale, zero = fit(groups)
-        codes.append(int4_codes(groups, scale, zero).flatten(1)[:, : weight.shape[1]])
+        scale, zero = fit(groups, counted)
+        codes.append(int4_codes(groups, scale, zero).flatten(1)[:, :inputs])
         scales.append(scale)
         zeros.append(zero)
     return PackedMatrix.from_codes(torch.cat(codes), torch.cat(scales), zero=torch.cat(zeros))
@@ -93,51 +97,71 @@ def int4_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) ->
     return codes.clamp_(0, _LARGEST).to(torch.uint8)
 
 
-def _stored(values: torch.Tensor) -> torch.Tensor:
+def rounded(values: torch.Tensor) -> torch.Tensor:
     """Values as a packed matrix stores them."""
     return values.to(SCALE_DTYPE).float()
 
 
-def _whole_range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _whole_range(
+    groups: torch.Tensor, _: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = groups.aminmax(dim=-1)
     scale = (high - low) / _LARGEST
-    return _stored(scale), _stored(low + 8 * scale)
+    return rounded(scale), rounded(low + 8 * scale)
 
 
-def _searched(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def searched(
+    groups: torch.Tensor, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of each group with the least squared error that the search finds.
+
+    Args:
+        groups: (..., 32) weights.
+        importance: Factors of the squared errors, of a shape that broadcasts to that of `groups`.
+
+    Returns:
+        Scale and zero, (...), as a packed matrix stores them; zero is the weight of code 8.
+    """
+    share = torch.ones_like(groups) if importance is None else importance.expand(groups.shape)
+    share = share / share.sum(dim=-1, keepdim=True)
     low, high = groups.aminmax(dim=-1)
     best_scale, best_zero = _whole_range(groups)
-    least = _squared_error(groups, best_scale, best_zero)
+    least = _squared_error(groups, best_scale, best_zero, share)
+    exact = _EXACT * groups.square().mul_(share).sum(dim=-1)
     for steps in _STEPS:
+        if bool((least <= exact).all()):
+            break
         scale = (high - low) / steps
         zero = low + 8 * scale
         if steps > _LARGEST:  # clip both ends
             zero = (low + high) / 2 + scale / 2
         for _ in range(_REFITS + 1):
-            stored = _stored(scale), _stored(zero)
-            error = _squared_error(groups, *stored)
+            kept = rounded(scale), rounded(zero)
+            error = _squared_error(groups, *kept, share)
             better = error < least
             least = torch.where(better, error, least)
-            best_scale = torch.where(better, stored[0], best_scale)
-            best_zero = torch.where(better, stored[1], best_zero)
-            scale, zero = _fitted(groups, *stored)
+            best_scale = torch.where(better, kept[0], best_scale)
+            best_zero = torch.where(better, kept[1], best_zero)
+            scale, zero = _fitted(groups, *kept, share)
     return best_scale, best_zero
 
 
-def _squared_error(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+def _squared_error(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
     codes = int4_codes(groups, scale, zero)
     found = torch.addcmul(zero[..., None], codes.float() - 8, scale[..., None])
-    return (found - groups).square_().sum(dim=-1)
+    return (found - groups).square_().mul_(share).sum(dim=-1)
 
 
 def _fitted(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, share: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero with the least squared error for the codes that `scale` and `zero` give."""
     codes = int4_codes(groups, scale, zero).float() - 8
-    mean_code, mean = codes.mean(dim=-1), groups.mean(dim=-1)
+    mean_code, mean = (codes * share).sum(dim=-1), (groups * share).sum(dim=-1)
     centred = codes - mean_code[..., None]
-    spread = centred.square().sum(dim=-1)
-    slope = (centred * groups).sum(dim=-1) / spread.clamp_min(1e-12)
+    spread = centred.square().mul_(share).sum(dim=-1)
+    slope = (centred * groups).mul_(share).sum(dim=-1) / spread.clamp_min(1e-12)
     slope = torch.where(spread > 0, slope, scale)
     return slope, mean - mean_code * slope
