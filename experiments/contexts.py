@@ -33,6 +33,9 @@ NEEDS_MODEL = {
     "demo": "starts with its profile",
     "export_scores": "measures it",
     "repair": "fits stubs to its hidden states",
+    "ladder": "scores plans on text that no table contains",
+    "llama_cpp": "compares llama.cpp with it",
+    "shipped": "lowers its weights",
 }
 """Stages that need a live model, and why; the others also accept a score table."""
 

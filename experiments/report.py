@@ -23,6 +23,8 @@ from experiments.comparison.summaries import Summary
 from experiments.comparison.tables import tables_markdown, terminal_text
 from experiments.config import Config
 from experiments.console import say
+from experiments.ladder.report import LADDER_ABSTRACT, ladder_findings, ladder_section
+from experiments.ladder.tables import ladder_markdown, ladder_terminal_text
 from experiments.launch import launch
 from experiments.repair.report import (
     REPAIR_ABSTRACT,
@@ -48,7 +50,7 @@ def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
 
     The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, ``tables.md``,
-    ``repair_tables.md`` and ``figures/``, as far as there are records for them.
+    ``repair_tables.md``, ``ladder_tables.md`` and ``figures/``, as far as there are records.
 
     Returns:
         The page's path.
@@ -57,6 +59,10 @@ def report(config: Config, folder: Path) -> Path:
     data = gather(config.root)
     page = folder / "index.html"
     write_page(page, **content(config.report.title, data, folder / "figures"))
+    if data.ladder:
+        with atomic_write(folder / "ladder_tables.md") as file:
+            file.write(ladder_markdown(data.ladder).encode())
+        say(f"\n{ladder_terminal_text(data.ladder)}\n")
     if data.comparison:
         with atomic_write(folder / "tables.md") as file:
             file.write(tables_markdown(data.comparison).encode())
@@ -72,8 +78,10 @@ def report(config: Config, folder: Path) -> Path:
 def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
     """Return the values of the template, and draw all figures."""
     gallery = Gallery(figures)
-    repair_alone = data.repair and not (data.comparison or data.profile or data.runs)
+    pruned = data.comparison or data.profile or data.runs
+    alone = REPAIR_ABSTRACT if data.repair else LADDER_ABSTRACT
     sections = [
+        ladder_section(data.ladder, gallery),
         comparison_section(data, gallery),
         policy_section(data, gallery),
         memory_section(data, gallery),
@@ -87,9 +95,9 @@ def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": REPAIR_ABSTRACT if repair_alone else ABSTRACT,
+        "abstract": ABSTRACT if pruned else alone,
         "key": key_numbers(data) or repair_key_numbers(data),
-        "findings": [*findings(data), *repair_findings(data)],
+        "findings": [*ladder_findings(data.ladder), *findings(data), *repair_findings(data)],
         "sections": [section for section in sections if section and section.parts],
     }
 

@@ -16,6 +16,7 @@ from experiments.comparison.records import PARTS, ResultRow, read_json, read_row
 from experiments.comparison.run_folder import RunFolder, TrainingRun, training_dirs
 from experiments.comparison.summaries import Comparison
 from experiments.errors import ExperimentError
+from experiments.ladder.summaries import LadderRecords, read_ladder
 from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.summaries import RepairComparison
 
@@ -33,6 +34,7 @@ class ReportData:
         repair: Repair rows; None before ``experiments.repair``.
         repair_orders: GSI orders by repair; empty without repair rows.
         repair_notes: The content of the repair's ``run.json``, with the model's name, if any.
+        ladder: Records of ``experiments.ladder``.
     """
 
     root: Path
@@ -43,6 +45,7 @@ class ReportData:
     repair: RepairComparison | None
     repair_orders: dict[str, Any]
     repair_notes: list[dict[str, Any]]
+    ladder: LadderRecords
 
 
 def gather(root: Path) -> ReportData:
@@ -56,10 +59,11 @@ def gather(root: Path) -> ReportData:
     rows = with_training_s([row for file in files for row in read_rows(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
     repair_rows = RepairRow.read(root / "repair" / "repair.jsonl")
-    if not (rows or profile or runs or repair_rows):
+    ladder = read_ladder(root)
+    if not (rows or profile or runs or repair_rows or ladder):
         raise ExperimentError(
-            f"{root} has no records to report; run profile, train and evaluate, or repair, with "
-            "the same name=... (or experiment=...) first."
+            f"{root} has no records to report; run profile, train and evaluate, repair, or ladder, "
+            "with the same name=... (or experiment=...) first."
         )
     repair_notes = _repair_notes(root / "repair") if repair_rows else []
     dense = repair_notes[-1].get("dense_accuracies") if repair_notes else None
@@ -73,6 +77,7 @@ def gather(root: Path) -> ReportData:
         RepairComparison(repair_rows, dense) if repair_rows else None,
         read_orders(root / "repair" / ORDERS_FILE) if repair_rows else {},
         repair_notes,
+        ladder,
     )
 
 

@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import Count, Section, TextConfig
 from experiments.config.evaluation import EvaluateConfig, LevelsConfig, ReportConfig
+from experiments.config.ladder import LadderConfig
 from experiments.config.model import (
     ExportConfig,
     ImportanceConfig,
@@ -74,6 +75,7 @@ class Config(Section):
     text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
     small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
     serve: dict[str, Any] = field(default_factory=serve_defaults)
     soak: SoakConfig = field(default_factory=SoakConfig)
     budget: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,113 @@
+"""The Pareto figure of the ladder: loss against bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from experiments.comparison.formatting import shape_words
+from experiments.comparison.plotting import FAINT, INK, panels, style
+from experiments.ladder.records import LadderRow, LlamaCppRow, RequestRecord
+from experiments.ladder.summaries import Ladder, Shape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REMOVAL, KNAPSACK, UNIFORM, LLAMA = "#C8324B", "#00707F", "#6B7178", "#E0812F"
+_MIB = 2**20
+_LINEAR = 0.01  # nats per token up to which the axis of ΔNLL is linear
+_TICKS = (0, 0.01, 0.1, 1, 10)
+_HALO = 2.2  # points of white around labels
+
+Point = tuple[float, float]
+"""MiB and ΔNLL."""
+
+
+def loss_against_bytes(found: Ladder, llama: Sequence[LlamaCppRow], narrow: bool) -> Figure:
+    """ΔNLL over bytes of weights and cache, a panel for each request, everything labelled."""
+    columns = 1 if narrow or len(found.shapes) == 1 else 2
+    rows = -(-len(found.shapes) // columns)
+    with style():
+        figure, axes = panels(rows, columns, narrow=narrow, height=3.3, sharey=True)
+        for axis in axes[len(found.shapes) :]:
+            axis.set_visible(False)
+        for place, (axis, shape) in enumerate(zip(axes, found.shapes, strict=False)):
+            _draw_request(axis, found, [row for row in llama if row.shape == shape], shape)
+            axis.set_title(f"{shape_words(shape)} tokens")
+            if place % columns == 0:
+                axis.set_ylabel("ΔNLL (nats/token)")
+            if place + columns >= len(found.shapes):
+                axis.set_xlabel("weights and KV cache (MiB, log scale)")
+    return figure
+
+
+def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:
+    """Those rows than which no other row has fewer bytes and a lower loss, the largest first."""
+    best: list[LadderRow] = []
+    for row in sorted(rows, key=lambda row: (row.held_bytes, row.loss)):
+        if not best or row.loss < best[-1].loss:
+            best.append(row)
+    return best[::-1]
+
+
+def _draw_request(axis: Axes, found: Ladder, llama: Sequence[LlamaCppRow], shape: Shape) -> None:
+    lines = (("removal", REMOVAL, "blocks removed"), ("knapsack", KNAPSACK, "knapsack over levels"))
+    for method, colour, words in lines:
+        rows = [row for row in found.at(method, shape) if row.fits]
+        if not rows:
+            continue
+        native = [row for row in found.at("uniform", shape) if not row.levels]
+        points = _points([*native, *rows])
+        axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5,
+                  linewidth=1.5, zorder=4)  # fmt: skip
+        _label(axis, points[-1], words, colour, above=method == "removal", bold=True)
+    uniform = found.at("uniform", shape)
+    axis.plot(*zip(*_points(uniform), strict=True), "s", color=UNIFORM, markersize=3.5, zorder=5)
+    for row in pareto(uniform):
+        _label(axis, _points([row])[0], found.label(row.name), INK, above=True)
+    if llama:
+        points = _points(llama)
+        axis.plot(*zip(*points, strict=True), "D", color=LLAMA, markersize=4, zorder=6)
+        for cache, point in zip((row.cache for row in llama), points, strict=True):
+            _label(axis, point, cache, LLAMA, above=False)
+    _scale(axis)
+
+
+def _points(rows: Sequence[RequestRecord]) -> list[Point]:
+    return [(row.held_bytes / _MIB, row.loss) for row in rows]
+
+
+def _label(
+    axis: Axes, point: Point, text: str, colour: str, *, above: bool, bold: bool = False
+) -> None:
+    """Write a label beside a point, readable on lines."""
+    from matplotlib.patheffects import withStroke
+
+    axis.annotate(
+        text, point, xytext=(4, 4 if above else -4), textcoords="offset points",
+        fontsize=7.5 if bold else 6.5, color=colour, fontweight="bold" if bold else "normal",
+        va="bottom" if above else "top", zorder=8,
+        path_effects=[withStroke(linewidth=_HALO, foreground="white")],
+    )  # fmt: skip
+
+
+def _scale(axis: Axes) -> None:
+    """A logarithmic axis of bytes, and one of ΔNLL that is linear near zero."""
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        NullFormatter,
+        NullLocator,
+    )
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_yscale("symlog", linthresh=_LINEAR, linscale=0.5)
+    axis.yaxis.set_major_locator(FixedLocator(_TICKS))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.axhline(0, color=FAINT, linewidth=0.7)

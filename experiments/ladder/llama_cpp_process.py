@@ -1,0 +1,176 @@
+"""One setting of llama.cpp, measured in its own process: NLL of windows, bytes, resident memory.
+
+``python -m experiments.ladder.llama_cpp_process`` reads a JSON object from standard input and
+writes one to standard output. It imports neither torch nor transformers, so that the resident
+memory is llama.cpp's alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CACHE_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+"""``ggml_type`` of each format of a cache, from the most to the least exact one."""
+
+_BUFFERS = re.compile(r"(model|KV|compute|output)\s+buffer size =\s+([\d.]+) MiB")
+_BATCH_TOKENS = 256
+_MAPPED, _FLASH_ATTENTION = 1, 1
+
+
+class LlamaCpp:
+    """A model of llama.cpp with a context for some sequences of equal length.
+
+    Args:
+        path: The GGUF file.
+        cache: One of `CACHE_TYPES`, for keys and values.
+        rows: Number of sequences.
+        tokens: Tokens of each.
+        threads: Threads of the process.
+
+    Attributes:
+        buffers: Bytes of each kind of buffer, as llama.cpp logs them: ``model``, ``KV``,
+            ``compute`` and ``output``.
+
+    Raises:
+        RuntimeError: The file cannot be loaded, or the context cannot be made.
+    """
+
+    def __init__(self, path: str, cache: str, rows: int, tokens: int, threads: int) -> None:
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+        self._ffi, self._lib = get_ffi(), get_lib()
+        self.buffers: dict[str, int] = {}
+        self._log = self._ffi.callback("ggml_log_callback", self._logged)
+        self._lib.llama_log_set(self._log, self._ffi.NULL)
+        self._lib.llama_backend_init()
+        model = self._lib.llama_model_default_params()
+        model.n_gpu_layers, model.load_mode = 0, _MAPPED
+        self._model = self._lib.llama_model_load_from_file(path.encode(), model)
+        if self._model == self._ffi.NULL:
+            raise RuntimeError(f"llama.cpp cannot load {path}.")
+        context = self._lib.llama_context_default_params()
+        context.n_ctx, context.n_seq_max = rows * tokens, rows
+        context.n_batch = context.n_ubatch = _BATCH_TOKENS
+        context.n_threads = context.n_threads_batch = threads
+        context.type_k = context.type_v = CACHE_TYPES[cache]
+        context.flash_attn_type = _FLASH_ATTENTION  # a quantised cache of values needs it
+        self._context = self._lib.llama_init_from_model(self._model, context)
+        if self._context == self._ffi.NULL:
+            raise RuntimeError(f"llama.cpp cannot make a context with a cache in {cache}.")
+        self._vocab_size = self._lib.llama_vocab_n_tokens(
+            self._lib.llama_model_get_vocab(self._model)
+        )
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the model's tensors."""
+        return int(self._lib.llama_model_size(self._model))
+
+    def nll(self, window: npt.NDArray[np.int32]) -> float:
+        """Mean NLL of a window without context before it, nats per token.
+
+        Args:
+            window: Token ids, (T,); tokens 1 to T - 1 are predicted.
+        """
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        total = 0.0
+        for start in range(0, len(window), _BATCH_TOKENS):
+            part = window[start : start + _BATCH_TOKENS]
+            logits = self.decode(part, start, all_logits=True)
+            targets = window[start + 1 : start + 1 + len(part)]
+            total += float(np.sum(token_nll(logits[: len(targets)], targets)))
+        return total / (len(window) - 1)
+
+    def fill(self, tokens: int) -> None:
+        """Run one sequence of `tokens` tokens; the cache of all sequences is allocated already."""
+        ids = np.arange(tokens, dtype=np.int32) % 1000 + 1000
+        for start in range(0, tokens, _BATCH_TOKENS):
+            self.decode(ids[start : start + _BATCH_TOKENS], start, all_logits=False)
+
+    def decode(
+        self, ids: npt.NDArray[np.int32], start: int, all_logits: bool
+    ) -> npt.NDArray[np.float32]:
+        """Run tokens of the first sequence.
+
+        Args:
+            ids: Token ids, (N,).
+            start: Position of the first one.
+            all_logits: Whether all positions give logits, or only the last one.
+
+        Returns:
+            Logits, (N, V) or (1, V).
+        """
+        count = len(ids)
+        with self._batch(count) as batch:
+            batch.n_tokens = count
+            for at, token in enumerate(ids):
+                batch.token[at], batch.pos[at] = int(token), start + at
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+                batch.logits[at] = all_logits or at == count - 1
+            if (code := self._lib.llama_decode(self._context, batch)) != 0:
+                raise RuntimeError(f"llama.cpp failed to decode (code {code}).")
+        rows = count if all_logits else 1
+        found = self._lib.llama_get_logits(self._context)
+        data = self._ffi.buffer(found, rows * self._vocab_size * 4)
+        return np.frombuffer(data, dtype=np.float32).reshape(rows, self._vocab_size)
+
+    @contextmanager
+    def _batch(self, tokens: int) -> Iterator[Any]:
+        batch = self._lib.llama_batch_init(tokens, 0, 1)
+        try:
+            yield batch
+        finally:
+            self._lib.llama_batch_free(batch)
+
+    def _logged(self, _level: int, text: Any, _data: Any) -> None:
+        """Keep the sizes of buffers from a line of the log."""
+        line = self._ffi.string(text).decode(errors="replace")
+        for kind, mebibytes in _BUFFERS.findall(line):
+            self.buffers[kind] = self.buffers.get(kind, 0) + round(float(mebibytes) * 2**20)
+
+
+def token_nll(
+    logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]
+) -> npt.NDArray[np.float64]:
+    """NLL of each target, nats: logits (N, V) and token ids (N,) to (N,)."""
+    wide = logits.astype(np.float64)
+    top = wide.max(axis=1)
+    log_sum = np.log(np.exp(wide - top[:, None]).sum(axis=1)) + top
+    return np.asarray(log_sum - wide[np.arange(len(targets)), targets])
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a task asks for.
+
+    Args:
+        task: ``file``, ``cache``, ``rows``, ``tokens`` and ``threads``, as for `LlamaCpp`; either
+            ``windows`` (token ids, a list for each window), whose NLL is measured, or none; then
+            one sequence is run and the resident memory measured.
+    """
+    before = resident_bytes()
+    settings = ("cache", "rows", "tokens", "threads")
+    llama = LlamaCpp(task["file"], **{name: task[name] for name in settings})
+    found: dict[str, Any] = {"model_bytes": llama.model_bytes, "buffers": llama.buffers}
+    if windows := task.get("windows"):
+        return found | {"nll": [llama.nll(np.array(ids, dtype=np.int32)) for ids in windows]}
+    llama.fill(task["tokens"])
+    return found | {"resident_bytes": resident_bytes(), "before_bytes": before}
+
+
+if __name__ == "__main__":
+    json.dump(measure(json.load(sys.stdin)), sys.stdout)
