@@ -81,7 +81,7 @@ class LlamaCpp:
         Args:
             window: Token ids, (T,); tokens 1 to T - 1 are predicted.
         """
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self.clear()
         total = 0.0
         for start in range(0, len(window), _BATCH_TOKENS):
             part = window[start : start + _BATCH_TOKENS]
@@ -89,6 +89,10 @@ class LlamaCpp:
             targets = window[start + 1 : start + 1 + len(part)]
             total += float(np.sum(token_nll(logits[: len(targets)], targets)))
         return total / (len(window) - 1)
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
     def fill(self, tokens: int) -> None:
         """Run one sequence of `tokens` tokens; the cache of all sequences is allocated already."""

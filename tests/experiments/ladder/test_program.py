@@ -1,0 +1,144 @@
+"""The ladder on a tiny real model: plans, exact bytes, measured losses, resuming."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.ladder import LadderConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.contexts import build_context, load_text
+from experiments.errors import ExperimentError
+from experiments.ladder.llama_cpp import gguf_file, llama_cpp
+from experiments.ladder.plans import uniform_plans
+from experiments.ladder.program import ladder
+from experiments.ladder.records import LADDER_FILE, LadderRow
+from experiments.ladder.summaries import read_ladder
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnknownNameError
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from rap_env.scoring.scorer import MaskScorer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.mktemp("ladder")
+    tiny_model(layers=LAYERS).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="ladder", name="tiny", runs_dir=str(base / "runs"), progress=False, store=None,
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=2, window_tokens=40, seed=9),
+            importance=ImportanceConfig(method="none"),
+            evaluate=EvaluateConfig(
+                text=TextConfig(source="self", windows=3, window_tokens=44, seed=1)
+            ),
+            ladder=LadderConfig(
+                requests=["1x48", "4x64"], weights=["native"], caches=["native", "int8", "int2"],
+                removal="greedy_per_byte", removal_budgets=[0.9, 0.7], knapsack=None,
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(config):
+    return LadderRow.read(ladder(config, config.stage_dir("ladder")))
+
+
+def test_every_setting_and_budget_has_a_row_for_each_request(rows):
+    found = [(row.method, row.name, row.shape) for row in rows]
+    uniform = [("uniform", f"native / {cache}") for cache in ("native", "int8", "int2")]
+    removal = [("removal", "90 %"), ("removal", "70 %")]
+    expected = [(*name, shape) for shape in ((1, 48), (4, 64)) for name in (*uniform, *removal)]
+    assert found == expected
+
+
+def test_bytes_are_those_of_the_memory_model(rows, config):
+    memory = MemoryModel(build_context(config).memory.facts)
+    for row in rows:
+        plan = CompressionPlan.of(row.levels)
+        held = memory.breakdown(plan, Request(*row.shape, budget_bytes=2**40))
+        assert row.peak_bytes == held.peak
+        assert row.held_bytes == held.weights + held.embeddings + held.stubs + held.kv_cache
+        assert row.fits == (row.budget_bytes is None or held.peak <= row.budget_bytes)
+    assert {row.budget_bytes is None for row in rows if row.method == "uniform"} == {True}
+
+
+def test_losses_are_those_of_the_scorer(rows, config):
+    context = build_context(config)
+    text = load_text(config.evaluate.text, "report", context.llm, progress=False)
+    scorer = MaskScorer(context.llm, text)
+    dense = scorer.window_nll(BlockMask())
+    for row in rows:
+        expected = scorer.window_nll(CompressionPlan.of(row.levels)) - dense
+        assert row.window_losses == pytest.approx(expected.tolist(), abs=1e-9)
+        assert row.loss_ci_low <= row.loss <= row.loss_ci_high
+    assert [row.loss for row in rows if not row.levels] == [0.0, 0.0]
+
+
+def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
+    path = config.stage_dir("ladder") / LADDER_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-2]) + lines[-1][:20])  # killed while it wrote a row
+    measured = []
+    scored = MaskScorer.window_nll
+    monkeypatch.setattr(
+        MaskScorer, "window_nll", lambda self, plan: measured.append(plan) or scored(self, plan)
+    )
+    again = LadderRow.read(ladder(config, config.stage_dir("ladder")))
+    assert [row.window_losses for row in again] == [row.window_losses for row in rows]
+    lowered = [plan for plan in measured if isinstance(plan, CompressionPlan)]
+    assert len(lowered) == 2, "one for each missing row"
+
+
+def test_levels_that_a_model_lacks_are_left_out(config):
+    facts = build_context(config).memory.facts
+    settings = LadderConfig(weights=["native", "int4"], caches=["native"])
+    lacking = [i for i in range(facts.num_blocks) if "int4" not in facts.weight_levels(i)]
+    names = list(uniform_plans(settings, facts))
+    assert names == ["native / native", *([] if lacking else ["int4 / native"])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"caches": ["int3"]}, UnknownNameError),
+        ({"weights": ["int2"]}, UnknownNameError),
+        ({"requests": ["8"]}, ExperimentError),
+        ({"llama_cpp_caches": ["q3_0"]}, UnknownNameError),
+    ],
+)
+def test_an_impossible_setting_is_rejected(settings, error):
+    with pytest.raises(error):
+        LadderConfig(**settings)
+
+
+def test_without_llama_cpp_the_program_says_what_to_install(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExperimentError, match="pip install llama-cpp-py-sync=="):
+        llama_cpp(config, tmp_path / "llama_cpp")
+    assert not (tmp_path / "llama_cpp").exists()
+
+
+def test_a_model_without_a_gguf_file_is_rejected(config, tmp_path):
+    with pytest.raises(ExperimentError, match="GGUF"):
+        gguf_file(config.model.name)
+    with pytest.raises(ExperimentError, match="GGUF"):
+        gguf_file(str(tmp_path / "missing.gguf"))
+
+
+def test_records_are_found_by_the_report(rows, config):
+    found = read_ladder(config.root)
+    assert found
+    assert found.ladder is not None
+    assert found.ladder.shapes == [(1, 48), (4, 64)]
+    assert not read_ladder(config.root / "nothing")

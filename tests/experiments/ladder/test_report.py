@@ -1,0 +1,205 @@
+"""Tables and figure of the ladder, from invented records."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from experiments.comparison.formatting import TIMES
+from experiments.comparison.plotting import style
+from experiments.comparison.records import append_record
+from experiments.config import Config
+from experiments.ladder import llama_cpp_process
+from experiments.ladder.figures import loss_against_bytes, pareto
+from experiments.ladder.llama_cpp_process import LlamaCpp, measure, token_nll
+from experiments.ladder.records import (
+    LADDER_FILE,
+    LLAMA_CPP_FILE,
+    SHIPPED_FILE,
+    LadderRow,
+    LlamaCppRow,
+    ShippedRow,
+    request_field,
+)
+from experiments.ladder.summaries import Ladder, LadderRecords
+from experiments.ladder.tables import (
+    ladder_markdown,
+    llama_cpp_table,
+    policy_table,
+    shipped_table,
+    uniform_table,
+)
+from experiments.report import report
+
+MIB = 2**20
+PROVENANCE = {"depends_on": {"dtype": "bfloat16"}, "git": None}
+
+
+def losses(value):
+    return {"loss": value, "loss_ci_low": value - 0.001, "loss_ci_high": value + 0.001,
+            "window_losses": [value - 0.001, value + 0.001]}  # fmt: skip
+
+
+def row(method, name, mib, loss, *, budget=None, fits=True, shape=(1, 128), levels=None):
+    return LadderRow(
+        method, name, request_field(shape), budget, None if budget is None else 300 * MIB,
+        int(mib * MIB), int((mib + 20) * MIB), fits, {"weights_bytes": int(mib * MIB)},
+        levels or {}, **losses(loss), provenance=PROVENANCE,
+    )  # fmt: skip
+
+
+def llama(cache, mib, loss, shape=(1, 128)):
+    return LlamaCppRow(
+        cache, request_field(shape), 92 * MIB, int((mib - 92) * MIB), int(mib * MIB), 26 * MIB,
+        int((mib + 30) * MIB), **losses(loss), provenance=PROVENANCE,
+    )  # fmt: skip
+
+
+def shipped(model, how, level, loss, rounding="nearest"):
+    return ShippedRow(
+        model, how, "weights", level, rounding, 0.7, "wikitext", 512, **losses(loss),
+        provenance=PROVENANCE,
+    )  # fmt: skip
+
+
+ROWS = [
+    row("uniform", "native / native", 270, 0.0),
+    row("uniform", "int4 / native", 95, 0.0004, levels={"layer00.ffn": "int4"}),
+    row("uniform", "int4 / int4", 93, 0.015, levels={"layer00.cache": "int4"}),
+    row("uniform", "int8 / int2", 140, 0.62, levels={"layer00.cache": "int2"}),
+    row("removal", "80 %", 215, 0.71, budget=0.8, levels={"layer00.ffn": "removed"}),
+    row("removal", "60 %", 180, 3.2, budget=0.6, fits=False, levels={"layer00.ffn": "removed"}),
+    row("knapsack", "60 %", 150, 0.002, budget=0.6, levels={"layer00.ffn": "int4"}),
+]  # fmt: skip
+LLAMA = [llama("f16", 98, 0.004), llama("q4_0", 94, 0.042)]
+SHIPPED = [
+    shipped("smollm2-135m", "Q4_1", "int4", 0.0),
+    shipped("small", "bfloat16", "int4", 0.31),
+    shipped("small", "bfloat16", "int4", 0.12, "fitted"),
+]
+
+
+def test_the_table_of_settings_has_losses_and_bytes():
+    header, lines = uniform_table(Ladder(ROWS))
+    assert header[-1].endswith("MiB")
+    assert lines[0] == ["bf16 / bf16", "0.0000 [-0.0010, 0.0010]", "270"]
+    assert [line[0] for line in lines] == [
+        "bf16 / bf16", "int8 / int2", "int4 / bf16", "int4 / int4"
+    ]  # fmt: skip
+
+
+def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
+    _, lines = policy_table(Ladder(ROWS))
+    by_budget = {line[1]: line[3:] for line in lines}
+    assert by_budget["80%"] == ["0.710 [0.709, 0.711]", "-"]
+    assert by_budget["60%"] == ["3.200 [3.199, 3.201] *", "0.0020 [0.0010, 0.0030]"]
+
+
+def test_the_other_tables_name_formats_and_models():
+    _, lines = llama_cpp_table(LLAMA)
+    assert lines[1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
+    header, lines = shipped_table(SHIPPED)
+    assert header[1:] == ["smollm2-135m, shipped in Q4_1", "small, shipped in bfloat16"]
+    assert [line[0] for line in lines] == [
+        "weights int4, rounded to nearest", "weights int4, least error"
+    ]  # fmt: skip
+    assert lines[1][1] == "-"
+
+
+def test_a_dominated_setting_is_not_on_the_pareto_front():
+    names = [r.name for r in pareto([r for r in ROWS if r.method == "uniform"])]
+    assert names == ["native / native", "int4 / native", "int4 / int4"]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_figure_has_a_panel_for_each_request_and_names_its_points(narrow):
+    rows = [*ROWS, row("uniform", "native / native", 650, 0.0, shape=(8, 2048))]
+    figure = loss_against_bytes(Ladder(rows), LLAMA, narrow)
+    drawn = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title(loc="left") for axis in drawn] == [
+        f"1 {TIMES} 128 tokens", f"8 {TIMES} 2,048 tokens"
+    ]  # fmt: skip
+    labels = {text.get_text() for text in drawn[0].texts}
+    assert labels == {
+        "bf16 / bf16", "int4 / bf16", "int4 / int4", "f16", "q4_0", "blocks removed",
+        "knapsack over levels",
+    }  # fmt: skip
+    with style():
+        figure.savefig(io.BytesIO(), format="png")
+
+
+def test_the_report_starts_with_the_ladder(tmp_path):
+    root = tmp_path / "runs" / "shown"
+    for folder, file, rows in (
+        ("ladder", LADDER_FILE, ROWS), ("llama_cpp", LLAMA_CPP_FILE, LLAMA),
+        ("shipped", SHIPPED_FILE, SHIPPED),
+    ):  # fmt: skip
+        for record in rows:
+            append_record(root / folder / file, record.to_record())
+    page = report(Config(stage="report", name="shown", runs_dir=str(root.parent)), root / "report")
+    text = page.read_text()
+    assert "Precision before removal" in text
+    assert (root / "report" / "figures" / "loss_against_bytes.png").stat().st_size > 10_000
+    tables = (root / "report" / "ladder_tables.md").read_text()
+    assert tables == ladder_markdown(LadderRecords(Ladder(ROWS), LLAMA, SHIPPED))
+    assert "llama.cpp's cache" in tables
+
+
+def test_the_nll_of_tokens_is_that_of_a_softmax():
+    import numpy as np
+    import torch
+
+    logits = np.random.default_rng(0).normal(size=(5, 11)).astype(np.float32) * 30
+    targets = np.array([0, 3, 10, 2, 2], dtype=np.int32)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).double(), torch.tensor(targets).long(), reduction="none"
+    )
+    assert token_nll(logits, targets) == pytest.approx(expected.numpy(), abs=1e-9)
+
+
+def test_every_token_but_the_first_of_a_window_is_predicted_once(monkeypatch):
+    import numpy as np
+
+    vocab, window = 7, np.arange(600, dtype=np.int32) % 7
+
+    class Fake(LlamaCpp):
+        def __init__(self):
+            self.seen = []
+
+        def clear(self):
+            self.seen.clear()
+
+        def decode(self, ids, start, all_logits):
+            assert all_logits
+            self.seen += list(range(start, start + len(ids)))
+            sure = np.full((len(ids), vocab), -100.0, dtype=np.float32)
+            following = window[start + 1 : start + 1 + len(ids)]
+            sure[np.arange(len(following)), following] = 100.0
+            return sure
+
+    fake = Fake()
+    assert fake.nll(window) == pytest.approx(0.0, abs=1e-12)
+    assert fake.seen == list(range(600))
+
+
+def test_a_process_measures_windows_or_memory(monkeypatch):
+    class Fake:
+        model_bytes, buffers = 10, {"KV": 4}
+
+        def __init__(self, file, cache, rows, tokens, threads):
+            self.tokens = tokens
+
+        def nll(self, window):
+            return float(window.sum())
+
+        def fill(self, tokens):
+            assert tokens == self.tokens
+
+    monkeypatch.setattr(llama_cpp_process, "LlamaCpp", Fake)
+    task = {"file": "f", "cache": "f16", "rows": 1, "tokens": 3, "threads": 1}
+    assert measure({**task, "windows": [[1, 2, 3]]}) == {
+        "model_bytes": 10, "buffers": {"KV": 4}, "nll": [6.0]
+    }  # fmt: skip
+    found = measure(task)
+    assert found["resident_bytes"] >= found["before_bytes"] > 2**20
