@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.llm.adapter import adapter_for
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.packed_modules import PackedModule, packable, packed, packed_embeddings
 from rap_env.llm.partial_forward import PartialForward
@@ -18,14 +19,13 @@ MASKS = [BlockMask(), BlockMask.of(1), BlockMask.of(2), BlockMask.of(0, 3)]
 
 
 def packed_llm(family="llama", level="int4", wide=False, dtype=torch.bfloat16):
-    """A model whose blocks are packed for good, or replaced by their widened weights."""
+    """A model whose native blocks are packed, or have the weights that packed ones widen to."""
     model = tiny_model(family, dtype=dtype)
-    llm = ElasticLLM(model, None, name="packed")
-    for layer in llm.adapter.layers(model):
+    for layer in adapter_for(model.config).layers(model):
         for parent, name, child in list(packable(layer)):
             module = packed(child, level)
             setattr(parent, name, module.widened() if wide else module)
-    return llm
+    return ElasticLLM(model, None, name="packed")
 
 
 def packed_in(llm):
@@ -93,11 +93,13 @@ def test_modules_are_left_as_they_were():
 
 
 def test_a_packed_head_is_widened_and_has_its_rows():
-    llm = packed_llm("llama_tied")
-    embeddings = llm.model.get_input_embeddings()
-    rows, head = packed_embeddings(embeddings, llm.model.get_output_embeddings(), "int8")
-    llm.model.set_input_embeddings(rows)
-    llm.model.set_output_embeddings(head)
+    model = tiny_model("llama_tied", dtype=torch.bfloat16)
+    rows, head = packed_embeddings(
+        model.get_input_embeddings(), model.get_output_embeddings(), "int8"
+    )
+    model.set_input_embeddings(rows)
+    model.set_output_embeddings(head)
+    llm = ElasticLLM(model, None, name="packed")
     partial, states = PartialForward(llm, widen=True), torch.randn(40, 16).bfloat16()
     assert torch.equal(partial.head.weight, head.widened().weight)
     assert torch.equal(partial.logits(states), head.widened()(states))
