@@ -68,7 +68,7 @@ def test_without_a_command_it_shows_its_help(rap):
 def test_choosing_a_mask_for_the_default_model_loads_no_torch():
     code = (
         "import sys; from rap_env.cli import main\n"
-        f"try: main(['choose', *{REQUEST!r}, '--policy', sys.argv[1]])\n"
+        f"try: main(['choose', *{REQUEST!r}, '--weights', 'bf16', '--policy', sys.argv[1]])\n"
         "except SystemExit as ended: assert not ended.code\n"
         "assert 'torch' not in sys.modules"
     )
@@ -95,7 +95,7 @@ def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
 
 
 def test_the_rise_in_nll_is_measured_or_predicted():
-    memory, request = MemoryModel(default_facts()), Request(8, 1024, 350 * 2**20)
+    memory, request = MemoryModel(default_facts("bf16")), Request(8, 1024, 350 * 2**20)
     policy, table = load_policy("rap", memory), load_policy("frontier", memory)
     frontier, file = table.frontier, policy.file
 
@@ -127,7 +127,8 @@ def test_the_rise_in_nll_is_measured_or_predicted():
 
 
 def test_a_plan_that_does_not_fit_is_shown_and_fails(rap):
-    code, out, err = rap("choose", *REQUEST, "--policy", "dense", "--json")
+    bf16 = ("--weights", "bf16")
+    code, out, err = rap("choose", *REQUEST, "--policy", "dense", *bf16, "--json")
     assert code == 2
     assert not json.loads(out)["fits"]
     assert err.startswith("Error: This plan needs 479,007,360 bytes, more than the budget")

@@ -22,8 +22,10 @@ from rap_env.llm.device import (
     choose_device,
     choose_dtype,
     keep_freed_memory,
+    return_freed_memory,
 )
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.packed_folder import is_packed, load_native
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.llm.sources import load_tokenizer, locate, looks_like_path
 from rap_env.llm.streamed import stream_llm
@@ -91,14 +93,16 @@ def load_llm(
     bound_kernel_caches()
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
-    found = locate(model)
+    found = locate(model, packed=weights == "native")
     if (found.folder / PRUNED_FILE).is_file():
         return _load_pruned(found.folder, place, None if dtype == "auto" else kind)
     read_config(found.folder)
     log.info("Loading %s in %s on %s", found.name, kind, place)
-    loaded = load_weights(found.folder, kind).to(place)
+    load = load_native if is_packed(found.folder) else load_weights
+    loaded = load(found.folder, kind).to(place)
     speed_up_decoding(loaded)
     tokenizer = load_tokenizer(found.folder)
+    return_freed_memory()
     return ElasticLLM(loaded, tokenizer, name=found.name, folder=found.folder)
 
 

@@ -28,7 +28,7 @@ IDS = torch.tensor([[5, 9, 33, 7, 100, 260]])
 
 def test_a_gguf_file_becomes_the_model_that_it_holds(lonely: Path, tmp_path: Path) -> None:
     source = write_tiny_gguf(tmp_path / "tiny.gguf")
-    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32")
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
     assert llm.name == "tiny"
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
     assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
@@ -97,7 +97,7 @@ def test_a_damaged_conversion_is_made_again(
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         weights.unlink()
-    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32")
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
     assert "is damaged; it is created again" in caplog.text
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
 
@@ -119,7 +119,7 @@ def test_a_killed_conversion_is_repaired_by_the_next_call(lonely: Path, tmp_path
     assert child.exitcode == -signal.SIGKILL
     models = lonely / "models"
     assert [path for path in models.rglob("model.safetensors") if path.read_bytes() == b"half"]
-    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32")
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
     assert [path.name for path in models.iterdir() if path.is_dir()] == [
         gguf_file.gguf_folder_name(gguf_file.file_sha256(tmp_path / "tiny.gguf"))
