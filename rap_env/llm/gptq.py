@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from rap_env.llm.packing import GROUP_INPUTS, PackedMatrix
-from rap_env.llm.quantisers import int4_codes, rounded, searched
+from rap_env.llm.quantisers import centred_codes, rounded, searched
 
 DAMPING = 0.01
 """Part of the Hessian's mean diagonal that is added to its diagonal."""
@@ -93,13 +93,13 @@ def quantise_gptq(
     for _ in range(sweeps):
         scale, zero = _refitted(weight, hessian, codes, scale, zero)
         codes = _improved(weight, hessian, codes, scale, zero)
-    return PackedMatrix.from_codes(codes, scale, zero=zero)
+    return PackedMatrix.from_codes(codes + 8, scale, zero=zero)
 
 
 def _compensated(
     weight: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """GPTQ: codes (out, in), scales and zeros (out, groups)."""
+    """GPTQ: codes minus 8, (out, in), scales and zeros (out, groups)."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     left = weight.clone()  # compensated for the errors so far
@@ -112,9 +112,9 @@ def _compensated(
         errors = torch.empty_like(own)
         for column in range(own.shape[1]):
             value = own[:, column]
-            code = int4_codes(value[:, None], scale, zero)[:, 0].float()
+            code = centred_codes(value[:, None], scale, zero)[:, 0]
             codes[:, first + column] = code
-            error = (value - ((code - 8) * scale + zero)) / block[column, column]
+            error = (value - (code * scale + zero)) / block[column, column]
             errors[:, column] = error
             own[:, column + 1 :].addr_(error, block[column, column + 1 :], alpha=-1)
         left[:, group.stop :].addmm_(errors, factor[group, group.stop :], alpha=-1)
@@ -126,7 +126,7 @@ def _compensated(
 def _values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     inputs = codes.shape[1]
     scale, zero = (p.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs] for p in (scale, zero))
-    return torch.addcmul(zero, codes - 8, scale)
+    return torch.addcmul(zero, codes, scale)
 
 
 def _refitted(
@@ -141,7 +141,7 @@ def _refitted(
     pull = (weight - _values(codes, scale, zero)) @ hessian  # (out, in)
     for index in range(scale.shape[1]):
         group = slice(index * GROUP_INPUTS, (index + 1) * GROUP_INPUTS)
-        own, centred = hessian[group, group], codes[:, group] - 8
+        own, centred = hessian[group, group], codes[:, group]
         weighted = centred @ own
         both, alone = (weighted * centred).sum(dim=1), own.sum()
         cross = weighted.sum(dim=1)
@@ -176,7 +176,7 @@ def _improved(
         changes = torch.zeros_like(near)
         for column in range(near.shape[1]):
             wanted = values[:, first + column] + near[:, column] / own[column, column]
-            code = int4_codes(wanted[:, None], steps, zeros)[:, 0].float()
+            code = centred_codes(wanted[:, None], steps, zeros)[:, 0]
             change = (code - codes[:, first + column]) * steps
             codes[:, first + column], changes[:, column] = code, change
             near.addr_(change, own[column], alpha=-1)

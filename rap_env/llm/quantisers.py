@@ -1,10 +1,10 @@
 """Quantisers: they choose the codes and scales of packed matrices.
 
-At int4 the weights of a group of 32 inputs are ``code * scale + minimum`` with codes 0 to 15. The
-scales of several clip ranges are tried, each is fitted by least squares to the codes that it gives,
-and the one with the least squared error is kept, as llama.cpp does for its 4-bit types. The
-range from the least to the greatest weight is among them, and so are ranges on which a coarser
-grid has as many steps as it needs, so weights that lie on a grid of 16 steps keep their values.
+At int4 the weights of a group of 32 inputs are ``(code - 8) * scale + zero`` with codes 0 to 15.
+Ranges of several widths around the weights are tried. From each one codes and, by least squares,
+scale and zero are fitted in turn, and the best pair is kept, as in llama.cpp's 4-bit types. The
+range from the least to the greatest weight is among them, so weights on a grid of 16 steps keep
+their values. See `rap_env.llm.gptq` for a quantiser that knows the inputs of a layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
 """Packs a matrix (out, in) at a level."""
 
 _LARGEST = 15  # int4 code
-_STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0, 15.5, 16.0, 16.5, 17.0, 17.5, 18.0, 19.0)
+_STEPS = (15.0, 14.0, 13.0, 16.5, 18.0)  # widths of ranges, in units of their 16 steps
 _REFITS = 2
 _EXACT = 2.0**-18  # squared error of weights on a grid whose scales were rounded
 _ROWS = 256  # of a matrix that are quantised at a time, to bound temporary memory
@@ -76,7 +76,7 @@ def _int4(weight: torch.Tensor, fit: _Fit) -> PackedMatrix:
     for piece in torch.split(weight, _ROWS):
         groups = grouped(piece.float())
         scale, zero = fit(groups, counted)
-        codes.append(int4_codes(groups, scale, zero).flatten(1)[:, :inputs])
+        codes.append(centred_codes(groups, scale, zero).flatten(1)[:, :inputs] + 8)
         scales.append(scale)
         zeros.append(zero)
     return PackedMatrix.from_codes(torch.cat(codes), torch.cat(scales), zero=torch.cat(zeros))
@@ -90,11 +90,10 @@ def grouped(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(rows, -1, GROUP_INPUTS)
 
 
-def int4_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """The nearest codes, (rows, groups, 32), as uint8; zero is the weight of code 8."""
+def centred_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The nearest codes minus 8, (..., 32), as floats; zero is the weight of code 8."""
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = ((groups - zero[..., None]) / safe[..., None]).round_().add_(8)
-    return codes.clamp_(0, _LARGEST).to(torch.uint8)
+    return ((groups - zero[..., None]) / safe[..., None]).round_().clamp_(-8, _LARGEST - 8)
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
@@ -126,42 +125,33 @@ def searched(
     share = share / share.sum(dim=-1, keepdim=True)
     low, high = groups.aminmax(dim=-1)
     best_scale, best_zero = _whole_range(groups)
-    least = _squared_error(groups, best_scale, best_zero, share)
+    least = torch.full_like(low, torch.inf)
     exact = _EXACT * groups.square().mul_(share).sum(dim=-1)
     for steps in _STEPS:
-        if bool((least <= exact).all()):
-            break
         scale = (high - low) / steps
-        zero = low + 8 * scale
-        if steps > _LARGEST:  # clip both ends
-            zero = (low + high) / 2 + scale / 2
+        zero = low + 8 * scale if steps <= _LARGEST else (low + high + scale) / 2
         for _ in range(_REFITS + 1):
-            kept = rounded(scale), rounded(zero)
-            error = _squared_error(groups, *kept, share)
+            scale, zero = rounded(scale), rounded(zero)
+            codes = centred_codes(groups, scale, zero)
+            found = torch.addcmul(zero[..., None], codes, scale[..., None])
+            error = found.sub_(groups).square_().mul_(share).sum(dim=-1)
             better = error < least
             least = torch.where(better, error, least)
-            best_scale = torch.where(better, kept[0], best_scale)
-            best_zero = torch.where(better, kept[1], best_zero)
-            scale, zero = _fitted(groups, *kept, share)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+            scale, zero = _fitted(groups, codes, scale, share)
+        if bool((least <= exact).all()):
+            break
     return best_scale, best_zero
 
 
-def _squared_error(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, share: torch.Tensor
-) -> torch.Tensor:
-    codes = int4_codes(groups, scale, zero)
-    found = torch.addcmul(zero[..., None], codes.float() - 8, scale[..., None])
-    return (found - groups).square_().mul_(share).sum(dim=-1)
-
-
 def _fitted(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, share: torch.Tensor
+    groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, share: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero with the least squared error for the codes that `scale` and `zero` give."""
-    codes = int4_codes(groups, scale, zero).float() - 8
+    """Scale and zero with the least squared error for given codes; `scale` if all are equal."""
     mean_code, mean = (codes * share).sum(dim=-1), (groups * share).sum(dim=-1)
     centred = codes - mean_code[..., None]
-    spread = centred.square().mul_(share).sum(dim=-1)
-    slope = (centred * groups).mul_(share).sum(dim=-1) / spread.clamp_min(1e-12)
+    spread = (centred * share).mul_(centred).sum(dim=-1)
+    slope = centred.mul_(groups).mul_(share).sum(dim=-1) / spread.clamp_min(1e-12)
     slope = torch.where(spread > 0, slope, scale)
     return slope, mean - mean_code * slope

@@ -15,11 +15,10 @@ def _random(shape: tuple[int, int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (24, 16), (7, 40)])
-@pytest.mark.parametrize("largest", [15, 12, 9])
-def test_weights_on_a_grid_do_not_change(shape: tuple[int, int], largest: int) -> None:
+def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, largest + 1, shape, generator=generator)
-    codes[:, ::32], codes[:, 1::32] = 0, largest  # each group uses the whole grid
+    codes = torch.randint(0, 16, shape, generator=generator)
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # each group uses the whole grid
     groups = -(-shape[1] // 32)
     scale = 2.0 ** torch.randint(-4, 2, (shape[0], groups), generator=generator)
     minimum = -scale * torch.randint(0, 16, (shape[0], groups), generator=generator)
