@@ -260,7 +260,7 @@ class WeightStore:
         if not all(map(_Group.same_as, groups, found)):
             if self.residency == "drop":
                 raise UnsupportedModelError(
-                    "residency='drop' reads removed blocks again from the model's own safetensors "
+                    "residency='drop' reads weights again from the model's own safetensors "
                     "files, and they are missing or hold other values than the model; save it "
                     "with save_pretrained() and load it from that folder, or use 'offload'."
                 )

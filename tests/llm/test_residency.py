@@ -162,7 +162,7 @@ def test_drop_needs_model_files() -> None:
     llm = tiny_llm()
     with pytest.raises(
         UnsupportedModelError,
-        match="residency='drop' reads removed blocks again",
+        match="residency='drop' reads weights again",
     ):
         llm.set_residency("drop")
     with pytest.raises(UnknownNameError, match="Did you mean 'offload'"):
