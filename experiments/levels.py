@@ -109,7 +109,7 @@ def levels(config: Config, folder: Path) -> Path:
         costs.save(path)
     if settings.out is not None:
         costs.save(settings.out)
-    for row in costs.errors():
+    for row in costs.predictions():
         log.info("Predicted %.4f, measured %.4f: %s", *row.values())
     policy = KnapsackPolicy(context.memory, costs)
     cells = grid(reference, settings.shapes, settings.budgets)

@@ -6,6 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
 from rap_env.blocks import block_name
 from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts, window_share
 from rap_env.levels import CacheLevel
@@ -13,6 +16,9 @@ from rap_env.llm.progress import progress_bar
 from rap_env.memory import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.scoring.scorer import MaskScorer, bar_callback
+
+Rise = npt.NDArray[np.float64]
+"""Rise in NLL on each window of a text, nats per token, (windows,)."""
 
 
 def scan_levels(
@@ -32,6 +38,7 @@ def scan_levels(
         window_tokens=length,
         native_nll=0.0,
         one_shot={},
+        errors={},
         joint={},
         evaluations=0,
         evaluations_run=0,
@@ -40,13 +47,15 @@ def scan_levels(
         provenance=scorer.provenance,
     )
     uniform = uniform_plans(single)
-    plans = [CompressionPlan(), *_plans_of(single), *uniform]
-    costs, nll = _measured(empty, scorer, plans, progress)
-    native = nll[0]
-    rises = iter(value - native for value in nll[1:])
-    one_shot = {item: {level: next(rises) for level in levels} for item, levels in single.items()}
-    joint = {plan.to_json(): next(rises) for plan in uniform}
-    return replace(costs, native_nll=native, one_shot=one_shot, joint=joint)
+    plans = [*_plans_of(single), *uniform]
+    costs, rises = _measured(empty, scorer, plans, progress)
+    return replace(
+        costs,
+        native_nll=scorer.nll(CompressionPlan()),
+        one_shot=_by_item(single, [float(rise.mean()) for rise in rises]),
+        errors=_by_item(single, [_standard_error(rise) for rise in rises]),
+        joint=_joint(uniform, rises[-len(uniform) :]),
+    )
 
 
 def measure_jointly(
@@ -57,9 +66,8 @@ def measure_jointly(
     progress: bool = True,
 ) -> LevelCosts:
     """Add measured plans, such as those that a policy chooses, to the level costs."""
-    found, nll = _measured(costs, scorer, [CompressionPlan(), *plans], progress)
-    rises = {p.to_json(): value - nll[0] for p, value in zip(plans, nll[1:], strict=True)}
-    return replace(found, joint={**costs.joint, **rises})
+    found, rises = _measured(costs, scorer, list(plans), progress)
+    return replace(found, joint={**costs.joint, **_joint(plans, rises)})
 
 
 def useful_levels(cache_levels: Sequence[str], tokens: int) -> list[str]:
@@ -95,19 +103,36 @@ def _plans_of(levels: dict[str, list[str]]) -> list[CompressionPlan]:
     return [CompressionPlan.of({item: n}) for item, names in levels.items() for n in names]
 
 
+def _by_item(levels: dict[str, list[str]], values: list[float]) -> dict[str, dict[str, float]]:
+    """The first values in the order of `_plans_of`, by names of items and levels."""
+    left = iter(values)
+    return {item: {level: next(left) for level in names} for item, names in levels.items()}
+
+
+def _joint(plans: Sequence[CompressionPlan], rises: Sequence[Rise]) -> dict[str, float]:
+    pairs = zip(plans, rises, strict=True)
+    return {plan.to_json(): float(rise.mean()) for plan, rise in pairs}
+
+
+def _standard_error(rise: Rise) -> float:
+    return float(rise.std(ddof=1) / np.sqrt(len(rise))) if len(rise) > 1 else 0.0
+
+
 def _measured(
     costs: LevelCosts, scorer: MaskScorer, plans: list[CompressionPlan], progress: bool
-) -> tuple[LevelCosts, list[float]]:
-    """NLL of plans, nats per token, and the costs with what measuring them took added."""
+) -> tuple[LevelCosts, list[Rise]]:
+    """Rise in NLL of each window, nats per token, and the costs with what measuring took added."""
     began = time.perf_counter()
     before = scorer.evaluations, scorer.block_forwards
-    with progress_bar(progress, total=len(set(plans)), desc="levels", unit="plan") as bar:
-        nll = scorer.nll_many(plans, bar_callback(bar))
+    distinct = {CompressionPlan(), *plans}
+    with progress_bar(progress, total=len(distinct), desc="levels", unit="plan") as bar:
+        scorer.nll_many([CompressionPlan(), *plans], bar_callback(bar))
     spent = replace(
         costs,
-        evaluations=costs.evaluations + len(set(plans)),
+        evaluations=costs.evaluations + len(distinct),
         evaluations_run=costs.evaluations_run + scorer.evaluations - before[0],
         block_forwards=costs.block_forwards + scorer.block_forwards - before[1],
         seconds=costs.seconds + time.perf_counter() - began,
     )
-    return spent, nll
+    native = scorer.window_nll(CompressionPlan())
+    return spent, [scorer.window_nll(plan) - native for plan in plans]

@@ -35,8 +35,14 @@ class FakeScorer:
 
     def nll_many(self, plans, on_score=None):
         self.evaluations += len(set(plans))
-        sums = [(len(p.levels), sum(SINGLE[n] for n in p.levels.values())) for p in plans]
-        return [3.0 + total * (2 if count > 1 else 1) for count, total in sums]
+
+    def nll(self, plan):
+        return float(self.window_nll(plan).mean())
+
+    def window_nll(self, plan):
+        total = sum(SINGLE[name] for name in plan.levels.values())
+        rise = total * (2 if len(plan.levels) > 1 else 1)
+        return np.array([3.0 + rise * 0.75, 3.0 + rise * 1.25])
 
 
 def scanned(length=512, levels=("int8", "int4", "int4-window64")):
@@ -55,6 +61,7 @@ def test_a_scan_measures_each_level_of_each_item_alone_and_uniform_levels_jointl
     assert made.one_shot["layer01.cache"] == pytest.approx(
         {"int8": 0.01, "int4": 0.1, "int4-window64": 0.3}
     )
+    assert made.errors["layer01.ffn"] == pytest.approx({"removed": 0.25})
     uniform = CompressionPlan.uniform(2, caches="int4").to_json()
     assert made.joint[uniform] == pytest.approx(0.4)
     assert len(made.joint) == 3
@@ -66,7 +73,7 @@ def test_joint_measurements_correct_the_sum():
     assert made.factors == pytest.approx(
         {"cache int8": 2.0, "cache int4": 2.0, "cache int4-window64": 2.0}
     )
-    for row in made.errors():
+    for row in made.predictions():
         assert row["predicted"] == pytest.approx(row["measured"])
     assert made.delta_nll(CompressionPlan.of({"layer00.cache": "int4"})) == pytest.approx(0.2)
 
@@ -103,9 +110,10 @@ def test_more_plans_may_be_measured_later():
 def changed(**one_shot):
     """Costs that were measured alone only, some of them changed."""
     made = replace(scanned(), joint={})
+    errors = {item: dict.fromkeys(costs, 0.0) for item, costs in made.errors.items()}
     items = {item: {**costs, **one_shot.get(item.replace(".", "_"), {})}
              for item, costs in made.one_shot.items()}  # fmt: skip
-    return replace(made, one_shot=items)
+    return replace(made, one_shot=items, errors=errors)
 
 
 def test_costs_are_never_negative():
@@ -124,6 +132,27 @@ def test_a_level_costs_at_least_as_much_as_each_more_exact_one():
     unordered = changed(layer00_cache={"int8": 0.01, "int4": 0.5, "int4-window64": 0.3})
     assert unordered.cost("layer00.cache", "int8") == 0.01
     assert unordered.cost("layer00.cache", "int4-window64") == 0.5
+
+
+def test_noise_is_shrunk_to_the_mean():
+    """Half of the variance of the costs is noise, so they move half of the way."""
+    made = changed(layer00_cache={"int4": 0.3}, layer01_cache={"int4": 0.5})
+    some = {
+        n: {**made.errors[n], "int4": 0.1 * 0.5**0.5} for n in ("layer00.cache", "layer01.cache")
+    }
+    noisy = replace(made, errors={**made.errors, **some})
+    assert noisy.cost("layer00.cache", "int4") == pytest.approx(0.35)
+    assert noisy.cost("layer01.cache", "int4") == pytest.approx(0.45)
+    assert made.cost("layer01.cache", "int4") == pytest.approx(0.5)
+
+
+def test_a_level_too_cheap_to_measure_alone_has_its_share_of_the_uniform_cost():
+    made = changed(layer00_cache={"int8": -1e-4}, layer01_cache={"int8": -2e-4})
+    uniform = CompressionPlan.uniform(2, caches="int8").to_json()
+    assert made.cost("layer00.cache", "int8") == 0
+    assert replace(made, joint={uniform: 3e-4}).cost("layer00.cache", "int8") == pytest.approx(
+        1.5e-4
+    )
 
 
 def test_levels_without_a_measurement_are_rejected():

@@ -61,9 +61,10 @@ def costs(made, seed=0, caches=CACHES, joint=None, window_tokens=512):
         item: dict(zip(levels, np.cumsum(rng.random(len(levels))).tolist(), strict=True))
         for item, levels in items.items()
     }
+    errors = {item: dict.fromkeys(levels, 0.0) for item, levels in one_shot.items()}
     return LevelCosts(
         num_layers=made.num_layers, window_tokens=window_tokens, native_nll=3.0,
-        one_shot=one_shot, joint=joint or {}, evaluations=1, evaluations_run=1,
+        one_shot=one_shot, errors=errors, joint=joint or {}, evaluations=1, evaluations_run=1,
         block_forwards=1.0, seconds=0.0,
         provenance={"model": "made", "fingerprint": made.fingerprint,
                     "scoring": {"weights": made.weights},
