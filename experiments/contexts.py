@@ -143,7 +143,8 @@ def server_settings(config: Config, folder: Path) -> ServerSettings:
 
     `threads` is not set: the program has set it already.
     """
-    model = {"model": config.model.name, "device": config.model.device, "dtype": config.model.dtype}
+    model = {"model": config.model.name, "device": config.model.device,
+             "dtype": config.model.dtype, "weights": config.model.weights}  # fmt: skip
     values = {**config.serve, **model}
     if values["decisions"] == "default":
         values["decisions"] = str(folder / DECISIONS_FILE)

@@ -1,6 +1,6 @@
 """``python -m experiments.serve``: `rap serve` with its settings composed by Hydra.
 
-Each change of the mask is a JSON line in the run folder's ``decisions.jsonl``.
+Each change of the plan is a JSON line in the run folder's ``decisions.jsonl``.
 """
 
 from __future__ import annotations

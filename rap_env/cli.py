@@ -102,18 +102,19 @@ def _options(*options: Command) -> Command:
     return add
 
 
-def _setting_option(name: str) -> Command:
+def _setting_option(name: str, default: str | None = None) -> Command:
     """Option of a command that shares a setting with the server."""
-    default = getattr(ServerSettings, name)
+    default = default or getattr(ServerSettings, name)
     return click.option(f"--{name}", default=default, show_default=True, help=_HELP.get(name))
 
 
-def _request_options(required: bool) -> Command:
+def _request_options(required: bool, policy: str | None = None) -> Command:
     return _options(
         click.option("--batch", type=int, required=required, help="Number of sequences."),
         click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
         click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
-        *map(_setting_option, ("policy", "model", "device", "dtype")),
+        _setting_option("policy", policy),
+        *map(_setting_option, ("model", "device", "dtype")),
         click.option(
             "--weights",
             default="native",
@@ -196,7 +197,7 @@ def _facts(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
 
 
 @cli.command()
-@_request_options(required=True)
+@_request_options(required=True, policy="rap")
 @_json_option
 def choose(
     batch: int, seq: int, budget: str, policy: str, model: str, device: str,
@@ -278,7 +279,7 @@ def _level_lines(levels: dict[str, str]) -> list[str]:
 @cli.command()
 @click.argument("folder", type=Path)
 @click.option("--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn.")
-@_request_options(required=False)
+@_request_options(required=False, policy="rap")
 @_json_option
 def prune(
     folder: Path, remove: Sequence[str], batch: int | None, seq: int | None, budget: str | None,

@@ -24,7 +24,13 @@ from rap_env.serving.settings import CHOICES, ServerSettings
 
 Meter = Annotated[str, among("process", "tensors")]
 
-_ELSEWHERE = ("model", "device", "dtype", "threads")  # from the sections model and config
+_ELSEWHERE = (
+    "model",
+    "device",
+    "dtype",
+    "weights",
+    "threads",
+)  # from model and config
 
 
 def serve_defaults() -> dict[str, Any]:
@@ -80,10 +86,18 @@ class SoakConfig(Section):
             raise ExperimentError("The sum of the shares of soak must be at most 1.")
 
 
-SYSTEMS = (
+MASK_SYSTEMS = (
     "dense", "static_gsi", "static_gsi_lean", "static_shortgpt", "greedy", "frontier", "rap",
     "oracle",
 )  # fmt: skip
+"""Systems that remove blocks only; the default."""
+UNIFORM_SYSTEMS = tuple(
+    f"uniform_{weights}_{cache}"
+    for weights in ("native", "int8", "int4")
+    for cache in ("native", "int8", "int4", "int2")
+)
+"""Systems with one level for all weights and one for all caches."""
+SYSTEMS = (*MASK_SYSTEMS, "knapsack", *UNIFORM_SYSTEMS)
 """Systems that can be replayed."""
 
 
@@ -96,7 +110,7 @@ class ReplayConfig(Section):
 
     section = "replay"
     systems: Annotated[list[Annotated[str, among(*SYSTEMS)]], distinct] = field(
-        default_factory=lambda: list(SYSTEMS)
+        default_factory=lambda: list(MASK_SYSTEMS)
     )
     """Systems to run, in this order; all get the same arrivals and the same budget."""
     trace: str | None = None
@@ -132,6 +146,8 @@ class ReplayConfig(Section):
     """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
     policy: str = "rap"
     """Policy of the system ``rap``: an exported file, or the name of a bundled policy."""
+    knapsack: str = "knapsack"
+    """Policy of the system ``knapsack``: level costs, or the name of bundled ones."""
     frontier: str = "frontier"
     """Table of the systems ``frontier`` and ``oracle``: a file, or the name of a bundled one."""
     gsi: str | None = None

@@ -20,6 +20,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.progress import progress_bar
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
@@ -188,7 +189,7 @@ class ReplayHarness:
         seconds, peak = self._clock() - started, self._meter.peak_bytes()
         budget_bytes = self._budget.at(started)
         self._intervals.append(
-            Interval(started, seconds, MEASURING, 0, 0, BlockMask(), peak, budget_bytes)
+            Interval(started, seconds, MEASURING, 0, 0, CompressionPlan(), peak, budget_bytes)
         )
 
     def _open(self, system: System) -> None:
@@ -210,6 +211,7 @@ class ReplayHarness:
             margin_share=settings.margin_share,
             hysteresis_share=settings.hysteresis_share,
             hold_s=settings.hold_s,
+            chunk_tokens=settings.prefill_chunk_tokens,
             log=self._decisions,
             clock=self._clock,
         )  # fmt: skip
@@ -278,8 +280,8 @@ class ReplayHarness:
         self._clock.jump_to(until)
         used = self._meter.used_bytes()
         budget_bytes = self._budget.at(now)
-        mask = self._llm.mask
-        self._intervals.append(Interval(now, until - now, IDLE, 0, 0, mask, used, budget_bytes))
+        plan = self._llm.plan
+        self._intervals.append(Interval(now, until - now, IDLE, 0, 0, plan, used, budget_bytes))
         return True
 
     def _mark_waiting(self) -> None:
@@ -304,6 +306,6 @@ class ReplayHarness:
         self._intervals.append(
             Interval(
                 record.time_s, seconds, record.kind, record.rows, record.length,
-                record.mask, record.peak_bytes, record.budget_bytes,
+                record.plan, record.peak_bytes, record.budget_bytes,
             )
         )  # fmt: skip

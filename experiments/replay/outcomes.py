@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from experiments.replay.records import ReplayRow
 from experiments.replay.systems import System
 from experiments.replay.time_series import TimeSeries
 from experiments.replay.workload import ReplayRequest
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.metrics import EngineStats
@@ -105,7 +105,7 @@ def evaluate_outputs(
     """Measure everything that a system generated.
 
     Returns:
-        The quality of each served request by its number, and the ΔNLL of the masks on held-out
+        The quality of each served request by its number, and the ΔNLL of the plans on held-out
         text as `QualityEvaluator.mask_delta_nll`.
     """
     done = [o for o in run.outcomes if o.outcome == "served" and o.handle and o.handle.token_ids]
@@ -114,7 +114,7 @@ def evaluate_outputs(
         for o in done
         if o.handle
     }
-    return qualities, evaluator.mask_delta_nll(_tokens_by_mask(done))
+    return qualities, evaluator.mask_delta_nll(_tokens_by_plan(done))
 
 
 def make_row(
@@ -136,7 +136,7 @@ def make_row(
     ttft = [o.ttft_s for o in done if o.ttft_s is not None]
     tpot = [o.tpot_s for o in done if o.tpot_s is not None]
     tokens = sum(len(o.handle.token_ids) for o in done if o.handle)
-    by_mask = _tokens_by_mask(done)
+    by_plan = _tokens_by_plan(done)
     controller = run.controller
     stats = run.stats
     duration = max((o.handle.ended_s or 0.0 for o in done if o.handle), default=0.0)
@@ -170,8 +170,9 @@ def make_row(
         decision_s=controller.plans.decision_s,
         switches=controller.plans.switches,
         switch_s=controller.plans.switch_s,
-        masks=len(by_mask),
-        removed_mean=_mean_removed(by_mask),
+        masks=len(by_plan),
+        removed_mean=_mean_over_tokens(_removed, by_plan),
+        lowered_mean=_mean_over_tokens(_lowered, by_plan),
         **_quality(list(qualities.values()), mask_delta_nll, tokens),
         notes=run.system.notes,
         provenance=provenance,
@@ -199,8 +200,8 @@ def _request_record(outcome: RequestOutcome, quality: OutputQuality | None) -> d
         "tpot_s": _rounded(outcome.tpot_s),
         "tokens": len(handle.token_ids) if handle else 0,
         "preemptions": handle.preemptions if handle else 0,
-        "masks": len(set(handle.masks)) if handle else 0,
-        "removed_mean": _rounded(_mean_removed(_tokens_by_mask([outcome]))),
+        "masks": len(set(handle.plans)) if handle else 0,
+        "removed_mean": _rounded(_mean_over_tokens(_removed, _tokens_by_plan([outcome]))),
     }
     if quality is not None:
         record |= {
@@ -238,13 +239,23 @@ def _quality(
     }
 
 
-def _tokens_by_mask(outcomes: Sequence[RequestOutcome]) -> dict[BlockMask, int]:
-    """Count the tokens generated under each mask."""
-    return dict(Counter(mask for o in outcomes if o.handle for mask in o.handle.masks))
+def _tokens_by_plan(outcomes: Sequence[RequestOutcome]) -> dict[CompressionPlan, int]:
+    """Count the tokens generated under each plan."""
+    return dict(Counter(plan for o in outcomes if o.handle for plan in o.handle.plans))
 
 
-def _mean_removed(tokens: dict[BlockMask, int]) -> float | None:
-    """Mean number of removed blocks over tokens."""
+def _mean_over_tokens(
+    count: Callable[[CompressionPlan], int], tokens: dict[CompressionPlan, int]
+) -> float | None:
+    """Mean over tokens of a number that their plans have."""
     if not tokens:
         return None
-    return float(np.average([len(mask) for mask in tokens], weights=list(tokens.values())))
+    return float(np.average([count(plan) for plan in tokens], weights=list(tokens.values())))
+
+
+def _removed(plan: CompressionPlan) -> int:
+    return len(plan.removed)
+
+
+def _lowered(plan: CompressionPlan) -> int:
+    return len(plan.levels) - len(plan.removed)

@@ -37,7 +37,7 @@ FILE, REFERENCES, DECISIONS = "replay.jsonl", "references.jsonl", "decisions"
 
 _FREE = ("systems", "figures")
 """Settings that may change when a replay is resumed."""
-_PATHS = ("trace", "text", "data_root", "policy", "frontier", "gsi")
+_PATHS = ("trace", "text", "data_root", "policy", "knapsack", "frontier", "gsi")
 """Settings that name files; records hold hashes of their content instead."""
 
 

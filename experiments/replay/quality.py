@@ -18,6 +18,7 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.llm.progress import progress_bar
+from rap_env.plan import CompressionPlan
 from rap_env.scoring.nll import token_nll
 from rap_env.scoring.scorer import MaskScorer
 
@@ -63,10 +64,10 @@ class QualityEvaluator:
     """Measures the quality of generated tokens.
 
     Args:
-        llm: The live model; each call restores its mask.
+        llm: The live model; each call restores its plan.
         workload: The requests.
         path: JSON-lines file of the dense model's own continuations.
-        scorer: Measures masks on held-out text; None skips that measurement.
+        scorer: Measures plans on held-out text; None skips that measurement.
         progress: Whether to draw progress bars.
     """
 
@@ -123,13 +124,13 @@ class QualityEvaluator:
             right = is_correct(request.answer, text)
         return OutputQuality(nll, reference.nll, same, right)
 
-    def mask_delta_nll(self, tokens: Mapping[BlockMask, int]) -> float | None:
-        """ΔNLL of masks on held-out text, mean over generated tokens; None if not measured."""
+    def mask_delta_nll(self, tokens: Mapping[CompressionPlan, int]) -> float | None:
+        """ΔNLL of plans on held-out text, mean over generated tokens; None if not measured."""
         if self._scorer is None or not tokens:
             return None
-        masks = list(tokens)
-        deltas = np.array(self._scorer.nll_many(masks)) - self._scorer.dense_nll
-        return float(np.average(deltas, weights=[tokens[mask] for mask in masks]))
+        plans = list(tokens)
+        deltas = np.array(self._scorer.nll_many(plans)) - self._scorer.dense_nll
+        return float(np.average(deltas, weights=[tokens[plan] for plan in plans]))
 
     @torch.inference_mode()
     def _nll(self, prompt: Sequence[int], generated: Sequence[int]) -> float:

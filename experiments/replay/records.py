@@ -53,19 +53,21 @@ class ReplayRow(Record):
         decision_s: Their seconds.
         switches: Changes of the mask.
         switch_s: Their seconds.
-        masks: Different masks under which tokens were generated.
+        masks: Different masks and plans under which tokens were generated.
         removed_mean: Removed blocks, mean over generated tokens.
         loss_mean: NLL of the generated tokens under the dense model minus that of the dense
             model's own greedy continuation of the same prompt and length, mean over served
             requests, nats per token.
         loss_ci_low: Lower end of its 95 % interval over requests.
         loss_ci_high: Upper end.
-        mask_loss_mean: ΔNLL of the masks on held-out text, mean over generated tokens, nats per
-            token; None if it was not measured.
+        mask_loss_mean: ΔNLL of the masks or plans on held-out text, mean over generated tokens,
+            nats per token; None if it was not measured.
         generated_nll_mean: NLL of the generated tokens under the dense model, nats per token.
         same_fraction: Share of generated tokens equal to the dense model's own continuation.
         accuracy: Share of correct answers among served requests with a known answer.
         accuracy_n: Number of those requests.
+        lowered_mean: Kept items below their native level, mean over generated tokens; None in
+            records of versions without levels.
         notes: Facts about the system, such as its static mask.
         provenance: Model, workload, budget, settings, versions and commit.
     """
@@ -112,6 +114,7 @@ class ReplayRow(Record):
     same_fraction: float | None
     accuracy: float | None
     accuracy_n: int
+    lowered_mean: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 

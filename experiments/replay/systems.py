@@ -12,6 +12,7 @@ import numpy as np
 
 from agents.baselines.base import price_per_byte
 from experiments.config import Config
+from experiments.config.serving import UNIFORM_SYSTEMS
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget
 from experiments.replay.workload import Workload
@@ -19,15 +20,17 @@ from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.memory import MemoryModel
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
+from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.policies import (
     FrontierPolicy,
     NetworkPolicy,
     StaticPolicy,
     load_policy,
 )
+from rap_env.runtime.uniform_policy import UniformPolicy
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -153,6 +156,8 @@ class SystemFactory:
         if name in _GSI_SYSTEMS:
             groups = [(index,) for index in self._gsi_order()]
             return self._static(name, groups, full if name == "static_gsi" else 1)
+        if name in UNIFORM_SYSTEMS:
+            return self._uniform(name)
         makers: dict[str, Callable[[], System]] = {
             "dense": lambda: System("dense", StaticPolicy(BlockMask(), "dense"), ()),
             "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), full),
@@ -161,6 +166,7 @@ class SystemFactory:
             "rap": lambda: System(
                 name, self._trained, getattr(self._trained, "order", ()) or self._guard_order
             ),
+            "knapsack": lambda: System(name, self._knapsack, self._guard_order),
             "oracle": lambda: System(
                 name, OraclePolicy(self._frontier, self._budget, state), self._guard_order
             ),
@@ -182,11 +188,32 @@ class SystemFactory:
             # The encoding of masks in earlier records, so that hashes stay comparable.
             scores = self._frontier.frontier.scores
             return digest({",".join(map(str, mask)): nll for mask, nll in scores.items()})
+        if name == "knapsack" and isinstance(self._knapsack, KnapsackPolicy):
+            return digest([self._knapsack.costs.one_shot, self._knapsack.costs.joint])
+        if name in UNIFORM_SYSTEMS:
+            return digest(list(self._uniform(name).guard_order or ()))
         return digest(list(self._gsi_order())) if name in _GSI_SYSTEMS else None
 
     @cached_property
     def _trained(self) -> PlanPolicy:
         return load_policy(self._config.replay.policy, self._memory)
+
+    @cached_property
+    def _knapsack(self) -> PlanPolicy:
+        return load_policy(self._config.replay.knapsack, self._memory)
+
+    def _uniform(self, name: str) -> System:
+        """Make a system with the same levels at all times, which removes blocks in GSI order."""
+        facts = self._memory.facts
+        _, weights, cache = name.split("_")
+        lowered = {block.name: weights for block in facts.blocks
+                   if weights in facts.weight_levels(block.index)}  # fmt: skip
+        if weights != "native" and "int8" in facts.embedding_levels:
+            lowered[EMBEDDINGS] = "int8"
+        plan = CompressionPlan.uniform(facts.num_layers, caches=cache).lower(lowered)
+        order = self._guard_order or ()
+        policy = UniformPolicy(self._memory, [plan], order, name)
+        return System(name, policy, order or None, {"plan": plan.levels})
 
     @cached_property
     def _frontier(self) -> FrontierPolicy:

@@ -14,17 +14,19 @@ from experiments.comparison.formatting import (
     wrapped,
 )
 from experiments.comparison.statistics import Estimate, wilson_interval
+from experiments.config.serving import UNIFORM_SYSTEMS
 from experiments.replay.records import ReplayRow
 
 LEGEND = (
     "Every system gets the same arrivals under the same budget. Over budget: measured bytes above "
     "the budget at the start of a step, integrated over time. Served: requests that got all their "
-    "tokens; servable requests are those that some mask fits. TTFT: time from arrival to first "
+    "tokens; servable requests are those that some plan fits. TTFT: time from arrival to first "
     "token; TPOT: time per output token after it; both of served requests, in the time of the "
     "replay, which skips idle time. ΔNLL of output: NLL of the generated tokens under the dense "
     "model minus that of its own greedy continuation of the same prompts, nats/token, with a 95 % "
-    "interval over requests. ΔNLL of masks: rise in NLL on held-out text, nats/token. Removed: "
-    "blocks. Both are means over generated tokens. Controller: decisions and switches as a share "
+    "interval over requests. ΔNLL of plans: rise in NLL on held-out text, nats/token. Removed: "
+    "blocks. Lowered: kept blocks and caches below their native level. All three are means over "
+    "generated tokens. Controller: decisions and switches as a share "
     "of all work."
 )
 """Meaning of the columns."""
@@ -38,6 +40,10 @@ LABELS = {
     "frontier": "Frontier table",
     "rap": "RAP policy",
     "oracle": "Oracle",
+    "knapsack": "Knapsack over levels",
+    **{
+        name: "Uniform, {1} weights, {2} cache".format(*name.split("_")) for name in UNIFORM_SYSTEMS
+    },
 }
 """Display names of systems."""
 
@@ -76,15 +82,17 @@ def quality_table(rows: Sequence[ReplayRow]) -> Table:
     header = [
         "System",
         "ΔNLL of output",
-        "ΔNLL of masks",
-        "Same tokens",
+        "ΔNLL of plans",
+        "Same",
         "Accuracy",
         "Removed",
+        "Lowered",
     ]
     return header, [
         [
             system_label(row.system), _delta_nll(row), _number(row.mask_loss_mean, 3),
             percent(row.same_fraction, 0), _accuracy(row), _number(row.removed_mean, 1),
+            _number(row.lowered_mean, 1),
         ]
         for row in rows
     ]  # fmt: skip
@@ -92,7 +100,7 @@ def quality_table(rows: Sequence[ReplayRow]) -> Table:
 
 def costs_table(rows: Sequence[ReplayRow]) -> Table:
     """Cost of adaptation: switches, decisions, preemptions."""
-    header = ["System", "Switches", "each", "Decisions", "each", "Masks", "Preempted", "Controller"]
+    header = ["System", "Switches", "each", "Decisions", "each", "Plans", "Preempted", "Controller"]
     return header, [
         [
             system_label(row.system), f"{row.switches}", _each(row.switch_s, row.switches),

@@ -1,15 +1,17 @@
-"""Time series of a replay: steps and idle intervals, memory against the budget, masks."""
+"""Time series of a replay: steps and idle intervals, memory against the budget, plans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from experiments.replay.budgets import Budget
 from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan
+from rap_env.runtime.decisions import plan_record
 
-Value = TypeVar("Value", BlockMask, str)
+Value = TypeVar("Value", CompressionPlan, str)
 
 IDLE = "idle"
 """Kind of an interval in which no request runs."""
@@ -35,7 +37,7 @@ class Interval:
     kind: str
     rows: int
     length: int
-    mask: BlockMask
+    plan: CompressionPlan
     peak_bytes: int
     budget_bytes: int
 
@@ -85,7 +87,7 @@ class TimeSeries:
         """Return about `count` records, each of consecutive intervals.
 
         A record has bytes and budget of the interval with the largest excess over the budget, the
-        maximum of sequences and tokens, and the mask and kind that lasted longest.
+        maximum of sequences and tokens, and the plan and kind that lasted longest.
         """
         if not self.intervals:
             return []
@@ -107,7 +109,7 @@ def _record(group: Sequence[Interval]) -> dict[str, Any]:
         "length": max(m.length for m in group),
         "peak_bytes": worst.peak_bytes,
         "budget_bytes": worst.budget_bytes,
-        "mask": list(_longest((m.mask, m.duration_s) for m in group).names),
+        "mask": plan_record(_longest((m.plan, m.duration_s) for m in group)),
     }
 
 
@@ -119,12 +121,12 @@ def _longest(entries: Iterable[tuple[Value, float]]) -> Value:
     return max(held, key=held.__getitem__)
 
 
-def recorded_mask(value: Sequence[str] | str) -> BlockMask:
-    """Read the mask of a record: names of the removed blocks.
+def recorded_mask(value: Sequence[str] | Mapping[str, str] | str) -> BlockMask:
+    """Read the removed blocks of a record: names of a mask's blocks, or the levels of a plan.
 
     Older records hold a hexadecimal number whose bit i is set if block i is removed.
     """
     if isinstance(value, str):
         bits = int(value, 16)
         return BlockMask(frozenset(i for i in range(bits.bit_length()) if bits >> i & 1))
-    return BlockMask.of(*value)
+    return CompressionPlan.of(value).removed if isinstance(value, Mapping) else BlockMask.of(*value)

@@ -18,6 +18,7 @@ from rap_env.specs import check_settings, check_types, field_types
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
 CHOICES = {
+    "weights": ("native", "bf16", "int8", "int4"),
     "residency": ("resident", "offload", "drop"),
     "restore": ("refill", "next_request"),
 }
@@ -57,17 +58,19 @@ class ServerSettings:
         model: Model to serve: an alias such as ``smollm2-135m``, a hub id, a folder or a GGUF file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        weights: Format of the weights: ``native`` (as the model's file has them), ``bf16``
+            (unquantised), ``int8`` or ``int4``.
         threads: Threads of torch, at most the number of CPUs; null for torch's own number.
-        policy: Policy that chooses masks: ``rap``, ``frontier``, ``dense``, or the path of an
-            exported policy.
+        policy: Policy that chooses levels and masks: ``knapsack``, ``rap``, ``frontier``,
+            ``dense``, or the path of an exported policy, of level costs or of a frontier.
         memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``.
         reserve: Bytes to leave free if the budget is the system's free memory.
-        residency: Where the weights of removed blocks are kept: ``resident``, ``offload`` or
+        residency: Where weights that the plan does not use are kept: ``resident``, ``offload`` or
             ``drop``.
         restore: How a restored attention block gets the KV cache of earlier tokens: ``refill``
             or ``next_request``.
-        decisions: File that each change of the mask is appended to as a JSON line; null for none.
+        decisions: File that each change of the plan is appended to as a JSON line; null for none.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         model_name: Name that clients send as ``model``; null for `model`.
@@ -100,8 +103,9 @@ class ServerSettings:
     model: str = "smollm2-135m"
     device: str = "auto"
     dtype: str = "auto"
+    weights: str = "native"
     threads: int | None = None
-    policy: str = "rap"
+    policy: str = "knapsack"
     memory: str | int = "auto"
     reserve: str | int = "128MiB"
     residency: str = "offload"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from rap_env.errors import ServingSettingsError
+from rap_env.errors import ArtifactError, ServingSettingsError
 from rap_env.llm.device import use_threads
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
@@ -19,6 +20,7 @@ from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_source import MemorySource, open_memory
 from rap_env.runtime.policies import load_policy
+from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
 from rap_env.serving.settings import ServerSettings, require_extra
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
     from rap_env.llm.kv_cache import Restore
     from rap_env.llm.residency import Residency
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,31 @@ class ServerStack:
 
 def load_served_model(settings: ServerSettings) -> ElasticLLM:
     """Load the model and set its residency."""
-    llm = load_llm(settings.model, device=settings.device, dtype=settings.dtype)
+    llm = load_llm(
+        settings.model, device=settings.device, dtype=settings.dtype, weights=settings.weights
+    )
     llm.set_residency(cast("Residency", settings.residency))
     return llm
+
+
+def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> PlanPolicy:
+    """The policy of the settings; for a model without level costs, one that needs none.
+
+    Raises:
+        RapError: As for `load_policy`, with any other policy.
+    """
+    try:
+        return load_policy(settings.policy, llm)
+    except ArtifactError as error:
+        if settings.policy != ServerSettings.policy:
+            raise
+        log.warning(
+            "%s Until then the server lowers all caches uniformly, then all weights, and then "
+            "removes whole layers, the last ones first.", error,
+        )  # fmt: skip
+    memory = MemoryModel(llm)
+    plans, order = uniform_plans(memory.facts), middle_first(memory.facts.num_layers)
+    return UniformPolicy(memory, plans, order)
 
 
 def build_stack(
@@ -73,7 +99,7 @@ def build_stack(
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
     try:
         llm = load_served_model(settings) if llm is None else llm
-        policy = load_policy(settings.policy, llm) if policy is None else policy
+        policy = load_serving_policy(settings, llm) if policy is None else policy
         if memory is None:
             reserve = settings.reserve_bytes
             _check_budget(settings, llm)
@@ -149,7 +175,7 @@ def greeting(stack: ServerStack, url: str) -> str:
         f"{name} is served at {url} (Ctrl+C ends it).",
         f"Memory: {controller.monitor.budget_bytes / 2**30:.2f} GiB now "
         f"({controller.monitor.source.name}); policy: {controller.plans.policy.name}; "
-        f"removed weights: {stack.settings.residency}.",
+        f"unused weights: {stack.settings.residency}.",
     ]
     if stack.decisions is not None:
         lines.append(f"Each change of the plan is a line in {stack.decisions.path}.")

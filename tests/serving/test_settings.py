@@ -15,6 +15,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.llm.kv_cache import RESTORES
+from rap_env.llm.loading import WEIGHTS
 from rap_env.llm.residency import RESIDENCIES
 from rap_env.serving.server import bind, url_of
 from rap_env.serving.settings import (
@@ -85,7 +86,9 @@ def test_memory_is_a_source_or_a_number_of_bytes():
 
 
 def test_names_are_those_of_the_model():
-    assert CHOICES == {"residency": RESIDENCIES, "restore": RESTORES}
+    assert set(CHOICES) == {"weights", "residency", "restore"}
+    assert (CHOICES["residency"], CHOICES["restore"]) == (RESIDENCIES, RESTORES)
+    assert set(WEIGHTS) <= set(CHOICES["weights"])
 
 
 def test_every_setting_has_a_description():

@@ -18,6 +18,7 @@ from experiments.replay.workload import is_correct, known_answers, make_workload
 from rap_env.blocks import BlockMask
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.policies import OrderPolicy
 from rap_env.scoring.corpus import CorpusConfig
@@ -59,8 +60,11 @@ class FakeState:
         yield
 
 
-def moment(time_s, seconds, peak, budget, kind="decode", mask=BlockMask()):
-    return Interval(time_s, seconds, kind, 1, 8, mask, peak, budget)
+NATIVE = CompressionPlan()
+
+
+def moment(time_s, seconds, peak, budget, kind="decode", plan=NATIVE):
+    return Interval(time_s, seconds, kind, 1, 8, plan, peak, budget)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,10 @@ def test_budget_drops_during_a_step_are_counted_separately():
 
 
 def test_a_downsampled_series_keeps_the_worst_intervals():
-    moments = [moment(n, 1, peak=50, budget=100, mask=BlockMask.of(n % 2)) for n in range(1000)]
+    moments = [
+        moment(n, 1, peak=50, budget=100, plan=CompressionPlan(BlockMask.of(n % 2)))
+        for n in range(1000)
+    ]
     moments[555] = moment(555, 1, peak=150, budget=100)
     kept = TimeSeries(tuple(moments)).downsampled(count=100)
     assert len(kept) == 100
@@ -130,7 +137,7 @@ def test_a_downsampled_series_keeps_the_worst_intervals():
 
 def test_masks_are_recorded_by_name_and_older_numbers_are_read():
     mask = BlockMask.of(3, 59, 17)
-    (record,) = TimeSeries((moment(0, 1, 5, 9, mask=mask),)).downsampled()
+    (record,) = TimeSeries((moment(0, 1, 5, 9, plan=CompressionPlan(mask)),)).downsampled()
     assert record["mask"] == list(mask.names)
     assert recorded_mask(record["mask"]) == mask
     assert recorded_mask("800000000020008") == mask

@@ -10,7 +10,7 @@ import pytest
 from experiments.comparison.records import read_records
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.serving import SYSTEMS, ReplayConfig
+from experiments.config.serving import MASK_SYSTEMS, ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.figures import draw_all, main, read_replay
 from experiments.replay.outcomes import REQUESTS, STEPS
@@ -52,7 +52,7 @@ def rows(folder):
 
 
 def test_every_system_has_a_row_in_the_order_of_the_settings(rows):
-    assert list(rows) == list(SYSTEMS)
+    assert list(rows) == list(MASK_SYSTEMS)
 
 
 def test_all_systems_get_the_same_requests_and_budget(folder, rows):

@@ -1,0 +1,84 @@
+"""A policy that needs no measured costs: the same level for all items, then whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rap_env.blocks import BlockMask
+from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+
+
+class UniformPolicy:
+    """Chooses the first of some plans that fits, else the last one with blocks removed in an order.
+
+    Args:
+        memory: The model's byte arithmetic.
+        plans: Plans from the most to the least exact one, such as `uniform_plans`.
+        order: Indices of blocks in the order in which they are removed.
+        name: The policy's name.
+
+    Raises:
+        UnknownNameError: The model does not have an item or a level of a plan, or a block of the
+            order.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryModel,
+        plans: Sequence[CompressionPlan],
+        order: Iterable[int] = (),
+        name: str = "uniform",
+    ) -> None:
+        self.name = name
+        self.memory = memory
+        self.order = tuple(order)
+        self._plans = tuple(map(memory.check_plan, plans))
+        BlockMask.of(*self.order).check(memory.facts.num_blocks)
+
+    def choose(self, request: Request) -> CompressionPlan:
+        """Return the most exact plan that fits, or the smallest one if none does."""
+        plan = self._plans[-1]
+        for plan in self._plans:
+            if self._fits(plan, request):
+                return plan
+        for index in self.order:
+            plan = plan.without(BlockMask.of(index))
+            if self._fits(plan, request):
+                break
+        return plan
+
+    def _fits(self, plan: CompressionPlan, request: Request) -> bool:
+        return self.memory.peak_bytes(plan, request) <= request.budget_bytes
+
+
+def uniform_plans(facts: ModelFacts) -> list[CompressionPlan]:
+    """Uniform plans of a model from native down: caches first, since they cost least, then weights.
+
+    Levels that some block does not have are left native there.
+    """
+    layers, found = facts.num_layers, [CompressionPlan()]
+    if facts.kv_heads:
+        found += [CompressionPlan.uniform(layers, caches=level) for level in ("int8", "int4")]
+    for level in ("int8", "int4"):
+        names = {
+            block.name: level for block in facts.blocks if level in facts.weight_levels(block.index)
+        }
+        if "int8" in facts.embedding_levels:
+            names["embeddings"] = "int8"
+        if names:
+            found.append(found[-1].lower(names))
+    return found
+
+
+def middle_first(num_layers: int) -> list[int]:
+    """An order of removal without measurements: from the layer before the last one to the first.
+
+    The last layer and the first two matter most in most models (Men et al. 2024, ShortGPT), so
+    they come last.
+    """
+    ends = [layer for layer in (num_layers - 1, 1, 0) if 0 <= layer < num_layers]
+    middle = [layer for layer in reversed(range(num_layers)) if layer not in ends]
+    layers = [*middle, *dict.fromkeys(ends)]
+    return [index for layer in layers for index in (2 * layer, 2 * layer + 1)]

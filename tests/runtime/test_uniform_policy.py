@@ -1,0 +1,55 @@
+"""The policy without measured costs: uniform levels first, then whole blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
+from tests.runtime.made_policies import facts
+
+
+def with_levels():
+    """Facts of six layers with levels: int8 half of a block's bytes, int4 a third."""
+    made = facts()
+    return replace(
+        made,
+        int8_param_bytes=tuple(n // 2 for n in made.block_param_bytes),
+        int4_param_bytes=tuple(n // 3 for n in made.block_param_bytes),
+        int8_base_bytes=250,
+        kv_bytes_per_token=(128,) * 6,
+        kv_heads=(1,) * 6,
+        kv_head_size=(32,) * 6,
+    )
+
+
+def test_plans_lower_caches_before_weights_and_embeddings_no_further_than_int8():
+    plans = uniform_plans(with_levels())
+    assert plans[0] == CompressionPlan()
+    assert [plan.cache_level(3).name for plan in plans] == ["native", "int8", *["int4"] * 3]
+    assert [plan.weight_level(7) for plan in plans] == [*["native"] * 3, "int8", "int4"]
+    assert [plan.embeddings for plan in plans] == [*["native"] * 3, "int8", "int8"]
+
+
+def test_a_model_without_levels_has_the_native_plan_only():
+    assert uniform_plans(facts()) == [CompressionPlan()]
+
+
+def test_the_most_exact_plan_that_fits_is_chosen_and_blocks_are_removed_last():
+    memory = MemoryModel(with_levels())
+    plans, order = uniform_plans(memory.facts), middle_first(6)
+    policy = UniformPolicy(memory, plans, order)
+    for plan in plans:
+        need = memory.peak_bytes(plan, Request(2, 200, 1))
+        assert policy.choose(Request(2, 200, need)) == plan
+    without = policy.choose(Request(2, 200, need - 1))
+    assert without.removed.names == ("layer04.attn",)
+    assert without.weights == tuple(pair for pair in plans[-1].weights if pair[0] != 8)
+    assert len(policy.choose(Request(2, 200, 1)).removed) == 12
+
+
+def test_the_order_without_measurements_keeps_the_ends_longest():
+    assert middle_first(4) == [4, 5, 6, 7, 2, 3, 0, 1]
+    assert [sorted(middle_first(n)) for n in (1, 2)] == [[0, 1], [0, 1, 2, 3]]
