@@ -26,13 +26,15 @@ from rap_env.llm.device import (
 )
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.packed_folder import is_packed, load_native
+from rap_env.llm.packing import PACKED_LEVELS
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned
+from rap_env.llm.quantised_folder import quantised_folder
 from rap_env.llm.sources import load_tokenizer, locate, looks_like_path
 from rap_env.llm.streamed import stream_llm
 from rap_env.llm.weight_files import load_weights
 from rap_env.paths import cache_dir
 
-Weights = Literal["native", "bf16"]
+Weights = Literal["native", "bf16", "int8", "int4"]
 """Formats in which `load_llm` loads weights."""
 
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
@@ -75,7 +77,8 @@ def load_llm(
             see `rap_env.llm.device.choose_dtype`), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. A pruned checkpoint has its own.
         weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
-            sources; ``"bf16"`` unquantises to `dtype`.
+            sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
+            unquantised blocks, and embeddings with head to int8 (once; the result is cached).
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.
@@ -84,7 +87,7 @@ def load_llm(
         UnknownNameError: The alias, device, dtype or format of weights does not exist.
         ModelNotAvailableError: The model is not on this machine and cannot be downloaded.
         UnsupportedModelError: The family is not known (nothing was loaded), the weights do not
-            fit the config.
+            fit the config, or the folder does not have them in that format.
         ChecksumError: A file is damaged.
         StorageFullError: The disk is full.
     """
@@ -94,16 +97,34 @@ def load_llm(
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     found = locate(model, packed=weights == "native")
-    if (found.folder / PRUNED_FILE).is_file():
-        return _load_pruned(found.folder, place, None if dtype == "auto" else kind)
-    read_config(found.folder)
+    folder = found.folder
+    _check_format(folder, weights)
+    if (folder / PRUNED_FILE).is_file():
+        return _load_pruned(folder, place, None if dtype == "auto" else kind)
+    read_config(folder)
+    if weights in PACKED_LEVELS:
+        folder = quantised_folder(folder, weights)
     log.info("Loading %s in %s on %s", found.name, kind, place)
-    load = load_native if is_packed(found.folder) else load_weights
-    loaded = load(found.folder, kind).to(place)
+    load = load_native if is_packed(folder) else load_weights
+    loaded = load(folder, kind).to(place)
     speed_up_decoding(loaded)
-    tokenizer = load_tokenizer(found.folder)
+    tokenizer = load_tokenizer(folder)
     return_freed_memory()
-    return ElasticLLM(loaded, tokenizer, name=found.name, folder=found.folder)
+    return ElasticLLM(loaded, tokenizer, name=found.name, folder=folder)
+
+
+def _check_format(folder: Path, weights: str) -> None:
+    if (folder / PRUNED_FILE).is_file() and weights in PACKED_LEVELS:
+        raise UnsupportedModelError(
+            f"{folder} is a pruned checkpoint, whose weights are unquantised, so weights="
+            f"{weights!r} is not possible: leave weights at 'native', and lower the levels of its "
+            "blocks with llm.apply()."
+        )
+    if is_packed(folder) and weights != "native":
+        raise UnsupportedModelError(
+            f"{folder} has only packed weights, so weights={weights!r} is not possible: leave "
+            "weights at 'native', or give the model from which the folder was made."
+        )
 
 
 _shared: dict[tuple[str, ...], ElasticLLM] = {}
@@ -132,6 +153,8 @@ def shared_llm(
     name = os.fspath(model)
     if looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
+    if weights == "native" and not _may_be_packed(model):
+        weights = "bf16"  # the same model
     key = (name, str(place), str(kind), weights, str(max_memory_bytes), *settings)
     with _shared_lock:
         if key not in _shared:
@@ -147,6 +170,14 @@ def shared_llm(
                 )
             )
         return _shared[key]
+
+
+def _may_be_packed(model: str | os.PathLike[str]) -> bool:
+    """Whether a model's own weights may be packed: a GGUF file, or an alias of one."""
+    if not looks_like_path(model):
+        return "/" not in os.fspath(model)  # a hub id is a folder
+    path = Path(model).expanduser()
+    return not path.is_dir() or is_packed(path)
 
 
 def _after_fork() -> None:

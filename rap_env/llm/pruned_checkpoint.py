@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.blocks import BlockMask, block_index, block_name
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.cpu_decode import attention_name, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
@@ -54,11 +54,17 @@ def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]
 
     Raises:
         UnknownNameError: The mask names a block that the model does not have.
+        UnsupportedModelError: The model's own weights are packed.
         ArtifactError: The folder has content and is no pruned checkpoint, or it is a file.
         StorageFullError: The disk is full; the folder is unchanged.
     """
     folder = Path(folder)
     mask.check(llm.num_blocks)
+    if llm.facts.packed:
+        raise UnsupportedModelError(
+            f"The weights of {llm.name} are packed, and a pruned checkpoint has unquantised ones: "
+            "load the model with weights='bf16' and save that."
+        )
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file, not a folder; choose another folder.")
     if folder.exists() and not (folder / PRUNED_FILE).exists() and any(folder.iterdir()):

@@ -27,9 +27,9 @@ from rap_env.llm.packed_modules import (
     module_widen_bytes,
     packed,
     skeleton,
-    widened,
 )
 from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, packed_bytes
+from rap_env.llm.quantisers import quantise
 from rap_env.llm.weights import named_weights, tensor_key
 
 T = TypeVar("T")
@@ -96,7 +96,12 @@ class Place:
         """The module at a level, made from native weights; `ahead` has those of tied places."""
         if self.tied is not None:
             return from_matrices(self._skeleton, ahead[self.tied].matrices)
-        return packed(widened(self.original), level)
+        if not isinstance(self.original, PackedModule):
+            return packed(self.original, level)
+        matrices = self.original.matrices.items()
+        wide = {name: matrix.widened(torch.float32) for name, matrix in matrices}
+        made = {name: quantise(weight, level) for name, weight in wide.items()}
+        return from_matrices(self._skeleton, made)
 
     def stored(
         self,

@@ -76,20 +76,20 @@ def untied_weights(
     others. Different ones that share memory are in neither: moving one would separate them. No
     block may be removed from the model; `blocks` has the modules of each, in order of index.
     """
-    named = dict(_weights_of(model))  # one name for each object
+    named = dict(weights_of(model))  # one name for each object
     users = Counter(tensor_key(parameter) for parameter in named.values())
     alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
     seen = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
     names = {id(parameter): name for name, parameter in alone.items()}
     own = []
     for modules in blocks:
-        inside = [p for part in modules for _, p in _weights_of(part) if id(p) in names]
+        inside = [p for part in modules for _, p in weights_of(part) if id(p) in names]
         own.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
     taken = {name for block in own for name in block}
     return own, {name: p for name, p in alone.items() if name not in taken}
 
 
-def _weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and the tensors of packed modules, each object once."""
     yield from module.named_parameters()
     seen = set()

@@ -218,8 +218,8 @@ def test_auto_shares_with_its_resolved_value(folder: Path) -> None:
 
 def test_another_format_of_weights_is_another_model(folder: Path) -> None:
     llm = shared_llm(folder, device="cpu")
-    assert shared_llm(folder, device="cpu", weights="native") is llm
-    assert shared_llm(folder, device="cpu", weights="bf16") is not llm
+    assert shared_llm(folder, device="cpu", weights="bf16") is llm  # its own weights
+    assert shared_llm(folder, device="cpu", weights="int8") is not llm
 
 
 def test_another_source_is_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
