@@ -53,13 +53,13 @@ class ModelSettings(Settings):
     dtype: str = "auto"
 
 
-def open_model(settings: ModelSettings) -> ElasticLLM:
-    """Set torch's threads and load the model."""
+def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
+    """Set torch's threads and load the model, with unquantised weights unless asked otherwise."""
     from rap_env.llm.device import use_threads  # these load torch
     from rap_env.llm.loading import load_llm
 
     use_threads(settings.threads or "auto")
-    return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights="bf16")
+    return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
 
 
 def settings_from_cli(schema: type[T]) -> T:

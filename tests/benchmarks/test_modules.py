@@ -13,7 +13,9 @@ import pytest
 import benchmarks
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-PROGRAMS = ("apply", "decide", "decode", "live", "load", "memory", "repair")
+PROGRAMS = (
+    "apply", "decide", "decode", "levels", "live", "load", "memory", "repair", "resident"
+)  # fmt: skip
 
 
 def test_the_benchmarks_were_found():
