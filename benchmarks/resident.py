@@ -22,7 +22,7 @@ def resident():
     with open("/proc/self/status", encoding="utf-8") as file:
         return int(file.read().partition("VmRSS:")[2].split()[0]) * 1024
 def ids(torch):
-    return torch.arange(1000, 1064)[None]
+    return torch.arange(64)[None] % 32 + 4
 """
 _OURS = f"""{_RESIDENT}
 import rap_env, torch, transformers, rap_env.serving.server
