@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
@@ -81,6 +83,7 @@ class LiveBlocks:
         """The removed blocks by index, with the stub in the block's place, or None."""
         return self._removed
 
+    @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
     def set(self, wanted: LiveState, *, evict: bool = False) -> None:
         """Give every item its level in `wanted`.
 

@@ -68,8 +68,8 @@ def saved(tmp_path: Path, name: str = "llama") -> Path:
     return folder
 
 
-def opened(folder: Path) -> ElasticLLM:
-    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def opened(folder: Path, dtype: torch.dtype = torch.bfloat16) -> ElasticLLM:
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
 
 
@@ -235,6 +235,23 @@ def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: Compression
     for other in (BlockMask(), INT8, plan):
         llm.apply(other)
         plain.apply(other)
+        assert torch.equal(logits(llm), logits(plain))
+
+
+@pytest.mark.parametrize("residency", ["resident", "offload", "drop"])
+def test_levels_made_in_inference_mode_are_used_outside_of_it(
+    tmp_path: Path, residency: Residency
+) -> None:
+    folder = saved(tmp_path)  # stored in bfloat16, so that loading converts
+    llm, plain = opened(folder, torch.float32), opened(folder, torch.float32)
+    llm.set_residency(residency)
+    with torch.inference_mode():
+        for plan in (INT4, BlockMask(), INT8, INT4):
+            llm.apply(plan)
+    plain.apply(INT4)
+    for plan in (INT4, BlockMask(), INT8):
+        llm.apply(plan)
+        plain.apply(plan)
         assert torch.equal(logits(llm), logits(plain))
 
 
