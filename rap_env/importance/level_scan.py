@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import block_name
-from rap_env.importance.level_costs import CACHE_LEVELS, LevelCosts, window_share
+from rap_env.importance.level_costs import CACHE_LEVELS, TOGETHER, LevelCosts, window_share
 from rap_env.levels import CacheLevel
 from rap_env.llm.progress import progress_bar
 from rap_env.memory import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
+_CACHE = ".cache"
+
 Rise = npt.NDArray[np.float64]
 """Rise in NLL on each window of a text, nats per token, (windows,)."""
 
 
 def scan_levels(
-    scorer: MaskScorer, cache_levels: Sequence[str] = CACHE_LEVELS, *, progress: bool = True
+    scorer: MaskScorer,
+    cache_levels: Sequence[str] = CACHE_LEVELS,
+    *,
+    together: Collection[str] = TOGETHER,
+    progress: bool = True,
 ) -> LevelCosts:
     """Measure every level of every item alone, and each level of all blocks or all caches at once.
 
     Windows that hold whole windows of the text are left out: they change nothing there.
 
+    Args:
+        scorer: Measures plans on the calibration text.
+        cache_levels: Names of levels of caches.
+        together: Those of them that are only measured for all caches at once; each cache has an
+            equal share.
+        progress: Whether to show a progress bar.
+
     Raises:
         UnknownNameError: There is no such level of a cache.
     """
     facts, length = scorer.llm.facts, int(scorer.corpus.tokens.shape[1])
-    single = one_shot_plans(facts, useful_levels(cache_levels, length))
+    levels = one_shot_plans(facts, useful_levels(cache_levels, length))
+    uniform = uniform_plans(levels)
+    single = {
+        item: [n for n in names if not (item.endswith(_CACHE) and n in together)]
+        for item, names in levels.items()
+    }
     empty = LevelCosts(
         num_layers=facts.num_layers,
         window_tokens=length,
@@ -46,15 +64,24 @@ def scan_levels(
         seconds=0.0,
         provenance=scorer.provenance,
     )
-    uniform = uniform_plans(single)
-    plans = [*_plans_of(single), *uniform]
-    costs, rises = _measured(empty, scorer, plans, progress)
+    alone = [CompressionPlan.of({item: n}) for item, names in single.items() for n in names]
+    costs, rises = _measured(empty, scorer, [*alone, *uniform.values()], progress)
+    joint = dict(zip(uniform, rises[len(alone) :], strict=True))
+    measured = dict(zip(alone, rises, strict=False))
+
+    def rise(item: str, level: str) -> tuple[float, float]:
+        found = measured.get(CompressionPlan.of({item: level}))
+        if found is None:
+            return float(joint["caches", level].mean()) / facts.num_layers, 0.0
+        return float(found.mean()), _standard_error(found)
+
+    pairs = {item: {n: rise(item, n) for n in names} for item, names in levels.items()}
     return replace(
         costs,
         native_nll=scorer.nll(CompressionPlan()),
-        one_shot=_by_item(single, [float(rise.mean()) for rise in rises]),
-        errors=_by_item(single, [_standard_error(rise) for rise in rises]),
-        joint=_joint(uniform, rises[-len(uniform) :]),
+        one_shot={i: {n: cost for n, (cost, _) in found.items()} for i, found in pairs.items()},
+        errors={i: {n: error for n, (_, error) in found.items()} for i, found in pairs.items()},
+        joint=_joint(list(uniform.values()), list(joint.values())),
     )
 
 
@@ -86,27 +113,20 @@ def one_shot_plans(facts: ModelFacts, cache_levels: Sequence[str]) -> dict[str, 
     return found | {EMBEDDINGS: [n for n in facts.embedding_levels if n != "native"]}
 
 
-def uniform_plans(levels: dict[str, list[str]]) -> list[CompressionPlan]:
-    """Plans with one level for all caches, and with one for all blocks; removal is left out."""
-    plans = []
-    caches = {item for item in levels if item.endswith(".cache")}
-    for items in (caches, set(levels) - caches - {EMBEDDINGS}):
+def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], CompressionPlan]:
+    """Plans with one level for all caches or all blocks, by ``caches`` or ``blocks`` and level.
+
+    Removal of all blocks is left out.
+    """
+    plans = {}
+    caches = {item for item in levels if item.endswith(_CACHE)}
+    for kind, items in (("caches", caches), ("blocks", set(levels) - caches - {EMBEDDINGS})):
         names = dict.fromkeys(n for item in levels if item in items for n in levels[item])
         for name in names:
             lowered = [item for item in levels if item in items and name in levels[item]]
-            if name != "removed" and len(lowered) > 1:
-                plans.append(CompressionPlan.of(dict.fromkeys(lowered, name)))
+            if name != "removed":
+                plans[kind, name] = CompressionPlan.of(dict.fromkeys(lowered, name))
     return plans
-
-
-def _plans_of(levels: dict[str, list[str]]) -> list[CompressionPlan]:
-    return [CompressionPlan.of({item: n}) for item, names in levels.items() for n in names]
-
-
-def _by_item(levels: dict[str, list[str]], values: list[float]) -> dict[str, dict[str, float]]:
-    """The first values in the order of `_plans_of`, by names of items and levels."""
-    left = iter(values)
-    return {item: {level: next(left) for level in names} for item, names in levels.items()}
 
 
 def _joint(plans: Sequence[CompressionPlan], rises: Sequence[Rise]) -> dict[str, float]:

@@ -45,8 +45,9 @@ class FakeScorer:
         return np.array([3.0 + rise * 0.75, 3.0 + rise * 1.25])
 
 
-def scanned(length=512, levels=("int8", "int4", "int4-window64")):
-    return scan_levels(FakeScorer(facts(packed=True), length), levels, progress=False)
+def scanned(length=512, levels=("int8", "int4", "int4-window64"), together=()):
+    scorer = FakeScorer(facts(packed=True), length)
+    return scan_levels(scorer, levels, together=together, progress=False)
 
 
 def test_a_scan_measures_each_level_of_each_item_alone_and_uniform_levels_jointly():
@@ -146,13 +147,15 @@ def test_noise_is_shrunk_to_the_mean():
     assert made.cost("layer01.cache", "int4") == pytest.approx(0.5)
 
 
-def test_a_level_too_cheap_to_measure_alone_has_its_share_of_the_uniform_cost():
-    made = changed(layer00_cache={"int8": -1e-4}, layer01_cache={"int8": -2e-4})
-    uniform = CompressionPlan.uniform(2, caches="int8").to_json()
-    assert made.cost("layer00.cache", "int8") == 0
-    assert replace(made, joint={uniform: 3e-4}).cost("layer00.cache", "int8") == pytest.approx(
-        1.5e-4
-    )
+def test_levels_below_the_noise_share_the_cost_of_all_caches():
+    made = scanned(together=("int8", "int4"))
+    for layer in ("layer00.cache", "layer01.cache"):
+        assert made.one_shot[layer] == pytest.approx(
+            {"int8": 2 * 0.01, "int4": 2 * 0.1, "int4-window64": 0.3}
+        )
+        assert made.errors[layer]["int4"] == 0 < made.errors[layer]["int4-window64"]
+        assert made.cost(layer, "int4") == pytest.approx(0.2)
+    assert made.evaluations == scanned().evaluations - 4
 
 
 def test_levels_without_a_measurement_are_rejected():
