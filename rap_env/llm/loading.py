@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from rap_env.llm.device import (
 )
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.packed_folder import is_packed, load_native
+from rap_env.llm.packed_modules import PackedModule, from_matrices, skeleton
 from rap_env.llm.packing import PACKED_LEVELS
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.llm.quantised_folder import quantised_folder
@@ -106,11 +107,22 @@ def load_llm(
         folder = quantised_folder(folder, weights)
     log.info("Loading %s in %s on %s", found.name, kind, place)
     load = load_native if is_packed(folder) else load_weights
-    loaded = load(folder, kind).to(place)
+    loaded = _moved(load(folder, kind), place)
     speed_up_decoding(loaded)
     tokenizer = load_tokenizer(folder)
     return_freed_memory()
     return ElasticLLM(loaded, tokenizer, name=found.name, folder=folder)
+
+
+def _moved(model: Any, place: torch.device) -> Any:
+    """Move a model to a device; a packed head that was tied to the embeddings stays so."""
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = isinstance(rows, PackedModule) and isinstance(head, PackedModule)
+    tied = packed and rows.tensors()["weight_codes"] is head.tensors()["weight_codes"]
+    model = model.to(place)
+    if tied:  # torch moves the tensors of each module alone
+        model.set_output_embeddings(from_matrices(skeleton(head), rows.matrices))
+    return model
 
 
 def _check_format(folder: Path, weights: str) -> None:

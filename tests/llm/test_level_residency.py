@@ -1,6 +1,8 @@
 """Levels of weights that are not in use leave memory, and come back bit for bit."""
 
 import hashlib
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,58 @@ def test_a_damaged_file_of_an_earlier_process_is_made_again() -> None:
     later.set_residency("offload")
     later.apply(INT4)
     assert torch.equal(logits(later), expected)
+
+
+def test_a_killed_process_leaves_only_whole_files() -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    pid = os.fork()
+    if pid == 0:
+        done: list[object] = []
+        move = os.replace
+
+        def killed(*args: object) -> None:  # the third file is written, but not in its place
+            done.append(args)
+            if len(done) == 3:
+                os._exit(9)
+            move(*args)
+
+        os.replace = killed
+        llm.apply(INT4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    # The embeddings' native and int8 weights came first.
+    assert len(list(cache_dir().rglob("*.int*.safetensors"))) == 1
+    llm.apply(INT4)
+    plain.apply(INT4)
+    assert torch.equal(logits(llm), logits(plain))
+
+
+def test_plans_may_change_while_another_thread_generates() -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    ids = padded_batch()["input_ids"][:1]
+    failed: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            for _ in range(4):
+                llm.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    changes = 0
+    while thread.is_alive() or changes < len(PLANS):
+        llm.apply(PLANS[changes % len(PLANS)])
+        changes += 1
+    thread.join()
+    assert not failed
+    for plan in (MIXED, BlockMask()):
+        llm.apply(plan)
+        plain.apply(plan)
+        assert torch.equal(logits(llm), logits(plain))
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

@@ -8,7 +8,7 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
-from rap_env.llm import quantised_folder
+from rap_env.llm import loading, quantised_folder
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
 from rap_env.llm.packed_folder import is_packed
@@ -185,3 +185,14 @@ def test_packed_weights_are_rejected_where_unquantised_ones_are_needed(tmp_path:
     save_pruned(load_llm(tmp_path / "model", device="cpu"), BlockMask.of(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match="pruned checkpoint"):
         load_llm(tmp_path / "pruned", device="cpu", weights="int8")
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama"])
+def test_a_tied_head_stays_tied_on_another_device(tmp_path: Path, name: str) -> None:
+    llm = loaded(tmp_path, name, "int8")
+    before = tensor_bytes(llm.model)
+    model = loading._moved(llm.model, torch.device("meta"))
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert rows.tensors()["weight_codes"].is_meta
+    assert head.tensors()["weight_codes"].is_meta
+    assert tensor_bytes(model) == before
