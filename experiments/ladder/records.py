@@ -120,9 +120,10 @@ class ShippedRow(Record):
     Attributes:
         model: The model's name.
         shipped: How its weights were shipped, such as ``"Q4_1"`` or ``"bfloat16"``.
-        what: What was lowered: ``"weights"`` or ``"caches"``, everywhere.
+        what: What was lowered: ``"weights"`` (of all blocks), ``"embeddings"`` or ``"caches"``.
         level: To which level.
-        rounding: How weights were quantised: ``"nearest"`` or ``"fitted"``; empty for caches.
+        rounding: How weights were quantised: ``"fitted"`` (least error, as the model does it),
+            ``"nearest"``, or ``"calibrated"`` (GPTQ on the calibration text); empty for caches.
         saved: Share of the bytes of what was lowered that the level saves.
         text: Name of the report text.
         window_tokens: Tokens of its windows.

@@ -31,9 +31,14 @@ LLAMA_CPP_CAPTION = (
     "and in brackets the resident memory of the process beyond what it had without a model."
 )
 SHIPPED_CAPTION = (
-    "ΔNLL of one level for all weights (embeddings with the head at int8) or for all caches. "
+    "ΔNLL of one level for the weights of all blocks, for embeddings with the head, or for all "
+    "caches, over the unquantised model, nats per token with a 95 % interval over windows. "
     "Four bits cost nothing only where the model's file already has them."
 )
+
+_ROUNDINGS = {
+    "nearest": ", rounded to nearest", "fitted": "", "calibrated": ", GPTQ on calibration text"
+}  # fmt: skip
 
 
 def uniform_table(found: Ladder) -> Table:
@@ -84,7 +89,7 @@ def shipped_table(rows: Sequence[ShippedRow]) -> Table:
     lines = []
     for what, level, rounding in dict.fromkeys((r.what, r.level, r.rounding) for r in rows):
         own = [by_place.get((*model, what, level, rounding)) for model in models]
-        how = {"nearest": ", rounded to nearest", "fitted": ", least error"}.get(rounding, "")
+        how = _ROUNDINGS.get(rounding, "")
         lines.append([f"{what} {level}{how}", *(nats(row) if row else "-" for row in own)])
     return header, lines
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from experiments.config import Config
@@ -12,12 +14,14 @@ from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context, load_text
 from experiments.errors import ExperimentError
 from experiments.ladder.llama_cpp import gguf_file, llama_cpp
-from experiments.ladder.plans import uniform_plans
+from experiments.ladder.plans import candidates, uniform_plans
 from experiments.ladder.program import ladder
-from experiments.ladder.records import LADDER_FILE, LadderRow
+from experiments.ladder.records import LADDER_FILE, LadderRow, ShippedRow
+from experiments.ladder.shipped import shipped
 from experiments.ladder.summaries import read_ladder
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
+from rap_env.importance.level_scan import scan_levels
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
@@ -43,7 +47,7 @@ def config(tmp_path_factory):
                 text=TextConfig(source="self", windows=3, window_tokens=44, seed=1)
             ),
             ladder=LadderConfig(
-                requests=["1x48", "4x64"], weights=["native"], caches=["native", "int8", "int2"],
+                requests=["1x48", "4x64"], weights=["native", "int4"], caches=["native", "int2"],
                 removal="greedy_per_byte", removal_budgets=[0.9, 0.7], knapsack=None,
             ),
         )  # fmt: skip
@@ -56,7 +60,8 @@ def rows(config):
 
 def test_every_setting_and_budget_has_a_row_for_each_request(rows):
     found = [(row.method, row.name, row.shape) for row in rows]
-    uniform = [("uniform", f"native / {cache}") for cache in ("native", "int8", "int2")]
+    levels = [(w, c) for w in ("native", "int4") for c in ("native", "int2")]
+    uniform = [("uniform", f"{weights} / {caches}") for weights, caches in levels]
     removal = [("removal", "90 %"), ("removal", "70 %")]
     expected = [(*name, shape) for shape in ((1, 48), (4, 64)) for name in (*uniform, *removal)]
     assert found == expected
@@ -83,6 +88,7 @@ def test_losses_are_those_of_the_scorer(rows, config):
         assert row.window_losses == pytest.approx(expected.tolist(), abs=1e-9)
         assert row.loss_ci_low <= row.loss <= row.loss_ci_high
     assert [row.loss for row in rows if not row.levels] == [0.0, 0.0]
+    assert all(row.loss != 0.0 for row in rows if row.name == "int4 / native")
 
 
 def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
@@ -102,10 +108,52 @@ def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
 
 def test_levels_that_a_model_lacks_are_left_out(config):
     facts = build_context(config).memory.facts
-    settings = LadderConfig(weights=["native", "int4"], caches=["native"])
-    lacking = [i for i in range(facts.num_blocks) if "int4" not in facts.weight_levels(i)]
-    names = list(uniform_plans(settings, facts))
-    assert names == ["native / native", *([] if lacking else ["int4 / native"])]
+    settings = LadderConfig(weights=["native", "int8", "int4"], caches=["native"])
+    assert list(uniform_plans(settings, facts)) == [
+        "native / native", "int8 / native", "int4 / native"
+    ]  # fmt: skip
+    lacking = replace(facts, int4_param_bytes=(0, *facts.int4_param_bytes[1:]))
+    assert list(uniform_plans(settings, lacking)) == ["native / native", "int8 / native"]
+
+
+def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
+    context = build_context(config)
+    costs = scan_levels(context.scorer, ["int8", "int4"], progress=False)
+    costs.save(tmp_path / "tiny.levels.json")
+    settings = replace(
+        config.ladder,
+        knapsack=str(tmp_path / "tiny.levels.json"),
+        budgets=[0.95, 0.9],
+        removal=None,
+    )
+    found = [c for c in candidates(settings, context) if c.method == "knapsack"]
+    assert [c.name for c in found] == ["95 %", "90 %"] * 2
+    for candidate in found:
+        peak = context.memory.peak_bytes(candidate.plan, candidate.request)
+        assert peak <= candidate.request.budget_bytes
+        assert candidate.plan.weights or candidate.plan.caches, "precision comes first"
+
+
+def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
+    folder = config.stage_dir("shipped")
+    rows = ShippedRow.read(shipped(replace(config, stage="shipped"), folder))
+    by_name = {(row.what, row.level, row.rounding): row for row in rows}
+    assert set(by_name) == {
+        ("weights", "int8", "fitted"), ("weights", "int4", "fitted"),
+        ("weights", "int4", "nearest"), ("weights", "int4", "calibrated"),
+        ("embeddings", "int8", "fitted"), ("embeddings", "int4", "fitted"),
+        ("caches", "int8", ""), ("caches", "int4", ""), ("caches", "int2", ""),
+    }  # fmt: skip
+    assert {row.shipped for row in rows} == {"float32"}
+    losses = {row.loss for row in rows if (row.what, row.level) == ("weights", "int4")}
+    assert len(losses) == 3, "each rounding gives other weights"
+    facts = build_context(config).memory.facts
+    fitted = by_name["weights", "int8", "fitted"]
+    assert fitted.saved == pytest.approx(
+        1 - sum(facts.int8_param_bytes) / sum(facts.block_param_bytes)
+    )
+    other = replace(config, stage="shipped", model=replace(config.model, dtype="bfloat16"))
+    assert len(ShippedRow.read(shipped(other, folder))) == 2 * len(rows), "earlier rows stay"
 
 
 @pytest.mark.parametrize(

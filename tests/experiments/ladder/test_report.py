@@ -102,7 +102,7 @@ def test_the_other_tables_name_formats_and_models():
     header, lines = shipped_table(SHIPPED)
     assert header[1:] == ["smollm2-135m, shipped in Q4_1", "small, shipped in bfloat16"]
     assert [line[0] for line in lines] == [
-        "weights int4, rounded to nearest", "weights int4, least error"
+        "weights int4, rounded to nearest", "weights int4"
     ]  # fmt: skip
     assert lines[1][1] == "-"
 
