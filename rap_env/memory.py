@@ -63,6 +63,7 @@ class ModelFacts:
         int4_base_bytes: The same for int4.
         widen_bytes: Bytes of the buffer into which packed weights are widened, one matrix at a
             time.
+        calibration: Hash of the text with which int4 weights are made, in hex; empty without one.
         kv_heads: Key and value heads of each layer, (L,); empty if caches have no levels.
         kv_head_size: Channels of a key or value head of each layer, (L,).
 
@@ -92,6 +93,7 @@ class ModelFacts:
     widen_bytes: int = 0
     kv_heads: tuple[int, ...] = ()
     kv_head_size: tuple[int, ...] = ()
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         blocks, windows = len(self.block_param_bytes), len(self.kv_window_tokens)
@@ -109,6 +111,8 @@ class ModelFacts:
         own = {"model": self.fingerprint, "dtype": self.dtype}
         if self.weights != "unquantised":
             own["weights"] = self.weights
+        if self.calibration:
+            own["calibration"] = self.calibration
         return {**own, "repair": self.repair} if self.repair else own
 
     @property

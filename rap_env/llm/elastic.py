@@ -385,6 +385,7 @@ class ElasticLLM:
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
             weights="packed" if packed else "unquantised",
+            calibration=items[0].calibration,
             **level_bytes(items, own, embeddings, base),
             widen_bytes=max(item.widen_bytes for item in self._live.all_items),
             kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),

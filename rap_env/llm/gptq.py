@@ -62,6 +62,10 @@ class HessianCollector:
         """The sum for a layer, (in, in), float32; `KeyError` if it was not called."""
         return self._sums[self._sharing[name]]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a layer was called."""
+        return name in self._sharing
+
     def _add(self, name: str, states: torch.Tensor) -> None:
         if self._last is not None and self._last[0] is states:
             self._sharing[name] = self._last[1]

@@ -268,7 +268,9 @@ class WeightStore:
             known = stored_tensors(path.parent, path.name)
             found = [group.among(known) for group in groups]
             if not all(map(_Group.same_as, groups, found)):
-                _write(path, {p.name: p.tensor.data for group in groups for p in group.parts})
+                write_tensors(
+                    path, {p.name: p.tensor.data for group in groups for p in group.parts}
+                )
                 known = stored_tensors(path.parent, path.name)
                 found = [group.among(known) for group in groups]
         for group, files in zip(groups, found, strict=True):
@@ -279,7 +281,7 @@ class WeightStore:
         path = self._level_path(item, level)
         if self.residency == "offload" and not self._pinned and path.is_file():
             try:
-                item.build(level, _verified(path, self._device))
+                item.build(level, verified_tensors(path, self._device))
                 self._add(item, level)
                 return
             except (ChecksumError, ArtifactError) as error:
@@ -303,12 +305,13 @@ class WeightStore:
             path = self._level_path(item, level)
             files = group.among(stored_tensors(path.parent, path.name)) if path.is_file() else []
             if not group.same_as(files):
-                _write(path, {part.name: part.tensor.data for part in group.parts})
+                write_tensors(path, {part.name: part.tensor.data for part in group.parts})
                 files = group.among(stored_tensors(path.parent, path.name))
             group.files = files
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
-        return self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"
+        text = f"-{item.calibration[:16]}" if item.calibration and level == "int4" else ""
+        return self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}{text}.safetensors"
 
 
 def _native_groups(
@@ -323,7 +326,7 @@ def _native_groups(
     return (_Group(tensors, levels, device) for levels, tensors in by_levels.items())
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a file with a checksum of its tensors."""
     from safetensors.torch import save
 
@@ -332,8 +335,8 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         file.write(save(whole, {"sha256": _checksum(whole.items())}))
 
 
-def _verified(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All tensors of a file that `_write` wrote.
+def verified_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """All tensors of a file that `write_tensors` wrote.
 
     Raises:
         ChecksumError: It is damaged.

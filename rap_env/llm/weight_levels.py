@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,7 +30,7 @@ from rap_env.llm.packed_modules import (
     skeleton,
 )
 from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, packed_bytes
-from rap_env.llm.quantisers import quantise
+from rap_env.llm.quantisers import Quantiser, quantise
 from rap_env.llm.weights import named_weights, tensor_key
 
 T = TypeVar("T")
@@ -92,12 +93,17 @@ class Place:
         """Bytes of the weights at a packed level that the module does not keep."""
         return sum(packed_bytes(level, shape) for shape in self._shapes)
 
-    def quantised(self, level: PackedLevel, ahead: Mapping[Place, PackedModule]) -> PackedModule:
+    def quantised(
+        self,
+        level: PackedLevel,
+        ahead: Mapping[Place, PackedModule],
+        quantise: Quantiser = quantise,
+    ) -> PackedModule:
         """The module at a level, made from native weights; `ahead` has those of tied places."""
         if self.tied is not None:
             return from_matrices(self._skeleton, ahead[self.tied].matrices)
         if not isinstance(self.original, PackedModule):
-            return packed(self.original, level)
+            return packed(self.original, level, quantise)
         matrices = self.original.matrices.items()
         wide = {name: matrix.widened(torch.float32) for name, matrix in matrices}
         made = {name: quantise(weight, level) for name, weight in wide.items()}
@@ -134,6 +140,7 @@ class WeightItem:
         levels: Bytes of the packed weights that replace them, by level. A level exists only if it
             takes fewer bytes than the one above it.
         level: The level of the modules in the places.
+        calibration: Hash of the text with which int4 weights are made; empty without a text.
     """
 
     def __init__(self, name: str, places: Sequence[Place]) -> None:
@@ -149,6 +156,7 @@ class WeightItem:
             if size < least:
                 self.levels[level] = least = size
         self.level: WeightLevel = "native"
+        self.calibration = ""
         self._made: dict[PackedLevel, dict[Place, PackedModule]] = {}
 
     @property
@@ -196,11 +204,18 @@ class WeightItem:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def quantise(self, level: PackedLevel) -> None:
-        """Make a level's modules from the native weights, which must be in memory."""
+    def quantise(
+        self, level: PackedLevel, quantisers: Mapping[Place, Quantiser] = MappingProxyType({})
+    ) -> None:
+        """Make a level's modules from the native weights, which must be in memory.
+
+        Args:
+            level: The level.
+            quantisers: For places whose weights are not packed with the least squared error.
+        """
         made: dict[Place, PackedModule] = {}
         for place in self._changed(level):
-            made[place] = place.quantised(level, made)
+            made[place] = place.quantised(level, made, quantisers.get(place, quantise))
         self._made[level] = made
 
     def build(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> None:
