@@ -11,6 +11,8 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.packed_modules import PackedModule, packable, packed, packed_embeddings
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.llm.widened_weights import WidenedWeights
+from rap_env.scoring.mask_search import find_best_mask
+from rap_env.scoring.scorer import MaskScorer
 from tests.llm.test_partial_forward import by_blocks
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_model
@@ -105,3 +107,17 @@ def test_a_packed_head_is_widened_and_has_its_rows():
     assert torch.equal(partial.logits(states), head.widened()(states))
     assert partial.head is partial.head
     assert PartialForward(llm).head is head
+
+
+def test_a_packed_model_is_scored_as_one_with_its_widened_weights():
+    packed_one, wide = packed_llm("llama_tied"), packed_llm("llama_tied", wide=True)
+    masks, ids = [BlockMask.of(1, index) for index in (0, 2, 3)], tokens(windows=4, length=20)
+    scorer, reference = MaskScorer(packed_one, ids), MaskScorer(wide, ids)
+    assert scorer.nll_many(MASKS) == reference.nll_many(MASKS)
+    found = find_best_mask(scorer, masks, near=BlockMask.of(1))
+    expected = find_best_mask(reference, masks, near=BlockMask.of(1))
+    assert (found.best, found.nll) == (expected.best, expected.nll)
+    assert scorer.context != reference.context
+    assert WidenedWeights.of(packed_one.model).held_bytes > 0
+    scorer.release()
+    assert WidenedWeights.of(packed_one.model).held_bytes == scorer.runner.cache.held_bytes == 0
