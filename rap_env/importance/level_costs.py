@@ -4,8 +4,9 @@ A plan's rise in NLL is predicted as the sum of the costs of its levels. Correct
 sums useful:
 
 - *Shrinkage.* The costs of a level differ between layers, but part of that is noise of the text.
-  They are pulled to their mean by the share of their variance that is noise. For int8 and int4
-  caches that is all of it, so each has an equal share of what they cost together.
+  They are pulled to their mean by the share of their variance that is noise. Levels that cost
+  less than noise alone are measured for all caches at once, and shared among the layers in
+  proportion to a less exact level (`TOGETHER`).
 - *Order.* A level costs at least as much as each more exact level of the same item, and the
   removal of a block at least as much as any of its levels. This also keeps noise, such as a
   negative rise, from making a level look free.
@@ -19,11 +20,13 @@ sums useful:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import Profile
@@ -36,11 +39,12 @@ CACHE_LEVELS = (
 )  # fmt: skip
 """Levels of caches that are measured unless others are asked for."""
 
-TOGETHER = ("int8", "int4")
-"""Levels of caches that are measured only for all caches at once: alone, they cost less than noise.
+TOGETHER = ("int8", "int4", "int4-window512")
+"""Levels of caches that are measured only for all caches at once.
 
 On two windows of 1,024 tokens the costs of int4 in one layer of the default model had no
-correlation between the windows (-0.1), those of int2 and of windows had 0.6 to 0.76.
+correlation between the windows (-0.1): they are below the noise. Those of int2 and of windows had
+0.6 to 0.76. Those of a window of 512 and of 256 tokens had 0.94 with each other.
 """
 
 UNQUANTISED = "unquantised"
@@ -60,7 +64,7 @@ class LevelCosts(Profile):
         native_nll: NLL of the native model, nats per token.
         one_shot: Rise in NLL if only this item has this level, nats per token; by names of items
             and levels. Levels that are missing were not measured, and no policy chooses them.
-            The costs of `TOGETHER` are equal shares of the measured uniform plan.
+            The costs of `TOGETHER` are shares of the measured uniform plan.
         errors: Standard error of each of them over the windows, in the same form; 0 for shares.
         joint: Rise in NLL of plans that lower several items, nats per token, by their JSON.
     """
@@ -158,21 +162,20 @@ class LevelCosts(Profile):
     @cached_property
     def _alone(self) -> dict[str, dict[str, float]]:
         """One-shot costs without noise, and at least those of every more exact level."""
-        shrunk: dict[str, dict[str, float]] = {item: {} for item in self.one_shot}
+        single: dict[str, dict[str, float]] = {item: {} for item in self.one_shot}
         for (_, level), items in self._groups.items():
-            costs = np.array([self.one_shot[item][level] for item in items])
-            noise = np.mean([self.errors[item][level] ** 2 for item in items])
-            spread = float(costs.var())
-            kept = max(0.0, 1 - noise / spread) if spread > 0 else 0.0
-            costs = np.maximum(0.0, costs.mean() + kept * (costs - costs.mean()))
+            costs = shrunk_costs(
+                [self.one_shot[item][level] for item in items],
+                [self.errors[item][level] for item in items],
+            )
             for item, cost in zip(items, costs.tolist(), strict=True):
-                shrunk[item][level] = cost
+                single[item][level] = cost
         return {
             item: {
-                level: max(cost for other, cost in costs.items() if _keeps(item, other, level))
+                level: max(cost for other, cost in costs.items() if is_as_exact(item, other, level))
                 for level in costs
             }
-            for item, costs in shrunk.items()
+            for item, costs in single.items()
         }
 
     @cached_property
@@ -261,7 +264,21 @@ def _kind(item: str, level: str) -> str:
     return kind if kind == "cache" or level == "removed" else "block"
 
 
-def _keeps(item: str, exact: str, level: str) -> bool:
+def shrunk_costs(costs: Sequence[float], errors: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Costs pulled to their mean by the share of their variance that is noise, at least 0, (n,).
+
+    Args:
+        costs: Measured costs of a level for n items.
+        errors: Their standard errors.
+    """
+    found = np.array(costs)
+    spread, noise = float(found.var()), float(np.mean(np.square(errors)))
+    kept = max(0.0, 1 - noise / spread) if spread > 0 else 0.0
+    pulled: npt.NDArray[np.float64] = found.mean() + kept * (found - found.mean())
+    return np.maximum(pulled, 0.0)
+
+
+def is_as_exact(item: str, exact: str, level: str) -> bool:
     """Whether one level of an item is at least as exact as another one."""
     if not item.endswith(".cache"):
         return WEIGHT_LEVELS.index(exact) <= WEIGHT_LEVELS.index(level)

@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import block_name
-from rap_env.importance.level_costs import CACHE_LEVELS, TOGETHER, LevelCosts, window_share
+from rap_env.importance.level_costs import (
+    CACHE_LEVELS,
+    TOGETHER,
+    LevelCosts,
+    is_as_exact,
+    shrunk_costs,
+    window_share,
+)
 from rap_env.levels import CacheLevel
 from rap_env.llm.progress import progress_bar
 from rap_env.memory import ModelFacts
@@ -18,6 +25,7 @@ from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 _CACHE = ".cache"
+_ByItem = dict[str, dict[str, float]]
 
 Rise = npt.NDArray[np.float64]
 """Rise in NLL on each window of a text, nats per token, (windows,)."""
@@ -37,8 +45,9 @@ def scan_levels(
     Args:
         scorer: Measures plans on the calibration text.
         cache_levels: Names of levels of caches.
-        together: Those of them that are only measured for all caches at once; each cache has an
-            equal share.
+        together: Those of them that are only measured for all caches at once. Caches have shares
+            in proportion to their costs at the first less exact level that is measured alone,
+            or equal ones without such a level.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -66,23 +75,38 @@ def scan_levels(
     )
     alone = [CompressionPlan.of({item: n}) for item, names in single.items() for n in names]
     costs, rises = _measured(empty, scorer, [*alone, *uniform.values()], progress)
-    joint = dict(zip(uniform, rises[len(alone) :], strict=True))
-    measured = dict(zip(alone, rises, strict=False))
-
-    def rise(item: str, level: str) -> tuple[float, float]:
-        found = measured.get(CompressionPlan.of({item: level}))
-        if found is None:
-            return float(joint["caches", level].mean()) / facts.num_layers, 0.0
-        return float(found.mean()), _standard_error(found)
-
-    pairs = {item: {n: rise(item, n) for n in names} for item, names in levels.items()}
+    left = iter(rises)
+    measured = {item: {n: next(left) for n in names} for item, names in single.items()}
+    joint = {pair: float(next(left).mean()) for pair in uniform}
+    one_shot = {i: {n: float(r.mean()) for n, r in m.items()} for i, m in measured.items()}
+    errors = {i: {n: _standard_error(r) for n, r in m.items()} for i, m in measured.items()}
+    caches = [item for item in levels if item.endswith(_CACHE)]
+    for level in (n for n in (levels[caches[0]] if caches else []) if n in together):
+        shares = _shares(level, caches, one_shot, errors)
+        for item, share in zip(caches, shares, strict=True):
+            one_shot[item] |= {level: share * joint["caches", level]}
+            errors[item] |= {level: 0.0}
     return replace(
         costs,
         native_nll=scorer.nll(CompressionPlan()),
-        one_shot={i: {n: cost for n, (cost, _) in found.items()} for i, found in pairs.items()},
-        errors={i: {n: error for n, (_, error) in found.items()} for i, found in pairs.items()},
-        joint=_joint(list(uniform.values()), list(joint.values())),
+        one_shot=one_shot,
+        errors=errors,
+        joint={uniform[pair].to_json(): rise for pair, rise in joint.items()},
     )
+
+
+def _shares(
+    level: str, caches: list[str], one_shot: _ByItem, errors: _ByItem
+) -> npt.NDArray[np.float64]:
+    """Share of each cache in the cost of a level that all caches have."""
+    known = (n for n in one_shot[caches[0]] if is_as_exact(caches[0], level, n))
+    if (proxy := next(known, None)) is not None:
+        costs = shrunk_costs(
+            [one_shot[item][proxy] for item in caches], [errors[item][proxy] for item in caches]
+        )
+        if costs.sum() > 0:
+            return np.asarray(costs / costs.sum())
+    return np.full(len(caches), 1 / len(caches))
 
 
 def measure_jointly(
@@ -94,7 +118,8 @@ def measure_jointly(
 ) -> LevelCosts:
     """Add measured plans, such as those that a policy chooses, to the level costs."""
     found, rises = _measured(costs, scorer, list(plans), progress)
-    return replace(found, joint={**costs.joint, **_joint(plans, rises)})
+    joint = {p.to_json(): float(rise.mean()) for p, rise in zip(plans, rises, strict=True)}
+    return replace(found, joint={**costs.joint, **joint})
 
 
 def useful_levels(cache_levels: Sequence[str], tokens: int) -> list[str]:
@@ -127,11 +152,6 @@ def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], Compres
             if name != "removed":
                 plans[kind, name] = CompressionPlan.of(dict.fromkeys(lowered, name))
     return plans
-
-
-def _joint(plans: Sequence[CompressionPlan], rises: Sequence[Rise]) -> dict[str, float]:
-    pairs = zip(plans, rises, strict=True)
-    return {plan.to_json(): float(rise.mean()) for plan, rise in pairs}
 
 
 def _standard_error(rise: Rise) -> float:

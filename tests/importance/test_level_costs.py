@@ -17,13 +17,15 @@ from rap_env.levels import CacheLevel
 from rap_env.plan import CompressionPlan
 from tests.runtime.test_knapsack import costs, facts
 
-SINGLE = {"int8": 0.01, "int4": 0.1, "int4-window64": 0.3, "removed": 1.0}
+SINGLE = {"int8": 0.01, "int4": 0.1, "int2": 0.5, "int4-window64": 0.3, "removed": 1.0}
 
 
 class FakeScorer:
     """Gives each level a price, and twice the sum to plans with more than one."""
 
-    def __init__(self, made, length=512):
+    def __init__(self, made, length=512, scale=None):
+        self.scale = scale or {}
+        self.uneven = 1.0 if scale else 0.75  # rise of the first window, where 1 is the mean
         self.llm = SimpleNamespace(facts=made)
         self.corpus = SimpleNamespace(tokens=np.zeros((2, length), dtype=int))
         self.evaluations = 0
@@ -40,9 +42,9 @@ class FakeScorer:
         return float(self.window_nll(plan).mean())
 
     def window_nll(self, plan):
-        total = sum(SINGLE[name] for name in plan.levels.values())
+        total = sum(SINGLE[n] * self.scale.get(item, 1.0) for item, n in plan.levels.items())
         rise = total * (2 if len(plan.levels) > 1 else 1)
-        return np.array([3.0 + rise * 0.75, 3.0 + rise * 1.25])
+        return np.array([3.0 + rise * self.uneven, 3.0 + rise * (2 - self.uneven)])
 
 
 def scanned(length=512, levels=("int8", "int4", "int4-window64"), together=()):
@@ -147,7 +149,8 @@ def test_noise_is_shrunk_to_the_mean():
     assert made.cost("layer01.cache", "int4") == pytest.approx(0.5)
 
 
-def test_levels_below_the_noise_share_the_cost_of_all_caches():
+def test_levels_below_the_noise_have_shares_of_the_cost_of_all_caches():
+    """Shares are in proportion to the first less exact level that was measured alone."""
     made = scanned(together=("int8", "int4"))
     for layer in ("layer00.cache", "layer01.cache"):
         assert made.one_shot[layer] == pytest.approx(
@@ -156,6 +159,12 @@ def test_levels_below_the_noise_share_the_cost_of_all_caches():
         assert made.errors[layer]["int4"] == 0 < made.errors[layer]["int4-window64"]
         assert made.cost(layer, "int4") == pytest.approx(0.2)
     assert made.evaluations == scanned().evaluations - 4
+    scorer = FakeScorer(facts(packed=True), scale={"layer00.cache": 3.0})
+    made = scan_levels(scorer, ("int4", "int2"), together=("int4",), progress=False)
+    assert made.one_shot["layer00.cache"] == pytest.approx({"int2": 1.5, "int4": 0.6})
+    assert made.one_shot["layer01.cache"] == pytest.approx({"int2": 0.5, "int4": 0.2})
+    alone = scan_levels(scorer, ("int4",), together=("int4",), progress=False)
+    assert alone.one_shot["layer01.cache"] == pytest.approx({"int4": 0.4})
 
 
 def test_levels_without_a_measurement_are_rejected():
