@@ -50,6 +50,9 @@ SINK_GROUPS = 1
 SCALE_BYTES = 2
 """Bytes of a scale or a zero in a cache (bfloat16)."""
 
+ATTENTION_WORKSPACE_BYTES = 4 * 2**20
+"""Most bytes that attention over stored groups unpacks at a time, with its scores."""
+
 _NAME = re.compile(r"(?P<bits>native|int8|int4|int2)?-?(window(?P<window>[0-9]+))?")
 _KNOWN = ("native", "int8", "int4", "int2", "window512", "int4-window512")
 
@@ -105,23 +108,33 @@ class CacheLevel:
         """Whether this is the level of a cache that nobody lowered."""
         return self.bits == 16 and self.window_tokens is None
 
+    def sees(self, own: int, group: int) -> bool:
+        """Whether a token of group `own` sees an earlier group."""
+        recent = self.window_tokens is None or group >= own - self.window_tokens // GROUP_TOKENS
+        return group < own and (recent or group < SINK_GROUPS)
+
+    def lowest(self, other: CacheLevel) -> CacheLevel:
+        """The level with the smaller width and the shorter window of two."""
+        windows = [w for w in (self.window_tokens, other.window_tokens) if w is not None]
+        return CacheLevel(min(self.bits, other.bits), min(windows, default=None))
+
     def groups_held(self, tokens: int, model_window: int | None = None) -> int:
         """Groups that are stored beside the tail once a sequence has `tokens` tokens.
 
-        A group leaves the tail when the first token of the next one arrives.
+        A group leaves the tail when the first token of the next one arrives. Windows reuse the
+        slots of groups that they have passed, so that the number never falls.
 
         Args:
             tokens: Tokens of the sequence so far, at least 1.
             model_window: Tokens that the model's own sliding window keeps between two steps (one
                 less than its width), or None.
         """
-        tail = (tokens - 1) // GROUP_TOKENS  # the group in the tail
-        seen = 0 if model_window is None else max(0, tokens - model_window) // GROUP_TOKENS
-        first = min(tail, seen)  # the model itself no longer sees the groups before it
-        if self.window_tokens is None:
-            return tail - first
-        begin = max(first, tail - self.window_tokens // GROUP_TOKENS)
-        return tail - begin + max(0, min(SINK_GROUPS, begin) - first)
+        held = (tokens - 1) // GROUP_TOKENS  # the next group is in the tail
+        if model_window is not None:
+            held = min(held, -(-model_window // GROUP_TOKENS))
+        if self.window_tokens is not None:
+            held = min(held, SINK_GROUPS + self.window_tokens // GROUP_TOKENS)
+        return held
 
     def group_bytes(self, heads: int, head_size: int, itemsize: int) -> int:
         """Bytes of one stored group of one sequence: keys, values, scales and zeros.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from rap_env.llm.attention_levels import LEVEL_ATTENTIONS, public_name, with_levels
+
 PACKED_ATTENTION = "sdpa_packed"
 """Name of the attention in the config while the model is live."""
 
@@ -26,12 +28,11 @@ def speed_up_decoding(model: Any) -> None:
 
 
 def attention_name(model: Any) -> str:
-    """The public name of a model's attention: ``sdpa`` for `PACKED_ATTENTION` too.
+    """The public name of a model's attention: ``sdpa`` also for what runs in its place here.
 
     Scores do not depend on the difference: their sequences have more than one token.
     """
-    name = str(getattr(model.config, "_attn_implementation", ""))
-    return "sdpa" if name == PACKED_ATTENTION else name
+    return public_name(str(getattr(model.config, "_attn_implementation", "")))
 
 
 def _contiguous_rows(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -51,7 +52,7 @@ def _pack_single_queries(model: Any) -> None:
     config = model.config.get_text_config(decoder=True)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     shared = kv_heads < config.num_attention_heads
-    if not shared or model.config._attn_implementation != "sdpa":
+    if not shared or model.config._attn_implementation not in ("sdpa", LEVEL_ATTENTIONS["sdpa"]):
         return
 
     def attend(
@@ -70,7 +71,7 @@ def _pack_single_queries(model: Any) -> None:
             return whole
         return _single(query, key, value, scaling), None
 
-    AttentionInterface.register(PACKED_ATTENTION, attend)
+    AttentionInterface.register(PACKED_ATTENTION, with_levels(attend))
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
     model.set_attn_implementation(PACKED_ATTENTION)
 

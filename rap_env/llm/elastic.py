@@ -18,6 +18,7 @@ from rap_env.blocks import Block, BlockMask
 from rap_env.errors import check_name
 from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import adapter_for
+from rap_env.llm.attention_levels import install_levels
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.generation import generate
 from rap_env.llm.kv_cache import Restore
@@ -66,6 +67,7 @@ class ElasticLLM:
     ) -> None:
         self.adapter = adapter_for(model.config)
         self.model = model.eval()
+        install_levels(self.model, self.adapter)
         self.tokenizer = tokenizer
         self.name = name
         self.folder = folder

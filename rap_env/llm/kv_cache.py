@@ -18,6 +18,11 @@ After a refill the state equals that of a model that ran with the new mask from 
 layer. Without one, keys and values that other layers computed under an older mask stay as they are:
 any change of the mask has that effect on earlier tokens.
 
+**Levels.** A layer whose cache is below native is a `GroupedLayer`. A layer is brought down to its
+level at once, by `apply` or by the next pass (`lower`): what it holds is quantised in place
+of the old. It is brought up to a higher level as a block is restored, by a refill or when the cache
+is new.
+
 A removed attention block has a uint8 placeholder for each token in the cache, (B, 1, T, 1) (see
 `RemovedAttention`), so that lengths and positions stay right for all other layers. The cache itself
 therefore shows which layers are missing; no other record of it exists.
@@ -36,7 +41,10 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from rap_env.errors import UnsupportedCacheError
+from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import FamilyAdapter
+from rap_env.llm.cache_levels import filled_layers, lower, native_layer, raised
+from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
@@ -59,6 +67,9 @@ class MaskedModel(Protocol):
     @property
     def removed_attention(self) -> frozenset[int]:
         """Layers whose attention block is removed."""
+
+    def cache_level(self, layer: int) -> CacheLevel:
+        """Level of a layer's cache."""
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its mask."""
@@ -94,6 +105,7 @@ def check_cache(cache: Any) -> None:
         cache_utils.DynamicSlidingWindowLayer,
         cache_utils.StaticLayer,
         cache_utils.StaticSlidingWindowLayer,
+        GroupedLayer,
     )
     layers = getattr(cache, "layers", None)
     kinds = sorted({type(layer).__name__ for layer in layers or () if type(layer) not in known})
@@ -109,14 +121,16 @@ def check_cache(cache: Any) -> None:
 def missing(cache: Any) -> frozenset[int]:
     """Layers of a cache that hold placeholders of a removed block."""
     return frozenset(
-        number for number, layer in _filled(cache) if layer.keys.dtype == PLACEHOLDER_DTYPE
+        number for number, layer in filled_layers(cache) if layer.keys.dtype == PLACEHOLDER_DTYPE
     )
 
 
 def layers_with_keys(cache: Any, layers: AbstractSet[int]) -> list[int]:
     """The subset of `layers` whose keys and values the cache holds."""
     return [
-        n for n, layer in _filled(cache) if n in layers and layer.keys.dtype != PLACEHOLDER_DTYPE
+        n
+        for n, layer in filled_layers(cache)
+        if n in layers and layer.keys.dtype != PLACEHOLDER_DTYPE
     ]
 
 
@@ -127,6 +141,9 @@ def evict(cache: Any, layers: AbstractSet[int]) -> None:
         check_cache(cache)
     for number in evicted:
         layer = cache.layers[number]
+        if isinstance(layer, GroupedLayer):
+            cache.layers[number] = _emptied(layer)
+            continue
         row = placeholder_entries(layer.keys.shape[0], layer.keys.shape[-2], layer.keys.device)
         layer.keys, layer.values = row, row.clone()
 
@@ -135,6 +152,9 @@ def clear(cache: Any) -> None:
     """Free everything that a cache holds; it can be filled again. `check_cache` must pass."""
     check_cache(cache)
     for layer in cache.layers:
+        if isinstance(layer, GroupedLayer):
+            layer.reset()
+            continue
         layer.keys = layer.values = None
         layer.is_initialized = False
         for name in ("cumulative_length", "cumulative_length_int"):
@@ -149,17 +169,28 @@ def cache_bytes(cache: Any) -> int:
     """Bytes that a cache occupies: those of the storages of its tensors."""
     storages = {
         storage.data_ptr(): storage.nbytes()
-        for _, layer in _filled(cache)
-        for storage in (layer.keys.untyped_storage(), layer.values.untyped_storage())
+        for _, layer in filled_layers(cache)
+        for storage in (tensor.untyped_storage() for tensor in _tensors(layer))
     }
     return sum(storages.values())
 
 
-def _filled(cache: Any) -> Iterator[tuple[int, Any]]:
-    """Layers that hold anything, with their indices."""
-    for number, layer in enumerate(getattr(cache, "layers", ())):
-        if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.dim() == 4:
-            yield number, layer
+def _tensors(layer: Any) -> tuple[torch.Tensor, ...]:
+    return layer.tensors if isinstance(layer, GroupedLayer) else (layer.keys, layer.values)
+
+
+def _emptied(layer: GroupedLayer) -> Any:
+    """Placeholders for the columns of a layer, in transformers' own kind of layer."""
+    made = native_layer(layer)
+    columns = layer.get_seq_length()
+    held = columns
+    if made.is_sliding:
+        made.cumulative_length = columns
+        held = min(columns, made.sliding_window - 1)
+    row = placeholder_entries(len(layer.lengths), held, layer.device)
+    made.lazy_initialization(row, row)
+    made.keys, made.values = row, row.clone()
+    return made
 
 
 @contextlib.contextmanager
@@ -200,15 +231,18 @@ def update_cache(
     """Update a cache to the model's mask, as `restore` selects; arguments as for `step`."""
     removed = llm.removed_attention
     evict(cache, removed)
+    levels = {n: llm.cache_level(n) for n in range(llm.adapter.num_layers)}
+    lower(cache, levels)
     restored = missing(cache) - removed
-    if not restored or restore == "next_request":
+    if restore == "next_request" or not (restored or raised(cache, levels)):
         return
     known = past()
     if known is None:
         raise UnsupportedCacheError(
-            "An attention block was restored, and its keys and values cannot be computed: the "
-            "tokens of this cache are not known (it was given with the new tokens alone, or made "
-            "from embeddings). Give all tokens, or use restore='next_request'."
+            "An attention block or the level of its cache was restored, and its keys and values "
+            "cannot be computed: the tokens of this cache are not known (it was given with the new "
+            "tokens alone, or made from embeddings). Give all tokens, or use "
+            "restore='next_request'."
         )
     refill(llm, cache, known, most_tokens)
 

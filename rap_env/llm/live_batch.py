@@ -7,14 +7,16 @@ on the left; attention masks hide the padding.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from rap_env.errors import InvalidRequestError, check_name
+from rap_env.llm.cache_levels import lower, lowest_levels, note_rows
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.kv_cache import (
     RESTORES,
     Past,
@@ -153,8 +155,9 @@ class LiveBatch:
             index = torch.tensor(rows, device=self._llm.device)
             cut = before - self.length
             for layer in cache.layers:
-                _change(layer, self.length, lambda held: held[index], cut)
+                _select(layer, self.length, index, cut)
             self._cache = cache
+            note_rows(cache, self._lengths)
 
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
@@ -187,6 +190,8 @@ class LiveBatch:
             absent = missing(self._cache) | missing(other._cache)
             for batch in (self, other):
                 evict(batch._cache, absent)
+            for batch in (self, other):
+                lower(batch._cache, lowest_levels(self._cache, other._cache), batch._lengths)
             rows = self._rows + other._rows
             length = max(map(len, rows))
             for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
@@ -195,6 +200,12 @@ class LiveBatch:
             self._cache = other._cache = None  # some layers may be joined, others not
             raise
         self._rows = rows
+        note_rows(self._cache, self._lengths)
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Tokens of each row, (B,)."""
+        return [len(row) for row in self._rows]
 
     def _update(self) -> None:
         if self._cache is None:
@@ -253,22 +264,27 @@ def _held(layer: Any, length: int) -> int:
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _change(
-    layer: Any, length: int, rows: Callable[[torch.Tensor], torch.Tensor], cut: int
-) -> None:
+def _select(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
     """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
+        return
+    if isinstance(layer, GroupedLayer):
+        layer.select_rows(rows)
+        layer.cumulative_length -= cut
         return
     held = _held(layer, length)
     for name in ("keys", "values"):
         whole = getattr(layer, name)
-        setattr(layer, name, rows(whole[:, :, whole.shape[-2] - held :]).contiguous())
+        setattr(layer, name, whole[:, :, whole.shape[-2] - held :][rows].contiguous())
     if layer.is_sliding:
         layer.cumulative_length -= cut
 
 
 def _concatenate(mine: Any, theirs: Any, length: int) -> None:
-    """Append rows of another layer, with both padded to `length` tokens."""
+    """Append rows of another layer of the same kind, with both padded to `length` tokens."""
+    if isinstance(mine, GroupedLayer):
+        mine.append_rows(theirs, length)
+        return
     held = _held(mine, length)
     for name in ("keys", "values"):
         parts = [_padded(getattr(layer, name), held) for layer in (mine, theirs)]

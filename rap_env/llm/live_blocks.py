@@ -14,8 +14,8 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
-from rap_env.llm import kv_cache
 from rap_env.llm.adapter import BlockSite
+from rap_env.llm.cache_levels import check_levels, lower
 from rap_env.llm.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
 from rap_env.llm.placeholders import Stub
 from rap_env.llm.residency import WeightStore
@@ -207,12 +207,10 @@ class LiveBlocks:
         for cache in caches:
             if layers_with_keys(cache, layers):
                 check_cache(cache)
+            check_levels(cache, dict(plan.caches))
         for cache in caches:
             evict(cache, layers)
-        lower = getattr(kv_cache, "lower", None)
-        if lower is not None and plan.caches:
-            for cache in caches:
-                lower(cache, dict(plan.caches))
+            lower(cache, dict(plan.caches))
 
     def kv_bytes(self) -> int:
         """Bytes of all caches in use."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.cpu_decode import PACKED_ATTENTION, speed_up_decoding
+from rap_env.llm.cpu_decode import PACKED_ATTENTION, attention_name, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
@@ -45,10 +45,14 @@ def test_the_head_gets_last_tokens_that_lie_side_by_side() -> None:
 
 def test_packed_attention_is_used_only_where_heads_share_keys() -> None:
     for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
-        model = tiny_model(name)
-        usual = model.config._attn_implementation
-        speed_up_decoding(model)
-        assert model.config._attn_implementation == (PACKED_ATTENTION if taken else usual)
+        for live in (False, True):
+            model = tiny_model(name)
+            if live:
+                ElasticLLM(model, None, name=name)
+            usual = model.config._attn_implementation
+            speed_up_decoding(model)
+            assert model.config._attn_implementation == (PACKED_ATTENTION if taken else usual)
+            assert attention_name(model) == ("eager" if name == "gemma2" else "sdpa")
 
 
 def test_the_packed_attention_name_is_not_saved(tmp_path) -> None:

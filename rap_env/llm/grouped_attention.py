@@ -1,0 +1,435 @@
+"""Attention over a cache that is stored in groups, in pieces of a bounded workspace.
+
+Shapes: B sequences (rows), K key and value heads, R query heads for each of them (N = K R), D
+channels of a head, Q queries of a row, P groups of a piece.
+
+The token at position t sees the groups before its own as they are stored, and its own group
+unquantised, up to itself. A window of the level hides whole groups, except the first one; the
+model's own sliding window hides single tokens. Positions decide that; no mask is read.
+
+- **One new token of each row.** Scales are folded into the queries and zeros added to the scores,
+  so that only codes have to be unpacked. Computed in float32; a running maximum and sum merge the
+  pieces (Milakov and Gimelshein 2018).
+- **Several new tokens.** Stored groups are widened piece by piece. Blocks of queries run against
+  the keys that all of them see without a mask, and against the groups at the diagonal with one;
+  parts are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from rap_env.levels import (
+    ATTENTION_WORKSPACE_BYTES,
+    GROUP_TOKENS,
+    SINK_GROUPS,
+    CacheLevel,
+    channel_groups,
+)
+from rap_env.llm.cache_chunks import Bundle, Chunk, Step
+from rap_env.llm.cache_codes import Part, codes_of, parts, split, widen
+from rap_env.llm.grouped_cache import GroupedLayer
+
+_BLOCK_GROUPS = 8
+"""Groups of a block of queries."""
+
+_PIECE_VALUES = ATTENTION_WORKSPACE_BYTES // 16
+"""Numbers of a piece of keys or values: float32, and as much again for codes and scores."""
+
+
+def attend(
+    query: torch.Tensor,
+    chunk: Chunk,
+    scaling: float | None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of the new tokens of a chunk, (B, N, Q, D) -> (B, Q, N, D).
+
+    Args:
+        query: Queries of the chunk's columns.
+        chunk: What the tokens see.
+        scaling: Factor of the scores; by default ``D ** -0.5``.
+        softcap: Scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        window: Tokens that the model's own attention sees, itself included, or None.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if chunk.token is not None:
+        return _Token(query, chunk.token, chunk.step, scale, softcap, window).attend()
+    found = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    for bundle in chunk.bundles:
+        heads = bundle.keys.shape[1]
+        mine = query if bundle.rows is None else query[bundle.rows]
+        mine = split(mine[:, :, -bundle.new :], 1, heads, -1)
+        output = _Block(mine, bundle, chunk.level, scale, softcap, window).attend()
+        output = output.flatten(1, 2).transpose(1, 2)
+        if bundle.rows is None:
+            found[:, -bundle.new :] = output
+        else:
+            found[bundle.rows, -bundle.new :] = output
+    return found
+
+
+def visible_groups(level: CacheLevel, own: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Whether tokens of some groups see stored groups; shapes broadcast."""
+    seen = (group >= 0) & (group < own)
+    if level.window_tokens is not None:
+        recent = group >= own - level.window_tokens // GROUP_TOKENS
+        seen &= recent | (group < SINK_GROUPS)
+    return seen
+
+
+_BUFFERS = threading.local()
+
+
+def _buffer(name: str, values: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of this thread that is used again for each piece, (values,)."""
+    key = (name, like.device, dtype)
+    held: dict[object, torch.Tensor] = _BUFFERS.__dict__.setdefault("held", {})
+    if key not in held or held[key].numel() < values:
+        held[key] = torch.empty(max(values, _PIECE_VALUES), dtype=dtype, device=like.device)
+    return held[key][:values]
+
+
+class _Token:
+    """Attention of one new token of each row."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        layer: GroupedLayer,
+        step: Step,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        batch, _, _, size = query.shape
+        self.heads = layer.keys.shape[1]
+        self.layer, self.step, self.softcap, self.window = layer, step, softcap, window
+        self.query = query.view(batch, self.heads, -1, size).float() * scale  # (B, K, R, D)
+        self.dtype, self.batch, self.size = query.dtype, batch, size
+        self.channels = channel_groups(size)
+
+    def attend(self) -> torch.Tensor:
+        layer = self.layer
+        tail, piece_masks = self._masks()
+        scores = self._capped(self.query @ layer.keys.float().transpose(-1, -2))
+        scores += tail
+        self.most = scores.amax(dim=-1, keepdim=True)  # (B, K, R, 1)
+        scores.sub_(self.most).exp_()
+        self.sum = scores.sum(dim=-1, keepdim=True)
+        self.output = scores @ layer.values.float()  # (B, K, R, D)
+        keys, values = parts(layer.groups)
+        for (start, end), mask in piece_masks:
+            self._stretch(keys.narrow(start, end), values.narrow(start, end), mask)
+        found: torch.Tensor = (self.output / self.sum).to(self.dtype)
+        return found.view(self.batch, 1, -1, self.size)
+
+    def _capped(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores if self.softcap is None else _capped(scores, self.softcap)
+
+    def _masks(self) -> tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]:
+        """What to add to scores of the tail (B, 1, 1, 32), and of stretches of groups.
+
+        A stretch that all rows see as a whole needs no mask; one that no row sees is left out.
+        """
+        layer, level = self.layer, self.layer.level
+        key = (level, layer.sliding_window, self.window, layer.capacity)
+        if key in self.step.memo:
+            found: tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]
+            found = self.step.memo[key]
+            return found
+        device = layer.keys.device
+        last = torch.tensor(self.step.after, device=device)[:, None, None] - 1  # (B, 1, 1)
+        own = last // GROUP_TOKENS
+        within = torch.arange(GROUP_TOKENS, device=device)
+        position = own * GROUP_TOKENS + within  # (B, 1, 32)
+        tail = _hidden((position <= last) & self._in_window(last, position))[:, None]
+        stretches: list[tuple[tuple[int, int], torch.Tensor | None]] = []
+        groups = layer.slot_groups()[:, :, None]  # (B, G, 1)
+        seen = visible_groups(level, own, groups)
+        if self.window is not None:
+            seen = seen & self._in_window(last, groups * GROUP_TOKENS + within)
+        for start, end in self._stretches():
+            part = seen[:, start:end]
+            if bool(part.all()):
+                stretches.append(((start, end), None))
+            elif bool(part.any()):
+                stretches.append(((start, end), _hidden(part)[:, None, None]))
+        self.step.memo[key] = (tail, stretches)
+        return tail, stretches
+
+    def _in_window(self, last: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        if self.window is None:
+            return torch.ones_like(position, dtype=torch.bool)
+        return position > last - self.window
+
+    def _stretches(self) -> Iterator[tuple[int, int]]:
+        """Ranges of groups whose scores are in memory together."""
+        scores = self.query.shape[0] * self.query.shape[1] * self.query.shape[2] * GROUP_TOKENS
+        count = max(1, _PIECE_VALUES // scores)
+        for start in range(0, self.layer.capacity, count):
+            yield start, min(start + count, self.layer.capacity)
+
+    def _stretch(self, keys: Part, values: Part, mask: torch.Tensor | None) -> None:
+        """Merge the attention to some groups; codes are unpacked in smaller pieces."""
+        batch, heads, each, size = self.query.shape
+        count = keys.codes.shape[2]
+        scores = self.query.new_empty(batch, heads, each, count, GROUP_TOKENS)
+        width = max(1, _PIECE_VALUES // (batch * heads * GROUP_TOKENS * size))
+        pieces = [(n, min(n + width, count)) for n in range(0, count, width)]
+        for start, end in pieces:
+            self._score(keys.narrow(start, end), scores[:, :, :, start:end])
+        if keys.zero is not None:
+            added = self.query @ keys.zero[:, :, :, 0].float().transpose(-1, -2)  # (B, K, R, P)
+            scores += added[..., None]
+        scores = self._capped(scores)
+        if mask is not None:
+            scores += mask
+        flat = scores.flatten(3)  # (B, K, R, tokens)
+        most = torch.maximum(self.most, flat.amax(dim=-1, keepdim=True))
+        shrink = (self.most - most).exp_()
+        self.most = most
+        flat.sub_(most).exp_()
+        self.sum = self.sum * shrink + flat.sum(dim=-1, keepdim=True)
+        self.output *= shrink
+        for start, end in pieces:
+            self._add_values(values.narrow(start, end), scores[:, :, :, start:end])
+        if values.zero is not None:
+            added = flat @ values.zero.flatten(2, 3).float()  # (B, K, R, C)
+            split(self.output, -1, self.channels, -1).add_(added[..., None])
+
+    def _score(self, keys: Part, out: torch.Tensor) -> None:
+        """Scores of the codes of a piece, into (B, K, R, P, 32)."""
+        batch, heads, each, size = self.query.shape
+        codes = self._codes(keys.codes)  # (B, K, P, 32, D)
+        if keys.scale is None:
+            scores = self.query @ codes.flatten(2, 3).transpose(-1, -2)  # (B, K, R, P 32)
+            out.copy_(scores.view(out.shape))
+            return
+        folded = self.query[:, :, None] * keys.scale  # (B, K, P, R, D)
+        scores = torch.bmm(
+            folded.view(-1, each, size), codes.view(-1, GROUP_TOKENS, size).transpose(1, 2)
+        )
+        out.copy_(scores.view(batch, heads, -1, each, GROUP_TOKENS).transpose(2, 3))
+
+    def _add_values(self, values: Part, weights: torch.Tensor) -> None:
+        """Add the values of a piece with weights (B, K, R, P, 32)."""
+        codes = self._codes(values.codes).flatten(2, 3)  # (B, K, tokens, D)
+        if values.scale is None:
+            self.output += weights.flatten(3) @ codes
+            return
+        batch, heads, each, *_ = weights.shape
+        scale = values.scale.flatten(2, 3).transpose(-1, -2)  # (B, K, C, tokens)
+        folded = weights.flatten(3)[:, :, None] * scale[:, :, :, None]  # (B, K, C, R, tokens)
+        found = folded.flatten(2, 3) @ codes  # (B, K, C R, D)
+        found = found.view(batch, heads, self.channels, each, self.channels, -1)
+        # Only the channels of the group whose scales were folded in: (B, K, R, D / C, C).
+        found = found.diagonal(dim1=2, dim2=4)
+        split(self.output, -1, self.channels, -1).add_(found.transpose(-1, -2))
+
+    def _codes(self, packed: torch.Tensor) -> torch.Tensor:
+        """Codes of a piece as float32, (B, K, P, 32, D), in memory that the next piece reuses."""
+        bits = self.layer.level.bits
+        shape = (*packed.shape[:3], GROUP_TOKENS, packed.shape[-1])
+        count = math.prod(shape)
+        if bits < 8:
+            packed = codes_of(
+                bits, packed, _buffer("codes", count, packed, torch.uint8).view(shape)
+            )
+        return _buffer("piece", count, packed, torch.float32).view(shape).copy_(packed)
+
+
+class _Block:
+    """Attention of several new tokens of rows with equal positions.
+
+    Queries are padded to whole groups, from the start of the bundle's keys on: (b, K, R, S, D).
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        bundle: Bundle,
+        level: CacheLevel,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> None:
+        self.bundle, self.level = bundle, level
+        self.scale, self.softcap, self.window = scale, softcap, window
+        self.front = bundle.keys.shape[2] - bundle.new  # tokens of the tail
+        back = -bundle.keys.shape[2] % GROUP_TOKENS
+        self.count = (bundle.keys.shape[2] + back) // GROUP_TOKENS
+        pad = torch.nn.functional.pad
+        self.query = pad(query, (0, 0, self.front, back)) if self.front or back else query
+        self.keys, self.values = (
+            pad(t, (0, 0, 0, back)) if back else t for t in (bundle.keys, bundle.values)
+        )
+
+    def attend(self) -> torch.Tensor:
+        """(b, K, R, Q, D)."""
+        self._own_groups()
+        for first in range(0, self.count, _BLOCK_GROUPS):
+            end = min(first + _BLOCK_GROUPS, self.count)
+            self._stored_groups(first, end)
+            self._later_groups(first, end)
+        found = self.output[:, :, :, self.front : self.front + self.bundle.new]
+        return found.to(self.query.dtype)
+
+    def _own_groups(self) -> None:
+        """Each token with its own group: the groups are the batch of one call."""
+        b, heads, each, tokens, size = self.query.shape
+        query = split(self.query, 3, self.count, -1).permute(0, 3, 1, 2, 4, 5)
+        keys, values = (
+            split(t, 2, self.count, -1).transpose(1, 2).flatten(0, 1)
+            for t in (self.keys, self.values)
+        )
+        place = torch.arange(GROUP_TOKENS, device=keys.device)
+        seen = place[:, None] >= place
+        if self.window is not None:
+            seen &= place[:, None] - place < self.window
+        output, lse = self._part(query.flatten(0, 1), keys, values, seen)
+        self.output = (
+            split(output, 0, b, self.count)
+            .permute(0, 2, 3, 1, 4, 5)
+            .reshape(b, heads, each, tokens, size)
+            .float()
+        )
+        self.lse = (
+            split(lse, 0, b, self.count).permute(0, 2, 3, 1, 4).reshape(b, heads, each, tokens)
+        )
+
+    def _stored_groups(self, first: int, end: int) -> None:
+        """A block of queries with groups from before the chunk, all of which precede it."""
+        bundle = self.bundle
+        if bundle.groups is None or not any(group >= 0 for group in bundle.slots):
+            return
+        used = [slot for slot, group in enumerate(bundle.slots) if group >= 0]
+        b, heads, _, _, size = self.query.shape
+        width = max(1, _PIECE_VALUES // (b * heads * GROUP_TOKENS * size))
+        for start in range(0, used[-1] + 1, width):
+            stop = min(start + width, used[-1] + 1)
+            groups = torch.tensor(bundle.slots[start:stop], device=self.query.device)
+            seen = self._seen(first, end, groups)
+            if seen is not None and not bool(seen.any()):
+                continue
+            piece = tuple(
+                (t if bundle.rows is None else t[bundle.rows])[:, :, start:stop]
+                for t in bundle.groups
+            )
+            keys, values = widen(self.level.bits, piece, self.query.dtype)
+            self._merge(first, end, keys.flatten(2, 3), values.flatten(2, 3), seen)
+
+    def _later_groups(self, first: int, end: int) -> None:
+        """A block of queries with the chunk's own complete groups before each of them."""
+        keys, values = self.bundle.later
+        done = min(keys.shape[2], end - 1)
+        base = self.bundle.first_group
+        full = min(first, done)
+        if self.level.window_tokens is None and self.window is None:
+            if full:
+                self._merge(first, end, *_joined(keys, values, 0, full), None)
+            ranges = [(full, done)]
+        else:
+            begin = self._first_seen(first)
+            ranges = [(begin, done)]
+            if begin > 0 and base == 0 and self.level.window_tokens is not None:
+                ranges.insert(0, (0, min(SINK_GROUPS, begin)))
+        for start, stop in ranges:
+            if stop <= start:
+                continue
+            groups = torch.arange(base + start, base + stop, device=self.query.device)
+            seen = self._seen(first, end, groups)
+            if seen is None or bool(seen.any()):
+                self._merge(first, end, *_joined(keys, values, start, stop), seen)
+
+    def _first_seen(self, first: int) -> int:
+        """The first of the chunk's groups that a block's first query may see, sinks apart."""
+        begin, base = 0, self.bundle.first_group
+        if self.level.window_tokens is not None:
+            begin = max(begin, first - self.level.window_tokens // GROUP_TOKENS)
+        if self.window is not None:
+            position = (base + first) * GROUP_TOKENS - self.window + 1
+            begin = max(begin, position // GROUP_TOKENS - base)
+        return begin
+
+    def _seen(self, first: int, end: int, groups: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of groups the queries of a block see, (tokens, P * 32); None for all."""
+        base, device = self.bundle.first_group, self.query.device
+        own = torch.arange(base + first, base + end, device=device)
+        seen = visible_groups(self.level, own[:, None], groups)  # (groups, P)
+        seen = seen.repeat_interleave(GROUP_TOKENS, 0).repeat_interleave(GROUP_TOKENS, 1)
+        if self.window is not None:
+            within = torch.arange(GROUP_TOKENS, device=device)
+            query = (own[:, None] * GROUP_TOKENS + within).flatten()
+            key = (groups[:, None] * GROUP_TOKENS + within).flatten()
+            seen = seen & (key > query[:, None] - self.window)
+        return None if bool(seen.all()) else seen
+
+    def _merge(
+        self,
+        first: int,
+        end: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        seen: torch.Tensor | None,
+    ) -> None:
+        """Merge a block's attention to some keys, (b, K, tokens, D)."""
+        span = slice(first * GROUP_TOKENS, end * GROUP_TOKENS)
+        output, lse = self._part(self.query[:, :, :, span], keys, values, seen)
+        mine, total = self.output[:, :, :, span], self.lse[:, :, :, span]
+        both = torch.logaddexp(total, lse)
+        mine.mul_((total - both).exp_()[..., None])
+        mine.addcmul_(output, (lse - both).exp_()[..., None])
+        total.copy_(both)
+
+    def _part(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        seen: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of (b, K, R, S, D) to keys (b, K, t, D), with log-sum-exp (b, K, R, S).
+
+        Hidden scores are the lowest finite number: a query that sees none of these keys gets a
+        log-sum-exp of about that, and so no weight.
+        """
+        each, tokens = query.shape[2:4]
+        if query.device.type != "cpu" or self.softcap is not None:
+            scores = query.float().flatten(2, 3) @ keys.float().transpose(-1, -2)
+            scores = split(scores.mul_(self.scale), 2, each, tokens)
+            if self.softcap is not None:
+                scores = _capped(scores, self.softcap)
+            if seen is not None:
+                scores.masked_fill_(~seen, torch.finfo(torch.float32).min)
+            lse = scores.logsumexp(dim=-1)
+            weights = scores.sub_(lse[..., None]).exp_().flatten(2, 3)
+            return split(weights @ values.float(), 2, each, tokens), lse
+        mask = None
+        if seen is not None:
+            mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+            mask = mask.masked_fill_(~seen, torch.finfo(query.dtype).min).repeat(each, 1)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query.flatten(2, 3), keys, values, attn_mask=mask, scale=self.scale
+        )
+        return split(output, 2, each, tokens), split(lse, 2, each, tokens)
+
+
+def _joined(
+    keys: torch.Tensor, values: torch.Tensor, start: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return keys[:, :, start:end].flatten(2, 3), values[:, :, start:end].flatten(2, 3)
+
+
+def _capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    return scores.div_(cap).tanh_().mul_(cap)
+
+
+def _hidden(seen: torch.Tensor) -> torch.Tensor:
+    """What to add to scores: 0 where a token is seen, else minus infinity."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)
