@@ -22,6 +22,7 @@ unquantised products are faster per row.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -305,6 +306,15 @@ def widening_buffer(values: int, dtype: torch.dtype, device: torch.device) -> to
 def buffer_in_use() -> threading.RLock:
     """The lock to hold while the buffer is in use."""
     return _buffer_lock
+
+
+def _after_fork() -> None:
+    global _buffer_lock
+    _buffer_lock = threading.RLock()  # a thread of the parent may hold it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @lru_cache(maxsize=16)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+
 import pytest
 import torch
 
@@ -159,3 +163,21 @@ def test_products_work_inside_and_after_inference_mode() -> None:
     with torch.inference_mode():
         inside = matrix.product(states)
     assert torch.equal(matrix.product(states), inside)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_widens_while_a_thread_of_its_parent_does() -> None:
+    matrix = quantise(_random((24, 16)), "int8")
+    with packing.buffer_in_use():  # held in the child by nobody who could release it
+        forked = multiprocessing.get_context("fork")
+        child = forked.Process(target=_product_in_thread, args=(matrix,))
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
+
+
+def _product_in_thread(matrix: PackedMatrix) -> None:
+    thread = threading.Thread(target=matrix.product, args=(_random((3, 16)),), daemon=True)
+    thread.start()
+    thread.join(30)
+    os._exit(int(thread.is_alive()))
