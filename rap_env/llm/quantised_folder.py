@@ -11,27 +11,34 @@ from typing import Any
 import torch
 
 from rap_env.artifacts import digest
-from rap_env.llm.adapter import adapter_for
+from rap_env.levels import WeightLevel
+from rap_env.llm.calibration import calibrate
+from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.model_folder import MANIFEST, made_once, models_dir
 from rap_env.llm.packed_folder import PACKED_FILE
 from rap_env.llm.packing import PackedLevel
+from rap_env.llm.self_written import self_written, start_token
+from rap_env.llm.sources import load_tokenizer
 from rap_env.llm.weight_files import load_weights
-from rap_env.llm.weight_levels import block_items, embeddings_item
 from rap_env.llm.weights import DTYPES, read_header, weights_of
+from rap_env.plan import CompressionPlan
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1
 """Part of a folder's name: increase it when quantisers give other values."""
 
-_EMBEDDINGS: PackedLevel = "int8"  # at 4 bits they cost more than all blocks together
+_DURATIONS = {"int8": "a few seconds", "int4": "minutes: the model writes text to calibrate on"}
+_CALIBRATION_TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
+_EMBEDDINGS: WeightLevel = "int8"  # at 4 bits they cost more than all blocks together
 _OTHER_FILES = (".json", ".txt", ".model", ".jinja")
 
 
 def quantised_folder(source: Path, level: PackedLevel) -> Path:
     """The packed folder of a model, for `load_native`; made at the first call.
 
-    All blocks are at `level`, and embeddings with head at int8.
+    All blocks are at `level`, and embeddings with head at int8. Int4 weights are calibrated on text
+    that the model writes itself.
 
     Args:
         source: The folder of the unquantised model.
@@ -43,10 +50,9 @@ def quantised_folder(source: Path, level: PackedLevel) -> Path:
     """
 
     def make(folder: Path) -> dict[str, Any]:
-        log.info("Quantising %s to %s (once)", source, level)
-        model = load_weights(source, _stored_dtype(source))
-        _quantise(model, level)
-        _save(model, source, folder)
+        log.warning("Quantising %s to %s (once; %s)", source, level, _DURATIONS[level])
+        llm = _quantised(source, level)
+        _save(llm.model, source, folder)
         return {"file": source.name, "level": level}
 
     content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
@@ -66,14 +72,18 @@ def _stored_dtype(source: Path) -> torch.dtype:
     return DTYPES.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
 
 
-def _quantise(model: Any, level: PackedLevel) -> None:
-    """Put packed modules into a model that was just loaded, one block after the other."""
-    items = list(block_items(model, adapter_for(model.config).sites(model)))
-    levels = dict.fromkeys(items, level) | {embeddings_item(model): _EMBEDDINGS}
-    for item, wanted in levels.items():
-        if wanted in item.levels:
-            item.quantise(wanted)
-            item.put(wanted)
+def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
+    """The model of a folder, with packed modules in place."""
+    tokenizer = load_tokenizer(source)
+    llm = ElasticLLM(load_weights(source, _stored_dtype(source)), tokenizer, name=source.name)
+    if level == "int4" and start_token(llm) is not None:
+        tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
+        calibrate(llm, self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED))
+    facts = llm.facts
+    lowered = (i for i in range(llm.num_blocks) if level in facts.weight_levels(i))
+    embeddings = _EMBEDDINGS if _EMBEDDINGS in facts.embedding_levels else "native"
+    llm.apply(CompressionPlan(weights=tuple((i, level) for i in lowered), embeddings=embeddings))
+    return llm
 
 
 def _save(model: Any, source: Path, folder: Path) -> None:

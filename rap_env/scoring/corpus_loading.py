@@ -17,16 +17,14 @@ import numpy as np
 import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, MissingDependencyError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.progress import progress_bar
+from rap_env.llm.self_written import TEMPERATURE, TOP_P, self_written, start_token
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
 
 _FORMAT = 1
-_TEMPERATURE, _TOP_P = 0.9, 0.95
-_GENERATION_BATCH = 16
 
 
 def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True) -> Corpus:
@@ -59,48 +57,21 @@ def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Co
 def _generation_settings(config: CorpusConfig) -> dict[str, Any]:
     names = ("source", "role", "seed", "windows", "window_tokens")
     settings = {name: value for name, value in asdict(config).items() if name in names}
-    return {**settings, "temperature": _TEMPERATURE, "top_p": _TOP_P}
+    return {**settings, "temperature": TEMPERATURE, "top_p": TOP_P}
 
 
 def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Tensor:
     """Generate one sequence per window with the dense model, from its start token."""
-    start = llm.model.generation_config.bos_token_id
-    start = llm.model.config.bos_token_id if start is None else start
-    if start is None:
+    if start_token(llm) is None:
         raise CorpusError(
             f"{llm.name} has no start token to generate text from; give a text file as `source`."
         )
-    special = sorted({*getattr(llm.tokenizer, "all_special_ids", ()), start})
     # The role is part of the seed: each role gets another text under the same seed.
     seed = int(digest([config.role, config.seed])[:12], 16)
-    sizes = [
-        min(_GENERATION_BATCH, config.windows - i)
-        for i in range(0, config.windows, _GENERATION_BATCH)
-    ]
     total = config.windows * config.window_tokens
     desc = f"generating {config.role} text"
-    bar = progress_bar(progress, total=total, unit="token", leave=False, desc=desc)
-    devices = [llm.device] if llm.device.type == "cuda" else []
-    parts = []
-    with bar, torch.random.fork_rng(devices), llm.masked(BlockMask()):
-        torch.manual_seed(seed)
-        for size in sizes:
-            ids = torch.full((size, 1), start, device=llm.device)
-            written = llm.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                temperature=_TEMPERATURE,
-                top_p=_TOP_P,
-                suppress_tokens=special,
-                min_new_tokens=config.window_tokens,
-                max_new_tokens=config.window_tokens,
-                pad_token_id=start,
-            )
-            parts.append(written[:, 1:].cpu())
-            bar.update(size * config.window_tokens)
-    return torch.cat(parts)
+    with progress_bar(progress, total=total, unit="token", leave=False, desc=desc) as bar:
+        return self_written(llm, config.windows, config.window_tokens, seed, bar.update)
 
 
 def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:

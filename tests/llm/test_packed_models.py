@@ -9,11 +9,13 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.llm import loading, quantised_folder
+from rap_env.llm.calibration import calibrate
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
 from rap_env.llm.packed_folder import is_packed
 from rap_env.llm.packed_modules import PackedModule
 from rap_env.llm.pruned_checkpoint import save_pruned
+from rap_env.llm.self_written import self_written
 from rap_env.llm.streamed import stream_llm
 from rap_env.llm.weights import named_weights, tensor_key
 from rap_env.memory import MemoryModel
@@ -28,6 +30,12 @@ SEVERAL = pytest.mark.parametrize(
 )
 LEVELS = pytest.mark.parametrize("level", ["int8", "int4"])
 REQUEST = Request(1, 8, 1)
+CALIBRATION_TOKENS = 630
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised_folder, "_CALIBRATION_TOKENS", CALIBRATION_TOKENS)
 
 
 def saved(tmp_path: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -68,6 +76,8 @@ def test_a_format_equals_the_level_of_a_live_model(
     folder = saved(tmp_path, name, stored)
     packed = load_llm(folder, device="cpu", dtype=dtype, weights=level)
     live = load_llm(folder, device="cpu", dtype=dtype)
+    if level == "int4":
+        calibrate(live, self_written(live, CALIBRATION_TOKENS // 63, 63, seed=0))
     live.apply(CompressionPlan.uniform(LAYERS, weights=level, embeddings="int8"))
     assert torch.equal(logits(packed), logits(live))
     assert packed.dtype == live.dtype
@@ -148,7 +158,7 @@ def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> Non
 def test_it_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, "llama")
     first = load_llm(folder, device="cpu", weights="int4")
-    monkeypatch.setattr(quantised_folder, "_quantise", None)
+    monkeypatch.setattr(quantised_folder, "_quantised", None)
     again = load_llm(folder, device="cpu", weights="int4")
     assert again.fingerprint == first.fingerprint
     assert again.name == first.name == "model"
