@@ -1,0 +1,109 @@
+"""The program that measures levels: its artifacts, its grid, and the policy made from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.comparison.records import read_records
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import LevelsConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.contexts import build_context
+from experiments.errors import ExperimentError
+from experiments.levels import COSTS_FILE, GRID_FILE, PlanRow, levels
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from rap_env.runtime.policies import load_policy
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a random model of two layers in a separate folder."""
+    base = tmp_path_factory.mktemp("levels")
+    tiny_model(layers=2).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="levels", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=2, window_tokens=48),
+            importance=ImportanceConfig(method="none"),
+            levels=LevelsConfig(
+                caches=["int8", "int2", "int2-window512"], requests=["1x16", "2x60"],
+                budgets=[0.9, 0.7], joint_budgets=[0.8],
+                text=TextConfig(source="self", windows=2, window_tokens=48),
+                out=str(base / "saved" / "tiny.levels.json"),
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(config):
+    levels(config, config.stage_dir("levels"))
+    return config
+
+
+def test_costs_are_measured_on_the_model(measured):
+    context = build_context(measured, profiled=False)
+    costs = LevelCosts.load(measured.stage_dir("levels") / COSTS_FILE, context.memory)
+    assert costs.window_tokens == 48
+    assert set(costs.one_shot["layer01.cache"]) == {"int8", "int2"}, "the window holds the text"
+    for item, level in (("layer01.cache", "int2"), ("layer00.ffn", "removed")):
+        nll = context.scorer.nll(CompressionPlan.of({item: level}))
+        assert costs.one_shot[item][level] == nll - context.scorer.dense_nll
+    both = CompressionPlan.uniform(2, caches="int2")
+    rise = context.scorer.nll(both) - context.scorer.dense_nll
+    assert costs.joint[both.to_json()] == rise != 0
+    assert costs.provenance["text"]["role"] == "calibration"
+
+
+def test_the_grid_has_the_policys_plans_with_their_loss_on_other_text(measured):
+    rows = PlanRow.read(measured.stage_dir("levels") / GRID_FILE)
+    context = build_context(measured, profiled=False)
+    policy = load_policy(measured.levels.out, context.memory)
+    assert len(rows) == 4
+    for row in rows:
+        request = Request(**row.request, budget_bytes=row.budget_bytes)
+        plan = policy.choose(request)
+        assert plan.levels == row.levels
+        assert row.peak_bytes == context.memory.peak_bytes(plan, request) <= row.budget_bytes
+        assert row.fits
+        assert row.predicted == policy.delta_nll(plan, request.seq_len_tokens)
+        assert row.provenance["text"]["role"] == "report"
+    assert len({str(row.levels) for row in rows}) > 1
+
+
+def test_facts_are_written_beside_the_costs(measured):
+    path = Path(measured.levels.out).with_name("tiny.facts.json")
+    body = json.loads(path.read_text())["body"]
+    assert set(body) == {"native", "bf16"}
+    facts = build_context(measured, profiled=False).memory.facts
+    assert body["native"]["fingerprint"] == facts.fingerprint
+
+
+def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
+    folder = measured.stage_dir("levels")
+    before = (folder / COSTS_FILE).read_bytes(), read_records(folder / GRID_FILE)
+    levels(measured, folder)
+    after = (folder / COSTS_FILE).read_bytes(), read_records(folder / GRID_FILE)
+    assert after[0] == before[0]
+    assert [row["loss"] for row in after[1]] == [row["loss"] for row in before[1]]
+    other = replace(measured, levels=replace(measured.levels, caches=["int4"]))
+    with pytest.raises(ExperimentError, match=r"levels\.caches"):
+        levels(other, folder)
+
+
+def test_wrong_settings_are_rejected():
+    with pytest.raises(ExperimentError, match=r"must end in \.levels\.json, not 'costs\.json'"):
+        LevelsConfig(out="costs.json")
+    with pytest.raises(Exception, match="Unknown level of a cache 'int3'"):
+        LevelsConfig(caches=["int3"])
