@@ -1,4 +1,4 @@
-"""``python -m experiments.demo``: profile, train, evaluate and report in one process.
+"""``python -m experiments.demo``: ladder, profile, train, evaluate and report in one process.
 
 Finished work is not repeated, so the same command resumes after a kill.
 """
@@ -19,6 +19,7 @@ from experiments.config import Config
 from experiments.config.training import AgentConfig
 from experiments.console import say
 from experiments.evaluate import evaluate
+from experiments.ladder.program import ladder
 from experiments.launch import launch
 from experiments.profile import profile
 from experiments.report import report
@@ -28,22 +29,24 @@ log = logging.getLogger(__name__)
 
 
 def demo(config: Config, folder: Path) -> Path:
-    """Run the four stages and print the comparison.
+    """Run the five stages and print the comparison.
 
     Returns:
         The report's path. This program writes only its log to `folder`.
     """
     started = time.monotonic()
-    say("[1/4] importance of each block (calibration text, one-shot, GSI)")
+    say("[1/5] precision before removal: loss against bytes")
+    ladder(replace(config, stage="ladder"), config.stage_dir("ladder"))
+    say("[2/5] importance of each block (calibration text, one-shot, GSI)")
     profile(replace(config, stage="profile"), config.stage_dir("profile"))
-    say("[2/4] training")
+    say("[3/5] training")
     for agent in demo_agents(config):
         for seed in config.demo.seeds:
             settings = replace(config, stage="train", agent=agent, seed=seed)
             train(settings, config.stage_dir("train") / run_label("train", agent.name, seed))
-    say("[3/4] evaluation against the baselines on held-out text")
+    say("[4/5] evaluation against the baselines on held-out text")
     evaluate(replace(config, stage="evaluate"), config.stage_dir("evaluate"))
-    say("[4/4] report")
+    say("[5/5] report")
     page = report(replace(config, stage="report"), config.stage_dir("report"))
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return page

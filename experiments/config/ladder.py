@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from experiments.config.common import (
@@ -10,10 +10,12 @@ from experiments.config.common import (
     Fraction,
     Section,
     ShapeText,
+    TextConfig,
     among,
     form,
     parse_shape,
     some,
+    within,
 )
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 
@@ -49,12 +51,24 @@ class LadderConfig(Section):
         default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2]
     )
     """Its budgets."""
+    windows: Count | None = None
+    """Windows of the text; null for those of ``evaluate.text``."""
+    window_tokens: Annotated[int, within(2)] | None = None
+    """Tokens of a window; null for those of ``evaluate.text``."""
     llama_cpp_caches: list[Annotated[str, among(*LLAMA_CPP_CACHES)]] = field(
         default_factory=lambda: ["f16", "q8_0", "q5_1", "q4_1", "q4_0"]
     )
     """Formats of llama.cpp's cache; weights are those of the file."""
     llama_cpp_threads: Count = 1
     """Threads of llama.cpp; they change only the duration."""
+
+    def text_of(self, text: TextConfig) -> TextConfig:
+        """The text to measure on: a given one with these windows."""
+        return replace(
+            text,
+            windows=self.windows or text.windows,
+            window_tokens=self.window_tokens or text.window_tokens,
+        )
 
     @property
     def shapes(self) -> list[tuple[int, int]]:

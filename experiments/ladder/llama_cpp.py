@@ -57,7 +57,7 @@ def llama_cpp(config: Config, folder: Path) -> Path:
     file = gguf_file(config.model.name)
     run.start(config, frozen=FROZEN, llama_cpp=package_versions([PACKAGE]).get(PACKAGE))
     context = build_context(config)
-    report = held_out_scorer(config.evaluate.text, "report", context)
+    report = held_out_scorer(config.ladder.text_of(config.evaluate.text), "report", context)
     depends_on = {
         **report_identity(context, report),
         "file": file.name,

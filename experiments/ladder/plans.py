@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,12 +10,18 @@ from agents.baselines import BASELINES, make_baseline
 from experiments.comparison.formatting import percent
 from experiments.config.ladder import LadderConfig
 from rap_env.context.base import PruningContext
+from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel, ModelFacts
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.policies import load_policy
+
+log = logging.getLogger(__name__)
+
+PACKAGED = ("frontier", "knapsack")
+"""Policies that the package has for the default model."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Candidate:
 def candidates(settings: LadderConfig, context: PruningContext) -> Iterator[Candidate]:
     """Yield the plans of all methods for all requests.
 
+    Policies of the package that are of another model are left out, with a warning.
+
     Raises:
         UnknownNameError: There is no such policy or level.
         InvalidRequestError: The model cannot serve a request.
@@ -47,9 +56,9 @@ def candidates(settings: LadderConfig, context: PruningContext) -> Iterator[Cand
         "knapsack": (settings.knapsack, settings.budgets),
     }
     loaded = {
-        method: (_policy(name, context), budgets)
+        method: (policy, budgets)
         for method, (name, budgets) in policies.items()
-        if name is not None and budgets
+        if name is not None and budgets and (policy := _policy(name, context)) is not None
     }
     for shape in settings.shapes:
         for name, plan in uniform_plans(settings, memory.facts).items():
@@ -83,8 +92,17 @@ def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Compre
     return found
 
 
-def _policy(name: str, context: PruningContext) -> PlanPolicy:
-    """The policy of a name: a baseline that searches on the calibration text, or a packaged one."""
-    if name in BASELINES and name not in ("frontier", "knapsack"):
+def _policy(name: str, context: PruningContext) -> PlanPolicy | None:
+    """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
+
+    None if the packaged one is of another model.
+    """
+    if name in BASELINES and name not in PACKAGED:
         return make_baseline(name, context)
-    return load_policy(name, MemoryModel(context.memory.facts))
+    try:
+        return load_policy(name, MemoryModel(context.memory.facts))
+    except ArtifactError as error:
+        if name not in PACKAGED:
+            raise
+        log.warning("Without the packaged policy %s: %s", name, error)
+        return None

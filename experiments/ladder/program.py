@@ -36,7 +36,7 @@ def ladder(config: Config, folder: Path) -> Path:
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=FROZEN)
     context = build_context(config)
-    report = held_out_scorer(config.evaluate.text, "report", context)
+    report = held_out_scorer(config.ladder.text_of(config.evaluate.text), "report", context)
     file = RowFile(folder / LADDER_FILE, LadderRow)
     depends_on, git = report_identity(context, report), git_state()
     rows = []

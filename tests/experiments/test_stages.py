@@ -16,6 +16,7 @@ from experiments.comparison.run_folder import RunFolder, training_dirs
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
+from experiments.config.ladder import LadderConfig
 from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.training import AgentConfig, DemoConfig
 from experiments.contexts import build_context
@@ -59,6 +60,7 @@ def config(tmp_path_factory):
                 requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
                 random_seeds=[0, 1], text=TextConfig(source="self", windows=3, window_tokens=12),
             ),
+            ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
         )  # fmt: skip
 
 
@@ -186,8 +188,12 @@ def test_the_demo_reuses_everything_and_ends_with_table_and_report(evaluated, ca
     assert results.read_bytes() == before
     assert "MaskablePPO" in page.read_text()
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line.startswith("[")][-1] == "[4/4] report"
+    assert [line for line in out.splitlines() if line.startswith("[")][-1] == "[5/5] report"
     assert "Greedy per byte" in out
+    assert "native / int4" in (evaluated.stage_dir("ladder") / "tables.md").read_text().replace(
+        "float32", "native"
+    )
+    assert page.read_text().index("Precision before removal") < page.read_text().index("ΔNLL of")
     assert f"The report is {page}" in out
     assert gather(evaluated.root).comparison.incomplete is False
 

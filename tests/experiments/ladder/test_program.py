@@ -89,6 +89,7 @@ def test_losses_are_those_of_the_scorer(rows, config):
         assert row.loss_ci_low <= row.loss <= row.loss_ci_high
     assert [row.loss for row in rows if not row.levels] == [0.0, 0.0]
     assert all(row.loss != 0.0 for row in rows if row.name == "int4 / native")
+    assert all(row.loss != 0.0 for row in rows if row.name == "native / int2")
 
 
 def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
@@ -132,6 +133,22 @@ def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
         peak = context.memory.peak_bytes(candidate.plan, candidate.request)
         assert peak <= candidate.request.budget_bytes
         assert candidate.plan.weights or candidate.plan.caches, "precision comes first"
+
+
+def test_packaged_policies_of_another_model_are_left_out(config, caplog):
+    settings = replace(config.ladder, removal="frontier", knapsack=None)
+    methods = {c.method for c in candidates(settings, build_context(config))}
+    assert methods == {"uniform"}
+    assert "packaged policy frontier" in caplog.text
+    with pytest.raises(UnknownNameError):
+        list(candidates(replace(settings, knapsack="missing.json"), build_context(config)))
+
+
+def test_the_text_has_the_ladders_own_windows_if_there_are_any(config):
+    text = config.evaluate.text
+    assert config.ladder.text_of(text) == text
+    shorter = replace(config.ladder, windows=2, window_tokens=20).text_of(text)
+    assert (shorter.source, shorter.windows, shorter.window_tokens) == ("self", 2, 20)
 
 
 def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
