@@ -52,7 +52,8 @@ def test_what_plans_share_changes_no_bit(family, dtype):
     assert MaskScorer(llm, ids).nll_many(plans) == single
     few = MaskScorer(llm, ids, prefix_cache_bytes=1)
     assert few.nll_many(plans[::-1]) == single[::-1]
-    assert len(set(single)) > 2
+    if dtype == torch.float32:
+        assert len(set(single)) == len(plans)  # every level has an effect
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,11 +138,8 @@ def _distinct_runs(llm, plans):
 
 def test_plans_that_differ_in_the_embeddings_share_nothing():
     llm = tiny_llm("llama_tied")
-    levels = [name for name in llm.facts.embedding_levels if name != "native"]
-    if not levels:
-        pytest.skip("no embeddings can be lowered yet")
     scorer = MaskScorer(llm, text())
-    lowered = CompressionPlan(embeddings=levels[0])
+    lowered = CompressionPlan(embeddings="int8")
     scorer.nll_many([BlockMask(), lowered, BlockMask.of(3), lowered.without(BlockMask.of(3))])
     assert scorer.block_forwards == 4 + 4
     assert scorer.nll(lowered) != scorer.dense_nll
