@@ -22,8 +22,9 @@ from rap_env.llm.quantisers import centred_codes, rounded, searched
 DAMPING = 0.01
 """Part of the Hessian's mean diagonal that is added to its diagonal."""
 
-SWEEPS = 3
-"""Rounds in which scales and codes are improved in turn."""
+SWEEPS = 1
+"""Rounds in which scales and codes are improved in turn. Small layers gain from the first one; more
+fit the calibration text better, but did not lower the loss of Gemma 3 270M on other text."""
 
 
 class HessianCollector:

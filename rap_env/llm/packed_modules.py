@@ -29,7 +29,6 @@ from rap_env.llm.packing import (
     PackedLevel,
     PackedMatrix,
     buffer_in_use,
-    packed_bytes,
     piece_rows,
     widening_buffer,
 )
@@ -231,17 +230,17 @@ class PackedExperts(PackedModule):
 def packable(
     module: nn.Module, parent: nn.Module | None = None, attribute: str = ""
 ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """The parts of one of a block's modules that can be packed, as (parent, attribute, child).
+    """The parts of a block's module that are packed or can be, as (parent, attribute, child).
 
     Args:
-        module: A module of a block, with the model's own weights.
+        module: A module of a block.
         parent: The module that holds it; needed where `module` itself can be packed, as in OPT.
         attribute: Its name there.
 
     Raises:
         ValueError: `module` itself can be packed, and there is no parent.
     """
-    if is_packable(module):
+    if isinstance(module, PackedModule) or is_packable(module):
         if parent is None:
             raise ValueError(f"{type(module).__name__} can be packed only in its parent.")
         yield parent, attribute, module
@@ -323,27 +322,6 @@ def from_tensors(
     return from_matrices(child, matrices)
 
 
-def packed_embeddings(
-    embedding: nn.Embedding,
-    head: nn.Linear,
-    level: PackedLevel,
-    quantise: Quantiser = quantise,
-) -> tuple[PackedModule, PackedModule]:
-    """Packed embeddings and head; if they share their weights, both use one packed matrix."""
-    rows = packed(embedding, level, quantise)
-    if head.weight is embedding.weight:
-        return rows, from_matrices(head, rows.matrices)
-    return rows, packed(head, level, quantise)
-
-
-def widened(module: nn.Module) -> nn.Module:
-    """The module itself, or if its weights are packed, one with the same weights unquantised.
-
-    The widened weights are new tensors; the scorer keeps them while it needs them.
-    """
-    return module.widened() if isinstance(module, PackedModule) else module
-
-
 def skeleton(module: nn.Module) -> nn.Module:
     """A child for `from_tensors` without weights of its own: they are on the meta device.
 
@@ -372,12 +350,6 @@ def skeleton(module: nn.Module) -> nn.Module:
     for name, shape in full.items():
         bare._parameters[name] = _fixed(torch.empty(shape, dtype=dtype, device="meta"))
     return bare
-
-
-def module_bytes(child: nn.Module, level: PackedLevel) -> int:
-    """Bytes that `packed` stores for a child at a level, from its sizes alone."""
-    matrices = matrices_of(child).values()
-    return sum(packed_bytes(level, (m.shape[0], m.shape[1])) for m in matrices)
 
 
 def module_widen_bytes(child: nn.Module) -> int:

@@ -23,9 +23,9 @@ from rap_env.llm.packed_modules import (
     PackedModule,
     from_matrices,
     from_tensors,
-    is_packable,
     matrices_of,
     module_widen_bytes,
+    packable,
     packed,
     skeleton,
 )
@@ -269,20 +269,9 @@ def block_items(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[WeightIte
 
 def _slot_places(slot: Slot) -> Iterator[Place]:
     """The places of a slot's module: the module itself, or modules inside of it."""
-    for parent, attribute, child in _packable(slot.original, slot.parent, slot.attribute):
+    for parent, attribute, child in packable(slot.original, slot.parent, slot.attribute):
         own = slot if child is slot.original else None
         yield Place("", parent, attribute, child, slot=own)
-
-
-def _packable(
-    module: nn.Module, parent: nn.Module, attribute: str
-) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """As `packable`, with modules that are packed already."""
-    if isinstance(module, PackedModule) or is_packable(module):
-        yield parent, attribute, module
-        return
-    for name, child in module.named_children():
-        yield from _packable(child, module, name)
 
 
 def embeddings_item(model: Any) -> WeightItem:

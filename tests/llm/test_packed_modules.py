@@ -14,15 +14,14 @@ from rap_env.llm.packed_modules import (
     PackedExperts,
     PackedLinear,
     PackedModule,
+    from_matrices,
     from_tensors,
-    module_bytes,
+    matrices_of,
     module_widen_bytes,
     packable,
     packed,
-    packed_embeddings,
-    widened,
 )
-from rap_env.llm.packing import PACKED_LEVELS, PackedLevel
+from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, packed_bytes
 from tests import tiny
 
 IDS = torch.randint(3, tiny.VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -60,7 +59,7 @@ def test_every_family_computes_with_packed_blocks(family: str, level: PackedLeve
     places = _places(model)
     modules = _pack(places, level)
     found = _logits(model)
-    _put(places, [widened(module) for module in modules])
+    _put(places, [module.widened() for module in modules])
     assert not any(isinstance(module, PackedModule) for module in model.modules())
     # Sums in another order, in float32.
     assert torch.allclose(found, _logits(model), rtol=1e-4, atol=1e-4)
@@ -86,7 +85,8 @@ def test_bytes_and_tensors(family: str, level: PackedLevel) -> None:
     for _, _, child in _places(tiny.tiny_model(family)):
         module = packed(child, level)
         stored = sum(t.untyped_storage().nbytes() for t in module.tensors().values())
-        assert module.nbytes == stored == module_bytes(child, level)
+        shapes = [(w.shape[0], w.shape[1]) for w in matrices_of(child).values()]
+        assert module.nbytes == stored == sum(packed_bytes(level, shape) for shape in shapes)
         assert module.widen_bytes == module_widen_bytes(child)
         assert {name: tuple(t.shape) for name, t in module.state_dict().items()} == {
             **{name: tuple(t.shape) for name, t in module.tensors().items()},
@@ -110,15 +110,14 @@ def _bias(child: Any) -> Any:
 def test_embeddings_and_head(family: str, level: PackedLevel) -> None:
     model = tiny.tiny_model(family)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = packed(embedding, level)
     tied = head.weight is embedding.weight
-    rows, products = packed_embeddings(embedding, head, level)
-    same = rows.tensors()["weight_codes"] is products.tensors()["weight_codes"]
-    assert same == tied
+    products = from_matrices(head, rows.matrices) if tied else packed(head, level)
     model.set_input_embeddings(rows)
     model.set_output_embeddings(products)
     found = _logits(model)
-    model.set_input_embeddings(widened(rows))
-    model.set_output_embeddings(widened(products))
+    model.set_input_embeddings(rows.widened())
+    model.set_output_embeddings(products.widened())
     assert torch.allclose(found, _logits(model), rtol=1e-4, atol=1e-4)
 
 
@@ -127,7 +126,7 @@ def test_a_gemma_embedding_keeps_its_factor() -> None:
     module = packed(embedding, "int8")
     native = embedding(IDS).detach()
     assert torch.allclose(module(IDS), native, atol=0.02 * float(native.max()))
-    assert torch.equal(module(IDS), widened(module)(IDS))
+    assert torch.equal(module(IDS), module.widened()(IDS))
 
 
 def test_scales_keep_their_dtype_when_the_model_changes_its_own() -> None:

@@ -10,7 +10,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.packed_modules import PackedModule, widened
+from rap_env.llm.packed_modules import PackedModule
 from rap_env.llm.streamed import stream_llm
 from rap_env.llm.weights import named_weights, tensor_key
 from rap_env.memory import MemoryModel
@@ -107,7 +107,7 @@ def replace_by_widened(model: torch.nn.Module, packed: torch.nn.Module) -> None:
     """Give a model the widened weights of another one with packed modules."""
     for path, module in packed.named_modules():
         if isinstance(module, PackedModule):
-            wide = dict(widened(module).named_parameters())
+            wide = dict(module.widened().named_parameters())
             target = model.get_submodule(path)
             for name, value in wide.items():
                 own = target.get_parameter(name)

@@ -8,7 +8,7 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.packed_modules import PackedModule, packable, packed, packed_embeddings
+from rap_env.llm.packed_modules import PackedModule, from_matrices, packable, packed
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.llm.widened_weights import WidenedWeights
 from rap_env.scoring.mask_search import find_best_mask
@@ -96,9 +96,8 @@ def test_modules_are_left_as_they_were():
 
 def test_a_packed_head_is_widened_and_has_its_rows():
     model = tiny_model("llama_tied", dtype=torch.bfloat16)
-    rows, head = packed_embeddings(
-        model.get_input_embeddings(), model.get_output_embeddings(), "int8"
-    )
+    rows = packed(model.get_input_embeddings(), "int8")
+    head = from_matrices(model.get_output_embeddings(), rows.matrices)
     model.set_input_embeddings(rows)
     model.set_output_embeddings(head)
     llm = ElasticLLM(model, None, name="packed")
