@@ -110,7 +110,9 @@ def levels(config: Config, folder: Path) -> Path:
     if settings.out is not None:
         costs.save(settings.out)
     for row in costs.predictions():
-        log.info("Predicted %.4f, measured %.4f: %s", *row.values())
+        log.info(
+            "Predicted %.4f, measured %.4f: %s", row["predicted"], row["measured"], row["plan"]
+        )
     policy = KnapsackPolicy(context.memory, costs)
     cells = grid(reference, settings.shapes, settings.budgets)
     scorer = held_out_scorer(settings.text, "report", context)

@@ -251,6 +251,7 @@ class LevelCosts(Profile):
                 "predicted": self.delta_nll(plan := CompressionPlan.from_json(text)),
                 "measured": measured,
                 "plan": str(plan),
+                "levels": plan.levels,
             }
             for text, measured in self.joint.items()
         ]

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from rap_env.blocks import BlockMask
+from rap_env.cli import default_facts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, load_policy
 from rap_env.runtime.policy_file import PolicyFile
 
 POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
+COSTS = SAVED / f"{DEFAULT_MODEL}.levels.json"
 TABLE = SAVED / f"{DEFAULT_MODEL}.frontier.json"
 
 
@@ -38,6 +39,53 @@ def test_the_files_are_small_and_hold_no_local_paths():
     assert TABLE.stat().st_size < 200_000
     text = json.dumps(PolicyFile.load(POLICY).provenance) + TABLE.read_text()
     assert '"/' not in text, "an absolute path"
+
+
+@pytest.fixture(scope="module")
+def levelled():
+    """The default model's byte arithmetic with native weights, as the package has it."""
+    return MemoryModel(default_facts())
+
+
+def test_the_level_costs_are_of_the_packaged_facts(levelled):
+    assert COSTS.stat().st_size < 100_000
+    assert '"/' not in COSTS.read_text(), "an absolute path"
+    costs = load_policy("knapsack", levelled).costs
+    assert costs.window_tokens == 1024
+    for layer in range(30):
+        assert {"int8", "int4", "int2"} < set(costs.one_shot[f"layer{layer:02}.cache"])
+        assert "removed" in costs.one_shot[f"layer{layer:02}.ffn"]
+
+
+def test_the_predictions_of_the_knapsack_agree_with_its_measured_plans(levelled):
+    """The mixed plans on the calibration text, from the least to the most lowered one.
+
+    Uniform plans are left out: the factors are made from them.
+    """
+    costs = load_policy("knapsack", levelled).costs
+    mixed = [row for row in costs.predictions() if len(set(row["levels"].values())) > 1]
+    assert len(mixed) >= 8
+    for row in mixed:
+        # A third of the rise, or a hundredth of a nat where the rise is close to the noise.
+        assert row["predicted"] == pytest.approx(row["measured"], rel=1 / 3, abs=0.01), row
+    assert max(row["measured"] for row in mixed) > 1
+
+
+def test_the_knapsack_lowers_precision_before_it_removes(levelled):
+    policy = load_policy("knapsack", levelled)
+    for shape in ((1, 128), (4, 1024), (8, 2048)):
+        least = levelled.peak_bytes(policy.choose(Request(*shape, 1)), Request(*shape, 1))
+        rises = []
+        for fraction in (1.0, 0.8, 0.6, 0.4, 0.2):
+            request = Request.at_fraction(levelled, *shape, fraction)
+            plan = policy.choose(request)
+            assert levelled.peak_bytes(plan, request) <= max(request.budget_bytes, least)
+            rises.append(policy.delta_nll(plan, shape[1]))
+        assert rises[0] == 0
+        assert rises == sorted(rises)
+    half = policy.choose(Request.at_fraction(levelled, 8, 2048, 0.5))
+    assert not half.removed
+    assert half.caches
 
 
 @pytest.mark.parametrize("name", ["rap", "frontier"])
@@ -72,12 +120,15 @@ def test_the_policy_file_holds_the_order_of_its_model(memory):
 
 
 @pytest.mark.network
-def test_the_packaged_policies_are_of_the_default_model(caplog):
+@pytest.mark.parametrize(
+    ("weights", "names"), [("native", ["knapsack"]), ("bf16", ["rap", "frontier"])]
+)
+def test_the_packaged_policies_are_of_the_default_model(weights, names, caplog):
     from rap_env.llm.loading import load_llm
 
-    llm = load_llm(DEFAULT_MODEL, dtype="bfloat16")
+    llm = load_llm(DEFAULT_MODEL, dtype="bfloat16", weights=weights)
     caplog.clear()  # the download, if there was one, is announced
     request = Request.at_fraction(MemoryModel(llm), 1, 128, 0.8)
-    for name in ("rap", "frontier"):
-        assert load_policy(name, llm).choose(request) != BlockMask()
+    for name in names:
+        assert load_policy(name, llm).choose(request)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
