@@ -35,13 +35,13 @@ from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
 class ElasticLLM:
     """A causal language model whose blocks and caches follow a plan.
 
-    A removed block's modules are replaced by placeholders without weights or computation. This
-    object keeps the originals, so that any mask can be undone exactly. The weights stay in memory
-    and never change. While a mask is applied, `model` is what the mask leaves: its `state_dict()`
-    and `parameters()` contain only the kept blocks, so remove the mask before you move, convert or
-    save `model` as a whole.
+    A removed block's modules are replaced by placeholders without weights or computation, and those
+    of a block with other weights by packed ones. This object keeps the originals, so that any plan
+    can be undone exactly; they never change. While a plan is applied, `model` is what it leaves:
+    its `state_dict()` and `parameters()` contain only the kept blocks, at their levels, so apply
+    the empty plan before you move, convert or save `model` as a whole.
 
-    Generation with a KV cache is exact under any mask, and `apply` may change the mask between any
+    Generation with a KV cache is exact under any mask, and `apply` may change the plan between any
     two steps, from any thread: see `generate`, `rap_env.llm.live_batch.LiveBatch` and
     `set_residency`. Two things differ from a dense model: ``output_attentions`` and
     ``output_router_logits`` list only the kept blocks, and a removed attention block keeps 2 bytes
@@ -55,7 +55,7 @@ class ElasticLLM:
         folder: The folder from which its weights were read, if from safetensors files.
 
     Attributes:
-        model: The live model, as the current mask leaves it.
+        model: The live model, as the current plan leaves it.
         adapter: Describes the blocks, from the config.
 
     Raises:
@@ -143,12 +143,17 @@ class ElasticLLM:
         Raises:
             UnknownNameError: The model does not have an item or a level; nothing changes.
             UnsupportedCacheError: A cache in use cannot follow the plan; nothing changes.
-            ChecksumError: A restored block's file is damaged; blocks not yet restored stay removed.
+            UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
+                the embeddings; nothing changes.
+            StorageFullError: No space for the file of a level; nothing changes.
+            ChecksumError: A file of weights is damaged; blocks whose weights are not in memory are
+                removed now.
             ModelNotAvailableError: The same for a file that is missing.
         """
         plan = as_plan(plan)
         with self.exclusive():
             wanted = self._wanted(plan)
+            self._live.prepare(wanted)
             self._live.lower_caches(plan)
             self._live.set(wanted, evict=True)
 
@@ -192,11 +197,11 @@ class ElasticLLM:
 
     @property
     def residency(self) -> Residency:
-        """Where the weights of removed blocks are kept; see `rap_env.llm.residency`."""
+        """Where weights are kept that are not in use; see `rap_env.llm.residency`."""
         return "resident" if self._live.store is None else self._live.store.residency
 
     def set_residency(self, residency: Residency) -> None:
-        """Select where the weights of removed blocks are kept, including those removed now.
+        """Select where weights are kept that the plan does not use, including those unused now.
 
         The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer of
         its own and checks that they can be read again; this takes seconds per GB.

@@ -84,6 +84,17 @@ class LiveBlocks:
         return self._removed
 
     @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
+    def prepare(self, wanted: LiveState) -> None:
+        """Make levels that did not exist so far, as far as they can be kept out of memory.
+
+        Raises:
+            RapError: As for `WeightStore.prepare`; nothing changes.
+        """
+        if self.store is not None:
+            for key, level in self._changes(wanted).items():
+                self.store.prepare(self._item(key), level)
+
+    @torch.inference_mode(False)
     def set(self, wanted: LiveState, *, evict: bool = False) -> None:
         """Give every item its level in `wanted`.
 
@@ -97,10 +108,8 @@ class LiveBlocks:
             RapError: Weights cannot be read. If a level could not be made, nothing changes; else
                 blocks whose weights are not in memory are removed now.
         """
+        self.prepare(wanted)
         changes = self._changes(wanted)
-        if self.store is not None:
-            for key, level in changes.items():
-                self.store.prepare(self._item(key), level)
         for index, stub in wanted.stubs.items():
             if index not in self._removed or self._removed[index] is not stub:
                 self.sites[index].remove(stub)
