@@ -26,7 +26,7 @@ from rap_env.artifacts import load_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, RapError
 from rap_env.memory import MemoryModel, ModelFacts
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import EMBEDDINGS, MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.serving.settings import (
     ServerSettings,
@@ -108,7 +108,7 @@ def _setting_option(name: str, default: str | None = None) -> Command:
     return click.option(f"--{name}", default=default, show_default=True, help=_HELP.get(name))
 
 
-def _request_options(required: bool, policy: str | None = None) -> Command:
+def _request_options(required: bool, policy: str | None = None, weights: str = "native") -> Command:
     return _options(
         click.option("--batch", type=int, required=required, help="Number of sequences."),
         click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
@@ -117,7 +117,7 @@ def _request_options(required: bool, policy: str | None = None) -> Command:
         *map(_setting_option, ("model", "device", "dtype")),
         click.option(
             "--weights",
-            default="native",
+            default=weights,
             show_default=True,
             help="Format of the weights: native (as the model's file has them) or bf16.",
         ),
@@ -197,7 +197,7 @@ def _facts(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
 
 
 @cli.command()
-@_request_options(required=True, policy="rap")
+@_request_options(required=True)
 @_json_option
 def choose(
     batch: int, seq: int, budget: str, policy: str, model: str, device: str,
@@ -239,9 +239,10 @@ def choose(
 
 def _check_fits(memory: MemoryModel, plan: MaskOrPlan, request: Request) -> None:
     if (need := memory.peak_bytes(plan, request)) > request.budget_bytes:
+        least = min(need, memory.least_peak_bytes(request))
         raise InfeasibleBudgetError(
             f"This plan needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
-            f"without any block the model needs {memory.least_peak_bytes(request):,}."
+            f"without any block the model needs {least:,}."
         )
 
 
@@ -267,19 +268,27 @@ def _choice_text(answer: dict[str, Any]) -> str:
 
 
 def _level_lines(levels: dict[str, str]) -> list[str]:
-    """The items of each level, with a line for removed blocks in any case."""
-    by_level: dict[str, list[str]] = {}
+    """A line for each level and kind of item, and one for removed blocks in any case."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for item, level in levels.items():
-        by_level.setdefault(level, []).append(item)
-    removed = by_level.pop("removed", [])
-    lines = [f"{level} ({len(items)}): {' '.join(items)}" for level, items in by_level.items()]
+        layer, _, kind = item.partition(".")
+        if level != "removed":
+            group = groups.setdefault((level, kind or item), [])
+            group.append(layer.removeprefix("layer"))
+    removed = [item for item, level in levels.items() if level == "removed"]
+    lines = [
+        f"{level} {kind}"
+        if kind == EMBEDDINGS
+        else f"{level} {kind} ({len(layers)}): layers {' '.join(layers)}"
+        for (level, kind), layers in groups.items()
+    ]
     return [*lines, f"Removed ({len(removed)}): {' '.join(removed) or 'nothing'}"]
 
 
 @cli.command()
 @click.argument("folder", type=Path)
 @click.option("--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn.")
-@_request_options(required=False, policy="rap")
+@_request_options(required=False, policy="rap", weights="bf16")
 @_json_option
 def prune(
     folder: Path, remove: Sequence[str], batch: int | None, seq: int | None, budget: str | None,

@@ -22,6 +22,7 @@ from rap_env.version import __version__
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_llm, tiny_model
 
+SMALL = ["--batch", "8", "--seq", "1024", "--budget", "110MiB"]
 REQUEST = ["--batch", "8", "--seq", "1024", "--budget", "350MiB"]
 
 
@@ -68,30 +69,49 @@ def test_without_a_command_it_shows_its_help(rap):
 def test_choosing_a_mask_for_the_default_model_loads_no_torch():
     code = (
         "import sys; from rap_env.cli import main\n"
-        f"try: main(['choose', *{REQUEST!r}, '--weights', 'bf16', '--policy', sys.argv[1]])\n"
+        f"try: main(['choose', *{REQUEST!r}, '--policy', sys.argv[1], '--weights', sys.argv[2]])\n"
         "except SystemExit as ended: assert not ended.code\n"
         "assert 'torch' not in sys.modules"
     )
-    for policy in ("rap", "frontier"):
+    for policy, weights in (("rap", "bf16"), ("frontier", "bf16"), ("knapsack", "native")):
         done = subprocess.run(
-            [sys.executable, "-c", code, policy], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, policy, weights],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert "of the budget" in done.stdout
 
 
 def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
-    code, out, _ = rap("choose", *REQUEST, "--json")
+    code, out, _ = rap("choose", *SMALL, "--json")
     answer = json.loads(out)
-    memory = MemoryModel(default_facts())
-    request = Request(8, 1024, 350 * 2**20)
-    mask = load_policy("rap", memory).choose(request)
+    memory, request = MemoryModel(default_facts()), Request(8, 1024, 110 * 2**20)
+    policy = load_policy("knapsack", memory)
+    plan = policy.choose(request)
     assert code == 0
-    assert answer["removed"] == list(mask.names)
-    assert answer["bytes"] == memory.breakdown(mask, request).as_dict()
-    assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 350 * 2**20
+    assert answer["policy"] == "knapsack"
+    assert answer["levels"] == plan.levels
+    assert answer["removed"] == list(plan.removed.names) != []
+    assert answer["bytes"] == memory.breakdown(plan, request).as_dict()
+    assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 110 * 2**20
     assert answer["request"] == asdict(request)
+    assert answer["delta_nll"] == policy.delta_nll(plan, 1024)
+    assert "predicted from one-shot costs of levels on 3072 tokens" in answer["delta_nll_source"]
     assert answer["decision_s"] > 0
+
+
+def test_the_plan_is_shown_by_levels(rap):
+    code, out, _ = rap("choose", *SMALL)
+    plan = load_policy("knapsack", MemoryModel(default_facts())).choose(
+        Request(8, 1024, 110 * 2**20)
+    )
+    layers = [f"{layer:02}" for layer, level in plan.caches if level.name == "int4-window256"]
+    assert code == 0
+    assert f"int4-window256 cache ({len(layers)}): layers {' '.join(layers)}\n" in out
+    assert "\nint4 embeddings\n" in out
+    assert f"\nRemoved ({len(plan.removed)}): {' '.join(plan.removed.names)}\n" in out
 
 
 def test_the_rise_in_nll_is_measured_or_predicted():
