@@ -57,7 +57,7 @@ def _draw_request(axis: Axes, found: Ladder, llama: Sequence[LlamaCppRow], shape
         rows = [row for row in found.at(method, shape) if row.fits]
         if not rows:
             continue
-        native = [row for row in found.at("uniform", shape) if not row.levels]
+        native = [r for r in found.at("uniform", shape) if not r.levels and not r.packed]
         points = _points([*native, *rows])
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5,
                   linewidth=1.5, zorder=4)  # fmt: skip

@@ -59,7 +59,7 @@ def llama_cpp(config: Config, folder: Path) -> Path:
     context = build_context(config)
     report = held_out_scorer(config.ladder.text_of(config.evaluate.text), "report", context)
     depends_on = {
-        **report_identity(context, report),
+        **report_identity(report),
         "file": file.name,
         "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
     }

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 PACKAGED = ("frontier", "knapsack")
 """Policies that the package has for the default model."""
 
+SHIPPED = "as shipped"
+"""Name of the packed weights of a model's file in uniform settings."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -32,6 +35,7 @@ class Candidate:
         method: One of `experiments.ladder.records.METHODS`.
         name: Name of the setting, or the budget in per cent.
         budget_fraction: Budget as a fraction of the unquantised peak; None for a uniform setting.
+        packed: Whether it is a plan of the model with packed weights.
     """
 
     method: str
@@ -39,10 +43,19 @@ class Candidate:
     request: Request
     plan: CompressionPlan
     budget_fraction: float | None = None
+    packed: bool = False
 
 
-def candidates(settings: LadderConfig, context: PruningContext) -> Iterator[Candidate]:
+def candidates(
+    settings: LadderConfig, context: PruningContext, packed: MemoryModel | None = None
+) -> Iterator[Candidate]:
     """Yield the plans of all methods for all requests.
+
+    Args:
+        settings: Requests, levels, policies and budgets.
+        context: The context of the unquantised model.
+        packed: The byte arithmetic of the model as shipped, if its weights are packed: the
+            knapsack then starts from it, and its uniform settings are listed as well.
 
     Policies of the package that are of another model are left out, with a warning.
 
@@ -50,24 +63,27 @@ def candidates(settings: LadderConfig, context: PruningContext) -> Iterator[Cand
         UnknownNameError: There is no such policy or level.
         InvalidRequestError: The model cannot serve a request.
     """
-    memory = context.memory
-    policies = {
-        "removal": (settings.removal, settings.removal_budgets),
-        "knapsack": (settings.knapsack, settings.budgets),
-    }
-    loaded = {
-        method: (policy, budgets)
-        for method, (name, budgets) in policies.items()
-        if name is not None and budgets and (policy := _policy(name, context)) is not None
-    }
+    memory, start = context.memory, packed or context.memory
+    removal = _policy(settings.removal, context, memory)
+    knapsack = _policy(settings.knapsack, context, start)
     for shape in settings.shapes:
+        whole = Request.at_fraction(memory, *shape, 1.0)
         for name, plan in uniform_plans(settings, memory.facts).items():
-            yield Candidate("uniform", name, Request.at_fraction(memory, *shape, 1.0), plan)
-        for method, (policy, budgets) in loaded.items():
-            for fraction in sorted(set(budgets), reverse=True):
+            yield Candidate("uniform", name, whole, plan)
+        if packed is not None:
+            for caches in settings.caches:
+                plan = CompressionPlan.uniform(packed.facts.num_layers, caches=caches)
+                yield Candidate("uniform", f"{SHIPPED} / {caches}", whole, plan, packed=True)
+        for method, policy, budgets, of_packed in (
+            ("removal", removal, settings.removal_budgets, False),
+            ("knapsack", knapsack, settings.budgets, packed is not None),
+        ):
+            for fraction in sorted(set(budgets), reverse=True) if policy else ():
                 request = Request.at_fraction(memory, *shape, fraction)
-                plan = as_plan(policy.choose(request))
-                yield Candidate(method, percent(fraction, 0), request, plan, fraction)
+                plan = as_plan(policy.choose(request)) if policy else CompressionPlan()
+                yield Candidate(
+                    method, percent(fraction, 0), request, plan, fraction, packed=of_packed
+                )
 
 
 def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, CompressionPlan]:
@@ -92,15 +108,17 @@ def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Compre
     return found
 
 
-def _policy(name: str, context: PruningContext) -> PlanPolicy | None:
+def _policy(name: str | None, context: PruningContext, memory: MemoryModel) -> PlanPolicy | None:
     """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
 
-    None if the packaged one is of another model.
+    None without a name, or if the packaged one is of another model.
     """
+    if name is None:
+        return None
     if name in BASELINES and name not in PACKAGED:
         return make_baseline(name, context)
     try:
-        return load_policy(name, MemoryModel(context.memory.facts))
+        return load_policy(name, memory)
     except ArtifactError as error:
         if name not in PACKAGED:
             raise

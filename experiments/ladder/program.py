@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
@@ -21,7 +18,9 @@ from experiments.ladder.summaries import Ladder, LadderRecords
 from experiments.ladder.tables import publish
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.llm.loading import shared_llm
 from rap_env.llm.progress import progress_bar
+from rap_env.memory import MemoryModel
 from rap_env.scoring.scorer import MaskScorer
 
 FROZEN = ("model", "evaluate.text")
@@ -38,23 +37,34 @@ def ladder(config: Config, folder: Path) -> Path:
     context = build_context(config)
     report = held_out_scorer(config.ladder.text_of(config.evaluate.text), "report", context)
     file = RowFile(folder / LADDER_FILE, LadderRow)
-    depends_on, git = report_identity(context, report), git_state()
-    rows = []
-    found = list(candidates(config.ladder, context))
+    packed = packed_scorer(config, context, report)
+    sides = {False: report, True: packed or report}
+    git, rows = git_state(), []
+    memory = None if packed is None else MemoryModel(packed.llm)
+    found = list(candidates(config.ladder, context, memory))
     for candidate in progress_bar(config.progress, found, desc="ladder", unit="plan"):
         shape = candidate.request.batch_size, candidate.request.seq_len_tokens
-        provenance = {"depends_on": {**depends_on, "plan": candidate.plan.levels}, "git": git}
+        side = sides[candidate.packed]
+        depends_on = {**report_identity(side), "plan": candidate.plan.levels}
+        provenance = {"depends_on": depends_on, "git": git}
         key = row_key(candidate.method, candidate.name, shape, provenance)
-        rows.append(file.get(key, partial(_row, candidate, context, report, provenance)))
+        rows.append(file.get(key, partial(_row, candidate, side, report, provenance)))
     run.finish(started, rows=len(rows), native_nll=report.dense_nll)
     publish(folder, LadderRecords(Ladder(rows)))
     say(f"{len(rows)} records in {folder / LADDER_FILE}.")
     return folder / LADDER_FILE
 
 
-def report_identity(context: PruningContext, report: MaskScorer) -> dict[str, Any]:
+def packed_scorer(config: Config, context: PruningContext, report: MaskScorer) -> MaskScorer | None:
+    """A scorer of the model as shipped on the same text; None if its weights are not packed."""
+    model = config.model
+    llm = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
+    return MaskScorer(llm, report.corpus, context.store) if llm.facts.packed else None
+
+
+def report_identity(report: MaskScorer) -> dict[str, Any]:
     """What a row depends on: the model and the text."""
-    facts = context.memory.facts
+    facts = report.llm.facts
     return {
         "model_fingerprint": facts.fingerprint,
         "dtype": facts.dtype,
@@ -64,19 +74,13 @@ def report_identity(context: PruningContext, report: MaskScorer) -> dict[str, An
     }
 
 
-def delta_nll(report: MaskScorer, candidate: Candidate) -> npt.NDArray[np.float64]:
-    """ΔNLL of a plan over the model as loaded, on each window, (windows,)."""
-    delta: npt.NDArray[np.float64] = report.window_nll(candidate.plan) - report.window_nll(
-        BlockMask()
-    )
-    return delta
-
-
 def _row(
-    candidate: Candidate, context: PruningContext, report: MaskScorer, provenance: dict[str, Any]
+    candidate: Candidate, side: MaskScorer, report: MaskScorer, provenance: dict[str, Any]
 ) -> LadderRow:
+    """The row of a plan of the model of `side`; `report` scores the unquantised model."""
     request = candidate.request
-    held = context.memory.breakdown(candidate.plan, request)
+    held = MemoryModel(side.llm).breakdown(candidate.plan, request)
+    delta_nll = side.window_nll(candidate.plan) - report.window_nll(BlockMask())
     set_budget = candidate.budget_fraction is not None
     return LadderRow(
         method=candidate.method,
@@ -89,6 +93,7 @@ def _row(
         fits=not set_budget or held.peak <= request.budget_bytes,
         breakdown=held.as_dict(),
         levels=candidate.plan.levels,
-        **delta_nll_fields(delta_nll(report, candidate)),
+        **delta_nll_fields(delta_nll),
+        packed=candidate.packed,
         provenance=provenance,
     )

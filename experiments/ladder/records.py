@@ -52,6 +52,7 @@ class LadderRow(RequestRecord):
         fits: Whether the peak is within the budget; always true for a setting.
         breakdown: Bytes by what they hold, as `MemoryBreakdown.as_dict` gives them.
         levels: Levels of all items that are not native, as `CompressionPlan.of` takes them.
+        packed: Whether native weights are those of the model's file, packed; else unquantised.
         provenance: ``{"depends_on": hashes and settings, "git": commit}``.
     """
 
@@ -70,6 +71,7 @@ class LadderRow(RequestRecord):
     loss_ci_high: float
     window_losses: list[float]
     provenance: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
 
     record_name = "A record of the ladder"
     identity = ("method", "name", "shape")

@@ -80,7 +80,7 @@ def shipped(config: Config, folder: Path) -> Path:
     report = held_out_scorer(config.evaluate.text, "report", context)
     file = RowFile(folder / SHIPPED_FILE, ShippedRow)
     how, text = shipped_format(config.model.name), Path(config.evaluate.text.source).parent.name
-    provenance = {"depends_on": report_identity(context, report), "git": git_state()}
+    provenance = {"depends_on": report_identity(report), "git": git_state()}
     name = Path(config.model.name).name
     rounded = RoundedModel(config, context, report)
     found = list(lowerings(context))
