@@ -32,6 +32,8 @@ COMPARISONS = (
 README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 """Between these lines, README.md holds what `readme_results` gives."""
 
+LADDER_FIGURE = "loss_against_bytes.png"
+
 REPLAY_FIGURES = ("replay_memory.png", "replay_latency.png")
 
 
@@ -52,6 +54,8 @@ def write_all(docs: Path) -> None:
     _write(folder / "ablation.md", ablation_table())
     _write(folder / "replay.md", replay_markdown())
     _write(folder / "repair.md", repair_markdown())
+    _write(folder / "ladder.md", ladder_markdown())
+    draw_ladder(folder)
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
@@ -112,6 +116,40 @@ def repair_markdown() -> str:
     return tables(data.repair, data.repair_orders).partition("\n")[2]
 
 
+def ladder_markdown() -> str:
+    """The tables of the ladder, below the page's first level."""
+    from experiments.ladder.summaries import read_ladder
+    from experiments.ladder.tables import ladder_markdown as tables
+
+    text = tables(read_ladder(RESULTS / "ladder")).partition("\n")[2]
+    return text.replace("\n## ", "\n### ") or "No records.\n"
+
+
+def draw_ladder(folder: Path) -> None:
+    """Draw loss against bytes, and write the text that shows the picture."""
+    from experiments.comparison.plotting import PNG_DPI, style
+    from experiments.ladder.figures import loss_against_bytes
+    from experiments.ladder.summaries import read_ladder
+
+    found = read_ladder(RESULTS / "ladder")
+    shown = "No records.\n"
+    if found.ladder:
+        figure = loss_against_bytes(found.ladder, found.llama_cpp, narrow=False)
+        with style():
+            figure.savefig(folder / LADDER_FIGURE, dpi=PNG_DPI)
+        shown = f"```{{image}} _generated/{LADDER_FIGURE}\n:alt: Loss against bytes\n```\n"
+    _write(folder / "ladder_figure.md", shown)
+
+
+def ladder_results() -> list[str]:
+    """The README's results of the ladder; empty without records."""
+    from experiments.ladder.report import ladder_findings
+    from experiments.ladder.summaries import read_ladder
+
+    texts = ladder_findings(read_ladder(RESULTS / "ladder"))
+    return [f"**Precision before removal**: {text[0].lower()}{text[1:]}" for text in texts]
+
+
 def tables_of(text: str) -> list[dict[str, list[str]]]:
     """The tables of a Markdown text: the cells of each row by its first cell."""
     tables: list[dict[str, list[str]]] = []
@@ -129,7 +167,7 @@ def tables_of(text: str) -> list[dict[str, list[str]]]:
 
 
 def readme_results() -> str:
-    """The README's five results, with every number taken from the records."""
+    """The README's results, with every number taken from the records."""
     summary, verdicts, *_ = tables_of(comparison_markdown("learning"))
     unequal, unequal_verdicts, *_ = tables_of(comparison_markdown("small_unequal"))
     served, _, quality, *_ = tables_of(replay_markdown())
@@ -144,6 +182,7 @@ def readme_results() -> str:
     ]
     decision_ms, _, _, lazy, *_, steps = targets
     results = (
+        *ladder_results(),
         "**At equal bytes, the policy loses less than a search for each request**: ΔNLL "
         f"{policy[0]}, greedy search per byte {greedy[0]} "
         f"({verdicts['Greedy per byte'][1]}). The search runs the model {greedy[2]} times per "
