@@ -1,6 +1,5 @@
 """Levels of weights that are not in use leave memory, and come back bit for bit."""
 
-import hashlib
 import os
 import threading
 from pathlib import Path
@@ -19,6 +18,7 @@ from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
+from tests.llm.states import logits, weights_hash
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -38,19 +38,6 @@ PLANS: list[MaskOrPlan] = [
     BlockMask(),
     MIXED,
 ]
-
-
-def logits(llm: ElasticLLM) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = llm.model(**padded_batch()).logits
-    return found
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def tensor_bytes(llm: ElasticLLM) -> int:

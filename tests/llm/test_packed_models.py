@@ -1,6 +1,5 @@
 """Models whose own weights are packed: loaded in a format, masked, lowered, evicted, restored."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ from rap_env.llm.packed_modules import PackedModule
 from rap_env.llm.pruned_checkpoint import save_pruned
 from rap_env.llm.self_written import self_written
 from rap_env.llm.streamed import stream_llm
-from rap_env.llm.weights import named_weights, tensor_key
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
+from tests.llm.states import logits, tensor_bytes, weights_hash
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_model, tiny_tokenizer
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -47,23 +46,6 @@ def saved(tmp_path: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Pat
 
 def loaded(tmp_path: Path, name: str, weights: str, dtype: str = "float32") -> ElasticLLM:
     return load_llm(saved(tmp_path, name), device="cpu", dtype=dtype, weights=weights)
-
-
-def logits(llm: ElasticLLM) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = llm.model(**padded_batch()).logits
-    return found
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def tensor_bytes(model: torch.nn.Module) -> int:
-    return sum(key[-1] for key in {tensor_key(tensor) for _, tensor in named_weights(model)})
 
 
 @EVERY_FAMILY

@@ -1,6 +1,5 @@
 """Weights of removed blocks really leave memory, and are restored bit for bit."""
 
-import hashlib
 import re
 import sys
 from pathlib import Path
@@ -22,10 +21,10 @@ from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
 from rap_env.request import Request
+from tests.llm.states import logits, weights_hash
 from tests.tiny import (
     FAMILIES,
     LAYERS,
-    padded_batch,
     tiny_llm,
     tiny_model,
     tiny_tokenizer,
@@ -39,18 +38,6 @@ MASKS = [
     BlockMask(),
 ]
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-
-
-def logits(llm: ElasticLLM) -> torch.Tensor:
-    with torch.no_grad():
-        return llm.model(**padded_batch()).logits
-
-
-def weights_hash(model) -> str:
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def saved(tmp_path, name="llama", dtype=torch.bfloat16) -> Path:

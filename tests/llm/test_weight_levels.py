@@ -1,6 +1,5 @@
 """Weights at other levels: packed modules in their places, exact bytes, exact restoration."""
 
-import hashlib
 import itertools
 from pathlib import Path
 
@@ -9,14 +8,13 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
-from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.packed_modules import PackedModule
 from rap_env.llm.residency import Residency
 from rap_env.llm.streamed import stream_llm
-from rap_env.llm.weights import named_weights, tensor_key
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
+from tests.llm.states import logits, tensor_bytes, weights_hash
 from tests.llm.stubs import repaired
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_model, tiny_tokenizer
 
@@ -31,24 +29,6 @@ MIXED = CompressionPlan.of(
 
 def uniform(level: str, embeddings: str = "native") -> CompressionPlan:
     return CompressionPlan.uniform(LAYERS, weights=level, embeddings=embeddings)
-
-
-def logits(llm: ElasticLLM) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = llm.model(**padded_batch()).logits
-    return found
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the tensors in the model as it is now, tied ones once."""
-    return sum(key[-1] for key in {tensor_key(tensor) for _, tensor in named_weights(model)})
 
 
 @EVERY_FAMILY
