@@ -9,8 +9,8 @@ Part        16 bits                    8 bits                      4 and 2 bits
 codes       (..., 32, D) unquantised   (..., 32, D) int8           (..., 32 / n, D) uint8
 key scale   none                       (..., 1, D)                 (..., 1, D)
 key zero    none                       none                        (..., 1, D)
-value scale none                       (..., 32, C)                (..., 32, C)
-value zero  none                       none                        (..., 32, C)
+value scale none                       (..., C, 32)                (..., C, 32)
+value zero  none                       none                        (..., C, 32)
 ==========  =========================  ==========================  ============================
 
 A byte holds n = 2 or 4 codes: those of tokens that are 32 / n apart, the first in the lowest bits.
@@ -20,6 +20,7 @@ rounded against the scales and zeros as stored. A value is ``code * scale + zero
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,15 +44,23 @@ class Part(NamedTuple):
         return Part(self.codes[:, :, start:end], *cut)
 
 
+_PIECE_VALUES = 2**18
+"""Numbers that are quantised together, so that they stay in the processor's cache."""
+
+
 def pack(bits: int, keys: torch.Tensor, values: torch.Tensor) -> Groups:
     """Quantise and pack whole groups, (..., 32, D) each."""
     if bits == 16:
         return keys.contiguous(), values.contiguous()
-    found: list[torch.Tensor] = []
-    for codes, *scales in (_quantised(bits, keys, -2), _quantised(bits, _by_channels(values), -1)):
-        found.append(_packed(bits, codes.reshape(keys.shape)))
-        found.extend(scale.squeeze(-1) if codes.dim() > keys.dim() else scale for scale in scales)
-    return tuple(found)
+
+    def packed(mine: torch.Tensor, theirs: torch.Tensor) -> Groups:
+        codes, *scales = _quantised(bits, mine, -2)
+        value_codes, *value_scales = _quantised(bits, _by_channels(theirs), -1)
+        by_token = (scale.squeeze(-1).transpose(-1, -2).contiguous() for scale in value_scales)
+        value_codes = value_codes.reshape(theirs.shape)
+        return (_packed(bits, codes), *scales, _packed(bits, value_codes), *by_token)
+
+    return _in_pieces(packed, keys, values)
 
 
 def rounded(
@@ -60,13 +69,15 @@ def rounded(
     """Keys and values as `widen` returns them after `pack`, without the packing."""
     if bits == 16:
         return keys, values
-    found = []
-    for part, dim in ((keys, -2), (_by_channels(values), -1)):
-        codes, scale, *zero = _quantised(bits, part, dim)
-        codes.mul_(scale)
-        if zero:
-            codes.add_(zero[0])
-        found.append(codes.to(keys.dtype).reshape(keys.shape))
+
+    def both(mine: torch.Tensor, theirs: torch.Tensor) -> Groups:
+        found = []
+        for part, dim in ((mine, -2), (_by_channels(theirs), -1)):
+            whole = _restored(*_quantised(bits, part, dim))
+            found.append(whole.to(keys.dtype).reshape(mine.shape))
+        return tuple(found)
+
+    found = _in_pieces(both, keys, values)
     return found[0], found[1]
 
 
@@ -75,21 +86,40 @@ def widen(bits: int, groups: Groups, dtype: torch.dtype) -> tuple[torch.Tensor, 
     if bits == 16:
         return groups[0], groups[1]
     keys, values = parts(groups)
-    found = []
-    for part, by_channels in ((keys, False), (values, True)):
-        codes = codes_of(bits, part.codes).float()
-        shape = codes.shape
-        scale, zero = part.scale, part.zero
-        if by_channels:
-            codes = _by_channels(codes)
-            scale = None if scale is None else scale.unsqueeze(-1)
-            zero = None if zero is None else zero.unsqueeze(-1)
-        if scale is not None:
-            codes.mul_(scale)
-        if zero is not None:
-            codes.add_(zero)
-        found.append(codes.to(dtype).reshape(shape))
-    return found[0], found[1]
+    codes = codes_of(bits, keys.codes).float()
+    found = _restored(codes, keys.scale, keys.zero).to(dtype)
+    codes = codes_of(bits, values.codes).float()
+    scales = (None if t is None else t.transpose(-1, -2)[..., None] for t in values[1:])
+    whole = _restored(_by_channels(codes), *scales).to(dtype)
+    return found, whole.reshape(codes.shape)
+
+
+def _restored(
+    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values of codes in float32, in their place: operations on mixed dtypes are slow."""
+    if scale is not None:
+        codes.mul_(scale.float())
+    if zero is not None:
+        codes.add_(zero.float())
+    return codes
+
+
+def _in_pieces(
+    function: Callable[[torch.Tensor, torch.Tensor], Groups],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> Groups:
+    """Apply a function to some groups at a time, dimension -3, and join its results."""
+    count = keys.shape[-3]
+    width = max(1, _PIECE_VALUES * count // max(1, keys.numel()))
+    if width >= count:
+        return function(keys, values)
+    found = [
+        function(*(t.narrow(-3, start, min(width, count - start)) for t in (keys, values)))
+        for start in range(0, count, width)
+    ]
+    return tuple(torch.cat(pieces, dim=-3) for pieces in zip(*found, strict=True))
 
 
 def parts(groups: Groups) -> tuple[Part, Part]:
@@ -119,16 +149,16 @@ def codes_of(bits: int, packed: torch.Tensor, out: torch.Tensor | None = None) -
 
 def _quantised(bits: int, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
     """Codes (float32), scale and, below 8 bits, zero (bfloat16), over one dimension."""
-    low, high = torch.aminmax(x, dim=dim, keepdim=True)
-    low, high = low.float(), high.float()
+    whole = x.float()
+    low, high = whole.amin(dim, keepdim=True), whole.amax(dim, keepdim=True)
     if bits == 8:
         most = 127
         scale = (torch.maximum(-low, high) / most).to(torch.bfloat16)
-        return (x * _inverse(scale)).round_().clamp_(-most, most), scale
+        return (whole * _inverse(scale)).round_().clamp_(-most, most), scale
     most = (1 << bits) - 1
     scale = ((high - low) / most).to(torch.bfloat16)
     zero = low.to(torch.bfloat16)
-    codes = x - zero.float()  # float32, also of half precision
+    codes = whole - zero.float()
     return codes.mul_(_inverse(scale)).round_().clamp_(0, most), scale, zero
 
 
@@ -143,7 +173,7 @@ def _packed(bits: int, codes: torch.Tensor) -> torch.Tensor:
         return codes.to(torch.int8)
     each = 8 // bits
     rows = GROUP_TOKENS // each
-    whole = codes.to(torch.uint8)
+    whole = codes.to(torch.int8).view(torch.uint8)  # faster than at once
     packed = whole[..., :rows, :].clone(memory_format=torch.contiguous_format)
     for number in range(1, each):
         packed |= whole[..., number * rows : (number + 1) * rows, :] << (bits * number)

@@ -180,12 +180,17 @@ class _Token:
         batch, heads, each, size = self.query.shape
         count = keys.codes.shape[2]
         scores = self.query.new_empty(batch, heads, each, count, GROUP_TOKENS)
+        keys, values = (
+            # Operations on mixed dtypes are slow.
+            Part(t.codes, *(None if s is None else s.float() for s in t[1:]))
+            for t in (keys, values)
+        )
         width = max(1, _PIECE_VALUES // (batch * heads * GROUP_TOKENS * size))
         pieces = [(n, min(n + width, count)) for n in range(0, count, width)]
         for start, end in pieces:
             self._score(keys.narrow(start, end), scores[:, :, :, start:end])
         if keys.zero is not None:
-            added = self.query @ keys.zero[:, :, :, 0].float().transpose(-1, -2)  # (B, K, R, P)
+            added = self.query @ keys.zero[:, :, :, 0].transpose(-1, -2)  # (B, K, R, P)
             scores += added[..., None]
         scores = self._capped(scores)
         if mask is not None:
@@ -200,7 +205,8 @@ class _Token:
         for start, end in pieces:
             self._add_values(values.narrow(start, end), scores[:, :, :, start:end])
         if values.zero is not None:
-            added = flat @ values.zero.flatten(2, 3).float()  # (B, K, R, C)
+            zero = values.zero.transpose(2, 3).flatten(3)  # (B, K, C, tokens)
+            added = flat @ zero.transpose(-1, -2)  # (B, K, R, C)
             split(self.output, -1, self.channels, -1).add_(added[..., None])
 
     def _score(self, keys: Part, out: torch.Tensor) -> None:
@@ -213,7 +219,7 @@ class _Token:
             return
         folded = self.query[:, :, None] * keys.scale  # (B, K, P, R, D)
         scores = torch.bmm(
-            folded.view(-1, each, size), codes.view(-1, GROUP_TOKENS, size).transpose(1, 2)
+            folded.reshape(-1, each, size), codes.view(-1, GROUP_TOKENS, size).transpose(1, 2)
         )
         out.copy_(scores.view(batch, heads, -1, each, GROUP_TOKENS).transpose(2, 3))
 
@@ -223,10 +229,11 @@ class _Token:
         if values.scale is None:
             self.output += weights.flatten(3) @ codes
             return
-        batch, heads, each, *_ = weights.shape
-        scale = values.scale.flatten(2, 3).transpose(-1, -2)  # (B, K, C, tokens)
-        folded = weights.flatten(3)[:, :, None] * scale[:, :, :, None]  # (B, K, C, R, tokens)
-        found = folded.flatten(2, 3) @ codes  # (B, K, C R, D)
+        batch, heads, each, count, _ = weights.shape
+        folded = weights.new_empty(batch, heads, self.channels, each, count, GROUP_TOKENS)
+        scale = values.scale.transpose(2, 3)[:, :, :, None]  # (B, K, C, 1, P, 32)
+        torch.mul(weights[:, :, None], scale, out=folded)
+        found = folded.flatten(4).flatten(2, 3) @ codes  # (B, K, C R, D)
         found = found.view(batch, heads, self.channels, each, self.channels, -1)
         # Only the channels of the group whose scales were folded in: (B, K, R, D / C, C).
         found = found.diagonal(dim1=2, dim2=4)

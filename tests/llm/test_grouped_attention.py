@@ -156,7 +156,8 @@ def test_a_stored_value_is_off_by_half_a_code(bits, size) -> None:
     for mine, again in zip(found, rounded(bits, keys, values), strict=True):
         assert torch.equal(mine, again)
     key_part, value_part = parts(groups)
-    scale = value_part.scale.float().repeat_interleave(size // channel_groups(size), -1)
+    scale = value_part.scale.float().transpose(-1, -2)
+    scale = scale.repeat_interleave(size // channel_groups(size), -1)
     # Scales have 8 bits, so the outermost value may lie beyond the last code: by 2 ** -8 of the
     # range of the codes; zeros are rounded to 8 bits as well.
     most = 127 if bits == 8 else 2**bits - 1
