@@ -13,6 +13,7 @@ from rap_env.blocks import BlockMask
 from rap_env.cli import default_facts, main
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.delta_nll import find_delta_nll
 from rap_env.runtime.policies import StaticPolicy, load_policy
@@ -144,6 +145,18 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     assert rise == pytest.approx(frontier.scores[mask] - frontier.dense_nll, rel=0.3)
     assert f"predicted from {len(frontier.scores)} measured masks; median error" in source
     assert found(near, StaticPolicy(near, "static")) == (None, "never measured for this mask")
+
+
+def test_other_policies_plans_are_predicted_from_level_costs():
+    memory = MemoryModel(default_facts())
+    costs = load_policy("knapsack", memory).costs
+    for plan in (CompressionPlan.uniform(30, caches="int4"), BlockMask.of(8)):
+        rise, source = find_delta_nll(memory, StaticPolicy(plan), plan, 2048)
+        assert rise == costs.delta_nll(plan, 2048) > 0
+        assert "predicted from one-shot costs of levels" in source
+    unknown = CompressionPlan.uniform(30, caches="window64")
+    found = find_delta_nll(memory, StaticPolicy(unknown), unknown)
+    assert found == (None, "never measured for this plan")
 
 
 def test_a_plan_that_does_not_fit_is_shown_and_fails(rap):

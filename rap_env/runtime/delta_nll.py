@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel
 from rap_env.plan import MaskOrPlan, as_plan
@@ -23,20 +23,31 @@ def find_delta_nll(
 ) -> tuple[float | None, str]:
     """Rise in NLL of a mask or plan in nats per token, None if unknown, and where it is from.
 
-    A knapsack's plans are predicted from its level costs, for sequences of `seq_len_tokens` tokens
-    (None is the length at which they were measured). Lowered levels have no other source.
     Sources for masks are the policy's own frontier, else that of the package; the scores in the
     policy's file, which hold for single blocks and for the first blocks of the GSI order; else a
-    prediction from both.
+    prediction from both. All else is predicted from level costs, the policy's own or those of the
+    package, for sequences of `seq_len_tokens` tokens (None is the length at which they were
+    measured).
     """
     plan = as_plan(plan)
     if not plan:
         return 0.0, "the dense model"
-    if isinstance(policy, KnapsackPolicy):
-        return policy.delta_nll(plan, seq_len_tokens), _level_source(policy)
-    if not plan.is_mask:
-        return None, "never measured for this plan"
-    mask = plan.removed
+    if plan.is_mask and not isinstance(policy, KnapsackPolicy):
+        rise, source = _rise_of_mask(memory, policy, plan.removed)
+        if rise is not None:
+            return rise, source
+    with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
+        if not isinstance(policy, KnapsackPolicy):
+            policy = load_policy("knapsack", memory)
+        if isinstance(policy, KnapsackPolicy):
+            return policy.delta_nll(plan, seq_len_tokens), _level_source(policy)
+    return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
+
+
+def _rise_of_mask(
+    memory: MemoryModel, policy: PlanPolicy, mask: BlockMask
+) -> tuple[float | None, str]:
+    """Rise in NLL of a mask by the scores of masks, None if unknown, and where it is from."""
     table = policy
     if not isinstance(policy, FrontierPolicy):
         with contextlib.suppress(ArtifactError):  # raised if it was measured with other weights
@@ -57,7 +68,7 @@ def find_delta_nll(
             return rise, "GSI scores in the policy file"
         if frontier and features.one_shot.any():
             return predicted_delta_nll(frontier, features.one_shot, mask)
-    return None, "never measured for this mask"
+    return None, ""
 
 
 def _level_source(policy: KnapsackPolicy) -> str:
