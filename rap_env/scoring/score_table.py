@@ -234,11 +234,10 @@ class TableScorer:
         """
         found = self._measured.get(plan)
         if found is None:
-            plan = simplest(plan)
-            found = self._measured.get(plan)
-        if found is None:
-            plan.check(self._facts.num_blocks)
-            return self.dense_nll + self._predict(only_mask(plan, _NO_PREDICTION))
+            if isinstance(plan, BlockMask):
+                plan.check(self._facts.num_blocks)
+                return self.dense_nll + self._predict(plan)
+            return self.nll(only_mask(plan.check(self._facts.num_blocks), _NO_PREDICTION))
         self._asked.add(plan)
         return found
 
