@@ -18,6 +18,7 @@ REMOVAL, KNAPSACK, UNIFORM, LLAMA = "#C8324B", "#00707F", "#6B7178", "#E0812F"
 _MIB = 2**20
 _LINEAR = 0.01  # nats per token up to which the axis of ΔNLL is linear
 _TICKS = (0, 0.01, 0.1, 1, 10)
+_LEAST_GAIN = 0.002  # nats per token
 _HALO = 2.2  # points of white around labels
 
 Point = tuple[float, float]
@@ -51,6 +52,19 @@ def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:
     return best[::-1]
 
 
+def named(uniform: Sequence[LadderRow]) -> list[LadderRow]:
+    """Settings that get a label: the unquantised one, and those of the front that clearly differ.
+
+    A larger setting must lower the loss by a fifth, and by more than `_LEAST_GAIN`.
+    """
+    found: list[LadderRow] = []
+    for row in reversed(pareto(uniform)):
+        if not found or row.loss < 0.8 * found[-1].loss - _LEAST_GAIN:
+            found.append(row)
+    native = [row for row in uniform if not row.levels and not row.packed and row not in found]
+    return [*native, *reversed(found)]
+
+
 def _draw_request(axis: Axes, found: Ladder, llama: Sequence[LlamaCppRow], shape: Shape) -> None:
     lines = (("removal", REMOVAL, "blocks removed"), ("knapsack", KNAPSACK, "knapsack over levels"))
     for method, colour, words in lines:
@@ -64,13 +78,14 @@ def _draw_request(axis: Axes, found: Ladder, llama: Sequence[LlamaCppRow], shape
         _label(axis, points[-1], words, colour, above=method == "removal", bold=True)
     uniform = found.at("uniform", shape)
     axis.plot(*zip(*_points(uniform), strict=True), "s", color=UNIFORM, markersize=3.5, zorder=5)
-    for row in pareto(uniform):
-        _label(axis, _points([row])[0], found.label(row.name), INK, above=True)
+    for row in named(uniform):
+        unquantised = not row.levels and not row.packed
+        _label(axis, _points([row])[0], found.label(row.name), INK, above=True, left=unquantised)
     if llama:
         points = _points(llama)
         axis.plot(*zip(*points, strict=True), "D", color=LLAMA, markersize=4, zorder=6)
-        for cache, point in zip((row.cache for row in llama), points, strict=True):
-            _label(axis, point, cache, LLAMA, above=False)
+        for place, (cached, point) in enumerate(zip(llama, points, strict=True)):
+            _label(axis, point, cached.cache, LLAMA, above=False, left=place % 2 == 1)
     _scale(axis)
 
 
@@ -79,13 +94,15 @@ def _points(rows: Sequence[RequestRecord]) -> list[Point]:
 
 
 def _label(
-    axis: Axes, point: Point, text: str, colour: str, *, above: bool, bold: bool = False
-) -> None:
+    axis: Axes, point: Point, text: str, colour: str, *, above: bool, bold: bool = False,
+    left: bool = False,
+) -> None:  # fmt: skip
     """Write a label beside a point, readable on lines."""
     from matplotlib.patheffects import withStroke
 
     axis.annotate(
-        text, point, xytext=(4, 4 if above else -4), textcoords="offset points",
+        text, point, xytext=(-4 if left else 4, 4 if above else -4),
+        textcoords="offset points", ha="right" if left else "left",
         fontsize=7.5 if bold else 6.5, color=colour, fontweight="bold" if bold else "normal",
         va="bottom" if above else "top", zorder=8,
         path_effects=[withStroke(linewidth=_HALO, foreground="white")],
