@@ -63,7 +63,7 @@ def with_levels(base: Attention) -> Attention:
 def install_levels(model: Any, adapter: FamilyAdapter) -> None:
     """Let the attention of a model follow the levels of its caches; nothing changes without any.
 
-    Models whose attention is neither ``sdpa`` nor ``eager`` do not change; see `check_levels`.
+    Models whose attention is neither ``sdpa`` nor ``eager`` do not change; see `check_attention`.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -89,7 +89,7 @@ def install_levels(model: Any, adapter: FamilyAdapter) -> None:
             module.register_forward_hook(_leave, always_call=True)
 
 
-def check_levels(model: Any) -> None:
+def check_attention(model: Any) -> None:
     """Reject a model whose attention cannot run over caches at a level.
 
     Raises:

@@ -18,7 +18,7 @@ from rap_env.blocks import Block, BlockMask
 from rap_env.errors import check_name
 from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import adapter_for
-from rap_env.llm.attention_levels import install_levels
+from rap_env.llm.attention_levels import check_attention, install_levels
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.generation import generate
 from rap_env.llm.kv_cache import Restore
@@ -276,7 +276,9 @@ class ElasticLLM:
         return LiveState(plan, stubs)
 
     def _check_levels(self, plan: CompressionPlan) -> None:
-        """Raise an `UnknownNameError` unless all items have their level of weights."""
+        """Raise an error unless all items have their levels."""
+        if plan.caches:
+            check_attention(self.model)
         for index, level in plan.weights:
             if level not in (known := self._live.items[index].levels):
                 check_levels(plan, known)

@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import CacheLevel
+from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.kv_cache import cache_argument, cache_bytes
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
@@ -22,7 +23,7 @@ from tests.llm.grouped import (
     teacher_forced,
     uniform,
 )
-from tests.tiny import FAMILIES, LAYERS
+from tests.tiny import FAMILIES, LAYERS, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 EVERY_LEVEL = pytest.mark.parametrize("level", LEVELS)
@@ -340,7 +341,17 @@ def test_caches_of_other_kinds_are_rejected_and_unchanged() -> None:
     assert cache_bytes(cache) == held
 
 
-def test_native_layers_run_todays_code(monkeypatch) -> None:
+def test_another_attention_has_no_levels() -> None:
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flex_attention"
+    llm = ElasticLLM(model, None, name="flex")
+    llm.apply(BlockMask.of(1))
+    with pytest.raises(UnsupportedCacheError, match="and this model runs 'flex_attention'"):
+        llm.apply(uniform("int8"))
+    assert llm.plan == CompressionPlan(BlockMask.of(1))
+
+
+def test_native_layers_run_todays_code() -> None:
     """With one lowered cache the other layers still hold unquantised keys and values."""
     llm = long_llm()
     llm.apply(CompressionPlan.of({"layer01.cache": "int4"}))
