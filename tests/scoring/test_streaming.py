@@ -6,10 +6,11 @@ import transformers as tf
 
 from benchmarks.harness import measured_peak
 from rap_env.blocks import BlockMask
-from rap_env.errors import InvalidRequestError
+from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.importance.gsi_search import gsi
 from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
+from rap_env.plan import CompressionPlan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.mask_search import find_best_mask
@@ -171,3 +172,13 @@ def test_the_model_writes_its_calibration_text_while_streamed(tmp_path):
     assert torch.equal(load_corpus(config, whole, progress=False).tokens, corpus.tokens)
     assert torch.equal(load_corpus(config, streamed, progress=False).tokens, corpus.tokens)
     assert streamed.layer_reads == reads
+
+
+def test_plans_of_caches_score_as_in_memory_and_lowered_weights_are_rejected(tmp_path):
+    whole, streamed = pair(save(tmp_path / "m", tiny_model("llama_tied")))
+    ids = tokens(2, 50)
+    plans = [CompressionPlan.uniform(2, caches=level) for level in ("int8", "int2")]
+    plans += [plan.without(BlockMask.of(1)) for plan in plans]
+    assert MaskScorer(streamed, ids).nll_many(plans) == MaskScorer(whole, ids).nll_many(plans)
+    with pytest.raises(UnsupportedModelError, match="no other levels"):
+        MaskScorer(streamed, ids).nll(CompressionPlan.of({"layer00.ffn": "int4"}))
