@@ -6,7 +6,7 @@ sums useful:
 - *Shrinkage.* The costs of a level differ between layers, but part of that is noise of the text.
   They are pulled to their mean by the share of their variance that is noise. Levels that cost
   less than noise alone are measured for all caches at once, and shared among the layers in
-  proportion to a less exact level (`TOGETHER`).
+  proportion to the costs of a similar level (`TOGETHER`).
 - *Order.* A level costs at least as much as each more exact level of the same item, and the
   removal of a block at least as much as any of its levels. This also keeps noise, such as a
   negative rise, from making a level look free.
@@ -35,11 +35,11 @@ from rap_env.memory import HasFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, item_names
 
 CACHE_LEVELS = (
-    "int8", "int4", "int2", "int4-window512", "int4-window256",
+    "int8", "int4", "int2", "int4-window512", "int4-window256", "int4-window128",
 )  # fmt: skip
 """Levels of caches that are measured unless others are asked for."""
 
-TOGETHER = ("int8", "int4", "int4-window512")
+TOGETHER = ("int8", "int4", "int4-window512", "int4-window128")
 """Levels of caches that are measured only for all caches at once.
 
 On two windows of 1,024 tokens the costs of int4 in one layer of the default model had no

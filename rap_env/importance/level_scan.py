@@ -47,7 +47,7 @@ def scan_levels(
         cache_levels: Names of levels of caches.
         together: Those of them that are only measured for all caches at once. Caches have shares
             in proportion to their costs at the first less exact level that is measured alone,
-            or equal ones without such a level.
+            else at the last more exact one, else equal ones.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -82,7 +82,7 @@ def scan_levels(
     errors = {i: {n: _standard_error(r) for n, r in m.items()} for i, m in measured.items()}
     caches = [item for item in levels if item.endswith(_CACHE)]
     for level in (n for n in (levels[caches[0]] if caches else []) if n in together):
-        shares = _shares(level, caches, one_shot, errors)
+        shares = _shares(level, caches, single[caches[0]], one_shot, errors)
         for item, share in zip(caches, shares, strict=True):
             one_shot[item] |= {level: share * joint["caches", level]}
             errors[item] |= {level: 0.0}
@@ -96,11 +96,13 @@ def scan_levels(
 
 
 def _shares(
-    level: str, caches: list[str], one_shot: _ByItem, errors: _ByItem
+    level: str, caches: list[str], alone: list[str], one_shot: _ByItem, errors: _ByItem
 ) -> npt.NDArray[np.float64]:
-    """Share of each cache in the cost of a level that all caches have."""
-    known = (n for n in one_shot[caches[0]] if is_as_exact(caches[0], level, n))
-    if (proxy := next(known, None)) is not None:
+    """Share of each cache in the cost of a level of all caches; `alone` were measured alone."""
+    below = [n for n in alone if is_as_exact(caches[0], level, n)]
+    above = [n for n in alone if is_as_exact(caches[0], n, level)]
+    if proxies := below[:1] or above[-1:]:
+        proxy = proxies[0]
         costs = shrunk_costs(
             [one_shot[item][proxy] for item in caches], [errors[item][proxy] for item in caches]
         )

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from rap_env.blocks import BlockMask, block_name
 from rap_env.errors import ArtifactError
-from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.level_costs import LevelCosts, is_as_exact
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
@@ -178,11 +178,7 @@ class KnapsackPolicy:
             name, sizes = block_name(index), facts.weight_levels(index)
             caches: list[tuple[CacheLevel, int]] = [(NATIVE_CACHE, 0)]
             if index % 2 == 0:
-                cache = self._offered_caches(index // 2)
-                caches = [
-                    (level, self.memory.cache_bytes(level, index // 2, batch, length))
-                    for level in cache
-                ]
+                caches = self._offered_caches(index // 2, batch, length)
             rows.append(
                 tuple(
                     self._option(
@@ -202,12 +198,29 @@ class KnapsackPolicy:
         )
         return rows
 
-    def _offered_caches(self, layer: int) -> list[CacheLevel]:
-        """Levels of a layer's cache that were measured and that the memory model knows."""
+    def _offered_caches(self, layer: int, batch: int, length: int) -> list[tuple[CacheLevel, int]]:
+        """Measured levels of a layer's cache with their bytes.
+
+        A level is left out if it needs no fewer bytes than a more exact one, such as a window that
+        is longer than the sequence.
+        """
         if not self.memory.facts.kv_heads:
-            return [NATIVE_CACHE]
+            native = self.memory.cache_bytes(NATIVE_CACHE, layer, batch, length)
+            return [(NATIVE_CACHE, native)]
         name = cache_name(layer)
-        return [c for c in self.costs.cache_levels if c.native or self._measured(name, c.name)]
+        sizes = {
+            level: self.memory.cache_bytes(level, layer, batch, length)
+            for level in self.costs.cache_levels
+            if level.native or self._measured(name, level.name)
+        }
+        return [
+            (level, size)
+            for level, size in sizes.items()
+            if not any(
+                other != level and held <= size and is_as_exact(name, other.name, level.name)
+                for other, held in sizes.items()
+            )
+        ]
 
     def _measured(self, item: str, level: str) -> bool:
         return level in self.costs.one_shot.get(item, {})
