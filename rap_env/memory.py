@@ -2,12 +2,13 @@
 
 Weights and KV cache are exact at every level: equal to the bytes of the tensors that the model and
 its cache hold, with scales, zeros and the unquantised tail of a cache. The workspace (activations
-of one prefill chunk, logits of one position, the buffer into which packed weights are widened) is
-an estimate and is called one.
+of one prefill chunk, logits of one position, the buffer into which packed weights are widened, the
+pieces of attention over lowered caches) is an estimate and is called one.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
-from rap_env.levels import CacheLevel, WeightLevel
+from rap_env.levels import ATTENTION_WORKSPACE_BYTES, CacheLevel, WeightLevel
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
 from rap_env.request import Request
 
@@ -302,6 +303,8 @@ class MemoryModel:
             kv[layer] = self.cache_bytes(cache, layer, request.batch_size, request.seq_len_tokens)
         workspace = self.workspace_bytes(request, any_ffn=bool(kept[1::2].any()))
         lowered = plan.weights or plan.embeddings != "native"
+        if plan.caches:
+            workspace += self.attention_workspace_bytes(request)
         return MemoryBreakdown(
             attn_weights=int(params[0::2].sum()),
             ffn_weights=int(params[1::2].sum()),
@@ -389,6 +392,12 @@ class MemoryModel:
     def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
         return self._workspace(request.batch_size, request.seq_len_tokens, any_ffn)
+
+    def attention_workspace_bytes(self, request: Request) -> int:
+        """Estimate: the pieces of one layer in which attention over lowered caches runs."""
+        facts, tokens = self.facts, request.batch_size * request.seq_len_tokens
+        values = tokens * max(map(operator.mul, facts.kv_heads, facts.kv_head_size), default=0)
+        return min(ATTENTION_WORKSPACE_BYTES, 16 * values)
 
     def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
         facts = self.facts

@@ -29,7 +29,6 @@ from rap_env.runtime.memory_estimator import UNKNOWN_PASS, PassSize
 from rap_env.runtime.memory_meter import Meter, TensorMeter, process_meter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.metrics import StepRecord
-from rap_env.runtime.policies import StaticPolicy
 from rap_env.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ class ReplayHarness:
         residency: Any = settings.residency  # plain strings in the settings
         restore: Any = settings.restore
         llm.set_residency(residency)
-        llm.apply(system.policy.mask if isinstance(system.policy, StaticPolicy) else BlockMask())
+        llm.apply(system.start)
         return_freed_memory()
         self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)
         most = self._budget.most(0.0, self._horizon_s)

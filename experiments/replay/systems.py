@@ -131,12 +131,14 @@ class System:
         guard_order: Blocks that may be removed if the policy's mask does not fit, in the order of
             removal; None leaves that to the controller, an empty tuple forbids it.
         notes: Facts for the records, such as a static mask.
+        start: The mask or plan before the first request.
     """
 
     name: str
     policy: PlanPolicy
     guard_order: tuple[int, ...] | None
     notes: dict[str, Any] = field(default_factory=dict)
+    start: MaskOrPlan = BlockMask()
 
 
 class SystemFactory:
@@ -213,7 +215,7 @@ class SystemFactory:
         plan = CompressionPlan.uniform(facts.num_layers, caches=cache).lower(lowered)
         order = self._guard_order or ()
         policy = UniformPolicy(self._memory, [plan], order, name)
-        return System(name, policy, order or None, {"plan": plan.levels})
+        return System(name, policy, order or None, {"plan": plan.levels}, plan)
 
     @cached_property
     def _frontier(self) -> FrontierPolicy:
@@ -260,7 +262,7 @@ class SystemFactory:
             if self._memory.peak_bytes(mask, request) <= least:
                 notes = {"mask": list(mask.names), "batch_size": batch,
                          "seq_len_tokens": request.seq_len_tokens}  # fmt: skip
-                return System(name, StaticPolicy(mask, name), (), notes)
+                return System(name, StaticPolicy(mask, name), (), notes, mask)
         raise ExperimentError(
             f"No mask of {self._llm.name} fits one request of {self._workload.longest_tokens} "
             f"tokens into the minimum of the budget ({least:,} bytes); raise the budget's floor."

@@ -26,7 +26,7 @@ from rap_env.llm.live_blocks import HeldBytes, LiveBlocks, LiveState
 from rap_env.llm.packed_modules import PackedModule
 from rap_env.llm.placeholders import Stub
 from rap_env.llm.residency import RESIDENCIES, Residency, WeightStore
-from rap_env.llm.weight_levels import block_items, embeddings_item, level_bytes
+from rap_env.llm.weight_levels import block_items, embeddings_item, level_bytes, packed_level
 from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_weights
 from rap_env.memory import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
@@ -255,6 +255,21 @@ class ElasticLLM:
             made = sum(item.made_bytes for item in self._live.all_items)
             weights = base + sum(own) - evicted + made + sum(self._stub_bytes())
             return HeldBytes(weights, self._live.kv_bytes())
+
+    def resident_bytes(self, plan: CompressionPlan) -> int:
+        """Bytes of packed weights beside the native ones under a plan, if all stay in memory.
+
+        With residency ``"resident"`` these are those of the plan, and of all levels used so far.
+        """
+        held = 0
+        with self.exclusive():
+            for key, item in enumerate(self._live.all_items):
+                level = plan.weight_level(key) if key < self.num_blocks else plan.embeddings
+                wanted = packed_level(level)
+                held += item.made_bytes
+                if wanted is not None and wanted not in item.made:
+                    held += item.bytes_to_make(wanted)
+        return held
 
     def track_cache(self, cache: Any) -> None:
         """Let a KV cache follow the masks that `apply` sets, until the cache is deleted."""

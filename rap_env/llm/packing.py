@@ -303,6 +303,11 @@ def widening_buffer(values: int, dtype: torch.dtype, device: torch.device) -> to
     return _buffers[key][:values]
 
 
+def buffer_bytes() -> int:
+    """Bytes of the process's buffers for widened weights."""
+    return sum(buffer.nbytes for buffer in list(_buffers.values()))
+
+
 def buffer_in_use() -> threading.RLock:
     """The lock to hold while the buffer is in use."""
     return _buffer_lock

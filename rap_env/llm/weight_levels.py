@@ -174,6 +174,11 @@ class WeightItem:
         """Bytes in memory of the packed weights that were made."""
         return sum(t.nbytes for level in self._made for t in self.tensors(level).values())
 
+    def bytes_to_make(self, level: PackedLevel) -> int:
+        """Bytes of the packed weights that a level has beside the native ones."""
+        own = (place for place in self.places if place.tied is None and not place.keeps(level))
+        return sum(place.bytes_at(level) for place in own)
+
     def native_tensors(self) -> dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]]:
         """The native tensors in the places by name, each with the levels that use it."""
         found: dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]] = {}

@@ -31,9 +31,6 @@ from rap_env.runtime.batch_shape import BatchShape
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
-Level = tuple[int, WeightLevel]
-"""A block's index and a level of its weights."""
-
 _PLACEHOLDER_BYTES = 2  # a token and sequence, for each removed attention block
 _LOGIT_BYTES = 4  # logits are float32
 _CACHED_SHAPES = 256
@@ -83,15 +80,13 @@ class _ShapeCosts:
     Attributes:
         costs: Bytes by the memory model; a removed block frees its bytes less what stays of it.
         cache_bytes: Keys and values of each layer, (L,).
-        copied_bytes: What is copied when each layer's cache grows, (L,).
     """
 
     costs: RequestCosts
     cache_bytes: tuple[int, ...]
-    copied_bytes: tuple[int, ...]
 
     def peak_bytes(self, removed: Collection[int]) -> int:
-        layers = enumerate(self.copied_bytes)
+        layers = enumerate(self.cache_bytes)
         copied = max((size for layer, size in layers if 2 * layer not in removed), default=0)
         return self.costs.peak_bytes(removed) + copied
 
@@ -135,6 +130,12 @@ class MemoryEstimator:
         """
         return limit_bytes + self.memory.workspace_bytes(shape.request(1)) - self._workspace(shape)
 
+    def more_than_policy_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
+        """Bytes that a plan needs beyond those with which a policy reckons, workspace aside."""
+        request = shape.request(1)
+        reckoned = self.memory.peak_bytes(plan, request) - self.budget_for_policy(shape, 0)
+        return self.peak_bytes(plan, shape) - reckoned
+
     def refill_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
         """Bytes that a cache refill of all rows may take beyond the workspace of its passes.
 
@@ -148,7 +149,7 @@ class MemoryEstimator:
     def pass_estimate(self, plan: MaskOrPlan, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Most bytes that a pass allocates."""
         plan = as_plan(plan)
-        copied = max(self._costs(plan, shape).copied_bytes)
+        copied = max(self._costs(plan, shape).cache_bytes)
         if size.tokens == 0:
             return PassEstimate(workspace=copied)
         facts = self.memory.facts
@@ -247,44 +248,39 @@ class MemoryEstimator:
         return self.memory.workspace_bytes(one_pass, any_ffn) + logits
 
     def _costs(self, plan: CompressionPlan, shape: BatchShape) -> _ShapeCosts:
-        in_memory = self._levels_in_memory() if self._llm.residency == "resident" else None
-        return self._cached_costs(shape, plan.weights, plan.caches, plan.embeddings, in_memory)
-
-    def _levels_in_memory(self) -> frozenset[Level]:
-        """Lowered levels of blocks that a resident model holds beside the native ones."""
-        return frozenset(getattr(self._llm, "levels_in_memory", ()))
+        added = self._llm.resident_bytes(plan) if self._llm.residency == "resident" else None
+        return self._cached_costs(shape, plan.weights, plan.caches, plan.embeddings, added)
 
     def _compute_costs(
         self,
         shape: BatchShape,
-        weights: tuple[Level, ...],
+        weights: tuple[tuple[int, WeightLevel], ...],
         caches: tuple[tuple[int, CacheLevel], ...],
         embeddings: WeightLevel,
-        in_memory: frozenset[Level] | None,
+        added: int | None,
     ) -> _ShapeCosts:
+        """Costs of a plan's levels; `added` are the bytes that a resident model has for them."""
         facts, (batch, tokens) = self.memory.facts, shape.at_least_one
         costs = request_costs(self.memory, batch, tokens)
         workspace, without_ffn = (self._workspace(shape, any_ffn) for any_ffn in (True, False))
         peak = costs.dense_peak_bytes + workspace - self.memory.workspace_bytes(shape.request(1))
         freed = costs.freed_bytes.copy()
         freed[0::2] -= _PLACEHOLDER_BYTES * batch * tokens
-        for index, level in weights:
-            size = facts.weight_levels(index)[level]
-            if in_memory is None:
-                saved = facts.block_param_bytes[index] - size
+        if added is None:
+            for index, level in weights:
+                saved = facts.block_param_bytes[index] - facts.weight_levels(index)[level]
                 peak, freed[index] = peak - saved, freed[index] - saved
-            elif (index, level) not in in_memory:
-                peak += size
-        if in_memory is not None:
+            peak -= facts.base_bytes - facts.embedding_levels[embeddings]
+        else:
+            peak += added
             freed -= np.array(facts.block_param_bytes)
-            peak += sum(facts.weight_levels(index)[level] for index, level in in_memory)
         held = self.memory.kv_bytes_by_layer(batch, tokens).tolist()
         for layer, cache in caches:
             size = self._cache_bytes(cache, layer, shape)
             saved = held[layer] - size
             peak, freed[2 * layer], held[layer] = peak - saved, freed[2 * layer] - saved, size
-        if embeddings != "native":
-            peak -= facts.base_bytes - facts.embedding_levels[embeddings]
+        if caches:
+            peak += self.memory.attention_workspace_bytes(shape.request(1))
         if (weights or embeddings != "native") and not facts.packed:
             peak += facts.widen_bytes
         lowered = replace(
@@ -293,5 +289,4 @@ class MemoryEstimator:
             freed_bytes=freed,
             last_ffn_bytes=workspace - without_ffn,
         )
-        layers = tuple(held) if shape else (0,)
-        return _ShapeCosts(lowered, layers, layers)
+        return _ShapeCosts(lowered, tuple(held) if shape else (0,))

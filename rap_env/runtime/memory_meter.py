@@ -16,6 +16,7 @@ import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.llm.device import return_freed_memory
+from rap_env.llm.packing import buffer_bytes
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -101,7 +102,8 @@ class ResidentMeter:
         self._baseline = 0
         warm_up(llm)
         return_freed_memory()
-        self._baseline = max(0, self.used_bytes() - llm.held_bytes.total)
+        own = llm.held_bytes.total + buffer_bytes()
+        self._baseline = max(0, self.used_bytes() - own)
         self.peak_bytes()
 
     def used_bytes(self) -> int:
@@ -155,11 +157,12 @@ def process_meter(llm: ElasticLLM) -> Meter:
     return TensorMeter(llm)
 
 
-def warm_up(llm: ElasticLLM, tokens: int = 8) -> None:
+def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:
     """Load the kept weights, and the libraries that a step needs, into memory.
 
     Files are mapped and code is loaded at first use: measured before that, the baseline would be
-    too small, and the model would seem larger later.
+    too small, and the model would seem larger later. Products of a few rows and of many run in
+    different code, so the prompt has more tokens than packed kernels multiply themselves.
     """
     import rap_env.runtime.sampling  # noqa: F401  takes tens of megabytes
     from rap_env.llm.live_batch import LiveBatch

@@ -227,10 +227,20 @@ class PlanController:
         return self._estimator.peak_bytes(self._smallest(shape, limit_bytes), shape)
 
     def _smallest(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
-        """The plan that leaves least: all that the guard may remove, or the policy's plan."""
-        if self._guards:
-            return CompressionPlan(BlockMask.of(*self.guard_order(shape)))
-        return self._ask_policy(shape, limit_bytes)[0]
+        """A small plan: all that the guard may remove, else the policy's plan.
+
+        Where the former does not fit, the guard's blocks are removed from the policy's least plan.
+        """
+        if not self._guards:
+            return self._ask_policy(shape, limit_bytes)[0]
+        mask = BlockMask.of(*self.guard_order(shape))
+        plan = CompressionPlan(mask)
+        if self._estimator.peak_bytes(plan, shape) <= limit_bytes:
+            return plan
+        return min(
+            (plan, self._ask_policy(shape, 1)[0].without(mask)),
+            key=lambda plan: self._estimator.peak_bytes(plan, shape),
+        )
 
     def _choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
         """The policy's plan for a batch, made to fit a limit; None if no plan fits it."""
@@ -255,9 +265,13 @@ class PlanController:
         plan, is_mask = self._ask_policy(shape, limit)
         for _ in range(_ASKS - 1):
             over = self._estimator.peak_bytes(plan, shape) - limit_bytes
-            if is_mask or over <= 0 or limit <= over:
+            if is_mask or over <= 0:
                 break
-            limit -= over
+            # The policy's own arithmetic leaves out what the estimator counts on top.
+            more = self._estimator.more_than_policy_bytes(plan, shape)
+            limit = min(limit - over, limit_bytes - more)
+            if limit <= 0:
+                break
             plan, is_mask = self._ask_policy(shape, limit)
         return plan
 

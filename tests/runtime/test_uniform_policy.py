@@ -19,7 +19,7 @@ def with_levels():
         int8_param_bytes=tuple(n // 2 for n in made.block_param_bytes),
         int4_param_bytes=tuple(n // 3 for n in made.block_param_bytes),
         int8_base_bytes=250,
-        kv_bytes_per_token=(128,) * 6,
+        kv_bytes_per_token=(512,) * 6,
         kv_heads=(1,) * 6,
         kv_head_size=(32,) * 6,
     )

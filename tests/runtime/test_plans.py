@@ -1,0 +1,229 @@
+"""Plans at runtime: levels are lowered before blocks are removed, and raised again."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
+from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
+from tests.tiny import tiny_llm
+
+LONG = BatchShape(3, 60)
+LAYERS = 16
+PLANS = (
+    CompressionPlan(),
+    CompressionPlan.uniform(3, caches="int4"),
+    CompressionPlan.uniform(3, caches="int4", weights="int4"),
+    CompressionPlan.uniform(3, caches="int4", weights="int4").without(BlockMask.of(1, 2)),
+)
+
+
+def lowering(**settings) -> Harness:
+    """A harness whose policy lowers caches, then weights, then removes blocks.
+
+    It has so many layers that their caches outweigh the workspace of attention over one of them.
+    """
+    harness = Harness(guard_order=(5, 0, 3, 2, 1, 4), layers=LAYERS, **settings)
+    memory = harness.estimator.memory
+    policy = UniformPolicy(memory, uniform_plans(memory.facts), (5, 0, 3, 2, 1, 4))
+    harness.controller.plans.policy = policy
+    return harness
+
+
+@pytest.mark.parametrize("residency", ["offload", "resident"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_estimates_cover_the_held_bytes_of_plans(residency, plan):
+    llm = tiny_llm(layers=3)
+    llm.set_residency(residency)
+    estimator = MemoryEstimator(llm)
+    need = estimator.peak_bytes(plan, LONG)
+    llm.apply(plan)
+    batch = LiveBatch(llm)
+    batch.prefill([prompt(60, n) for n in range(3)])
+    held = llm.held_bytes.total
+    more = estimator.memory.facts.widen_bytes
+    more += estimator.memory.attention_workspace_bytes(LONG.request(1))
+    assert need == estimator.peak_bytes(plan, LONG)  # levels in use are not counted twice
+    assert held <= need <= held + estimator.workspace_bytes(LONG) + more
+
+
+def test_levels_used_before_stay_in_the_bytes_of_a_resident_model():
+    llm = tiny_llm(layers=3)
+    estimator = MemoryEstimator(llm)
+    native = estimator.peak_bytes(BlockMask(), SHAPE)
+    llm.apply(PLANS[2])
+    held = llm.held_bytes.weights
+    llm.apply(BlockMask())
+    facts = llm.facts
+    assert estimator.peak_bytes(BlockMask(), SHAPE) - native == held - (
+        facts.base_bytes + sum(facts.block_param_bytes)
+    )
+
+
+def test_rows_that_leave_early_count_with_their_tails():
+    llm = tiny_llm(layers=3)
+    estimator, plan = MemoryEstimator(llm), PLANS[1]
+    narrow, wide = BatchShape(1, 60), BatchShape(1, 60, rows=4)
+    facts = llm.facts
+    tail = plan.cache_level(0).row_bytes(1, facts.kv_heads[0], facts.kv_head_size[0], 4)
+    assert estimator.peak_bytes(BlockMask(), narrow) == estimator.peak_bytes(BlockMask(), wide)
+    # One layer counts twice, for its copy.
+    assert estimator.peak_bytes(plan, wide) - estimator.peak_bytes(plan, narrow) == 4 * 3 * tail
+
+
+def test_a_shorter_chunk_needs_less_workspace_and_the_policy_gets_the_difference():
+    llm = tiny_llm(layers=3)
+    whole, short = MemoryEstimator(llm), MemoryEstimator(llm, chunk_tokens=8)
+    saved = whole.workspace_bytes(LONG) - short.workspace_bytes(LONG)
+    assert saved > 0
+    for plan in PLANS[:2]:
+        assert whole.peak_bytes(plan, LONG) - short.peak_bytes(plan, LONG) == saved
+    assert short.budget_for_policy(LONG, 1000) == 1000 + saved
+    assert whole.budget_for_policy(LONG, 1000) == 1000
+
+
+def test_a_falling_budget_lowers_caches_then_weights_then_removes_blocks():
+    harness = lowering()
+    plans = uniform_plans(harness.llm.facts)
+    needs = [harness.need(plan, LONG) for plan in plans]
+    between = [(more + less) // 2 for more, less in itertools.pairwise(needs)]
+    seen = []
+    for budget in [needs[0], *between, needs[-1] - 1]:
+        harness.budget_bytes = budget
+        assert harness.controller.check(LONG)
+        assert harness.need(harness.llm.plan, LONG) <= budget
+        seen.append(harness.llm.plan)
+    assert seen[:-1] == plans
+    assert seen[-1] == plans[-1].without(BlockMask.of("layer02.ffn"))
+
+
+def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
+    harness = lowering()
+    plan = CompressionPlan.uniform(LAYERS, caches="int8")
+    memory_need = harness.estimator.memory.peak_bytes(plan, Request(3, 60, 1))
+    # The memory model does not count the copy of a layer, so its choice does not fit.
+    harness.budget_bytes = memory_need
+    assert harness.need(plan, LONG) > memory_need
+    assert harness.controller.admit(LONG)
+    assert not harness.mask
+    assert harness.llm.plan in uniform_plans(harness.llm.facts)
+    assert harness.need(harness.llm.plan, LONG) <= harness.budget_bytes
+    assert not harness.controller.plans.recent[-1].guarded
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_running_requests_keep_lowered_caches_but_not_lowered_weights(running):
+    before = CompressionPlan.uniform(LAYERS, caches="int4", weights="int4")
+    harness = lowering(hold_s=1.0)
+    harness.llm.apply(before)
+    shape = LONG if running else BatchShape()
+    for time_s in (0.0, 1.0, 2.0):
+        harness.time_s = time_s
+        assert harness.controller.check(shape)
+    caches = before.caches if running else ()
+    assert harness.llm.plan == CompressionPlan(caches=caches)
+
+
+def test_caches_of_two_bits_are_refilled_once_there_is_headroom():
+    harness = Harness(policy=FakePolicy(CompressionPlan()), hold_s=1.0, layers=LAYERS)
+    harness.llm.apply(CompressionPlan.uniform(LAYERS, caches="int2"))
+    for time_s in (0.0, 1.0):
+        harness.time_s = time_s
+        assert harness.controller.check(LONG)
+    assert harness.llm.plan == CompressionPlan()
+
+
+def test_a_falling_budget_raises_no_cache_of_a_running_batch():
+    before = CompressionPlan.uniform(LAYERS, caches="int4")
+    wanted = CompressionPlan.uniform(LAYERS, weights="int4").without(BlockMask.of(1, 3, 5))
+    harness = Harness(policy=FakePolicy(wanted), guard_order=(5, 3, 1), layers=LAYERS)
+    harness.llm.apply(before)
+    harness.budget_bytes = harness.need(before, LONG) - 1
+    assert harness.controller.check(LONG)
+    plan = harness.llm.plan
+    assert plan.caches == before.caches
+    # What the policy would have lowered besides stays as it is where that fits.
+    assert len(plan.removed) < 3
+    assert harness.need(plan, LONG) <= harness.budget_bytes
+
+
+@pytest.mark.parametrize("share", [0.05, 0.0])
+def test_a_jittering_budget_causes_one_switch(share):
+    harness = lowering(hysteresis_share=share, hold_s=2.0)
+    threshold, draw = harness.need(CompressionPlan(), LONG), random.Random(0)
+    saved = threshold - harness.need(CompressionPlan.uniform(LAYERS, caches="int8"), LONG)
+    for step in range(300):
+        harness.time_s = step / 10
+        harness.budget_bytes = threshold + int(saved / 2 * draw.uniform(-1, 1))
+        assert harness.controller.check(LONG)
+    switches = harness.controller.plans.switches
+    assert switches == 1 if share else switches >= 1
+    assert harness.llm.plan.caches
+
+
+def test_outputs_stay_valid_while_a_plan_follows_the_budget_and_the_end_is_native():
+    harness = lowering(hold_s=0.3)
+    llm = harness.llm
+    weights = {name: tensor.clone() for name, tensor in llm.model.state_dict().items()}
+    engine = harness.engine(prefill_chunk_tokens=8, max_batch_size=4)
+    harness.controller.monitor.max_budget_bytes = PLENTY
+    plans = uniform_plans(llm.facts)
+    budgets = [harness.need(plan, BatchShape(3, 55)) for plan in plans]
+    handles = [engine.submit(prompt(10 + n, n), greedy(40)) for n in range(6)]
+
+    def before(turn):
+        if turn % 6 == 0:
+            harness.budget_bytes = random.Random(turn).choice([*budgets, PLENTY])
+        if turn > 80:
+            harness.budget_bytes = PLENTY
+
+    harness.run(engine, before=before)
+    assert all(handle.reason == "length" for handle in handles)
+    assert all(torch.tensor(handle.logprobs).isfinite().all() for handle in handles)
+    assert any(plan.caches for handle in handles for plan in handle.plans)
+    for record in harness.records:
+        assert record.held.total <= record.budget_bytes
+    for _ in range(20):
+        harness.time_s += 0.1
+        engine.step()
+    assert llm.plan == CompressionPlan()
+    assert llm.held_bytes.kv_cache == 0
+    found = llm.model.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+def test_two_threads_that_lower_and_raise_plans_break_no_request():
+    harness = lowering(hold_s=0.0, hysteresis_share=0.0)
+    engine = harness.engine(prefill_chunk_tokens=8, max_batch_size=3)
+    harness.controller.monitor.max_budget_bytes = PLENTY
+    stop = threading.Event()
+    plans = [*uniform_plans(harness.llm.facts), CompressionPlan(BlockMask.of(1, 2))]
+
+    def switch():
+        draw = random.Random(3)
+        while not stop.wait(0.002):
+            harness.llm.apply(draw.choice(plans))
+
+    other = threading.Thread(target=switch)
+    other.start()
+    try:
+        handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(5)]
+        harness.run(engine)
+    finally:
+        stop.set()
+        other.join()
+    assert [(handle.reason, handle.error) for handle in handles] == [("length", None)] * 5
+    assert MemoryModel(harness.llm).check_plan(harness.llm.plan) == harness.llm.plan
