@@ -108,9 +108,9 @@ def test_the_plan_is_shown_by_levels(rap):
     plan = load_policy("knapsack", MemoryModel(default_facts())).choose(
         Request(8, 1024, 110 * 2**20)
     )
-    layers = [f"{layer:02}" for layer, level in plan.caches if level.name == "int4-window256"]
+    layers = [f"{layer:02}" for layer, level in plan.caches if level.name == "int4-window128"]
     assert code == 0
-    assert f"int4-window256 cache ({len(layers)}): layers {' '.join(layers)}\n" in out
+    assert f"int4-window128 cache ({len(layers)}): layers {' '.join(layers)}\n" in out
     assert "\nint4 embeddings\n" in out
     assert f"\nRemoved ({len(plan.removed)}): {' '.join(plan.removed.names)}\n" in out
 
