@@ -16,6 +16,7 @@ from experiments.ladder.records import (
     ShippedRow,
     shapes_of,
 )
+from rap_env.artifacts import load_artifact
 
 Shape = tuple[int, int]
 """Batch size and sequence length in tokens."""
@@ -87,5 +88,49 @@ def read_ladder(root: Path) -> LadderRecords:
     return LadderRecords(
         Ladder(rows) if rows else None,
         LlamaCppRow.read(root / "llama_cpp" / LLAMA_CPP_FILE),
-        ShippedRow.read(root / "shipped" / SHIPPED_FILE),
+        [*ShippedRow.read(root / "shipped" / SHIPPED_FILE), *second_models(root)],
     )
+
+
+_FORMATS = {"gemma3-270m": "Q4_K_M"}
+_ITEMS = {"weights of all blocks": "weights", "embeddings": "embeddings", "all caches": "caches"}
+_NORMAL = 1.959964  # half-width of a 95 % interval in standard errors
+
+
+def second_models(root: Path) -> list[ShippedRow]:
+    """Rows of ``experiments.ladder.second_model``: a JSON file for each model in the folder.
+
+    Its records have standard errors instead of windows, so intervals are normal ones.
+    """
+    found = []
+    for path in sorted(root.glob("*.json")):
+        body = load_artifact(path, "costs of levels", 1)
+        for row in body["rows"]:
+            if row["items"] not in _ITEMS:
+                continue
+            half = _NORMAL * row["standard_error"]
+            found.append(
+                ShippedRow(
+                    model=body["model"],
+                    shipped=_FORMATS.get(body["model"], "unknown"),
+                    what=_ITEMS[row["items"]],
+                    level=row["level"],
+                    rounding=_rounding(row["quantiser"], row["level"]),
+                    saved=0.0,
+                    text=body["text"],
+                    window_tokens=body["window_tokens"],
+                    loss=row["delta_nll"],
+                    loss_ci_low=row["delta_nll"] - half,
+                    loss_ci_high=row["delta_nll"] + half,
+                    window_losses=[],
+                    provenance={"depends_on": {}, "git": body["git"]},
+                )
+            )
+    return found
+
+
+def _rounding(quantiser: str, level: str) -> str:
+    """How weights were quantised, as a `ShippedRow` says it; int8 is always rounded to nearest."""
+    if quantiser == "rounding to nearest" and level != "int8":
+        return "nearest"
+    return "calibrated" if quantiser == "GPTQ" else "fitted" if quantiser else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
+import experiments
 from experiments.comparison.formatting import TIMES
 from experiments.comparison.plotting import style
 from experiments.comparison.records import append_record
@@ -22,7 +24,7 @@ from experiments.ladder.records import (
     ShippedRow,
     request_field,
 )
-from experiments.ladder.summaries import Ladder, LadderRecords
+from experiments.ladder.summaries import Ladder, LadderRecords, read_ladder
 from experiments.ladder.tables import (
     ladder_markdown,
     llama_cpp_table,
@@ -33,6 +35,7 @@ from experiments.ladder.tables import (
 from experiments.report import report
 
 MIB = 2**20
+ROOT = Path(experiments.__file__).parents[1]
 PROVENANCE = {"depends_on": {"dtype": "bfloat16"}, "git": None}
 
 
@@ -203,3 +206,15 @@ def test_a_process_measures_windows_or_memory(monkeypatch):
     }  # fmt: skip
     found = measure(task)
     assert found["resident_bytes"] >= found["before_bytes"] > 2**20
+
+
+def test_the_record_of_the_second_model_stands_in_the_table_of_models():
+    found = read_ladder(ROOT / "results" / "ladder").shipped
+    gemma = [row for row in found if row.model == "gemma3-270m"]
+    by_name = {(row.what, row.level, row.rounding): row for row in gemma}
+    nearest, fitted = by_name["weights", "int4", "nearest"], by_name["weights", "int4", "fitted"]
+    assert fitted.loss < nearest.loss
+    assert nearest.loss_ci_low < nearest.loss < nearest.loss_ci_high
+    header, lines = shipped_table(gemma)
+    assert header[1] == "gemma3-270m, shipped in Q4_K_M"
+    assert "weights int8" in {line[0] for line in lines}
