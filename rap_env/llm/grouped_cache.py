@@ -178,7 +178,9 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             # take its place. No later token sees them.
             first, lost = divmod(length - kept, GROUP_TOKENS)
             parts = (t[index][:, :, held - kept :] for t in (layer.keys, layer.values))
-            made._fill(rows, first, *(torch.cat([t[:, :, :1]] * lost + [t], dim=2) for t in parts))
+            if lost:
+                parts = (torch.cat([t[:, :, :1]] * lost + [t], dim=2) for t in parts)
+            made._fill(rows, first, *parts)
         return made
 
     def lowered(self, level: CacheLevel) -> GroupedLayer:
