@@ -12,6 +12,13 @@ OnScore = Callable[[Any], object]
 """Called with each mask or plan after it was scored, as `rap_env.plan.simplest` gives it."""
 
 
+def notify(on_score: OnScore | None, plans: Sequence[MaskOrPlan]) -> None:
+    """Call `on_score`, if there is one, for each mask or plan."""
+    if on_score is not None:
+        for plan in plans:
+            on_score(plan)
+
+
 class Scorer(Protocol):
     """Gives the NLL of masks and plans on one text.
 

@@ -17,10 +17,10 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.plan import MaskOrPlan, as_plan, simplest
 from rap_env.scoring.candidates import shared_plan
-from rap_env.scoring.interface import OnScore
+from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import VocabularyBound, window_nll
 from rap_env.scoring.plan_runner import Node, chunks
-from rap_env.scoring.scorer import MaskScorer, notify
+from rap_env.scoring.scorer import MaskScorer
 
 _MOST_KEPT = 16  # masks whose states may be held at the same time
 

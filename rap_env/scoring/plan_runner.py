@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -82,6 +82,13 @@ class StateCache:
         self.held_bytes += state.nbytes
         while self.held_bytes > self.max_bytes:
             self._drop(next(iter(self._states)))
+
+    def put_some(
+        self, nodes: Collection[Node], batch: int, node: Node, state: torch.Tensor
+    ) -> None:
+        """Keep a state if its node is among some."""
+        if node in nodes:
+            self.put(batch, node, state)
 
     def get(self, batch: int, node: Node) -> torch.Tensor | None:
         """The state of a node, or None."""

@@ -24,7 +24,7 @@ from rap_env.plan import MaskOrPlan, as_plan, simplest
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.interface import OnScore
+from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import HEAD_TOKENS, window_nll
 from rap_env.scoring.plan_runner import Node, PlanRunner, StateCache, branch_nodes, chunks
 from rap_env.scoring.store import ScoreStore, context_key
@@ -218,7 +218,8 @@ class MaskScorer:
         known = [values for plan in plans if (values := self.look_up(plan)) is not None]
         if on_score is None and len(known) == len(plans):  # the common case in a vector environment
             return [float(values.mean()) for values in known]
-        distinct = sorted(set(map(simplest, plans)), key=self._sharing_order)
+        order = partial(sharing_order, num_blocks=self.llm.facts.num_blocks)
+        distinct = sorted(set(map(simplest, plans)), key=order)
         missing = [plan for plan in distinct if self.look_up(plan) is None]
         branches = branch_nodes(missing, self.runner.partial.steps)
         for group in chunks(missing, self.in_flight):
@@ -329,9 +330,6 @@ class MaskScorer:
         else:
             self._memory.check_plan(plan)
 
-    def _sharing_order(self, plan: MaskOrPlan) -> tuple[Any, ...]:
-        return sharing_order(plan, self.llm.facts.num_blocks)
-
     def _path(self, plan: MaskOrPlan) -> set[Node]:
         """The nodes of one plan that are kept for the plans of later calls."""
         return set(list(enumerate(self.runner.prefixes(plan)[:-1]))[:: self.stride])
@@ -365,7 +363,7 @@ class MaskScorer:
         parts = []
         with self.llm.masked(BlockMask()):
             for batch, ids in enumerate(runner.batches):
-                last = runner.run(batch, plans, partial(_keep_some, runner.cache, keep, batch))
+                last = runner.run(batch, plans, partial(runner.cache.put_some, keep, batch))
                 rows = []
                 for plan in plans:
                     with runner.partial.embeddings(as_plan(plan).embeddings):
@@ -391,20 +389,6 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
 def levels_context(plan: MaskOrPlan) -> Mapping[str, Any]:
     """What determines a plan's scores besides `model_context`: nothing for masks."""
     return {} if isinstance(simplest(plan), BlockMask) else _LEVELS
-
-
-def notify(on_score: OnScore | None, plans: Sequence[MaskOrPlan]) -> None:
-    """Call `on_score`, if there is one, for each mask or plan."""
-    if on_score is not None:
-        for plan in plans:
-            on_score(plan)
-
-
-def _keep_some(
-    cache: StateCache, keep: Collection[Node], batch: int, node: Node, state: torch.Tensor
-) -> None:
-    if node in keep:
-        cache.put(batch, node, state)
 
 
 def bar_callback(bar: tqdm[Any]) -> Callable[[Any], None]:
