@@ -154,17 +154,17 @@ def test_a_window_is_free_where_it_holds_everything():
 
 def test_a_window_longer_than_the_sequences_is_not_chosen():
     """It needs as many bytes as the level without it, whatever was measured for it."""
-    made = facts(packed=True)
-    known = costs(made, caches=("int4", "int4-window64"))
+    made = facts(layers=16, packed=True)  # enough caches to pay for their workspace
+    known = costs(made, caches=("int4", "int4-window1024"), window_tokens=2048)
     for item, levels in known.one_shot.items():
         if item.endswith(".cache"):
-            levels |= {"int4": 0.2, "int4-window64": 0.1}
+            levels |= {"int4": 0.2, "int4-window1024": 0.1}
     policy = KnapsackPolicy(MemoryModel(made), known)
     budgets = (0.9, 0.8, 0.7, 0.6)
-    for length, windows in ((100, False), (700, True)):
+    for length, windows in ((1000, False), (3000, True)):
         requests = [Request.at_fraction(policy.memory, 4, length, f) for f in budgets]
         found = {level for r in requests for level in policy.choose(r).levels.values()}
-        assert ("int4-window64" in found) == windows, found
+        assert ("int4-window1024" in found) == windows, found
         assert found - {"removed"}
 
 
