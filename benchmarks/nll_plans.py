@@ -17,7 +17,7 @@ from benchmarks.harness import Target, alternate, launch, ratios, spread
 from benchmarks.record import write_record
 from benchmarks.scoring_setup import ScoringSettings, ScoringSetup, open_setup
 from rap_env.blocks import BlockMask
-from rap_env.memory import ModelFacts
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.scoring.scorer import MaskScorer
 

@@ -28,7 +28,8 @@ from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.llm.progress import progress_bar
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request

@@ -25,7 +25,8 @@ import click
 from rap_env.artifacts import load_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, RapError
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.serving.settings import (

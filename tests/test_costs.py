@@ -8,7 +8,8 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.costs import VectorByteTracker, request_costs
 from rap_env.errors import InvalidRequestError
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
 
 LAYERS = 4

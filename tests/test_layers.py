@@ -18,8 +18,9 @@ ROOT = Path(rap_env.__file__).parent
 
 LAYERS = (
     (
-        "version", "errors", "paths", "specs", "artifacts", "blocks", "levels", "plan", "request",
-        "policy", "memory", "memory_picture", "costs", "observation", "block_rows",
+        "version", "errors", "paths", "specs", "artifacts", "blocks", "levels", "plan",
+        "model_facts", "request", "policy", "memory", "memory_picture", "costs",
+        "observation", "block_rows",
     ),
     ("workload",),
     ("llm",),

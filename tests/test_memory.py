@@ -15,7 +15,8 @@ from rap_env.errors import (
     InvalidRequestError,
     UnknownNameError,
 )
-from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel, ModelFacts
+from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
 
 FACTS = ModelFacts(

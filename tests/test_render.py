@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, human_bytes, render_ansi, render_rgb
 from rap_env.request import Request
 

@@ -12,7 +12,8 @@ from experiments.config.ladder import LadderConfig
 from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request

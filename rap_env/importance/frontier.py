@@ -19,7 +19,8 @@ from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.importance.profiles import load_profile
-from rap_env.memory import HasFacts, MemoryModel
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import HasFacts
 from rap_env.request import Request
 from rap_env.scoring.store import mask_from_indices
 

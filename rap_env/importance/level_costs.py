@@ -31,7 +31,7 @@ import numpy.typing as npt
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
-from rap_env.memory import HasFacts
+from rap_env.model_facts import HasFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, item_names
 
 CACHE_LEVELS = (

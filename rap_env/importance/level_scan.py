@@ -20,7 +20,7 @@ from rap_env.importance.level_costs import (
 )
 from rap_env.levels import CacheLevel
 from rap_env.llm.progress import progress_bar
-from rap_env.memory import ModelFacts
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, block_index
 from rap_env.errors import ArtifactError
-from rap_env.memory import HasFacts
+from rap_env.model_facts import HasFacts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from rap_env.llm.placeholders import Stub
 from rap_env.llm.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.llm.weight_levels import block_items, embeddings_item, level_bytes, packed_level
 from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_weights
-from rap_env.memory import ModelFacts
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
 
 

@@ -17,7 +17,8 @@ from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.memory import HasFacts, MemoryModel
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import HasFacts
 from rap_env.observation import ObservationBuilder
 from rap_env.plan import MaskOrPlan
 from rap_env.policy import PlanPolicy

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError
-from rap_env.memory import ModelFacts
+from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
 from rap_env.runtime.policy_network import NetworkWeights
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rap_env.blocks import BlockMask
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
-from rap_env.memory import ModelFacts
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, simplest
 
 LEVELS = (*WEIGHT_LEVELS[1:], "int2")

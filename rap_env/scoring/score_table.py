@@ -19,7 +19,7 @@ import numpy as np
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
-from rap_env.memory import ModelFacts
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan, only_mask, simplest
 from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity

@@ -16,7 +16,8 @@ from rap_env.blocks import Block, BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.importance.frontier import Frontier
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
 from rap_env.request import Request
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.repair.mask_sampler import NOISE, MaskSampler
 from rap_env.workload.sampler import FixedSampler, GridSampler
 from rap_env.workload.traffic import TraceSampler

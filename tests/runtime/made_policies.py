@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from rap_env.block_rows import row_width
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
 from rap_env.runtime.policy_network import NetworkWeights

@@ -11,7 +11,8 @@ import pytest
 from rap_env.blocks import BlockMask, block_name
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rap_env.memory import MemoryModel, ModelFacts
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from tests.workload.drawing import HEADER
 
 

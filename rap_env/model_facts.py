@@ -1,0 +1,137 @@
+"""Facts about a model that the byte arithmetic needs. Plain values without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rap_env.blocks import Block
+from rap_env.errors import ArtifactError
+from rap_env.levels import WeightLevel
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The properties of a model that the arithmetic needs (L layers, 2L blocks).
+
+    Attributes:
+        name: The user's name for the model.
+        fingerprint: SHA-256 over the weights and the config, in hex.
+        dtype: Name of the weights' dtype, such as ``"bfloat16"``.
+        block_param_bytes: Bytes of each block's own tensors, shape (2L,).
+        base_bytes: Bytes of everything else (embeddings, head, last norm), tied tensors once.
+        kv_bytes_per_token: Bytes that one token of one sequence adds to each layer's cache, (L,).
+        kv_window_tokens: Most tokens that each layer's cache holds (sliding window), or None, (L,).
+        itemsize: Bytes of one activation value.
+        hidden_size: Width of the residual stream.
+        ffn_width: Widest hidden activation of a feed-forward block for one token.
+        vocab_size: Number of entries of the head.
+        max_positions: Longest sequence the model accepts, in tokens.
+        stub_bytes: Bytes of the stub that replaces each block once it is removed, (2L,); empty
+            means 0 each.
+        repair: Hash of the stubs, in hex; empty without stubs.
+        weights: The format of native weights: ``"unquantised"``, or what packed ones came from,
+            such as ``"packed"``.
+        int8_param_bytes: Bytes of each block at level int8, (2L,); 0 where it has no such level
+            below its native one. Empty means none.
+        int4_param_bytes: The same for int4.
+        int8_base_bytes: As `base_bytes`, at level int8; 0 without such a level.
+        int4_base_bytes: The same for int4.
+        widen_bytes: Bytes of the buffer into which packed weights are widened, one matrix at a
+            time.
+        calibration: Hash of the text with which int4 weights are made, in hex; empty without one.
+        kv_heads: Key and value heads of each layer, (L,); empty if caches have no levels.
+        kv_head_size: Channels of a key or value head of each layer, (L,).
+
+    Raises:
+        ArtifactError: The numbers of layers and blocks are inconsistent.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: str
+    block_param_bytes: tuple[int, ...]
+    base_bytes: int
+    kv_bytes_per_token: tuple[int, ...]
+    kv_window_tokens: tuple[int | None, ...]
+    itemsize: int
+    hidden_size: int
+    ffn_width: int
+    vocab_size: int
+    max_positions: int
+    stub_bytes: tuple[int, ...] = ()
+    repair: str = ""
+    weights: str = "unquantised"
+    int8_param_bytes: tuple[int, ...] = ()
+    int4_param_bytes: tuple[int, ...] = ()
+    int8_base_bytes: int = 0
+    int4_base_bytes: int = 0
+    widen_bytes: int = 0
+    kv_heads: tuple[int, ...] = ()
+    kv_head_size: tuple[int, ...] = ()
+    calibration: str = ""
+
+    def __post_init__(self) -> None:
+        blocks, windows = len(self.block_param_bytes), len(self.kv_window_tokens)
+        stubs = len(self.stub_bytes) or blocks
+        if not blocks == stubs == 2 * self.num_layers or windows != self.num_layers:
+            raise ArtifactError(
+                f"The facts of {self.name} do not fit together: cache bytes of {self.num_layers} "
+                f"layers, cache windows of {windows}, and {blocks} blocks and {stubs} stubs "
+                "instead of two a layer."
+            )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Identity of the model in scores: weights, their dtype and, if there are any, stubs."""
+        own = {"model": self.fingerprint, "dtype": self.dtype}
+        if self.weights != "unquantised":
+            own["weights"] = self.weights
+        if self.calibration:
+            own["calibration"] = self.calibration
+        return {**own, "repair": self.repair} if self.repair else own
+
+    @property
+    def packed(self) -> bool:
+        """Whether native weights are packed."""
+        return self.weights != "unquantised"
+
+    def weight_levels(self, index: int) -> dict[WeightLevel, int]:
+        """The levels of a block's weights that exist, from native down, with their bytes."""
+        levels: dict[WeightLevel, int] = {"native": self.block_param_bytes[index]}
+        if self.int8_param_bytes and self.int8_param_bytes[index]:
+            levels["int8"] = self.int8_param_bytes[index]
+        if self.int4_param_bytes and self.int4_param_bytes[index]:
+            levels["int4"] = self.int4_param_bytes[index]
+        levels["removed"] = self.stub_bytes[index] if self.stub_bytes else 0
+        return levels
+
+    @property
+    def embedding_levels(self) -> dict[WeightLevel, int]:
+        """The levels of embeddings and head that exist, with the bytes outside all blocks."""
+        levels: dict[WeightLevel, int] = {"native": self.base_bytes}
+        levels |= {"int8": self.int8_base_bytes} if self.int8_base_bytes else {}
+        return levels | ({"int4": self.int4_base_bytes} if self.int4_base_bytes else {})
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return len(self.kv_bytes_per_token)
+
+    @property
+    def num_blocks(self) -> int:
+        """2L: each layer has an attn and an ffn block."""
+        return len(self.block_param_bytes)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks in order of index."""
+        return tuple(Block(i, n) for i, n in enumerate(self.block_param_bytes))
+
+
+class HasFacts(Protocol):
+    """A live model that provides its facts, such as `rap_env.llm.ElasticLLM`."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The properties that the arithmetic needs."""
