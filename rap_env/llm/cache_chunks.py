@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from rap_env.errors import UnsupportedCacheError
-from rap_env.levels import GROUP_TOKENS, CacheLevel
+from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.llm.cache_codes import Groups, split
+
+PIECE_VALUES = ATTENTION_WORKSPACE_BYTES // 16
+"""Numbers of a piece of keys or values: float32, and as much again for codes and scores."""
 
 
 @dataclass
@@ -60,7 +63,7 @@ _CURRENT = threading.local()
 
 
 def current_step() -> Step | None:
-    """The step of the forward pass that this thread runs, if `rap_env.llm.levels_hook` set it."""
+    """The step of this thread's forward pass; `rap_env.llm.attention_levels` sets it."""
     return getattr(_CURRENT, "step", None)
 
 
@@ -139,3 +142,17 @@ def equal_rows(before: Sequence[int], after: Sequence[int]) -> dict[tuple[int, i
 def stored_groups(tokens: int) -> int:
     """Groups of a row that have left the tail."""
     return max(0, tokens - 1) // GROUP_TOKENS
+
+
+def visible_groups(level: CacheLevel, own: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Whether tokens of some groups see stored groups; shapes broadcast."""
+    seen = (group >= 0) & (group < own)
+    if level.window_tokens is not None:
+        recent = group >= own - level.window_tokens // GROUP_TOKENS
+        seen &= recent | (group < SINK_GROUPS)
+    return seen
+
+
+def capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    """Scores s as ``cap * tanh(s / cap)``, in place."""
+    return scores.div_(cap).tanh_().mul_(cap)

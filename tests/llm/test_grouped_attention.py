@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, CacheLevel, channel_groups
-from rap_env.llm import grouped_attention
-from rap_env.llm.cache_chunks import Step, set_current_step
+from rap_env.llm import block_attention, token_attention
+from rap_env.llm.cache_chunks import PIECE_VALUES, Step, set_current_step
 from rap_env.llm.cache_codes import pack, parts, rounded, widen
 from rap_env.llm.grouped_attention import attend
 from rap_env.llm.grouped_cache import GroupedLayer, chunk_of
@@ -126,7 +126,8 @@ def test_small_pieces_give_the_same(monkeypatch) -> None:
         return [several, attend(query[:, :, 199:], chunk, None)]
 
     whole = both()
-    monkeypatch.setattr(grouped_attention, "_PIECE_VALUES", 2 * 2 * GROUP_TOKENS * 16 * 2)
+    for module in (block_attention, token_attention):
+        monkeypatch.setattr(module, "PIECE_VALUES", 2 * 2 * GROUP_TOKENS * 16 * 2)
     for found, expected in zip(both(), whole, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -194,6 +195,6 @@ def test_equal_values_are_exact_and_zero_is_zero() -> None:
 
 def test_the_workspace_is_what_the_constant_says() -> None:
     """Numbers of a piece, twice with codes, and of its scores."""
-    piece = grouped_attention._PIECE_VALUES
+    piece = PIECE_VALUES
     assert 4 * piece + piece + 2 * 4 * piece <= ATTENTION_WORKSPACE_BYTES
     assert math.isclose(piece * 16, ATTENTION_WORKSPACE_BYTES)
