@@ -12,7 +12,8 @@ class PlanPolicy(Protocol):
     """Chooses the mask or plan for a request.
 
     Attributes:
-        name: The policy's name in records and tables.
+        name: The policy's name in records and tables. A policy that lowers weights that it keeps
+            also has an attribute `lowers`, which is true.
     """
 
     name: str

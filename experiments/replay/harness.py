@@ -26,7 +26,7 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, PassSize
-from rap_env.runtime.memory_meter import Meter, TensorMeter, process_meter
+from rap_env.runtime.memory_meter import Meter, TensorMeter, make_levels, process_meter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.metrics import StepRecord
 from rap_env.runtime.sampling import SamplingParams
@@ -197,6 +197,7 @@ class ReplayHarness:
         residency: Any = settings.residency  # plain strings in the settings
         restore: Any = settings.restore
         llm.set_residency(residency)
+        make_levels(llm, system.policy)
         llm.apply(system.start)
         return_freed_memory()
         self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)

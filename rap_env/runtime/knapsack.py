@@ -88,6 +88,7 @@ class KnapsackPolicy:
     """
 
     name = "knapsack"
+    lowers = True
 
     def __init__(
         self, memory: MemoryModel, costs: LevelCosts, cached_choices: int = _CACHED_CHOICES

@@ -16,7 +16,9 @@ import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.llm.device import return_freed_memory
-from rap_env.llm.packing import buffer_bytes
+from rap_env.llm.packing import PACKED_LEVELS, buffer_bytes
+from rap_env.plan import EMBEDDINGS, CompressionPlan
+from rap_env.policy import PlanPolicy
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -155,6 +157,24 @@ def process_meter(llm: ElasticLLM) -> Meter:
     if llm.device.type == "cpu" and sys.platform == "linux":
         return ResidentMeter(llm)
     return TensorMeter(llm)
+
+
+def make_levels(llm: ElasticLLM, policy: PlanPolicy) -> None:
+    """Make all levels of weights once, if a policy chooses among them; the plan is native then.
+
+    Levels are made at their first use, which takes more memory than any plan: half as much again as
+    the native weights for the default model. A service should have that behind it when its budget
+    begins to count.
+    """
+    if not getattr(policy, "lowers", False):
+        return
+    facts = llm.facts
+    for level in PACKED_LEVELS:
+        names = [block.name for block in facts.blocks if level in facts.weight_levels(block.index)]
+        names += [EMBEDDINGS] if level in facts.embedding_levels else []
+        llm.apply(CompressionPlan.of(dict.fromkeys(names, level)))
+    llm.apply(CompressionPlan())
+    return_freed_memory()
 
 
 def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:

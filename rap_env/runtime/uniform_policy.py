@@ -25,6 +25,8 @@ class UniformPolicy:
             order.
     """
 
+    lowers = True
+
     def __init__(
         self,
         memory: MemoryModel,

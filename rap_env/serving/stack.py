@@ -18,6 +18,7 @@ from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_meter import make_levels
 from rap_env.runtime.memory_source import MemorySource, open_memory
 from rap_env.runtime.policies import load_policy
 from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
@@ -100,6 +101,7 @@ def build_stack(
     try:
         llm = load_served_model(settings) if llm is None else llm
         policy = load_serving_policy(settings, llm) if policy is None else policy
+        make_levels(llm, policy)
         if memory is None:
             reserve = settings.reserve_bytes
             _check_budget(settings, llm)

@@ -9,7 +9,11 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.packing import buffer_bytes
-from rap_env.runtime.memory_meter import ResidentMeter, TensorMeter, process_meter
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.runtime.memory_meter import ResidentMeter, TensorMeter, make_levels, process_meter
+from rap_env.runtime.policies import StaticPolicy
+from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from tests.tiny import tiny_llm
 
 MIB = 2**20
@@ -124,3 +128,17 @@ def test_on_a_cuda_device_temporary_tensors_count_in_the_peak():
     assert meter.used_bytes() == before
     assert meter.peak_bytes() - before == 16 * MIB
     assert meter.peak_bytes() == before
+
+
+def test_levels_are_made_once_before_a_service_starts_and_only_for_policies_that_use_them():
+    llm = tiny_llm()
+    policy = UniformPolicy(MemoryModel(llm), uniform_plans(llm.facts))
+    native = llm.held_bytes.weights
+    make_levels(llm, StaticPolicy(BlockMask()))
+    assert llm.held_bytes.weights == native
+    make_levels(llm, policy)
+    held = llm.held_bytes.weights
+    assert llm.plan == CompressionPlan()
+    assert held > native  # resident weights keep all levels
+    make_levels(llm, policy)
+    assert llm.held_bytes.weights == held
