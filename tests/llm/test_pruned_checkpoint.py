@@ -13,6 +13,7 @@ from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError
 from rap_env.llm import pruned_checkpoint
+from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
@@ -111,7 +112,7 @@ def test_the_attention_implementation_is_kept(tmp_path) -> None:
     llm = tiny_llm()
     llm.model.set_attn_implementation("eager")
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
-    assert loaded.model.config._attn_implementation == "eager"
+    assert attention_name(loaded.model) == "eager"
     with llm.masked(MASK):
         assert torch.equal(logits(loaded.model), logits(llm.model))
 
