@@ -105,7 +105,7 @@ class CacheLevel:
 
     @property
     def native(self) -> bool:
-        """Whether this is the level of a cache that nobody lowered."""
+        """Whether the cache is stored as the model computes it."""
         return self.bits == 16 and self.window_tokens is None
 
     def sees(self, own: int, group: int) -> bool:

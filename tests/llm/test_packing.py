@@ -168,7 +168,7 @@ def test_products_work_inside_and_after_inference_mode() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_process_widens_while_a_thread_of_its_parent_does() -> None:
     matrix = quantise(_random((24, 16)), "int8")
-    with packing.buffer_in_use():  # held in the child by nobody who could release it
+    with packing.buffer_in_use():  # no thread of the child could release it
         forked = multiprocessing.get_context("fork")
         child = forked.Process(target=_product_in_thread, args=(matrix,))
         child.start()
