@@ -33,7 +33,7 @@ LLAMA_CPP_CAPTION = (
 SHIPPED_CAPTION = (
     "ΔNLL of one level for the weights of all blocks, for embeddings with the head, or for all "
     "caches, over the unquantised model, nats per token with a 95 % interval over windows. "
-    "Four bits cost nothing only where the model's file already has them."
+    "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
 
 _ROUNDINGS = {
