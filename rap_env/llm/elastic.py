@@ -261,13 +261,13 @@ class ElasticLLM:
 
         With residency ``"resident"`` these are those of the plan, and of all levels used so far.
         """
+        lowered = {**dict(plan.weights), self.num_blocks: plan.embeddings}
         held = 0
         with self.exclusive():
             for key, item in enumerate(self._live.all_items):
-                level = plan.weight_level(key) if key < self.num_blocks else plan.embeddings
-                wanted = packed_level(level)
-                held += item.made_bytes
-                if wanted is not None and wanted not in item.made:
+                made, wanted = item.made, packed_level(lowered.get(key, "native"))
+                held += sum(map(item.bytes_to_make, made))
+                if wanted is not None and wanted not in made:
                     held += item.bytes_to_make(wanted)
         return held
 

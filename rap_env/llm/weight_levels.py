@@ -149,10 +149,13 @@ class WeightItem:
         untied = [place for place in places if place.tied is None]
         self.native_bytes = sum(t.nbytes for place in untied for t in place.weights.values())
         self.levels: dict[PackedLevel, int] = {}
+        self._bytes_to_make: dict[PackedLevel, int] = {}
         least = self.native_bytes
         for level in PACKED_LEVELS:
             kept = sum(t.nbytes for p in untied if p.keeps(level) for t in p.weights.values())
-            size = kept + sum(p.bytes_at(level) for p in untied if not p.keeps(level))
+            made = sum(p.bytes_at(level) for p in untied if not p.keeps(level))
+            self._bytes_to_make[level] = made
+            size = kept + made
             if size < least:
                 self.levels[level] = least = size
         self.level: WeightLevel = "native"
@@ -176,8 +179,7 @@ class WeightItem:
 
     def bytes_to_make(self, level: PackedLevel) -> int:
         """Bytes of the packed weights that a level has beside the native ones."""
-        own = (place for place in self.places if place.tied is None and not place.keeps(level))
-        return sum(place.bytes_at(level) for place in own)
+        return self._bytes_to_make[level]
 
     def native_tensors(self) -> dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]]:
         """The native tensors in the places by name, each with the levels that use it."""
