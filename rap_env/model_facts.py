@@ -106,6 +106,10 @@ class ModelFacts:
         levels["removed"] = self.stub_bytes[index] if self.stub_bytes else 0
         return levels
 
+    def blocks_at(self, level: WeightLevel) -> dict[str, str]:
+        """The level for each block that has it, by name: what `CompressionPlan.of` takes."""
+        return {b.name: level for b in self.blocks if level in self.weight_levels(b.index)}
+
     @property
     def embedding_levels(self) -> dict[WeightLevel, int]:
         """The levels of embeddings and head that exist, with the bytes outside all blocks."""

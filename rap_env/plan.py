@@ -28,6 +28,11 @@ def cache_name(layer: int) -> str:
     return f"{block_name(2 * layer).partition('.')[0]}{_CACHE}"
 
 
+def is_cache(item: str) -> bool:
+    """Whether an item is a KV cache, by its name."""
+    return item.endswith(_CACHE)
+
+
 def item_names(num_layers: int) -> tuple[str, ...]:
     """All items of a model with L layers: its blocks, its caches, its embeddings; (3L + 1,)."""
     blocks = map(block_name, range(2 * num_layers))
@@ -88,7 +93,7 @@ class CompressionPlan:
         for item, level in levels.items():
             if item == EMBEDDINGS:
                 embeddings = level
-            elif isinstance(item, str) and item.endswith(_CACHE):
+            elif isinstance(item, str) and is_cache(item):
                 layer = block_index(f"{item.removesuffix(_CACHE)}.attn") // 2
                 caches.append((layer, CacheLevel.of(level)))
             else:

@@ -32,7 +32,15 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import HasFacts
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, item_names
+from rap_env.plan import (
+    EMBEDDINGS,
+    CompressionPlan,
+    MaskOrPlan,
+    as_plan,
+    cache_name,
+    is_cache,
+    item_names,
+)
 
 CACHE_LEVELS = (
     "int8", "int4", "int2", "int4-window512", "int4-window256", "int4-window128",
@@ -220,7 +228,7 @@ class LevelCosts(Profile):
         if level not in costs:
             raise UnknownNameError(f"measured level of {item}", level, ["native", *costs])
         cost = self._corrected[item][level]
-        if not item.endswith(".cache") or seq_len_tokens is None:
+        if not is_cache(item) or seq_len_tokens is None:
             return cost
         stored = CacheLevel.of(level)
         if stored.window_tokens is None:
@@ -281,11 +289,9 @@ def shrunk_costs(costs: Sequence[float], errors: Sequence[float]) -> npt.NDArray
 
 def is_as_exact(item: str, exact: str, level: str) -> bool:
     """Whether one level of an item is at least as exact as another one."""
-    if not item.endswith(".cache"):
+    if not is_cache(item):
         return WEIGHT_LEVELS.index(exact) <= WEIGHT_LEVELS.index(level)
-    one, other = CacheLevel.of(exact), CacheLevel.of(level)
-    longest = one.window_tokens or np.inf, other.window_tokens or np.inf
-    return one.bits >= other.bits and longest[0] >= longest[1]
+    return CacheLevel.of(exact).lowest(CacheLevel.of(level)) == CacheLevel.of(level)
 
 
 def window_share(level: CacheLevel, tokens: int) -> float:

@@ -21,10 +21,9 @@ from rap_env.importance.level_costs import (
 from rap_env.levels import CacheLevel
 from rap_env.llm.progress import progress_bar
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
+from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name, is_cache
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
-_CACHE = ".cache"
 _ByItem = dict[str, dict[str, float]]
 
 Rise = npt.NDArray[np.float64]
@@ -57,7 +56,7 @@ def scan_levels(
     levels = one_shot_plans(facts, useful_levels(cache_levels, length))
     uniform = uniform_plans(levels)
     single = {
-        item: [n for n in names if not (item.endswith(_CACHE) and n in together)]
+        item: [n for n in names if not (is_cache(item) and n in together)]
         for item, names in levels.items()
     }
     empty = LevelCosts(
@@ -80,7 +79,7 @@ def scan_levels(
     joint = {pair: float(next(left).mean()) for pair in uniform}
     one_shot = {i: {n: float(r.mean()) for n, r in m.items()} for i, m in measured.items()}
     errors = {i: {n: _standard_error(r) for n, r in m.items()} for i, m in measured.items()}
-    caches = [item for item in levels if item.endswith(_CACHE)]
+    caches = [item for item in levels if is_cache(item)]
     for level in (n for n in (levels[caches[0]] if caches else []) if n in together):
         shares = _shares(level, caches, single[caches[0]], one_shot, errors)
         for item, share in zip(caches, shares, strict=True):
@@ -146,7 +145,7 @@ def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], Compres
     Removal of all blocks is left out.
     """
     plans = {}
-    caches = {item for item in levels if item.endswith(_CACHE)}
+    caches = {item for item in levels if is_cache(item)}
     for kind, items in (("caches", caches), ("blocks", set(levels) - caches - {EMBEDDINGS})):
         names = dict.fromkeys(n for item in levels if item in items for n in levels[item])
         for name in names:

@@ -21,7 +21,7 @@ from rap_env.llm.self_written import self_written, start_token
 from rap_env.llm.sources import load_tokenizer
 from rap_env.llm.weight_files import load_weights
 from rap_env.llm.weights import DTYPES, read_header, weights_of
-from rap_env.plan import CompressionPlan
+from rap_env.plan import EMBEDDINGS, CompressionPlan
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,10 @@ def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
         tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
         calibrate(llm, self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED))
     facts = llm.facts
-    lowered = (i for i in range(llm.num_blocks) if level in facts.weight_levels(i))
-    embeddings = _EMBEDDINGS if _EMBEDDINGS in facts.embedding_levels else "native"
-    llm.apply(CompressionPlan(weights=tuple((i, level) for i in lowered), embeddings=embeddings))
+    levels = facts.blocks_at(level)
+    if _EMBEDDINGS in facts.embedding_levels:
+        levels[EMBEDDINGS] = _EMBEDDINGS
+    llm.apply(CompressionPlan.of(levels))
     return llm
 
 

@@ -12,7 +12,7 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts, is_as_exact
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name, is_cache
 from rap_env.request import Request
 from rap_env.runtime.multiple_choice import MultipleChoice
 
@@ -41,7 +41,7 @@ class _Option:
 
     def lowers(self, what: str) -> bool:
         """Whether it lowers ``weights`` that are kept, or a ``cache``."""
-        named = [(item.endswith(".cache"), level) for item, level in self.levels]
+        named = [(is_cache(item), level) for item, level in self.levels]
         if what == "cache":
             return any(is_cache for is_cache, _ in named)
         return any(not is_cache and level != "removed" for is_cache, level in named)

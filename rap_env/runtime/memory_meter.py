@@ -170,9 +170,10 @@ def make_levels(llm: ElasticLLM, policy: PlanPolicy) -> None:
         return
     facts = llm.facts
     for level in PACKED_LEVELS:
-        names = [block.name for block in facts.blocks if level in facts.weight_levels(block.index)]
-        names += [EMBEDDINGS] if level in facts.embedding_levels else []
-        llm.apply(CompressionPlan.of(dict.fromkeys(names, level)))
+        levels = facts.blocks_at(level)
+        if level in facts.embedding_levels:
+            levels[EMBEDDINGS] = level
+        llm.apply(CompressionPlan.of(levels))
     llm.apply(CompressionPlan())
     return_freed_memory()
 

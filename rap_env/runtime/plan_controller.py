@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask, block_index, block_name
-from rap_env.levels import CacheLevel, WeightLevel
+from rap_env.levels import WeightLevel
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
@@ -297,7 +297,7 @@ class PlanController:
         if not self._refills(choice.plan):
             return choice
         returning = {i for i in (before.removed - choice.plan.removed).indices if i % 2 == 0}
-        lower = [(layer, _lower_of(level, choice.plan.cache_level(layer)))
+        lower = [(layer, level.lowest(choice.plan.cache_level(layer)))
                  for layer, level in before.caches]  # fmt: skip
         plan = replace(
             choice.plan,
@@ -318,7 +318,7 @@ class PlanController:
         removed = [i for i in order if i in plan.removed.indices - before.removed.indices]
         weights = [i for i, level in plan.weights if self._is_lower(i, level)]
         caches = [n for n, level in plan.caches if 2 * n not in before.removed.indices
-                  and _lower_of(before.cache_level(n), level) != before.cache_level(n)]  # fmt: skip
+                  and before.cache_level(n).lowest(level) != before.cache_level(n)]  # fmt: skip
         sizes = self._estimator.memory.facts.embedding_levels
         embeddings = [EMBEDDINGS] if sizes[plan.embeddings] < sizes[before.embeddings] else []
         return [*map(block_name, (*removed, *weights)), *embeddings, *map(cache_name, caches)]
@@ -371,7 +371,7 @@ class PlanController:
         """Whether a plan returns attention blocks or raises caches of those that are kept."""
         before = self._llm.plan
         return self._returns_attention(plan) or any(
-            _lower_of(level, plan.cache_level(layer)) != plan.cache_level(layer)
+            level.lowest(plan.cache_level(layer)) != plan.cache_level(layer)
             for layer, level in before.caches
             if 2 * layer not in plan.removed.indices
         )
@@ -425,12 +425,6 @@ class PlanController:
         self._debounce.reset()
         self._switched_for = shape
         self._retry_above = None
-
-
-def _lower_of(a: CacheLevel, b: CacheLevel) -> CacheLevel:
-    """The level that caches at either level can be lowered to: fewer bits, the shorter window."""
-    windows = [level.window_tokens for level in (a, b) if level.window_tokens is not None]
-    return CacheLevel(min(a.bits, b.bits), min(windows, default=None))
 
 
 def _with_level_of(plan: CompressionPlan, other: CompressionPlan, item: str) -> CompressionPlan:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan
+from rap_env.plan import EMBEDDINGS, CompressionPlan
 from rap_env.request import Request
 
 
@@ -65,11 +65,9 @@ def uniform_plans(facts: ModelFacts) -> list[CompressionPlan]:
     if facts.kv_heads:
         found += [CompressionPlan.uniform(layers, caches=level) for level in ("int8", "int4")]
     for level in ("int8", "int4"):
-        names = {
-            block.name: level for block in facts.blocks if level in facts.weight_levels(block.index)
-        }
+        names = facts.blocks_at(level)
         if "int8" in facts.embedding_levels:
-            names["embeddings"] = "int8"
+            names[EMBEDDINGS] = "int8"
         if names:
             found.append(found[-1].lower(names))
     return found

@@ -80,8 +80,7 @@ def _below(level: str, levels: Iterable[str]) -> list[str]:
 
 def _lower(cache: CacheLevel, other: CacheLevel) -> bool:
     """Whether a cache's level is below another one: it has no more bits and no more tokens."""
-    windows = [2**62 if one.window_tokens is None else one.window_tokens for one in (cache, other)]
-    return cache != other and cache.bits <= other.bits and windows[0] <= windows[1]
+    return cache != other and other.lowest(cache) == cache
 
 
 def shared_plan(plans: Sequence[MaskOrPlan]) -> MaskOrPlan:
