@@ -168,7 +168,7 @@ class SystemFactory:
             "rap": lambda: System(
                 name, self._trained, getattr(self._trained, "order", ()) or self._guard_order
             ),
-            "knapsack": lambda: System(name, self._knapsack, self._guard_order),
+            "knapsack": lambda: System(name, self._knapsack, None),
             "oracle": lambda: System(
                 name, OraclePolicy(self._frontier, self._budget, state), self._guard_order
             ),

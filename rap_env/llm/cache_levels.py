@@ -15,6 +15,7 @@ from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE
+from rap_env.llm.reserved_cache import ReservedLayer
 
 
 def native_layer(layer: Any) -> Any:
@@ -23,7 +24,7 @@ def native_layer(layer: Any) -> Any:
 
     if layer.is_sliding:
         return cache_utils.DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-    return cache_utils.DynamicLayer()  # type: ignore[no-untyped-call]
+    return ReservedLayer(getattr(layer, "reserve_tokens", 0))
 
 
 _ROWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -147,7 +148,12 @@ def _check_layers(cache: Any, numbers: Sequence[int]) -> None:
     """Reject a cache whose layers cannot be stored at a level."""
     from transformers import cache_utils
 
-    known = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, GroupedLayer)
+    known = (
+        cache_utils.DynamicLayer,
+        cache_utils.DynamicSlidingWindowLayer,
+        ReservedLayer,
+        GroupedLayer,
+    )
     layers = getattr(cache, "layers", None)
     kinds: set[Any] = set()
     for number in numbers:

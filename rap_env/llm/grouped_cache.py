@@ -51,8 +51,10 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         groups: Stored groups, tensors of shape (B, K, G, ...).
         lengths: Tokens of each row, without padding, (B,).
         cumulative_length: Columns so far, padding included.
+        reserve_tokens: As for `ReservedLayer`, for the layer that replaces this one.
     """
 
+    reserve_tokens = 0
     is_croppable = False
     keys: Any  # a tensor, or None without rows
     values: Any
@@ -166,6 +168,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def of_native(cls, level: CacheLevel, layer: Any, lengths: Sequence[int]) -> GroupedLayer:
         """The tokens of a dynamic layer with rows of these lengths, padded on the left."""
         made = cls(level, layer.sliding_window if layer.is_sliding else None)
+        made.reserve_tokens = getattr(layer, "reserve_tokens", 0)
         made.lazy_initialization(layer.keys, layer.values)
         made.cumulative_length = layer.get_seq_length()
         made.lengths = list(lengths)
@@ -186,6 +189,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def lowered(self, level: CacheLevel) -> GroupedLayer:
         """The same tokens at another level, which keeps no more tokens than this one."""
         made = GroupedLayer(level, self.sliding_window)
+        made.reserve_tokens = self.reserve_tokens
         made.lazy_initialization(self.keys, self.values)
         made.keys, made.values = self.keys, self.values
         made.lengths, made.cumulative_length = self.lengths, self.cumulative_length

@@ -46,6 +46,7 @@ from rap_env.llm.adapter import FamilyAdapter
 from rap_env.llm.cache_levels import filled_layers, lower, native_layer, raised
 from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
+from rap_env.llm.reserved_cache import ReservedLayer
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
 Restore = Literal["refill", "next_request"]
@@ -105,6 +106,7 @@ def check_cache(cache: Any) -> None:
         cache_utils.DynamicSlidingWindowLayer,
         cache_utils.StaticLayer,
         cache_utils.StaticSlidingWindowLayer,
+        ReservedLayer,
         GroupedLayer,
     )
     layers = getattr(cache, "layers", None)

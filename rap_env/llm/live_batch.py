@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.llm.cache_levels import lower, lowest_levels, note_rows
@@ -29,6 +28,7 @@ from rap_env.llm.kv_cache import (
     step,
     update_cache,
 )
+from rap_env.llm.reserved_cache import ReservedLayer, reserve, with_room
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
 
@@ -47,6 +47,10 @@ class LiveBatch:
         restore: ``"refill"`` or ``"next_request"``.
         most_tokens: Most tokens, of all rows together, to run at once in a prefill or refill;
             fewer need less workspace.
+
+    Attributes:
+        reserve_tokens: Tokens of a row for which native caches get room when they are allocated,
+            so that they need not be copied until then. What is reserved counts in `kv_bytes`.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class LiveBatch:
         self._restore = restore
         self._most_tokens = most_tokens
         self._argument = cache_argument(llm.model)
+        self.reserve_tokens = 0
         self._rows: list[list[int]] = []
         self._cache: Any = None
 
@@ -155,7 +160,7 @@ class LiveBatch:
             index = torch.tensor(rows, device=self._llm.device)
             cut = before - self.length
             for layer in cache.layers:
-                _select(layer, self.length, index, cut)
+                _select(layer, self.length, index, cut, self.reserve_tokens)
             self._cache = cache
             note_rows(cache, self._lengths)
 
@@ -195,7 +200,7 @@ class LiveBatch:
             rows = self._rows + other._rows
             length = max(map(len, rows))
             for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
-                _concatenate(mine, theirs, length)
+                _concatenate(mine, theirs, length, self.reserve_tokens)
         except BaseException:
             self._cache = other._cache = None  # some layers may be joined, others not
             raise
@@ -226,6 +231,7 @@ class LiveBatch:
                 self._cache = self._new_cache()
                 if held:
                     refill(self._llm, self._cache, past(), self._most_tokens)
+            reserve(self._cache, self.reserve_tokens)
             with step(self._llm, self._cache, self._restore, past, self._most_tokens):
                 output = self._llm.model(
                     input_ids=columns.tokens,
@@ -255,8 +261,14 @@ class LiveBatch:
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
 
-        return DynamicCache(config=self._llm.model.config)
+        cache = DynamicCache(config=self._llm.model.config)
+        cache.layers = [
+            ReservedLayer(self.reserve_tokens) if type(layer) is DynamicLayer else layer
+            for layer in cache.layers
+        ]
+        return cache
 
 
 def _held(layer: Any, length: int) -> int:
@@ -264,7 +276,7 @@ def _held(layer: Any, length: int) -> int:
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _select(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
+def _select(layer: Any, length: int, rows: torch.Tensor, cut: int, reserve_tokens: int) -> None:
     """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
         return
@@ -273,26 +285,23 @@ def _select(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
         layer.cumulative_length -= cut
         return
     held = _held(layer, length)
+    room = 0 if layer.is_sliding else reserve_tokens
     for name in ("keys", "values"):
-        whole = getattr(layer, name)
-        setattr(layer, name, whole[:, :, whole.shape[-2] - held :][rows].contiguous())
+        setattr(layer, name, with_room([getattr(layer, name)[rows]], held, room))
     if layer.is_sliding:
         layer.cumulative_length -= cut
 
 
-def _concatenate(mine: Any, theirs: Any, length: int) -> None:
+def _concatenate(mine: Any, theirs: Any, length: int, reserve_tokens: int) -> None:
     """Append rows of another layer of the same kind, with both padded to `length` tokens."""
     if isinstance(mine, GroupedLayer):
         mine.append_rows(theirs, length)
         return
     held = _held(mine, length)
+    room = 0 if mine.is_sliding else reserve_tokens
     for name in ("keys", "values"):
-        parts = [_padded(getattr(layer, name), held) for layer in (mine, theirs)]
-        setattr(mine, name, torch.cat(parts))
+        parts = [getattr(layer, name) for layer in (mine, theirs)]
+        setattr(mine, name, with_room(parts, held, room))
         setattr(theirs, name, None)
     if mine.is_sliding:
         mine.cumulative_length = length
-
-
-def _padded(held: torch.Tensor, tokens: int) -> torch.Tensor:
-    return functional.pad(held, (0, 0, tokens - held.shape[-2], 0))

@@ -4,7 +4,8 @@ Beyond `rap_env.memory`, a live model takes:
 
 - with residency ``"resident"``, the native weights of removed and lowered blocks, and all levels
   that were used so far;
-- one layer's keys and values a second time: caches grow by copying, one layer at a time;
+- one layer's keys and values a second time: where rows join or leave and where quantised caches
+  grow, caches are copied, one layer at a time;
 - 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.placeholders`);
 - the tail of a grouped cache for each row that the batch has while its rows are still short.
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_FREED_BYTES = 4 * 2**20
+"""Freed bytes that a step may leave with the process before they are returned to the system."""
+
 
 class SafetyMargin:
     """Bytes reserved on top of a prediction: the largest recent excess of a step.
@@ -87,6 +90,7 @@ class MemoryMonitor:
         self.held = llm.held_bytes
         self._explained_bytes = self.held.total
         self.used_bytes = meter.used_bytes()
+        self._other_bytes = self.used_bytes - self.held.total  # since the last trim
         self.budget_bytes = self.max_budget_bytes = source.budget_bytes(self.used_bytes)
 
     def poll(self) -> None:
@@ -121,6 +125,8 @@ class MemoryMonitor:
         known = self.held.total + self._estimator.workspace_bytes(shape)
         self._explained_bytes = max(self._explained_bytes, known)
         self.margin.observe(kind, peak - self._explained_bytes)
+        if peak - known > max(0, self._other_bytes) + _MOST_FREED_BYTES:
+            self.trim()  # or the next pass has its peak on top
         return peak
 
     def observe_idle(self) -> None:
@@ -139,6 +145,7 @@ class MemoryMonitor:
         self.used_bytes = self.meter.used_bytes()
         self.held = self._llm.held_bytes
         self._explained_bytes = self.held.total
+        self._other_bytes = self.used_bytes - self.held.total
 
     def available_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
         """Bytes that a mask may need for a batch, so that the next pass stays within the budget.

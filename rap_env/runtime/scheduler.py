@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import EngineClosedError, InfeasibleBudgetError, QueueFullError
@@ -189,6 +189,7 @@ class Scheduler:
             self.counters.prompt_tokens += count
             if logits is not None:
                 if self.output.deliver([prefilling.sequence], logits, plan)[0]:
+                    self._reserve([*self._decoding, prefilling.sequence])
                     self._batch.join(prefilling.batch)
                     self._decoding.append(prefilling.sequence)
                 self._drop_prefill()
@@ -317,6 +318,8 @@ class Scheduler:
             self._prefilling = PrefillingSequence(
                 sequence, self._llm, self._restore, self._chunk_tokens
             )
+            if not self._decoding:  # it starts the batch, else it will be copied into it
+                self._prefilling.batch.reserve_tokens = sum(sequence.progress(in_batch=False))
             self._shape = shape
         elif not self._decoding and self._controller.never_fits(shape, first):
             self._queue.remove(sequence)
@@ -347,8 +350,16 @@ class Scheduler:
 
     def _keep(self, rows: list[int]) -> None:
         kept = [self._decoding[row] for row in rows]
+        self._reserve(kept)
         self._batch.keep(rows)
         self._decoding, self._shape = kept, None
+
+    def _reserve(self, sequences: Sequence[TokenSequence]) -> None:
+        """Let the batch of these sequences have room until the first of them ends."""
+        progress = [sequence.progress(in_batch=True) for sequence in sequences]
+        if progress:
+            cached, to_come = zip(*progress, strict=True)
+            self._batch.reserve_tokens = max(cached) + min(to_come)
 
     def _drop_prefill(self) -> None:
         if self._prefilling is not None:

@@ -351,12 +351,12 @@ def test_another_attention_has_no_levels() -> None:
     assert llm.plan == CompressionPlan(BlockMask.of(1))
 
 
-def test_native_layers_run_todays_code() -> None:
+def test_other_layers_stay_native() -> None:
     """With one lowered cache the other layers still hold unquantised keys and values."""
     llm = long_llm()
     llm.apply(CompressionPlan.of({"layer01.cache": "int4"}))
     batch = LiveBatch(llm)
     batch.prefill(random_rows(40, 40))
     kinds = [type(layer).__name__ for layer in batch._cache.layers]
-    assert kinds == ["DynamicLayer", "GroupedLayer"]
+    assert kinds == ["ReservedLayer", "GroupedLayer"]
     assert batch._cache.layers[1].level == CacheLevel.of("int4")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.live_batch import LiveBatch
+from rap_env.runtime import memory_monitor
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
@@ -48,6 +49,23 @@ def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
     made.trim()
     made.observe_step(EMPTY_BATCH, "decode")
     assert made.margin.bytes > 0
+
+
+def test_freed_memory_that_piles_up_is_returned_before_the_next_pass():
+    made = monitor()
+    kept, trims = memory_monitor._MOST_FREED_BYTES, []
+    made.trim = lambda: trims.append(made.meter.noise_bytes) or MemoryMonitor.trim(made)
+    made.meter.noise_bytes = kept // 2
+    made.observe_step(SHAPE, "decode")
+    assert trims == []
+    made.meter.noise_bytes = 2 * kept
+    made.observe_step(SHAPE, "decode")
+    assert trims == [2 * kept]
+    made.observe_step(SHAPE, "decode")  # the meter still shows it, so it is not freed memory
+    assert trims == [2 * kept]
+    made.meter.noise_bytes = 4 * kept
+    made.observe_step(SHAPE, "decode")
+    assert trims == [2 * kept, 4 * kept]
 
 
 def test_reading_the_limit_does_not_change_the_budget():
