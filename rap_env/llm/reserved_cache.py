@@ -77,16 +77,20 @@ def with_room(rows: Sequence[torch.Tensor], tokens: int, reserve_tokens: int) ->
     made = _allocated(rows[0], sum(len(part) for part in rows), tokens, reserve_tokens)
     first = 0
     for part in rows:
-        kept = min(tokens, part.shape[2])
-        made[first : first + len(part), :, tokens - kept :] = part[:, :, part.shape[2] - kept :]
+        padding = max(0, tokens - part.shape[2])
+        place = made[first : first + len(part)]
+        place[:, :, :padding] = 0
+        place[:, :, padding:] = part[:, :, part.shape[2] - (tokens - padding) :]
         first += len(part)
     return made
 
 
 def _allocated(like: torch.Tensor, batch: int, tokens: int, reserve_tokens: int) -> torch.Tensor:
-    """Zeros of a new tensor (B, K, T, D), whose memory has room for `reserve_tokens` tokens."""
+    """A new tensor (B, K, T, D), whose memory has room for `reserve_tokens` tokens."""
     _, heads, _, size = like.shape
     shape = (batch, heads, max(tokens, reserve_tokens), size)
+    if reserve_tokens <= tokens:
+        return like.new_empty(shape)
     made = own_pages(shape, like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
     return made.zero_()[:, :, :tokens]  # written to, so that the system counts it from now on
 
