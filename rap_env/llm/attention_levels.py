@@ -65,12 +65,12 @@ def install_levels(model: Any, adapter: FamilyAdapter) -> None:
 
     Models whose attention is neither ``sdpa`` nor ``eager`` do not change; see `check_attention`.
     """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
-
     name = getattr(model.config, "_attn_implementation", None)
     if name in LEVEL_ATTENTIONS and not getattr(model.config, "output_attentions", False):
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
         bases: dict[str, tuple[Attention, Any]] = {
             "sdpa": (sdpa_attention_forward, sdpa_mask),
             "eager": (_eager, eager_mask),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rap_env.llm.attention_levels import LEVEL_ATTENTIONS, public_name, with_levels
 
@@ -45,33 +46,16 @@ def _contiguous_rows(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.
 
 
 def _pack_single_queries(model: Any) -> None:
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     config = model.config.get_text_config(decoder=True)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     shared = kv_heads < config.num_attention_heads
     if not shared or model.config._attn_implementation not in ("sdpa", LEVEL_ATTENTIONS["sdpa"]):
         return
+    # These import torch's compiler: much memory, which a model that has this attention saves.
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def attend(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        if query.shape[2] > 1 or attention_mask is not None or set(kwargs) - _IGNORED:
-            whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
-            return whole
-        return _single(query, key, value, scaling), None
-
-    AttentionInterface.register(PACKED_ATTENTION, with_levels(attend))
+    AttentionInterface.register(PACKED_ATTENTION, with_levels(grouped_query_attention))
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
     model.set_attn_implementation(PACKED_ATTENTION)
 
@@ -81,6 +65,24 @@ def _pack_single_queries(model: Any) -> None:
 _IGNORED = frozenset(
     {"dropout", "output_router_logits", "position_ids", "sliding_window", "use_cache"}
 )
+
+
+def grouped_query_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' scaled dot product attention, faster for single queries without a mask."""
+    if query.shape[2] > 1 or attention_mask is not None or set(kwargs) - _IGNORED:
+        whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return whole
+    return _single(query, key, value, scaling), None
 
 
 def _single(

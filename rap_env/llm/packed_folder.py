@@ -83,12 +83,13 @@ def write_packed(file: GgufFile, config: Any, folder: Path) -> str:
     return type(skeleton).__name__
 
 
-def load_native(folder: Path, dtype: torch.dtype) -> Any:
-    """The transformers model of a packed folder on the CPU, with packed modules in place.
+def load_native(folder: Path, dtype: torch.dtype, model: Any = None) -> Any:
+    """The model of a packed folder on the CPU, with packed modules in place.
 
     Args:
         folder: A folder for which `is_packed` holds.
         dtype: Dtype of activations and of all weights that are not packed.
+        model: The model without its weights; transformers' own by default.
 
     Raises:
         ModelNotAvailableError: A file is missing.
@@ -97,8 +98,8 @@ def load_native(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import GenerationConfig
 
-    config = read_config(folder)
-    model = _skeleton(config, dtype)
+    if model is None:
+        model = _skeleton(read_config(folder), dtype)
     path = folder / PACKED_FILE
     if not path.is_file():
         raise ModelNotAvailableError(f"{folder} has no {PACKED_FILE}, so it has no packed weights.")

@@ -51,7 +51,11 @@ class ServerStack:
 def load_served_model(settings: ServerSettings) -> ElasticLLM:
     """Load the model and set its residency."""
     llm = load_llm(
-        settings.model, device=settings.device, dtype=settings.dtype, weights=settings.weights
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        lean=True,
     )
     llm.set_residency(cast("Residency", settings.residency))
     return llm
