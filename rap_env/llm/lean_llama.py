@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from rap_env.llm.attention_levels import with_levels
 from rap_env.llm.cpu_decode import PACKED_ATTENTION, grouped_query_attention
+from rap_env.llm.packed_modules import meta_embedding
 
 _SIZES = (
     "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings",
@@ -70,7 +71,7 @@ class LeanLlama(nn.Module):
         config._attn_implementation = PACKED_ATTENTION
         self.generation_config: Any = None
         with torch.device("meta"):
-            self.model = _Decoder(config).to(dtype)
+            self.model = _Decoder(config, dtype).to(dtype)
             self.lm_head = _linear(config.hidden_size, config.vocab_size, False).to(dtype)
         self.model.rotary_emb = _Rotary(config)
         if config.tie_word_embeddings:
@@ -128,9 +129,9 @@ class LeanLlama(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: LeanConfig) -> None:
+    def __init__(self, config: LeanConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = meta_embedding(config.vocab_size, config.hidden_size, dtype)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(_Layer(config, number) for number in layers)
         self.norm = _RMSNorm(config)

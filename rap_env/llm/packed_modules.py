@@ -334,9 +334,7 @@ def skeleton(module: nn.Module) -> nn.Module:
         linear.register_parameter("bias", module.bias)
         return linear
     if isinstance(module, PackedEmbedding):
-        rows = nn.Embedding(
-            module.num_embeddings, module.embedding_dim, device="meta", dtype=module.dtype
-        )
+        rows = meta_embedding(module.num_embeddings, module.embedding_dim, module.dtype)
         rows.register_buffer("embed_scale", module.embed_scale, persistent=False)
         return rows
     if isinstance(module, PackedExperts):
@@ -350,6 +348,16 @@ def skeleton(module: nn.Module) -> nn.Module:
     for name, shape in full.items():
         bare._parameters[name] = _fixed(torch.empty(shape, dtype=dtype, device="meta"))
     return bare
+
+
+def meta_embedding(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
+    """Embeddings on the meta device, (rows, width).
+
+    The constructor would fill them with random numbers, for which torch imports its compiler (70
+    MiB of memory) on that device.
+    """
+    weight = torch.empty((rows, width), dtype=dtype, device="meta")
+    return nn.Embedding.from_pretrained(weight)
 
 
 def module_widen_bytes(child: nn.Module) -> int:
