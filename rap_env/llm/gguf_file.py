@@ -6,16 +6,17 @@ import importlib.metadata
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.llm.adapter import adapter_for, check_family
-from rap_env.llm.gguf_reader import GgufFile, transformers_reads
 from rap_env.llm.model_folder import file_sha256, made_once, models_dir
-from rap_env.llm.packed_folder import write_packed
 from rap_env.llm.progress import transformers_bars
+
+if TYPE_CHECKING:
+    from rap_env.llm.gguf_reader import GgufFile
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def converted_gguf(
 def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    from rap_env.llm.gguf_reader import GgufFile, transformers_reads
+
     file = GgufFile(path)
     with transformers_reads(file):
         config = _read_config(file)
@@ -86,6 +89,9 @@ def _convert(path: Path, folder: Path) -> None:
 
 def _pack(path: Path, folder: Path) -> None:
     from transformers import GenerationConfig
+
+    from rap_env.llm.gguf_packing import write_packed
+    from rap_env.llm.gguf_reader import GgufFile, transformers_reads
 
     file = GgufFile(path)
     with transformers_reads(file):

@@ -107,7 +107,8 @@ def _tokenizer_class(folder: Path) -> Any:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         stated = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (config["model_type"], stated["tokenizer_class"]) == ("llama", "TokenizersBackend"):
+        known = (config["model_type"], stated["tokenizer_class"])
+        if known == ("llama", "TokenizersBackend") and "auto_map" not in stated:
             from transformers import TokenizersBackend
 
             return TokenizersBackend
