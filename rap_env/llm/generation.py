@@ -11,6 +11,7 @@ import torch
 
 from rap_env.errors import UnsupportedCacheError, check_name
 from rap_env.llm.kv_cache import RESTORES, MaskedModel, Past, Restore, positions_of, step
+from rap_env.llm.lean_llama import reject_lean
 from rap_env.llm.placeholders import cache_in
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
@@ -33,6 +34,7 @@ def generate(
     check_name("restore mode", restore, RESTORES)
     _reject_assisted(kwargs)
     model = llm.model
+    reject_lean(model, "generate (use LiveBatch)")
     view = copy.copy(model)
     prepared = _Prepared()
 

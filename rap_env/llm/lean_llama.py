@@ -2,9 +2,9 @@
 
 Transformers' Llama imports what inference does not use: the compiler, distributed tensors, computer
 algebra and training losses, about 140 MiB of resident memory. This one has the same modules under
-the same names and computes the same numbers, so masks, levels and caches work on it as on
-transformers' own. It has only what `rap_env.llm.live_batch.LiveBatch` needs: no ``generate``, no
-training and no saving.
+the same names and computes the same numbers, bit for bit, so masks, levels and caches work on it as
+on transformers' own. It has only what `rap_env.llm.live_batch.LiveBatch` needs: it cannot be
+scored and has no ``generate``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
+from rap_env.errors import UnsupportedModelError
 from rap_env.llm.attention_levels import with_levels
 from rap_env.llm.cpu_decode import PACKED_ATTENTION, grouped_query_attention
 from rap_env.llm.packed_modules import meta_embedding
@@ -30,7 +31,7 @@ _SIZES = (
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 
 
-class LeanConfig(PreTrainedConfig):
+class LeanConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """The config of a Llama model, from a file that states every entry."""
 
     model_type = "llama"
@@ -53,6 +54,14 @@ def lean_config(folder: Path) -> LeanConfig | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None  # transformers reads it, or names what is wrong
     return LeanConfig.from_dict(entries) if supported else None
+
+
+def reject_lean(model: Any, action: str) -> None:
+    """Raise an `UnsupportedModelError` for a `LeanLlama`; `action` says what it cannot do."""
+    if isinstance(model, LeanLlama):
+        raise UnsupportedModelError(
+            f"A model that was loaded with lean=True cannot {action}; load it with lean=False."
+        )
 
 
 class LeanLlama(nn.Module):

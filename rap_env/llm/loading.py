@@ -84,7 +84,7 @@ def load_llm(
             unquantised blocks, and embeddings with head to int8 (once; the result is cached).
         lean: Use `rap_env.llm.lean_llama` where it can stand in for transformers' model (packed
             Llama models on a CPU). The process takes about 140 MiB less and the model serves in
-            the same way, but it has no ``generate`` and cannot be scored or saved.
+            the same way, bit for bit, but cannot be scored and has no ``generate``.
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.

@@ -357,7 +357,7 @@ def meta_embedding(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
     MiB of memory) on that device.
     """
     weight = torch.empty((rows, width), dtype=dtype, device="meta")
-    return nn.Embedding.from_pretrained(weight)
+    return nn.Embedding(rows, width, _weight=weight, _freeze=True)
 
 
 def module_widen_bytes(child: nn.Module) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.lean_llama import reject_lean
 from rap_env.llm.widened_weights import WidenedWeights
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 
@@ -43,6 +44,7 @@ class PartialForward:
     """
 
     def __init__(self, llm: ElasticLLM, *, widen: bool = False) -> None:
+        reject_lean(llm.model, "be scored")
         self._llm = llm
         self._widened = WidenedWeights.of(llm.model) if widen else None
         self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)

@@ -14,7 +14,7 @@ from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.llm import gguf_file
+from rap_env.llm import gguf_packing
 from rap_env.llm.gguf_file import converted_gguf
 from rap_env.llm.packed_folder import PACKED_FILE, is_packed, load_native
 from rap_env.llm.packed_modules import PackedEmbedding, PackedLinear, PackedModule
@@ -290,7 +290,7 @@ def _die_while_packing(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return ""
 
-    gguf_file.write_packed = half
+    gguf_packing.write_packed = half
     converted_gguf(path, packed=True)
 
 
