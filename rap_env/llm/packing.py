@@ -215,7 +215,7 @@ class PackedMatrix:
         return readable and rows <= kernel_rows(self.level, flat.dtype)
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
-        scales = self.scales.to(flat.dtype)
+        scales, flat = self.scales.to(flat.dtype), flat.contiguous()  # the kernels require it
         if self.level == "int8":
             return torch._weight_int8pack_mm(flat, self.codes, scales)
         codes = self.codes.view(self.shape[0], -1)

@@ -87,6 +87,16 @@ def test_products_equal_those_of_widened_weights(
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_states_of_several_sequences_may_be_a_slice(
+    level: PackedLevel, dtype: torch.dtype
+) -> None:
+    matrix = quantise(_random((128, 64)), level)
+    states = _random((6, 64), seed=1).to(dtype).view(3, 2, 64)[:, -1:]
+    assert torch.equal(matrix.product(states), matrix.product(states.clone()))
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_widening_in_pieces_changes_nothing(
     level: PackedLevel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
