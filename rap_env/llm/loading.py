@@ -21,6 +21,7 @@ from rap_env.llm.device import (
     bound_kernel_caches,
     choose_device,
     choose_dtype,
+    free_memory_early,
     keep_freed_memory,
     return_freed_memory,
 )
@@ -98,7 +99,7 @@ def load_llm(
         StorageFullError: The disk is full.
     """
     check_name("format of weights", weights, WEIGHTS)
-    keep_freed_memory()
+    free_memory_early()  # what loading frees would leave the heap full of holes
     bound_kernel_caches()
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
@@ -121,6 +122,7 @@ def load_llm(
     speed_up_decoding(loaded)
     tokenizer = load_tokenizer(folder)
     return_freed_memory()
+    keep_freed_memory()
     return ElasticLLM(loaded, tokenizer, name=found.name, folder=folder)
 
 

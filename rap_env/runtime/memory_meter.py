@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from rap_env.errors import MemorySourceError
-from rap_env.llm.device import return_freed_memory
+from rap_env.llm.device import free_memory_early, return_freed_memory
 from rap_env.llm.packing import PACKED_LEVELS, buffer_bytes
 from rap_env.plan import EMBEDDINGS, CompressionPlan
 from rap_env.policy import PlanPolicy
@@ -83,9 +83,10 @@ class ResidentMeter:
     """Resident memory of this process (Linux), as the kernel counts it.
 
     Freed memory that the C library keeps counts until it is returned to the system
-    (`rap_env.llm.device.return_freed_memory`). Where the kernel's high-water mark cannot be reset,
-    the peak is the largest value at any call. The baseline may shrink after the meter was made
-    (kernels reclaim unused pages); see `correct_baseline`.
+    (`rap_env.llm.device.return_freed_memory`). To keep it little, large tensors get pages of their
+    own from now on. Where the kernel's high-water mark cannot be reset, the peak is the largest
+    value at any call. The baseline may shrink after the meter was made (kernels reclaim unused
+    pages); see `correct_baseline`.
 
     Raises:
         MemorySourceError: The kernel does not report it.
@@ -102,6 +103,7 @@ class ResidentMeter:
         self._reset = process / "clear_refs"
         self._peak = 0
         self._baseline = 0
+        free_memory_early()
         warm_up(llm)
         return_freed_memory()
         own = llm.held_bytes.total + buffer_bytes()
@@ -168,6 +170,7 @@ def make_levels(llm: ElasticLLM, policy: PlanPolicy) -> None:
     """
     if not getattr(policy, "lowers", False):
         return
+    free_memory_early()
     facts = llm.facts
     for level in PACKED_LEVELS:
         levels = facts.blocks_at(level)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.llm.cpu_decode import attention_name
-from rap_env.llm.device import device_kind
+from rap_env.llm.device import device_kind, keep_freed_memory
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.memory import MemoryModel
@@ -84,6 +84,7 @@ class MaskScorer:
         prefix_cache_bytes: int = _PREFIX_BYTES,
         masks_together: int | None = None,
     ) -> None:
+        keep_freed_memory()
         self.llm = llm
         self.corpus = text if isinstance(text, Corpus) else Corpus.of_tokens(text)
         self.store = store

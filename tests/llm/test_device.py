@@ -110,19 +110,20 @@ def test_an_impossible_number_of_threads(number: object, threads: int) -> None:
 def test_freed_memory_stays_with_the_process() -> None:
     code = """
 import pathlib, sys, torch
-from rap_env.llm.device import keep_freed_memory
+from rap_env.llm.device import free_memory_early, keep_freed_memory
 
 def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+modes = {"keep": [keep_freed_memory], "early": [keep_freed_memory, free_memory_early], "plain": []}
+for call in modes[sys.argv[1]]:
+    call()
 tensor = torch.zeros(25_000_000)
 before = resident()
 del tensor
 print((before - resident()) // 1_000_000)
 """
-    for mode, given_back in (("keep", False), ("plain", True)):
+    for mode, given_back in (("keep", False), ("early", True), ("plain", True)):
         done = subprocess.run(
             [sys.executable, "-c", code, mode], capture_output=True, text=True, check=True
         )
