@@ -1,7 +1,7 @@
 """A Llama decoder in plain torch, for serving in little memory.
 
 Transformers' Llama imports what inference does not use: the compiler, distributed tensors, computer
-algebra and training losses, about 140 MiB of resident memory. This one has the same modules under
+algebra and training losses, about 130 MiB of resident memory. This one has the same modules under
 the same names and computes the same numbers, bit for bit, so masks, levels and caches work on it as
 on transformers' own. It has only what `rap_env.llm.live_batch.LiveBatch` needs: it cannot be
 scored and has no ``generate``.

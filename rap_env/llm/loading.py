@@ -84,7 +84,7 @@ def load_llm(
             sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
             unquantised blocks, and embeddings with head to int8 (once; the result is cached).
         lean: Use `rap_env.llm.lean_llama` where it can stand in for transformers' model (packed
-            Llama models on a CPU). The process takes about 140 MiB less and the model serves in
+            Llama models on a CPU). The process takes about 130 MiB less and the model serves in
             the same way, bit for bit, but cannot be scored and has no ``generate``.
 
     Returns:
