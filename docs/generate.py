@@ -34,7 +34,10 @@ README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n
 
 LADDER_FIGURE = "loss_against_bytes.png"
 
-REPLAY_FIGURES = ("replay_memory.png", "replay_latency.png")
+REPLAYS = {"replay": RESULTS / "replay" / "replay", "replay_ladder": RESULTS / "ladder" / "replay"}
+"""Folders of the replays, by the name under which the pages include them."""
+
+REPLAY_FIGURES = ("memory", "latency")
 
 
 def write_all(docs: Path) -> None:
@@ -52,7 +55,11 @@ def write_all(docs: Path) -> None:
         _write(details / f"{name}.md", f"---\norphan: true\n---\n\n{text}\n")
         _write(folder / f"{name}.md", first_tables(text))
     _write(folder / "ablation.md", ablation_table())
-    _write(folder / "replay.md", replay_markdown())
+    for name in REPLAYS:
+        _write(folder / f"{name}.md", replay_markdown(name))
+        for figure in REPLAY_FIGURES:
+            drawn = REPLAYS[name] / "figures" / f"replay_{figure}.png"
+            shutil.copy(drawn, folder / f"{name}_{figure}.png")
     _write(folder / "repair.md", repair_markdown())
     _write(folder / "ladder.md", ladder_markdown())
     draw_ladder(folder)
@@ -62,8 +69,6 @@ def write_all(docs: Path) -> None:
     _write(folder / "environment.md", environment_page())
     _write(folder / "commands.md", command_reference())
     _write(folder / "api.md", api_page())
-    for name in REPLAY_FIGURES:
-        shutil.copy(RESULTS / "replay" / "replay" / "figures" / name, folder / name)
     from architecture import draw_architecture
 
     draw_architecture(folder / "architecture.svg")
@@ -97,12 +102,12 @@ def ablation_table() -> str:
     return head + "\n".join(f"| `{name}` | {value:.3f} |" for value, name in sorted(rows)) + "\n"
 
 
-def replay_markdown() -> str:
-    """The tables of the replay, below the page's first level."""
+def replay_markdown(name: str) -> str:
+    """The tables of a replay, below the page's first level."""
     from experiments.replay.records import ReplayRow
     from experiments.replay.tables import replay_markdown as tables
 
-    rows = ReplayRow.read(RESULTS / "replay" / "replay" / "replay.jsonl")
+    rows = ReplayRow.read(REPLAYS[name] / "replay.jsonl")
     return tables(rows).partition("\n")[2]
 
 
@@ -170,7 +175,7 @@ def readme_results() -> str:
     """The README's results, with every number taken from the records."""
     summary, verdicts, *_ = tables_of(comparison_markdown("learning"))
     unequal, unequal_verdicts, *_ = tables_of(comparison_markdown("small_unequal"))
-    served, _, quality, *_ = tables_of(replay_markdown())
+    served, _, quality, *_ = tables_of(replay_markdown("replay"))
     repair = tables_of(repair_markdown())[0]
     policy, greedy = summary["RAP policy (5)"], summary["Greedy per byte"]
     targets = [

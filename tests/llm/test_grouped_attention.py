@@ -128,6 +128,7 @@ def test_small_pieces_give_the_same(monkeypatch) -> None:
     whole = both()
     for module in (block_attention, token_attention):
         monkeypatch.setattr(module, "PIECE_VALUES", 2 * 2 * GROUP_TOKENS * 16 * 2)
+    monkeypatch.setattr(token_attention, "_UNPACKED_BYTES", 5 * 2 * 2 * GROUP_TOKENS * 16 * 2)
     for found, expected in zip(both(), whole, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -198,3 +199,4 @@ def test_the_workspace_is_what_the_constant_says() -> None:
     piece = PIECE_VALUES
     assert 4 * piece + piece + 2 * 4 * piece <= ATTENTION_WORKSPACE_BYTES
     assert math.isclose(piece * 16, ATTENTION_WORKSPACE_BYTES)
+    assert token_attention._UNPACKED_BYTES + 4 * piece <= ATTENTION_WORKSPACE_BYTES
