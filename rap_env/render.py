@@ -1,8 +1,10 @@
-"""Draw a mask under a request as text or as a picture: removed blocks, bytes against the budget."""
+"""Draw a plan under a request as text or as a picture: levels, bytes against the budget."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 
 from rap_env.blocks import KINDS, BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, is_cache
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ _STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of b
 _PANEL = (440, 928)  # left and right of the words and the bar
 _LINE_LAYERS = 60  # layers per line of text, and characters of its bar
 _Box = tuple[float, float, float, float]
+_SYMBOLS = {"native": "#", "int8": "8", "int4": "4", "int2": "2", "removed": "."}
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,31 @@ class Scene:
     """The content of a picture.
 
     Attributes:
-        delta_nll: NLL of the mask minus the dense model's, nats per token; None if not measured.
+        given: The mask or plan.
+        delta_nll: Its NLL minus that of the unchanged model, nats per token; None if not measured.
+        unchanged: What the words call the unchanged model.
     """
 
     memory: MemoryModel
     request: Request
-    mask: BlockMask
+    given: MaskOrPlan
     delta_nll: float | None = None
+    unchanged: str = "dense"
+
+    @cached_property
+    def plan(self) -> CompressionPlan:
+        """The levels of all items."""
+        return as_plan(self.given)
+
+    @property
+    def mask(self) -> BlockMask:
+        """The removed blocks."""
+        return self.plan.removed
 
     @property
     def over_bytes(self) -> int:
         """Bytes above the budget; negative if the request fits."""
-        return self.memory.peak_bytes(self.mask, self.request) - self.request.budget_bytes
+        return self.memory.peak_bytes(self.plan, self.request) - self.request.budget_bytes
 
     @property
     def parts(self) -> dict[str, int]:
@@ -59,7 +76,7 @@ class Scene:
 
         Stubs are left out if there are none.
         """
-        parts = self.memory.breakdown(self.mask, self.request)
+        parts = self.memory.breakdown(self.plan, self.request)
         sizes = (
             parts.embeddings,
             parts.workspace,
@@ -83,7 +100,7 @@ class Scene:
         """The budget in words."""
         dense = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
         budget = self.request.budget_bytes
-        return f"{human_bytes(budget)}, {budget / dense:.0%} of the dense peak"
+        return f"{human_bytes(budget)}, {budget / dense:.0%} of the {self.unchanged} peak"
 
     @property
     def verdict(self) -> str:
@@ -107,6 +124,34 @@ class Scene:
         attn, ffn = (self.mask.count(kind) for kind in KINDS)
         return f"{attn} of {layers} attention blocks, {ffn} of {layers} FFN blocks"
 
+    @property
+    def lowered_words(self) -> str:
+        """The number of lowered items of each kind and level, in words; empty for a mask."""
+        kept = ((item, level) for item, level in self.plan.levels.items() if level != "removed")
+        counts = Counter((_kind(item), level) for item, level in kept)
+        return ", ".join(
+            f"{level} {kind if kind == EMBEDDINGS else f'{count} {kind}s'}"
+            for (kind, level), count in counts.items()
+        )
+
+    def share_left(self, index: int) -> float:
+        """Share of a block's native bytes that its weights have at their level."""
+        facts, level = self.memory.facts, self.plan.weight_level(index)
+        native = max(1, facts.block_param_bytes[index])
+        return 0.0 if level == "removed" else facts.weight_levels(index)[level] / native
+
+    def cache_share_left(self, layer: int) -> float:
+        """Share of a layer's native cache bytes that its cache has at its level, at most 1."""
+        if 2 * layer in self.mask:
+            return 0.0
+        shape = self.request.batch_size, self.request.seq_len_tokens
+        held = self.memory.cache_bytes(self.plan.cache_level(layer), layer, *shape)
+        return min(1.0, held / max(1, int(self.memory.kv_bytes_by_layer(*shape)[layer])))
+
+
+def _kind(item: str) -> str:
+    return EMBEDDINGS if item == EMBEDDINGS else "cache" if is_cache(item) else "block"
+
 
 def human_bytes(count: float) -> str:
     """Bytes in binary units for display: ``"255.0 MiB"``."""
@@ -118,16 +163,22 @@ def human_bytes(count: float) -> str:
 
 
 def render_ansi(scene: Scene) -> str:
-    """Draw the scene as text: one column per layer, ``#`` kept and ``.`` removed."""
-    facts, width = scene.memory.facts, _LINE_LAYERS
+    """Draw the scene as text: one column per layer, ``#`` native and ``.`` removed.
+
+    If items are lowered, digits are their bits, ``w`` is a window, and caches have a line too.
+    """
+    facts, width, plan = scene.memory.facts, _LINE_LAYERS, scene.plan
     lines = [f"{facts.name}: {scene.request_words}", f"budget   {scene.budget_words}"]
     for start in range(0, facts.num_layers, width):
         layers = range(start, min(start + width, facts.num_layers))
         lines.append("layer    " + "".join(f"{n:<5}" for n in layers[::5]).rstrip())
         for number, kind in enumerate(KINDS):
-            kept = ("." if 2 * n + number in scene.mask else "#" for n in layers)
-            lines.append(f"{kind:<8} " + "".join(kept))
-    peak, budget = scene.memory.peak_bytes(scene.mask, scene.request), scene.request.budget_bytes
+            symbols = (_SYMBOLS[plan.weight_level(2 * n + number)] for n in layers)
+            lines.append(f"{kind:<8} " + "".join(symbols))
+        if plan.caches:
+            symbols = ("." if 2 * n in scene.mask else _cache_symbol(plan, n) for n in layers)
+            lines.append("cache    " + "".join(symbols))
+    peak, budget = scene.memory.peak_bytes(plan, scene.request), scene.request.budget_bytes
     dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
     bar = ["=" if n < round(width * peak / max(dense, budget)) else " " for n in range(width)]
     bar[min(width - 1, round(width * budget / max(dense, budget)))] = "|"
@@ -135,16 +186,23 @@ def render_ansi(scene: Scene) -> str:
         f"peak     [{''.join(bar)}] {human_bytes(peak)}",
         f"         {scene.verdict}",
         f"removed  {scene.removed_words}",
+        *([f"lowered  {scene.lowered_words}"] if scene.lowered_words else []),
         f"ΔNLL     {scene.delta_nll_words}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cache_symbol(plan: CompressionPlan, layer: int) -> str:
+    level = plan.cache_level(layer)
+    return _SYMBOLS[level.name] if level.window_tokens is None else "w"
 
 
 def render_rgb(scene: Scene) -> npt.NDArray[np.uint8]:
     """Draw the scene as a picture, shape (height, width, 3) of `SIZE`.
 
     Left: the stack of blocks, layer 0 at the bottom; a block's width is proportional to the bytes
-    that it holds for this request. Right: the request, the bytes by what they hold, and the ΔNLL.
+    that it holds for this request, and what a lower level saves is hollow. Right: the request, the
+    bytes by what they hold, and the ΔNLL.
     """
     from PIL import Image, ImageDraw
 
@@ -178,21 +236,30 @@ def _draw_stack(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
             draw.text((middle, (y0 + y1) / 2), str(layer), _GREY, _font(11), anchor="mm")
         inner = middle - 18
         cut = inner - scale * params[2 * layer]
-        _block(draw, (cut, y0, inner, y1), "attention weights", 2 * layer in scene.mask)
+        _block(draw, (cut, y0, inner, y1), "attention weights", scene.share_left(2 * layer))
         if kv[layer]:
             outer = (cut - scale * kv[layer], y0, cut, y1)
-            _block(draw, outer, "KV cache", 2 * layer in scene.mask)
+            _block(draw, outer, "KV cache", scene.cache_share_left(layer))
         span = (middle + 18, y0, middle + 18 + scale * ffn[layer], y1)
-        _block(draw, span, "FFN weights", 2 * layer + 1 in scene.mask)
+        _block(draw, span, "FFN weights", scene.share_left(2 * layer + 1), from_left=True)
 
 
-def _block(draw: ImageDraw.ImageDraw, box: _Box, part: str, removed: bool) -> None:
-    """Draw a filled rectangle, or an empty one with a grey edge if the block is removed."""
+def _block(
+    draw: ImageDraw.ImageDraw, box: _Box, part: str, share: float, from_left: bool = False
+) -> None:
+    """Draw a rectangle that is filled by the share of its bytes that is left.
+
+    Below a share of 1, the rest is empty and has a grey edge.
+    """
     x0, y0, x1, y1 = box
     if x1 - x0 < 1:
         return
-    fill = _PAPER if removed else _COLOURS[part]
-    draw.rectangle((x0, y0, x1 - 1, y1), fill, _EDGE if removed else None)
+    if share < 1:
+        draw.rectangle((x0, y0, x1 - 1, y1), _PAPER, _EDGE)
+    width = share * (x1 - x0)
+    start, end = (x0, x0 + width) if from_left else (x1 - width, x1)
+    if width >= 1:
+        draw.rectangle((start, y0, end - 1, y1), _COLOURS[part])
 
 
 def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
@@ -219,7 +286,7 @@ def _draw_bar(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
 
 def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     left, right = _PANEL
-    peak = scene.memory.peak_bytes(scene.mask, scene.request)
+    peak = scene.memory.peak_bytes(scene.plan, scene.request)
     colour = _BAD if scene.over_bytes > 0 else _GOOD
     draw.text((left, 118), "Peak memory", _GREY, _font(15))
     draw.text((left, 138), human_bytes(peak), _INK, _font(30))
@@ -228,12 +295,14 @@ def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     draw.text((right, 138), human_bytes(scene.request.budget_bytes), _INK, _font(30), anchor="ra")
     share = scene.budget_words.split(", ")[-1]
     draw.text((right, 178), share, _GREY, _font(17), anchor="ra")
-    for y, head, words in (
-        (478, "Removed so far", scene.removed_words),
-        (542, "NLL increase so far", scene.delta_nll_words),  # the font has no Greek letters,
-    ):
+    words = {"Removed so far": scene.removed_words, "Lowered so far": scene.lowered_words}
+    words["NLL increase so far"] = scene.delta_nll_words  # the font has no Greek letters
+    shown = [pair for pair in words.items() if pair[1]]
+    step = 64 if len(shown) == 2 else 46
+    for number, (head, text) in enumerate(shown):
+        y = 606 - step * (len(shown) - number)
         draw.text((left, y), head, _GREY, _font(15))
-        draw.text((left, y + 21), words, _INK, _font(19))
+        draw.text((left, y + 21), text, _INK, _font(19))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, check_name
+from rap_env.plan import MaskOrPlan
 from rap_env.specs import check_settings, check_types, split_spec
 
 TIMINGS = ("terminal", "dense")
@@ -31,9 +32,9 @@ COMPARED_TO = ("gsi", "one_shot", "frontier")
 
 
 class MeasuresAccuracy(Protocol):
-    """Gives task accuracies of masks, such as `rap_env.scoring.tasks.TaskScorer`."""
+    """Gives task accuracies of plans, such as `rap_env.scoring.tasks.TaskScorer`."""
 
-    def mean_accuracy(self, mask: BlockMask) -> float:
+    def mean_accuracy(self, plan: MaskOrPlan, /) -> float:
         """Mean accuracy over the tasks, in [0, 1]."""
 
 
@@ -41,7 +42,7 @@ class StepOutcome(NamedTuple):
     """Measurements of a step that is rewarded.
 
     Attributes:
-        mask: The mask after the step.
+        mask: The mask or plan after the step.
         delta_nll: Its NLL minus the dense model's, nats per token; 0 for the dense model.
         delta_nll_before: The same of the mask before the step (the same mask for an invalid
             action), or None if it was not measured.
@@ -51,7 +52,7 @@ class StepOutcome(NamedTuple):
             episode continues.
     """
 
-    mask: BlockMask
+    mask: MaskOrPlan
     delta_nll: float
     delta_nll_before: float | None
     ends: bool

@@ -1,36 +1,25 @@
-"""The episode of one environment, updated with each removal instead of being recomputed."""
+"""The episode of one environment, updated with each action instead of being recomputed."""
 
 from __future__ import annotations
 
-from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from rap_env.blocks import BlockMask, block_name
-from rap_env.costs import RequestCosts, request_costs
-from rap_env.memory import MemoryModel
-from rap_env.observation import (
-    BYTES_OVER,
-    KEPT_AND_FREED,
-    Observation,
-    ObservationBuilder,
-    bytes_over,
-)
+from rap_env.costs import Counts, Flags
+from rap_env.observation import BYTES_OVER, Observation, bytes_over
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
-
-_name = lru_cache(maxsize=4096)(block_name)
 
 
 class Measurement(NamedTuple):
-    """Measurements of a mask by the model.
+    """Measurements of a mask or plan by the model.
 
     Attributes:
         nll: NLL in nats per token.
-        delta_nll: NLL minus the dense model's.
+        delta_nll: NLL minus that of the model at the start of an episode.
         predicted: Whether the score is the prediction of a score table, not a measurement.
-        baseline_delta_nll: The ΔNLL of the mask that the reward's baseline has for the same
+        baseline_delta_nll: The ΔNLL of the plan that the reward's baseline has for the same
             request, or None where the reward did not ask for it.
     """
 
@@ -40,105 +29,148 @@ class Measurement(NamedTuple):
     baseline_delta_nll: float | None = None
 
 
+class EpisodeCosts(Protocol):
+    """Bytes of one batch size and sequence length, whatever the budget."""
+
+    @property
+    def dense_peak_bytes(self) -> int:
+        """Peak bytes at the start of an episode."""
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache at the start of an episode."""
+
+    @property
+    def least_peak_bytes(self) -> int:
+        """Peak bytes once no valid action is left: every episode ends by then."""
+
+
+CostsT = TypeVar("CostsT", bound=EpisodeCosts)
+_StartsWith = TypeVar("_StartsWith", contravariant=True)
+
+
 @dataclass(frozen=True)
-class EpisodeStart:
-    """The initial state of an episode: the dense model under a request.
+class EpisodeStart(Generic[CostsT]):
+    """The initial state of an episode: the unchanged model under a request.
 
     Attributes:
-        costs: What the dense model needs for it, and what each removal frees.
+        costs: What the model needs for it, and what each action frees.
         asked_budget_bytes: The budget before it was raised to the least possible one, or None.
     """
 
     request: Request
-    costs: RequestCosts
+    costs: CostsT
     asked_budget_bytes: int | None = None
 
-    @classmethod
-    def of(
-        cls, memory: MemoryModel, request: Request, asked_budget_bytes: int | None = None
-    ) -> EpisodeStart:
-        """The start of an episode with a request that the model can serve."""
-        costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
-        return cls(request, costs, asked_budget_bytes)
-
     @property
-    def fits_dense(self) -> bool:
-        """Whether the dense model fits the request, so that there is nothing to remove."""
+    def fits(self) -> bool:
+        """Whether the unchanged model fits the request, so that there is nothing to do."""
         return self.costs.dense_peak_bytes <= self.request.budget_bytes
 
 
-class RemovedBlocks:
-    """Indices and names of the blocks that an episode has removed, in ascending order."""
+class EpisodeState(Protocol):
+    """What an episode has done to the model, its peak bytes, and the observation of it."""
 
-    __slots__ = ("indices", "names")
+    observation: Observation
+    """The current arrays, updated in place; the request's bytes over budget excepted."""
 
-    def __init__(self, indices: Iterable[int] = ()) -> None:
-        self.indices = sorted(indices)
-        self.names = [_name(index) for index in self.indices]
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes now."""
 
-    def add(self, index: int) -> None:
-        """Add a block."""
-        position = bisect(self.indices, index)
-        self.indices.insert(position, index)
-        self.names.insert(position, _name(index))
+    def is_valid(self, action: int) -> bool:
+        """Whether an action changes anything."""
 
-    def mask(self, *more: int) -> BlockMask:
-        """The mask that removes these blocks and `more`."""
-        return BlockMask(frozenset((*self.indices, *more)))
+    def peak_after(self, action: int) -> int:
+        """Peak bytes after a valid action."""
+
+    def plan_after(self, action: int | None = None) -> MaskOrPlan:
+        """The mask or plan after an action, valid or not; without one, the current one."""
+
+    def apply(self, action: int) -> None:
+        """Take a valid action."""
+
+    def info(self) -> dict[str, Any]:
+        """The entry of `info` that says what was done, in new lists."""
 
 
-class Episode:
+class VectorState(Protocol[_StartsWith]):
+    """What n episodes have done to the model, and their peak bytes."""
+
+    info_key: str
+    """The entry of infos and saved states that says what was done."""
+
+    @property
+    def dense_peak_bytes(self) -> Counts:
+        """Peak bytes of each request at the start of its episode, (n,)."""
+
+    @property
+    def peak_bytes(self) -> Counts:
+        """Peak bytes of each request now, (n,)."""
+
+    def start(self, row: int, costs: _StartsWith, plan: MaskOrPlan, /) -> None:
+        """Start sub-environment `row` with a mask or plan."""
+
+    def peak_after(self, actions: Counts, valid: Flags, /) -> Counts:
+        """Peak bytes of each request, (n,), if the valid actions are taken."""
+
+    def apply(
+        self, actions: Counts, valid: Flags, peak_bytes: Counts, observation: Observation, /
+    ) -> None:
+        """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
+
+    def plan_after(self, row: int, action: int | None = None, /) -> MaskOrPlan:
+        """The mask or plan of a sub-environment after an action, or the current one."""
+
+    def info(self, row: int, /) -> list[str]:
+        """The value of `info_key` for a sub-environment, a new list."""
+
+    def saved_plan(self, state: Mapping[str, Any], /) -> MaskOrPlan:
+        """The mask or plan of a saved state."""
+
+
+class Episode(Generic[CostsT]):
     """The state of one episode. It returns copies of its arrays.
 
     Attributes:
-        removed: The blocks removed so far.
-        bytes: Tracks the bytes that the request needs without them.
-        measurement: What the model measured of the mask, or None if it was not measured.
-        invalid_actions: Number of actions on blocks that were removed already.
+        state: What was done to the model.
+        measurement: What the model measured of the plan, or None if it was not measured.
+        invalid_actions: Number of invalid actions.
         over: Whether the episode has terminated or was truncated.
     """
 
     def __init__(
-        self, start: EpisodeStart, dense: Measurement, builder: ObservationBuilder
+        self, start: EpisodeStart[CostsT], unchanged: Measurement, state: EpisodeState
     ) -> None:
         self.start = start
-        self.removed = RemovedBlocks()
-        self.bytes = start.costs.tracker()
-        self.measurement: Measurement | None = dense
+        self.state = state
+        self.measurement: Measurement | None = unchanged
         self.invalid_actions = 0
         self.over = False
         self._request = dict(vars(start.request))
-        self._observation = builder.dense(start.request)
 
     @property
     def delta_nll(self) -> float | None:
-        """ΔNLL of the mask in nats per token, or None if it was not measured."""
+        """ΔNLL of the plan in nats per token, or None if it was not measured."""
         return None if self.measurement is None else self.measurement.delta_nll
 
-    def has_removed(self, index: int) -> bool:
-        """Whether block `index` is removed."""
-        return index in self.removed.indices
-
-    def remove(self, index: int) -> None:
-        """Remove the kept block `index`."""
-        self.removed.add(index)
-        self.bytes.remove(index)
-        start, observation = self.start, self._observation
-        observation["request"][BYTES_OVER] = bytes_over(
-            self.bytes.peak_bytes, start.request.budget_bytes, start.costs.dense_peak_bytes
+    def apply(self, action: int) -> None:
+        """Take a valid action."""
+        state, start = self.state, self.start
+        state.apply(action)
+        state.observation["request"][BYTES_OVER] = bytes_over(
+            state.peak_bytes, start.request.budget_bytes, start.costs.dense_peak_bytes
         )
-        observation["blocks"][index, KEPT_AND_FREED] = 0.0
-        observation["action_mask"][index] = 0
 
     def observation(self) -> Observation:
         """The current observation, in new arrays."""
-        return {key: array.copy() for key, array in self._observation.items()}
+        return {key: array.copy() for key, array in self.state.observation.items()}
 
     def info(self, terms: dict[str, float]) -> dict[str, Any]:
         """The info dict, with the reward's `terms` by name."""
         info: dict[str, Any] = {
-            "removed": self.removed.names.copy(),
-            "peak_bytes": self.bytes.peak_bytes,
+            **self.state.info(),
+            "peak_bytes": self.state.peak_bytes,
             "request": self._request.copy(),
             "reward_terms": terms,
         }

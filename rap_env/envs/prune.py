@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import gymnasium as gym
-import numpy as np
-import numpy.typing as npt
-from gymnasium.error import ResetNeeded
-
 from rap_env.blocks import BlockMask
-from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
-from rap_env.envs.episode import Episode
-from rap_env.envs.task import PruningTask, RewardedStep
-from rap_env.observation import Observation
-from rap_env.render import Scene, render_ansi, render_rgb
-from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
+from rap_env.costs import RequestCosts
+from rap_env.envs.base import PruningEnv
+from rap_env.envs.removal import RemovalTask
 
 
-class RAPPruneEnv(gym.Env[Observation, np.int64]):
+class RAPPruneEnv(PruningEnv[RequestCosts]):
     """Remove blocks of a real language model until a request fits its memory budget.
 
     ## Description
@@ -173,113 +160,9 @@ class RAPPruneEnv(gym.Env[Observation, np.int64]):
     - v0: First version.
     """
 
-    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - gymnasium's
-
-    def __init__(
-        self,
-        model: str = EnvConfig.model,
-        *,
-        render_mode: str | None = None,
-        context: PruningContext | None = None,
-        **settings: Any,
-    ) -> None:
-        self.render_mode = check_render_mode(render_mode)
-        self._task = task = PruningTask(EnvConfig.of(model=model, **settings), context)
-        self.context, self.memory = task.context, task.memory
-        self.observation_space = task.observations.space
-        self.action_space = gym.spaces.Discrete(task.num_blocks)
-        self._episode: Episode | None = None
-
-    @property
-    def request(self) -> Request:
-        """The request of this episode."""
-        return self._current.start.request
+    make_task = staticmethod(RemovalTask)
 
     @property
     def mask(self) -> BlockMask:
         """The blocks removed so far."""
-        return self._current.removed.mask()
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode with the dense model.
-
-        Args:
-            seed: Seeds the workload; a workload with an order starts again.
-            options: ``{"request": ...}`` sets the request, see Starting State.
-
-        Raises:
-            InvalidRequestError: The model cannot serve the request, or the dense model fits it.
-            InfeasibleBudgetError: No mask can meet the budget, and ``infeasible="error"``.
-            UnknownNameError: There is no such option.
-            NonFiniteScoreError: The dense model gave NaN or infinity.
-        """
-        super().reset(seed=seed)
-        task = self._task
-        if seed is not None:
-            task.sampler.restart()
-        start = task.start_episode(task.sampler, self.np_random, options)
-        self._episode = Episode(start, task.dense, task.observations)
-        return self._episode.observation(), self._episode.info({})
-
-    def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Remove block `action`. If the model fails, the state does not change.
-
-        Raises:
-            ResetNeeded: No episode has begun, or it is over.
-            UnknownNameError: There is no such action.
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
-        episode, task = self._current, self._task
-        if episode.over:
-            raise ResetNeeded("The episode is over; call reset() before the next step().")
-        index = self._index(action)
-        invalid = episode.has_removed(index)
-        peak_bytes = episode.bytes.peak_bytes if invalid else episode.bytes.peak_without(index)
-        invalid_actions = episode.invalid_actions + invalid
-        terminated = peak_bytes <= episode.start.request.budget_bytes
-        truncated = not terminated and invalid_actions >= task.max_invalid_actions
-        ends = terminated or truncated
-        measurement = episode.measurement if invalid else None
-        terms = task.reward.zeros()
-        if ends or task.reward.pays_every_step:
-            mask = episode.removed.mask(index)
-            step = RewardedStep(episode.start, mask, episode.delta_nll, ends)
-            measurement, terms = task.compute_rewards([step])[0]
-        terms["invalid_action"] = -task.invalid_action_penalty if invalid else 0.0
-        if not invalid:  # only now, when nothing can fail any more
-            episode.remove(index)
-        episode.measurement = measurement
-        episode.invalid_actions, episode.over = invalid_actions, ends
-        reward = sum(terms.values())
-        return episode.observation(), reward, terminated, truncated, episode.info(terms)
-
-    def action_masks(self) -> npt.NDArray[np.bool_]:
-        """True for each block that may still be removed, shape (2L,)."""
-        return self._current.observation()["action_mask"].astype(bool)
-
-    def render(self) -> str | npt.NDArray[np.uint8] | None:
-        """The blocks, the bytes against the budget, and the ΔNLL, as text or as a picture."""
-        if self.render_mode is None:
-            gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
-            return None
-        scene = Scene(self.memory, self.request, self.mask, self._current.delta_nll)
-        return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
-
-    @property
-    def _current(self) -> Episode:
-        if self._episode is None:
-            raise ResetNeeded("No episode has begun; call reset() first.")
-        return self._episode
-
-    def _index(self, action: np.int64 | int) -> int:
-        """The action as a Python integer."""
-        whole = isinstance(action, np.integer) or type(action) is int
-        if not whole:  # an array of one integer is accepted, a boolean is not
-            array = np.asarray(action)
-            whole = array.size == 1 and np.issubdtype(array.dtype, np.integer)
-            action = array.item() if whole else action
-        if not whole or not 0 <= action < self._task.num_blocks:
-            raise self._task.unknown_action(action)
-        return int(action)
+        return self.plan.removed

@@ -1,22 +1,35 @@
-"""Parts that environments of one model share: workload, measurements, rewards and observations."""
+"""Parts that environments of one model share: workload, measurements, rewards and observations.
+
+`PruningTask` is what all of them have in common; `rap_env.envs.removal` and
+`rap_env.envs.lowering` say what an action does in v0 and in v1.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from gymnasium import spaces
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import BlockMask
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig
-from rap_env.envs.episode import EpisodeStart, Measurement
+from rap_env.envs.episode import (
+    CostsT,
+    EpisodeStart,
+    EpisodeState,
+    Measurement,
+    VectorState,
+)
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
-from rap_env.observation import ObservationBuilder
+from rap_env.observation import Observation
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward
 from rap_env.specs import check_settings
@@ -30,9 +43,6 @@ TASK_DOCUMENTS = 20
 
 _MAX_DRAWS = 100
 
-BaselineMask = Callable[[EpisodeStart], BlockMask]
-"""Returns the mask that a baseline has for the request of an episode."""
-
 _task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
 
@@ -41,28 +51,44 @@ class RewardedStep(NamedTuple):
 
     Attributes:
         start: The request of its episode and what it costs.
-        mask: The mask after the step.
-        delta_nll_before: ΔNLL of the mask before the step, or None if it was not measured.
+        plan: The mask or plan after the step.
+        delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
         ends: Whether the episode ends with this step.
     """
 
-    start: EpisodeStart
-    mask: BlockMask
+    start: EpisodeStart[Any]
+    plan: MaskOrPlan
     delta_nll_before: float | None
     ends: bool
 
 
-class PruningTask:
+class Observes(Protocol):
+    """Builds the observations of an environment."""
+
+    @property
+    def space(self) -> spaces.Space[Observation]:
+        """The observation space, with an ``action_mask``."""
+
+    def build(self, request: Request, plan: Any, /) -> Observation:
+        """The observation of a plan under a request, in new arrays."""
+
+
+class PruningTask(ABC, Generic[CostsT]):
     """The parts of an environment that do not depend on an episode; many environments share one.
 
     Attributes:
+        unchanged: What messages call the model at the start of an episode.
         sampler: Draws requests; each sub-environment gets its own `clone`.
         reward: The reward; see `compute_rewards`.
         observations: Builds observations.
+        num_actions: Number of actions.
         invalid_action_penalty: What an invalid action costs.
         max_invalid_actions: Number of invalid actions that ends an episode.
-        num_blocks: 2L, which is also the number of actions.
     """
+
+    unchanged: ClassVar[str]
+    observations: Observes
+    num_actions: int
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
         if context is not None and not hasattr(context, "scorer"):
@@ -71,41 +97,81 @@ class PruningTask:
                 "rap_env.context.open_context(ContextConfig(...)), or pass None."
             )
         self.context = open_context(config.context_config()) if context is None else context
-        self.memory = self.context.memory
-        self.num_blocks = self.memory.facts.num_blocks
+        self.memory: MemoryModel = self.context.memory
         self.sampler = make_sampler(config.workload, self.memory)
         self.reward = make_reward(config.reward, lambda: task_scorer(self.context, config.tasks))
-        self.observations = ObservationBuilder(self.memory, self.context.features)
         self.invalid_action_penalty = float(config.invalid_action_penalty)
         self.max_invalid_actions = int(config.max_invalid_actions)
         self._infeasible = config.infeasible
-        self._baseline_mask = _baseline_mask(self.reward.relative_to, self.context)
+        self._prepare(config)
+        name = self.reward.relative_to
+        self._baseline = None if name is None else self.baseline(name)
+
+    @abstractmethod
+    def _prepare(self, config: EnvConfig) -> None:
+        """Set `observations` and `num_actions`."""
+
+    @abstractmethod
+    def costs(self, request: Request) -> CostsT:
+        """The bytes of a request's batch size and length.
+
+        Raises:
+            InvalidRequestError: The model cannot serve them.
+        """
+
+    @abstractmethod
+    def new_state(self, start: EpisodeStart[CostsT]) -> EpisodeState:
+        """The state at the start of an episode."""
+
+    @abstractmethod
+    def new_vector_state(self, num_envs: int) -> VectorState[CostsT]:
+        """The states of many sub-environments."""
+
+    @abstractmethod
+    def action_name(self, action: int) -> str:
+        """The block or item that an action acts on."""
+
+    @abstractmethod
+    def baseline(self, name: str) -> Callable[[EpisodeStart[CostsT]], MaskOrPlan]:
+        """What gives the plan of a baseline of the reward for the request of an episode.
+
+        Raises:
+            InvalidRequestError: There is nothing that it could follow.
+        """
+
+    @abstractmethod
+    def check_feasible(self, start: EpisodeStart[CostsT]) -> None:
+        """Raise an `InfeasibleBudgetError`: the budget is below the least possible peak."""
+
+    def is_pointless(self, start: EpisodeStart[CostsT]) -> bool:
+        """Whether an episode would end at its start, or could never come closer to its end."""
+        return start.fits
 
     @cached_property
-    def dense(self) -> Measurement:
-        """The measurement of the dense model."""
+    def measured_start(self) -> Measurement:
+        """The measurement of the unchanged model."""
         nll = self.context.scorer.dense_nll
         return Measurement(nll, 0.0, self.context.scorer.is_predicted(BlockMask()))
 
-    def measure(self, masks: Sequence[BlockMask]) -> list[Measurement]:
-        """Measure masks; missing scores are measured together."""
-        scorer, dense_nll = self.context.scorer, self.dense.nll
-        scores = zip(masks, scorer.nll_many(masks), strict=True)
+    def measure(self, plans: Sequence[MaskOrPlan]) -> list[Measurement]:
+        """Measure masks or plans; missing scores are measured together."""
+        scorer, start_nll = self.context.scorer, self.measured_start.nll
+        scores = zip(plans, scorer.nll_many(plans), strict=True)
         return [
-            Measurement(nll, nll - dense_nll, scorer.is_predicted(mask)) for mask, nll in scores
+            Measurement(nll, nll - start_nll, scorer.is_predicted(plan)) for plan, nll in scores
         ]
 
     def compute_rewards(
         self, steps: Sequence[RewardedStep]
     ) -> list[tuple[Measurement, dict[str, float]]]:
-        """The measurement of each step's mask, and the reward's terms by name.
+        """The measurement of each step's plan, and the reward's terms by name.
 
-        All missing scores are measured together, those of the baseline's masks included.
+        All missing scores are measured together, those of the baseline's plans included.
         """
-        baselines: dict[int, BlockMask] = {}
-        if self._baseline_mask is not None:
-            baselines = {n: self._baseline_mask(s.start) for n, s in enumerate(steps) if s.ends}
-        measured = self.measure([*(step.mask for step in steps), *baselines.values()])
+        baselines: dict[int, MaskOrPlan] = {}
+        if self._baseline is not None:
+            baselines = {n: self._baseline(s.start) for n, s in enumerate(steps) if s.ends}
+        measured = self.measure([*(step.plan for step in steps), *baselines.values()])
         of_baselines = dict(zip(baselines, measured[len(steps) :], strict=True))
         rewarded = []
         for number, (step, measurement) in enumerate(zip(steps, measured, strict=False)):
@@ -113,7 +179,7 @@ class PruningTask:
                 baseline = of_baselines[number].delta_nll
                 measurement = measurement._replace(baseline_delta_nll=baseline)
             outcome = StepOutcome(
-                step.mask,
+                step.plan,
                 measurement.delta_nll,
                 step.delta_nll_before,
                 step.ends,
@@ -122,47 +188,56 @@ class PruningTask:
             rewarded.append((measurement, self.reward.step(outcome)))
         return rewarded
 
+    def start_of(
+        self, request: Request, asked_budget_bytes: int | None = None
+    ) -> EpisodeStart[CostsT]:
+        """The start of an episode with a request that the model can serve."""
+        return EpisodeStart(request, self.costs(request), asked_budget_bytes)
+
     def start_episode(
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
-    ) -> EpisodeStart:
+    ) -> EpisodeStart[CostsT]:
         """The start of an episode with a request from the sampler, or the one in `options`."""
         options = reset_options(options)
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
             return self._feasible(self._draw(sampler, rng))
-        start = EpisodeStart.of(self.memory, _request_of(options["request"], self.memory))
-        if start.fits_dense:
-            raise InvalidRequestError(
-                f"The dense model already fits {start.request} (it needs "
-                f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to remove; give a "
-                "smaller budget."
-            )
+        start = self.start_of(_request_of(options["request"], self.memory))
+        if self.is_pointless(start):
+            raise InvalidRequestError(self._pointless(start))
         return self._feasible(start)
 
     def unknown_action(self, action: object) -> UnknownNameError:
         """The error for an action that does not exist."""
-        last = self.num_blocks - 1
-        known = [f"0 ({block_name(0)}) ... {last} ({block_name(last)})"]
+        last = self.num_actions - 1
+        known = [f"0 ({self.action_name(0)}) ... {last} ({self.action_name(last)})"]
         return UnknownNameError("action", action, known)
 
-    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart:
-        """A request of the workload that needs pruning: else the episode would end at its start."""
-        for _ in range(_MAX_DRAWS):
-            start = EpisodeStart.of(self.memory, sampler.sample(rng))
-            if not start.fits_dense:
-                return start
-        raise InvalidRequestError(
-            f"The dense model fits each of {_MAX_DRAWS} requests drawn from the workload, the "
-            f"last one {start.request}; give the workload smaller budgets."
+    def _pointless(self, start: EpisodeStart[CostsT]) -> str:
+        return (
+            f"The {self.unchanged} model already fits {start.request} (it needs "
+            f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to remove; give a "
+            "smaller budget."
         )
 
-    def _feasible(self, start: EpisodeStart) -> EpisodeStart:
-        """The start with its budget raised, if necessary, to one that some mask can meet."""
+    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart[CostsT]:
+        """A request of the workload for which there is something to do."""
+        for _ in range(_MAX_DRAWS):
+            start = self.start_of(sampler.sample(rng))
+            if not self.is_pointless(start):
+                return start
+        raise InvalidRequestError(
+            f"The {self.unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
+            f"workload, the last one {start.request}; give the workload smaller budgets."
+        )
+
+    def _feasible(self, start: EpisodeStart[CostsT]) -> EpisodeStart[CostsT]:
+        """The start with its budget raised, if necessary, to one that can be met."""
         asked, costs = start.request.budget_bytes, start.costs
         if asked >= costs.least_peak_bytes:
             return start
         if self._infeasible == "error":
-            self.memory.check_feasible(start.request)
+            self.check_feasible(start)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
 
@@ -190,39 +265,6 @@ def task_scorer(
     if config not in scorers:  # building the requests of a task takes seconds
         scorers[config] = TaskScorer(context.llm, config, store=context.store)
     return scorers[config]
-
-
-def _baseline_mask(name: str | None, context: PruningContext) -> BaselineMask | None:
-    """The masks of the baseline that a reward is relative to; None if it is to none."""
-    if name is None:
-        return None
-    if name == "frontier":
-        return _from_frontier(context)
-    if name == "one_shot":
-        order = np.argsort(np.asarray(context.one_shot.delta_nll), kind="stable").tolist()
-    elif context.features.gsi_rank.any():
-        order = context.gsi.full_order
-    else:  # zeros: importance="none"
-        raise InvalidRequestError(
-            "A reward relative to 'gsi' needs the GSI order, but importance='none' leaves it out; "
-            "use importance='gsi', or relative_to='one_shot'."
-        )
-    return lambda start: start.costs.remove_until_fits(order, start.request.budget_bytes)
-
-
-def _from_frontier(context: PruningContext) -> BaselineMask:
-    frontier = context.frontier
-
-    def best(start: EpisodeStart) -> BlockMask:
-        found = frontier.best(context.memory, start.request)
-        if found is None:
-            raise InvalidRequestError(
-                f"No mask of the frontier fits {start.request}, so a reward cannot be relative to "
-                "it; build the frontier for smaller budgets too, or give the workload larger ones."
-            )
-        return found
-
-    return best
 
 
 def _request_of(given: Request | Mapping[str, Any], memory: MemoryModel) -> Request:

@@ -1,9 +1,9 @@
-"""`RAPPrune-v0` as a vector environment: sub-environments step and are scored together."""
+"""Vector environments: sub-environments step and are scored together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import gymnasium as gym
 import numpy as np
@@ -14,13 +14,16 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from rap_env.blocks import BlockMask
-from rap_env.costs import Counts, Flags
+from rap_env.costs import Counts, Flags, RequestCosts
+from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import EnvConfig, check_render_mode
+from rap_env.envs.episode import CostsT
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.task import PruningTask, reset_options
 from rap_env.envs.vector_episodes import VectorEpisodes
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.observation import Observation
+from rap_env.plan import CompressionPlan, as_plan
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request, whole_number
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 _EACH = {
     "mask": "masks",
+    "plan": "plans",
     "request": "requests",
     "render": "render",
     "action_masks": "action_masks",
@@ -38,40 +42,13 @@ _EACH = {
 """Attributes that differ between sub-environments: their name here by that of a single one."""
 
 
-class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], Any]):
-    """n environments of the kind of `rap_env.RAPPruneEnv`, stepped as arrays.
+class PruningVectorEnv(
+    gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], Any], Generic[CostsT]
+):
+    """n environments of one kind, stepped as arrays; `RAPPruneVectorEnv` describes it."""
 
-    The same seeds give the same episodes as n single environments under
-    `gymnasium.vector.SyncVectorEnv` with the same `autoreset_mode`, infos included. The scores
-    that a step needs are measured together, so that masks share common computation.
-
-    Args:
-        model: As for the single environment.
-        num_envs: Number of environments, n.
-        autoreset_mode: When a sub-environment whose episode is over starts the next one:
-            ``"NextStep"`` (its next step, whatever the action), ``"SameStep"`` (the step that
-            ends it; infos hold ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
-            ``reset(options={"reset_mask": flags})``).
-        max_episode_steps: Steps after which a sub-environment is truncated, as by gymnasium's
-            ``TimeLimit``: the reward does not know of it.
-        render_mode: As for the single environment.
-        context: As for the single environment.
-        settings: The other arguments of the single environment.
-
-    Attributes:
-        context: The model with its memory arithmetic, scorer and importance.
-        memory: The model's byte arithmetic.
-
-    Raises:
-        InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least 1, or
-            a setting is out of its range.
-        UnknownNameError: There is no such argument, autoreset mode, render mode or other name.
-    """
-
-    metadata = {  # noqa: RUF012 - gymnasium declares it so
-        **RAPPruneEnv.metadata,
-        "autoreset_mode": AutoresetMode.NEXT_STEP,
-    }
+    single_type: ClassVar[type[PruningEnv[Any]]]
+    """The single environment."""
 
     def __init__(
         self,
@@ -91,10 +68,12 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         self._mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
         self.render_mode = check_render_mode(render_mode)
-        self._task = task = PruningTask(EnvConfig.of(model=model, **settings), context)
+        config = self.single_type.config_type.of(model=model, **settings)
+        task: PruningTask[CostsT] = self.single_type.make_task(config, context)
+        self._task = task
         self.context, self.memory = task.context, task.memory
         self.single_observation_space = task.observations.space
-        self.single_action_space = gym.spaces.Discrete(task.num_blocks)
+        self.single_action_space = gym.spaces.Discrete(task.num_actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._samplers = [task.sampler.clone() for _ in range(num_envs)]
@@ -117,9 +96,11 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         return tuple(self._started.starts[index].request for index in range(self.num_envs))
 
     @property
-    def masks(self) -> tuple[BlockMask, ...]:
-        """The blocks that each sub-environment has removed."""
-        return tuple(removed.mask() for removed in self._started.removed)
+    def plans(self) -> tuple[CompressionPlan, ...]:
+        """The plan of each sub-environment."""
+        return tuple(
+            as_plan(self._started.state.plan_after(index)) for index in range(self.num_envs)
+        )
 
     def reset(
         self,
@@ -155,7 +136,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
     def step(
         self, actions: npt.NDArray[np.int64]
     ) -> tuple[Observation, npt.NDArray[np.float64], Flags, Flags, dict[str, Any]]:
-        """Remove a block in each sub-environment. If the model fails, no state changes.
+        """Take an action in each sub-environment. If the model fails, no state changes.
 
         Raises:
             ResetNeeded: A sub-environment has no episode, or (without autoreset) it is over.
@@ -185,20 +166,21 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         return episodes.observation(), rewards, step.terminated, truncated, infos
 
     def action_masks(self) -> Flags:
-        """True for each block that may still be removed, shape (n, 2L)."""
+        """True for each action that is valid, shape (n, actions)."""
         return self._started.action_masks()
 
     def render(self) -> tuple[Any, ...] | None:
-        """Each sub-environment as `rap_env.RAPPruneEnv.render` shows it."""
+        """Each sub-environment as the `render` of a single one shows it."""
         if self.render_mode is None:
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
         draw = render_ansi if self.render_mode == "ansi" else render_rgb
-        states = zip(self.requests, self.masks, self._episodes.measurements, strict=True)
-        return tuple(
-            draw(Scene(self.memory, request, mask, None if found is None else found.delta_nll))
-            for request, mask, found in states
+        states = zip(self.requests, self.plans, self._episodes.measurements, strict=True)
+        scenes = (
+            Scene(self.memory, request, plan, found and found.delta_nll, self._task.unchanged)
+            for request, plan, found in states
         )
+        return tuple(map(draw, scenes))
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """An attribute of a single environment, for each sub-environment; methods are called."""
@@ -238,7 +220,7 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
         return self._episodes.observation()
 
     @property
-    def _started(self) -> VectorEpisodes:
+    def _started(self) -> VectorEpisodes[CostsT]:
         if len(self._episodes.starts) < self.num_envs:
             raise ResetNeeded("No episode has begun; call reset() first.")
         return self._episodes
@@ -262,7 +244,50 @@ class RAPPruneVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64],
             for index in np.flatnonzero(flags).tolist()
         }
         for index, start in starts.items():
-            self._episodes.start(index, start, self._task.dense)
+            self._episodes.start(index, start, self._task.measured_start)
+
+
+class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
+    """n environments of the kind of `rap_env.RAPPruneEnv`, stepped as arrays.
+
+    The same seeds give the same episodes as n single environments under
+    `gymnasium.vector.SyncVectorEnv` with the same `autoreset_mode`, infos included. The scores
+    that a step needs are measured together, so that masks share common computation.
+
+    Args:
+        model: As for the single environment.
+        num_envs: Number of environments, n.
+        autoreset_mode: When a sub-environment whose episode is over starts the next one:
+            ``"NextStep"`` (its next step, whatever the action), ``"SameStep"`` (the step that
+            ends it; infos hold ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
+            ``reset(options={"reset_mask": flags})``).
+        max_episode_steps: Steps after which a sub-environment is truncated, as by gymnasium's
+            ``TimeLimit``: the reward does not know of it.
+        render_mode: As for the single environment.
+        context: As for the single environment.
+        settings: The other arguments of the single environment.
+
+    Attributes:
+        context: The model with its memory arithmetic, scorer and importance.
+        memory: The model's byte arithmetic.
+
+    Raises:
+        InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least 1, or
+            a setting is out of its range.
+        UnknownNameError: There is no such argument, autoreset mode, render mode or other name.
+    """
+
+    metadata = {  # noqa: RUF012 - gymnasium declares it so
+        **RAPPruneEnv.metadata,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
+    single_type = RAPPruneEnv
+
+    @property
+    def masks(self) -> tuple[BlockMask, ...]:
+        """The blocks that each sub-environment has removed."""
+        return tuple(plan.removed for plan in self.plans)
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
@@ -271,8 +296,8 @@ def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
     return AutoresetMode(mode)
 
 
-def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask) -> Counts:
-    """The block that each active sub-environment acts on, 0 for the others, (n,)."""
+def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask[Any]) -> Counts:
+    """The action of each active sub-environment, 0 for the others, (n,)."""
     given = np.asarray(actions)
     if given.shape != active.shape:
         raise InvalidRequestError(
@@ -280,7 +305,7 @@ def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask) -
             f"one of shape {given.shape}."
         )
     whole = np.issubdtype(given.dtype, np.integer)
-    wrong = active & ((given < 0) | (given >= task.num_blocks)) if whole else active
+    wrong = active & ((given < 0) | (given >= task.num_actions)) if whole else active
     if wrong.any():
         raise task.unknown_action(given[wrong][0].item())
     return np.where(active, given, 0).astype(np.int64)

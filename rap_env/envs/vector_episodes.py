@@ -7,19 +7,20 @@ gymnasium's own vector environments fill them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium.vector.utils import create_empty_array
 
 from rap_env.blocks import BlockMask
-from rap_env.costs import Counts, Flags, VectorByteTracker
-from rap_env.envs.episode import EpisodeStart, Measurement, RemovedBlocks
+from rap_env.costs import Counts, Flags
+from rap_env.envs.episode import CostsT, EpisodeStart, Measurement
 from rap_env.envs.task import PruningTask, RewardedStep
-from rap_env.observation import BYTES_OVER, KEPT_AND_FREED, Observation
+from rap_env.observation import BYTES_OVER, Observation
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 
 Terms = dict[str, npt.NDArray[np.float64]]
@@ -31,15 +32,15 @@ class VectorStep:
     """The effect of one action in each of n sub-environments, before it is applied.
 
     Attributes:
-        blocks: The block that each sub-environment acts on, (n,); 0 where it does not act.
-        valid: Whether it acts on a block that it still has, (n,).
-        invalid: Whether it acts on a removed block, (n,).
+        actions: The action of each sub-environment, (n,); 0 where it does not act.
+        valid: Whether it acts and the action changes something, (n,).
+        invalid: Whether it acts and the action changes nothing, (n,).
         peak_bytes: Peak bytes afterwards, (n,).
         terminated: Whether the request fits afterwards, (n,).
         truncated: Whether there were too many invalid actions, (n,).
     """
 
-    blocks: Counts
+    actions: Counts
     valid: Flags
     invalid: Flags
     peak_bytes: Counts
@@ -47,67 +48,64 @@ class VectorStep:
     truncated: Flags
 
 
-class VectorEpisodes:
+class VectorEpisodes(Generic[CostsT]):
     """The episodes of n sub-environments.
 
     Attributes:
         starts: Request and costs of each sub-environment that has started an episode, by index.
-        removed: The blocks that each one has removed.
-        measurements: What the model measured of each mask, or None if it was not measured.
+        state: What each one has done to the model.
+        measurements: What the model measured of each plan, or None if it was not measured.
         batch_size: Batch size of each request, (n,).
         seq_len_tokens: Length of each request, (n,).
         budget_bytes: Budget of each request, (n,).
         asked_bytes: Budgets before they were clipped, 0 where they were not, (n,).
-        bytes: Tracks what each request needs with its mask.
-        invalid_actions: Number of actions on removed blocks, (n,).
+        invalid_actions: Number of invalid actions, (n,).
         steps: Steps of each episode, (n,).
         over: Whether the episode has terminated or was truncated, (n,).
     """
 
-    def __init__(self, num_envs: int, task: PruningTask) -> None:
+    def __init__(self, num_envs: int, task: PruningTask[CostsT]) -> None:
         self._task = task
         self._rows = np.arange(num_envs)
-        self.starts: dict[int, EpisodeStart] = {}
-        self.removed = [RemovedBlocks() for _ in range(num_envs)]
+        self.starts: dict[int, EpisodeStart[CostsT]] = {}
+        self.state = task.new_vector_state(num_envs)
         self.measurements: list[Measurement | None] = [None] * num_envs
         self.invalid_actions, self.steps = _zeros(num_envs), _zeros(num_envs)
         self.over = np.zeros(num_envs, dtype=bool)
         self.batch_size, self.seq_len_tokens = _zeros(num_envs), _zeros(num_envs)
         self.budget_bytes, self.asked_bytes = _zeros(num_envs), _zeros(num_envs)
-        self.bytes = VectorByteTracker(num_envs, task.num_blocks)
         self._observation: Any = create_empty_array(task.observations.space, num_envs)
 
     def start(
         self,
         index: int,
-        start: EpisodeStart,
+        start: EpisodeStart[CostsT],
         measurement: Measurement | None,
-        removed: Collection[int] = (),
+        plan: MaskOrPlan = BlockMask(),
     ) -> None:
-        """Start the episode of one sub-environment, or restore one with its `removed` blocks."""
+        """Start the episode of one sub-environment, or restore one with its mask or plan."""
         request = start.request
-        self.starts[index], self.removed[index] = start, RemovedBlocks(removed)
-        self.measurements[index] = measurement
+        self.starts[index], self.measurements[index] = start, measurement
         self.invalid_actions[index] = self.steps[index] = 0
         self.over[index] = False
         self.budget_bytes[index] = request.budget_bytes
         self.batch_size[index] = request.batch_size
         self.seq_len_tokens[index] = request.seq_len_tokens
         self.asked_bytes[index] = start.asked_budget_bytes or 0
-        self.bytes.start(index, start.costs, removed)
-        observation = self._task.observations.build(request, self.removed[index].mask())
+        self.state.start(index, start.costs, plan)
+        observation = self._task.observations.build(request, plan)
         for key, array in observation.items():
             self._observation[key][index] = array
 
-    def plan(self, blocks: Counts, active: Flags) -> VectorStep:
-        """The effect of acting on `blocks` where `active`; 0 elsewhere, both (n,)."""
-        kept = self._observation["action_mask"][self._rows, blocks] > 0
-        valid, invalid = active & kept, active & ~kept
-        peak = self.bytes.peak_without(blocks, valid)
+    def plan(self, actions: Counts, active: Flags) -> VectorStep:
+        """The effect of `actions` where `active`; 0 elsewhere, both (n,)."""
+        possible = self._observation["action_mask"][self._rows, actions] > 0
+        valid, invalid = active & possible, active & ~possible
+        peak = self.state.peak_after(actions, valid)
         terminated = active & (peak <= self.budget_bytes)
         invalid_actions = self.invalid_actions + invalid
         truncated = active & ~terminated & (invalid_actions >= self._task.max_invalid_actions)
-        return VectorStep(blocks, valid, invalid, peak, terminated, truncated)
+        return VectorStep(actions, valid, invalid, peak, terminated, truncated)
 
     def compute_rewards(self, step: VectorStep) -> tuple[Terms, dict[int, Measurement]]:
         """The reward's terms of a step, (n,) each, and the measurements behind them by index."""
@@ -127,26 +125,21 @@ class VectorEpisodes:
 
     def _rewarded(self, index: int, step: VectorStep, ends: bool) -> RewardedStep:
         before = self.measurements[index]
-        mask = self.removed[index].mask(int(step.blocks[index]))
+        plan = self.state.plan_after(index, int(step.actions[index]))
         delta_nll_before = None if before is None else before.delta_nll
-        return RewardedStep(self.starts[index], mask, delta_nll_before, ends)
+        return RewardedStep(self.starts[index], plan, delta_nll_before, ends)
 
     def apply(self, step: VectorStep, measurements: Mapping[int, Measurement]) -> None:
         """Apply a step."""
-        where = np.flatnonzero(step.valid)
-        blocks = step.blocks[where]
-        for index, block in zip(where.tolist(), blocks.tolist(), strict=True):
-            self.removed[index].add(block)
+        for index in np.flatnonzero(step.valid).tolist():
             self.measurements[index] = None
         for index, measurement in measurements.items():
             self.measurements[index] = measurement
         self.invalid_actions += step.invalid
         self.steps += step.valid | step.invalid
-        self.bytes.remove(step.blocks, step.valid, step.peak_bytes)
-        self._observation["blocks"][where, blocks, KEPT_AND_FREED] = 0.0
-        self._observation["action_mask"][where, blocks] = 0
+        self.state.apply(step.actions, step.valid, step.peak_bytes, self._observation)
         over_bytes = np.maximum(0, step.peak_bytes - self.budget_bytes)
-        shares = np.minimum(1.0, over_bytes / self.bytes.dense_peak_bytes)
+        shares = np.minimum(1.0, over_bytes / self.state.dense_peak_bytes)
         self._observation["request"][:, BYTES_OVER] = shares
 
     def observation(self) -> Observation:
@@ -158,7 +151,7 @@ class VectorEpisodes:
         return {key: array[index].copy() for key, array in self._observation.items()}
 
     def action_masks(self) -> Flags:
-        """True for each block that may still be removed, (n, 2L)."""
+        """True for each action that is valid, (n, actions)."""
         return np.asarray(self._observation["action_mask"] > 0)
 
     def get_state(self, index: int) -> dict[str, Any]:
@@ -166,7 +159,7 @@ class VectorEpisodes:
         return {
             "request": asdict(self.starts[index].request),
             "asked_budget_bytes": self.starts[index].asked_budget_bytes,
-            "removed": self.removed[index].names.copy(),
+            self.state.info_key: self.state.info(index),
             "measured": self.measurements[index] is not None,
             "invalid_actions": int(self.invalid_actions[index]),
             "steps": int(self.steps[index]),
@@ -175,11 +168,10 @@ class VectorEpisodes:
 
     def set_state(self, index: int, state: Mapping[str, Any]) -> None:
         """Restore what `get_state` returned; an unknown score is measured again."""
-        mask = BlockMask.of(*state["removed"])
-        request = Request(**state["request"])
-        start = EpisodeStart.of(self._task.memory, request, state["asked_budget_bytes"])
-        measurement = self._task.measure([mask])[0] if state["measured"] else None
-        self.start(index, start, measurement, mask.indices)
+        plan = self.state.saved_plan(state)
+        start = self._task.start_of(Request(**state["request"]), state["asked_budget_bytes"])
+        measurement = self._task.measure([plan])[0] if state["measured"] else None
+        self.start(index, start, measurement, plan)
         self.invalid_actions[index], self.steps[index] = state["invalid_actions"], state["steps"]
         self.over[index] = state["over"]
 
@@ -196,10 +188,9 @@ class VectorEpisodes:
             "seq_len_tokens": self.seq_len_tokens,
             "budget_bytes": self.budget_bytes,
         }
-        removed = _objects(shown, lambda index: self.removed[index].names.copy())
         infos = {
-            **_entry("removed", removed, shown),
-            **_entry("peak_bytes", self.bytes.peak_bytes, shown),
+            **_entry(self.state.info_key, _objects(shown, self.state.info), shown),
+            **_entry("peak_bytes", self.state.peak_bytes, shown),
             **_entry("request", _entries(request, shown), shown),
             **_entry("reward_terms", _entries(terms, rewarded & shown), shown),
             **_measured(self.measurements, shown),
@@ -218,7 +209,7 @@ class VectorEpisodes:
 
 
 def _measured(measurements: list[Measurement | None], shown: Flags) -> dict[str, Any]:
-    """The infos about masks that were measured."""
+    """The infos about plans that were measured."""
     pairs = zip(measurements, shown.tolist(), strict=True)
     found = [measurement if show else None for measurement, show in pairs]
     known = np.array([one is not None for one in found])
