@@ -20,7 +20,7 @@ LAYERS = (
     (
         "version", "errors", "paths", "specs", "artifacts", "blocks", "levels", "plan",
         "model_facts", "request", "policy", "memory", "memory_picture", "costs",
-        "observation", "block_rows",
+        "ladder", "ladder_costs", "observation", "block_rows",
     ),
     ("workload",),
     ("llm",),

@@ -1,0 +1,397 @@
+"""Exact bytes while the items of a ladder are lowered one by one. Without torch.
+
+A plan's peak bytes are a constant, plus the bytes of each item at its level, plus what items
+share. Three parts are shared: the workspace is smaller once no FFN block is left, larger while a
+lowered cache is left, and, unless the model's own weights are packed, larger while lowered weights
+are left. `rap_env.memory` defines the arithmetic. None of it depends on the budget, so it is
+cached for each batch size and sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from rap_env.costs import Counts, Flags
+from rap_env.ladder import Item, Ladder
+from rap_env.levels import CacheLevel
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+
+_CACHED_SHAPES = 1024  # some tens of kilobytes each
+
+# Three counters in one integer: kept FFN blocks, lowered caches, lowered weights.
+_FFN, _CACHE, _WEIGHTS = 1, 1 << 20, 1 << 40
+_COUNTER = (1 << 20) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBytes:
+    """Bytes that items share.
+
+    Attributes:
+        last_ffn: Bytes by which the workspace shrinks when the last FFN block is removed.
+        lowered_cache: Bytes that attention needs while at least one lowered cache is left.
+        lowered_weights: Bytes that at least one lowered block, or lowered embeddings, needs.
+    """
+
+    last_ffn: int
+    lowered_cache: int
+    lowered_weights: int
+
+    def of(self, counters: int) -> int:
+        """The shared bytes of the items that `counters` counts."""
+        return (
+            (0 if counters & _COUNTER else -self.last_ffn)
+            + (self.lowered_cache if counters & (_COUNTER * _CACHE) else 0)
+            + (self.lowered_weights if counters >= _WEIGHTS else 0)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LadderCosts:
+    """Bytes of the items' levels for one batch size and sequence length on one model.
+
+    Arrays have a row for each item and a column for each level, as many as the longest row needs
+    (W); read-only.
+
+    Attributes:
+        ladder: The items.
+        dense_peak_bytes: Peak bytes of the native model.
+        kv_cache_bytes: Bytes of its KV cache.
+        constant_bytes: Bytes that do not depend on any level.
+        shared: Bytes that depend on several levels.
+        item_bytes: Bytes of each item at each level; those of a cache, if its level is fixed,
+            count for its attention block, (items, W).
+        counters: What each level of an item adds to the counters of `SharedBytes`, (items, W).
+        next_level: Position of the level to which lowering takes the item, -1 if there is none,
+            (items, W). Levels of a cache that need no fewer bytes than the level above them are
+            skipped, such as a window that is longer than the sequence.
+    """
+
+    ladder: Ladder
+    dense_peak_bytes: int
+    kv_cache_bytes: int
+    constant_bytes: int
+    shared: SharedBytes
+    item_bytes: Counts
+    counters: Counts
+    next_level: Counts
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """`item_bytes` as Python integers, which are faster one at a time."""
+        return _lists(self.item_bytes)
+
+    @cached_property
+    def counts(self) -> list[list[int]]:
+        """`counters` as Python integers."""
+        return _lists(self.counters)
+
+    @cached_property
+    def nexts(self) -> list[list[int]]:
+        """`next_level` as Python integers."""
+        return _lists(self.next_level)
+
+    @cached_property
+    def lowest(self) -> list[int]:
+        """The position of each item's level once no action is valid, (items,)."""
+        tracker = self.tracker()
+        for item in range(len(self.ladder)):
+            while tracker.is_valid(item):
+                tracker.lower(item)
+        return tracker.positions
+
+    @cached_property
+    def least_peak_bytes(self) -> int:
+        """Peak bytes once no action is valid.
+
+        Every sequence of valid actions ends there. Some plan on the way may need slightly less,
+        because of what items share.
+        """
+        return self.tracker(self.lowest).peak_bytes
+
+    def tracker(self, positions: Sequence[int] | None = None) -> LevelTracker:
+        """A tracker that starts with levels at some positions, by default native ones."""
+        return LevelTracker(self, positions)
+
+    def lower_until_fits(
+        self, steps: Sequence[tuple[int, int]], budget_bytes: int
+    ) -> CompressionPlan:
+        """Follow an order of steps until the request fits.
+
+        A step is an item and the position of the level that it shall have; steps to levels that
+        the request skips, or that are not below the item's level, are left out. Where the steps
+        end, the plan has the levels that they reached.
+        """
+        tracker = self.tracker()
+        for item, position in steps:
+            if tracker.peak_bytes <= budget_bytes:
+                break
+            if self.nexts[item][tracker.positions[item]] == position:
+                tracker.lower(item)
+        return self.ladder.plan(tracker.positions)
+
+
+def _lists(array: Counts) -> list[list[int]]:
+    found: list[list[int]] = array.tolist()
+    return found
+
+
+class LevelTracker:
+    """Peak bytes of one request while items are lowered one by one.
+
+    Attributes:
+        positions: The position of each item's level, (items,); see `Ladder.positions`.
+        peak_bytes: Peak bytes now.
+    """
+
+    __slots__ = ("_costs", "_counters", "_held", "_removal", "peak_bytes", "positions")
+
+    def __init__(self, costs: LadderCosts, positions: Sequence[int] | None = None) -> None:
+        self._costs = costs
+        self.positions = [0] * len(costs.ladder) if positions is None else list(positions)
+        rows = list(enumerate(self.positions))
+        self._held = costs.constant_bytes + sum(costs.sizes[n][p] for n, p in rows)
+        self._counters = sum(costs.counts[n][p] for n, p in rows)
+        self._removal = costs.ladder.removals
+        self.peak_bytes = self._held + costs.shared.of(self._counters)
+
+    def is_valid(self, item: int) -> bool:
+        """Whether an item has a lower level."""
+        return self._costs.nexts[item][self.positions[item]] >= 0
+
+    def freed_bytes(self, item: int) -> int:
+        """Bytes that the item's next level frees, shared ones left out; 0 if there is none."""
+        return self._held - self._after(item)[0]
+
+    def peak_after(self, item: int) -> int:
+        """Peak bytes if an item is lowered that has a lower level."""
+        held, counters = self._after(item)
+        return held + self._costs.shared.of(counters)
+
+    def lower(self, item: int) -> None:
+        """Lower an item that has a lower level."""
+        self._held, self._counters = self._after(item)
+        self.peak_bytes = self._held + self._costs.shared.of(self._counters)
+        position = self._costs.nexts[item][self.positions[item]]
+        self.positions[item] = position
+        if position == self._removal[item]:
+            ladder = self._costs.ladder
+            partner = ladder.partners[item]
+            if partner != item:
+                self.positions[partner] = len(ladder.items[partner].levels)
+
+    def _after(self, item: int) -> tuple[int, int]:
+        """Bytes and counters of the items if one is lowered."""
+        costs, position = self._costs, self.positions[item]
+        lower = costs.nexts[item][position]
+        if lower < 0:
+            return self._held, self._counters
+        sizes, counts = costs.sizes[item], costs.counts[item]
+        held = self._held + sizes[lower] - sizes[position]
+        counters = self._counters + counts[lower] - counts[position]
+        if lower == self._removal[item] and (partner := costs.ladder.partners[item]) != item:
+            held -= costs.sizes[partner][self.positions[partner]]
+            counters -= costs.counts[partner][self.positions[partner]]
+        return held, counters
+
+
+class VectorLevelTracker:
+    """Peak bytes of n requests while their items are lowered: `LevelTracker` as arrays.
+
+    Attributes:
+        dense_peak_bytes: Peak bytes of each request with the native model, (n,).
+        peak_bytes: Peak bytes of each request now, (n,).
+        positions: Position of each item's level, (n, items).
+        next_level: As in `LadderCosts`, for each request, (n, items, W).
+        item_bytes: As in `LadderCosts`, for each request, (n, items, W).
+    """
+
+    def __init__(self, count: int, ladder: Ladder) -> None:
+        shape = count, len(ladder), ladder.width
+        self.dense_peak_bytes, self.peak_bytes = _zeros(count), _zeros(count)
+        self.positions = np.zeros(shape[:2], dtype=np.int64)
+        self.item_bytes = np.zeros(shape, dtype=np.int64)
+        self.next_level = np.zeros(shape, dtype=np.int64)
+        self._counts = np.zeros(shape[1:], dtype=np.int64)
+        self._held, self._counters = _zeros(count), _zeros(count)
+        self._last_ffn, self._cache, self._weights = _zeros(count), _zeros(count), _zeros(count)
+        self._rows = np.arange(count)
+        self._partners = np.array(ladder.partners)
+        self._removal = np.array(ladder.removals)
+        self._gone = np.array([len(item.levels) for item in ladder.items])
+
+    def start(self, row: int, costs: LadderCosts, positions: Sequence[int]) -> None:
+        """Start request `row` with levels at some positions."""
+        tracker = costs.tracker(positions)
+        self.dense_peak_bytes[row] = costs.dense_peak_bytes
+        self.peak_bytes[row] = tracker.peak_bytes
+        self.positions[row] = positions
+        self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.next_level
+        self._counts = costs.counters  # the same for all requests
+        items = np.arange(len(tracker.positions))
+        self._held[row] = costs.constant_bytes + costs.item_bytes[items, positions].sum()
+        self._counters[row] = costs.counters[items, positions].sum()
+        self._last_ffn[row] = costs.shared.last_ffn
+        self._cache[row] = costs.shared.lowered_cache
+        self._weights[row] = costs.shared.lowered_weights
+
+    def peak_after(self, items: Counts, lowers: Flags) -> Counts:
+        """Peak bytes of each request, (n,), if those with a flag lower an item that can be."""
+        held, counters, _ = self._after(items, lowers)
+        return self._peak(held, counters)
+
+    def lower(self, items: Counts, lowers: Flags, peak_bytes: Counts) -> None:
+        """Lower items where there is a flag; all (n,), as `peak_after` has."""
+        self._held, self._counters, lower = self._after(items, lowers)
+        self.peak_bytes = peak_bytes
+        where = np.flatnonzero(lowers)
+        lowered, position = items[where], lower[where]
+        self.positions[where, lowered] = position
+        partners = self._partners[lowered]
+        takes = (position == self._removal[lowered]) & (partners != lowered)
+        self.positions[where[takes], partners[takes]] = self._gone[partners[takes]]
+
+    def _after(self, items: Counts, lowers: Flags) -> tuple[Counts, Counts, Counts]:
+        """Bytes and counters of the items after lowering, and the new levels, (n,) each."""
+        rows, partners = self._rows, self._partners[items]
+        position, other = self.positions[rows, items], self.positions[rows, partners]
+        lower = self.next_level[rows, items, position]
+        takes = (lower == self._removal[items]) & (partners != items)
+        freed = self.item_bytes[rows, items, position] - self.item_bytes[rows, items, lower]
+        freed += self.item_bytes[rows, partners, other] * takes
+        counted = self._counts[items, position] - self._counts[items, lower]
+        counted += self._counts[partners, other] * takes
+        return self._held - freed * lowers, self._counters - counted * lowers, lower
+
+    def _peak(self, held: Counts, counters: Counts) -> Counts:
+        peak = held - self._last_ffn * (counters & _COUNTER == 0)
+        peak += self._cache * (counters & (_COUNTER * _CACHE) != 0)
+        return np.asarray(peak + self._weights * (counters >= _WEIGHTS))
+
+
+class LadderBytes:
+    """Makes the costs of a ladder for requests on one model; the most recent ones are cached."""
+
+    def __init__(self, memory: MemoryModel, ladder: Ladder) -> None:
+        self.memory = memory
+        self.ladder = ladder
+        shape = len(ladder), ladder.width
+        self._weights = np.zeros(shape, dtype=np.int64)
+        self._counters = np.zeros(shape, dtype=np.int64)
+        self._next = np.full(shape, -1, dtype=np.int64)
+        facts = memory.facts
+        for number, item in enumerate(ladder.items):
+            known = _weight_bytes(memory, item)
+            for position, level in enumerate(item.levels):
+                self._weights[number, position] = known.get(level, 0)
+                self._counters[number, position] = _counted(item, level)
+            self._next[number, : len(item.levels) - 1] = range(1, len(item.levels))
+        in_ladder = sum(item.kind == "ffn" for item in ladder.items)
+        self._fixed_ffn = facts.num_layers - in_ladder  # FFN blocks that are always kept
+        self._widen = 0 if facts.packed else facts.widen_bytes
+        self._cache_rows = [n for n, item in enumerate(ladder.items) if item.kind == "cache"]
+        self._takes_cache = [  # attention blocks whose cache has no level of its own
+            n
+            for n, item in enumerate(ladder.items)
+            if item.kind == "attn" and "removed" in item.levels and ladder.partners[n] == n
+        ]
+        self._cached = lru_cache(_CACHED_SHAPES)(self._make)
+
+    def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
+        """The costs of a batch size and a sequence length.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+        """
+        return self._cached(batch_size, seq_len_tokens)
+
+    def _make(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
+        memory, items = self.memory, self.ladder.items
+        request = Request(batch_size, seq_len_tokens, budget_bytes=1)
+        dense_peak_bytes = memory.dense_peak_bytes(batch_size, seq_len_tokens)
+        sizes, nexts = self._weights.copy(), self._next.copy()
+        native = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
+        for number in self._takes_cache:
+            kept = [n != "removed" for n in items[number].levels]
+            sizes[number, : len(kept)] += native[items[number].layer] * np.array(kept)
+        rows: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+        for number in self._cache_rows:
+            layer = items[number].layer or 0
+            key = self._cache_key(layer)
+            if key not in rows:  # layers with equal caches have equal bytes
+                rows[key] = self._cache_row(items[number], batch_size, seq_len_tokens)
+            held, lower = rows[key]
+            sizes[number, : len(held)] = held
+            nexts[number, : len(lower)] = lower
+        constant = dense_peak_bytes - int(sizes[:, 0].sum())
+        workspace, without = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
+        # A model whose FFN blocks are not all in the ladder always keeps one.
+        last_ffn = 0 if self._fixed_ffn else workspace - without
+        shared = SharedBytes(last_ffn, self._attention_workspace(request), self._widen)
+        for array in (sizes, nexts):
+            array.flags.writeable = False
+        return LadderCosts(
+            self.ladder,
+            dense_peak_bytes,
+            memory.kv_cache_bytes(batch_size, seq_len_tokens),
+            constant,
+            shared,
+            sizes,
+            self._counters,
+            nexts,
+        )
+
+    def _attention_workspace(self, request: Request) -> int:
+        return self.memory.attention_workspace_bytes(request) if self._cache_rows else 0
+
+    def _cache_key(self, layer: int) -> tuple[int, ...]:
+        facts = self.memory.facts
+        window = facts.kv_window_tokens[layer]
+        return (
+            facts.kv_heads[layer],
+            facts.kv_head_size[layer],
+            facts.kv_bytes_per_token[layer],
+            -1 if window is None else window,
+        )
+
+    def _cache_row(self, item: Item, batch: int, length: int) -> tuple[list[int], list[int]]:
+        """Bytes of a cache at each level, and the next level of each that needs fewer."""
+        layer = item.layer or 0
+        held = [
+            self.memory.cache_bytes(CacheLevel.of(name), layer, batch, length)
+            for name in item.levels
+        ]
+        lower = [
+            next((n for n in range(p + 1, len(held)) if held[n] < held[p]), -1)
+            for p in range(len(held))
+        ]
+        return held, lower
+
+
+def _weight_bytes(memory: MemoryModel, item: Item) -> dict[str, int]:
+    """Bytes of an item that is no cache, by level."""
+    facts = memory.facts
+    if item.layer is None:
+        return {str(level): size for level, size in facts.embedding_levels.items()}
+    if item.kind == "cache":
+        return {}
+    index = 2 * item.layer + (item.kind == "ffn")
+    return {str(level): size for level, size in facts.weight_levels(index).items()}
+
+
+def _counted(item: Item, level: str) -> int:
+    """What a level of an item adds to the counters."""
+    if item.kind == "cache":
+        return 0 if level == "native" else _CACHE
+    kept_ffn = _FFN if item.kind == "ffn" and level != "removed" else 0
+    return kept_ffn + (0 if level in ("native", "removed") else _WEIGHTS)
+
+
+def _zeros(count: int) -> Counts:
+    return np.zeros(count, dtype=np.int64)

@@ -1,0 +1,138 @@
+"""Ladders: which items have which levels, and lowering one item by one level."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, InvalidRequestError, RapError, UnknownNameError
+from rap_env.ladder import LADDERS, Ladder, parse_levels
+from rap_env.plan import CompressionPlan, item_names
+from tests.runtime.test_knapsack import facts
+
+LAYERS = 2
+UNPACKED, PACKED = facts(), facts(packed=True)
+
+
+def test_items_are_in_the_order_of_the_names_of_items():
+    ladder = Ladder.of(UNPACKED)
+    assert tuple(item.name for item in ladder.items) == item_names(LAYERS)
+    assert [item.kind for item in ladder.items] == [
+        "attn", "ffn", "attn", "ffn", "cache", "cache", "embeddings",
+    ]  # fmt: skip
+    assert all(ladder.numbers[item.name] == n for n, item in enumerate(ladder.items))
+
+
+def test_masks_number_their_items_as_blocks():
+    ladder = Ladder.of(PACKED, "masks")
+    assert [item.levels for item in ladder.items] == [("native", "removed")] * 2 * LAYERS
+    assert tuple(item.name for item in ladder.items) == item_names(LAYERS)[: 2 * LAYERS]
+
+
+def test_weights_have_the_levels_that_exist():
+    levels = {item.name: item.levels for item in Ladder.of(PACKED).items}
+    for index, name in enumerate(item_names(LAYERS)[: 2 * LAYERS]):
+        assert levels[name] == tuple(PACKED.weight_levels(index))
+    assert ("embeddings" in levels) == (len(PACKED.embedding_levels) > 1)
+    assert set(levels["layer00.cache"][1:]) == set(LADDERS["all"]["caches"])
+
+
+def test_an_explicit_ladder_has_what_it_names():
+    ladder = Ladder.of(UNPACKED, {"weights": ["native", "int8"], "caches": ["int4"]})
+    assert {item.levels for item in ladder.items} == {("native", "int8"), ("native", "int4")}
+    assert ladder.cache_levels == ("int4",)
+    assert Ladder.of(UNPACKED, "masks").cache_levels == ()
+
+
+@pytest.mark.parametrize(
+    ("levels", "error", "message"),
+    [
+        ("everything", UnknownNameError, "ladder 'everything'; known are 'all', 'caches', 'masks'"),
+        ({"cache": ["int8"]}, UnknownNameError, "setting of levels: 'cache'.*mean 'caches'"),
+        ({"weights": ["int2"]}, UnknownNameError, "level of weights 'int2'"),
+        ({"embeddings": ["removed"]}, UnknownNameError, "level of embeddings 'removed'"),
+        ({"caches": ["int4-window7"]}, UnknownNameError, "level of a cache 'int4-window7'"),
+        ({"caches": "int8"}, InvalidRequestError, "list of names, not 'int8'"),
+        ({"caches": [8]}, UnknownNameError, "level of a cache 8"),
+        ({"weights": ["int4", "int8"]}, InvalidRequestError, "most to the least exact"),
+        ({"caches": ["int4-window256", "int2"]}, InvalidRequestError, "no longer window"),
+        ({"caches": ["int8", "int8"]}, InvalidRequestError, "most to the least exact"),
+        ({"caches": ["int8", "native"]}, InvalidRequestError, "most to the least exact"),
+        (5, InvalidRequestError, r"a name \(masks, caches, all\) or a dict of lists, not 5"),
+        ({}, InvalidRequestError, "nothing to lower"),
+        ({"weights": ["native"]}, InvalidRequestError, "nothing to lower"),
+    ],
+)
+def test_wrong_levels_are_one_clear_error(levels, error, message):
+    with pytest.raises(error, match=message):
+        Ladder.of(UNPACKED, levels)
+
+
+def test_names_are_checked_without_a_model():
+    assert parse_levels("masks") == {"weights": ("removed",), "caches": (), "embeddings": ()}
+    with pytest.raises(RapError, match="most to the least exact"):
+        parse_levels({"caches": ["int4", "int8"]})
+
+
+def test_caches_need_facts_about_them():
+    old = replace(UNPACKED, kv_heads=(), kv_head_size=())
+    assert len(Ladder.of(old, "masks")) == 2 * LAYERS
+    with pytest.raises(ArtifactError, match="export the facts again"):
+        Ladder.of(old, "all")
+
+
+def test_lowering_goes_through_all_levels_of_an_item():
+    ladder, plan = Ladder.of(UNPACKED), CompressionPlan()
+    for item in ladder.items:
+        for level in item.levels[1:]:
+            assert ladder.next_level(plan, item.name) == level
+            assert ladder.valid_actions(plan)[ladder.numbers[item.name]]
+            plan = ladder.lower(plan, item.name)
+            if item.kind != "cache":  # the removal of attention blocks came first
+                assert plan.levels[item.name] == level
+        if item.kind == "ffn":
+            break  # caches of later layers shall not be gone
+    assert not ladder.valid_actions(plan)[[0, 1]].any()
+    with pytest.raises(UnknownNameError, match=r"item with a lower level 'layer00\.ffn'"):
+        ladder.lower(plan, 1)
+    with pytest.raises(UnknownNameError, match="item 99"):
+        ladder.lower(plan, 99)
+    with pytest.raises(UnknownNameError, match=r"item 'layer09\.ffn'"):
+        ladder.lower(plan, "layer09.ffn")
+
+
+def test_a_removed_attention_block_takes_its_cache_with_it():
+    ladder = Ladder.of(UNPACKED)
+    plan = ladder.lower(CompressionPlan.of({"layer00.cache": "int8"}), "layer00.cache")
+    plan = plan.without(BlockMask.of("layer00.attn"))
+    valid = ladder.valid_actions(plan)
+    assert not valid[ladder.numbers["layer00.cache"]]
+    assert not valid[ladder.numbers["layer00.attn"]]
+    assert valid.sum() == len(ladder) - 2
+    assert ladder.partners[0] == ladder.numbers["layer00.cache"]
+    assert ladder.partners[ladder.numbers["layer00.cache"]] == 0
+
+
+def test_positions_and_plans_are_the_same_thing():
+    ladder, rng = Ladder.of(UNPACKED), np.random.default_rng(0)
+    for _ in range(50):
+        drawn = [int(rng.integers(len(item.levels))) for item in ladder.items]
+        plan = ladder.plan(drawn)
+        assert plan == CompressionPlan.of(
+            {i.name: i.levels[p] for i, p in zip(ladder.items, drawn, strict=True)}
+        )
+        assert ladder.plan(ladder.positions(plan)) == plan
+    lowest = [len(item.levels) - 1 for item in ladder.items]
+    assert ladder.plan(lowest) == ladder.lowest
+    assert len(ladder.lowest.removed) == 2 * LAYERS
+
+
+def test_a_plan_of_another_ladder_is_rejected():
+    ladder = Ladder.of(UNPACKED, "masks")
+    with pytest.raises(UnknownNameError, match=r"level of layer00\.ffn in the ladder 'int8'"):
+        ladder.positions(CompressionPlan.of({"layer00.ffn": "int8"}))
+    with pytest.raises(UnknownNameError, match=r"level of layer00\.cache in the ladder 'int8'"):
+        ladder.positions(CompressionPlan.of({"layer00.cache": "int8"}))

@@ -1,0 +1,161 @@
+"""Bytes while items are lowered: equal to the memory model's for every plan, to the byte."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.costs import request_costs
+from rap_env.errors import InvalidRequestError
+from rap_env.ladder import Ladder
+from rap_env.ladder_costs import LadderBytes, VectorLevelTracker
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from tests.runtime.test_knapsack import facts
+from tests.tiny import FAMILIES, tiny_llm
+
+SHAPES = [(1, 1), (1, 33), (3, 200), (64, 1000), (2, 4096)]
+MADE = {
+    "unquantised": facts(layers=3),
+    "packed": facts(layers=3, packed=True),
+    "windows of the model": facts(layers=3, kv_window_tokens=(None, 40, 700)),
+    "stubs": facts(layers=3, stub_bytes=(50, 60, 70, 80, 90, 100), repair="r" * 64),
+    "unequal caches": facts(
+        layers=3, kv_heads=(2, 1, 4), kv_bytes_per_token=(256, 128, 512), ffn_width=4000
+    ),
+}
+LADDERS = ["all", "masks", "caches", {"weights": ["int8"], "caches": ["int4", "int4-window128"]}]
+
+
+def walk(memory, ladder, shape, seed, start=None):
+    """Lower random items until none is valid; compare with the memory model at each step."""
+    costs, request = LadderBytes(memory, ladder).costs(*shape), Request(*shape, 1)
+    rng, tracker = np.random.default_rng(seed), costs.tracker(start)
+    plan = ladder.plan(tracker.positions)
+    assert tracker.peak_bytes == memory.peak_bytes(plan, request)
+    while valid := [n for n in range(len(ladder)) if tracker.is_valid(n)]:
+        item = int(rng.choice(valid))
+        expected, held = tracker.peak_after(item), tracker.freed_bytes(item)
+        tracker.lower(item)
+        plan = ladder.plan(tracker.positions)
+        assert tracker.peak_bytes == expected == memory.peak_bytes(plan, request), plan
+        assert ladder.positions(plan) == tracker.positions
+        if ladder.items[item].kind == "cache":
+            assert held > 0
+    assert tracker.positions == costs.lowest
+    assert tracker.peak_bytes == costs.least_peak_bytes
+    return tracker
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("levels", LADDERS, ids=str)
+@pytest.mark.parametrize("name", MADE)
+def test_each_step_has_the_bytes_of_the_memory_model(name, levels, shape):
+    made = MADE[name]
+    if isinstance(levels, dict) and name == "packed":
+        levels = {**levels, "weights": []}
+    memory, ladder = MemoryModel(made), Ladder.of(made, levels)
+    for seed in range(4):
+        walk(memory, ladder, shape, seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_step_has_the_bytes_of_the_memory_model_in_all_families(family):
+    made = tiny_llm(family).facts
+    memory, ladder = MemoryModel(made), Ladder.of(made)
+    for seed, shape in enumerate([(1, 1), (2, 40), (5, 64)]):
+        walk(memory, ladder, shape, seed)
+
+
+def test_a_tracker_starts_at_any_plan():
+    made = MADE["unequal caches"]
+    memory, ladder = MemoryModel(made), Ladder.of(made)
+    plan = CompressionPlan.of({"layer01.attn": "removed", "layer00.cache": "int4"})
+    walk(memory, ladder, (3, 200), 0, ladder.positions(plan))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MADE)
+def test_masks_have_the_costs_of_removals(name, shape):
+    made = MADE[name]
+    memory, ladder = MemoryModel(made), Ladder.of(made, "masks")
+    costs, expected = LadderBytes(memory, ladder).costs(*shape), request_costs(memory, *shape)
+    assert costs.dense_peak_bytes == expected.dense_peak_bytes
+    assert costs.kv_cache_bytes == expected.kv_cache_bytes
+    assert costs.least_peak_bytes == expected.least_peak_bytes
+    tracker = costs.tracker()
+    assert tuple(map(tracker.freed_bytes, range(len(ladder)))) == expected.freed
+
+
+def test_levels_that_need_no_fewer_bytes_are_skipped():
+    made = MADE["packed"]
+    memory, ladder = MemoryModel(made), Ladder.of(made, "caches")
+    levels = ladder.items[0].levels
+
+    def reached(tokens: int) -> list[str]:
+        tracker, found = LadderBytes(memory, ladder).costs(1, tokens).tracker(), []
+        while tracker.is_valid(0):
+            tracker.lower(0)
+            found.append(levels[tracker.positions[0]])
+        return found
+
+    assert reached(32) == []  # all of it is in the tail
+    assert reached(300) == ["int8", "int4", "int4-window128"]
+    assert reached(4096) == list(levels[1:])
+
+
+def test_an_order_is_followed_until_the_request_fits():
+    made = MADE["packed"]
+    memory, ladder = MemoryModel(made), Ladder.of(made)
+    costs = LadderBytes(memory, ladder).costs(4, 300)
+    steps = [
+        (item, position)
+        for position in range(1, ladder.width)
+        for item, found in enumerate(ladder.items)
+        if position < len(found.levels)
+    ]
+    peaks = []
+    for fraction in (1.0, 0.9, 0.6, 0.3, 0.0):
+        budget = int(fraction * costs.dense_peak_bytes)
+        plan = costs.lower_until_fits(steps, budget)
+        peaks.append(memory.peak_bytes(plan, Request(4, 300, 1)))
+        assert peaks[-1] <= budget or fraction == 0.0
+    assert peaks == sorted(peaks, reverse=True)
+    assert costs.lower_until_fits(steps, 2**40) == CompressionPlan()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_vector_tracker_has_the_bytes_of_single_ones(name):
+    made, rng = MADE[name], np.random.default_rng(0)
+    memory, ladder = MemoryModel(made), Ladder.of(made)
+    made_bytes = LadderBytes(memory, ladder)
+    vector = VectorLevelTracker(len(SHAPES), ladder)
+    singles = []
+    for row, shape in enumerate(SHAPES):
+        costs = made_bytes.costs(*shape)
+        start = ladder.positions(CompressionPlan.of({"layer01.cache": "int8"} if row else {}))
+        singles.append(costs.tracker(start))
+        vector.start(row, costs, start)
+    for _ in range(60):
+        valid = [[n for n in range(len(ladder)) if s.is_valid(n)] for s in singles]
+        items = np.array([rng.choice(found) if found else 0 for found in valid])
+        lowers = np.array([bool(found) for found in valid]) & (rng.random(len(valid)) < 0.8)
+        peaks = vector.peak_after(items, lowers)
+        for single, item, lower in zip(singles, items.tolist(), lowers, strict=True):
+            if lower:
+                single.lower(item)
+        vector.lower(items, lowers, peaks)
+        assert vector.peak_bytes.tolist() == [s.peak_bytes for s in singles]
+        assert vector.positions.tolist() == [s.positions for s in singles]
+
+
+def test_costs_are_cached_read_only_and_checked():
+    made = MADE["packed"]
+    found = LadderBytes(MemoryModel(made), Ladder.of(made))
+    costs = found.costs(2, 30)
+    assert found.costs(2, 30) is costs
+    with pytest.raises(ValueError, match="read-only"):
+        costs.item_bytes[0, 0] = 0
+    with pytest.raises(InvalidRequestError, match="4096 tokens"):
+        found.costs(1, 5000)
