@@ -1,6 +1,6 @@
-"""Runtime-adaptive pruning of language models: the environment `RAPPrune-v0` and its parts.
+"""Runtime-adaptive pruning of language models: the environments `RAPPrune` and their parts.
 
-Importing this package registers the environment and loads neither a model nor torch. The names
+Importing this package registers the environments and loads neither a model nor torch. The names
 below are imported from their modules on first use; everything else is imported from its module.
 """
 
@@ -16,6 +16,7 @@ from rap_env.version import __version__
 if TYPE_CHECKING:
     from rap_env.blocks import BlockMask
     from rap_env.envs.prune import RAPPruneEnv
+    from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
     from rap_env.envs.vector import RAPPruneVectorEnv
     from rap_env.errors import RapError
     from rap_env.importance.gsi_search import gsi
@@ -39,6 +40,8 @@ _MODULES = {
     "MaskScorer": "scoring.scorer",
     "MemoryModel": "memory",
     "RAPPruneEnv": "envs.prune",
+    "RAPPruneV1Env": "envs.prune_v1",
+    "RAPPruneV1VectorEnv": "envs.prune_v1",
     "RAPPruneVectorEnv": "envs.vector",
     "RapError": "errors",
     "Request": "request",
@@ -61,6 +64,8 @@ __all__ = [
     "MaskScorer",
     "MemoryModel",
     "RAPPruneEnv",
+    "RAPPruneV1Env",
+    "RAPPruneV1VectorEnv",
     "RAPPruneVectorEnv",
     "RapError",
     "Request",
@@ -81,6 +86,11 @@ if "RAPPrune-v0" not in gymnasium.registry:
         id="RAPPrune-v0",
         entry_point="rap_env.envs.prune:RAPPruneEnv",
         vector_entry_point="rap_env.envs.vector:RAPPruneVectorEnv",
+    )
+    gymnasium.register(
+        id="RAPPrune-v1",
+        entry_point="rap_env.envs.prune_v1:RAPPruneV1Env",
+        vector_entry_point="rap_env.envs.prune_v1:RAPPruneV1VectorEnv",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +98,6 @@ class ObservationBuilder:
         table[:, 5] = np.clip(features.gsi_rank, 0.0, 1.0)
         table[:, 6] = squash(features.gsi_marginal_loss)
         self._dense = table  # columns that do not depend on the request, with every block kept
-        self._longest_log2 = np.log2(max(2, memory.facts.max_positions))
 
     def dense(self, request: Request) -> Observation:
         """The observation of the dense model under `request`, in new arrays.
@@ -107,18 +106,10 @@ class ObservationBuilder:
             InvalidRequestError: The model cannot serve the request.
         """
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
-        peak = costs.dense_peak_bytes
-        seen = [
-            min(1.0, request.budget_bytes / peak),
-            min(1.0, np.log2(request.batch_size) / MAX_BATCH_LOG2),
-            min(1.0, np.log2(request.seq_len_tokens) / self._longest_log2),
-            bytes_over(peak, request.budget_bytes, peak),
-            costs.kv_cache_bytes / peak,
-        ]
         blocks = self._dense.copy()
         blocks[:, 3] = costs.freed_share
         return {
-            "request": np.array(seen, dtype=np.float32),
+            "request": request_features(self.memory, request, costs),
             "blocks": blocks,
             "action_mask": np.ones(len(blocks), dtype=np.int8),
         }
@@ -141,6 +132,33 @@ class ObservationBuilder:
         seen["blocks"][removed, KEPT_AND_FREED] = 0.0
         seen["action_mask"][removed] = 0
         return seen
+
+
+class _PeakAndCache(Protocol):
+    """Bytes of a batch size and length that an observation of a request needs."""
+
+    @property
+    def dense_peak_bytes(self) -> int:
+        """Peak bytes of the unchanged model."""
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of its KV cache."""
+
+
+def request_features(
+    memory: MemoryModel, request: Request, costs: _PeakAndCache
+) -> npt.NDArray[np.float32]:
+    """The features `REQUEST_FEATURES` of a request that the unchanged model serves."""
+    peak, longest = costs.dense_peak_bytes, max(2, memory.facts.max_positions)
+    seen = [
+        min(1.0, request.budget_bytes / peak),
+        min(1.0, np.log2(request.batch_size) / MAX_BATCH_LOG2),
+        min(1.0, np.log2(request.seq_len_tokens) / np.log2(longest)),
+        bytes_over(peak, request.budget_bytes, peak),
+        costs.kv_cache_bytes / peak,
+    ]
+    return np.array(seen, dtype=np.float32)
 
 
 def bytes_over(peak_bytes: int, budget_bytes: int, dense_peak_bytes: int) -> float:

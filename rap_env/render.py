@@ -129,10 +129,13 @@ class Scene:
         """The number of lowered items of each kind and level, in words; empty for a mask."""
         kept = ((item, level) for item, level in self.plan.levels.items() if level != "removed")
         counts = Counter((_kind(item), level) for item, level in kept)
-        return ", ".join(
-            f"{level} {kind if kind == EMBEDDINGS else f'{count} {kind}s'}"
-            for (kind, level), count in counts.items()
-        )
+        named = {pair: pair[0] for pair in counts if pair[0] == EMBEDDINGS}
+        named |= {
+            pair: f"{count} {pair[0]}{'s' if count > 1 else ''}"
+            for pair, count in counts.items()
+            if pair not in named
+        }
+        return ", ".join(f"{named[pair]} {pair[1]}" for pair in counts)
 
     def share_left(self, index: int) -> float:
         """Share of a block's native bytes that its weights have at their level."""

@@ -20,7 +20,7 @@ LAYERS = (
     (
         "version", "errors", "paths", "specs", "artifacts", "blocks", "levels", "plan",
         "model_facts", "request", "policy", "memory", "memory_picture", "costs",
-        "ladder", "ladder_costs", "observation", "block_rows",
+        "observation", "block_rows", "ladder",
     ),
     ("workload",),
     ("llm",),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.ladder_order import LadderOrder, greedy_order
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.item_observation import ItemImportance
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.specs import check_types
@@ -25,6 +30,9 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
+
+ITEM_IMPORTANCES = ("one_shot", "none")
+"""Kinds of importance of the items of a ladder."""
 
 GSI_METHODS = ("exact", "lazy", "halving")
 """Methods of `rap_env.importance.gsi`."""
@@ -133,6 +141,13 @@ class PruningContext(Protocol):
     def features(self) -> ImportanceFeatures:
         """The importance of the blocks, as an agent observes it."""
 
+    @property
+    def importance(self) -> str:
+        """The kind of importance that an agent observes, see `ContextConfig`."""
+
+    def level_costs(self, cache_levels: Sequence[str], /) -> LevelCosts:
+        """One-shot costs of the levels of all items; those of caches are named."""
+
 
 def importance_features(context: PruningContext, importance: str) -> ImportanceFeatures:
     """The importance that an agent observes: measured, or zeros for ``"none"``."""
@@ -142,6 +157,19 @@ def importance_features(context: PruningContext, importance: str) -> ImportanceF
         return ImportanceFeatures.from_one_shot(context.one_shot.delta_nll)
     gsi = context.gsi
     return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
+
+
+def item_order(context: PruningContext, item_bytes: LadderBytes) -> LadderOrder:
+    """The greedy order over the items of a ladder, from one-shot costs."""
+    return greedy_order(context.level_costs(item_bytes.ladder.cache_levels), item_bytes)
+
+
+def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImportance:
+    """The importance of a ladder's items that an agent observes: measured, or zeros."""
+    if context.importance == "none":
+        return ItemImportance.none(item_bytes.ladder)
+    check_name("importance of items", context.importance, ITEM_IMPORTANCES)
+    return item_order(context, item_bytes).importance
 
 
 def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:

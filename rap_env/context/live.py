@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, importance_features, load_frontier
+from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from rap_env.scoring.store import ScoreStore
 
 log = logging.getLogger(__name__)
+
+PACKAGED_COSTS = Path(__file__).parents[1] / "runtime" / "saved" / "smollm2-135m.levels.json"
+"""Costs of the levels of the default model, measured on text that it wrote."""
 
 
 class LiveContext:
@@ -58,11 +64,12 @@ class LiveContext:
         self.memory = MemoryModel(llm)
         self.scorer = MaskScorer(llm, calibration, store)
         self.frontier_path = frontier
-        self._importance = importance
+        self.importance = importance
         self._gsi_removals = gsi_removals
         self._gsi_method = gsi_method
         self._folder = folder
         self._progress = progress
+        self._level_costs: dict[tuple[str, ...], LevelCosts] = {}
 
     @property
     def corpus(self) -> Corpus:
@@ -87,8 +94,8 @@ class LiveContext:
         """The GSI order, measured on first use (minutes) and cached."""
         from rap_env.importance.gsi_search import gsi
 
-        if self._importance not in IMPORTANCES:
-            return GSIProfile.load(self._importance, self.llm)
+        if self.importance not in IMPORTANCES:
+            return GSIProfile.load(self.importance, self.llm)
         # What an agent observes depends on how far and how GSI ran, so each has its own file.
         path = self._artifact(f"gsi-{self._gsi_method}-{self._gsi_removals or 'all'}")
         if path is None or not path.exists():
@@ -116,7 +123,38 @@ class LiveContext:
     @cached_property
     def features(self) -> ImportanceFeatures:
         """The importance of the blocks, as an agent observes it."""
-        return importance_features(self, self._importance)
+        return importance_features(self, self.importance)
+
+    def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
+        """One-shot costs of the levels of all items, measured on first use and cached.
+
+        For the default model the costs in the package are used, if they have these levels.
+        """
+        key = tuple(cache_levels)
+        if key not in self._level_costs:
+            self._level_costs[key] = self._packaged_costs(key) or self._measured_costs(key)
+        return self._level_costs[key]
+
+    def _packaged_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts | None:
+        """The costs in the package, if they are of this model and have these levels of caches."""
+        try:
+            found = LevelCosts.load(PACKAGED_COSTS, self.llm)
+        except ArtifactError:
+            return None
+        known = {level.name for level in found.cache_levels}
+        return found if known.issuperset(cache_levels) else None
+
+    def _measured_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
+        from rap_env.importance.level_scan import scan_levels
+
+        path = self._artifact(f"levels-{digest(cache_levels)[:8]}")
+        if path is not None and path.exists():
+            return LevelCosts.load(path, self.llm)
+        log.info("Measuring the costs of levels on %s; this takes minutes, once.", self.llm.name)
+        found = scan_levels(self.scorer, cache_levels, progress=self._progress)
+        if path is not None:
+            found.save(path)
+        return found
 
     def _artifact(self, name: str) -> Path | None:
         """The file for one model, text and way of measuring."""

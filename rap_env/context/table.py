@@ -6,6 +6,7 @@ A step of such an environment takes microseconds; neither torch nor transformers
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from rap_env.context.base import IMPORTANCES, ContextConfig, importance_features, load_frontier
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 from rap_env.observation import ImportanceFeatures
@@ -52,9 +54,11 @@ class TableContext:
         self.table = table
         self.name = name
         self.memory = MemoryModel(table.facts)
-        self.scorer = TableScorer(table)
+        costs = None if table.levels is None else LevelCosts(**table.levels)
+        self._level_costs = costs
+        self.scorer = TableScorer(table, None if costs is None else costs.delta_nll)
         self.frontier_path = frontier
-        self._importance = importance
+        self.importance = importance
         if importance == "gsi" and table.gsi is None:
             raise ArtifactError(self._no_gsi())
 
@@ -81,8 +85,8 @@ class TableContext:
             ArtifactError: The table has none, or the artifact that ``importance`` names is
                 damaged or of another model.
         """
-        if self._importance not in IMPORTANCES:
-            return GSIProfile.load(self._importance, self.memory)
+        if self.importance not in IMPORTANCES:
+            return GSIProfile.load(self.importance, self.memory)
         if self.table.gsi is None:
             raise ArtifactError(self._no_gsi())
         return GSIProfile(**with_tuples(self.table.gsi))
@@ -95,10 +99,31 @@ class TableContext:
     @cached_property
     def features(self) -> ImportanceFeatures:
         """The importance of the blocks, equal to what the live model's context gives."""
-        if self._importance == self.table.settings["importance"]:
+        if self.importance == self.table.settings["importance"]:
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
-        return importance_features(self, self._importance)
+        return importance_features(self, self.importance)
+
+    def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
+        """One-shot costs of the levels of all items.
+
+        Raises:
+            ArtifactError: The table has none, or not of these levels of caches.
+        """
+        costs = self._level_costs
+        if costs is None:
+            raise ArtifactError(
+                f"The score table {self.name} has no costs of levels; pass importance='none', or "
+                "make a table with them (ScoreTable.fitted(..., levels=...))."
+            )
+        known = [level.name for level in costs.cache_levels]
+        for level in cache_levels:
+            if level not in known:
+                raise ArtifactError(
+                    f"The score table {self.name} has no costs of caches at level {level}, only "
+                    f"of {', '.join(known)}; name these levels, or make another table."
+                )
+        return costs
 
     def _no_gsi(self) -> str:
         held = self.table.settings["importance"]

@@ -1,12 +1,13 @@
-"""The configuration of an environment: names, numbers and plain dicts, checked when made."""
+"""The configurations of environments: names, numbers and plain dicts, checked when made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rap_env.errors import InvalidRequestError, check_name
+from rap_env.ladder.items import parse_levels
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.specs import check_settings, check_types, split_spec
@@ -39,6 +40,11 @@ class EnvConfig:
             penalty or the number of invalid actions is out of its range.
         CorpusError: A number of the calibration text is out of its range.
     """
+
+    weights: ClassVar[str] = "bf16"
+    """How the model is loaded, see `rap_env.load_llm`."""
+    text: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the calibration text whose defaults are not those of `CorpusConfig`."""
 
     model: str = "smollm2-135m"
     workload: str | Mapping[str, Any] = "azure-conv"
@@ -74,25 +80,54 @@ class EnvConfig:
             )
 
     @classmethod
-    def of(cls, **arguments: Any) -> EnvConfig:
+    def of(cls, **arguments: Any) -> Self:
         """The configuration of an environment's keyword arguments."""
         known = [entry.name for entry in fields(cls)]
         check_settings(arguments, "the environment", [*known, "context", "render_mode"])
         return cls(**arguments)
 
     def corpus_config(self) -> CorpusConfig:
-        """The calibration text, whose default is `CorpusConfig`'s."""
+        """The calibration text."""
         given = self.calibration
         settings = {"source": given} if isinstance(given, str) else dict(given or {})
         check_settings(settings, "the calibration", [entry.name for entry in fields(CorpusConfig)])
-        return CorpusConfig(**settings)
+        return CorpusConfig(**{**self.text, **settings})
 
     def context_config(self) -> ContextConfig:
         """The part that describes the pruning context."""
         from rap_env.context.base import ContextConfig
 
         shared = {name: getattr(self, name) for name in _OF_CONTEXT}
-        return ContextConfig(calibration=self.corpus_config(), **shared)
+        return ContextConfig(calibration=self.corpus_config(), weights=self.weights, **shared)
+
+
+def _wide_workload() -> dict[str, Any]:
+    return {"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}
+
+
+@dataclass(frozen=True)
+class LadderEnvConfig(EnvConfig):
+    """The arguments of `RAPPrune-v1`, one by one or as vector environment.
+
+    The table in the section "Arguments" of `rap_env.RAPPruneV1Env` describes each attribute.
+
+    Raises:
+        UnknownNameError: As for `EnvConfig`, or there is no such ladder, kind of item or level.
+        InvalidRequestError: As for `EnvConfig`, or levels are not in order.
+        CorpusError: As for `EnvConfig`.
+    """
+
+    weights = "native"
+    text = {"windows": 3, "window_tokens": 1024}  # noqa: RUF012 - shorter windows hide levels
+
+    workload: str | Mapping[str, Any] = field(default_factory=_wide_workload)
+    importance: str = "one_shot"
+    infeasible: str = "clip"
+    levels: str | Mapping[str, Any] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_levels(self.levels)
 
 
 def check_render_mode(render_mode: str | None) -> str | None:

@@ -47,6 +47,11 @@ class PruningVectorEnv(
 ):
     """n environments of one kind, stepped as arrays; `RAPPruneVectorEnv` describes it."""
 
+    metadata = {  # noqa: RUF012 - gymnasium declares it so
+        **PruningEnv.metadata,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
     single_type: ClassVar[type[PruningEnv[Any]]]
     """The single environment."""
 
@@ -276,11 +281,6 @@ class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
             a setting is out of its range.
         UnknownNameError: There is no such argument, autoreset mode, render mode or other name.
     """
-
-    metadata = {  # noqa: RUF012 - gymnasium declares it so
-        **RAPPruneEnv.metadata,
-        "autoreset_mode": AutoresetMode.NEXT_STEP,
-    }
 
     single_type = RAPPruneEnv
 

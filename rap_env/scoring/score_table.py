@@ -1,15 +1,16 @@
 """Scores of one model in a file, to run the environment without the model.
 
-A table holds masks with their measured NLL, a predictor for all other masks, and the facts of the
-model that an environment needs. It needs numpy only, neither torch nor transformers.
+A table holds masks and plans with their measured NLL, a predictor for all other masks, costs of
+levels for other plans, and the facts of the model that an environment needs. It needs numpy only,
+neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ from rap_env.scoring.predictor import (
 PREFIX = "score_table:"
 """Prefix of a model name that is the path of a table."""
 
-_KIND, _FORMAT = "score table", 4
+_KIND, _FORMAT = "score table", 5
+_FORMAT_WITHOUT_LEVELS = 4
 _MASK_FORMAT = 3  # had no plans
 _HEX_FORMAT = 2  # masks were hex strings with one bit per block, pessimism was called doubt
+_OLDER = (_FORMAT_WITHOUT_LEVELS, _MASK_FORMAT, _HEX_FORMAT)
 _NO_PREDICTION = (
-    "A score table predicts masks only, and this plan was not measured: score it with a live model."
+    "This score table has no costs of levels, so it predicts masks only, and this plan was not "
+    "measured: score it with a live model."
 )
 _PREDICTIONS_KEPT = 2**17
 
@@ -67,6 +71,7 @@ class ScoreTable:
         evaluation_s: Seconds that scoring one mask took on the machine that measured it.
         predictor: Predicts delta_nll of other masks.
         fidelity: Agreement of the predictor on masks that it was not fitted to.
+        levels: The fields of the `LevelCosts`, or None: it then predicts no plans.
     """
 
     facts: ModelFacts
@@ -80,6 +85,7 @@ class ScoreTable:
     evaluation_s: float
     predictor: ScoreModel
     fidelity: Fidelity
+    levels: dict[str, Any] | None = None
 
     @classmethod
     def fitted(
@@ -156,7 +162,7 @@ class ScoreTable:
             ArtifactError: It is truncated, altered, not a score table, or of an unknown format.
         """
         try:
-            body = load_artifact(path, _KIND, _FORMAT, older=[_MASK_FORMAT, _HEX_FORMAT])
+            body = load_artifact(path, _KIND, _FORMAT, older=_OLDER)
         except OSError as error:
             raise ModelNotAvailableError(
                 f"Cannot read the score table {os.fspath(path)} ({error.strerror}); correct the "
@@ -193,10 +199,16 @@ class TableScorer:
     """Scores masks from a table: the interface of `MaskScorer`, without a model.
 
     A measured mask or plan has exactly the score that the model gave. Any other mask has a
-    predicted score; `is_predicted` tells which is which. There is no predictor of plans, so other
-    plans raise an `UnknownNameError`. No mask and no block is run, so their counts are 0.
+    predicted score; `is_predicted` tells which is which. Any other plan has the score of its
+    removed blocks plus what `lowered` predicts for its other levels; without that it raises an
+    `UnknownNameError`. No mask and no block is run, so their counts are 0.
     A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
     evaluation on the machine that measured the scores.
+
+    Args:
+        table: The table.
+        lowered: Predicts delta_nll of a plan that removes no block, such as
+            `LevelCosts.delta_nll`.
     """
 
     evaluations = 0
@@ -204,7 +216,10 @@ class TableScorer:
     passes = 0.0
     num_windows = 1
 
-    def __init__(self, table: ScoreTable) -> None:
+    def __init__(
+        self, table: ScoreTable, lowered: Callable[[CompressionPlan], float] | None = None
+    ) -> None:
+        self._lowered = None if lowered is None else lru_cache(_PREDICTIONS_KEPT)(lowered)
         self.dense_nll = table.dense_nll
         self.context: Mapping[str, Any] = table.context
         self.evaluation_s = table.evaluation_s
@@ -230,14 +245,17 @@ class TableScorer:
 
         Raises:
             UnknownNameError: The plan names blocks that the model does not have, or lowers an item
-                and was not measured.
+                and was not measured, and its levels are not predicted.
         """
         found = self._measured.get(plan)
         if found is None:
             if isinstance(plan, BlockMask):
                 plan.check(self._facts.num_blocks)
                 return self.dense_nll + self._predict(plan)
-            return self.nll(only_mask(plan.check(self._facts.num_blocks), _NO_PREDICTION))
+            plan.check(self._facts.num_blocks)
+            if plan.is_mask or self._lowered is None:
+                return self.nll(only_mask(plan, _NO_PREDICTION))
+            return self.nll(plan.removed) + self._lowered(replace(plan, removed=BlockMask()))
         self._asked.add(plan)
         return found
 

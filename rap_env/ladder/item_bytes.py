@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from rap_env.costs import Counts, Flags
-from rap_env.ladder import Item, Ladder
+from rap_env.ladder.items import Item, Ladder
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
@@ -245,6 +245,11 @@ class VectorLevelTracker:
         """Peak bytes of each request, (n,), if those with a flag lower an item that can be."""
         held, counters, _ = self._after(items, lowers)
         return self._peak(held, counters)
+
+    def freed_bytes(self, items: Counts) -> Counts:
+        """Bytes that the next level of an item of each request frees, as `LevelTracker` has it."""
+        levels = self.next_level[self._rows, items, self.positions[self._rows, items]]
+        return np.asarray(self._held - self._after(items, levels >= 0)[0])
 
     def lower(self, items: Counts, lowers: Flags, peak_bytes: Counts) -> None:
         """Lower items where there is a flag; all (n,), as `peak_after` has."""

@@ -9,7 +9,7 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, RapError, UnknownNameError
-from rap_env.ladder import LADDERS, Ladder, parse_levels
+from rap_env.ladder.items import LADDERS, Ladder, parse_levels
 from rap_env.plan import CompressionPlan, item_names
 from tests.runtime.test_knapsack import facts
 

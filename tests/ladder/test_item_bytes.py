@@ -7,8 +7,8 @@ import pytest
 
 from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder import Ladder
-from rap_env.ladder_costs import LadderBytes, VectorLevelTracker
+from rap_env.ladder.item_bytes import LadderBytes, VectorLevelTracker
+from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request

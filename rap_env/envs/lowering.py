@@ -1,0 +1,237 @@
+"""What an action of `RAPPrune-v1` does: it lowers an item by one level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.context.base import item_importance, item_order
+from rap_env.costs import Counts, Flags
+from rap_env.envs.config import EnvConfig, LadderEnvConfig
+from rap_env.envs.episode import EpisodeStart
+from rap_env.envs.removal import from_frontier
+from rap_env.envs.task import PruningTask
+from rap_env.errors import InfeasibleBudgetError, UnknownNameError
+from rap_env.ladder.item_bytes import LadderBytes, LadderCosts, VectorLevelTracker
+from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
+from rap_env.ladder.items import Ladder
+from rap_env.observation import Observation
+from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.request import Request
+
+GONE = "removed"
+"""What `info` calls the level of a cache whose attention block is removed."""
+
+
+class LoweringTask(PruningTask[LadderCosts]):
+    """The parts that environments of v1 share; an action is the number of an item.
+
+    Attributes:
+        ladder: The items.
+        item_bytes: The model's byte arithmetic over them.
+    """
+
+    unchanged = "native"
+
+    def _prepare(self, config: EnvConfig) -> None:
+        assert isinstance(config, LadderEnvConfig)
+        self.ladder = Ladder.of(self.memory.facts, config.levels)
+        self.item_bytes = LadderBytes(self.memory, self.ladder)
+        self.num_actions = len(self.ladder)
+        importance = item_importance(self.context, self.item_bytes)
+        self.observations = self.builder = ItemObservationBuilder(self.item_bytes, importance)
+
+    def costs(self, request: Request) -> LadderCosts:
+        """The bytes of each item at each level."""
+        return self.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+
+    def new_state(self, start: EpisodeStart[LadderCosts]) -> LoweringState:
+        """The native model."""
+        return LoweringState(start, self.builder)
+
+    def new_vector_state(self, num_envs: int) -> VectorLoweringState:
+        """The levels of many sub-environments."""
+        return VectorLoweringState(num_envs, self.builder)
+
+    def action_name(self, action: int) -> str:
+        """The name of the item that an action lowers."""
+        return self.ladder.items[action].name
+
+    def is_pointless(self, start: EpisodeStart[LadderCosts]) -> bool:
+        """Whether the native model fits, or the lowest levels need no fewer bytes than it."""
+        return start.fits or start.costs.least_peak_bytes >= start.costs.dense_peak_bytes
+
+    def check_feasible(self, start: EpisodeStart[LadderCosts]) -> None:
+        """Raise an `InfeasibleBudgetError`: the lowest levels need more than the budget."""
+        request = start.request
+        raise InfeasibleBudgetError(
+            f"No levels of {self.memory.facts.name} in this ladder fit {request.budget_bytes:,} "
+            f"bytes for {request.batch_size} x {request.seq_len_tokens} tokens: the lowest ones "
+            f"need {start.costs.least_peak_bytes:,} bytes. Raise the budget, name lower levels, or "
+            "pass infeasible='clip' to the environment to serve the nearest budget that can be met."
+        )
+
+    def baseline(self, name: str) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
+        """The greedy order followed until the request fits, or the best mask of the frontier."""
+        if name == "frontier":
+            return from_frontier(self.context)
+        if name != "one_shot":
+            hint = "The order over items is made of one-shot costs."
+            raise UnknownNameError("baseline over items", name, ["frontier", "one_shot"], hint)
+        steps = item_order(self.context, self.item_bytes).steps
+        return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
+
+    def _pointless(self, start: EpisodeStart[LadderCosts]) -> str:
+        if start.fits:
+            return super()._pointless(start).replace("to remove", "to lower")
+        return (
+            f"The lowest levels need no fewer bytes than the native model for {start.request}, so "
+            "there is nothing to lower; give a longer sequence, or name other levels."
+        )
+
+
+class LoweringState:
+    """The levels of the items in an episode; an `EpisodeState`."""
+
+    def __init__(self, start: EpisodeStart[LadderCosts], builder: ItemObservationBuilder) -> None:
+        self.observation = builder.build(start.request, CompressionPlan())
+        self._ladder = builder.ladder
+        self._rows = builder.rows_of(start.costs)
+        self._dense_peak_bytes = start.costs.dense_peak_bytes
+        self._costs = start.costs
+        self._tracker = start.costs.tracker()
+        self._names = ["native"] * len(builder.ladder)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak bytes now."""
+        return self._tracker.peak_bytes
+
+    def is_valid(self, action: int) -> bool:
+        """Whether the item has a lower level."""
+        return self._tracker.is_valid(action)
+
+    def peak_after(self, action: int) -> int:
+        """Peak bytes with the item at its next level."""
+        return self._tracker.peak_after(action)
+
+    def plan_after(self, action: int | None = None) -> CompressionPlan:
+        """The plan after an item was lowered, if it can be."""
+        return _plan_after(self._ladder, self._tracker.positions, self._costs.next_level, action)
+
+    def apply(self, action: int) -> None:
+        """Lower an item that has a lower level."""
+        tracker, observation, ladder = self._tracker, self.observation, self._ladder
+        tracker.lower(action)
+        partner = ladder.partners[action]
+        for item in (action,) if partner == action else (action, partner):
+            position = tracker.positions[item]
+            self._names[item] = level_name(ladder, item, position)
+            row = observation["ladder"][item]
+            row[:] = self._rows[item, position]
+            row[FREED] = min(1.0, max(0, tracker.freed_bytes(item)) / self._dense_peak_bytes)
+            observation["action_mask"][item] = tracker.is_valid(item)
+
+    def info(self) -> dict[str, Any]:
+        """The level of each item."""
+        return {"levels": self._names.copy()}
+
+
+class VectorLoweringState:
+    """The levels of the items in n episodes; a `VectorState`."""
+
+    info_key = "levels"
+
+    def __init__(self, num_envs: int, builder: ItemObservationBuilder) -> None:
+        ladder = builder.ladder
+        self._builder, self._ladder = builder, ladder
+        self._tracker = VectorLevelTracker(num_envs, ladder)
+        self._names = [["native"] * len(ladder) for _ in range(num_envs)]
+        self._partners = np.array(ladder.partners)
+        columns = builder.space["ladder"].shape[-1]  # type: ignore[index]
+        self._rows = np.zeros((num_envs, len(ladder), ladder.width, columns), dtype=np.float32)
+
+    @property
+    def dense_peak_bytes(self) -> Counts:
+        """Peak bytes of each request with the native model, (n,)."""
+        return self._tracker.dense_peak_bytes
+
+    @property
+    def peak_bytes(self) -> Counts:
+        """Peak bytes of each request now, (n,)."""
+        return self._tracker.peak_bytes
+
+    def start(self, row: int, costs: LadderCosts, plan: MaskOrPlan) -> None:
+        """Start sub-environment `row` with a plan."""
+        ladder, positions = self._ladder, self._ladder.positions(plan)
+        self._tracker.start(row, costs, positions)
+        self._rows[row] = self._builder.rows_of(costs)
+        self._names[row] = [level_name(ladder, n, p) for n, p in enumerate(positions)]
+
+    def peak_after(self, actions: Counts, valid: Flags) -> Counts:
+        """Peak bytes of each request, (n,), if the valid actions are taken."""
+        return self._tracker.peak_after(actions, valid)
+
+    def apply(
+        self, actions: Counts, valid: Flags, peak_bytes: Counts, observation: Observation
+    ) -> None:
+        """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
+        tracker, ladder = self._tracker, self._ladder
+        tracker.lower(actions, valid, peak_bytes)
+        where = np.flatnonzero(valid)
+        for items in (actions, self._partners[actions]):
+            changed = items[where]
+            positions = tracker.positions[where, changed]
+            for row, item, position in zip(
+                where.tolist(), changed.tolist(), positions.tolist(), strict=True
+            ):
+                self._names[row][item] = level_name(ladder, item, position)
+            rows = self._rows[where, changed, positions]
+            freed = tracker.freed_bytes(items)[where]
+            rows[:, FREED] = freed_share(freed, tracker.dense_peak_bytes[where])
+            observation["ladder"][where, changed] = rows
+            observation["action_mask"][where, changed] = (
+                tracker.next_level[where, changed, positions] >= 0
+            )
+
+    def plan_after(self, row: int, action: int | None = None) -> CompressionPlan:
+        """The plan of a sub-environment after an item was lowered, if it can be."""
+        tracker = self._tracker
+        positions: list[int] = tracker.positions[row].tolist()
+        return _plan_after(self._ladder, positions, tracker.next_level[row], action)
+
+    def info(self, row: int) -> list[str]:
+        """The level of each item of a sub-environment."""
+        return self._names[row].copy()
+
+    def saved_plan(self, state: Mapping[str, Any]) -> CompressionPlan:
+        """The plan of a saved state."""
+        levels = zip(self._ladder.items, state[self.info_key], strict=True)
+        return CompressionPlan.of(
+            {
+                item.name: level
+                for item, level in levels
+                if not (item.kind == "cache" and level == GONE)
+            }
+        )
+
+
+def level_name(ladder: Ladder, item: int, position: int) -> str:
+    """The name of an item's level; `GONE` for a cache that was removed with its block."""
+    levels = ladder.items[item].levels
+    return levels[position] if position < len(levels) else GONE
+
+
+def _plan_after(
+    ladder: Ladder,
+    positions: Sequence[int],
+    next_level: npt.NDArray[np.int64],
+    action: int | None,
+) -> CompressionPlan:
+    """The plan of some positions, after an item was lowered if that is possible."""
+    if action is not None and (lower := int(next_level[action, positions[action]])) >= 0:
+        positions = [*positions[:action], lower, *positions[action + 1 :]]
+    return ladder.plan(positions)

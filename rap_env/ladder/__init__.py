@@ -1,0 +1,1 @@
+"""Ladders: the items of a model that may be lowered, their levels, bytes and observation."""

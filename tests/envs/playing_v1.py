@@ -1,0 +1,61 @@
+"""Environments of v1 on a context, and random episodes in them."""
+
+from __future__ import annotations
+
+import torch
+from gymnasium.vector import SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
+from transformers import AutoModelForCausalLM
+
+from rap_env.context.live import LiveContext
+from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.request import Request
+from tests.envs.conftest import LAYERS, tiny_tokens
+from tests.envs.playing import USUAL
+from tests.envs.playing_vectors import NUM_ENVS
+from tests.tiny import randomise, tiny_config
+
+LONG = {"batch_size": 16, "seq_len_tokens": 500}
+"""A request whose cache is most of its bytes."""
+LEVELS = {
+    "weights": ["int8", "int4", "removed"],
+    "caches": ["int8", "int4", "int4-window32"],
+    "embeddings": ["int8", "int4"],
+}
+"""All levels of items, with a window that is short enough for a tiny model's text."""
+
+ITEMS = 3 * LAYERS + 1
+
+
+def make_ladder_context(**settings) -> LiveContext:
+    """A tiny model with a text that is longer than its windows, so that all levels differ."""
+    torch.set_num_threads(1)
+    config = tiny_config(layers=LAYERS)
+    config.max_position_embeddings = 512
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+    llm = ElasticLLM(model, None, name="tiny-llama")
+    text = tiny_tokens(windows=2, length=128)
+    return LiveContext(llm, text, **{"importance": "one_shot", "progress": False, **settings})
+
+
+def make_v1(context, **settings) -> RAPPruneV1Env:
+    return RAPPruneV1Env(context=context, **{**USUAL, "levels": LEVELS, **settings})
+
+
+def make_vector_v1(context, **settings) -> RAPPruneV1VectorEnv:
+    settings = {**USUAL, "levels": LEVELS, **settings}
+    return RAPPruneV1VectorEnv(context=context, num_envs=NUM_ENVS, **settings)
+
+
+def make_sync_v1(context, mode, steps=None, **settings) -> SyncVectorEnv:
+    def one():
+        env = make_v1(context, **settings)
+        return env if steps is None else TimeLimit(env, steps)
+
+    return SyncVectorEnv([one] * NUM_ENVS, autoreset_mode=mode)
+
+
+def long_request(context, fraction: float = 0.6) -> Request:
+    return Request.at_fraction(context.memory, *LONG.values(), fraction)

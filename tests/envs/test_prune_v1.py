@@ -1,0 +1,279 @@
+"""`RAPPrune-v1`: the contract of Gymnasium, the episodes, and that masks are those of v0."""
+
+from __future__ import annotations
+
+import itertools
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.wrappers import FlattenObservation
+
+import rap_env
+from rap_env.blocks import BlockMask
+from rap_env.envs.prune_v1 import RAPPruneV1Env
+from rap_env.errors import (
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    NonFiniteScoreError,
+    UnknownNameError,
+)
+from rap_env.ladder.item_observation import ITEM_FEATURES
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from tests.envs.conftest import make_context
+from tests.envs.playing import COUNT, DENSE_TIMING, make, play
+from tests.envs.playing_v1 import (
+    ITEMS,
+    LEVELS,
+    LONG,
+    long_request,
+    make_ladder_context,
+    make_v1,
+)
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return make_ladder_context()
+
+
+class TestContract:
+    @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
+    def test_gymnasium_accepts_it(self, ladder, workload):
+        env = make_v1(ladder, workload=workload, reward=DENSE_TIMING)
+        check_env(env, skip_render_check=True, skip_close_check=True)
+
+    @pytest.mark.filterwarnings("error", "ignore:.*unconventional shape:UserWarning")
+    def test_stable_baselines_accepts_it(self, ladder):
+        checker = pytest.importorskip("stable_baselines3.common.env_checker")
+        checker.check_env(make_v1(ladder))
+
+    def test_maskable_ppo_finds_the_masks(self, ladder):
+        contrib = pytest.importorskip("sb3_contrib")
+        env = make_v1(ladder, invalid_action_penalty=1e6)
+        agent = contrib.MaskablePPO("MultiInputPolicy", env, n_steps=32, batch_size=16, seed=0)
+        agent.learn(32)
+        assert agent.rollout_buffer.rewards.min() > -1e5  # no invalid action was taken
+
+    def test_it_flattens(self, ladder):
+        env = FlattenObservation(make_v1(ladder))
+        seen, _ = env.reset(seed=0)
+        assert seen.shape == (5 + len(ITEM_FEATURES) * ITEMS + ITEMS,)
+        assert env.observation_space.contains(seen)
+
+    @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
+    def test_random_play_is_the_same_for_the_same_seed(self, ladder, reward):
+        one, other = (make_v1(ladder, reward=reward, workload="azure-conv") for _ in range(2))
+        for seed in range(5):
+            first, second = play(one, seed), play(other, seed)
+            assert data_equivalence(first, second)
+            assert not data_equivalence(first[0], play(one, seed + 100)[0])
+
+    def test_random_play_leaves_the_weights_as_they_were(self, ladder):
+        weights = ladder.llm.model.state_dict()
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        play(make_v1(ladder, reward=DENSE_TIMING), 99)
+        assert ladder.llm.plan == CompressionPlan()
+        assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
+
+    def test_the_package_exports_and_registers_it(self):
+        assert rap_env.RAPPruneV1Env is RAPPruneV1Env
+        spec = gym.spec("RAPPrune-v1")
+        assert spec.entry_point == "rap_env.envs.prune_v1:RAPPruneV1Env"
+        assert spec.vector_entry_point == "rap_env.envs.prune_v1:RAPPruneV1VectorEnv"
+
+
+SAME = ("peak_bytes", "request", "reward_terms", "nll", "loss", "baseline_loss")
+
+
+class TestSameAsV0:
+    """With weights native or removed and native caches, v1 has the episodes of v0."""
+
+    @pytest.mark.parametrize(
+        "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}], ids=str
+    )
+    @pytest.mark.parametrize(
+        "workload", ["grid", "azure-conv", {"name": "curriculum", "requests": 5}], ids=str
+    )
+    @pytest.mark.parametrize("repaired", [False, True])
+    def test_masks_have_the_same_episodes(self, reward, workload, repaired):
+        context = make_context(repaired=repaired)
+        shared = {"reward": reward, "workload": workload}
+        old, new = make(context, **shared), make_v1(context, levels="masks", **shared)
+        assert old.action_space == new.action_space
+        for seed in range(6):
+            for masked in (False, True):
+                expected, found = play(old, seed, masked), play(new, seed, masked)
+                assert len(found) == len(expected)
+                for (seen, *rest, info), (seen_v0, *rest_v0, info_v0) in zip(
+                    found, expected, strict=True
+                ):
+                    assert rest == rest_v0  # rewards and ends
+                    for key in SAME:
+                        assert info.get(key) == info_v0.get(key)
+                    assert np.array_equal(seen["action_mask"], seen_v0["action_mask"])
+                    assert np.array_equal(seen["request"], seen_v0["request"])
+                    freed = seen["ladder"][:, ITEM_FEATURES.index("freed_share")]
+                    assert np.array_equal(freed, seen_v0["blocks"][:, 3])
+                    removed = [n for n, level in enumerate(info["levels"]) if level == "removed"]
+                    assert BlockMask.of(*removed) == BlockMask.of(*info_v0["removed"])
+
+    @pytest.mark.parametrize("request_", [{"batch_size": 8, "seq_len_tokens": 64}])
+    def test_requests_and_errors_are_the_same(self, context, request_):
+        settings = {"workload": {"name": "fixed", **request_}, "infeasible": "error"}
+        for env in (make(context, **settings), make_v1(context, levels="masks", **settings)):
+            with pytest.raises(InfeasibleBudgetError, match="infeasible='clip'"):
+                env.reset(options={"request": {**request_, "budget_bytes": 10}})
+            with pytest.raises(InvalidRequestError, match="model already fits"):
+                env.reset(options={"request": {**request_, "budget_fraction": 1.0}})
+
+
+class TestEpisode:
+    @pytest.mark.parametrize("seed", range(8))
+    def test_valid_actions_lower_items_until_the_request_fits(self, ladder, seed):
+        env = make_v1(ladder, reward=DENSE_TIMING)
+        (_, start), *steps = play(env, seed, masked=True)
+        assert set(start["levels"]) == {"native"}
+        request = Request(**start["request"])
+        before = CompressionPlan()
+        for seen, _, terminated, truncated, info in steps:
+            plan = plan_of(env, info)
+            changed = {k: v for k, v in plan.levels.items() if before.levels.get(k) != v}
+            assert len(changed) == 1  # a removed block's cache is no longer named
+            assert ladder.memory.peak_bytes(plan, request) == info["peak_bytes"]
+            assert terminated == (info["peak_bytes"] <= request.budget_bytes)
+            assert not truncated
+            assert info["nll"] == pytest.approx(ladder.scorer.nll(plan))
+            assert env.observation_space.contains(seen)
+            before = plan
+        assert steps[-1][2]
+        assert env.plan == before
+
+    def test_every_level_is_reached_one_by_one(self, ladder):
+        env = make_v1(ladder)
+        env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
+        cache = env._task.ladder.numbers["layer00.cache"]
+        reached = []
+        while env.action_masks()[cache]:
+            reached.append(env.step(cache)[-1]["levels"][cache])
+        assert reached == LEVELS["caches"]
+        *_, info = env.step(0), env.step(0), env.step(0)
+        assert info[-1]["levels"][0] == info[-1]["levels"][cache] == "removed"
+        assert env.plan.levels == {"layer00.attn": "removed"}
+        _, reward, *_ = env.step(cache)
+        assert reward == -0.1
+
+    def test_budgets_reach_down_to_the_lowest_levels(self, ladder):
+        env = make_v1(ladder)
+        _, info = env.reset(seed=0, options={"request": {**LONG, "budget_bytes": 10}})
+        assert info["infeasible"] == {"asked_budget_bytes": 10}
+        over = False
+        while not over:
+            _, _, over, _, info = env.step(int(env.action_masks().argmax()))
+        assert info["peak_bytes"] == env.request.budget_bytes
+        assert env.plan == env._task.ladder.lowest
+
+    def test_requests_that_no_level_helps_are_rejected(self, ladder):
+        env = make_v1(ladder, levels={"caches": ["int8"]}, importance="none")
+        short = {"batch_size": 1, "seq_len_tokens": 20, "budget_fraction": 0.9}
+        with pytest.raises(InvalidRequestError, match="no fewer bytes .* longer sequence"):
+            env.reset(options={"request": short})
+
+    def test_both_timings_have_the_same_return(self, ladder):
+        returns = []
+        for reward in ("perplexity", DENSE_TIMING):
+            steps = play(make_v1(ladder, reward=reward), 3)[1:]
+            returns.append(sum(reward for _, reward, *_ in steps))
+        assert returns[0] == pytest.approx(returns[1])
+
+    def test_an_invalid_action_changes_nothing_and_costs(self, ladder):
+        env = make_v1(ladder, invalid_action_penalty=0.25, levels="masks", max_invalid_actions=2)
+        env.reset(seed=0, options={"request": long_request(ladder, 0.5)})
+        seen, *_ = env.step(1)
+        again, reward, terminated, truncated, _ = env.step(np.int64(1))
+        assert data_equivalence(seen, again)
+        assert (reward, terminated, truncated) == (-0.25, False, False)
+        assert env.step(1)[2:4] == (False, True)
+        with pytest.raises(ResetNeeded):
+            env.step(0)
+
+    def test_a_malformed_action_names_the_items(self, ladder):
+        env = make_v1(ladder)
+        env.reset(seed=0)
+        with pytest.raises(UnknownNameError, match=r"0 \(layer00\.attn\) ... 9 \(embeddings\)"):
+            env.step(ITEMS)
+
+    def test_nan_from_the_model_does_not_change_the_episode(self):
+        context = make_ladder_context()
+        env = make_v1(context, reward=DENSE_TIMING)
+        env.reset(seed=0, options={"request": long_request(context, 0.3)})
+        head = context.llm.model.get_output_embeddings().weight
+        env.step(1)
+        kept = head.detach().clone()
+        with torch.no_grad():
+            head.fill_(torch.nan)
+        with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
+            env.step(3)  # the one-shot scan did not measure both together
+        assert env.plan.levels == {"layer00.ffn": "int8"}
+        with torch.no_grad():
+            head.copy_(kept)
+        assert env.step(3)[-1]["levels"][:4] == ["native", "int8", "native", "int8"]
+
+    def test_a_reward_can_be_relative_to_the_greedy_order(self, ladder):
+        env = make_v1(ladder, reward={"name": "perplexity", "relative_to": "one_shot"})
+        _, *steps = play(env, 1, masked=True)
+        info = steps[-1][-1]
+        steps_of_order = env._task._baseline(env._episode.start)
+        assert info["baseline_loss"] == pytest.approx(
+            ladder.scorer.nll(steps_of_order) - ladder.scorer.dense_nll
+        )
+        assert steps[-1][1] == pytest.approx(info["baseline_loss"] - info["loss"])
+
+    def test_an_order_that_was_not_measured_is_rejected(self, ladder):
+        with pytest.raises(UnknownNameError, match="baseline over items 'gsi'"):
+            make_v1(ladder, reward={"name": "perplexity", "relative_to": "gsi"})
+
+
+class TestRendering:
+    def test_text(self, ladder):
+        env = make_v1(ladder, render_mode="ansi")
+        env.reset(seed=0, options={"request": long_request(ladder, 0.3)})
+        assert "cache" not in env.render()
+        assert "of the native peak" in env.render()
+        numbers = env._task.ladder.numbers
+        for item in ("layer00.cache", "layer01.cache", "layer01.cache", "layer01.cache"):
+            env.step(numbers[item])
+        for item in ("layer00.ffn", "layer01.ffn", "layer01.ffn", "embeddings"):
+            env.step(numbers[item])
+        text = env.render()
+        assert "ffn      84#" in text
+        assert "cache    8w#" in text
+        words = ("1 block int8", "1 block int4", "1 cache int8", "1 cache int4-window32")
+        assert all(word in text for word in (*words, "embeddings int8"))
+
+    def test_picture(self, ladder):
+        env = make_v1(ladder, render_mode="rgb_array")
+        env.reset(seed=0, options={"request": long_request(ladder, 0.3)})
+        pictures = [env.render()]
+        for item in ("layer00.cache", "layer00.ffn", "layer00.ffn"):
+            env.step(env._task.ladder.numbers[item])
+            pictures.append(env.render())
+        for one, other in itertools.pairwise(pictures):
+            assert one.shape == other.shape
+            assert not np.array_equal(one, other)
+
+
+def plan_of(env, info) -> CompressionPlan:
+    levels = zip(env._task.ladder.items, info["levels"], strict=True)
+    return CompressionPlan.of(
+        {i.name: n for i, n in levels if not (i.kind == "cache" and n == "removed")}
+    )
+
+
+def test_the_number_of_actions_is_the_number_of_items(ladder):
+    assert make_v1(ladder).action_space.n == ITEMS
+    assert make_v1(ladder, levels="masks").action_space.n == COUNT
