@@ -98,13 +98,15 @@ class LadderCosts:
         return _lists(self.next_level)
 
     @cached_property
-    def lowest(self) -> list[int]:
+    def lowest(self) -> Counts:
         """The position of each item's level once no action is valid, (items,)."""
-        tracker = self.tracker()
-        for item in range(len(self.ladder)):
-            while tracker.is_valid(item):
-                tracker.lower(item)
-        return tracker.positions
+        found = np.zeros(len(self.ladder), dtype=np.int64)
+        while (lower := self.next_level[self._items, found]).max() >= 0:
+            found = np.where(lower >= 0, lower, found)
+        partners, removals = np.array(self.ladder.partners), np.array(self.ladder.removals)
+        gone = partners[(found == removals) & (partners != self._items)]
+        found[gone] = [len(self.ladder.items[cache].levels) for cache in gone]
+        return found
 
     @cached_property
     def least_peak_bytes(self) -> int:
@@ -113,7 +115,26 @@ class LadderCosts:
         Every sequence of valid actions ends there. Some plan on the way may need slightly less,
         because of what items share.
         """
-        return self.tracker(self.lowest).peak_bytes
+        held, counters = self.held(self.lowest)
+        return held + self.shared.of(counters)
+
+    @cached_property
+    def _items(self) -> Counts:
+        return np.arange(len(self.ladder))
+
+    def held(self, positions: Sequence[int] | Counts) -> tuple[int, int]:
+        """Bytes that do not depend on several levels, and the counters, of some levels."""
+        held = self.item_bytes[self._items, positions].sum()
+        return self.constant_bytes + int(held), int(self.counters[self._items, positions].sum())
+
+    def freed_bytes(self, positions: Sequence[int] | Counts) -> Counts:
+        """Bytes that the next level of each item frees, shared ones left out, (items,)."""
+        items, where = self._items, np.asarray(positions)
+        lower, partners = self.next_level[items, where], np.array(self.ladder.partners)
+        takes = (lower == self.ladder.removals) & (partners != items)
+        freed = self.item_bytes[items, where] - self.item_bytes[items, lower]
+        freed += self.item_bytes[partners, where[partners]] * takes
+        return np.asarray(freed * (lower >= 0))
 
     def tracker(self, positions: Sequence[int] | None = None) -> LevelTracker:
         """A tracker that starts with levels at some positions, by default native ones."""
@@ -155,9 +176,7 @@ class LevelTracker:
     def __init__(self, costs: LadderCosts, positions: Sequence[int] | None = None) -> None:
         self._costs = costs
         self.positions = [0] * len(costs.ladder) if positions is None else list(positions)
-        rows = list(enumerate(self.positions))
-        self._held = costs.constant_bytes + sum(costs.sizes[n][p] for n, p in rows)
-        self._counters = sum(costs.counts[n][p] for n, p in rows)
+        self._held, self._counters = costs.held(self.positions)
         self._removal = costs.ladder.removals
         self.peak_bytes = self._held + costs.shared.of(self._counters)
 
@@ -228,15 +247,12 @@ class VectorLevelTracker:
 
     def start(self, row: int, costs: LadderCosts, positions: Sequence[int]) -> None:
         """Start request `row` with levels at some positions."""
-        tracker = costs.tracker(positions)
         self.dense_peak_bytes[row] = costs.dense_peak_bytes
-        self.peak_bytes[row] = tracker.peak_bytes
+        self._held[row], self._counters[row] = held, counters = costs.held(positions)
+        self.peak_bytes[row] = held + costs.shared.of(counters)
         self.positions[row] = positions
         self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.next_level
         self._counts = costs.counters  # the same for all requests
-        items = np.arange(len(tracker.positions))
-        self._held[row] = costs.constant_bytes + costs.item_bytes[items, positions].sum()
-        self._counters[row] = costs.counters[items, positions].sum()
         self._last_ffn[row] = costs.shared.last_ffn
         self._cache[row] = costs.shared.lowered_cache
         self._weights[row] = costs.shared.lowered_weights

@@ -107,14 +107,12 @@ class ItemObservationBuilder:
         """
         costs = self.item_bytes.costs(request.batch_size, request.seq_len_tokens)
         positions = self.ladder.positions(plan)
-        tracker = costs.tracker(positions)
+        held, counters = costs.held(positions)
         seen = request_features(self.item_bytes.memory, request, costs)
-        seen[BYTES_OVER] = bytes_over(
-            tracker.peak_bytes, request.budget_bytes, costs.dense_peak_bytes
-        )
+        peak_bytes = held + costs.shared.of(counters)
+        seen[BYTES_OVER] = bytes_over(peak_bytes, request.budget_bytes, costs.dense_peak_bytes)
         items = self.rows_of(costs)[self._numbers, positions]
-        freed = np.array([tracker.freed_bytes(number) for number in range(len(self.ladder))])
-        items[:, FREED] = freed_share(freed, costs.dense_peak_bytes)
+        items[:, FREED] = freed_share(costs.freed_bytes(positions), costs.dense_peak_bytes)
         valid = costs.next_level[self._numbers, positions] >= 0
         return {"request": seen, "ladder": items, "action_mask": valid.astype(np.int8)}
 

@@ -176,6 +176,8 @@ class Ladder:
             UnknownNameError: The plan has levels that the ladder does not have.
         """
         plan = as_plan(plan)
+        if not plan:
+            return [0] * len(self)
         levels, found = plan.levels, []
         for item in self.items:
             level = levels.pop(item.name, "native")

@@ -36,6 +36,8 @@ def walk(memory, ladder, shape, seed, start=None):
     assert tracker.peak_bytes == memory.peak_bytes(plan, request)
     while valid := [n for n in range(len(ladder)) if tracker.is_valid(n)]:
         item = int(rng.choice(valid))
+        all_freed = costs.freed_bytes(tracker.positions).tolist()
+        assert all_freed == list(map(tracker.freed_bytes, range(len(ladder))))
         expected, held = tracker.peak_after(item), tracker.freed_bytes(item)
         tracker.lower(item)
         plan = ladder.plan(tracker.positions)
@@ -43,7 +45,7 @@ def walk(memory, ladder, shape, seed, start=None):
         assert ladder.positions(plan) == tracker.positions
         if ladder.items[item].kind == "cache":
             assert held > 0
-    assert tracker.positions == costs.lowest
+    assert tracker.positions == costs.lowest.tolist()
     assert tracker.peak_bytes == costs.least_peak_bytes
     return tracker
 
