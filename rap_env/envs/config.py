@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rap_env.errors import InvalidRequestError, check_name
-from rap_env.ladder.items import parse_levels
+from rap_env.ladder.items import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.specs import check_settings, check_types, split_spec
@@ -124,10 +124,12 @@ class LadderEnvConfig(EnvConfig):
     importance: str = "one_shot"
     infeasible: str = "clip"
     levels: str | Mapping[str, Any] = "all"
+    together: Sequence[str] = ("int8", "int4")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_levels(self.levels)
+        parse_together(self.together)
 
 
 def check_render_mode(render_mode: str | None) -> str | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rap_env.context.base import item_importance, item_order
 from rap_env.costs import Counts, Flags
@@ -38,7 +37,7 @@ class LoweringTask(PruningTask[LadderCosts]):
 
     def _prepare(self, config: EnvConfig) -> None:
         assert isinstance(config, LadderEnvConfig)
-        self.ladder = Ladder.of(self.memory.facts, config.levels)
+        self.ladder = Ladder.of(self.memory.facts, config.levels, config.together)
         self.item_bytes = LadderBytes(self.memory, self.ladder)
         self.num_actions = len(self.ladder)
         importance = item_importance(self.context, self.item_bytes)
@@ -101,7 +100,6 @@ class LoweringState:
         self._ladder = builder.ladder
         self._rows = builder.rows_of(start.costs)
         self._dense_peak_bytes = start.costs.dense_peak_bytes
-        self._costs = start.costs
         self._tracker = start.costs.tracker()
         self._names = ["native"] * len(builder.ladder)
 
@@ -120,14 +118,15 @@ class LoweringState:
 
     def plan_after(self, action: int | None = None) -> CompressionPlan:
         """The plan after an item was lowered, if it can be."""
-        return _plan_after(self._ladder, self._tracker.positions, self._costs.next_level, action)
+        tracker = self._tracker
+        return self._ladder.plan(
+            tracker.positions if action is None else tracker.positions_after(action)
+        )
 
     def apply(self, action: int) -> None:
         """Lower an item that has a lower level."""
         tracker, observation, ladder = self._tracker, self.observation, self._ladder
-        tracker.lower(action)
-        partner = ladder.partners[action]
-        for item in (action,) if partner == action else (action, partner):
+        for item in tracker.lower(action):
             position = tracker.positions[item]
             self._names[item] = level_name(ladder, item, position)
             row = observation["ladder"][item]
@@ -148,9 +147,9 @@ class VectorLoweringState:
     def __init__(self, num_envs: int, builder: ItemObservationBuilder) -> None:
         ladder = builder.ladder
         self._builder, self._ladder = builder, ladder
+        self._costs: dict[int, LadderCosts] = {}
         self._tracker = VectorLevelTracker(num_envs, ladder)
         self._names = [["native"] * len(ladder) for _ in range(num_envs)]
-        self._partners = np.array(ladder.partners)
         columns = builder.space["ladder"].shape[-1]  # type: ignore[index]
         self._rows = np.zeros((num_envs, len(ladder), ladder.width, columns), dtype=np.float32)
 
@@ -167,6 +166,7 @@ class VectorLoweringState:
     def start(self, row: int, costs: LadderCosts, plan: MaskOrPlan) -> None:
         """Start sub-environment `row` with a plan."""
         ladder, positions = self._ladder, self._ladder.positions(plan)
+        self._costs[row] = costs
         self._tracker.start(row, costs, positions)
         self._rows[row] = self._builder.rows_of(costs)
         self._names[row] = [level_name(ladder, n, p) for n, p in enumerate(positions)]
@@ -180,28 +180,25 @@ class VectorLoweringState:
     ) -> None:
         """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
         tracker, ladder = self._tracker, self._ladder
-        tracker.lower(actions, valid, peak_bytes)
-        where = np.flatnonzero(valid)
-        for items in (actions, self._partners[actions]):
-            changed = items[where]
-            positions = tracker.positions[where, changed]
-            for row, item, position in zip(
-                where.tolist(), changed.tolist(), positions.tolist(), strict=True
-            ):
-                self._names[row][item] = level_name(ladder, item, position)
-            rows = self._rows[where, changed, positions]
-            freed = tracker.freed_bytes(items)[where]
-            rows[:, FREED] = freed_share(freed, tracker.dense_peak_bytes[where])
-            observation["ladder"][where, changed] = rows
-            observation["action_mask"][where, changed] = (
-                tracker.next_level[where, changed, positions] >= 0
-            )
+        where, items = tracker.lower(actions, valid, peak_bytes)
+        positions = tracker.positions[where, items]
+        for row, item, position in zip(
+            where.tolist(), items.tolist(), positions.tolist(), strict=True
+        ):
+            self._names[row][item] = level_name(ladder, item, position)
+        seen = self._rows[where, items, positions]
+        seen[:, FREED] = freed_share(
+            tracker.freed_bytes(where, items), tracker.dense_peak_bytes[where]
+        )
+        observation["ladder"][where, items] = seen
+        observation["action_mask"][where, items] = tracker.next_level[where, items, positions] >= 0
 
     def plan_after(self, row: int, action: int | None = None) -> CompressionPlan:
         """The plan of a sub-environment after an item was lowered, if it can be."""
-        tracker = self._tracker
-        positions: list[int] = tracker.positions[row].tolist()
-        return _plan_after(self._ladder, positions, tracker.next_level[row], action)
+        positions: list[int] = self._tracker.positions[row].tolist()
+        if action is not None:
+            positions = self._costs[row].tracker(positions).positions_after(action)
+        return self._ladder.plan(positions)
 
     def info(self, row: int) -> list[str]:
         """The level of each item of a sub-environment."""
@@ -223,15 +220,3 @@ def level_name(ladder: Ladder, item: int, position: int) -> str:
     """The name of an item's level; `GONE` for a cache that was removed with its block."""
     levels = ladder.items[item].levels
     return levels[position] if position < len(levels) else GONE
-
-
-def _plan_after(
-    ladder: Ladder,
-    positions: Sequence[int],
-    next_level: npt.NDArray[np.int64],
-    action: int | None,
-) -> CompressionPlan:
-    """The plan of some positions, after an item was lowered if that is possible."""
-    if action is not None and (lower := int(next_level[action, positions[action]])) >= 0:
-        positions = [*positions[:action], lower, *positions[action + 1 :]]
-    return ladder.plan(positions)

@@ -65,23 +65,32 @@ def greedy_order(costs: LevelCosts, item_bytes: LadderBytes) -> LadderOrder:
         less = values[partner][positions[partner]] if taken else 0
         return values[item][position + 1] - values[item][position] - less
 
+    def next_of(item: int) -> int:
+        lower = positions[item] + 1
+        return lower if lower < len(ladder.items[item].levels) else -1
+
     def price(item: int) -> float:
-        freed = -change(sizes, item)
-        return max(0.0, change(known, item)) / freed if freed > 0 else float("inf")
+        takers = ladder.takers(item, next_of)
+        freed = -sum(change(sizes, one) for one in takers)
+        rise = sum(max(0.0, change(known, one)) for one in takers)
+        return rise / freed if freed > 0 else float("inf")
 
     prices = {item: price(item) for item in range(len(ladder))}
     while prices:
-        item = min(prices, key=lambda one: (prices[one], one))
-        rises.append(max(0.0, change(known, item)))
-        positions[item] += 1
-        steps.append((item, positions[item]))
-        partner = ladder.partners[item]
-        if positions[item] == ladder.removals[item]:
-            positions[partner] = len(ladder.items[partner].levels) if partner != item else -1
-        for changed in {item, partner}:
-            prices.pop(changed, None)
-            if 0 <= positions[changed] < len(ladder.items[changed].levels) - 1:
-                prices[changed] = price(changed)
+        best = min(prices, key=lambda one: (prices[one], one))
+        takers = ladder.takers(best, next_of)
+        for item in takers:
+            rises.append(max(0.0, change(known, item)))
+            positions[item] += 1
+            steps.append((item, positions[item]))
+            if positions[item] == ladder.removals[item]:
+                cache = ladder.partners[item]
+                if cache != item:
+                    positions[cache] = len(ladder.items[cache].levels)
+        for item in {*takers, *(ladder.partners[one] for one in takers)}:
+            prices.pop(item, None)
+            if next_of(item) >= 0:
+                prices[item] = price(item)
     return LadderOrder(ladder, one_shot, tuple(steps), tuple(rises))
 
 

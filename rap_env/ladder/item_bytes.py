@@ -185,39 +185,68 @@ class LevelTracker:
         return self._costs.nexts[item][self.positions[item]] >= 0
 
     def freed_bytes(self, item: int) -> int:
-        """Bytes that the item's next level frees, shared ones left out; 0 if there is none."""
-        return self._held - self._after(item)[0]
+        """Bytes that the item's next level frees, shared ones left out; 0 if there is none.
+
+        What other items free that are taken with it does not count.
+        """
+        return self._change(item)[0]
 
     def peak_after(self, item: int) -> int:
         """Peak bytes if an item is lowered that has a lower level."""
         held, counters = self._after(item)
         return held + self._costs.shared.of(counters)
 
-    def lower(self, item: int) -> None:
-        """Lower an item that has a lower level."""
+    def positions_after(self, item: int) -> list[int]:
+        """The positions of the levels after an item, and all taken with it, is lowered."""
+        positions, ladder = self.positions.copy(), self._costs.ladder
+        for one in self.takers(item):
+            lower = self._next_of(one)
+            if lower < 0:
+                continue
+            positions[one] = lower
+            if lower == self._removal[one] and (partner := ladder.partners[one]) != one:
+                positions[partner] = len(ladder.items[partner].levels)
+        return positions
+
+    def lower(self, item: int) -> set[int]:
+        """Lower an item that has a lower level, and all that are taken with it.
+
+        Returns:
+            The items whose level, or whose freed bytes, changed.
+        """
         self._held, self._counters = self._after(item)
         self.peak_bytes = self._held + self._costs.shared.of(self._counters)
-        position = self._costs.nexts[item][self.positions[item]]
-        self.positions[item] = position
-        if position == self._removal[item]:
-            ladder = self._costs.ladder
-            partner = ladder.partners[item]
-            if partner != item:
-                self.positions[partner] = len(ladder.items[partner].levels)
+        lowered = self.takers(item)
+        self.positions = self.positions_after(item)
+        partners = self._costs.ladder.partners
+        return {*lowered, *(partners[one] for one in lowered)}
+
+    def takers(self, item: int) -> tuple[int, ...]:
+        """The items that are lowered with one, itself included."""
+        return self._costs.ladder.takers(item, self._next_of)
+
+    def _next_of(self, item: int) -> int:
+        return self._costs.nexts[item][self.positions[item]]
 
     def _after(self, item: int) -> tuple[int, int]:
-        """Bytes and counters of the items if one is lowered."""
-        costs, position = self._costs, self.positions[item]
-        lower = costs.nexts[item][position]
-        if lower < 0:
-            return self._held, self._counters
-        sizes, counts = costs.sizes[item], costs.counts[item]
-        held = self._held + sizes[lower] - sizes[position]
-        counters = self._counters + counts[lower] - counts[position]
-        if lower == self._removal[item] and (partner := costs.ladder.partners[item]) != item:
-            held -= costs.sizes[partner][self.positions[partner]]
-            counters -= costs.counts[partner][self.positions[partner]]
+        """Bytes and counters of the items after an item, and all taken with it, is lowered."""
+        held, counters = self._held, self._counters
+        for one in self.takers(item):
+            freed, counted = self._change(one)
+            held, counters = held - freed, counters - counted
         return held, counters
+
+    def _change(self, item: int) -> tuple[int, int]:
+        """Bytes and counters that one item's next level takes away."""
+        costs, position, lower = self._costs, self.positions[item], self._next_of(item)
+        if lower < 0:
+            return 0, 0
+        sizes, counts = costs.sizes[item], costs.counts[item]
+        freed, counted = sizes[position] - sizes[lower], counts[position] - counts[lower]
+        if lower == self._removal[item] and (partner := costs.ladder.partners[item]) != item:
+            freed += costs.sizes[partner][self.positions[partner]]
+            counted += costs.counts[partner][self.positions[partner]]
+        return freed, counted
 
 
 class VectorLevelTracker:
@@ -240,7 +269,9 @@ class VectorLevelTracker:
         self._counts = np.zeros(shape[1:], dtype=np.int64)
         self._held, self._counters = _zeros(count), _zeros(count)
         self._last_ffn, self._cache, self._weights = _zeros(count), _zeros(count), _zeros(count)
-        self._rows = np.arange(count)
+        self._caches = np.array(ladder.caches, dtype=np.int64)
+        self._is_cache = np.isin(np.arange(len(ladder)), self._caches)
+        self._is_shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
         self._partners = np.array(ladder.partners)
         self._removal = np.array(ladder.removals)
         self._gone = np.array([len(item.levels) for item in ladder.items])
@@ -259,36 +290,71 @@ class VectorLevelTracker:
 
     def peak_after(self, items: Counts, lowers: Flags) -> Counts:
         """Peak bytes of each request, (n,), if those with a flag lower an item that can be."""
-        held, counters, _ = self._after(items, lowers)
+        held, counters, *_ = self._after(items, lowers)
         return self._peak(held, counters)
 
-    def freed_bytes(self, items: Counts) -> Counts:
-        """Bytes that the next level of an item of each request frees, as `LevelTracker` has it."""
-        levels = self.next_level[self._rows, items, self.positions[self._rows, items]]
-        return np.asarray(self._held - self._after(items, levels >= 0)[0])
+    def freed_bytes(self, rows: Counts, items: Counts) -> Counts:
+        """Bytes that the next levels of items free, as `LevelTracker` has it, (k,).
 
-    def lower(self, items: Counts, lowers: Flags, peak_bytes: Counts) -> None:
-        """Lower items where there is a flag; all (n,), as `peak_after` has."""
-        self._held, self._counters, lower = self._after(items, lowers)
-        self.peak_bytes = peak_bytes
-        where = np.flatnonzero(lowers)
-        lowered, position = items[where], lower[where]
-        self.positions[where, lowered] = position
-        partners = self._partners[lowered]
-        takes = (position == self._removal[lowered]) & (partners != lowered)
-        self.positions[where[takes], partners[takes]] = self._gone[partners[takes]]
-
-    def _after(self, items: Counts, lowers: Flags) -> tuple[Counts, Counts, Counts]:
-        """Bytes and counters of the items after lowering, and the new levels, (n,) each."""
-        rows, partners = self._rows, self._partners[items]
-        position, other = self.positions[rows, items], self.positions[rows, partners]
+        `rows` has the request of each item, (k,).
+        """
+        position = self.positions[rows, items]
         lower = self.next_level[rows, items, position]
+        freed, _ = self._change(rows, items, position, lower)
+        return np.asarray(freed * (lower >= 0))
+
+    def lower(self, items: Counts, lowers: Flags, peak_bytes: Counts) -> tuple[Counts, Counts]:
+        """Lower items where there is a flag; all (n,), as `peak_after` has.
+
+        Returns:
+            Requests and items whose level, or whose freed bytes, changed, (k,) each.
+        """
+        self._held, self._counters, rows, lowered, lower = self._after(items, lowers)
+        self.peak_bytes = peak_bytes
+        self.positions[rows, lowered] = lower
+        partners = self._partners[lowered]
+        takes = (lower == self._removal[lowered]) & (partners != lowered)
+        self.positions[rows[takes], partners[takes]] = self._gone[partners[takes]]
+        return np.concatenate([rows, rows]), np.concatenate([lowered, partners])
+
+    def _after(self, items: Counts, lowers: Flags) -> tuple[Counts, Counts, Counts, Counts, Counts]:
+        """Bytes and counters after lowering, (n,); lowered items and their new levels, (k,).
+
+        The last three are requests, items and positions of levels.
+        """
+        rows = np.flatnonzero(lowers)
+        lowered = items[rows]
+        position = self.positions[rows, lowered]
+        lower = self.next_level[rows, lowered, position]
+        shared = self._is_cache[lowered] & self._is_shared[lower]
+        if shared.any():
+            others = np.flatnonzero(shared)
+            every = self.positions[rows[others]][:, self._caches]
+            nexts = self.next_level[rows[others, None], self._caches, every]
+            same, cache = np.nonzero(nexts == lower[others, None])
+            taken = rows[others[same]]
+            rows = np.concatenate([rows[~shared], taken])
+            lowered = np.concatenate([lowered[~shared], self._caches[cache]])
+            position = self.positions[rows, lowered]
+            lower = self.next_level[rows, lowered, position]
+        freed, counted = self._change(rows, lowered, position, lower)
+        held, counters = self._held.copy(), self._counters.copy()
+        np.subtract.at(held, rows, freed)
+        np.subtract.at(counters, rows, counted)
+        return held, counters, rows, lowered, lower
+
+    def _change(
+        self, rows: Counts, items: Counts, position: Counts, lower: Counts
+    ) -> tuple[Counts, Counts]:
+        """Bytes and counters that new levels of items take away, (k,) each."""
+        partners = self._partners[items]
+        other = self.positions[rows, partners]
         takes = (lower == self._removal[items]) & (partners != items)
         freed = self.item_bytes[rows, items, position] - self.item_bytes[rows, items, lower]
         freed += self.item_bytes[rows, partners, other] * takes
         counted = self._counts[items, position] - self._counts[items, lower]
         counted += self._counts[partners, other] * takes
-        return self._held - freed * lowers, self._counters - counted * lowers, lower
+        return freed, counted
 
     def _peak(self, held: Counts, counters: Counts) -> Counts:
         peak = held - self._last_ffn * (counters & _COUNTER == 0)

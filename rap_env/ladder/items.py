@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -75,13 +75,21 @@ class Ladder:
     it is the number of the item, and of the action that lowers it. Lowering moves an item to its
     next level. A removed attention block takes its cache with it, which then has no level.
 
+    Some levels are taken together: lowering a cache to one of them lowers every cache whose next
+    level it is.
+
     Prefer `of` to the constructor.
+
+    Attributes:
+        items: The items.
+        together: Names of the levels that all caches take together.
 
     Raises:
         InvalidRequestError: No item has more than one level.
     """
 
     items: tuple[Item, ...]
+    together: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -91,7 +99,9 @@ class Ladder:
             )
 
     @classmethod
-    def of(cls, facts: ModelFacts, levels: LevelSpec = "all") -> Ladder:
+    def of(
+        cls, facts: ModelFacts, levels: LevelSpec = "all", together: Sequence[str] = ()
+    ) -> Ladder:
         """The ladder of a model.
 
         Args:
@@ -99,6 +109,8 @@ class Ladder:
             levels: A name of `LADDERS`; or a dict of levels for ``weights``, ``caches`` and
                 ``embeddings``, each from the most to the least exact, ``native`` left out. What
                 it does not name has its native level only.
+            together: Names of levels that all caches take together; those that caches do not have
+                are ignored.
 
         Raises:
             UnknownNameError: There is no such ladder, kind of item or level.
@@ -127,7 +139,7 @@ class Ladder:
             add(cache_name(layer), "cache", layer, wanted["caches"])
         exists = facts.embedding_levels
         add(EMBEDDINGS, "embeddings", None, (n for n in wanted["embeddings"] if n in exists))
-        return cls(tuple(found))
+        return cls(tuple(found), parse_together(together))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -160,6 +172,29 @@ class Ladder:
             item.levels.index("removed") if item.kind == "attn" and "removed" in item.levels else -2
             for item in self.items
         )
+
+    @cached_property
+    def caches(self) -> tuple[int, ...]:
+        """The numbers of the caches; all have the same levels."""
+        return tuple(number for number, item in enumerate(self.items) if item.kind == "cache")
+
+    @cached_property
+    def shared_positions(self) -> frozenset[int]:
+        """The positions of the levels that caches take together."""
+        levels = self.items[self.caches[0]].levels if self.caches else ()
+        return frozenset(n for n, level in enumerate(levels) if level in self.together)
+
+    def takers(self, item: int, next_of: Callable[[int], int]) -> tuple[int, ...]:
+        """The items that are lowered with one, itself included.
+
+        Args:
+            item: Number of the item.
+            next_of: Gives the position of an item's next level, or -1 if it has none.
+        """
+        lower = next_of(item)
+        if lower in self.shared_positions and self.items[item].kind == "cache":
+            return tuple(cache for cache in self.caches if next_of(cache) == lower)
+        return (item,)
 
     @cached_property
     def cache_levels(self) -> tuple[str, ...]:
@@ -227,18 +262,23 @@ class Ladder:
         return levels[position + 1] if position + 1 < len(levels) else None
 
     def lower(self, plan: MaskOrPlan, item: str | int) -> CompressionPlan:
-        """The plan with an item, by name or number, at its next level.
+        """The plan after an item, by name or number, and all that are taken together, is lowered.
 
         Raises:
             UnknownNameError: There is no such item, it is at its lowest level, or the plan is none
                 of the ladder's.
         """
         number = self._number(item)
-        found, level = self.items[number], self.next_level(plan, item)
-        if level is None:
-            lower = [one.name for one in self.items if self.next_level(plan, one.name) is not None]
-            raise UnknownNameError("item with a lower level", found.name, lower)
-        return as_plan(plan).lower({found.name: level})
+        positions = self.positions(plan)
+        lasts = [len(found.levels) - 1 for found in self.items]
+        if positions[number] >= lasts[number]:
+            lower = [o.name for n, o in enumerate(self.items) if positions[n] < lasts[n]]
+            raise UnknownNameError("item with a lower level", self.items[number].name, lower)
+        for one in self.takers(
+            number, lambda n: positions[n] + 1 if positions[n] < lasts[n] else -1
+        ):
+            positions[one] += 1
+        return self.plan(positions)
 
     def valid_actions(self, plan: MaskOrPlan) -> npt.NDArray[np.bool_]:
         """True for each item that has a lower level, (items,).
@@ -290,6 +330,18 @@ def parse_levels(levels: LevelSpec) -> dict[str, tuple[str, ...]]:
             )
         found[group] = chain[1:]
     return found
+
+
+def parse_together(names: Sequence[str]) -> tuple[str, ...]:
+    """The levels of caches that a list names.
+
+    Raises:
+        UnknownNameError: There is no such level of a cache.
+        InvalidRequestError: It is no list.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InvalidRequestError(f"together must be a list of levels of caches, not {names!r}.")
+    return tuple(CacheLevel.of(name).name for name in names)
 
 
 def _check_level(group: str, name: Any) -> None:

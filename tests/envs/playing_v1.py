@@ -40,12 +40,15 @@ def make_ladder_context(**settings) -> LiveContext:
     return LiveContext(llm, text, **{"importance": "one_shot", "progress": False, **settings})
 
 
+ONE_BY_ONE = {**USUAL, "levels": LEVELS, "together": []}
+
+
 def make_v1(context, **settings) -> RAPPruneV1Env:
-    return RAPPruneV1Env(context=context, **{**USUAL, "levels": LEVELS, **settings})
+    return RAPPruneV1Env(context=context, **{**ONE_BY_ONE, **settings})
 
 
 def make_vector_v1(context, **settings) -> RAPPruneV1VectorEnv:
-    settings = {**USUAL, "levels": LEVELS, **settings}
+    settings = {**ONE_BY_ONE, **settings}
     return RAPPruneV1VectorEnv(context=context, num_envs=NUM_ENVS, **settings)
 
 

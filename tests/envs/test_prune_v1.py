@@ -167,8 +167,27 @@ class TestEpisode:
         _, reward, *_ = env.step(cache)
         assert reward == -0.1
 
+    def test_levels_that_caches_take_together_need_one_action(self, ladder):
+        env = make_v1(ladder, together=["int8", "int4"])
+        env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
+        numbers = env._task.ladder.numbers
+        caches = [numbers[f"layer{n:02}.cache"] for n in range(3)]
+
+        def lowered(item: str) -> list[str]:
+            levels = env.step(numbers[item])[-1]["levels"]
+            return [levels[n] for n in caches]
+
+        assert lowered("layer01.cache") == ["int8"] * 3
+        assert lowered("layer00.ffn") == ["int8"] * 3
+        for _ in LEVELS["weights"]:
+            levels = lowered("layer00.attn")
+        assert levels == ["removed", "int8", "int8"]
+        assert lowered("layer02.cache") == ["removed", "int4", "int4"]
+        assert lowered("layer01.cache") == ["removed", "int4-window32", "int4"]
+        assert env.action_masks()[caches].tolist() == [False, False, True]
+
     def test_budgets_reach_down_to_the_lowest_levels(self, ladder):
-        env = make_v1(ladder)
+        env = make_v1(ladder, together=["int4"])
         _, info = env.reset(seed=0, options={"request": {**LONG, "budget_bytes": 10}})
         assert info["infeasible"] == {"asked_budget_bytes": 10}
         over = False

@@ -48,10 +48,11 @@ def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
 @pytest.mark.parametrize("workload", ["grid", EASY], ids=str)
-@pytest.mark.parametrize("importance", ["one_shot", "none"])
-def test_it_equals_single_environments(mode, reward, workload, importance):
-    context = make_ladder_context(importance=importance)
+@pytest.mark.parametrize("together", [[], ["int8", "int4-window32"]])
+def test_it_equals_single_environments(mode, reward, workload, together, ladder):
+    context = make_ladder_context(importance="none") if together else ladder
     settings = {"reward": reward, "workload": workload, "max_invalid_actions": 4}
+    settings["together"] = together
     vector = make_vector_v1(context, autoreset_mode=mode, **settings)
     sync = make_sync_v1(context, mode, **settings)
     for seed in range(2):

@@ -60,6 +60,7 @@ def test_each_step_has_the_bytes_of_the_memory_model(name, levels, shape):
     memory, ladder = MemoryModel(made), Ladder.of(made, levels)
     for seed in range(4):
         walk(memory, ladder, shape, seed)
+        walk(memory, Ladder.of(made, levels, ["int8", "int4-window128"]), shape, seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,10 +128,11 @@ def test_an_order_is_followed_until_the_request_fits():
     assert costs.lower_until_fits(steps, 2**40) == CompressionPlan()
 
 
+@pytest.mark.parametrize("together", [(), ("int8", "int4", "int4-window256")])
 @pytest.mark.parametrize("name", MADE)
-def test_a_vector_tracker_has_the_bytes_of_single_ones(name):
+def test_a_vector_tracker_has_the_bytes_of_single_ones(name, together):
     made, rng = MADE[name], np.random.default_rng(0)
-    memory, ladder = MemoryModel(made), Ladder.of(made)
+    memory, ladder = MemoryModel(made), Ladder.of(made, "all", together)
     made_bytes = LadderBytes(memory, ladder)
     vector = VectorLevelTracker(len(SHAPES), ladder)
     singles = []

@@ -116,6 +116,24 @@ def test_a_removed_attention_block_takes_its_cache_with_it():
     assert ladder.partners[ladder.numbers["layer00.cache"]] == 0
 
 
+def test_some_levels_are_taken_together():
+    ladder = Ladder.of(UNPACKED, "all", ["int8"])
+    plan = ladder.lower(CompressionPlan(), "layer00.cache")
+    assert plan == CompressionPlan.of({"layer00.cache": "int8", "layer01.cache": "int8"})
+    assert ladder.lower(plan, "layer01.cache").levels["layer00.cache"] == "int8"
+    one = CompressionPlan.of({"layer00.cache": "int4"})  # caches that are lower stay as they are
+    assert ladder.lower(one, "layer01.cache").levels == {
+        "layer00.cache": "int4",
+        "layer01.cache": "int8",
+    }
+    assert ladder.lower(CompressionPlan(), "layer00.ffn").levels == {"layer00.ffn": "int8"}
+    assert Ladder.of(UNPACKED, "masks", ["int8"]).shared_positions == frozenset()
+    with pytest.raises(UnknownNameError, match="level of a cache 'int9'"):
+        Ladder.of(UNPACKED, "all", ["int9"])
+    with pytest.raises(InvalidRequestError, match="must be a list of levels"):
+        Ladder.of(UNPACKED, "all", "int8")
+
+
 def test_positions_and_plans_are_the_same_thing():
     ladder, rng = Ladder.of(UNPACKED), np.random.default_rng(0)
     for _ in range(50):
