@@ -1,4 +1,4 @@
-"""Generates what the documentation does not type: result tables, the environment's page, pictures.
+"""Generates what the documentation does not type: result tables, environment pages, pictures.
 
 ``python docs/generate.py`` writes ``docs/_generated`` and the results of README.md; `docs/conf.py`
 writes the former at each build. All numbers come from the committed records in ``results/``.
@@ -28,6 +28,9 @@ COMPARISONS = (
     "seeds",
 )
 """Folders of ``results/`` with a comparison of methods."""
+
+ENVIRONMENTS = {"v0": "RAPPruneEnv", "v1": "RAPPruneV1Env"}
+"""The class of each version of the environment."""
 
 README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 """Between these lines, README.md holds what `readme_results` gives."""
@@ -66,7 +69,8 @@ def write_all(docs: Path) -> None:
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
-    _write(folder / "environment.md", environment_page())
+    for version, name in ENVIRONMENTS.items():
+        _write(folder / f"environment_{version}.md", environment_page(version, name))
     _write(folder / "commands.md", command_reference())
     _write(folder / "api.md", api_page())
     from architecture import draw_architecture
@@ -250,12 +254,12 @@ def benchmarks_table() -> str:
     return markdown(read_records()) + "\n"
 
 
-def environment_page() -> str:
-    """The environment's page, from its class docstring as Gymnasium makes its own."""
-    from rap_env.envs.prune import RAPPruneEnv
+def environment_page(version: str, name: str) -> str:
+    """An environment's page, from its class docstring as Gymnasium makes its own."""
+    import rap_env
 
-    text = inspect.cleandoc(RAPPruneEnv.__doc__ or "")
-    return f"# RAPPrune-v0\n\n{text}\n"
+    text = inspect.cleandoc(getattr(rap_env, name).__doc__ or "")
+    return f"# RAPPrune-{version}\n\n{text}\n"
 
 
 def api_page() -> str:

@@ -10,6 +10,7 @@ from rap_env.errors import InvalidRequestError, check_name
 from rap_env.ladder.items import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.score_table import table_path
 from rap_env.specs import check_settings, check_types, split_spec
 from rap_env.workload import SAMPLERS
 
@@ -45,6 +46,9 @@ class EnvConfig:
     """How the model is loaded, see `rap_env.load_llm`."""
     text: ClassVar[Mapping[str, Any]] = {}
     """Settings of the calibration text whose defaults are not those of `CorpusConfig`."""
+
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Fields that are no arguments of the environment."""
 
     model: str = "smollm2-135m"
     workload: str | Mapping[str, Any] = "azure-conv"
@@ -82,7 +86,7 @@ class EnvConfig:
     @classmethod
     def of(cls, **arguments: Any) -> Self:
         """The configuration of an environment's keyword arguments."""
-        known = [entry.name for entry in fields(cls)]
+        known = [entry.name for entry in fields(cls) if entry.name not in cls.unused]
         check_settings(arguments, "the environment", [*known, "context", "render_mode"])
         return cls(**arguments)
 
@@ -91,7 +95,8 @@ class EnvConfig:
         given = self.calibration
         settings = {"source": given} if isinstance(given, str) else dict(given or {})
         check_settings(settings, "the calibration", [entry.name for entry in fields(CorpusConfig)])
-        return CorpusConfig(**{**self.text, **settings})
+        text = {} if table_path(self.model) else self.text  # a score table has a text of its own
+        return CorpusConfig(**{**text, **settings})
 
     def context_config(self) -> ContextConfig:
         """The part that describes the pruning context."""
@@ -118,6 +123,7 @@ class LadderEnvConfig(EnvConfig):
     """
 
     weights = "native"
+    unused = ("gsi_removals", "gsi_method")
     text = {"windows": 3, "window_tokens": 1024}  # noqa: RUF012 - shorter windows hide levels
 
     workload: str | Mapping[str, Any] = field(default_factory=_wide_workload)

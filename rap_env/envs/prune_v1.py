@@ -10,7 +10,159 @@ from rap_env.ladder.item_bytes import LadderCosts
 
 
 class RAPPruneV1Env(PruningEnv[LadderCosts]):
-    """Lower the items of a real language model until a request fits its memory budget."""
+    """Lower the items of a real language model until a request fits its memory budget.
+
+    ## Description
+    As in `RAPPrune-v0`, a request has a batch size, a sequence length and a budget in bytes that is
+    too small for the model, and the agent gives up quality until the request fits. In v0 an action
+    removes a block. Here an action lowers one *item* by one *level*, and removal is the last level.
+
+    The items of a model with L layers are the weights of its 2L blocks, the KV caches of its L
+    attention blocks, and the embeddings with the head. A level is a storage format:
+
+    | Item | Levels, from the native one down |
+    |------|----------------------------------|
+    | weights of a block | `native`, `int8`, `int4`, `removed` |
+    | KV cache | `native`, `int8`, `int4`, `int4-window512`, `int4-window256`, `int4-window128` |
+    | embeddings with head | `native`, `int8`, `int4` |
+
+    Weights and embeddings have those of these levels that need fewer bytes than their native one: a
+    model that is shipped in 4 bits has neither `int8` nor `int4` blocks. A window keeps the first
+    32 and the last 512, 256 or 128 tokens. A removed attention block takes its cache with it. The
+    argument `levels` chooses the ladder: `"all"`, `"caches"`, `"masks"` (weights native or
+    removed: the episodes of v0), or lists, as in
+    `{"weights": ["removed"], "caches": ["int8", "int4"], "embeddings": ["int4"]}`. An item with a
+    single level is no item of the environment.
+
+    Terms: the *native peak* is the number of bytes that the model as shipped needs for the request,
+    with an unquantised cache; budgets are shares of it, or bytes. The *ΔNLL* of a plan (a level for
+    each item) is its NLL on the calibration text minus the native model's, in nats per token;
+    `info` calls it `loss`.
+
+    ## Observation Space
+    A `Dict`. All numbers are finite. `gymnasium.wrappers.FlattenObservation` turns it into one
+    vector. There are N items: first the blocks (index `2 * layer` is attention, `2 * layer + 1` is
+    FFN), then the caches, then the embeddings; those without a lower level are left out.
+
+    `request`: `Box(0, 1, (5,), float32)`
+
+    | Index | Observation | Min | Max |
+    |-------|-------------|-----|-----|
+    | 0 | budget, as a share of the native peak | 0 | 1 |
+    | 1 | log2 of the batch size, divided by 8 | 0 (1 sequence) | 1 (256 or more) |
+    | 2 | log of the sequence length, divided by log of the model's positions | 0 | 1 |
+    | 3 | bytes over the budget, as a share of the native peak | 0 (the request fits) | 1 |
+    | 4 | KV cache of the native model, as a share of the native peak | 0 | 1 |
+
+    `ladder`: `Box(0, 1, (N, 10), float32)`, a row for each item. A cost x in nats per token is
+    observed on a log scale, `log(1 + x / 0.0001) / log(1 + 10 / 0.0001)`, because the costs of
+    levels span five decades.
+
+    | Index | Observation | Min | Max |
+    |-------|-------------|-----|-----|
+    | [:, 0] | weights of an attention block | 0 (no) | 1 (yes) |
+    | [:, 1] | weights of an FFN block | 0 (no) | 1 (yes) |
+    | [:, 2] | KV cache | 0 (no) | 1 (yes) |
+    | [:, 3] | embeddings with head | 0 (no) | 1 (yes) |
+    | [:, 4] | depth: layer divided by L - 1; 0 for the embeddings | 0 (first layer) | 1 (last) |
+    | [:, 5] | level | 0 (native) | 1 (lowest, or gone with its block) |
+    | [:, 6] | bytes that the item's next level frees, as a share of the native peak | 0 | 1 |
+    | [:, 7] | one-shot cost of the next level: ΔNLL of this item alone at it | 0 | 1 |
+    | [:, 8] | place of the step to the next level in the greedy order | 0 (first) | 1 (last) |
+    | [:, 9] | ΔNLL that this step adds in the greedy order | 0 | 1 |
+
+    Columns 6 to 9 are 0 where an item has no lower level.
+
+    `action_mask`: `MultiBinary(N)`, int8
+
+    | Index | Observation | Min | Max |
+    |-------|-------------|-----|-----|
+    | [i] | item i has a lower level | 0 (at its lowest level, or gone) | 1 |
+
+    ## Action Space
+    `Discrete(N)`: the item to lower by one level. An action on an item without a lower level is
+    *invalid*: it changes nothing and costs `invalid_action_penalty`. `action_masks()` returns the
+    valid actions as booleans.
+
+    - A level of a cache that needs no fewer bytes than the level above it for this request, such as
+      a window that is longer than the sequence, is skipped.
+    - Levels in `together` are taken by all caches at once: lowering one cache to such a level
+      lowers every cache whose next level it is. Any sensible policy begins with int8 and int4
+      caches. On 300 requests of the default workload, an episode that follows the greedy order has
+      45.0 steps on average with `together=("int8", "int4")`, 91.5 without, at the same predicted
+      ΔNLL (1.121 and 1.120). With the windows taken together as well, it has 13.5 (1.123).
+    - Some bytes belong to several items. The first lowered cache needs a buffer for attention (at
+      most 4 MiB), and the first lowered weights of an unquantised model a buffer for one matrix,
+      so such a step alone can raise the peak.
+
+    ## Rewards
+    Those of `RAPPrune-v0`, with plans in the place of masks: minus the ΔNLL of the final plan by
+    default, paid at the end or step by step, in nats or on a log scale, capped, combined with
+    accuracies. `relative_to` may be `"one_shot"` (the greedy order, followed until the request
+    fits) or `"frontier"` (the best known mask).
+
+    ## Starting State
+    The native model and a request drawn from `workload` that it does not fit (up to 100 requests
+    are drawn to find one). `reset(options={"request": ...})` sets the request, as in v0. The
+    default workload draws budgets from 25 to 95 % of the native peak. A budget below what the
+    lowest levels need is raised to that (`infeasible="clip"`), so that budgets reach down to the
+    lowest levels and not further, or raises an error (`"error"`). Requests for which the lowest
+    levels need no fewer bytes than native ones are drawn again.
+
+    ## Episode End
+    - Termination: the request fits, that is, the peak bytes are at most the budget. Whatever the
+      order of valid actions, this happens at the latest when every item is at its lowest level.
+    - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step.
+
+    ## Information
+    As in v0, with `levels` (list of the name of each item's level, in the order of the actions; a
+    cache that went with its block is `removed`) in the place of `removed`. The property `plan` is
+    the `CompressionPlan`.
+
+    ## Arguments
+    Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
+    raises `UnknownNameError`, which lists the known ones.
+
+    | Argument | Default | Meaning |
+    |----------|---------|---------|
+    | `model` | `"smollm2-135m"` | alias, hub id, folder or GGUF file, loaded as it is stored |
+    | `levels` | `"all"` | `"all"`, `"caches"`, `"masks"`, or a dict of lists of levels |
+    | `together` | `("int8", "int4")` | levels that all caches take with one action |
+    | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
+    | `reward` | `"perplexity"` | name or dict, as above |
+    | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
+    | `importance` | `"one_shot"` | `"one_shot"` or `"none"` (zeros) |
+    | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
+    | `repair` | `"none"` | what replaces removed blocks, see v0 |
+    | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
+    | `infeasible` | `"clip"` | `"error"` or `"clip"`: budgets that no levels can meet |
+    | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
+    | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
+    | `device` | `"auto"` | device that the model runs on |
+    | `dtype` | `"auto"` | precision that the model runs in |
+    | `store` | `"default"` | file of scores; `None` keeps them in memory |
+    | `context` | `None` | a `PruningContext`, for direct construction; not for `make` |
+
+    The calibration text has 3 windows of 1,024 tokens unless `calibration` says otherwise: caches
+    and windows differ only on long sequences. A new plan of the default model costs 3 to 4.5 s on
+    one CPU core (one evaluation per episode; scores are stored). v0 takes 4 windows of 128 tokens.
+
+    The *greedy order* starts with native levels and repeatedly takes the step with the least
+    predicted cost per freed byte at a reference request (4 sequences of 1,024 tokens). Predictions
+    are sums of the one-shot costs of levels (`LevelCosts`). Those of the default model are part of
+    the package. For other models and ladders, the first environment measures them (one evaluation
+    for each level of each item, about) and stores them in the user's cache.
+
+    A score table (`model="score_table:PATH"`) runs v1 without the model if it was made with costs
+    of levels; scores of plans that were not measured are then predicted and flagged in `info`.
+
+    ## Version History
+    - v1: Items and levels in the place of blocks; native weights; budgets as shares of the native
+      peak; a wider workload; a longer calibration text. With `levels="masks"`, the same model,
+      workload and text, episodes are those of v0.
+    - v0: First version (`rap_env.RAPPruneEnv`). It stays as it is, although `gymnasium.make` calls
+      each version but the last one out of date.
+    """
 
     config_type = LadderEnvConfig
     make_task = staticmethod(LoweringTask)

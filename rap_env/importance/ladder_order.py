@@ -48,8 +48,9 @@ def greedy_order(costs: LevelCosts, item_bytes: LadderBytes) -> LadderOrder:
 
     The cost of a step is predicted: the sum of the costs of all levels after it minus that before
     it (`LevelCosts`), so nothing is measured again on the way. Bytes are those at one reference
-    request, `REFERENCE_BATCH_SIZE` sequences of `REFERENCE_TOKENS` tokens. Steps that free nothing
-    there come last.
+    request, `REFERENCE_BATCH_SIZE` sequences of `REFERENCE_TOKENS` tokens. A step counts as the
+    best of the levels to which it leads, so that a poor level on the way to a good one does not
+    hold an item back. Steps that free nothing come last.
     """
     ladder, one_shot = item_bytes.ladder, one_shot_costs(costs, item_bytes.ladder)
     tokens = min(REFERENCE_TOKENS, item_bytes.memory.facts.max_positions)
@@ -58,35 +59,36 @@ def greedy_order(costs: LevelCosts, item_bytes: LadderBytes) -> LadderOrder:
     steps: list[tuple[int, int]] = []
     rises: list[float] = []
 
-    def change(values: list[list[float]] | list[list[int]], item: int) -> float:
-        """What an item's next step adds to the sum of some values of all levels."""
-        position, partner = positions[item], ladder.partners[item]
-        taken = position + 1 == ladder.removals[item] and partner != item  # its cache goes too
+    def change(values: list[list[float]] | list[list[int]], item: int, lower: int) -> float:
+        """What a lower level of an item adds to the sum of some values of all levels."""
+        partner = ladder.partners[item]
+        taken = lower == ladder.removals[item] and partner != item  # its cache goes too
         less = values[partner][positions[partner]] if taken else 0
-        return values[item][position + 1] - values[item][position] - less
+        return values[item][lower] - values[item][positions[item]] - less
 
     def next_of(item: int) -> int:
         lower = positions[item] + 1
         return lower if lower < len(ladder.items[item].levels) else -1
 
     def price(item: int) -> float:
-        takers = ladder.takers(item, next_of)
-        freed = -sum(change(sizes, one) for one in takers)
-        rise = sum(max(0.0, change(known, one)) for one in takers)
-        return rise / freed if freed > 0 else float("inf")
+        takers, best = ladder.takers(item, next_of), float("inf")
+        for lower in range(next_of(item), len(ladder.items[item].levels)):
+            freed = -sum(change(sizes, one, lower) for one in takers)
+            rise = sum(max(0.0, change(known, one, lower)) for one in takers)
+            best = min(best, rise / freed if freed > 0 else float("inf"))
+        return best
 
     prices = {item: price(item) for item in range(len(ladder))}
     while prices:
-        best = min(prices, key=lambda one: (prices[one], one))
-        takers = ladder.takers(best, next_of)
+        cheapest = min(prices, key=lambda one: (prices[one], one))
+        takers = ladder.takers(cheapest, next_of)
         for item in takers:
-            rises.append(max(0.0, change(known, item)))
+            rises.append(max(0.0, change(known, item, positions[item] + 1)))
             positions[item] += 1
             steps.append((item, positions[item]))
-            if positions[item] == ladder.removals[item]:
-                cache = ladder.partners[item]
-                if cache != item:
-                    positions[cache] = len(ladder.items[cache].levels)
+            cache = ladder.partners[item]
+            if positions[item] == ladder.removals[item] and cache != item:
+                positions[cache] = len(ladder.items[cache].levels)
         for item in {*takers, *(ladder.partners[one] for one in takers)}:
             prices.pop(item, None)
             if next_of(item) >= 0:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from rap_env.context.base import GSI_METHODS, ContextConfig
-from rap_env.envs.config import EnvConfig
+from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.prune import RAPPruneEnv
+from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
 from rap_env.importance.gsi_strategies import STRATEGIES
+from rap_env.ladder.item_observation import ITEM_FEATURES
 from rap_env.specs import field_types
 from tests.envs.playing import DENSE_TIMING, make, play
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -103,6 +105,42 @@ def test_the_table_of_arguments_is_that_of_the_configuration():
     assert parameters["model"].default == defaults["model"]
 
 
+def test_the_table_of_arguments_of_v1_is_that_of_its_configuration():
+    rows = re.findall(r"^ *\| `(\w+)` \| `(.+?)` \| ", RAPPruneV1Env.__doc__, re.MULTILINE)
+    documented = {name: ast.literal_eval(default) for name, default in rows}
+    config = LadderEnvConfig()
+    names = [entry.name for entry in fields(config) if entry.name not in config.unused]
+    assert documented == {**{name: getattr(config, name) for name in names}, "context": None}
+
+
+def test_v1_loads_native_weights_and_long_windows():
+    context = LadderEnvConfig("m", calibration={"source": "text.txt"}).context_config()
+    assert context.weights == "native"
+    assert (context.calibration.windows, context.calibration.window_tokens) == (3, 1024)
+    short = LadderEnvConfig("m", calibration={"window_tokens": 256}).context_config()
+    assert (short.calibration.windows, short.calibration.window_tokens) == (3, 256)
+    table = LadderEnvConfig("score_table:t.json").context_config()  # has a text of its own
+    assert table.calibration == ContextConfig().calibration
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"levels": "everything"}, UnknownNameError, "ladder 'everything'"),
+        ({"levels": 5}, InvalidRequestError, "levels must be of type str or Mapping"),
+        ({"levels": {"caches": ["int4", "int8"]}}, InvalidRequestError, "most to the least exact"),
+        ({"together": "int8"}, InvalidRequestError, "together must be a list"),
+        ({"together": ["int3"]}, UnknownNameError, "level of a cache 'int3'"),
+        ({"gsi_removals": 3}, UnknownNameError, "setting of the environment: 'gsi_removals'"),
+        ({"level": "all"}, UnknownNameError, "'level'; known .* mean 'levels'"),
+        ({"workload": "azure"}, UnknownNameError, "sampler 'azure'"),
+    ],
+)
+def test_invalid_settings_of_v1_are_found_before_a_model_loads(settings, error, message):
+    with pytest.raises(error, match=message):
+        RAPPruneV1Env("no-such-model", **settings)
+
+
 def test_a_configuration_is_frozen_and_describes_a_context():
     config = EnvConfig("m", calibration="text.txt", importance="one_shot", store=None)
     with pytest.raises(FrozenInstanceError):
@@ -139,8 +177,11 @@ def test_make_takes_plain_values(tmp_path, monkeypatch):
     assert env.get_wrapper_attr("action_masks")().dtype == bool
 
 
-def test_the_docstring_is_a_complete_environment_page():
-    text = RAPPruneEnv.__doc__
+@pytest.mark.parametrize(
+    ("environment", "columns"), [(RAPPruneEnv, 7), (RAPPruneV1Env, len(ITEM_FEATURES))]
+)
+def test_the_docstring_is_a_complete_environment_page(environment, columns):
+    text = environment.__doc__
     for section in (
         "Description",
         "Observation Space",
@@ -153,5 +194,5 @@ def test_the_docstring_is_a_complete_environment_page():
         "Version History",
     ):
         assert f"## {section}\n" in text
-    for index in (*range(5), *(f"[:, {n}]" for n in range(7)), "[i]"):
+    for index in (*range(5), *(f"[:, {n}]" for n in range(columns)), "[i]"):
         assert f"| {index} |" in text

@@ -1,0 +1,171 @@
+"""Importance of a ladder's items in contexts: measured once, packaged, or from a score table."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from rap_env.cli import default_facts
+from rap_env.context import live as live_module
+from rap_env.context.base import item_importance, item_order
+from rap_env.context.live import PACKAGED_COSTS, LiveContext
+from rap_env.context.table import TableContext
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import LADDERS, Ladder
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from tests.envs.playing import DENSE_TIMING, play
+from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
+from tests.scoring.tiny_table import all_masks, table_of
+
+CACHES = LEVELS["caches"]
+
+
+def bytes_of(context) -> LadderBytes:
+    return LadderBytes(context.memory, Ladder.of(context.memory.facts, LEVELS))
+
+
+def test_costs_are_measured_once_and_kept(tmp_path):
+    first = make_ladder_context(folder=tmp_path)
+    costs = first.level_costs(CACHES)
+    assert first.scorer.evaluations == costs.evaluations > 20
+    assert first.level_costs(CACHES) is costs
+    again = make_ladder_context(folder=tmp_path)
+    assert again.level_costs(CACHES) == costs
+    assert again.scorer.evaluations == 0
+    fewer = again.level_costs(["int8"])  # other levels, another file
+    assert "int4" not in fewer.one_shot["layer00.cache"]
+    assert len(list(tmp_path.glob("levels-*.json"))) == 2
+
+
+def test_packaged_costs_are_used_where_they_fit(tmp_path, monkeypatch):
+    made = make_ladder_context()
+    made.level_costs(CACHES).save(tmp_path / "packaged.json")
+    monkeypatch.setattr(live_module, "PACKAGED_COSTS", tmp_path / "packaged.json")
+    context = make_ladder_context()
+    context.level_costs(CACHES[:2])
+    assert context.scorer.evaluations == 0
+    context.level_costs(["int2"])  # not among them
+    assert context.scorer.evaluations > 20
+
+
+def test_the_package_has_costs_of_the_named_ladders():
+    memory = MemoryModel(default_facts())
+    costs = LevelCosts.load(PACKAGED_COSTS, memory)
+    assert {level.name for level in costs.cache_levels} >= set(LADDERS["all"]["caches"])
+    for name in LADDERS:
+        ladder = Ladder.of(memory.facts, name)
+        for item in ladder.items:
+            assert set(item.levels[1:]) <= set(costs.one_shot[item.name])
+
+
+def test_no_importance_measures_nothing():
+    context = make_ladder_context(importance="none")
+    found = item_importance(context, bytes_of(context))
+    assert not any(array.any() for array in vars(found).values())
+    make_v1(context)
+    assert context.scorer.evaluations == 0
+
+
+def test_an_importance_of_blocks_is_none_of_items():
+    context = make_ladder_context(importance="gsi")
+    with pytest.raises(UnknownNameError, match="importance of items 'gsi'"):
+        make_v1(context)
+
+
+@pytest.fixture(scope="module")
+def live() -> LiveContext:
+    return make_ladder_context()
+
+
+@pytest.fixture(scope="module")
+def table(live):
+    """A table of all masks and of costs, without plans."""
+    made = table_of(live, all_masks(6))
+    return replace(made, levels=asdict(live.level_costs(CACHES)))
+
+
+def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_path):
+    table.save(tmp_path / "t.json")
+    context = TableContext(type(table).load(tmp_path / "t.json"), "t", importance="one_shot")
+    assert context.level_costs(CACHES) == live.level_costs(CACHES)
+    assert item_order(context, bytes_of(live)).steps == item_order(live, bytes_of(live)).steps
+    with pytest.raises(ArtifactError, match="no costs of caches at level int2, only of native"):
+        context.level_costs(["int2"])
+    bare = TableContext(replace(table, levels=None), "t", importance="one_shot")
+    with pytest.raises(ArtifactError, match="has no costs of levels; pass importance='none'"):
+        bare.level_costs(CACHES)
+
+
+def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
+    env = make_v1(live, reward=DENSE_TIMING)
+    expected = [play(env, seed) for seed in range(3)]
+    plans = {
+        env._task.ladder.plan(
+            [
+                len(item.levels) if item.kind == "cache" and level == "removed"
+                else item.levels.index(level)
+                for item, level in zip(env._task.ladder.items, info["levels"], strict=True)
+            ]
+        )
+        for steps in expected
+        for *_, info in steps
+    }  # fmt: skip
+    scores = {**table.scores, **{plan: live.scorer.nll(plan) for plan in plans if plan}}
+    known = TableContext(replace(table, scores=scores), "t", importance="one_shot")
+    found = [play(make_v1(known, reward=DENSE_TIMING), seed) for seed in range(3)]
+    for steps, others in zip(found, expected, strict=True):
+        for (seen, *rest), (wanted, *others_rest) in zip(steps, others, strict=True):
+            assert rest == others_rest, "rewards and infos to the last bit"
+            assert all(np.array_equal(seen[key], wanted[key]) for key in wanted)
+
+
+def test_other_plans_are_predicted_and_flagged(live, table):
+    context = TableContext(table, "t", importance="one_shot")
+    costs = live.level_costs(CACHES)
+    plan = CompressionPlan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+    assert context.scorer.is_predicted(plan)
+    assert context.scorer.nll(plan) == pytest.approx(
+        live.scorer.nll(plan.removed) + costs.cost("layer00.cache", "int4")
+    )
+    infos = [info for *_, info in play(make_v1(context, reward=DENSE_TIMING), 0)]
+    lowered = [info for info in infos if set(info["levels"]) - {"native", "removed"}]
+    assert lowered
+    assert all(info["predicted"] for info in lowered)
+    with pytest.raises(UnknownNameError, match="no costs of levels, so it predicts masks only"):
+        TableContext(replace(table, levels=None), "t", importance="one_shot").scorer.nll(plan)
+
+
+CODE = """
+import sys
+import gymnasium as gym, numpy as np, rap_env
+env = gym.make("RAPPrune-v1", model={model!r}, levels={levels!r}, workload="grid")
+rng, ended = np.random.default_rng(0), 0
+env.reset(seed=0)
+for _ in range(200):
+    *_, terminated, truncated, info = env.step(rng.integers(env.action_space.n))
+    if terminated or truncated:
+        ended += 1
+        assert "nll" in info
+        env.reset()
+assert ended > 2
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_gymnasium_makes_it_from_a_table_without_torch(table, tmp_path):
+    table.save(tmp_path / "t.json")
+    model = f"score_table:{tmp_path / 't.json'}"
+    code = CODE.format(model=model, levels=LEVELS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    envs = gym.make_vec("RAPPrune-v1", num_envs=2, model=model, levels=LEVELS)
+    assert envs.reset(seed=0)[0]["ladder"].shape[0] == 2

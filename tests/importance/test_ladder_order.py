@@ -1,0 +1,121 @@
+"""The greedy order over the items of a ladder."""
+
+from __future__ import annotations
+
+import pytest
+
+from rap_env.cli import default_facts
+from rap_env.context.live import PACKAGED_COSTS
+from rap_env.importance.ladder_order import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.runtime.knapsack import KnapsackPolicy
+from tests.runtime.test_knapsack import costs, facts
+
+CACHES = ("int8", "int4", "int4-window128")
+LEVELS = {
+    "weights": ["int8", "int4", "removed"], "caches": CACHES, "embeddings": ["int8"],
+}  # fmt: skip
+
+
+def made(packed=False, together=(), layers=3, seed=0, **changed):
+    model = facts(layers=layers, packed=packed, **changed)
+    memory = MemoryModel(model)
+    found = costs(model, seed=seed, caches=CACHES)
+    levels = {**LEVELS, "weights": ["removed"], "embeddings": []} if packed else LEVELS
+    return found, LadderBytes(memory, Ladder.of(model, levels, together))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("together", [(), ("int8", "int4")])
+def test_the_steps_lead_from_native_levels_to_the_lowest(packed, together):
+    found, item_bytes = made(packed, together)
+    order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
+    positions = [0] * len(ladder)
+    for item, position in order.steps:
+        assert position == positions[item] + 1
+        positions[item] = position
+    assert ladder.plan(positions) == ladder.lowest
+    assert all(rise >= 0 for rise in order.rises)
+
+
+def test_each_step_has_the_least_cost_per_freed_byte():
+    found, item_bytes = made()
+    order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
+    costs_there = item_bytes.costs(REFERENCE_BATCH_SIZE, 1024)
+    tracker = costs_there.tracker()
+
+    def price(item: int) -> float:
+        """The least cost per freed byte of all levels to which the item can go from here."""
+        before, found_prices = ladder.plan(tracker.positions), []
+        trial = costs_there.tracker(tracker.positions)
+        freed = 0
+        while trial.is_valid(item):
+            freed += trial.freed_bytes(item)
+            trial.lower(item)
+            after = ladder.plan(trial.positions)
+            added = max(0.0, found.delta_nll(after) - found.delta_nll(before))
+            found_prices.append(added / freed)
+        return min(found_prices)
+
+    for (item, position), rise in zip(order.steps, order.rises, strict=True):
+        prices = {n: price(n) for n in range(len(ladder)) if tracker.is_valid(n)}
+        assert prices[item] == pytest.approx(min(prices.values()))
+        before = found.delta_nll(ladder.plan(tracker.positions))
+        tracker.lower(item)
+        after = found.delta_nll(ladder.plan(tracker.positions))
+        assert tracker.positions[item] == position
+        assert rise == pytest.approx(max(0.0, after - before))
+
+
+def test_levels_taken_together_are_steps_in_a_row():
+    found, item_bytes = made(together=("int8",))
+    order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
+    caches = set(ladder.caches)
+    at = [n for n, (item, position) in enumerate(order.steps) if item in caches and position == 1]
+    assert at == list(range(at[0], at[0] + len(caches)))
+
+
+def test_the_order_is_nearly_as_good_as_the_best_plans_of_the_default_model():
+    """Following it loses little to a knapsack that chooses the best plan for each request."""
+    memory = MemoryModel(default_facts())
+    found = LevelCosts.load(PACKAGED_COSTS, memory)
+    item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all"))
+    order, policy = greedy_order(found, item_bytes), KnapsackPolicy(memory, found)
+    followed, best = [], []
+    for shape in ((1, 128), (4, 512), (4, 1024), (16, 1024)):
+        for fraction in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+            request = Request.at_fraction(memory, *shape, fraction)
+            costs_there = item_bytes.costs(*shape)
+            plan = costs_there.lower_until_fits(order.steps, request.budget_bytes)
+            assert memory.peak_bytes(plan, request) <= request.budget_bytes
+            followed.append(found.delta_nll(plan))
+            best.append(found.delta_nll(policy.choose(request)))
+    assert sum(best) < sum(followed) < 1.03 * sum(best)
+
+
+def test_an_observed_order_has_places_and_costs():
+    found, item_bytes = made()
+    order = greedy_order(found, item_bytes)
+    seen = order.importance
+    item, position = order.steps[0]
+    assert seen.place[item, position] == 0
+    item, position = order.steps[-1]
+    assert seen.place[item, position] == 1
+    for number, (item, position) in enumerate(order.steps):
+        added = seen.reached[item, position] - seen.reached[item, position - 1]
+        assert added == pytest.approx(order.rises[number])
+
+
+def test_levels_that_were_not_measured_cost_as_much_as_the_one_above():
+    found, item_bytes = made()
+    ladder = Ladder.of(
+        item_bytes.memory.facts, {"caches": ["int8", "int4", "int4-window512", "int4-window128"]}
+    )
+    known = one_shot_costs(found, ladder)
+    assert known[:, 3].tolist() == known[:, 2].tolist()
+    assert known[0, 4] == found.cost("layer00.cache", "int4-window128")
+    assert (known[:, 0] == 0).all()

@@ -1,0 +1,129 @@
+"""Observations with a row for each item of a ladder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.item_observation import (
+    ITEM_FEATURES,
+    ItemImportance,
+    ItemObservationBuilder,
+    log_cost,
+)
+from rap_env.ladder.items import KINDS, Ladder
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from tests.runtime.test_knapsack import facts
+
+COLUMN = {name: number for number, name in enumerate(ITEM_FEATURES)}
+
+
+@pytest.fixture
+def builder():
+    made = facts(layers=3)
+    memory = MemoryModel(made)
+    ladder = Ladder.of(made)
+    rng = np.random.default_rng(0)
+    one_shot, place = rng.random((2, len(ladder), ladder.width))
+    reached = np.cumsum(rng.random((len(ladder), ladder.width)), axis=1)
+    importance = ItemImportance(one_shot, place, reached)
+    return ItemObservationBuilder(LadderBytes(memory, ladder), importance)
+
+
+def of(builder, plan, batch=2, tokens=2000, fraction=0.5):
+    request = Request.at_fraction(builder.item_bytes.memory, batch, tokens, fraction)
+    seen = builder.build(request, CompressionPlan.of(plan))
+    assert builder.space.contains(seen)
+    return request, seen
+
+
+def test_fixed_columns_name_the_item(builder):
+    _, seen = of(builder, {})
+    for row, item in zip(seen["ladder"], builder.ladder.items, strict=True):
+        assert row[: len(KINDS)].tolist() == [kind == item.kind for kind in KINDS]
+        assert row[COLUMN["depth"]] == (item.layer or 0) / 2
+        assert row[COLUMN["level"]] == 0
+    assert seen["action_mask"].all()
+
+
+def test_columns_of_the_next_level(builder):
+    plan = {"layer00.cache": "int8", "layer01.ffn": "int8"}
+    request, seen = of(builder, plan)
+    memory, ladder = builder.item_bytes.memory, builder.ladder
+    native = memory.dense_peak_bytes(2, 2000)
+    known = builder._importance
+    for name, position in (("layer00.cache", 1), ("layer01.ffn", 1), ("layer02.ffn", 0)):
+        number = ladder.numbers[name]
+        item, row = ladder.items[number], seen["ladder"][number]
+        assert row[COLUMN["level"]] == pytest.approx(position / (len(item.levels) - 1))
+        before = CompressionPlan.of({**plan, "layer02.cache": "int4", "layer00.ffn": "int8"})
+        freed = memory.peak_bytes(before, request) - memory.peak_bytes(
+            before.lower({name: item.levels[position + 1]}), request
+        )
+        assert row[COLUMN["freed_share"]] == pytest.approx(freed / native)
+        lower = number, position + 1
+        assert row[COLUMN["one_shot_cost"]] == pytest.approx(log_cost(known.one_shot[lower]))
+        assert row[COLUMN["order_place"]] == pytest.approx(known.place[lower])
+        added = known.reached[lower] - known.reached[number, position]
+        assert row[COLUMN["order_cost"]] == pytest.approx(log_cost(added))
+
+
+def test_removing_attention_frees_the_cache_at_its_level(builder):
+    memory = builder.item_bytes.memory
+    native = memory.dense_peak_bytes(2, 2000)
+    column = COLUMN["freed_share"]
+    for level in ("int8", "int4"):
+        plan = {"layer00.attn": "int4", "layer00.cache": level, "layer01.cache": "int8"}
+        plan |= {"layer01.ffn": "int8"}
+        request, seen = of(builder, plan)
+        gone = CompressionPlan.of({**plan, "layer00.attn": "removed"})
+        freed = memory.peak_bytes(CompressionPlan.of(plan), request)
+        freed -= memory.peak_bytes(gone, request)
+        assert seen["ladder"][0, column] == pytest.approx(freed / native)
+
+
+def test_items_without_a_lower_level_have_no_next_one(builder):
+    _, seen = of(builder, {"layer00.attn": "removed", "embeddings": "int8"})
+    ladder = builder.ladder
+    for name in ("layer00.attn", "layer00.cache", "embeddings"):
+        row = seen["ladder"][ladder.numbers[name]]
+        assert row[COLUMN["level"]] == 1
+        assert not row[COLUMN["freed_share"] :].any()
+    assert seen["action_mask"].sum() == len(ladder) - 3
+
+
+def test_a_level_that_the_request_skips_is_not_the_next_one(builder):
+    plan = {"layer00.cache": "int4"}
+    number = builder.ladder.numbers["layer00.cache"]
+    known = builder._importance
+    for tokens, position in ((2000, 3), (300, 5)):  # window512, or window128
+        _, seen = of(builder, plan, tokens=tokens)
+        expected = log_cost(known.one_shot[number, position])
+        assert seen["ladder"][number, COLUMN["one_shot_cost"]] == pytest.approx(expected)
+    _, seen = of(builder, plan, tokens=64)
+    assert not seen["action_mask"][number]
+
+
+def test_the_request_is_observed_as_in_v0(builder):
+    plan = {"layer00.cache": "int4", "layer01.ffn": "removed"}
+    request, seen = of(builder, plan)
+    memory = builder.item_bytes.memory
+    native = memory.dense_peak_bytes(2, 2000)
+    over = memory.peak_bytes(CompressionPlan.of(plan), request) - request.budget_bytes
+    assert seen["request"] == pytest.approx(
+        [
+            request.budget_bytes / native, 1 / 8, np.log(2000) / np.log(4096),
+            min(1.0, max(0, over) / native), memory.kv_cache_bytes(2, 2000) / native,
+        ]
+    )  # fmt: skip
+
+
+def test_costs_are_observed_on_a_log_scale():
+    costs = np.array([-1.0, 0.0, 1e-5, 1e-3, 0.1, 10.0, np.inf])
+    seen = log_cost(costs)
+    assert seen[:2].tolist() == [0, 0]
+    assert (np.diff(seen[1:6]) > 0.005).all()
+    assert seen[-2:].tolist() == [1, 1]
