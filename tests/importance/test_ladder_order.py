@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from rap_env.cli import default_facts
 from rap_env.context.live import PACKAGED_COSTS
+from rap_env.envs.config import LadderEnvConfig
 from rap_env.importance.ladder_order import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.item_bytes import LadderBytes
@@ -13,6 +15,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.workload import make_sampler
 from tests.runtime.test_knapsack import costs, facts
 
 CACHES = ("int8", "int4", "int4-window128")
@@ -95,6 +98,34 @@ def test_the_order_is_nearly_as_good_as_the_best_plans_of_the_default_model():
             followed.append(found.delta_nll(plan))
             best.append(found.delta_nll(policy.choose(request)))
     assert sum(best) < sum(followed) < 1.03 * sum(best)
+
+
+def test_taking_the_first_levels_together_halves_episodes_and_costs_nothing():
+    memory = MemoryModel(default_facts())
+    found = LevelCosts.load(PACKAGED_COSTS, memory)
+    sampler, rng = make_sampler(LadderEnvConfig().workload, memory), np.random.default_rng(0)
+    requests = [sampler.sample(rng) for _ in range(60)]
+    steps, delta_nll = {}, {}
+    for together in ((), LadderEnvConfig().together):
+        item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all", together))
+        order = greedy_order(found, item_bytes)
+        taken, reached = [], []
+        for request in requests:
+            there = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+            tracker, count = there.tracker(), 0
+            for item, position in order.steps:
+                if tracker.peak_bytes <= max(request.budget_bytes, there.least_peak_bytes):
+                    break
+                if there.nexts[item][tracker.positions[item]] == position:
+                    tracker.lower(item)
+                    count += 1
+            taken.append(count)
+            reached.append(found.delta_nll(item_bytes.ladder.plan(tracker.positions)))
+        steps[together], delta_nll[together] = np.mean(taken), np.mean(reached)
+    alone, grouped = steps.values()
+    assert grouped < 0.55 * alone
+    alone, grouped = delta_nll.values()
+    assert grouped == pytest.approx(alone, rel=0.01)
 
 
 def test_an_observed_order_has_places_and_costs():
