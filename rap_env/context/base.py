@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
     import numpy as np
     import numpy.typing as npt
 
+    from rap_env.importance.item_gsi import ItemGSIProfile
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.memory import MemoryModel
     from rap_env.scoring.corpus import Corpus
@@ -30,9 +31,6 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
-
-ITEM_IMPORTANCES = ("one_shot", "none")
-"""Kinds of importance of the items of a ladder."""
 
 GSI_METHODS = ("exact", "lazy", "halving")
 """Methods of `rap_env.importance.gsi`."""
@@ -53,7 +51,8 @@ class ContextConfig:
         calibration: The text that masks are searched on.
         importance: ``"gsi"`` (measured once, then cached), ``"one_shot"`` (2L evaluations),
             ``"none"``, or the path of a GSI artifact.
-        gsi_removals: Number of removals after which GSI stops; None orders all blocks.
+        gsi_removals: Number of removals, or of actions on items, after which GSI stops; None
+            orders all blocks or items.
         gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.gsi`.
         repair: What replaces removed blocks: ``"none"``; ``"library"``, stubs that are fitted on
             self-generated text at the first use and cached; or the path of a library's file
@@ -148,6 +147,9 @@ class PruningContext(Protocol):
     def level_costs(self, cache_levels: Sequence[str], /) -> LevelCosts:
         """One-shot costs of the levels of all items; those of caches are named."""
 
+    def item_gsi(self, item_bytes: LadderBytes, /) -> ItemGSIProfile:
+        """GSI over the items of a ladder; an `ArtifactError` if there is none."""
+
 
 def importance_features(context: PruningContext, importance: str) -> ImportanceFeatures:
     """The importance that an agent observes: measured, or zeros for ``"none"``."""
@@ -159,16 +161,23 @@ def importance_features(context: PruningContext, importance: str) -> ImportanceF
     return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 
 
-def item_order(context: PruningContext, item_bytes: LadderBytes) -> LadderOrder:
-    """The greedy order over the items of a ladder, from one-shot costs."""
-    return greedy_order(context.level_costs(item_bytes.ladder.cache_levels), item_bytes)
+def item_order(
+    context: PruningContext, item_bytes: LadderBytes, importance: str | None = None
+) -> LadderOrder:
+    """An order over the items of a ladder: greedy from one-shot costs, or measured by GSI.
+
+    `importance` is the context's unless it is given.
+    """
+    costs = context.level_costs(item_bytes.ladder.cache_levels)
+    if (importance or context.importance) == "one_shot":
+        return greedy_order(costs, item_bytes)
+    return context.item_gsi(item_bytes).order(costs, item_bytes)
 
 
 def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImportance:
     """The importance of a ladder's items that an agent observes: measured, or zeros."""
     if context.importance == "none":
         return ItemImportance.none(item_bytes.ladder)
-    check_name("importance of items", context.importance, ITEM_IMPORTANCES)
     return item_order(context, item_bytes).importance
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from rap_env.importance.item_gsi import ItemGSIProfile
+    from rap_env.ladder.item_bytes import LadderBytes
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
@@ -134,6 +136,33 @@ class LiveContext:
         if key not in self._level_costs:
             self._level_costs[key] = self._packaged_costs(key) or self._measured_costs(key)
         return self._level_costs[key]
+
+    def item_gsi(self, item_bytes: LadderBytes) -> ItemGSIProfile:
+        """GSI over the items of a ladder, measured on first use and cached.
+
+        Raises:
+            UnknownNameError: There is no such method over items.
+            ArtifactError: The artifact that ``importance`` names is of another model or ladder.
+        """
+        from rap_env.importance.item_gsi import ItemGSIProfile, item_gsi
+
+        ladder = item_bytes.ladder
+        if self.importance not in IMPORTANCES:
+            return ItemGSIProfile.load(self.importance, self.llm)
+        key = digest([[item.name, item.levels] for item in ladder.items] + [ladder.together])[:8]
+        stop = self._gsi_removals
+        path = self._artifact(f"item-gsi-{self._gsi_method}-{stop or 'all'}-{key}")
+        if path is None or not path.exists():
+            log.info("Measuring GSI over items on %s; this takes long, once.", self.llm.name)
+        return item_gsi(
+            self.scorer,
+            self.level_costs(ladder.cache_levels),
+            item_bytes,
+            method=self._gsi_method,
+            stop=stop,
+            path=path,
+            progress=self._progress,
+        )
 
     def _packaged_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts | None:
         """The costs in the package, if they are of this model and have these levels of caches."""

@@ -19,6 +19,7 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.observation import ImportanceFeatures
 from rap_env.repair.config import repair_label
@@ -124,6 +125,13 @@ class TableContext:
                     f"of {', '.join(known)}; name these levels, or make another table."
                 )
         return costs
+
+    def item_gsi(self, item_bytes: LadderBytes) -> NoReturn:
+        """Raises `ArtifactError`: a score table has no GSI over items."""
+        raise ArtifactError(
+            f"The score table {self.name} has no GSI over items; pass importance='one_shot' or "
+            "'none'."
+        )
 
     def _no_gsi(self) -> str:
         held = self.table.settings["importance"]

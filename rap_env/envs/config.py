@@ -17,6 +17,9 @@ from rap_env.workload import SAMPLERS
 if TYPE_CHECKING:
     from rap_env.context.base import ContextConfig
 
+ITEM_GSI_METHODS = ("lazy", "exact")
+"""Methods of `rap_env.importance.item_gsi.item_gsi`."""
+
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: raise an error, or raise it to the least one."""
 
@@ -90,6 +93,10 @@ class EnvConfig:
         check_settings(arguments, "the environment", [*known, "context", "render_mode"])
         return cls(**arguments)
 
+    def of_context(self) -> dict[str, Any]:
+        """Settings of the pruning context that have another name there."""
+        return {}
+
     def corpus_config(self) -> CorpusConfig:
         """The calibration text."""
         given = self.calibration
@@ -102,7 +109,7 @@ class EnvConfig:
         """The part that describes the pruning context."""
         from rap_env.context.base import ContextConfig
 
-        shared = {name: getattr(self, name) for name in _OF_CONTEXT}
+        shared = {name: getattr(self, name) for name in _OF_CONTEXT} | self.of_context()
         return ContextConfig(calibration=self.corpus_config(), weights=self.weights, **shared)
 
 
@@ -123,19 +130,28 @@ class LadderEnvConfig(EnvConfig):
     """
 
     weights = "native"
-    unused = ("gsi_removals", "gsi_method")
+    unused = ("gsi_removals",)
     text = {"windows": 3, "window_tokens": 1024}  # noqa: RUF012 - shorter windows hide levels
 
     workload: str | Mapping[str, Any] = field(default_factory=_wide_workload)
     importance: str = "one_shot"
+    gsi_method: str = "lazy"
+    gsi_actions: int | None = None
     infeasible: str = "clip"
     levels: str | Mapping[str, Any] = "all"
     together: Sequence[str] = ("int8", "int4")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_name("method of GSI over items", self.gsi_method, ITEM_GSI_METHODS)
         parse_levels(self.levels)
         parse_together(self.together)
+
+    def of_context(self) -> dict[str, Any]:
+        """`gsi_actions` is the context's `gsi_removals`; a score table has no GSI over items."""
+        if table_path(self.model):
+            return {"gsi_removals": EnvConfig.gsi_removals, "gsi_method": EnvConfig.gsi_method}
+        return {"gsi_removals": self.gsi_actions}
 
 
 def check_render_mode(render_mode: str | None) -> str | None:

@@ -11,9 +11,9 @@ from rap_env.context.base import item_importance, item_order
 from rap_env.costs import Counts, Flags
 from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.episode import EpisodeStart
-from rap_env.envs.removal import from_frontier
+from rap_env.envs.removal import from_frontier, no_gsi_order
 from rap_env.envs.task import PruningTask
-from rap_env.errors import InfeasibleBudgetError, UnknownNameError
+from rap_env.errors import InfeasibleBudgetError
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts, VectorLevelTracker
 from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
 from rap_env.ladder.items import Ladder
@@ -74,13 +74,12 @@ class LoweringTask(PruningTask[LadderCosts]):
         )
 
     def baseline(self, name: str) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
-        """The greedy order followed until the request fits, or the best mask of the frontier."""
+        """An order followed until the request fits, or the best mask of the frontier."""
         if name == "frontier":
             return from_frontier(self.context)
-        if name != "one_shot":
-            hint = "The order over items is made of one-shot costs."
-            raise UnknownNameError("baseline over items", name, ["frontier", "one_shot"], hint)
-        steps = item_order(self.context, self.item_bytes).steps
+        if name == "gsi" and self.context.importance == "none":
+            raise no_gsi_order()
+        steps = item_order(self.context, self.item_bytes, name).steps
         return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
 
     def _pointless(self, start: EpisodeStart[LadderCosts]) -> str:

@@ -99,7 +99,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     Those of `RAPPrune-v0`, with plans in the place of masks: minus the ΔNLL of the final plan by
     default, paid at the end or step by step, in nats or on a log scale, capped, combined with
     accuracies. `relative_to` may be `"one_shot"` (the greedy order, followed until the request
-    fits) or `"frontier"` (the best known mask).
+    fits), `"gsi"` (likewise), or `"frontier"` (the best known mask).
 
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit (up to 100 requests
@@ -131,7 +131,9 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
     | `reward` | `"perplexity"` | name or dict, as above |
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
-    | `importance` | `"one_shot"` | `"one_shot"` or `"none"` (zeros) |
+    | `importance` | `"one_shot"` | `"one_shot"`, `"gsi"`, `"none"` (zeros), or a path |
+    | `gsi_method` | `"lazy"` | `"exact"` measures every item in each round |
+    | `gsi_actions` | `None` | actions after which GSI stops; `None`: when nothing is left |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `repair` | `"none"` | what replaces removed blocks, see v0 |
     | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
@@ -152,6 +154,11 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     are sums of the one-shot costs of levels (`LevelCosts`). Those of the default model are part of
     the package. For other models and ladders, the first environment measures them (one evaluation
     for each level of each item, about) and stores them in the user's cache.
+
+    With `importance="gsi"`, the order is measured: after each step the model's NLL is measured
+    again for the most promising next steps (`rap_env.importance.item_gsi`), and the greedy order
+    continues where GSI stops. It counts its evaluations and resumes after a kill. On the default
+    model it takes 6 to 12 evaluations for each action, thus an hour or more in all on one core.
 
     A score table (`model="score_table:PATH"`) runs v1 without the model if it was made with costs
     of levels; scores of plans that were not measured are then predicted and flagged in `info`.

@@ -74,12 +74,6 @@ def test_no_importance_measures_nothing():
     assert context.scorer.evaluations == 0
 
 
-def test_an_importance_of_blocks_is_none_of_items():
-    context = make_ladder_context(importance="gsi")
-    with pytest.raises(UnknownNameError, match="importance of items 'gsi'"):
-        make_v1(context)
-
-
 @pytest.fixture(scope="module")
 def live() -> LiveContext:
     return make_ladder_context()
@@ -102,6 +96,8 @@ def test_a_table_has_the_costs_and_the_order_of_the_live_model(live, table, tmp_
     bare = TableContext(replace(table, levels=None), "t", importance="one_shot")
     with pytest.raises(ArtifactError, match="has no costs of levels; pass importance='none'"):
         bare.level_costs(CACHES)
+    with pytest.raises(ArtifactError, match="no GSI over items; pass importance='one_shot'"):
+        item_order(context, bytes_of(live), "gsi")
 
 
 def test_measured_plans_give_the_episodes_of_the_live_model(live, table):

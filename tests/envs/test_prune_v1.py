@@ -252,9 +252,10 @@ class TestEpisode:
         )
         assert steps[-1][1] == pytest.approx(info["baseline_loss"] - info["loss"])
 
-    def test_an_order_that_was_not_measured_is_rejected(self, ladder):
-        with pytest.raises(UnknownNameError, match="baseline over items 'gsi'"):
-            make_v1(ladder, reward={"name": "perplexity", "relative_to": "gsi"})
+    def test_a_reward_relative_to_an_order_that_is_left_out_is_rejected(self):
+        blind = make_ladder_context(importance="none")
+        with pytest.raises(InvalidRequestError, match="importance='none' leaves it out"):
+            make_v1(blind, reward={"name": "perplexity", "relative_to": "gsi"})
 
 
 class TestRendering:

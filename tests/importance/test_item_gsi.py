@@ -1,0 +1,139 @@
+"""GSI over items: measured again after each step, resumable, with counted evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rap_env.context.base import item_order
+from rap_env.envs.config import ITEM_GSI_METHODS
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.item_gsi import METHODS, ItemGSIProfile, item_gsi
+from rap_env.importance.ladder_order import LadderWalk
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
+from rap_env.plan import CompressionPlan
+from tests.envs.playing import play
+from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
+
+CACHES = LEVELS["caches"]
+
+
+@pytest.fixture(scope="module")
+def context():
+    return make_ladder_context()
+
+
+def bytes_of(context, together=("int8",)) -> LadderBytes:
+    return LadderBytes(context.memory, Ladder.of(context.memory.facts, LEVELS, together))
+
+
+def run(context, item_bytes=None, **settings) -> ItemGSIProfile:
+    item_bytes = item_bytes or bytes_of(context)
+    costs = context.level_costs(CACHES)
+    return item_gsi(context.scorer, costs, item_bytes, progress=False, **settings)
+
+
+def test_the_exact_search_takes_the_least_cost_per_byte_of_all_items(context):
+    item_bytes = bytes_of(context)
+    profile = run(context, item_bytes, method="exact", stop=8)
+    walk = LadderWalk(context.level_costs(CACHES), item_bytes)
+    ladder, before = item_bytes.ladder, context.scorer.dense_nll
+    for name, nll, count in zip(
+        profile.actions, profile.nll_after, profile.candidates, strict=True
+    ):
+        prices = {}
+        for item, found in enumerate(ladder.items):
+            lower = walk.next_of(item)
+            if lower < 0 or walk.freed_bytes(item, lower) <= 0:
+                continue
+            rise = context.scorer.nll(ladder.lower(walk.plan, item)) - before
+            prices[found.name] = max(0.0, rise) / walk.freed_bytes(item, lower)
+        assert prices[name] == min(prices.values())
+        shared = {n for n in range(len(ladder)) if walk.takers(n)[0] != n}
+        assert count == len(prices) - len(shared)
+        walk.take(step for step, _ in walk.steps(ladder.numbers[name]))
+        before = nll
+        assert nll == context.scorer.nll(walk.plan)
+    assert profile.evaluations == 1 + sum(profile.candidates)
+
+
+def test_the_lazy_search_measures_fewer_plans(context):
+    exact, lazy = run(context, method="exact", stop=10), run(context, method="lazy", stop=10)
+    assert len(lazy.actions) == 10
+    assert lazy.evaluations < 0.8 * exact.evaluations
+    assert lazy.nll_after[-1] < exact.nll_after[-1] + 0.5
+
+
+def test_it_is_continued_where_it_stopped(context, tmp_path):
+    path = tmp_path / "gsi.json"
+    whole = run(context, stop=7)
+    run(context, stop=3, path=path)
+    resumed = run(context, stop=7, path=path)
+    assert replace(resumed, seconds=0, evaluations_run=0, block_forwards=0) == replace(
+        whole, seconds=0, evaluations_run=0, block_forwards=0
+    )
+    assert ItemGSIProfile.load(path, context.llm) == resumed
+    before = context.scorer.evaluations
+    assert run(context, stop=7, path=path) == resumed
+    assert context.scorer.evaluations == before
+
+
+def test_a_profile_of_other_levels_or_methods_is_rejected(context, tmp_path):
+    path = tmp_path / "gsi.json"
+    run(context, stop=1, path=path)
+    with pytest.raises(ArtifactError, match="measured for other levels"):
+        run(context, bytes_of(context, together=()), stop=2, path=path)
+    with pytest.raises(ArtifactError, match="method='lazy' .*, not with 'exact'"):
+        run(context, stop=2, path=path, method="exact")
+    with pytest.raises(UnknownNameError, match="method of GSI over items 'halving'"):
+        run(context, method="halving")
+    assert METHODS == ITEM_GSI_METHODS
+
+
+def test_it_ends_when_nothing_frees_bytes(context):
+    item_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, "masks"))
+    profile = run(context, item_bytes)
+    assert sorted(profile.actions) == [item.name for item in item_bytes.ladder.items]
+    everything = CompressionPlan.of(dict.fromkeys(profile.actions, "removed"))
+    assert profile.nll_after[-1] == context.scorer.nll(everything)
+
+
+def test_the_order_begins_with_the_measured_steps_and_is_complete(context):
+    item_bytes, costs = bytes_of(context), context.level_costs(CACHES)
+    profile, ladder = run(context, stop=6), item_bytes.ladder
+    order = profile.order(costs, item_bytes)
+    walk = LadderWalk(costs, item_bytes)
+    for name in profile.actions:
+        walk.take(step for step, _ in walk.steps(ladder.numbers[name]))
+    measured = sum(position for position in walk.positions)
+    reached = LadderWalk(costs, item_bytes)
+    reached.take(order.steps[:measured])
+    assert reached.plan == walk.plan
+    reached.take(order.steps)
+    assert reached.plan == ladder.lowest
+    with pytest.raises(ArtifactError, match="measured for other levels"):
+        profile.order(costs, bytes_of(context, together=()))
+
+
+def test_environments_observe_it(tmp_path):
+    context = make_ladder_context(
+        importance="gsi", gsi_method="lazy", gsi_removals=4, folder=tmp_path
+    )
+    env = make_v1(context, reward={"name": "perplexity", "relative_to": "gsi"})
+    assert len(list(tmp_path.glob("item-gsi-lazy-4-*.json"))) == 1
+    order = item_order(context, env._task.item_bytes)
+    observation, _ = env.reset(seed=0)
+    place = {number: row[8] for number, row in enumerate(observation["ladder"])}
+    assert min(place, key=place.__getitem__) == order.steps[0][0]
+    _, *steps = play(env, 1, masked=True)
+    baseline = env._task._baseline(env._episode.start)
+    expected = context.scorer.nll(baseline) - context.scorer.dense_nll
+    assert steps[-1][-1]["baseline_loss"] == pytest.approx(expected)
+
+    (path,) = tmp_path.glob("item-gsi-*.json")
+    by_path = make_ladder_context(importance=str(path))
+    again = item_order(by_path, env._task.item_bytes)
+    assert again.steps == order.steps
+    assert make_ladder_context(importance="one_shot").importance == "one_shot"
