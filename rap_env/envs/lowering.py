@@ -21,8 +21,8 @@ from rap_env.observation import Observation
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
 
-GONE = "removed"
-"""What `info` calls the level of a cache whose attention block is removed."""
+_FEW = 8
+"""Rows of an observation that are faster to update one by one than all at once."""
 
 
 class LoweringTask(PruningTask[LadderCosts]):
@@ -98,7 +98,7 @@ class LoweringState:
         self.observation = builder.build(start.request, CompressionPlan())
         self._ladder = builder.ladder
         self._rows = builder.rows_of(start.costs)
-        self._dense_peak_bytes = start.costs.dense_peak_bytes
+        self._costs = start.costs
         self._tracker = start.costs.tracker()
         self._names = ["native"] * len(builder.ladder)
 
@@ -124,14 +124,23 @@ class LoweringState:
 
     def apply(self, action: int) -> None:
         """Lower an item that has a lower level."""
-        tracker, observation, ladder = self._tracker, self.observation, self._ladder
-        for item in tracker.lower(action):
-            position = tracker.positions[item]
-            self._names[item] = level_name(ladder, item, position)
-            row = observation["ladder"][item]
-            row[:] = self._rows[item, position]
-            row[FREED] = min(1.0, max(0, tracker.freed_bytes(item)) / self._dense_peak_bytes)
-            observation["action_mask"][item] = tracker.is_valid(item)
+        tracker, seen = self._tracker, self.observation
+        changed = tracker.lower(action)
+        for item in changed:
+            self._names[item] = self._ladder.level_names[item][tracker.positions[item]]
+        if len(changed) > _FEW:
+            items, positions = np.arange(len(self._names)), tracker.positions
+            seen["ladder"][:] = self._rows[items, positions]
+            freed = self._costs.freed_bytes(positions)
+            seen["ladder"][:, FREED] = freed_share(freed, self._costs.dense_peak_bytes)
+            seen["action_mask"][:] = self._costs.next_level[items, positions] >= 0
+            return
+        for item in changed:
+            row = seen["ladder"][item]
+            row[:] = self._rows[item, tracker.positions[item]]
+            freed_bytes = max(0, tracker.freed_bytes(item))
+            row[FREED] = min(1.0, freed_bytes / self._costs.dense_peak_bytes)
+            seen["action_mask"][item] = tracker.is_valid(item)
 
     def info(self) -> dict[str, Any]:
         """The level of each item."""
@@ -168,7 +177,7 @@ class VectorLoweringState:
         self._costs[row] = costs
         self._tracker.start(row, costs, positions)
         self._rows[row] = self._builder.rows_of(costs)
-        self._names[row] = [level_name(ladder, n, p) for n, p in enumerate(positions)]
+        self._names[row] = list(map(tuple.__getitem__, ladder.level_names, positions))
 
     def peak_after(self, actions: Counts, valid: Flags) -> Counts:
         """Peak bytes of each request, (n,), if the valid actions are taken."""
@@ -178,13 +187,13 @@ class VectorLoweringState:
         self, actions: Counts, valid: Flags, peak_bytes: Counts, observation: Observation
     ) -> None:
         """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
-        tracker, ladder = self._tracker, self._ladder
+        tracker, names = self._tracker, self._ladder.level_names
         where, items = tracker.lower(actions, valid, peak_bytes)
         positions = tracker.positions[where, items]
         for row, item, position in zip(
             where.tolist(), items.tolist(), positions.tolist(), strict=True
         ):
-            self._names[row][item] = level_name(ladder, item, position)
+            self._names[row][item] = names[item][position]
         seen = self._rows[where, items, positions]
         seen[:, FREED] = freed_share(
             tracker.freed_bytes(where, items), tracker.dense_peak_bytes[where]
@@ -210,12 +219,6 @@ class VectorLoweringState:
             {
                 item.name: level
                 for item, level in levels
-                if not (item.kind == "cache" and level == GONE)
+                if not (item.kind == "cache" and level == "removed")
             }
         )
-
-
-def level_name(ladder: Ladder, item: int, position: int) -> str:
-    """The name of an item's level; `GONE` for a cache that was removed with its block."""
-    levels = ladder.items[item].levels
-    return levels[position] if position < len(levels) else GONE

@@ -9,7 +9,7 @@ cached for each batch size and sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -193,13 +193,16 @@ class LevelTracker:
 
     def peak_after(self, item: int) -> int:
         """Peak bytes if an item is lowered that has a lower level."""
-        held, counters = self._after(item)
+        held, counters = self._after(self.takers(item))
         return held + self._costs.shared.of(counters)
 
     def positions_after(self, item: int) -> list[int]:
         """The positions of the levels after an item, and all taken with it, is lowered."""
+        return self._positions_after(self.takers(item))
+
+    def _positions_after(self, lowered: Iterable[int]) -> list[int]:
         positions, ladder = self.positions.copy(), self._costs.ladder
-        for one in self.takers(item):
+        for one in lowered:
             lower = self._next_of(one)
             if lower < 0:
                 continue
@@ -214,10 +217,10 @@ class LevelTracker:
         Returns:
             The items whose level, or whose freed bytes, changed.
         """
-        self._held, self._counters = self._after(item)
-        self.peak_bytes = self._held + self._costs.shared.of(self._counters)
         lowered = self.takers(item)
-        self.positions = self.positions_after(item)
+        self._held, self._counters = self._after(lowered)
+        self.peak_bytes = self._held + self._costs.shared.of(self._counters)
+        self.positions = self._positions_after(lowered)
         partners = self._costs.ladder.partners
         return {*lowered, *(partners[one] for one in lowered)}
 
@@ -228,10 +231,10 @@ class LevelTracker:
     def _next_of(self, item: int) -> int:
         return self._costs.nexts[item][self.positions[item]]
 
-    def _after(self, item: int) -> tuple[int, int]:
-        """Bytes and counters of the items after an item, and all taken with it, is lowered."""
+    def _after(self, lowered: Iterable[int]) -> tuple[int, int]:
+        """Bytes and counters of the items after some are lowered."""
         held, counters = self._held, self._counters
-        for one in self.takers(item):
+        for one in lowered:
             freed, counted = self._change(one)
             held, counters = held - freed, counters - counted
         return held, counters

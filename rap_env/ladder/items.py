@@ -155,6 +155,14 @@ class Ladder:
         return max(len(item.levels) for item in self.items) + 1
 
     @cached_property
+    def level_names(self) -> tuple[tuple[str, ...], ...]:
+        """The name of the level at each position of each item.
+
+        One past the last level is ``removed``, for a cache whose block is removed.
+        """
+        return tuple((*item.levels, "removed") for item in self.items)
+
+    @cached_property
     def partners(self) -> tuple[int, ...]:
         """The cache of each attention block and the reverse, by number; else the item itself."""
         found = list(range(len(self)))
