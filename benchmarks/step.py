@@ -48,6 +48,7 @@ class KnownPruningContext:
     memory: MemoryModel
     scorer: MaskScorer
     features: ImportanceFeatures
+    importance: str = "none"
 
     def __deepcopy__(self, memo: object) -> KnownPruningContext:
         return self
@@ -113,6 +114,7 @@ def known_context(settings: StepSettings) -> KnownPruningContext:
 def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, Player]:
     """Every side of the comparison, by name."""
     rap = {"id": "RAPPrune-v0", "context": context, "workload": settings.workload}
+    levels = {**rap, "id": "RAPPrune-v1"}
 
     def player(make: Callable[..., Any], count: int, **arguments: Any) -> Player:
         env = make(**arguments)
@@ -127,6 +129,10 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
         "vector": player(gym.make_vec, settings.vector_steps, **vector),
         "vector_same_step": player(
             gym.make_vec, settings.vector_steps, **vector, autoreset_mode="SameStep"
+        ),
+        "single_v1": player(gym.make, settings.steps, **levels, max_episode_steps=_MOST_STEPS),
+        "vector_v1": player(
+            gym.make_vec, settings.vector_steps, **levels, num_envs=settings.num_envs
         ),
     }
 
@@ -143,7 +149,8 @@ def main(settings: StepSettings) -> None:
 
     steps = settings.steps * settings.rounds
     vector_steps = settings.vector_steps * settings.num_envs * settings.rounds
-    step_us = {name: _each(seconds[name], steps) for name in ("cart_pole", "single")}
+    singles = ("cart_pole", "single", "single_v1")
+    step_us = {name: _each(seconds[name], steps) for name in singles}
     bare_us = {
         name: _each(np.subtract(seconds[name], sides[name].reset_s[-settings.repeats :]), steps)
         for name in step_us
@@ -173,14 +180,16 @@ def main(settings: StepSettings) -> None:
             "step_us": {name: spread(values) for name, values in step_us.items()},
             "step_without_resets_us": {name: spread(values) for name, values in bare_us.items()},
             "ratio_without_resets": ratios(bare_us["single"], bare_us["cart_pole"]),
+            "ratio_of_v1_to_v0_without_resets": ratios(bare_us["single_v1"], bare_us["single"]),
             "vector_same_step_steps_per_s": spread(per_s["vector_same_step"]),
+            "vector_v1_steps_per_s": spread(per_s["vector_v1"]),
             "masks_scored_beforehand": measured_after_warm_up,
         },
         notes=[
             "The cost of a step depends on the number of blocks, not on the width of the model: "
             f"blocks and bytes are those of {settings.model}, scores those of a tiny random model "
             "with as many blocks, asked for once before the clock runs.",
-            "Random actions, invalid ones among them; both single environments come from "
+            "Random actions, invalid ones among them; all single environments come from "
             "gymnasium.make with a limit of 500 steps, so with the same wrappers.",
         ],
     )
