@@ -3,7 +3,9 @@
 The table has the scores that the store has of the model on the calibration text, and the
 importance that agents observe. ``export.masks=20000`` first measures masks (see
 `experiments.training.score_tables`) until the store has as many; after a kill, the same command
-resumes and writes the same table.
+resumes and writes the same table. ``export.levels=true model.weights=native`` adds what
+``RAPPrune-v1`` needs: the costs of levels, which are measured unless the package or the cache has
+them, and the scores of plans.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.context.opening import require_live
+from rap_env.ladder.items import LADDERS
 from rap_env.llm.progress import progress_bar
+from rap_env.plan import MaskOrPlan
 from rap_env.scoring.scorer import METRIC, bar_callback
 from rap_env.scoring.store import context_key
 
@@ -49,7 +53,11 @@ def export_scores(config: Config, folder: Path) -> Path:
     _ = context.one_shot, context.features  # measured first, because the table contains them
     if config.export.masks is not None:
         measure(config, context)
-    table = table_of(config, context, _scores(context))
+    scores, levels = _scores(context), {}
+    if config.export.levels:
+        levels["levels"] = asdict(context.level_costs(LADDERS["all"]["caches"]))
+        scores |= _plan_scores(context)
+    table = table_of(config, context, scores, **levels)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
@@ -110,11 +118,19 @@ def _check(config: Config, context: PruningContext) -> None:
         )
 
 
-def _scores(context: PruningContext) -> dict[BlockMask, float]:
+def _scores(context: PruningContext) -> dict[MaskOrPlan, float]:
     """Return the mean NLL of all stored masks of this model and text, nats per token."""
     assert context.store is not None
     rows = context.store.rows(context_key(context.scorer.context), METRIC)
     return {mask: float(np.array(values).mean()) for mask, values in rows}
+
+
+def _plan_scores(context: PruningContext) -> dict[MaskOrPlan, float]:
+    """Return the mean NLL of all stored plans that are no masks, nats per token."""
+    assert context.store is not None
+    key = context_key(require_live(context).scorer.plan_context)
+    rows = context.store.plan_rows(key, METRIC)
+    return {plan: float(np.array(values).mean()) for plan, values in rows}
 
 
 if __name__ == "__main__":

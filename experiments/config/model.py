@@ -111,5 +111,7 @@ class ExportConfig(Section):
     section = "export"
     masks: Count | None = None
     """Masks that the store must have; missing ones are measured first. null measures none."""
+    levels: bool = False
+    """Whether the table has the costs of levels and measured plans, as ``RAPPrune-v1`` needs."""
     path: str | None = None
     """The table's file; null for one in the run folder."""

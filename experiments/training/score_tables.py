@@ -27,6 +27,7 @@ import numpy.typing as npt
 from experiments.config import Config
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.plan import MaskOrPlan
 from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
@@ -105,15 +106,19 @@ def _draws(
 
 
 def table_of(
-    config: Config, context: PruningContext, scores: Mapping[BlockMask, float], **model: Any
+    config: Config,
+    context: PruningContext,
+    scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
+    **model: Any,
 ) -> ScoreTable:
     """Make a score table from scores of a context.
 
     Args:
         config: All settings.
         context: What the scores were measured with.
-        scores: Mean NLL of masks, nats per token.
-        **model: ``members`` and ``pessimism`` of the score model, as in `ScoreTable.fitted`.
+        scores: Mean NLL of masks and plans, nats per token.
+        **model: ``members`` and ``pessimism`` of the score model, and ``levels``, as in
+            `ScoreTable.fitted`.
 
     Raises:
         ArtifactError: There are too few scores.

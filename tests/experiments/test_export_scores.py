@@ -29,6 +29,7 @@ from experiments.profile import profile
 from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
+from rap_env.plan import CompressionPlan
 from rap_env.scoring.score_table import ScoreTable
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -64,6 +65,29 @@ def config(tmp_path_factory):
 def exported(config):
     """The table's path."""
     return export_scores(config, config.stage_dir("export_scores"))
+
+
+def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
+    calibration = TextConfig(source="self", windows=3, window_tokens=48)
+    levels = replace(
+        config, name="levels", calibration=calibration, export=ExportConfig(MASKS, levels=True)
+    )
+    table = ScoreTable.load(path := export_scores(levels, levels.stage_dir("export_scores")))
+    assert ScoreTable.load(exported).levels is None
+    assert "int4" in table.levels["one_shot"]["layer00.cache"]
+    plan = CompressionPlan.of({"layer03.ffn": "int8"})  # measured for its cost
+    live = build_context(levels)
+    assert table.scores[plan] == live.scorer.nll(plan)
+    env = gym.make(
+        "RAPPrune-v1", model=f"score_table:{path}", workload=WORKLOAD,
+        levels={"weights": ["int8", "removed"], "caches": ["int8", "int4"]},
+    )  # fmt: skip
+    observation, info = env.reset(seed=0)
+    over = False
+    while not over:
+        action = env.action_space.sample(observation["action_mask"])
+        observation, _, over, _, info = env.step(action)
+    assert info["loss"] == pytest.approx(-sum(info["reward_terms"].values()))
 
 
 def test_a_table_has_the_requested_masks_and_its_fidelity(config, exported, capsys):
