@@ -14,9 +14,10 @@ from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.removal import from_frontier, no_gsi_order
 from rap_env.envs.task import PruningTask
 from rap_env.errors import InfeasibleBudgetError
-from rap_env.ladder.item_bytes import LadderBytes, LadderCosts, VectorLevelTracker
+from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
 from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.observation import Observation
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request

@@ -15,18 +15,19 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from rap_env.costs import Counts, Flags
+from rap_env.costs import Counts
 from rap_env.ladder.items import Item, Ladder
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 
-_CACHED_SHAPES = 1024  # some tens of kilobytes each
+_CACHED_SHAPES = 256  # some tens of kilobytes each
 
 # Three counters in one integer: kept FFN blocks, lowered caches, lowered weights.
 _FFN, _CACHE, _WEIGHTS = 1, 1 << 20, 1 << 40
-_COUNTER = (1 << 20) - 1
+FFN_BITS, CACHE_BITS, WEIGHTS_BITS = _CACHE - 1, _WEIGHTS - _CACHE, (1 << 60) - _WEIGHTS
+"""The bits of each counter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +47,9 @@ class SharedBytes:
     def of(self, counters: int) -> int:
         """The shared bytes of the items that `counters` counts."""
         return (
-            (0 if counters & _COUNTER else -self.last_ffn)
-            + (self.lowered_cache if counters & (_COUNTER * _CACHE) else 0)
-            + (self.lowered_weights if counters >= _WEIGHTS else 0)
+            (0 if counters & FFN_BITS else -self.last_ffn)
+            + (self.lowered_cache if counters & CACHE_BITS else 0)
+            + (self.lowered_weights if counters & WEIGHTS_BITS else 0)
         )
 
 
@@ -68,6 +69,7 @@ class LadderCosts:
         item_bytes: Bytes of each item at each level; those of a cache, if its level is fixed,
             count for its attention block, (items, W).
         counters: What each level of an item adds to the counters of `SharedBytes`, (items, W).
+        counts: The same as Python integers.
         next_level: Position of the level to which lowering takes the item, -1 if there is none,
             (items, W). Levels of a cache that need no fewer bytes than the level above them are
             skipped, such as a window that is longer than the sequence.
@@ -80,17 +82,13 @@ class LadderCosts:
     shared: SharedBytes
     item_bytes: Counts
     counters: Counts
+    counts: list[list[int]]
     next_level: Counts
 
     @cached_property
     def sizes(self) -> list[list[int]]:
         """`item_bytes` as Python integers, which are faster one at a time."""
         return _lists(self.item_bytes)
-
-    @cached_property
-    def counts(self) -> list[list[int]]:
-        """`counters` as Python integers."""
-        return _lists(self.counters)
 
     @cached_property
     def nexts(self) -> list[list[int]]:
@@ -252,119 +250,6 @@ class LevelTracker:
         return freed, counted
 
 
-class VectorLevelTracker:
-    """Peak bytes of n requests while their items are lowered: `LevelTracker` as arrays.
-
-    Attributes:
-        dense_peak_bytes: Peak bytes of each request with the native model, (n,).
-        peak_bytes: Peak bytes of each request now, (n,).
-        positions: Position of each item's level, (n, items).
-        next_level: As in `LadderCosts`, for each request, (n, items, W).
-        item_bytes: As in `LadderCosts`, for each request, (n, items, W).
-    """
-
-    def __init__(self, count: int, ladder: Ladder) -> None:
-        shape = count, len(ladder), ladder.width
-        self.dense_peak_bytes, self.peak_bytes = _zeros(count), _zeros(count)
-        self.positions = np.zeros(shape[:2], dtype=np.int64)
-        self.item_bytes = np.zeros(shape, dtype=np.int64)
-        self.next_level = np.zeros(shape, dtype=np.int64)
-        self._counts = np.zeros(shape[1:], dtype=np.int64)
-        self._held, self._counters = _zeros(count), _zeros(count)
-        self._last_ffn, self._cache, self._weights = _zeros(count), _zeros(count), _zeros(count)
-        self._caches = np.array(ladder.caches, dtype=np.int64)
-        self._is_cache = np.isin(np.arange(len(ladder)), self._caches)
-        self._is_shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
-        self._partners = np.array(ladder.partners)
-        self._removal = np.array(ladder.removals)
-        self._gone = np.array([len(item.levels) for item in ladder.items])
-
-    def start(self, row: int, costs: LadderCosts, positions: Sequence[int]) -> None:
-        """Start request `row` with levels at some positions."""
-        self.dense_peak_bytes[row] = costs.dense_peak_bytes
-        self._held[row], self._counters[row] = held, counters = costs.held(positions)
-        self.peak_bytes[row] = held + costs.shared.of(counters)
-        self.positions[row] = positions
-        self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.next_level
-        self._counts = costs.counters  # the same for all requests
-        self._last_ffn[row] = costs.shared.last_ffn
-        self._cache[row] = costs.shared.lowered_cache
-        self._weights[row] = costs.shared.lowered_weights
-
-    def peak_after(self, items: Counts, lowers: Flags) -> Counts:
-        """Peak bytes of each request, (n,), if those with a flag lower an item that can be."""
-        held, counters, *_ = self._after(items, lowers)
-        return self._peak(held, counters)
-
-    def freed_bytes(self, rows: Counts, items: Counts) -> Counts:
-        """Bytes that the next levels of items free, as `LevelTracker` has it, (k,).
-
-        `rows` has the request of each item, (k,).
-        """
-        position = self.positions[rows, items]
-        lower = self.next_level[rows, items, position]
-        freed, _ = self._change(rows, items, position, lower)
-        return np.asarray(freed * (lower >= 0))
-
-    def lower(self, items: Counts, lowers: Flags, peak_bytes: Counts) -> tuple[Counts, Counts]:
-        """Lower items where there is a flag; all (n,), as `peak_after` has.
-
-        Returns:
-            Requests and items whose level, or whose freed bytes, changed, (k,) each.
-        """
-        self._held, self._counters, rows, lowered, lower = self._after(items, lowers)
-        self.peak_bytes = peak_bytes
-        self.positions[rows, lowered] = lower
-        partners = self._partners[lowered]
-        takes = (lower == self._removal[lowered]) & (partners != lowered)
-        self.positions[rows[takes], partners[takes]] = self._gone[partners[takes]]
-        return np.concatenate([rows, rows]), np.concatenate([lowered, partners])
-
-    def _after(self, items: Counts, lowers: Flags) -> tuple[Counts, Counts, Counts, Counts, Counts]:
-        """Bytes and counters after lowering, (n,); lowered items and their new levels, (k,).
-
-        The last three are requests, items and positions of levels.
-        """
-        rows = np.flatnonzero(lowers)
-        lowered = items[rows]
-        position = self.positions[rows, lowered]
-        lower = self.next_level[rows, lowered, position]
-        shared = self._is_cache[lowered] & self._is_shared[lower]
-        if shared.any():
-            others = np.flatnonzero(shared)
-            every = self.positions[rows[others]][:, self._caches]
-            nexts = self.next_level[rows[others, None], self._caches, every]
-            same, cache = np.nonzero(nexts == lower[others, None])
-            taken = rows[others[same]]
-            rows = np.concatenate([rows[~shared], taken])
-            lowered = np.concatenate([lowered[~shared], self._caches[cache]])
-            position = self.positions[rows, lowered]
-            lower = self.next_level[rows, lowered, position]
-        freed, counted = self._change(rows, lowered, position, lower)
-        held, counters = self._held.copy(), self._counters.copy()
-        np.subtract.at(held, rows, freed)
-        np.subtract.at(counters, rows, counted)
-        return held, counters, rows, lowered, lower
-
-    def _change(
-        self, rows: Counts, items: Counts, position: Counts, lower: Counts
-    ) -> tuple[Counts, Counts]:
-        """Bytes and counters that new levels of items take away, (k,) each."""
-        partners = self._partners[items]
-        other = self.positions[rows, partners]
-        takes = (lower == self._removal[items]) & (partners != items)
-        freed = self.item_bytes[rows, items, position] - self.item_bytes[rows, items, lower]
-        freed += self.item_bytes[rows, partners, other] * takes
-        counted = self._counts[items, position] - self._counts[items, lower]
-        counted += self._counts[partners, other] * takes
-        return freed, counted
-
-    def _peak(self, held: Counts, counters: Counts) -> Counts:
-        peak = held - self._last_ffn * (counters & _COUNTER == 0)
-        peak += self._cache * (counters & (_COUNTER * _CACHE) != 0)
-        return np.asarray(peak + self._weights * (counters >= _WEIGHTS))
-
-
 class LadderBytes:
     """Makes the costs of a ladder for requests on one model; the most recent ones are cached."""
 
@@ -382,6 +267,7 @@ class LadderBytes:
                 self._weights[number, position] = known.get(level, 0)
                 self._counters[number, position] = _counted(item, level)
             self._next[number, : len(item.levels) - 1] = range(1, len(item.levels))
+        self._counts = _lists(self._counters)
         in_ladder = sum(item.kind == "ffn" for item in ladder.items)
         self._fixed_ffn = facts.num_layers - in_ladder  # FFN blocks that are always kept
         self._widen = 0 if facts.packed else facts.widen_bytes
@@ -434,6 +320,7 @@ class LadderBytes:
             shared,
             sizes,
             self._counters,
+            self._counts,
             nexts,
         )
 
@@ -481,7 +368,3 @@ def _counted(item: Item, level: str) -> int:
         return 0 if level == "native" else _CACHE
     kept_ffn = _FFN if item.kind == "ffn" and level != "removed" else 0
     return kept_ffn + (0 if level in ("native", "removed") else _WEIGHTS)
-
-
-def _zeros(count: int) -> Counts:
-    return np.zeros(count, dtype=np.int64)

@@ -37,7 +37,7 @@ FREED = ITEM_FEATURES.index("freed_share")
 COST_FLOOR, COST_CEILING = 1e-4, 10.0
 """Costs in nats per token that are observed as about 0 and as 1, on a log scale between."""
 
-_CACHED_SHAPES = 1024
+_CACHED_SHAPES = 256
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ import pytest
 
 from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.item_bytes import LadderBytes, VectorLevelTracker
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
