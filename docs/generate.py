@@ -271,6 +271,8 @@ def api_page() -> str:
         thing = getattr(rap_env, name)
         if inspect.isclass(thing):
             directive = f".. autoclass:: rap_env.{name}\n   :members:\n"
+            if name.endswith("Env"):  # what the versions share is in base classes
+                directive += "   :inherited-members: Env, VectorEnv\n"
         elif inspect.isfunction(thing):
             directive = f".. autofunction:: rap_env.{name}\n"
         else:

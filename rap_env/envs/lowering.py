@@ -91,6 +91,13 @@ class LoweringTask(PruningTask[LadderCosts]):
             "there is nothing to lower; give a longer sequence, or name other levels."
         )
 
+    def _nothing_drawn(self, start: EpisodeStart[LadderCosts]) -> str:
+        if start.fits:
+            return super()._nothing_drawn(start)
+        return (
+            f"None of the requests drawn from the workload can be helped. {self._pointless(start)}"
+        )
+
 
 class LoweringState:
     """The levels of the items in an episode; an `EpisodeState`."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import LadderEnvConfig
 from rap_env.envs.lowering import LoweringTask
+from rap_env.envs.task import PruningTask
 from rap_env.envs.vector import PruningVectorEnv
 from rap_env.ladder.item_bytes import LadderCosts
+from rap_env.ladder.items import Ladder
 
 
 class RAPPruneV1Env(PruningEnv[LadderCosts]):
@@ -82,7 +84,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     ## Action Space
     `Discrete(N)`: the item to lower by one level. An action on an item without a lower level is
     *invalid*: it changes nothing and costs `invalid_action_penalty`. `action_masks()` returns the
-    valid actions as booleans.
+    valid actions as booleans. `env.unwrapped.ladder.items` has the names and levels of the items.
 
     - A level of a cache that needs no fewer bytes than the level above it for this request, such as
       a window that is longer than the sequence, is skipped.
@@ -107,7 +109,8 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     default workload draws budgets from 25 to 95 % of the native peak. A budget below what the
     lowest levels need is raised to that (`infeasible="clip"`), so that budgets reach down to the
     lowest levels and not further, or raises an error (`"error"`). Requests for which the lowest
-    levels need no fewer bytes than native ones are drawn again.
+    levels need no fewer bytes than native ones are drawn again. With a smaller ladder, choose a
+    workload whose budgets it can meet: `"caches"` helps long requests and large batches only.
 
     ## Episode End
     - Termination: the request fits, that is, the peak bytes are at most the budget. Whatever the
@@ -174,6 +177,11 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     config_type = LadderEnvConfig
     make_task = staticmethod(LoweringTask)
 
+    @property
+    def ladder(self) -> Ladder:
+        """The items, in the order of the actions, and the levels of each."""
+        return _ladder(self._task)
+
 
 class RAPPruneV1VectorEnv(PruningVectorEnv[LadderCosts]):
     """n environments of the kind of `rap_env.RAPPruneV1Env`, stepped as arrays.
@@ -183,3 +191,13 @@ class RAPPruneV1VectorEnv(PruningVectorEnv[LadderCosts]):
     """
 
     single_type = RAPPruneV1Env
+
+    @property
+    def ladder(self) -> Ladder:
+        """The items, in the order of the actions, and the levels of each."""
+        return _ladder(self._task)
+
+
+def _ladder(task: PruningTask[LadderCosts]) -> Ladder:
+    assert isinstance(task, LoweringTask)
+    return task.ladder

@@ -220,16 +220,19 @@ class PruningTask(ABC, Generic[CostsT]):
             "smaller budget."
         )
 
+    def _nothing_drawn(self, start: EpisodeStart[CostsT]) -> str:
+        return (
+            f"The {self.unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
+            f"workload, the last one {start.request}; give the workload smaller budgets."
+        )
+
     def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart[CostsT]:
         """A request of the workload for which there is something to do."""
         for _ in range(_MAX_DRAWS):
             start = self.start_of(sampler.sample(rng))
             if not self.is_pointless(start):
                 return start
-        raise InvalidRequestError(
-            f"The {self.unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
-            f"workload, the last one {start.request}; give the workload smaller budgets."
-        )
+        raise InvalidRequestError(self._nothing_drawn(start))
 
     def _feasible(self, start: EpisodeStart[CostsT]) -> EpisodeStart[CostsT]:
         """The start with its budget raised, if necessary, to one that can be met."""

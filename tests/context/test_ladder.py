@@ -104,11 +104,11 @@ def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
     env = make_v1(live, reward=DENSE_TIMING)
     expected = [play(env, seed) for seed in range(3)]
     plans = {
-        env._task.ladder.plan(
+        env.ladder.plan(
             [
                 len(item.levels) if item.kind == "cache" and level == "removed"
                 else item.levels.index(level)
-                for item, level in zip(env._task.ladder.items, info["levels"], strict=True)
+                for item, level in zip(env.ladder.items, info["levels"], strict=True)
             ]
         )
         for steps in expected

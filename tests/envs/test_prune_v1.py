@@ -156,7 +156,7 @@ class TestEpisode:
     def test_every_level_is_reached_one_by_one(self, ladder):
         env = make_v1(ladder)
         env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
-        cache = env._task.ladder.numbers["layer00.cache"]
+        cache = env.ladder.numbers["layer00.cache"]
         reached = []
         while env.action_masks()[cache]:
             reached.append(env.step(cache)[-1]["levels"][cache])
@@ -170,7 +170,7 @@ class TestEpisode:
     def test_levels_that_caches_take_together_need_one_action(self, ladder):
         env = make_v1(ladder, together=["int8", "int4"])
         env.reset(seed=0, options={"request": long_request(ladder, 1e-6)})
-        numbers = env._task.ladder.numbers
+        numbers = env.ladder.numbers
         caches = [numbers[f"layer{n:02}.cache"] for n in range(3)]
 
         def lowered(item: str) -> list[str]:
@@ -194,13 +194,17 @@ class TestEpisode:
         while not over:
             _, _, over, _, info = env.step(int(env.action_masks().argmax()))
         assert info["peak_bytes"] == env.request.budget_bytes
-        assert env.plan == env._task.ladder.lowest
+        assert env.plan == env.ladder.lowest
 
     def test_requests_that_no_level_helps_are_rejected(self, ladder):
         env = make_v1(ladder, levels={"caches": ["int8"]}, importance="none")
         short = {"batch_size": 1, "seq_len_tokens": 20, "budget_fraction": 0.9}
         with pytest.raises(InvalidRequestError, match="no fewer bytes .* longer sequence"):
             env.reset(options={"request": short})
+        fixed = {"name": "fixed", **short}
+        blind = make_v1(ladder, levels={"caches": ["int8"]}, importance="none", workload=fixed)
+        with pytest.raises(InvalidRequestError, match="None of the requests .* longer sequence"):
+            blind.reset(seed=0)
 
     def test_both_timings_have_the_same_return(self, ladder):
         returns = []
@@ -264,7 +268,7 @@ class TestRendering:
         env.reset(seed=0, options={"request": long_request(ladder, 0.3)})
         assert "cache" not in env.render()
         assert "of the native peak" in env.render()
-        numbers = env._task.ladder.numbers
+        numbers = env.ladder.numbers
         for item in ("layer00.cache", "layer01.cache", "layer01.cache", "layer01.cache"):
             env.step(numbers[item])
         for item in ("layer00.ffn", "layer01.ffn", "layer01.ffn", "embeddings"):
@@ -280,7 +284,7 @@ class TestRendering:
         env.reset(seed=0, options={"request": long_request(ladder, 0.3)})
         pictures = [env.render()]
         for item in ("layer00.cache", "layer00.ffn", "layer00.ffn"):
-            env.step(env._task.ladder.numbers[item])
+            env.step(env.ladder.numbers[item])
             pictures.append(env.render())
         for one, other in itertools.pairwise(pictures):
             assert one.shape == other.shape
@@ -288,7 +292,7 @@ class TestRendering:
 
 
 def plan_of(env, info) -> CompressionPlan:
-    levels = zip(env._task.ladder.items, info["levels"], strict=True)
+    levels = zip(env.ladder.items, info["levels"], strict=True)
     return CompressionPlan.of(
         {i.name: n for i, n in levels if not (i.kind == "cache" and n == "removed")}
     )

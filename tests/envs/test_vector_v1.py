@@ -103,7 +103,7 @@ def test_attributes_of_sub_environments_can_be_read_by_name(ladder):
     vector = make_vector_v1(ladder, render_mode="ansi")
     vector.reset(seed=0, options={"request": long_request(ladder, 0.3)})
     vector.step(np.arange(NUM_ENVS))
-    names = [item.name for item in vector._task.ladder.items]
+    names = [item.name for item in vector.ladder.items]
     assert vector.get_attr("plan") == tuple(
         CompressionPlan.of({names[index]: "int8"}) for index in range(NUM_ENVS)
     )
