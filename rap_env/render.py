@@ -305,7 +305,10 @@ def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     for number, (head, text) in enumerate(shown):
         y = 606 - step * (len(shown) - number)
         draw.text((left, y), head, _GREY, _font(15))
-        draw.text((left, y + 21), text, _INK, _font(19))
+        size = 19
+        while draw.textlength(text, _font(size)) > right - left and size > 9:
+            size -= 1
+        draw.text((left, y + 21), text, _INK, _font(size))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -8,6 +8,7 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import CompressionPlan
 from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, human_bytes, render_ansi, render_rgb
 from rap_env.request import Request
 
@@ -124,6 +125,27 @@ def test_any_depth_stays_inside_the_picture(layers):
     edges = [picture[:8], picture[-8:], picture[:, :8], picture[:, -8:]]
     assert all((edge == 255).all() for edge in edges)
     assert area(picture, BLUE) > 1000
+
+
+CACHES = ("int8", "int4", "int2", "int4-window512", "int4-window256", "window128")
+
+
+@pytest.mark.parametrize("levels", [CACHES[:1], CACHES], ids=len)
+def test_a_plan_shows_its_levels_and_stays_inside_the_picture(levels):
+    memory = make_memory(6, kv_heads=(1,) * 6, kv_head_size=(128,) * 6)
+    request = Request.at_fraction(memory, 2, 1024, 0.7)
+    plan = {f"layer{n:02}.cache": levels[n % len(levels)] for n in range(6)}
+    scene = Scene(memory, request, CompressionPlan.of({**plan, "layer05.ffn": "removed"}), 0.1)
+    assert sum(scene.parts.values()) == memory.peak_bytes(scene.plan, request)
+    text = render_ansi(scene)
+    assert re.search(rf"^cache +{'842www' if len(levels) > 1 else '888888'}$", text, re.M)
+    assert "lowered  " in text
+    picture = render_rgb(scene)
+    assert all((edge == 255).all() for edge in (picture[:, -20:], picture[-8:]))
+    native = render_rgb(Scene(memory, request, BlockMask.of(11)))
+    light = tuple(bytes.fromhex(_COLOURS["KV cache"][1:]))
+    stack = SIZE[0] // 2 - 60
+    assert area(picture, light, stack) < area(native, light, stack)
 
 
 @pytest.mark.parametrize(
