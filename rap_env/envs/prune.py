@@ -157,6 +157,8 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     those of the model with stubs.
 
     ## Version History
+    - v1: Items and levels in the place of blocks, see `rap_env.RAPPruneV1Env`. v0 stays as it is,
+      although `gymnasium.make` calls each version but the last one out of date.
     - v0: First version.
     """
 

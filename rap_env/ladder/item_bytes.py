@@ -9,7 +9,7 @@ cached for each batch size and sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -169,18 +169,23 @@ class LevelTracker:
         peak_bytes: Peak bytes now.
     """
 
-    __slots__ = ("_costs", "_counters", "_held", "_removal", "peak_bytes", "positions")
+    __slots__ = (
+        "_counters", "_counts", "_held", "_ladder", "_nexts", "_partners", "_removals", "_shared",
+        "_sizes", "peak_bytes", "positions",
+    )  # fmt: skip
 
     def __init__(self, costs: LadderCosts, positions: Sequence[int] | None = None) -> None:
-        self._costs = costs
-        self.positions = [0] * len(costs.ladder) if positions is None else list(positions)
+        ladder = self._ladder = costs.ladder
+        self._sizes, self._counts, self._nexts = costs.sizes, costs.counts, costs.nexts
+        self._partners, self._removals = ladder.partners, ladder.removals
+        self._shared = costs.shared
+        self.positions = [0] * len(ladder) if positions is None else list(positions)
         self._held, self._counters = costs.held(self.positions)
-        self._removal = costs.ladder.removals
-        self.peak_bytes = self._held + costs.shared.of(self._counters)
+        self.peak_bytes = self._held + self._shared.of(self._counters)
 
     def is_valid(self, item: int) -> bool:
         """Whether an item has a lower level."""
-        return self._costs.nexts[item][self.positions[item]] >= 0
+        return self._nexts[item][self.positions[item]] >= 0
 
     def freed_bytes(self, item: int) -> int:
         """Bytes that the item's next level frees, shared ones left out; 0 if there is none.
@@ -191,22 +196,17 @@ class LevelTracker:
 
     def peak_after(self, item: int) -> int:
         """Peak bytes if an item is lowered that has a lower level."""
-        held, counters = self._after(self.takers(item))
-        return held + self._costs.shared.of(counters)
+        held, counters = self._held, self._counters
+        for one in self.takers(item):
+            freed, counted = self._change(one)
+            held, counters = held - freed, counters - counted
+        return held + self._shared.of(counters)
 
     def positions_after(self, item: int) -> list[int]:
         """The positions of the levels after an item, and all taken with it, is lowered."""
-        return self._positions_after(self.takers(item))
-
-    def _positions_after(self, lowered: Iterable[int]) -> list[int]:
-        positions, ladder = self.positions.copy(), self._costs.ladder
-        for one in lowered:
-            lower = self._next_of(one)
-            if lower < 0:
-                continue
-            positions[one] = lower
-            if lower == self._removal[one] and (partner := ladder.partners[one]) != one:
-                positions[partner] = len(ladder.items[partner].levels)
+        positions = self.positions.copy()
+        for one in self.takers(item):
+            self._move(one, positions)
         return positions
 
     def lower(self, item: int) -> set[int]:
@@ -216,38 +216,40 @@ class LevelTracker:
             The items whose level, or whose freed bytes, changed.
         """
         lowered = self.takers(item)
-        self._held, self._counters = self._after(lowered)
-        self.peak_bytes = self._held + self._costs.shared.of(self._counters)
-        self.positions = self._positions_after(lowered)
-        partners = self._costs.ladder.partners
-        return {*lowered, *(partners[one] for one in lowered)}
+        for one in lowered:  # levels of caches taken together do not change each other's bytes
+            freed, counted = self._change(one)
+            self._held -= freed
+            self._counters -= counted
+            self._move(one, self.positions)
+        self.peak_bytes = self._held + self._shared.of(self._counters)
+        return {*lowered, *[self._partners[one] for one in lowered]}
 
     def takers(self, item: int) -> tuple[int, ...]:
         """The items that are lowered with one, itself included."""
-        return self._costs.ladder.takers(item, self._next_of)
-
-    def _next_of(self, item: int) -> int:
-        return self._costs.nexts[item][self.positions[item]]
-
-    def _after(self, lowered: Iterable[int]) -> tuple[int, int]:
-        """Bytes and counters of the items after some are lowered."""
-        held, counters = self._held, self._counters
-        for one in lowered:
-            freed, counted = self._change(one)
-            held, counters = held - freed, counters - counted
-        return held, counters
+        if self._nexts[item][self.positions[item]] in self._ladder.shared_positions:
+            return self._ladder.takers(item, lambda n: self._nexts[n][self.positions[n]])
+        return (item,)
 
     def _change(self, item: int) -> tuple[int, int]:
         """Bytes and counters that one item's next level takes away."""
-        costs, position, lower = self._costs, self.positions[item], self._next_of(item)
+        position = self.positions[item]
+        lower = self._nexts[item][position]
         if lower < 0:
             return 0, 0
-        sizes, counts = costs.sizes[item], costs.counts[item]
+        sizes, counts = self._sizes[item], self._counts[item]
         freed, counted = sizes[position] - sizes[lower], counts[position] - counts[lower]
-        if lower == self._removal[item] and (partner := costs.ladder.partners[item]) != item:
-            freed += costs.sizes[partner][self.positions[partner]]
-            counted += costs.counts[partner][self.positions[partner]]
+        if lower == self._removals[item] and (partner := self._partners[item]) != item:
+            freed += self._sizes[partner][self.positions[partner]]
+            counted += self._counts[partner][self.positions[partner]]
         return freed, counted
+
+    def _move(self, item: int, positions: list[int]) -> None:
+        """Move an item to its next level, if it has one."""
+        lower = self._nexts[item][positions[item]]
+        if lower >= 0:
+            positions[item] = lower
+            if lower == self._removals[item] and (partner := self._partners[item]) != item:
+                positions[partner] = len(self._ladder.items[partner].levels)
 
 
 class LadderBytes:
