@@ -168,8 +168,10 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
 
     ## Version History
     - v1: Items and levels in the place of blocks; native weights; budgets as shares of the native
-      peak; a wider workload; a longer calibration text. With `levels="masks"`, the same model,
-      workload and text, episodes are those of v0.
+      peak; a wider workload; a longer calibration text. With `levels="masks"` on an unquantised
+      model, and v0's workload, text and `infeasible`, episodes are those of v0: the same requests,
+      actions, bytes, ends and rewards. Only a reward relative to an order differs, since the order
+      here weighs costs against bytes.
     - v0: First version (`rap_env.RAPPruneEnv`). It stays as it is, although `gymnasium.make` calls
       each version but the last one out of date.
     """

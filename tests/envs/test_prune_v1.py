@@ -34,6 +34,7 @@ from tests.envs.playing_v1 import (
     make_ladder_context,
     make_v1,
 )
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,20 @@ class TestSameAsV0:
                     assert np.array_equal(freed, seen_v0["blocks"][:, 3])
                     removed = [n for n, level in enumerate(info["levels"]) if level == "removed"]
                     assert BlockMask.of(*removed) == BlockMask.of(*info_v0["removed"])
+
+    def test_models_opened_by_name_have_the_same_episodes(self, tmp_path):
+        tiny_model(layers=2).save_pretrained(tmp_path / "model")
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        shared = {
+            "model": str(tmp_path / "model"), "workload": "grid", "infeasible": "clip",
+            "calibration": {"windows": 2, "window_tokens": 8}, "importance": "none",
+        }  # fmt: skip
+        old = gym.make("RAPPrune-v0", **shared)
+        new = gym.make("RAPPrune-v1", levels="masks", **shared)
+        for seed in range(5):
+            for one, other in zip(play(old, seed), play(new, seed), strict=True):
+                assert [one[-1].get(key) for key in SAME] == [other[-1].get(key) for key in SAME]
+                assert one[1:-1] == other[1:-1]
 
     @pytest.mark.parametrize("request_", [{"batch_size": 8, "seq_len_tokens": 64}])
     def test_requests_and_errors_are_the_same(self, context, request_):
