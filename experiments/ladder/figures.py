@@ -84,8 +84,12 @@ def _draw_request(axis: Axes, found: Ladder, llama: Sequence[LlamaCppRow], shape
     if llama:
         points = _points(llama)
         axis.plot(*zip(*points, strict=True), "D", color=LLAMA, markersize=4, zorder=6)
-        for place, (cached, point) in enumerate(zip(llama, points, strict=True)):
-            _label(axis, point, cached.cache, LLAMA, above=False, left=place % 2 == 1)
+        labelled: LlamaCppRow | None = None
+        for cached in sorted(llama, key=lambda row: row.held_bytes):
+            # Labels of points that nearly coincide would hide each other.
+            if labelled is None or cached.loss < labelled.loss / 1.5:
+                _label(axis, _points([cached])[0], cached.cache, LLAMA, above=labelled is None)
+                labelled = cached
     _scale(axis)
 
 

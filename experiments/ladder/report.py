@@ -49,8 +49,9 @@ def ladder_findings(found: LadderRecords) -> list[str]:
                 found.ladder.policy_row(name, shape, fraction) for name in ("removal", "knapsack")
             )
             if removal and levels and levels.fits:
+                share = f"{fraction * 100:.0f} %"
                 return [
-                    f"At {fraction:.0%} of the unquantised peak of {shape_words(shape)} tokens, "
+                    f"At {share} of the unquantised peak of {shape_words(shape)} tokens, "
                     f"lowering precision first costs {levels.loss:.3f} nats per token; removing "
                     f"blocks alone costs {removal.loss:.2f}"
                     f"{'' if removal.fits else ' and does not fit'}."
