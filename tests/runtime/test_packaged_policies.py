@@ -66,8 +66,8 @@ def test_the_predictions_of_the_knapsack_agree_with_its_measured_plans(levelled)
     mixed = [row for row in costs.predictions() if len(set(row["levels"].values())) > 1]
     assert len(mixed) >= 8
     for row in mixed:
-        # A third of the rise, or a hundredth of a nat where the rise is close to the noise.
-        assert row["predicted"] == pytest.approx(row["measured"], rel=1 / 3, abs=0.01), row
+        # Two fifths of the rise, or 0.02 nats where the rise is close to the noise.
+        assert row["predicted"] == pytest.approx(row["measured"], rel=0.4, abs=0.02), row
     assert max(row["measured"] for row in mixed) > 1
 
 
