@@ -306,8 +306,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str]) -> Any:
-    """Write everything to ``docs/_generated``, and the README's results."""
-    write_all(Path(arguments[1]) if len(arguments) > 1 else Path(__file__).resolve().parent)
+    """Write everything to ``docs/_generated``, and the README's results with their picture."""
+    docs = Path(arguments[1]) if len(arguments) > 1 else Path(__file__).resolve().parent
+    write_all(docs)
+    shutil.copy(docs / "_generated" / LADDER_FIGURE, ROOT / "docs" / "images" / LADDER_FIGURE)
     update_readme()
 
 
