@@ -240,7 +240,9 @@ def soak_table() -> str:
         "wrong answers of the control": (
             f"{agreement['control_wrong']} of {agreement['control_answers']}"
         ),
-        "growth of resident memory at rest": f"{memory['growth']:.1%} (target: at most 2 %)",
+        "growth of resident memory at rest": (
+            f"{100 * memory['growth']:.1f} % (target: at most 2 %)"
+        ),
         "checks that failed": ", ".join(k for k, ok in record["checks"].items() if not ok)
         or "none",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from experiments.comparison.formatting import TIMES, shape_words
+from experiments.comparison.formatting import TIMES, percent, shape_words
 from experiments.comparison.html import Gallery, Section
 from experiments.ladder.figures import loss_against_bytes
 from experiments.ladder.summaries import LadderRecords
@@ -49,11 +49,10 @@ def ladder_findings(found: LadderRecords) -> list[str]:
                 found.ladder.policy_row(name, shape, fraction) for name in ("removal", "knapsack")
             )
             if removal and levels and levels.fits:
-                share = f"{fraction * 100:.0f} %"
                 return [
-                    f"At {share} of the unquantised peak of {shape_words(shape)} tokens, "
-                    f"lowering precision first costs {levels.loss:.3f} nats per token; removing "
-                    f"blocks alone costs {removal.loss:.2f}"
+                    f"At {percent(fraction, 0)} of the unquantised peak of {shape_words(shape)} "
+                    f"tokens, lowering precision first costs {levels.loss:.3f} nats per token; "
+                    f"removing blocks alone costs {removal.loss:.2f}"
                     f"{'' if removal.fits else ' and does not fit'}."
                 ]
     return []

@@ -9,6 +9,7 @@ from experiments.comparison.formatting import (
     Table,
     TitledTable,
     document,
+    percent,
     plain,
     publish_tables,
     shape_words,
@@ -64,7 +65,7 @@ def policy_table(found: Ladder) -> Table:
                 continue
             shown = [f"{nats(row)}{'' if row.fits else ' *'}" if row else "-" for row in rows]
             budget = mib(known[0].budget_bytes or 0)
-            lines.append([shape_words(shape), f"{fraction:.0%}", budget, *shown])
+            lines.append([shape_words(shape), percent(fraction, 0), budget, *shown])
     return header, lines
 
 

@@ -95,8 +95,8 @@ def test_the_table_of_settings_has_losses_and_bytes():
 def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
     _, lines = policy_table(Ladder(ROWS))
     by_budget = {line[1]: line[3:] for line in lines}
-    assert by_budget["80%"] == ["0.710 [0.709, 0.711]", "-"]
-    assert by_budget["60%"] == ["3.200 [3.199, 3.201] *", "0.0020 [0.0010, 0.0030]"]
+    assert by_budget["80 %"] == ["0.710 [0.709, 0.711]", "-"]
+    assert by_budget["60 %"] == ["3.200 [3.199, 3.201] *", "0.0020 [0.0010, 0.0030]"]
 
 
 def test_the_other_tables_name_formats_and_models():
