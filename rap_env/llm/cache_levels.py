@@ -106,6 +106,8 @@ def _changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, Ca
         layer = layers[number] if number < len(layers) else None
         level = levels.get(number, NATIVE_CACHE)
         held = layer.level if isinstance(layer, GroupedLayer) else NATIVE_CACHE
+        if level is held or level == held:
+            continue
         if layer is not None and _has_tokens(layer):
             if layer.keys.dtype == PLACEHOLDER_DTYPE:
                 continue
