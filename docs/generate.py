@@ -229,6 +229,8 @@ def update_readme(path: Path = ROOT / "README.md") -> None:
 
 def soak_table() -> str:
     """What the soak test counted."""
+    from experiments.comparison.formatting import percent
+
     record = json.loads((RESULTS / "soak.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     agreement, memory = record["agreement"], record["rss_bytes"]
     rows = {
@@ -240,9 +242,7 @@ def soak_table() -> str:
         "wrong answers of the control": (
             f"{agreement['control_wrong']} of {agreement['control_answers']}"
         ),
-        "growth of resident memory at rest": (
-            f"{100 * memory['growth']:.1f} % (target: at most 2 %)"
-        ),
+        "growth of resident memory at rest": f"{percent(memory['growth'])} (target: at most 2 %)",
         "checks that failed": ", ".join(k for k, ok in record["checks"].items() if not ok)
         or "none",
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 
 if TYPE_CHECKING:
+    from rap_env.levels import WeightLevel
     from rap_env.llm.elastic import ElasticLLM
 
 _GSI_SYSTEMS = ("static_gsi", "static_gsi_lean")
@@ -208,8 +209,7 @@ class SystemFactory:
         """Make a system with the same levels at all times, which removes blocks in GSI order."""
         facts = self._memory.facts
         _, weights, cache = name.split("_")
-        lowered = {block.name: weights for block in facts.blocks
-                   if weights in facts.weight_levels(block.index)}  # fmt: skip
+        lowered = facts.blocks_at(cast("WeightLevel", weights))
         if weights != "native" and "int8" in facts.embedding_levels:
             lowered[EMBEDDINGS] = "int8"
         plan = CompressionPlan.uniform(facts.num_layers, caches=cache).lower(lowered)

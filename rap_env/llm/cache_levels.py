@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
@@ -17,13 +18,14 @@ from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE
 from rap_env.llm.reserved_cache import ReservedLayer
 
+DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, ReservedLayer, GroupedLayer)
+"""Kinds of layers that grow, and can have levels."""
+
 
 def native_layer(layer: Any) -> Any:
     """An empty dynamic layer with the sliding window of another layer."""
-    from transformers import cache_utils
-
     if layer.is_sliding:
-        return cache_utils.DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
+        return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
     return ReservedLayer(getattr(layer, "reserve_tokens", 0))
 
 
@@ -148,14 +150,6 @@ def _has_tokens(layer: Any) -> bool:
 
 def _check_layers(cache: Any, numbers: Sequence[int]) -> None:
     """Reject a cache whose layers cannot be stored at a level."""
-    from transformers import cache_utils
-
-    known = (
-        cache_utils.DynamicLayer,
-        cache_utils.DynamicSlidingWindowLayer,
-        ReservedLayer,
-        GroupedLayer,
-    )
     layers = getattr(cache, "layers", None)
     kinds: set[Any] = set()
     for number in numbers:
@@ -163,7 +157,7 @@ def _check_layers(cache: Any, numbers: Sequence[int]) -> None:
             kinds.add(type(layers[number]))
         else:
             kinds.add(getattr(cache, "layer_class_to_replicate", None))
-    wrong = sorted(getattr(kind, "__name__", "no layers") for kind in kinds - set(known))
+    wrong = sorted(getattr(kind, "__name__", "no layers") for kind in kinds - set(DYNAMIC_LAYERS))
     if wrong or getattr(cache, "offloading", False):
         raise UnsupportedCacheError(
             f"A {type(cache).__name__} with {', '.join(wrong) or 'offloaded layers'} cannot be "

@@ -43,10 +43,15 @@ import torch
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import FamilyAdapter
-from rap_env.llm.cache_levels import filled_layers, lower, native_layer, raised
+from rap_env.llm.cache_levels import (
+    DYNAMIC_LAYERS,
+    filled_layers,
+    lower,
+    native_layer,
+    raised,
+)
 from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
-from rap_env.llm.reserved_cache import ReservedLayer
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
 Restore = Literal["refill", "next_request"]
@@ -101,14 +106,7 @@ def check_cache(cache: Any) -> None:
     """Reject a cache with layers of an unknown kind, or offloaded ones: they cannot be changed."""
     from transformers import cache_utils
 
-    known = (
-        cache_utils.DynamicLayer,
-        cache_utils.DynamicSlidingWindowLayer,
-        cache_utils.StaticLayer,
-        cache_utils.StaticSlidingWindowLayer,
-        ReservedLayer,
-        GroupedLayer,
-    )
+    known = (*DYNAMIC_LAYERS, cache_utils.StaticLayer, cache_utils.StaticSlidingWindowLayer)
     layers = getattr(cache, "layers", None)
     kinds = sorted({type(layer).__name__ for layer in layers or () if type(layer) not in known})
     if layers is None or kinds or getattr(cache, "offloading", False):

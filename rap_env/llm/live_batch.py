@@ -65,9 +65,20 @@ class LiveBatch:
         self._restore = restore
         self._most_tokens = most_tokens
         self._argument = cache_argument(llm.model)
-        self.reserve_tokens = 0
+        self._reserve_tokens = 0
         self._rows: list[list[int]] = []
         self._cache: Any = None
+
+    @property
+    def reserve_tokens(self) -> int:
+        """Tokens of a row for which native caches get room when they are allocated, see above."""
+        return self._reserve_tokens
+
+    @reserve_tokens.setter
+    def reserve_tokens(self, tokens: int) -> None:
+        self._reserve_tokens = tokens
+        if self._cache is not None:
+            reserve(self._cache, tokens)
 
     @property
     def size(self) -> int:
@@ -160,7 +171,7 @@ class LiveBatch:
             index = torch.tensor(rows, device=self._llm.device)
             cut = before - self.length
             for layer in cache.layers:
-                _select(layer, self.length, index, cut, self.reserve_tokens)
+                _select(layer, self.length, index, cut)
             self._cache = cache
             note_rows(cache, self._lengths)
 
@@ -180,6 +191,7 @@ class LiveBatch:
         with self._llm.exclusive(), torch.no_grad():
             if not self._rows:
                 self._rows, self._cache = other._rows, other._cache
+                self.reserve_tokens = self._reserve_tokens  # the layers had the other batch's
             else:
                 self._append_rows(other)
             other._rows, other._cache = [], None
@@ -200,7 +212,7 @@ class LiveBatch:
             rows = self._rows + other._rows
             length = max(map(len, rows))
             for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
-                _concatenate(mine, theirs, length, self.reserve_tokens)
+                _concatenate(mine, theirs, length)
         except BaseException:
             self._cache = other._cache = None  # some layers may be joined, others not
             raise
@@ -231,7 +243,6 @@ class LiveBatch:
                 self._cache = self._new_cache()
                 if held:
                     refill(self._llm, self._cache, past(), self._most_tokens)
-            reserve(self._cache, self.reserve_tokens)
             with step(self._llm, self._cache, self._restore, past, self._most_tokens):
                 output = self._llm.model(
                     input_ids=columns.tokens,
@@ -276,7 +287,7 @@ def _held(layer: Any, length: int) -> int:
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _select(layer: Any, length: int, rows: torch.Tensor, cut: int, reserve_tokens: int) -> None:
+def _select(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
     """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
         return
@@ -285,20 +296,20 @@ def _select(layer: Any, length: int, rows: torch.Tensor, cut: int, reserve_token
         layer.cumulative_length -= cut
         return
     held = _held(layer, length)
-    room = 0 if layer.is_sliding else reserve_tokens
+    room = getattr(layer, "reserve_tokens", 0)
     for name in ("keys", "values"):
         setattr(layer, name, with_room([getattr(layer, name)[rows]], held, room))
     if layer.is_sliding:
         layer.cumulative_length -= cut
 
 
-def _concatenate(mine: Any, theirs: Any, length: int, reserve_tokens: int) -> None:
+def _concatenate(mine: Any, theirs: Any, length: int) -> None:
     """Append rows of another layer of the same kind, with both padded to `length` tokens."""
     if isinstance(mine, GroupedLayer):
         mine.append_rows(theirs, length)
         return
     held = _held(mine, length)
-    room = 0 if mine.is_sliding else reserve_tokens
+    room = getattr(mine, "reserve_tokens", 0)
     for name in ("keys", "values"):
         parts = [getattr(layer, name) for layer in (mine, theirs)]
         setattr(mine, name, with_room(parts, held, room))

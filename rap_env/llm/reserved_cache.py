@@ -96,7 +96,7 @@ def _allocated(like: torch.Tensor, batch: int, tokens: int, reserve_tokens: int)
 
 
 def own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in pages of its own, which the system has back as soon as nobody uses it.
+    """A tensor in pages of its own, which return to the system as soon as they are freed.
 
     In the heap of the C library it would leave a hole between smaller, younger tensors.
     """
