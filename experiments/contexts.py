@@ -60,7 +60,8 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
     """
     importance = config.importance.method
     artifact = gsi_artifact(config)
-    if profiled and importance == "gsi" and artifact.exists():
+    of_blocks = not config.env.lowers  # the profile measures GSI over blocks
+    if profiled and of_blocks and importance == "gsi" and artifact.exists():
         importance = str(artifact)
     return ContextConfig(
         model=config.model.name,

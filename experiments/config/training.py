@@ -10,16 +10,35 @@ from omegaconf import MISSING
 from agents.settings import HYPERPARAMETERS, with_defaults
 from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
 
+ENV_IDS = ("RAPPrune-v0", "RAPPrune-v1")
+
 
 @dataclass
-class EnvConfig:
-    """Settings of ``RAPPrune-v0`` other than workload and reward."""
+class EnvConfig(Section):
+    """Settings of the environment other than workload and reward."""
 
+    section = "env"
+    id: Annotated[str, among(*ENV_IDS)] = "RAPPrune-v0"
+    """``RAPPrune-v0`` removes blocks; ``RAPPrune-v1`` lowers items by one level."""
+    levels: Any = "all"
+    """Levels of ``RAPPrune-v1``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
+    together: list[str] = field(default_factory=lambda: ["int8", "int4", "int4-window512"])
+    """Levels of ``RAPPrune-v1`` that all caches take together."""
     infeasible: str = "clip"
     invalid_action_penalty: float = 0.1
     max_invalid_actions: int = 10
     tasks: TasksConfig = field(default_factory=TasksConfig)
     """Tasks of the accuracy reward; without names, the environment's default tasks."""
+
+    @property
+    def lowers(self) -> bool:
+        """Whether an action lowers an item of a ladder by one level, as in ``RAPPrune-v1``."""
+        return self.id == "RAPPrune-v1"
+
+    @property
+    def ladder(self) -> dict[str, Any]:
+        """What defines the ladder of a model, as `rap_env.ladder.items.Ladder.of` takes it."""
+        return {"levels": self.levels, "together": self.together}
 
 
 @dataclass

@@ -32,7 +32,10 @@ from experiments.training.score_tables import importance_orders, planned_masks, 
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
-from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
+from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
 from rap_env.scoring.store import mask_from_indices
@@ -78,9 +81,12 @@ def learn(
     return replace(result, evaluations=len(known))
 
 
-def make_envs(config: Config, context: PruningContext, num_envs: int) -> RAPPruneVectorEnv:
+def make_envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv[Any]:
     """Make the vector environment on a context."""
-    return RAPPruneVectorEnv(
+    kind: type[PruningVectorEnv[Any]] = RAPPruneVectorEnv
+    if config.env.lowers:
+        kind = RAPPruneV1VectorEnv
+    return kind(
         num_envs=num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
         context=context,
@@ -90,23 +96,36 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> RAPPrun
         infeasible=config.env.infeasible,
         invalid_action_penalty=config.env.invalid_action_penalty,
         max_invalid_actions=config.env.max_invalid_actions,
+        **(config.env.ladder if config.env.lowers else {}),
     )
 
 
 def draw_requests(config: Config, context: PruningContext, count: int, *key: int) -> list[Request]:
-    """Draw workload requests that need pruning and that some mask can fit."""
-    memory = context.memory
+    """Draw workload requests that need pruning and that some mask or plan can fit."""
+    memory, item_bytes = context.memory, ladder_bytes(config, context)
     sampler = make_sampler(config.workload, memory)
     rng = np.random.default_rng([config.seed, *key])
     found: list[Request] = []
     for _ in range(100 * count):
         request = sampler.sample(rng)
         dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
-        if memory.least_peak_bytes(request) <= request.budget_bytes < dense:
+        if item_bytes is None:
+            least = memory.least_peak_bytes(request)
+        else:
+            costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+            least = costs.least_peak_bytes
+        if least <= request.budget_bytes < dense:
             found.append(request)
         if len(found) == count:
             break
     return found
+
+
+def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
+    """Return the byte arithmetic over the ladder's items; None for an environment of v0."""
+    if not config.env.lowers:
+        return None
+    return LadderBytes(context.memory, Ladder.of(context.memory.facts, **config.env.ladder))
 
 
 def _train(
