@@ -17,22 +17,22 @@ from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.training.score_tables import importance_orders, planned_masks, table_of
+from experiments.training.score_tables import (
+    importance_orders,
+    planned_masks,
+    stored_scores,
+    table_of,
+)
 from rap_env.context.base import PruningContext
-from rap_env.context.opening import require_live
 from rap_env.ladder.items import LADDERS
 from rap_env.llm.progress import progress_bar
-from rap_env.plan import MaskOrPlan
-from rap_env.scoring.scorer import METRIC, bar_callback
-from rap_env.scoring.store import context_key
+from rap_env.scoring.scorer import bar_callback
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,9 @@ def export_scores(config: Config, folder: Path) -> Path:
     _ = context.one_shot, context.features  # measured first, because the table contains them
     if config.export.masks is not None:
         measure(config, context)
-    scores, levels = _scores(context), {}
-    if config.export.levels:
-        levels["levels"] = asdict(context.level_costs(LADDERS["all"]["caches"]))
-        scores |= _plan_scores(context)
-    table = table_of(config, context, scores, **levels)
+    levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
+    scores = stored_scores(context, plans=config.export.levels)
+    table = table_of(config, context, scores, levels=levels)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
@@ -69,7 +67,7 @@ def export_scores(config: Config, folder: Path) -> Path:
 def measure(config: Config, context: PruningContext) -> None:
     """Score planned masks until the store has `config.export.masks`."""
     wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
-    known = _scores(context)
+    known = stored_scores(context, plans=False)
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     missing = list(
         islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
@@ -105,7 +103,7 @@ def _check(config: Config, context: PruningContext) -> None:
             "A score table is made from a score store, but store is null. Set store=default or "
             "store=FILE."
         )
-    if wanted is None and not _scores(context):
+    if wanted is None and not stored_scores(context, plans=False):
         raise ExperimentError(
             f"The store {context.store.path} has no scores of {name} on this calibration text, "
             "dtype, device and number of threads. Measure some with export.masks=20000, or use "
@@ -116,21 +114,6 @@ def _check(config: Config, context: PruningContext) -> None:
             f"{name} has {blocks} blocks, thus {2**blocks} masks; export.masks may be at most "
             f"half of them, {2 ** (blocks - 1)}, not {wanted}."
         )
-
-
-def _scores(context: PruningContext) -> dict[MaskOrPlan, float]:
-    """Return the mean NLL of all stored masks of this model and text, nats per token."""
-    assert context.store is not None
-    rows = context.store.rows(context_key(context.scorer.context), METRIC)
-    return {mask: float(np.array(values).mean()) for mask, values in rows}
-
-
-def _plan_scores(context: PruningContext) -> dict[MaskOrPlan, float]:
-    """Return the mean NLL of all stored plans that are no masks, nats per token."""
-    assert context.store is not None
-    key = context_key(require_live(context).scorer.plan_context)
-    rows = context.store.plan_rows(key, METRIC)
-    return {plan: float(np.array(values).mean()) for plan, values in rows}
 
 
 if __name__ == "__main__":

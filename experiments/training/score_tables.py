@@ -27,10 +27,14 @@ import numpy.typing as npt
 from experiments.config import Config
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.context.opening import require_live
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import MaskOrPlan
 from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
+from rap_env.scoring.scorer import METRIC
+from rap_env.scoring.store import context_key
 
 SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
 
@@ -109,6 +113,8 @@ def table_of(
     config: Config,
     context: PruningContext,
     scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
+    *,
+    levels: LevelCosts | None = None,
     **model: Any,
 ) -> ScoreTable:
     """Make a score table from scores of a context.
@@ -117,8 +123,8 @@ def table_of(
         config: All settings.
         context: What the scores were measured with.
         scores: Mean NLL of masks and plans, nats per token.
-        **model: ``members`` and ``pessimism`` of the score model, and ``levels``, as in
-            `ScoreTable.fitted`.
+        levels: Costs of levels, from which plans are predicted; None predicts masks only.
+        **model: ``members`` and ``pessimism`` of the score model.
 
     Raises:
         ArtifactError: There are too few scores.
@@ -130,6 +136,8 @@ def table_of(
         context.memory.facts,
         scores,
         seed=config.seed,
+        lowered=None if levels is None else levels.delta_nll,
+        levels=None if levels is None else asdict(levels),
         **model,
         context=dict(scorer.context),
         text=context.corpus.provenance,
@@ -154,6 +162,22 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
         "gsi_method": config.importance.gsi_method,
         "repair": repair_label(config.repair.name),
     }
+
+
+def stored_scores(context: PruningContext, *, plans: bool) -> dict[MaskOrPlan, float]:
+    """Return the mean NLL of all stored masks of this model and text, nats per token.
+
+    Args:
+        context: A context of a live model with a store.
+        plans: Whether to return plans that are no masks too.
+    """
+    store, scorer = context.store, require_live(context).scorer
+    assert store is not None
+    found: dict[MaskOrPlan, float] = {}
+    for determined_by in (scorer.context, *([scorer.plan_context] if plans else [])):
+        for plan, values in store.plan_rows(context_key(determined_by), METRIC):
+            found[plan] = float(np.mean(values))
+    return found
 
 
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:

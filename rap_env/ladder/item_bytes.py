@@ -125,6 +125,14 @@ class LadderCosts:
         held = self.item_bytes[self._items, positions].sum()
         return self.constant_bytes + int(held), int(self.counters[self._items, positions].sum())
 
+    def peaks(self, positions: Counts) -> Counts:
+        """Peak bytes of many plans, (n,), from the positions of their levels, (n, items)."""
+        held = self.constant_bytes + self.item_bytes[self._items, positions].sum(axis=1)
+        counters = self.counters[self._items, positions].sum(axis=1)
+        held -= self.shared.last_ffn * (counters & FFN_BITS == 0)
+        held += self.shared.lowered_cache * (counters & CACHE_BITS != 0)
+        return np.asarray(held + self.shared.lowered_weights * (counters & WEIGHTS_BITS != 0))
+
     def freed_bytes(self, positions: Sequence[int] | Counts) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out, (items,)."""
         items, where = self._items, np.asarray(positions)

@@ -1,8 +1,12 @@
-"""Predicts delta_nll of masks from measured masks. Needs numpy only, no model.
+"""Predicts delta_nll of masks and plans from measured ones. Needs numpy only, no model.
 
 The logarithm of delta_nll is fitted by ridge regression. The sum of the blocks' single delta_nll
 sets its level: the values roughly add up, and saturate where the model only guesses. One weight
-per block and one per pair of blocks model how blocks affect each other.
+per block and one per pair of blocks model how blocks affect each other. A plan also lowers items
+that it keeps. What their levels cost alone is added to that sum: they cost little and interact
+little, so that no weights of their own are needed. On 377 plans of the default model, the median
+relative error on held-out plans was 3 % with that, 3 to 4 % with a weight for each level, and 12 %
+for the sum alone.
 
 An ensemble of predictors is pessimistic where there is little evidence. A policy that is trained
 on a single predictor finds the masks that the predictor has hardly seen and wrongly rates as
@@ -24,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
-from rap_env.plan import MaskOrPlan, only_mask
+from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.scoring.fidelity import Fidelity
 
 Features = npt.NDArray[np.bool_]
-"""Input of the predictor: True for each removed block of each mask, (N, 2L)."""
+"""Input of the predictor: True for each removed block of each mask or plan, (N, 2L)."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -47,7 +51,6 @@ LEAST_SHARE = 0.5
 share was 0.67."""
 
 _CHUNK = 2048
-_MASKS_ONLY = "A predictor's input tells of each block only whether it is removed."
 _EVIDENCE = 20  # masks that a bound for their number of removals must rest on
 _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
 _COUNT_SCALE = 20.0  # brings squared counts of blocks near the other inputs
@@ -60,8 +63,9 @@ class DeltaNLLPredictor:
     """Predicts delta_nll in nats per token, deterministically and for each mask independently.
 
     With r the removed blocks, a and f the numbers of attention and feed-forward blocks among
-    them, and s the sum of their single delta_nll: ``log(delta_nll + offset) = intercept +
-    linear[r] + pairs[r, r] + shape . (log(s + offset), its square, a², f², a f)``.
+    them, and s the sum of their single delta_nll and of what other lowered items cost alone:
+    ``log(delta_nll + offset) = intercept + linear[r] + pairs[r, r] + shape . (log(s + offset), its
+    square, a², f², a f)``.
 
     Predictions are clamped. A mask is never predicted to be better than the best measured mask
     with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its worst
@@ -93,38 +97,49 @@ class DeltaNLLPredictor:
     least: tuple[float, ...]
     most: float
 
-    def delta_nll(self, mask: BlockMask) -> float:
-        """The predicted delta_nll of a mask, nats per token."""
-        if not mask:
+    def delta_nll(self, mask: BlockMask, lowered: float = 0.0) -> float:
+        """The predicted delta_nll of a mask or plan, nats per token.
+
+        Args:
+            mask: The removed blocks.
+            lowered: What the other lowered items cost alone, nats per token, at least 0.
+        """
+        if not mask and lowered <= 0:
             return 0.0
-        index = np.array(list(mask))  # ascending: sums of floats depend on their order
+        # Ascending: sums of floats depend on their order.
+        index = np.array(list(mask), dtype=np.int64)
         alone = self._alone[index]
         ffn = int((index % 2).sum())
-        terms = _shape(float(np.maximum(alone, 0).sum()), len(index) - ffn, ffn, self.offset)
+        together = float(np.maximum(alone, 0).sum()) + lowered
+        terms = _shape(together, len(index) - ffn, ffn, self.offset)
         log_delta = self.intercept + float(self._linear[index].sum())
         log_delta += float(self._pairs[index[:, None], index].sum())
         log_delta += sum(w * float(term) for w, term in zip(self.shape, terms, strict=True))
-        least = max(self.least[len(index)], LEAST_SHARE * float(alone.max()))
+        least = max(self.least[len(index)], LEAST_SHARE * float(alone.max(initial=-np.inf)))
         return min(max(math.exp(min(log_delta, _MOST_LOG)) - self.offset, least), self.most)
 
-    def delta_nll_many(self, features: Features, *, clamped: bool = True) -> Floats:
-        """The predicted delta_nll of many masks, nats per token, (N,).
+    def delta_nll_many(
+        self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
+    ) -> Floats:
+        """The predicted delta_nll of many masks or plans, nats per token, (N,).
 
-        They equal those of `delta_nll` up to rounding. Without `clamped`, the bounds described
-        above are left out: a search that measures what it proposes needs to tell masks apart
-        beyond the bounds too.
+        They equal those of `delta_nll` up to rounding. `lowered` is as there, for all or for each,
+        (N,). Without `clamped`, the bounds described above are left out: a search that measures
+        what it proposes needs to tell masks apart beyond the bounds too.
         """
         x = features.astype(np.float64)
         counts, ffn = features.sum(axis=1), x[:, 1::2].sum(axis=1)
-        terms = _shape(x @ np.maximum(self._alone, 0), counts - ffn, ffn, self.offset)
+        together = x @ np.maximum(self._alone, 0) + lowered
+        terms = _shape(together, counts - ffn, ffn, self.offset)
         log_delta = self.intercept + x @ self._linear + ((x @ self._pairs) * x).sum(axis=1)
         log_delta += sum(weight * term for weight, term in zip(self.shape, terms, strict=True))
         found = np.exp(np.minimum(log_delta, _MOST_LOG)) - self.offset
+        changed = (counts > 0) | (np.asarray(lowered) > 0)
         if not clamped:
-            return np.where(counts > 0, found, 0.0)
+            return np.where(changed, found, 0.0)
         worst = np.where(features, self._alone, -np.inf).max(axis=1, initial=-np.inf)
         least = np.maximum(np.array(self.least)[counts], LEAST_SHARE * worst)
-        return np.where(counts > 0, np.minimum(np.maximum(found, least), self.most), 0.0)
+        return np.where(changed, np.minimum(np.maximum(found, least), self.most), 0.0)
 
     @cached_property
     def _alone(self) -> Floats:
@@ -143,7 +158,12 @@ class DeltaNLLPredictor:
 
 
 def fit_predictor(
-    features: Features, delta_nll: Floats, alone: Floats, *, seed: int = 0
+    features: Features,
+    delta_nll: Floats,
+    alone: Floats,
+    lowered: Floats | None = None,
+    *,
+    seed: int = 0,
 ) -> tuple[DeltaNLLPredictor, Fidelity]:
     """Fit a predictor to measured masks and evaluate it on held-out masks.
 
@@ -154,6 +174,8 @@ def fit_predictor(
         features: The measured masks, from `feature_matrix`, (N, 2L).
         delta_nll: Their measured values, nats per token, (N,).
         alone: delta_nll without each block alone, nats per token, (2L,).
+        lowered: What the other lowered items of each plan cost alone, nats per token, (N,); None
+            for masks.
         seed: Decides which masks are held out.
 
     Returns:
@@ -162,12 +184,12 @@ def fit_predictor(
     order = np.random.default_rng(seed).permutation(len(delta_nll))
     ends = np.round(np.cumsum(_SPLIT[:2]) * len(delta_nll)).astype(int)
     to_fit, to_choose, held_out = np.split(order, ends)
-    fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out])
+    fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out], lowered)
     candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
     best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
     evaluated = fit.solved([0, 1], *best)
     fidelity = Fidelity.of(
-        evaluated.delta_nll_many(features[held_out]), delta_nll[held_out],
+        evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]), delta_nll[held_out],
         features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
     )  # fmt: skip
     return fit.solved([0, 1, 2], *best), fidelity
@@ -186,9 +208,11 @@ class PredictorFit:
         delta_nll: Floats,
         alone: Floats,
         parts: list[npt.NDArray[np.int64]],
+        lowered: Floats | None = None,
         reaches: Sequence[int] = REACHES,
     ) -> None:
         self.features, self.delta_nll, self.alone, self.parts = features, delta_nll, alone, parts
+        self.lowered = np.zeros(len(delta_nll)) if lowered is None else lowered
         self.offset = max(1e-6, float(np.median(np.abs(alone))) / 2)
         self.targets = np.log(np.maximum(delta_nll, -self.offset / 2) + self.offset)
         sizes = {reach: len(pair_indices(len(alone), reach)[0]) for reach in reaches}
@@ -223,7 +247,7 @@ class PredictorFit:
 
     def error(self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64]) -> float:
         """Root mean squared error of log(delta_nll + offset)."""
-        found = predictor.delta_nll_many(self.features[part])
+        found = predictor.delta_nll_many(self.features[part], self.lowered[part])
         logs = np.log(np.maximum(found, -self.offset / 2) + self.offset)
         return float(np.sqrt(np.mean((logs - self.targets[part]) ** 2)))
 
@@ -235,7 +259,7 @@ class PredictorFit:
         for start in range(0, len(part), _CHUNK):
             chosen = part[start : start + _CHUNK]
             x = self.features[chosen].astype(np.float64)
-            together = x @ np.maximum(self.alone, 0)
+            together = x @ np.maximum(self.alone, 0) + self.lowered[chosen]
             shape = _shape(together, x[:, ::2].sum(axis=1), x[:, 1::2].sum(axis=1), self.offset)
             ones, target = np.ones(len(x)), self.targets[chosen]
             table = np.column_stack([x, x[:, rows] * x[:, columns], *shape, ones, target])
@@ -245,7 +269,7 @@ class PredictorFit:
 
 @dataclass(frozen=True, eq=False)
 class ScoreModel:
-    """Predicts delta_nll of masks in nats per token, pessimistically.
+    """Predicts delta_nll of masks and plans in nats per token, pessimistically.
 
     Attributes:
         members: Predictors, each fitted to another sample of the measured masks.
@@ -255,19 +279,23 @@ class ScoreModel:
     members: tuple[DeltaNLLPredictor, ...]
     pessimism: float = 0.0
 
-    def delta_nll(self, mask: BlockMask) -> float:
+    def delta_nll(self, mask: BlockMask, lowered: float = 0.0) -> float:
         """Mean plus `pessimism` times the standard deviation of the members, nats per token."""
-        found = [member.delta_nll(mask) for member in self.members]
+        found = [member.delta_nll(mask, lowered) for member in self.members]
         return float(np.mean(found) + self.pessimism * np.std(found))
 
-    def delta_nll_many(self, features: Features) -> Floats:
-        """As `delta_nll`, for the masks of a feature matrix (N, 2L); nats per token, (N,)."""
-        mean, spread = self.mean_and_spread(features)
+    def delta_nll_many(self, features: Features, lowered: Floats | float = 0.0) -> Floats:
+        """As `delta_nll`, for the rows of a feature matrix (N, 2L); nats per token, (N,)."""
+        mean, spread = self.mean_and_spread(features, lowered)
         return mean + self.pessimism * spread
 
-    def mean_and_spread(self, features: Features, *, clamped: bool = True) -> tuple[Floats, Floats]:
+    def mean_and_spread(
+        self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
+    ) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the members' predictions, nats per token, (N,) each."""
-        found = np.array([m.delta_nll_many(features, clamped=clamped) for m in self.members])
+        found = np.array(
+            [member.delta_nll_many(features, lowered, clamped=clamped) for member in self.members]
+        )
         return found.mean(axis=0), found.std(axis=0)
 
 
@@ -275,6 +303,7 @@ def fit_score_model(
     features: Features,
     delta_nll: Floats,
     alone: Floats,
+    lowered: Floats | None = None,
     *,
     members: int = MEMBERS,
     pessimism: float = 0.0,
@@ -289,27 +318,23 @@ def fit_score_model(
         The ensemble, and the fidelity of a single predictor that never saw the held-out masks;
         all members use the settings that were best for it.
     """
-    single, fidelity = fit_predictor(features, delta_nll, alone, seed=seed)
+    single, fidelity = fit_predictor(features, delta_nll, alone, lowered, seed=seed)
     if members == 1:
         return ScoreModel((single,), pessimism), fidelity
     rng = np.random.default_rng([seed, members])
     samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
     found = []
     for sample in samples:
-        fit = PredictorFit(features, delta_nll, alone, [sample], reaches=(single.reach,))
+        fit = PredictorFit(features, delta_nll, alone, [sample], lowered, (single.reach,))
         found.append(fit.solved([0], single.reach, single.ridge))
     return ScoreModel(tuple(found), pessimism), fidelity
 
 
-def feature_matrix(masks: Collection[MaskOrPlan], num_blocks: int) -> Features:
-    """The predictor's input: True for each removed block of each mask, (N, 2L).
-
-    Raises:
-        UnknownNameError: One of them is a plan that lowers an item.
-    """
-    features = np.zeros((len(masks), num_blocks), dtype=bool)
-    for row, mask in zip(features, masks, strict=True):
-        row[list(only_mask(mask, _MASKS_ONLY).indices)] = True
+def feature_matrix(plans: Collection[MaskOrPlan], num_blocks: int) -> Features:
+    """The predictor's input: True for each removed block of each mask or plan, (N, 2L)."""
+    features = np.zeros((len(plans), num_blocks), dtype=bool)
+    for row, plan in zip(features, plans, strict=True):
+        row[list(as_plan(plan).removed.indices)] = True
     return features
 
 

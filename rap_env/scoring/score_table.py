@@ -1,8 +1,8 @@
 """Scores of one model in a file, to run the environment without the model.
 
-A table holds masks and plans with their measured NLL, a predictor for all other masks, costs of
-levels for other plans, and the facts of the model that an environment needs. It needs numpy only,
-neither torch nor transformers.
+A table holds masks and plans with their measured NLL, a predictor for all other ones, costs of
+levels, which plans are predicted from, and the facts of the model that an environment needs. It
+needs numpy only, neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan, only_mask, simplest
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, only_mask, simplest
 from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.interface import OnScore
@@ -46,6 +46,9 @@ _NO_PREDICTION = (
 )
 _PREDICTIONS_KEPT = 2**17
 
+Lowered = Callable[[CompressionPlan], float]
+"""Gives the sum of what the levels of a plan cost alone, nats per token."""
+
 
 def table_path(model: str) -> Path | None:
     """The file of a model that is named ``score_table:PATH``; None for any other model."""
@@ -69,8 +72,8 @@ class ScoreTable:
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.
         evaluation_s: Seconds that scoring one mask took on the machine that measured it.
-        predictor: Predicts delta_nll of other masks.
-        fidelity: Agreement of the predictor on masks that it was not fitted to.
+        predictor: Predicts delta_nll of other masks and plans.
+        fidelity: Agreement of the predictor on those that it was not fitted to.
         levels: The fields of the `LevelCosts`, or None: it then predicts no plans.
     """
 
@@ -93,6 +96,7 @@ class ScoreTable:
         facts: ModelFacts,
         scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
         *,
+        lowered: Lowered | None = None,
         seed: int = 0,
         members: int = 1,
         pessimism: float = 0.0,
@@ -100,9 +104,16 @@ class ScoreTable:
     ) -> ScoreTable:
         """A table of measured scores, with a predictor fitted to them as by `fit_score_model`.
 
-        `scores` are in nats per token; the predictor is fitted to those of masks, those of plans
-        are only looked up. `seed` decides which masks are held out to evaluate the
-        predictor; `origin` are the other attributes.
+        Args:
+            facts: As the attribute.
+            scores: Those of masks and plans, nats per token.
+            lowered: Gives the sum of what the levels of a plan cost alone, nats per token, such as
+                `LevelCosts.delta_nll`; the predictor is then fitted to plans too. None fits it to
+                masks only, and plans are only looked up.
+            seed: Decides which masks and plans are held out to evaluate the predictor.
+            members: Predictors of the ensemble.
+            pessimism: As in `ScoreModel`.
+            **origin: The other attributes.
 
         Raises:
             ArtifactError: The dense model or a single removal was not measured, or there are
@@ -119,19 +130,19 @@ class ScoreTable:
                 f"needs the dense model, each of {facts.num_blocks} single removals, and "
                 f"{2 * facts.num_blocks} masks in all; measure more of them first."
             )
-        nll = np.array([scores[mask] for mask in masks])
+        held: dict[MaskOrPlan, float] = {mask: scores[mask] for mask in masks}
+        held |= {plan: nll for plan, nll in scores.items() if plan not in held}
+        fitted: list[MaskOrPlan] = list(masks if lowered is None else held)
         dense = scores[BlockMask()]
-        alone = np.array([scores[mask] for mask in singles]) - dense
         predictor, fidelity = fit_score_model(
-            feature_matrix(masks, facts.num_blocks),
-            nll - dense,
-            alone,
+            feature_matrix(fitted, facts.num_blocks),
+            np.array([held[plan] for plan in fitted]) - dense,
+            np.array([scores[mask] for mask in singles]) - dense,
+            None if lowered is None else np.array([cost_beside(lowered, p) for p in fitted]),
             members=members,
             pessimism=pessimism,
             seed=seed,
         )
-        held: dict[MaskOrPlan, float] = {mask: scores[mask] for mask in masks}
-        held |= {plan: nll for plan, nll in scores.items() if plan not in held}
         return cls(facts, held, predictor=predictor, fidelity=fidelity, **origin)
 
     @property
@@ -196,19 +207,17 @@ def _read_plans(written: Sequence[Any], num_blocks: int) -> list[MaskOrPlan]:
 
 
 class TableScorer:
-    """Scores masks from a table: the interface of `MaskScorer`, without a model.
+    """Scores masks and plans from a table: the interface of `MaskScorer`, without a model.
 
-    A measured mask or plan has exactly the score that the model gave. Any other mask has a
-    predicted score; `is_predicted` tells which is which. Any other plan has the score of its
-    removed blocks plus what `lowered` predicts for its other levels; without that it raises an
-    `UnknownNameError`. No mask and no block is run, so their counts are 0.
+    A measured mask or plan has exactly the score that the model gave. Any other one has a
+    predicted score; `is_predicted` tells which is which. A plan that was not measured raises an
+    `UnknownNameError` if there is no `lowered`. No mask and no block is run, so their counts are 0.
     A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
     evaluation on the machine that measured the scores.
 
     Args:
         table: The table.
-        lowered: Predicts delta_nll of a plan that removes no block, such as
-            `LevelCosts.delta_nll`.
+        lowered: As in `ScoreTable.fitted`.
     """
 
     evaluations = 0
@@ -216,29 +225,28 @@ class TableScorer:
     passes = 0.0
     num_windows = 1
 
-    def __init__(
-        self, table: ScoreTable, lowered: Callable[[CompressionPlan], float] | None = None
-    ) -> None:
-        self._lowered = None if lowered is None else lru_cache(_PREDICTIONS_KEPT)(lowered)
+    def __init__(self, table: ScoreTable, lowered: Lowered | None = None) -> None:
+        self._lowered = lowered
         self.dense_nll = table.dense_nll
         self.context: Mapping[str, Any] = table.context
         self.evaluation_s = table.evaluation_s
         self._facts = table.facts
         self._measured = table.scores
         self._asked: set[MaskOrPlan] = set()
-        self._predict = lru_cache(_PREDICTIONS_KEPT)(table.predictor.delta_nll)
+        self._model = table.predictor
+        self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)
 
     @property
     def known(self) -> int:
         """Masks and plans asked for so far.
 
-        A predicted mask counts again if 131,072 others were predicted since it was asked for.
+        A predicted one counts again if 131,072 others were predicted since it was asked for.
         """
         return len(self._asked) + self._predict.cache_info().misses
 
     def is_predicted(self, plan: MaskOrPlan) -> bool:
         """Whether the mask was not measured, so that its score comes from the predictor."""
-        return plan not in self._measured and simplest(plan) not in self._measured
+        return simplest(plan) not in self._measured
 
     def nll(self, plan: MaskOrPlan) -> float:
         """Mean NLL of the text under a mask or plan, nats per token; measured or predicted.
@@ -247,17 +255,25 @@ class TableScorer:
             UnknownNameError: The plan names blocks that the model does not have, or lowers an item
                 and was not measured, and its levels are not predicted.
         """
+        plan = simplest(plan)
         found = self._measured.get(plan)
         if found is None:
-            if isinstance(plan, BlockMask):
-                plan.check(self._facts.num_blocks)
-                return self.dense_nll + self._predict(plan)
             plan.check(self._facts.num_blocks)
-            if plan.is_mask or self._lowered is None:
-                return self.nll(only_mask(plan, _NO_PREDICTION))
-            return self.nll(plan.removed) + self._lowered(replace(plan, removed=BlockMask()))
+            if self._lowered is None:
+                only_mask(plan, _NO_PREDICTION)
+            return self.dense_nll + self._predict(plan)
         self._asked.add(plan)
         return found
+
+    def _predicted(self, plan: MaskOrPlan) -> float:
+        """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
+        mask = as_plan(plan).removed
+        if self._lowered is None or isinstance(plan, BlockMask):
+            return self._model.delta_nll(mask)
+        found = self._model.delta_nll(mask, cost_beside(self._lowered, plan))
+        if mask not in self._measured:
+            return found
+        return self._measured[mask] - self.dense_nll + found - self._model.delta_nll(mask)
 
     def nll_many(self, plans: Sequence[MaskOrPlan], on_score: OnScore | None = None) -> list[float]:
         """NLL of several masks or plans, in their order; `on_score` is called after each one."""
@@ -276,6 +292,13 @@ class TableScorer:
         candidates = removal_candidates(self._facts.blocks, plan)
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))
+
+
+def cost_beside(lowered: Lowered, plan: MaskOrPlan) -> float:
+    """What the levels of a plan other than its removals cost alone, nats per token."""
+    if isinstance(plan, BlockMask):
+        return 0.0
+    return max(0.0, lowered(replace(plan, removed=BlockMask())))
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,29 @@ def predictor():
     return fitted()[0]
 
 
+def test_it_predicts_held_out_plans_from_what_their_other_levels_cost():
+    rng = np.random.default_rng(5)
+    removed = masks(1500)
+    lowered = rng.uniform(0, 0.3, len(removed)) * (rng.random(len(removed)) < 0.7)
+    lowered[: 1 + BLOCKS] = 0.0
+    total = -CEILING * np.log1p(-losses(removed) / CEILING) + lowered
+    values = CEILING * (1 - np.exp(-total / CEILING))
+    fit, held = slice(None, -200), slice(-200, None)
+    single = losses(np.eye(BLOCKS, dtype=bool))
+    predictor, _ = fit_predictor(removed[fit], values[fit], single, lowered[fit])
+    found = predictor.delta_nll_many(removed[held], lowered[held])
+    assert np.median(np.abs(found / values[held] - 1)) < 0.05
+    one = predictor.delta_nll(mask_of(removed[-1]), float(lowered[-1]))
+    assert one == pytest.approx(found[-1])
+    blind = predictor.delta_nll_many(removed[held])
+    few = removed[held].sum(axis=1) < 5  # where the other levels matter
+    errors = [np.abs(predicted - values[held])[few].mean() for predicted in (blind, found)]
+    assert errors[0] > 1.3 * errors[1]
+    alone = predictor.delta_nll(BlockMask(), 0.2)
+    assert predictor.delta_nll(BlockMask()) == 0.0 < alone
+    assert alone == pytest.approx(0.2, rel=0.3)
+
+
 def test_it_predicts_held_out_masks(predictor):
     other = masks(300, seed=99)[1 + BLOCKS :]
     found = np.array([predictor.delta_nll(mask_of(row)) for row in other])

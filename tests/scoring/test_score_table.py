@@ -244,7 +244,6 @@ def test_a_table_of_the_format_before_plans_still_loads(table, path):
     assert ScoreTable.load(path).scores == table.scores
 
 
-def test_plans_are_no_input_of_the_predictor():
-    with pytest.raises(UnknownNameError, match=r"int8 \(layer01\.ffn\).*only whether"):
-        feature_matrix([BlockMask(), CompressionPlan.of({"layer01.ffn": "int8"})], 4)
-    assert feature_matrix([CompressionPlan(BlockMask.of(2))], 4).tolist() == [[0, 0, 1, 0]]
+def test_the_predictors_input_of_a_plan_is_its_removed_blocks():
+    plan = CompressionPlan.of({"layer01.ffn": "int8", "layer01.attn": "removed"})
+    assert feature_matrix([BlockMask.of(2), plan], 4).tolist() == 2 * [[0, 0, 1, 0]]

@@ -1,0 +1,119 @@
+"""The best known plans: every measured plan of one model on one text, looked up by request.
+
+In v0 a table of the best mask for each pair of counts answers any request
+(`rap_env.importance.frontier`). Over levels there are no such pairs: what a plan needs depends on
+the request, so a lookup compares the bytes of all known plans. Files are read without torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.artifacts import save_artifact
+from rap_env.errors import UnknownNameError
+from rap_env.importance.profiles import load_profile
+from rap_env.ladder.item_bytes import LadderCosts
+from rap_env.ladder.items import Ladder
+from rap_env.model_facts import HasFacts
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+
+_KIND, _FORMAT = "plan frontier", 1
+
+
+@dataclass(frozen=True, eq=False)
+class PlanFrontier:
+    """Measured plans of one model on one text.
+
+    Attributes:
+        num_layers: L.
+        native_nll: NLL of the native model, nats per token.
+        scores: NLL of every measured mask or plan, nats per token.
+        evaluations_run: Plans that the model ran; fewer if a store already had some.
+        seconds: Wall time of the search.
+        settings: Settings of the search.
+        provenance: Model, text and everything else that determined the scores.
+    """
+
+    num_layers: int
+    native_nll: float
+    scores: dict[MaskOrPlan, float]
+    evaluations_run: int
+    seconds: float
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def evaluations(self) -> int:
+        """Plans that were measured to build it: the cost without a store."""
+        return len(self.scores)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a checked, compressed JSON artifact."""
+        body = {field.name: getattr(self, field.name) for field in fields(self)}
+        del body["scores"]
+        body["plans"] = [as_plan(plan).levels for plan in self.scores]
+        body["nll"] = list(self.scores.values())
+        save_artifact(path, _KIND, _FORMAT, body, compress=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
+        """
+        body = load_profile(path, _KIND, _FORMAT, model)
+        plans = map(simplest, map(CompressionPlan.of, body.pop("plans")))
+        return cls(scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
+
+    def on(self, ladder: Ladder) -> KnownPlans:
+        """The plans that a ladder has, for lookups."""
+        return KnownPlans(ladder, self.scores, self.native_nll)
+
+
+class KnownPlans:
+    """Measured plans of one ladder, from the least ΔNLL up.
+
+    Plans with levels that the ladder does not have are left out.
+
+    Args:
+        ladder: The items.
+        scores: NLL of masks and plans, nats per token.
+        native_nll: NLL of the native model, nats per token.
+
+    Attributes:
+        plans: The plans, (n,).
+        delta_nll: Their ΔNLL, nats per token, (n,).
+        positions: The position of each item's level in each plan, (n, items).
+    """
+
+    def __init__(
+        self, ladder: Ladder, scores: Mapping[MaskOrPlan, float], native_nll: float
+    ) -> None:
+        found: list[tuple[float, MaskOrPlan, list[int]]] = []
+        for plan, nll in scores.items():
+            try:
+                found.append((nll - native_nll, plan, ladder.positions(plan)))
+            except UnknownNameError:
+                continue
+        found.sort(key=lambda entry: entry[0])
+        self.plans = tuple(plan for _, plan, _ in found)
+        self.delta_nll = np.array([delta for delta, *_ in found])
+        self.positions = np.array([where for *_, where in found], dtype=np.int64)
+        self.positions = self.positions.reshape(len(found), len(ladder))
+
+    def peak_bytes(self, costs: LadderCosts) -> npt.NDArray[np.int64]:
+        """Peak bytes of each plan under a request, (n,)."""
+        return costs.peaks(self.positions)
+
+    def best(self, costs: LadderCosts, budget_bytes: int) -> MaskOrPlan | None:
+        """The plan of least ΔNLL that fits a budget, None if none does."""
+        fitting = np.flatnonzero(self.peak_bytes(costs) <= budget_bytes)
+        return self.plans[fitting[0]] if len(fitting) else None
