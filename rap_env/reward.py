@@ -32,10 +32,13 @@ COMPARED_TO = ("gsi", "one_shot", "frontier")
 
 
 class MeasuresAccuracy(Protocol):
-    """Gives task accuracies of plans, such as `rap_env.scoring.tasks.TaskScorer`."""
+    """Gives results of tasks under plans, such as `rap_env.scoring.tasks.TaskScorer`."""
 
     def mean_accuracy(self, plan: MaskOrPlan, /) -> float:
         """Mean accuracy over the tasks, in [0, 1]."""
+
+    def mean_choice_nll(self, plan: MaskOrPlan, /) -> float:
+        """Mean NLL of the right choice among the choices, over the tasks, in nats."""
 
 
 class StepOutcome(NamedTuple):
@@ -207,6 +210,30 @@ class AccuracyReward(RewardTerm):
 
 
 @dataclass(frozen=True)
+class RecallReward(RewardTerm):
+    """Minus the rise in the NLL of right choices under the final mask or plan, at the last step.
+
+    It is the smooth form of the accuracy: each question counts by the probability that the right
+    choice has among the choices. On tasks of long contexts, such as ``rap_recall_1024``, it shows
+    what windows and caches of few bits do to recall, which the perplexity hides.
+
+    Attributes:
+        tasks: Measures the NLL of choices; all tasks must have choices.
+    """
+
+    name: ClassVar[str] = "recall"
+    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+
+    tasks: MeasuresAccuracy = field(repr=False)
+
+    def step(self, outcome: StepOutcome) -> float:
+        """Minus the rise in nats; a model that guesses among four choices has an NLL of 1.39."""
+        if not outcome.ends or not outcome.mask:
+            return 0.0
+        return self.tasks.mean_choice_nll(BlockMask()) - self.tasks.mean_choice_nll(outcome.mask)
+
+
+@dataclass(frozen=True)
 class Reward:
     """A weighted sum of terms."""
 
@@ -237,21 +264,27 @@ _PERPLEXITY_SETTINGS = tuple(entry.name for entry in fields(PerplexityReward))
 REWARDS: dict[str, tuple[str, ...]] = {
     "perplexity": _PERPLEXITY_SETTINGS,
     "accuracy": (),
+    "recall": (),
     "combined": ("weights", *_PERPLEXITY_SETTINGS),
 }
 """Every reward with the names of its settings."""
 
 _COMBINED_WEIGHTS = {"perplexity": 1.0, "accuracy": 1.0}
+_TERMS_OF_TASKS: dict[str, type[AccuracyReward | RecallReward]] = {
+    "accuracy": AccuracyReward, "recall": RecallReward
+}  # fmt: skip
+_TERMS = ("perplexity", *_TERMS_OF_TASKS)
 
 
 def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccuracy]) -> Reward:
     """Make the reward that a spec names.
 
     Args:
-        spec: ``"perplexity"``, ``"accuracy"`` or ``"combined"``, or a dict with that ``name``
-            and settings: those of `PerplexityReward`, and for ``combined`` also the ``weights``
-            by term (1 each by default; 0 leaves a term out).
-        tasks: Returns what measures accuracies; called only if a term needs it.
+        spec: ``"perplexity"``, ``"accuracy"``, ``"recall"`` or ``"combined"``, or a dict with
+            that ``name`` and settings: those of `PerplexityReward`, and for ``combined`` also the
+            ``weights`` by term (1 each for perplexity and accuracy by default; 0 leaves a term
+            out).
+        tasks: Returns what measures tasks; called only if a term needs it.
 
     Raises:
         UnknownNameError: There is no such reward, setting, timing, scale, baseline or term.
@@ -261,8 +294,8 @@ def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccur
     weighted: list[tuple[float, RewardTerm]] = []
     for term, weight in weights.items():
         if weight:
-            kind = perplexity if term == "perplexity" else AccuracyReward(tasks())
-            weighted.append((float(weight), kind))
+            kind = _TERMS_OF_TASKS.get(term)
+            weighted.append((float(weight), perplexity if kind is None else kind(tasks())))
     return Reward(tuple(weighted))
 
 
@@ -284,7 +317,7 @@ def _check_weights(weights: Mapping[str, float]) -> None:
     if not isinstance(weights, Mapping):
         raise InvalidRequestError(f"weights must be a dict of terms and numbers, not {weights!r}.")
     for term, weight in weights.items():
-        check_name("reward term", term, _COMBINED_WEIGHTS)
+        check_name("reward term", term, _TERMS)
         if not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise InvalidRequestError(
                 f"The weight of the reward term {term!r} must be at least 0, not {weight!r}."

@@ -12,6 +12,7 @@ from rap_env.reward import (
     REWARDS,
     AccuracyReward,
     PerplexityReward,
+    RecallReward,
     RewardTerm,
     StepOutcome,
     make_reward,
@@ -35,6 +36,9 @@ class KeptShare:
 
     def mean_accuracy(self, mask: BlockMask) -> float:
         return 1 - len(mask) / 6
+
+    def mean_choice_nll(self, mask: BlockMask) -> float:
+        return 0.1 + len(mask) / 3
 
 
 def no_tasks() -> KeptShare:
@@ -182,7 +186,16 @@ def test_a_weight_of_zero_leaves_a_term_out(scorer):
     assert set(play(make_reward(spec, no_tasks), scorer)[-1]) == {"perplexity"}
 
 
-@pytest.mark.parametrize("kind", [PerplexityReward, AccuracyReward])
+def test_recall_pays_the_rise_in_nats_at_the_end(scorer):
+    spec = {"name": "combined", "weights": {"perplexity": 1, "recall": 0.5}}
+    *before, last = play(make_reward(spec, KeptShare), scorer)
+    assert [terms["recall"] for terms in before] == [0.0] * len(before)
+    assert last["recall"] == pytest.approx(-0.5 * len(PATH[-1]) / 3)
+    alone = make_reward("recall", KeptShare)
+    assert alone.step(StepOutcome(BlockMask(), 0.0, None, ends=True)) == {"recall": 0.0}
+
+
+@pytest.mark.parametrize("kind", [PerplexityReward, AccuracyReward, RecallReward])
 def test_every_term_states_what_it_is(kind: type[RewardTerm]):
     low, high = kind.range
     assert low < 0 < high

@@ -177,6 +177,38 @@ def tiny_tokenizer() -> Any:
     )
 
 
+def word_tokenizer() -> Any:
+    """A real tokenizer with a token for each word of the generated tasks of long contexts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from rap_env.artifacts import package_json
+    from rap_env.scoring.generated_tasks import NAMES, OBJECTS
+    from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, LongContextTask
+
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    filler = package_json("rap_env.scoring", "long_context_words.json").values()
+    texts = [*NAMES, *OBJECTS, *(text for texts in filler for text in texts)]
+    texts += [
+        LongContextTask(kind, 4000).documents(tiny_tokenizer(), 0, 1)[0]["context"]
+        for kind in LONG_CONTEXT_KINDS
+    ]
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *sorted(words)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
 def padded_batch(seed: int = 0, length: int = 9) -> dict[str, torch.Tensor]:
     """Token ids and attention mask of three sequences, two of them padded on the left."""
     generator = torch.Generator().manual_seed(seed)

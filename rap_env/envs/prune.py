@@ -90,6 +90,9 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     enough that failing does not pay; on the log scale, an episode is worth several units.
 
     `"accuracy"` pays the final mask's mean accuracy on `tasks` minus the dense model's.
+    `"recall"` pays minus the rise in the NLL that the right choices of `tasks` have among the
+    choices, which is smooth where the accuracy of few documents is coarse; choose tasks of long
+    contexts for it, such as `rap_recall_1024`.
     `{"name": "combined", "weights": {"perplexity": 1.0, "accuracy": 1.0}}` pays a weighted sum.
     `loss_cap` (nats per token, none by default) limits what a ruined model can cost.
     `rap_env.reward` states the range of each term and its value on failure.
@@ -137,7 +140,7 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times faster, see `gsi` |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `repair` | `"none"` | what replaces removed blocks: nothing, `"library"`, or a path (below) |
-    | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
+    | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |

@@ -100,8 +100,9 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     ## Rewards
     Those of `RAPPrune-v0`, with plans in the place of masks: minus the ΔNLL of the final plan by
     default, paid at the end or step by step, in nats or on a log scale, capped, combined with
-    accuracies. `relative_to` may be `"one_shot"` (the greedy order, followed until the request
-    fits), `"gsi"` (likewise), or `"frontier"` (the best known mask).
+    accuracies or recall, which are measured with the caches of the plan. `relative_to` may be
+    `"one_shot"` (the greedy order, followed until the request fits), `"gsi"` (likewise), or
+    `"frontier"` (the best known mask).
 
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit (up to 100 requests
@@ -139,7 +140,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     | `gsi_actions` | `None` | actions after which GSI stops; `None`: when nothing is left |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `repair` | `"none"` | what replaces removed blocks, see v0 |
-    | `tasks` | `None` | for accuracy: task names or dict of `TaskConfig`; `None`: generated ones |
+    | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"clip"` | `"error"` or `"clip"`: budgets that no levels can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |

@@ -63,7 +63,9 @@ class Document(TypedDict):
     kind: str
 
 
-def _document(rng: random.Random, context: str, good: str, bad: list[str], kind: str) -> Document:
+def make_document(
+    rng: random.Random, context: str, good: str, bad: list[str], kind: str
+) -> Document:
     """A document with the correct choice at a random index."""
     choices = list(bad)
     gold = rng.randrange(len(bad) + 1)
@@ -74,7 +76,7 @@ def _document(rng: random.Random, context: str, good: str, bad: list[str], kind:
 def _minimal_pairs(rng: random.Random) -> Iterator[Document]:
     for paradigm in itertools.cycle(PARADIGMS):
         good, bad = paradigm(rng)
-        yield _document(rng, "", good, [bad], paradigm.__name__)
+        yield make_document(rng, "", good, [bad], paradigm.__name__)
 
 
 def _recall(rng: random.Random) -> Iterator[Document]:
@@ -85,7 +87,7 @@ def _recall(rng: random.Random) -> Iterator[Document]:
         # One repeated pair indicates that the list is being repeated, not continued.
         context = f"List:\n{''.join(lines)}\nList:\n{lines[shown]}{names[asked]} -"
         good = values.pop(asked)
-        yield _document(rng, context, good, rng.sample(values, 3), f"{length} pairs")
+        yield make_document(rng, context, good, rng.sample(values, 3), f"{length} pairs")
 
 
 def _choice(rng: random.Random) -> Iterator[Document]:
@@ -96,7 +98,7 @@ def _choice(rng: random.Random) -> Iterator[Document]:
         known, good = decks[relation.name].pop()
         others = sorted({answer for _, answer in relation.pairs} - {good})
         context = f"Question: {relation.question.format(known)}\nAnswer:"
-        yield _document(rng, context, good, rng.sample(others, 3), relation.name)
+        yield make_document(rng, context, good, rng.sample(others, 3), relation.name)
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,22 @@ def lm_eval_config(task: GeneratedTask, seed: int = 0) -> dict[str, Any]:
         train = task.documents(seed, FEWSHOT_DOCUMENTS, skip=TEST_DOCUMENTS)
         return DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)})
 
+    config = multiple_choice_config(task.name, task.version, make)
+    return {**config, "training_split": "train"}
+
+
+def multiple_choice_config(name: str, version: int, make: Callable[..., Any]) -> dict[str, Any]:
+    """The lm-eval config of a task whose split ``test`` has `Document`s, made by a function."""
     return {
-        "task": task.name,
+        "task": name,
         "custom_dataset": make,
-        "training_split": "train",
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "context",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": task.version},
+        "metadata": {"version": version},
     }
 
 

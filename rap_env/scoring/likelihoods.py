@@ -124,16 +124,33 @@ class ContinuationScorer:
     float32, and whether every token was the most likely one. As in `HFLM`, contexts that are too
     long are truncated on the left and equal inputs run once. Unlike `HFLM`, the head runs on the
     positions of continuations only. `max_length` is the most tokens of one input.
+
+    With `share_prefixes`, an input that is the beginning of another one does not run: the model is
+    causal, so its outputs are those of the other one up to rounding.
+
+    Attributes:
+        num_requests: Number of pairs.
+        lengths: Tokens of each input that runs, the longest first.
     """
 
-    def __init__(self, llm: ElasticLLM, requests: Sequence[TokenRequest], max_length: int) -> None:
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        requests: Sequence[TokenRequest],
+        max_length: int,
+        *,
+        share_prefixes: bool = False,
+    ) -> None:
         self._llm = llm
         self._partial = PartialForward(llm, widen=True)
         self.num_requests = len(requests)
-        inputs: dict[tuple[int, ...], list[int]] = {}
+        # The requests of each input, with the number of tokens that they read of it.
+        inputs: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for number, (context, continuation) in enumerate(requests):
-            tokens = (context + continuation)[-(max_length + 1) :][:-1]
-            inputs.setdefault(tuple(tokens), []).append(number)
+            tokens = tuple((context + continuation)[-(max_length + 1) :][:-1])
+            inputs.setdefault(tokens, []).append((number, len(tokens)))
+        if share_prefixes:
+            inputs = _without_prefixes(inputs)
         # Longest first: a batch that does not fit the memory fails at the start.
         ordered = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
         targets = [continuation for _, continuation in requests]
@@ -141,6 +158,7 @@ class ContinuationScorer:
             _make_batch(chunk, [inputs[tokens] for tokens in chunk], targets)
             for chunk in _chunks(ordered)
         ]
+        self.lengths = [len(tokens) for tokens in ordered]
 
     @torch.inference_mode()
     def run(self, *, progress: str | None = None) -> npt.NDArray[np.float64]:
@@ -188,8 +206,23 @@ def _chunks(ordered: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, 
         start += rows
 
 
+def _without_prefixes(
+    inputs: dict[tuple[int, ...], list[tuple[int, int]]],
+) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+    """Inputs that are not the beginning of another one, with the requests of those that are."""
+    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    longer: tuple[int, ...] = ()
+    for tokens in sorted(inputs, reverse=True):  # an input follows those that begin with it
+        if longer[: len(tokens)] != tokens:
+            longer = tokens
+        found.setdefault(longer, []).extend(inputs[tokens])
+    return found
+
+
 def _make_batch(
-    inputs: Sequence[tuple[int, ...]], owners: Sequence[list[int]], targets: Sequence[list[int]]
+    inputs: Sequence[tuple[int, ...]],
+    owners: Sequence[list[tuple[int, int]]],
+    targets: Sequence[list[int]],
 ) -> _Batch:
     tokens = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.long)
     rows: list[int] = []
@@ -197,13 +230,15 @@ def _make_batch(
     wanted: list[tuple[int, int, int]] = []
     for row, (ids, requests) in enumerate(zip(inputs, owners, strict=True)):
         tokens[row, : len(ids)] = torch.tensor(ids)
-        longest = max(len(targets[request]) for request in requests)
-        end = len(rows) + longest
-        rows += [row] * longest
-        columns += range(len(ids) - longest, len(ids))
-        for request in requests:
-            begin = end - len(targets[request])
-            wanted += [(begin + i, token, request) for i, token in enumerate(targets[request])]
+        needed = sorted({end - i for n, end in requests for i in range(1, len(targets[n]) + 1)})
+        place = {column: len(rows) + number for number, column in enumerate(needed)}
+        rows += [row] * len(needed)
+        columns += needed
+        for request, end in requests:
+            first = end - len(targets[request])
+            wanted += [
+                (place[first + i], token, request) for i, token in enumerate(targets[request])
+            ]
     position, target, owner = torch.tensor(sorted(wanted)).unbind(dim=1)
     return _Batch(
         tokens=tokens,

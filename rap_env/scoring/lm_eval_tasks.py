@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rap_env.errors import CorpusError, MissingDependencyError, UnknownNameError
-from rap_env.scoring.generated_tasks import GENERATED_TASKS, lm_eval_config
+from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS, lm_eval_config
 from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
+from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
 
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -153,20 +154,34 @@ def task_class() -> Any:
     return RenderedTask
 
 
-def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) -> LoadedTask:
+def load_task(
+    name: str,
+    *,
+    data_root: str | None,
+    seed: int,
+    num_fewshot: int,
+    tokenizer: Any = None,
+    limit: int | None = None,
+) -> LoadedTask:
     """Load a generated task, or any task, group or tag of lm-eval by name.
 
     Generated tasks need no data; others read `data_root` (see `rap_env.scoring.local_data`) if it
     is given, else the hub. `seed` is that of the documents of generated tasks and of the choice of
-    few-shot examples. As in lm-eval, tasks that fix `num_fewshot` to 0 (such as blimp's) keep 0.
+    few-shot examples. Tasks of long contexts measure their texts with `tokenizer`, and have `limit`
+    documents if it is given. As in lm-eval, tasks that fix `num_fewshot` to 0 (such as blimp's)
+    keep 0.
 
     Raises:
         UnknownNameError: There is no such task, or it is not scored by likelihoods.
         CorpusError: Its data is missing or does not match.
     """
-    if name in GENERATED_TASKS:
+    long_context = long_context_task(name)
+    if long_context is not None:
+        config = long_context.lm_eval_config(tokenizer, seed, limit or TEST_DOCUMENTS)
+        loaded: dict[str, Any] = {"tasks": {name: task_class()(config=config)}}
+    elif name in GENERATED_TASKS:
         task = task_class()(config=lm_eval_config(GENERATED_TASKS[name], seed))
-        loaded: dict[str, Any] = {"tasks": {name: task}}
+        loaded = {"tasks": {name: task}}
     else:
         loaded = _load_named(name, data_root)
     tasks = tuple(loaded["tasks"].values())
@@ -182,8 +197,9 @@ def load_task(name: str, *, data_root: str | None, seed: int, num_fewshot: int) 
 
 def check_generated_name(name: str) -> None:
     """Raise an error if a name begins with ``rap_``, as no task of lm-eval does, and is unknown."""
-    if name.startswith("rap_") and name not in GENERATED_TASKS:
-        raise UnknownNameError("task", name, KNOWN_TASKS, _ANY_OTHER)
+    if name.startswith("rap_") and name not in GENERATED_TASKS and not long_context_task(name):
+        known = [*KNOWN_TASKS, *(f"rap_{kind}_1024" for kind in LONG_CONTEXT_KINDS)]
+        raise UnknownNameError("task", name, known, _ANY_OTHER)
 
 
 _ANY_OTHER = "Any other task of lm-eval that is scored by likelihoods works too."

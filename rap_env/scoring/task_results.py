@@ -17,6 +17,7 @@ from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
 from rap_env.scoring.lm_eval_tasks import LoadedTask
+from rap_env.scoring.long_context_tasks import long_context_task
 
 _FILTER = "none"  # lm-eval's name for the default filter
 
@@ -36,6 +37,9 @@ class TaskResult:
         per_document: For metrics with one number per document: these numbers, shape
             (documents,), in the same order for every mask, so that two masks can be compared in
             pairs.
+        choice_nll: For tasks with choices: minus the log of the probability that the right choice
+            has among the choices of each document, nats, (documents,), else empty. It is
+            log(choices) for a guess, and tells apart what the accuracy of few documents does not.
     """
 
     name: str
@@ -43,6 +47,7 @@ class TaskResult:
     stderr: dict[str, float]
     documents: int
     per_document: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    choice_nll: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 class TaskRequests:
@@ -78,7 +83,9 @@ class TaskRequests:
         # A rolling instance is the sum of its windows; any other instance is one request.
         self._owner = np.repeat(np.arange(len(encoded)), [len(parts) for parts in encoded])
         requests = [request for parts in encoded for request in parts]
-        self._scorer = ContinuationScorer(llm, requests, encoder.max_length)
+        # Questions about one long text are answered by one pass over it.
+        shared = long_context_task(task.task_name) is not None
+        self._scorer = ContinuationScorer(llm, requests, encoder.max_length, share_prefixes=shared)
         self._documents: dict[int, list[Any]] = {}
         for instance in task.instances:
             self._documents.setdefault(instance.doc_id, []).append(instance)
@@ -92,6 +99,7 @@ class TaskRequests:
             "max_length": encoder.max_length,
             "documents_sha256": _documents_hash(self._documents),
             "requests_sha256": hashlib.sha256(canonical_json(requests).encode()).hexdigest(),
+            **({"shared_prefixes": True} if shared else {}),
         }
 
     @property
@@ -123,7 +131,36 @@ class TaskRequests:
                 per_document[name] = np.array(numbers, dtype=float)
             if aggregate is mean and len(numbers) > 1:
                 stderr[name] = float(mean_stderr(numbers))
-        return TaskResult(self.task.task_name, metrics, stderr, len(self._documents), per_document)
+        return TaskResult(
+            self.task.task_name,
+            metrics,
+            stderr,
+            len(self._documents),
+            per_document,
+            self._choice_nll(outputs),
+        )
+
+    def kinds(self) -> list[str]:
+        """The kind of each document of a generated task."""
+        return [str(instances[0].doc["kind"]) for instances in self._documents.values()]
+
+    @property
+    def passes(self) -> list[int]:
+        """Tokens of each sequence that the model runs for all documents, the longest first."""
+        return self._scorer.lengths
+
+    def _choice_nll(self, outputs: Outputs) -> npt.NDArray[np.float64]:
+        """`TaskResult.choice_nll` from the likelihoods of the task's instances."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return np.zeros(0)
+        first, found = 0, []
+        for instances in self._documents.values():
+            doc = instances[0].doc
+            logs = outputs[first : first + len(self.task.doc_to_choice(doc)), 0]
+            first += len(instances)
+            right = [n for n in _right_choices(self.task, doc) if 0 <= n < len(logs)]
+            found.append(_log_sum(logs) - _log_sum(logs[right]) if right else math.nan)
+        return np.array(found)
 
     def _document_values(self, outputs: Outputs) -> dict[str, list[Any]]:
         """The task's value for each document, by metric."""
@@ -140,6 +177,19 @@ class TaskRequests:
             for name, value in self.task.process_results(parts[0].doc, answers).items():
                 values.setdefault(name, []).append(value)
         return values
+
+
+def _right_choices(task: Any, doc: Any) -> list[int]:
+    """Numbers of the right choices of a document, read as lm-eval reads them."""
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc)
+    found = gold if isinstance(gold, list) else [gold]
+    return [choices.index(g) if isinstance(g, str) and g in choices else int(g) for g in found]
+
+
+def _log_sum(logs: npt.NDArray[np.float64]) -> float:
+    """The log of the sum of the exponentials."""
+    return float(np.logaddexp.reduce(logs))
 
 
 def combine(loaded: LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
@@ -171,7 +221,8 @@ def combine(loaded: LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
     kept = [m for m in shared if all(m in part.per_document for part in parts)]
     per_document = {m: np.concatenate([part.per_document[m] for part in parts]) for m in kept}
     documents = sum(part.documents for part in parts)
-    return TaskResult(loaded.name, metrics, stderr, documents, per_document)
+    choice_nll = np.concatenate([part.choice_nll for part in parts])
+    return TaskResult(loaded.name, metrics, stderr, documents, per_document, choice_nll)
 
 
 def _documents_hash(documents: Mapping[int, Sequence[Any]]) -> str:

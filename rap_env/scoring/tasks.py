@@ -18,11 +18,15 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import MaskOrPlan, simplest
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.likelihoods import RequestEncoder
+from rap_env.scoring.long_context_tasks import check_fits, long_context_task
 from rap_env.scoring.scorer import levels_context, model_context
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
 
 _METRIC = "loglikelihoods"
+_MULTIPLE_CHOICE = [
+    name for name in lm_eval_tasks.KNOWN_TASKS if name not in ("lambada_openai", "wikitext")
+]
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class TaskConfig:
     """The tasks to score, and on how many documents.
 
     Attributes:
-        names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``) or any
-            task or group of lm-eval that is scored by likelihoods.
+        names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
+            `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task or group
+            of lm-eval that is scored by likelihoods.
         limit: Number of first documents of each task (of each member of a group); None for all.
         data_root: Folder of local data for lm-eval's own tasks, see
             `rap_env.scoring.local_data`; None uses the hub's data.
@@ -107,16 +112,20 @@ class TaskScorer:
         self.evaluations = 0
         self._progress = progress
         with lm_eval_tasks.quiet():
+            encoder = RequestEncoder(llm)
+            for task in filter(None, map(long_context_task, config.names)):
+                check_fits(task, encoder.max_length, llm.name)
             self._loaded = [
                 lm_eval_tasks.load_task(
                     name,
                     data_root=config.data_root,
                     seed=config.seed,
                     num_fewshot=config.num_fewshot,
+                    tokenizer=llm.tokenizer,
+                    limit=config.limit,
                 )
                 for name in config.names
             ]
-            encoder = RequestEncoder(llm)
             members = {task.task_name: task for loaded in self._loaded for task in loaded.tasks}
             self._members = {
                 name: TaskRequests(llm, task, encoder, limit=config.limit, seed=config.seed)
@@ -174,6 +183,18 @@ class TaskScorer:
             known = [name for name in lm_eval_tasks.KNOWN_TASKS if name != "wikitext"]
             raise UnknownNameError("accuracy task", ", ".join(self.config.names), known)
         return statistics.fmean(accuracies.values())
+
+    def mean_choice_nll(self, plan: MaskOrPlan) -> float:
+        """Mean over the tasks of `TaskResult.choice_nll` under a mask or plan, in nats.
+
+        Raises:
+            UnknownNameError: One of the tasks has no choices.
+        """
+        found = [result.choice_nll for result in self.results(plan).values()]
+        for name, values in zip(self.config.names, found, strict=True):
+            if not len(values):
+                raise UnknownNameError("multiple-choice task", name, _MULTIPLE_CHOICE)
+        return statistics.fmean(float(values.mean()) for values in found)
 
     def results(self, plan: MaskOrPlan) -> dict[str, TaskResult]:
         """All metrics, standard errors and document counts by task under a mask or plan.

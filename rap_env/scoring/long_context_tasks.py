@@ -1,0 +1,343 @@
+"""Generated tasks of a given length in tokens, in which the answer has to be read from the context.
+
+The kinds follow RULER (Hsieh et al. 2024), made easy enough for a model of 135M parameters, and
+are scored by likelihoods instead of generation. N is the length in tokens, as in
+``rap_recall_1024``:
+
+====================  ==========================================================================
+Task                  Facts in filler text, and what is asked
+====================  ==========================================================================
+``rap_recall_N``      8 persons and their passwords; the password of each. The wrong choices do
+                      not occur in the text.
+``rap_multikey_N``    16 persons and their passwords; the passwords of 8. The wrong choices are
+                      those of the others.
+``rap_multivalue_N``  4 persons with 3 passwords each; all of them, in another order
+``rap_tracking_N``    2 chains of 4 facts: a password, who has the same one, who has the same one
+                      as that person, ...; each link of a chain, from its end
+``rap_counting_N``    a list of words, three of which make up 3/4 of it; these three
+====================  ==========================================================================
+
+Facts are spread over the whole text: each is at a uniformly random place in a section of its own.
+The questions of a text follow it, each after the right answers to the earlier ones. So all of them
+are answered by one pass of the model, if the choices are single tokens. No choice occurs in an
+earlier answer; a model that has not seen the fact can only guess.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rap_env.artifacts import package_json
+from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
+from rap_env.scoring.generated_tasks import (
+    NAMES,
+    OBJECTS,
+    TEST_DOCUMENTS,
+    Document,
+    make_document,
+    multiple_choice_config,
+)
+
+LEAST_TOKENS = 512
+CHOICES = 4
+DEPTHS = 5
+"""Sections of a text by which results are told apart."""
+
+_VERSION = 1
+_WORDS: dict[str, list[str]] = package_json("rap_env.scoring", "long_context_words.json")
+_NAME = re.compile(r"rap_(?P<kind>[a-z]+)_(?P<tokens>[0-9]+)")
+_IS, _SAME, _ONE = "The password of {} is", "{} has the same password as", "One password of {} is"
+_CHAINS, _LINKS = 2, 4
+_LEAD = (
+    "The following text tells what some people did on some days, and it also tells the secret "
+    "passwords of a few of them. At the end you have to know the password of each person, so read "
+    "the text carefully."
+)  # longer than the tokens at the start that every window of a cache keeps
+_COMMON, _RARE, _COMMON_SHARE = 3, 20, 0.75
+
+
+class _Question(NamedTuple):
+    """A question at the end of a text.
+
+    Attributes:
+        prompt: What the answer continues; may be empty after the first question.
+        answer: The right answer.
+        wrong: The other choices.
+        fact: Number of the fact that has the answer; None if the whole text has it.
+    """
+
+    prompt: str
+    answer: str
+    wrong: list[str]
+    fact: int | None
+
+
+class _Content(NamedTuple):
+    """What a text of one kind holds.
+
+    Attributes:
+        facts: Sentences in the order of the text.
+        questions: The questions in their order.
+        filler: Endless pieces between the facts.
+        lead: Beginning of the text.
+        end: What follows an answer.
+    """
+
+    facts: list[str]
+    questions: list[_Question]
+    filler: Iterator[str]
+    lead: str = _LEAD
+    end: str = "."
+
+
+def _sentences(rng: random.Random) -> Iterator[str]:
+    """Filler: sentences about people who have no names."""
+    times, adjectives, people, actions, places = (
+        _WORDS[name] for name in ("times", "adjectives", "people", "actions", "places")
+    )
+    while True:
+        who = f"the {rng.choice(adjectives)} {rng.choice(people)}"
+        yield f"{rng.choice(times)} {who} {rng.choice(actions)} {rng.choice(places)}."
+
+
+def _pairs(rng: random.Random, keys: int, values: int, asked: int, prompt: str) -> _Content:
+    """Facts about persons with some values each, and questions about the first persons."""
+    names = rng.sample(NAMES, keys)
+    words = rng.sample(OBJECTS, len(OBJECTS))
+    pairs = [(name, words.pop()) for name in names for _ in range(values)]
+    questions, others = pairs[: asked * values], [value for _, value in pairs[asked * values :]]
+    pool = others or words
+    rng.shuffle(pairs)
+    rng.shuffle(questions)
+    return _Content(
+        [f"{prompt.format(name)} {value}." for name, value in pairs],
+        [
+            _Question(
+                prompt.format(name),
+                value,
+                rng.sample(pool, CHOICES - 1),
+                pairs.index((name, value)),
+            )
+            for name, value in questions
+        ],
+        _sentences(rng),
+    )
+
+
+def _tracking(rng: random.Random) -> _Content:
+    """Chains of facts, each of which refers to the one before it."""
+    names, words = rng.sample(NAMES, len(NAMES)), rng.sample(OBJECTS, len(OBJECTS))
+    chains = []
+    for _ in range(_CHAINS):
+        members = [names.pop() for _ in range(_LINKS)]
+        links = [(_IS.format(members[0]), words.pop())]
+        links += [(_SAME.format(new), old) for old, new in itertools.pairwise(members)]
+        chains.append(links)
+    order = [number for number in range(_CHAINS) for _ in range(_LINKS)]
+    rng.shuffle(order)
+    ahead = [iter(links) for links in chains]
+    facts = [next(ahead[number]) for number in order]
+    questions = [
+        _Question(
+            prompt,
+            answer,
+            rng.sample(words if prompt.startswith(_IS[:3]) else names, CHOICES - 1),
+            facts.index((prompt, answer)),
+        )
+        for links in chains
+        for prompt, answer in reversed(links)
+    ]
+    return _Content([f"{p} {answer}." for p, answer in facts], questions, _sentences(rng))
+
+
+def _counting(rng: random.Random) -> _Content:
+    """A list of words, and the question for the most common ones."""
+    words = rng.sample(OBJECTS, _COMMON + _RARE)
+    common, rare = words[:_COMMON], words[_COMMON:]
+    prompts = ["The most common words in the list above are:", *[""] * (_COMMON - 1)]
+    return _Content(
+        [],
+        [
+            _Question(prompt, word, rng.sample(rare, CHOICES - 1), None)
+            for prompt, word in zip(prompts, common, strict=True)
+        ],
+        (
+            f"{rng.choice(common if rng.random() < _COMMON_SHARE else rare)},"
+            for _ in itertools.count()
+        ),
+        lead="List of words:",
+        end=",",
+    )
+
+
+_KINDS: dict[str, Callable[[random.Random], _Content]] = {
+    "recall": lambda rng: _pairs(rng, 8, 1, 8, _IS),
+    "multikey": lambda rng: _pairs(rng, 16, 1, 8, _IS),
+    "multivalue": lambda rng: _pairs(rng, 4, 3, 4, _ONE),
+    "tracking": _tracking,
+    "counting": _counting,
+}
+
+LONG_CONTEXT_KINDS = tuple(_KINDS)
+"""Kinds of tasks; each has a task for every length."""
+
+
+@dataclass(frozen=True)
+class LongContextTask:
+    """A generated task of one kind and length.
+
+    Attributes:
+        kind: One of `LONG_CONTEXT_KINDS`.
+        tokens: Most tokens of a text with its questions and answers; texts are at most a piece of
+            filler shorter.
+
+    Raises:
+        InvalidRequestError: There are fewer than `LEAST_TOKENS` tokens.
+    """
+
+    kind: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < LEAST_TOKENS:
+            raise InvalidRequestError(
+                f"The texts of {self.name} must have at least {LEAST_TOKENS} tokens, not "
+                f"{self.tokens}."
+            )
+
+    @property
+    def name(self) -> str:
+        """Its name in lm-eval."""
+        return f"rap_{self.kind}_{self.tokens}"
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        return 1 / CHOICES
+
+    @property
+    def questions_per_text(self) -> int:
+        """Documents that share a text, which follow each other."""
+        return len(_KINDS[self.kind](random.Random(0)).questions)
+
+    def documents(self, tokenizer: Any, seed: int, count: int = TEST_DOCUMENTS) -> list[Document]:
+        """The first documents of a seed, with texts measured by a tokenizer.
+
+        Raises:
+            InvalidRequestError: Facts and questions alone have too many tokens.
+        """
+        texts = (
+            document
+            for number in itertools.count()
+            for document in self._text(tokenizer, self._rng(seed, number))
+        )
+        return list(itertools.islice(texts, count))
+
+    def _rng(self, seed: int, number: int) -> random.Random:
+        """The random numbers of one text."""
+        return random.Random(f"{self.name} {_VERSION} {seed} {number}")
+
+    def _text(self, tokenizer: Any, rng: random.Random) -> list[Document]:
+        """The documents of one text."""
+        content = _KINDS[self.kind](rng)
+        contexts = _tails(content)
+        whole = f"{contexts[-1]} {content.questions[-1].answer}"
+        depths = [(n + rng.random()) / len(content.facts) for n in range(len(content.facts))]
+        text = _fill(content, depths, whole, tokenizer, self.tokens)
+        if text is None:
+            raise InvalidRequestError(
+                f"The facts and questions of {self.name} have more than {self.tokens} tokens with "
+                "this model's tokenizer; choose a longer task."
+            )
+        documents = []
+        for tail, question in zip(contexts, content.questions, strict=True):
+            kind = "list"
+            if question.fact is not None:
+                section = int(depths[question.fact] * DEPTHS)
+                kind = f"depth {100 * section // DEPTHS}-{100 * (section + 1) // DEPTHS} %"
+            context = f"{text}\n\n{tail}"
+            documents.append(make_document(rng, context, question.answer, question.wrong, kind))
+        return documents
+
+    def lm_eval_config(self, tokenizer: Any, seed: int, count: int) -> dict[str, Any]:
+        """The task as an inline lm-eval config with its first documents."""
+
+        def make(**_metadata: Any) -> Any:
+            from datasets import Dataset, DatasetDict
+
+            documents = self.documents(tokenizer, seed, count)
+            return DatasetDict({"test": Dataset.from_list(documents)})
+
+        # A solved example would be as long as the document itself.
+        return {**multiple_choice_config(self.name, _VERSION, make), "num_fewshot": 0}
+
+
+def long_context_task(name: str) -> LongContextTask | None:
+    """The task of a name such as ``rap_recall_1024``; None if the name has another form.
+
+    Raises:
+        UnknownNameError: There is no such kind.
+        InvalidRequestError: The length is too short.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    if match["kind"] not in _KINDS:
+        known = [f"rap_{kind}_{match['tokens']}" for kind in _KINDS]
+        raise UnknownNameError("task", name, known)
+    return LongContextTask(match["kind"], int(match["tokens"]))
+
+
+def _tails(content: _Content) -> list[str]:
+    """What follows the text up to each question's answer."""
+    found, before = [], ""
+    for question in content.questions:
+        tail = " ".join(filter(None, (before, question.prompt)))
+        found.append(tail)
+        before = f"{tail} {question.answer}{content.end}"
+    return found
+
+
+def _fill(
+    content: _Content, depths: Sequence[float], tail: str, tokenizer: Any, tokens: int
+) -> str | None:
+    """Facts in filler, as many pieces as there is room for; None if there is no room for any."""
+    left = tokens - _count(tokenizer, f"{content.lead}\n\n{tail}")
+    left -= sum(_count(tokenizer, f" {fact}") for fact in content.facts)
+    pieces: list[str] = []
+    for piece in content.filler:
+        left -= _count(tokenizer, f" {piece}")
+        if left < 0:
+            break
+        pieces.append(piece)
+    while pieces:  # tokens of pieces need not add up to those of the text
+        text = _joined(content, pieces, depths)
+        if _count(tokenizer, f"{text}\n\n{tail}") <= tokens:
+            return text
+        pieces.pop()
+    return None
+
+
+def _joined(content: _Content, pieces: Sequence[str], depths: Sequence[float]) -> str:
+    """The text: facts at their depths among pieces of filler."""
+    facts = [(depth * len(pieces), fact) for depth, fact in zip(depths, content.facts, strict=True)]
+    placed = sorted([*facts, *((n + 0.5, piece) for n, piece in enumerate(pieces))])
+    return " ".join(filter(None, (content.lead, *(piece for _, piece in placed))))
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, verbose=False)["input_ids"])
+
+
+def check_fits(task: LongContextTask, max_positions: int, model: str) -> None:
+    """Raise a `CorpusError` if the texts of a task are longer than the model's positions."""
+    if task.tokens > max_positions:
+        raise CorpusError(
+            f"The texts of {task.name} have {task.tokens} tokens, more than the {max_positions} "
+            f"positions of {model}; choose a shorter task."
+        )

@@ -1,0 +1,62 @@
+"""The reward for recall in both environments, measured with the caches of plans."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from rap_env.blocks import BlockMask
+from rap_env.context.live import LiveContext
+from rap_env.envs.prune import RAPPruneEnv
+from rap_env.envs.prune_v1 import RAPPruneV1Env
+from rap_env.envs.task import task_scorer
+from rap_env.request import Request
+from tests.envs.conftest import tiny_tokens
+from tests.scoring.test_long_context_tasks import word_llm
+
+TASKS = {"names": ["rap_recall_512"], "limit": 16}
+SPEC = {"name": "combined", "weights": {"perplexity": 1.0, "recall": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def context():
+    return LiveContext(word_llm(), tiny_tokens(), importance="one_shot", progress=False)
+
+
+def finish(env, choose):
+    """Play one episode; returns the last step's reward and info."""
+    request = Request.at_fraction(env.unwrapped.context.memory, 256, 512, 0.8)
+    env.reset(options={"request": request})
+    over = False
+    while not over:
+        _, reward, terminated, truncated, info = env.step(choose(env.unwrapped))
+        over = terminated or truncated
+    return reward, info
+
+
+def test_v1_pays_for_the_recall_that_lowered_caches_cost(context):
+    env = RAPPruneV1Env(
+        context=context,
+        reward=SPEC,
+        tasks=TASKS,
+        levels={"caches": ["native", "int2"]},
+        together=(),
+    )
+    reward, info = finish(env, lambda unwrapped: int(unwrapped.action_masks().argmax()))
+    assert "int2" in info["levels"]
+    scorer = task_scorer(context, TASKS)
+    rise = scorer.mean_choice_nll(env.plan) - scorer.mean_choice_nll(BlockMask())
+    assert rise != 0
+    assert info["reward_terms"]["recall"] == pytest.approx(-0.5 * rise)
+    assert reward == pytest.approx(sum(info["reward_terms"].values()))
+
+
+def test_v0_pays_for_the_recall_that_removed_blocks_cost(context):
+    env = RAPPruneEnv(context=context, reward="recall", tasks=TASKS, infeasible="clip")
+    reward, info = finish(env, lambda unwrapped: int(unwrapped.action_masks().argmax()))
+    scorer = task_scorer(context, TASKS)
+    mask = BlockMask.of(*info["removed"])
+    expected = scorer.mean_choice_nll(BlockMask()) - scorer.mean_choice_nll(mask)
+    assert reward == pytest.approx(expected)
+    assert set(info["reward_terms"]) == {"recall", "invalid_action"}

@@ -1,0 +1,243 @@
+"""Tasks of long contexts: their texts, and that they are scored with the caches of a plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.plan import CompressionPlan
+from rap_env.scoring.generated_tasks import NAMES, OBJECTS
+from rap_env.scoring.likelihoods import ContinuationScorer
+from rap_env.scoring.long_context_tasks import (
+    CHOICES,
+    DEPTHS,
+    LONG_CONTEXT_KINDS,
+    LongContextTask,
+    long_context_task,
+)
+from tests.tiny import LAYERS, randomise, tiny_config, tiny_tokenizer, word_tokenizer
+
+WORDS = word_tokenizer()
+FACTS = [kind for kind in LONG_CONTEXT_KINDS if kind != "counting"]
+
+
+def word_llm(positions: int = 1024, seed: int = 0) -> ElasticLLM:
+    """A tiny model that reads words, long enough for the shortest tasks."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama")
+    config.vocab_size, config.max_position_embeddings = len(WORDS), positions
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model, seed)
+    return ElasticLLM(model, word_tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def llm() -> ElasticLLM:
+    return word_llm()
+
+
+def count(text: str) -> int:
+    return len(WORDS(text)["input_ids"])
+
+
+@pytest.mark.parametrize("kind", LONG_CONTEXT_KINDS)
+@pytest.mark.parametrize("tokens", [512, 1500])
+def test_texts_have_the_length_of_the_task(kind, tokens):
+    task = LongContextTask(kind, tokens)
+    documents = task.documents(WORDS, 0, 2 * task.questions_per_text)
+    for last in documents[task.questions_per_text - 1 :: task.questions_per_text]:
+        whole = f"{last['context']} {last['choices'][last['gold']]}"
+        assert tokens - 20 <= count(whole) <= tokens
+
+
+@pytest.mark.parametrize("kind", LONG_CONTEXT_KINDS)
+def test_documents_depend_on_the_seed_and_fewer_are_the_first_of_more(kind):
+    task = LongContextTask(kind, 512)
+    documents = task.documents(WORDS, 3, 30)
+    assert task.documents(WORDS, 3, 11) == documents[:11]
+    assert task.documents(WORDS, 4, 30) != documents
+    assert len({(d["context"], *d["choices"]) for d in documents}) == 30
+
+
+@pytest.mark.parametrize("kind", LONG_CONTEXT_KINDS)
+def test_questions_about_a_text_continue_each_other(kind):
+    task = LongContextTask(kind, 512)
+    first, *others = task.documents(WORDS, 0, task.questions_per_text)
+    for document in others:
+        before = f"{first['context']} {first['choices'][first['gold']]}"
+        assert document["context"].startswith(before)
+        first = document
+
+
+@pytest.mark.parametrize("kind", LONG_CONTEXT_KINDS)
+def test_questions_do_not_tell_the_answer(kind):
+    """No choice occurs after the text, so what has not seen the text can only guess."""
+    for document in LongContextTask(kind, 512).documents(WORDS, 1, 60):
+        questions = document["context"].rpartition("\n\n")[2]
+        asked = questions.rpartition(".")[2]
+        answered = Counter(questions.removesuffix(asked).replace(",", ".").replace(".", "").split())
+        named = [choice for choice in document["choices"] if answered[choice]]
+        assert not named, questions
+        assert len(set(document["choices"])) == CHOICES
+        assert set(document["choices"]) <= {*NAMES, *OBJECTS}
+
+
+@pytest.mark.parametrize("kind", FACTS)
+def test_the_text_has_the_fact_once_and_the_questions_repeat_it(kind):
+    for document in LongContextTask(kind, 512).documents(WORDS, 2, 48):
+        text, _, questions = document["context"].rpartition("\n\n")
+        asked = questions.split(". ")[-1]
+        fact = f"{asked} {document['choices'][document['gold']]}."
+        assert text.count(fact) == 1
+        where = text.index(fact) / len(text)
+        low, high = (int(n) for n in document["kind"].split()[1].split("-"))
+        assert low - 8 <= 100 * where <= high + 8  # in characters, and filler is of pieces
+
+
+def test_wrong_passwords_are_those_of_others_where_keys_matter():
+    recall, multikey = (
+        LongContextTask(kind, 512).documents(WORDS, 0, 16) for kind in ("recall", "multikey")
+    )
+    for document in multikey:
+        assert all(f"is {choice}." in document["context"] for choice in document["choices"])
+    for document in recall:
+        wrong = [c for c in document["choices"] if f"is {c}." in document["context"]]
+        assert wrong == [document["choices"][document["gold"]]]
+
+
+@pytest.mark.parametrize("kind", FACTS)
+def test_facts_are_spread_over_the_whole_text(kind):
+    documents = LongContextTask(kind, 1024).documents(WORDS, 0, 240)
+    counts = Counter(document["kind"] for document in documents)
+    assert len(counts) == DEPTHS
+    assert min(counts.values()) > 240 / DEPTHS / 2
+
+
+def test_the_right_words_of_counting_are_the_most_common_ones():
+    for document in LongContextTask("counting", 512).documents(WORDS, 0, 30):
+        counts = Counter(document["context"].partition("\n\n")[0].replace(",", "").split())
+        right = document["choices"][document["gold"]]
+        wrong = [choice for choice in document["choices"] if choice != right]
+        assert counts[right] > 3 * max(counts[word] for word in wrong)
+
+
+def test_names_of_tasks():
+    assert long_context_task("rap_recall") is None
+    assert long_context_task("arc_easy") is None
+    assert long_context_task("rap_tracking_4096") == LongContextTask("tracking", 4096)
+    assert LongContextTask("recall", 512).name == "rap_recall_512"
+    with pytest.raises(UnknownNameError, match="'rap_recal_1024'.*Did you mean 'rap_recall_1024'"):
+        long_context_task("rap_recal_1024")
+    with pytest.raises(InvalidRequestError, match="at least 512 tokens, not 100"):
+        long_context_task("rap_recall_100")
+    with pytest.raises(InvalidRequestError, match="more than 512 tokens with this model's"):
+        LongContextTask("recall", 512).documents(tiny_tokenizer(), 0)
+
+
+class TestScores:
+    """The model runs once for each text, with the caches of the plan."""
+
+    def scorer(self, llm, *names, limit=16):
+        from rap_env.scoring.tasks import TaskConfig, TaskScorer
+
+        return TaskScorer(llm, TaskConfig(names, limit=limit))
+
+    def test_one_pass_answers_all_questions_about_a_text(self, llm):
+        scorer = self.scorer(llm, "rap_recall_512", "rap_counting_512", limit=24)
+        passes = {name: member.passes for name, member in scorer._members.items()}
+        assert {name: len(lengths) for name, lengths in passes.items()} == {
+            "rap_recall_512": 3,
+            "rap_counting_512": 8,
+        }
+        assert all(480 < tokens <= 512 for lengths in passes.values() for tokens in lengths)
+
+    def test_shared_beginnings_change_nothing(self, llm):
+        rows = torch.randint(3, 200, (3, 90), generator=torch.Generator().manual_seed(0)).tolist()
+        requests = [(row[:n], row[n : n + size]) for row in rows for n, size in ((80, 3), (70, 1))]
+        requests += [(rows[0][:70], [5]), (rows[1][:40], [6, 7]), (rows[2][:40], rows[2][40:41])]
+        plan = CompressionPlan.uniform(LAYERS, caches="int8")
+        with llm.masked(plan):
+            shared = ContinuationScorer(llm, requests, 128, share_prefixes=True)
+            alone = ContinuationScorer(llm, requests, 128)
+            assert len(shared.lengths) == 4 < len(alone.lengths)
+            assert np.allclose(shared.run(), alone.run(), rtol=1e-3)
+
+    def test_the_nll_of_choices_by_hand(self, llm):
+        scorer = self.scorer(llm, "rap_multikey_512")
+        result = scorer.results(BlockMask())["rap_multikey_512"]
+        logs = scorer._outputs(BlockMask())["rap_multikey_512"][:, 0].reshape(-1, CHOICES)
+        docs = LongContextTask("multikey", 512).documents(llm.tokenizer, 0, 16)
+        chances = np.exp(logs) / np.exp(logs).sum(axis=1, keepdims=True)
+        expected = [-np.log(row[doc["gold"]]) for row, doc in zip(chances, docs, strict=True)]
+        assert result.choice_nll == pytest.approx(np.array(expected))
+        assert scorer.mean_choice_nll(BlockMask()) == pytest.approx(np.mean(expected))
+        right = logs.argmax(axis=1) == [doc["gold"] for doc in docs]
+        assert result.per_document["acc"].tolist() == right.astype(float).tolist()
+        assert scorer.chance == {"rap_multikey_512": 0.25}
+
+    def test_a_short_window_cannot_see_an_early_fact_and_int2_damages_it(self, llm):
+        """Another answer in the text changes all scores of the dense model and none of the window.
+
+        Two layers with a window of 128 tokens see less than 350 tokens back.
+        """
+        (document, *_) = [
+            d for d in LongContextTask("recall", 1024).documents(llm.tokenizer, 0, 64)
+            if d["kind"] == "depth 0-20 %"
+        ]  # fmt: skip
+        right = document["choices"][document["gold"]]
+        text, _, questions = document["context"].rpartition("\n\n")
+        other = next(w for w in OBJECTS if w not in document["context"])
+        encode = llm.tokenizer
+        contexts = [f"{t}\n\n{questions}" for t in (text, text.replace(f"{right}.", f"{other}."))]
+        requests = [
+            (encode(context)["input_ids"], encode(f" {choice}")["input_ids"])
+            for context in contexts
+            for choice in document["choices"]
+        ]
+        scorer = ContinuationScorer(llm, requests, 1024)
+        found = {}
+        for caches in ("native", "int4", "int2", "window128"):
+            with llm.masked(CompressionPlan.uniform(LAYERS, caches=caches)):
+                found[caches] = scorer.run()[:, 0].reshape(2, CHOICES)
+        assert found["window128"][0].tolist() == found["window128"][1].tolist()
+        for caches in ("native", "int4", "int2"):
+            assert (found[caches][0] != found[caches][1]).all()
+        errors = {c: np.abs(found[c] - found["native"]).mean() for c in ("int4", "int2")}
+        assert errors["int2"] > 2 * errors["int4"] > 0
+
+    def test_plans_reach_the_scores_of_a_task(self, llm):
+        scorer = self.scorer(llm, "rap_recall_1024")
+        nll = {
+            caches: scorer.results(CompressionPlan.uniform(LAYERS, caches=caches))[
+                "rap_recall_1024"
+            ].choice_nll
+            for caches in ("native", "int4", "int2", "window128")
+        }
+        errors = {caches: np.abs(found - nll["native"]).mean() for caches, found in nll.items()}
+        assert 0 < errors["int4"] < errors["int2"]
+        assert errors["window128"] > errors["int4"]
+
+    def test_a_task_that_is_longer_than_the_model_is_rejected(self, llm):
+        message = "rap_recall_2048 have 2048 tokens, more than the 1024 positions of tiny"
+        with pytest.raises(CorpusError, match=message):
+            self.scorer(llm, "rap_recall_2048")
+        with pytest.raises(UnknownNameError, match="'rap_recal_512'"):
+            self.scorer(llm, "rap_recal_512")
+
+    def test_open_answers_have_no_choices(self, tmp_path, llm):
+        from rap_env.scoring.tasks import TaskConfig, TaskScorer
+        from tests.scoring.local_tasks import write_task
+
+        write_task(tmp_path, "lambada_openai")
+        scorer = TaskScorer(llm, TaskConfig(("lambada_openai",), data_root=str(tmp_path)))
+        with pytest.raises(UnknownNameError, match="multiple-choice task 'lambada_openai'"):
+            scorer.mean_choice_nll(BlockMask())
