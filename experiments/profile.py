@@ -14,11 +14,19 @@ from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact
 from experiments.launch import launch
+from experiments.training.score_model import draw_requests
+from experiments.training.score_tables import stored_scores
 from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
+from rap_env.importance.frontier import Frontier
 from rap_env.importance.frontier_search import FrontierConfig, build_frontier
+from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.llm.progress import progress_bar
+from rap_env.scoring.interface import OnScore
 from rap_env.scoring.scorer import bar_callback
 from rap_env.workload import make_sampler
 
@@ -52,26 +60,44 @@ def profile(config: Config, folder: Path) -> Path:
 
 
 def build_frontier_table(config: Config, context: PruningContext, path: Path) -> None:
-    """Build the frontier table for requests of the workload.
+    """Build the table of the best known masks, or plans, for requests of the workload.
 
-    After a kill, the same command resumes from the score store.
+    After a kill, the same command resumes from the score store. A table of plans also takes in
+    every mask and plan of the store.
     """
+    build = _plan_frontier if config.env.lowers else _mask_frontier
+    with progress_bar(config.progress, total=config.frontier.evaluations, desc="frontier") as bar:
+        frontier = build(config, context, bar_callback(bar))
+    frontier.save(path)
+    log.info("Frontier: %d scores in %s.", frontier.evaluations, path)
+
+
+def _mask_frontier(config: Config, context: PruningContext, on_score: OnScore) -> Frontier:
     settings = config.frontier
-    sampler = make_sampler(config.workload, context.memory)
-    rng = np.random.default_rng(config.seed)
-    requests = [sampler.sample(rng) for _ in range(settings.requests)]
     search = FrontierConfig(
         evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
     )
-    with progress_bar(
-        config.progress, total=settings.evaluations, desc="frontier", unit="mask"
-    ) as bar:
-        frontier = build_frontier(require_live(context).scorer, requests, search, bar_callback(bar))
-    frontier.save(path)
-    log.info(
-        "Frontier: %d pairs of counts from %d masks in %s.",
-        len(frontier.entries), frontier.evaluations, path,
-    )  # fmt: skip
+    sampler = make_sampler(config.workload, context.memory)
+    rng = np.random.default_rng(config.seed)
+    requests = [sampler.sample(rng) for _ in range(settings.requests)]
+    return build_frontier(require_live(context).scorer, requests, search, on_score)
+
+
+def _plan_frontier(config: Config, context: PruningContext, on_score: OnScore) -> PlanFrontier:
+    settings = config.frontier
+    search = PlanSearchConfig(
+        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
+    )
+    ladder = Ladder.of(context.memory.facts, **config.env.ladder)
+    return build_plan_frontier(
+        require_live(context).scorer,
+        context.level_costs(ladder.cache_levels),
+        LadderBytes(context.memory, ladder),
+        draw_requests(config, context, settings.requests),
+        search,
+        None if context.store is None else stored_scores(context, plans=True),
+        on_score,
+    )
 
 
 def _measure(config: Config, context: PruningContext, folder: Path, path: Path) -> None:

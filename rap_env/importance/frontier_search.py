@@ -14,7 +14,7 @@ The search is deterministic given the scores, so an interrupted search is repeat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.importance.frontier import Counts, Frontier, best_by_counts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
+from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
     Features,
@@ -85,7 +86,7 @@ def build_frontier(
     scorer: MaskScorer,
     requests: Sequence[Request],
     config: FrontierConfig = FrontierConfig(),
-    on_score: Callable[[BlockMask], None] | None = None,
+    on_score: OnScore | None = None,
 ) -> Frontier:
     """Search the best masks on the scorer's text for the pairs of counts that requests would use.
 
@@ -123,7 +124,7 @@ class _Search:
         self,
         scorer: MaskScorer,
         config: FrontierConfig,
-        on_score: Callable[[BlockMask], None] | None,
+        on_score: OnScore | None,
     ) -> None:
         self._scorer, self._config, self._on_score = scorer, config, on_score
         self._settings: _Settings | None = None

@@ -19,8 +19,8 @@ evidence and disagree elsewhere, so a multiple of their standard deviation is ad
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,13 +28,16 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
 from rap_env.scoring.fidelity import Fidelity
 
 Features = npt.NDArray[np.bool_]
 """Input of the predictor: True for each removed block of each mask or plan, (N, 2L)."""
 
 Floats = npt.NDArray[np.float64]
+
+Lowered = Callable[[CompressionPlan], float]
+"""Gives the sum of what the levels of a plan cost alone, nats per token."""
 
 MEMBERS = 5
 """Default number of predictors in an ensemble."""
@@ -336,6 +339,12 @@ def feature_matrix(plans: Collection[MaskOrPlan], num_blocks: int) -> Features:
     for row, plan in zip(features, plans, strict=True):
         row[list(as_plan(plan).removed.indices)] = True
     return features
+
+
+def lowered_costs(plans: Collection[MaskOrPlan], lowered: Lowered) -> Floats:
+    """The predictor's second input: what levels other than removal cost alone, (N,)."""
+    kept = (replace(as_plan(plan), removed=BlockMask()) for plan in plans)
+    return np.array([max(0.0, lowered(plan)) if plan else 0.0 for plan in kept])
 
 
 def pair_indices(

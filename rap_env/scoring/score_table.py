@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
+    Lowered,
     ScoreModel,
     feature_matrix,
     fit_score_model,
+    lowered_costs,
 )
 
 PREFIX = "score_table:"
@@ -45,9 +47,6 @@ _NO_PREDICTION = (
     "measured: score it with a live model."
 )
 _PREDICTIONS_KEPT = 2**17
-
-Lowered = Callable[[CompressionPlan], float]
-"""Gives the sum of what the levels of a plan cost alone, nats per token."""
 
 
 def table_path(model: str) -> Path | None:
@@ -138,7 +137,7 @@ class ScoreTable:
             feature_matrix(fitted, facts.num_blocks),
             np.array([held[plan] for plan in fitted]) - dense,
             np.array([scores[mask] for mask in singles]) - dense,
-            None if lowered is None else np.array([cost_beside(lowered, p) for p in fitted]),
+            None if lowered is None else lowered_costs(fitted, lowered),
             members=members,
             pessimism=pessimism,
             seed=seed,
@@ -270,7 +269,7 @@ class TableScorer:
         mask = as_plan(plan).removed
         if self._lowered is None or isinstance(plan, BlockMask):
             return self._model.delta_nll(mask)
-        found = self._model.delta_nll(mask, cost_beside(self._lowered, plan))
+        found = self._model.delta_nll(mask, float(lowered_costs([plan], self._lowered)[0]))
         if mask not in self._measured:
             return found
         return self._measured[mask] - self.dense_nll + found - self._model.delta_nll(mask)
@@ -292,13 +291,6 @@ class TableScorer:
         candidates = removal_candidates(self._facts.blocks, plan)
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))
-
-
-def cost_beside(lowered: Lowered, plan: MaskOrPlan) -> float:
-    """What the levels of a plan other than its removals cost alone, nats per token."""
-    if isinstance(plan, BlockMask):
-        return 0.0
-    return max(0.0, lowered(replace(plan, removed=BlockMask())))
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from rap_env.errors import InvalidRequestError
 from rap_env.request import Request, whole_number
 from rap_env.specs import check_settings, split_spec
-from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
+from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler, TightSampler
 from rap_env.workload.traffic import AzureCodeSampler, AzureConvSampler, TraceSampler
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class CurriculumSampler(RequestSampler):
 SAMPLERS: dict[str, type[RequestSampler]] = {
     "fixed": FixedSampler,
     "grid": GridSampler,
+    "tight": TightSampler,
     "azure-conv": AzureConvSampler,
     "azure-code": AzureCodeSampler,
     "trace": TraceSampler,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from rap_env.errors import InvalidRequestError
+from rap_env.ladder.items import LADDERS, Ladder
+from rap_env.plan import CompressionPlan
 from rap_env.request import Request, whole_number
 
 if TYPE_CHECKING:
@@ -138,6 +141,61 @@ class GridSampler(RequestSampler):
     def sample(self, rng: np.random.Generator) -> Request:
         """One of `requests`."""
         return self.requests[int(rng.integers(len(self.requests)))]
+
+
+@dataclass(frozen=True)
+class TightSampler(RequestSampler):
+    """Draws budgets near what a model needs at its lowest levels, where no choice is free.
+
+    A share of the native peak means little over levels: for long requests half of it costs nothing,
+    for short ones everything below the weights' lowest level is ruin. Here the budget is a share of
+    the *lowered peak*: what the request needs with every item at its lowest level and no block
+    removed. Below 1, blocks must be removed; above, what to lower is a choice.
+
+    Attributes:
+        max_batch_size: The batch size is a power of two up to this one, all equally likely.
+        seq_len_range: Fewest and most tokens of a sequence, cut to the model's positions; the draw
+            is uniform in the logarithm.
+        lowered_share_range: Lowest and highest budget as shares of the lowered peak; the draw is
+            uniform between them, and below the native peak.
+
+    Raises:
+        InvalidRequestError: A value is out of its range.
+    """
+
+    memory: MemoryModel
+    max_batch_size: int = 16
+    seq_len_range: Sequence[int] = (128, 4096)
+    lowered_share_range: Sequence[float] = (0.72, 1.4)
+
+    def __post_init__(self) -> None:
+        self.memory.check(whole_number("max_batch_size", self.max_batch_size, least=1), 1)
+        for name in ("seq_len_range", "lowered_share_range"):
+            bounds = tuple(getattr(self, name))
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+                raise InvalidRequestError(
+                    f"{name} of the sampler 'tight' must be a lowest and a highest value, both "
+                    f"above 0, not {list(bounds)!r}."
+                )
+
+    @cached_property
+    def _lowered(self) -> CompressionPlan:
+        facts = self.memory.facts
+        levels = "all" if facts.kv_heads else {**LADDERS["all"], "caches": ()}
+        ladder = Ladder.of(facts, levels)
+        return ladder.plan(
+            [len(item.levels) - 1 - (item.levels[-1] == "removed") for item in ladder.items]
+        )
+
+    def sample(self, rng: np.random.Generator) -> Request:
+        """A request with a budget near the lowered peak."""
+        batch = 2 ** int(rng.integers(int(self.max_batch_size).bit_length()))
+        shortest, longest = (min(n, self.memory.facts.max_positions) for n in self.seq_len_range)
+        length = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
+        lowered = self.memory.peak_bytes(self._lowered, Request(batch, length, budget_bytes=1))
+        most = self.memory.dense_peak_bytes(batch, length) - 1
+        low, high = (min(round(share * lowered), most) for share in self.lowered_share_range)
+        return Request(batch, length, int(rng.integers(low, high + 1)))
 
 
 def _one_budget(fraction: object, size: object) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.workload import SAMPLERS, make_sampler
 from rap_env.workload.traces import (
@@ -45,6 +49,29 @@ def test_every_sampler_works_by_name_and_depends_on_the_generator_alone(memory, 
         )
     if name != "fixed":
         assert draws(make_sampler(name, memory), seed=1) != first
+
+
+def test_tight_draws_budgets_around_the_lowest_levels(memory):
+    facts = replace(memory.facts, kv_heads=(1,) * 3, kv_head_size=(32,) * 3,
+                    kv_bytes_per_token=(128,) * 3, weights="packed",
+                    int4_base_bytes=2000)  # fmt: skip
+    small = MemoryModel(facts)
+    lowered = CompressionPlan.uniform(3, caches="int4-window128", embeddings="int4")
+    spec = {"name": "tight", "seq_len_range": [64, 1024], "lowered_share_range": [0.8, 1.2]}
+    seen = draws(make_sampler(spec, small), 400)
+    shares = []
+    for request in seen:
+        assert 64 <= request.seq_len_tokens <= 1024
+        peak_bytes = small.peak_bytes(lowered, request)
+        native = small.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        assert request.budget_bytes < native
+        if 1.2 * peak_bytes < native:
+            shares.append(request.budget_bytes / peak_bytes)
+    assert 0.79 < min(shares) < 0.85
+    assert 1.1 < max(shares) < 1.21
+    assert {request.batch_size for request in seen} == {1, 2, 4, 8, 16}
+    with pytest.raises(InvalidRequestError, match="seq_len_range of the sampler 'tight'"):
+        make_sampler({"name": "tight", "seq_len_range": [64]}, small)
 
 
 def test_fixed_returns_its_request(memory):

@@ -1,0 +1,375 @@
+"""Searches for the best known plans: a predictor proposes plans, the model measures them.
+
+1. Measure the native model, every single removal, and the plans of the greedy order for some
+   requests.
+2. In rounds: fit predictors to all scores so far; for each of some requests, improve the best known
+   plan by changes at equal bytes, as one predictor sees it; measure the plans with the greatest
+   expected gain.
+
+A predictor is fitted to a sample of the scores, and each round uses another one, so that proposals
+differ where there is little evidence (Thompson 1933). In v0,
+`rap_env.importance.frontier_search` does the same for pairs of counts of removed blocks. The search
+is deterministic given the scores, so an interrupted search is repeated from the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from rap_env.blocks import BlockMask
+from rap_env.costs import Counts
+from rap_env.errors import InvalidRequestError
+from rap_env.importance.ladder_order import greedy_order
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
+from rap_env.ladder.items import Ladder
+from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
+from rap_env.request import Request
+from rap_env.scoring.interface import OnScore
+from rap_env.scoring.predictor import (
+    Floats,
+    ScoreModel,
+    feature_matrix,
+    fit_score_model,
+    lowered_costs,
+)
+from rap_env.scoring.scorer import MaskScorer
+
+_MOST_STEPS = 40
+_GAIN_FLOOR = 0.02  # added to a ΔNLL before a gain is divided by it, nats per token
+
+
+@dataclass(frozen=True)
+class PlanSearchConfig:
+    """Settings of the search for the best plans.
+
+    Attributes:
+        evaluations: Most plans to score, known ones included; the model's blocks need one each in
+            any case.
+        deepest_loss: Plans with a greater ΔNLL are not searched for, nats per token.
+        batch: Plans to measure between two fits of the predictors.
+        requests: Requests for which plans are proposed in a round.
+        members: Predictors, used in turn.
+        seed: Seed of the requests of a round and of the predictors.
+
+    Raises:
+        InvalidRequestError: A number is out of range.
+    """
+
+    evaluations: int = 3000
+    deepest_loss: float = 3.0
+    batch: int = 32
+    requests: int = 128
+    members: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = asdict(self)
+        least = min(numbers[name] for name in ("evaluations", "batch", "requests", "members"))
+        if least < 1 or self.deepest_loss <= 0:
+            raise InvalidRequestError(
+                "evaluations, batch, requests and members of a search for plans must be at least "
+                f"1 and deepest_loss above 0, not {numbers}."
+            )
+
+
+def build_plan_frontier(
+    scorer: MaskScorer,
+    costs: LevelCosts,
+    item_bytes: LadderBytes,
+    requests: Sequence[Request],
+    config: PlanSearchConfig = PlanSearchConfig(),
+    known: Mapping[MaskOrPlan, float] | None = None,
+    on_score: OnScore | None = None,
+) -> PlanFrontier:
+    """Search the best plans of a ladder on the scorer's text for requests like some given ones.
+
+    Args:
+        scorer: Measures plans.
+        costs: One-shot costs of the ladder's levels.
+        item_bytes: The ladder and its bytes.
+        requests: A sample of the expected requests.
+        config: Settings.
+        known: NLL of plans that were measured before on the same text, nats per token; all of them
+            become part of the result.
+        on_score: Called after each plan that is measured.
+    """
+    began, ran = time.perf_counter(), scorer.evaluations
+    search = _Search(scorer, costs, item_bytes, requests, config, known or {}, on_score)
+    for plans in search.rounds():
+        search.measure(plans[: max(0, config.evaluations - len(search.nll))])
+        if len(search.nll) >= config.evaluations:
+            break
+    return PlanFrontier(
+        num_layers=item_bytes.memory.facts.num_layers,
+        native_nll=search.native_nll,
+        scores=search.nll,
+        evaluations_run=scorer.evaluations - ran,
+        seconds=time.perf_counter() - began,
+        settings={**asdict(config), "sample": len(requests)},
+        provenance=scorer.provenance,
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        scorer: MaskScorer,
+        costs: LevelCosts,
+        item_bytes: LadderBytes,
+        requests: Sequence[Request],
+        config: PlanSearchConfig,
+        known: Mapping[MaskOrPlan, float],
+        on_score: OnScore | None,
+    ) -> None:
+        self._scorer, self._config, self._on_score = scorer, config, on_score
+        self._costs, self._bytes, self._requests = costs, item_bytes, requests
+        self._order = greedy_order(costs, item_bytes)
+        self._ladder = item_bytes.ladder
+        self._rng = np.random.default_rng(config.seed)
+        self.nll: dict[MaskOrPlan, float] = {simplest(plan): nll for plan, nll in known.items()}
+        self._blocks = item_bytes.memory.facts.num_blocks
+        singles = [BlockMask.of(index) for index in range(self._blocks)]
+        self.measure([BlockMask(), *singles])
+        self.native_nll = self.nll[BlockMask()]
+        self._alone = np.array([self.nll[mask] for mask in singles]) - self.native_nll
+
+    def measure(self, plans: Sequence[MaskOrPlan]) -> None:
+        """Score plans that are not known yet."""
+        new = [plan for plan in map(simplest, plans) if plan not in self.nll]
+        if new:
+            found = self._scorer.nll_many(new, self._on_score)
+            self.nll |= dict(zip(new, found, strict=True))
+
+    def rounds(self) -> Iterator[list[MaskOrPlan]]:
+        """Plans to measure: of the greedy order, then proposals until no predictor has any."""
+        first = dict.fromkeys(simplest(self._greedy(request)) for request in self._requests)
+        yield list(first)[: self._config.batch]
+        number, idle = 0, 0
+        while idle < self._config.members:
+            member = self._fit().members[number % self._config.members]
+            plans = self._proposals(ScoreModel((member,)))
+            number, idle = number + 1, 0 if plans else idle + 1
+            if plans:
+                yield plans
+
+    def _fit(self) -> ScoreModel:
+        plans = list(self.nll)
+        model, _ = fit_score_model(
+            feature_matrix(plans, self._blocks),
+            np.array([self.nll[plan] for plan in plans]) - self.native_nll,
+            self._alone,
+            lowered_costs(plans, self._costs.delta_nll),
+            members=self._config.members,
+            seed=self._config.seed,
+        )
+        return model
+
+    def _proposals(self, model: ScoreModel) -> list[MaskOrPlan]:
+        """Unmeasured plans that one predictor expects to be better than the best known ones."""
+        predictor = PlanPredictor(self._ladder, self._order.one_shot, model)
+        known = KnownPlans(self._ladder, self.nll, self.native_nll)
+        gains: dict[MaskOrPlan, float] = {}
+        count = min(self._config.requests, len(self._requests))
+        for number in self._rng.choice(len(self._requests), size=count, replace=False):
+            request = self._requests[number]
+            costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
+            start = known.best(costs, request.budget_bytes)
+            best = np.inf if start is None else self.nll[start] - self.native_nll
+            search = PlanSearch(predictor, costs, request.budget_bytes)
+            for plan in (start, self._greedy(request)):
+                if plan is None:
+                    continue
+                positions, expected = search.improve(np.array(self._ladder.positions(plan)))
+                found = simplest(self._ladder.plan(positions.tolist()))
+                gain = (min(best, 1e3) - expected) / (expected + _GAIN_FLOOR)
+                if found not in self.nll and gain > 0 and expected <= self._config.deepest_loss:
+                    gains[found] = max(gain, gains.get(found, 0.0))
+        return sorted(gains, key=lambda plan: -gains[plan])[: self._config.batch]
+
+    def _greedy(self, request: Request) -> CompressionPlan:
+        costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
+        return costs.lower_until_fits(self._order.steps, request.budget_bytes)
+
+
+class PlanPredictor:
+    """Predicts ΔNLL of the plans of a ladder, as arrays of positions.
+
+    Args:
+        ladder: The items.
+        one_shot: ΔNLL if only this item has this level, nats per token, (items, W).
+        model: Predicts from removed blocks and from what other levels cost.
+    """
+
+    def __init__(self, ladder: Ladder, one_shot: Floats, model: ScoreModel) -> None:
+        self.ladder, self.model = ladder, model
+        self._items = np.arange(len(ladder))
+        self._lowered = one_shot.copy()
+        blocks = len(model.members[0].alone)
+        self._is_removed = np.zeros((len(ladder), ladder.width), dtype=bool)
+        self._block = np.full(len(ladder), -1)
+        for number, item in enumerate(ladder.items):
+            self._lowered[number, len(item.levels) :] = 0.0  # gone with its block
+            if item.kind in ("attn", "ffn"):
+                self._block[number] = 2 * (item.layer or 0) + (item.kind == "ffn")
+                if "removed" in item.levels:
+                    removed = item.levels.index("removed")
+                    self._is_removed[number, removed] = True
+                    self._lowered[number, removed] = 0.0
+        self._blocks = blocks
+
+    def delta_nll(self, positions: Counts) -> Floats:
+        """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""
+        mean, spread = self.mean_and_spread(positions)
+        return mean + self.model.pessimism * spread
+
+    def mean_and_spread(self, positions: Counts) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the members' predictions, nats per token, (n,) each."""
+        removed = np.zeros((len(positions), self._blocks), dtype=bool)
+        with_block = self._block >= 0
+        removed[:, self._block[with_block]] = self._is_removed[self._items, positions][
+            :, with_block
+        ]
+        lowered = self._lowered[self._items, positions].sum(axis=1)
+        return self.model.mean_and_spread(removed, lowered, clamped=False)
+
+
+class PlanMoves:
+    """Changes of many plans of one ladder under one request, as arrays of positions.
+
+    A plan goes down as in `RAPPrune-v1`: levels that free nothing are skipped, levels taken
+    together change together, and a removed attention block takes its cache with it.
+
+    Args:
+        costs: The bytes of the request.
+    """
+
+    def __init__(self, costs: LadderCosts) -> None:
+        ladder = costs.ladder
+        self.costs = costs
+        self._items = np.arange(len(ladder))
+        self._is_cache = np.isin(self._items, ladder.caches)
+        self._shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
+        self._partners, self._removals = np.array(ladder.partners), np.array(ladder.removals)
+        self._gone = np.array([len(item.levels) for item in ladder.items])
+        self._above = np.full_like(costs.next_level, -1)
+        for item, row in enumerate(costs.nexts):
+            position = 0
+            while row[position] >= 0:
+                self._above[item, row[position]] = position
+                position = row[position]
+
+    def lower(self, positions: Counts) -> tuple[Counts, Counts]:
+        """All plans one action below some plans (n, items).
+
+        Returns:
+            The plans, (m, items), and for each the number of the plan that it comes from, (m,).
+        """
+        nexts = self.costs.next_level[self._items, positions]
+        parents, items = np.nonzero(nexts >= 0)
+        found = positions[parents]
+        lower = nexts[parents, items]
+        found[np.arange(len(found)), items] = lower
+        takes = (lower == self._removals[items]) & (self._partners[items] != items)
+        partners = self._partners[items]
+        found[np.flatnonzero(takes), partners[takes]] = self._gone[partners[takes]]
+        shared = self._is_cache[items] & self._shared[lower]
+        if shared.any():  # all caches with the same next level give the same plan: keep one
+            where = np.flatnonzero(shared)
+            same = self._is_cache & (nexts[parents[where]] == lower[where, None])
+            found[where] = np.where(same, lower[where, None], found[where])
+            kept = np.ones(len(found), dtype=bool)
+            kept[where] = same.argmax(axis=1) == items[where]
+            found, parents = found[kept], parents[kept]
+        return found, parents
+
+    def raised(self, positions: Counts) -> Counts:
+        """All plans with one item of a plan (items,) at a higher level, (m, items)."""
+        found = []
+        kept_caches = self._is_cache & (positions < self._gone)
+        least = positions[kept_caches].min(initial=self.costs.ladder.width)
+        for item in np.flatnonzero(positions > 0):
+            position = positions[item]
+            if position >= self._gone[item]:
+                continue  # comes back with its block
+            above = self._above[item, position]
+            if above < 0:
+                continue
+            other = positions.copy()
+            if self._is_cache[item] and self._shared[position]:
+                if not (positions[kept_caches] == position).all():
+                    continue  # caches that are lower have passed this level together
+                other[kept_caches] = above
+            else:
+                other[item] = above
+            partner = self._partners[item]
+            if position == self._removals[item] and partner != item:
+                other[partner] = least if least < self._gone[partner] else 0
+            found.append(other)
+        return np.unique(np.array(found, dtype=np.int64).reshape(-1, len(positions)), axis=0)
+
+
+class PlanSearch:
+    """Improves plans at equal bytes by a predictor.
+
+    Args:
+        predictor: Predicts ΔNLL.
+        costs: The bytes of the request.
+        budget_bytes: Its budget.
+    """
+
+    def __init__(self, predictor: PlanPredictor, costs: LadderCosts, budget_bytes: int) -> None:
+        self._predictor, self._costs, self._budget = predictor, costs, budget_bytes
+        self._moves = PlanMoves(costs)
+
+    def improve(self, positions: Counts) -> tuple[Counts, float]:
+        """Raise one item and lower others until the request fits, as long as that helps.
+
+        Args:
+            positions: The plan to begin with, (items,); if it does not fit, it is lowered first.
+
+        Returns:
+            The positions of the best plan found, and its predicted ΔNLL, nats per token.
+        """
+        best = self.refill(positions[None])[0]
+        value = float(self._predictor.delta_nll(best[None])[0])
+        for _ in range(_MOST_STEPS):
+            raised = self._moves.raised(best)
+            if not len(raised):
+                break
+            found = self.refill(raised)
+            values = self._predictor.delta_nll(found)
+            fits = self._costs.peaks(found) <= self._budget
+            values = np.where(fits, values, np.inf)
+            least = int(values.argmin())
+            if values[least] >= value - 1e-9:
+                break
+            best, value = found[least], float(values[least])
+        return best, value
+
+    def refill(self, positions: Counts) -> Counts:
+        """Lower plans (n, items) by the least predicted rise per useful byte until they fit."""
+        found = positions.copy()
+        for _ in range(len(self._costs.ladder) * self._costs.ladder.width):
+            peaks = self._costs.peaks(found)
+            open_rows = np.flatnonzero(peaks > self._budget)
+            if not len(open_rows):
+                break
+            children, parents = self._moves.lower(found[open_rows])
+            if not len(children):
+                break
+            before = self._predictor.delta_nll(found[open_rows])[parents]
+            rise = np.maximum(self._predictor.delta_nll(children) - before, 0.0)
+            over = peaks[open_rows] - self._budget
+            freed = peaks[open_rows][parents] - self._costs.peaks(children)
+            useful = np.minimum(freed, over[parents])
+            price = np.where(useful > 0, rise / np.maximum(useful, 1), np.inf)
+            order = np.lexsort((price, parents))
+            rows, first = np.unique(parents[order], return_index=True)
+            found[open_rows[rows]] = children[order[first]]
+        return found

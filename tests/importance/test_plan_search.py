@@ -1,0 +1,143 @@
+"""The search for plans: its moves are those of v1, and what it finds is measured and better."""
+
+import numpy as np
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError
+from rap_env.importance.ladder_order import greedy_order, one_shot_costs
+from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.importance.plan_search import (
+    PlanMoves,
+    PlanPredictor,
+    PlanSearch,
+    PlanSearchConfig,
+    build_plan_frontier,
+)
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
+from rap_env.plan import simplest
+from rap_env.request import Request
+from rap_env.scoring.predictor import feature_matrix, fit_score_model, lowered_costs
+from tests.envs.playing_v1 import make_ladder_context
+
+CACHES = ("int8", "int4", "int4-window32")
+TOGETHER = ("int8", "int4")
+
+
+@pytest.fixture(scope="module")
+def context():
+    return make_ladder_context(importance="one_shot")
+
+
+@pytest.fixture(scope="module")
+def item_bytes(context):
+    levels = {"weights": ("int8", "int4", "removed"), "caches": CACHES, "embeddings": ("int8",)}
+    return LadderBytes(context.memory, Ladder.of(context.memory.facts, levels, TOGETHER))
+
+
+def requests(item_bytes, count=24):
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(count):
+        batch, tokens = int(rng.choice([1, 4])), int(rng.integers(20, 400))
+        costs = item_bytes.costs(batch, tokens)
+        low, high = costs.least_peak_bytes, costs.dense_peak_bytes
+        found.append(Request(batch, tokens, int(rng.integers(low, high))))
+    return found
+
+
+def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
+    ladder, costs = item_bytes.ladder, item_bytes.costs(2, 300)
+    moves, rng = PlanMoves(costs), np.random.default_rng(0)
+    for _ in range(20):
+        tracker = costs.tracker()
+        for _ in range(rng.integers(0, 9)):
+            valid = [item for item in range(len(ladder)) if tracker.is_valid(item)]
+            tracker.lower(int(rng.choice(valid)))
+        positions = np.array([tracker.positions])
+        found, parents = moves.lower(np.concatenate([positions, positions]))
+        expected = {
+            tuple(tracker.positions_after(item))
+            for item in range(len(ladder))
+            if tracker.is_valid(item)
+        }
+        assert {tuple(row) for row in found[parents == 0].tolist()} == expected
+        assert np.array_equal(found[parents == 0], found[parents == 1])
+        assert len(found[parents == 0]) == len(expected), "no plan twice"
+        above = {tuple(row) for row in moves.raised(positions[0]).tolist()}
+        for row in above:  # whatever was raised can be lowered again
+            down, _ = moves.lower(np.array([row]))
+            if ladder.plan(row).removed == ladder.plan(positions[0]).removed:
+                assert tuple(positions[0].tolist()) in {tuple(one) for one in down.tolist()}
+
+
+def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_bytes):
+    ladder, costs = item_bytes.ladder, context.level_costs(CACHES)
+    scorer = context.scorer
+    order = greedy_order(costs, item_bytes)
+    plans = [BlockMask(), *(BlockMask.of(index) for index in range(6))]
+    for request in requests(item_bytes):
+        found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        plans.append(simplest(found.lower_until_fits(order.steps, request.budget_bytes)))
+    plans = list(dict.fromkeys(plans))
+    nll = np.array(scorer.nll_many(plans)) - scorer.dense_nll
+    model, _ = fit_score_model(
+        feature_matrix(plans, 6), nll, nll[1:7], lowered_costs(plans, costs.delta_nll), members=2
+    )
+    predictor = PlanPredictor(ladder, one_shot_costs(costs, ladder), model)
+    where = np.array([ladder.positions(plan) for plan in plans])
+    expected = model.mean_and_spread(
+        feature_matrix(plans, 6), lowered_costs(plans, costs.delta_nll), clamped=False
+    )
+    assert np.allclose(predictor.mean_and_spread(where), expected, atol=1e-6)
+    better = 0
+    for request in requests(item_bytes):
+        found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        search = PlanSearch(predictor, found, request.budget_bytes)
+        start = np.array(
+            ladder.positions(found.lower_until_fits(order.steps, request.budget_bytes))
+        )
+        improved, value = search.improve(start)
+        assert found.peaks(improved[None])[0] <= request.budget_bytes
+        assert value <= predictor.delta_nll(start[None])[0] + 1e-9
+        assert value == pytest.approx(predictor.delta_nll(improved[None])[0])
+        better += value < predictor.delta_nll(start[None])[0] - 1e-6
+    assert better
+
+
+def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(context, item_bytes):
+    costs = context.level_costs(CACHES)
+    wanted = requests(item_bytes)
+    other = simplest(item_bytes.ladder.lowest)
+    known = {other: context.scorer.nll(other)}
+    config = PlanSearchConfig(evaluations=70, batch=8, requests=8, members=2)
+    seen = []
+    found = build_plan_frontier(
+        context.scorer, costs, item_bytes, wanted, config, known, seen.append
+    )
+    assert isinstance(found, PlanFrontier)
+    assert found.evaluations <= 70
+    assert found.scores[other] == known[other]
+    assert set(seen) <= set(found.scores)
+    assert found.scores == {plan: context.scorer.nll(plan) for plan in found.scores}
+    table, order = found.on(item_bytes.ladder), greedy_order(costs, item_bytes)
+    gains = []
+    for request in wanted:
+        bytes_of = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        greedy = simplest(bytes_of.lower_until_fits(order.steps, request.budget_bytes))
+        best = table.best(bytes_of, request.budget_bytes)
+        gains.append(context.scorer.nll(greedy) - found.scores[best])
+    assert np.mean(gains) > 0
+    again = build_plan_frontier(context.scorer, costs, item_bytes, wanted, config, known)
+    assert again.scores == found.scores, "the search is deterministic given the scores"
+
+
+def test_known_plans_of_an_empty_table_fit_nothing(item_bytes):
+    table = KnownPlans(item_bytes.ladder, {}, 1.0)
+    assert table.best(item_bytes.costs(1, 20), 10**12) is None
+
+
+def test_bad_settings_are_rejected():
+    with pytest.raises(InvalidRequestError, match="at least 1 and deepest_loss above 0"):
+        PlanSearchConfig(batch=0)
