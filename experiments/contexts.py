@@ -34,6 +34,7 @@ NEEDS_MODEL = {
     "export_scores": "measures it",
     "repair": "fits stubs to its hidden states",
     "ladder": "scores plans on text that no table contains",
+    "long_context": "reads answers from its likelihoods",
     "llama_cpp": "compares llama.cpp with it",
     "shipped": "lowers its weights",
 }

@@ -155,6 +155,10 @@ class RowFile(Generic[RowT]):
         self._path = path
         self._rows = {row.key: row for row in row_type.read(path)}
 
+    def has(self, key: str) -> bool:
+        """Whether the file has the row with this key."""
+        return key in self._rows
+
     def get(self, key: str, compute: Callable[[], RowT]) -> RowT:
         """Return the row with this key; compute it and append it if the file has none.
 

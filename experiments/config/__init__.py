@@ -16,6 +16,7 @@ from omegaconf import MISSING, OmegaConf
 from experiments.config.common import Count, Section, TextConfig
 from experiments.config.evaluation import EvaluateConfig, LevelsConfig, ReportConfig
 from experiments.config.ladder import LadderConfig
+from experiments.config.long_context import LongContextConfig
 from experiments.config.model import (
     ExportConfig,
     ImportanceConfig,
@@ -76,6 +77,7 @@ class Config(Section):
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
     small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
+    long_context: LongContextConfig = field(default_factory=LongContextConfig)
     serve: dict[str, Any] = field(default_factory=serve_defaults)
     soak: SoakConfig = field(default_factory=SoakConfig)
     budget: dict[str, Any] = field(default_factory=dict)

@@ -65,8 +65,8 @@ def candidates(
         InvalidRequestError: The model cannot serve a request.
     """
     memory, start = context.memory, packed or context.memory
-    removal = _policy(settings.removal, context, memory)
-    knapsack = _policy(settings.knapsack, context, start)
+    removal = named_policy(settings.removal, context, memory)
+    knapsack = named_policy(settings.knapsack, context, start)
     for shape in settings.shapes:
         whole = Request.at_fraction(memory, *shape, 1.0)
         for name, plan in uniform_plans(settings, memory.facts).items():
@@ -109,7 +109,9 @@ def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Compre
     return found
 
 
-def _policy(name: str | None, context: PruningContext, memory: MemoryModel) -> PlanPolicy | None:
+def named_policy(
+    name: str | None, context: PruningContext, memory: MemoryModel
+) -> PlanPolicy | None:
     """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
 
     None without a name, or if the packaged one is of another model.

@@ -1,0 +1,172 @@
+"""Losses on long documents: by position, and of reference answers to questions about them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from experiments.config.common import TextConfig
+from experiments.config.long_context import AnswersConfig
+from experiments.contexts import load_text
+from rap_env.artifacts import digest
+from rap_env.errors import CorpusError
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.partial_forward import PartialForward
+from rap_env.plan import CompressionPlan
+from rap_env.scoring.likelihoods import ContinuationScorer, TokenRequest
+from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll
+
+Losses = npt.NDArray[np.float64]
+"""Mean NLL of each document and bucket, nats per token, (documents, buckets)."""
+
+_TASK_FIELDS = ("context", "question", "answers")
+
+
+class PositionLoss:
+    """The loss by position on documents of one length.
+
+    Attributes:
+        length: Tokens of a document.
+        buckets: First and last position (exclusive) of each bucket.
+        identity: What the losses depend on besides model and plan.
+        passes: Tokens of each sequence that the model runs.
+    """
+
+    def __init__(self, llm: ElasticLLM, text: TextConfig, bucket_tokens: int) -> None:
+        self._partial = PartialForward(llm, widen=True)
+        self._llm = llm
+        self.length = text.window_tokens
+        self.tokens = _documents(llm, text)
+        edges = [*range(0, self.length, bucket_tokens), self.length]
+        self.buckets = [[low, high] for low, high in itertools.pairwise(edges)]
+        text_hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        self.identity = {"tokens": text_hash, "buckets": self.buckets}
+        self.passes = [self.length] * len(self.tokens)
+
+    @torch.inference_mode()
+    def measure(self, plan: CompressionPlan) -> Losses:
+        """The losses under a plan; the prediction of a token counts at the token's position."""
+        found = []
+        for ids in self.tokens.to(self._llm.device):
+            with self._llm.masked(plan):
+                rows, targets = predictions(self._partial.hidden(ids[None]), ids[None])
+                losses = torch.cat(
+                    [
+                        token_nll(self._partial.logits(part), wanted)
+                        for part, wanted in zip(
+                            torch.split(rows, HEAD_TOKENS),
+                            torch.split(targets, HEAD_TOKENS),
+                            strict=True,
+                        )
+                    ]
+                )
+            found.append([float(losses[max(0, a - 1) : b - 1].mean()) for a, b in self.buckets])
+        return np.array(found)
+
+
+class AnswerLoss:
+    """The loss of reference answers, given documents that are cut to one length.
+
+    A document that is too long loses its middle, as in LongBench (Bai et al. 2024). A model of this
+    size cannot be judged by the answers that it generates, but by how likely it finds right ones.
+
+    Attributes: see `PositionLoss`.
+    """
+
+    def __init__(self, llm: ElasticLLM, settings: AnswersConfig, length: int) -> None:
+        self._llm = llm
+        self.length = length
+        self.buckets = [[0, length]]
+        requests = [
+            _answer_request(llm, row, length) for row in _rows(settings)[: settings.questions]
+        ]
+        self._answer_tokens = np.array([len(answer) for _, answer in requests])
+        self._scorer = ContinuationScorer(llm, requests, llm.facts.max_positions)
+        self.identity = {"requests": digest(requests)}
+        self.passes = self._scorer.lengths
+
+    def measure(self, plan: CompressionPlan) -> Losses:
+        """The losses under a plan, nats per token of an answer."""
+        with self._llm.masked(plan):
+            sums = self._scorer.run()[:, 0]
+        losses: Losses = (-sums / self._answer_tokens)[:, None]
+        return losses
+
+
+def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
+    """Token ids of the documents, (documents, tokens)."""
+    if text.source == "self":
+        return load_text(text, "report", llm).tokens
+    found: list[list[int]] = []
+    for document in _texts(Path(text.source).expanduser(), text.field):
+        ids = _encode(llm, document)
+        if len(ids) >= text.window_tokens:
+            found.append(ids[: text.window_tokens])
+    if len(found) < text.windows:
+        raise CorpusError(
+            f"{text.source} has {len(found)} documents of at least {text.window_tokens} tokens, "
+            f"but {text.windows} are needed. Set fewer windows or fewer window_tokens."
+        )
+    chosen = np.random.default_rng(text.seed).permutation(len(found))[: text.windows]
+    return torch.tensor([found[number] for number in sorted(chosen)])
+
+
+def _texts(path: Path, field: str) -> Iterator[str]:
+    """The distinct documents of a JSONL file."""
+    return iter(dict.fromkeys(str(row[field]) for row in _json_lines(path, (field,))))
+
+
+def _rows(settings: AnswersConfig) -> list[dict[str, Any]]:
+    assert settings.data_root is not None
+    path = Path(settings.data_root).expanduser() / settings.task / "test.jsonl"
+    rows = _json_lines(path, _TASK_FIELDS)
+    if len(rows) < settings.questions:
+        raise CorpusError(
+            f"{path} has {len(rows)} questions, but {settings.questions} are needed; set "
+            "long_context.answers.questions."
+        )
+    return rows
+
+
+def _json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            for field in fields:
+                row[field]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{path} is no file of JSON lines with the fields {', '.join(fields)}: {error!r}."
+        ) from None
+    return rows
+
+
+def _answer_request(llm: ElasticLLM, row: dict[str, Any], length: int) -> TokenRequest:
+    """The tokens before the answer and those of the answer, together at most `length`."""
+    head = _encode(llm, "Transcript of a meeting:\n", special=True)
+    document = _encode(llm, str(row["context"]))
+    question = _encode(llm, f"\n\nQuestion: {row['question']}\nAnswer:")
+    answer = _encode(llm, f" {row['answers'][0]}")
+    room = length - len(head) - len(question) - len(answer)
+    if room < 0:
+        raise CorpusError(
+            f"Question and answer {row['question']!r} have more than {length} tokens; set longer "
+            "long_context.answers.lengths."
+        )
+    if len(document) > room:
+        document = [*document[: room - room // 2], *document[len(document) - room // 2 :]]
+    return [*head, *document, *question], answer
+
+
+def _encode(llm: ElasticLLM, text: str, special: bool = False) -> list[int]:
+    if llm.tokenizer is None:
+        raise CorpusError(f"{llm.name} has no tokenizer to read documents with.")
+    return list(llm.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -1,0 +1,200 @@
+"""The program on a tiny real model: rows of all plans, resuming, losses by hand, tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from experiments.comparison.records import read_records
+from experiments.comparison.statistics import wilson_interval
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.long_context import AnswersConfig, LongContextConfig, TaskLengths
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.contexts import build_context
+from experiments.errors import ExperimentError
+from experiments.long_context.documents import AnswerLoss, PositionLoss
+from experiments.long_context.figures import over_length
+from experiments.long_context.program import long_context
+from experiments.long_context.records import ANSWERS, POSITIONS, TASKS_FILE
+from experiments.long_context.tables import Curves, long_context_markdown
+from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.plan import CompressionPlan
+from rap_env.scoring.generated_tasks import NAMES, OBJECTS
+from tests.scoring.test_long_context_tasks import word_llm
+
+CACHES = ["native", "int4", "int2", "window128"]
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.mktemp("long_context")
+    llm = word_llm()
+    llm.model.set_attn_implementation("sdpa")
+    llm.model.save_pretrained(base / "model")
+    llm.tokenizer.save_pretrained(base / "model")
+    rng = np.random.default_rng(0)
+    documents = [" ".join(rng.choice([*NAMES, *OBJECTS], size)) for size in (900, 300, 40)]
+    rows = [
+        {"context": documents[n % 3], "question": f"{NAMES[n]} on Monday", "answers": ["lamp cup"]}
+        for n in range(4)
+    ]
+    write_rows(base / "questions" / "test.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="long_context", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=2, window_tokens=40),
+            importance=ImportanceConfig(method="none"),
+            long_context=LongContextConfig(
+                caches=CACHES, policies=["greedy_per_byte"], budgets=[0.9], batch_size=2,
+                tasks={"recall": TaskLengths([512, 768], 16), "counting": TaskLengths([512], 6)},
+                positions=[TextConfig(source=str(base / "questions" / "test.jsonl"),
+                                      field="context", windows=2, window_tokens=300)],
+                bucket_tokens=128,
+                answers=AnswersConfig(str(base), "questions", lengths=[256, 512], questions=3),
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    return Curves.read(long_context(config, config.stage_dir("long_context")))
+
+
+def test_every_plan_has_a_row_of_each_measure(found):
+    plans = [*CACHES, "greedy_per_byte 90 %"]
+    assert found.plans == plans
+    for plan in plans:
+        tasks = [(row.kind, row.length) for row in found.tasks if row.plan == plan]
+        assert tasks == [("recall", 512), ("recall", 768), ("counting", 512)]
+        losses = [(row.measure, row.length) for row in found.losses if row.plan == plan]
+        assert losses == [(POSITIONS, 300), (ANSWERS, 256), (ANSWERS, 512)]
+    assert found.task("int4", "recall", 512).levels == {
+        "layer00.cache": "int4",
+        "layer01.cache": "int4",
+    }
+    searched = found.task("greedy_per_byte 90 %", "recall", 768)
+    assert set(searched.levels.values()) == {"removed"}
+    assert searched.peak_bytes <= 0.9 * searched.native_peak_bytes
+
+
+def test_accuracies_have_their_questions_and_intervals(found):
+    for row in found.tasks:
+        assert len(row.right) == len(row.choice_nlls) == len(row.kinds) == row.questions
+        assert row.questions == (16 if row.kind == "recall" else 6)
+        assert row.accuracy == pytest.approx(np.mean(row.right))
+        assert row.choice_nll == pytest.approx(np.mean(row.choice_nlls), abs=1e-4)
+        interval = row.accuracy_ci_low, row.accuracy_ci_high
+        assert interval == wilson_interval(row.accuracy, row.questions)
+        assert row.chance == 0.25
+    nlls = {row.plan: row.choice_nlls for row in found.tasks if row.length == 768}
+    errors = {p: np.abs(np.subtract(v, nlls["native"])).mean() for p, v in nlls.items()}
+    assert 0 < errors["int4"] < errors["int2"] < errors["window128"]
+
+
+def test_losses_by_position_are_those_of_the_model(found, config):
+    row = found.loss("native", POSITIONS, 300)
+    assert row.buckets == [[0, 128], [128, 256], [256, 300]]
+    llm = build_context(config).llm
+    loss = PositionLoss(llm, config.long_context.positions[0], 128)
+    assert loss.tokens.shape == (2, 300)
+    with torch.no_grad():
+        logs = llm.model(loss.tokens).logits.log_softmax(-1)
+    nll = -logs[:, :-1].gather(2, loss.tokens[:, 1:, None])[:, :, 0].numpy()
+    by_hand = [[doc[:127].mean(), doc[127:255].mean(), doc[255:].mean()] for doc in nll]
+    assert np.array(row.values) == pytest.approx(np.array(by_hand), abs=1e-4)
+    assert row.nll == pytest.approx(nll.mean(), abs=1e-4)
+
+
+def test_a_window_changes_nothing_before_its_end(found):
+    native, window = (found.loss(plan, POSITIONS, 300) for plan in ("native", "window128"))
+    first, *later = np.abs(np.subtract(native.by_bucket, window.by_bucket))
+    assert first < 1e-4 < min(later)
+
+
+def test_answers_are_scored_after_documents_cut_in_the_middle(found, config):
+    llm, settings = build_context(config).llm, config.long_context.answers
+    loss = AnswerLoss(llm, settings, 256)
+    rows = read_records(Path(settings.data_root) / settings.task / "test.jsonl")
+    expected = []
+    for row in rows[:3]:
+        parts = ["Transcript of a meeting:\n", row["context"]]
+        parts += [f"\n\nQuestion: {row['question']}\nAnswer:", " lamp cup"]
+        head, document, question, answer = (
+            llm.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts
+        )
+        room = 256 - len(head) - len(question) - len(answer)
+        if len(document) > room:
+            document = document[: (room + 1) // 2] + document[-(room // 2) :]
+        ids = torch.tensor([[*head, *document, *question, *answer]])
+        with torch.no_grad():
+            logs = llm.model(ids).logits[0, :-1].log_softmax(-1)
+        expected.append(-logs[-2:].gather(1, ids[0, -2:, None]).mean().item())
+    assert loss.passes == [255, 255, 53]
+    assert loss.measure(CompressionPlan())[:, 0] == pytest.approx(expected, abs=1e-4)
+    row = found.loss("native", ANSWERS, 256)
+    assert row.by_bucket == pytest.approx([np.mean(expected)], abs=1e-4)
+
+
+def test_a_resumed_run_measures_only_what_is_missing(found, config, capsys):
+    folder = config.stage_dir("long_context")
+    lines = (folder / TASKS_FILE).read_bytes().splitlines(keepends=True)
+    (folder / TASKS_FILE).write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
+    long_context(config, folder)
+    said = capsys.readouterr().out
+    assert said.startswith("1 of 30 rows to measure: 2 passes of the model over 1,0")
+    assert Curves.read(folder).tasks == found.tasks
+    other = replace(config, model=replace(config.model, dtype="bfloat16"))
+    with pytest.raises(ExperimentError, match="model"):
+        long_context(other, folder)
+
+
+def test_tables_and_figures_name_every_plan(found, config):
+    text = long_context_markdown(found)
+    assert text == (config.stage_dir("long_context") / "tables.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles[:3] == ["## Loss and recall", "## Recall", "## Most common words"]
+    assert all(text.count(f"| {plan} |") >= 5 for plan in found.plans if plan != "native")
+    row = found.task("int2", "recall", 512)
+    share = f"{100 * row.accuracy:.0f} % [{100 * row.accuracy_ci_low:.0f}"
+    assert f"| int2 | {share}" in text
+    for narrow in (False, True):
+        axes = over_length(found, narrow).axes
+        drawn = [title for axis in axes if (title := axis.get_title(loc="left"))]
+        assert drawn[:2] == ["Recall", "Most common words"]
+        legends = [legend for axis in axes if (legend := axis.get_legend())]
+        assert [text.get_text() for legend in legends for text in legend.texts] == found.plans
+
+
+def test_wrong_settings_and_documents_are_named(config, tmp_path):
+    llm = build_context(config).llm
+    text = config.long_context.positions[0]
+    with pytest.raises(CorpusError, match="has 1 documents of at least 800 tokens, but 2 are"):
+        PositionLoss(llm, replace(text, window_tokens=800), 128)
+    with pytest.raises(CorpusError, match="with the fields passage: KeyError"):
+        PositionLoss(llm, replace(text, field="passage"), 128)
+    answers = config.long_context.answers
+    with pytest.raises(CorpusError, match="has 4 questions, but 5 are needed"):
+        AnswerLoss(llm, replace(answers, questions=5), 256)
+    with pytest.raises(CorpusError, match="FileNotFoundError"):
+        AnswerLoss(llm, replace(answers, data_root=str(tmp_path)), 256)
+    with pytest.raises(CorpusError, match="have more than 8 tokens"):
+        AnswerLoss(llm, answers, 8)
+    with pytest.raises(UnknownNameError, match="kind of long_context.tasks 'recal'"):
+        LongContextConfig(tasks={"recal": TaskLengths()})
+    with pytest.raises(ExperimentError, match=r"long_context\.tasks\.lengths must be at least 512"):
+        TaskLengths([256])
