@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.comparison.formatting import (
     Table,
+    TitledTable,
     look,
     markdown,
     plain,
@@ -35,6 +36,7 @@ from experiments.comparison.tables import (
     difference_table,
     tables_markdown,
     terminal_text,
+    tight_document,
 )
 from experiments.config.common import Cell
 from experiments.config.evaluation import CompareConfig
@@ -64,7 +66,7 @@ def result_rows(groups: list[Group]) -> list[dict[str, Any]]:
 
 
 def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[str, Any]:
-    found = comparison.summary(method, [cell])
+    found, first = comparison.summary(method, [cell]), comparison.at(method, cell)[0]
     depends = group.depends_on
     return {
         "comparison": group.name,
@@ -75,7 +77,9 @@ def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[
         "learned": method in comparison.learned,
         "request": f"{cell[0]}x{cell[1]}",
         "budget_fraction": cell[2],
-        "sparsity": comparison.at(method, cell)[0].sparsity,
+        "budget_bytes": first.budget_bytes,
+        "target_loss": first.target_loss,
+        "sparsity": first.sparsity,
         "loss_mean": found.delta_nll.mean,
         "ci_low": found.delta_nll.low,
         "ci_high": found.delta_nll.high,
@@ -172,6 +176,7 @@ def _comparison_text(comparison: Comparison) -> list[str]:
     if not comparison.summaries:
         return ["No pair of request and budget has results of all methods, so nothing is compared."]
     parts = [terminal_text(comparison), plain(setup_table(comparison))]
+    parts += [_titled(part) for part in tight_document(comparison)]
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
         title = f"ΔNLL of {look(method).label} minus each other method (nats per token, paired):"
@@ -180,6 +185,11 @@ def _comparison_text(comparison: Comparison) -> list[str]:
         parts.append(wrapped(COUNTS_CAPTION))
     targets = targets_table(comparison) if comparison.part == "grid" else None
     return [*parts, plain(targets)] if targets else parts
+
+
+def _titled(part: TitledTable) -> str:
+    caption = f"\n\n{wrapped(part.caption)}" if part.caption else ""
+    return f"{part.title}:\n\n{plain(part.table)}{caption}"
 
 
 def setup_table(comparison: Comparison) -> Table:

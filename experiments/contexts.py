@@ -12,6 +12,8 @@ from experiments.config.common import TasksConfig, TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
@@ -89,6 +91,13 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
     """
     reject_table(config)
     return open_context(context_config(config, profiled=profiled))
+
+
+def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
+    """Return the byte arithmetic over the ladder's items; None for an environment of v0."""
+    if not config.env.lowers:
+        return None
+    return LadderBytes(context.memory, Ladder.of(context.memory.facts, **config.env.ladder))
 
 
 def reject_table(config: Config) -> None:

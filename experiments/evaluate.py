@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from experiments.comparison.evaluation import (
     check_names,
     evaluation_cells,
 )
+from experiments.comparison.recorded import again_depends_on, read_recorded
 from experiments.comparison.records import (
     ResultRow,
     append_record,
@@ -29,13 +30,14 @@ from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import summary_table
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer, task_config
+from experiments.contexts import build_context, held_out_scorer, ladder_bytes, task_config
 from experiments.launch import launch
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, item_importance
 from rap_env.llm.progress import progress_bar
+from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -45,10 +47,11 @@ SET_ASIDE = "results.other.jsonl"
 
 
 class Evaluator:
-    """Measures masks on tasks and on text that shares nothing with the calibration text."""
+    """Measures masks and plans on tasks and on text that no method has used."""
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context
+        self.item_bytes = ladder_bytes(config, context)
         self.report = held_out_scorer(config.evaluate.text, "report", context)
         corpus = self.report.corpus
         self.tasks = None
@@ -66,16 +69,18 @@ class Evaluator:
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
-            "importance": _importance_identity(config, context),
         }
+        if not config.evaluate.plans:
+            self.depends_on["importance"] = self._importance(config)
+        if self.item_bytes is not None:  # rows of masks keep their former keys
+            self.depends_on["ladder"] = config.env.ladder
         if context.memory.facts.repair:  # rows without stubs keep their former keys
             self.depends_on["repair"] = context.memory.facts.repair
 
     def measure(self, method: Method, cell: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
-        mask, request, scorer = choice.mask, cell.request, self.context.scorer
-        losses = self.report.window_nll(mask) - self.report.window_nll(BlockMask())
-        peak_bytes = self.context.memory.peak_bytes(mask, request)
+        plan, request, scorer = as_plan(choice.plan), cell.request, self.context.scorer
+        peak_bytes = self.context.memory.peak_bytes(plan, request)
         return ResultRow(
             method=method.name,
             kv_aware=method.kv_aware,
@@ -85,12 +90,11 @@ class Evaluator:
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
             fits=peak_bytes <= request.budget_bytes,
-            attn_removed=mask.count("attn"),
-            ffn_removed=mask.count("ffn"),
-            mask=list(mask.names),
-            loss_calibration=float(scorer.nll(mask) - scorer.dense_nll),
-            **delta_nll_fields(losses),
-            accuracies=self.tasks.accuracies(mask) if self.tasks else {},
+            attn_removed=plan.removed.count("attn"),
+            ffn_removed=plan.removed.count("ffn"),
+            mask=list(plan.removed.names),
+            loss_calibration=float(scorer.nll(plan) - scorer.dense_nll),
+            **self.losses(plan),
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,
             setup_evaluations=method.setup_evaluations,
@@ -98,7 +102,15 @@ class Evaluator:
             sparsity=cell.sparsity,
             outside=cell.outside,
             training_s=method.training_s,
+            levels=None if self.item_bytes is None else plan.levels,
+            target_loss=cell.target_delta_nll,
         )
+
+    def losses(self, plan: MaskOrPlan) -> dict[str, Any]:
+        """Return the fields of a row that are measured on the report text and on tasks."""
+        delta_nll = self.report.window_nll(plan) - self.report.window_nll(BlockMask())
+        accuracies = self.tasks.accuracies(plan) if self.tasks else {}
+        return {**delta_nll_fields(delta_nll), "accuracies": accuracies}
 
     def provenance(self, method: Method) -> dict[str, Any]:
         """Return what a row depends on; the entry ``method`` is specific to the method."""
@@ -108,6 +120,18 @@ class Evaluator:
     def key(self, method: Method, cell: EvaluationCell) -> str:
         """Return the identifier that the method's row at a cell will have."""
         return row_key(method.name, method.seed, cell.cell, cell.part, self.provenance(method))
+
+    def _importance(self, config: Config) -> dict[str, Any]:
+        """Identify the importance that agents observe; a longer GSI may change their choices."""
+        if self.item_bytes is None:
+            features = self.context.features
+            values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
+        else:
+            values = list(vars(item_importance(self.context, self.item_bytes)).values())
+        return {
+            "method": config.importance.method,
+            "values": digest([array.tolist() for array in values]),
+        }
 
     def _tasks(self, config: Config) -> dict[str, Any]:
         settings = asdict(config.evaluate.tasks)
@@ -119,17 +143,25 @@ class Evaluator:
 def evaluate(config: Config, folder: Path) -> Path:
     """Compare all methods on all cells; existing rows are not computed again.
 
+    With ``evaluate.plans``, the plans of earlier results are measured instead.
+
     Returns:
         The path of ``results.jsonl`` in the folder.
     """
     check_names(config)
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
-    cells = evaluation_cells(config.evaluate, context.memory)
+    again = config.evaluate.plans
+    item_bytes = ladder_bytes(config, context)
+    cells = [] if again else evaluation_cells(config.evaluate, context.memory, item_bytes)
     run.start(config)
     trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:
-        rows = _all_rows(config, run, Evaluator(config, context), cells)
+        evaluator = Evaluator(config, context)
+        if again:
+            rows = measured_again(config, run, evaluator)
+        else:
+            rows = _all_rows(config, run, evaluator, cells)
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))
     log.info("Evaluation: %d rows in %s.", len(rows), run.results)
@@ -161,6 +193,25 @@ def _all_rows(
     return list(found.values())
 
 
+def measured_again(config: Config, run: RunFolder, evaluator: Evaluator) -> list[ResultRow]:
+    """Measure the plans of earlier results on the report text and tasks of this evaluation.
+
+    All that describes the choices (method, seed, cell, evaluations, decision time) is kept.
+    """
+    wanted: dict[str, tuple[ResultRow, dict[str, Any]]] = {}
+    for row in read_recorded(config.evaluate.plans, evaluator.depends_on):
+        depends_on = again_depends_on(row, evaluator.depends_on)
+        provenance: dict[str, Any] = {"depends_on": depends_on, "git": evaluator.git}
+        wanted[replace(row, provenance=provenance).key] = row, provenance
+    found = sort_out(run, set(wanted))
+    todo = [key for key in wanted if key not in found]
+    for key in progress_bar(config.progress, todo, desc="evaluate", unit="row"):
+        row, provenance = wanted[key]
+        found[key] = replace(row, **evaluator.losses(row.plan), provenance=provenance)
+        append_record(run.results, found[key].to_record())
+    return list(found.values())
+
+
 def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
     """Keep the wanted rows in the results, and move all others to `SET_ASIDE`.
 
@@ -176,16 +227,6 @@ def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
         write_records(aside, others)
     write_records(run.results, [row.to_record() for row in found.values()])
     return found
-
-
-def _importance_identity(config: Config, context: PruningContext) -> dict[str, Any]:
-    """Identify the importance that agents observe; a longer GSI may change their masks."""
-    features = context.features
-    values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
-    return {
-        "method": config.importance.method,
-        "values": digest([array.tolist() for array in values]),
-    }
 
 
 def _warm_up(method: Method, request: Request) -> None:

@@ -46,6 +46,14 @@ ABSTRACT = [
 ]
 
 
+LADDER_METHODS_ABSTRACT = [
+    "A language model in service has a memory budget that changes over time. This report compares "
+    "methods that choose, for each request and budget, the storage format of every item (weights "
+    "of a block, KV cache, embeddings), down to its removal, so that the model fits at the lowest "
+    "loss of quality.",
+]
+
+
 def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
 
@@ -95,11 +103,16 @@ def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": ABSTRACT if pruned else alone,
+        "abstract": _abstract(data) if pruned else alone,
         "key": key_numbers(data) or repair_key_numbers(data),
         "findings": [*ladder_findings(data.ladder), *findings(data), *repair_findings(data)],
         "sections": [section for section in sections if section and section.parts],
     }
+
+
+def _abstract(data: ReportData) -> list[str]:
+    lowers = data.comparison is not None and data.comparison.lowers
+    return LADDER_METHODS_ABSTRACT if lowers else ABSTRACT
 
 
 def _need_matplotlib() -> None:

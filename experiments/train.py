@@ -20,7 +20,7 @@ from experiments.comparison.records import trim_metrics
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import Cell
-from experiments.contexts import build_context
+from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch
 from experiments.training.loggers import Loggers, open_loggers
 from experiments.training.score_model import learn
@@ -66,7 +66,8 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
         log.info("Training: %s is finished (%d steps).", folder.name, record["timesteps"])
         return folder
     context = build_context(config)
-    requests = grid_requests(config.evaluate, context.memory)  # fails now, not after training
+    item_bytes = ladder_bytes(config, context)
+    requests = grid_requests(config.evaluate, context.memory, item_bytes)  # fails now, not later
     scorer = ObjectiveScorer(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0

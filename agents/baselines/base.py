@@ -7,10 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1e-6  # error of a sum of fractions of a text
 
+PlanT = TypeVar("PlanT", BlockMask, CompressionPlan)
+"""What a method chooses: masks, or plans over a ladder."""
+
 
 class CountingPolicy(PlanPolicy, Protocol):
-    """A policy that counts the masks it had to score.
+    """A policy that counts the masks or plans it had to score.
 
     Attributes:
         evaluations: Passes over the calibration text that all choices so far needed, rounded up
@@ -32,16 +36,12 @@ class CountingPolicy(PlanPolicy, Protocol):
 
     evaluations: int
 
-    def choose(self, request: Request) -> BlockMask:
-        """Return a mask for a request, as in `PlanPolicy`."""
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return a mask or plan for a request, as in `PlanPolicy`."""
 
 
-class Baseline(ABC):
-    """Chooses a mask without learning; implements `CountingPolicy`.
-
-    A baseline removes blocks until the request's peak bytes, KV cache included, are within the
-    budget. Only ``dense`` and the baselines that remove a single kind of block may fail to
-    reach it.
+class AnyBaseline(ABC, Generic[PlanT]):
+    """Chooses a mask or plan without learning; implements `CountingPolicy`.
 
     Args:
         context: Memory model, scorer and importance of the model that is pruned.
@@ -51,7 +51,7 @@ class Baseline(ABC):
         name: Name in the registry and in records.
         kv_aware: Whether the baseline counts the KV cache.
         seeded: Whether its choices depend on the seed.
-        setup_evaluations: Masks scored once, before the first request.
+        setup_evaluations: Masks and plans scored once, before the first request.
         evaluations: As in `CountingPolicy`.
     """
 
@@ -66,34 +66,50 @@ class Baseline(ABC):
         self.seed = seed
         self.evaluations = 0
 
-    def choose(self, request: Request) -> BlockMask:
-        """Return the blocks to remove for a request.
+    def choose(self, request: Request) -> PlanT:
+        """Return the mask or plan for a request.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch size or the length.
-            InfeasibleBudgetError: No mask fits the budget.
+            InfeasibleBudgetError: Nothing fits the budget.
         """
         self.memory.check(request.batch_size, request.seq_len_tokens)
-        self.memory.check_feasible(request)
+        self._check_feasible(request)
         scores = CountingScorer(self.scorer)
-        mask = self._choose(request, scores)
+        chosen = self._choose(request, scores)
         self.evaluations += scores.evaluations
-        return mask
+        return chosen
 
     @abstractmethod
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        """Return the mask; score masks only through `scores`, which counts them."""
+    def _check_feasible(self, request: Request) -> None:
+        """Raise an `InfeasibleBudgetError` if nothing fits the budget."""
+
+    @abstractmethod
+    def _choose(self, request: Request, scores: CountingScorer) -> PlanT:
+        """Return the choice; score masks and plans only through `scores`, which counts them."""
+
+
+class Baseline(AnyBaseline[BlockMask]):
+    """Chooses a mask without learning.
+
+    A baseline removes blocks until the request's peak bytes, KV cache included, are within the
+    budget. Only ``dense`` and the baselines that remove a single kind of block may fail to
+    reach it.
+    """
+
+    def _check_feasible(self, request: Request) -> None:
+        self.memory.check_feasible(request)
 
 
 class CountingScorer:
-    """Scores masks for one request and counts the passes over the text that this needs.
+    """Scores masks and plans for one request and counts the passes over the text that this needs.
 
-    A mask that was scored on the whole text is remembered and counts once.
+    A mask or plan that was scored on the whole text is remembered and counts once.
     """
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._nll: dict[BlockMask, float] = {}
+        self._nll: dict[MaskOrPlan, float] = {}
         self._windows = 0  # scored on a part of the text
 
     @property
@@ -106,25 +122,26 @@ class CountingScorer:
         """Passes over the whole text so far, rounded up; a part of the text counts as that part."""
         return len(self._nll) + -(-self._windows // self.num_windows)
 
-    def nll_many(self, masks: Sequence[BlockMask]) -> list[float]:
-        """NLL of several masks, nats per token; common prefixes of the masks run once."""
-        new = [mask for mask in dict.fromkeys(masks) if mask not in self._nll]
+    def nll_many(self, plans: Sequence[MaskOrPlan]) -> list[float]:
+        """NLL of several masks or plans, nats per token; prefixes that they share run once."""
+        keys = list(map(simplest, plans))
+        new = [key for key in dict.fromkeys(keys) if key not in self._nll]
         if new:
             self._nll |= dict(zip(new, self._scorer.nll_many(new), strict=True))
-        return [self._nll[mask] for mask in masks]
+        return [self._nll[key] for key in keys]
 
-    def nll_on(self, masks: Sequence[BlockMask], windows: Sequence[int]) -> list[float]:
-        """NLL of several masks on some windows of the text, nats per token; not remembered."""
-        self._windows += len(masks) * len(windows)
-        return self._scorer.nll_on(masks, windows)
+    def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int]) -> list[float]:
+        """NLL of several masks or plans on some windows, nats per token; not remembered."""
+        self._windows += len(plans) * len(windows)
+        return self._scorer.nll_on(plans, windows)
 
-    def nll(self, mask: BlockMask) -> float:
-        """NLL of one mask, nats per token."""
-        return self.nll_many([mask])[0]
+    def nll(self, plan: MaskOrPlan) -> float:
+        """NLL of one mask or plan, nats per token."""
+        return self.nll_many([plan])[0]
 
-    def best(self, masks: Sequence[BlockMask]) -> BlockMask:
-        """Return the mask with the lowest NLL; the first one of equals."""
-        nll = dict(zip(masks, self.nll_many(masks), strict=True))
+    def best(self, plans: Sequence[PlanT]) -> PlanT:
+        """Return the mask or plan with the lowest NLL; the first one of equals."""
+        nll = dict(zip(plans, self.nll_many(plans), strict=True))
         return min(nll, key=nll.__getitem__)
 
     def first_affordable(self, masks: Sequence[BlockMask], limit: int) -> list[BlockMask]:
@@ -141,30 +158,30 @@ class CountingScorer:
 
 @dataclass(frozen=True)
 class MeasuredChoice:
-    """A mask chosen for one request, and the cost of choosing it.
+    """A mask or plan chosen for one request, and the cost of choosing it.
 
     Attributes:
-        evaluations: Masks whose scores the choice needed, stored scores included.
+        evaluations: Masks and plans whose scores the choice needed, stored scores included.
         decision_s: Wall time of the choice in seconds. A stored score counts with the time of
             one pass over the calibration text.
     """
 
-    mask: BlockMask
+    plan: MaskOrPlan
     evaluations: int
     decision_s: float
 
 
 def measure_choice(policy: CountingPolicy, request: Request, scorer: Scorer) -> MeasuredChoice:
-    """Let a policy choose a mask, and measure the cost; `scorer` is the one that it uses."""
+    """Let a policy choose, and measure the cost; `scorer` is the one that it uses."""
     counted, ran = policy.evaluations, scorer.passes
     start = time.perf_counter()
-    mask = policy.choose(request)
+    plan = policy.choose(request)
     decision_s = time.perf_counter() - start
     evaluations = policy.evaluations - counted
     stored = evaluations - math.ceil(scorer.passes - ran - _ROUNDING)
     if stored > 0:  # a stored score does not make the search itself faster
         decision_s += stored * scorer.evaluation_s
-    return MeasuredChoice(mask, evaluations, decision_s)
+    return MeasuredChoice(plan, evaluations, decision_s)
 
 
 def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:

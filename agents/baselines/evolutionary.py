@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Generic
 
 import numpy as np
 
-from agents.baselines.base import Baseline, CountingScorer, fits, restore_unneeded
+from agents.baselines.base import (
+    Baseline,
+    CountingScorer,
+    PlanT,
+    fits,
+    restore_unneeded,
+)
 from agents.baselines.knapsack import KnapsackBaseline
 from agents.baselines.orders import GSIBaseline, OneShotPerByteBaseline
 from rap_env.blocks import BlockMask
@@ -22,7 +29,8 @@ _OFFSPRING = 32
 _SURVIVORS = (8, 2)  # masks that pass each stage on a part of the text
 _FIRST_PARTS = 8  # parts into which the text is cut for the first stage, fewer if it is short
 _OFFSPRING_OF_ONE_WINDOW = 4  # for a text of one window, where every mask costs a whole pass
-_MOST_SWITCHES = 3
+MOST_SWITCHES = 3
+"""Most switches of one mutation."""
 _TRIES = 20  # proposals per offspring before the search counts as converged
 
 
@@ -60,7 +68,10 @@ class EvolutionaryBaseline(Baseline):
     def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         if fits(self.memory, BlockMask(), request):
             return BlockMask()
-        search = Evolution(self.memory, scores, request, self.seed, self.max_evaluations)
+        mutate = partial(mutated, self.memory, request)
+        search: Evolution[BlockMask] = Evolution(
+            BlockMask(), mutate, scores, request, self.seed, self.max_evaluations
+        )
         search.begin(self._start_masks(request))
         while search.step():
             pass
@@ -81,34 +92,45 @@ class _Stage:
     survivors: int
 
 
-class Evolution:
-    """The search for one request.
+class Evolution(Generic[PlanT]):
+    """The search for one request, over masks or over plans.
+
+    Args:
+        nothing: The mask or plan that changes nothing.
+        mutate: Returns a mask or plan near another one under which the request fits, or None.
+        scores: Scores masks or plans.
+        request: The request.
+        seed: Seed of the mutations, together with the request.
+        max_evaluations: Upper limit of passes over the whole text.
 
     Attributes:
-        parent: The best mask so far.
+        parent: The best mask or plan so far.
         nll: Its NLL on the whole text, nats per token.
     """
 
     def __init__(
         self,
-        memory: MemoryModel,
+        nothing: PlanT,
+        mutate: Callable[[PlanT, np.random.Generator], PlanT | None],
         scores: CountingScorer,
         request: Request,
         seed: int,
         max_evaluations: int,
     ) -> None:
-        self._memory, self._scores, self._request = memory, scores, request
+        self._mutate: Callable[[PlanT, np.random.Generator], PlanT | None] = mutate
+        self._scores = scores
         key = [seed, request.batch_size, request.seq_len_tokens, request.budget_bytes]
         self._rng = np.random.default_rng(key)
         self._total = scores.num_windows
         self._windows_left = max_evaluations * self._total
         self._generation = 0
-        self._scored: set[BlockMask] = set()
-        self._tried: set[BlockMask] = set()  # since the current parent was found
-        self.parent, self.nll = BlockMask(), np.inf
+        self._scored: set[PlanT] = set()
+        self._tried: set[PlanT] = set()  # since the current parent was found
+        self.parent: PlanT = nothing
+        self.nll = float("inf")
 
-    def begin(self, masks: list[BlockMask]) -> None:
-        """Take the best of some masks under which the request fits as the first parent."""
+    def begin(self, masks: list[PlanT]) -> None:
+        """Take the best of some under which the request fits as the first parent."""
         self._select(masks[: self._windows_left // self._total])
 
     def step(self) -> bool:
@@ -126,7 +148,7 @@ class Evolution:
         self._select(offspring)
         return True
 
-    def _select(self, masks: list[BlockMask]) -> None:
+    def _select(self, masks: list[PlanT]) -> None:
         """Score masks on the whole text; the best becomes the parent if it beats the parent."""
         self._windows_left -= len(masks) * self._total
         self._scored |= set(masks)
@@ -159,10 +181,10 @@ class Evolution:
             masks = min(masks, stage.survivors)
         return cost + masks * self._total
 
-    def _offspring(self, most: int) -> Iterator[BlockMask]:
+    def _offspring(self, most: int) -> Iterator[PlanT]:
         """Yield up to `most` new masks near the parent; fewer once its neighbours are known."""
         for _ in range(most * _TRIES):
-            mask = self._mutated()
+            mask = self._mutate(self.parent, self._rng)
             if mask is not None and mask not in self._scored and mask not in self._tried:
                 self._tried.add(mask)
                 yield mask
@@ -170,18 +192,20 @@ class Evolution:
             if not most:
                 return
 
-    def _mutated(self) -> BlockMask | None:
-        """Return the parent after a few switches; fewer are likelier, as in EvoPress."""
-        rng, parent = self._rng, self.parent
-        switches = int(rng.integers(1, _MOST_SWITCHES + 1, size=2).min())
-        restored = rng.permutation(list(parent))[:switches]
-        mask = parent - BlockMask.of(*restored.tolist())
-        kept = [i for i in range(self._memory.facts.num_blocks) if i not in parent]
-        for index in rng.permutation(kept).tolist():
-            if fits(self._memory, mask, self._request):
-                break
-            mask |= BlockMask.of(index)
-        if not fits(self._memory, mask, self._request):
-            return None
-        order = rng.permutation(list(mask)).tolist()
-        return restore_unneeded(self._memory, mask, order, self._request)
+
+def mutated(
+    memory: MemoryModel, request: Request, parent: BlockMask, rng: np.random.Generator
+) -> BlockMask | None:
+    """Return a mask after a few switches; fewer are likelier, as in EvoPress."""
+    switches = int(rng.integers(1, MOST_SWITCHES + 1, size=2).min())
+    restored = rng.permutation(list(parent))[:switches]
+    mask = parent - BlockMask.of(*restored.tolist())
+    kept = [i for i in range(memory.facts.num_blocks) if i not in parent]
+    for index in rng.permutation(kept).tolist():
+        if fits(memory, mask, request):
+            break
+        mask |= BlockMask.of(index)
+    if not fits(memory, mask, request):
+        return None
+    order = rng.permutation(list(mask)).tolist()
+    return restore_unneeded(memory, mask, order, request)

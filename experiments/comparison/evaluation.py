@@ -1,4 +1,4 @@
-"""Cells and methods of an evaluation, and the masks that a policy chooses on its grid."""
+"""Cells and methods of an evaluation, and what a policy chooses on its grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.baselines import BASELINES, make_baseline
+from agents.baselines import baselines_of, make_baseline
 from agents.baselines.base import CountingPolicy
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
@@ -19,11 +19,14 @@ from experiments.comparison.summaries import REFERENCE
 from experiments.config import Config
 from experiments.config.common import Cell
 from experiments.config.evaluation import EvaluateConfig
+from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.errors import check_name
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, as_plan
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable, TableScorer
 
@@ -35,12 +38,14 @@ class EvaluationCell:
     Attributes:
         sparsity: Share of the block bytes to free, if the cell is defined by it.
         outside: Whether the cell is outside the training range of policies.
+        target_delta_nll: ΔNLL that the budget stands for, nats per token, if it stands for one.
     """
 
     cell: Cell
     request: Request
     sparsity: float | None = None
     outside: bool = False
+    target_delta_nll: float | None = None
 
     @property
     def part(self) -> str:
@@ -50,41 +55,79 @@ class EvaluationCell:
 
 @dataclass(frozen=True)
 class Choice:
-    """Mask that a policy chose at one cell.
+    """Mask or plan that a policy chose at one cell.
 
     Attributes:
-        mask: Names of the removed blocks.
         loss_calibration: ΔNLL on the calibration text, nats per token.
     """
 
     cell: Cell
-    mask: list[str]
+    plan: CompressionPlan
     budget_bytes: int
     peak_bytes: int
     loss_calibration: float
 
-
-def grid_requests(grid: EvaluateConfig, memory: MemoryModel) -> list[tuple[Cell, Request]]:
-    """Return every cell of the grid with its request."""
-    found = []
-    for batch_size, seq_len_tokens in grid.shapes:
-        for fraction in sorted(set(grid.budgets), reverse=True):
-            request = Request.at_fraction(memory, batch_size, seq_len_tokens, fraction)
-            memory.check_feasible(request)
-            found.append(((batch_size, seq_len_tokens, fraction), request))
-    return found
+    @property
+    def mask(self) -> list[str]:
+        """Names of the removed blocks."""
+        return list(self.plan.removed.names)
 
 
-def evaluation_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
+def grid_requests(
+    grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None = None
+) -> list[tuple[Cell, Request]]:
+    """Return every cell of the grid, and every pinned one, with its request.
+
+    Args:
+        grid: Requests and budgets.
+        memory: Byte arithmetic of the model.
+        item_bytes: The ladder, if items are lowered; it decides which budgets can be met.
+    """
+    return [(one.cell, one.request) for one in _grid_cells(grid, memory, item_bytes)]
+
+
+def evaluation_cells(
+    grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None = None
+) -> list[EvaluationCell]:
     """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
-    found = [EvaluationCell(cell, request) for cell, request in grid_requests(grid, memory)]
-    shape = min(grid.shapes, key=lambda shape: (shape[0] * shape[1], shape))
-    found += [_at_sparsity(memory, shape, share) for share in sorted(set(grid.sparsities))]
+    found = _grid_cells(grid, memory, item_bytes)
+    for share in sorted(set(grid.sparsities)):
+        shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
+        shape = min(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+        found.append(_at_sparsity(memory, shape, share))
     for cell in dict.fromkeys(grid.outside_cells):
         request = Request.at_fraction(memory, *cell)
-        memory.check_feasible(request)
         found.append(EvaluationCell(cell, request, outside=True))
+    for one in found:
+        _check_feasible(one.request, memory, item_bytes)
     return found
+
+
+def _grid_cells(
+    grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None
+) -> list[EvaluationCell]:
+    """Return the grid of requests and budgets, then the pinned cells."""
+    found = []
+    for shape in grid.shapes:
+        for fraction in sorted(set(grid.budgets), reverse=True):
+            request = Request.at_fraction(memory, *shape, fraction)
+            found.append(EvaluationCell((*shape, fraction), request))
+    for pinned in grid.pinned_cells:
+        request = Request(*pinned.shape, budget_bytes=pinned.budget_bytes)
+        cell = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
+        target = pinned.target_delta_nll
+        found.append(EvaluationCell(cell, request, target_delta_nll=target))
+    for one in found:
+        _check_feasible(one.request, memory, item_bytes)
+    return found
+
+
+def _check_feasible(request: Request, memory: MemoryModel, item_bytes: LadderBytes | None) -> None:
+    """Raise an `InfeasibleBudgetError` if no mask, or no plan of the ladder, fits a request."""
+    if item_bytes is None:
+        memory.check_feasible(request)
+    else:
+        item_bytes.check_feasible(request)
 
 
 def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
@@ -96,20 +139,25 @@ def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> E
     dense = memory.dense_peak_bytes(*shape)
     budget = dense - math.ceil(share * sum(memory.facts.block_param_bytes))
     request = Request(*shape, budget_bytes=max(1, budget))
-    memory.check_feasible(request)
     return EvaluationCell((*shape, budget / dense), request, sparsity=share)
 
 
 def choices(
     policy: CountingPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
 ) -> list[Choice]:
-    """Let a policy choose masks on the grid, and score them on the calibration text."""
+    """Let a policy choose on the grid, and score what it chooses on the calibration text."""
     found = []
     for cell, request in requests:
-        mask = policy.choose(request)
-        peak_bytes = context.memory.peak_bytes(mask, request)
-        delta_nll = context.scorer.nll(mask) - context.scorer.dense_nll
-        found.append(Choice(cell, list(mask.names), request.budget_bytes, peak_bytes, delta_nll))
+        plan = as_plan(policy.choose(request))
+        found.append(
+            Choice(
+                cell=cell,
+                plan=plan,
+                budget_bytes=request.budget_bytes,
+                peak_bytes=context.memory.peak_bytes(plan, request),
+                loss_calibration=context.scorer.nll(plan) - context.scorer.dense_nll,
+            )
+        )
     return found
 
 
@@ -120,8 +168,8 @@ def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | fl
     rows: list[list[str | float]] = [
         [
             f"{c.cell[0]}x{c.cell[1]}", percent(c.cell[2], 0), mebibytes(c.budget_bytes),
-            mebibytes(c.peak_bytes), sum(name.endswith(".attn") for name in c.mask),
-            sum(name.endswith(".ffn") for name in c.mask), round(c.loss_calibration, 4),
+            mebibytes(c.peak_bytes), c.plan.removed.count("attn"), c.plan.removed.count("ffn"),
+            round(c.loss_calibration, 4),
         ]
         for c in found
     ]  # fmt: skip
@@ -138,8 +186,8 @@ class Method:
     Attributes:
         seed: Seed of the agent or the random baseline; None for deterministic methods.
         kv_aware: Whether the method counts the KV cache when it chooses.
-        setup_evaluations: Masks scored once, before any request.
-        identity: What the masks depend on besides the context, as plain values.
+        setup_evaluations: Masks or plans scored once, before any request.
+        identity: What the choices depend on besides the context, as plain values.
         training_s: Seconds of training; None if not recorded.
     """
 
@@ -159,8 +207,10 @@ def check_names(config: Config) -> None:
         UnknownNameError: There is no such baseline.
         ExperimentError: A folder holds no training run, or there is nothing to compare.
     """
+    if config.evaluate.plans:
+        return
     for name in config.evaluate.baselines:
-        check_name("baseline", name, BASELINES)
+        check_name("baseline", name, baselines_of(config.env.lowers))
     folders = agent_folders(config)
     for folder in folders:
         _ = TrainingRun(folder).facts  # raises an error if it is no training run
@@ -180,21 +230,24 @@ def agent_folders(config: Config) -> list[Path]:
 
 def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
     """Yield the dense reference, the trained agents, then the baselines."""
-    yield _baseline(REFERENCE, None, context)
+    item_bytes = ladder_bytes(config, context)
+    yield _baseline(REFERENCE, None, context, item_bytes)
     for folder in agent_folders(config):
         for best_of in dict.fromkeys(config.evaluate.best_of):
             default = best_of == config.evaluate.best_of[0]
-            yield _agent(folder, context, config.importance.method, best_of, default)
+            yield _agent(config, folder, context, best_of, default)
     for name in config.evaluate.baselines:
         if name == REFERENCE:
             continue
         seeds: list[int | None] = [*config.evaluate.random_seeds] if name == "random" else [None]
         for seed in seeds:
-            yield _baseline(name, seed, context)
+            yield _baseline(name, seed, context, item_bytes)
 
 
-def _baseline(name: str, seed: int | None, context: PruningContext) -> Method:
-    baseline = make_baseline(name, context, seed or 0)
+def _baseline(
+    name: str, seed: int | None, context: PruningContext, item_bytes: LadderBytes | None
+) -> Method:
+    baseline = make_baseline(name, context, seed or 0, item_bytes)
     return Method(
         name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, {"baseline": name}
     )
@@ -212,7 +265,7 @@ def decision_scores(folder: Path) -> Scores | None:
 
 
 def _agent(
-    folder: Path, context: PruningContext, importance: str, best_of: int, default: bool
+    config: Config, folder: Path, context: PruningContext, best_of: int, default: bool
 ) -> Method:
     """Load a trained agent; its name states `best_of` unless that is the default."""
     run = TrainingRun(folder)
@@ -229,12 +282,22 @@ def _agent(
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None  # the policy was loaded from it
     identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
-    blocks = context.memory.facts.num_blocks
-    features = {"gsi": lambda: context.gsi.evaluations, "one_shot": lambda: blocks + 1}
-    setup = int(run.facts.get("evaluations", 0)) + features.get(importance, lambda: 0)()
+    setup = int(run.facts.get("evaluations", 0)) + _importance_evaluations(config, context)
     return Method(
         method, run.seed, policy.kv_aware, setup, policy, identity, run.facts.get("training_s")
     )
+
+
+def _importance_evaluations(config: Config, context: PruningContext) -> int:
+    """Return how many evaluations the importance needed that agents observe."""
+    method, item_bytes = config.importance.method, ladder_bytes(config, context)
+    if method == "none":
+        return 0
+    if item_bytes is None:
+        blocks = context.memory.facts.num_blocks
+        return context.gsi.evaluations if method == "gsi" else blocks + 1
+    costs = context.level_costs(item_bytes.ladder.cache_levels).evaluations
+    return costs + (context.item_gsi(item_bytes).evaluations if method == "gsi" else 0)
 
 
 def _file_hash(path: Path) -> str:

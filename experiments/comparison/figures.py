@@ -72,8 +72,9 @@ def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
     rows = -(-len(shapes) // columns)
     with style():
         figure, axes = panels(
-            rows, columns, narrow=narrow, height=2.6 if narrow else 3.1, sharey=True, sharex=True
-        )
+            rows, columns, narrow=narrow, height=2.6 if narrow else 3.1, sharey=True,
+            sharex=comparison.same_budgets,
+        )  # fmt: skip
         for axis in axes[len(shapes) :]:
             axis.set_visible(False)
         means: list[float] = []
@@ -86,7 +87,9 @@ def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
                 axis.tick_params(labelbottom=True)
         for place, axis in enumerate(axes[: len(shapes)]):
             delta_nll_scale(axis, means, "y", label=place % columns == 0)
-        _budget_axis(axes[0], comparison.budgets)
+        shown = zip(axes[:1] if comparison.same_budgets else axes, shapes, strict=False)
+        for axis, shape in shown:
+            _budget_axis(axis, comparison.budgets_of(shape))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
             handles[::-1], labels[::-1], loc="outside lower center", ncols=2 if narrow else 5,
@@ -158,10 +161,12 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: tuple[int, int])
     methods = [m for m in comparison.methods[::-1] if m != REFERENCE]
     for place, method in enumerate(methods):
         shown = look(method)
-        cells = [(*shape, b) for b in comparison.budgets if comparison.at(method, (*shape, b))]
+        every = [(*shape, budget) for budget in comparison.budgets_of(shape)]
+        cells = [cell for cell in every if comparison.at(method, cell)]
         estimates = [comparison.delta_nll_at(method, cell) for cell in cells]
         points = [(c, e) for c, e in zip(cells, estimates, strict=True) if e is not None]
-        shift = 0.35 * (place - len(methods) / 2) / max(1, len(methods))
+        spread_percent = 0.35 if comparison.same_budgets else 0.0
+        shift = spread_percent * (place - len(methods) / 2) / max(1, len(methods))
         x = [100 * cell[2] + shift for cell, _ in points]
         y = [e.mean for _, e in points]
         spread = [[e.mean - e.low for _, e in points], [e.high - e.mean for _, e in points]]
@@ -179,7 +184,8 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: tuple[int, int])
                 markerfacecolor="white", markersize=5,
             )  # fmt: skip
         means += y
-    axis.set_xticks([100 * budget for budget in comparison.budgets])
+    if comparison.same_budgets:
+        axis.set_xticks([100 * budget for budget in comparison.budgets])
     return means
 
 

@@ -20,6 +20,13 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
 """Colours of the two kinds of blocks."""
 
+LEVEL_COLOURS = {
+    "native": "#F5F4F0", "int8": "#C9E4D4", "int4": "#7CC0A0", "int2": "#3E8F78",
+    "window512": "#F3D58A", "int4-window512": "#E8B64C", "int4-window256": "#D98C2B",
+    "int4-window128": "#B85C1E", "removed": "#2B2F36",
+}  # fmt: skip
+"""Colours of levels, from the most to the least exact one."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -48,7 +55,7 @@ _LOOKS = {
     "dqn": Look("DQN", "#E377B8", "o", "trained policy", True),
     "greedy_per_byte": Look(
         "Greedy per byte", "#00707F", "s",
-        "lowest ΔNLL per byte freed, measured again after each removal",
+        "lowest ΔNLL per byte freed, measured again after each step",
     ),
     "oracle": Look("Oracle", "#12065E", "x", "the best of all masks, by brute force"),
     "frontier": Look("Frontier table", "#5B2BE0", "h", "lookup of the best known mask"),
@@ -57,6 +64,11 @@ _LOOKS = {
     "greedy_swaps": Look(
         "Greedy with swaps", "#0B4A1E", "8", "greedy per byte, then swaps as long as they help"
     ),
+    "uniform": Look(
+        "Uniform settings", "#A33B8F", "*",
+        "one level for all caches, one for all weights, then blocks in GSI order (as llama.cpp)",
+    ),
+    "rap-v0": Look("RAP-v0 on int8 caches", "#E06C75", "*", "the packaged policy over masks"),
     "gsi": Look("GSI order", "#2B4C9B", "D", "a fixed order, found by removing one by one"),
     "knapsack": Look("Knapsack", "#35A79C", "^", "best set if one-shot ΔNLL were additive"),
     "one_shot_per_byte": Look(
@@ -113,8 +125,10 @@ def short_label(method: str, length: int = 26) -> str:
 def rank(method: str) -> int:
     """Return the position of a method in legends: learned ones, then baselines, then dense."""
     names = list(_LOOKS)
+    if method in names:
+        return names.index(method)
     for place, name in enumerate(names):
-        if method == name or method.startswith(f"{name}-"):
+        if method.startswith(f"{name}-"):
             return place
     return len(names)
 

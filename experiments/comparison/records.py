@@ -20,7 +20,9 @@ import numpy.typing as npt
 from experiments.comparison.statistics import bootstrap_mean
 from experiments.config.common import Cell
 from rap_env.artifacts import atomic_write, digest, disk_errors, remove_incomplete_line
+from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
+from rap_env.plan import CompressionPlan, MaskOrPlan
 
 logger = logging.getLogger(__name__)
 
@@ -278,13 +280,16 @@ class ResultRow(CellRecord):
         ffn_removed: Number of removed ffn blocks.
         loss_calibration: ΔNLL on the calibration text, which methods may have used.
         accuracies: Accuracy of each task in [0, 1]; empty without tasks.
-        decision_s: Seconds from the request to the mask.
-        evaluations: Masks scored by the model for this request.
-        setup_evaluations: Masks scored once, before any request.
+        decision_s: Seconds from the request to the mask or plan.
+        evaluations: Masks or plans scored by the model for this request.
+        setup_evaluations: Masks or plans scored once, before any request.
         provenance: Hashes, versions and commit that the numbers depend on.
         sparsity: Share of the block bytes to free, for cells defined by it; None on the grid.
         outside: Whether the cell is outside the training range of policies.
         training_s: Seconds of training; None if not recorded.
+        levels: Levels of all items that are not native, by name; None where methods choose masks.
+        target_loss: ΔNLL that the cell's budget stands for, nats per token; None if it stands for
+            none.
     """
 
     method: str
@@ -311,6 +316,8 @@ class ResultRow(CellRecord):
     sparsity: float | None = None
     outside: bool = False
     training_s: float | None = None
+    levels: dict[str, str] | None = None
+    target_loss: float | None = None
 
     record_name = "A result record"
     rerun = "run the evaluation again"
@@ -320,6 +327,13 @@ class ResultRow(CellRecord):
     def part(self) -> str:
         """Part of the evaluation that the cell belongs to, one of `PARTS`."""
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
+
+    @property
+    def plan(self) -> MaskOrPlan:
+        """The mask, or the plan where methods choose plans."""
+        if self.levels is None:
+            return BlockMask.of(*self.mask)
+        return CompressionPlan.of(self.levels)
 
     @property
     def mean_accuracy(self) -> float | None:

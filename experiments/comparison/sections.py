@@ -10,14 +10,14 @@ from experiments.comparison.formatting import (
     TIMES,
     counted,
     look,
-    percent,
     seconds,
     shape_words,
     text_words,
 )
 from experiments.comparison.html import Gallery, Section
+from experiments.comparison.level_figures import levels_picture, short_and_long
 from experiments.comparison.loading import ReportData
-from experiments.comparison.records import ResultRow
+from experiments.comparison.summaries import Comparison
 
 INTERVAL_WORDS = (
     "Intervals are 95 % percentile bootstrap over held-out windows, resampled jointly for all "
@@ -33,7 +33,7 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
         return section
     named = tables.method_names(comparison)
     shapes = ", ".join(map(shape_words, comparison.shapes))
-    budgets = ", ".join(percent(budget, 0) for budget in comparison.budgets)
+    budgets = tables.budget_words(comparison)
     section.text(
         f"Requests (batch {TIMES} tokens of prompt and answer): {shapes}. Budgets: {budgets} of "
         "the dense model's peak memory for the request. ΔNLL is the increase of the negative "
@@ -68,12 +68,17 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
 
 
 def policy_section(data: ReportData, gallery: Gallery) -> Section:
-    """Show which blocks the trained methods and the greedy search remove."""
+    """Show what the trained methods and the greedy search remove or lower."""
     section = Section("policy", "What the policy removes")
     comparison = data.comparison
     if not comparison:
         return section
     shown = comparison.learned + [m for m in comparison.methods if m == "greedy_per_byte"]
+    if comparison.lowers:
+        section.title = "What the policy lowers"
+        for method in shown or comparison.compared[:1]:
+            _add_levels(section, comparison, method, _num_layers(data), gallery)
+        return section
     for method in shown:
         rows = [row for row in comparison.rows if row.method == method]
         seeds = len({row.seed for row in rows})
@@ -87,10 +92,27 @@ def policy_section(data: ReportData, gallery: Gallery) -> Section:
             "weights; most of long ones are KV cache, which only removed attention blocks free.",
             partial(
                 figures.removal_picture, [(row.cell, row.mask) for row in rows],
-                _num_layers(data, rows),
+                _num_layers(data),
             ),
         )  # fmt: skip
     return section
+
+
+def _add_levels(
+    section: Section, comparison: Comparison, method: str, num_layers: int, gallery: Gallery
+) -> None:
+    """Add the figure of the levels that a method chooses for one short and one long request."""
+    shapes = short_and_long(comparison.shapes)
+    rows = [row for row in comparison.rows if row.method == method and row.shape in shapes]
+    seed = rows[0].seed
+    which = "" if seed is None else f" (seed {seed})"
+    gallery.add(
+        section, f"levels_{method}", f"{look(method).label}: levels of all items{which}",
+        f"Each line is a request (batch {TIMES} tokens) at a budget (share of the native peak; ~: "
+        "ΔNLL that the budget stands for), each column a layer. A removed attention block takes "
+        "its cache with it.",
+        partial(levels_picture, [row for row in rows if row.seed == seed], num_layers),
+    )  # fmt: skip
 
 
 def memory_section(data: ReportData, gallery: Gallery) -> Section:
@@ -246,8 +268,7 @@ def _run_facts(note: dict[str, Any], stage: str) -> list[tuple[str, str]]:
     ]
 
 
-def _num_layers(data: ReportData, rows: list[ResultRow]) -> int:
+def _num_layers(data: ReportData) -> int:
     if data.profile:
         return int(data.profile["facts"]["num_layers"])
-    names = [name for row in rows for name in row.mask]
-    return 1 + max((int(name[5:].partition(".")[0]) for name in names), default=0)
+    return data.comparison.num_layers if data.comparison else 0

@@ -96,6 +96,36 @@ def relative_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate
     return _estimate(one.mean() / two.mean() - 1.0, means / others - 1.0, len(one))
 
 
+def paired_ratio(
+    firsts: Sequence[npt.ArrayLike], seconds: Sequence[npt.ArrayLike]
+) -> Estimate | None:
+    """Return the geometric mean over cells of mean `firsts` divided by mean `seconds`.
+
+    Every cell has the same weight, whatever its losses. Windows are resampled jointly for all
+    cells, because the same text is measured at each.
+
+    Args:
+        firsts: Losses of one method at each cell, each of shape (windows,) or (seeds, windows).
+        seconds: Losses of another one at the same cells.
+
+    Returns:
+        The estimate; None if there are no cells, or some mean is not significantly above 0,
+        because its ratio is then meaningless.
+    """
+    means, resampled = [], []
+    for first, second in zip(firsts, seconds, strict=True):
+        one, two = _paired(first, second)
+        ours, theirs = _resampled(one, two)
+        if min(one.mean(), two.mean(), ours.min(), theirs.min()) <= 0:
+            return None
+        means.append(np.log(one.mean() / two.mean()))
+        resampled.append(np.log(ours / theirs))
+    if not means:
+        return None
+    seeds = min(len(np.atleast_2d(np.asarray(first))) for first in firsts)
+    return _estimate(np.exp(np.mean(means)), np.exp(np.mean(resampled, axis=0)), seeds)
+
+
 def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Return the two-sided bootstrap p-value of equal means; at least 2 / (`RESAMPLES` + 1).
 

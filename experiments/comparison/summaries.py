@@ -128,6 +128,37 @@ class Comparison:
         """Budget fractions, from loose to tight."""
         return sorted({row.budget_fraction for row in self.rows}, reverse=True)
 
+    def budgets_of(self, shape: tuple[int, int]) -> list[float]:
+        """Budget fractions of one request, from loose to tight."""
+        return sorted({r.budget_fraction for r in self.rows if r.shape == shape}, reverse=True)
+
+    @cached_property
+    def same_budgets(self) -> bool:
+        """Whether all requests have the same budget fractions."""
+        return all(self.budgets_of(shape) == self.budgets for shape in self.shapes)
+
+    @cached_property
+    def lowers(self) -> bool:
+        """Whether methods choose plans rather than masks."""
+        return any(row.levels is not None for row in self.rows)
+
+    @cached_property
+    def num_layers(self) -> int:
+        """The number of layers that plans and masks name at least."""
+        names = [name for row in self.rows for name in (row.levels or row.mask)]
+        layers = [int(name[5:].partition(".")[0]) for name in names if name.startswith("layer")]
+        return 1 + max(layers, default=0)
+
+    @cached_property
+    def targets(self) -> dict[float, list[Cell]]:
+        """The cells of each ΔNLL that budgets stand for, in ascending order; empty if none do."""
+        found: dict[float, list[Cell]] = defaultdict(list)
+        known = {row.cell: row.target_loss for row in self.rows if row.target_loss is not None}
+        for cell in self.cells:
+            if cell in known:
+                found[known[cell]].append(cell)
+        return dict(sorted(found.items()))
+
     def at(self, method: str, cell: Cell) -> list[ResultRow]:
         """Return the rows of a method at a cell, one for each seed."""
         return self._by_cell.get((method, cell), [])
@@ -224,15 +255,17 @@ def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Remove duplicate rows; the one that was measured last is kept.
 
     Raises:
-        ArtifactError: Two rows of the same method, seed and cell have different masks.
+        ArtifactError: Two rows of the same method, seed and cell have different masks or
+            plans.
     """
     found: dict[tuple[object, ...], ResultRow] = {}
     for row in rows:
         place = row.method, row.seed, row.cell
-        if found.setdefault(place, row).mask != row.mask:
+        if found.setdefault(place, row).plan != row.plan:
             raise ArtifactError(
                 f"Two result rows of {row.method} (seed {row.seed}) at {row.cell} have different "
-                "masks, so they were made with different settings. Report one run folder at a time."
+                "masks or plans, so they were made with different settings. Report one run folder "
+                "at a time."
             )
         found[place] = row
     return list(found.values())

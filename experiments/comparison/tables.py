@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from experiments.comparison.formatting import (
@@ -24,9 +25,10 @@ from experiments.comparison.formatting import (
 )
 from experiments.comparison.pairwise import pairwise_comparisons, targets_table
 from experiments.comparison.records import ResultRow
-from experiments.comparison.statistics import bootstrap_mean
+from experiments.comparison.statistics import bootstrap_mean, paired_ratio
 from experiments.comparison.summaries import REFERENCE, Comparison, Summary
 from experiments.config.common import Cell
+from rap_env.plan import as_plan
 
 PART_TITLES = {
     "sparsity": "At fixed sparsity",
@@ -111,12 +113,18 @@ def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
 
 
 def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
-    """Return removed blocks (attn + ffn) and peak memory for one request."""
+    """Return removed blocks (attn + ffn) and peak memory for one request.
+
+    Where methods choose plans, it also has the levels of most kept caches and of the embeddings.
+    """
 
     def entry(rows: list[ResultRow]) -> str:
         attn = sum(row.attn_removed for row in rows) / len(rows)
         ffn = sum(row.ffn_removed for row in rows) / len(rows)
-        return f"{attn:.3g} + {ffn:.3g}, {mebibytes(max(row.peak_bytes for row in rows))}"
+        levels = f", {_kept_levels(rows[0], layers)}" if comparison.lowers else ""
+        return f"{attn:.3g} + {ffn:.3g}{levels}, {mebibytes(max(r.peak_bytes for r in rows))}"
+
+    layers = comparison.num_layers
 
     return _budget_table(comparison, shape, entry)
 
@@ -124,7 +132,7 @@ def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
 def _budget_table(
     comparison: Comparison, shape: tuple[int, int], entry: Callable[[list[ResultRow]], str]
 ) -> Table:
-    cells = [(*shape, budget) for budget in comparison.budgets]
+    cells = [(*shape, budget) for budget in comparison.budgets_of(shape)]
     cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
     header = ["Method", *[_budget(comparison, cell) for cell in cells]]
     rows = []
@@ -132,6 +140,88 @@ def _budget_table(
         found = [comparison.at(s.method, cell) for cell in cells]
         rows.append([look(s.method).label, *[entry(own) if own else "" for own in found]])
     return header, rows
+
+
+def _kept_levels(row: ResultRow, num_layers: int) -> str:
+    """Return the level of most kept caches, and that of the embeddings if it is not native."""
+    plan = as_plan(row.plan)
+    kept = [n for n in range(num_layers) if 2 * n not in plan.removed]
+    levels = Counter(plan.cache_level(layer).name for layer in kept)
+    caches = levels.most_common(1)[0][0] if levels else "none"
+    return caches if plan.embeddings == "native" else f"{caches}, embeddings {plan.embeddings}"
+
+
+RATIO_TO = ("uniform", "knapsack")
+"""Methods by whose ΔNLL that of each other method is divided."""
+
+RATIO_CAPTION = (
+    "Geometric mean over the cells of a column of ΔNLL divided by that of the other method at the "
+    "same budget, with a 95 % interval, paired over windows; below 1 is better. A dash: some ΔNLL "
+    "is not significantly above 0, so that there is no ratio."
+)
+
+
+def target_table(comparison: Comparison) -> Table:
+    """Return ΔNLL by the ΔNLL that budgets stand for, mean over requests."""
+    header = ["Method", *[f"about {target:g}" for target in comparison.targets]]
+    rows = [
+        [
+            f"{look(s.method).label}{_seeds(s)}",
+            *[
+                str(comparison.summary(s.method, cells).delta_nll)
+                for cells in comparison.targets.values()
+            ],
+        ]
+        for s in comparison.summaries
+    ]
+    return header, rows
+
+
+def ratio_table(comparison: Comparison, other: str) -> Table:
+    """Return ΔNLL divided by that of another method: by request, by target, over all cells."""
+    columns: dict[str, list[Cell]] = {
+        f"{shape_words(shape)}": [cell for cell in comparison.cells if cell[:2] == shape]
+        for shape in comparison.shapes
+    }
+    columns |= {f"about {target:g}": cells for target, cells in comparison.targets.items()}
+    columns["All"] = comparison.cells
+
+    def entry(method: str, cells: list[Cell]) -> str:
+        pairs = [
+            [comparison.window_delta_nlls(name, cell) for cell in cells] for name in (method, other)
+        ]
+        found = paired_ratio(*pairs)
+        return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else "-"
+
+    rows = [
+        [f"{look(s.method).label}{_seeds(s)}", *[entry(s.method, c) for c in columns.values()]]
+        for s in comparison.summaries
+        if s.method != other
+    ]
+    return ["Method", *columns], rows
+
+
+def tight_document(comparison: Comparison) -> list[TitledTable]:
+    """Return the tables of a comparison whose budgets stand for losses; empty for others."""
+    if not comparison.targets or not comparison.summaries:
+        return []
+    title = "ΔNLL (nats/token) by the ΔNLL of uniform settings on the calibration text"
+    tables = [TitledTable(target_table(comparison), title)]
+    for other in RATIO_TO:
+        if other in comparison.methods:
+            title = f"ΔNLL divided by that of {look(other).label}"
+            tables.append(TitledTable(ratio_table(comparison, other), title, RATIO_CAPTION))
+    return tables
+
+
+def budget_words(comparison: Comparison) -> str:
+    """Describe the budgets of a comparison, in shares of the native peak memory."""
+    if comparison.same_budgets:
+        return ", ".join(percent(budget, 0) for budget in comparison.budgets)
+    counts = {len(comparison.budgets_of(shape)) for shape in comparison.shapes}
+    number_words = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    low, high = min(comparison.budgets), max(comparison.budgets)
+    return f"{number_words} for each request, from {percent(low, 0)} to {percent(high, 0)}"
 
 
 def accuracy_table(comparison: Comparison) -> Table | None:
@@ -162,19 +252,24 @@ def terminal_text(comparison: Comparison) -> str:
     tasks = {task for row in comparison.rows for task in row.accuracies}
     windows = len(comparison.rows[0].window_losses)
     shapes = ", ".join(f"{b}x{s}" for b, s in comparison.shapes)
-    budgets = ", ".join(percent(b, 0) for b in comparison.budgets)
     accuracy = f"Accuracy: mean of {len(tasks)} tasks. " if tasks else ""
     common = f" (the {len(comparison.cells)} pairs that every method has)"
     common = common if comparison.incomplete else ""
+    what = "plans" if comparison.lowers else "masks"
     legend = (
         f"ΔNLL: increase of the negative log-likelihood over the dense model, nats per token, on "
         f"{windows} windows that no method has used; mean over requests {shapes} (batch x tokens) "
-        f"and budgets {budgets} of the dense model's peak memory{common}, with a 95 % interval; "
+        f"and budgets {budget_words(comparison)} of the dense model's peak memory{common}, with a "
+        "95 % interval; "
         "lower is better. Calibr.: the same on the calibration text, which a search may overfit. "
-        f"{accuracy}Evals: masks scored by the model for one request. Fits: number of masks within "
-        "their budget; methods that miss budgets are listed last, because their ΔNLL is not "
+        f"{accuracy}Evals: {what} scored by the model for one request. Fits: number of {what} "
+        "within their budget; methods that miss budgets are listed last, because their ΔNLL is not "
         "comparable. (n): seeds."
     )
+    if comparison.lowers:
+        legend = legend.replace("masks scored", "plans scored").replace(
+            "of masks within", "of plans within"
+        )
     header, rows = summary_table(comparison, short=True)
     header = [{"On calibration text": "Calibr.", "Evaluations": "Evals"}.get(h, h) for h in header]
     return f"{plain((header, rows))}\n\n{wrapped(legend)}"
@@ -184,6 +279,8 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
     row = next(row for row in comparison.rows if row.cell == cell)
     if row.sparsity is not None:
         return f"{percent(row.sparsity, 0)} sparsity ({mebibytes(row.budget_bytes)})"
+    if row.target_loss is not None:
+        return f"about {row.target_loss:g} ({mebibytes(row.budget_bytes)})"
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 
@@ -225,10 +322,12 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
         title = f"ΔNLL of {look(method).label} minus each other method{suffix}, paired over windows"
         caption = f"{COUNTS_CAPTION} {HOLM_CAPTION}" if method == learned[-1] else ""
         tables.append(TitledTable(difference_table(comparison, method), title, caption))
+    tables += tight_document(comparison)
     for shape in comparison.shapes:
         words = f"{shape_words(shape)} tokens{suffix}"
         delta_nll, removed = delta_nll_table(comparison, shape), removed_table(comparison, shape)
-        title = f"Blocks removed (attn + ffn) and peak memory, {words}"
+        levels = ", level of most caches" if comparison.lowers else ""
+        title = f"Blocks removed (attn + ffn){levels} and peak memory, {words}"
         tables += [
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
             TitledTable(removed, title, detail=True),

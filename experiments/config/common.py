@@ -20,6 +20,7 @@ Rule = Callable[[str, Any], None]
 """Raises an error that names a setting (first argument) if its value is not allowed."""
 
 _SHAPE = re.compile(r"(\d+)x(\d+)")
+_PINNED = re.compile(r"(\d+x\d+)@(\d+)(?:~(\d*\.?\d+))?")
 _CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
 
 
@@ -111,6 +112,43 @@ def parse_cell(text: str) -> Cell:
     return (*parse_shape(match[1]), float(match[2]))
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """A request with a budget in bytes.
+
+    Attributes:
+        shape: Batch size and sequence length in tokens.
+        budget_bytes: The budget.
+        target_delta_nll: ΔNLL that a reference method has there, nats per token; None if unknown.
+    """
+
+    shape: tuple[int, int]
+    budget_bytes: int
+    target_delta_nll: float | None = None
+
+    def __str__(self) -> str:
+        target = "" if self.target_delta_nll is None else f"~{self.target_delta_nll:g}"
+        return f"{self.shape[0]}x{self.shape[1]}@{self.budget_bytes}{target}"
+
+
+def parse_pinned(text: str) -> Pinned:
+    """Parse ``"8x2048@101234567"`` or ``"8x2048@101234567~0.5"``.
+
+    The number behind ``~`` is the ΔNLL that the budget stands for.
+
+    Raises:
+        ExperimentError: The text has another form.
+    """
+    match = _PINNED.fullmatch(str(text).replace(" ", ""))
+    if not match:
+        raise ExperimentError(
+            f"A pinned cell is BATCHxTOKENS@BYTES or BATCHxTOKENS@BYTES~DELTA_NLL, such as "
+            f"8x2048@101234567~0.5; {text!r} is not."
+        )
+    target = None if match[3] is None else float(match[3])
+    return Pinned(parse_shape(match[1]), int(match[2]), target)
+
+
 Count = Annotated[int, within(1)]
 CountOrZero = Annotated[int, within(0)]
 NotNegative = Annotated[float, within(0)]
@@ -118,6 +156,7 @@ Positive = Annotated[float, within(0, above=True)]
 Share = Annotated[float, within(0, 1)]
 Fraction = Annotated[float, within(0, 1, above=True)]
 CellText = Annotated[str, form(parse_cell)]
+PinnedText = Annotated[str, form(parse_pinned)]
 ShapeText = Annotated[str, form(parse_shape)]
 
 

@@ -13,12 +13,15 @@ from experiments.config.common import (
     CellText,
     Count,
     Fraction,
+    Pinned,
+    PinnedText,
     Section,
     ShapeText,
     TasksConfig,
     TextConfig,
     among,
     parse_cell,
+    parse_pinned,
     parse_shape,
     some,
 )
@@ -37,10 +40,13 @@ class EvaluateConfig(Section):
     """Requests and budgets of an evaluation, the methods, and the text to measure on."""
 
     section = "evaluate"
-    requests: Annotated[list[ShapeText], some] = field(default_factory=lambda: ["1x128"])
+    requests: list[ShapeText] = field(default_factory=lambda: ["1x128"])
     """Batch size x sequence length in tokens."""
-    budgets: Annotated[list[Fraction], some] = field(default_factory=lambda: [0.9, 0.8])
+    budgets: list[Fraction] = field(default_factory=lambda: [0.9, 0.8])
     """Fractions of the dense model's peak bytes."""
+    pinned: list[PinnedText] = field(default_factory=list)
+    """Requests with budgets in bytes, such as 8x2048@101234567, beside `requests` x `budgets`;
+    8x2048@101234567~0.5 also names the ΔNLL that the budget stands for."""
     sparsities: list[Fraction] = field(default_factory=list)
     """Fractions of all block bytes to free at least, at the request with the fewest tokens."""
     outside: list[CellText] = field(default_factory=list)
@@ -51,6 +57,9 @@ class EvaluateConfig(Section):
     """Number of masks that an agent samples before it takes the best by its scores; 1 uses no
     scores. The first entry is the agent's method; each other entry is a separate method."""
     baselines: list[str] = field(default_factory=list)
+    plans: list[str] = field(default_factory=list)
+    """Earlier results (folders or files) whose plans are measured again, on this text and these
+    tasks; nothing chooses plans then."""
     random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
     selection: TextConfig | None = field(
@@ -58,6 +67,12 @@ class EvaluateConfig(Section):
     )
     """Text on which a sweep's objective is measured; ``calibration`` or null for that text."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("requests", "budgets"):
+            if not self.pinned:
+                some(f"evaluate.{name}", getattr(self, name))
 
     @property
     def selection_text(self) -> TextConfig | None:
@@ -69,6 +84,11 @@ class EvaluateConfig(Section):
     def shapes(self) -> list[tuple[int, int]]:
         """The requests as (batch size, sequence length in tokens)."""
         return [parse_shape(text) for text in self.requests]
+
+    @property
+    def pinned_cells(self) -> list[Pinned]:
+        """The pinned cells, parsed."""
+        return [parse_pinned(text) for text in self.pinned]
 
     @property
     def outside_cells(self) -> list[Cell]:

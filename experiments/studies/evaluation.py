@@ -21,6 +21,7 @@ from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.paths import cache_dir
+from rap_env.plan import only_mask
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
 from rap_env.scoring.score_table import table_path
@@ -107,7 +108,7 @@ class Search:
     def choose(self, request: Request) -> tuple[BlockMask, int]:
         """Return the mask for a request, and the evaluations that it needed, setup included."""
         before = self.policy.evaluations
-        mask = self.policy.choose(request)
+        mask = only_mask(self.policy.choose(request), "Studies compare masks.")
         setup = int(getattr(self.policy, "setup_evaluations", 0))
         return mask, setup + self.policy.evaluations - before
 

@@ -28,14 +28,13 @@ from agents.training import train as train_agent
 from experiments.comparison.records import append_record, read_records
 from experiments.comparison.run_folder import TABLE_FILE
 from experiments.config import Config
+from experiments.contexts import ladder_bytes
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
-from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.items import Ladder
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
 from rap_env.scoring.store import mask_from_indices
@@ -119,13 +118,6 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
         if len(found) == count:
             break
     return found
-
-
-def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
-    """Return the byte arithmetic over the ladder's items; None for an environment of v0."""
-    if not config.env.lowers:
-        return None
-    return LadderBytes(context.memory, Ladder.of(context.memory.facts, **config.env.ladder))
 
 
 def _train(

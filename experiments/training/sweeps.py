@@ -26,8 +26,7 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import Choice, choices, grid_requests
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer
-from rap_env.blocks import BlockMask
+from experiments.contexts import build_context, held_out_scorer, ladder_bytes
 from rap_env.context.base import PruningContext
 from rap_env.errors import RapError
 
@@ -60,17 +59,19 @@ class ObjectiveScorer:
     def facts(self, found: Sequence[Choice]) -> dict[str, Any]:
         """Return the mean ΔNLL over the grid, nats per token, and what it was measured on."""
         dense_nll = self._scorer.dense_nll
-        losses = [self._scorer.nll(BlockMask.of(*c.mask)) - dense_nll for c in found]
+        losses = [self._scorer.nll(c.plan) - dense_nll for c in found]
         return {"objective": sum(losses) / len(losses), "objective_on": self._on}
 
 
 def measured_on(config: Config) -> dict[str, Any]:
     """Return the text and the grid that an objective is measured on."""
     selection = config.evaluate.selection_text
+    pinned = {"pinned": list(config.evaluate.pinned)} if config.evaluate.pinned else {}
     return {
         "text": asdict(selection) if selection is not None else "calibration",
         "requests": list(config.evaluate.requests),
         "budgets": list(config.evaluate.budgets),
+        **pinned,
     }
 
 
@@ -80,7 +81,7 @@ def objective(config: Config, folder: Path) -> float:
     record = run.read() or {}
     if record.get("objective_on") != measured_on(config):
         context = build_context(config)
-        requests = grid_requests(config.evaluate, context.memory)
+        requests = grid_requests(config.evaluate, context.memory, ladder_bytes(config, context))
         scorer = ObjectiveScorer(config, context)
         record = scorer.facts(choices(TrainedPolicy.load(folder, context), requests, context))
         run.finish(started, **record)

@@ -13,7 +13,6 @@ from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.removal import from_frontier, no_gsi_order
 from rap_env.envs.task import PruningTask
-from rap_env.errors import InfeasibleBudgetError
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
 from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
 from rap_env.ladder.items import Ladder
@@ -66,13 +65,7 @@ class LoweringTask(PruningTask[LadderCosts]):
 
     def check_feasible(self, start: EpisodeStart[LadderCosts]) -> None:
         """Raise an `InfeasibleBudgetError`: the lowest levels need more than the budget."""
-        request = start.request
-        raise InfeasibleBudgetError(
-            f"No levels of {self.memory.facts.name} in this ladder fit {request.budget_bytes:,} "
-            f"bytes for {request.batch_size} x {request.seq_len_tokens} tokens: the lowest ones "
-            f"need {start.costs.least_peak_bytes:,} bytes. Raise the budget, name lower levels, or "
-            "pass infeasible='clip' to the environment to serve the nearest budget that can be met."
-        )
+        self.item_bytes.check_feasible(start.request)
 
     def baseline(self, name: str) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
         """An order followed until the request fits, or the best mask of the frontier."""

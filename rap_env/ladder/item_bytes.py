@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from rap_env.costs import Counts
+from rap_env.errors import InfeasibleBudgetError
 from rap_env.ladder.items import Item, Ladder
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
@@ -296,6 +297,23 @@ class LadderBytes:
             InvalidRequestError: The model cannot serve the batch or the length.
         """
         return self._cached(batch_size, seq_len_tokens)
+
+    def check_feasible(self, request: Request) -> None:
+        """Reject a budget that no levels of the ladder can meet.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch or the length.
+            InfeasibleBudgetError: With every item at its lowest level, the request needs more.
+        """
+        least = self.costs(request.batch_size, request.seq_len_tokens).least_peak_bytes
+        if request.budget_bytes < least:
+            raise InfeasibleBudgetError(
+                f"No levels of {self.memory.facts.name} in this ladder fit "
+                f"{request.budget_bytes:,} bytes for {request.batch_size} x "
+                f"{request.seq_len_tokens} tokens: the lowest ones need {least:,} bytes. Raise the "
+                "budget, name lower levels, or pass infeasible='clip' to the environment to serve "
+                "the nearest budget that can be met."
+            )
 
     def _make(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
         memory, items = self.memory, self.ladder.items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +78,8 @@ class KnapsackPolicy:
         memory: The model's byte arithmetic.
         costs: Costs of its levels; levels that were not measured are not chosen.
         cached_choices: Requests whose plan is cached.
+        levels: Levels that may be chosen, by item; items that are not named stay native. None
+            allows all that were measured.
 
     Attributes:
         order: Blocks in the order of what their removal costs, (2L,); None if that was not
@@ -91,7 +93,11 @@ class KnapsackPolicy:
     lowers = True
 
     def __init__(
-        self, memory: MemoryModel, costs: LevelCosts, cached_choices: int = _CACHED_CHOICES
+        self,
+        memory: MemoryModel,
+        costs: LevelCosts,
+        cached_choices: int = _CACHED_CHOICES,
+        levels: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         if costs.num_layers != memory.facts.num_layers:
             raise ArtifactError(
@@ -100,6 +106,7 @@ class KnapsackPolicy:
             )
         self.memory = memory
         self.costs = costs
+        self._levels = levels
         self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
@@ -186,7 +193,7 @@ class KnapsackPolicy:
                         {name: weights, cache_name(index // 2): level.name}, size + held, length
                     )
                     for weights, size in sizes.items()
-                    if weights == "native" or self._measured(name, weights)
+                    if weights == "native" or self._offered(name, weights)
                     for level, held in (caches if weights != "removed" else [(NATIVE_CACHE, 0)])
                 )
             )
@@ -194,7 +201,7 @@ class KnapsackPolicy:
             tuple(
                 self._option({EMBEDDINGS: level}, size, length)
                 for level, size in facts.embedding_levels.items()
-                if level == "native" or self._measured(EMBEDDINGS, level)
+                if level == "native" or self._offered(EMBEDDINGS, level)
             )
         )
         return rows
@@ -212,7 +219,7 @@ class KnapsackPolicy:
         sizes = {
             level: self.memory.cache_bytes(level, layer, batch, length)
             for level in self.costs.cache_levels
-            if level.native or self._measured(name, level.name)
+            if level.native or self._offered(name, level.name)
         }
         return [
             (level, size)
@@ -222,6 +229,10 @@ class KnapsackPolicy:
                 for other, held in sizes.items()
             )
         ]
+
+    def _offered(self, item: str, level: str) -> bool:
+        allowed = self._levels is None or level in self._levels.get(item, ())
+        return allowed and self._measured(item, level)
 
     def _measured(self, item: str, level: str) -> bool:
         return level in self.costs.one_shot.get(item, {})

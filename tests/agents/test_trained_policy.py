@@ -135,7 +135,7 @@ def test_real_scores_count_as_evaluations(context):
     assert again.evaluations == choice.evaluations
     assert context.scorer.evaluations - before == choice.evaluations
     assert again.decision_s > choice.evaluations * context.scorer.evaluation_s
-    assert again.mask == choice.mask
+    assert again.plan == choice.plan
 
 
 def test_a_nan_score_never_wins(context):

@@ -126,7 +126,7 @@ def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
     assert found["loss_mean"] == pytest.approx(row.loss)
     other = make_row("gsi", (1, 128), 0.9, mask=["layer00.attn"])
     append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
-    with pytest.raises(ArtifactError, match="gsi .* have different masks"):
+    with pytest.raises(ArtifactError, match="gsi .* have different masks or plans"):
         as_json(tmp_path)
 
 

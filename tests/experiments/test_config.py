@@ -30,7 +30,11 @@ from rap_env.workload import SAMPLERS
 
 PUBLISHED = sorted((CONF_DIR.parent / "results").glob("*/train/*/config.yaml"))
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
-GROUPS = [path for path in FILES if path.parent.parent == CONF_DIR and path.parent.name != "sweep"]
+GROUPS = [
+    path
+    for path in FILES
+    if path.parent.parent == CONF_DIR and path.parent.name not in ("sweep", "grid")
+]
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
     "text_study", "overfitting", "small_models", "replay", "serve", "soak",

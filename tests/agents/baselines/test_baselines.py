@@ -43,7 +43,7 @@ def chosen(name, context, request):
 def test_budget_is_met_or_declared_unmet(context, name, shape, fraction):
     request = request_at(context, *shape, fraction)
     choice = measure_choice(make_baseline(name, context), request, context.scorer)
-    peak = context.memory.peak_bytes(choice.mask, request)
+    peak = context.memory.peak_bytes(choice.plan, request)
     assert peak <= request.budget_bytes or name not in FITTING
     assert choice.decision_s >= 0
 
@@ -52,8 +52,8 @@ def test_budget_is_met_or_declared_unmet(context, name, shape, fraction):
 def test_nothing_is_removed_where_the_dense_model_fits(context, name):
     request = request_at(context, 1, 10, 1.0)
     choice = measure_choice(make_baseline(name, context), request, context.scorer)
-    assert choice.mask == BlockMask()
-    assert fits(context.memory, choice.mask, request)
+    assert choice.plan == BlockMask()
+    assert fits(context.memory, choice.plan, request)
     assert choice.evaluations == 0
 
 
@@ -159,7 +159,7 @@ def test_costs_of_a_choice_are_counted(context):
         measure_choice(greedy, request, context.scorer),
         measure_choice(greedy, request, context.scorer),
     )
-    assert len(first.mask) == 2
+    assert len(first.plan) == 2
     assert first.evaluations == second.evaluations == 1 + 8 + 7  # dense, then two scans
     assert (
         measure_choice(make_baseline("one_shot", context), request, context.scorer).evaluations == 0
@@ -197,10 +197,10 @@ def test_on_a_real_model(real_context, name):
     request = Request.at_fraction(real_context.memory, 2, 16, 0.8)
     baseline = make_baseline(name, real_context)
     choice = measure_choice(baseline, request, real_context.scorer)
-    assert name != "dense" or not fits(real_context.memory, choice.mask, request)
+    assert name != "dense" or not fits(real_context.memory, choice.plan, request)
     assert choice.evaluations == 0 or name in SEARCHES
     if name in FITTING:
-        peak = real_context.memory.peak_bytes(choice.mask, request)
+        peak = real_context.memory.peak_bytes(choice.plan, request)
         assert peak <= request.budget_bytes
 
 
@@ -210,7 +210,7 @@ def test_a_warm_store_does_not_shorten_the_reported_search_cost(context):
         measure_choice(greedy, request, context.scorer),
         measure_choice(greedy, request, context.scorer),
     )
-    assert again.mask == first.mask
+    assert again.plan == first.plan
     assert first.decision_s < 1
     assert again.decision_s >= again.evaluations * context.scorer.evaluation_s
     assert (

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 
 from agents.baselines.base import CountingScorer, fits, measure_choice
-from agents.baselines.evolutionary import Evolution, EvolutionaryBaseline
+from agents.baselines.evolutionary import Evolution, EvolutionaryBaseline, mutated
 from rap_env.blocks import BlockMask
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, request_at
@@ -55,9 +56,9 @@ def test_keeps_its_budget_and_is_no_worse_than_its_start(large, shape, evaluatio
     starts = baseline._start_masks(request)[:evaluations]
     start = min(large.scorer.loss(mask) for mask in starts)
     choice = measure_choice(baseline, request, large.scorer)
-    assert fits(large.memory, choice.mask, request)
+    assert fits(large.memory, choice.plan, request)
     assert choice.evaluations <= evaluations
-    assert large.scorer.loss(choice.mask) <= start
+    assert large.scorer.loss(choice.plan) <= start
 
 
 def test_more_evaluations_find_better_masks(large):
@@ -88,14 +89,15 @@ def test_evaluations_count_stored_scores_too(large):
     assert first.evaluations == np.ceil(large.scorer.passes - before)
     assert first.decision_s < large.scorer.evaluation_s  # all of it was really run
     again = measure_choice(baseline, request, large.scorer)
-    assert (again.mask, again.evaluations) == (first.mask, first.evaluations)
+    assert (again.plan, again.evaluations) == (first.plan, first.evaluations)
     assert again.decision_s > large.scorer.evaluation_s
 
 
 def test_offspring_fit_the_budget_and_are_minimal(large):
     request = request_at(large, 8, 250, 0.7)
     baseline = EvolutionaryBaseline(large)
-    search = Evolution(large.memory, CountingScorer(large.scorer), request, 0, 500)
+    mutate = partial(mutated, large.memory, request)
+    search = Evolution(BlockMask(), mutate, CountingScorer(large.scorer), request, 0, 500)
     search.begin(baseline._start_masks(request))
     offspring = list(search._offspring(200))
     assert len(set(offspring)) == len(offspring) == 200
@@ -109,7 +111,7 @@ def test_the_search_ends_when_no_new_mask_is_left(small):
     # One attention block suffices and any does: few masks are near, and none is tried twice.
     dense = small.memory.dense_peak_bytes(1, 1)
     choice = measure_choice(EvolutionaryBaseline(small), Request(1, 1, dense - 900), small.scorer)
-    assert len(choice.mask) == 1
+    assert len(choice.plan) == 1
     assert choice.evaluations < 30
 
 

@@ -46,7 +46,7 @@ def test_shortgpt_follows_the_influence_of_layers(context):
     shortgpt = make_baseline("shortgpt", context)
     assert shortgpt.choose(needing(context, 100)) == layers(2)
     choice = measure_choice(shortgpt, needing(context, LAYER_BYTES + 1), context.scorer)
-    assert choice.mask == layers(2, 3)
+    assert choice.plan == layers(2, 3)
     assert (choice.evaluations, shortgpt.setup_evaluations) == (0, 1)
 
 

@@ -65,7 +65,7 @@ def test_beam_counts_every_mask_once():
     # The dense model, 8 blocks, then 7 more behind each of two blocks, one pair being the same.
     assert choice.evaluations == 1 + 8 + 7 + 7 - 1 == context.scorer.evaluations
     again = measure_choice(BeamBaseline(context, width=2), needing(context, 1500), context.scorer)
-    assert (again.mask, again.evaluations) == (choice.mask, choice.evaluations)
+    assert (again.plan, again.evaluations) == (choice.plan, choice.evaluations)
     assert again.decision_s > context.scorer.evaluation_s * again.evaluations
 
 
@@ -88,8 +88,8 @@ def test_a_wider_beam_scores_more(large, shape):
     narrow, wide = (
         measure_choice(BeamBaseline(large, width=width), request, large.scorer) for width in (1, 4)
     )
-    assert fits(large.memory, narrow.mask, request)
-    assert fits(large.memory, wide.mask, request)
+    assert fits(large.memory, narrow.plan, request)
+    assert fits(large.memory, wide.plan, request)
     assert narrow.evaluations < wide.evaluations <= 4 * narrow.evaluations
 
 
@@ -115,9 +115,9 @@ def test_swaps_keep_their_budget(large, extra):
         GreedySwapsBaseline(large, extra_evaluations=extra), request, large.scorer
     )
     assert choice.evaluations <= greedy.evaluations + extra
-    assert fits(large.memory, choice.mask, request)
+    assert fits(large.memory, choice.plan, request)
     if not extra:
-        assert (choice.mask, choice.evaluations) == (greedy.mask, greedy.evaluations)
+        assert (choice.plan, choice.evaluations) == (greedy.plan, greedy.evaluations)
 
 
 def test_swaps_count_what_greedy_scored_once(large):
@@ -140,9 +140,9 @@ def test_the_oracle_is_the_best_of_all_masks_of_a_real_model(real_context, shape
     request = Request.at_fraction(real_context.memory, *shape)
     masks = [m for m in all_masks(6) if fits(real_context.memory, m, request)]
     choice = measure_choice(make_baseline("oracle", real_context), request, real_context.scorer)
-    assert fits(real_context.memory, choice.mask, request)
+    assert fits(real_context.memory, choice.plan, request)
     assert choice.evaluations == len(masks)
-    assert real_context.scorer.nll(choice.mask) == min(map(real_context.scorer.nll, masks))
+    assert real_context.scorer.nll(choice.plan) == min(map(real_context.scorer.nll, masks))
 
 
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"oracle"}))
@@ -182,6 +182,6 @@ def test_sleb_measures_again_after_each_removal():
     sleb = make_baseline("sleb", context)
     assert sleb.choose(needing(context, 100)) == whole_layer(2)
     choice = measure_choice(sleb, needing(context, 4005), context.scorer)
-    assert choice.mask == whole_layer(1) | whole_layer(2)
+    assert choice.plan == whole_layer(1) | whole_layer(2)
     assert choice.evaluations == 4 + 3
     assert sleb.setup_evaluations == 0

@@ -135,5 +135,5 @@ def test_parts_are_distinguished():
 def test_rows_that_contradict_each_other_are_rejected():
     row = make_row("gsi", (1, 128), 0.9)
     assert len(Comparison([row, row]).rows) == 1
-    with pytest.raises(ArtifactError, match="have different masks"):
+    with pytest.raises(ArtifactError, match="have different masks or plans"):
         Comparison([row, make_row("gsi", (1, 128), 0.9, mask=["layer00.ffn"])])

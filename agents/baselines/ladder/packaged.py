@@ -1,0 +1,101 @@
+"""The packaged policy over masks, on a base whose caches are stored in fewer bits."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from agents.baselines.base import CountingScorer
+from agents.baselines.ladder.base import LadderBaseline
+from rap_env.blocks import BlockMask
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.levels import CacheLevel
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
+from rap_env.plan import CompressionPlan, only_mask
+from rap_env.policy import PlanPolicy
+from rap_env.request import Request
+from rap_env.runtime.policies import load_policy
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+_BASES = ("int8", "int4")
+
+
+class LoweredCacheMemory(MemoryModel):
+    """The byte arithmetic of a model all of whose caches have one level.
+
+    Args:
+        facts: The model's facts.
+        level: The level of its caches, other than native.
+    """
+
+    def __init__(self, facts: ModelFacts, level: CacheLevel) -> None:
+        super().__init__(facts)
+        self._level = level
+
+    def kv_bytes_by_layer(self, batch_size: int, seq_len_tokens: int) -> npt.NDArray[np.int64]:
+        """Bytes of each layer's cache at the level, shape (L,)."""
+        layers = range(self.facts.num_layers)
+        sizes = [self.cache_bytes(self._level, n, batch_size, seq_len_tokens) for n in layers]
+        return np.array(sizes, dtype=np.int64)
+
+    def kv_cache_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
+        """Bytes of all caches at the level."""
+        return int(self.kv_bytes_by_layer(batch_size, seq_len_tokens).sum())
+
+    def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
+        attention = self.attention_workspace_bytes(Request(batch_size, seq_len_tokens, 1))
+        return super()._workspace(batch_size, seq_len_tokens, any_ffn) + attention
+
+
+class MaskPolicyBaseline(LadderBaseline):
+    """The packaged policy of `RAPPrune-v0`, which removes blocks, on int8 caches.
+
+    The policy sees the bytes of the int8 caches. Where the request does not fit even with every
+    block removed, the caches are int4.
+
+    Args:
+        context: Memory model of the model.
+        item_bytes: The ladder with its bytes.
+        seed: Unused.
+        policy: A policy over masks, as `rap_env.runtime.policies.load_policy` takes it.
+
+    Raises:
+        ArtifactError: The policy is not for a model of this shape.
+    """
+
+    name = "rap-v0"
+
+    def __init__(
+        self,
+        context: PruningContext,
+        item_bytes: LadderBytes,
+        seed: int = 0,
+        policy: str = "rap",
+    ) -> None:
+        super().__init__(context, item_bytes, seed)
+        facts = self.memory.facts
+        self._bases: list[tuple[CompressionPlan, PlanPolicy, MemoryModel]] = []
+        for level in _BASES:
+            memory = LoweredCacheMemory(facts, CacheLevel.of(level))
+            base = CompressionPlan.uniform(facts.num_layers, caches=level)
+            self._bases.append((base, load_policy(policy, memory), memory))
+
+    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+        if self._native_fits(request):
+            return CompressionPlan()
+        for base, policy, memory in self._bases:
+            if memory.least_peak_bytes(request) <= request.budget_bytes:
+                mask = only_mask(policy.choose(request), "The policy must choose masks.")
+                return base.without(mask)
+        return self._smallest
+
+    @cached_property
+    def _smallest(self) -> CompressionPlan:
+        base, *_ = self._bases[-1]
+        return base.without(BlockMask.all_of(self.memory.facts.blocks))

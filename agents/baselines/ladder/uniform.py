@@ -1,0 +1,137 @@
+"""Uniform settings, as llama.cpp has them: one level for all weights, one for all caches."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agents.baselines.base import CountingScorer
+from agents.baselines.ladder.base import LadderBaseline
+from rap_env.blocks import BlockMask
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+_KINDS = {"attn": "weights", "ffn": "weights", "cache": "caches", "embeddings": "embeddings"}
+
+
+@dataclass(frozen=True)
+class UniformSetting:
+    """A uniform plan, with whole blocks removed.
+
+    Attributes:
+        places: Places of its levels of weights, caches and embeddings among those of the ladder
+            (0 is native), and the number of removed blocks.
+        least_delta_nll: ΔNLL of the removed blocks alone, nats per token.
+    """
+
+    plan: CompressionPlan
+    places: tuple[int, int, int, int]
+    least_delta_nll: float
+
+    def dominates(self, other: UniformSetting) -> bool:
+        """Whether no level is below the other's and no more blocks are removed."""
+        pairs = zip(self.places, other.places, strict=True)
+        return self != other and all(own <= theirs for own, theirs in pairs)
+
+
+class UniformBaseline(LadderBaseline):
+    """Chooses one level each for all weights, all caches and embeddings, then removes blocks.
+
+    Blocks are removed in the GSI order over blocks. Of all settings that fit, it chooses the one
+    with the least NLL on the calibration text. Each combination of levels is tried with the fewest
+    removed blocks that fit. Two kinds of settings are not measured, because they cannot be the
+    best: those that are nowhere above another one that fits, and those whose removed blocks alone
+    lose more than the best measured setting.
+    """
+
+    name = "uniform"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        self._order, self._rises = self._removal_order(context)
+        self._levels = self._uniform_levels()
+
+    def settings(self, request: Request) -> list[UniformSetting]:
+        """The settings that fit and may be the best, those with the least known ΔNLL first."""
+        found = [one for levels in self._levels if (one := self._fitting(*levels, request))]
+        kept = [one for one in found if not any(other.dominates(one) for other in found)]
+        return sorted(kept, key=lambda one: (one.least_delta_nll, one.places))
+
+    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+        if self._native_fits(request):
+            return CompressionPlan()
+        settings = self.settings(request)
+        if not settings:
+            return self.ladder.plan(self.costs(request).lowest.tolist())
+        best, best_nll = settings[0].plan, float("inf")
+        for setting in settings:
+            if setting.least_delta_nll >= best_nll - self._native_nll:
+                break
+            nll = scores.nll(setting.plan)
+            if nll < best_nll:
+                best, best_nll = setting.plan, nll
+        return best
+
+    def _removal_order(self, context: PruningContext) -> tuple[list[str], list[float]]:
+        """The blocks in the order of removal, and the ΔNLL without the first 0, 1, 2 ... of them.
+
+        Where GSI stopped early, that of its last removal is repeated.
+        """
+        items = self.ladder.items
+        removable = {item.name for item in items if "removed" in item.levels}
+        masks = LadderBytes(self.memory, Ladder.of(self.memory.facts, "masks"))
+        profile = context.item_gsi(masks)
+        self.setup_evaluations = profile.evaluations
+        self._native_nll = profile.native_nll
+        steps = profile.order(context.level_costs(()), masks).steps
+        order = [masks.ladder.items[item].name for item, _ in steps]
+        rises = [nll - profile.native_nll for nll in profile.nll_after]
+        rises += [max(rises, default=0.0)] * (len(order) - len(rises))
+        kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
+        return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
+
+    def _uniform_levels(self) -> list[tuple[CompressionPlan, tuple[int, int, int]]]:
+        """Each combination of levels of weights, caches and embeddings, with their places."""
+        chains: dict[str, list[str]] = {kind: ["native"] for kind in _KINDS.values()}
+        for item in self.ladder.items:
+            chain = chains[_KINDS[item.kind]]
+            chain += [n for n in item.levels if n != "removed" and n not in chain]
+        weights, caches, embeddings = chains.values()
+        places = itertools.product(*map(range, map(len, (weights, caches, embeddings))))
+        return [
+            (self._uniform(weights[w], caches[c], embeddings[e]), (w, c, e)) for w, c, e in places
+        ]
+
+    def _uniform(self, weights: str, caches: str, embeddings: str) -> CompressionPlan:
+        """The plan in which every item that has the level of its kind is at it."""
+        wanted = {"weights": weights, "caches": caches, "embeddings": embeddings}
+        levels = {item.name: wanted[_KINDS[item.kind]] for item in self.ladder.items}
+        known = {item.name: item.levels for item in self.ladder.items}
+        return CompressionPlan.of({name: n for name, n in levels.items() if n in known[name]})
+
+    def _fitting(
+        self, plan: CompressionPlan, places: tuple[int, int, int], request: Request
+    ) -> UniformSetting | None:
+        """The setting with the fewest removed blocks that fits; None if there is none."""
+        low, high = 0, len(self._order)
+        if self._peak_bytes(plan, high, request) > request.budget_bytes:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self._peak_bytes(plan, middle, request) <= request.budget_bytes:
+                high = middle
+            else:
+                low = middle + 1
+        return UniformSetting(self._without(plan, low), (*places, low), self._rises[low])
+
+    def _peak_bytes(self, plan: CompressionPlan, removed: int, request: Request) -> int:
+        return self.memory.peak_bytes(self._without(plan, removed), request)
+
+    def _without(self, plan: CompressionPlan, removed: int) -> CompressionPlan:
+        return plan.without(BlockMask.of(*self._order[:removed]))

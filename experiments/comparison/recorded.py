@@ -1,0 +1,64 @@
+"""Plans of earlier results, to be measured again on another text or on tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison.records import ResultRow, read_rows
+from experiments.errors import ExperimentError
+from rap_env.artifacts import digest
+
+_MEASURED = ("report_text", "report_sha256", "tasks")
+"""What the losses and accuracies of a row depend on, and its choice does not."""
+
+_EQUAL = {
+    "model_fingerprint": "model",
+    "dtype": "dtype",
+    "repair": "stubs",
+    "calibration_sha256": "calibration text",
+}
+"""What must not differ: peaks and the choices themselves depend on it."""
+
+
+def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[ResultRow]:
+    """Read the rows of earlier results, each once.
+
+    Args:
+        paths: Files, or folders with ``results.jsonl`` at any depth.
+        depends_on: What the new rows depend on.
+
+    Raises:
+        ExperimentError: There are no rows, or they are of another model or calibration text: the
+            new report text is only known to share nothing with the configured one.
+        ArtifactError: A record is damaged.
+    """
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        found = [path] if path.is_file() else sorted(path.rglob("results.jsonl"))
+        files |= dict.fromkeys(file.resolve() for file in found)
+    rows = {row.key: row for file in files for row in read_rows(file)}
+    if not rows:
+        raise ExperimentError(
+            f"There are no results in {', '.join(paths)}; evaluate.plans names folders or files "
+            "that experiments.evaluate wrote."
+        )
+    for row in rows.values():
+        recorded = row.provenance.get("depends_on", {})
+        for key, words in _EQUAL.items():
+            if recorded.get(key) != depends_on.get(key):
+                raise ExperimentError(
+                    f"The recorded plans of {row.method} were chosen with another {words} "
+                    f"({str(recorded.get(key))[:12]} instead of {str(depends_on.get(key))[:12]}); "
+                    "give the settings of that evaluation, apart from evaluate.text and "
+                    "evaluate.tasks."
+                )
+    return list(rows.values())
+
+
+def again_depends_on(row: ResultRow, depends_on: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recorded plan's new row depends on: the recorded choice, the new text."""
+    measured = {key: depends_on[key] for key in _MEASURED}
+    plan = digest(row.plan.to_json())
+    return {**row.provenance.get("depends_on", {}), **measured, "plan": plan}
