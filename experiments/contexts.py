@@ -32,6 +32,7 @@ DECISIONS_FILE = "decisions.jsonl"
 NEEDS_MODEL = {
     "profile": "measures the importance of its blocks",
     "evaluate": "scores masks on text that no table contains",
+    "tight_grid": "scores uniform settings",
     "demo": "starts with its profile",
     "export_scores": "measures it",
     "repair": "fits stubs to its hidden states",

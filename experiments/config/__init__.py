@@ -14,7 +14,12 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import Count, Section, TextConfig
-from experiments.config.evaluation import EvaluateConfig, LevelsConfig, ReportConfig
+from experiments.config.evaluation import (
+    EvaluateConfig,
+    LevelsConfig,
+    ReportConfig,
+    TightGridConfig,
+)
 from experiments.config.ladder import LadderConfig
 from experiments.config.long_context import LongContextConfig
 from experiments.config.model import (
@@ -72,6 +77,7 @@ class Config(Section):
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
     overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)

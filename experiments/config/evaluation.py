@@ -15,11 +15,13 @@ from experiments.config.common import (
     Fraction,
     Pinned,
     PinnedText,
+    Positive,
     Section,
     ShapeText,
     TasksConfig,
     TextConfig,
     among,
+    distinct,
     parse_cell,
     parse_pinned,
     parse_shape,
@@ -94,6 +96,28 @@ class EvaluateConfig(Section):
     def outside_cells(self) -> list[Cell]:
         """The cells outside the training range, parsed."""
         return [parse_cell(text) for text in self.outside]
+
+
+@dataclass
+class TightGridConfig(Section):
+    """Budgets in bytes at which uniform settings lose given amounts."""
+
+    section = "tight_grid"
+    requests: Annotated[list[ShapeText], distinct] = field(
+        default_factory=lambda: ["1x128", "4x512", "4x2048", "8x2048", "16x4096"]
+    )
+    """Batch size x sequence length in tokens."""
+    losses: Annotated[list[Positive], distinct] = field(
+        default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+    )
+    """ΔNLL of the best uniform setting on the calibration text, nats per token."""
+    out: str = "conf/grid/tight.yaml"
+    """File to write."""
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The requests as (batch size, sequence length in tokens)."""
+        return [parse_shape(text) for text in self.requests]
 
 
 @dataclass

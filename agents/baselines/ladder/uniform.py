@@ -63,9 +63,17 @@ class UniformBaseline(LadderBaseline):
         kept = [one for one in found if not any(other.dominates(one) for other in found)]
         return sorted(kept, key=lambda one: (one.least_delta_nll, one.places))
 
+    def all_peak_bytes(self, shape: tuple[int, int]) -> list[int]:
+        """Distinct peak bytes of every setting for a batch size and length, from large to small."""
+        request, counts = Request(*shape, budget_bytes=1), range(len(self._order) + 1)
+        pairs = itertools.product((plan for plan, _ in self._levels), counts)
+        return sorted({self._peak_bytes(*pair, request) for pair in pairs}, reverse=True)
+
     def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
-        if self._native_fits(request):
-            return CompressionPlan()
+        return CompressionPlan() if self._native_fits(request) else self.best(request, scores)
+
+    def best(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+        """The setting with the least NLL of those that fit."""
         settings = self.settings(request)
         if not settings:
             return self.ladder.plan(self.costs(request).lowest.tolist())

@@ -1,0 +1,170 @@
+"""``python -m experiments.tight_grid``: pin budgets at which uniform settings lose given amounts.
+
+Budgets as shares of a model's memory are easy for one request and impossible for another. Here a
+budget is what the best uniform setting (`agents.baselines.ladder.uniform`) needs that loses about
+0.05, 0.1 ... nats per token on the calibration text. The setting fits its budget exactly, so it
+wastes no byte. The budgets are written once, in bytes, for ``evaluate.pinned``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from agents.baselines.base import CountingScorer
+from agents.baselines.ladder.uniform import UniformBaseline
+from experiments.comparison.run_folder import RunFolder
+from experiments.config import Config
+from experiments.config.common import Pinned
+from experiments.console import say
+from experiments.contexts import build_context, ladder_bytes
+from experiments.errors import ExperimentError
+from experiments.launch import launch
+from rap_env.artifacts import atomic_write
+from rap_env.llm.progress import progress_bar
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+
+log = logging.getLogger(__name__)
+
+HEADER = """\
+# @package _global_
+# Budgets in bytes at which the best uniform setting loses about the ΔNLL behind ~ (nats per token,
+# on the calibration text). Written by
+#   python -m experiments.tight_grid experiment=tight
+# Model {model} ({dtype}, weights {weights}); calibration text {text}.
+# Behind each budget: what the setting loses there, and the setting.
+evaluate:
+  pinned:
+"""
+
+_NEIGHBOURS = 3  # budgets whose losses are compared with the wanted one
+_LEAST_DELTA_NLL = 1e-6  # noise may make a lowered level better than the native one
+
+
+@dataclass(frozen=True)
+class TightBudget:
+    """A budget that the best uniform setting needs.
+
+    Attributes:
+        pinned: The request, the budget and the ΔNLL that was asked for.
+        delta_nll: ΔNLL of the setting on the calibration text, nats per token.
+        plan: The setting.
+    """
+
+    pinned: Pinned
+    delta_nll: float
+    plan: CompressionPlan
+
+    @property
+    def line(self) -> str:
+        """The budget as an entry of ``evaluate.pinned``, with a comment."""
+        caches = next((level.name for _, level in self.plan.caches), "native")
+        setting = (
+            f"caches {caches}, embeddings {self.plan.embeddings}, "
+            f"{len(self.plan.removed)} blocks removed"
+        )
+        return f"    - {self.pinned}   # {self.delta_nll:.4f}: {setting}"
+
+
+def tight_grid(config: Config, folder: Path) -> Path:
+    """Find the budgets and write them as a fragment of settings.
+
+    Returns:
+        The path of the fragment.
+
+    Raises:
+        ExperimentError: The settings are for an environment of masks, or a request has too few
+            uniform settings.
+    """
+    if not config.env.lowers:
+        raise ExperimentError("The tight grid is for methods that choose plans; give env=ladder.")
+    settings, run, started = config.tight_grid, RunFolder(folder), time.monotonic()
+    run.start(config)
+    context = build_context(config)
+    item_bytes = ladder_bytes(config, context)
+    assert item_bytes is not None
+    baseline = UniformBaseline(context, item_bytes)
+    found: list[TightBudget] = []
+    shapes = progress_bar(config.progress, settings.shapes, desc="tight grid", unit="request")
+    for shape in shapes:
+        found += tight_budgets(baseline, shape, settings.losses)
+        for budget in found[-len(settings.losses) :]:
+            log.info("%s", budget.line.strip("- "))
+    facts, text = context.memory.facts, context.corpus.provenance
+    head = HEADER.format(
+        model=config.model.name,
+        dtype=facts.dtype,
+        weights=config.model.weights,
+        text=f"{text['source']}, {text['windows']} x {text['window_tokens']} tokens, "
+        f"seed {text['seed']}, SHA-256 {context.corpus.sha256[:12]}",
+    )
+    path = Path(settings.out)
+    with atomic_write(path) as file:
+        file.write((head + "\n".join(budget.line for budget in found) + "\n").encode())
+    run.finish(
+        started, evaluations=context.scorer.known, evaluations_run=context.scorer.evaluations
+    )
+    say(f"{len(found)} budgets are in {path}.")
+    return path
+
+
+def tight_budgets(
+    baseline: UniformBaseline, shape: tuple[int, int], losses: Sequence[float]
+) -> list[TightBudget]:
+    """Return a budget for each loss, from loose to tight.
+
+    Args:
+        baseline: Chooses the best uniform setting for a request.
+        shape: Batch size and sequence length in tokens.
+        losses: ΔNLL that the setting shall have, nats per token.
+
+    Raises:
+        ExperimentError: There are too few settings for different budgets.
+    """
+    sizes, scorer = baseline.all_peak_bytes(shape), baseline.scorer
+    scores = CountingScorer(scorer)
+
+    @cache
+    def at(number: int) -> TightBudget:
+        request = Request(*shape, budget_bytes=sizes[number])
+        plan = baseline.best(request, scores)
+        delta_nll = scorer.nll(plan) - scorer.dense_nll
+        pinned = Pinned(shape, baseline.memory.peak_bytes(plan, request))
+        return TightBudget(pinned, delta_nll, plan)
+
+    def delta_nll(number: int) -> float:
+        return max(at(number).delta_nll, _LEAST_DELTA_NLL)
+
+    found: list[TightBudget] = []
+    for loss in sorted(losses):
+        first = bisect.bisect_left(range(len(sizes)), loss, key=delta_nll)
+        fresh = itertools.islice(
+            (
+                number
+                for number in range(max(0, first - 1), len(sizes))
+                if not found or at(number).pinned.budget_bytes < found[-1].pinned.budget_bytes
+            ),
+            _NEIGHBOURS,
+        )
+        nearest = min(fresh, key=lambda n: abs(math.log(delta_nll(n) / loss)), default=None)
+        if nearest is None:
+            raise ExperimentError(
+                f"Uniform settings for {shape[0]} x {shape[1]} tokens are too few for a budget of "
+                f"its own at a loss of {loss:g}; give fewer losses in tight_grid.losses."
+            )
+        one = at(nearest)
+        pinned = Pinned(shape, one.pinned.budget_bytes, loss)
+        found.append(TightBudget(pinned, one.delta_nll, one.plan))
+    return found
+
+
+if __name__ == "__main__":
+    launch("tight_grid", tight_grid)

@@ -1,0 +1,91 @@
+"""Budgets at which uniform settings lose given amounts, found on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from agents.baselines.base import CountingScorer
+from agents.baselines.ladder.uniform import UniformBaseline
+from experiments.config import Config
+from experiments.config.common import TextConfig, parse_pinned
+from experiments.config.evaluation import EvaluateConfig, TightGridConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import EnvConfig
+from experiments.contexts import build_context, ladder_bytes
+from experiments.errors import ExperimentError
+from experiments.tight_grid import tight_budgets, tight_grid
+from rap_env.request import Request
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LEVELS = {"weights": ["int8", "int4", "removed"], "caches": ["int8", "int4"]}
+SHAPES = ((1, 16), (4, 60))
+LOSSES = [0.06, 0.15, 0.3]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.mktemp("tight")
+    tiny_model(layers=4).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="tight_grid", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            calibration=TextConfig(source="self", windows=2, window_tokens=48),
+            importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
+            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int8"]),
+            tight_grid=TightGridConfig(
+                requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES,
+                out=str(base / "tight.yaml"),
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def baseline(config):
+    context = build_context(config)
+    return UniformBaseline(context, ladder_bytes(config, context))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_best_setting_needs_all_of_its_budget_and_no_other_is_nearer(baseline, shape):
+    found = tight_budgets(baseline, shape, LOSSES)
+    assert [one.pinned.target_delta_nll for one in found] == LOSSES
+    budgets = [one.pinned.budget_bytes for one in found]
+    assert budgets == sorted(set(budgets), reverse=True)
+    scorer, scores = baseline.scorer, CountingScorer(baseline.scorer)
+    every = []
+    for size in baseline.all_peak_bytes(shape):
+        plan = baseline.best(Request(*shape, budget_bytes=size), scores)
+        every.append(scorer.nll(plan) - scorer.dense_nll)
+    for one in found:
+        request = Request(*shape, budget_bytes=one.pinned.budget_bytes)
+        assert baseline.memory.peak_bytes(one.plan, request) == request.budget_bytes
+        assert baseline.best(request, scores) == one.plan
+        assert one.delta_nll in [pytest.approx(loss) for loss in every]
+
+
+def test_the_fragment_is_read_by_the_evaluation(config):
+    path = tight_grid(config, config.stage_dir("tight_grid"))
+    text = path.read_text()
+    assert "python -m experiments.tight_grid experiment=tight" in text
+    assert text.startswith("# @package _global_\n")
+    pinned = yaml.safe_load(text)["evaluate"]["pinned"]
+    assert len(pinned) == len(SHAPES) * len(LOSSES)
+    cells = EvaluateConfig(requests=[], budgets=[], pinned=pinned).pinned_cells
+    assert [cell.shape for cell in cells] == [shape for shape in SHAPES for _ in LOSSES]
+    assert [str(parse_pinned(text)) for text in pinned] == pinned
+    before = path.read_bytes()
+    assert tight_grid(config, config.stage_dir("tight_grid")).read_bytes() == before
+
+
+def test_too_few_settings_and_masks_are_rejected(config, baseline, tmp_path):
+    with pytest.raises(ExperimentError, match="too few for a budget of its own"):
+        tight_budgets(baseline, SHAPES[0], [0.15 + number * 1e-9 for number in range(40)])
+    with pytest.raises(ExperimentError, match="give env=ladder"):
+        tight_grid(replace(config, env=EnvConfig()), tmp_path)
