@@ -66,6 +66,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "repair.md", repair_markdown())
     _write(folder / "ladder.md", ladder_markdown())
     draw_ladder(folder)
+    write_long_context(folder)
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
@@ -148,6 +149,18 @@ def draw_ladder(folder: Path) -> None:
             figure.savefig(folder / LADDER_FIGURE, dpi=PNG_DPI)
         shown = f"```{{image}} _generated/{LADDER_FIGURE}\n:alt: Loss against bytes\n```\n"
     _write(folder / "ladder_figure.md", shown)
+
+
+def write_long_context(folder: Path) -> None:
+    """Write the tables and the picture of recall and loss over the length of the context."""
+    from experiments.long_context.figures import save_figure
+    from experiments.long_context.tables import Curves, long_context_markdown
+
+    found, shown = Curves.read(RESULTS / "long_context"), "No records.\n"
+    if found:
+        save_figure(found, folder / "long_context.png")
+        shown = long_context_markdown(found).partition("\n")[2]
+    _write(folder / "long_context.md", shown)
 
 
 def ladder_results() -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.comparison.plotting import FAINT, panels, style
+from experiments.comparison.plotting import FAINT, PNG_DPI, panels, style
 from experiments.long_context.records import ANSWERS, NATIVE, POSITIONS
 from experiments.long_context.tables import Curves, title_of
+from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +16,13 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#1F2328", "#2F6DB5", "#C8324B", "#E0812F", "#8E4FA8", "#00707F", "#2FA52F", "#6B7178")
 _MARKERS = "osD^vPX*"
+
+
+def save_figure(found: Curves, path: Path) -> None:
+    """Draw `over_length` in its wide form into a PNG file."""
+    figure = over_length(found, narrow=False)
+    with style(), atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=PNG_DPI)
 
 
 def over_length(found: Curves, narrow: bool) -> Figure:

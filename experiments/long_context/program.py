@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context
 from experiments.long_context.documents import AnswerLoss, PositionLoss
+from experiments.long_context.figures import save_figure
 from experiments.long_context.plans import plan_sources
 from experiments.long_context.records import (
     ANSWERS,
@@ -37,6 +39,7 @@ from rap_env.scoring.long_context_tasks import LongContextTask
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
 FROZEN = ("model",)
+FIGURE_FILE = "long_context.png"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def long_context(config: Config, folder: Path) -> Path:
     """Measure all plans on all tasks and documents; existing rows are not measured again.
 
     Returns:
-        The run folder, with ``tasks.jsonl`` and ``losses.jsonl``.
+        The run folder, with ``tasks.jsonl``, ``losses.jsonl``, ``tables.md`` and a figure.
     """
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=FROZEN)
@@ -99,7 +102,10 @@ def long_context(config: Config, folder: Path) -> Path:
     for item in progress_bar(config.progress, wanted, desc="long context", unit="row"):
         rows[item.file].append(files[item.file].get(item.key, item.compute))
     run.finish(started, rows=len(wanted))
-    publish(folder, Curves(rows[TASKS_FILE], rows[LOSSES_FILE]))
+    found = Curves(rows[TASKS_FILE], rows[LOSSES_FILE])
+    publish(folder, found)
+    if find_spec("matplotlib") is not None:  # an extra, and the tables say the same
+        save_figure(found, folder / FIGURE_FILE)
     say(f"{len(wanted)} records in {folder}.")
     return folder
 

@@ -38,7 +38,7 @@ TINY = {
                  "evaluate.baselines=[gsi,random]"),
     "export_policy": (),
     "export_scores": (*_TEXT, "export.masks=150"),
-    "ladder": (), "ladder.llama_cpp": (), "ladder.shipped": (),
+    "ladder": (), "ladder.llama_cpp": (), "ladder.shipped": (), "long_context": (),
     "profile": (*_TEXT, *_GSI),
     "repair": (*_TEXT, *_GSI, "stubs.distill_steps=2", "evaluate.tasks.names=[]",
                "stubs.fit_texts.self.windows=2", "stubs.fit_texts.self.window_tokens=16",

@@ -166,6 +166,7 @@ def test_a_resumed_run_measures_only_what_is_missing(found, config, capsys):
 def test_tables_and_figures_name_every_plan(found, config):
     text = long_context_markdown(found)
     assert text == (config.stage_dir("long_context") / "tables.md").read_text()
+    assert (config.stage_dir("long_context") / "long_context.png").stat().st_size > 10_000
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles[:3] == ["## Loss and recall", "## Recall", "## Most common words"]
     assert all(text.count(f"| {plan} |") >= 5 for plan in found.plans if plan != "native")
