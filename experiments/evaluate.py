@@ -109,8 +109,13 @@ class Evaluator:
     def losses(self, plan: MaskOrPlan) -> dict[str, Any]:
         """Return the fields of a row that are measured on the report text and on tasks."""
         delta_nll = self.report.window_nll(plan) - self.report.window_nll(BlockMask())
-        accuracies = self.tasks.accuracies(plan) if self.tasks else {}
-        return {**delta_nll_fields(delta_nll), "accuracies": accuracies}
+        fields = {**delta_nll_fields(delta_nll), "accuracies": {}}
+        if self.tasks is not None:
+            results = self.tasks.results(plan)
+            fields["accuracies"] = self.tasks.accuracies(plan)
+            fields["accuracies_norm"] = self.tasks.accuracies(plan, "acc_norm")
+            fields["task_documents"] = {name: r.documents for name, r in results.items()}
+        return fields
 
     def provenance(self, method: Method) -> dict[str, Any]:
         """Return what a row depends on; the entry ``method`` is specific to the method."""

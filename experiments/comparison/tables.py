@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from experiments.comparison.formatting import (
     Table,
@@ -225,11 +225,17 @@ def budget_words(comparison: Comparison) -> str:
 
 
 def accuracy_table(comparison: Comparison) -> Table | None:
-    """Return the accuracy of each task over the grid, dense first, chance last; None without."""
+    """Return the accuracies of each task over the grid, dense first, chance last; None without.
+
+    Tasks have a column for ``acc`` and, if it was measured, one for ``acc_norm``. The mean is that
+    of ``acc``.
+    """
     tasks = sorted({task for row in comparison.rows for task in row.accuracies})
     if not tasks:
         return None
-    header = ["Method", *tasks, "mean"]
+    normed = {task for row in comparison.rows for task in row.accuracies_norm}
+    columns = [(t, m) for t in tasks for m in ("acc", "acc_norm") if m == "acc" or t in normed]
+    names = [f"{task} {metric}" if normed else task for task, metric in columns]
     rows = []
     dense = [REFERENCE] if REFERENCE in comparison.methods else []
     for method in [*dense, *[s.method for s in comparison.summaries]]:
@@ -237,14 +243,26 @@ def accuracy_table(comparison: Comparison) -> Table | None:
         if method != REFERENCE:
             found = [row for row in found if row.cell in comparison.cells]
         if found:
-            means = [sum(row.accuracies[t] for row in found) / len(found) for t in tasks]
-            cells = [percent(mean) for mean in [*means, sum(means) / len(means)]]
-            rows.append([look(method).label, *cells])
+            means = [_mean_accuracy(found, *column) for column in columns]
+            whole = _mean([_mean_accuracy(found, task, "acc") for task in tasks])
+            rows.append([look(method).label, *map(percent, means), percent(whole)])
     chance = comparison.rows[0].provenance.get("depends_on", {}).get("tasks", {}).get("chance")
     if chance and set(tasks) <= set(chance):
-        means = [chance[task] for task in tasks]
-        rows.append(["Guessing", *map(percent, [*means, sum(means) / len(means)])])
-    return header, rows
+        guesses = [chance[task] for task, _ in columns]
+        whole = _mean([chance[task] for task in tasks])
+        rows.append(["Guessing", *map(percent, guesses), percent(whole)])
+    return ["Method", *names, "mean acc" if normed else "mean"], rows
+
+
+def _mean_accuracy(rows: Sequence[ResultRow], task: str, metric: str) -> float | None:
+    """Mean over rows of an accuracy of a task; None if no row has it."""
+    by_row = (row.accuracies if metric == "acc" else row.accuracies_norm for row in rows)
+    return _mean([accuracies[task] for accuracies in by_row if task in accuracies])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def terminal_text(comparison: Comparison) -> str:

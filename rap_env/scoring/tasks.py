@@ -169,17 +169,22 @@ class TaskScorer:
         """The kind of each document of a generated task, in the order of the results."""
         return self._members[name].kinds()
 
-    def accuracies(self, plan: MaskOrPlan) -> dict[str, float]:
+    def accuracies(self, plan: MaskOrPlan, metric: str = "acc") -> dict[str, float]:
         """Accuracy by task under a mask or plan, each in [0, 1].
 
-        Tasks without an accuracy (wikitext) are left out; `results` has their metrics.
+        Tasks without it (wikitext has none) are left out; `results` has all their metrics.
+
+        Args:
+            plan: The mask or plan.
+            metric: ``acc``, or ``acc_norm``: with the likelihood of each choice divided by its
+                length in bytes, for tasks whose choices are whole answers.
 
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
         results = self.results(plan)
-        return {n: r.metrics["acc"] for n, r in results.items() if "acc" in r.metrics}
+        return {n: r.metrics[metric] for n, r in results.items() if metric in r.metrics}
 
     def mean_accuracy(self, plan: MaskOrPlan) -> float:
         """Mean of the tasks' accuracies under a mask or plan.

@@ -109,6 +109,14 @@ def test_accuracies_start_with_the_dense_model(comparison):
     assert rows[-1] == ["Guessing", "50.0 %", "25.0 %", "37.5 %"]
 
 
+def test_acc_and_acc_norm_have_columns_of_their_own():
+    given = {"accuracies": {"one": 0.5, "two": 0.3}, "accuracies_norm": {"one": 0.75}}
+    rows = [make_row(m, (1, 128), 0.9, **given) for m in ("dense", "gsi")]
+    header, lines = accuracy_table(Comparison(rows))
+    assert header == ["Method", "one acc", "one acc_norm", "two acc", "mean acc"]
+    assert lines[1][1:] == ["50.0 %", "75.0 %", "30.0 %", "40.0 %"]
+
+
 def test_without_tasks_there_is_no_accuracy():
     rows = [make_row(m, (1, 128), 0.9, accuracies={}) for m in ("dense", "gsi", "one_shot")]
     found = Comparison(rows)

@@ -19,6 +19,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.plan import CompressionPlan
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.store import ScoreStore
 from tests.scoring.local_tasks import ROWS, write_task
@@ -185,6 +186,19 @@ def test_accuracies_are_means_of_right_documents(llm):
     assert scorer.mean_accuracy(SOME) == pytest.approx(np.mean(list(accuracies.values())))
     assert scorer.dense_accuracies == scorer.accuracies(BlockMask())
     assert scorer.chance == {"rap_minimal_pairs": 0.5, "rap_recall": 0.25, "rap_choice": 0.25}
+
+
+def test_acc_norm_is_there_where_lm_eval_has_it(tmp_path, llm):
+    names = ("arc_easy", "piqa", "hellaswag", "lambada_openai", "boolq")
+    for name in names:
+        write_task(tmp_path, name)
+    scorer = TaskScorer(llm, TaskConfig(names, data_root=str(tmp_path)))
+    plan = CompressionPlan.uniform(2, caches="int4")
+    results = scorer.results(plan)
+    assert set(scorer.accuracies(plan)) == set(names)
+    normed = scorer.accuracies(plan, "acc_norm")
+    assert set(normed) == {"arc_easy", "piqa", "hellaswag"}
+    assert normed == {name: results[name].metrics["acc_norm"] for name in normed}
 
 
 def test_a_group_is_the_mean_of_its_members(tmp_path, llm):

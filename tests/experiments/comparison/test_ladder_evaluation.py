@@ -143,7 +143,8 @@ def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
         kept = ("levels", "evaluations", "decision_s", "loss_calibration", "target_loss", "fits")
         assert [getattr(row, name) for name in kept] == [getattr(first, name) for name in kept]
         assert len(row.window_losses) == 4
-        assert set(row.accuracies) == {"rap_choice"}
+        assert set(row.accuracies) == set(row.task_documents) == {"rap_choice"}
+        assert row.accuracies_norm == {}  # generated tasks have none
         depends = row.provenance["depends_on"]
         assert depends["report_sha256"] != first.provenance["depends_on"]["report_sha256"]
         assert depends["method"] == first.provenance["depends_on"]["method"]
