@@ -159,7 +159,11 @@ def write_long_context(folder: Path) -> None:
     found, shown = Curves.read(RESULTS / "long_context"), "No records.\n"
     if found:
         save_figure(found, folder / "long_context.png")
-        shown = long_context_markdown(found).partition("\n")[2]
+        figure = (
+            "```{image} ../_generated/long_context.png\n"
+            ":alt: Right answers, loss by position and loss of answers over the length\n```\n"
+        )
+        shown = figure + long_context_markdown(found).partition("\n")[2]
     _write(folder / "long_context.md", shown)
 
 
