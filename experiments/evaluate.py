@@ -109,7 +109,7 @@ class Evaluator:
     def losses(self, plan: MaskOrPlan) -> dict[str, Any]:
         """Return the fields of a row that are measured on the report text and on tasks."""
         delta_nll = self.report.window_nll(plan) - self.report.window_nll(BlockMask())
-        fields = {**delta_nll_fields(delta_nll), "accuracies": {}}
+        fields: dict[str, Any] = {**delta_nll_fields(delta_nll), "accuracies": {}}
         if self.tasks is not None:
             results = self.tasks.results(plan)
             fields["accuracies"] = self.tasks.accuracies(plan)

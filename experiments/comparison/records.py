@@ -291,8 +291,8 @@ class ResultRow(CellRecord):
         target_loss: ΔNLL that the cell's budget stands for, nats per token; None if it stands for
             none.
         accuracies_norm: lm-eval's ``acc_norm`` of the tasks that have it, as `accuracies` is
-            ``acc``; empty in older records.
-        task_documents: Number of documents of each task; empty in older records.
+            ``acc``; None in older records.
+        task_documents: Number of documents of each task; None in older records.
     """
 
     method: str
@@ -321,8 +321,8 @@ class ResultRow(CellRecord):
     training_s: float | None = None
     levels: dict[str, str] | None = None
     target_loss: float | None = None
-    accuracies_norm: dict[str, float] = field(default_factory=dict)
-    task_documents: dict[str, int] = field(default_factory=dict)
+    accuracies_norm: dict[str, float] | None = None
+    task_documents: dict[str, int] | None = None
 
     record_name = "A result record"
     rerun = "run the evaluation again"

@@ -233,7 +233,7 @@ def accuracy_table(comparison: Comparison) -> Table | None:
     tasks = sorted({task for row in comparison.rows for task in row.accuracies})
     if not tasks:
         return None
-    normed = {task for row in comparison.rows for task in row.accuracies_norm}
+    normed = {task for row in comparison.rows for task in row.accuracies_norm or {}}
     columns = [(t, m) for t in tasks for m in ("acc", "acc_norm") if m == "acc" or t in normed]
     names = [f"{task} {metric}" if normed else task for task, metric in columns]
     rows = []
@@ -256,7 +256,7 @@ def accuracy_table(comparison: Comparison) -> Table | None:
 
 def _mean_accuracy(rows: Sequence[ResultRow], task: str, metric: str) -> float | None:
     """Mean over rows of an accuracy of a task; None if no row has it."""
-    by_row = (row.accuracies if metric == "acc" else row.accuracies_norm for row in rows)
+    by_row = [row.accuracies if metric == "acc" else row.accuracies_norm or {} for row in rows]
     return _mean([accuracies[task] for accuracies in by_row if task in accuracies])
 
 

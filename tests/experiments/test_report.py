@@ -11,7 +11,7 @@ import pytest
 from experiments.comparison.figures import delta_nll_against_budget
 from experiments.comparison.formatting import look
 from experiments.comparison.loading import gather
-from experiments.comparison.records import append_record
+from experiments.comparison.records import ResultRow, append_record
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     accuracy_table,
@@ -235,3 +235,12 @@ def test_every_method_has_a_distinct_colour():
     assert variant.label == "PPO gamma=0.9"
     assert variant.colour != look("ppo").colour
     assert look("ppo-gamma=0.9") == variant
+
+
+def test_older_records_have_no_acc_norm():
+    record = make_row("gsi", (1, 128), 0.9).to_record()
+    for name in ("accuracies_norm", "task_documents", "levels", "target_loss"):
+        del record[name]
+    row = ResultRow.from_record(record)
+    assert row.accuracies_norm is row.task_documents is None
+    assert accuracy_table(Comparison([row]))[0] == ["Method", "task_one", "task_two", "mean"]
