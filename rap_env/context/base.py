@@ -11,6 +11,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.ladder_order import LadderOrder, greedy_order
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance
@@ -179,6 +180,17 @@ def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImp
     if context.importance == "none":
         return ItemImportance.none(item_bytes.ladder)
     return item_order(context, item_bytes).importance
+
+
+def load_plan_frontier(path: str | None, memory: MemoryModel) -> PlanFrontier:
+    """Read a table of measured plans; an `ArtifactError` if there is none or it is damaged."""
+    if path is None or not Path(path).exists():
+        raise ArtifactError(
+            f"There is no table of measured plans ({path or 'no path was given'}); build one with "
+            "rap_env.importance.plan_search.build_plan_frontier(...).save(path), or in a checkout "
+            "with `python -m experiments.profile env=ladder frontier.evaluations=1500`."
+        )
+    return PlanFrontier.load(path, memory)
 
 
 def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:

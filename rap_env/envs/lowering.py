@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rap_env.context.base import item_importance, item_order
+from rap_env.artifacts import artifact_kind
+from rap_env.context.base import item_importance, item_order, load_plan_frontier
 from rap_env.costs import Counts, Flags
 from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.episode import EpisodeStart
-from rap_env.envs.removal import from_frontier, no_gsi_order
+from rap_env.envs.removal import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import PruningTask
+from rap_env.importance.frontier import Frontier
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
 from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
 from rap_env.ladder.items import Ladder
@@ -68,13 +71,28 @@ class LoweringTask(PruningTask[LadderCosts]):
         self.item_bytes.check_feasible(start.request)
 
     def baseline(self, name: str) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
-        """An order followed until the request fits, or the best mask of the frontier."""
+        """An order followed until the request fits, or the best plan or mask of the frontier."""
         if name == "frontier":
-            return from_frontier(self.context)
+            return self._from_frontier()
         if name == "gsi" and self.context.importance == "none":
             raise no_gsi_order()
         steps = item_order(self.context, self.item_bytes, name).steps
         return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
+
+    def _from_frontier(self) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
+        """The best known plan for each request; the best mask if the table has masks only."""
+        path = self.context.frontier_path
+        if path is not None and Path(path).is_file() and artifact_kind(path) == Frontier.KIND:
+            return from_frontier(self.context)
+        known = load_plan_frontier(path, self.memory).on(self.ladder)
+
+        def best(start: EpisodeStart[LadderCosts]) -> MaskOrPlan:
+            found = known.best(start.costs, start.request.budget_bytes)
+            if found is None:
+                raise nothing_known("plan", start.request)
+            return found
+
+        return best
 
     def _pointless(self, start: EpisodeStart[LadderCosts]) -> str:
         if start.fits:

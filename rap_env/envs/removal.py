@@ -82,13 +82,18 @@ def from_frontier(context: PruningContext) -> Callable[[EpisodeStart[Any]], Bloc
     def best(start: EpisodeStart[Any]) -> BlockMask:
         found = frontier.best(context.memory, start.request)
         if found is None:
-            raise InvalidRequestError(
-                f"No mask of the frontier fits {start.request}, so a reward cannot be relative to "
-                "it; build the frontier for smaller budgets too, or give the workload larger ones."
-            )
+            raise nothing_known("mask", start.request)
         return found
 
     return best
+
+
+def nothing_known(what: str, request: Request) -> InvalidRequestError:
+    """The error for a reward relative to a frontier that has nothing for a request."""
+    return InvalidRequestError(
+        f"No {what} of the frontier fits {request}, so a reward cannot be relative to it; build "
+        "the frontier for smaller budgets too, or give the workload larger ones."
+    )
 
 
 def no_gsi_order() -> InvalidRequestError:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
@@ -24,7 +24,7 @@ from rap_env.model_facts import HasFacts
 from rap_env.request import Request
 from rap_env.scoring.store import mask_from_indices
 
-_KIND, _FORMAT = "frontier", 2
+_FORMAT = 2
 _INDEX_FORMAT = 1  # masks were comma-separated indices
 
 Counts = tuple[int, int]
@@ -44,6 +44,8 @@ class Frontier:
         settings: Settings of the search, and the number of requests it was built for.
         provenance: Model, text and everything else that determined the scores.
     """
+
+    KIND: ClassVar[str] = "frontier"
 
     num_blocks: int
     dense_nll: float
@@ -84,7 +86,7 @@ class Frontier:
         del body["scores"]
         body["masks"] = [mask.names for mask in self.scores]
         body["nll"] = list(self.scores.values())
-        save_artifact(path, _KIND, _FORMAT, body)
+        save_artifact(path, self.KIND, _FORMAT, body)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Frontier:
@@ -94,7 +96,7 @@ class Frontier:
             FileNotFoundError: There is no such file.
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
-        body = load_profile(path, _KIND, _FORMAT, model, older=[_INDEX_FORMAT])
+        body = load_profile(path, cls.KIND, _FORMAT, model, older=[_INDEX_FORMAT])
         if "scored" in body:
             scores = {mask_from_indices(key): nll for key, nll in body.pop("scored").items()}
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.model_facts import HasFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 
-_KIND, _FORMAT = "plan frontier", 1
+_FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,8 @@ class PlanFrontier:
         settings: Settings of the search.
         provenance: Model, text and everything else that determined the scores.
     """
+
+    KIND: ClassVar[str] = "plan frontier"
 
     num_layers: int
     native_nll: float
@@ -59,7 +61,7 @@ class PlanFrontier:
         del body["scores"]
         body["plans"] = [as_plan(plan).levels for plan in self.scores]
         body["nll"] = list(self.scores.values())
-        save_artifact(path, _KIND, _FORMAT, body, compress=True)
+        save_artifact(path, self.KIND, _FORMAT, body, compress=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Self:
@@ -69,7 +71,7 @@ class PlanFrontier:
             FileNotFoundError: There is no such file.
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
-        body = load_profile(path, _KIND, _FORMAT, model)
+        body = load_profile(path, cls.KIND, _FORMAT, model)
         plans = map(simplest, map(CompressionPlan.of, body.pop("plans")))
         return cls(scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
 

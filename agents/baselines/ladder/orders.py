@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
-from rap_env.context.base import item_order
-from rap_env.errors import ArtifactError
+from rap_env.context.base import item_order, load_plan_frontier
 from rap_env.importance.ladder_order import Step
-from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.request import Request
@@ -109,14 +106,7 @@ class LadderFrontierBaseline(LadderBaseline):
 
     def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
         super().__init__(context, item_bytes, seed)
-        path = context.frontier_path
-        if path is None or not Path(path).exists():
-            raise ArtifactError(
-                f"There is no table of measured plans ({path or 'no path was given'}), which the "
-                "baseline 'frontier' looks up; save a PlanFrontier of "
-                "rap_env.importance.plan_frontier there."
-            )
-        frontier = PlanFrontier.load(path, context.memory)
+        frontier = load_plan_frontier(context.frontier_path, context.memory)
         self._known = frontier.on(self.ladder)
         self._knapsack = LadderKnapsackBaseline(context, item_bytes)
         self.setup_evaluations = frontier.evaluations
