@@ -7,6 +7,7 @@ the request, so a lookup compares the bytes of all known plans. Files are read w
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -77,18 +78,12 @@ class PlanFrontier:
 
     def on(self, ladder: Ladder) -> KnownPlans:
         """The plans that a ladder has, for lookups."""
-        return KnownPlans(ladder, self.scores, self.native_nll)
+        return KnownPlans.of(ladder, self.scores, self.native_nll)
 
 
+@dataclass(frozen=True, eq=False)
 class KnownPlans:
     """Measured plans of one ladder, from the least ΔNLL up.
-
-    Plans with levels that the ladder does not have are left out.
-
-    Args:
-        ladder: The items.
-        scores: NLL of masks and plans, nats per token.
-        native_nll: NLL of the native model, nats per token.
 
     Attributes:
         plans: The plans, (n,).
@@ -96,9 +91,19 @@ class KnownPlans:
         positions: The position of each item's level in each plan, (n, items).
     """
 
-    def __init__(
-        self, ladder: Ladder, scores: Mapping[MaskOrPlan, float], native_nll: float
-    ) -> None:
+    plans: tuple[MaskOrPlan, ...]
+    delta_nll: npt.NDArray[np.float64]
+    positions: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, ladder: Ladder, scores: Mapping[MaskOrPlan, float], native_nll: float) -> Self:
+        """Measured plans; those with levels that the ladder does not have are left out.
+
+        Args:
+            ladder: The items.
+            scores: NLL of masks and plans, nats per token.
+            native_nll: NLL of the native model, nats per token.
+        """
         found: list[tuple[float, MaskOrPlan, list[int]]] = []
         for plan, nll in scores.items():
             try:
@@ -106,10 +111,18 @@ class KnownPlans:
             except UnknownNameError:
                 continue
         found.sort(key=lambda entry: entry[0])
-        self.plans = tuple(plan for _, plan, _ in found)
-        self.delta_nll = np.array([delta for delta, *_ in found])
-        self.positions = np.array([where for *_, where in found], dtype=np.int64)
-        self.positions = self.positions.reshape(len(found), len(ladder))
+        where = np.array([positions for *_, positions in found], dtype=np.int64)
+        return cls(
+            tuple(plan for _, plan, _ in found),
+            np.array([delta for delta, *_ in found]),
+            where.reshape(len(found), len(ladder)),
+        )
+
+    def reached(self, ladder: Ladder) -> KnownPlans:
+        """The plans that actions reach although caches take some levels together."""
+        kept = ladder.reaches(self.positions)
+        plans = tuple(itertools.compress(self.plans, kept))
+        return KnownPlans(plans, self.delta_nll[kept], self.positions[kept])
 
     def peak_bytes(self, costs: LadderCosts) -> npt.NDArray[np.int64]:
         """Peak bytes of each plan under a request, (n,)."""

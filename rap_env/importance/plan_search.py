@@ -14,6 +14,7 @@ is deterministic given the scores, so an interrupted search is repeated from the
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ import numpy as np
 from rap_env.blocks import BlockMask
 from rap_env.costs import Counts
 from rap_env.errors import InvalidRequestError
-from rap_env.importance.ladder_order import greedy_order
+from rap_env.importance.ladder_order import greedy_order, one_shot_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
@@ -133,11 +134,8 @@ class _Search:
         self._ladder = item_bytes.ladder
         self._rng = np.random.default_rng(config.seed)
         self.nll: dict[MaskOrPlan, float] = {simplest(plan): nll for plan, nll in known.items()}
-        self._blocks = item_bytes.memory.facts.num_blocks
-        singles = [BlockMask.of(index) for index in range(self._blocks)]
-        self.measure([BlockMask(), *singles])
+        self.measure(_needed(item_bytes.memory.facts.num_blocks))
         self.native_nll = self.nll[BlockMask()]
-        self._alone = np.array([self.nll[mask] for mask in singles]) - self.native_nll
 
     def measure(self, plans: Sequence[MaskOrPlan]) -> None:
         """Score plans that are not known yet."""
@@ -152,28 +150,18 @@ class _Search:
         yield list(first)[: self._config.batch]
         number, idle = 0, 0
         while idle < self._config.members:
-            member = self._fit().members[number % self._config.members]
-            plans = self._proposals(ScoreModel((member,)))
+            fitted = fit_plan_predictor(
+                self.nll, self._costs, self._ladder, members=self._config.members,
+                seed=self._config.seed,
+            )  # fmt: skip
+            plans = self._proposals(fitted.member(number % self._config.members))
             number, idle = number + 1, 0 if plans else idle + 1
             if plans:
                 yield plans
 
-    def _fit(self) -> ScoreModel:
-        plans = list(self.nll)
-        model, _ = fit_score_model(
-            feature_matrix(plans, self._blocks),
-            np.array([self.nll[plan] for plan in plans]) - self.native_nll,
-            self._alone,
-            lowered_costs(plans, self._costs.delta_nll),
-            members=self._config.members,
-            seed=self._config.seed,
-        )
-        return model
-
-    def _proposals(self, model: ScoreModel) -> list[MaskOrPlan]:
+    def _proposals(self, predictor: PlanPredictor) -> list[MaskOrPlan]:
         """Unmeasured plans that one predictor expects to be better than the best known ones."""
-        predictor = PlanPredictor(self._ladder, self._order.one_shot, model)
-        known = KnownPlans(self._ladder, self.nll, self.native_nll)
+        known = KnownPlans.of(self._ladder, self.nll, self.native_nll)
         gains: dict[MaskOrPlan, float] = {}
         count = min(self._config.requests, len(self._requests))
         for number in self._rng.choice(len(self._requests), size=count, replace=False):
@@ -195,6 +183,44 @@ class _Search:
     def _greedy(self, request: Request) -> CompressionPlan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
         return costs.lower_until_fits(self._order.steps, request.budget_bytes)
+
+
+def fit_plan_predictor(
+    scores: Mapping[MaskOrPlan, float],
+    costs: LevelCosts,
+    ladder: Ladder,
+    *,
+    members: int = 5,
+    pessimism: float = 0.0,
+    seed: int = 0,
+) -> PlanPredictor:
+    """Fit predictors to measured masks and plans, as `fit_score_model` does.
+
+    Args:
+        scores: NLL of masks and plans, nats per token, with the native model and every single
+            removal.
+        costs: One-shot costs of the ladder's levels.
+        ladder: The items.
+        members: Predictors of the ensemble.
+        pessimism: As in `ScoreModel`.
+        seed: Seed of the fit.
+    """
+    plans, (native, *singles) = list(scores), _needed(2 * costs.num_layers)
+    model, _ = fit_score_model(
+        feature_matrix(plans, len(singles)),
+        np.array([scores[plan] for plan in plans]) - scores[native],
+        np.array([scores[mask] for mask in singles]) - scores[native],
+        lowered_costs(plans, costs.delta_nll),
+        members=members,
+        pessimism=pessimism,
+        seed=seed,
+    )
+    return PlanPredictor(ladder, one_shot_costs(costs, ladder), model)
+
+
+def _needed(num_blocks: int) -> list[BlockMask]:
+    """The native model and every single removal."""
+    return [BlockMask(), *(BlockMask.of(index) for index in range(num_blocks))]
 
 
 class PlanPredictor:
@@ -222,6 +248,12 @@ class PlanPredictor:
                     self._is_removed[number, removed] = True
                     self._lowered[number, removed] = 0.0
         self._blocks = blocks
+
+    def member(self, number: int) -> PlanPredictor:
+        """A single predictor of the ensemble."""
+        found = copy.copy(self)
+        found.model = ScoreModel((self.model.members[number],))
+        return found
 
     def delta_nll(self, positions: Counts) -> Floats:
         """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""

@@ -204,6 +204,22 @@ class Ladder:
             return tuple(cache for cache in self.caches if next_of(cache) == lower)
         return (item,)
 
+    def reaches(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether plans can be reached although caches take some levels together, (n,).
+
+        They can if all kept caches have the same level, or have passed all levels taken together.
+
+        Args:
+            positions: The position of each item's level, (n, items).
+        """
+        if not self.shared_positions:
+            return np.ones(len(positions), dtype=bool)
+        caches = positions[:, list(self.caches)]
+        gone = len(self.items[self.caches[0]].levels)
+        least = np.where(caches < gone, caches, gone).min(axis=1)
+        most = np.where(caches < gone, caches, -1).max(axis=1)
+        return np.asarray((least >= most) | (least >= max(self.shared_positions)))
+
     @cached_property
     def cache_levels(self) -> tuple[str, ...]:
         """The names of the levels of caches below the native one."""

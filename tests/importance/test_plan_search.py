@@ -134,7 +134,7 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
 
 
 def test_known_plans_of_an_empty_table_fit_nothing(item_bytes):
-    table = KnownPlans(item_bytes.ladder, {}, 1.0)
+    table = KnownPlans.of(item_bytes.ladder, {}, 1.0)
     assert table.best(item_bytes.costs(1, 20), 10**12) is None
 
 

@@ -17,6 +17,7 @@ from agents.baselines.ladder.orders import (
     NativeBaseline,
 )
 from agents.baselines.ladder.packaged import MaskPolicyBaseline
+from agents.baselines.ladder.score_model import ScoreModelBaseline
 from agents.baselines.ladder.searches import (
     ExactLadderGreedyBaseline,
     LadderBeamBaseline,
@@ -35,6 +36,7 @@ LADDER_BASELINES: dict[str, type[LadderBaseline]] = {
         LadderBeamBaseline,
         LadderEvolutionaryBaseline,
         LadderFrontierBaseline,
+        ScoreModelBaseline,
         LadderGSIBaseline,
         LadderOneShotBaseline,
         MaskPolicyBaseline,

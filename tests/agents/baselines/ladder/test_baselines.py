@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from agents.baselines import BASELINES, LADDER_BASELINES, make_baseline
 from agents.baselines.base import CountingScorer, measure_choice
 from agents.baselines.ladder.base import Steps
 from agents.baselines.ladder.searches import LadderGreedyBaseline
-from rap_env.errors import ArtifactError, InfeasibleBudgetError, UnknownNameError
+from rap_env.errors import (
+    ArtifactError,
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    UnknownNameError,
+)
 from rap_env.importance.ladder_order import LadderWalk
 from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from tests.agents.baselines.ladder.conftest import SHAPES
-from tests.envs.playing_v1 import LEVELS, make_ladder_context
+from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
 
-NAMES = sorted(set(LADDER_BASELINES) - {"rap-v0", "dense", "frontier"})
+NAMES = sorted(set(LADDER_BASELINES) - {"rap-v0", "dense", "frontier", "score_model"})
 FREE = {"random", "gsi", "one_shot", "knapsack"}
 """Methods that measure nothing per request."""
 
@@ -66,7 +73,8 @@ def test_budgets_below_the_lowest_levels_are_rejected(context, item_bytes, name)
 
 
 def test_names_are_those_of_the_methods_over_masks(context, item_bytes):
-    assert set(LADDER_BASELINES) - set(BASELINES) == {"uniform", "rap-v0", "greedy_per_byte-exact"}
+    others = {"uniform", "rap-v0", "greedy_per_byte-exact", "score_model"}
+    assert set(LADDER_BASELINES) - set(BASELINES) == others
     with pytest.raises(UnknownNameError, match="Did you mean 'knapsack'"):
         make_baseline("knapsac", context, 0, item_bytes)
 
@@ -191,3 +199,56 @@ def test_the_frontier_is_the_best_measured_plan_that_fits(item_bytes, request_at
     knapsack = make_baseline("knapsack", context, 0, item_bytes)
     assert baseline.choose(small) == knapsack.choose(small)
     assert baseline.evaluations == 0
+
+
+def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
+    item_bytes, request_at, tmp_path
+):
+    path = tmp_path / "plans.json"
+    context = make_ladder_context(frontier=str(path))
+    requests = [request_at(shape, n / 20) for shape in SHAPES for n in range(1, 19)]
+    build_plan_frontier(
+        context.scorer,
+        context.level_costs(item_bytes.ladder.cache_levels),
+        item_bytes,
+        requests,
+        PlanSearchConfig(evaluations=120, batch=12, requests=12, members=2),
+    ).save(path)
+    made = {n: make_baseline(n, context, 0, item_bytes) for n in ("score_model", "one_shot")}
+    ran = context.scorer.evaluations
+    plans = {name: [one.choose(request) for request in requests] for name, one in made.items()}
+    assert made["score_model"].evaluations == 0
+    assert context.scorer.evaluations == ran
+    where = np.array([item_bytes.ladder.positions(plan) for plan in plans["score_model"]])
+    assert item_bytes.ladder.reaches(where).all()
+    for plan, request in zip(plans["score_model"], requests, strict=True):
+        assert context.memory.peak_bytes(plan, request) <= request.budget_bytes
+    means = {name: np.mean(context.scorer.nll_many(found)) for name, found in plans.items()}
+    assert means["score_model"] < means["one_shot"]
+
+
+def test_a_reward_may_be_relative_to_the_best_measured_plan(item_bytes, tmp_path):
+    path = tmp_path / "plans.json"
+    context = make_ladder_context(frontier=str(path))
+    low = CompressionPlan.uniform(context.memory.facts.num_layers, caches="int4", weights="int4")
+    plans = [CompressionPlan(), low]
+    scores = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
+    layers, native = context.memory.facts.num_layers, context.scorer.dense_nll
+    PlanFrontier(layers, native, scores, 2, 0.0, {}, context.scorer.provenance).save(path)
+    peak_bytes = context.memory.peak_bytes(low, Request(16, 500, 1))
+    env = make_v1(
+        context, reward={"name": "perplexity", "relative_to": "frontier", "timing": "terminal"}
+    )
+    info = play_lowest(env, Request(16, 500, peak_bytes))
+    assert info["baseline_loss"] == pytest.approx(scores[low] - native)
+    with pytest.raises(InvalidRequestError, match="No plan of the frontier fits"):
+        play_lowest(env, Request(16, 500, peak_bytes - 1))
+
+
+def play_lowest(env, request):
+    """Lower the first item that can be lowered until the request fits."""
+    env.reset(seed=0, options={"request": request})
+    done = False
+    while not done:
+        _, _, done, _, info = env.step(int(np.flatnonzero(env.action_masks())[0]))
+    return info
