@@ -27,8 +27,7 @@ def save_figure(found: Curves, path: Path) -> None:
 
 def over_length(found: Curves, narrow: bool) -> Figure:
     """Accuracy over length for each kind of task, then ΔNLL by position and of answers."""
-    losses = [f"{POSITIONS} {length}" for length in found.lengths(POSITIONS)[-1:]]
-    losses += [ANSWERS] if found.lengths(ANSWERS) else []
+    losses = [name for name in (POSITIONS, ANSWERS) if found.lengths(name)]
     count = len(found.kinds) + len(losses)
     columns = 1 if narrow else min(3, count)
     rows = -(-(count + 1) // columns)  # one panel for the legend
@@ -37,10 +36,7 @@ def over_length(found: Curves, narrow: bool) -> Figure:
         for axis, kind in zip(axes, found.kinds, strict=False):
             _draw_task(axis, found, kind)
         for axis, name in zip(axes[len(found.kinds) :], losses, strict=False):
-            if name == ANSWERS:
-                _draw_answers(axis, found)
-            else:
-                _draw_positions(axis, found, int(name.split()[1]))
+            (_draw_answers if name == ANSWERS else _draw_positions)(axis, found)
         for axis in axes[count:]:
             axis.set_axis_off()
         handles, labels = axes[0].get_legend_handles_labels()
@@ -69,7 +65,9 @@ def _draw_task(axis: Axes, found: Curves, kind: str) -> None:
     _length_axis(axis, lengths)
 
 
-def _draw_positions(axis: Axes, found: Curves, length: int) -> None:
+def _draw_positions(axis: Axes, found: Curves) -> None:
+    length = found.compared_length(POSITIONS)
+    assert length is not None
     native = found.loss(NATIVE, POSITIONS, length)
     for number, plan in enumerate(found.plans):
         row = found.loss(plan, POSITIONS, length)

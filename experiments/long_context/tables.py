@@ -11,6 +11,7 @@ import numpy as np
 from experiments.comparison.formatting import (
     Table,
     TitledTable,
+    counted,
     document,
     percent,
     plain,
@@ -31,10 +32,11 @@ from experiments.long_context.records import (
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS
 
 SUMMARY_CAPTION = (
-    "Bytes of a batch at the longest length, as a share of the native peak. ΔNLL on documents and "
-    "of answers at the longest lengths, nats per token with a 95 % interval over documents. Share "
-    "of right answers to questions about facts (all kinds but counting) at {lengths} tokens, with "
-    "a 95 % interval over questions; a guess is right in {chance} of them."
+    "Peak bytes of {batch} sequences of {middle} tokens, as a share of the native peak. ΔNLL on "
+    "documents of the length with most of them and of answers at the greatest length, nats per "
+    "token with a 95 % interval over documents. Recall: share of right answers to questions about "
+    "facts (all kinds but counting) at {lengths} tokens, with a 95 % interval over questions; a "
+    "guess is right in {chance}."
 )
 KIND_CAPTION = (
     "Share of right answers by length of the text in tokens, with a 95 % interval; chance "
@@ -46,7 +48,7 @@ DEPTH_CAPTION = (
 )
 POSITION_CAPTION = (
     "NLL of the native model by position in documents of {length} tokens, nats per token, and the "
-    "difference to it. {documents} documents."
+    "difference to it; {documents}."
 )
 ANSWER_CAPTION = (
     "NLL of reference answers to questions about meetings that are cut to a number of tokens, and "
@@ -124,6 +126,17 @@ class Curves:
         lengths = sorted({row.length for row in self.tasks if row.kind != "counting"})
         return [length for length in lengths if length >= 1024] or lengths
 
+    def compared_length(self, measure: str) -> int | None:
+        """The greatest of the lengths at which a loss has most documents; None without any."""
+        rows = [row for row in self.losses if (row.plan, row.measure) == (NATIVE, measure)]
+        found = max(rows, key=lambda row: (len(row.values), row.length), default=None)
+        return None if found is None else found.length
+
+    @property
+    def middle(self) -> int:
+        """The middle one of the long lengths."""
+        return self.long[len(self.long) // 2]
+
 
 def title_of(kind: str) -> str:
     """The title of a kind of task."""
@@ -132,17 +145,17 @@ def title_of(kind: str) -> str:
 
 def summary_table(found: Curves) -> Table:
     """Plans as lines: bytes, losses and recall."""
-    header = ["Plan", "Bytes", "ΔNLL, documents", "ΔNLL, answers", "Recall"]
+    header = ["Plan", f"Bytes, {found.middle:,}", "ΔNLL, documents", "ΔNLL, answers", "Recall"]
     lines = []
     for plan in found.plans:
-        rows = [row for row in [*found.tasks, *found.losses] if row.plan == plan]
-        longest = max(rows, key=lambda row: row.length)
+        rows = [row for row in found.tasks if row.plan == plan]
+        shares = [r.peak_bytes / r.native_peak_bytes for r in rows if r.length == found.middle]
         losses = []
         for measure in (POSITIONS, ANSWERS):
-            lengths = found.lengths(measure)
-            losses.append(_delta(found, plan, measure, lengths[-1]) if lengths else "-")
+            length = found.compared_length(measure)
+            losses.append(_delta(found, plan, measure, length) if length else "-")
         right = [value for row in found.facts(plan) for value in row.right]
-        held = percent(longest.peak_bytes / longest.native_peak_bytes, 0)
+        held = percent(shares[0] if shares else None, 0)
         lines.append([plan, held, *losses, share_words(right)])
     return header, lines
 
@@ -217,7 +230,10 @@ def long_context_document(found: Curves) -> list[TitledTable]:
     if found.tasks:
         chance = percent(found.tasks[0].chance, 0)
         lengths = ", ".join(f"{length:,}" for length in found.long)
-        caption = SUMMARY_CAPTION.format(lengths=lengths, chance=chance)
+        batch = found.tasks[0].batch_size
+        caption = SUMMARY_CAPTION.format(
+            batch=batch, middle=f"{found.middle:,}", lengths=lengths, chance=chance
+        )
         tables.append(("summary", "Loss and recall", caption, summary_table(found)))
         for kind in found.kinds:
             asked = sorted({row.questions for row in found.tasks if row.kind == kind})
@@ -229,7 +245,7 @@ def long_context_document(found: Curves) -> list[TitledTable]:
             tables.append((f"depth_{length}", title, caption, depth_table(found, length)))
     for length in found.lengths(POSITIONS):
         native = found.loss(NATIVE, POSITIONS, length)
-        documents = len(native.values) if native else 0
+        documents = counted(len(native.values) if native else 0, "document")
         caption = POSITION_CAPTION.format(length=f"{length:,}", documents=documents)
         title = f"Loss by position, {length:,} tokens"
         tables.append((f"positions_{length}", title, caption, position_table(found, length)))
