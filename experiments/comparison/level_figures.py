@@ -44,7 +44,7 @@ def levels_picture(rows: Sequence[ResultRow], num_layers: int, narrow: bool) -> 
         "Emb.": [EMBEDDINGS],
     }
     shape = (len(items), 1) if narrow else (1, len(items))
-    widths = None if narrow else [*[num_layers] * 3, max(1, num_layers / 12)]
+    widths = None if narrow else [*[num_layers] * 3, max(1, num_layers / 6)]
     with style():
         figure, axes = panels(
             *shape, narrow=narrow, height=1.1 + 0.21 * len(rows), sharey=True, width_ratios=widths

@@ -35,7 +35,7 @@ TINY = {
     "compare": (),
     "evaluate": (*_TEXT, *_CELLS, "evaluate.text.source=self", "evaluate.text.windows=1",
                  "evaluate.text.window_tokens=16", "evaluate.tasks.names=[]",
-                 "evaluate.baselines=[gsi,random]"),
+                 "evaluate.baselines=[gsi,random]", "evaluate.pinned=[]", *_GSI),
     "export_policy": (),
     "export_scores": (*_TEXT, "export.masks=150"),
     "ladder": (), "ladder.llama_cpp": (), "ladder.shipped": (), "long_context": (),
@@ -46,6 +46,7 @@ TINY = {
     "replay": ("replay.systems=[dense]",),
     "report": (),
     "small_models": ("--cfg", "job"),
+    "tight_grid": ("--cfg", "job"),
     "train": _TRAINING,
 }  # fmt: skip
 """Settings that make each program short; everything else is as the page says."""

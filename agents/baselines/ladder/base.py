@@ -22,8 +22,8 @@ Positions = tuple[int, ...]
 class LadderBaseline(AnyBaseline[CompressionPlan]):
     """Chooses a plan without learning.
 
-    A baseline lowers items until the request's peak bytes are within the budget; only ``dense``
-    does not.
+    A baseline lowers items until the request's peak bytes are within the budget. Only ``dense``
+    and ``rap-v0`` may fail to reach it.
 
     Args:
         context: Memory model, scorer and importance of the model.

@@ -12,6 +12,7 @@ from experiments.comparison.statistics import (
     difference_p,
     holm,
     paired_difference,
+    paired_ratio,
     relative_difference,
 )
 
@@ -115,3 +116,23 @@ def test_holm_rejects_in_order_and_stops_at_the_first_non_significant():
     assert holm([0.04]) == [True]
     assert holm([0.03, 0.03]) == [False, False]
     assert holm([]) == []
+
+
+def test_a_paired_ratio_weighs_every_cell_alike():
+    windows = np.array([1.0, 1.2, 0.9, 1.1])
+    cells = [0.1 * windows, 10 * windows]
+    found = paired_ratio([0.5 * cells[0], 2.0 * cells[1]], cells)
+    assert found.mean == pytest.approx(1.0)
+    assert (found.low, found.high) == pytest.approx((1.0, 1.0)), "windows are resampled jointly"
+    assert paired_ratio([0.25 * cells[0], cells[1]], cells).mean == pytest.approx(0.5)
+
+
+def test_a_paired_ratio_has_an_interval_and_is_none_without_losses():
+    rng = np.random.default_rng(0)
+    windows = 1 + 0.1 * rng.standard_normal((3, 20))
+    found = paired_ratio([0.8 * windows[0]], [windows[1]])
+    assert found.low < 0.8 < found.high
+    assert found.high - found.low < 0.2
+    assert paired_ratio([[windows[0], windows[2]]], [windows[1]]).seeds == 2
+    assert paired_ratio([], []) is None
+    assert paired_ratio([windows[0], [0.1, -0.2, 0.1]], [windows[1], [1.0, 1.0, 1.0]]) is None

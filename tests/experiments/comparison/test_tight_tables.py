@@ -1,0 +1,121 @@
+"""Tables and figures of plans at budgets that differ between requests, from invented records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from experiments.comparison import figures
+from experiments.comparison.formatting import shape_words
+from experiments.comparison.level_figures import levels_picture, short_and_long
+from experiments.comparison.plotting import svg_uri
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import (
+    budget_words,
+    delta_nll_table,
+    ratio_table,
+    removed_table,
+    target_table,
+    terminal_text,
+    tight_document,
+)
+from rap_env.plan import CompressionPlan
+from tests.experiments.synthetic_records import LAYERS, make_row
+
+BUDGETS = {(1, 128): (0.9, 0.8), (8, 2048): (0.5, 0.3), (16, 4096): (0.4, 0.2)}
+TARGETS = (0.1, 1.0)
+FACTORS = {"uniform": 1.0, "knapsack": 0.8, "rap": 0.5}
+
+
+def tight_row(method, shape, budget, target):
+    factor = 0.0 if method == "dense" else FACTORS[method]
+    plan = CompressionPlan.uniform(LAYERS, caches="int4", embeddings="int4")
+    plan = plan.lower({"layer03.ffn": "removed", "layer04.attn": "removed"})
+    row = make_row(method, shape, budget, target_loss=target, levels=plan.levels)
+    losses = [factor * target * (1 + 0.02 * number) for number in range(16)]
+    return replace(
+        row, window_losses=losses, mask=list(plan.removed.names), attn_removed=1, ffn_removed=1
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return Comparison(
+        [
+            tight_row(method, shape, budget, target)
+            for method in ("dense", *FACTORS)
+            for shape, budgets in BUDGETS.items()
+            for budget, target in zip(budgets, TARGETS, strict=True)
+        ]
+    )
+
+
+def test_budgets_belong_to_their_requests(comparison):
+    assert comparison.budgets_of((8, 2048)) == [0.5, 0.3]
+    assert not comparison.same_budgets
+    assert {target: len(cells) for target, cells in comparison.targets.items()} == {0.1: 3, 1.0: 3}
+    assert budget_words(comparison) == "2 for each request, from 20 % to 90 %"
+    header, rows = delta_nll_table(comparison, (8, 2048))
+    assert len(header) == 3
+    assert header[1].startswith("about 0.1 (")
+    assert all(all(row) for row in rows)
+
+
+def test_ratios_are_by_request_by_target_and_over_all(comparison):
+    header, rows = ratio_table(comparison, "uniform")
+    assert header == ["Method", *map(shape_words, BUDGETS), "about 0.1", "about 1", "All"]
+    values = {row[0]: row[1:] for row in rows}
+    assert set(values) == {"RAP policy", "Knapsack"}
+    assert set(values["RAP policy"]) == {"0.50 [0.50, 0.50]"}
+    assert set(values["Knapsack"]) == {"0.80 [0.80, 0.80]"}
+    titles = [table.title for table in tight_document(comparison)]
+    assert titles[1:] == [
+        "ΔNLL divided by that of Uniform settings", "ΔNLL divided by that of Knapsack",
+    ]  # fmt: skip
+
+
+def test_losses_are_shown_by_target(comparison):
+    header, rows = target_table(comparison)
+    assert header == ["Method", "about 0.1", "about 1"]
+    assert rows[0][0] == "RAP policy"
+    assert rows[0][1].startswith("0.058 [")
+
+
+def test_plans_are_shown_with_their_levels(comparison):
+    _, rows = removed_table(comparison, (1, 128))
+    assert all(cell.startswith("1 + 1, int4, embeddings int4, ") for cell in rows[0][1:])
+    text = terminal_text(comparison)
+    assert "Evals: plans" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_masks_at_equal_budgets_have_no_such_tables():
+    rows = [make_row(m, (1, 128), b) for m in ("dense", "gsi", "knapsack") for b in (0.9, 0.8)]
+    plain = Comparison(rows)
+    assert tight_document(plain) == []
+    assert not plain.lowers
+    assert "Evals: masks" in terminal_text(plain)
+    assert budget_words(plain) == "90 %, 80 %"
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_figures_are_drawn(comparison, narrow):
+    assert short_and_long(comparison.shapes) == [(1, 128), (16, 4096)]
+    rows = [row for row in comparison.rows if row.method == "rap" and row.shape != (8, 2048)]
+    figure = levels_picture(rows, LAYERS, narrow)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "Attention weights", "KV caches", "FFN weights", "Emb.",
+    ]  # fmt: skip
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["native", "int4", "removed"]
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 4
+    assert labels[0].startswith(shape_words((1, 128)))
+    assert "~0.1" in labels[0]
+    assert svg_uri(figure).startswith("data:image/svg+xml")
+    lines = figures.delta_nll_against_budget(comparison, narrow)
+    for axis, budgets in zip(lines.axes, BUDGETS.values(), strict=False):
+        left, right = axis.get_xlim()
+        assert left > 100 * max(budgets) > 100 * min(budgets) > right
