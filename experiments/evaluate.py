@@ -109,13 +109,15 @@ class Evaluator:
     def losses(self, plan: MaskOrPlan) -> dict[str, Any]:
         """Return the fields of a row that are measured on the report text and on tasks."""
         delta_nll = self.report.window_nll(plan) - self.report.window_nll(BlockMask())
-        fields: dict[str, Any] = {**delta_nll_fields(delta_nll), "accuracies": {}}
-        if self.tasks is not None:
-            results = self.tasks.results(plan)
-            fields["accuracies"] = self.tasks.accuracies(plan)
-            fields["accuracies_norm"] = self.tasks.accuracies(plan, "acc_norm")
-            fields["task_documents"] = {name: r.documents for name, r in results.items()}
-        return fields
+        if self.tasks is None:
+            none = {"accuracies_norm": None, "task_documents": None}
+            return {**delta_nll_fields(delta_nll), "accuracies": {}, **none}
+        return {
+            **delta_nll_fields(delta_nll),
+            "accuracies": self.tasks.accuracies(plan),
+            "accuracies_norm": self.tasks.accuracies(plan, "acc_norm"),
+            "task_documents": {n: r.documents for n, r in self.tasks.results(plan).items()},
+        }
 
     def provenance(self, method: Method) -> dict[str, Any]:
         """Return what a row depends on; the entry ``method`` is specific to the method."""

@@ -154,6 +154,11 @@ def _kept_levels(row: ResultRow, num_layers: int) -> str:
 RATIO_TO = ("uniform", "knapsack")
 """Methods by whose ΔNLL that of each other method is divided."""
 
+TARGET_CAPTION = (
+    "About 0.1: budgets at which the best uniform setting loses about 0.1 nats per token on the "
+    "calibration text; likewise the others."
+)
+
 RATIO_CAPTION = (
     "Geometric mean over the cells of a column of ΔNLL divided by that of the other method at the "
     "same budget, with a 95 % interval, paired over windows; below 1 is better. A dash: some ΔNLL "
@@ -161,36 +166,38 @@ RATIO_CAPTION = (
 )
 
 
-def target_table(comparison: Comparison) -> Table:
-    """Return ΔNLL by the ΔNLL that budgets stand for, mean over requests."""
-    header = ["Method", *[f"about {target:g}" for target in comparison.targets]]
-    rows = [
-        [
-            f"{look(s.method).label}{_seeds(s)}",
-            *[
-                str(comparison.summary(s.method, cells).delta_nll)
-                for cells in comparison.targets.values()
-            ],
-        ]
-        for s in comparison.summaries
-    ]
-    return header, rows
-
-
-def ratio_table(comparison: Comparison, other: str) -> Table:
-    """Return ΔNLL divided by that of another method: by request, by target, over all cells."""
-    columns: dict[str, list[Cell]] = {
-        f"{shape_words(shape)}": [cell for cell in comparison.cells if cell[:2] == shape]
+def _tight_columns(comparison: Comparison) -> dict[str, list[Cell]]:
+    """The cells of each request, of each loss that budgets stand for, and all cells."""
+    columns = {
+        shape_words(shape): [cell for cell in comparison.cells if cell[:2] == shape]
         for shape in comparison.shapes
     }
     columns |= {f"about {target:g}": cells for target, cells in comparison.targets.items()}
-    columns["All"] = comparison.cells
+    return {**{name: cells for name, cells in columns.items() if cells}, "All": comparison.cells}
+
+
+def target_table(comparison: Comparison) -> Table:
+    """Return mean ΔNLL by request, and by the ΔNLL that budgets stand for."""
+    columns = _tight_columns(comparison)
+    rows = [
+        [
+            f"{look(s.method).label}{_seeds(s)}",
+            *[f"{comparison.summary(s.method, c).delta_nll.mean:.3f}" for c in columns.values()],
+        ]
+        for s in comparison.summaries
+    ]
+    return ["Method", *columns], rows
+
+
+def ratio_table(comparison: Comparison, other: str) -> Table:
+    """Return ΔNLL divided by that of another method, by request and by target."""
+    columns = _tight_columns(comparison)
 
     def entry(method: str, cells: list[Cell]) -> str:
-        pairs = [
+        first, second = (
             [comparison.window_delta_nlls(name, cell) for cell in cells] for name in (method, other)
-        ]
-        found = paired_ratio(*pairs)
+        )
+        found = paired_ratio(first, second)
         return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else "-"
 
     rows = [
@@ -205,8 +212,8 @@ def tight_document(comparison: Comparison) -> list[TitledTable]:
     """Return the tables of a comparison whose budgets stand for losses; empty for others."""
     if not comparison.targets or not comparison.summaries:
         return []
-    title = "ΔNLL (nats/token) by the ΔNLL of uniform settings on the calibration text"
-    tables = [TitledTable(target_table(comparison), title)]
+    title = "Mean ΔNLL (nats/token) by request and by tightness"
+    tables = [TitledTable(target_table(comparison), title, TARGET_CAPTION)]
     for other in RATIO_TO:
         if other in comparison.methods:
             title = f"ΔNLL divided by that of {look(other).label}"
