@@ -38,7 +38,7 @@ GROUPS = [
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
     "text_study", "overfitting", "small_models", "replay", "serve", "soak",
-    "levels",
+    "levels", "tight_grid",
 )  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],
