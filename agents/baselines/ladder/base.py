@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,14 +137,22 @@ def price(candidate: Candidate, rise: float, needed_bytes: int) -> tuple[float, 
 
 
 def raised(
-    costs: LadderCosts, positions: Positions, order: Iterable[int], budget_bytes: int
+    costs: LadderCosts, positions: Positions, order: Sequence[int], budget_bytes: int
 ) -> Positions:
-    """Raise items, in `order`, by as many levels as the request still fits without."""
-    for item in order:
-        while (higher := level_above(costs, positions, item)) is not None:
-            if costs.tracker(higher).peak_bytes > budget_bytes:
-                break
-            positions = higher
+    """Raise items, in `order`, to the highest level at which the request still fits.
+
+    Bytes that items share may let an earlier item rise after a later one, so the order is
+    repeated until no item can be raised.
+    """
+    before: Positions | None = None
+    while positions != before:
+        before = positions
+        for item in order:
+            higher = level_above(costs, positions, item)
+            while higher is not None:
+                if costs.tracker(higher).peak_bytes <= budget_bytes:
+                    positions = higher
+                higher = level_above(costs, higher, item)
     return positions
 
 
