@@ -1,6 +1,6 @@
 """The learning algorithms by name, the configuration of a training, and the untrained model.
 
-An episode removes 5 to 30 blocks and is rewarded at its end, so the hyperparameters in
+An episode takes 5 to 60 actions and is rewarded at its end, so the hyperparameters in
 ``conf/agent`` do not discount (``gamma: 1``) and use each rollout often: an episode costs an
 evaluation of the language model, an update costs little.
 """
@@ -40,7 +40,7 @@ _State = tuple[npt.NDArray[Any], ...] | None
 
 
 class MaskedDQN(DQN):
-    """DQN of stable-baselines3 that never chooses a removed block.
+    """DQN of stable-baselines3 that never chooses an invalid action.
 
     The mask is the observation's ``action_mask``, so the replay buffer also holds that of the
     next state, and the masked Q networks of `agents.sb3_policies` apply it to greedy actions and
@@ -107,8 +107,8 @@ class AgentConfig:
 
     Attributes:
         name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``.
-        policy: ``blockwise`` (one small network evaluates every block) or ``mlp``.
-        total_timesteps: Environment steps, one removed block each; PPO finishes its last rollout.
+        policy: ``blockwise`` (one small network evaluates every block or item) or ``mlp``.
+        total_timesteps: Environment steps, one action each; PPO finishes its last rollout.
         n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.
         hyperparameters: Settings of the algorithm (`agents.settings.HYPERPARAMETERS`). Settings

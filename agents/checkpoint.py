@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer
@@ -28,6 +29,7 @@ from agents.algorithms import AgentConfig
 from agents.vector_env import GymVecEnv
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
+from rap_env.ladder.items import Ladder
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,12 @@ class Checkpoint:
     def config(self) -> AgentConfig:
         """Configuration of the agent that was trained."""
         return AgentConfig(**self.body["config"])
+
+    @property
+    def ladder(self) -> Json | None:
+        """`Ladder.spec` of the environments; None for those without items, as of v0."""
+        spec: Json | None = self.body.get("ladder")
+        return spec
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
         """Load the model; with environments also the state from which training continues.
@@ -152,10 +160,18 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     """Check that a run is resumed with the same settings; only the total of steps may change.
 
     Raises:
-        ArtifactError: Agent, policy, seed, hyperparameters, environments or spaces differ.
+        ArtifactError: Agent, policy, seed, hyperparameters, environments, ladder or spaces differ.
     """
-    wanted = {**config.as_dict(), **_spaces(venv.observation_space, venv.action_space)}
-    found = {**checkpoint.config.as_dict(), **checkpoint.body["spaces"]}
+    wanted = {
+        **config.as_dict(),
+        "ladder": _ladder(venv),
+        **_spaces(venv.observation_space, venv.action_space),
+    }
+    found = {
+        **checkpoint.config.as_dict(),
+        "ladder": checkpoint.ladder,
+        **checkpoint.body["spaces"],
+    }
     for key in wanted:
         if key != "total_timesteps" and wanted[key] != found[key]:
             raise ArtifactError(
@@ -176,6 +192,7 @@ def _write(
         "step": model.num_timesteps,
         "config": config.as_dict(),
         "spaces": _spaces(model.observation_space, model.action_space),
+        "ladder": _ladder(model.env),
         "progress": progress,
         "state": capture(model),
         "files": {path.name: _checksum(path) for path in sorted(folder.iterdir())},
@@ -201,6 +218,13 @@ def _folders(folder: Path) -> list[Path]:
 
 def _spaces(observation_space: object, action_space: object) -> dict[str, str]:
     return {"observation_space": str(observation_space), "action_space": str(action_space)}
+
+
+def _ladder(venv: VecEnv | None) -> Json | None:
+    """Return `Ladder.spec` of the environments; None if they have no ladder."""
+    assert venv is not None
+    ladder: Ladder | None = getattr(_resumable(venv), "ladder", None)
+    return None if ladder is None else ladder.spec
 
 
 def _checksum(path: Path) -> str:
@@ -238,6 +262,12 @@ def capture(model: BaseAlgorithm) -> Json:
             "returns": normalize.returns.tolist(),
         }
     return state
+
+
+def invalid_actions(venv: VecEnv) -> npt.NDArray[np.int64]:
+    """Return the number of invalid actions in each unfinished episode."""
+    states = _resumable(venv).get_state()
+    return np.array([state["invalid_actions"] for state in states], dtype=np.int64)
 
 
 def restore(model: BaseAlgorithm, state: Json) -> None:

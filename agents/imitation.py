@@ -1,8 +1,9 @@
-"""Imitation learning: a policy learns a teacher's masks before it learns from rewards.
+"""Imitation learning: a policy learns a teacher's plans before it learns from rewards.
 
-A mask says which blocks are removed, not in which order. In a state on the way to the mask each
-of its remaining blocks is therefore a right action, and the policy is trained to choose one of
-them. States are random subsets of the teacher's masks, drawn again for each update.
+A mask says which blocks are removed, a plan which level each item has, not in which order. In a
+state on the way there, each remaining step is therefore a right action, and the policy is trained
+to choose one of them. States are random subsets of the teacher's masks, or random plans between
+the native one and the teacher's; they are drawn again for each update.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from agents.observations import MaskObserver, as_tensors
+from agents.observations import Builder, as_tensors, make_observer
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
-from rap_env.blocks import BlockMask
-from rap_env.costs import Counts, Flags
+from rap_env.costs import Counts
 from rap_env.llm.progress import progress_bar
-from rap_env.observation import ObservationBuilder
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
-from rap_env.scoring.predictor import feature_matrix
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,86 +36,87 @@ _REPORTED_UPDATES = 20
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A teacher's mask for a request.
+    """A teacher's mask or plan for a request.
 
     Attributes:
-        mask: The blocks that the teacher removes.
-        episode_return: Return of an episode that ends with this mask, if only the last step is
+        plan: The blocks that the teacher removes, or the levels that it chooses.
+        episode_return: Return of an episode that ends with this plan, if only the last step is
             rewarded: minus delta_nll (nats per token) with the reward ``perplexity``. None if
             it is unknown or if every step is rewarded.
     """
 
     request: Request
-    mask: BlockMask
+    plan: MaskOrPlan
     episode_return: float | None = None
 
 
 class Batch(NamedTuple):
-    """A batch of B states on the way to a teacher's masks.
+    """A batch of B states on the way to a teacher's plans, with A actions.
 
     Attributes:
-        right: The blocks that the teacher would remove next, (B, 2L).
-        kept: The blocks that are not removed, (B, 2L).
+        right: The actions that the teacher would take next, (B, A).
+        valid: The actions that change something, (B, A).
         returns: Discounted return of the rest of the episode, NaN if unknown, (B,).
     """
 
     seen: dict[str, torch.Tensor]
     right: torch.Tensor
-    kept: torch.Tensor
+    valid: torch.Tensor
     returns: torch.Tensor
 
 
 class TeacherStates:
-    """Samples states on the way to a teacher's masks: random subsets of the masks.
+    """Samples states on the way to a teacher's plans.
 
     Args:
-        shown: Demonstrations; each removes at least one block.
-        builder: Builds the observations of the model that is pruned (2L blocks).
-        returns: Return of each demonstration, NaN if unknown, (n,).
+        shown: n demonstrations; those whose plan takes no step are never sampled.
+        builder: Builds the observations of the model.
         gamma: Discount factor.
         batch_size: States in a batch, B.
         seed: Seed of the sampling.
+
+    Attributes:
+        steps: Number of actions to each plan, (n,).
+        returns: Return of each demonstration, NaN if unknown, (n,).
+
+    Raises:
+        AgentConfigError: No plan takes a step.
     """
 
     def __init__(
         self,
         shown: Sequence[Demonstration],
-        builder: ObservationBuilder,
-        returns: Floats,
+        builder: Builder,
         gamma: float,
         batch_size: int,
         seed: int,
     ) -> None:
-        self._observer = MaskObserver(builder, [one.request for one in shown])
-        blocks = builder.memory.facts.num_blocks
-        self._targets = feature_matrix([one.mask.check(blocks) for one in shown], blocks)
-        self._returns = returns
+        self.steps = np.zeros(0, dtype=np.int64)
+        if shown:
+            self._observer = make_observer(builder, [one.request for one in shown])
+            self._targets = np.stack([self._observer.position(one.plan) for one in shown])
+            self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
+        if not self.steps.any():
+            raise AgentConfigError("Nothing to imitate: no demonstration lowers or removes.")
+        self.returns = np.array([one.episode_return for one in shown], dtype=np.float64)
+        self._sampled = np.flatnonzero(self.steps)
         self._rng = np.random.default_rng(seed)
         self._batch_size = batch_size
         self._gamma = gamma
 
     def draw(self) -> Batch:
-        """Sample a batch of states, each a proper subset of a random mask."""
-        which = self._rng.integers(len(self._targets), size=self._batch_size)
-        target = self._targets[which]
-        removed = self._subset(target)
-        right = target & ~removed
-        remaining = right.sum(axis=1)
-        returns = self._returns[which] * self._gamma ** (remaining - 1)
+        """Sample a batch of states before the end of a way, all numbers of steps equally likely."""
+        which = self._sampled[self._rng.integers(len(self._sampled), size=self._batch_size)]
+        done: Counts = self._rng.integers(self.steps[which])
+        state, right = self._observer.walk(which, self._targets[which], done, self._rng)
+        seen = as_tensors(self._observer.observe(which, state))
+        returns = self.returns[which] * self._gamma ** (self.steps[which] - done - 1)
         return Batch(
-            seen=as_tensors(self._observer.observe(which, removed)),
+            seen=seen,
             right=torch.from_numpy(right),
-            kept=torch.from_numpy(~removed),
+            valid=seen["action_mask"] > 0,
             returns=torch.from_numpy(returns.astype(np.float32)),
         )
-
-    def _subset(self, target: Flags) -> Flags:
-        """Sample a proper subset of each row, with uniformly distributed size."""
-        sizes = target.sum(axis=1)
-        wanted: Counts = self._rng.integers(sizes)
-        order = np.where(target, self._rng.random(target.shape), np.inf).argsort(axis=1)
-        place = order.argsort(axis=1)
-        return np.asarray(place < wanted[:, None])
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ImitationConfig:
         updates: Updates of the network.
         batch_size: States in each update.
         learning_rate: Adam's first learning rate; it falls linearly to a twentieth.
-        margin: Large-margin loss of DQfD: by how much the Q values of other blocks should at
+        margin: Large-margin loss of DQfD: by how much the Q values of other actions should at
             least be lower, in units of the normalised reward (0.8 in DQfD).
         value_weight: Weight of the value loss relative to the action loss.
         seed: Seed of the states.
@@ -166,42 +166,38 @@ class ImitationResult(NamedTuple):
 def imitate(
     model: BaseAlgorithm,
     demonstrations: Sequence[Demonstration],
-    builder: ObservationBuilder,
+    builder: Builder,
     config: ImitationConfig | None = None,
     *,
     progress: bool = True,
 ) -> ImitationResult:
-    """Train a model's policy to remove the blocks that a teacher removes.
+    """Train a model's policy to choose the plans that a teacher chooses.
 
     Actor-critic policies: behaviour cloning, with minus the log of the probability that the next
-    block is one of the right ones, and the squared value error where returns are known. Q
+    action is one of the right ones, and the squared value error where returns are known. Q
     networks: the large-margin loss of DQfD (Hester et al. 2018, arXiv 1704.03732, section "Deep
-    Q-learning from demonstrations") between the best right block and the best of all, and the
-    squared error of the right blocks' Q values. Values are in the unit of the model's rewards:
+    Q-learning from demonstrations") between the best right action and the best of all, and the
+    squared error of the right actions' Q values. Values are in the unit of the model's rewards:
     if its environments normalise rewards, the running statistics are updated with the teacher's
     episodes first, so that values and the first rewards have the same unit.
 
     Args:
         model: A model of any agent, trained or not; its policy is changed.
-        demonstrations: The teacher's masks; those that remove no block are ignored.
-        builder: Builds the observations of the model that is pruned.
+        demonstrations: The teacher's masks or plans; those without any step are ignored.
+        builder: Builds the observations of the model.
         config: Settings; None for the defaults.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        AgentConfigError: No demonstration removes a block.
-        InvalidRequestError: The pruned model cannot serve a request.
-        UnknownNameError: It lacks blocks of a mask.
+        AgentConfigError: No demonstration removes or lowers anything.
+        InvalidRequestError: The model cannot serve a request.
+        UnknownNameError: It lacks blocks of a mask, or levels of a plan.
     """
     config = config or ImitationConfig()
-    shown = [one for one in demonstrations if one.mask]
-    if not shown:
-        raise AgentConfigError("Nothing to imitate: no demonstration removes a block.")
     policy: Any = model.policy
     gamma = float(cast(Any, model).gamma)
-    states = TeacherStates(
-        shown, builder, _returns(model, shown), gamma, config.batch_size, config.seed
-    )
+    states = TeacherStates(demonstrations, builder, gamma, config.batch_size, config.seed)
+    states.returns = _in_unit_of_rewards(model, states.returns, states.steps)
     policy.set_training_mode(True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_LEARNING_RATE, config.updates)
@@ -223,12 +219,12 @@ def imitate(
 
 def _loss(policy: Any, batch: Batch, config: ImitationConfig) -> tuple[torch.Tensor, float]:
     scores = action_scores(policy, batch.seen)
-    greedy = scores.detach().masked_fill(~batch.kept, -torch.inf).argmax(dim=1, keepdim=True)
+    greedy = scores.detach().masked_fill(~batch.valid, -torch.inf).argmax(dim=1, keepdim=True)
     agreement = float(batch.right.gather(1, greedy).float().mean())
     if isinstance(policy, DQNPolicy):
         return _q_loss(scores, batch, config), agreement
     if isinstance(policy, MaskableActorCriticPolicy):
-        scores = scores.masked_fill(~batch.kept, -torch.inf)
+        scores = scores.masked_fill(~batch.valid, -torch.inf)
     right = scores.masked_fill(~batch.right, -torch.inf)
     chosen = (scores.logsumexp(dim=1) - right.logsumexp(dim=1)).mean()
     values = cast(ActorCriticPolicy, policy).predict_values(batch.seen)
@@ -236,7 +232,7 @@ def _loss(policy: Any, batch: Batch, config: ImitationConfig) -> tuple[torch.Ten
 
 
 def _q_loss(values: torch.Tensor, batch: Batch, config: ImitationConfig) -> torch.Tensor:
-    """DQfD's J_E, with the best of the right blocks as the expert's action, and the value error."""
+    """DQfD's J_E, with the best right action as the expert's action, and the value error."""
     best_right = values.masked_fill(~batch.right, -torch.inf).amax(dim=1)
     best = (values + config.margin * ~batch.right).amax(dim=1)
     errors = _error(values, batch.returns, batch.right)
@@ -253,21 +249,19 @@ def _error(
     return errors.sum() / known.sum().clamp(min=1)
 
 
-def _returns(model: BaseAlgorithm, shown: Sequence[Demonstration]) -> Floats:
-    """Return the teacher's returns in the unit of the model's rewards, NaN if unknown.
+def _in_unit_of_rewards(model: BaseAlgorithm, paid: Floats, steps: Counts) -> Floats:
+    """Return a teacher's returns, NaN if unknown, in the unit of the model's rewards.
 
     `VecNormalize` divides rewards by the standard deviation of the running return over all steps,
     which is 0 before the last step of an episode. Its statistics are updated as if it had seen
     the teacher's episodes.
     """
-    paid = np.array([one.episode_return for one in shown], dtype=np.float64)
-    known = ~np.isnan(paid)
+    known = ~np.isnan(paid) & (steps > 0)
     normalize = model.get_vec_normalize_env()
     if normalize is None or not normalize.norm_reward or not known.any():
         return paid
-    lengths = np.array([len(one.mask) for one in shown])[known]
-    running = np.zeros(lengths.sum())
-    running[lengths.cumsum() - 1] = paid[known]
+    running = np.zeros(steps[known].sum())
+    running[steps[known].cumsum() - 1] = paid[known]
     normalize.ret_rms.update(running)
     unit = np.sqrt(normalize.ret_rms.var + normalize.epsilon)
     return np.clip(paid / unit, -normalize.clip_reward, normalize.clip_reward)

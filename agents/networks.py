@@ -1,13 +1,13 @@
-"""Block-wise networks: what they observe of each block (rows), and their outputs (heads).
+"""Block-wise and item-wise networks: what they observe (rows), and their outputs (heads).
 
-Shapes, here and in `agents.sb3_policies`: B observations, 2L blocks, F features of a block, R
-entries of the request, W = width of a row, H hidden units. The number of parameters does not
-depend on L, unless each block has a learned vector.
+Shapes, here and in `agents.sb3_policies`: B observations, N blocks or items (2L blocks in v0), F
+features of each, R entries of the request, W = width of a row, H hidden units. The number of
+parameters does not depend on N, unless each block or item has a learned vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,38 +15,33 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from rap_env.block_rows import (
-    IMPORTANCE_FLOOR,
-    MOST_SPREADS,
-    NEIGHBOURS,
-    OVER_FLOOR,
-    PRICED,
-    SPREAD_FLOOR,
-    USEFUL_FLOOR,
-    row_columns,
-    row_width,
-    shown,
-)
+from rap_env import block_rows
+from rap_env.block_rows import IMPORTANCE_FLOOR, MOST_SPREADS, OVER_FLOOR, SPREAD_FLOOR, shown
+from rap_env.ladder import item_rows
+from rap_env.ladder.item_observation import ITEM_FEATURES
+from rap_env.ladder.items import KINDS
 from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES
 
 _OVER = REQUEST_FEATURES.index("bytes_over")
-_KIND = BLOCK_FEATURES.index("kind")
-_FREED = BLOCK_FEATURES.index("freed_share")
 _VECTOR_SPREAD = 0.3
 
+Parts = dict[str, torch.Tensor]
+"""Parts of the rows by name: (B, N, columns), or (B, columns) if all rows share them."""
 
-class BlockRows(BaseFeaturesExtractor):
-    """Joins each block's features with those of the whole request.
 
-    `rap_env.block_rows.row_columns` lists the parts of a row. Standardised features compare a
-    block with the others, independently of the model's size. Neighbours are included because a
-    block next to a removed one is often less important. A price is the log of a measured
-    importance per useful byte, a ratio that a small network would need many episodes to learn.
-    The NumPy network of the runtime (`rap_env.runtime.policy_network`) computes the same rows.
+class Rows(BaseFeaturesExtractor):
+    """Joins the features of each block or item with those of the whole request.
+
+    Standardised features compare a block or item with the others, independently of the model's
+    size. A price is the log of a measured importance per useful byte, a ratio that a small network
+    would need many episodes to learn. The NumPy networks of the runtime compute the same rows.
 
     Args:
-        observation_space: That of `rap_env.observation.ObservationBuilder`: a ``Dict``
-            with ``request`` (R,), ``blocks`` (2L, F) and ``action_mask`` (2L,).
+        observation_space: A ``Dict`` with ``request`` (R,), `key` (N, F) and ``action_mask`` (N,).
+        key: Entry of the observation with the features of each block or item.
+        features: Names of these features, F.
+        priced: Names of those that have a price.
+        columns: The parts of a row, with their columns.
         block_vectors: As in `agents.settings.PolicySettings`.
         without: As in `PolicySettings`; hidden features are 0.
     """
@@ -56,16 +51,23 @@ class BlockRows(BaseFeaturesExtractor):
     def __init__(
         self,
         observation_space: spaces.Dict,
-        block_vectors: int = 0,
-        without: Sequence[str] = (),
+        key: str,
+        features: Sequence[str],
+        priced: Sequence[str],
+        columns: Mapping[str, slice],
+        block_vectors: int,
+        without: Collection[str],
     ) -> None:
-        count = _shape(observation_space, "blocks")[0]
-        super().__init__(observation_space, features_dim=row_width(block_vectors))
-        self.columns = row_columns(block_vectors)
+        super().__init__(observation_space, features_dim=block_rows.width_of(columns))
+        self.columns = columns
+        self._key = key
+        self._freed = features.index("freed_share")
+        self._costs = [features.index(name) for name in priced]
         self.see_request = "request" not in without
-        for name, columns in (("_seen", BLOCK_FEATURES), ("_priced", PRICED)):
-            flags = torch.from_numpy(shown(columns, without))
+        for name, names in (("_seen", features), ("_priced", priced)):
+            flags = torch.from_numpy(shown(names, without))
             self.register_buffer(name, flags, persistent=False)
+        count = cast(tuple[int, ...], observation_space[key].shape)[0]
         vectors = _VECTOR_SPREAD * torch.randn(count, block_vectors)
         if block_vectors:
             self.vectors = nn.Parameter(vectors)
@@ -73,77 +75,161 @@ class BlockRows(BaseFeaturesExtractor):
             self.register_buffer("vectors", vectors, persistent=False)
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return rows of shape (B, 2L, W)."""
-        blocks = observations["blocks"] * cast(torch.Tensor, self._seen)
+        """Return rows of shape (B, N, W)."""
+        each = observations[self._key] * cast(torch.Tensor, self._seen)
         request = observations["request"] * float(self.see_request)
-        kept = observations["action_mask"].to(blocks.dtype).unsqueeze(-1)
-        removed = 1 - kept
-        useful = _useful(blocks, request) * kept
-        importance = blocks[:, :, [BLOCK_FEATURES.index(name) for name in PRICED]]
-        prices = torch.log((importance + IMPORTANCE_FLOOR) / (useful + USEFUL_FLOOR))
-        priced = prices * cast(torch.Tensor, self._priced)
-        vectors = self.vectors.expand(len(blocks), -1, -1)
+        valid = observations["action_mask"].to(each.dtype).unsqueeze(-1)
+        over = request[:, _OVER].reshape(-1, 1, 1)
+        useful = (each[:, :, [self._freed]] / (over + OVER_FLOOR)).clamp(max=1) * valid
+        prices = self._prices(each[:, :, self._costs], useful) * cast(torch.Tensor, self._priced)
         parts = {
-            "blocks": blocks,
-            "compared": _standardised(torch.cat([blocks, priced], dim=2), kept),
+            "compared": _standardised(torch.cat([each, prices], dim=2), valid),
             "useful": useful,
-            "kept": kept,
-            "neighbours": _neighbours(kept),
-            "vectors": vectors,
             "request": request,
-            "mean_kept": _mean(blocks, kept),
-            "mean_removed": _mean(blocks, removed),
-            "removed_by_kind": _removed_by_kind(blocks, removed),
-            "removed_vectors": _mean(vectors, removed),
+            **self._parts(each, valid),
         }
-        rows = [_for_each_block(parts[name], blocks.shape[1]) for name in self.columns]
+        rows = [_for_each(parts[name], each.shape[1]) for name in self.columns]
         return torch.cat(rows, dim=2)
 
+    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
+        """Return the logs of costs (B, N, priced) per useful share (B, N, 1)."""
+        raise NotImplementedError
 
-def _for_each_block(part: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a part of the rows, (B, 2L, F); a part of shape (B, F) is repeated for all blocks."""
+    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
+        """Return the other parts of rows, from features (B, N, F) and valid actions (B, N, 1)."""
+        raise NotImplementedError
+
+
+class BlockRows(Rows):
+    """Rows of the blocks of `RAPPrune-v0`; `rap_env.block_rows.row_columns` lists their parts.
+
+    Neighbours are included because a block next to a removed one is often less important.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        block_vectors: int = 0,
+        without: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            observation_space,
+            "blocks",
+            BLOCK_FEATURES,
+            block_rows.PRICED,
+            block_rows.row_columns(block_vectors),
+            block_vectors,
+            without,
+        )
+
+    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
+        return torch.log((costs + IMPORTANCE_FLOOR) / (useful + block_rows.USEFUL_FLOOR))
+
+    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
+        removed = 1 - valid
+        vectors = self.vectors.expand(len(each), -1, -1)
+        ffn = each[:, :, [BLOCK_FEATURES.index("kind")]]
+        return {
+            "blocks": each,
+            "kept": valid,
+            "neighbours": _neighbours(valid),
+            "vectors": vectors,
+            "mean_kept": _mean(each, valid),
+            "mean_removed": _mean(each, removed),
+            "removed_by_kind": _by_kind(torch.cat([1 - ffn, ffn], dim=2), removed),
+            "removed_vectors": _mean(vectors, removed),
+        }
+
+
+class ItemRows(Rows):
+    """Rows of the items of `RAPPrune-v1`; `rap_env.ladder.item_rows.row_columns` lists their parts.
+
+    Which items are neighbours is read from the observed kinds and depths, so that one network
+    serves ladders of any size.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        block_vectors: int = 0,
+        without: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            observation_space,
+            "ladder",
+            ITEM_FEATURES,
+            item_rows.PRICED,
+            item_rows.row_columns(block_vectors),
+            block_vectors,
+            without,
+        )
+        self._placed = torch.zeros(0)
+        self._near = torch.zeros(0, dtype=torch.int64)
+
+    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
+        return costs * item_rows.COST_SCALE - torch.log(useful + item_rows.USEFUL_FLOOR)
+
+    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
+        level, kinds = each[:, :, [item_rows.LEVEL]], each[:, :, : len(KINDS)]
+        vectors = self.vectors.expand(len(each), -1, -1)
+        levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
+        return {
+            "items": each,
+            "valid": valid,
+            "neighbours": levels[:, self._neighbours(each)],
+            "vectors": vectors,
+            "mean_level": _by_kind(kinds, level),
+            "lowest": _by_kind(kinds[:, :, :2], (level >= 1).to(level.dtype)),
+            "lowered_vectors": (vectors * level).mean(dim=1),
+        }
+
+    def _neighbours(self, each: torch.Tensor) -> torch.Tensor:
+        """Return the number of each item's neighbours, (N, 9), -1 where there is none."""
+        placed = each[0, :, : item_rows.DEPTH + 1]  # the same for all observations of a model
+        if not torch.equal(placed, self._placed):
+            self._placed = placed.clone()
+            near = item_rows.neighbours(placed.detach().cpu().numpy())
+            self._near = torch.from_numpy(near).to(placed.device)
+        return self._near
+
+
+def rows_class(observation_space: spaces.Dict) -> type[BlockRows | ItemRows]:
+    """Return the features extractor for an observation space of v0 or v1."""
+    return ItemRows if "ladder" in observation_space.spaces else BlockRows
+
+
+def _for_each(part: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a part of the rows, (B, N, F); a part of shape (B, F) is repeated for all rows."""
     return part if part.dim() == 3 else part.unsqueeze(1).expand(-1, count, -1)
-
-
-def _useful(blocks: torch.Tensor, request: torch.Tensor) -> torch.Tensor:
-    """Return the share of the bytes over budget that each block would free, (B, 2L, 1)."""
-    over = request[:, _OVER].reshape(-1, 1, 1)
-    return (blocks[:, :, [_FREED]] / (over + OVER_FLOOR)).clamp(max=1)
 
 
 def _neighbours(kept: torch.Tensor) -> torch.Tensor:
     """Return whether each block's neighbours are kept, (B, 2L, 4); 1 beyond the ends."""
-    reach, count = max(NEIGHBOURS), kept.shape[1]
+    reach, count = max(block_rows.NEIGHBOURS), kept.shape[1]
     padded = nn.functional.pad(kept, (0, 0, reach, reach), value=1.0)
-    near = [padded[:, reach + step : reach + step + count] for step in NEIGHBOURS]
+    near = [padded[:, reach + step : reach + step + count] for step in block_rows.NEIGHBOURS]
     return torch.cat(near, dim=2)
 
 
-def _removed_by_kind(blocks: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    """Return the shares of removed attention and removed FFN blocks, (B, 2)."""
-    ffn = blocks[:, :, [_KIND]]
-    kinds = torch.cat([1 - ffn, ffn], dim=2)
-    return (kinds * removed).sum(dim=1) / kinds.sum(dim=1).clamp(min=1)
+def _by_kind(kinds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of values (B, N, 1) over each kind (B, N, kinds), (B, kinds); 0 if none."""
+    return (kinds * values).sum(dim=1) / kinds.sum(dim=1).clamp(min=1)
 
 
 def _mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean over blocks, (B, F); 0 if all weights are 0."""
+    """Return the weighted mean over rows, (B, F); 0 if all weights are 0."""
     return (values * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
-def _standardised(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Return z-scores over the kept blocks, clamped; 0 for removed blocks."""
-    centred = (values - _mean(values, kept).unsqueeze(1)) * kept
-    spread = _mean(centred.square(), kept).sqrt().unsqueeze(1)
+def _standardised(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Return z-scores over the rows with a valid action, clamped; 0 for the others."""
+    centred = (values - _mean(values, valid).unsqueeze(1)) * valid
+    spread = _mean(centred.square(), valid).sqrt().unsqueeze(1)
     return (centred / (spread + SPREAD_FLOOR)).clamp(-MOST_SPREADS, MOST_SPREADS)
 
 
-def _shape(space: spaces.Dict, key: str) -> tuple[int, ...]:
-    return cast(tuple[int, ...], space[key].shape)
-
-
 class BlockScores(nn.Module):
-    """Scores each block; all scores start near 0, so the first choices are nearly uniform.
+    """Scores each block or item; all scores start near 0, so the first choices are nearly uniform.
 
     A linear path parallel to the small network learns the important features in fewer episodes.
     """
@@ -155,12 +241,12 @@ class BlockScores(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows (B, 2L, W) to scores (B, 2L)."""
+        """Map rows (B, N, W) to scores (B, N)."""
         return cast(torch.Tensor, self.net(rows) + self.linear(rows)).squeeze(-1)
 
 
 class PooledValue(nn.Module):
-    """Value of the whole observation, from the mean over blocks of a network's features."""
+    """Value of the whole observation, from the mean over rows of a network's features."""
 
     def __init__(self, row_width: int, hidden: int) -> None:
         super().__init__()
@@ -168,7 +254,7 @@ class PooledValue(nn.Module):
         self.value = nn.Sequential(_linear(hidden, hidden), nn.ReLU(), _linear(hidden, 1, gain=1.0))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows (B, 2L, W) to values (B, 1)."""
+        """Map rows (B, N, W) to values (B, 1)."""
         return cast(torch.Tensor, self.value(self.rows(rows).mean(dim=1)))
 
 
@@ -181,11 +267,11 @@ class ActorCriticHeads(nn.Module):
         self.critic = PooledValue(row_width, hidden)
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, 2L) and values (B, 1)."""
+        """Return logits (B, N) and values (B, 1)."""
         return self.actor(rows), self.critic(rows)
 
     def forward_actor(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, 2L)."""
+        """Return logits (B, N)."""
         return cast(torch.Tensor, self.actor(rows))
 
     def forward_critic(self, rows: torch.Tensor) -> torch.Tensor:
@@ -194,7 +280,7 @@ class ActorCriticHeads(nn.Module):
 
 
 class DuelingHeads(nn.Sequential):
-    """Q values: the value of the observation plus each block's advantage.
+    """Q values: the value of the observation plus each action's advantage.
 
     Dueling networks (Wang et al. 2016, arXiv 1511.06581) without subtracting the mean.
     """
@@ -205,7 +291,7 @@ class DuelingHeads(nn.Sequential):
         self.value = PooledValue(row_width, hidden)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Map rows (B, 2L, W) to Q values (B, 2L)."""
+        """Map rows (B, N, W) to Q values (B, N)."""
         return cast(torch.Tensor, self.value(rows) + self.advantage(rows))
 
 

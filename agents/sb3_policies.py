@@ -1,29 +1,36 @@
-"""Policy classes of stable-baselines3 with the block-wise networks of `agents.networks`."""
+"""Policy classes of stable-baselines3 with the networks of `agents.networks`.
+
+Block-wise means that one small network scores each action: each block in v0, each item in v1.
+"""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
+from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
-from agents.networks import ActorCriticHeads, BlockRows, DuelingHeads
+from agents.networks import ActorCriticHeads, DuelingHeads, rows_class
 
 Q_INVALID = -1e8
-"""Q value of a removed block; finite, since 0 times infinity is NaN."""
+"""Q value of an invalid action; finite, since 0 times infinity is NaN."""
 
 
 class _Blockwise:
-    """Mixin for policies that observe `BlockRows` and have `hidden` units in each layer."""
+    """Mixin for policies that observe rows and have `hidden` units in each layer."""
 
-    def __init__(self, *args: Any, hidden: int, **kwargs: Any) -> None:
+    def __init__(
+        self, observation_space: spaces.Space[Any], *args: Any, hidden: int, **kwargs: Any
+    ) -> None:
         self.hidden = hidden
-        kwargs.setdefault("features_extractor_class", BlockRows)
-        super().__init__(*args, **kwargs)
+        rows = rows_class(cast(spaces.Dict, observation_space))
+        kwargs.setdefault("features_extractor_class", rows)
+        super().__init__(observation_space, *args, **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         found: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
@@ -48,7 +55,7 @@ class _BlockwiseActorCritic(_Blockwise):
 
 
 class BlockwisePolicy(_BlockwiseActorCritic, ActorCriticPolicy):
-    """Block-wise policy for PPO; it learns from the penalty not to choose removed blocks."""
+    """Block-wise policy for PPO; it learns from the penalty to choose valid actions."""
 
 
 class MaskableBlockwisePolicy(_BlockwiseActorCritic, MaskableActorCriticPolicy):  # type: ignore[misc]
@@ -68,7 +75,7 @@ class BlockwiseQNetwork(QNetwork):
 
 
 class _MaskedForward:
-    """Mixin that sets the Q values of removed blocks below all others."""
+    """Mixin that sets the Q values of invalid actions below all others."""
 
     def forward(self, obs: PyTorchObs) -> torch.Tensor:
         values: torch.Tensor = super().forward(obs)  # type: ignore[misc]
@@ -77,11 +84,11 @@ class _MaskedForward:
 
 
 class MaskedQNetwork(_MaskedForward, QNetwork):
-    """MLP Q network that never chooses a removed block."""
+    """MLP Q network that never chooses an invalid action."""
 
 
 class MaskedBlockwiseQNetwork(_MaskedForward, BlockwiseQNetwork):
-    """Block-wise Q network that never chooses a removed block."""
+    """Block-wise Q network that never chooses an invalid action."""
 
 
 class _QPolicy(MultiInputPolicy):
@@ -122,7 +129,7 @@ def action_scores(policy: BasePolicy, observation: dict[str, torch.Tensor]) -> t
     """Return the Q values or logits of a policy of any agent.
 
     Returns:
-        Q values or logits (without a mask), shape (B, 2L).
+        Q values or logits (without a mask), shape (B, N).
     """
     if isinstance(policy, DQNPolicy):
         return cast(torch.Tensor, policy.q_net(observation))

@@ -130,12 +130,13 @@ class PolicySettings(_Settings):
 
     Attributes:
         hidden: Units of each hidden layer.
-        block_vectors: Width of a learned vector for each block, which its row carries; 0 for
-            none. Improves the policy on its own model, but it then does not transfer to a model
-            with another number of layers.
+        block_vectors: Width of a learned vector for each block or item, which its row carries; 0
+            for none. Improves the policy on its own model, but it then does not transfer to a
+            model with another number of layers.
         without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
-            rise in NLL), ``one_shot`` (the one-shot rise in NLL), ``request`` (the request, and
-            what a block frees for it: the policy is then one static order of removal).
+            rise in NLL; in v1 those of the order over items), ``one_shot`` (the one-shot rise in
+            NLL), ``request`` (the request, and what a block or item frees for it: in v0 the
+            policy is then one static order of removal).
 
     Raises:
         UnknownNameError: There is no such ablation.

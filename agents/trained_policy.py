@@ -1,10 +1,10 @@
-"""A trained policy at decision time: from a request to a mask by passes of a small network."""
+"""A trained policy at decision time: from a request to a plan by passes of a small network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,48 +13,56 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.checkpoint import Checkpoint, checkpoint_of
-from agents.observations import MaskObserver, as_tensors
+from agents.observations import (
+    Builder,
+    as_tensors,
+    check_feasible,
+    make_builder,
+    make_observer,
+)
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.item_observation import ItemObservationBuilder
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
     from rap_env.scoring.interface import Scorer
 
-ScoreMasks = Callable[[Sequence[BlockMask]], Sequence[float]]
-"""Returns a number for each mask, lower is better: its delta_nll or its NLL."""
+ScoreMasks = Callable[[Sequence[Any]], Sequence[float]]
+"""Returns a number for each mask or plan, lower is better: its delta_nll or its NLL."""
 
 _Q_TEMPERATURE = 0.25
 """Temperature of sampling by Q values, in units of their spread over an observation's blocks."""
 
 
 class TrainedPolicy:
-    """Chooses masks with a trained network of any agent; implements `PlanPolicy`.
+    """Chooses masks or plans with a trained network of any agent; implements `PlanPolicy`.
 
-    It repeatedly removes the block with the highest logit until the request fits. Removed blocks
-    are never considered, also for agents that were trained without action masks. With `best_of`
-    above 1 it also samples masks from the network, all of them in parallel, and returns the one
-    with the lowest score.
+    It repeatedly takes the action with the highest logit until the request fits: it removes a
+    block (v0), or lowers an item (v1). Invalid actions are never considered, also for agents that
+    were trained without action masks. With `best_of` above 1 it also samples from the network,
+    all samples in parallel, and returns the mask or plan with the lowest score.
 
     Args:
         policy: The network.
         builder: Builds its observations.
-        best_of: Number of masks among which it chooses: the greedy one and samples.
-        score_masks: Predicts scores of masks; if `best_of` is above 1, this or `scorer` is needed.
-        scorer: Measures scores instead, if there is no `score_masks`; each mask then counts in
-            `evaluations`.
+        best_of: Number of masks or plans among which it chooses: the greedy one and samples.
+        score_masks: Predicts scores of masks or plans; if `best_of` is above 1, this or `scorer`
+            is needed.
+        scorer: Measures scores instead, if there is no `score_masks`; each mask or plan then
+            counts in `evaluations`.
         seed: Seed of the samples; the same request always gets the same samples.
 
     Attributes:
-        evaluations: Masks whose measured scores all choices so far needed, stored scores
-            included.
+        evaluations: Masks and plans whose measured scores all choices so far needed, stored
+            scores included.
+        lowers: Whether it chooses plans that lower weights that are kept.
 
     Raises:
-        AgentConfigError: `best_of` is below 1, or above 1 without anything that scores masks.
+        AgentConfigError: `best_of` is below 1, or above 1 without anything that scores them.
     """
 
     name = "rap"
@@ -63,7 +71,7 @@ class TrainedPolicy:
     def __init__(
         self,
         policy: BasePolicy,
-        builder: ObservationBuilder,
+        builder: Builder,
         *,
         best_of: int = 1,
         score_masks: ScoreMasks | None = None,
@@ -82,6 +90,7 @@ class TrainedPolicy:
         self._policy = policy
         self._policy.set_training_mode(False)
         self._builder = builder
+        self.lowers = isinstance(builder, ItemObservationBuilder)
         self._best_of = best_of
         self._score_masks = score_masks
         self._scorer = scorer
@@ -101,8 +110,9 @@ class TrainedPolicy:
     ) -> TrainedPolicy:
         """Load the policy of the newest undamaged checkpoint in a run's folder.
 
-        A block-wise policy also serves a model with another number of layers, unless its
-        blocks have learned vectors. Further arguments are those of the class.
+        A policy of v1 is loaded with the ladder that it was trained on. A block-wise policy also
+        serves a model with another number of layers, unless its blocks or items have learned
+        vectors. Further arguments are those of the class.
 
         Raises:
             ArtifactError: There is no checkpoint, all are damaged, or the policy was trained
@@ -110,7 +120,7 @@ class TrainedPolicy:
             AgentConfigError: As for the class.
         """
         checkpoint = checkpoint_of(run_dir)
-        builder = ObservationBuilder(context.memory, context.features)
+        builder = make_builder(context, checkpoint.ladder)
         return cls(
             fitting_policy(checkpoint, builder),
             builder,
@@ -120,72 +130,74 @@ class TrainedPolicy:
             seed=seed,
         )
 
-    def choose(self, request: Request) -> BlockMask:
-        """Return the blocks to remove for a request.
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return the blocks to remove, or the levels of items, for a request.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch size or the length.
-            InfeasibleBudgetError: No mask fits the budget.
+            InfeasibleBudgetError: No mask, or no plan of the ladder, fits the budget.
         """
-        memory = self._builder.memory
-        memory.check(request.batch_size, request.seq_len_tokens)
-        memory.check_feasible(request)
-        masks = list(dict.fromkeys(self.sample(request, self._best_of)))
-        if len(masks) == 1:
-            return masks[0]
+        check_feasible(self._builder, request)
+        plans = list(dict.fromkeys(self.sample(request, self._best_of)))
+        if len(plans) == 1:
+            return plans[0]
         score = self._score_masks
         if score is None:
             assert self._scorer is not None  # checked by __init__
             score = self._scorer.nll_many
-            self.evaluations += len(masks)
-        scores = np.nan_to_num(np.asarray(score(masks), dtype=np.float64), nan=np.inf)
-        return masks[int(np.argmin(scores))]
+            self.evaluations += len(plans)
+        scores = np.nan_to_num(np.asarray(score(plans), dtype=np.float64), nan=np.inf)
+        return plans[int(np.argmin(scores))]
 
     @torch.inference_mode()
-    def sample(self, request: Request, count: int) -> list[BlockMask]:
-        """Return masks under which `request` fits: the greedy one, then `count` - 1 samples.
+    def sample(self, request: Request, count: int) -> list[MaskOrPlan]:
+        """Return masks or plans that fit `request`: the greedy one, then `count` - 1 samples.
 
-        All of them grow in parallel, by one block in each pass of the network.
+        All of them grow in parallel, by one action in each pass of the network.
         """
-        observer = MaskObserver(self._builder, [request])
-        removed = np.zeros((count, self._builder.memory.facts.num_blocks), dtype=bool)
-        which = np.zeros(count, dtype=np.int64)
+        observer = make_observer(self._builder, [request])
+        state, which = observer.start(count), np.zeros(count, dtype=np.int64)
         generator = torch.Generator().manual_seed(self._seed)
-        grows = np.flatnonzero(observer.over_bytes(which, removed))
+        grows = np.flatnonzero(observer.over_bytes(which, state))
         while len(grows):
-            seen = as_tensors(observer.observe(which[grows], removed[grows]))
+            seen = as_tensors(observer.observe(which[grows], state[grows]))
             logits = self._logits(seen)
             noise = torch.rand((count, logits.shape[1]), generator=generator)
             gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))  # argmax = a sample
             gumbel[0] = 0.0
             chosen = (logits + gumbel[torch.from_numpy(grows)]).argmax(dim=1)
-            removed[grows, chosen.numpy()] = True
-            grows = grows[observer.over_bytes(which[grows], removed[grows]) > 0]
-        return [BlockMask(frozenset(np.flatnonzero(row).tolist())) for row in removed]
+            state[grows] = observer.act(which[grows], state[grows], chosen.numpy())
+            grows = grows[observer.over_bytes(which[grows], state[grows]) > 0]
+        return [observer.plan(row) for row in state]
 
     def _logits(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of the next block, minus infinity for removed blocks, (B, 2L)."""
+        """Logits of the next action, minus infinity for invalid ones, (B, N)."""
         scores = action_scores(self._policy, observation)
-        kept = observation["action_mask"] > 0
+        valid = observation["action_mask"] > 0
         if isinstance(self._policy, DQNPolicy):  # Q values have no scale of their own
-            count = kept.sum(dim=1, keepdim=True)
-            centred = scores - (scores * kept).sum(dim=1, keepdim=True) / count
-            spread = (centred.square() * kept).sum(dim=1, keepdim=True).div(count).sqrt()
+            count = valid.sum(dim=1, keepdim=True)
+            centred = scores - (scores * valid).sum(dim=1, keepdim=True) / count
+            spread = (centred.square() * valid).sum(dim=1, keepdim=True).div(count).sqrt()
             scores = centred / (_Q_TEMPERATURE * spread + 1e-8)
-        return scores.masked_fill(~kept, -torch.inf)
+        return scores.masked_fill(~valid, -torch.inf)
 
 
-def fitting_policy(checkpoint: Checkpoint, builder: ObservationBuilder) -> BasePolicy:
-    """Return the checkpoint's network, rebuilt for the model's spaces if they differ."""
+def fitting_policy(checkpoint: Checkpoint, builder: Builder) -> BasePolicy:
+    """Return the checkpoint's network, rebuilt for the model's spaces if they differ.
+
+    Raises:
+        ArtifactError: It does not serve a model of this shape.
+    """
     policy: BasePolicy = checkpoint.load_model().policy
-    space, num_blocks = builder.space, builder.memory.facts.num_blocks
+    space = cast(spaces.Dict, builder.space)
+    (count,) = cast(tuple[int], space["action_mask"].shape)
     if policy.observation_space == space:
         return policy
     if checkpoint.config.policy == "blockwise":
-        _check_block_vectors(checkpoint, policy, num_blocks)
+        _check_block_vectors(checkpoint, policy, count)
         arguments = policy._get_constructor_parameters()
         arguments["observation_space"] = space
-        arguments["action_space"] = spaces.Discrete(num_blocks)
+        arguments["action_space"] = spaces.Discrete(count)
         other: BasePolicy = type(policy)(**arguments)
         try:
             other.load_state_dict(policy.state_dict())
@@ -199,12 +211,13 @@ def fitting_policy(checkpoint: Checkpoint, builder: ObservationBuilder) -> BaseP
     )
 
 
-def _check_block_vectors(checkpoint: Checkpoint, policy: BasePolicy, num_blocks: int) -> None:
-    """Reject a policy with learned block vectors for a model with another number of blocks."""
+def _check_block_vectors(checkpoint: Checkpoint, policy: BasePolicy, count: int) -> None:
+    """Reject a policy with learned vectors for a model with another number of blocks or items."""
     trained_on = int(cast(spaces.Discrete, policy.action_space).n)
-    if checkpoint.config.policy_settings.get("block_vectors") and trained_on != num_blocks:
+    if checkpoint.config.policy_settings.get("block_vectors") and trained_on != count:
+        what = "blocks" if checkpoint.ladder is None else "items"
         raise ArtifactError(
-            f"The policy in {checkpoint.folder} learned a vector for each of {trained_on} blocks, "
-            f"but this model has {num_blocks}; train a policy for this model, or one with "
-            "policy_settings.block_vectors=0, which serves any number of blocks."
+            f"The policy in {checkpoint.folder} learned a vector for each of {trained_on} {what}, "
+            f"but this model has {count}; train a policy for this model, or one with "
+            f"policy_settings.block_vectors=0, which serves any number of {what}."
         )

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,12 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from agents.algorithms import AgentConfig, make_model
-from agents.checkpoint import check_same_run, latest_checkpoint, save_checkpoint
+from agents.checkpoint import (
+    check_same_run,
+    invalid_actions,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
 from rap_env.llm.progress import progress_bar
@@ -51,10 +56,10 @@ class TrainResult:
     Attributes:
         run_dir: The run's folder; the policy is in the newest of ``checkpoints``.
         episodes: Finished episodes.
-        evaluations: Masks whose score was needed, stored scores included.
+        evaluations: Masks and plans whose score was needed, stored scores included.
         seconds: Wall time.
         resumed_from: Step of the checkpoint from which this call resumed, or None.
-        recent_delta_nll: Mean rise in NLL of the masks of the last episodes that fit their
+        recent_delta_nll: Mean rise in NLL of the plans of the last episodes that fit their
             budget, nats per token; NaN if there are none.
     """
 
@@ -215,6 +220,7 @@ class Recorder(BaseCallback):
         self._before = dict(self.totals)
         self._start = time.perf_counter()
         self._start_step = self._saved_at = self.num_timesteps
+        self._invalid = invalid_actions(self.training_env)
         self._bar = progress_bar(
             self._show_bar,
             total=max(self._config.total_timesteps, self.num_timesteps),
@@ -230,13 +236,16 @@ class Recorder(BaseCallback):
 
     def _on_step(self) -> bool:
         assert self._bar is not None
-        for info in self.locals["infos"]:
+        seen, actions = cast(Any, self.model)._last_obs, self.locals["actions"]
+        self._invalid += seen["action_mask"][np.arange(len(actions)), actions] == 0
+        for index, info in enumerate(self.locals["infos"]):
             if "episode" in info:
-                self._episode_ended(info)
+                self._episode_ended(info, int(self._invalid[index]))
+                self._invalid[index] = 0
         self._bar.update(self.training_env.num_envs)
         return True
 
-    def _episode_ended(self, info: dict[str, Any]) -> None:
+    def _episode_ended(self, info: dict[str, Any], invalid: int) -> None:
         assert self._bar is not None
         self.totals["episodes"] += 1
         self._count()
@@ -245,7 +254,7 @@ class Recorder(BaseCallback):
             "episode/number": self.totals["episodes"],
             "episode/return": float(info["episode"]["r"]),
             "episode/length": float(info["episode"]["l"]),
-            "episode/invalid_actions": float(info["episode"]["l"] - len(info["removed"])),
+            "episode/invalid_actions": float(invalid),
             "episode/fits": float(fits),
             "time/evaluations": self.totals["evaluations"],
             "time/seconds": self.totals["seconds"],

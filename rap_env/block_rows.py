@@ -6,7 +6,7 @@ NumPy) build the same rows from these definitions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,11 @@ PRICED = ("one_shot_loss", "gsi_marginal_loss")
 """Features for which a row also has the price: the log of importance per useful byte."""
 
 HIDES = {
-    "gsi": ("gsi_rank", "gsi_marginal_loss"),
-    "one_shot": ("one_shot_loss",),
+    "gsi": ("gsi_rank", "gsi_marginal_loss", "order_place", "order_cost"),
+    "one_shot": ("one_shot_loss", "one_shot_cost"),
     "request": ("freed_share",),
 }
-"""The columns that each ablation hides; ``request`` hides the request itself too."""
+"""The columns of blocks and items that each ablation hides; ``request`` hides the request too."""
 
 ABLATIONS = tuple(HIDES)
 """Names of the ablations: parts of the input that can be hidden from a network."""
@@ -72,6 +72,11 @@ def row_columns(block_vectors: int = 0) -> dict[str, slice]:
         "removed_by_kind": 2,
         "removed_vectors": block_vectors,
     }
+    return columns_of(widths)
+
+
+def columns_of(widths: Mapping[str, int]) -> dict[str, slice]:
+    """The columns of parts that stand side by side, from the width of each."""
     columns, start = {}, 0
     for name, width in widths.items():
         columns[name] = slice(start, start + width)
@@ -81,8 +86,12 @@ def row_columns(block_vectors: int = 0) -> dict[str, slice]:
 
 def row_width(block_vectors: int = 0) -> int:
     """Number of columns of a row, W."""
-    last = list(row_columns(block_vectors).values())[-1]
-    return int(last.stop)
+    return width_of(row_columns(block_vectors))
+
+
+def width_of(columns: Mapping[str, slice]) -> int:
+    """Number of columns of all parts together."""
+    return int(list(columns.values())[-1].stop)
 
 
 def shown(names: Sequence[str], without: Collection[str]) -> npt.NDArray[np.float32]:

@@ -17,15 +17,17 @@ from rap_env.envs.removal import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import PruningTask
 from rap_env.importance.frontier import Frontier
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
-from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
+from rap_env.ladder.item_observation import (
+    FREED,
+    ItemObservationBuilder,
+    ItemObservationTracker,
+    freed_share,
+)
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.observation import Observation
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
-
-_FEW = 8
-"""Rows of an observation that are faster to update one by one than all at once."""
 
 
 class LoweringTask(PruningTask[LadderCosts]):
@@ -114,52 +116,36 @@ class LoweringState:
     """The levels of the items in an episode; an `EpisodeState`."""
 
     def __init__(self, start: EpisodeStart[LadderCosts], builder: ItemObservationBuilder) -> None:
-        self.observation = builder.build(start.request, CompressionPlan())
         self._ladder = builder.ladder
-        self._rows = builder.rows_of(start.costs)
-        self._costs = start.costs
-        self._tracker = start.costs.tracker()
+        self._seen = ItemObservationTracker(builder, start.request)
+        self._levels = self._seen.levels
+        self.observation = self._seen.observation
         self._names = ["native"] * len(builder.ladder)
 
     @property
     def peak_bytes(self) -> int:
         """Peak bytes now."""
-        return self._tracker.peak_bytes
+        return self._levels.peak_bytes
 
     def is_valid(self, action: int) -> bool:
         """Whether the item has a lower level."""
-        return self._tracker.is_valid(action)
+        return self._levels.is_valid(action)
 
     def peak_after(self, action: int) -> int:
         """Peak bytes with the item at its next level."""
-        return self._tracker.peak_after(action)
+        return self._levels.peak_after(action)
 
     def plan_after(self, action: int | None = None) -> CompressionPlan:
         """The plan after an item was lowered, if it can be."""
-        tracker = self._tracker
+        levels = self._levels
         return self._ladder.plan(
-            tracker.positions if action is None else tracker.positions_after(action)
+            levels.positions if action is None else levels.positions_after(action)
         )
 
     def apply(self, action: int) -> None:
         """Lower an item that has a lower level."""
-        tracker, seen = self._tracker, self.observation
-        changed = tracker.lower(action)
-        for item in changed:
-            self._names[item] = self._ladder.level_names[item][tracker.positions[item]]
-        if len(changed) > _FEW:
-            items, positions = np.arange(len(self._names)), tracker.positions
-            seen["ladder"][:] = self._rows[items, positions]
-            freed = self._costs.freed_bytes(positions)
-            seen["ladder"][:, FREED] = freed_share(freed, self._costs.dense_peak_bytes)
-            seen["action_mask"][:] = self._costs.next_level[items, positions] >= 0
-            return
-        for item in changed:
-            row = seen["ladder"][item]
-            row[:] = self._rows[item, tracker.positions[item]]
-            freed_bytes = max(0, tracker.freed_bytes(item))
-            row[FREED] = min(1.0, freed_bytes / self._costs.dense_peak_bytes)
-            seen["action_mask"][item] = tracker.is_valid(item)
+        for item in self._seen.lower(action):
+            self._names[item] = self._ladder.level_names[item][self._levels.positions[item]]
 
     def info(self) -> dict[str, Any]:
         """The level of each item."""

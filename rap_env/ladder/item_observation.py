@@ -18,7 +18,7 @@ from rap_env.observation import (
     bytes_over,
     request_features,
 )
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
 
 ITEM_FEATURES = (
@@ -38,6 +38,9 @@ COST_FLOOR, COST_CEILING = 1e-4, 10.0
 """Costs in nats per token that are observed as about 0 and as 1, on a log scale between."""
 
 _CACHED_SHAPES = 256
+
+_FEW = 8
+"""Rows of an observation that are faster to update one by one than all at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +133,44 @@ class ItemObservationBuilder:
         rows[..., FREED + 3] = log_cost(reached - known.reached) * has_next
         rows.flags.writeable = False
         return rows
+
+
+class ItemObservationTracker:
+    """The observation of a request while items are lowered one by one, in arrays of its own.
+
+    Attributes:
+        observation: The current arrays, updated in place; the request's bytes over budget excepted.
+        levels: The current levels and their bytes.
+    """
+
+    def __init__(self, builder: ItemObservationBuilder, request: Request) -> None:
+        self._costs = builder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        self._rows = builder.rows_of(self._costs)
+        self._numbers = np.arange(len(builder.ladder))
+        self.observation = builder.build(request, CompressionPlan())
+        self.levels = self._costs.tracker()
+
+    def lower(self, item: int) -> set[int]:
+        """Lower an item that has a lower level.
+
+        Returns:
+            The items whose row changed.
+        """
+        levels, costs = self.levels, self._costs
+        rows, valid = self.observation["ladder"], self.observation["action_mask"]
+        changed = levels.lower(item)
+        if len(changed) > _FEW:
+            rows[:] = self._rows[self._numbers, levels.positions]
+            freed = costs.freed_bytes(levels.positions)
+            rows[:, FREED] = freed_share(freed, costs.dense_peak_bytes)
+            valid[:] = costs.next_level[self._numbers, levels.positions] >= 0
+            return changed
+        for one in changed:
+            row = rows[one]
+            row[:] = self._rows[one, levels.positions[one]]
+            row[FREED] = min(1.0, max(0, levels.freed_bytes(one)) / costs.dense_peak_bytes)
+            valid[one] = levels.is_valid(one)
+        return changed
 
 
 def freed_share(

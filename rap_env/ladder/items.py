@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -83,6 +83,8 @@ class Ladder:
     Attributes:
         items: The items.
         together: Names of the levels that all caches take together.
+        levels: The levels below the native one that were asked for, by group of items; the model
+            need not have all of them.
 
     Raises:
         InvalidRequestError: No item has more than one level.
@@ -90,6 +92,7 @@ class Ladder:
 
     items: tuple[Item, ...]
     together: tuple[str, ...] = ()
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -139,10 +142,16 @@ class Ladder:
             add(cache_name(layer), "cache", layer, wanted["caches"])
         exists = facts.embedding_levels
         add(EMBEDDINGS, "embeddings", None, (n for n in wanted["embeddings"] if n in exists))
-        return cls(tuple(found), parse_together(together))
+        return cls(tuple(found), parse_together(together), wanted)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What makes the ladder of this or another model: arguments of `of`, as JSON values."""
+        levels = {group: list(names) for group, names in self.levels.items()}
+        return {"levels": levels, "together": list(self.together)}
 
     @cached_property
     def numbers(self) -> dict[str, int]:

@@ -29,7 +29,7 @@ class VectorLevelTracker:
         self.item_bytes = np.zeros(shape, dtype=np.int64)
         self.next_level = np.zeros(shape, dtype=np.int64)
         self._counts = np.zeros(shape[1:], dtype=np.int64)
-        self._held, self._counters = _zeros(count), _zeros(count)
+        self._held, self._counters, self._constant = _zeros(count), _zeros(count), _zeros(count)
         self._last_ffn, self._cache, self._weights = _zeros(count), _zeros(count), _zeros(count)
         self._caches = np.array(ladder.caches, dtype=np.int64)
         self._is_cache = np.isin(np.arange(len(ladder)), self._caches)
@@ -37,6 +37,7 @@ class VectorLevelTracker:
         self._partners = np.array(ladder.partners)
         self._removal = np.array(ladder.removals)
         self._gone = np.array([len(item.levels) for item in ladder.items])
+        self._takes_cache = (self._removal >= 0) & (self._partners != np.arange(len(ladder)))
 
     def start(self, row: int, costs: LadderCosts, positions: Sequence[int]) -> None:
         """Start request `row` with levels at some positions."""
@@ -45,6 +46,7 @@ class VectorLevelTracker:
         self.peak_bytes[row] = held + costs.shared.of(counters)
         self.positions[row] = positions
         self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.next_level
+        self._constant[row] = costs.constant_bytes
         self._counts = costs.counters  # the same for all requests
         self._last_ffn[row] = costs.shared.last_ffn
         self._cache[row] = costs.shared.lowered_cache
@@ -53,7 +55,42 @@ class VectorLevelTracker:
     def peak_after(self, items: Counts, lowers: Flags) -> Counts:
         """Peak bytes of each request, (n,), if those with a flag lower an item that can be."""
         held, counters, *_ = self._after(items, lowers)
-        return self._peak(held, counters)
+        return self._peak(slice(None), held, counters)
+
+    def peaks_of(self, rows: Counts, positions: Counts) -> Counts:
+        """Peak bytes of whole plans, (m,), whatever was lowered so far.
+
+        `rows` has the request of each plan, (m,), and `positions` those of its levels, (m, items).
+        """
+        items = np.arange(positions.shape[1])
+        held = self._constant[rows] + self.item_bytes[rows[:, None], items, positions].sum(axis=1)
+        return self._peak(rows, held, self._counts[items, positions].sum(axis=1))
+
+    def nexts_of(self, rows: Counts, positions: Counts) -> Counts:
+        """The position of each item's next level in whole plans, -1 without one, (m, items)."""
+        items = np.arange(positions.shape[1])
+        return np.asarray(self.next_level[rows[:, None], items, positions])
+
+    def freed_of(self, rows: Counts, positions: Counts) -> Counts:
+        """Bytes that the next level of each item of whole plans frees, (m, items)."""
+        items, which = np.arange(positions.shape[1]), rows[:, None]
+        lower = self.nexts_of(rows, positions)
+        freed, _ = self._change(which, items, positions, lower, positions[:, self._partners])
+        return np.asarray(freed * (lower >= 0))
+
+    def lowered(self, rows: Counts, positions: Counts, items: Counts) -> Counts:
+        """The positions of whole plans after items, (m,), were lowered, (m, items)."""
+        lower = self.nexts_of(rows, positions)
+        ours = np.take_along_axis(lower, items[:, None], axis=1)
+        taken = np.arange(positions.shape[1]) == items[:, None]
+        shared = self._is_cache[items] & (ours[:, 0] >= 0) & self._is_shared[ours[:, 0]]
+        taken |= shared[:, None] & self._is_cache & (lower == ours)
+        found = np.where(taken & (lower >= 0), lower, positions)
+        blocks = np.flatnonzero(self._takes_cache)
+        caches = self._partners[blocks]
+        gone = found[:, blocks] == self._removal[blocks]
+        found[:, caches] = np.where(gone, self._gone[caches], found[:, caches])
+        return found
 
     def freed_bytes(self, rows: Counts, items: Counts) -> Counts:
         """Bytes that the next levels of items free, as `LevelTracker` has it, (k,).
@@ -62,7 +99,8 @@ class VectorLevelTracker:
         """
         position = self.positions[rows, items]
         lower = self.next_level[rows, items, position]
-        freed, _ = self._change(rows, items, position, lower)
+        other = self.positions[rows, self._partners[items]]
+        freed, _ = self._change(rows, items, position, lower, other)
         return np.asarray(freed * (lower >= 0))
 
     def lower(self, items: Counts, lowers: Flags, peak_bytes: Counts) -> tuple[Counts, Counts]:
@@ -99,18 +137,18 @@ class VectorLevelTracker:
             lowered = np.concatenate([lowered[~shared], self._caches[cache]])
             position = self.positions[rows, lowered]
             lower = self.next_level[rows, lowered, position]
-        freed, counted = self._change(rows, lowered, position, lower)
+        other = self.positions[rows, self._partners[lowered]]
+        freed, counted = self._change(rows, lowered, position, lower, other)
         held, counters = self._held.copy(), self._counters.copy()
         np.subtract.at(held, rows, freed)
         np.subtract.at(counters, rows, counted)
         return held, counters, rows, lowered, lower
 
     def _change(
-        self, rows: Counts, items: Counts, position: Counts, lower: Counts
+        self, rows: Counts, items: Counts, position: Counts, lower: Counts, other: Counts
     ) -> tuple[Counts, Counts]:
-        """Bytes and counters that new levels of items take away, (k,) each."""
+        """Bytes and counters that new levels of items take away; `other` is of their partners."""
         partners = self._partners[items]
-        other = self.positions[rows, partners]
         takes = (lower == self._removal[items]) & (partners != items)
         freed = self.item_bytes[rows, items, position] - self.item_bytes[rows, items, lower]
         freed += self.item_bytes[rows, partners, other] * takes
@@ -118,10 +156,10 @@ class VectorLevelTracker:
         counted += self._counts[partners, other] * takes
         return freed, counted
 
-    def _peak(self, held: Counts, counters: Counts) -> Counts:
-        peak = held - self._last_ffn * (counters & FFN_BITS == 0)
-        peak += self._cache * (counters & CACHE_BITS != 0)
-        return np.asarray(peak + self._weights * (counters & WEIGHTS_BITS != 0))
+    def _peak(self, rows: Counts | slice, held: Counts, counters: Counts) -> Counts:
+        peak = held - self._last_ffn[rows] * (counters & FFN_BITS == 0)
+        peak += self._cache[rows] * (counters & CACHE_BITS != 0)
+        return np.asarray(peak + self._weights[rows] * (counters & WEIGHTS_BITS != 0))
 
 
 def _zeros(count: int) -> Counts:

@@ -51,7 +51,7 @@ def test_the_policy_matches_its_teacher(context, builder, teacher, name):
     model = new_model(name, context)
     result = imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
     assert result.agreement > 0.99
 
 
@@ -59,24 +59,23 @@ def test_an_mlp_can_imitate_too(context, builder, teacher):
     model = new_model("maskable_ppo", context, policy="mlp", policy_settings={})
     imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
 
 
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
-    returns = np.array([one.episode_return for one in teacher])
-    states = TeacherStates(teacher, builder, returns, gamma=0.5, batch_size=500, seed=0)
+    states = TeacherStates(teacher, builder, gamma=0.5, batch_size=500, seed=0)
     batch = states.draw()
     seen_masks = set()
-    for right, kept, value in zip(batch.right, batch.kept, batch.returns, strict=True):
+    for right, valid, value in zip(batch.right, batch.valid, batch.returns, strict=True):
         left = frozenset(torch.nonzero(right).ravel().tolist())
-        gone = frozenset(torch.nonzero(~kept).ravel().tolist())
+        gone = frozenset(torch.nonzero(~valid).ravel().tolist())
         target = BlockMask(left | gone)
-        shown = next(one for one in teacher if one.mask == target)
+        shown = next(one for one in teacher if one.plan == target)
         assert left
         assert value == pytest.approx(shown.episode_return * 0.5 ** (len(left) - 1))
         seen_masks.add((target, gone))
     assert len(seen_masks) == sum(2 ** len(mask) - 1 for mask in MASKS)  # every one of them
-    assert torch.equal(batch.seen["action_mask"] > 0, batch.kept)
+    assert torch.equal(batch.seen["action_mask"] > 0, batch.valid)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -107,13 +106,13 @@ def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, bu
         with torch.no_grad():
             values = model.policy.q_net(tensors)[0].numpy()
             assert np.array_equal(model.policy.q_net_target(tensors)[0].numpy(), values)
-        right = np.isin(np.arange(12), list(one.mask))
+        right = np.isin(np.arange(12), list(one.plan))
         assert values[right].mean() == pytest.approx(one.episode_return, abs=0.4)
         assert values[right].max() - values[~right].max() > 0.3
 
 
 def test_unknown_returns_do_not_train_values(context, builder, teacher):
-    unknown = [Demonstration(one.request, one.mask) for one in teacher]
+    unknown = [Demonstration(one.request, one.plan) for one in teacher]
     model = new_model("ppo", context)
     critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]
     imitate(model, unknown, builder, QUICK, progress=False)
@@ -121,7 +120,7 @@ def test_unknown_returns_do_not_train_values(context, builder, teacher):
     assert all(torch.equal(one, other) for one, other in zip(critic, after, strict=True))
     assert model.get_vec_normalize_env().ret_rms.var == 1.0
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
 
 
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
@@ -139,7 +138,7 @@ def test_same_seed_same_policy(context, builder, teacher, name):
 def test_unsupported_imitation_is_rejected(context, builder, teacher):
     model = new_model("ppo", context)
     idle = [Demonstration(teacher[0].request, BlockMask())]
-    with pytest.raises(AgentConfigError, match="no demonstration removes a block"):
+    with pytest.raises(AgentConfigError, match="no demonstration lowers or removes"):
         imitate(model, idle, builder)
     foreign = [Demonstration(teacher[0].request, BlockMask.of(40))]
     with pytest.raises(UnknownNameError):
@@ -163,4 +162,4 @@ def test_imitation_warm_starts_a_training(tmp_path, context, builder, teacher, n
         warm_start=lambda model: imitate(model, teacher, builder, QUICK, progress=False),
     )
     policy = TrainedPolicy.load(tmp_path, context)
-    assert [policy.choose(one.request) for one in teacher] == [one.mask for one in teacher]
+    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]

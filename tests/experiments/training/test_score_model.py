@@ -81,15 +81,15 @@ def test_the_policy_starts_at_its_teacher(config):
     policy = TrainedPolicy.load(train(started, folder_of(config, "warm-s0")), context)
     shown = demonstrations(config, context)
     # This random model's best masks remove more than they must; an episode ends when it fits.
-    within = [policy.choose(one.request).indices <= one.mask.indices for one in shown]
+    within = [policy.choose(one.request).indices <= one.plan.indices for one in shown]
     assert np.mean(within) > 0.9
 
 
 def test_demonstrations_fit_and_come_from_the_frontier(config):
     context = build_context(config)
     for shown in demonstrations(config, context):
-        assert shown.mask == context.frontier.best(context.memory, shown.request)
-        peak = context.memory.peak_bytes(shown.mask, shown.request)
+        assert shown.plan == context.frontier.best(context.memory, shown.request)
+        peak = context.memory.peak_bytes(shown.plan, shown.request)
         assert peak <= shown.request.budget_bytes
 
 

@@ -1,0 +1,103 @@
+"""`RAPPrune-v1` on a model whose losses are known by formula, for agents to learn on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from agents.observations import make_builder
+from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
+from rap_env.ladder.item_observation import ItemObservationBuilder
+from rap_env.ladder.items import CACHE_LEVELS
+from rap_env.memory import MemoryModel
+from rap_env.plan import as_plan
+from rap_env.request import Request
+from tests.runtime.test_knapsack import costs as costs_of
+from tests.runtime.test_knapsack import facts
+
+SPEC = {"levels": "all", "together": ["int8", "int4"]}
+WORKLOAD = {"name": "grid", "batch_sizes": [2, 8], "seq_lens_tokens": [500, 2000],
+            "budget_fractions": [0.35, 0.5, 0.7]}  # fmt: skip
+SHAPES = [(1, 30), (2, 500), (8, 2000)]
+FRACTIONS = np.linspace(0.35, 0.95, 7)
+
+
+class FormulaScorer:
+    """NLL = native NLL + the sum of the costs of levels."""
+
+    num_windows = 4
+    evaluation_s = 100.0
+
+    def __init__(self, costs):
+        self.costs = costs
+        self.dense_nll = costs.native_nll
+        self.asked = set()
+
+    @property
+    def known(self):
+        return len(self.asked)
+
+    def loss(self, plan):
+        return self.costs.delta_nll(as_plan(plan))
+
+    def nll(self, plan):
+        self.asked.add(plan)
+        return self.dense_nll + self.loss(plan)
+
+    def nll_many(self, plans):
+        return [self.nll(plan) for plan in plans]
+
+    def is_predicted(self, plan):
+        return False
+
+
+class LadderContext:
+    """A fake pruning context with level costs."""
+
+    def __init__(self, layers=3, seed=0, importance="one_shot", **changed):
+        made = facts(layers=layers, **changed)
+        costs = costs_of(made, seed, caches=CACHE_LEVELS, window_tokens=1024)
+        smaller = {
+            item: {level: cost / 10 for level, cost in levels.items()}
+            for item, levels in costs.one_shot.items()
+        }
+        self.costs = replace(costs, one_shot=smaller)
+        self.memory = MemoryModel(made)
+        self.scorer = FormulaScorer(self.costs)
+        self.importance = importance
+
+    def level_costs(self, cache_levels):
+        return self.costs
+
+
+def builder_of(context, spec=SPEC) -> ItemObservationBuilder:
+    builder = make_builder(context, spec)
+    assert isinstance(builder, ItemObservationBuilder)
+    return builder
+
+
+def make_envs(context, spec=SPEC, **settings):
+    """Environments of v1, stepped together."""
+    return lambda num_envs: RAPPruneV1VectorEnv(
+        context=context, num_envs=num_envs, autoreset_mode="SameStep",
+        **{"workload": WORKLOAD, **spec, **settings},
+    )  # fmt: skip
+
+
+def requests_of(context):
+    return [
+        Request.at_fraction(context.memory, *shape, fraction)
+        for shape in SHAPES
+        for fraction in FRACTIONS
+    ]
+
+
+def feasible(builder, requests):
+    """The requests that some plan of the ladder fits."""
+    return [
+        request
+        for request in requests
+        if builder.item_bytes.costs(request.batch_size, request.seq_len_tokens).least_peak_bytes
+        <= request.budget_bytes
+    ]

@@ -1,0 +1,130 @@
+"""Batches of plans: the observations and bytes of single ones, and ways to a teacher's plans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.item_observation import (
+    ItemImportance,
+    ItemObservationBuilder,
+    ItemObservationTracker,
+)
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.plan_observer import PlanObserver
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from tests.runtime.test_knapsack import facts
+
+TOGETHERS = [(), ("int8", "int4"), ("int8", "int4", "int4-window512"), ("int4",)]
+SHAPES = [(2, 2000, 0.5), (1, 64, 0.8), (2, 2000, 0.3), (8, 300, 0.4)]
+
+
+def builder_of(together=(), layers=3) -> ItemObservationBuilder:
+    made = facts(layers=layers)
+    ladder = Ladder.of(made, together=together)
+    rng = np.random.default_rng(0)
+    one_shot, place = rng.random((2, len(ladder), ladder.width))
+    reached = np.cumsum(rng.random((len(ladder), ladder.width)), axis=1)
+    item_bytes = LadderBytes(MemoryModel(made), ladder)
+    return ItemObservationBuilder(item_bytes, ItemImportance(one_shot, place, reached))
+
+
+def requests_of(builder) -> list[Request]:
+    return [Request.at_fraction(builder.item_bytes.memory, b, n, f) for b, n, f in SHAPES]
+
+
+@pytest.mark.parametrize("together", TOGETHERS, ids=str)
+def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
+    builder = builder_of(together)
+    requests = requests_of(builder)
+    observer, rng = PlanObserver(builder, requests), np.random.default_rng(1)
+    which = rng.integers(len(requests), size=12)
+    asked = [requests[index] for index in which]
+    single = [ItemObservationTracker(builder, request) for request in asked]
+    state, visited = observer.start(len(which)), set()
+    for _ in range(60):
+        seen, over = observer.observe(which, state), observer.over_bytes(which, state)
+        for row, (request, one) in enumerate(zip(asked, single, strict=True)):
+            plan = observer.plan(state[row])
+            assert np.array_equal(observer.position(plan), state[row])
+            assert state[row].tolist() == one.levels.positions
+            for key, array in builder.build(request, plan).items():
+                assert np.array_equal(seen[key][row], array)
+                if key != "request":
+                    assert np.array_equal(one.observation[key], array)
+            assert over[row] == max(0, one.levels.peak_bytes - request.budget_bytes)
+        actions = rng.integers(len(builder.ladder), size=len(which))  # invalid ones change nothing
+        for one, action in zip(single, actions.tolist(), strict=True):
+            if one.levels.is_valid(action):
+                one.lower(action)
+        state = observer.act(which, state, actions)
+        visited |= set(map(tuple, state.tolist()))
+    assert len(visited) > 100
+
+
+def target_of(builder, levels) -> np.ndarray:
+    return np.array(builder.ladder.positions(CompressionPlan.of(levels)))
+
+
+@pytest.mark.parametrize("together", TOGETHERS[:3], ids=str)
+def test_right_actions_lead_to_the_target_and_nowhere_else(together):
+    builder = builder_of(together)
+    observer, rng = PlanObserver(builder, requests_of(builder)), np.random.default_rng(0)
+    levels = {"layer00.attn": "removed", "layer01.ffn": "int4", "embeddings": "int8",
+              "layer01.cache": "int4", "layer02.cache": "int4"}  # fmt: skip
+    target, which = target_of(builder, levels)[None], np.zeros(1, dtype=np.int64)
+    (distance,) = observer.distance(which, target)
+    shared = len({"int8", "int4"} & set(together))
+    assert distance == 3 + 2 + 1 + shared + 2 * (2 - shared)
+    for _ in range(20):
+        state, steps = observer.start(1), 0
+        while (right := observer.right_actions(which, state, target)).any():
+            action = rng.choice(np.flatnonzero(right[0]))
+            state = observer.act(which, state, np.array([action]))
+            steps += 1
+        assert np.array_equal(state, target)
+        assert steps == distance
+
+
+def test_levels_that_caches_take_together_are_right_if_one_cache_needs_them():
+    builder = builder_of(("int8", "int4"))
+    observer = PlanObserver(builder, requests_of(builder))
+    target = target_of(builder, {"layer01.cache": "int4", "layer00.attn": "removed"})[None]
+    which, state = np.zeros(1, dtype=np.int64), observer.start(1)
+    caches = list(builder.ladder.caches)
+    assert observer.right_actions(which, state, target)[0, caches].all()
+    alone = target_of(builder, {"layer00.attn": "removed"})[None]
+    assert not observer.right_actions(which, state, alone)[0, caches].any()
+
+
+def test_a_level_that_the_request_skips_is_not_on_the_way():
+    builder = builder_of()
+    observer = PlanObserver(builder, requests_of(builder))
+    target = target_of(builder, {"layer01.cache": "int4-window128"})[None]
+    steps = [observer.distance(np.array([index]), target)[0] for index in range(len(SHAPES))]
+    assert steps == [5, 2, 5, 3]
+
+
+@pytest.mark.parametrize("together", TOGETHERS, ids=str)
+def test_walks_end_between_the_native_plan_and_the_target(together):
+    builder = builder_of(together)
+    observer, rng = PlanObserver(builder, requests_of(builder)), np.random.default_rng(0)
+    which = np.zeros(400, dtype=np.int64)
+    levels = {"layer00.attn": "removed", "layer01.ffn": "removed", "layer02.cache": "int4"}
+    targets = np.repeat(target_of(builder, levels)[None], 400, axis=0)
+    distance = observer.distance(which, targets)
+    wanted = rng.integers(distance)
+    state, right = observer.walk(which, targets, wanted, rng)
+    assert right.any(axis=1).all()
+    assert np.array_equal(right, observer.right_actions(which, state, targets))
+    left = observer.start(400) + state
+    gone = builder.ladder.numbers["layer00.cache"]
+    inside = np.delete(left <= np.maximum(targets, state * (targets == 0)), gone, axis=1)
+    assert inside.all()
+    assert (state[wanted == 0] == 0).all()
+    assert len(np.unique(state, axis=0)) > 15
+    again = observer.walk(which, targets, wanted, np.random.default_rng(0))[0]
+    assert again.shape == state.shape
