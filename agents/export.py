@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,10 +13,13 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
 from agents.checkpoint import Checkpoint, checkpoint_of
-from agents.networks import ActorCriticHeads, BlockRows, BlockScores, DuelingHeads
+from agents.networks import ActorCriticHeads, DuelingHeads, Rows
+from agents.observations import make_builder
 from agents.trained_policy import fitting_policy
 from rap_env.errors import ArtifactError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.item_observation import ItemObservationBuilder
+from rap_env.runtime.ladder_network import ItemNetworkWeights
+from rap_env.runtime.ladder_policy import LadderPolicyFile
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
 from rap_env.runtime.policy_network import Floats, NetworkWeights
 from rap_env.version import __version__
@@ -24,14 +27,19 @@ from rap_env.version import __version__
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
+_Weights = TypeVar("_Weights", bound=NetworkWeights)
 
-def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
+
+def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile | LadderPolicyFile:
     """Export the policy of a training for one model.
 
     Args:
         run_dir: The run's folder; its newest undamaged checkpoint is used.
-        context: The model to serve, with the importance of its blocks as the agent observed it.
-            It may differ from the model of the training if the policy transfers.
+        context: The model to serve, with the importance of its blocks or items as the agent
+            observed it. It may differ from the model of the training if the policy transfers.
+
+    Returns:
+        The file of a policy that removes blocks (v0), or that lowers items (v1).
 
     Raises:
         ArtifactError: There is no checkpoint, all are damaged, the policy is not block-wise, or
@@ -43,19 +51,31 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
             f"The policy in {run_dir} is {checkpoint.config.policy!r}, but only block-wise "
             "policies can be exported; train one with agent.policy=blockwise."
         )
-    builder = ObservationBuilder(context.memory, context.features)
+    builder = make_builder(context, checkpoint.ladder)
+    policy, facts = fitting_policy(checkpoint, builder), context.memory.facts
     without = tuple(checkpoint.config.policy_settings["without"])
+    provenance = _provenance(checkpoint, Path(run_dir))
+    if isinstance(builder, ItemObservationBuilder):
+        weights = network_weights(policy, ItemNetworkWeights, without)
+        return LadderPolicyFile.made(weights, builder.importance, builder.ladder, facts, provenance)
     return PolicyFile(
-        network_weights(fitting_policy(checkpoint, builder), without),
+        network_weights(policy, NetworkWeights, without),
         context.features,
         order_of(context.features),
-        PolicyModel.of(context.memory.facts),
-        _provenance(checkpoint, Path(run_dir)),
+        PolicyModel.of(facts),
+        provenance,
     )
 
 
-def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> NetworkWeights:
-    """Return the weights that score blocks: of an actor, or of a Q network's advantages.
+def network_weights(
+    policy: BasePolicy, kind: type[_Weights], without: tuple[str, ...] = ()
+) -> _Weights:
+    """Return the weights that score actions: of an actor, or of a Q network's advantages.
+
+    Args:
+        policy: A block-wise policy.
+        kind: `NetworkWeights` for blocks, `ItemNetworkWeights` for items.
+        without: As in `agents.settings.PolicySettings`.
 
     Raises:
         ArtifactError: The policy is not block-wise.
@@ -67,25 +87,20 @@ def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> Networ
     else:
         actor_critic = cast(ActorCriticPolicy, policy)
         heads, rows = actor_critic.mlp_extractor, actor_critic.pi_features_extractor
-    if not isinstance(heads, ActorCriticHeads | DuelingHeads) or not isinstance(rows, BlockRows):
+    if not isinstance(heads, ActorCriticHeads | DuelingHeads) or not isinstance(rows, Rows):
         raise ArtifactError(
             f"A {type(policy).__name__} with {type(heads).__name__} is not block-wise, and only "
             "block-wise policies can be exported; train one with agent.policy=blockwise."
         )
     scores = heads.actor if isinstance(heads, ActorCriticHeads) else heads.advantage
-    return _weights(scores, rows.vectors, without)
-
-
-def _weights(
-    scores: BlockScores, vectors: torch.Tensor, without: tuple[str, ...]
-) -> NetworkWeights:
     first, second, last = (layer for layer in scores.net if isinstance(layer, nn.Linear))
-    return NetworkWeights(
+    vectors = rows.vectors
+    return kind(
         first_weight=_array(first.weight),
         first_bias=_array(first.bias),
         second_weight=_array(second.weight),
         second_bias=_array(second.bias),
-        last_weight=_array(last.weight)[0],  # without the bias, which is the same for all blocks
+        last_weight=_array(last.weight)[0],  # without the bias, which is the same for all actions
         linear_weight=_array(scores.linear.weight)[0],
         vectors=_array(vectors) if vectors.shape[1] else np.zeros((0, 0), dtype=np.float32),
         without=without,

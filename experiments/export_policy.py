@@ -21,6 +21,7 @@ from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
 from rap_env.importance.frontier import Frontier
+from rap_env.runtime.policy_file import PolicyFile
 
 FRONTIER_SUFFIX = ".frontier.json"
 
@@ -36,7 +37,7 @@ def export(config: ExportPolicyConfig) -> Path:
     file, path = export_policy(config.run, context), Path(config.out)
     file.save(path)
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
-    if frontier_artifact(settings).exists():
+    if isinstance(file, PolicyFile) and frontier_artifact(settings).exists():
         target = path.with_suffix(FRONTIER_SUFFIX)
         table = reduced(context.frontier)
         table.save(target)

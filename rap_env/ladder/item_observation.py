@@ -74,6 +74,7 @@ class ItemObservationBuilder:
         importance: Importance of the items' levels (see `rap_env.importance`).
 
     Attributes:
+        importance: As given.
         space: ``Dict`` of ``request`` (5,) and ``ladder`` (items, 10), float32 in [0, 1], and
             ``action_mask`` (items,), int8, 1 where an item has a lower level.
     """
@@ -81,7 +82,7 @@ class ItemObservationBuilder:
     def __init__(self, item_bytes: LadderBytes, importance: ItemImportance) -> None:
         self.item_bytes = item_bytes
         self.ladder = ladder = item_bytes.ladder
-        self._importance = importance
+        self.importance = importance
         count = len(ladder)
         self.space: spaces.Space[Observation] = spaces.Dict(  # type: ignore[assignment]
             {
@@ -121,7 +122,7 @@ class ItemObservationBuilder:
 
     def _rows_of(self, costs: LadderCosts) -> npt.NDArray[np.float32]:
         """The row of each item at each level, (items, W, features), without the freed share."""
-        known, has_next = self._importance, costs.next_level >= 0
+        known, has_next = self.importance, costs.next_level >= 0
         lower = np.maximum(costs.next_level, 0)
         one_shot, place, reached = (
             np.take_along_axis(array, lower, axis=1)

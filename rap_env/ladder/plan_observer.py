@@ -127,7 +127,7 @@ class PlanObserver:
         """
         at, steps = self.start(len(which)), np.zeros(len(which), dtype=np.int64)
         while (right := self.right_actions(which, at, targets)).any():
-            goes = right.any(axis=1)
+            goes = np.asarray(right.any(axis=1))
             steps += goes
             at = np.where(goes[:, None], self.act(which, at, right.argmax(axis=1)), at)
         return steps

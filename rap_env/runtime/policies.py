@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
@@ -17,18 +17,19 @@ from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.ladder.item_observation import ItemImportance
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
-from rap_env.observation import ObservationBuilder
+from rap_env.observation import ImportanceFeatures, ObservationBuilder
 from rap_env.plan import MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.policy_file import PolicyFile
+from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
+from rap_env.runtime.policy_file import PolicyFile, read_policy
 from rap_env.runtime.policy_network import BlockNetwork
 
-if TYPE_CHECKING:
-    from rap_env.observation import ImportanceFeatures
+_Kind = TypeVar("_Kind")
 
 SAVED = Path(__file__).parent / "saved"
 """Folder of the policy files in the package, named after their model."""
@@ -36,10 +37,11 @@ SAVED = Path(__file__).parent / "saved"
 DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policy, frontier and level costs."""
 
-NAMED = ("dense", "frontier", "knapsack", "rap")
-"""Names that `load_policy` accepts."""
+NAMED = ("dense", "frontier", "knapsack", "rap", "rap-v0")
+"""Names that `load_policy` accepts; ``rap`` is the packaged policy ``rap-v0``."""
 
 _CACHED_CHOICES = 1024
+_FILES: tuple[type[PolicyFile | LadderPolicyFile], ...] = (PolicyFile, LadderPolicyFile)
 
 
 class StaticPolicy:
@@ -147,17 +149,18 @@ def load_policy(
     source: str | os.PathLike[str],
     model: HasFacts | MemoryModel,
     *,
-    features: ImportanceFeatures | None = None,
+    features: ImportanceFeatures | ItemImportance | None = None,
 ) -> PlanPolicy:
     """Load a policy for a live model.
 
     Args:
-        source: ``"knapsack"`` (the packaged level costs, for the default model), ``"rap"`` (the
-            packaged trained policy for the same), ``"frontier"`` (the packaged table), ``"dense"``,
-            or the path of an exported policy (``.safetensors``), of level costs or of a frontier
-            artifact (``.json``).
+        source: ``"knapsack"`` (the packaged level costs, for the default model), ``"rap-v0"`` or
+            ``"rap"`` (the packaged trained policy for the same, which removes blocks),
+            ``"frontier"`` (the packaged table), ``"dense"``, or the path of an exported policy of
+            either kind (``.safetensors``), of level costs or of a frontier artifact (``.json``).
         model: The model that is served, or its byte arithmetic.
-        features: Importance of its blocks, for a network; None takes the file's.
+        features: Importance of its blocks, or of the items of its ladder, for a network; None
+            takes the file's.
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
@@ -173,7 +176,23 @@ def load_policy(
         if artifact_kind(path) == LevelCosts.KIND:
             return KnapsackPolicy(memory, LevelCosts.load(path, memory))
         return FrontierPolicy(memory, Frontier.load(path, memory))
-    return NetworkPolicy(memory, PolicyFile.load(path), features)
+    file = read_policy(path, *_FILES)
+    if isinstance(file, LadderPolicyFile):
+        return LadderPolicy(memory, file, _of_kind(features, ItemImportance))
+    return NetworkPolicy(memory, file, _of_kind(features, ImportanceFeatures))
+
+
+def _of_kind(features: object, kind: type[_Kind]) -> _Kind | None:
+    """Importance for one kind of policy.
+
+    Raises:
+        ArtifactError: It is of the other kind.
+    """
+    if features is None or isinstance(features, kind):
+        return features
+    raise ArtifactError(
+        f"This policy observes importance as {kind.__name__}, not as {type(features).__name__}."
+    )
 
 
 def _packaged_costs(memory: MemoryModel) -> LevelCosts:
@@ -195,7 +214,7 @@ def _packaged_costs(memory: MemoryModel) -> LevelCosts:
 
 
 def _path_of(source: str | os.PathLike[str]) -> Path:
-    if source == "rap":
+    if source in ("rap", "rap-v0"):
         return SAVED / f"{DEFAULT_MODEL}.safetensors"
     if source == "frontier":
         return SAVED / f"{DEFAULT_MODEL}.frontier.json"

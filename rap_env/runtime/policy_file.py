@@ -1,6 +1,7 @@
 """A trained policy as one small file, with all that is needed to choose masks for a live model.
 
-It is a safetensors file, so reading it executes no code.
+It is a safetensors file, so reading it executes no code. Policies that choose plans have a kind of
+their own, `rap_env.runtime.ladder_policy.LadderPolicyFile`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +28,11 @@ from rap_env.runtime.policy_network import NetworkWeights
 
 log = logging.getLogger(__name__)
 
-_KIND, _FORMAT = "exported policy", 1
+_FORMAT = 1
 _HEADER = "rap_policy"
-_EXPORT_AGAIN = (
-    'use the packaged policy "rap", or export the policy again (in a checkout of the repository: '
-    "`python -m experiments.export_policy`)"
+EXPORT_AGAIN = (
+    'use the packaged policy "rap-v0", or export the policy again (in a checkout of the '
+    "repository: `python -m experiments.export_policy`)"
 )
 _ORDER, _FEATURES, _NETWORK = "order", "features.", "network."
 
@@ -74,6 +76,8 @@ class PolicyFile:
         ArtifactError: The parts are of models with different numbers of blocks.
     """
 
+    kind: ClassVar[str] = "exported policy"
+
     weights: NetworkWeights
     features: ImportanceFeatures
     order: tuple[int, ...]
@@ -91,7 +95,7 @@ class PolicyFile:
         if self.weights.block_vectors and len(self.weights.vectors) != blocks:
             raise ArtifactError(
                 f"The policy has vectors for {len(self.weights.vectors)} blocks, but "
-                f"{self.model.name} has {blocks}; {_EXPORT_AGAIN}."
+                f"{self.model.name} has {blocks}; {EXPORT_AGAIN}."
             )
 
     def features_for(
@@ -138,20 +142,12 @@ class PolicyFile:
         Raises:
             StorageFullError: The disk is full; an existing file stays intact.
         """
-        arrays = self._arrays()
-        body = {
-            "model": asdict(self.model),
-            "settings": {
-                "hidden": self.weights.hidden,
-                "block_vectors": self.weights.block_vectors,
-                "without": list(self.weights.without),
-            },
-            "provenance": self.provenance,
-            "arrays_sha256": _arrays_hash(arrays),
+        named: Arrays = {
+            f"{_FEATURES}{entry.name}": np.asarray(getattr(self.features, entry.name), np.float64)
+            for entry in fields(self.features)
         }
-        header = {"kind": _KIND, "format": _FORMAT, "sha256": digest(body), "body": body}
-        with atomic_write(path) as file:
-            file.write(safetensors.numpy.save(arrays, {_HEADER: canonical_json(header)}))
+        named[_ORDER] = np.array(self.order, dtype=np.int64)
+        write_policy(path, self.kind, self.weights, named, self.model, self.provenance)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PolicyFile:
@@ -160,41 +156,110 @@ class PolicyFile:
         Raises:
             ArtifactError: The file is truncated, altered, of a newer format, or no exported policy.
         """
-        path = Path(path)
-        if not path.exists():
-            raise ArtifactError(f"There is no exported policy at {path}; {_EXPORT_AGAIN}.")
-        text, arrays = _read(path)
-        altered = ArtifactError(f"{path} was altered after it was written; {_EXPORT_AGAIN}.")
-        try:
-            header = json.loads(text)
-            found = header.get("kind"), header.get("format")
-            if found != (_KIND, _FORMAT):
-                raise ArtifactError(
-                    f"{path} has kind {found[0]!r} and format {found[1]!r}, but this version reads "
-                    f"{_KIND!r} of format {_FORMAT}; use the version that wrote it, or "
-                    f"{_EXPORT_AGAIN}."
-                )
-            body = header["body"]
-            hashes = digest(body), _arrays_hash(arrays)
-            if hashes != (header["sha256"], body["arrays_sha256"]):
-                raise altered
-            weights = _part(arrays, _NETWORK)
-            return cls(
-                NetworkWeights(**weights, without=tuple(body["settings"]["without"])),
-                ImportanceFeatures(**_part(arrays, _FEATURES)),
-                tuple(int(index) for index in arrays[_ORDER]),
-                PolicyModel(**body["model"]),
-                body["provenance"],
-            )
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
-            raise altered from None
+        return read_policy(path, cls)
 
-    def _arrays(self) -> Arrays:
-        features = {e.name: getattr(self.features, e.name) for e in fields(self.features)}
-        named = {f"{_NETWORK}{name}": array for name, array in self.weights.arrays().items()}
-        named |= {f"{_FEATURES}{n}": np.asarray(v, np.float64) for n, v in features.items()}
-        named[_ORDER] = np.array(self.order, dtype=np.int64)
-        return {name: np.ascontiguousarray(array) for name, array in named.items()}
+    @classmethod
+    def of(cls, body: dict[str, Any], arrays: Arrays) -> PolicyFile:
+        """The policy from the parts of a file."""
+        return cls(
+            weights_of(NetworkWeights, body, arrays),
+            ImportanceFeatures(**part_of(arrays, _FEATURES)),
+            tuple(int(index) for index in arrays[_ORDER]),
+            PolicyModel(**body["model"]),
+            body["provenance"],
+        )
+
+
+class Readable(Protocol):
+    """A class whose instances are files of policies."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def of(cls, body: dict[str, Any], arrays: Arrays) -> Self:
+        """The policy from the parts of a file."""
+
+
+_Read = TypeVar("_Read", bound=Readable)
+
+
+def write_policy(
+    path: str | os.PathLike[str],
+    kind: str,
+    weights: NetworkWeights,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    model: PolicyModel,
+    provenance: Mapping[str, Any],
+    **more: Any,
+) -> None:
+    """Write a policy as a safetensors file with a checksum, and replace an existing file.
+
+    Args:
+        path: The file.
+        kind: The kind of the file.
+        weights: Weights and settings of the network.
+        arrays: Further arrays by name.
+        model: The model that it was exported for.
+        provenance: How it was trained.
+        **more: Further entries of the header, as JSON values.
+
+    Raises:
+        StorageFullError: The disk is full; an existing file stays intact.
+    """
+    named = {f"{_NETWORK}{name}": array for name, array in weights.arrays().items()} | {**arrays}
+    named = {name: np.ascontiguousarray(array) for name, array in named.items()}
+    body = {
+        "model": asdict(model),
+        "settings": {
+            "hidden": weights.hidden,
+            "block_vectors": weights.block_vectors,
+            "without": list(weights.without),
+        },
+        "provenance": provenance,
+        **more,
+        "arrays_sha256": _arrays_hash(named),
+    }
+    header = {"kind": kind, "format": _FORMAT, "sha256": digest(body), "body": body}
+    with atomic_write(path) as file:
+        file.write(safetensors.numpy.save(named, {_HEADER: canonical_json(header)}))
+
+
+def read_policy(path: str | os.PathLike[str], *kinds: type[_Read]) -> _Read:
+    """Read a file of one of some kinds.
+
+    Raises:
+        ArtifactError: The file is truncated, altered, of a newer format, or of none of the kinds.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"There is no exported policy at {path}; {EXPORT_AGAIN}.")
+    text, arrays = _read(path)
+    altered = ArtifactError(f"{path} was altered after it was written; {EXPORT_AGAIN}.")
+    try:
+        header = json.loads(text)
+        found = header.get("kind"), header.get("format")
+        known = {(kind.kind, _FORMAT): kind for kind in kinds}
+        if found not in known:
+            named = " or ".join(repr(kind.kind) for kind in kinds)
+            raise ArtifactError(
+                f"{path} has kind {found[0]!r} and format {found[1]!r}, but this version reads "
+                f"{named} of format {_FORMAT}; use the version that wrote it, or {EXPORT_AGAIN}."
+            )
+        body = header["body"]
+        hashes = digest(body), _arrays_hash(arrays)
+        if hashes != (header["sha256"], body["arrays_sha256"]):
+            raise altered
+        return known[found].of(body, arrays)
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+        raise altered from None
+
+
+_Weights = TypeVar("_Weights", bound=NetworkWeights)
+
+
+def weights_of(cls: type[_Weights], body: Mapping[str, Any], arrays: Arrays) -> _Weights:
+    """The network of a file."""
+    return cls(**part_of(arrays, _NETWORK), without=tuple(body["settings"]["without"]))
 
 
 def order_of(features: ImportanceFeatures) -> tuple[int, ...]:
@@ -223,14 +288,15 @@ def _read(path: Path) -> tuple[str, Arrays]:
             arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, TypeError):  # TypeError: a dtype that NumPy lacks
         raise ArtifactError(
-            f"{path} is truncated or not an exported policy; {_EXPORT_AGAIN}."
+            f"{path} is truncated or not an exported policy; {EXPORT_AGAIN}."
         ) from None
     if text is None:
-        raise ArtifactError(f"{path} holds tensors, but no exported policy; {_EXPORT_AGAIN}.")
+        raise ArtifactError(f"{path} holds tensors, but no exported policy; {EXPORT_AGAIN}.")
     return text, arrays
 
 
-def _part(arrays: Arrays, prefix: str) -> Arrays:
+def part_of(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays whose names begin with a prefix, by the rest of their names."""
     return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 

@@ -74,7 +74,7 @@ class NetworkWeights:
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        hidden, width = self.hidden, row_width(self.block_vectors)
+        hidden, width = self.hidden, self.row_width(self.block_vectors)
         expected = {
             "first_weight": (hidden, width),
             "first_bias": (hidden,),
@@ -102,6 +102,11 @@ class NetworkWeights:
                     f"version (known: {', '.join(ABLATIONS)}); upgrade rap-env."
                 )
 
+    @staticmethod
+    def row_width(block_vectors: int) -> int:
+        """W, the number of columns of a row."""
+        return row_width(block_vectors)
+
     @property
     def hidden(self) -> int:
         """H, the number of hidden units."""
@@ -117,6 +122,61 @@ class NetworkWeights:
         names = [entry.name for entry in fields(self) if entry.name != "without"]
         return {name: getattr(self, name) for name in names}
 
+    def first(self) -> Floats:
+        """The first layer with the linear path as its last column, (W, H + 1)."""
+        return np.vstack([self.first_weight, self.linear_weight]).T
+
+    def first_offset(self) -> Floats:
+        """The bias of the first layer; none for the linear path, (H + 1,)."""
+        return np.append(self.first_bias, np.float32(0.0))
+
+
+class UpperLayers:
+    """The layers above the first one; the last of the H + 1 columns is the linear path."""
+
+    def __init__(self, weights: NetworkWeights) -> None:
+        hidden = weights.hidden
+        self._second = np.zeros((hidden + 1, hidden + 1), dtype=np.float32)
+        self._second[:hidden, :hidden] = weights.second_weight.T
+        self._second[hidden, hidden] = 1.0
+        self._second_bias = np.append(weights.second_bias, np.float32(0.0))
+        self._last = np.append(weights.last_weight, np.float32(1.0))
+        # Minus infinity for the linear path, which has no activation.
+        self._floor = np.append(np.zeros(hidden, np.float32), np.float32(-np.inf))
+
+    def scores(self, hidden: Floats) -> Floats:
+        """The scores, (...), of first-layer sums, (..., H + 1), which are changed."""
+        np.maximum(hidden, self._floor, out=hidden)
+        hidden = hidden @ self._second
+        hidden += self._second_bias
+        np.maximum(hidden, self._floor, out=hidden)
+        return np.asarray(hidden @ self._last)
+
+
+def standardise(values: Floats, counted: Floats, left: np.float32, out: Floats) -> Floats:
+    """Write clipped deviations from the mean over some columns, in units of their spread.
+
+    Args:
+        values: A row for each feature, (F, N).
+        counted: 1 for columns that count, else 0, (N,).
+        left: Number of columns that count.
+        out: Takes the deviations of all columns, (F, N).
+
+    Returns:
+        The means, (F,).
+    """
+    mean = values @ counted
+    mean /= left
+    np.subtract(values, mean[:, None], out=out)
+    spread = np.square(out) @ counted
+    spread /= left
+    np.sqrt(spread, out=spread)
+    spread += np.float32(SPREAD_FLOOR)
+    out /= spread[:, None]
+    np.minimum(out, np.float32(MOST_SPREADS), out=out)
+    np.maximum(out, np.float32(-MOST_SPREADS), out=out)
+    return np.asarray(mean)
+
 
 _FREED = BLOCK_FEATURES.index("freed_share")
 _FEATURES = len(BLOCK_FEATURES)
@@ -124,16 +184,12 @@ _COMPARED = _FEATURES + len(PRICED)
 
 
 class _Layers(NamedTuple):
-    """The weights in the layout of a pass; the last of the H + 1 columns is the linear path."""
+    """The first layer in the layout of a pass; the last of its columns is the linear path."""
 
     varying: Floats  # of a block's compared features and useful share, (F + prices + 1, H + 1)
     over: Floats  # of the share of the bytes over budget, (H + 1,)
     mean_kept: Floats  # (F, H + 1)
     near: Floats  # of each neighbour, (4, H + 1)
-    second: Floats  # (H + 1, H + 1)
-    second_bias: Floats  # (H + 1,)
-    last: Floats  # (H + 1,)
-    floor: Floats  # 0, and minus infinity for the linear path, which has no activation, (H + 1,)
 
 
 class BlockNetwork:
@@ -149,8 +205,9 @@ class BlockNetwork:
     def __init__(self, weights: NetworkWeights, builder: ObservationBuilder) -> None:
         self._builder = builder
         self._count = builder.memory.facts.num_blocks
-        first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
+        first = weights.first()
         parts = {n: first[c] for n, c in row_columns(weights.block_vectors).items()}
+        self._upper = UpperLayers(weights)
         self._see_request = "request" not in weights.without
         self._seen = shown(BLOCK_FEATURES, weights.without)
         self._layers = _layers(weights, parts)
@@ -218,11 +275,7 @@ class _Pass:
         hidden = self._varying.T @ layers.varying
         hidden += self._own
         hidden += shared
-        np.maximum(hidden, layers.floor, out=hidden)
-        hidden = hidden @ layers.second
-        hidden += layers.second_bias
-        np.maximum(hidden, layers.floor, out=hidden)
-        scores = hidden @ layers.last
+        scores = self._network._upper.scores(hidden)
         scores += self._closed
         return int(scores.argmax())
 
@@ -247,41 +300,22 @@ class _Pass:
         Returns:
             Means of the features and prices over the kept blocks, (F + prices,).
         """
-        values, kept, left = self._values, self._kept, np.float32(self._left)
-        compared, useful = self._varying[:-1], self._varying[-1]
+        values, useful = self._values, self._varying[-1]
         np.divide(self._freed, over + np.float32(OVER_FLOOR), out=useful)
         np.minimum(useful, np.float32(1.0), out=useful)
         logs = np.log(useful + np.float32(USEFUL_FLOOR))
         np.subtract(self._network._log_importance, logs, out=values[_FEATURES:])
-        mean = values @ kept
-        mean /= left
-        np.subtract(values, mean[:, None], out=compared)
-        spread = np.square(compared) @ kept
-        spread /= left
-        np.sqrt(spread, out=spread)
-        spread += np.float32(SPREAD_FLOOR)
-        compared /= spread[:, None]
-        np.minimum(compared, np.float32(MOST_SPREADS), out=compared)
-        np.maximum(compared, np.float32(-MOST_SPREADS), out=compared)
-        return mean
+        return standardise(values, self._kept, np.float32(self._left), self._varying[:-1])
 
 
 def _layers(weights: NetworkWeights, parts: dict[str, Floats]) -> _Layers:
-    hidden = weights.hidden
     compared = parts["compared"].copy()
     compared[_FEATURES:] *= shown(PRICED, weights.without)[:, None]
-    second = np.zeros((hidden + 1, hidden + 1), dtype=np.float32)
-    second[:hidden, :hidden] = weights.second_weight.T
-    second[hidden, hidden] = 1.0
     return _Layers(
         varying=np.vstack([compared, parts["useful"]]),
         over=parts["request"][BYTES_OVER].copy(),
         mean_kept=parts["mean_kept"].copy(),
         near=parts["neighbours"].copy(),
-        second=second,
-        second_bias=np.append(weights.second_bias, np.float32(0.0)),
-        last=np.append(weights.last_weight, np.float32(1.0)),
-        floor=np.append(np.zeros(hidden, np.float32), np.float32(-np.inf)),
     )
 
 
@@ -289,8 +323,7 @@ def _own_part(
     weights: NetworkWeights, parts: dict[str, Floats], blocks: Floats, vectors: Floats
 ) -> Floats:
     """First-layer terms of each kept block with kept neighbours, for no request, (2L, H + 1)."""
-    bias = np.append(weights.first_bias, np.float32(0.0))
-    always = parts["kept"][0] + parts["neighbours"].sum(axis=0) + bias
+    always = parts["kept"][0] + parts["neighbours"].sum(axis=0) + weights.first_offset()
     own = blocks @ parts["blocks"] + vectors @ parts["vectors"] + always
     return np.asarray(own, dtype=np.float32)
 

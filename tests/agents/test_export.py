@@ -14,7 +14,7 @@ from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
 from rap_env.runtime.policies import NetworkPolicy, load_policy
 from rap_env.runtime.policy_file import PolicyFile
-from rap_env.runtime.policy_network import BlockNetwork
+from rap_env.runtime.policy_network import BlockNetwork, NetworkWeights
 from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 
 SHAPES = [(1, 10), (4, 500), (16, 2000)]
@@ -58,7 +58,9 @@ def test_numpy_and_torch_choose_the_same_masks(name, vectors, spread):
     context = wide_bench()
     policy = untrained(name, context, spread=spread, hidden=24, block_vectors=vectors)
     builder = ObservationBuilder(context.memory, context.features)
-    masks = assert_same_choices(context, policy, BlockNetwork(network_weights(policy), builder))
+    masks = assert_same_choices(
+        context, policy, BlockNetwork(network_weights(policy, NetworkWeights), builder)
+    )
     assert len(masks) > 5
 
 
@@ -68,7 +70,7 @@ def test_numpy_and_torch_agree_under_every_ablation(name, without):
     context = wide_bench()
     policy = untrained(name, context, spread=0.3, block_vectors=4, without=list(without))
     builder = ObservationBuilder(context.memory, context.features)
-    weights = network_weights(policy, without)
+    weights = network_weights(policy, NetworkWeights, without)
     assert weights.without == without
     assert_same_choices(context, policy, BlockNetwork(weights, builder))
 
@@ -77,7 +79,7 @@ def test_numpy_and_torch_agree_with_stubs(repaired_context):
     policy = untrained("maskable_ppo", repaired_context, spread=0.3)
     builder = ObservationBuilder(repaired_context.memory, repaired_context.features)
     network, trained = (
-        BlockNetwork(network_weights(policy), builder),
+        BlockNetwork(network_weights(policy, NetworkWeights), builder),
         TrainedPolicy(policy, builder),
     )
     for fraction in (0.95, 0.85, 0.75):
@@ -88,7 +90,7 @@ def test_numpy_and_torch_agree_with_stubs(repaired_context):
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
 def test_an_mlp_scores_no_single_blocks(name, context):
     with pytest.raises(ArtifactError, match="only block-wise policies can be exported"):
-        network_weights(untrained(name, context, policy="mlp"))
+        network_weights(untrained(name, context, policy="mlp"), NetworkWeights)
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_columns_of_the_next_level(builder):
     request, seen = of(builder, plan)
     memory, ladder = builder.item_bytes.memory, builder.ladder
     native = memory.dense_peak_bytes(2, 2000)
-    known = builder._importance
+    known = builder.importance
     for name, position in (("layer00.cache", 1), ("layer01.ffn", 1), ("layer02.ffn", 0)):
         number = ladder.numbers[name]
         item, row = ladder.items[number], seen["ladder"][number]
@@ -98,7 +98,7 @@ def test_items_without_a_lower_level_have_no_next_one(builder):
 def test_a_level_that_the_request_skips_is_not_the_next_one(builder):
     plan = {"layer00.cache": "int4"}
     number = builder.ladder.numbers["layer00.cache"]
-    known = builder._importance
+    known = builder.importance
     for tokens, position in ((2000, 3), (300, 5)):  # window512, or window128
         _, seen = of(builder, plan, tokens=tokens)
         expected = log_cost(known.one_shot[number, position])

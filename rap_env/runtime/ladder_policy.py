@@ -1,0 +1,252 @@
+"""A trained policy over the levels of all items: its file, and its choices for live requests."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.item_observation import ItemImportance, ItemObservationBuilder
+from rap_env.ladder.items import Ladder
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
+from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.request import Request, whole_number
+from rap_env.runtime.ladder_network import ItemNetwork, ItemNetworkWeights
+from rap_env.runtime.policy_file import (
+    EXPORT_AGAIN,
+    Arrays,
+    PolicyModel,
+    part_of,
+    read_policy,
+    weights_of,
+    write_policy,
+)
+
+log = logging.getLogger(__name__)
+
+_IMPORTANCE = "importance."
+_CACHED_CHOICES = 1024
+
+ScorePlans = Callable[[Sequence[CompressionPlan]], Sequence[float]]
+"""Gives a number for each plan, lower is better: its delta_nll or its NLL."""
+
+
+@dataclass(frozen=True, eq=False)
+class LadderPolicyFile:
+    """A trained item-wise policy, with the importance of the items that it was exported for.
+
+    Attributes:
+        weights: Weights and settings of the network.
+        importance: Importance of the levels of the model's items.
+        ladder: `Ladder.spec` of the ladder that it was trained on.
+        items: Names of the model's items with a lower level, and the levels of each.
+        provenance: How the policy was trained: agent, seed, steps, versions.
+
+    Raises:
+        ArtifactError: The parts are of models with different items.
+    """
+
+    kind: ClassVar[str] = "exported ladder policy"
+
+    weights: ItemNetworkWeights
+    importance: ItemImportance
+    ladder: dict[str, Any]
+    items: dict[str, list[str]]
+    model: PolicyModel
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        width = max(map(len, self.items.values()), default=0) + 1
+        _check_importance(self.importance, (len(self.items), width), self.model.name)
+        if self.weights.block_vectors and len(self.weights.vectors) != len(self.items):
+            raise ArtifactError(
+                f"The policy has vectors for {len(self.weights.vectors)} items, but "
+                f"{self.model.name} has {len(self.items)}; {EXPORT_AGAIN}."
+            )
+
+    @classmethod
+    def made(
+        cls,
+        weights: ItemNetworkWeights,
+        importance: ItemImportance,
+        ladder: Ladder,
+        facts: ModelFacts,
+        provenance: dict[str, Any],
+    ) -> LadderPolicyFile:
+        """The file of a policy for the items of a ladder."""
+        items = {item.name: list(item.levels) for item in ladder.items}
+        return cls(weights, importance, ladder.spec, items, PolicyModel.of(facts), provenance)
+
+    def builder_for(
+        self, memory: MemoryModel, importance: ItemImportance | None = None
+    ) -> ItemObservationBuilder:
+        """What builds the policy's observations of a model.
+
+        Args:
+            memory: The model to serve. A warning is logged if its weights are not those that the
+                policy was exported for.
+            importance: Importance of the levels of its items; None takes the file's.
+
+        Raises:
+            ArtifactError: The policy cannot serve a model with these items, or `importance` is of
+                other items.
+        """
+        own, facts = self.model, memory.facts
+        ladder = Ladder.of(facts, **self.ladder)
+        if self.weights.block_vectors and len(ladder) != len(self.items):
+            raise ArtifactError(
+                f"The policy for {own.name} has vectors for {len(self.items)} items, but "
+                f"{facts.name} has {len(ladder)} items. Train a policy for this model, or one with "
+                "policy_settings.block_vectors=0, which serves both."
+            )
+        if importance is not None:
+            _check_importance(importance, (len(ladder), ladder.width), facts.name)
+        elif {item.name: list(item.levels) for item in ladder.items} != self.items:
+            raise ArtifactError(
+                f"The policy was exported for {own.name}, whose items have other levels than those "
+                f"of {facts.name} as it is loaded ({facts.weights} weights): {len(self.items)} and "
+                f"{len(ladder)} items. Load the model as it was, give the importance of its items "
+                "(features=), or export a policy for it."
+            )
+        elif facts.fingerprint != own.fingerprint:
+            log.warning(
+                "The policy was exported for %s (%s), and %s (%s) has other weights: it uses the "
+                "importance of the former's items, so its plans may be worse.",
+                own.name, own.dtype, facts.name, facts.dtype,
+            )  # fmt: skip
+        return ItemObservationBuilder(LadderBytes(memory, ladder), importance or self.importance)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as a safetensors file with a checksum, and replace an existing file.
+
+        Raises:
+            StorageFullError: The disk is full; an existing file stays intact.
+        """
+        arrays = {
+            f"{_IMPORTANCE}{entry.name}": np.asarray(
+                getattr(self.importance, entry.name), np.float64
+            )
+            for entry in fields(self.importance)
+        }
+        write_policy(
+            path, self.kind, self.weights, arrays, self.model, self.provenance,
+            ladder=self.ladder, items=self.items,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LadderPolicyFile:
+        """Read a file written by `save`.
+
+        Raises:
+            ArtifactError: The file is truncated, altered, of a newer format, or of another kind.
+        """
+        return read_policy(path, cls)
+
+    @classmethod
+    def of(cls, body: dict[str, Any], arrays: Arrays) -> LadderPolicyFile:
+        """The policy from the parts of a file."""
+        return cls(
+            weights_of(ItemNetworkWeights, body, arrays),
+            ItemImportance(**part_of(arrays, _IMPORTANCE)),
+            body["ladder"],
+            body["items"],
+            PolicyModel(**body["model"]),
+            body["provenance"],
+        )
+
+
+class LadderPolicy:
+    """A trained item-wise network, which lowers its best item until the request fits.
+
+    If no plan fits, it lowers every item as far as possible. Threads may share a policy.
+
+    Args:
+        memory: The model's byte arithmetic.
+        file: The exported policy.
+        importance: Importance of the levels of the model's items; None takes the file's.
+        best_of: Number of plans among which it chooses: the greedy one and samples.
+        score: Scores plans, if `best_of` is above 1; the one with the lowest score is chosen.
+        cached_choices: Requests whose plan is cached.
+
+    Attributes:
+        file: The exported policy.
+        ladder: The items of the model.
+
+    Raises:
+        InvalidRequestError: `best_of` is no whole number of at least 1, or above 1 without `score`.
+        ArtifactError: The policy cannot serve this model.
+    """
+
+    name = "rap"
+    lowers = True
+
+    def __init__(
+        self,
+        memory: MemoryModel,
+        file: LadderPolicyFile,
+        importance: ItemImportance | None = None,
+        *,
+        best_of: int = 1,
+        score: ScorePlans | None = None,
+        cached_choices: int = _CACHED_CHOICES,
+    ) -> None:
+        self._best_of = whole_number("best_of", best_of, least=1)
+        if best_of > 1 and score is None:
+            raise InvalidRequestError(f"best_of={best_of} needs a way to score plans; pass score.")
+        self.memory = memory
+        self.file = file
+        self._score = score
+        builder = file.builder_for(memory, importance)
+        self.ladder = builder.ladder
+        self._reached = (importance or file.importance).reached
+        self._network = ItemNetwork(file.weights, builder)
+        self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
+
+    def choose(self, request: Request) -> CompressionPlan:
+        """Return the levels that the network chooses so that the request fits.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch size or the length.
+        """
+        return self._cached_choice(request)
+
+    def delta_nll(self, plan: MaskOrPlan) -> float | None:
+        """Rise in NLL that the order over items predicts for a plan, nats per token.
+
+        It is the sum of what the order's steps added when it was made; None if the policy was
+        trained without an order.
+
+        Raises:
+            UnknownNameError: The plan has levels that the ladder does not have.
+        """
+        positions = self.ladder.positions(plan)
+        if not self._reached.any():
+            return None
+        return float(self._reached[np.arange(len(positions)), positions].sum())
+
+    def _choose(self, request: Request) -> CompressionPlan:
+        if self._best_of == 1:
+            return self._network.plan(request)
+        plans = list(dict.fromkeys(self._network.sample(request, self._best_of)))
+        if self._score is None or len(plans) == 1:
+            return plans[0]
+        scores = np.nan_to_num(np.asarray(self._score(plans), dtype=np.float64), nan=np.inf)
+        return plans[int(np.argmin(scores))]
+
+
+def _check_importance(importance: ItemImportance, shape: tuple[int, int], name: str) -> None:
+    for entry in fields(importance):
+        found = np.shape(getattr(importance, entry.name))
+        if found != shape:
+            raise ArtifactError(
+                f"The importance of {name} must have {shape[0]} x {shape[1]} values of "
+                f"{entry.name}, one for each level of an item, but its shape is {found}."
+            )
