@@ -14,6 +14,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
 from rap_env.scoring.predictor import feature_matrix, fit_predictor
 
@@ -27,7 +28,7 @@ def find_delta_nll(
     policy's file, which hold for single blocks and for the first blocks of the GSI order; else a
     prediction from both. All else is predicted from level costs, the policy's own or those of the
     package, for sequences of `seq_len_tokens` tokens (None is the length at which they were
-    measured).
+    measured), or else from the order over items in the policy's file.
     """
     plan = as_plan(plan)
     if not plan:
@@ -37,10 +38,11 @@ def find_delta_nll(
         if rise is not None:
             return rise, source
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
-        if not isinstance(policy, KnapsackPolicy):
-            policy = load_policy("knapsack", memory)
-        if isinstance(policy, KnapsackPolicy):
-            return policy.delta_nll(plan, seq_len_tokens), _level_source(policy)
+        costs = policy if isinstance(policy, KnapsackPolicy) else load_policy("knapsack", memory)
+        if isinstance(costs, KnapsackPolicy):
+            return costs.delta_nll(plan, seq_len_tokens), _level_source(costs)
+    if isinstance(policy, LadderPolicy) and (rise := policy.delta_nll(plan)) is not None:
+        return rise, "predicted from the order over items in the policy file"
     return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance, ItemObservationBuilder
 from rap_env.ladder.items import Ladder
@@ -179,6 +179,8 @@ class LadderPolicy:
     Attributes:
         file: The exported policy.
         ladder: The items of the model.
+        order: Blocks in the order of their removal, (2L,); None if the ladder does not remove all
+            of them, or the policy was trained without an order over items.
 
     Raises:
         InvalidRequestError: `best_of` is no whole number of at least 1, or above 1 without `score`.
@@ -206,7 +208,8 @@ class LadderPolicy:
         self._score = score
         builder = file.builder_for(memory, importance)
         self.ladder = builder.ladder
-        self._reached = (importance or file.importance).reached
+        self.order = _removal_order(self.ladder, builder.importance, memory.facts.num_blocks)
+        self._reached = builder.importance.reached
         self._network = ItemNetwork(file.weights, builder)
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
@@ -218,19 +221,18 @@ class LadderPolicy:
         """
         return self._cached_choice(request)
 
-    def delta_nll(self, plan: MaskOrPlan) -> float | None:
+    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float | None:
         """Rise in NLL that the order over items predicts for a plan, nats per token.
 
-        It is the sum of what the order's steps added when it was made; None if the policy was
-        trained without an order.
-
-        Raises:
-            UnknownNameError: The plan has levels that the ladder does not have.
+        It is the sum of what the order's steps added when it was made, whatever the length of
+        sequences; None if the policy has no order, or its ladder does not have the plan's levels.
         """
-        positions = self.ladder.positions(plan)
-        if not self._reached.any():
+        try:
+            positions = self.ladder.positions(plan)
+        except UnknownNameError:
             return None
-        return float(self._reached[np.arange(len(positions)), positions].sum())
+        rise = float(self._reached[np.arange(len(positions)), positions].sum())
+        return rise if self._reached.any() else None
 
     def _choose(self, request: Request) -> CompressionPlan:
         if self._best_of == 1:
@@ -240,6 +242,20 @@ class LadderPolicy:
             return plans[0]
         scores = np.nan_to_num(np.asarray(self._score(plans), dtype=np.float64), nan=np.inf)
         return plans[int(np.argmin(scores))]
+
+
+def _removal_order(
+    ladder: Ladder, importance: ItemImportance, num_blocks: int
+) -> tuple[int, ...] | None:
+    """The blocks by the place of their removal in the order over items."""
+    places = {
+        2 * item.layer + (item.kind == "ffn"): importance.place[number, len(item.levels) - 1]
+        for number, item in enumerate(ladder.items)
+        if item.layer is not None and item.kind != "cache" and item.levels[-1] == "removed"
+    }
+    if len(places) < num_blocks or not importance.place.any():
+        return None
+    return tuple(sorted(places, key=places.__getitem__))
 
 
 def _check_importance(importance: ItemImportance, shape: tuple[int, int], name: str) -> None:

@@ -338,11 +338,11 @@ class PlanController:
             return False
         if plan.removed <= before.removed and not self._newly_lowered(plan, shape):
             return True
-        predict = getattr(self.policy, "delta_nll", None)
-        if predict is None:
+        predict = getattr(self.policy, "delta_nll", lambda *_: None)
+        rise, rise_before = (predict(one, shape.at_least_one[1]) for one in (plan, before))
+        if rise is None or rise_before is None:
             return choice.need_bytes > need_bytes
-        tokens = shape.at_least_one[1]
-        return bool(predict(plan, tokens) < predict(before, tokens))
+        return bool(rise < rise_before)
 
     def _settle(
         self,
