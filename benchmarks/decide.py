@@ -1,7 +1,8 @@
 """Time of a decision: exported policy against stable-baselines3: ``python -m benchmarks.decide``.
 
 Every decision includes all of its work: the bytes of the request, its observation, and a pass of
-the network for each removed block. Nothing is cached from earlier requests. Set
+the network for each action: a removed block, or a lowered item of a policy of `RAPPrune-v1` (with
+``weights=native``). Nothing is cached from earlier requests. Set
 ``OMP_NUM_THREADS=1`` for one core: NumPy reads it at its import.
 """
 
@@ -10,24 +11,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import harness
 from benchmarks.record import write_record
-from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
+from rap_env.ladder.item_observation import ItemObservationBuilder
 from rap_env.memory import MemoryModel
 from rap_env.observation import ObservationBuilder
+from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.request import Request
+from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import NetworkPolicy, load_policy
 
 if TYPE_CHECKING:
     from stable_baselines3.common.policies import BasePolicy
 
-    from rap_env.runtime.policy_file import PolicyFile
+    from rap_env.runtime.policy_network import NetworkWeights
 
 _MOST_MS = 5.0
 
@@ -37,8 +41,10 @@ class DecideSettings(harness.ModelSettings):
     """Settings of this benchmark."""
 
     threads: int | None = 1
-    policy: str = "rap"
-    """``rap``, the policy that comes with the package, or the path of an exported one."""
+    policy: str = "rap-v0"
+    """``rap-v0``, the policy that comes with the package, or the path of an exported one."""
+    weights: str = "bf16"
+    """How the model is loaded, as the policy's was."""
     requests: list[str] = field(
         default_factory=lambda: ["1x128", "1x2048", "4x512", "4x1024", "8x1024", "8x2048"]
     )
@@ -57,28 +63,30 @@ class Side:
 
     Attributes:
         rounds: Times that all requests are decided in one call.
-        masks: The masks of the last call.
+        forget: Drops what earlier decisions may have cached.
+        plans: The masks or plans of the last call.
         milliseconds: Wall time of each decision, a list for each call.
         cpu_milliseconds: Processor time of each decision, without that of other processes.
     """
 
-    choose: Callable[[Request], BlockMask]
+    choose: Callable[[Request], MaskOrPlan]
     requests: Sequence[Request]
     rounds: int
-    masks: list[BlockMask] = field(default_factory=list)
+    forget: Callable[[], None] = request_costs.cache_clear
+    plans: list[MaskOrPlan] = field(default_factory=list)
     milliseconds: list[list[float]] = field(default_factory=list)
     cpu_milliseconds: list[list[float]] = field(default_factory=list)
 
     def __call__(self) -> None:
         """One measurement."""
-        wall, cpu, self.masks = [], [], []
+        wall, cpu, self.plans = [], [], []
         for request in [*self.requests] * self.rounds:
-            request_costs.cache_clear()  # live requests rarely repeat a length
+            self.forget()  # live requests rarely repeat a length
             began, began_cpu = time.perf_counter(), time.thread_time()
-            mask = self.choose(request)
+            plan = self.choose(request)
             cpu.append(1000 * (time.thread_time() - began_cpu))
             wall.append(1000 * (time.perf_counter() - began))
-            self.masks.append(mask)
+            self.plans.append(plan)
         self.milliseconds.append(wall)
         self.cpu_milliseconds.append(cpu)
 
@@ -107,23 +115,36 @@ def main(settings: DecideSettings) -> None:
     """Measure, and write the record."""
     from agents.trained_policy import TrainedPolicy
 
-    memory = MemoryModel(harness.open_model(settings).facts)
-    network = load_policy(settings.policy, memory)
-    if not isinstance(network, NetworkPolicy):
+    memory = MemoryModel(harness.open_model(settings, settings.weights).facts)
+    policy = load_policy(settings.policy, memory)
+    builder: ObservationBuilder | ItemObservationBuilder
+    forget: Callable[[], None] = request_costs.cache_clear
+    if isinstance(policy, LadderPolicy):
+        policy = LadderPolicy(memory, policy.file, cached_choices=0)
+        builder, forget = policy.builder, partial(_forget_costs, policy.builder)
+    elif isinstance(policy, NetworkPolicy):
+        policy = NetworkPolicy(memory, policy.file, cached_choices=0)
+        builder = ObservationBuilder(memory, policy.file.features)
+    else:
         raise InvalidRequestError(f"policy={settings.policy} is no network; give an exported one.")
-    network = NetworkPolicy(memory, network.file, cached_choices=0)
-    file, requests = network.file, _requests(settings, memory)
-    builder = ObservationBuilder(memory, file.features)
-    trained = TrainedPolicy(torch_policy(file, builder), builder)
+    trained = TrainedPolicy(torch_policy(policy.file.weights, builder), builder)
+    requests = _requests(settings, memory)
     sides = {
-        "exported": Side(network.choose, requests, settings.rounds),
-        "torch": Side(trained.choose, requests, settings.rounds),
+        "exported": Side(policy.choose, requests, settings.rounds, forget),
+        "torch": Side(trained.choose, requests, settings.rounds, forget),
     }
     seconds: dict[str, list[float]] = harness.alternate(sides, settings.repeats)
-    _write(settings, memory, sides, seconds)
+    _write(settings, builder, sides, seconds)
 
 
-def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
+def _forget_costs(builder: ItemObservationBuilder) -> None:
+    builder.item_bytes.cached_costs.cache_clear()
+    builder.rows_of.cache_clear()
+
+
+def torch_policy(
+    weights: NetworkWeights, builder: ObservationBuilder | ItemObservationBuilder
+) -> BasePolicy:
     """The policy of stable-baselines3 with an exported one's weights; its critic is untrained."""
     import torch
     from gymnasium import spaces
@@ -131,11 +152,10 @@ def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
     from agents.sb3_policies import MaskableBlockwisePolicy
     from agents.settings import PolicySettings
 
-    weights = file.weights
     settings = PolicySettings(weights.hidden, weights.block_vectors, weights.without)
     made: Any = MaskableBlockwisePolicy(
         builder.space,
-        spaces.Discrete(builder.memory.facts.num_blocks),
+        spaces.Discrete(_count(builder)),
         lambda _: 0.0,
         **settings.policy_kwargs(),
     )
@@ -157,6 +177,11 @@ def torch_policy(file: PolicyFile, builder: ObservationBuilder) -> BasePolicy:
     return policy
 
 
+def _count(builder: ObservationBuilder | ItemObservationBuilder) -> int:
+    """Number of blocks or items."""
+    return int(builder.space["action_mask"].shape[0])  # type: ignore[index]
+
+
 def _requests(settings: DecideSettings, memory: MemoryModel) -> list[Request]:
     """All pairs of a request and a budget."""
     shapes = [harness.parse_request(text) for text in settings.requests]
@@ -165,23 +190,26 @@ def _requests(settings: DecideSettings, memory: MemoryModel) -> list[Request]:
 
 def _write(
     settings: DecideSettings,
-    memory: MemoryModel,
+    builder: ObservationBuilder | ItemObservationBuilder,
     sides: dict[str, Side],
     seconds: dict[str, list[float]],
 ) -> None:
     exported, torch = sides["exported"], sides["torch"]
-    removed = [len(mask) for mask in exported.masks]
-    same = sum(a == b for a, b in zip(exported.masks, torch.masks, strict=True)) / len(removed)
-    count, decisions = memory.facts.num_blocks, len(exported.requests)
+    lowered = [len(as_plan(plan).levels) for plan in exported.plans]
+    pairs = list(zip(exported.plans, torch.plans, strict=True))
+    count, decisions = _count(builder), len(exported.requests)
+    what, done, plans = "blocks", "removed", "masks"
+    if isinstance(builder, ItemObservationBuilder):
+        what, done, plans = "items", "lowered", "plans"
     quantiles = {name: side.quantiles(settings.repeats) for name, side in sides.items()}
     torch_ms = quantiles["torch"]["p50_ms"]["median"]
     write_record(
-        "decide",
+        "decide" if what == "blocks" else "decide_items",
         device="cpu",
         settings=settings,
         targets=[
             harness.Target.of(
-                f"ms of a decision on {count} blocks, p99 of {decisions} requests",
+                f"ms of a decision on {count} {what}, p99 of {decisions} requests",
                 quantiles["exported"]["p99_ms"],
                 at_most=_MOST_MS,
             ),
@@ -194,12 +222,12 @@ def _write(
         ],
         measured={
             **quantiles,
-            "blocks_removed_mean": float(np.mean(removed)),
-            "blocks_removed_most": max(removed),
-            "same_masks_share": same,
+            f"{what}_{done}_mean": float(np.mean(lowered)),
+            f"{what}_{done}_most": max(lowered),
+            f"same_{plans}_share": float(np.mean([a == b for a, b in pairs])),
         },
         notes=[
-            "With the bytes of the request, its observation and a pass for each removed block; "
+            "With the bytes of the request, its observation and a pass for each action; "
             "nothing is kept from one decision to the next.",
             f"p50 and p99 over the requests, each at the median of its {settings.rounds} rounds; "
             "any_p99 over all single decisions; cpu: without what other processes took of the "

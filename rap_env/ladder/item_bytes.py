@@ -288,7 +288,7 @@ class LadderBytes:
             for n, item in enumerate(ladder.items)
             if item.kind == "attn" and "removed" in item.levels and ladder.partners[n] == n
         ]
-        self._cached = lru_cache(_CACHED_SHAPES)(self._make)
+        self.cached_costs = lru_cache(_CACHED_SHAPES)(self._make)
 
     def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
         """The costs of a batch size and a sequence length.
@@ -296,7 +296,7 @@ class LadderBytes:
         Raises:
             InvalidRequestError: The model cannot serve the batch or the length.
         """
-        return self._cached(batch_size, seq_len_tokens)
+        return self.cached_costs(batch_size, seq_len_tokens)
 
     def check_feasible(self, request: Request) -> None:
         """Reject a budget that no levels of the ladder can meet.

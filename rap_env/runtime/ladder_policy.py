@@ -178,6 +178,7 @@ class LadderPolicy:
 
     Attributes:
         file: The exported policy.
+        builder: Builds the network's observations.
         ladder: The items of the model.
         order: Blocks in the order of their removal, (2L,); None if the ladder does not remove all
             of them, or the policy was trained without an order over items.
@@ -206,7 +207,7 @@ class LadderPolicy:
         self.memory = memory
         self.file = file
         self._score = score
-        builder = file.builder_for(memory, importance)
+        self.builder = builder = file.builder_for(memory, importance)
         self.ladder = builder.ladder
         self.order = _removal_order(self.ladder, builder.importance, memory.facts.num_blocks)
         self._reached = builder.importance.reached

@@ -9,10 +9,12 @@ from benchmarks.decide import DecideSettings, Side, main, torch_policy
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
 from rap_env.runtime.policies import NetworkPolicy
 from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
+from tests.runtime import made_ladder
 from tests.runtime.made_policies import features, memory, policy_file, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -21,7 +23,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def test_the_network_in_torch_is_the_same_policy(settings):
     file, model = policy_file(**settings), memory()
     builder = ObservationBuilder(model, file.features)
-    trained = TrainedPolicy(torch_policy(file, builder), builder)
+    trained = TrainedPolicy(torch_policy(file.weights, builder), builder)
     exported = NetworkPolicy(model, file)
     for fraction in (0.9, 0.7, 0.5):
         request = Request.at_fraction(model, 4, 500, fraction)
@@ -34,7 +36,7 @@ def test_every_decision_is_timed():
     side()
     side()
     assert [len(call) for call in side.milliseconds] == [6, 6]
-    assert side.masks == [BlockMask.of(n) for n in (5, 6, 7)] * 2
+    assert side.plans == [BlockMask.of(n) for n in (5, 6, 7)] * 2
     side.milliseconds = [[9.0, 9.0, 9.0] * 3, [1.0, 2.0, 3.0] * 2 + [1.0, 50.0, 3.0]]
     side.cpu_milliseconds, side.rounds = side.milliseconds, 3
     found = side.quantiles(repeats=1)
@@ -71,3 +73,21 @@ def test_the_benchmark_writes_a_record_of_both_sides(tmp_path):
         main(DecideSettings(**{**vars(settings), "requests": ["8"]}))
     with pytest.raises(InvalidRequestError, match="policy=dense is no network"):
         main(DecideSettings(**{**vars(settings), "policy": "dense"}))
+
+
+def test_decisions_of_a_policy_over_items_are_timed(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model("llama_tied", layers=4).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    model = MemoryModel(load_llm(folder, weights="native").facts)
+    made_ladder.policy_file(model, item_vectors=3).save(tmp_path / "policy.safetensors")
+    settings = DecideSettings(
+        repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder), weights="native",
+        policy=str(tmp_path / "policy.safetensors"), requests=["1x8", "2x16"],
+        budgets=[0.9, 0.7], rounds=2,
+    )  # fmt: skip
+    main(settings)
+    record = json.loads((tmp_path / "decide_items-cpu.json").read_text())
+    assert record["measured"]["same_plans_share"] == 1.0
+    assert record["measured"]["items_lowered_mean"] > 0
+    assert "ms of a decision on" in record["targets"][0]["what"]
