@@ -11,6 +11,7 @@ from agents.settings import HYPERPARAMETERS, with_defaults
 from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
 
 ENV_IDS = ("RAPPrune-v0", "RAPPrune-v1")
+TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot")
 
 
 @dataclass
@@ -51,7 +52,7 @@ class AgentConfig(Section):
     label: str | None = None
     """Name of its runs in folders and tables; null for the agent's name."""
     policy: str = "blockwise"
-    """``blockwise`` (one network applied to every block) or ``mlp``."""
+    """``blockwise`` (one network applied to every block or item) or ``mlp``."""
     total_timesteps: Count = 20_000
     n_envs: Count = 8
     """Number of sub-environments; they share one model."""
@@ -88,12 +89,13 @@ class WarmStartConfig(Section):
     """Imitation learning before reinforcement learning."""
 
     section = "warm_start"
-    teacher: Annotated[str, among("none", "frontier", "greedy")] = "none"
-    """``frontier``: the frontier table; ``greedy``: greedy searches."""
+    teacher: Annotated[str, among(*TEACHERS)] = "none"
+    """``frontier``: the table of the best known masks or plans; ``greedy``: greedy searches per
+    byte; ``knapsack``, ``gsi`` and ``one_shot``: the baselines of these names."""
     requests: Count = 512
     """Number of workload requests that the teacher answers."""
     updates: Count = 600
-    """Updates of the network on the teacher's masks."""
+    """Updates of the network on the teacher's masks or plans."""
     learning_rate: NotNegative = 3e-3
 
 

@@ -9,6 +9,7 @@ corrects it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,8 +21,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
-from agents.baselines.searches import GreedyPerByteBaseline
+from agents.baselines import make_baseline
 from agents.imitation import Demonstration, ImitationConfig, imitate
+from agents.observations import make_builder
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
@@ -35,7 +37,7 @@ from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
-from rap_env.observation import ObservationBuilder
+from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
 from rap_env.scoring.store import mask_from_indices
 from rap_env.workload import make_sampler
@@ -148,10 +150,10 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
         how = ImitationConfig(
             updates=settings.updates, learning_rate=settings.learning_rate, seed=config.seed
         )
-        builder = ObservationBuilder(context.memory, context.features)
+        builder = make_builder(context, config.env.ladder if config.env.lowers else None)
         result = imitate(model, shown, builder, how, progress=config.progress)
         log.info(
-            "Warm start: %d masks of the teacher %s; agreement in %.0f %% of states.",
+            "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
             len(shown), settings.teacher, 100 * result.agreement,
         )  # fmt: skip
 
@@ -159,26 +161,26 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
 
 
 def demonstrations(config: Config, context: PruningContext) -> list[Demonstration]:
-    """Return the teacher's masks for requests of the workload.
+    """Return the teacher's masks or plans for requests of the workload.
 
     Raises:
         ArtifactError: The teacher is the frontier table, and there is none.
     """
-    settings = config.warm_start
+    settings, item_bytes = config.warm_start, ladder_bytes(config, context)
     requests = draw_requests(config, context, settings.requests, 1)
-    if settings.teacher == "greedy":
-        greedy = GreedyPerByteBaseline(context)
-        masks: list[BlockMask | None] = [greedy.choose(request) for request in requests]
-    else:
-        masks = [context.frontier.best(context.memory, request) for request in requests]
-    pairs = zip(requests, masks, strict=True)
-    return [Demonstration(request, mask) for request, mask in pairs if mask]
+    if settings.teacher == "frontier" and item_bytes is None:
+        known = [context.frontier.best(context.memory, request) for request in requests]
+        pairs = zip(requests, known, strict=True)
+        return [Demonstration(request, mask) for request, mask in pairs if mask]
+    name = "greedy_per_byte" if settings.teacher == "greedy" else settings.teacher
+    teacher = make_baseline(name, context, config.seed, item_bytes)
+    return [Demonstration(request, teacher.choose(request)) for request in requests]
 
 
-def _known(config: Config, context: PruningContext, folder: Path) -> dict[BlockMask, float]:
+def _known(config: Config, context: PruningContext, folder: Path) -> dict[MaskOrPlan, float]:
     """Return measured scores before the first round: of the frontier, or of planned masks."""
     if Path(context.frontier_path or "").is_file():
-        return dict(context.frontier.scores)
+        return {mask: nll for mask, nll in context.frontier.scores.items()}  # noqa: C416
     blocks, wanted = context.memory.facts.num_blocks, config.score_model.first_masks
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, wanted))
@@ -193,8 +195,8 @@ def _verified(
     folder: Path,
     sinks: Sequence[MetricSink],
     step: int,
-) -> dict[BlockMask, float]:
-    """Measure and record the masks that the policy chooses after a round."""
+) -> dict[MaskOrPlan, float]:
+    """Measure and record the masks or plans that the policy chooses after a round."""
     path = folder / ROUNDS_FILE
     done = {record["round"]: record for record in read_records(path)}
     if number not in done:
@@ -213,7 +215,7 @@ def _verified(
             "step": step,
             "loss": float(np.mean([real[mask] - dense for mask in favourites])),
             "predicted_loss": float(np.mean([predicted.scorer.nll(m) - dense for m in favourites])),
-            "scored": [[list(mask.names), nll] for mask, nll in real.items()],
+            "scored": [[json.loads(mask.to_json()), nll] for mask, nll in real.items()],
         }
         append_record(path, done[number])
     record = done[number]
@@ -227,12 +229,15 @@ def _verified(
     return scored_masks(record)
 
 
-def scored_masks(record: Mapping[str, Any]) -> dict[BlockMask, float]:
-    """Return the NLL of the masks that a round scored, nats per token.
+def scored_masks(record: Mapping[str, Any]) -> dict[MaskOrPlan, float]:
+    """Return the NLL of the masks or plans that a round scored, nats per token.
 
     Earlier versions wrote masks as comma-separated indices.
     """
     scored = record["scored"]
     if isinstance(scored, dict):
         return {mask_from_indices(key): nll for key, nll in scored.items()}
-    return {BlockMask.of(*names): nll for names, nll in scored}
+    return {
+        BlockMask.of(*found) if isinstance(found, list) else CompressionPlan.of(found): nll
+        for found, nll in scored
+    }

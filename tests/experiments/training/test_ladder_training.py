@@ -1,0 +1,124 @@
+"""Training on `RAPPrune-v1` by the program: warm start, resuming, and the exported policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agents.trained_policy import TrainedPolicy
+from experiments.comparison.run_folder import RunFolder
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import AgentConfig, EnvConfig, WarmStartConfig
+from experiments.contexts import build_context, ladder_bytes
+from experiments.errors import ExperimentError
+from experiments.export_policy import export
+from experiments.train import train
+from experiments.training.score_model import demonstrations, draw_requests, make_envs
+from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
+from rap_env.errors import UnknownNameError
+from rap_env.runtime.ladder_policy import LadderPolicy
+from rap_env.runtime.policies import load_policy
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Settings for a random model of three layers."""
+    base = tmp_path_factory.mktemp("ladder")
+    tiny_model(layers=3).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False, threads=1,
+            store=str(base / "scores.sqlite"),
+            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int8"]),
+            model=ModelConfig(
+                name=str(base / "model"), device="cpu", dtype="float32", weights="native"
+            ),
+            calibration=TextConfig(source="self", windows=2, window_tokens=12),
+            importance=ImportanceConfig(method="one_shot"),
+            workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
+                      "budget_fractions": [0.6, 0.8, 0.9]},
+            reward={"name": "perplexity"},
+            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
+                              hyperparameters={"n_steps": 16, "learning_rate": 1e-9}),
+            warm_start=WarmStartConfig(teacher="one_shot", requests=12, updates=150),
+            evaluate=EvaluateConfig(requests=["4x64"], budgets=[0.9, 0.7]),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return train(config, config.stage_dir("train") / "agent-s0")
+
+
+def test_the_section_env_makes_the_environment_and_feasible_requests(config):
+    context = build_context(config)
+    envs = make_envs(config, context, 2)
+    assert isinstance(envs, RAPPruneV1VectorEnv)
+    assert envs.ladder.spec == {"levels": LEVELS, "together": ["int8"]}
+    item_bytes = ladder_bytes(config, context)
+    for request in draw_requests(config, context, 20, 5):
+        costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        assert costs.least_peak_bytes <= request.budget_bytes < costs.dense_peak_bytes
+
+
+@pytest.mark.parametrize("teacher", ["one_shot", "knapsack", "greedy"])
+def test_teachers_show_plans_that_fit(config, teacher):
+    changed = replace(config, warm_start=replace(config.warm_start, teacher=teacher, requests=4))
+    context = build_context(config)
+    shown = demonstrations(changed, context)
+    assert len(shown) == 4
+    for one in shown:
+        assert context.memory.peak_bytes(one.plan, one.request) <= one.request.budget_bytes
+        assert one.plan
+
+
+def test_the_policy_starts_between_native_and_its_teachers_plans(config, run):
+    context = build_context(config)
+    policy = TrainedPolicy.load(run, context)
+    ladder = ladder_bytes(config, context).ladder
+    within = [
+        np.less_equal(ladder.positions(policy.choose(one.request)), ladder.positions(one.plan))
+        for one in demonstrations(config, context)
+    ]
+    assert np.mean([one.all() for one in within]) > 0.8
+
+
+def test_the_run_records_its_choices_and_resumes(config, run):
+    facts = RunFolder(run).read()
+    assert facts["timesteps"] == 64
+    assert np.isfinite(facts["objective"])
+    assert (run / "policy.png").exists()
+    longer = replace(config, agent=replace(config.agent, total_timesteps=96))
+    assert train(longer, run) == run
+    assert RunFolder(run).read()["timesteps"] == 96
+    other = replace(config, env=replace(config.env, together=[]))
+    with pytest.raises(ExperimentError, match="env.together"):
+        train(other, run)
+
+
+def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
+    path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
+    context = build_context(config)
+    exported = load_policy(path, context.memory)
+    assert isinstance(exported, LadderPolicy)
+    trained = TrainedPolicy.load(run, context)
+    for request in draw_requests(config, context, 12, 9):
+        assert exported.choose(request) == trained.choose(request)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_of_the_environment_are_checked():
+    with pytest.raises(UnknownNameError, match="RAPPrune-v2"):
+        EnvConfig(id="RAPPrune-v2")
+    with pytest.raises(UnknownNameError, match="teacher"):
+        WarmStartConfig(teacher="best")
