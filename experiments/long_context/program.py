@@ -111,11 +111,11 @@ def long_context(config: Config, folder: Path) -> Path:
 
 
 def _wanted(config: Config, context: PruningContext) -> Iterator[_Wanted]:
-    """Every row: each plan on each measure."""
+    """Every row: each measure of each plan, so that a run that is stopped compares all plans."""
     settings, facts, git = config.long_context, context.memory.facts, git_state()
-    measures = list(_measures(config, context))
-    for source in plan_sources(settings, context):
-        for measure in measures:
+    sources = plan_sources(settings, context)
+    for measure in _measures(config, context):
+        for source in sources:
             plan = source.plan(context, settings.batch_size, measure.length)
             depends_on = {
                 "model_fingerprint": facts.fingerprint,
