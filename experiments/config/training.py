@@ -11,7 +11,7 @@ from agents.settings import HYPERPARAMETERS, with_defaults
 from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
 
 ENV_IDS = ("RAPPrune-v0", "RAPPrune-v1")
-TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot")
+TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")
 
 
 @dataclass
@@ -91,7 +91,7 @@ class WarmStartConfig(Section):
     section = "warm_start"
     teacher: Annotated[str, among(*TEACHERS)] = "none"
     """``frontier``: the table of the best known masks or plans; ``greedy``: greedy searches per
-    byte; ``knapsack``, ``gsi`` and ``one_shot``: the baselines of these names."""
+    byte; ``knapsack``, ``gsi``, ``one_shot`` and ``score_model``: the baselines of these names."""
     requests: Count = 512
     """Number of workload requests that the teacher answers."""
     updates: Count = 600

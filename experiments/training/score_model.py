@@ -33,7 +33,7 @@ from experiments.config import Config
 from experiments.contexts import ladder_bytes
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, load_plan_frontier
 from rap_env.context.table import TableContext
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
@@ -64,13 +64,16 @@ def learn(
     """
     if not config.score_model.rounds:
         return _train(config, agent, context, folder, sinks)
-    known = _known(config, context, folder)
+    known, item_bytes = _known(config, context), ladder_bytes(config, context)
     rounds = config.score_model.rounds
+    levels = None
+    if item_bytes is not None:
+        levels = context.level_costs(item_bytes.ladder.cache_levels)
     for number in range(rounds):
         steps = agent.total_timesteps * (number + 1) // rounds
         part = replace(agent, total_timesteps=steps)
         table = table_of(
-            config, context, known,
+            config, context, known, levels=levels,
             members=config.score_model.members, pessimism=config.score_model.pessimism,
         )  # fmt: skip
         predicted = TableContext(
@@ -177,8 +180,16 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
 
-def _known(config: Config, context: PruningContext, folder: Path) -> dict[MaskOrPlan, float]:
-    """Return measured scores before the first round: of the frontier, or of planned masks."""
+def _known(config: Config, context: PruningContext) -> dict[MaskOrPlan, float]:
+    """Return measured scores before the first round: of the frontier, or of planned masks.
+
+    Over a ladder, they are those of the table of measured plans.
+
+    Raises:
+        ArtifactError: The environment lowers items, and there is no table of measured plans.
+    """
+    if config.env.lowers:
+        return dict(load_plan_frontier(context.frontier_path, context.memory).scores)
     if Path(context.frontier_path or "").is_file():
         return {mask: nll for mask, nll in context.frontier.scores.items()}  # noqa: C416
     blocks, wanted = context.memory.facts.num_blocks, config.score_model.first_masks

@@ -116,22 +116,22 @@ class ScoreTable:
 
         Raises:
             ArtifactError: The dense model or a single removal was not measured, or there are
-                fewer masks than twice the blocks.
+                fewer scores to fit than twice the blocks.
         """
         scores = {simplest(plan): float(nll) for plan, nll in scores.items()}
         masks = sorted((mask for mask in scores if isinstance(mask, BlockMask)), key=tuple)
         singles = [BlockMask.of(index) for index in range(facts.num_blocks)]
-        missing = [str(mask) for mask in (BlockMask(), *singles) if mask not in scores]
-        if missing or len(masks) < 2 * facts.num_blocks:
-            lacks = f" ({missing[0]}: not measured)" if missing else ""
-            raise ArtifactError(
-                f"{len(masks)} scores of {facts.name}{lacks} are too few for a score table, which "
-                f"needs the dense model, each of {facts.num_blocks} single removals, and "
-                f"{2 * facts.num_blocks} masks in all; measure more of them first."
-            )
         held: dict[MaskOrPlan, float] = {mask: scores[mask] for mask in masks}
         held |= {plan: nll for plan, nll in scores.items() if plan not in held}
         fitted: list[MaskOrPlan] = list(masks if lowered is None else held)
+        missing = [str(mask) for mask in (BlockMask(), *singles) if mask not in scores]
+        if missing or len(fitted) < 2 * facts.num_blocks:
+            lacks = f" ({missing[0]}: not measured)" if missing else ""
+            raise ArtifactError(
+                f"{len(fitted)} scores of {facts.name}{lacks} are too few for a score table, which "
+                f"needs the dense model, each of {facts.num_blocks} single removals, and "
+                f"{2 * facts.num_blocks} scores in all; measure more of them first."
+            )
         dense = scores[BlockMask()]
         predictor, fidelity = fit_score_model(
             feature_matrix(fitted, facts.num_blocks),

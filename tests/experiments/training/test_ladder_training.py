@@ -8,21 +8,38 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.run_folder import RunFolder
+from experiments.comparison.records import read_records
+from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
-from experiments.config.training import AgentConfig, EnvConfig, WarmStartConfig
-from experiments.contexts import build_context, ladder_bytes
+from experiments.config.training import (
+    AgentConfig,
+    EnvConfig,
+    FrontierConfig,
+    ScoreModelConfig,
+    WarmStartConfig,
+)
+from experiments.contexts import build_context, frontier_artifact, ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.export_policy import export
+from experiments.profile import profile
 from experiments.train import train
-from experiments.training.score_model import demonstrations, draw_requests, make_envs
+from experiments.training.score_model import (
+    ROUNDS_FILE,
+    demonstrations,
+    draw_requests,
+    make_envs,
+    scored_masks,
+)
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
-from rap_env.errors import UnknownNameError
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import load_policy
+from rap_env.scoring.score_table import ScoreTable
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
@@ -115,6 +132,33 @@ def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
     for request in draw_requests(config, context, 12, 9):
         assert exported.choose(request) == trained.choose(request)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_policy_chooses(config):
+    changed = replace(
+        config,
+        name="searched",
+        frontier=FrontierConfig(evaluations=50, requests=16),
+        warm_start=WarmStartConfig(teacher="score_model", requests=8, updates=50),
+        score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
+        reward={"name": "perplexity", "relative_to": "frontier"},
+    )
+    with pytest.raises(ArtifactError, match="There is no table of measured plans"):
+        train(changed, changed.stage_dir("train") / "agent-s0")
+    profile(changed, changed.stage_dir("profile"))
+    context = build_context(changed)
+    found = PlanFrontier.load(frontier_artifact(changed), context.memory)
+    assert any(isinstance(plan, CompressionPlan) for plan in found.scores)
+    folder = train(changed, changed.stage_dir("train") / "agent-s0")
+    rounds = read_records(folder / ROUNDS_FILE)
+    assert [record["round"] for record in rounds] == [0, 1]
+    for record in rounds:
+        scored = scored_masks(record)
+        assert scored == {plan: context.scorer.nll(plan) for plan in scored}
+    table = ScoreTable.load(folder / TABLE_FILE)
+    assert set(found.scores) <= set(table.scores)
+    assert set(scored_masks(rounds[0])) <= set(table.scores), "learned from the first round"
+    assert table.levels is not None
 
 
 def test_settings_of_the_environment_are_checked():
