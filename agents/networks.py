@@ -7,8 +7,8 @@ parameters does not depend on N, unless each block or item has a learned vector.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import ClassVar, cast
 
 import torch
 from gymnasium import spaces
@@ -38,36 +38,38 @@ class Rows(BaseFeaturesExtractor):
 
     Args:
         observation_space: A ``Dict`` with ``request`` (R,), `key` (N, F) and ``action_mask`` (N,).
+        block_vectors: As in `agents.settings.PolicySettings`.
+        without: As in `PolicySettings`; hidden features are 0.
+
+    Attributes:
         key: Entry of the observation with the features of each block or item.
         features: Names of these features, F.
         priced: Names of those that have a price.
-        columns: The parts of a row, with their columns.
-        block_vectors: As in `agents.settings.PolicySettings`.
-        without: As in `PolicySettings`; hidden features are 0.
+        row_columns: Gives the parts of a row, with their columns.
     """
 
+    key: ClassVar[str]
+    features: ClassVar[tuple[str, ...]]
+    priced: ClassVar[tuple[str, ...]]
+    row_columns: ClassVar[Callable[[int], dict[str, slice]]]
     vectors: torch.Tensor
 
     def __init__(
         self,
         observation_space: spaces.Dict,
-        key: str,
-        features: Sequence[str],
-        priced: Sequence[str],
-        columns: Mapping[str, slice],
-        block_vectors: int,
-        without: Collection[str],
+        block_vectors: int = 0,
+        without: Sequence[str] = (),
     ) -> None:
+        columns = type(self).row_columns(block_vectors)
         super().__init__(observation_space, features_dim=block_rows.width_of(columns))
         self.columns = columns
-        self._key = key
-        self._freed = features.index("freed_share")
-        self._costs = [features.index(name) for name in priced]
+        self._freed = self.features.index("freed_share")
+        self._costs = [self.features.index(name) for name in self.priced]
         self.see_request = "request" not in without
-        for name, names in (("_seen", features), ("_priced", priced)):
+        for name, names in (("_seen", self.features), ("_priced", self.priced)):
             flags = torch.from_numpy(shown(names, without))
             self.register_buffer(name, flags, persistent=False)
-        count = cast(tuple[int, ...], observation_space[key].shape)[0]
+        count = cast(tuple[int, ...], observation_space[self.key].shape)[0]
         vectors = _VECTOR_SPREAD * torch.randn(count, block_vectors)
         if block_vectors:
             self.vectors = nn.Parameter(vectors)
@@ -76,7 +78,7 @@ class Rows(BaseFeaturesExtractor):
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return rows of shape (B, N, W)."""
-        each = observations[self._key] * cast(torch.Tensor, self._seen)
+        each = observations[self.key] * cast(torch.Tensor, self._seen)
         request = observations["request"] * float(self.see_request)
         valid = observations["action_mask"].to(each.dtype).unsqueeze(-1)
         over = request[:, _OVER].reshape(-1, 1, 1)
@@ -106,21 +108,10 @@ class BlockRows(Rows):
     Neighbours are included because a block next to a removed one is often less important.
     """
 
-    def __init__(
-        self,
-        observation_space: spaces.Dict,
-        block_vectors: int = 0,
-        without: Sequence[str] = (),
-    ) -> None:
-        super().__init__(
-            observation_space,
-            "blocks",
-            BLOCK_FEATURES,
-            block_rows.PRICED,
-            block_rows.row_columns(block_vectors),
-            block_vectors,
-            without,
-        )
+    key = "blocks"
+    features = BLOCK_FEATURES
+    priced = block_rows.PRICED
+    row_columns = staticmethod(block_rows.row_columns)
 
     def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
         return torch.log((costs + IMPORTANCE_FLOOR) / (useful + block_rows.USEFUL_FLOOR))
@@ -148,21 +139,18 @@ class ItemRows(Rows):
     serves ladders of any size.
     """
 
+    key = "ladder"
+    features = ITEM_FEATURES
+    priced = item_rows.PRICED
+    row_columns = staticmethod(item_rows.row_columns)
+
     def __init__(
         self,
         observation_space: spaces.Dict,
         block_vectors: int = 0,
         without: Sequence[str] = (),
     ) -> None:
-        super().__init__(
-            observation_space,
-            "ladder",
-            ITEM_FEATURES,
-            item_rows.PRICED,
-            item_rows.row_columns(block_vectors),
-            block_vectors,
-            without,
-        )
+        super().__init__(observation_space, block_vectors, without)
         self._placed = torch.zeros(0)
         self._near = torch.zeros(0, dtype=torch.int64)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.records import read_records
+from experiments.comparison.records import read_records, read_rows
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
 from experiments.config.common import TextConfig
@@ -23,6 +23,7 @@ from experiments.config.training import (
 )
 from experiments.contexts import build_context, frontier_artifact, ladder_bytes
 from experiments.errors import ExperimentError
+from experiments.evaluate import evaluate
 from experiments.export_policy import export
 from experiments.profile import profile
 from experiments.train import train
@@ -36,7 +37,8 @@ from experiments.training.score_model import (
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.plan import CompressionPlan
+from rap_env.plan import CompressionPlan, as_plan
+from rap_env.request import Request
 from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import load_policy
 from rap_env.scoring.score_table import ScoreTable
@@ -159,6 +161,22 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     assert set(found.scores) <= set(table.scores)
     assert set(scored_masks(rounds[0])) <= set(table.scores), "learned from the first round"
     assert table.levels is not None
+
+
+def test_the_agent_is_evaluated_beside_baselines(config, run):
+    given = replace(config.evaluate, baselines=["uniform"], best_of=[1, 4],
+                    text=TextConfig(source="self", windows=2, window_tokens=12))  # fmt: skip
+    changed = replace(config, stage="evaluate", evaluate=given)
+    evaluate(changed, changed.stage_dir("evaluate"))
+    rows = read_rows(changed.stage_dir("evaluate") / "results.jsonl")
+    agents = [row for row in rows if row.method.startswith("agent")]
+    assert {row.method for row in agents} == {"agent", "agent-best_of=4"}
+    trained = TrainedPolicy.load(run, build_context(config))
+    for row in agents:
+        request = Request(**row.request, budget_bytes=row.budget_bytes)
+        assert row.peak_bytes <= row.budget_bytes
+        if row.method == "agent":
+            assert row.levels == as_plan(trained.choose(request)).levels
 
 
 def test_settings_of_the_environment_are_checked():
