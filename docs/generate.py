@@ -176,6 +176,14 @@ def ladder_results() -> list[str]:
     return [f"**Precision before removal**: {text[0].lower()}{text[1:]}" for text in texts]
 
 
+def long_context_results() -> list[str]:
+    """The README's results on recall over the context; empty without records."""
+    from experiments.long_context.tables import Curves, long_context_findings
+
+    texts = long_context_findings(Curves.read(RESULTS / "long_context"))
+    return [f"**The loss hides recall**: {text[0].lower()}{text[1:]}" for text in texts]
+
+
 def tables_of(text: str) -> list[dict[str, list[str]]]:
     """The tables of a Markdown text: the cells of each row by its first cell."""
     tables: list[dict[str, list[str]]] = []
@@ -209,6 +217,7 @@ def readme_results() -> str:
     decision_ms, _, _, lazy, *_, steps = targets
     results = (
         *ladder_results(),
+        *long_context_results(),
         "**At equal bytes, the policy loses less than a search for each request**: ΔNLL "
         f"{policy[0]}, greedy search per byte {greedy[0]} "
         f"({verdicts['Greedy per byte'][1]}). The search runs the model {greedy[2]} times per "

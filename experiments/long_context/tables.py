@@ -215,6 +215,32 @@ def answer_table(found: Curves) -> Table:
     return ["Plan", *(f"{length:,}" for length in lengths)], lines
 
 
+def long_context_findings(found: Curves) -> list[str]:
+    """What caches lose on documents and in recall, in sentences; empty without both."""
+    length, native = found.compared_length(POSITIONS), found.facts(NATIVE)
+    base = found.loss(NATIVE, POSITIONS, length) if length else None
+    if base is None or not native:
+        return []
+    parts = []
+    for plan, words in (("int2", "caches of 2 bits"), ("window512", "windows of 512 tokens")):
+        row, rows = found.loss(plan, POSITIONS, base.length), found.facts(plan)
+        if row is not None and len(rows) == len(native):
+            lost = f"{row.nll - base.nll:.3f} nats per token on documents"
+            parts.append(f"{words} cost {lost} and leave {_recall(rows)}")
+    if not parts:
+        return []
+    return [
+        f"In texts of {found.long[0]:,} to {found.long[-1]:,} tokens, the native model answers "
+        f"{_recall(native)} of the questions about facts (a guess: "
+        f"{percent(native[0].chance, 0)}); {'; '.join(parts)}."
+    ]
+
+
+def _recall(rows: Sequence[TaskRow]) -> str:
+    right = [value for row in rows for value in row.right]
+    return percent(sum(right) / len(right), 0)
+
+
 def share_words(right: Sequence[int]) -> str:
     """Format a share of right answers with its interval, in per cent."""
     if not right:

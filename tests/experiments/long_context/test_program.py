@@ -24,7 +24,7 @@ from experiments.long_context.documents import AnswerLoss, PositionLoss
 from experiments.long_context.figures import over_length
 from experiments.long_context.program import long_context
 from experiments.long_context.records import ANSWERS, POSITIONS, TASKS_FILE
-from experiments.long_context.tables import Curves, long_context_markdown
+from experiments.long_context.tables import Curves, long_context_findings, long_context_markdown
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
@@ -179,6 +179,16 @@ def test_tables_and_figures_name_every_plan(found, config):
         assert drawn[:2] == ["Recall", "Most common words"]
         legends = [legend for axis in axes if (legend := axis.get_legend())]
         assert [text.get_text() for legend in legends for text in legend.texts] == found.plans
+
+
+def test_findings_name_loss_and_recall(found):
+    (text,) = long_context_findings(found)
+    assert text.startswith("In texts of 512 to 768 tokens, the native model answers ")
+    row, base = (found.loss(plan, POSITIONS, 300) for plan in ("int2", "native"))
+    right = np.mean([found.task("int2", "recall", length).accuracy for length in (512, 768)])
+    lost = f"{row.nll - base.nll:.3f} nats per token on documents"
+    assert text.endswith(f"; caches of 2 bits cost {lost} and leave {100 * right:.0f} %.")
+    assert long_context_findings(Curves(found.tasks, [])) == []
 
 
 def test_wrong_settings_and_documents_are_named(config, tmp_path):
