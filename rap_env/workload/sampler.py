@@ -166,7 +166,7 @@ class TightSampler(RequestSampler):
     memory: MemoryModel
     max_batch_size: int = 16
     seq_len_range: Sequence[int] = (128, 4096)
-    lowered_share_range: Sequence[float] = (0.72, 1.4)
+    lowered_share_range: Sequence[float] = (0.62, 1.4)
 
     def __post_init__(self) -> None:
         self.memory.check(whole_number("max_batch_size", self.max_batch_size, least=1), 1)
