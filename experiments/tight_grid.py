@@ -20,6 +20,7 @@ from pathlib import Path
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.uniform import UniformBaseline
+from experiments.comparison.formatting import counted
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import Pinned
@@ -69,7 +70,7 @@ class TightBudget:
         caches = next((level.name for _, level in self.plan.caches), "native")
         setting = (
             f"caches {caches}, embeddings {self.plan.embeddings}, "
-            f"{len(self.plan.removed)} blocks removed"
+            f"{counted(len(self.plan.removed), 'block')} removed"
         )
         return f"    - {self.pinned}   # {self.delta_nll:.4f}: {setting}"
 

@@ -251,3 +251,17 @@ def test_a_selection_text_can_be_given_on_the_command_line():
     given = composed("train", "evaluate.selection={source: wiki.jsonl, field: page, windows: 16}")
     assert given.evaluate.selection_text.source == "wiki.jsonl"
     assert given.evaluate.selection_text.windows == 16
+
+
+def test_the_tight_grid_has_budgets_for_each_loss_of_each_request():
+    config = composed("evaluate", "experiment=tight")
+    settings = config.tight_grid
+    cells = config.evaluate.pinned_cells
+    wanted = [(shape, loss) for shape in settings.shapes for loss in settings.losses]
+    assert [(cell.shape, cell.target_delta_nll) for cell in cells] == wanted
+    for shape in settings.shapes:
+        budgets = [cell.budget_bytes for cell in cells if cell.shape == shape]
+        assert budgets == sorted(set(budgets), reverse=True)
+    assert not config.evaluate.shapes
+    assert config.env.lowers
+    assert config.model.weights == "native"
