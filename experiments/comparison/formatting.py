@@ -59,6 +59,9 @@ _LOOKS = {
     ),
     "oracle": Look("Oracle", "#12065E", "x", "the best of all masks, by brute force"),
     "frontier": Look("Frontier table", "#5B2BE0", "h", "lookup of the best known mask"),
+    "score_model": Look(
+        "Score model search", "#9C6ADE", "H", "changes of known plans that a predictor rates"
+    ),
     "evolutionary": Look("Evolutionary", "#2FA52F", "p", "EvoPress: swaps at equal bytes"),
     "beam": Look("Beam search", "#2FC98A", "H", "several masks extended in parallel"),
     "greedy_swaps": Look(

@@ -76,7 +76,7 @@ class MaskPolicyBaseline(LadderBaseline):
         context: PruningContext,
         item_bytes: LadderBytes,
         seed: int = 0,
-        policy: str = "rap",
+        policy: str = "rap-v0",
     ) -> None:
         super().__init__(context, item_bytes, seed)
         facts = self.memory.facts
