@@ -143,16 +143,8 @@ class ItemRows(Rows):
     features = ITEM_FEATURES
     priced = item_rows.PRICED
     row_columns = staticmethod(item_rows.row_columns)
-
-    def __init__(
-        self,
-        observation_space: spaces.Dict,
-        block_vectors: int = 0,
-        without: Sequence[str] = (),
-    ) -> None:
-        super().__init__(observation_space, block_vectors, without)
-        self._placed = torch.zeros(0)
-        self._near = torch.zeros(0, dtype=torch.int64)
+    _placed = torch.zeros(0)
+    _near = torch.zeros(0, dtype=torch.int64)
 
     def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
         return costs * item_rows.COST_SCALE - torch.log(useful + item_rows.USEFUL_FLOOR)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -23,9 +23,9 @@ from rap_env.runtime.ladder_network import ItemNetwork, ItemNetworkWeights
 from rap_env.runtime.policy_file import (
     EXPORT_AGAIN,
     Arrays,
+    ExportedPolicy,
     PolicyModel,
     part_of,
-    read_policy,
     weights_of,
     write_policy,
 )
@@ -40,7 +40,7 @@ ScorePlans = Callable[[Sequence[CompressionPlan]], Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class LadderPolicyFile:
+class LadderPolicyFile(ExportedPolicy):
     """A trained item-wise policy, with the importance of the items that it was exported for.
 
     Attributes:
@@ -142,16 +142,7 @@ class LadderPolicyFile:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LadderPolicyFile:
-        """Read a file written by `save`.
-
-        Raises:
-            ArtifactError: The file is truncated, altered, of a newer format, or of another kind.
-        """
-        return read_policy(path, cls)
-
-    @classmethod
-    def of(cls, body: dict[str, Any], arrays: Arrays) -> LadderPolicyFile:
+    def of(cls, body: dict[str, Any], arrays: Arrays) -> Self:
         """The policy from the parts of a file."""
         return cls(
             weights_of(ItemNetworkWeights, body, arrays),

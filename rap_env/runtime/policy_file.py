@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,8 +62,28 @@ class PolicyModel:
         return cls(facts.name, facts.fingerprint, facts.dtype, facts.num_blocks)
 
 
+class ExportedPolicy(ABC):
+    """A policy as a file of one kind."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def of(cls, body: dict[str, Any], arrays: Arrays) -> Self:
+        """The policy from the parts of a file."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file written by `save`.
+
+        Raises:
+            ArtifactError: The file is truncated, altered, of a newer format, or of another kind.
+        """
+        return read_policy(path, cls)
+
+
 @dataclass(frozen=True, eq=False)
-class PolicyFile:
+class PolicyFile(ExportedPolicy):
     """A trained block-wise policy, with the importance features of the model it was exported for.
 
     Attributes:
@@ -150,16 +171,7 @@ class PolicyFile:
         write_policy(path, self.kind, self.weights, named, self.model, self.provenance)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PolicyFile:
-        """Read a file written by `save`.
-
-        Raises:
-            ArtifactError: The file is truncated, altered, of a newer format, or no exported policy.
-        """
-        return read_policy(path, cls)
-
-    @classmethod
-    def of(cls, body: dict[str, Any], arrays: Arrays) -> PolicyFile:
+    def of(cls, body: dict[str, Any], arrays: Arrays) -> Self:
         """The policy from the parts of a file."""
         return cls(
             weights_of(NetworkWeights, body, arrays),
@@ -170,17 +182,7 @@ class PolicyFile:
         )
 
 
-class Readable(Protocol):
-    """A class whose instances are files of policies."""
-
-    kind: ClassVar[str]
-
-    @classmethod
-    def of(cls, body: dict[str, Any], arrays: Arrays) -> Self:
-        """The policy from the parts of a file."""
-
-
-_Read = TypeVar("_Read", bound=Readable)
+_Read = TypeVar("_Read", bound=ExportedPolicy)
 
 
 def write_policy(
