@@ -15,11 +15,12 @@ from experiments.config import Config
 from experiments.config.common import TasksConfig, TextConfig, parse_pinned
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
-from experiments.config.training import EnvConfig
+from experiments.config.training import AgentConfig, EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.report import report
+from experiments.train import train
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
@@ -202,3 +203,30 @@ def test_the_report_draws_levels(evaluated):
     tables = (evaluated.stage_dir("report") / "tables.md").read_text()
     assert "level of most caches" in tables
     assert "about 0.5 (0 MiB)" in tables
+
+
+def test_trained_policies_choose_plans_too(evaluated):
+    """An agent of a few steps, its plans and its samples, beside one baseline."""
+    agent = AgentConfig(
+        name="maskable_ppo", label="rap", total_timesteps=64, n_envs=2,
+        hyperparameters={"n_steps": 16, "batch_size": 16},
+    )  # fmt: skip
+    workload = {"name": "grid", "batch_sizes": [1], "seq_lens_tokens": [16],
+                "budget_fractions": [0.7]}  # fmt: skip
+    settings = replace(evaluated.evaluate, baselines=["uniform"], best_of=[1, 3])
+    config = replace(
+        evaluated, name="agents", agent=agent, workload=workload, evaluate=settings,
+        reward={"name": "perplexity"},
+    )  # fmt: skip
+    train(config, config.stage_dir("train") / "rap-s0")
+    evaluate(config, config.stage_dir("evaluate"))
+    rows = [row for row in rows_of(config) if row.method.startswith("rap")]
+    assert {row.method for row in rows} == {"rap", "rap-best_of=3"}
+    assert len(rows) == 2 * len(PINNED)
+    ladder = ladder_bytes(config, build_context(config)).ladder
+    for row in rows:
+        assert row.fits
+        ladder.positions(row.plan)
+        assert row.setup_evaluations > 0
+    page = report(config, config.stage_dir("report")).read_text()
+    assert "RAP policy: levels of all items (seed 0)" in page
