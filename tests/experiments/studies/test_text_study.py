@@ -116,7 +116,7 @@ def test_a_kinds_mask_is_what_the_search_finds_on_its_calibration_text(config, r
         if row.searched_on == "few" and row.text == "few":
             request = Request(*row.cell[:2], row.budget_bytes)
             choice = measure_choice(search, request, search.scorer)
-            assert row.mask == list(choice.mask.names)
+            assert row.mask == list(choice.plan.names)
             assert row.evaluations == choice.evaluations
             loss = scorer.nll(BlockMask.of(*row.mask)) - scorer.dense_nll
             assert row.loss == pytest.approx(loss, abs=1e-6)
@@ -186,12 +186,12 @@ def test_the_lazy_search_finds_what_the_whole_one_finds_with_fewer_evaluations(t
     lazy = LazyPerByteBaseline(LiveContext(llm, text, progress=False))
     request = Request.at_fraction(lazy.memory, 1, 32, 0.7)
     one, two = (measure_choice(by, request, by.scorer) for by in (whole, lazy))
-    assert fits(lazy.memory, two.mask, request)
+    assert fits(lazy.memory, two.plan, request)
     assert two.evaluations < 0.8 * one.evaluations
     scorer = MaskScorer(llm, text)
     dense = scorer.dense_nll
     # Random weights are no language model: losses often fall as blocks go. It may miss a little.
-    assert scorer.nll(two.mask) - dense <= 1.1 * abs(scorer.nll(one.mask) - dense) + 0.05
+    assert scorer.nll(two.plan) - dense <= 1.1 * abs(scorer.nll(one.plan) - dense) + 0.05
 
 
 def test_the_lazy_search_is_exact_if_losses_are_additive():
@@ -202,10 +202,10 @@ def test_the_lazy_search_is_exact_if_losses_are_additive():
     for fraction in (0.95, 0.8, 0.6):
         request = Request.at_fraction(lazy.memory, 2, 64, fraction)
         one, two = (measure_choice(by, request, by.scorer) for by in (whole, lazy))
-        assert two.mask == one.mask
-        assert two.evaluations < one.evaluations or len(one.mask) == 1
+        assert two.plan == one.plan
+        assert two.evaluations < one.evaluations or len(one.plan) == 1
     dense = measure_choice(lazy, Request.at_fraction(lazy.memory, 2, 64, 1.0), lazy.scorer)
-    assert (len(dense.mask), dense.evaluations) == (0, 0)
+    assert (len(dense.plan), dense.evaluations) == (0, 0)
 
 
 def _letters(folder):
