@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from experiments.launch import launch
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores
 from rap_env.artifacts import atomic_write
+from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance.frontier import Frontier
@@ -62,8 +64,8 @@ def profile(config: Config, folder: Path) -> Path:
 def build_frontier_table(config: Config, context: PruningContext, path: Path) -> None:
     """Build the table of the best known masks, or plans, for requests of the workload.
 
-    After a kill, the same command resumes from the score store. A table of plans also takes in
-    every mask and plan of the store.
+    After a kill, the same command resumes from the score store. Every mask, or plan, that the store
+    has of the same model and text becomes part of the table too.
     """
     build = _plan_frontier if config.env.lowers else _mask_frontier
     with progress_bar(config.progress, total=config.frontier.evaluations, desc="frontier") as bar:
@@ -80,7 +82,12 @@ def _mask_frontier(config: Config, context: PruningContext, on_score: OnScore) -
     sampler = make_sampler(config.workload, context.memory)
     rng = np.random.default_rng(config.seed)
     requests = [sampler.sample(rng) for _ in range(settings.requests)]
-    return build_frontier(require_live(context).scorer, requests, search, on_score)
+    found = build_frontier(require_live(context).scorer, requests, search, on_score)
+    if context.store is None:
+        return found
+    stored = stored_scores(context, plans=False)
+    masks = {mask: nll for mask, nll in stored.items() if isinstance(mask, BlockMask)}
+    return replace(found, scores={**masks, **found.scores})
 
 
 def _plan_frontier(config: Config, context: PruningContext, on_score: OnScore) -> PlanFrontier:

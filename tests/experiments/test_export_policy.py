@@ -23,11 +23,15 @@ from experiments.export_policy import ExportPolicyConfig, export, reduced, setti
 from experiments.launch import CONF_DIR
 from experiments.profile import profile
 from experiments.train import train
+from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.request import Request
 from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
 from tests.experiments.test_config import run_program
 from tests.tiny import tiny_model, tiny_tokenizer
+
+STORED = BlockMask.of(0, 1, 2, 3, 4, 5, 7)
+"""A mask that is in the store before the frontier is built."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config):
+    build_context(config).scorer.nll(STORED)
     profile(config, config.stage_dir("profile"))
     return train(config, config.stage_dir("train") / "maskable_ppo-s0")
 
@@ -75,6 +80,11 @@ def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
         assert exported.choose(request) == trained.choose(request)
     assert exported.order == context.gsi.full_order
     assert exported.file.model.fingerprint == context.memory.facts.fingerprint
+
+
+def test_the_frontier_takes_in_the_masks_of_the_store(config, run):
+    context = build_context(config)
+    assert context.frontier.scores[STORED] == context.scorer.nll(STORED)
 
 
 def test_the_frontier_is_written_next_to_the_policy(config, run, tmp_path):
