@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
 
+_PESSIMISM = 2.0  # a search finds the errors of a predictor
+
+
 class ScoreModelBaseline(LadderBaseline):
     """Improves the best measured plan and the greedy order's by changes that a predictor rates.
 
@@ -41,7 +44,7 @@ class ScoreModelBaseline(LadderBaseline):
         frontier = load_plan_frontier(context.frontier_path, context.memory)
         costs = context.level_costs(self.ladder.cache_levels)
         self._predictor = fit_plan_predictor(
-            frontier.scores, costs, self.ladder, pessimism=1.0, seed=seed
+            frontier.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=seed
         )
         self._known = frontier.on(self.ladder).reached(self.ladder)
         self._greedy = LadderOneShotBaseline(context, item_bytes)
