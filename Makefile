@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt tools/setup.sh
 	@sh tools/setup.sh $(PYTHON) $(VENV)
 	@touch $@
 
-demo: setup  ## Importance, training, comparison and report on the default model.
+demo: setup  ## Train a policy for the default model, compare it, and write a report.
 	@$(RUN) -m experiments.demo
 
 test: setup  ## Run the tests (no network, no GPU needed).

@@ -27,6 +27,8 @@ from experiments.train import train
 
 log = logging.getLogger(__name__)
 
+_FEW_TOKENS = 32
+
 
 def demo(config: Config, folder: Path) -> Path:
     """Run the five stages and print the comparison.
@@ -36,20 +38,36 @@ def demo(config: Config, folder: Path) -> Path:
     """
     started = time.monotonic()
     say("[1/5] precision before removal: loss against bytes")
-    ladder(replace(config, stage="ladder"), config.stage_dir("ladder"))
-    say("[2/5] importance of each block (calibration text, one-shot, GSI)")
+    ladder(ladder_settings(config), config.stage_dir("ladder"))
+    say("[2/5] importance of each block, and a search of good plans, on calibration text")
     profile(replace(config, stage="profile"), config.stage_dir("profile"))
     say("[3/5] training")
     for agent in demo_agents(config):
         for seed in config.demo.seeds:
             settings = replace(config, stage="train", agent=agent, seed=seed)
-            train(settings, config.stage_dir("train") / run_label("train", agent.name, seed))
+            label = run_label("train", agent.label or agent.name, seed)
+            train(settings, config.stage_dir("train") / label)
     say("[4/5] evaluation against the baselines on held-out text")
     evaluate(replace(config, stage="evaluate"), config.stage_dir("evaluate"))
     say("[5/5] report")
     page = report(replace(config, stage="report"), config.stage_dir("report"))
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return page
+
+
+def ladder_settings(config: Config) -> Config:
+    """Return the settings of the ladder: of the unquantised model, and without calibration.
+
+    The ladder's policies come with the package. Calibration text is as short as possible, since the
+    unquantised model would write its own.
+    """
+    return replace(
+        config,
+        stage="ladder",
+        model=replace(config.model, weights="bf16"),
+        calibration=replace(config.calibration, windows=1, window_tokens=_FEW_TOKENS),
+        importance=replace(config.importance, method="none"),
+    )
 
 
 def demo_agents(config: Config) -> list[AgentConfig]:

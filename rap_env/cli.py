@@ -27,7 +27,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, RapError
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, MaskOrPlan, as_plan
+from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.serving.settings import (
     ServerSettings,
@@ -259,8 +259,9 @@ def _choice_text(answer: dict[str, Any]) -> str:
             f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{held / _MIB:>9.1f} MiB"
             f"{100 * held / budget:>6.1f} % of the budget"
             for name, held in [*answer["bytes"].items(), ("peak", answer["peak_bytes"])]
+            if held
         ),
-        f"  {'budget':<14}{budget / _MIB:>9.1f} MiB; the dense model needs "
+        f"  {'budget':<14}{budget / _MIB:>9.1f} MiB; the native model needs "
         f"{answer['native_peak_bytes'] / _MIB:.1f} MiB",
         f"ΔNLL: {known} ({answer['delta_nll_source']})",
         f"Decision time: {1000 * answer['decision_s']:.2f} ms",
@@ -270,26 +271,38 @@ def _choice_text(answer: dict[str, Any]) -> str:
 
 def _level_lines(levels: dict[str, str]) -> list[str]:
     """A line for each level and kind of item, and one for removed blocks in any case."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    layers: dict[tuple[str, str], list[int]] = {}
     for item, level in levels.items():
         layer, _, kind = item.partition(".")
-        if level != "removed":
-            group = groups.setdefault((level, kind or item), [])
-            group.append(layer.removeprefix("layer"))
-    removed = [item for item, level in levels.items() if level == "removed"]
+        numbers = layers.setdefault((level, kind or item), [])
+        if kind:
+            numbers.append(int(layer.removeprefix("layer")))
     lines = [
-        f"{level} {kind}"
-        if kind == EMBEDDINGS
-        else f"{level} {kind} ({len(layers)}): layers {' '.join(layers)}"
-        for (level, kind), layers in groups.items()
+        f"{level} {kind}{f' ({len(found)}): layers {_ranges(found)}' if found else ''}"
+        for (level, kind), found in layers.items()
+        if level != "removed"
     ]
-    return [*lines, f"Removed ({len(removed)}): {' '.join(removed) or 'nothing'}"]
+    removed = {kind: layers.get(("removed", kind), []) for kind in ("attn", "ffn")}
+    parts = [f"{kind} of layers {_ranges(found)}" for kind, found in removed.items() if found]
+    count = sum(map(len, removed.values()))
+    return [*lines, f"Removed ({count}): {'; '.join(parts) or 'nothing'}"]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, in which runs are ranges, such as ``0-4 7 9-10``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @cli.command()
 @click.argument("folder", type=Path)
 @click.option("--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn.")
-@_request_options(required=False, policy="rap", weights="bf16")
+@_request_options(required=False, policy="rap-v0", weights="bf16")
 @_json_option
 def prune(
     folder: Path, remove: Sequence[str], batch: int | None, seq: int | None, budget: str | None,

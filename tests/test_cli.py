@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -74,7 +75,7 @@ def test_choosing_a_mask_for_the_default_model_loads_no_torch():
         "except SystemExit as ended: assert not ended.code\n"
         "assert 'torch' not in sys.modules"
     )
-    for policy, weights in (("rap", "bf16"), ("frontier", "bf16"), ("knapsack", "native")):
+    for policy, weights in (("rap-v0", "bf16"), ("frontier", "bf16"), ("knapsack", "native")):
         done = subprocess.run(
             [sys.executable, "-c", code, policy, weights],
             capture_output=True,
@@ -108,16 +109,27 @@ def test_the_plan_is_shown_by_levels(rap):
     plan = load_policy("knapsack", MemoryModel(default_facts())).choose(
         Request(8, 1024, 110 * 2**20)
     )
-    layers = [f"{layer:02}" for layer, level in plan.caches if level.name == "int4-window128"]
     assert code == 0
-    assert f"int4-window128 cache ({len(layers)}): layers {' '.join(layers)}\n" in out
     assert "\nint4 embeddings\n" in out
-    assert f"\nRemoved ({len(plan.removed)}): {' '.join(plan.removed.names)}\n" in out
+    caches = [layer for layer, level in plan.caches if level.name == "int4-window128"]
+    count, layers = re.search(r"int4-window128 cache \((\d+)\): layers (.*)", out).groups()
+    assert int(count) == len(caches)
+    assert numbers(layers) == caches
+    found = re.search(r"Removed \((\d+)\): attn of layers (.*); ffn of layers (.*)", out)
+    assert int(found[1]) == len(plan.removed)
+    blocks = [*(2 * n for n in numbers(found[2])), *(2 * n + 1 for n in numbers(found[3]))]
+    assert BlockMask.of(*blocks) == plan.removed
+
+
+def numbers(text):
+    """The numbers of a text such as ``0-4 7``."""
+    parts = [part.partition("-") for part in text.split()]
+    return [n for low, _, high in parts for n in range(int(low), int(high or low) + 1)]
 
 
 def test_the_rise_in_nll_is_measured_or_predicted():
     memory, request = MemoryModel(default_facts("bf16")), Request(8, 1024, 350 * 2**20)
-    policy, table = load_policy("rap", memory), load_policy("frontier", memory)
+    policy, table = load_policy("rap-v0", memory), load_policy("frontier", memory)
     frontier, file = table.frontier, policy.file
 
     def found(mask, chooser=policy):

@@ -144,8 +144,9 @@ class ReplayConfig(Section):
     """Folder with one folder for each lm-eval task, for ``lambada_openai``."""
     reference: ShapeText = "8x256"
     """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
-    policy: str = "rap"
-    """Policy of the system ``rap``: an exported file, or the name of a bundled policy."""
+    policy: str = "rap-v0"
+    """Policy of the system ``rap``: an exported file, or the name of a bundled policy: ``rap-v0``
+    removes blocks, ``rap`` lowers items of the default model with native weights."""
     knapsack: str = "knapsack"
     """Policy of the system ``knapsack``: level costs, or the name of bundled ones."""
     frontier: str = "frontier"

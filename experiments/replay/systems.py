@@ -19,11 +19,13 @@ from experiments.replay.workload import Workload
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
+from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import (
     FrontierPolicy,
     NetworkPolicy,
@@ -183,10 +185,10 @@ class SystemFactory:
 
     def source_sha256(self, name: str) -> str | None:
         """Hash of the policy, table or order that a system reads from a file; None without one."""
-        if name == "rap" and isinstance(self._trained, NetworkPolicy):
+        if name == "rap" and isinstance(self._trained, (NetworkPolicy, LadderPolicy)):
             arrays = self._trained.file.weights.arrays()
             weights = {name: array.tolist() for name, array in arrays.items()}
-            return digest([weights, list(self._trained.order)])
+            return digest([weights, list(self._trained.order or ())])
         if name in ("frontier", "oracle"):
             # The encoding of masks in earlier records, so that hashes stay comparable.
             scores = self._frontier.frontier.scores
@@ -200,6 +202,14 @@ class SystemFactory:
     @cached_property
     def _trained(self) -> PlanPolicy:
         return load_policy(self._config.replay.policy, self._memory)
+
+    @cached_property
+    def _packaged(self) -> PlanPolicy | None:
+        """The packaged policy over blocks; None for a model that it cannot serve."""
+        try:
+            return load_policy("rap-v0", self._memory)
+        except ArtifactError:
+            return None
 
     @cached_property
     def _knapsack(self) -> PlanPolicy:
@@ -280,9 +290,9 @@ class SystemFactory:
                     f"There is no GSI artifact {self._config.replay.gsi}; measure one with "
                     "`python -m experiments.profile`."
                 ) from None
-        policy = self._trained
-        if isinstance(policy, NetworkPolicy) and policy.order:
-            return policy.order
+        for policy in (self._trained, self._packaged):
+            if isinstance(policy, NetworkPolicy) and policy.order:
+                return policy.order
         raise ExperimentError(
             f"The policy {self._config.replay.policy} holds no GSI order; set replay.gsi to the "
             "gsi.json of `python -m experiments.profile`."

@@ -85,6 +85,11 @@ class LadderPolicyFile(ExportedPolicy):
         items = {item.name: list(item.levels) for item in ladder.items}
         return cls(weights, importance, ladder.spec, items, PolicyModel.of(facts), provenance)
 
+    def serves(self, facts: ModelFacts) -> bool:
+        """Whether a model has the items and levels that the policy was exported for."""
+        items = Ladder.of(facts, **self.ladder).items
+        return {item.name: list(item.levels) for item in items} == self.items
+
     def builder_for(
         self, memory: MemoryModel, importance: ItemImportance | None = None
     ) -> ItemObservationBuilder:
@@ -109,7 +114,7 @@ class LadderPolicyFile(ExportedPolicy):
             )
         if importance is not None:
             _check_importance(importance, (len(ladder), ladder.width), facts.name)
-        elif {item.name: list(item.levels) for item in ladder.items} != self.items:
+        elif not self.serves(facts):
             raise ArtifactError(
                 f"The policy was exported for {own.name}, whose items have other levels than those "
                 f"of {facts.name} as it is loaded ({facts.weights} weights): {len(self.items)} and "

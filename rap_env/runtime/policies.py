@@ -35,10 +35,16 @@ SAVED = Path(__file__).parent / "saved"
 """Folder of the policy files in the package, named after their model."""
 
 DEFAULT_MODEL = "smollm2-135m"
-"""The model of the packaged policy, frontier and level costs."""
+"""The model of the packaged policies, frontier and level costs."""
 
 NAMED = ("dense", "frontier", "knapsack", "rap", "rap-v0")
-"""Names that `load_policy` accepts; ``rap`` is the packaged policy ``rap-v0``."""
+"""Names that `load_policy` accepts."""
+
+_FILES_OF = {
+    "frontier": f"{DEFAULT_MODEL}.frontier.json",
+    "rap": f"{DEFAULT_MODEL}.ladder.safetensors",
+    "rap-v0": f"{DEFAULT_MODEL}.safetensors",
+}
 
 _CACHED_CHOICES = 1024
 _FILES: tuple[type[PolicyFile | LadderPolicyFile], ...] = (PolicyFile, LadderPolicyFile)
@@ -122,7 +128,7 @@ class NetworkPolicy:
         file: The exported policy.
     """
 
-    name = "rap"
+    name = "rap-v0"
 
     def __init__(
         self,
@@ -154,10 +160,12 @@ def load_policy(
     """Load a policy for a live model.
 
     Args:
-        source: ``"knapsack"`` (the packaged level costs, for the default model), ``"rap-v0"`` or
-            ``"rap"`` (the packaged trained policy for the same, which removes blocks),
-            ``"frontier"`` (the packaged table), ``"dense"``, or the path of an exported policy of
-            either kind (``.safetensors``), of level costs or of a frontier artifact (``.json``).
+        source: One of these names of policies for the default model, or the path of an exported
+            policy of either kind (``.safetensors``), of level costs or of a frontier artifact
+            (``.json``). With native weights: ``"rap"`` (the trained policy over the levels of all
+            items) and ``"knapsack"`` (the packaged level costs). With ``weights="bf16"``:
+            ``"rap-v0"`` (the trained policy that removes blocks) and ``"frontier"`` (the packaged
+            table of masks). For any model: ``"dense"``.
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, or of the items of its ladder, for a network; None
             takes the file's.
@@ -178,7 +186,10 @@ def load_policy(
         return FrontierPolicy(memory, Frontier.load(path, memory))
     file = read_policy(path, *_FILES)
     if isinstance(file, LadderPolicyFile):
-        return LadderPolicy(memory, file, _of_kind(features, ItemImportance))
+        importance = _of_kind(features, ItemImportance)
+        if source == "rap" and importance is None:
+            _check_packaged(file, memory)
+        return LadderPolicy(memory, file, importance)
     return NetworkPolicy(memory, file, _of_kind(features, ImportanceFeatures))
 
 
@@ -193,6 +204,21 @@ def _of_kind(features: object, kind: type[_Kind]) -> _Kind | None:
     raise ArtifactError(
         f"This policy observes importance as {kind.__name__}, not as {type(features).__name__}."
     )
+
+
+def _check_packaged(file: LadderPolicyFile, memory: MemoryModel) -> None:
+    """Check that a model has the items of the packaged policy over levels.
+
+    Raises:
+        ArtifactError: It is another model, or the default one with weights of another format.
+    """
+    own, facts = file.model, memory.facts
+    if not file.serves(facts):
+        raise ArtifactError(
+            f'The packaged policy "rap" is of {own.name} with native weights, but {facts.name} is '
+            f"loaded with {facts.weights} weights, so its items have other levels. Load {own.name} "
+            'with weights="native", or use the packaged policy "rap-v0", which removes blocks only.'
+        )
 
 
 def _packaged_costs(memory: MemoryModel) -> LevelCosts:
@@ -214,10 +240,8 @@ def _packaged_costs(memory: MemoryModel) -> LevelCosts:
 
 
 def _path_of(source: str | os.PathLike[str]) -> Path:
-    if source in ("rap", "rap-v0"):
-        return SAVED / f"{DEFAULT_MODEL}.safetensors"
-    if source == "frontier":
-        return SAVED / f"{DEFAULT_MODEL}.frontier.json"
+    if source in _FILES_OF:
+        return SAVED / _FILES_OF[os.fspath(source)]
     path = Path(source).expanduser()
     if not path.is_file():
         hint = "Any other value is read as the path of a file, and there is no such file."

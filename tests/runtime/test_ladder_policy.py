@@ -22,6 +22,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
+from rap_env.runtime import policies
 from rap_env.runtime.delta_nll import find_delta_nll
 from rap_env.runtime.ladder_network import ItemNetwork
 from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
@@ -226,12 +227,29 @@ def test_a_controller_lowers_and_raises_a_live_model(blind):
     assert not seen[-1]
 
 
-def test_the_packaged_policy_has_two_names():
-    with pytest.raises(UnknownNameError, match="rap-v0"):
+def test_the_packaged_policies_have_names(path, tmp_path, monkeypatch):
+    with pytest.raises(UnknownNameError, match="'rap', 'rap-v0'"):
         load_policy("rap-v9", memory())
-    for name in ("rap", "rap-v0"):
-        with pytest.raises(ArtifactError, match="smollm2-135m@pypi has vectors for 60 blocks"):
-            load_policy(name, memory())
+    with pytest.raises(ArtifactError, match="smollm2-135m@pypi has vectors for 60 blocks"):
+        load_policy("rap-v0", memory())
+    monkeypatch.setattr(policies, "SAVED", tmp_path)
+    with pytest.raises(ArtifactError, match=r"no exported policy at .*ladder.*\"rap-v0\""):
+        load_policy("rap", memory())
+    path.rename(tmp_path / "smollm2-135m.ladder.safetensors")
+    policy, request = load_policy("rap", memory()), Request.at_fraction(memory(), 1, 100, 0.5)
+    assert isinstance(policy, LadderPolicy)
+    assert policy.name == "rap"
+    assert policy.choose(request) == LadderPolicy(memory(), policy.file).choose(request)
+
+
+def test_other_weights_are_told_which_packaged_policy_serves_them(tmp_path, monkeypatch):
+    policy_file().save(tmp_path / "smollm2-135m.ladder.safetensors")
+    monkeypatch.setattr(policies, "SAVED", tmp_path)
+    packed = memory(packed=True)
+    with pytest.raises(ArtifactError, match=r'packed weights.*policy "rap-v0"'):
+        load_policy("rap", packed)
+    given = load_policy("rap", packed, features=importance(ladder(packed)))
+    assert given.choose(Request.at_fraction(packed, 1, 100, 0.5))
 
 
 def test_choosing_loads_neither_torch_nor_a_training_library():

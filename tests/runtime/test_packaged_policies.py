@@ -1,4 +1,4 @@
-"""The packaged policy and frontier."""
+"""The packaged policies, level costs and frontier."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from rap_env.cli import default_facts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
+from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
 from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, load_policy
-from rap_env.runtime.policy_file import PolicyFile
+from rap_env.runtime.policy_file import PolicyFile, read_policy
 
 POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
 COSTS = SAVED / f"{DEFAULT_MODEL}.levels.json"
@@ -35,10 +36,31 @@ def memory():
 
 
 def test_the_files_are_small_and_hold_no_local_paths():
-    assert POLICY.stat().st_size < 300_000
     assert TABLE.stat().st_size < 200_000
-    text = json.dumps(PolicyFile.load(POLICY).provenance) + TABLE.read_text()
-    assert '"/' not in text, "an absolute path"
+    assert '"/' not in TABLE.read_text(), "an absolute path"
+    for path in SAVED.glob("*.safetensors"):
+        assert path.stat().st_size < 300_000
+        provenance = read_policy(path, PolicyFile, LadderPolicyFile).provenance
+        assert '"/' not in json.dumps(provenance), "an absolute path"
+
+
+def test_policies_over_levels_meet_tight_budgets_with_few_removals(levelled, caplog):
+    for path in SAVED.glob("*.ladder.safetensors"):
+        policy = load_policy(path, levelled)
+        assert isinstance(policy, LadderPolicy)
+        assert sorted(policy.order) == list(range(60))
+        for shape in ((1, 128), (4, 512), (8, 2048)):
+            removed = []
+            for fraction in (1.0, 0.95, 0.7, 0.5, 0.3):
+                request = Request.at_fraction(levelled, *shape, fraction)
+                plan = policy.choose(request)
+                assert levelled.peak_bytes(plan, request) <= request.budget_bytes
+                removed.append(len(plan.removed))
+            assert removed[0] == 0
+            assert removed == sorted(removed)
+        half = policy.choose(Request.at_fraction(levelled, 8, 2048, 0.5))
+        assert not half.removed, "caches of fewer bits suffice"
+    assert not caplog.records, "the files are of the packaged facts"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +110,7 @@ def test_the_knapsack_lowers_precision_before_it_removes(levelled):
     assert half.caches
 
 
-@pytest.mark.parametrize("name", ["rap", "frontier"])
+@pytest.mark.parametrize("name", ["rap-v0", "frontier"])
 def test_the_packaged_policies_meet_their_budgets(memory, name, caplog):
     policy = load_policy(name, memory)
     for shape in ((1, 128), (4, 512), (8, 2048)):
@@ -104,7 +126,7 @@ def test_the_packaged_policies_meet_their_budgets(memory, name, caplog):
 
 def test_the_policy_depends_on_the_request(memory):
     """Weights fill the memory of short requests and the cache that of long batches."""
-    policy = load_policy("rap", memory)
+    policy = load_policy("rap-v0", memory)
     short, long = (
         policy.choose(Request.at_fraction(memory, *shape, 0.8)) for shape in ((1, 128), (8, 2048))
     )
@@ -113,7 +135,7 @@ def test_the_policy_depends_on_the_request(memory):
 
 
 def test_the_policy_file_holds_the_order_of_its_model(memory):
-    policy = load_policy("rap", memory)
+    policy = load_policy("rap-v0", memory)
     assert isinstance(policy, NetworkPolicy)
     assert sorted(policy.order) == list(range(60))
     assert policy.file.model.num_blocks == 60
@@ -121,7 +143,7 @@ def test_the_policy_file_holds_the_order_of_its_model(memory):
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    ("weights", "names"), [("native", ["knapsack"]), ("bf16", ["rap", "frontier"])]
+    ("weights", "names"), [("native", ["knapsack"]), ("bf16", ["rap-v0", "frontier"])]
 )
 def test_the_packaged_policies_are_of_the_default_model(weights, names, caplog):
     from rap_env.llm.loading import load_llm

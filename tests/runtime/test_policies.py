@@ -97,7 +97,7 @@ def test_the_network_meets_every_budget(block_vectors):
             mask = policy.choose(request)
             assert memory().peak_bytes(mask, request) <= request.budget_bytes
     assert len(policy.choose(Request(1, 10, 1))) == 12
-    assert policy.name == "rap"
+    assert policy.name == "rap-v0"
     assert policy.order == policy_file().order
 
 
@@ -149,10 +149,10 @@ class TestLoadPolicy:
         monkeypatch.setattr(policies, "SAVED", tmp_path)
         policy_file().save(tmp_path / "smollm2-135m.safetensors")
         frontier().save(tmp_path / "smollm2-135m.frontier.json")
-        assert load_policy("rap", memory()).name == "rap"
+        assert load_policy("rap-v0", memory()).name == "rap-v0"
         assert load_policy("frontier", memory()).name == "frontier"
         with pytest.raises(ArtifactError, match="12 blocks, but made has 8"):
-            load_policy("rap", memory(4))
+            load_policy("rap-v0", memory(4))
         with pytest.raises(ArtifactError, match="other weights or another dtype"):
             load_policy("frontier", memory(fingerprint="b" * 64))
 
