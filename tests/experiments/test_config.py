@@ -14,7 +14,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
-from agents.baselines import BASELINES
+from agents.baselines import baselines_of
 from experiments.comparison.run_folder import run_label
 from experiments.config import as_config
 from experiments.config.common import parse_shape
@@ -108,8 +108,9 @@ def test_names_in_the_files_exist():
     assert {yaml.safe_load(path.read_text())["name"] for path in workloads} == set(SAMPLERS)
     assert {path.stem for path in workloads} >= set(SAMPLERS)
     for experiment in ("demo", "main"):
-        found = composed("evaluate", f"experiment={experiment}").evaluate
-        assert set(found.baselines) <= set(BASELINES)
+        settings = composed("evaluate", f"experiment={experiment}")
+        found = settings.evaluate
+        assert set(found.baselines) <= set(baselines_of(settings.env.lowers))
         assert set(found.tasks.names) <= set(GENERATED_TASKS)
 
 

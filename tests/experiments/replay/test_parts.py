@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.config.serving import ReplayConfig
+from experiments.errors import ExperimentError
 from experiments.replay.budgets import StepBudget
 from experiments.replay.harness import ReplayClock
 from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory
@@ -20,11 +21,13 @@ from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
+from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import OrderPolicy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.replay.replayed import LAYERS, tiny_replay, write_model
+from tests.runtime import made_ladder
 from tests.tiny import tiny_llm
 
 
@@ -260,6 +263,20 @@ def test_dense_and_static_systems_may_not_be_guarded(loaded):
         assert factory.make(name, FakeState()).guard_order == ()
     for name in ("rap", "frontier", "oracle", "greedy"):
         assert sorted(factory.make(name, FakeState()).guard_order) == list(range(2 * LAYERS))
+
+
+def test_a_policy_over_levels_is_guarded_by_its_own_order(loaded, tmp_path):
+    config, llm = loaded
+    made_ladder.policy_file(MemoryModel(llm)).save(tmp_path / "levels.safetensors")
+    changed = replace(config.replay, policy=str(tmp_path / "levels.safetensors"))
+    config, workload = replace(config, replay=changed), make_workload(config, llm)
+    factory = SystemFactory(config, llm, workload, StepBudget((0,), (10**9,)))
+    system = factory.make("rap", FakeState())
+    assert isinstance(system.policy, LadderPolicy)
+    assert system.guard_order == system.policy.order
+    assert len(str(factory.source_sha256("rap"))) == 64
+    with pytest.raises(ExperimentError, match="holds no GSI order"):
+        factory.make("static_gsi", FakeState())
 
 
 def test_systems_depend_on_what_is_in_their_files(loaded, base):

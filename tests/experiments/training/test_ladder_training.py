@@ -13,6 +13,7 @@ from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
+from experiments.config.ladder import LadderConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.config.training import (
     AgentConfig,
@@ -22,6 +23,7 @@ from experiments.config.training import (
     WarmStartConfig,
 )
 from experiments.contexts import build_context, frontier_artifact, ladder_bytes
+from experiments.demo import demo
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.export_policy import export
@@ -177,6 +179,37 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
         assert row.peak_bytes <= row.budget_bytes
         if row.method == "agent":
             assert row.levels == as_plan(trained.choose(request)).levels
+
+
+def test_the_demo_of_a_policy_over_items_ends_with_a_table_and_a_report(config, capsys):
+    small = replace(
+        config,
+        name="demo",
+        agent=replace(config.agent, label="rap"),
+        frontier=FrontierConfig(evaluations=20, requests=8),
+        warm_start=WarmStartConfig(teacher="score_model", requests=4, updates=20),
+        score_model=ScoreModelConfig(rounds=1, verify_requests=2, members=2),
+        reward={"name": "perplexity", "relative_to": "one_shot"},
+        importance=ImportanceConfig(method="one_shot", gsi_method="lazy", gsi_removals=2),
+        ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
+        evaluate=replace(
+            config.evaluate,
+            baselines=["uniform", "knapsack", "one_shot", "random"],
+            random_seeds=[0],
+            text=TextConfig(source="self", windows=2, window_tokens=12, seed=1),
+        ),
+    )
+    page = demo(small, small.root)
+    out = capsys.readouterr().out
+    for label in ("RAP policy", "Uniform", "Knapsack", "One-shot", "Random"):
+        assert label in out
+    assert [line[:5] for line in out.splitlines() if line.startswith("[")] == [
+        f"[{number}/5]" for number in range(1, 6)
+    ]
+    assert "What the policy lowers" in page.read_text()
+    assert (small.stage_dir("train") / "rap-s0" / TABLE_FILE).exists()
+    measured = RunFolder(small.stage_dir("ladder")).settings()
+    assert measured["model"]["weights"] == "bf16", "the ladder starts from unquantised weights"
 
 
 def test_settings_of_the_environment_are_checked():
