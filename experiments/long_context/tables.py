@@ -55,6 +55,7 @@ ANSWER_CAPTION = (
     "the difference to it, nats per token of the answer, with a 95 % interval over questions."
 )
 
+_LOSSES = {POSITIONS: "ΔNLL, documents", ANSWERS: "ΔNLL, answers"}
 _TITLES = {
     "recall": "Recall",
     "multikey": "Recall of one of several keys",
@@ -145,18 +146,21 @@ def title_of(kind: str) -> str:
 
 def summary_table(found: Curves) -> Table:
     """Plans as lines: bytes, losses and recall."""
-    header = ["Plan", f"Bytes, {found.middle:,}", "ΔNLL, documents", "ΔNLL, answers", "Recall"]
+    losses = [name for name in (POSITIONS, ANSWERS) if found.lengths(name)]
+    header = ["Plan", f"Bytes, {found.middle:,}", *(_LOSSES[name] for name in losses), "Recall"]
     lines = []
     for plan in found.plans:
         rows = [row for row in found.tasks if row.plan == plan]
         shares = [r.peak_bytes / r.native_peak_bytes for r in rows if r.length == found.middle]
-        losses = []
-        for measure in (POSITIONS, ANSWERS):
-            length = found.compared_length(measure)
-            losses.append(_delta(found, plan, measure, length) if length else "-")
         right = [value for row in found.facts(plan) for value in row.right]
-        held = percent(shares[0] if shares else None, 0)
-        lines.append([plan, held, *losses, share_words(right)])
+        lines.append(
+            [
+                plan,
+                percent(shares[0] if shares else None, 0),
+                *(_delta(found, plan, name, found.compared_length(name)) for name in losses),
+                share_words(right),
+            ]
+        )
     return header, lines
 
 
@@ -294,8 +298,10 @@ def publish(folder: Path, found: Curves) -> None:
     publish_tables(folder, long_context_markdown(found), "\n\n".join(shown))
 
 
-def _delta(found: Curves, plan: str, measure: str, length: int) -> str:
+def _delta(found: Curves, plan: str, measure: str, length: int | None) -> str:
     """The difference of a loss to that of the native plan, with its interval over documents."""
+    if length is None:
+        return "-"
     row, native = (found.loss(name, measure, length) for name in (plan, NATIVE))
     if row is None or native is None:
         return "-"
