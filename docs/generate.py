@@ -181,7 +181,7 @@ def long_context_results() -> list[str]:
     from experiments.long_context.tables import Curves, long_context_findings
 
     texts = long_context_findings(Curves.read(RESULTS / "long_context"))
-    return [f"**The loss hides recall**: {text[0].lower()}{text[1:]}" for text in texts]
+    return [f"**A lower loss is not better recall**: {text[0].lower()}{text[1:]}" for text in texts]
 
 
 def tables_of(text: str) -> list[dict[str, list[str]]]:
