@@ -52,6 +52,8 @@ class AnyBaseline(ABC, Generic[PlanT]):
         kv_aware: Whether the baseline counts the KV cache.
         seeded: Whether its choices depend on the seed.
         setup_evaluations: Masks and plans scored once, before the first request.
+        table_sha256: Hash of the table of measured plans that it follows; None without one. Rows of
+            an older table are not used again.
         evaluations: As in `CountingPolicy`.
     """
 
@@ -59,6 +61,7 @@ class AnyBaseline(ABC, Generic[PlanT]):
     kv_aware = True
     seeded = False
     setup_evaluations = 0
+    table_sha256: str | None = None
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         self.memory = context.memory

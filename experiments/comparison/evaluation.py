@@ -248,9 +248,10 @@ def _baseline(
     name: str, seed: int | None, context: PruningContext, item_bytes: LadderBytes | None
 ) -> Method:
     baseline = make_baseline(name, context, seed or 0, item_bytes)
-    return Method(
-        name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, {"baseline": name}
-    )
+    identity = {"baseline": name}
+    if baseline.table_sha256 is not None:
+        identity["table"] = baseline.table_sha256
+    return Method(name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, identity)
 
 
 def decision_scores(folder: Path) -> Scores | None:

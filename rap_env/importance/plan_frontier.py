@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.artifacts import save_artifact
+from rap_env.artifacts import digest, save_artifact
 from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
 from rap_env.ladder.item_bytes import LadderCosts
@@ -55,6 +55,11 @@ class PlanFrontier:
     def evaluations(self) -> int:
         """Plans that were measured to build it: the cost without a store."""
         return len(self.scores)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all plans and their scores, in hex."""
+        return digest([[plan.to_json(), nll] for plan, nll in self.scores.items()])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked, compressed JSON artifact."""

@@ -109,7 +109,7 @@ class LadderFrontierBaseline(LadderBaseline):
         frontier = load_plan_frontier(context.frontier_path, context.memory)
         self._known = frontier.on(self.ladder)
         self._knapsack = LadderKnapsackBaseline(context, item_bytes)
-        self.setup_evaluations = frontier.evaluations
+        self.setup_evaluations, self.table_sha256 = frontier.evaluations, frontier.sha256
 
     def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
         costs = self.costs(request)

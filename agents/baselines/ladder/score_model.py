@@ -48,6 +48,7 @@ class ScoreModelBaseline(LadderBaseline):
         )
         self._known = frontier.on(self.ladder).reached(self.ladder)
         self._greedy = LadderOneShotBaseline(context, item_bytes)
+        self.table_sha256 = frontier.sha256
         self.setup_evaluations = frontier.evaluations + costs.evaluations
 
     def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:

@@ -191,6 +191,7 @@ def test_the_frontier_is_the_best_measured_plan_that_fits(item_bytes, request_at
     ).save(path)
     baseline = make_baseline("frontier", context, 0, item_bytes)
     assert baseline.setup_evaluations == len(plans)
+    assert baseline.table_sha256 == PlanFrontier.load(path, context.memory).sha256
     request = request_at(SHAPES[1], 0.8)
     peaks = {plan: context.memory.peak_bytes(plan, request) for plan in plans}
     fitting = [plan for plan in plans if peaks[plan] <= request.budget_bytes]
