@@ -41,7 +41,7 @@ def demo(config: Config, folder: Path) -> Path:
     ladder(ladder_settings(config), config.stage_dir("ladder"))
     say("[2/5] importance of each block, and a search of good plans, on calibration text")
     profile(replace(config, stage="profile"), config.stage_dir("profile"))
-    say("[3/5] training")
+    say(f"[3/5] training on {config.env.id}")
     for agent in demo_agents(config):
         for seed in config.demo.seeds:
             settings = replace(config, stage="train", agent=agent, seed=seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from experiments.comparison.formatting import counted, look, number, seconds
+from experiments.comparison.formatting import counted, look, number, seconds, wrapped
 from experiments.comparison.html import Gallery, write_page
 from experiments.comparison.loading import ReportData, gather
 from experiments.comparison.pairwise import pairwise_comparisons
@@ -70,11 +70,14 @@ def report(config: Config, folder: Path) -> Path:
     if data.ladder:
         with atomic_write(folder / "ladder_tables.md") as file:
             file.write(ladder_markdown(data.ladder).encode())
-        say(f"\n{ladder_terminal_text(data.ladder)}\n")
+        if not data.comparison:
+            say(f"\n{ladder_terminal_text(data.ladder)}\n")
     if data.comparison:
         with atomic_write(folder / "tables.md") as file:
             file.write(tables_markdown(data.comparison).encode())
         say(f"\n{terminal_text(data.comparison)}\n")
+        for finding in findings(data):
+            say(f"{wrapped(finding)}\n")
     if data.repair:
         with atomic_write(folder / "repair_tables.md") as file:
             file.write(repair_markdown(data.repair, data.repair_orders).encode())

@@ -78,11 +78,12 @@ def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
         for axis in axes[len(shapes) :]:
             axis.set_visible(False)
         means: list[float] = []
+        peak = f"memory budget (% of the {comparison.reference_word} peak)"
         for place, (axis, shape) in enumerate(zip(axes, shapes, strict=False)):
             means += _draw_delta_nlls(axis, comparison, shape)
             axis.set_title(f"{shape_words(shape)} tokens")
             lowest = place + columns >= len(shapes)  # no panel below
-            axis.set_xlabel("memory budget (% of the dense peak)" if narrow or lowest else "")
+            axis.set_xlabel(peak if narrow or lowest else "")
             if lowest:
                 axis.tick_params(labelbottom=True)
         for place, axis in enumerate(axes[: len(shapes)]):

@@ -48,7 +48,7 @@ class Look:
 
 
 _LOOKS = {
-    "rap": Look("RAP policy", "#F0001C", "*", "block-wise policy, learned", True),
+    "rap": Look("RAP policy", "#F0001C", "*", "a trained network rates blocks or items", True),
     "maskable_ppo": Look("MaskablePPO", "#C8324B", "o", "trained policy", True),
     "ppo": Look("PPO", "#F2702E", "o", "trained policy", True),
     "masked_dqn": Look("Masked DQN", "#8E4FA8", "o", "trained policy", True),
@@ -83,7 +83,7 @@ _LOOKS = {
     "sleb": Look("SLEB", "#3F86FF", "|", "whole layers, measured again after each removal"),
     "attention_only": Look("Attention only", "#6CAFE0", "<", "one-shot order, attn blocks only"),
     "ffn_only": Look("FFN only", "#D5A41C", ">", "one-shot order, ffn blocks only"),
-    "random": Look("Random", "#8D9299", "X", "random blocks until the request fits"),
+    "random": Look("Random", "#8D9299", "X", "random steps until the request fits"),
     "dense": Look("Dense (nothing removed)", "#1F2328", "_", "the reference, with all blocks"),
     "none": Look("No stubs", "#7C838A", "o", "removed blocks are not replaced"),
     "library": Look("Library", "#2A78C2", "o", "stubs fitted once, for any mask"),

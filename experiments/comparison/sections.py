@@ -23,6 +23,7 @@ INTERVAL_WORDS = (
     "Intervals are 95 % percentile bootstrap over held-out windows, resampled jointly for all "
     "methods, and over seeds if a method has several."
 )
+DENSE_ACCURACY = " The dotted line is the dense model's accuracy."
 
 
 def comparison_section(data: ReportData, gallery: Gallery) -> Section:
@@ -33,12 +34,13 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
         return section
     named = tables.method_names(comparison)
     shapes = ", ".join(map(shape_words, comparison.shapes))
-    budgets = tables.budget_words(comparison)
+    budgets, model = tables.budget_words(comparison), f"the {comparison.reference_word} model"
+    accuracies = any(row.accuracies for row in comparison.rows)
     section.text(
         f"Requests (batch {TIMES} tokens of prompt and answer): {shapes}. Budgets: {budgets} of "
-        "the dense model's peak memory for the request. ΔNLL is the increase of the negative "
-        "log-likelihood over the dense model, in nats per token, on text that no method has "
-        "used; the dense model has 0. The next column has ΔNLL on the calibration text, on which "
+        f"{model}'s peak memory for the request. ΔNLL is the increase of the negative "
+        f"log-likelihood over {model}, in nats per token, on text that no method has "
+        f"used; {model} has 0. The next column has ΔNLL on the calibration text, on which "
         "methods search and train: a method for which it is much lower than on held-out text "
         "overfits the calibration text."
     )
@@ -52,15 +54,15 @@ def comparison_section(data: ReportData, gallery: Gallery) -> Section:
     gallery.add(
         section, "overview", "Every method over the whole grid",
         f"Mean over {counted(len(comparison.cells), 'pair')} of request and budget; "
-        f"hollow marks miss some budgets, so their ΔNLL is not comparable. {INTERVAL_WORDS} The "
-        "dotted line is the dense model's accuracy.",
+        f"hollow marks miss some budgets, so their ΔNLL is not comparable. {INTERVAL_WORDS}"
+        f"{DENSE_ACCURACY if accuracies else ''}",
         partial(figures.overview, comparison),
     )  # fmt: skip
     gallery.add(
         section, "loss_against_budget", "ΔNLL against budget for each request",
         "Budgets decrease to the right. Solid lines are trained policies, dashed lines "
         "baselines; marks are shifted slightly sideways to separate the intervals, and hollow "
-        f"where the mask does not fit. {INTERVAL_WORDS}",
+        f"where the {comparison.choice_word} does not fit. {INTERVAL_WORDS}",
         partial(figures.delta_nll_against_budget, comparison),
     )  # fmt: skip
     section.document(others, named)
@@ -197,11 +199,12 @@ def costs_section(data: ReportData) -> Section:
     """Show the cost of decisions."""
     section = Section("costs", "What a decision costs")
     if data.comparison and data.comparison.summaries:
+        what = data.comparison.choice_word
         section.text(
-            "Evaluations are masks scored by the model on the calibration text. Evaluations per "
+            f"Evaluations are {what}s scored by the model on the calibration text. Evaluations per "
             "request are counted as if no score were stored; evaluations once serve all requests. "
             "In decision times, a stored score counts as one full pass, which is slightly more "
-            "than a pass takes if masks share their first layers."
+            f"than a pass takes if {what}s share their first layers."
         )
         section.table(
             tables.costs_table(data.comparison), tables.method_names(data.comparison), words=True

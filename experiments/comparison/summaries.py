@@ -142,6 +142,16 @@ class Comparison:
         """Whether methods choose plans rather than masks."""
         return any(row.levels is not None for row in self.rows)
 
+    @property
+    def reference_word(self) -> str:
+        """What the model that nothing is taken from is called."""
+        return "native" if self.lowers else "dense"
+
+    @property
+    def choice_word(self) -> str:
+        """What methods choose."""
+        return "plan" if self.lowers else "mask"
+
     @cached_property
     def num_layers(self) -> int:
         """The number of layers that plans and masks name at least."""

@@ -280,21 +280,17 @@ def terminal_text(comparison: Comparison) -> str:
     accuracy = f"Accuracy: mean of {len(tasks)} tasks. " if tasks else ""
     common = f" (the {len(comparison.cells)} pairs that every method has)"
     common = common if comparison.incomplete else ""
-    what = "plans" if comparison.lowers else "masks"
+    what, model = f"{comparison.choice_word}s", f"the {comparison.reference_word} model"
     legend = (
-        f"ΔNLL: increase of the negative log-likelihood over the dense model, nats per token, on "
+        f"ΔNLL: increase of the negative log-likelihood over {model}, nats per token, on "
         f"{windows} windows that no method has used; mean over requests {shapes} (batch x tokens) "
-        f"and budgets {budget_words(comparison)} of the dense model's peak memory{common}, with a "
+        f"and budgets {budget_words(comparison)} of {model}'s peak memory{common}, with a "
         "95 % interval; "
         "lower is better. Calibr.: the same on the calibration text, which a search may overfit. "
         f"{accuracy}Evals: {what} scored by the model for one request. Fits: number of {what} "
         "within their budget; methods that miss budgets are listed last, because their ΔNLL is not "
         "comparable. (n): seeds."
     )
-    if comparison.lowers:
-        legend = legend.replace("masks scored", "plans scored").replace(
-            "of masks within", "of plans within"
-        )
     header, rows = summary_table(comparison, short=True)
     header = [{"On calibration text": "Calibr.", "Evaluations": "Evals"}.get(h, h) for h in header]
     return f"{plain((header, rows))}\n\n{wrapped(legend)}"
@@ -363,7 +359,9 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
 def comparison_document(comparison: Comparison) -> list[TitledTable]:
     """Return all tables of a comparison but that of costs."""
     tables = part_document(comparison)
-    if targets := targets_table(comparison):
+    policy = comparison.main_policy
+    several = policy is not None and policy.delta_nll.seeds > 1  # one training shows little
+    if several and (targets := targets_table(comparison)):
         tables.append(TitledTable(targets, "Targets", by_method=False))
     for part, title in PART_TITLES.items():
         other = comparison.other_part(part)

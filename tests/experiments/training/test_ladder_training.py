@@ -206,7 +206,12 @@ def test_the_demo_of_a_policy_over_items_ends_with_a_table_and_a_report(config, 
     assert [line[:5] for line in out.splitlines() if line.startswith("[")] == [
         f"[{number}/5]" for number in range(1, 6)
     ]
-    assert "What the policy lowers" in page.read_text()
+    words = " ".join(out.split())
+    assert "On 2 pairs of request and budget, RAP policy" in words
+    assert "over the native model" in words
+    text = page.read_text()
+    assert "What the policy lowers" in text
+    assert "Targets" not in text, "one training shows little"
     assert (small.stage_dir("train") / "rap-s0" / TABLE_FILE).exists()
     measured = RunFolder(small.stage_dir("ladder")).settings()
     assert measured["model"]["weights"] == "bf16", "the ladder starts from unquantised weights"
