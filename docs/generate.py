@@ -17,7 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
+PLANS = "tight"
+"""The folder of ``results/`` with a comparison of methods that choose plans."""
+
 COMPARISONS = (
+    PLANS,
     "learning",
     "learning_scratch",
     "evolution",
@@ -56,7 +60,8 @@ def write_all(docs: Path) -> None:
     for name in COMPARISONS:
         text = comparison_markdown(name)
         _write(details / f"{name}.md", f"---\norphan: true\n---\n\n{text}\n")
-        _write(folder / f"{name}.md", first_tables(text))
+        shown = plan_tables(text) if name == PLANS else first_tables(text)
+        _write(folder / f"{name}.md", shown)
     _write(folder / "ablation.md", ablation_table())
     for name in REPLAYS:
         _write(folder / f"{name}.md", replay_markdown(name))
@@ -95,6 +100,14 @@ def first_tables(text: str) -> str:
     if sections and " minus each other method" in sections[0].partition("\n")[0]:
         shown.append(f"**{sections[0].strip()}".replace("\n", "**\n", 1))
     return "\n\n".join(shown) + "\n"
+
+
+def plan_tables(text: str) -> str:
+    """The tables over all cells of a comparison of plans, without the page's title."""
+    summary, *sections = text.split("\n## ")
+    shown = ("Mean ΔNLL", "ΔNLL divided by", "Targets")
+    parts = [f"## {section.strip()}" for section in sections if section.startswith(shown)]
+    return "\n\n".join([summary.partition("\n")[2].strip(), *parts]) + "\n"
 
 
 def ablation_table() -> str:
@@ -217,8 +230,9 @@ def readme_results() -> str:
     decision_ms, _, _, lazy, *_, steps = targets
     results = (
         *ladder_results(),
+        *plan_results(),
         *long_context_results(),
-        "**At equal bytes, the policy loses less than a search for each request**: ΔNLL "
+        "**Removing blocks alone, a policy loses less than a search for each request**: ΔNLL "
         f"{policy[0]}, greedy search per byte {greedy[0]} "
         f"({verdicts['Greedy per byte'][1]}). The search runs the model {greedy[2]} times per "
         "request, the policy not at all.",
@@ -244,6 +258,21 @@ def readme_results() -> str:
         for number, text in enumerate(results, start=1)
     ]
     return "\n".join(lines) + "\n"
+
+
+def plan_results() -> list[str]:
+    """What the README says of plans at tight budgets."""
+    summary, verdicts, *_ = tables_of(comparison_markdown(PLANS))
+    policy = next(name for name in summary if name.startswith("RAP policy"))
+    seeds = policy.partition("(")[2].rstrip(")") or "1"
+    return [
+        "**At budgets where no choice is free, a policy over levels loses less than what one would "
+        f"do instead**: ΔNLL {summary[policy][0]} ({seeds} training seed{'s' * (seeds != '1')}), "
+        f"the best uniform setting that fits {summary['Uniform settings'][0]} "
+        f"({verdicts['Uniform settings'][1]}), the knapsack over levels {summary['Knapsack'][0]} "
+        f"({verdicts['Knapsack'][1]}). A lookup in the table of measured plans, from which the "
+        f"policy learned, does nearly as well: {summary['Frontier table'][0]}."
+    ]
 
 
 def update_readme(path: Path = ROOT / "README.md") -> None:
