@@ -21,14 +21,14 @@ from experiments.config.common import Cell
 from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.context.table import TableContext
 from rap_env.errors import check_name
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
 from rap_env.request import Request
-from rap_env.scoring.score_table import ScoreTable, TableScorer
+from rap_env.scoring.score_table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | fl
     return header, rows
 
 
-Scores = Callable[[Sequence[BlockMask]], Sequence[float]]
+Scores = Callable[[Sequence[MaskOrPlan]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -255,14 +255,17 @@ def _baseline(
 
 
 def decision_scores(folder: Path) -> Scores | None:
-    """Return the predictor by which an agent selects the best of its sampled masks.
+    """Return the predictor by which an agent selects the best of its sampled masks or plans.
 
     Returns:
         The run's own score model (`TABLE_FILE` in its folder), which predicts NLL; None if the
-        run has none, so that the sampled masks are measured.
+        run has none, so that the samples are measured.
     """
     path = folder / TABLE_FILE
-    return TableScorer(ScoreTable.load(path)).nll_many if path.exists() else None
+    if not path.exists():
+        return None
+    table = TableContext(ScoreTable.load(path), path.name, importance="one_shot")
+    return table.scorer.nll_many
 
 
 def _agent(

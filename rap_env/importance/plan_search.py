@@ -24,21 +24,14 @@ import numpy as np
 from rap_env.blocks import BlockMask
 from rap_env.costs import Counts
 from rap_env.errors import InvalidRequestError
-from rap_env.importance.ladder_order import greedy_order, one_shot_costs
+from rap_env.importance.ladder_order import greedy_order
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor, necessary_masks
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
-from rap_env.ladder.items import Ladder
 from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import (
-    Floats,
-    ScoreModel,
-    feature_matrix,
-    fit_score_model,
-    lowered_costs,
-)
 from rap_env.scoring.scorer import MaskScorer
 
 _MOST_STEPS = 40
@@ -137,7 +130,7 @@ class _Search:
         self._ladder = item_bytes.ladder
         self._rng = np.random.default_rng(config.seed)
         self.nll: dict[MaskOrPlan, float] = {simplest(plan): nll for plan, nll in known.items()}
-        self.measure(_needed(item_bytes.memory.facts.num_blocks))
+        self.measure(necessary_masks(item_bytes.memory.facts.num_blocks))
         self.native_nll = self.nll[BlockMask()]
 
     def measure(self, plans: Sequence[MaskOrPlan]) -> None:
@@ -178,7 +171,7 @@ class _Search:
             for start in (np.array(greedy), *known.positions[chosen]):
                 positions, expected = search.improve(start)
                 found = simplest(self._ladder.plan(positions.tolist()))
-                gain = (min(best, 1e3) - expected) / (expected + _GAIN_FLOOR)
+                gain = (min(best, 1e3) - expected) / (max(expected, 0.0) + _GAIN_FLOOR)
                 if found not in self.nll and gain > 0 and expected <= self._config.deepest_loss:
                     gains[found] = max(gain, gains.get(found, 0.0))
         return sorted(gains, key=lambda plan: -gains[plan])[: self._config.batch]
@@ -186,86 +179,6 @@ class _Search:
     def _greedy(self, request: Request) -> CompressionPlan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
         return costs.lower_until_fits(self._order.steps, request.budget_bytes)
-
-
-def fit_plan_predictor(
-    scores: Mapping[MaskOrPlan, float],
-    costs: LevelCosts,
-    ladder: Ladder,
-    *,
-    members: int = 5,
-    pessimism: float = 0.0,
-    seed: int = 0,
-) -> PlanPredictor:
-    """Fit predictors to measured masks and plans, as `fit_score_model` does.
-
-    Args:
-        scores: NLL of masks and plans, nats per token, with the native model and every single
-            removal.
-        costs: One-shot costs of the ladder's levels.
-        ladder: The items.
-        members: Predictors of the ensemble.
-        pessimism: As in `ScoreModel`.
-        seed: Seed of the fit.
-    """
-    plans, (native, *singles) = list(scores), _needed(2 * costs.num_layers)
-    model, _ = fit_score_model(
-        feature_matrix(plans, len(singles)),
-        np.array([scores[plan] for plan in plans]) - scores[native],
-        np.array([scores[mask] for mask in singles]) - scores[native],
-        lowered_costs(plans, costs.delta_nll),
-        members=members,
-        pessimism=pessimism,
-        seed=seed,
-    )
-    return PlanPredictor(ladder, one_shot_costs(costs, ladder), model)
-
-
-def _needed(num_blocks: int) -> list[BlockMask]:
-    """The native model and every single removal."""
-    return [BlockMask(), *(BlockMask.of(index) for index in range(num_blocks))]
-
-
-class PlanPredictor:
-    """Predicts ΔNLL of the plans of a ladder, as arrays of positions.
-
-    Args:
-        ladder: The items.
-        one_shot: ΔNLL if only this item has this level, nats per token, (items, W).
-        model: Predicts from removed blocks and from what other levels cost.
-    """
-
-    def __init__(self, ladder: Ladder, one_shot: Floats, model: ScoreModel) -> None:
-        self.ladder, self.model = ladder, model
-        self._items = np.arange(len(ladder))
-        self._lowered = one_shot.copy()
-        blocks = len(model.members[0].alone)
-        self._is_removed = np.zeros((len(ladder), ladder.width), dtype=bool)
-        self._block = np.full(len(ladder), -1)
-        for number, item in enumerate(ladder.items):
-            self._lowered[number, len(item.levels) :] = 0.0  # gone with its block
-            if item.kind in ("attn", "ffn"):
-                self._block[number] = 2 * (item.layer or 0) + (item.kind == "ffn")
-                if "removed" in item.levels:
-                    removed = item.levels.index("removed")
-                    self._is_removed[number, removed] = True
-                    self._lowered[number, removed] = 0.0
-        self._blocks = blocks
-
-    def delta_nll(self, positions: Counts) -> Floats:
-        """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""
-        mean, spread = self.mean_and_spread(positions)
-        return mean + self.model.pessimism * spread
-
-    def mean_and_spread(self, positions: Counts) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the members' predictions, nats per token, (n,) each."""
-        removed = np.zeros((len(positions), self._blocks), dtype=bool)
-        with_block = self._block >= 0
-        removed[:, self._block[with_block]] = self._is_removed[self._items, positions][
-            :, with_block
-        ]
-        lowered = self._lowered[self._items, positions].sum(axis=1)
-        return self.model.mean_and_spread(removed, lowered, clamped=False)
 
 
 class PlanMoves:

@@ -153,9 +153,8 @@ class PlanObserver:
             chosen = np.where(right[goes], rng.random(right[goes].shape), -1.0).argmax(axis=1)
             moved = self.act(which[goes], at[goes], chosen)
             then = self.right_actions(which[goes], moved, targets[goes])
-            short = np.asarray(
-                ~then.any(axis=1)
-            )  # this way is shorter: one step before its end will do
+            # Ways differ in length: a shorter one stays one step before its end.
+            short = np.asarray(~then.any(axis=1))
             at[goes[~short]], right[goes[~short]] = moved[~short], then[~short]
             goes = goes[~short & (steps[goes] > taken)]
         return at, right

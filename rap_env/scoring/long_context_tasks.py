@@ -146,11 +146,11 @@ def _tracking(rng: random.Random) -> _Content:
         _Question(
             prompt,
             answer,
-            rng.sample(words if prompt.startswith(_IS[:3]) else names, CHOICES - 1),
+            rng.sample(names if number else words, CHOICES - 1),
             facts.index((prompt, answer)),
         )
         for links in chains
-        for prompt, answer in reversed(links)
+        for number, (prompt, answer) in reversed([*enumerate(links)])
     ]
     return _Content([f"{p} {answer}." for p, answer in facts], questions, _sentences(rng))
 

@@ -7,16 +7,16 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.ladder_order import greedy_order, one_shot_costs
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.importance.plan_predictor import PlanPredictor
 from rap_env.importance.plan_search import (
     PlanMoves,
-    PlanPredictor,
     PlanSearch,
     PlanSearchConfig,
     build_plan_frontier,
 )
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.plan import simplest
+from rap_env.plan import CompressionPlan, simplest
 from rap_env.request import Request
 from rap_env.scoring.predictor import feature_matrix, fit_score_model, lowered_costs
 from tests.envs.playing_v1 import make_ladder_context
@@ -91,6 +91,9 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
         feature_matrix(plans, 6), lowered_costs(plans, costs.delta_nll), clamped=False
     )
     assert np.allclose(predictor.mean_and_spread(where), expected, atol=1e-6)
+    cheap = PlanPredictor(ladder, np.full((len(ladder), ladder.width), -1.0), model)
+    lowered = np.array([ladder.positions(CompressionPlan.uniform(3, caches="int4"))])
+    assert cheap.delta_nll(lowered) == [0.0], "levels that lower the NLL count as free"
     better = 0
     for request in requests(item_bytes):
         found = item_bytes.costs(request.batch_size, request.seq_len_tokens)

@@ -10,7 +10,8 @@ from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
 from agents.baselines.ladder.orders import LadderOneShotBaseline
 from rap_env.context.base import load_plan_frontier
-from rap_env.importance.plan_search import PlanSearch, fit_plan_predictor
+from rap_env.importance.plan_predictor import fit_plan_predictor
+from rap_env.importance.plan_search import PlanSearch
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request

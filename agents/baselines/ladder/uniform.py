@@ -100,7 +100,7 @@ class UniformBaseline(LadderBaseline):
         steps = profile.order(context.level_costs(()), masks).steps
         order = [masks.ladder.items[item].name for item, _ in steps]
         rises = [nll - profile.native_nll for nll in profile.nll_after]
-        rises += [max(rises, default=0.0)] * (len(order) - len(rises))
+        rises += (rises[-1:] or [0.0]) * (len(order) - len(rises))
         kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
         return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
+from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.records import read_records, read_rows
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
@@ -163,6 +164,10 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     assert set(found.scores) <= set(table.scores)
     assert set(scored_masks(rounds[0])) <= set(table.scores), "learned from the first round"
     assert table.levels is not None
+    scores = decision_scores(folder)
+    unknown = [plan for plan in scored_masks(rounds[1]) if plan not in table.scores]
+    unknown.append(CompressionPlan.uniform(table.facts.num_layers, caches="int4"))
+    assert np.isfinite(scores(unknown)).all(), "it predicts plans that were not measured"
 
 
 def test_the_agent_is_evaluated_beside_baselines(config, run):
