@@ -61,7 +61,8 @@ def levels_picture(rows: Sequence[ResultRow], num_layers: int, narrow: bool) -> 
                 if rows[place].shape != rows[place - 1].shape:
                     axis.axhline(place, color=INK, linewidth=1.2)
         axes[0].set_yticks(np.arange(len(rows)) + 0.5, [_row_label(row) for row in rows])
-        _legend(figure, [level for level in LEVEL_COLOURS if level in found], narrow)
+        known = [level for level in LEVEL_COLOURS if level in found]
+        _legend(figure, [*known, *sorted(found - set(known))], narrow)
     return figure
 
 
@@ -102,7 +103,9 @@ def _legend(figure: Figure, levels: Sequence[str], narrow: bool) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor=LEVEL_COLOURS[level], edgecolor=FAINT, linewidth=0.5, label=level)
+        Patch(
+            facecolor=LEVEL_COLOURS.get(level, _OTHER), edgecolor=FAINT, linewidth=0.5, label=level
+        )
         for level in levels
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3 if narrow else 9)

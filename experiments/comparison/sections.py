@@ -106,6 +106,8 @@ def _add_levels(
     """Add the figure of the levels that a method chooses for one short and one long request."""
     shapes = short_and_long(comparison.shapes)
     rows = [row for row in comparison.rows if row.method == method and row.shape in shapes]
+    if not rows:  # the evaluation is not complete
+        return
     seed = rows[0].seed
     which = "" if seed is None else f" (seed {seed})"
     gallery.add(

@@ -147,9 +147,9 @@ class GridSampler(RequestSampler):
 class TightSampler(RequestSampler):
     """Draws budgets near what a model needs at its lowest levels, where no choice is free.
 
-    A share of the native peak means little over levels: for long requests half of it costs nothing,
-    for short ones everything below the weights' lowest level is ruin. Here the budget is a share of
-    the *lowered peak*: what the request needs with every item at its lowest level and no block
+    Over levels, equal shares of the native peak are not equally difficult: for long requests half
+    of it costs nothing, for short ones blocks must be removed. Here the budget is a share of the
+    *lowered peak*: what the request needs with every item at its lowest level and no block
     removed. Below 1, blocks must be removed; above, what to lower is a choice.
 
     Attributes:

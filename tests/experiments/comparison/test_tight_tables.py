@@ -112,6 +112,10 @@ def test_figures_are_drawn(comparison, narrow):
     assert shown == ["native", "int4", "removed"]
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert len(labels) == 4
+    other = replace(rows[0], levels={"layer00.cache": "int8-window320"})
+    (legend,) = levels_picture([*rows, other], LAYERS, narrow).legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[-1] == "int8-window320", "a level without a colour of its own"
     assert labels[0].startswith(shape_words((1, 128)))
     assert "~0.1" in labels[0]
     assert svg_uri(figure).startswith("data:image/svg+xml")
