@@ -97,7 +97,10 @@ class TeacherStates:
             self._targets = np.stack([self._observer.position(one.plan) for one in shown])
             self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
         if not self.steps.any():
-            raise AgentConfigError("Nothing to imitate: no demonstration lowers or removes.")
+            raise AgentConfigError(
+                f"Nothing to imitate: none of {len(shown)} demonstrations lowers or removes "
+                "anything. Give requests whose budgets are below the native peak."
+            )
         self.returns = np.array([one.episode_return for one in shown], dtype=np.float64)
         self._sampled = np.flatnonzero(self.steps)
         self._rng = np.random.default_rng(seed)
