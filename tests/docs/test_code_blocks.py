@@ -16,7 +16,14 @@ import httpx
 import pytest
 import torch
 import transformers
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config import as_config
+from experiments.launch import CONF_DIR, register
+from rap_env.errors import RapError
 from rap_env.llm.gguf_file import gguf_folder_name
 from rap_env.llm.model_folder import made_once, models_dir
 from rap_env.llm.packaged_gguf import SMOLLM2
@@ -26,6 +33,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash"}
+
+COMPOSED = ["compose only"]
+"""In the place of settings: the program takes too long, so its settings are composed."""
 
 _TEXT = ("calibration.windows=1", "calibration.window_tokens=16")
 _CELLS = ("evaluate.requests=[1x128]", "evaluate.budgets=[0.9]")
@@ -45,8 +55,8 @@ TINY = {
                "stubs.report_texts.self.windows=2", "stubs.report_texts.self.window_tokens=16"),
     "replay": ("replay.systems=[dense]",),
     "report": (),
-    "small_models": ("--cfg", "job"),
-    "tight_grid": ("--cfg", "job"),
+    "small_models": COMPOSED,
+    "tight_grid": COMPOSED,
     "train": _TRAINING,
 }  # fmt: skip
 """Settings that make each program short; everything else is as the page says."""
@@ -145,11 +155,28 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
     if any(
         word.startswith("experiment=") or "wiki.jsonl" in word or "grid" in word for word in words
     ):
-        overrides = ["--cfg", "job"]  # needs data that is not here, or hours: settings are composed
-        words = [word for word in words if word != "-m" or word is words[1]]
-        # Without -m, a list of values is no sweep: take the first one.
-        words = [word if "{" in word or "[" in word else word.split(",")[0] for word in words]
+        # It needs data that is not here, or hours: its settings are composed. Without -m, a list of
+        # values is no sweep, so the first one is taken.
+        given = [word for word in words[3:] if word != "-m"]
+        given = [word if "{" in word or "[" in word else word.split(",")[0] for word in given]
+        return composes(program.rpartition(".")[2], given)
+    if overrides == COMPOSED:
+        return composes(program, words[3:])
     return _ended([sys.executable, *words[1:], *overrides], environment, folder)
+
+
+def composes(program: str, overrides: list[str]) -> str:
+    """Compose the settings of a program as it does; what went wrong."""
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        try:
+            node = compose(program, overrides=overrides, return_hydra_config=True)
+            with open_dict(node):
+                del node["hydra"]
+            as_config(node)
+        except (HydraException, OmegaConfBaseException, RapError) as error:
+            return str(error)
+    return ""
 
 
 def installable(words: list[str]) -> str:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rap_env.artifacts import save_artifact
+from rap_env.artifacts import artifact_kind, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.frontier import Frontier
@@ -26,7 +26,11 @@ LAYERS = 5
 FRACTIONS = (0.9, 0.8, 0.7, 0.6)
 ROOT = Path(__file__).parents[2]
 RECORDED = [
-    *sorted(ROOT.glob("results/*/profile/frontier.json")),
+    *(
+        path
+        for path in sorted(ROOT.glob("results/*/profile/frontier.json"))
+        if artifact_kind(path) == Frontier.KIND
+    ),
     ROOT / "rap_env/runtime/saved/smollm2-135m.frontier.json",
 ]
 

@@ -1,8 +1,14 @@
 """The best known plans: a lookup gives the best one that fits, and files keep all of them."""
 
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_frontier import PlanFrontier
@@ -12,6 +18,12 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, as_plan, simplest
 from rap_env.request import Request
 from tests.tiny import tiny_llm
+
+RECORDED = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "results").glob("*/profile/frontier.json"))
+    if artifact_kind(path) == PlanFrontier.KIND
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +72,12 @@ def test_a_file_keeps_every_plan(llm, frontier, tmp_path):
     assert all(as_plan(plan) == as_plan(simplest(plan)) for plan in again.scores)
     with pytest.raises(ArtifactError, match="other weights"):
         PlanFrontier.load(tmp_path / "f.json", tiny_llm(seed=7))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.parent.name)
+def test_committed_tables_are_still_read(path):
+    provenance = json.loads(gzip.decompress(path.read_bytes()))["body"]["provenance"]
+    facts = SimpleNamespace(fingerprint=provenance["fingerprint"], repair="")
+    found = PlanFrontier.load(path, SimpleNamespace(facts=facts))
+    assert found.scores[BlockMask()] == found.native_nll
+    assert sum(isinstance(plan, CompressionPlan) for plan in found.scores) > 100
