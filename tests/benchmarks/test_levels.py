@@ -76,6 +76,7 @@ def test_the_bytes_of_every_level_are_exact(folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_resident_memory_is_of_processes_that_load_the_model(folder, tmp_path):
     settings = resident.ResidentSettings(
         repeats=1, threads=1, results_dir=str(tmp_path), model=str(folder), dtype="float32"
