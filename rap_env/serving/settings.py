@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import tomllib
@@ -197,8 +198,9 @@ def setting_types() -> dict[str, tuple[type, ...]]:
 
 def setting_help() -> dict[str, str]:
     """Description of each setting, by its name, from the docstring of `ServerSettings`."""
-    text = (ServerSettings.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
-    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", text, re.MULTILINE)
+    text = inspect.getdoc(ServerSettings) or ""  # without indentation, which Python 3.13 drops
+    text = text.partition("Attributes:")[2].partition("Raises:")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", words).replace("`", "") for name, words in found}
 
 
