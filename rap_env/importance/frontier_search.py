@@ -36,6 +36,7 @@ from rap_env.scoring.predictor import (
     PredictorFit,
     feature_matrix,
     fit_predictor,
+    necessary_masks,
 )
 from rap_env.scoring.scorer import MaskScorer
 
@@ -130,9 +131,9 @@ class _Search:
         self._settings: _Settings | None = None
         self.blocks = scorer.llm.facts.num_blocks
         self.nll: dict[BlockMask, float] = {}
-        singles = [BlockMask.of(index) for index in range(self.blocks)]
-        self.measure([BlockMask(), *singles])
-        self.dense_nll = self.nll[BlockMask()]
+        dense, *singles = necessary_masks(self.blocks)
+        self.measure([dense, *singles])
+        self.dense_nll = self.nll[dense]
         self.alone = np.array([self.delta_nll(mask) for mask in singles])
 
     @property

@@ -6,19 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import Counts
 from rap_env.importance.ladder_order import one_shot_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.plan import MaskOrPlan
-from rap_env.scoring.predictor import (
-    Floats,
-    ScoreModel,
-    feature_matrix,
-    fit_score_model,
-    lowered_costs,
-)
+from rap_env.scoring.predictor import Floats, ScoreModel, fit_scores
 
 
 def fit_plan_predictor(
@@ -30,7 +23,7 @@ def fit_plan_predictor(
     pessimism: float = 0.0,
     seed: int = 0,
 ) -> PlanPredictor:
-    """Fit predictors to measured masks and plans, as `fit_score_model` does.
+    """Fit predictors to measured masks and plans, as `fit_scores` does.
 
     Args:
         scores: NLL of masks and plans, nats per token, with the native model and every single
@@ -41,22 +34,15 @@ def fit_plan_predictor(
         pessimism: As in `ScoreModel`.
         seed: Seed of the fit.
     """
-    plans, (native, *singles) = list(scores), necessary_masks(2 * costs.num_layers)
-    model, _ = fit_score_model(
-        feature_matrix(plans, len(singles)),
-        np.array([scores[plan] for plan in plans]) - scores[native],
-        np.array([scores[mask] for mask in singles]) - scores[native],
-        lowered_costs(plans, costs.delta_nll),
+    model, _ = fit_scores(
+        scores,
+        2 * costs.num_layers,
+        costs.delta_nll,
         members=members,
         pessimism=pessimism,
         seed=seed,
     )
     return PlanPredictor(ladder, one_shot_costs(costs, ladder), model)
-
-
-def necessary_masks(num_blocks: int) -> list[BlockMask]:
-    """The native model and every single removal."""
-    return [BlockMask(), *(BlockMask.of(index) for index in range(num_blocks))]
 
 
 class PlanPredictor:

@@ -27,11 +27,12 @@ from rap_env.errors import InvalidRequestError
 from rap_env.importance.ladder_order import greedy_order
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
-from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor, necessary_masks
+from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
 from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
 from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
+from rap_env.scoring.predictor import necessary_masks
 from rap_env.scoring.scorer import MaskScorer
 
 _MOST_STEPS = 40

@@ -19,7 +19,7 @@ evidence and disagree elsewhere, so a multiple of their standard deviation is ad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -331,6 +331,42 @@ def fit_score_model(
         fit = PredictorFit(features, delta_nll, alone, [sample], lowered, (single.reach,))
         found.append(fit.solved([0], single.reach, single.ridge))
     return ScoreModel(tuple(found), pessimism), fidelity
+
+
+def fit_scores(
+    scores: Mapping[MaskOrPlan, float],
+    num_blocks: int,
+    lowered: Lowered | None = None,
+    *,
+    members: int = MEMBERS,
+    pessimism: float = 0.0,
+    seed: int = 0,
+) -> tuple[ScoreModel, Fidelity]:
+    """`fit_score_model` on measured masks and plans.
+
+    Args:
+        scores: NLL of masks and plans, nats per token, with those of `necessary_masks`.
+        num_blocks: 2L.
+        lowered: What the levels of a plan cost alone; None if there are masks only.
+        members: As in `fit_score_model`.
+        pessimism: As in `ScoreModel`.
+        seed: As in `fit_score_model`.
+    """
+    plans, (dense, *singles) = list(scores), necessary_masks(num_blocks)
+    return fit_score_model(
+        feature_matrix(plans, num_blocks),
+        np.array([scores[plan] for plan in plans]) - scores[dense],
+        np.array([scores[mask] for mask in singles]) - scores[dense],
+        None if lowered is None else lowered_costs(plans, lowered),
+        members=members,
+        pessimism=pessimism,
+        seed=seed,
+    )
+
+
+def necessary_masks(num_blocks: int) -> list[BlockMask]:
+    """The masks that every fit needs: the dense model's, and every single removal."""
+    return [BlockMask(), *(BlockMask.of(index) for index in range(num_blocks))]
 
 
 def feature_matrix(plans: Collection[MaskOrPlan], num_blocks: int) -> Features:

@@ -29,9 +29,9 @@ from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
     Lowered,
     ScoreModel,
-    feature_matrix,
-    fit_score_model,
+    fit_scores,
     lowered_costs,
+    necessary_masks,
 )
 
 PREFIX = "score_table:"
@@ -101,7 +101,7 @@ class ScoreTable:
         pessimism: float = 0.0,
         **origin: Any,
     ) -> ScoreTable:
-        """A table of measured scores, with a predictor fitted to them as by `fit_score_model`.
+        """A table of measured scores, with a predictor fitted to them as by `fit_scores`.
 
         Args:
             facts: As the attribute.
@@ -120,11 +120,13 @@ class ScoreTable:
         """
         scores = {simplest(plan): float(nll) for plan, nll in scores.items()}
         masks = sorted((mask for mask in scores if isinstance(mask, BlockMask)), key=tuple)
-        singles = [BlockMask.of(index) for index in range(facts.num_blocks)]
         held: dict[MaskOrPlan, float] = {mask: scores[mask] for mask in masks}
         held |= {plan: nll for plan, nll in scores.items() if plan not in held}
-        fitted: list[MaskOrPlan] = list(masks if lowered is None else held)
-        missing = [str(mask) for mask in (BlockMask(), *singles) if mask not in scores]
+        fitted = held
+        if lowered is None:
+            fitted = {mask: held[mask] for mask in masks}
+        needed = necessary_masks(facts.num_blocks)
+        missing = [str(mask) for mask in needed if mask not in scores]
         if missing or len(fitted) < 2 * facts.num_blocks:
             lacks = f" ({missing[0]}: not measured)" if missing else ""
             raise ArtifactError(
@@ -132,12 +134,10 @@ class ScoreTable:
                 f"needs the dense model, each of {facts.num_blocks} single removals, and "
                 f"{2 * facts.num_blocks} scores in all; measure more of them first."
             )
-        dense = scores[BlockMask()]
-        predictor, fidelity = fit_score_model(
-            feature_matrix(fitted, facts.num_blocks),
-            np.array([held[plan] for plan in fitted]) - dense,
-            np.array([scores[mask] for mask in singles]) - dense,
-            None if lowered is None else lowered_costs(fitted, lowered),
+        predictor, fidelity = fit_scores(
+            fitted,
+            facts.num_blocks,
+            lowered,
             members=members,
             pessimism=pessimism,
             seed=seed,
