@@ -75,29 +75,47 @@ def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Te
 
 
 def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
-    """Windows from the part of a file or data set that belongs to the role."""
+    """Windows from the part of a file or data set that belongs to the role.
+
+    If the tokenizer starts each text with special tokens, each window starts with them: Gemma's
+    predictions without its start token, for example, are useless.
+    """
     hub = config.source.startswith("hub:")
     text = _hub_text(config) if hub else _file_text(config)
     if llm.tokenizer is None:
         raise CorpusError(f"{llm.name} has no tokenizer to read {config.source} with.")
     ids = llm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = _opening(llm.tokenizer)
+    length = max(1, config.window_tokens - len(opening))
     low, high = (round(share * len(ids)) for share in ROLE_SPANS[config.role])
-    available = (high - low) // config.window_tokens
+    available = (high - low) // length
     if available < config.windows:
         raise CorpusError(
             f"{config.source} has {len(ids)} tokens, of which the role {config.role!r} may use "
             f"{high - low}: enough for {available} windows of {config.window_tokens}, but "
             f"{config.windows} are needed. Give a longer text, or set fewer or shorter windows."
         )
-    span = torch.tensor(ids[low : low + available * config.window_tokens])
+    span = torch.tensor(ids[low : low + available * length])
     chosen = np.random.default_rng(config.seed).permutation(available)[: config.windows]
-    tokens = span.view(available, config.window_tokens)[torch.from_numpy(np.sort(chosen))]
+    tokens = span.view(available, length)[torch.from_numpy(np.sort(chosen))]
+    before = torch.tensor(opening, dtype=tokens.dtype).expand(len(tokens), -1)
+    tokens = torch.cat([before, tokens], dim=1)[:, : config.window_tokens]
     # The file and its folder: results contain no path of a machine.
     name = config.source if hub else "/".join(Path(config.source).parts[-2:])
     text_sha256 = hashlib.sha256(text.encode()).hexdigest()
     return Corpus.of_tokens(
         tokens, source=name, role=config.role, seed=config.seed, text_sha256=text_sha256
     )
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before each text, such as a start token; often none."""
+    plain, whole = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
+        for special in (False, True)
+    )
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:at] for at in starts if whole[at : at + len(plain)] == plain), [])
 
 
 def _file_text(config: CorpusConfig) -> str:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, UnknownNameError
@@ -221,3 +222,19 @@ def test_texts_are_joined_and_spread():
         joined.spread(9)
     with pytest.raises(CorpusError, match=r"these have \{'a': 3, 'c': 4\}"):
         Corpus.joined({"a": parts["a"], "c": Corpus.of_tokens(torch.zeros(2, 4).long())})
+
+
+def test_windows_start_as_the_tokenizer_starts_a_text(tmp_path):
+    path = str(write_text(tmp_path))
+    settings = CorpusConfig(source=path, windows=3, window_tokens=16)
+    plain = load_corpus(settings, llm())
+    model = llm()
+    start = model.tokenizer.convert_tokens_to_ids("<s>")
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", start + 1)]
+    )
+    started = load_corpus(settings, model)
+    assert started.tokens.shape == plain.tokens.shape
+    assert (started.tokens[:, 0] == start).all()
+    assert not torch.isin(started.tokens[:, 1:], torch.tensor([start, start + 1])).any()
+    assert not (plain.tokens == start).any()
