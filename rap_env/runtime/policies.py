@@ -11,13 +11,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance
+from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.observation import ImportanceFeatures, ObservationBuilder
@@ -112,6 +117,38 @@ class FrontierPolicy:
         return found
 
 
+class PlanFrontierPolicy:
+    """Looks up the best measured plan that fits, or the smallest known one if none does.
+
+    Args:
+        memory: The model's byte arithmetic.
+        frontier: The measured plans.
+        cached_choices: Requests whose plan is cached.
+    """
+
+    name = "frontier"
+
+    def __init__(
+        self, memory: MemoryModel, frontier: PlanFrontier, cached_choices: int = _CACHED_CHOICES
+    ) -> None:
+        ladder = Ladder.of(memory.facts)
+        self._bytes = LadderBytes(memory, ladder)
+        self._known = frontier.on(ladder)
+        self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
+
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return the native plan if it fits, else the known plan of least delta_nll that does."""
+        return self._cached_choice(request)
+
+    def _choose(self, request: Request) -> MaskOrPlan:
+        costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
+        if costs.dense_peak_bytes <= request.budget_bytes:
+            return BlockMask()
+        found = self._known.best(costs, request.budget_bytes)
+        smallest = self._known.plans[int(np.argmin(self._known.peak_bytes(costs)))]
+        return smallest if found is None else found
+
+
 class NetworkPolicy:
     """A trained block-wise network, which removes its best block until the request fits.
 
@@ -161,11 +198,11 @@ def load_policy(
 
     Args:
         source: One of these names of policies for the default model, or the path of an exported
-            policy of either kind (``.safetensors``), of level costs or of a frontier artifact
-            (``.json``). With native weights: ``"rap"`` (the trained policy over the levels of all
-            items) and ``"knapsack"`` (the packaged level costs). With ``weights="bf16"``:
-            ``"rap-v0"`` (the trained policy that removes blocks) and ``"frontier"`` (the packaged
-            table of masks). For any model: ``"dense"``.
+            policy of either kind (``.safetensors``), of level costs or of a table of masks or
+            plans that ``experiments.profile`` wrote (``.json``). With native weights: ``"rap"``
+            (the trained policy over the levels of all items) and ``"knapsack"`` (the packaged
+            level costs). With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes
+            blocks) and ``"frontier"`` (the packaged table of masks). For any model: ``"dense"``.
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, or of the items of its ladder, for a network; None
             takes the file's.
@@ -183,6 +220,8 @@ def load_policy(
     if path.suffix == ".json":
         if artifact_kind(path) == LevelCosts.KIND:
             return KnapsackPolicy(memory, LevelCosts.load(path, memory))
+        if artifact_kind(path) == PlanFrontier.KIND:
+            return PlanFrontierPolicy(memory, PlanFrontier.load(path, memory))
         return FrontierPolicy(memory, Frontier.load(path, memory))
     file = read_policy(path, *_FILES)
     if isinstance(file, LadderPolicyFile):
@@ -202,7 +241,8 @@ def _of_kind(features: object, kind: type[_Kind]) -> _Kind | None:
     if features is None or isinstance(features, kind):
         return features
     raise ArtifactError(
-        f"This policy observes importance as {kind.__name__}, not as {type(features).__name__}."
+        f"This policy observes importance as {kind.__name__}, not as {type(features).__name__}; "
+        "leave features out to take those in its file, or give importance of that kind."
     )
 
 

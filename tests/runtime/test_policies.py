@@ -9,13 +9,16 @@ import pytest
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, simplest
 from rap_env.request import Request
 from rap_env.runtime import policies
 from rap_env.runtime.policies import (
     FrontierPolicy,
     NetworkPolicy,
     OrderPolicy,
+    PlanFrontierPolicy,
     StaticPolicy,
     load_policy,
 )
@@ -23,6 +26,11 @@ from tests.runtime.made_policies import facts, features, memory, policy_file
 from tests.runtime.test_knapsack import costs as level_costs
 from tests.runtime.test_knapsack import facts as levelled_facts
 
+PLANS = (
+    {"layer00.cache": "int8", "layer01.cache": "int8"},
+    {"layer00.cache": "int4", "layer01.cache": "int4"},
+    {"layer01.cache": "int4", "layer01.ffn": "removed"},
+)
 SCORES = {(): 2.5, (0,): 2.6, (1,): 2.7, (0, 1): 2.9, (0, 1, 3): 3.4}
 
 
@@ -86,6 +94,25 @@ def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
 def test_a_frontier_of_another_shape_is_rejected():
     with pytest.raises(ArtifactError, match="with 8 blocks, but made has 12"):
         FrontierPolicy(memory(), frontier(4))
+
+
+def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
+    model = MemoryModel(levelled_facts())
+    plans = [CompressionPlan(), *map(CompressionPlan.of, PLANS)]
+    scores = {simplest(plan): 2.0 + number / 10 for number, plan in enumerate(plans)}
+    provenance = {"model": "made", "fingerprint": model.facts.fingerprint, "scoring": {}}
+    known = PlanFrontier(model.facts.num_layers, 2.0, scores, 4, 0.0, {}, provenance)
+    known.save(tmp_path / "plans.json")
+    policy = load_policy(tmp_path / "plans.json", model)
+    assert type(policy) is PlanFrontierPolicy
+    shape = (4, 100)
+    needs = {plan: model.peak_bytes(plan, Request(*shape, 1)) for plan in scores}
+    for budget in sorted({*needs.values()}):
+        fitting = [plan for plan, need in needs.items() if need <= budget]
+        best = min(fitting, key=lambda plan: scores[plan])
+        assert policy.choose(Request(*shape, budget)) == best
+    smallest = min(needs, key=lambda plan: needs[plan])
+    assert policy.choose(Request(*shape, 1)) == smallest
 
 
 @pytest.mark.parametrize("block_vectors", [0, 3])
