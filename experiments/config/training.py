@@ -23,7 +23,7 @@ class EnvConfig(Section):
     """``RAPPrune-v0`` removes blocks; ``RAPPrune-v1`` lowers items by one level."""
     levels: Any = "all"
     """Levels of ``RAPPrune-v1``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
-    together: list[str] = field(default_factory=lambda: ["int8", "int4", "int4-window512"])
+    together: list[str] = field(default_factory=lambda: ["int8", "int4"])
     """Levels of ``RAPPrune-v1`` that all caches take together."""
     infeasible: str = "clip"
     invalid_action_penalty: float = 0.1
