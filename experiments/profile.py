@@ -28,6 +28,7 @@ from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.llm.progress import progress_bar
+from rap_env.memory import MemoryModel
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.scorer import bar_callback
 from rap_env.workload import make_sampler
@@ -95,7 +96,12 @@ def _plan_frontier(config: Config, context: PruningContext, on_score: OnScore) -
     search = PlanSearchConfig(
         evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
     )
-    ladder = Ladder.of(context.memory.facts, **config.env.ladder)
+    facts = context.memory.facts
+    ladder = Ladder.of(facts, **config.env.ladder)
+    start = None
+    if settings.start is not None:
+        bare = MemoryModel(replace(facts, repair="", stub_bytes=()))
+        start = PlanFrontier.load(settings.start, bare)
     return build_plan_frontier(
         require_live(context).scorer,
         context.level_costs(ladder.cache_levels),
@@ -104,6 +110,7 @@ def _plan_frontier(config: Config, context: PruningContext, on_score: OnScore) -
         search,
         None if context.store is None else stored_scores(context, plans=True),
         on_score,
+        start,
     )
 
 

@@ -129,7 +129,9 @@ class FrontierConfig(Section):
     """Pairs of counts whose best mask is expected to have a larger ΔNLL, in nats per token, are
     left out."""
     requests: Count = 512
-    """Workload requests that decide which pairs of counts are useful."""
+    """Workload requests that decide which pairs of counts, or which plans, are useful."""
+    start: str | None = None
+    """A table of plans of the same model without stubs, whose best plans are measured first."""
 
 
 @dataclass

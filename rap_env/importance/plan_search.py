@@ -1,7 +1,8 @@
 """Searches for the best known plans: a predictor proposes plans, the model measures them.
 
 1. Measure the native model, every single removal, and the plans of the greedy order for some
-   requests.
+   requests; before them, if there is a table of the same model on other text or with other stubs,
+   its best plans.
 2. In rounds: fit an ensemble of predictors to all scores so far; for each of some requests,
    improve some of the best known plans by changes at equal bytes, as the ensemble sees it; measure
    the plans with the greatest expected gain.
@@ -84,6 +85,7 @@ def build_plan_frontier(
     config: PlanSearchConfig = PlanSearchConfig(),
     known: Mapping[MaskOrPlan, float] | None = None,
     on_score: OnScore | None = None,
+    start: PlanFrontier | None = None,
 ) -> PlanFrontier:
     """Search the best plans of a ladder on the scorer's text for requests like some given ones.
 
@@ -96,10 +98,12 @@ def build_plan_frontier(
         known: NLL of plans that were measured before on the same text, nats per token; all of them
             become part of the result.
         on_score: Called after each plan that is measured.
+        start: A table of the same model on other text or with other stubs. For each request, the
+            best of its plans that fits is measured first.
     """
     began, ran = time.perf_counter(), scorer.evaluations
     search = _Search(scorer, costs, item_bytes, requests, config, known or {}, on_score)
-    for plans in search.rounds():
+    for plans in search.rounds(start):
         search.measure(plans[: max(0, config.evaluations - len(search.nll))])
         if len(search.nll) >= config.evaluations:
             break
@@ -141,8 +145,10 @@ class _Search:
             found = self._scorer.nll_many(new, self._on_score)
             self.nll |= dict(zip(new, found, strict=True))
 
-    def rounds(self) -> Iterator[list[MaskOrPlan]]:
-        """Plans to measure: of the greedy order, then proposals until there are none."""
+    def rounds(self, start: PlanFrontier | None) -> Iterator[list[MaskOrPlan]]:
+        """Plans to measure: of another table, of the greedy order, then proposals."""
+        if start is not None:
+            yield self._best_of(start.on(self._ladder))
         first = dict.fromkeys(simplest(self._greedy(request)) for request in self._requests)
         yield list(first)[: self._config.batch]
         number, idle = 0, 0
@@ -155,6 +161,14 @@ class _Search:
             number, idle = number + 1, 0 if plans else idle + 1
             if plans:
                 yield plans
+
+    def _best_of(self, known: KnownPlans) -> list[MaskOrPlan]:
+        """For each request, the best of some plans that fits, without repetitions."""
+        best = (
+            known.best(self._bytes.costs(r.batch_size, r.seq_len_tokens), r.budget_bytes)
+            for r in self._requests
+        )
+        return list(dict.fromkeys(plan for plan in best if plan is not None))
 
     def _proposals(self, predictor: PlanPredictor) -> list[MaskOrPlan]:
         """Unmeasured plans that are expected to be better than the best known ones."""

@@ -136,6 +136,24 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
     assert again.scores == found.scores, "the search is deterministic given the scores"
 
 
+def test_a_search_starts_from_the_best_plans_of_another_table(context, item_bytes):
+    costs, (request, *_) = context.level_costs(CACHES), requests(item_bytes)
+    rng, ladder = np.random.default_rng(3), item_bytes.ladder
+    spaces = [range(len(item.levels)) for item in ladder.items]
+    drawn = [simplest(ladder.plan([int(rng.choice(s)) for s in spaces])) for _ in range(40)]
+    bytes_of = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+    peaks = bytes_of.peaks(np.array([ladder.positions(plan) for plan in drawn]))
+    roomy = Request(request.batch_size, request.seq_len_tokens, int(np.median(peaks)))
+    scores = {plan: 3.0 - number / 100 for number, plan in enumerate(drawn)}
+    start = PlanFrontier(context.memory.facts.num_layers, 2.0, scores, 40, 0.0, {}, {})
+    best = start.on(ladder).best(bytes_of, roomy.budget_bytes)
+    blocks = context.memory.facts.num_blocks
+    config = PlanSearchConfig(evaluations=blocks + 2, batch=1, members=2)
+    found = build_plan_frontier(context.scorer, costs, item_bytes, [roomy], config, start=start)
+    assert best in found.scores
+    assert found.scores[best] == context.scorer.nll(best), "measured, not taken over"
+
+
 def test_known_plans_of_an_empty_table_fit_nothing(item_bytes):
     table = KnownPlans.of(item_bytes.ladder, {}, 1.0)
     assert table.best(item_bytes.costs(1, 20), 10**12) is None
