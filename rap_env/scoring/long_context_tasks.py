@@ -59,6 +59,8 @@ _LEAD = (
     "the text carefully."
 )  # longer than the tokens at the start that every window of a cache keeps
 _COMMON, _RARE, _COMMON_SHARE = 3, 20, 0.75
+_LEAST_FACTS = 2
+_TOKENS_PER_FACT = 40  # of a text to measure on: fact, question with answer, and filler
 
 
 class _Question(NamedTuple):
@@ -105,7 +107,9 @@ def _sentences(rng: random.Random) -> Iterator[str]:
         yield f"{rng.choice(times)} {who} {rng.choice(actions)} {rng.choice(places)}."
 
 
-def _pairs(rng: random.Random, keys: int, values: int, asked: int, prompt: str) -> _Content:
+def _pairs(
+    rng: random.Random, keys: int, values: int, asked: int, prompt: str, choices: int = CHOICES
+) -> _Content:
     """Facts about persons with some values each, and questions about the first persons."""
     names = rng.sample(NAMES, keys)
     words = rng.sample(OBJECTS, len(OBJECTS))
@@ -120,7 +124,7 @@ def _pairs(rng: random.Random, keys: int, values: int, asked: int, prompt: str) 
             _Question(
                 prompt.format(name),
                 value,
-                rng.sample(pool, CHOICES - 1),
+                rng.sample(pool, choices - 1),
                 pairs.index((name, value)),
             )
             for name, value in questions
@@ -275,6 +279,31 @@ class LongContextTask:
 
         # A solved example would be as long as the document itself.
         return {**multiple_choice_config(self.name, _VERSION, make), "num_fewshot": 0}
+
+
+def recall_text(tokenizer: Any, tokens: int, rng: random.Random) -> str | None:
+    """Facts in filler, then the question after each of them with its answer: text to measure on.
+
+    The answers, some 3 % of the tokens, can only be predicted by a model that recalls the facts.
+
+    Args:
+        tokenizer: A tokenizer.
+        tokens: Tokens of the text; it may have up to a piece of filler fewer.
+        rng: All randomness comes from it.
+
+    Returns:
+        The text; None if so few tokens hold no two facts.
+    """
+    facts = min(tokens // _TOKENS_PER_FACT, len(NAMES))
+    while facts >= _LEAST_FACTS:
+        content = _pairs(rng, facts, 1, facts, _IS, choices=1)
+        tail = f"{_tails(content)[-1]} {content.questions[-1].answer}{content.end}"
+        depths = [(n + rng.random()) / facts for n in range(facts)]
+        text = _fill(content, depths, tail, tokenizer, tokens)
+        if text is not None:
+            return f"{text}\n\n{tail}"
+        facts //= 2
+    return None
 
 
 def long_context_task(name: str) -> LongContextTask | None:

@@ -1,6 +1,8 @@
 """Texts: reproducible, disjoint by role, and rejected with clear errors."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,3 +240,37 @@ def test_windows_start_as_the_tokenizer_starts_a_text(tmp_path):
     assert (started.tokens[:, 0] == start).all()
     assert not torch.isin(started.tokens[:, 1:], torch.tensor([start, start + 1])).any()
     assert not (plain.tokens == start).any()
+
+
+class TestRecallText:
+    SETTINGS = CorpusConfig(source="recall", windows=2, window_tokens=2000)
+
+    def test_each_fact_is_asked_for_after_the_text(self):
+        model = llm()
+        text = model.tokenizer.decode(load_corpus(self.SETTINGS, model).tokens[0])
+        context, questions = text.split("\n\n")[-2:]
+        answers = re.findall(r"The password of (\w+) is (\w+)\.", questions)
+        assert len(answers) >= 5
+        for name, word in answers:
+            assert f"The password of {name} is {word}." in context
+
+    def test_windows_are_full_and_differ_by_seed_and_role(self):
+        texts = [
+            load_corpus(replace(self.SETTINGS, **other), llm())
+            for other in ({}, {}, {"seed": 1}, {"role": "report"})
+        ]
+        assert all(text.tokens.shape == (2, 2000) for text in texts)
+        assert texts[0].sha256 == texts[1].sha256
+        assert len({text.sha256 for text in texts}) == 3
+
+    def test_half_of_the_windows_are_the_models_own(self):
+        config = CorpusConfig(source="self+recall", windows=3, window_tokens=400)
+        both = load_corpus(config, llm(), progress=False)
+        own = load_corpus(replace(config, source="self", windows=2), llm(), progress=False)
+        facts = load_corpus(replace(config, source="recall", windows=1), llm())
+        assert torch.equal(both.tokens, torch.cat([own.tokens, facts.tokens]))
+        assert both.provenance["source"] == "self+recall"
+
+    def test_windows_without_room_are_rejected(self):
+        with pytest.raises(CorpusError, match="do not fit into 90 tokens"):
+            load_corpus(replace(self.SETTINGS, window_tokens=90), llm())
