@@ -30,12 +30,7 @@ from experiments.config.model import (
     StubsConfig,
 )
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
-from experiments.config.studies import (
-    OverfittingConfig,
-    SmallModelConfig,
-    StabilityConfig,
-    TextStudyConfig,
-)
+from experiments.config.studies import SmallModelConfig, TextsConfig
 from experiments.config.training import (
     AgentConfig,
     DemoConfig,
@@ -78,9 +73,7 @@ class Config(Section):
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
-    stability: StabilityConfig = field(default_factory=StabilityConfig)
-    text_study: TextStudyConfig = field(default_factory=TextStudyConfig)
-    overfitting: OverfittingConfig = field(default_factory=OverfittingConfig)
+    texts: TextsConfig = field(default_factory=TextsConfig)
     small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)

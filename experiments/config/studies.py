@@ -1,15 +1,16 @@
-"""Settings of the studies, and of small models trained for them."""
+"""Settings of the study of calibration text, and of small models trained from scratch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from omegaconf import MISSING
+
 from experiments.config.common import (
-    CellText,
     Count,
     CountOrZero,
-    HasCells,
+    PinnedText,
     Section,
     TextConfig,
     among,
@@ -17,62 +18,58 @@ from experiments.config.common import (
     within,
 )
 from experiments.errors import ExperimentError
+from rap_env.errors import check_name
 
 
 @dataclass
-class StabilityConfig(Section, HasCells):
-    """Dependence of importance, removal order and policy on the calibration text."""
+class KindConfig(Section):
+    """A kind of text; its windows are those of ``texts``."""
 
-    section = "stability"
-    texts: dict[str, TextConfig] = field(default_factory=dict)
-    """Calibration texts by name; each is drawn with every seed."""
-    seeds: Annotated[list[CountOrZero], distinct] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    top: Annotated[list[Count], distinct] = field(default_factory=lambda: [5, 10, 20])
-    """Lengths of the prefixes of two orders that are compared."""
-    cells: list[CellText] = field(default_factory=lambda: ["1x128@0.85", "8x2048@0.8"])
-    """Requests and budgets at which the masks of the orders are evaluated."""
-    agents: list[str] = field(default_factory=list)
-    """Run folders of trained agents, which observe the importance measured on each text."""
+    section = "texts.kinds"
+    source: str = MISSING
+    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
+    field: str = "text"
+    """Field of a JSONL file or data set that holds the text."""
 
 
 @dataclass
-class TextStudyConfig(Section, HasCells):
-    """Dependence of the best mask on the kind of text."""
+class TextsConfig(Section):
+    """Dependence of costs and plans on the calibration text."""
 
-    section = "text_study"
-    texts: dict[str, TextConfig] = field(default_factory=dict)
+    section = "texts"
+    kinds: dict[str, KindConfig] = field(default_factory=dict)
     """Kinds of text by name."""
-    cells: list[CellText] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
-    """Requests and budgets: batch size x tokens @ fraction of the dense peak."""
-    report_windows: Count = 24
+    seeds: Annotated[list[CountOrZero], distinct] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the calibration text: each gives a draw of every kind and size."""
+    windows: Count = 1
+    """Windows of the calibration text of a draw."""
+    window_tokens: Annotated[int, within(2)] = 1024
+    report_windows: Count = 8
     """Windows of each kind's report text."""
-    method: str = "greedy_per_byte"
-    """Search method: any baseline, or ``lazy_per_byte``, which needs fewer evaluations."""
-    all_tokens: bool = True
-    """Whether to also search a shared mask on the whole text of all kinds, besides the one
-    searched on as many tokens as one kind has."""
+    cells: list[PinnedText] = field(default_factory=list)
+    """Requests with budgets in bytes, as in ``evaluate.pinned``."""
+    sized: str | None = None
+    """Kind whose calibration text is drawn in several sizes as well; null for none."""
+    sizes_tokens: Annotated[list[Annotated[int, within(2)]], distinct] = field(
+        default_factory=lambda: [256, 1024, 4096, 8192]
+    )
+    """Those sizes: whole windows of ``window_tokens``, or one shorter window."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sized is not None:
+            check_name("kind of texts.sized", self.sized, self.kinds)
+        for tokens in self.sizes_tokens:
+            if tokens % min(tokens, self.window_tokens):
+                raise ExperimentError(
+                    f"texts.sizes_tokens must be multiples of texts.window_tokens "
+                    f"({self.window_tokens}) or smaller than it, not {tokens}."
+                )
 
-@dataclass
-class OverfittingConfig(Section, HasCells):
-    """Difference between ΔNLL on the calibration text and on held-out text."""
-
-    section = "overfitting"
-    windows: Annotated[list[Count], distinct] = field(default_factory=lambda: [2, 8, 32, 128])
-    """Sizes of the calibration text, in windows of ``calibration.window_tokens``."""
-    seeds: Annotated[list[CountOrZero], distinct] = field(default_factory=lambda: [0])
-    """Seeds of the calibration text."""
-    most_windows: Count | None = None
-    """Limit on the windows that all seeds of one size have together: larger sizes are drawn with
-    fewer seeds, at least one. null for all seeds."""
-    cells: list[CellText] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.85", "8x2048@0.8"])
-    """Requests and budgets: batch size x tokens @ fraction of the dense peak."""
-
-    def seeds_of(self, windows: int) -> list[int]:
-        """Return the seeds that a size is drawn with."""
-        if self.most_windows is None:
-            return self.seeds
-        return self.seeds[: max(1, self.most_windows // windows)]
+    @property
+    def tokens(self) -> int:
+        """Tokens of the calibration text of a draw."""
+        return self.windows * self.window_tokens
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Studies of calibration text: stability, overfitting and the kind of text."""
+"""A study of how the costs of levels, and plans made from them, depend on the calibration text."""

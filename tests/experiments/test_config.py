@@ -36,9 +36,8 @@ GROUPS = [
     if path.parent.parent == CONF_DIR and path.parent.name not in ("sweep", "grid")
 ]
 PROGRAMS = (
-    "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "stability",
-    "text_study", "overfitting", "small_models", "replay", "serve", "soak",
-    "levels", "tight_grid",
+    "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
+    "small_models", "replay", "serve", "soak", "levels", "tight_grid",
 )  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],

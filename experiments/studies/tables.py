@@ -1,0 +1,241 @@
+"""Tables and the figure of the study of texts, made from its record alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.comparison.formatting import (
+    Table,
+    TitledTable,
+    document,
+    plain,
+    publish_tables,
+    relative_words,
+    shape_words,
+    signed_percent,
+    wrapped,
+)
+from experiments.comparison.plotting import PNG_DPI, panels, style
+from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_ratio
+from experiments.config.common import parse_pinned
+from rap_env.artifacts import atomic_write
+from rap_env.plan import EMBEDDINGS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECORD_FILE = "texts.json"
+ALL, OTHERS = "all", "the other kinds"
+"""Plans from the mean of the costs over all kinds, and those from the costs of each other kind."""
+CALIBRATION = "calibration"
+"""Name of the calibration text itself, as a text that plans are judged on."""
+THRESHOLD = 0.03
+"""Relative gap from which it is worth while that a policy sees the kind of text."""
+
+AGREEMENT = (
+    "Kendall's tau of the one-shot costs of items on two draws: mean, minimum and maximum over "
+    "pairs of draws. Within a kind, only the seed differs."
+)
+MATRIX = (
+    "ΔNLL (nats/token) of the knapsack's plans by the kind of text that their costs were measured "
+    "on (rows) and the kind of report text (columns): mean over requests and draws, with a 95 % "
+    f"interval over windows and draws. {ALL}: from the mean of the costs over all kinds, which saw "
+    "as many times more text as there are kinds."
+)
+SIZES = (
+    "ΔNLL (nats/token) of plans from several amounts of calibration text of the kind {sized}, mean "
+    "over draws: on the calibration text and on report text, with a 95 % interval over windows and "
+    "draws; then on report text at each request and budget. Plans cannot use windows of caches "
+    "that hold whole windows of the calibration text, because it does not measure them."
+)
+
+Losses = npt.NDArray[np.float64]
+"""ΔNLL by draw and window, nats per token, (seeds, windows)."""
+
+
+class TextStudy:
+    """The record of a study of texts, as ``texts.json`` has it."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self._record, self.kinds, self.cells = record, list(record["kinds"]), record["cells"]
+        names = ("chosen_on", "seed", "tokens", "cell", "judged_on")
+        self._windows = {tuple(p[n] for n in names): p["window_losses"] for p in record["plans"]}
+
+    @classmethod
+    def read(cls, folder: Path) -> TextStudy:
+        """Read the record in a run folder."""
+        return cls(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
+
+    def losses(
+        self, chosen_on: str, judged_on: str, cells: Sequence[str], tokens: int | None = None
+    ) -> Losses:
+        """ΔNLL of plans, mean over some cells; `tokens` is the size of the calibration text."""
+        size = self._record["tokens"] if tokens is None else tokens
+        found = [
+            [self._windows[chosen_on, seed, size, cell, judged_on] for cell in cells]
+            for seed in self._record["seeds"]
+        ]
+        return np.asarray(np.mean(found, axis=1))
+
+    @property
+    def matrix(self) -> dict[str, list[Losses]]:
+        """ΔNLL, mean over cells: for what plans were chosen on, on each kind."""
+        chosen_on = [*self.kinds, ALL]
+        return {c: [self.losses(c, kind, self.cells) for kind in self.kinds] for c in chosen_on}
+
+    def gap(self, rival: str) -> Estimate | None:
+        """ΔNLL of the plans of `ALL` or `OTHERS` divided by that of the own kind's, minus 1.
+
+        The geometric mean over kinds and cells; None where `paired_ratio` has none. Kinds have
+        equally many windows, drawn independently, so that they may be resampled jointly.
+        """
+        firsts, seconds = [], []
+        for kind in self.kinds:
+            rivals = [ALL] if rival == ALL else [name for name in self.kinds if name != kind]
+            for cell in self.cells:
+                firsts.append(np.concatenate([self.losses(r, kind, [cell]) for r in rivals]))
+                seconds.append(self.losses(kind, kind, [cell]))
+        found = paired_ratio(firsts, seconds)
+        if found is None:
+            return None
+        return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
+
+    @property
+    def verdict(self) -> str:
+        """What a policy would gain that sees the kind of text, in words."""
+        found, others = self.gap(ALL), self.gap(OTHERS)
+        if found is None:
+            return "The gap is unknown: some mean ΔNLL is not significantly above 0."
+        limit = f"{100 * THRESHOLD:g} %"
+        answer = "may be above or below"  # the interval contains the threshold
+        if not found.low <= THRESHOLD < found.high:
+            answer = "is above" if found.low > THRESHOLD else "is not above"
+        return (
+            f"The gap {answer} {limit}: relative to plans from costs on the text's own kind, plans "
+            f"from costs on all kinds have a ΔNLL of {relative_words(found)}, and those from costs "
+            f"on one of {OTHERS} of {relative_words(others)} (geometric mean over kinds and "
+            "requests, with a 95 % interval over windows and draws)."
+        )
+
+    def agreement_table(self) -> Table:
+        """Table of rank agreement between draws, by kind of item and level."""
+        whole = [c for c in self._record["costs"] if c["tokens"] == self._record["tokens"]]
+        draws = [(draw["kind"], self._by_level(draw["one_shot"])) for draw in whole]
+        rows = []
+        for level in (level for level, costs in draws[0][1].items() if len(costs) > 1):
+            taus: dict[bool, list[float]] = {True: [], False: []}
+            for (one, first), (two, second) in combinations(draws, 2):
+                taus[one == two].append(kendall_tau(first[level], second[level]))
+            shown = [
+                f"{np.mean(found):.2f} [{min(found):.2f}, {max(found):.2f}]" if found else "-"
+                for found in taus.values()
+            ]
+            rows.append([level, *shown])
+        return ["Items and level", "Within a kind", "Between kinds"], rows
+
+    def _by_level(self, one_shot: dict[str, dict[str, float]]) -> dict[str, list[float]]:
+        """Costs of the ladder's levels by kind of item and level, and all of them.
+
+        Levels that caches take together are left out: their costs are shares of one measurement.
+        """
+        ladder = self._record["ladder"]
+        found: dict[str, list[float]] = {"all": []}
+        for item, costs in one_shot.items():
+            kind = item.partition(".")[2] or item
+            group = {"cache": "caches", EMBEDDINGS: EMBEDDINGS}.get(kind, "weights")
+            for level, cost in costs.items():
+                shared = kind == "cache" and level in ladder["together"]
+                if level in ladder["levels"][group] and not shared:
+                    found["all"].append(cost)
+                    found.setdefault(f"{kind} {level}", []).append(cost)
+        return found
+
+    def matrix_table(self) -> Table:
+        """Table of `matrix`."""
+        rows = [
+            [name, *(str(bootstrap_mean(losses)) for losses in row), f"{np.mean(row):.3f}"]
+            for name, row in self.matrix.items()
+        ]
+        return ["Chosen on", *self.kinds, "mean"], rows
+
+    def size_table(self) -> Table:
+        """Table of ΔNLL on calibration and report text, by the size of the calibration text."""
+        sized, rows = self._record["sized"], []
+        for tokens in self._record["sizes_tokens"]:
+            seen = float(self.losses(sized, CALIBRATION, self.cells, tokens).mean())
+            found = bootstrap_mean(self.losses(sized, sized, self.cells, tokens))
+            by_cell = [self.losses(sized, sized, [cell], tokens).mean() for cell in self.cells]
+            shown = [f"{seen:.3f}", str(found), f"{found.mean - seen:+.3f}"]
+            rows.append([f"{tokens:,}", *shown, *(f"{loss:.3f}" for loss in by_cell)])
+        pinned = [parse_pinned(cell) for cell in self.cells]
+        cells = [f"{shape_words(p.shape)} @ {p.budget_bytes / 2**20:.1f} MiB" for p in pinned]
+        return ["Tokens", "Calibration", "Report", "Difference", *cells], rows
+
+    def document(self) -> list[TitledTable]:
+        """All tables."""
+        found = [
+            TitledTable(self.agreement_table(), "Agreement of costs", AGREEMENT),
+            TitledTable(self.matrix_table(), "Plans by kind of text", MATRIX),
+        ]
+        if sized := self._record["sized"]:
+            caption = SIZES.format(sized=sized)
+            found.append(TitledTable(self.size_table(), "Amount of calibration text", caption))
+        return found
+
+
+def texts_markdown(found: TextStudy) -> str:
+    """The verdict and all tables with captions in Markdown, below a title."""
+    tables = document(found.document(), captions=True)
+    return f"# Plans and the calibration text\n\n{found.verdict}\n\n{tables}"
+
+
+def publish(folder: Path, found: TextStudy) -> None:
+    """Write ``tables.md`` into a run folder, and print the tables."""
+    shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in found.document()]
+    publish_tables(folder, texts_markdown(found), "\n\n".join([*shown, wrapped(found.verdict)]))
+
+
+def save_figure(found: TextStudy, path: Path) -> None:
+    """Draw `chosen_and_judged` in its wide form into a PNG file."""
+    figure = chosen_and_judged(found, narrow=False)
+    with style(), atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=PNG_DPI)
+
+
+def chosen_and_judged(found: TextStudy, narrow: bool) -> Figure:
+    """Heat map of ΔNLL by the texts that plans were chosen on and judged on."""
+    loss = np.mean(list(found.matrix.values()), axis=(2, 3))
+    relative = loss / np.diag(loss) - 1
+    most = 2 * max(THRESHOLD, float(np.abs(relative).max()))  # twice: text stays readable
+    with style():
+        figure, (axis,) = panels(1, 1, narrow=narrow, height=3.2)
+        axis.pcolormesh(relative, cmap="RdBu_r", vmin=-most, vmax=most, edgecolors="white")
+        for (row, column), value in np.ndenumerate(loss):
+            text = f"{value:.3f}\n{signed_percent(relative[row, column])}"
+            axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+        axis.set_xticks(np.arange(len(found.kinds)) + 0.5, found.kinds)
+        axis.set_yticks(np.arange(len(loss)) + 0.5, found.matrix)
+        axis.set_ylim(len(loss), 0)
+        axis.set(xlabel="judged on", ylabel="chosen on")
+        axis.set_title("ΔNLL (nats/token), and relative to plans from the text's own kind")
+        axis.grid(False)
+        axis.tick_params(length=0)
+    return figure
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's rank correlation tau-b of two lists, from -1 to 1; 0 if one has equal values only.
+
+    Source: Kendall (1945), The treatment of ties in ranking problems.
+    """
+    rows, columns = np.triu_indices(len(first), 1)
+    one, two = (np.sign(v[rows] - v[columns]) for v in map(np.asarray, (first, second)))
+    untied = float(np.abs(one).sum() * np.abs(two).sum())
+    return float(one @ two) / float(np.sqrt(untied)) if untied else 0.0

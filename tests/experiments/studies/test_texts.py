@@ -1,0 +1,251 @@
+"""The study of texts: real costs of a tiny model, a synthetic scorer with a known gap, resuming."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments.comparison.records import read_records
+from experiments.config import Config
+from experiments.config.common import parse_pinned
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.studies import KindConfig, TextsConfig
+from experiments.config.training import EnvConfig
+from experiments.errors import ExperimentError
+from experiments.studies import texts as program
+from experiments.studies.tables import ALL, CALIBRATION, OTHERS, TextStudy, kendall_tau
+from experiments.studies.texts import COSTS_FILE, PLANS_FILE, CostRow, PlanRow, texts
+from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.ladder.items import Ladder
+from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, as_plan
+from rap_env.request import Request
+from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+
+KINDS = ("few", "many")
+LEVELS = {"weights": ["removed"], "caches": ["int4", "int2"], "embeddings": ["int4"]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.mktemp("texts")
+    tiny_model(layers=4).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    for name, letters in (("few", "abcde ."), ("many", "fghijklmnopqrstuvwxyz ,")):
+        drawn = np.random.default_rng(len(letters)).choice(list(letters), 3000)
+        (base / f"{name}.txt").write_text("".join(drawn))
+    memory = MemoryModel(tiny_llm(layers=4))
+    budgets = {s: memory.dense_peak_bytes(*s) * 7 // 10 for s in ((1, 16), (4, 60))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
+        yield Config(
+            stage="texts", name="tiny", runs_dir=str(base / "runs"), progress=False,
+            store=str(base / "scores.sqlite"),
+            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+            importance=ImportanceConfig(method="none"),
+            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int4"]),
+            texts=TextsConfig(
+                kinds={name: KindConfig(str(base / f"{name}.txt")) for name in KINDS},
+                seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,
+                cells=[f"{b}x{n}@{size}" for (b, n), size in budgets.items()],
+                sized="few", sizes_tokens=[24, 96],
+            ),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(config):
+    texts(config, config.stage_dir("texts"))
+    return config.stage_dir("texts")
+
+
+def scorer_of(config, kind, seed, tokens, windows, role):
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    text = CorpusConfig(config.texts.kinds[kind].source, windows, tokens, seed, role=role)
+    return MaskScorer(llm, load_corpus(text, llm))
+
+
+def test_costs_are_measured_on_each_draw(config, folder):
+    rows = CostRow.read(folder / COSTS_FILE)
+    draws = {(row.kind, row.seed, row.tokens) for row in rows}
+    assert draws == {(k, s, 48) for k in KINDS for s in (0, 1)} | {
+        ("few", s, tokens) for s in (0, 1) for tokens in (24, 96)
+    }
+    row = next(row for row in rows if (row.kind, row.seed, row.tokens) == ("many", 1, 48))
+    scorer = scorer_of(config, "many", 1, 48, 1, "calibration")
+    for item, level in (("layer02.cache", "int2"), ("layer01.ffn", "removed")):
+        rise = scorer.nll(CompressionPlan.of({item: level})) - scorer.dense_nll
+        assert row.costs["one_shot"][item][level] == pytest.approx(rise, abs=1e-6)
+    assert len({json.dumps(row.costs["one_shot"]) for row in rows}) == len(rows)
+
+
+def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
+    rows = PlanRow.read(folder / PLANS_FILE)
+    found = {(r.chosen_on, r.seed, r.tokens, r.judged_on, r.cell) for r in rows}
+    places = [(c, 48, k) for c in (*KINDS, ALL) for k in KINDS]
+    places += [("few", size, on) for size in (24, 96) for on in ("few", CALIBRATION)]
+    assert found == {
+        (c, s, n, k, p) for c, n, k in places for s in (0, 1) for p in config.texts.cells
+    }
+    assert len(rows) == len(found)
+    costs = {(r.kind, r.seed, r.tokens): r.costs for r in CostRow.read(folder / COSTS_FILE)}
+    report = scorer_of(config, "many", 0, 48, 4, "report")
+    memory = MemoryModel(report.llm)
+    levels = {item.name: item.levels for item in Ladder.of(memory.facts, LEVELS).items}
+    for row in (row for row in rows if (row.chosen_on, row.judged_on) == ("few", "many")):
+        policy = KnapsackPolicy(memory, LevelCosts(**costs["few", row.seed, 48]), levels=levels)
+        pinned, plan = parse_pinned(row.cell), CompressionPlan.of(row.levels)
+        request = Request(*pinned.shape, pinned.budget_bytes)
+        assert policy.choose(request) == plan
+        assert memory.peak_bytes(plan, request) <= request.budget_bytes
+        rise = report.window_nll(plan) - report.window_nll(CompressionPlan())
+        assert row.window_losses == pytest.approx(rise.tolist(), abs=1e-6)
+
+
+def test_tables_and_figure_are_made_from_the_record(folder):
+    shown = (folder / "tables.md").read_text()
+    for part in ("attn removed", "cache int2", "| all |", "Amount of calibration text", "The gap"):
+        assert part in shown
+    assert "cache int4" not in shown, "its costs are shares of one measurement"
+    assert (folder / "texts.png").stat().st_size > 1000
+    study = TextStudy.read(folder)
+    assert study.losses("few", "many", study.cells).shape == (2, 4)
+
+
+class AdditiveScorer:
+    """Costs add up, and are high for the first layers on one kind, for the last on the other.
+
+    `contrast` 0 makes the kinds alike. `measured` counts plans.
+    """
+
+    contrast, measured = 1.0, 0
+
+    def __init__(self, llm, corpus, store=None):
+        self.llm, self.corpus, self.evaluations, self.block_forwards = llm, corpus, 0, 0.0
+        self.provenance = {"text": corpus.provenance, "scoring": {}}
+        self.plan_context = {"tokens": corpus.sha256}
+        reverse = corpus.provenance["source"].endswith("many.txt")
+        slope = np.arange(4)[::-1] if reverse else np.arange(4)
+        self.cost = 0.05 + 0.1 * self.contrast * slope
+        self.release = lambda: None
+
+    def window_nll(self, plan):
+        rise = 0.0
+        for item, level in as_plan(plan).levels.items():
+            layer = int(item[5:7]) if item.startswith("layer") else 0
+            rise += self.cost[layer] * {"removed": 1.0, "int2": 0.3, "int4": 0.1}.get(level, 0.01)
+        return np.full(len(self.corpus.tokens), 1.0 + rise)
+
+    def nll(self, plan):
+        return float(self.window_nll(plan).mean())
+
+    def nll_many(self, plans, on_score=None):
+        type(self).measured += len(plans)
+        return [self.nll(plan) for plan in plans]
+
+
+def synthetic(config, monkeypatch, contrast, name):
+    """Run the program with `AdditiveScorer` in a new folder."""
+    scorer = type("Scorer", (AdditiveScorer,), {"contrast": contrast, "measured": 0})
+    monkeypatch.setattr(program, "MaskScorer", scorer)
+    monkeypatch.setattr("rap_env.scoring.scorer.MaskScorer", scorer)
+    monkeypatch.setattr("rap_env.context.opening._open", {})
+    other = replace(config, name=name, store=None)
+    texts(other, other.stage_dir("texts"))
+    return scorer, other, TextStudy.read(other.stage_dir("texts"))
+
+
+def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
+    _, _, study = synthetic(config, monkeypatch, 1.0, "apart")
+    assert study.gap(ALL).low > 0.03
+    assert study.gap(OTHERS).mean > study.gap(ALL).mean
+    assert "The gap is above 3 %" in study.verdict
+    for kind, other in (KINDS, KINDS[::-1]):
+        own, foreign = (study.losses(name, kind, study.cells).mean() for name in (kind, other))
+        assert own < foreign
+    rows = {row[0]: row[1:] for row in study.agreement_table()[1]}
+    assert rows["attn removed"] == ["1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"]
+
+
+def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch):
+    _, _, study = synthetic(config, monkeypatch, 0.0, "alike")
+    assert study.gap(ALL).mean == study.gap(OTHERS).mean == 0
+    assert "The gap is not above 3 %" in study.verdict
+    assert [row[3] for row in study.size_table()[1]] == ["+0.000"] * 2
+
+
+def test_a_killed_run_measures_only_what_is_missing(config, monkeypatch):
+    scorer, config, _ = synthetic(config, monkeypatch, 1.0, "killed")
+    folder = config.stage_dir("texts")
+    record = json.loads((folder / "texts.json").read_text())
+    costs, plans = (folder / COSTS_FILE).read_bytes(), (folder / PLANS_FILE).read_bytes()
+    whole, scorer.measured = scorer.measured, 0
+    texts(config, folder)
+    assert scorer.measured == 0 < whole
+    (folder / PLANS_FILE).write_bytes(plans[: plans.rfind(b"{") + 30])  # in the middle of a line
+    texts(config, folder)
+    assert scorer.measured == 2  # the native model and one plan
+    (folder / COSTS_FILE).write_bytes(costs[: costs.rfind(b'{"kind"')])
+    texts(config, folder)
+    assert 2 < scorer.measured < whole / 4, "one draw; its plans are those of before"
+    again = json.loads((folder / "texts.json").read_text())
+    assert again["costs"] == record["costs"]
+    assert again["plans"] == record["plans"]
+    assert len(read_records(folder / COSTS_FILE)) == len(record["costs"])
+    more = replace(config, texts=replace(config.texts, seeds=[0, 1, 2]))
+    texts(more, folder)
+    assert len(read_records(folder / COSTS_FILE)) == len(record["costs"]) + 4
+    with pytest.raises(ExperimentError, match="other settings"):
+        texts(replace(config, env=replace(config.env, together=[])), folder)
+
+
+def test_the_verdict_follows_the_interval():
+    def study(ratios):
+        plans = [
+            {"chosen_on": c, "seed": 0, "tokens": 8, "cell": "1x8@9", "judged_on": k,
+             "window_losses": [1.0] * 4 if c == k else list(ratios)}
+            for c in ("a", "b", ALL) for k in ("a", "b")
+        ]  # fmt: skip
+        return TextStudy({"kinds": {"a": {}, "b": {}}, "cells": ["1x8@9"], "seeds": [0],
+                          "tokens": 8, "plans": plans})  # fmt: skip
+
+    assert "is above 3 %" in study([1.1, 1.1, 1.1, 1.1]).verdict
+    assert "may be above or below 3 %" in study([0.8, 1.3, 0.9, 1.2]).verdict
+    assert "is not above 3 %" in study([0.9, 1.0, 1.0, 1.01]).verdict
+    assert "unknown" in study([-1.0, 1.0, -1.0, 1.0]).verdict
+
+
+def test_kendalls_tau_has_its_known_values():
+    # scipy.stats.kendalltau(...).statistic, whose default is tau-b
+    assert kendall_tau([12, 2, 1, 12, 2], [1, 4, 7, 1, 0]) == pytest.approx(-0.4714045207910316)
+    assert kendall_tau([1, 2, 3, 4, 5], [3, 1, 2, 5, 4]) == pytest.approx(0.4)
+    assert kendall_tau([1, 1, 1], [1, 2, 3]) == 0
+
+
+def test_impossible_settings_are_rejected(config, tmp_path):
+    def refused(match, error=ExperimentError, **changes):
+        with pytest.raises(error, match=match):
+            texts(replace(config, texts=replace(config.texts, **changes)), tmp_path / "none")
+
+    refused("two kinds", kinds={"few": config.texts.kinds["few"]})
+    refused("names other than 'all'", kinds={"few": KindConfig("a"), ALL: KindConfig("b")})
+    refused("needs a cell", cells=[])
+    refused("Raise the budget", InfeasibleBudgetError, cells=["1x16@10"])
+    refused("enough for", CorpusError, report_windows=1000)
+    with pytest.raises(ExperimentError, match="give env=ladder"):
+        texts(replace(config, env=EnvConfig()), tmp_path / "none")
+    with pytest.raises(ExperimentError, match="measures plans on several texts"):
+        texts(replace(config, model=ModelConfig(name="score_table:x.json")), tmp_path / "table")
+    with pytest.raises(ExperimentError, match="multiples of texts.window_tokens"):
+        TextsConfig(sizes_tokens=[1500])
+    with pytest.raises(UnknownNameError, match=r"texts\.sized"):
+        TextsConfig(sized="poetry")
