@@ -185,14 +185,3 @@ class TasksConfig(Section):
     data_root: str | None = None
     """Folder with local files of hub tasks, or null."""
     num_fewshot: CountOrZero = 0
-
-
-class HasCells:
-    """Mixin of sections with a field `cells`: requests and budgets as text."""
-
-    cells: list[CellText]
-
-    @property
-    def parsed_cells(self) -> list[Cell]:
-        """The cells as (batch size, sequence length in tokens, budget fraction)."""
-        return [parse_cell(text) for text in self.cells]

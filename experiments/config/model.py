@@ -13,7 +13,6 @@ from experiments.config.common import (
     Count,
     CountOrZero,
     Fraction,
-    HasCells,
     Section,
     TextConfig,
     among,
@@ -61,7 +60,7 @@ class RepairConfig:
 
 
 @dataclass
-class StubsConfig(Section, HasCells):
+class StubsConfig(Section):
     """Settings of ``experiments.repair``: texts to fit on, distillation and comparison."""
 
     section = "stubs"
@@ -97,6 +96,11 @@ class StubsConfig(Section, HasCells):
             check_name("text of stubs.domain_study and stubs.alone", name, self.fit_texts)
         for name in self.study_cells:
             check_name("cell of stubs.study_cells", name, self.cells)
+
+    @property
+    def parsed_cells(self) -> list[Cell]:
+        """The cells as (batch size, sequence length in tokens, budget fraction)."""
+        return [parse_cell(text) for text in self.cells]
 
     def cells_of(self, study: str) -> list[Cell]:
         """Return the cells that one of `experiments.repair.records.STUDIES` uses."""
