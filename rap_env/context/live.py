@@ -130,7 +130,8 @@ class LiveContext:
     def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
         """One-shot costs of the levels of all items, measured on first use and cached.
 
-        For the default model the costs in the package are used, if they have these levels.
+        For the default model and text that it writes, the costs in the package are used if they
+        have these levels.
         """
         key = tuple(cache_levels)
         if key not in self._level_costs:
@@ -165,7 +166,12 @@ class LiveContext:
         )
 
     def _packaged_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts | None:
-        """The costs in the package, if they are of this model and have these levels of caches."""
+        """The costs in the package, if they are of this model and have these levels of caches.
+
+        They were measured on self-written text, so they stand for no other.
+        """
+        if self.corpus.provenance.get("source") != "self":
+            return None
         try:
             found = LevelCosts.load(PACKAGED_COSTS, self.llm)
         except ArtifactError:

@@ -95,8 +95,8 @@ def build_plan_frontier(
         item_bytes: The ladder and its bytes.
         requests: A sample of the expected requests.
         config: Settings.
-        known: NLL of plans that were measured before on the same text, nats per token; all of them
-            become part of the result.
+        known: NLL of plans that were measured before on the same text, nats per token; those with
+            levels of the ladder become part of the result.
         on_score: Called after each plan that is measured.
         start: A table of the same model on other text or with other stubs. For each request, the
             best of its plans that fits is measured first.
@@ -134,7 +134,7 @@ class _Search:
         self._order = greedy_order(costs, item_bytes)
         self._ladder = item_bytes.ladder
         self._rng = np.random.default_rng(config.seed)
-        self.nll: dict[MaskOrPlan, float] = {simplest(plan): nll for plan, nll in known.items()}
+        self.nll = {simplest(plan): nll for plan, nll in known.items() if self._ladder.has(plan)}
         self.measure(necessary_masks(item_bytes.memory.facts.num_blocks))
         self.native_nll = self.nll[BlockMask()]
 

@@ -257,6 +257,14 @@ class Ladder:
             raise UnknownNameError(f"level of {name} in the ladder", level, ["native"])
         return found
 
+    def has(self, plan: MaskOrPlan) -> bool:
+        """Whether all levels of a plan are in the ladder."""
+        try:
+            self.positions(plan)
+        except UnknownNameError:
+            return False
+        return True
+
     def plan(self, positions: Sequence[int]) -> CompressionPlan:
         """The plan whose items have the levels at these positions, (items,)."""
         removed: list[int] = []

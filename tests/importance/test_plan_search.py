@@ -114,14 +114,16 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
     wanted = requests(item_bytes)
     other = simplest(item_bytes.ladder.lowest)
     known = {other: context.scorer.nll(other)}
+    elsewhere = {CompressionPlan.of({"layer00.cache": "int2"}): 9.0}
     config = PlanSearchConfig(evaluations=70, batch=8, requests=8, members=2)
     seen = []
     found = build_plan_frontier(
-        context.scorer, costs, item_bytes, wanted, config, known, seen.append
+        context.scorer, costs, item_bytes, wanted, config, known | elsewhere, seen.append
     )
     assert isinstance(found, PlanFrontier)
     assert found.evaluations <= 70
     assert found.scores[other] == known[other]
+    assert not elsewhere.keys() & found.scores.keys(), "the ladder has no int2"
     assert set(seen) <= set(found.scores)
     assert found.scores == {plan: context.scorer.nll(plan) for plan in found.scores}
     table, order = found.on(item_bytes.ladder), greedy_order(costs, item_bytes)
