@@ -21,6 +21,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import LADDERS, Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.scoring.corpus import Corpus
 from tests.envs.playing import DENSE_TIMING, play
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
 from tests.scoring.tiny_table import all_masks, table_of
@@ -50,9 +51,20 @@ def test_packaged_costs_are_used_where_they_fit(tmp_path, monkeypatch):
     made.level_costs(CACHES).save(tmp_path / "packaged.json")
     monkeypatch.setattr(live_module, "PACKAGED_COSTS", tmp_path / "packaged.json")
     context = make_ladder_context()
+    context.scorer.corpus = Corpus.of_tokens(context.corpus.tokens, source="self")
     context.level_costs(CACHES[:2])
     assert context.scorer.evaluations == 0
     context.level_costs(["int2"])  # not among them
+    assert context.scorer.evaluations > 20
+
+
+def test_packaged_costs_stand_for_self_written_text_only(tmp_path, monkeypatch):
+    made = make_ladder_context()
+    made.level_costs(CACHES).save(tmp_path / "packaged.json")
+    monkeypatch.setattr(live_module, "PACKAGED_COSTS", tmp_path / "packaged.json")
+    context = make_ladder_context()
+    assert context.corpus.provenance["source"] == "tokens"
+    context.level_costs(CACHES[:2])
     assert context.scorer.evaluations > 20
 
 
