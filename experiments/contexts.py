@@ -152,12 +152,13 @@ def task_config(tasks: TasksConfig) -> TaskConfig:
 
 
 def server_settings(config: Config, folder: Path) -> ServerSettings:
-    """Settings of the server, from the sections ``serve`` and ``model``.
+    """Settings of the server, from the sections ``serve``, ``model`` and ``repair``.
 
     `threads` is not set: the program has set it already.
     """
     model = {"model": config.model.name, "device": config.model.device,
-             "dtype": config.model.dtype, "weights": config.model.weights}  # fmt: skip
+             "dtype": config.model.dtype, "weights": config.model.weights,
+             "repair": config.repair.name}  # fmt: skip
     values = {**config.serve, **model}
     if values["decisions"] == "default":
         values["decisions"] = str(folder / DECISIONS_FILE)

@@ -216,7 +216,7 @@ def _name_rows(axis: Axes, methods: list[str]) -> None:
 
 
 CURVES = (
-    ("episode/loss", "ΔNLL of the episode's mask\n(calibration text, nats/token)"),
+    ("episode/loss", "ΔNLL at the end of the episode\n(calibration text, nats/token)"),
     ("episode/return", "return of the episode"),
 )
 """Metrics drawn as learning curves, with axis labels."""

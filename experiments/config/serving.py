@@ -29,8 +29,9 @@ _ELSEWHERE = (
     "device",
     "dtype",
     "weights",
+    "repair",
     "threads",
-)  # from model and config
+)  # from other sections
 
 
 def serve_defaults() -> dict[str, Any]:

@@ -61,6 +61,8 @@ class ServerSettings:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         weights: Format of the weights: ``native`` (as the model's file has them), ``bf16``
             (unquantised), ``int8`` or ``int4``.
+        repair: What stands in the place of a removed block: ``none``, ``library`` (stubs that are
+            fitted on generated text at the first use) or the path of a stub library.
         threads: Threads of torch, at most the number of CPUs; null for torch's own number.
         policy: Policy that chooses levels (``knapsack``, ``rap``) or masks (``rap-v0``,
             ``frontier``, ``dense``), or the path of an exported policy, of level costs or of a
@@ -106,6 +108,7 @@ class ServerSettings:
     device: str = "auto"
     dtype: str = "auto"
     weights: str = "native"
+    repair: str = "none"
     threads: int | None = None
     policy: str = "knapsack"
     memory: str | int = "auto"

@@ -49,15 +49,19 @@ class ServerStack:
 
 
 def load_served_model(settings: ServerSettings) -> ElasticLLM:
-    """Load the model and set its residency."""
+    """Load the model, set its residency, and attach the stubs of the settings."""
     llm = load_llm(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
         weights=settings.weights,
-        lean=True,
+        lean=settings.repair != "library",  # a lean model cannot be fitted to
     )
     llm.set_residency(cast("Residency", settings.residency))
+    if settings.repair != "none":
+        from rap_env.repair.cached_library import open_library  # loads what scores models
+
+        llm = open_library(settings.repair, llm).attach(llm)
     return llm
 
 

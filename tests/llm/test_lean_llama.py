@@ -24,6 +24,10 @@ from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.plan import CompressionPlan
+from rap_env.repair.stub_library import StubLibrary
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import load_served_model
+from tests.llm.stubs import random_stubs
 from tests.llm.tiny_gguf import write_tiny_gguf
 from tests.tiny import padded_batch, randomise, tiny_config
 
@@ -92,6 +96,21 @@ def test_it_serves_the_same_logits(both, plan):
     lean, full = (served(llm, plan) for llm in both)
     assert len(lean) == len(full)
     assert all(map(torch.equal, lean, full))
+
+
+def test_removed_blocks_leave_the_same_stubs(both, gguf_path, tmp_path):
+    lean, full = both
+    stubs = random_stubs(full)
+    expected = served(full.repaired(stubs, "r"), PLANS["mask"])
+    assert all(map(torch.equal, served(lean.repaired(stubs, "r"), PLANS["mask"]), expected))
+    assert not all(map(torch.equal, served(full, PLANS["mask"]), expected))
+    StubLibrary(full.name, full.fingerprint, stubs, {}).save(tmp_path / "stubs.safetensors")
+    settings = {"model": str(gguf_path), "device": "cpu", "dtype": "float32"}
+    server = load_served_model(
+        ServerSettings(**settings, repair=str(tmp_path / "stubs.safetensors"))
+    )
+    assert isinstance(server.model, LeanLlama)
+    assert all(map(torch.equal, served(server, PLANS["mask"]), expected))
 
 
 def test_identity_sizes_and_tokenizer_are_those_of_the_other_model(both):
