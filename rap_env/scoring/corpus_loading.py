@@ -48,7 +48,9 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
         windows = {"self": config.windows - config.windows // 2, "recall": config.windows // 2}
         return Corpus.joined(
             {
-                name: load_corpus(replace(config, source=name, windows=count), llm)
+                name: load_corpus(
+                    replace(config, source=name, windows=count), llm, progress=progress
+                )
                 for name, count in windows.items()
                 if count
             }
