@@ -328,8 +328,8 @@ def plan_results() -> list[str]:
         f"({verdicts['Uniform settings'][1]}), the knapsack over levels {summary['Knapsack'][0]} "
         f"({verdicts['Knapsack'][1]}). A lookup in the table of measured plans, from which the "
         f"policy learned, has {summary['Frontier table'][0]}. With a stub in "
-        "the place of each removed block (fitted to seven kinds of text, one of them other WikiText "
-        "articles), stubs counted in the same budgets, the policy's ΔNLL is "
+        "the place of each removed block (fitted to seven kinds of text, one of them other "
+        "WikiText articles), stubs counted in the same budgets, the policy's ΔNLL is "
         f"{stubs[repaired][0]} and that of uniform settings {stubs['Uniform settings'][0]}."
     ]
 

@@ -77,7 +77,8 @@ def test_a_file_keeps_every_plan(llm, frontier, tmp_path):
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.parent.name)
 def test_committed_tables_are_still_read(path):
     provenance = json.loads(gzip.decompress(path.read_bytes()))["body"]["provenance"]
-    facts = SimpleNamespace(fingerprint=provenance["fingerprint"], repair="")
+    repair = provenance["scoring"].get("repair", "")
+    facts = SimpleNamespace(fingerprint=provenance["fingerprint"], repair=repair)
     found = PlanFrontier.load(path, SimpleNamespace(facts=facts))
     assert found.scores[BlockMask()] == found.native_nll
     assert sum(isinstance(plan, CompressionPlan) for plan in found.scores) > 100
