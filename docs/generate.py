@@ -11,23 +11,13 @@ import json
 import shutil
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from plan_tables import PLANS, plan_tables, shipped_markdown, stubs_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-
-PLANS = "tight"
-"""The folder of ``results/`` with a comparison of methods that choose plans."""
-
-PLANS_STUBS = "tight_stubs"
-"""The same comparison with stubs."""
-
-STUB_METHODS = ("rap", "uniform", "knapsack")
-"""The methods that are also shown without stubs."""
 
 COMPARISONS = (
     PLANS,
@@ -71,8 +61,8 @@ def write_all(docs: Path) -> None:
         _write(details / f"{name}.md", f"---\norphan: true\n---\n\n{text}\n")
         shown = plan_tables(text) if name == PLANS else first_tables(text)
         _write(folder / f"{name}.md", shown)
-    _write(folder / "tight_stubs.md", stubs_markdown())
-    _write(folder / "tight_shipped.md", shipped_markdown())
+    _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
+    _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
     _write(folder / "ablation.md", ablation_table())
     for name in REPLAYS:
         _write(folder / f"{name}.md", replay_markdown(name))
@@ -111,57 +101,6 @@ def first_tables(text: str) -> str:
     if sections and " minus each other method" in sections[0].partition("\n")[0]:
         shown.append(f"**{sections[0].strip()}".replace("\n", "**\n", 1))
     return "\n\n".join(shown) + "\n"
-
-
-def plan_tables(text: str) -> str:
-    """The tables over all cells of a comparison of plans, without the page's title."""
-    summary, *sections = text.split("\n## ")
-    shown = ("Mean ΔNLL", "ΔNLL divided by", "Targets")
-    parts = [f"## {section.strip()}" for section in sections if section.startswith(shown)]
-    return "\n\n".join([summary.partition("\n")[2].strip(), *parts]) + "\n"
-
-
-def stubs_markdown() -> str:
-    """Methods that choose plans with and without stubs, on the same budgets and windows."""
-    from experiments.comparison.records import read_rows
-    from experiments.comparison.summaries import Comparison
-    from experiments.comparison.tables import tables_markdown
-
-    bare, repaired = (
-        read_rows(RESULTS / name / "evaluate" / "results.jsonl") for name in (PLANS, PLANS_STUBS)
-    )
-    others = [
-        replace(row, method=f"{row.method}-without stubs")
-        for row in bare
-        if row.method in STUB_METHODS
-    ]
-    return plan_tables(tables_markdown(Comparison([*repaired, *others])))
-
-
-def shipped_markdown() -> str:
-    """ΔNLL of the candidates for the packaged policy, on a third text and on the report text."""
-    from experiments.comparison.records import read_rows
-    from experiments.comparison.statistics import bootstrap_mean
-
-    folder = RESULTS / "tight_shipped"
-    judged = read_rows(folder / "validation" / "results.jsonl")
-    reported = read_rows(RESULTS / PLANS / "evaluate" / "results.jsonl")
-    reported += [
-        replace(row, method="rap-shipped")
-        for row in read_rows(folder / "evaluate" / "results.jsonl")
-        if row.method == "rap"
-    ]
-    names = {"frontier": "Frontier table", "rap-shipped": "RAP policy, packaged"}
-    rows = []
-    for method, seed in dict.fromkeys((row.method, row.seed) for row in judged):
-        found = []
-        for text in (judged, reported):
-            losses = [r.window_losses for r in text if (r.method, r.seed) == (method, seed)]
-            found.append(bootstrap_mean(np.mean(losses, axis=0)))
-        rows.append((found[0].mean, names.get(method, f"RAP policy, seed {seed}"), *found))
-    head = "| Candidate | ΔNLL on stories | ΔNLL on WikiText |\n| :--- | ---: | ---: |\n"
-    lines = (f"| {name} | {first} | {second} |" for _, name, first, second in sorted(rows))
-    return head + "\n".join(lines) + "\n"
 
 
 def ablation_table() -> str:
@@ -319,7 +258,7 @@ def plan_results() -> list[str]:
     summary, verdicts, *_ = tables_of(comparison_markdown(PLANS))
     policy = next(name for name in summary if name.startswith("RAP policy"))
     seeds = policy.partition("(")[2].rstrip(")") or "1"
-    stubs = tables_of(stubs_markdown())[0]
+    stubs = tables_of(stubs_markdown(RESULTS))[0]
     repaired = next(name for name in stubs if name.startswith("RAP policy ("))
     return [
         "**At budgets where no choice is free, a policy over levels loses less than what one would "

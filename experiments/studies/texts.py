@@ -195,8 +195,8 @@ class TextMeasurements:
     def _measure_costs(self) -> dict[Draw, LevelCosts]:
         """Return the one-shot costs on every draw.
 
-        They are always measured: `LiveContext.level_costs` would return the packaged costs of the
-        default model for every text.
+        They are always measured: `LiveContext.level_costs` would return the packaged costs for
+        every draw of text that the default model writes.
         """
         found = {}
         bar = progress_bar(self._config.progress, self._contexts.items(), desc="costs")

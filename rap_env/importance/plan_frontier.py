@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.artifacts import digest, save_artifact
+from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
 from rap_env.ladder.item_bytes import LadderCosts
 from rap_env.ladder.items import Ladder
@@ -108,11 +109,12 @@ class KnownPlans:
             scores: NLL of masks and plans, nats per token.
             native_nll: NLL of the native model, nats per token.
         """
-        found = [
-            (nll - native_nll, plan, ladder.positions(plan))
-            for plan, nll in scores.items()
-            if ladder.has(plan)
-        ]
+        found: list[tuple[float, MaskOrPlan, list[int]]] = []
+        for plan, nll in scores.items():
+            try:
+                found.append((nll - native_nll, plan, ladder.positions(plan)))
+            except UnknownNameError:
+                continue
         found.sort(key=lambda entry: entry[0])
         where = np.array([positions for *_, positions in found], dtype=np.int64)
         return cls(
