@@ -39,7 +39,7 @@ HEADER = """\
 # @package _global_
 # Budgets in bytes at which the best uniform setting loses about the ΔNLL behind ~ (nats per token,
 # on the calibration text). Written by
-#   python -m experiments.tight_grid experiment=tight
+#   python -m experiments.tight_grid experiment={name}
 # Model {model} ({dtype}, weights {weights}); calibration text {text}.
 # Behind each budget: what the setting loses there, and the setting.
 evaluate:
@@ -101,6 +101,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
             log.info("%s", budget.line.strip("- "))
     facts, text = context.memory.facts, context.corpus.provenance
     head = HEADER.format(
+        name=config.name,
         model=config.model.name,
         dtype=facts.dtype,
         weights=config.model.weights,
