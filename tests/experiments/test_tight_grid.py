@@ -73,7 +73,7 @@ def test_the_best_setting_needs_all_of_its_budget_and_no_other_is_nearer(baselin
 def test_the_fragment_is_read_by_the_evaluation(config):
     path = tight_grid(config, config.stage_dir("tight_grid"))
     text = path.read_text()
-    assert "python -m experiments.tight_grid experiment=tight" in text
+    assert "python -m experiments.tight_grid experiment=tiny" in text
     assert text.startswith("# @package _global_\n")
     pinned = yaml.safe_load(text)["evaluate"]["pinned"]
     assert len(pinned) == len(SHAPES) * len(LOSSES)
