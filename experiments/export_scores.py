@@ -3,15 +3,17 @@
 The table has the scores that the store has of the model on the calibration text, and the
 importance that agents observe. ``export.masks=20000`` first measures masks (see
 `experiments.training.score_tables`) until the store has as many; after a kill, the same command
-resumes and writes the same table. ``export.levels=true model.weights=native`` adds what
-``RAPPrune-v1`` needs: the costs of levels, which are measured unless the package or the cache has
-them, and the scores of plans.
+resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
+comparison recorded, so that nothing is measured twice. ``export.levels=true
+model.weights=native`` adds what ``RAPPrune-v1`` needs: the costs of levels, which are measured
+unless the package or the cache has them, and the scores of plans.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import islice
@@ -23,15 +25,18 @@ from experiments.console import say
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.training.recorded_scores import recorded_scores
 from experiments.training.score_tables import (
     importance_orders,
     planned_masks,
     stored_scores,
     table_of,
 )
+from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.ladder.items import LADDERS
 from rap_env.llm.progress import progress_bar
+from rap_env.plan import MaskOrPlan
 from rap_env.scoring.scorer import bar_callback
 
 log = logging.getLogger(__name__)
@@ -48,13 +53,16 @@ def export_scores(config: Config, folder: Path) -> Path:
     """
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
-    _check(config, context)
+    recorded = recorded_scores(config.export.records, context)
+    _check(config, context, recorded)
     run.start(config, frozen=("model", "calibration", "importance", "repair", "seed"))
     _ = context.one_shot, context.features  # measured first, because the table contains them
     if config.export.masks is not None:
-        measure(config, context)
+        measure(config, context, recorded)
     levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
-    scores = stored_scores(context, plans=config.export.levels)
+    scores = recorded | stored_scores(context, plans=config.export.levels)
+    if levels is None:
+        scores = {plan: nll for plan, nll in scores.items() if isinstance(plan, BlockMask)}
     table = table_of(config, context, scores, levels=levels)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
@@ -64,10 +72,11 @@ def export_scores(config: Config, folder: Path) -> Path:
     return path
 
 
-def measure(config: Config, context: PruningContext) -> None:
-    """Score planned masks until the store has `config.export.masks`."""
+def measure(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan, float]) -> None:
+    """Score planned masks until the records and the store have `config.export.masks`."""
     wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
-    known = stored_scores(context, plans=False)
+    known = set(recorded) | set(stored_scores(context, plans=False))
+    known = {plan for plan in known if isinstance(plan, BlockMask)}
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     missing = list(
         islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
@@ -89,7 +98,7 @@ def measure(config: Config, context: PruningContext) -> None:
             )  # fmt: skip
 
 
-def _check(config: Config, context: PruningContext) -> None:
+def _check(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan, float]) -> None:
     """Check that a table can be made, before anything is measured.
 
     Raises:
@@ -103,7 +112,7 @@ def _check(config: Config, context: PruningContext) -> None:
             "A score table is made from a score store, but store is null. Set store=default or "
             "store=FILE."
         )
-    if wanted is None and not stored_scores(context, plans=False):
+    if wanted is None and not recorded and not stored_scores(context, plans=False):
         raise ExperimentError(
             f"The store {context.store.path} has no scores of {name} on this calibration text, "
             "dtype, device and number of threads. Measure some with export.masks=20000, or use "

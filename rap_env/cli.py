@@ -7,12 +7,8 @@ lines to stderr. An error is one sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,8 +38,6 @@ from rap_env.version import __version__
 if TYPE_CHECKING:
     from rap_env.llm.default_model import CachedModel
 
-_EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}  # a module of each
-_VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _MIB = 2**20
 FACTS_VERSION = 2
 """Format of the file of a model's facts."""
@@ -382,48 +376,11 @@ def _model_json(model: CachedModel) -> dict[str, Any]:
 @cli.command()
 @_json_option
 def info(as_json: bool) -> None:
-    """Show versions, device and the cache folder."""
-    import torch
+    """Show versions, device, the cache folder and the score tables in the package."""
+    from rap_env.installation import describe, description
 
-    from rap_env.llm.default_model import cached_models
-    from rap_env.llm.device import choose_device, device_kind
-    from rap_env.llm.progress import folder_bytes
-    from rap_env.paths import cache_dir
-
-    device, folder = choose_device(), cache_dir()
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    sizes = {e.name: folder_bytes(e) if e.is_dir() else e.stat().st_size for e in entries}
-    answer = {
-        "rap_env": __version__,
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
-        "extras": {e: importlib.util.find_spec(m) is not None for e, m in _EXTRAS.items()},
-        "device": str(device),
-        "device_kind": device_kind(device),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "cache": {"folder": str(folder), "bytes": sum(sizes.values()), "entries": sizes},
-        "models": [_model_json(model) for model in cached_models()],
-    }
-    _show(answer, _info_text(answer), as_json)
-
-
-def _info_text(answer: dict[str, Any]) -> str:
-    versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
-    extras = (f"{n} ({'yes' if there else 'no'})" for n, there in answer["extras"].items())
-    models, cache = answer["models"], answer["cache"]
-    lines = [
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
-        f"Extras installed: {', '.join(extras)}",
-        f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads, "
-        f"{answer['cpus']} CPUs",
-        f"Cache: {cache['folder']}, {cache['bytes'] / _MIB:.1f} MiB",
-        *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in cache["entries"].items()),
-        *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}" for m in models),
-    ]
-    if not models:
-        lines.append("No model is cached; `rap fetch` downloads the default model.")
-    return "\n".join(lines)
+    answer = describe()
+    _show(answer, description(answer), as_json)
 
 
 if __name__ == "__main__":

@@ -117,5 +117,7 @@ class ExportConfig(Section):
     """Masks that the store must have; missing ones are measured first. null measures none."""
     levels: bool = False
     """Whether the table has the costs of levels and measured plans, as ``RAPPrune-v1`` needs."""
+    records: list[str] = field(default_factory=list)
+    """Folders of comparisons on the same model and text, whose measured scores are added."""
     path: str | None = None
     """The table's file; null for one in the run folder."""

@@ -43,7 +43,8 @@ class ContextConfig:
 
     Attributes:
         model: Alias, hub id, folder or GGUF file; or ``"score_table:PATH"``, which has scores
-            and no model (see `rap_env.context.table`).
+            and no model (see `rap_env.context.table`); ``"score_table:smollm2-135m"`` is a table in
+            the package.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
         weights: ``"bf16"`` (unquantised, in `dtype`), or another value of `rap_env.load_llm`.

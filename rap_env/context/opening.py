@@ -27,7 +27,7 @@ def open_context(config: ContextConfig) -> PruningContext:
     if config.importance not in IMPORTANCES and not Path(config.importance).is_file():
         hint = "Any other value is the path of a GSI artifact; there is no such file."
         raise UnknownNameError("importance", config.importance, IMPORTANCES, hint)
-    key, table = canonical_json(asdict(config)), table_path(config.model)
+    key, table = canonical_json(asdict(config)), table_path(config.model, config.weights)
     library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
     for file in (table, library):
         if file is not None and file.exists():

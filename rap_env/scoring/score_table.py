@@ -35,7 +35,10 @@ from rap_env.scoring.predictor import (
 )
 
 PREFIX = "score_table:"
-"""Prefix of a model name that is the path of a table."""
+"""Prefix of a model name that is the name or path of a table."""
+
+TABLES = Path(__file__).parent / "tables"
+"""Folder of the tables in the package, ``MODEL.WEIGHTS.json.gz`` each."""
 
 _KIND, _FORMAT = "score table", 5
 _FORMAT_WITHOUT_LEVELS = 4
@@ -49,9 +52,30 @@ _NO_PREDICTION = (
 _PREDICTIONS_KEPT = 2**17
 
 
-def table_path(model: str) -> Path | None:
-    """The file of a model that is named ``score_table:PATH``; None for any other model."""
-    return Path(model.removeprefix(PREFIX)).expanduser() if model.startswith(PREFIX) else None
+def packaged_tables() -> list[Path]:
+    """The tables in the package: for each model, one of its native and of its bf16 weights."""
+    return sorted(TABLES.glob("*.json.gz"))
+
+
+def packaged_names() -> list[str]:
+    """The models of the tables in the package."""
+    return sorted({path.name.partition(".")[0] for path in packaged_tables()})
+
+
+def table_path(model: str, weights: str = "bf16") -> Path | None:
+    """The file of a model named ``score_table:NAME`` or ``score_table:PATH``; None for any other.
+
+    Args:
+        model: NAME is a packaged model, such as ``smollm2-135m``.
+        weights: How a model of that name is loaded: ``"bf16"`` for `RAPPrune-v0`, ``"native"``
+            for `RAPPrune-v1`.
+    """
+    if not model.startswith(PREFIX):
+        return None
+    name = model.removeprefix(PREFIX)
+    if name in packaged_names():
+        return TABLES / f"{name}.{weights}.json.gz"
+    return Path(name).expanduser()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +200,9 @@ class ScoreTable:
         except OSError as error:
             raise ModelNotAvailableError(
                 f"Cannot read the score table {os.fspath(path)} ({error.strerror}); correct the "
-                "path, or make a table with ScoreTable.fitted(...).save(path), which "
-                "`python -m experiments.export_scores` does in a checkout of the project."
+                f"path, name a packaged table ({', '.join(packaged_names())}), or make a table "
+                "with ScoreTable.fitted(...).save(path), which `python -m "
+                "experiments.export_scores` does in a checkout of the project."
             ) from None
         facts = ModelFacts(**with_tuples(body.pop("facts")))
         plans = _read_plans(body.pop("masks"), facts.num_blocks)

@@ -21,7 +21,7 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
-from experiments.config.training import AgentConfig
+from experiments.config.training import AgentConfig, FrontierConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
@@ -119,6 +119,29 @@ def test_without_a_number_the_stored_scores_are_used(config, exported, tmp_path)
     settings = replace(config, export=ExportConfig(path=str(path)))
     assert export_scores(settings, tmp_path / "run") == path
     assert len(ScoreTable.load(path).scores) >= MASKS
+
+
+def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
+    recorded = replace(config, name="recorded", frontier=FrontierConfig(evaluations=60))
+    profile(recorded, recorded.stage_dir("profile"))
+    table = json.loads((recorded.root / "profile" / "frontier.json").read_text())["body"]
+    policys = BlockMask.of(0, 1, 4, 5, 8, 9)
+    rounds = recorded.root / "train" / "rap-s0" / "rounds.jsonl"
+    rounds.parent.mkdir(parents=True)
+    rounds.write_text(json.dumps({"round": 0, "scored": [[list(policys.names), 7.5]]}) + "\n")
+    export = ExportConfig(records=[str(recorded.root)])
+    fresh = replace(config, store=str(tmp_path / "fresh.sqlite"), export=export)
+    found = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
+    assert found[policys] == 7.5
+    assert {len(mask) for mask in found} > {0, 1}
+    assert len(found) >= len(table["nll"]) > 50
+    assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
+    other = replace(fresh, calibration=replace(config.calibration, seed=5))
+    with pytest.raises(RapError, match="was measured on other text"):
+        export_scores(other, tmp_path / "other")
+    none = replace(fresh, export=ExportConfig(records=[str(tmp_path)]))
+    with pytest.raises(RapError, match="has no recorded scores"):
+        export_scores(none, tmp_path / "none")
 
 
 def test_an_agent_trains_on_a_table(config, exported):

@@ -1,0 +1,89 @@
+"""What ``rap info`` shows: versions, device, the cache folder, models and packaged score tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from rap_env.paths import cache_dir
+from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
+from rap_env.version import __version__
+
+_EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}  # a module of each
+_VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
+_MIB = 2**20
+
+
+def describe() -> dict[str, Any]:
+    """The installation as plain values."""
+    import torch
+
+    from rap_env.llm.default_model import cached_models
+    from rap_env.llm.device import choose_device, device_kind
+    from rap_env.llm.progress import folder_bytes
+
+    device, folder = choose_device(), cache_dir()
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    sizes = {e.name: folder_bytes(e) if e.is_dir() else e.stat().st_size for e in entries}
+    return {
+        "rap_env": __version__,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+        "extras": {e: importlib.util.find_spec(m) is not None for e, m in _EXTRAS.items()},
+        "device": str(device),
+        "device_kind": device_kind(device),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cache": {"folder": str(folder), "bytes": sum(sizes.values()), "entries": sizes},
+        "models": [
+            {"name": model.name, "folder": str(model.folder), "bytes": model.size_bytes}
+            for model in cached_models()
+        ],
+        "score_tables": [_score_table(path) for path in packaged_tables()],
+    }
+
+
+def _score_table(path: Path) -> dict[str, Any]:
+    """A packaged score table, and how well it predicts what it was not fitted to."""
+    model, weights, *_ = path.name.split(".")
+    table = ScoreTable.load(path)
+    agreement = table.fidelity.rows[0]
+    return {
+        "model": f"{PREFIX}{model}",
+        "weights": weights,
+        "environment": "RAPPrune-v0" if table.levels is None else "RAPPrune-v1",
+        "scores": len(table.scores),
+        "held_out": agreement.masks,
+        "rank_correlation": agreement.spearman,
+        "median_relative_error": agreement.median_relative_error,
+        "text_sha256": table.text["sha256"],
+    }
+
+
+def description(answer: dict[str, Any]) -> str:
+    """The text of what `describe` returned."""
+    versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
+    extras = (f"{n} ({'yes' if there else 'no'})" for n, there in answer["extras"].items())
+    models, cache = answer["models"], answer["cache"]
+    lines = [
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"Extras installed: {', '.join(extras)}",
+        f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads, "
+        f"{answer['cpus']} CPUs",
+        f"Cache: {cache['folder']}, {cache['bytes'] / _MIB:.1f} MiB",
+        *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in cache["entries"].items()),
+        *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}" for m in models),
+    ]
+    if not models:
+        lines.append("No model is cached; `rap fetch` downloads the default model.")
+    lines += [
+        f"Model: {t['model']} in {t['environment']}, {t['scores']:,} measured scores. Predictions, "
+        f"{t['held_out']} held out: rank correlation {t['rank_correlation']:.3f}, median error "
+        f"{t['median_relative_error']:.1%}"
+        for t in answer["score_tables"]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""The score tables in the package: names, fidelity, and environments without torch or model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rap_env.scoring.score_table import ScoreTable, packaged_names, packaged_tables, table_path
+
+MODEL = "smollm2-135m"
+
+EPISODES = """
+import json, sys
+import gymnasium as gym
+import rap_env
+found = {}
+for number in (0, 1):
+    env = gym.make(f"RAPPrune-v{number}", model="score_table:smollm2-135m")
+    observation, info = env.reset(seed=7, options={"request": REQUEST})
+    env.action_space.seed(7)
+    rewards, over = [], False
+    while not over:
+        action = env.action_space.sample(observation["action_mask"])
+        observation, reward, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+        rewards.append(reward)
+    found[number] = [len(rewards), sum(rewards).hex(), info["loss"].hex()]
+print(json.dumps([found, "torch" in sys.modules, "transformers" in sys.modules]))
+"""
+
+
+def run_episodes():
+    request = {"batch_size": 8, "seq_len_tokens": 1024, "budget_fraction": 0.5}
+    code = EPISODES.replace("REQUEST", repr(request))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_packaged_table_is_found_by_the_name_of_its_model():
+    assert MODEL in packaged_names()
+    masks, plans = (table_path(f"score_table:{MODEL}", how) for how in ("bf16", "native"))
+    assert masks != plans
+    assert {masks, plans} <= set(packaged_tables())
+    assert table_path(f"score_table:./{MODEL}") == Path(MODEL)  # a file of this name
+    assert sum(path.stat().st_size for path in packaged_tables()) < 2_000_000
+
+
+@pytest.mark.parametrize("path", packaged_tables(), ids=lambda path: path.name)
+def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
+    table = ScoreTable.load(path)
+    everything = table.fidelity.rows[0]
+    assert everything.masks >= 250
+    assert everything.spearman >= 0.99
+    assert everything.median_relative_error <= 0.05
+    deep = table.fidelity.rows[-1]
+    assert deep.masks > everything.masks / 2
+    assert deep.spearman >= 0.99
+    assert len(table.text["sha256"]) == 64
+    assert (table.levels is None) == (".bf16." in path.name)
+
+
+def test_both_environments_run_on_the_packaged_table_without_a_model():
+    found, torch, transformers = run_episodes()
+    assert not torch
+    assert not transformers
+    assert all(steps > 3 and float.fromhex(loss) > 0 for steps, _, loss in found.values())
+    assert run_episodes()[0] == found, "two processes get the same rewards, bit for bit"
