@@ -4,9 +4,9 @@ The table has the scores that the store has of the model on the calibration text
 importance that agents observe. ``export.masks=20000`` first measures masks (see
 `experiments.training.score_tables`) until the store has as many; after a kill, the same command
 resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
-comparison recorded, so that nothing is measured twice. ``export.levels=true
-model.weights=native`` adds what ``RAPPrune-v1`` needs: the costs of levels, which are measured
-unless the package or the cache has them, and the scores of plans.
+comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text.
+``export.levels=true model.weights=native`` adds what ``RAPPrune-v1`` needs: the costs of levels,
+which are measured unless the package or the cache has them, and the scores of plans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments.console import say
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.training.recorded_scores import recorded_scores
+from experiments.training.recorded_scores import recorded_held_out, recorded_scores
 from experiments.training.score_tables import (
     importance_orders,
     planned_masks,
@@ -63,11 +63,14 @@ def export_scores(config: Config, folder: Path) -> Path:
     scores = recorded | stored_scores(context, plans=config.export.levels)
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if isinstance(plan, BlockMask)}
-    table = table_of(config, context, scores, levels=levels)
+    held_out = recorded_held_out(config.export.records, context)
+    table = table_of(config, context, scores, levels=levels, held_out=held_out)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
     say(str(table.fidelity))
+    if held_out is not None:
+        say(f"On held-out text ({len(held_out.measured):,} measured):\n{held_out.fidelity}")
     say(f"{len(table.scores):,} masks in {path}. Use the table as model.name=score_table:{path}")
     return path
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rap_env.envs.vector import RAPPruneVectorEnv
     from rap_env.errors import RapError
     from rap_env.importance.gsi_search import gsi
+    from rap_env.leaderboard.evaluation import evaluate
     from rap_env.llm.loading import load_llm
     from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
     from rap_env.llm.streamed import stream_llm
@@ -46,6 +48,7 @@ _MODULES = {
     "RapError": "errors",
     "Request": "request",
     "RuntimeController": "runtime.controller",
+    "evaluate": "leaderboard.evaluation",
     "gsi": "importance.gsi_search",
     "load_corpus": "scoring.corpus_loading",
     "load_llm": "llm.loading",
@@ -71,6 +74,7 @@ __all__ = [
     "Request",
     "RuntimeController",
     "__version__",
+    "evaluate",
     "gsi",
     "load_corpus",
     "load_llm",
@@ -81,17 +85,32 @@ __all__ = [
     "stream_llm",
 ]
 
+_ENTRY_POINTS = {
+    "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.vector:RAPPruneVectorEnv"),
+    "RAPPrune-v1": (
+        "rap_env.envs.prune_v1:RAPPruneV1Env",
+        "rap_env.envs.prune_v1:RAPPruneV1VectorEnv",
+    ),
+}
+
+
+def _register() -> None:
+    """Register the environments, then the pinned tasks, which fix their arguments."""
+    for name, (single, vector) in _ENTRY_POINTS.items():
+        gymnasium.register(id=name, entry_point=single, vector_entry_point=vector)
+    for task in pinned_tasks().values():
+        single, vector = _ENTRY_POINTS[task.environment]
+        gymnasium.register(
+            id=task.name,
+            entry_point=single,
+            vector_entry_point=vector,
+            reward_threshold=task.reward_threshold,
+            kwargs=dict(task.arguments),
+        )
+
+
 if "RAPPrune-v0" not in gymnasium.registry:
-    gymnasium.register(
-        id="RAPPrune-v0",
-        entry_point="rap_env.envs.prune:RAPPruneEnv",
-        vector_entry_point="rap_env.envs.vector:RAPPruneVectorEnv",
-    )
-    gymnasium.register(
-        id="RAPPrune-v1",
-        entry_point="rap_env.envs.prune_v1:RAPPruneV1Env",
-        vector_entry_point="rap_env.envs.prune_v1:RAPPruneV1VectorEnv",
-    )
+    _register()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison.records import read_records
+from experiments.comparison.records import ResultRow, read_records, read_rows
 from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
 from experiments.training.score_model import ROUNDS_FILE, scored_masks
@@ -14,37 +15,97 @@ from rap_env.artifacts import artifact_kind
 from rap_env.context.base import PruningContext
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import MaskOrPlan, simplest
+from rap_env.scoring.held_out import HeldOutLosses
+
+Folders = Sequence[str | os.PathLike[str]]
 
 
-def recorded_scores(
-    folders: Sequence[str | os.PathLike[str]], context: PruningContext
-) -> dict[MaskOrPlan, float]:
+def recorded_scores(folders: Folders, context: PruningContext) -> dict[MaskOrPlan, float]:
     """Return the mean NLL of all masks and plans that comparisons recorded, nats per token.
 
     Args:
-        folders: Folders of comparisons, with the table of their profile and their training runs.
+        folders: Folders of comparisons, with the table of their profile, their training runs, or
+            their evaluation.
         context: The model and text that they must have been measured with.
 
     Raises:
-        ExperimentError: A folder has no table, or it was measured on another text.
+        ExperimentError: A folder has no scores, or they were measured on another text.
         ArtifactError: A table is of another model, or damaged.
     """
     found: dict[MaskOrPlan, float] = {}
     for folder in map(Path, folders):
-        path = folder / "profile" / FRONTIER_FILE
-        if not path.is_file():
-            raise ExperimentError(f"{folder} has no recorded scores: there is no {path}.")
-        kind = PlanFrontier if artifact_kind(path) == PlanFrontier.KIND else Frontier
-        table = kind.load(path, context.memory)
-        measured, here = table.provenance["scoring"]["tokens"], context.corpus.sha256
-        if measured != here:
+        own = _table_scores(folder, context)
+        for row in _rows(folder, context):
+            own.setdefault(simplest(row.plan), row.loss_calibration + context.scorer.dense_nll)
+        if not own:
             raise ExperimentError(
-                f"{folder} was measured on other text (SHA-256 {measured[:12]}) than the "
-                f"calibration text ({here[:12]}); use its settings of the calibration text."
+                f"{folder} has no recorded scores of this model and calibration text."
             )
-        found.update(table.scores.items())
-        for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
-            for record in read_records(path):
-                found |= scored_masks(record)
+        found |= own
     return found
+
+
+def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, float]:
+    """Return the scores of a comparison's table and training runs; none without a table."""
+    path = folder / "profile" / FRONTIER_FILE
+    if not path.is_file():
+        return {}
+    kind = PlanFrontier if artifact_kind(path) == PlanFrontier.KIND else Frontier
+    table = kind.load(path, context.memory)
+    measured, here = table.provenance["scoring"]["tokens"], context.corpus.sha256
+    if measured != here:
+        raise ExperimentError(
+            f"{folder} was measured on other text (SHA-256 {measured[:12]}) than the "
+            f"calibration text ({here[:12]}); use its settings of the calibration text."
+        )
+    found: dict[MaskOrPlan, float] = {}
+    found.update(table.scores.items())
+    for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
+        for record in read_records(path):
+            found |= scored_masks(record)
+    return found
+
+
+def recorded_held_out(folders: Folders, context: PruningContext) -> HeldOutLosses | None:
+    """Return what the plans of some comparisons lost on the text that most of them report.
+
+    Args:
+        folders: As for `recorded_scores`.
+        context: The model and calibration text of the comparisons.
+
+    Returns:
+        None if no plan was evaluated.
+
+    Raises:
+        ArtifactError: There are too few plans to predict others.
+    """
+    rows = [row for folder in map(Path, folders) for row in _rows(folder, context)]
+    texts = Counter(_report_sha256(row) for row in rows)
+    if not texts:
+        return None
+    ((reported, _),) = texts.most_common(1)
+    rows = [row for row in rows if _report_sha256(row) == reported]
+    return HeldOutLosses.fitted(
+        rows[0].provenance["depends_on"]["report_text"],
+        {row.plan: row.loss for row in rows},
+        {simplest(row.plan): row.loss_calibration for row in rows},
+        context.memory.facts.num_blocks,
+    )
+
+
+def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
+    """Return a comparison's rows of the same model and calibration text."""
+    facts, here = context.memory.facts, context.corpus.sha256
+    wanted = (facts.fingerprint, here, facts.repair or None)
+    names = ("model_fingerprint", "calibration_sha256", "repair")
+    rows = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]
+    return [
+        row
+        for row in rows
+        if tuple(row.provenance.get("depends_on", {}).get(name) for name in names) == wanted
+    ]
+
+
+def _report_sha256(row: ResultRow) -> str:
+    return str(row.provenance["depends_on"]["report_sha256"])

@@ -32,6 +32,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import MaskOrPlan
 from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.score_table import ScoreTable
 from rap_env.scoring.scorer import METRIC
 from rap_env.scoring.store import context_key
@@ -115,6 +116,7 @@ def table_of(
     scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
     *,
     levels: LevelCosts | None = None,
+    held_out: HeldOutLosses | None = None,
     **model: Any,
 ) -> ScoreTable:
     """Make a score table from scores of a context.
@@ -124,6 +126,7 @@ def table_of(
         context: What the scores were measured with.
         scores: Mean NLL of masks and plans, nats per token.
         levels: Costs of levels, from which plans are predicted; None predicts masks only.
+        held_out: Losses on held-out text, if some were measured.
         **model: ``members`` and ``pessimism`` of the score model.
 
     Raises:
@@ -138,6 +141,7 @@ def table_of(
         seed=config.seed,
         lowered=None if levels is None else levels.delta_nll,
         levels=None if levels is None else asdict(levels),
+        held_out=held_out,
         **model,
         context=dict(scorer.context),
         text=context.corpus.provenance,

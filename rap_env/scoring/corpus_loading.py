@@ -1,7 +1,7 @@
 """Loads a text: written by the dense model, made of facts, read from a file or a hub data set.
 
 By default the dense model generates the text, so no data set is needed and no benchmark can leak
-into the search.
+into the search. For the default model, the generated texts of published results are in the package.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from rap_env.llm.self_written import TEMPERATURE, TOP_P, self_written, start_tok
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
 from rap_env.scoring.long_context_tasks import recall_text
+
+TEXTS = Path(__file__).parent / "texts"
+"""Folder of the generated texts in the package, named after what determines them."""
 
 _FORMAT = 1
 _MORE_TOKENS = 64  # generated and cut off: a text of facts may be a piece of filler shorter
@@ -59,11 +62,18 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
 
 
 def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
-    """Text by the dense model, from the cache if it is there."""
+    """Text by the dense model, from the package or the cache if it is there.
+
+    The tokens are sampled, so that rounding decides some of them: the same settings give other
+    text with another instruction set, number of threads or version of torch. The texts that
+    published scores of the default model were measured on are therefore in the package.
+    """
     described = {"model": llm.facts.fingerprint, "format": _FORMAT, **_generation_settings(config)}
-    path = cache_dir() / "corpora" / f"{digest(described)[:24]}.json"
+    name = f"{digest(described)[:24]}.json"
+    path, packaged = cache_dir() / "corpora" / name, TEXTS / name
     try:
-        tokens = torch.tensor(load_artifact(path, "corpus", _FORMAT)["tokens"])
+        found = packaged if packaged.is_file() else path
+        tokens = torch.tensor(load_artifact(found, "corpus", _FORMAT)["tokens"])
     except FileNotFoundError:
         tokens = _generate(config, llm, progress)
         save_artifact(path, "corpus", _FORMAT, {"made_by": described, "tokens": tokens.tolist()})

@@ -24,6 +24,7 @@ from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, only_mask, simplest
 from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
+from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
@@ -40,11 +41,12 @@ PREFIX = "score_table:"
 TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json.gz`` each."""
 
-_KIND, _FORMAT = "score table", 5
+_KIND, _FORMAT = "score table", 6
+_FORMAT_WITHOUT_HELD_OUT = 5
 _FORMAT_WITHOUT_LEVELS = 4
 _MASK_FORMAT = 3  # had no plans
 _HEX_FORMAT = 2  # masks were hex strings with one bit per block, pessimism was called doubt
-_OLDER = (_FORMAT_WITHOUT_LEVELS, _MASK_FORMAT, _HEX_FORMAT)
+_OLDER = (_FORMAT_WITHOUT_HELD_OUT, _FORMAT_WITHOUT_LEVELS, _MASK_FORMAT, _HEX_FORMAT)
 _NO_PREDICTION = (
     "This score table has no costs of levels, so it predicts masks only, and this plan was not "
     "measured: score it with a live model."
@@ -98,6 +100,7 @@ class ScoreTable:
         predictor: Predicts delta_nll of other masks and plans.
         fidelity: Agreement of the predictor on those that it was not fitted to.
         levels: The fields of the `LevelCosts`, or None: it then predicts no plans.
+        held_out: Losses on text that no plan was searched on, or None.
     """
 
     facts: ModelFacts
@@ -112,6 +115,7 @@ class ScoreTable:
     predictor: ScoreModel
     fidelity: Fidelity
     levels: dict[str, Any] | None = None
+    held_out: HeldOutLosses | None = None
 
     @classmethod
     def fitted(
@@ -182,6 +186,8 @@ class ScoreTable:
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("facts", "predictor", "fidelity"):
             body[name] = asdict(body[name])
+        if self.held_out is not None:
+            body["held_out"] = self.held_out.to_json()
         del body["scores"]
         body["masks"] = [json.loads(plan.to_json()) for plan in self.scores]
         body["nll"] = list(self.scores.values())
@@ -211,6 +217,8 @@ class ScoreTable:
         pessimism = predictor.get("pessimism", predictor.get("doubt"))
         body["predictor"] = ScoreModel(tuple(members), pessimism)
         body["fidelity"] = Fidelity.from_json(body["fidelity"])
+        if body.get("held_out") is not None:
+            body["held_out"] = HeldOutLosses.from_json(body["held_out"])
         return cls(facts=facts, scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
 
 

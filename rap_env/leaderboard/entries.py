@@ -1,0 +1,119 @@
+"""Entries of the leaderboard: the plans of a method at the requests of a pinned comparison.
+
+An entry is one file. It holds plans rather than numbers alone, so that anyone can replay them on
+the model (`experiments.leaderboard`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.artifacts import digest, load_artifact, save_artifact
+from rap_env.errors import ArtifactError
+from rap_env.leaderboard.tasks import SPLITS
+from rap_env.plan import CompressionPlan
+
+ENTRIES = Path(__file__).parent / "published"
+"""Folder of the published entries, ``COMPARISON/NAME.json`` each."""
+
+_KIND, _FORMAT = "leaderboard entry", 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """The plans of one training seed, or of a method without one.
+
+    Attributes:
+        seed: Training seed; None without one.
+        plans: For each request, the levels of all lowered items by name.
+        delta_nll: For each split that was measured, ΔNLL of each plan, nats per token.
+        fits: For each request, whether the plan is within the budget.
+    """
+
+    seed: int | None
+    plans: tuple[dict[str, str], ...]
+    delta_nll: dict[str, tuple[float, ...]]
+    fits: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method on one comparison.
+
+    Attributes:
+        name: Its name in tables.
+        comparison: The comparison, as in `PinnedTask`.
+        description: One sentence: what the method is.
+        runs: A run for each training seed.
+        evaluations: Plans that the model scored for each request, median over requests.
+        setup_evaluations: Plans that the model scored once, before any request.
+        decision_s: Seconds for each request, median.
+        origin: Who made it, with which command and from which records.
+    """
+
+    name: str
+    comparison: str
+    description: str
+    runs: tuple[Run, ...]
+    evaluations: float = 0.0
+    setup_evaluations: int = 0
+    decision_s: float = 0.0
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all plans: entries with equal plans are equal, whatever their names."""
+        return digest([list(run.plans) for run in self.runs])
+
+    def delta_nll(self, split: str) -> npt.NDArray[np.float64] | None:
+        """ΔNLL at each request, mean over seeds, nats per token; None if it was not measured."""
+        if any(split not in run.delta_nll for run in self.runs):
+            return None
+        values: npt.NDArray[np.float64] = np.array([run.delta_nll[split] for run in self.runs])
+        return np.asarray(values.mean(axis=0))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a checked, compressed JSON artifact."""
+        save_artifact(path, _KIND, _FORMAT, asdict(self), compress=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ArtifactError: It is truncated, altered, or no entry; or a run is incomplete.
+        """
+        body = load_artifact(path, _KIND, _FORMAT)
+        runs = tuple(
+            Run(
+                seed=run["seed"],
+                plans=tuple(run["plans"]),
+                delta_nll={split: tuple(values) for split, values in run["delta_nll"].items()},
+                fits=tuple(run["fits"]),
+            )
+            for run in body.pop("runs")
+        )
+        for run in runs:
+            counts = {len(run.plans), len(run.fits), *map(len, run.delta_nll.values())}
+            if len(counts) != 1 or not set(run.delta_nll) <= set(SPLITS):
+                raise ArtifactError(
+                    f"{os.fspath(path)} has a run (seed {run.seed}) whose plans and losses do not "
+                    "match; write it with Evaluation.entry(...).save(path)."
+                )
+            for plan in run.plans:
+                CompressionPlan.of(plan)  # unknown items and levels are found here
+        return cls(runs=runs, **body)
+
+
+def published_entries(comparison: str) -> Sequence[Entry]:
+    """The published entries of a comparison."""
+    return [Entry.load(path) for path in sorted((ENTRIES / comparison).glob("*.json"))]

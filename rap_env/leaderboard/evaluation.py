@@ -1,0 +1,388 @@
+"""Evaluate a policy on a pinned task, beside the published methods."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.artifacts import digest, disk_errors
+from rap_env.blocks import BlockMask
+from rap_env.context.table import TableContext
+from rap_env.errors import ArtifactError, InvalidRequestError, check_name
+from rap_env.leaderboard.entries import Entry, Run, published_entries
+from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task
+from rap_env.plan import MaskOrPlan, as_plan, simplest
+from rap_env.request import Request
+from rap_env.version import __version__
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+    from rap_env.scoring.corpus import CorpusConfig
+
+Floats = npt.NDArray[np.float64]
+
+_RESAMPLES = 10_000
+_INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a policy chose for one request.
+
+    Attributes:
+        request: The request.
+        plan: The mask or plan.
+        peak_bytes: Its peak bytes.
+        budget_fraction: The budget as a share of the native model's peak bytes.
+        delta_nll: Its ΔNLL on the split's text, nats per token. Where the plan does not fit, that
+            of the model without any block.
+        predicted: Whether ΔNLL was predicted, because the table has not measured the plan.
+        decision_s: Seconds until the plan was known.
+    """
+
+    request: Request
+    plan: MaskOrPlan
+    peak_bytes: int
+    budget_fraction: float
+    delta_nll: float
+    predicted: bool
+    decision_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan is within the budget."""
+        return self.peak_bytes <= self.request.budget_bytes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`; ``print`` shows it beside the published methods.
+
+    Attributes:
+        name: The caller's name of the policy.
+        task: The pinned task.
+        split: ``"calibration"`` or ``"test"``.
+        cells: A result for each request.
+        seed: The seed of the episodes.
+        text_sha256: Hash of the tokens that ΔNLL is of.
+        model_sha256: Fingerprint of the weights.
+        entries: The published entries that were measured on the same text.
+    """
+
+    name: str
+    task: PinnedTask
+    split: str
+    cells: tuple[CellResult, ...]
+    seed: int
+    text_sha256: str
+    model_sha256: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def delta_nll(self) -> Floats:
+        """ΔNLL at each request, nats per token, (requests,)."""
+        return np.array([cell.delta_nll for cell in self.cells])
+
+    @property
+    def mean_delta_nll(self) -> float:
+        """Mean ΔNLL over the requests, nats per token."""
+        return float(self.delta_nll.mean())
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the task and of the plans: what was evaluated, whatever its name."""
+        plans = [json.loads(as_plan(cell.plan).to_json()) for cell in self.cells]
+        return digest([self.task.name, self.split, self.text_sha256, plans])
+
+    def against(self, entry: Entry) -> tuple[float, float, float]:
+        """Mean ΔNLL minus that of an entry, with a paired 95 % interval over the requests.
+
+        Negative values: this policy loses less. The interval is a bootstrap over requests, which
+        are the same for both.
+        """
+        other = entry.delta_nll(self.split)
+        assert other is not None
+        difference = self.delta_nll - other
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
+        low, high = np.percentile(difference[drawn].mean(axis=1), _INTERVAL)
+        return float(difference.mean()), float(low), float(high)
+
+    def __str__(self) -> str:
+        """A text table, from the least mean ΔNLL up."""
+        own = f"{self.name} (this)"
+        rows = [(self.mean_delta_nll, own, "")]
+        for entry in self.entries:
+            values = entry.delta_nll(self.split)
+            assert values is not None
+            mean, low, high = self.against(entry)
+            rows.append(
+                (float(values.mean()), entry.name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            )
+        rows.sort(key=lambda row: row[0])
+        width = max(len(name) for _, name, _ in rows)
+        missed = sum(not cell.fits for cell in self.cells)
+        predicted = sum(cell.predicted for cell in self.cells)
+        lines = [
+            f"{self.task.name}, {self.split} text, {len(self.cells)} requests: mean ΔNLL in nats "
+            "per token (less is better)",
+            f"{'':{width}}  {'ΔNLL':>8}  {own} minus it [95 % interval over requests]",
+            *(f"{name:{width}}  {mean:8.4f}  {against}".rstrip() for mean, name, against in rows),
+        ]
+        if missed:
+            lines.append(
+                f"{missed} plans exceed their budget and count as the model without any block."
+            )
+        if predicted:
+            lines.append(
+                f"{predicted} of {len(self.cells)} values are predicted: the table has not "
+                "measured these plans."
+            )
+        return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The results as records in the format of `experiments.compare`."""
+        return [self._row(cell) for cell in self.cells]
+
+    def _row(self, cell: CellResult) -> dict[str, Any]:
+        plan, request = as_plan(cell.plan), cell.request
+        depends_on = {
+            "task": self.task.name,
+            "split": self.split,
+            "model_fingerprint": self.model_sha256,
+            "report_sha256": self.text_sha256,
+            "calibration_sha256": self.task.calibration_sha256,
+            "seed": self.seed,
+            "evaluated": self.digest,
+            "rap_env": __version__,
+        }
+        return {
+            "method": self.name,
+            "kv_aware": True,
+            "seed": None,
+            "request": {"batch_size": request.batch_size, "seq_len_tokens": request.seq_len_tokens},
+            "budget_fraction": cell.budget_fraction,
+            "budget_bytes": request.budget_bytes,
+            "peak_bytes": cell.peak_bytes,
+            "fits": cell.fits,
+            "attn_removed": plan.removed.count("attn"),
+            "ffn_removed": plan.removed.count("ffn"),
+            "mask": list(plan.removed.names),
+            "loss_calibration": cell.delta_nll,
+            "loss": cell.delta_nll,
+            "loss_ci_low": cell.delta_nll,
+            "loss_ci_high": cell.delta_nll,
+            "window_losses": [cell.delta_nll],
+            "accuracies": {},
+            "decision_s": cell.decision_s,
+            "evaluations": 0,
+            "setup_evaluations": 0,
+            "provenance": {"depends_on": depends_on},
+            "levels": plan.levels,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Append the results to a JSON-lines file, one line for each request.
+
+        Raises:
+            StorageFullError: The disk is full.
+        """
+        path = Path(path)
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows())
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def entry(self, description: str, **origin: Any) -> Entry:
+        """The plans as an entry for the leaderboard.
+
+        Args:
+            description: One sentence: what the method is.
+            **origin: Who made it and how, such as ``url="https://..."``.
+        """
+        run = Run(
+            seed=None,
+            plans=tuple(as_plan(cell.plan).levels for cell in self.cells),
+            delta_nll={self.split: tuple(self.delta_nll.tolist())},
+            fits=tuple(cell.fits for cell in self.cells),
+        )
+        decision_s = float(np.median([cell.decision_s for cell in self.cells]))
+        return Entry(
+            name=self.name,
+            comparison=self.task.comparison,
+            description=description,
+            runs=(run,),
+            decision_s=decision_s,
+            origin=origin,
+        )
+
+
+def evaluate(
+    policy: Any,
+    task: str,
+    split: str = "calibration",
+    *,
+    name: str,
+    seed: int = 0,
+    text: CorpusConfig | None = None,
+) -> Evaluation:
+    """Evaluate a policy at the requests of a pinned task.
+
+    Args:
+        policy: What decides: an object with ``choose(request)`` that returns a mask or plan; a
+            stable-baselines3 model (``predict``; it gets the action mask if it takes one, and
+            acts deterministically); or a function from an observation to an action.
+        task: Name of a pinned task, such as ``"RAPPrune/SmolLM2-Table-v1"``.
+        split: ``"calibration"``, the text that the rewards of the task come from, or ``"test"``,
+            text that no published method has used.
+        name: The name of the policy in the result.
+        seed: Seed of the episodes, for policies that draw.
+        text: The text of ``split="test"`` for a task with a live model; the published methods
+            are shown beside it only if it has the tokens of their test text.
+
+    Returns:
+        The plans, what they lose, and the published methods on the same requests and text.
+
+    Raises:
+        UnknownNameError: There is no such task or split.
+        InvalidRequestError: The policy has none of the three forms, or the live task needs a text.
+        ArtifactError: The task's table has no losses on held-out text.
+        RapError: As the environment does.
+    """
+    pinned = pinned_task(task)
+    check_name("split", split, SPLITS)
+    decide = _decider(policy)
+    env = pinned.make()
+    unwrapped: Any = env.unwrapped
+    context: PruningContext = unwrapped.context
+    scorer = _split_scorer(pinned, context, split, text)
+    cells = []
+    for number, request in enumerate(pinned.requests):
+        began = time.perf_counter()
+        plan = decide(env, request, seed + number)
+        decision_s = time.perf_counter() - began
+        peak_bytes = context.memory.peak_bytes(as_plan(plan), request)
+        scored = plan if peak_bytes <= request.budget_bytes else _nothing_left(context)
+        delta_nll, predicted = scorer.score(scored)
+        dense = context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
+        share = request.budget_bytes / dense
+        cells.append(CellResult(request, plan, peak_bytes, share, delta_nll, predicted, decision_s))
+    env.close()
+    same = scorer.sha256 == pinned.sha256_of(split)
+    entries = [e for e in published_entries(pinned.comparison) if e.delta_nll(split) is not None]
+    return Evaluation(
+        name=name,
+        task=pinned,
+        split=split,
+        cells=tuple(cells),
+        seed=seed,
+        text_sha256=scorer.sha256,
+        model_sha256=context.memory.facts.fingerprint,
+        entries=tuple(entries) if same else (),
+    )
+
+
+Decide = Callable[[Any, Request, int], MaskOrPlan]
+
+
+def _decider(policy: Any) -> Decide:
+    """What gives the plan of a policy for a request in an environment, with a seed."""
+    if hasattr(policy, "choose"):
+        return lambda _env, request, _seed: simplest(policy.choose(request))
+    if hasattr(policy, "predict"):
+        masked = "action_masks" in inspect.signature(policy.predict).parameters
+
+        def act(observation: Mapping[str, Any]) -> Any:
+            masks = {"action_masks": observation["action_mask"].astype(bool)} if masked else {}
+            return policy.predict(observation, deterministic=True, **masks)[0]
+
+        return lambda env, request, seed: _episode(env, act, request, seed)
+    if callable(policy):
+        return lambda env, request, seed: _episode(env, policy, request, seed)
+    raise InvalidRequestError(
+        "A policy is an object with choose(request), a stable-baselines3 model, or a function from "
+        f"an observation to an action, not {policy!r}."
+    )
+
+
+def _episode(
+    env: Any, act: Callable[[Mapping[str, Any]], Any], request: Request, seed: int
+) -> MaskOrPlan:
+    """The plan at the end of an episode."""
+    observation, _ = env.reset(seed=seed, options={"request": request})
+    over = False
+    while not over:
+        observation, _, terminated, truncated, _ = env.step(act(observation))
+        over = terminated or truncated
+    return simplest(env.unwrapped.plan)
+
+
+def _nothing_left(context: PruningContext) -> MaskOrPlan:
+    """The model without any block."""
+    return BlockMask.of(*range(context.memory.facts.num_blocks))
+
+
+@dataclass(frozen=True)
+class _SplitScorer:
+    """Gives ΔNLL of a plan on a split's text, and whether it is predicted."""
+
+    sha256: str
+    score: Callable[[MaskOrPlan], tuple[float, bool]]
+
+
+def _split_scorer(
+    task: PinnedTask, context: PruningContext, split: str, text: CorpusConfig | None
+) -> _SplitScorer:
+    if text is not None and (split != "test" or not task.live):
+        raise InvalidRequestError(
+            f"text is for split='test' of a task with a live model; {task.name} with "
+            f"split={split!r} has its own."
+        )
+    scorer = context.scorer
+
+    def on_calibration(plan: MaskOrPlan) -> tuple[float, bool]:
+        return scorer.nll(plan) - scorer.dense_nll, scorer.is_predicted(plan)
+
+    if split == "calibration":
+        return _SplitScorer(_text_sha256(context), on_calibration)
+    if isinstance(context, TableContext):
+        held_out = context.table.held_out
+        if held_out is None:
+            raise ArtifactError(
+                f"The table of {task.name} has no losses on held-out text; use split='calibration'."
+            )
+        return _SplitScorer(
+            held_out.text["sha256"],
+            lambda plan: (
+                held_out.delta_nll(plan, on_calibration(plan)[0]),
+                held_out.is_predicted(plan),
+            ),
+        )
+    if text is None:
+        raise InvalidRequestError(
+            f"{task.name} runs the model, so split='test' needs a text. Published results are on "
+            f"{dict(task.test_text)}; pass text=CorpusConfig(..., role='report')."
+        )
+    from rap_env.scoring.corpus_loading import load_corpus
+    from rap_env.scoring.scorer import MaskScorer
+
+    corpus = load_corpus(text, context.llm)
+    live = MaskScorer(context.llm, corpus, context.store)
+    return _SplitScorer(corpus.sha256, lambda plan: (live.nll(plan) - live.dense_nll, False))
+
+
+def _text_sha256(context: PruningContext) -> str:
+    if isinstance(context, TableContext):
+        return str(context.table.text["sha256"])
+    return context.corpus.sha256

@@ -1,0 +1,172 @@
+"""Losses on held-out text beside a score table: what a plan loses on text that nobody searched.
+
+A table has the scores of thousands of plans on the calibration text, and far fewer were measured on
+held-out text as well. For the others the held-out ΔNLL is predicted from the ΔNLL on the
+calibration text, which it follows closely, and from what the plan leaves out: a ridge regression
+on a log scale. Needs numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError
+from rap_env.levels import GROUP_TOKENS
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+from rap_env.scoring.fidelity import SMALL_DELTA_NLL, Fidelity
+
+Floats = npt.NDArray[np.float64]
+
+_RIDGE = 0.3
+_FOLDS = 10
+_LEAST_PLANS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutLosses:
+    """ΔNLL of plans on held-out text, measured or predicted.
+
+    Attributes:
+        text: Provenance of the held-out text.
+        measured: ΔNLL of the measured masks and plans on that text, nats per token.
+        weights: Weights of the prediction, in the order of `_features`.
+        fidelity: Agreement on measured plans that the weights were not fitted to.
+        num_blocks: 2L.
+    """
+
+    text: dict[str, Any]
+    measured: dict[MaskOrPlan, float]
+    weights: tuple[float, ...]
+    fidelity: Fidelity
+    num_blocks: int
+
+    @classmethod
+    def fitted(
+        cls,
+        text: Mapping[str, Any],
+        measured: Mapping[MaskOrPlan, float],
+        calibration: Mapping[MaskOrPlan, float],
+        num_blocks: int,
+        seed: int = 0,
+    ) -> Self:
+        """Fit the prediction; its fidelity is that of ten folds.
+
+        Args:
+            text: Provenance of the held-out text.
+            measured: ΔNLL on the held-out text, nats per token.
+            calibration: ΔNLL of the same plans on the calibration text, nats per token.
+            num_blocks: 2L.
+            seed: Divides the plans into folds.
+
+        Raises:
+            ArtifactError: There are fewer than 100 plans.
+        """
+        measured = {simplest(plan): value for plan, value in measured.items()}
+        plans = [plan for plan in measured if as_plan(plan) != CompressionPlan()]
+        if len(plans) < _LEAST_PLANS:
+            raise ArtifactError(
+                f"{len(plans)} plans were measured on the held-out text, which is too few to "
+                f"predict others; measure {_LEAST_PLANS}."
+            )
+        inputs = _features(plans, np.array([calibration[plan] for plan in plans]), num_blocks)
+        values = np.array([measured[plan] for plan in plans])
+        predicted = np.zeros(len(plans))
+        order = np.random.default_rng(seed).permutation(len(plans))
+        for fold in range(_FOLDS):
+            held = order[fold::_FOLDS]
+            kept = np.setdiff1d(order, held)
+            predicted[held] = _unscaled(inputs[held] @ _solved(inputs[kept], values[kept]))
+        removed = np.array([len(as_plan(plan).removed) for plan in plans])
+        fitted = len(plans) - len(plans) // _FOLDS
+        fidelity = Fidelity.of(predicted, values, removed, num_blocks, fitted)
+        weights = tuple(_solved(inputs, values).tolist())
+        return cls(dict(text), measured, weights, fidelity, num_blocks)
+
+    def delta_nll(self, plan: MaskOrPlan, calibration_delta_nll: float) -> float:
+        """ΔNLL of a mask or plan on the held-out text, nats per token.
+
+        Args:
+            plan: The mask or plan.
+            calibration_delta_nll: Its ΔNLL on the calibration text, nats per token.
+        """
+        plan = simplest(plan)
+        if plan == BlockMask():
+            return 0.0
+        if plan in self.measured:
+            return self.measured[plan]
+        inputs = _features([plan], np.array([calibration_delta_nll]), self.num_blocks)
+        return float(_unscaled(inputs @ self._weights)[0])
+
+    def is_predicted(self, plan: MaskOrPlan) -> bool:
+        """Whether the plan was not measured on the held-out text."""
+        return simplest(plan) not in self.measured and simplest(plan) != BlockMask()
+
+    @cached_property
+    def _weights(self) -> Floats:
+        return np.array(self.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a file; `from_json` reads them."""
+        return {
+            "text": self.text,
+            "plans": [as_plan(plan).levels for plan in self.measured],
+            "delta_nll": list(self.measured.values()),
+            "weights": list(self.weights),
+            "fidelity": asdict(self.fidelity),
+            "num_blocks": self.num_blocks,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_json` gave."""
+        plans = map(simplest, map(CompressionPlan.of, values["plans"]))
+        return cls(
+            text=values["text"],
+            measured=dict(zip(plans, values["delta_nll"], strict=True)),
+            weights=tuple(values["weights"]),
+            fidelity=Fidelity.from_json(values["fidelity"]),
+            num_blocks=values["num_blocks"],
+        )
+
+
+def _features(plans: Sequence[MaskOrPlan], calibration: Floats, num_blocks: int) -> Floats:
+    """A cubic of the log of the calibration ΔNLL, and shares of what is left out, (N, 19)."""
+    x = _scaled(calibration)[:, None]
+    shares = np.array([_shares(as_plan(plan), num_blocks) for plan in plans])
+    return np.hstack([np.ones_like(x), x, x**2, x**3, shares, shares**2, shares * x])
+
+
+def _shares(plan: CompressionPlan, num_blocks: int) -> list[float]:
+    """Shares of removed attention and feed-forward blocks and of windows, and the embeddings."""
+    windows = [level.window_tokens for _, level in plan.caches if level.window_tokens]
+    layers = num_blocks / 2
+    return [
+        plan.removed.count("attn") / layers,
+        plan.removed.count("ffn") / layers,
+        len(windows) / layers,
+        sum(GROUP_TOKENS / tokens for tokens in windows) / layers,  # shorter ones count more
+        float(plan.embeddings != "native"),
+    ]
+
+
+def _solved(inputs: Floats, values: Floats) -> Floats:
+    """Weights of a ridge regression to the scaled values."""
+    penalty = _RIDGE * np.eye(inputs.shape[1])
+    solved = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ _scaled(values))
+    return np.asarray(solved, dtype=np.float64)
+
+
+def _scaled(delta_nll: Floats) -> Floats:
+    """The log of ΔNLL; values near 0 are not told apart."""
+    return np.log(np.maximum(delta_nll, 0.0) + SMALL_DELTA_NLL)
+
+
+def _unscaled(scaled: Floats) -> Floats:
+    return np.exp(scaled) - SMALL_DELTA_NLL

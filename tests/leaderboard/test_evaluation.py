@@ -1,0 +1,170 @@
+"""Pinned tasks, and evaluating policies of three forms beside the published methods."""
+
+from __future__ import annotations
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import rap_env
+from experiments.compare import compare
+from experiments.comparison.records import ResultRow
+from experiments.config.evaluation import CompareConfig
+from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
+from rap_env.leaderboard.entries import ENTRIES, Entry, published_entries
+from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
+from rap_env.plan import CompressionPlan
+from rap_env.runtime.policies import StaticPolicy, load_policy
+from rap_env.scoring.corpus import CorpusConfig
+
+V0, V1 = "RAPPrune/SmolLM2-Table-v0", "RAPPrune/SmolLM2-Table-v1"
+TABLES = [V0, V1]
+
+
+def first_valid(observation):
+    return int(np.flatnonzero(observation["action_mask"])[0])
+
+
+class FirstValid:
+    """A policy in the form of a stable-baselines3 model that takes masks."""
+
+    def predict(self, observation, deterministic=False, action_masks=None):
+        assert deterministic
+        return np.array(np.flatnonzero(action_masks)[0]), None
+
+
+class LooksAtObservations:
+    """One in the form of a model that takes no masks."""
+
+    def predict(self, observation, deterministic=False):
+        return np.array(first_valid(observation)), None
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """The packaged policy of v1 on its task, on held-out text."""
+    memory = gym.make(V1).unwrapped.memory
+    return rap_env.evaluate(load_policy("rap", memory), V1, "test", name="packaged")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_pinned_task_is_an_environment_whose_arguments_are_fixed(name):
+    env = gym.make(name)
+    assert env.spec.reward_threshold == pinned_task(name).reward_threshold < 0
+    check_env(env.unwrapped, skip_render_check=True)
+    first, second = (gym.make(name).reset(seed=3)[1]["request"] for _ in range(2))
+    assert first == second
+    assert pinned_task(name).calibration_sha256 == env.unwrapped.context.table.text["sha256"]
+    vector = gym.make_vec(name, num_envs=3)
+    assert vector.reset(seed=0)[0]["action_mask"].shape == (3, env.action_space.n)
+
+
+def test_all_tasks_have_entries_for_each_of_their_requests():
+    for task in pinned_tasks().values():
+        entries = published_entries(task.comparison)
+        names = [entry.name for entry in entries]
+        assert {"RAP policy", "Knapsack", "Frontier table"} <= set(names)
+        assert len(set(names)) == len(names)
+        assert len({entry.digest for entry in entries}) == len(entries)
+        for entry in entries:
+            assert all(len(run.plans) == len(task.requests) for run in entry.runs)
+            assert entry.delta_nll("test").shape == (len(task.requests),)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_losses_on_the_calibration_text_are_those_of_the_table(name):
+    context, task = gym.make(name).unwrapped.context, pinned_task(name)
+    for entry in published_entries(task.comparison):
+        for run in entry.runs:
+            plans = [CompressionPlan.of(levels) for levels in run.plans]
+            found = np.array(context.scorer.nll_many(plans)) - context.scorer.dense_nll
+            np.testing.assert_allclose(found, run.delta_nll["calibration"], atol=1e-9)
+            peaks = [
+                context.memory.peak_bytes(plan, request)
+                for plan, request in zip(plans, task.requests, strict=True)
+            ]
+            budgets = [request.budget_bytes for request in task.requests]
+            assert tuple(p <= b for p, b in zip(peaks, budgets, strict=True)) == run.fits
+
+
+def test_three_forms_of_one_policy_give_one_result():
+    found = [
+        rap_env.evaluate(policy, V0, name="first")
+        for policy in (first_valid, FirstValid(), LooksAtObservations())
+    ]
+    assert len({one.digest for one in found}) == 1
+    assert len({one.mean_delta_nll for one in found}) == 1
+    assert all(cell.fits for cell in found[0].cells)
+    with pytest.raises(InvalidRequestError, match="A policy is an object with choose"):
+        rap_env.evaluate("first", V0, name="x")
+
+
+def test_the_packaged_policy_has_its_published_result(packaged):
+    assert packaged.mean_delta_nll == pytest.approx(0.878, abs=0.001)
+    assert not any(cell.predicted for cell in packaged.cells)
+    knapsack = next(entry for entry in packaged.entries if entry.name == "Knapsack")
+    mean, low, high = packaged.against(knapsack)
+    assert mean == pytest.approx(packaged.mean_delta_nll - knapsack.delta_nll("test").mean())
+    assert low < mean < high < 0
+    lines = str(packaged).splitlines()
+    assert lines[0].startswith(f"{V1}, test text, 30 requests")
+    order = [line.partition("  ")[0] for line in lines[2:]]
+    assert order.index("packaged (this)") < order.index("Uniform settings")
+
+
+def test_an_entry_measured_against_itself_has_no_difference(packaged):
+    own = packaged.entry("The packaged policy.", url="https://example.org")
+    assert packaged.against(own) == (0.0, 0.0, 0.0)
+    assert own.origin == {"url": "https://example.org"}
+    assert own.comparison == "SmolLM2-v1"
+
+
+def test_a_plan_that_exceeds_its_budget_counts_as_no_model():
+    found = rap_env.evaluate(StaticPolicy(CompressionPlan()), V0, name="dense")
+    assert not any(cell.fits for cell in found.cells)
+    nothing = gym.make(V0).unwrapped.context
+    blocks = dict.fromkeys((b.name for b in nothing.memory.facts.blocks), "removed")
+    worst = nothing.scorer.nll(CompressionPlan.of(blocks)) - nothing.scorer.dense_nll
+    assert found.delta_nll == pytest.approx(np.full(25, worst))
+    assert "25 plans exceed their budget" in str(found)
+
+
+def test_saved_rows_are_results_that_compare_reads(packaged, tmp_path):
+    path = tmp_path / "mine" / "evaluate" / "results.jsonl"
+    packaged.save(path)
+    packaged.save(path)
+    rows = [ResultRow.from_record(json.loads(line)) for line in path.read_text().splitlines()]
+    assert len(rows) == 60
+    assert len({row.key for row in rows}) == 30, "the same evaluation, twice"
+    assert {row.method for row in rows} == {"packaged"}
+    other = rap_env.evaluate(first_valid, V1, "test", name="packaged")
+    keys = {ResultRow.from_record(row).key for row in other.rows()}
+    assert not keys & {row.key for row in rows}, "one name, other plans: other rows"
+    table = compare(CompareConfig(runs=[str(tmp_path / "mine")], format="text"))
+    assert "packaged" in table
+    assert "0.878" in table
+
+
+def test_wrong_names_and_texts_are_refused():
+    with pytest.raises(UnknownNameError, match="SmolLM2-Table-v1"):
+        rap_env.evaluate(first_valid, "RAPPrune/SmolLM2-Tabel-v1", name="x")
+    with pytest.raises(UnknownNameError, match="calibration"):
+        rap_env.evaluate(first_valid, V1, "held-out", name="x")
+    with pytest.raises(InvalidRequestError, match="has its own"):
+        rap_env.evaluate(first_valid, V1, "test", name="x", text=CorpusConfig("a.txt"))
+
+
+def test_an_entry_is_checked_when_read(packaged, tmp_path):
+    path = tmp_path / "mine.json"
+    packaged.entry("The packaged policy.").save(path)
+    assert Entry.load(path).digest == packaged.entry("Another name.").digest
+    published = Entry.load(ENTRIES / "SmolLM2-v1" / "rap.json")
+    assert [run.seed for run in published.runs] == [0, 1, 2, 3, 4]
+    short = packaged.entry("Incomplete.")
+    run = short.runs[0].__class__(None, short.runs[0].plans[:3], short.runs[0].delta_nll, (True,))
+    Entry("short", "SmolLM2-v1", "x", (run,)).save(path)
+    with pytest.raises(ArtifactError, match="plans and losses do not match"):
+        Entry.load(path)
