@@ -89,7 +89,7 @@ def recorded_held_out(folders: Folders, context: PruningContext) -> HeldOutLosse
     return HeldOutLosses.fitted(
         rows[0].provenance["depends_on"]["report_text"],
         {row.plan: row.loss for row in rows},
-        {simplest(row.plan): row.loss_calibration for row in rows},
+        {row.plan: row.loss_calibration for row in rows},
         context.memory.facts.num_blocks,
     )
 

@@ -69,6 +69,7 @@ class HeldOutLosses:
             ArtifactError: There are fewer than 100 plans.
         """
         measured = {simplest(plan): value for plan, value in measured.items()}
+        calibration = {simplest(plan): value for plan, value in calibration.items()}
         plans = [plan for plan in measured if as_plan(plan) != CompressionPlan()]
         if len(plans) < _LEAST_PLANS:
             raise ArtifactError(

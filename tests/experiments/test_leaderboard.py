@@ -1,0 +1,80 @@
+"""Entries of the leaderboard: made from records, and replayed on the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.comparison.records import read_rows
+from experiments.leaderboard import COMPARISONS, check_entry, make_entries, requests_of
+from rap_env.blocks import BlockMask
+from rap_env.leaderboard.entries import ENTRIES, Entry, Run
+from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.scoring.scorer import MaskScorer
+from tests.tiny import VOCAB_SIZE, tiny_llm
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda one: one.name)
+def test_published_entries_are_made_from_the_records(comparison):
+    folder = RESULTS / comparison.records / "evaluate"
+    rows = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]
+    rows = [row for row in rows if row.part == "grid"]
+    entries = make_entries(comparison, rows)
+    files = {path.stem for path in (ENTRIES / comparison.name).glob("*.json")}
+    assert files == {entry.origin["method"] for entry in entries}
+    for entry in entries:
+        published = Entry.load(ENTRIES / comparison.name / f"{entry.origin['method']}.json")
+        assert published == entry
+    for name in comparison.tasks:
+        assert list(pinned_tasks()[name].requests) == requests_of(rows)
+
+
+@pytest.fixture(scope="module")
+def replayed():
+    """A tiny model with an entry whose numbers are right."""
+    llm = tiny_llm(layers=3)
+    memory = MemoryModel(llm.facts)
+    tokens = torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(0))
+    scorers = {"calibration": MaskScorer(llm, tokens[:2]), "test": MaskScorer(llm, tokens[2:])}
+    masks = [BlockMask.of(1), BlockMask.of(1, 3, 5)]
+    peaks = [memory.peak_bytes(mask, Request(2, 16, budget_bytes=1)) for mask in masks]
+    requests = [Request(2, 16, budget_bytes=peak) for peak in peaks]
+    delta = {
+        split: tuple(scorer.nll(mask) - scorer.dense_nll for mask in masks)
+        for split, scorer in scorers.items()
+    }
+    run = Run(
+        None, tuple(dict.fromkeys(mask.names, "removed") for mask in masks), delta, (True, True)
+    )
+    return Entry("mine", "tiny", "x", (run,)), memory, requests, scorers
+
+
+def changed(entry, **fields):
+    return replace(entry, runs=(replace(entry.runs[0], **fields),))
+
+
+def test_right_numbers_reproduce(replayed):
+    entry, memory, requests, scorers = replayed
+    assert check_entry(entry, memory, requests, scorers) == []
+
+
+def test_wrong_numbers_are_found(replayed):
+    entry, memory, requests, scorers = replayed
+    first, second = entry.runs[0].delta_nll["test"]
+    better = {**entry.runs[0].delta_nll, "test": (first - 0.05, second)}
+    (found,) = check_entry(changed(entry, delta_nll=better), memory, requests, scorers)
+    assert "request 0" in found
+    assert "test" in found
+    (found,) = check_entry(changed(entry, fits=(True, False)), memory, requests, scorers)
+    assert "fits=False is wrong" in found
+    other = changed(entry, plans=(entry.runs[0].plans[0], {"layer00.ffn": "removed"}))
+    assert "the plan needs" in check_entry(other, memory, requests, scorers)[0]
+    (found,) = check_entry(entry, memory, requests[:1], scorers)
+    assert "2 plans for 1 requests" in found
