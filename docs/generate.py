@@ -73,6 +73,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "ladder.md", ladder_markdown())
     draw_ladder(folder)
     write_long_context(folder)
+    _write(folder / "leaderboard.md", leaderboard_markdown())
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
@@ -278,6 +279,32 @@ def update_readme(path: Path = ROOT / "README.md") -> None:
     before, _, rest = path.read_text(encoding="utf-8").partition(README_BEGIN)
     after = rest.partition(README_END)[2]
     _write(path, f"{before}{README_BEGIN}{readme_results()}{README_END}{after}")
+
+
+def leaderboard_markdown() -> str:
+    """The published entries of each comparison, the best on held-out text first."""
+    from experiments.comparison.formatting import markdown, seconds
+    from rap_env.leaderboard.entries import published_entries
+    from rap_env.leaderboard.tasks import pinned_tasks
+
+    parts = []
+    for comparison in dict.fromkeys(task.comparison for task in pinned_tasks().values()):
+        entries = published_entries(comparison)
+        entries = sorted(entries, key=lambda entry: float(entry.delta_nll("test").mean()))
+        head = ["Method", "ΔNLL, test", "ΔNLL, calibration", "Seeds", "Evaluations", "Time"]
+        rows = [
+            [
+                entry.name,
+                f"{entry.delta_nll('test').mean():.3f}",
+                f"{entry.delta_nll('calibration').mean():.3f}",
+                str(len(entry.runs)),
+                f"{entry.evaluations:,.0f} + {entry.setup_evaluations:,}",
+                seconds(entry.decision_s),
+            ]
+            for entry in entries
+        ]
+        parts.append(f"### {comparison}\n\n{markdown((head, rows))}")
+    return "\n\n".join(parts) + "\n"
 
 
 def soak_table() -> str:
