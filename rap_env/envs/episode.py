@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from rap_env.costs import Counts, Flags
 from rap_env.observation import BYTES_OVER, Observation, bytes_over
 from rap_env.plan import MaskOrPlan
@@ -129,6 +132,16 @@ class VectorState(Protocol[_StartsWith]):
         """The mask or plan of a saved state."""
 
 
+def usable_masks(masks: npt.NDArray[np.int8]) -> None:
+    """Fill action masks without a valid action with ones, in place; shape (..., actions).
+
+    Only an episode that is over has none left. A step that only starts the next episode (the
+    next-step autoreset of gymnasium) ignores its action, but an agent still chooses one, and
+    logits that are all masked give NaN.
+    """
+    masks[~masks.any(axis=-1)] = 1
+
+
 class Episode(Generic[CostsT]):
     """The state of one episode. It returns copies of its arrays.
 
@@ -163,8 +176,11 @@ class Episode(Generic[CostsT]):
         )
 
     def observation(self) -> Observation:
-        """The current observation, in new arrays."""
-        return {key: array.copy() for key, array in self.state.observation.items()}
+        """The current observation, in new arrays; see `usable_masks`."""
+        observation = {key: array.copy() for key, array in self.state.observation.items()}
+        if self.over:
+            usable_masks(observation["action_mask"])
+        return observation
 
     def info(self, terms: dict[str, float]) -> dict[str, Any]:
         """The info dict, with the reward's `terms` by name."""

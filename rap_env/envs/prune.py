@@ -58,6 +58,10 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     |-------|-------------|-----|-----|
     | [i] | block i may be removed | 0 (already removed) | 1 |
 
+    An episode is over at the latest when every block is removed. The mask of that last observation
+    is all ones, so that an agent can mask its logits there too: with next-step autoreset it still
+    chooses an action, which is ignored.
+
     ## Action Space
     `Discrete(2L)`: the index of the block to remove next. An action on a block that is already
     removed is *invalid*: it changes nothing and costs `invalid_action_penalty`. The method

@@ -81,6 +81,8 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     |-------|-------------|-----|-----|
     | [i] | item i has a lower level | 0 (at its lowest level, or gone) | 1 |
 
+    Where no item has a lower level, the episode is over, and the mask is all ones, as in v0.
+
     ## Action Space
     `Discrete(N)`: the item to lower by one level. An action on an item without a lower level is
     *invalid*: it changes nothing and costs `invalid_action_penalty`. `action_masks()` returns the

@@ -265,7 +265,8 @@ class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
         autoreset_mode: When a sub-environment whose episode is over starts the next one:
             ``"NextStep"`` (its next step, whatever the action), ``"SameStep"`` (the step that
             ends it; infos hold ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
-            ``reset(options={"reset_mask": flags})``).
+            ``reset(options={"reset_mask": flags})``). Every observation has an action mask with a
+            valid action, the last one of an episode included.
         max_episode_steps: Steps after which a sub-environment is truncated, as by gymnasium's
             ``TimeLimit``: the reward does not know of it.
         render_mode: As for the single environment.

@@ -17,7 +17,7 @@ from gymnasium.vector.utils import create_empty_array
 
 from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags
-from rap_env.envs.episode import CostsT, EpisodeStart, Measurement
+from rap_env.envs.episode import CostsT, EpisodeStart, Measurement, usable_masks
 from rap_env.envs.task import PruningTask, RewardedStep
 from rap_env.observation import BYTES_OVER, Observation
 from rap_env.plan import MaskOrPlan
@@ -143,16 +143,24 @@ class VectorEpisodes(Generic[CostsT]):
         self._observation["request"][:, BYTES_OVER] = shares
 
     def observation(self) -> Observation:
-        """The current observations, in new arrays with n rows."""
-        return {key: array.copy() for key, array in self._observation.items()}
+        """The current observations, in new arrays with n rows; see `usable_masks`."""
+        observation = {key: array.copy() for key, array in self._observation.items()}
+        if self.over.any():
+            usable_masks(observation["action_mask"])
+        return observation
 
     def observation_of(self, index: int) -> Observation:
         """The current observation of one sub-environment, in new arrays."""
-        return {key: array[index].copy() for key, array in self._observation.items()}
+        observation = {key: array[index].copy() for key, array in self._observation.items()}
+        if self.over[index]:
+            usable_masks(observation["action_mask"])
+        return observation
 
     def action_masks(self) -> Flags:
-        """True for each action that is valid, (n, actions)."""
-        return np.asarray(self._observation["action_mask"] > 0)
+        """True for each action that is valid, (n, actions); see `usable_masks`."""
+        masks = self._observation["action_mask"].copy()
+        usable_masks(masks)
+        return np.asarray(masks > 0)
 
     def get_state(self, index: int) -> dict[str, Any]:
         """The state of one sub-environment's episode, as plain JSON values."""

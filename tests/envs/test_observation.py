@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rap_env.blocks import BlockMask
+from rap_env.envs.episode import usable_masks
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.observation import ImportanceFeatures, ObservationBuilder, squash
 from rap_env.request import Request
@@ -110,6 +111,7 @@ def test_episode_observations_equal_those_built_for_its_masks(context, masked):
         env = make(context, workload=workload)
         for step, (seen, *_, info) in enumerate(play(env, seed, masked)):
             built = builder.build(Request(**info["request"]), BlockMask.of(*info["removed"]))
+            usable_masks(built["action_mask"])
             for key, array in built.items():
                 assert np.array_equal(seen[key], array), (seed, step, key)
                 assert seen[key].dtype == array.dtype
