@@ -76,7 +76,8 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
 
         Raises:
             InvalidRequestError: The model cannot serve the request, or already fits it.
-            InfeasibleBudgetError: Nothing can meet the budget, and ``infeasible="error"``.
+            InfeasibleBudgetError: Nothing can meet the budget in `options`, or that of any of 100
+                drawn requests, and ``infeasible="error"``.
             UnknownNameError: There is no such option.
             NonFiniteScoreError: The model gave NaN or infinity.
         """

@@ -21,7 +21,8 @@ ITEM_GSI_METHODS = ("lazy", "exact")
 """Methods of `rap_env.importance.item_gsi.item_gsi`."""
 
 INFEASIBLE = ("error", "clip")
-"""What to do with a budget that no mask can meet: raise an error, or raise it to the least one."""
+"""What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
+again), or raise the budget to the least one."""
 
 RENDER_MODES = ("ansi", "rgb_array")
 

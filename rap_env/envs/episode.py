@@ -70,6 +70,11 @@ class EpisodeStart(Generic[CostsT]):
         """Whether the unchanged model fits the request, so that there is nothing to do."""
         return self.costs.dense_peak_bytes <= self.request.budget_bytes
 
+    @property
+    def feasible(self) -> bool:
+        """Whether an episode can meet the budget."""
+        return self.costs.least_peak_bytes <= self.request.budget_bytes
+
 
 class EpisodeState(Protocol):
     """What an episode has done to the model, its peak bytes, and the observation of it."""

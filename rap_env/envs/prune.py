@@ -105,8 +105,10 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     The dense model and a request drawn from `workload` that the dense model does not fit (up to
     100 requests are drawn to find one). `reset(options={"request": ...})` sets the request of the
     episode: a `Request`, or a dict of `batch_size`, `seq_len_tokens` and either `budget_bytes` or
-    `budget_fraction` (of the dense peak). A budget that no mask can meet raises an error
-    (`infeasible="error"`) or is raised to the least budget that a mask can meet (`"clip"`).
+    `budget_fraction` (of the dense peak). A budget that no mask can meet is raised to the least
+    budget that a mask can meet (`infeasible="clip"`). With `infeasible="error"`, a request with
+    such a budget is drawn again; it is an error if it was given in `options`, or if none of 100
+    drawn requests can be met.
 
     ## Episode End
     - Termination: the request fits, that is, the peak bytes are at most the budget. This takes at
@@ -145,7 +147,7 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `repair` | `"none"` | what replaces removed blocks: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
-    | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet |
+    | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet, see above |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
     | `device` | `"auto"` | device that the model runs on |

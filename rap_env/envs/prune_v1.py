@@ -111,8 +111,8 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     are drawn to find one). `reset(options={"request": ...})` sets the request, as in v0. The
     default workload draws budgets from 25 to 95 % of the native peak. A budget below what the
     lowest levels need is raised to that (`infeasible="clip"`), so that budgets reach down to the
-    lowest levels and not further, or raises an error (`"error"`). Requests for which the lowest
-    levels need no fewer bytes than native ones are drawn again. With a smaller ladder, choose a
+    lowest levels and not further; `"error"` is as in v0. Requests for which the lowest levels
+    need no fewer bytes than native ones are drawn again. With a smaller ladder, choose a
     workload whose budgets it can meet: `"caches"` helps long requests and large batches only.
 
     ## Episode End

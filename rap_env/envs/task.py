@@ -227,18 +227,24 @@ class PruningTask(ABC, Generic[CostsT]):
         )
 
     def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart[CostsT]:
-        """A request of the workload for which there is something to do."""
+        """A request of the workload for which there is something to do, and that can be met.
+
+        Others are drawn again, so that one unlucky draw does not end a training.
+        """
         for _ in range(_MAX_DRAWS):
             start = self.start_of(sampler.sample(rng))
-            if not self.is_pointless(start):
+            meets = self._infeasible == "clip" or start.feasible
+            if meets and not self.is_pointless(start):
                 return start
+        if not self.is_pointless(start):
+            self.check_feasible(start)
         raise InvalidRequestError(self._nothing_drawn(start))
 
     def _feasible(self, start: EpisodeStart[CostsT]) -> EpisodeStart[CostsT]:
         """The start with its budget raised, if necessary, to one that can be met."""
-        asked, costs = start.request.budget_bytes, start.costs
-        if asked >= costs.least_peak_bytes:
+        if start.feasible:
             return start
+        asked, costs = start.request.budget_bytes, start.costs
         if self._infeasible == "error":
             self.check_feasible(start)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)

@@ -6,6 +6,7 @@ from gymnasium.error import ResetNeeded
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
 from rap_env.request import Request
 from tests.envs.playing import COUNT, LONG, make, request_at
+from tests.envs.playing_vectors import make_vector
 
 
 def test_the_workload_draws_and_options_override(context):
@@ -73,6 +74,32 @@ def test_an_infeasible_budget_is_rejected_at_reset(context):
     with pytest.raises(InfeasibleBudgetError):
         env.reset(options={"request": {**LONG, "budget_bytes": 10}})
     assert list(env.mask.names) == mask_before  # the running episode goes on
+
+
+def half_infeasible(context) -> tuple[dict, int]:
+    """A workload, half of whose budgets no mask can meet, and the budget that one can meet."""
+    good = request_at(context, 0.9).budget_bytes
+    grid = {"name": "grid", "batch_sizes": [8], "seq_lens_tokens": [64]}
+    return {**grid, "budget_bytes": [10, good]}, good
+
+
+def test_drawn_requests_that_no_mask_can_meet_are_drawn_again(context):
+    workload, good = half_infeasible(context)
+    env = make(context, infeasible="error", workload=workload)
+    assert {env.reset(seed=seed)[1]["request"]["budget_bytes"] for seed in range(20)} == {good}
+    vector = make_vector(context, infeasible="error", workload=workload)
+    vector.reset(seed=0)
+    for _ in range(30):
+        *_, infos = vector.step(vector.action_masks().argmax(axis=1))
+        assert set(infos["request"]["budget_bytes"].tolist()) == {good}
+    clipping = make(context, infeasible="clip", workload=workload)
+    assert any("infeasible" in clipping.reset(seed=seed)[1] for seed in range(20))
+
+
+def test_a_workload_that_no_mask_can_meet_is_rejected(context):
+    never = {"name": "fixed", **LONG, "budget_bytes": 10}
+    with pytest.raises(InfeasibleBudgetError, match=r"every block removed.*infeasible='clip'"):
+        make(context, infeasible="error", workload=never).reset(seed=0)
 
 
 def test_an_infeasible_budget_is_clipped_on_demand(context):
