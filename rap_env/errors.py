@@ -37,10 +37,10 @@ class UnknownNameError(RapError, ValueError):
         return type(self), self._made_from  # worker processes send errors as pickles
 
 
-def check_name(kind: str, name: object, known: Collection[str]) -> None:
+def check_name(kind: str, name: object, known: Collection[str], hint: str = "") -> None:
     """Raise an `UnknownNameError` unless a name is among the known ones."""
     if name not in known:
-        raise UnknownNameError(kind, name, known)
+        raise UnknownNameError(kind, name, known, hint)
 
 
 class InvalidRequestError(RapError, ValueError):

@@ -9,9 +9,10 @@ from rap_env.artifacts import canonical_json
 from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
-from rap_env.errors import ModelNotAvailableError, UnknownNameError
+from rap_env.errors import ModelNotAvailableError, check_name
 from rap_env.paths import cache_dir
-from rap_env.repair.config import REPAIRS
+from rap_env.repair.config import REPAIRS, check_repair
+from rap_env.scoring.corpus import check_source
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
 
@@ -24,10 +25,13 @@ def open_context(config: ContextConfig) -> PruningContext:
     Raises:
         RapError: As loading the model, the text, the stubs, the store, a table or an artifact does.
     """
-    if config.importance not in IMPORTANCES and not Path(config.importance).is_file():
+    if not Path(config.importance).is_file():
         hint = "Any other value is the path of a GSI artifact; there is no such file."
-        raise UnknownNameError("importance", config.importance, IMPORTANCES, hint)
+        check_name("importance", config.importance, IMPORTANCES, hint)
     key, table = canonical_json(asdict(config)), table_path(config.model, config.weights)
+    if table is None:
+        check_source(config.calibration.source)
+        check_repair(config.repair)
     library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
     for file in (table, library):
         if file is not None and file.exists():

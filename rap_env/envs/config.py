@@ -11,11 +11,12 @@ from rap_env.ladder.items import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import table_path
-from rap_env.specs import check_settings, check_types, split_spec
-from rap_env.workload import SAMPLERS
+from rap_env.specs import check_settings, check_types
+from rap_env.workload.registry import parse_sampler
 
 if TYPE_CHECKING:
     from rap_env.context.base import ContextConfig
+    from rap_env.scoring.tasks import TaskConfig
 
 ITEM_GSI_METHODS = ("lazy", "exact")
 """Methods of `rap_env.importance.item_gsi.item_gsi`."""
@@ -25,6 +26,9 @@ INFEASIBLE = ("error", "clip")
 again), or raise the budget to the least one."""
 
 RENDER_MODES = ("ansi", "rgb_array")
+
+TASK_DOCUMENTS = 20
+"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
 
 _OF_CONTEXT = (
     "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "repair", "frontier",
@@ -73,9 +77,11 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        split_spec(self.workload, "sampler", SAMPLERS)
+        parse_sampler(self.workload)
         parse_reward(self.reward)
         self.corpus_config()
+        if self.tasks is not None:
+            parse_tasks(self.tasks)
         check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
         penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
         if not 0 <= penalty < float("inf"):
@@ -153,6 +159,25 @@ class LadderEnvConfig(EnvConfig):
         if table_path(self.model):
             return {"gsi_removals": EnvConfig.gsi_removals, "gsi_method": EnvConfig.gsi_method}
         return {"gsi_removals": self.gsi_actions}
+
+
+def parse_tasks(tasks: Sequence[str] | Mapping[str, Any] | None) -> TaskConfig:
+    """The tasks of rewards with accuracy or recall.
+
+    Args:
+        tasks: Names of tasks, dict of `TaskConfig` settings, or None for the generated ones.
+            Without a ``limit``, `TASK_DOCUMENTS` documents of each are used.
+
+    Raises:
+        UnknownNameError: There is no such setting, or a misspelt generated task.
+        InvalidRequestError: A number is out of range, or names are repeated.
+    """
+    from rap_env.scoring.generated_tasks import GENERATED_TASKS
+    from rap_env.scoring.tasks import TaskConfig
+
+    given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
+    check_settings(given, "the tasks", [entry.name for entry in fields(TaskConfig)])
+    return TaskConfig(**{"names": tuple(GENERATED_TASKS), "limit": TASK_DOCUMENTS, **given})
 
 
 def check_render_mode(render_mode: str | None) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from rap_env.blocks import BlockMask
 from rap_env.context.opening import open_context
-from rap_env.envs.config import EnvConfig
+from rap_env.envs.config import EnvConfig, parse_tasks
 from rap_env.envs.episode import (
     CostsT,
     EpisodeStart,
@@ -37,9 +37,6 @@ from rap_env.workload import RequestSampler, make_sampler
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
-
-TASK_DOCUMENTS = 20
-"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
 
 _MAX_DRAWS = 100
 
@@ -254,22 +251,10 @@ class PruningTask(ABC, Generic[CostsT]):
 def task_scorer(
     context: PruningContext, tasks: Sequence[str] | Mapping[str, Any] | None
 ) -> MeasuresAccuracy:
-    """The scorer of task accuracies on a context; one for each set of tasks.
+    """The scorer of task accuracies on a context; one for each set of tasks, see `parse_tasks`."""
+    from rap_env.scoring.tasks import TaskScorer
 
-    Args:
-        context: The model and the score store.
-        tasks: Names of tasks, dict of `TaskConfig` settings, or None for the generated ones.
-            Without a ``limit``, `TASK_DOCUMENTS` documents of each are used.
-    """
-    from rap_env.scoring.generated_tasks import GENERATED_TASKS
-    from rap_env.scoring.tasks import TaskConfig, TaskScorer
-
-    given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
-    check_settings(given, "the tasks", [entry.name for entry in fields(TaskConfig)])
-    settings = {"names": tuple(GENERATED_TASKS), "limit": TASK_DOCUMENTS, **given}
-    if not isinstance(settings["names"], str):
-        settings["names"] = tuple(settings["names"])
-    config = TaskConfig(**settings)
+    config = parse_tasks(tasks)
     scorers = _task_scorers.setdefault(context, {})
     if config not in scorers:  # building the requests of a task takes seconds
         scorers[config] = TaskScorer(context.llm, config, store=context.store)

@@ -11,7 +11,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.model_folder import locked
 from rap_env.paths import cache_dir
-from rap_env.repair.config import REPAIRS, FitConfig
+from rap_env.repair.config import NO_LIBRARY, REPAIRS, FitConfig
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import CorpusConfig
@@ -47,11 +47,7 @@ def open_library(name: str, llm: ElasticLLM, *, progress: bool = True) -> StubLi
         return _cached_library(llm, progress)
     path = Path(name).expanduser()
     if not path.is_file():
-        hint = (
-            "Any other value is the path of a stub library, written by "
-            "rap_env.repair.fitting.fit_library(...).save(path); there is no such file."
-        )
-        raise UnknownNameError("repair", name, REPAIRS, hint)
+        raise UnknownNameError("repair", name, REPAIRS, NO_LIBRARY)
     return StubLibrary.load(path)
 
 

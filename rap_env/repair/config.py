@@ -7,12 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-from rap_env.errors import InvalidRequestError
+from rap_env.errors import InvalidRequestError, check_name
 
 REPAIRS = ("none", "library")
 """Words that the setting ``repair`` accepts; any other value is the path of a stub library."""
 
+NO_LIBRARY = (
+    "Any other value is the path of a stub library, written by "
+    "rap_env.repair.fitting.fit_library(...).save(path); there is no such file."
+)
+"""The end of the message about a name that is neither one of them nor a file."""
+
 _LAST_RATE = 0.05  # share of the learning rate that is left at the end
+
+
+def check_repair(name: str) -> None:
+    """Raise an `UnknownNameError` unless it is one of `REPAIRS` or a file."""
+    if not Path(name).expanduser().is_file():
+        check_name("repair", name, REPAIRS, NO_LIBRARY)
 
 
 def repair_label(name: str) -> str:

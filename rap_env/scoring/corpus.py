@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import CorpusError, check_name
@@ -19,6 +20,9 @@ if TYPE_CHECKING:  # reading a `CorpusConfig` must not import torch
 
 ROLE_SPANS = {"calibration": (0.0, 0.4), "selection": (0.4, 0.6), "report": (0.6, 1.0)}
 """The part of a file or data set that each role reads, as fractions of its tokens."""
+
+GENERATED_SOURCES = ("self", "recall", "self+recall")
+"""Sources of text that need neither a file nor a data set."""
 
 OVERLAP_TOKENS = 32
 """Two texts overlap if they share a run of this many tokens."""
@@ -78,6 +82,18 @@ class CorpusConfig:
         for key in value or {}:
             check_name("corpus setting", key, known)
         return cls(**(value or {}))
+
+
+def check_source(source: str) -> None:
+    """Reject a misspelt source before a model loads: a single word that is no file.
+
+    Raises:
+        UnknownNameError: It is neither a generated text nor a file.
+    """
+    word = source.replace("+", "").replace("_", "").isalnum()
+    if word and not Path(source).exists():
+        hint = "Any other value is the path of a file, or 'hub:ID'; there is no such file."
+        check_name("text", source, GENERATED_SOURCES, hint)
 
 
 @dataclass(frozen=True, eq=False)

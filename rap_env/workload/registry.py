@@ -156,9 +156,20 @@ def make_sampler(spec: str | Mapping[str, Any], memory: MemoryModel) -> RequestS
         InvalidRequestError: A setting is out of its range.
         TraceError: The trace file of ``"trace"`` is missing, empty or malformed.
     """
-    name, settings = split_spec(spec, "sampler", SAMPLERS)
+    name, settings = parse_sampler(spec)
     sampler: Callable[..., RequestSampler] = SAMPLERS[name]
+    return sampler(memory=memory, **settings)
+
+
+def parse_sampler(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and settings of the sampler that a spec names; their values are not checked.
+
+    Raises:
+        UnknownNameError: There is no such sampler, or it has no such setting.
+        InvalidRequestError: The spec is neither a name nor a dict.
+    """
+    name, settings = split_spec(spec, "sampler", SAMPLERS)
     known = [entry.name for entry in fields(SAMPLERS[name]) if entry.init]  # type: ignore[arg-type]
     known.remove("memory")
     check_settings(settings, f"the sampler {name!r}", known)
-    return sampler(memory=memory, **settings)
+    return name, settings

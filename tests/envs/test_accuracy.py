@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.envs.task import TASK_DOCUMENTS, task_scorer
+from rap_env.envs.config import TASK_DOCUMENTS
+from rap_env.envs.task import task_scorer
 from rap_env.errors import UnknownNameError
 from tests.envs.conftest import make_context
 from tests.envs.playing import make, play

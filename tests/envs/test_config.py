@@ -39,10 +39,32 @@ def test_invalid_settings_are_rejected_at_construction(context, settings, error,
         make(context, **settings)
 
 
-def test_mistakes_are_found_before_a_model_loads():
-    for settings in ({"reward": "speed"}, {"workload": "azure"}, {"infeasible": "ignore"}):
-        with pytest.raises(UnknownNameError):
-            RAPPruneEnv("no-such-model", **settings)
+@pytest.mark.parametrize("kind", [RAPPruneEnv, RAPPruneV1Env])
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"model": "smollm2-135"}, "smollm2-135m"),
+        ({"importance": "oneshot"}, "one_shot"),
+        ({"workload": "azure_conv"}, "azure-conv"),
+        ({"workload": {"name": "fixed", "batch": 2}}, "batch_size"),
+        ({"reward": "perplexty"}, "perplexity"),
+        ({"reward": {"name": "perplexity", "relative_to": "oneshot"}}, "one_shot"),
+        ({"infeasible": "eror"}, "error"),
+        ({"gsi_method": "lasy"}, "lazy"),
+        ({"calibration": "slef"}, "self"),
+        ({"calibration": {"sorce": "self"}}, "source"),
+        ({"repair": "libary"}, "library"),
+        ({"tasks": ["rap_choise"]}, "rap_choice"),
+        ({"tasks": {"name": ["rap_choice"]}}, "names"),
+        ({"render_mode": "ansii"}, "ansi"),
+        ({"device": "cpuu"}, "cpu"),
+        ({"dtype": "bfloat"}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_misspelt_names_are_found_before_a_model_loads(kind, settings, nearest):
+    with pytest.raises(UnknownNameError, match=f"known are .* Did you mean '{nearest}'"):
+        kind(**{"model": "no-such-model", **settings})
 
 
 def wrong_arguments():
