@@ -49,6 +49,7 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         self.observation_space = self._task.observations.space
         self.action_space = gym.spaces.Discrete(self._task.num_actions)
         self._episode: Episode[CostsT] | None = None
+        self._left_after = 0
 
     @staticmethod
     @abstractmethod
@@ -82,6 +83,7 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
             NonFiniteScoreError: The model gave NaN or infinity.
         """
         super().reset(seed=seed)
+        self._warn_of_limit()
         task = self._task
         if seed is not None:
             task.sampler.restart()
@@ -106,19 +108,22 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         peak_bytes = state.peak_bytes if invalid else state.peak_after(index)
         invalid_actions = episode.invalid_actions + invalid
         terminated = peak_bytes <= episode.start.request.budget_bytes
-        truncated = not terminated and invalid_actions >= task.max_invalid_actions
+        steps = episode.steps + 1
+        out_of_steps = not terminated and task.max_steps is not None and steps >= task.max_steps
+        truncated = out_of_steps or (not terminated and invalid_actions >= task.max_invalid_actions)
         ends = terminated or truncated
         measurement = episode.measurement if invalid else None
         terms = task.reward.zeros()
         if ends or task.reward.pays_every_step:
-            plan = state.plan_after(index)
+            plan = task.lowest if out_of_steps else state.plan_after(index)
             step = RewardedStep(episode.start, plan, episode.delta_nll, ends)
-            measurement, terms = task.compute_rewards([step])[0]
+            measured, terms = task.compute_rewards([step])[0]
+            measurement = measurement if out_of_steps else measured
         terms["invalid_action"] = -task.invalid_action_penalty if invalid else 0.0
         if not invalid:  # only now, when nothing can fail any more
             episode.apply(index)
         episode.measurement = measurement
-        episode.invalid_actions, episode.over = invalid_actions, ends
+        episode.invalid_actions, episode.steps, episode.over = invalid_actions, steps, ends
         reward = sum(terms.values())
         return episode.observation(), reward, terminated, truncated, episode.info(terms)
 
@@ -134,6 +139,24 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         delta_nll, start = self._current.delta_nll, self._task.unchanged
         scene = Scene(self.memory, self.request, self.plan, delta_nll, start)
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
+
+    def _warn_of_limit(self) -> None:
+        """Warn if two episodes in a row were left after the same number of steps.
+
+        An environment does not know the wrappers around it. It sees only that a `TimeLimit` ends
+        episodes before they are paid.
+        """
+        episode = self._episode
+        if episode is None or episode.over or episode.steps < 2:
+            return
+        if self._left_after == episode.steps:
+            gym.logger.warn(
+                f"Two episodes in a row were reset after {episode.steps} steps, before their end "
+                "and without their reward. If max_episode_steps or a TimeLimit does this, not "
+                "finishing has the best return: pass max_steps="
+                f"{episode.steps} to the environment instead, which pays for such episodes."
+            )
+        self._left_after = episode.steps
 
     @property
     def _current(self) -> Episode[CostsT]:

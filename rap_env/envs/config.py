@@ -46,7 +46,7 @@ class EnvConfig:
         UnknownNameError: There is no such workload, reward, calibration setting or value of
             `infeasible`.
         InvalidRequestError: An argument has the wrong type, or a number of the reward, the
-            penalty or the number of invalid actions is out of its range.
+            penalty or the number of invalid actions or steps is out of its range.
         CorpusError: A number of the calibration text is out of its range.
     """
 
@@ -71,6 +71,7 @@ class EnvConfig:
     infeasible: str = "error"
     invalid_action_penalty: float = 0.1
     max_invalid_actions: int = 10
+    max_steps: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     store: str | None = "default"
@@ -91,6 +92,10 @@ class EnvConfig:
         if limit < 1:
             raise InvalidRequestError(
                 f"max_invalid_actions must be a whole number of at least 1, not {limit!r}."
+            )
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InvalidRequestError(
+                f"max_steps must be a whole number of at least 1, or None, not {self.max_steps!r}."
             )
 
     @classmethod

@@ -154,6 +154,7 @@ class Episode(Generic[CostsT]):
         state: What was done to the model.
         measurement: What the model measured of the plan, or None if it was not measured.
         invalid_actions: Number of invalid actions.
+        steps: Number of steps.
         over: Whether the episode has terminated or was truncated.
     """
 
@@ -163,7 +164,7 @@ class Episode(Generic[CostsT]):
         self.start = start
         self.state = state
         self.measurement: Measurement | None = unchanged
-        self.invalid_actions = 0
+        self.invalid_actions = self.steps = 0
         self.over = False
         self._request = dict(vars(start.request))
 

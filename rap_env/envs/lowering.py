@@ -60,6 +60,11 @@ class LoweringTask(PruningTask[LadderCosts]):
         """The levels of many sub-environments."""
         return VectorLoweringState(num_envs, self.builder)
 
+    @property
+    def lowest(self) -> CompressionPlan:
+        """The plan with every item at its lowest level."""
+        return self.ladder.lowest
+
     def action_name(self, action: int) -> str:
         """The name of the item that an action lowers."""
         return self.ladder.items[action].name

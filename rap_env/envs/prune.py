@@ -115,6 +115,12 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
       most 2L valid actions.
     - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step,
       since no block is removed before it.
+    - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
+      block were removed, so that not finishing is never better than finishing; `nll` and `loss`
+      are not measured then. Use it in the place of `max_episode_steps` of `gymnasium.make` and of
+      the wrapper `TimeLimit`: they end an episode before its reward, which makes not finishing
+      the best return. The environment cannot see them; it warns when two episodes in a row are
+      reset after the same number of steps.
 
     ## Information
     `reset` and `step` return a dict without wall-clock times:
@@ -150,6 +156,7 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet, see above |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
+    | `max_steps` | `None` | number of steps that ends an episode; `None`: no limit |
     | `device` | `"auto"` | device that the model runs on |
     | `dtype` | `"auto"` | precision that the model runs in |
     | `store` | `"default"` | file of scores; `None` keeps them in memory |

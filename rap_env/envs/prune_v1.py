@@ -119,6 +119,8 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     - Termination: the request fits, that is, the peak bytes are at most the budget. Whatever the
       order of valid actions, this happens at the latest when every item is at its lowest level.
     - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step.
+    - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
+      item were at its lowest level; see v0.
 
     ## Information
     As in v0, with `levels` (list of the name of each item's level, in the order of the actions; a
@@ -146,6 +148,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     | `infeasible` | `"clip"` | `"error"` or `"clip"`: budgets that no levels can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
+    | `max_steps` | `None` | number of steps that ends an episode; `None`: no limit |
     | `device` | `"auto"` | device that the model runs on |
     | `dtype` | `"auto"` | precision that the model runs in |
     | `store` | `"default"` | file of scores; `None` keeps them in memory |

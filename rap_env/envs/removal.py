@@ -49,6 +49,11 @@ class RemovalTask(PruningTask[RequestCosts]):
         """The removed blocks of many sub-environments."""
         return VectorRemovalState(num_envs, self.num_actions)
 
+    @property
+    def lowest(self) -> BlockMask:
+        """The mask of all blocks."""
+        return BlockMask(frozenset(range(self.num_actions)))
+
     def action_name(self, action: int) -> str:
         """The name of the block that an action removes."""
         return block_name(action)

@@ -48,7 +48,8 @@ class RewardedStep(NamedTuple):
 
     Attributes:
         start: The request of its episode and what it costs.
-        plan: The mask or plan after the step.
+        plan: The mask or plan after the step, or `PruningTask.lowest` if `max_steps` ends the
+            episode.
         delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
         ends: Whether the episode ends with this step.
     """
@@ -81,6 +82,7 @@ class PruningTask(ABC, Generic[CostsT]):
         num_actions: Number of actions.
         invalid_action_penalty: What an invalid action costs.
         max_invalid_actions: Number of invalid actions that ends an episode.
+        max_steps: Number of steps that ends an episode, or None.
     """
 
     unchanged: ClassVar[str]
@@ -99,6 +101,7 @@ class PruningTask(ABC, Generic[CostsT]):
         self.reward = make_reward(config.reward, lambda: task_scorer(self.context, config.tasks))
         self.invalid_action_penalty = float(config.invalid_action_penalty)
         self.max_invalid_actions = int(config.max_invalid_actions)
+        self.max_steps = config.max_steps
         self._infeasible = config.infeasible
         self._prepare(config)
         name = self.reward.relative_to
@@ -123,6 +126,11 @@ class PruningTask(ABC, Generic[CostsT]):
     @abstractmethod
     def new_vector_state(self, num_envs: int) -> VectorState[CostsT]:
         """The states of many sub-environments."""
+
+    @property
+    @abstractmethod
+    def lowest(self) -> MaskOrPlan:
+        """The mask or plan after which no valid action is left."""
 
     @abstractmethod
     def action_name(self, action: int) -> str:

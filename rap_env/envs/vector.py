@@ -67,9 +67,11 @@ class PruningVectorEnv(
         **settings: Any,
     ) -> None:
         self.num_envs = whole_number("num_envs", num_envs, least=1)
-        self._max_steps = max_episode_steps
         if max_episode_steps is not None:
-            self._max_steps = whole_number("max_episode_steps", max_episode_steps, least=1)
+            limits = [whole_number("max_episode_steps", max_episode_steps, least=1)]
+            if settings.get("max_steps") is not None:
+                limits.append(settings["max_steps"])
+            settings["max_steps"] = min(limits)
         self._mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
         self.render_mode = check_render_mode(render_mode)
@@ -154,11 +156,8 @@ class PruningVectorEnv(
         step = episodes.plan(_actions(actions, active, self._task), active)
         terms, measurements = episodes.compute_rewards(step)
         episodes.apply(step, measurements)
-        truncated = step.truncated
-        if self._max_steps is not None:
-            truncated = truncated | (active & (episodes.steps >= self._max_steps))
         rewards = np.asarray(sum(terms.values()))
-        episodes.over = step.terminated | truncated | ~active
+        episodes.over = step.terminated | step.truncated | ~active
         final: dict[str, Any] = {}
         if self._mode == AutoresetMode.NEXT_STEP:
             self._start(~active)
@@ -168,7 +167,7 @@ class PruningVectorEnv(
             self._start(done)
         every = np.ones(self.num_envs, dtype=bool)
         infos = {**final, **episodes.infos(every, terms, active)}
-        return episodes.observation(), rewards, step.terminated, truncated, infos
+        return episodes.observation(), rewards, step.terminated, step.truncated, infos
 
     def action_masks(self) -> Flags:
         """True for each action that is valid, shape (n, actions)."""
@@ -267,8 +266,8 @@ class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
             ends it; infos hold ``final_obs`` and ``final_info``) or ``"Disabled"`` (at
             ``reset(options={"reset_mask": flags})``). Every observation has an action mask with a
             valid action, the last one of an episode included.
-        max_episode_steps: Steps after which a sub-environment is truncated, as by gymnasium's
-            ``TimeLimit``: the reward does not know of it.
+        max_episode_steps: The argument `max_steps` of the single environment, under the name that
+            ``gymnasium.make_vec`` passes.
         render_mode: As for the single environment.
         context: As for the single environment.
         settings: The other arguments of the single environment.

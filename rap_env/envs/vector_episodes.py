@@ -37,7 +37,8 @@ class VectorStep:
         invalid: Whether it acts and the action changes nothing, (n,).
         peak_bytes: Peak bytes afterwards, (n,).
         terminated: Whether the request fits afterwards, (n,).
-        truncated: Whether there were too many invalid actions, (n,).
+        truncated: Whether there were too many invalid actions or steps, (n,).
+        out_of_steps: Whether there were too many steps, (n,).
     """
 
     actions: Counts
@@ -46,6 +47,7 @@ class VectorStep:
     peak_bytes: Counts
     terminated: Flags
     truncated: Flags
+    out_of_steps: Flags
 
 
 class VectorEpisodes(Generic[CostsT]):
@@ -104,8 +106,10 @@ class VectorEpisodes(Generic[CostsT]):
         peak = self.state.peak_after(actions, valid)
         terminated = active & (peak <= self.budget_bytes)
         invalid_actions = self.invalid_actions + invalid
-        truncated = active & ~terminated & (invalid_actions >= self._task.max_invalid_actions)
-        return VectorStep(actions, valid, invalid, peak, terminated, truncated)
+        goes_on, limit = active & ~terminated, self._task.max_steps
+        out_of_steps = goes_on & (False if limit is None else self.steps + 1 >= limit)
+        truncated = out_of_steps | (goes_on & (invalid_actions >= self._task.max_invalid_actions))
+        return VectorStep(actions, valid, invalid, peak, terminated, truncated, out_of_steps)
 
     def compute_rewards(self, step: VectorStep) -> tuple[Terms, dict[int, Measurement]]:
         """The reward's terms of a step, (n,) each, and the measurements behind them by index."""
@@ -117,15 +121,18 @@ class VectorEpisodes(Generic[CostsT]):
         measurements: dict[int, Measurement] = {}
         terms = {name: np.zeros(len(ends)) for name in task.reward.zeros()}
         for index, (measurement, shares) in zip(where, rewards, strict=True):
-            measurements[index] = measurement
+            if not step.out_of_steps[index]:
+                measurements[index] = measurement
             for name, value in shares.items():
                 terms[name][index] = value
         terms["invalid_action"] = np.where(step.invalid, -task.invalid_action_penalty, 0.0)
         return terms, measurements
 
     def _rewarded(self, index: int, step: VectorStep, ends: bool) -> RewardedStep:
-        before = self.measurements[index]
-        plan = self.state.plan_after(index, int(step.actions[index]))
+        before, task = self.measurements[index], self._task
+        plan = task.lowest
+        if not step.out_of_steps[index]:
+            plan = self.state.plan_after(index, int(step.actions[index]))
         delta_nll_before = None if before is None else before.delta_nll
         return RewardedStep(self.starts[index], plan, delta_nll_before, ends)
 

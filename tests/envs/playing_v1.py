@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from gymnasium.vector import SyncVectorEnv
-from gymnasium.wrappers import TimeLimit
 from transformers import AutoModelForCausalLM
 
 from rap_env.context.live import LiveContext
@@ -54,8 +53,7 @@ def make_vector_v1(context, **settings) -> RAPPruneV1VectorEnv:
 
 def make_sync_v1(context, mode, steps=None, **settings) -> SyncVectorEnv:
     def one():
-        env = make_v1(context, **settings)
-        return env if steps is None else TimeLimit(env, steps)
+        return make_v1(context, max_steps=steps, **settings)
 
     return SyncVectorEnv([one] * NUM_ENVS, autoreset_mode=mode)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import TimeLimit
 
 from rap_env.envs.vector import RAPPruneVectorEnv
 from tests.envs.playing import COUNT, USUAL, make
@@ -20,8 +19,7 @@ def make_vector(context, **settings) -> RAPPruneVectorEnv:
 
 def make_sync(context, mode, steps=None, **settings) -> SyncVectorEnv:
     def one() -> gym.Env:
-        env = make(context, **settings)
-        return env if steps is None else TimeLimit(env, steps)
+        return make(context, max_steps=steps, **settings)
 
     return SyncVectorEnv([one] * NUM_ENVS, autoreset_mode=mode)
 

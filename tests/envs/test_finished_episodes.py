@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import TimeLimit
 
-from tests.envs.playing import LONG, make
+from rap_env.errors import InvalidRequestError
+from tests.envs.playing import DENSE_TIMING, LONG, make
 from tests.envs.playing_v1 import make_ladder_context, make_v1, make_vector_v1
 from tests.envs.playing_vectors import MODES, NUM_ENVS, make_vector
 
@@ -54,3 +58,92 @@ def test_masks_of_finished_sub_environments_are_usable(context, ladder, version,
             break
     last = infos["final_obs"] if mode == AutoresetMode.SAME_STEP else [seen] * NUM_ENVS
     assert all(observation["action_mask"].all() for observation in last)
+
+
+def play_first_valid(env) -> tuple[float, bool, dict]:
+    """The return of an episode on the request, whether it was truncated, and its last info."""
+    total, over = 0.0, False
+    env.reset(seed=0, options={"request": {**LONG, "budget_fraction": 0.5}})
+    while not over:
+        action = int(env.unwrapped.action_masks().argmax())
+        _, reward, terminated, truncated, info = env.step(action)
+        total, over = total + reward, terminated or truncated
+    return total, truncated, info
+
+
+@pytest.mark.parametrize(
+    "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}]
+)
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(
+    context, ladder, version, reward
+):
+    def make_one(**settings):
+        settings = {"reward": reward, **settings}
+        return make(context, **settings) if version == "v0" else make_v1(ladder, **settings)
+
+    finished, truncated, _ = play_first_valid(make_one())
+    assert not truncated
+    everything = make_one(infeasible="clip")
+    everything.reset(options=OPTIONS)
+    worst, terminated = 0.0, False
+    while not terminated:
+        action = int(everything.action_masks().argmax())
+        _, paid, terminated, _, _ = everything.step(action)
+        worst += paid
+    cut, truncated, info = play_first_valid(make_one(max_steps=2))
+    assert truncated
+    assert cut == pytest.approx(worst)
+    assert cut <= finished
+    assert "loss" not in info
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_an_episode_that_ends_with_its_last_step_is_finished(context, ladder, version):
+    make_one = (
+        (lambda **s: make(context, **s)) if version == "v0" else (lambda **s: make_v1(ladder, **s))
+    )
+    env = make_one()
+    play_first_valid(env)
+    steps = env._episode.steps
+    assert play_first_valid(make_one(max_steps=steps)) == play_first_valid(make_one())
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_make_vec_with_max_episode_steps_pays_too(context, ladder, version):
+    make_one, its_context = (make_vector, context) if version == "v0" else (make_vector_v1, ladder)
+    options = {"request": {**LONG, "budget_fraction": 0.5}}
+    results = []
+    for settings in (
+        {"max_steps": 2},
+        {"max_episode_steps": 2},
+        {"max_episode_steps": 2, "max_steps": 9},
+    ):
+        envs = make_one(its_context, **settings)
+        envs.reset(seed=0, options=options)
+        for action in range(2):
+            _, rewards, _, truncated, _ = envs.step(np.full(NUM_ENVS, action))
+        assert truncated.all()
+        assert (rewards < 0).all()
+        results.append(rewards.tolist())
+    assert results[0] == results[1] == results[2]
+    with pytest.raises(
+        InvalidRequestError, match="max_steps must be .* at least 1, or None, not 0"
+    ):
+        make_one(its_context, max_steps=0)
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_a_time_limit_that_ends_episodes_unpaid_is_noticed(context, ladder, version):
+    env = TimeLimit(make(context) if version == "v0" else make_v1(ladder), 2)
+    assert play_first_valid(env)[0] == 0.0  # the trap: no finished episode returns as much
+    play_first_valid(env)
+    with pytest.warns(UserWarning, match="reset after 2 steps.*max_steps=2"):
+        env.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = make(context)
+        for steps in (3, 2, 4, 1, 1):  # somebody resets by hand
+            env.reset(seed=0, options=OPTIONS)
+            for action in range(steps):
+                env.step(action)

@@ -34,7 +34,7 @@ def test_a_replayed_trace_continues_in_each_sub_environment(context, mode, tmp_p
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_limit_of_steps_truncates_as_gymnasium_does(context, mode):
+def test_a_limit_of_steps_truncates_as_in_single_environments(context, mode):
     settings = {"invalid_action_penalty": 0.5, "reward": DENSE_TIMING}
     vector = make_vector(context, autoreset_mode=mode, max_episode_steps=3, **settings)
     happened = play_vector(vector, 2)
