@@ -71,7 +71,10 @@ class RewardTerm(ABC):
     baseline: ClassVar[str] = "the dense model: no block removed gives 0"
     deterministic: ClassVar[bool] = True
     """Whether the same masks always give the same rewards."""
-    on_failure: ClassVar[str] = "the value of the mask reached, as for an episode that fits"
+    on_failure: ClassVar[str] = (
+        "the value of the mask reached, as for an episode that fits; out of steps, that of a model "
+        "without its blocks"
+    )
     relative_to: str | None = None
     """Baseline whose ΔNLL at the same request is needed where an episode ends, or None."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, importance_features, load_frontier
@@ -44,6 +45,10 @@ class LiveContext:
         store: Where scores are stored; None keeps them in memory.
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.
+
+    Attributes:
+        reopen: A function and arguments that open the same context, in the place of a pickle;
+            None if it has no pickle.
     """
 
     def __init__(
@@ -72,6 +77,19 @@ class LiveContext:
         self._folder = folder
         self._progress = progress
         self._level_costs: dict[tuple[str, ...], LevelCosts] = {}
+        self.reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Self:
+        return self  # environments share it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.reopen is None:
+            raise pickle.PicklingError(
+                f"The context of {self.llm.name} was made from a live model in memory, which has "
+                "no pickle; open it with rap_env.context.opening.open_context(ContextConfig(...)), "
+                "or make the environment by the model's name."
+            )
+        return self.reopen
 
     @property
     def corpus(self) -> Corpus:

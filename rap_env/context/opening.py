@@ -57,7 +57,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
         from rap_env.repair.cached_library import open_library
 
         llm = open_library(config.repair, llm).attach(llm)  # the shared model stays as it is
-    return LiveContext(
+    context = LiveContext(
         llm,
         load_corpus(config.calibration, llm),
         open_store(config.store),
@@ -67,6 +67,8 @@ def _open_live(config: ContextConfig) -> LiveContext:
         frontier=config.frontier,
         folder=cache_dir() / "importance",
     )
+    context.reopen = open_context, (config,)
+    return context
 
 
 def require_live(context: PruningContext) -> LiveContext:

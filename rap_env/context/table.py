@@ -6,11 +6,11 @@ A step of such an environment takes microseconds; neither torch nor transformers
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class TableContext:
         self.importance = importance
         if importance == "gsi" and table.gsi is None:
             raise ArtifactError(self._no_gsi())
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Self:
+        return self  # environments share it
 
     @property
     def llm(self) -> NoReturn:

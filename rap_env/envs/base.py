@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import gymnasium as gym
@@ -22,8 +23,17 @@ if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
 
+def reopen(kind: Callable[..., Any], context: PruningContext, arguments: Mapping[str, Any]) -> Any:
+    """Make an environment again, from its copy or pickle; its context is shared or reopened."""
+    return kind(context=context, **arguments)
+
+
 class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
     """An environment in which each action gives up something of a real language model.
+
+    A copy or pickle has the state of the episode, the random generator and the workload. Copies
+    share the context. A pickle holds the scores of a table; it names a live model, which is opened
+    again.
 
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
@@ -43,8 +53,8 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         **settings: Any,
     ) -> None:
         self.render_mode = check_render_mode(render_mode)
-        config = self.config_type.of(model=model, **settings)
-        self._task: PruningTask[CostsT] = self.make_task(config, context)
+        self._config = self.config_type.of(model=model, **settings)
+        self._task: PruningTask[CostsT] = self.make_task(self._config, context)
         self.context, self.memory = self._task.context, self._task.memory
         self.observation_space = self._task.observations.space
         self.action_space = gym.spaces.Discrete(self._task.num_actions)
@@ -139,6 +149,36 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         delta_nll, start = self._current.delta_nll, self._task.unchanged
         scene = Scene(self.memory, self.request, self.plan, delta_nll, start)
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = {**self._config.arguments, "render_mode": self.render_mode}
+        episode, saved = self._episode, None
+        if episode is not None:
+            start = episode.start
+            names = ["measurement", "invalid_actions", "steps", "over"]
+            saved = {
+                "start": (start.request, start.asked_budget_bytes),
+                "actions": list(episode.actions),
+                "attributes": {name: getattr(episode, name) for name in names},
+            }
+        names = ["spec", "action_space", "_np_random", "_np_random_seed", "_left_after"]
+        state = {
+            "attributes": {name: getattr(self, name) for name in names},
+            "position": self._task.sampler.position,
+            "episode": saved,
+        }
+        return reopen, (type(self), self.context, arguments), state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state["attributes"])
+        task, saved = self._task, state["episode"]
+        task.sampler.restart(state["position"])
+        if saved is not None:
+            start = task.start_of(*saved["start"])
+            self._episode = Episode(start, task.measured_start, task.new_state(start))
+            for action in saved["actions"]:
+                self._episode.apply(action)
+            vars(self._episode).update(saved["attributes"])
 
     def _warn_of_limit(self) -> None:
         """Warn if two episodes in a row were left after the same number of steps.

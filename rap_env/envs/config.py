@@ -101,9 +101,18 @@ class EnvConfig:
     @classmethod
     def of(cls, **arguments: Any) -> Self:
         """The configuration of an environment's keyword arguments."""
-        known = [entry.name for entry in fields(cls) if entry.name not in cls.unused]
-        check_settings(arguments, "the environment", [*known, "context", "render_mode"])
+        known = [*cls._names(), "context", "render_mode"]
+        check_settings(arguments, "the environment", known)
         return cls(**arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that `of` makes this configuration from."""
+        return {name: getattr(self, name) for name in self._names()}
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [entry.name for entry in fields(cls) if entry.name not in cls.unused]
 
     def of_context(self) -> dict[str, Any]:
         """Settings of the pruning context that have another name there."""

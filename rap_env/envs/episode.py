@@ -152,6 +152,7 @@ class Episode(Generic[CostsT]):
 
     Attributes:
         state: What was done to the model.
+        actions: The valid actions so far.
         measurement: What the model measured of the plan, or None if it was not measured.
         invalid_actions: Number of invalid actions.
         steps: Number of steps.
@@ -163,6 +164,7 @@ class Episode(Generic[CostsT]):
     ) -> None:
         self.start = start
         self.state = state
+        self.actions: list[int] = []
         self.measurement: Measurement | None = unchanged
         self.invalid_actions = self.steps = 0
         self.over = False
@@ -177,6 +179,7 @@ class Episode(Generic[CostsT]):
         """Take a valid action."""
         state, start = self.state, self.start
         state.apply(action)
+        self.actions.append(action)
         state.observation["request"][BYTES_OVER] = bytes_over(
             state.peak_bytes, start.request.budget_bytes, start.costs.dense_peak_bytes
         )

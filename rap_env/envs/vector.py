@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 
 from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags, RequestCosts
-from rap_env.envs.base import PruningEnv
+from rap_env.envs.base import PruningEnv, reopen
 from rap_env.envs.config import EnvConfig, check_render_mode
 from rap_env.envs.episode import CostsT
 from rap_env.envs.prune import RAPPruneEnv
@@ -75,8 +75,8 @@ class PruningVectorEnv(
         self._mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
         self.render_mode = check_render_mode(render_mode)
-        config = self.single_type.config_type.of(model=model, **settings)
-        task: PruningTask[CostsT] = self.single_type.make_task(config, context)
+        self._config = self.single_type.config_type.of(model=model, **settings)
+        task: PruningTask[CostsT] = self.single_type.make_task(self._config, context)
         self._task = task
         self.context, self.memory = task.context, task.memory
         self.single_observation_space = task.observations.space
@@ -222,6 +222,31 @@ class PruningVectorEnv(
             self._samplers[index].restart(state["position"])
             self._episodes.set_state(index, state)
         return self._episodes.observation()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = {
+            **self._config.arguments,
+            "num_envs": self.num_envs,
+            "autoreset_mode": self._mode,
+            "render_mode": self.render_mode,
+        }
+        episodes = self._episodes
+        kept = ("spec", "action_space", "single_action_space", "_generators")
+        state = {
+            "attributes": {name: getattr(self, name) for name in kept},
+            "positions": [sampler.position for sampler in self._samplers],
+            "episodes": {index: episodes.get_state(index) for index in episodes.starts},
+            "measurements": list(episodes.measurements),
+        }
+        return reopen, (type(self), self.context, arguments), state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state["attributes"])
+        for sampler, position in zip(self._samplers, state["positions"], strict=True):
+            sampler.restart(position)
+        for index, episode in state["episodes"].items():
+            self._episodes.set_state(index, {**episode, "measured": False})
+        self._episodes.measurements = state["measurements"]
 
     @property
     def _started(self) -> VectorEpisodes[CostsT]:

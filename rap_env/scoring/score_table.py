@@ -268,6 +268,13 @@ class TableScorer:
         self._model = table.predictor
         self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_predict"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)  # a cache has no pickle
+
     @property
     def known(self) -> int:
         """Masks and plans asked for so far.

@@ -1,0 +1,119 @@
+"""Copies and pickles of environments continue their episodes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from rap_env.context.table import TableContext
+from tests.envs.playing import COUNT, DENSE_TIMING, assert_same, make
+from tests.envs.playing_v1 import ITEMS, make_ladder_context, make_v1, make_vector_v1
+from tests.envs.playing_vectors import MODES, NUM_ENVS, make_vector
+from tests.scoring.tiny_table import all_masks, table_of
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return make_ladder_context()
+
+
+@pytest.fixture(scope="module")
+def table(context):
+    return TableContext(table_of(context, all_masks(COUNT, 2)), "table", importance="one_shot")
+
+
+def pickled(env):
+    return pickle.loads(pickle.dumps(env))
+
+
+def continued(env, seed: int = 5, steps: int = 30) -> list:
+    """What random actions give from here on; a new episode begins where one ends."""
+    rng, seen = np.random.default_rng(seed), []
+    for _ in range(steps):
+        seen.append(env.step(int(rng.integers(env.action_space.n))))
+        if seen[-1][2] or seen[-1][3]:
+            seen.append(env.reset())
+    return [*seen, env.action_space.sample()]
+
+
+@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING], ids=str)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_of_an_environment_on_a_table_continue_identically(table, copied, reward):
+    env = make(table, reward=reward, workload="azure-conv")
+    other = copied(env)
+    env.reset(seed=3)
+    other.reset(seed=3)
+    assert_same(other.plan, env.plan)
+    for steps in (1, 4, 30):
+        continued(env, steps, steps)
+        other = copied(env)
+        assert other.request == env.request
+        assert_same(continued(other), continued(copy.deepcopy(env)))
+    assert (other.context is table) is (copied is copy.deepcopy)
+
+
+def test_copies_of_a_live_environment_share_its_model(context, ladder):
+    replay = {"name": "curriculum", "of": "grid", "requests": 6}
+    for env in (make(context, workload=replay), make_v1(ladder, workload=replay)):
+        env.reset(seed=1)
+        continued(env, 0, 11)
+        other = copy.deepcopy(env)
+        assert other.context is env.context
+        assert_same(continued(other), continued(env))
+        with pytest.raises(pickle.PicklingError, match="make the environment by the model's name"):
+            pickle.dumps(env)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_copies_of_vector_environments_continue_identically(table, ladder, version, mode):
+    if version == "v0":
+        envs, count, copies = (
+            make_vector(table, autoreset_mode=mode),
+            COUNT,
+            (copy.deepcopy, pickled),
+        )
+    else:
+        envs, count, copies = make_vector_v1(ladder, autoreset_mode=mode), ITEMS, (copy.deepcopy,)
+
+    def go_on(one):
+        rng, seen = np.random.default_rng(0), []
+        for _ in range(12):
+            seen.append(one.step(rng.integers(count, size=NUM_ENVS)))
+            over = seen[-1][2] | seen[-1][3]
+            if mode.value == "Disabled" and over.any():
+                seen.append(one.reset(options={"reset_mask": over}))
+        return seen
+
+    copies[0](envs).reset(seed=0)
+    envs.reset(seed=2)
+    for _ in range(3):
+        go_on(envs)
+        others = [copied(envs) for copied in copies]
+        expected = go_on(envs)
+        for other in others:
+            assert_same(go_on(other), expected)
+
+
+@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPPrune-v1"])
+def test_a_live_environment_pickles_as_its_specification(tmp_path, version):
+    tiny_model(layers=2).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = {"workload": "grid", "infeasible": "clip", "importance": "none"}
+    env = gym.make(
+        version, model=str(tmp_path), calibration={"windows": 1, "window_tokens": 8}, **settings
+    )
+    env.reset(seed=0)
+    env.step(0)
+    written = pickle.dumps(env)
+    assert len(written) < 20_000
+    other = pickle.loads(written)
+    assert other.unwrapped.context is env.unwrapped.context  # one model in a process
+    assert other.spec == env.spec
+    assert_same(other.step(1), env.step(1))
+    assert_same(other.reset(), env.reset())
