@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gymnasium.error import ResetNeeded
 
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
-from rap_env.envs.episode import CostsT, Episode
+from rap_env.envs.episode import CostsT, Episode, EpisodeStart
 from rap_env.envs.task import PruningTask, RewardedStep
 from rap_env.observation import Observation
 from rap_env.plan import CompressionPlan, as_plan
@@ -98,7 +98,7 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         if seed is not None:
             task.sampler.restart()
         start = task.start_episode(task.sampler, self.np_random, options)
-        self._episode = Episode(start, task.measured_start, task.new_state(start))
+        self._episode = self._new_episode(start)
         return self._episode.observation(), self._episode.info({})
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -175,10 +175,15 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         task.sampler.restart(state["position"])
         if saved is not None:
             start = task.start_of(*saved["start"])
-            self._episode = Episode(start, task.measured_start, task.new_state(start))
+            self._episode = self._new_episode(start)
             for action in saved["actions"]:
                 self._episode.apply(action)
             vars(self._episode).update(saved["attributes"])
+
+    def _new_episode(self, start: EpisodeStart[CostsT]) -> Episode[CostsT]:
+        task = self._task
+        state = task.new_state(start)
+        return Episode(start, task.measured_start, state, info_arrays=task.info_arrays)
 
     def _warn_of_limit(self) -> None:
         """Warn if two episodes in a row were left after the same number of steps.

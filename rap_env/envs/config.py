@@ -25,6 +25,9 @@ INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
 again), or raise the budget to the least one."""
 
+INFO_FORMS = ("names", "arrays")
+"""How `info` says what was done: lists of names, or arrays of fixed shape."""
+
 RENDER_MODES = ("ansi", "rgb_array")
 
 TASK_DOCUMENTS = 20
@@ -44,7 +47,7 @@ class EnvConfig:
 
     Raises:
         UnknownNameError: There is no such workload, reward, calibration setting or value of
-            `infeasible`.
+            `infeasible` or `info`.
         InvalidRequestError: An argument has the wrong type, or a number of the reward, the
             penalty or the number of invalid actions or steps is out of its range.
         CorpusError: A number of the calibration text is out of its range.
@@ -72,6 +75,7 @@ class EnvConfig:
     invalid_action_penalty: float = 0.1
     max_invalid_actions: int = 10
     max_steps: int | None = None
+    info: str = "names"
     device: str = "auto"
     dtype: str = "auto"
     store: str | None = "default"
@@ -84,6 +88,7 @@ class EnvConfig:
         if self.tasks is not None:
             parse_tasks(self.tasks)
         check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
+        check_name("form of info", self.info, INFO_FORMS)
         penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
         if not 0 <= penalty < float("inf"):
             raise InvalidRequestError(

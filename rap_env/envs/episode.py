@@ -98,8 +98,8 @@ class EpisodeState(Protocol):
     def apply(self, action: int) -> None:
         """Take a valid action."""
 
-    def info(self) -> dict[str, Any]:
-        """The entry of `info` that says what was done, in new lists."""
+    def info(self, *, arrays: bool) -> dict[str, Any]:
+        """The entry of `info` that says what was done, in new lists or in a new array."""
 
 
 class VectorState(Protocol[_StartsWith]):
@@ -133,6 +133,9 @@ class VectorState(Protocol[_StartsWith]):
     def info(self, row: int, /) -> list[str]:
         """The value of `info_key` for a sub-environment, a new list."""
 
+    def info_array(self) -> npt.NDArray[np.int8]:
+        """The values of `info_key` as a new array, (n, actions)."""
+
     def saved_plan(self, state: Mapping[str, Any], /) -> MaskOrPlan:
         """The mask or plan of a saved state."""
 
@@ -160,8 +163,14 @@ class Episode(Generic[CostsT]):
     """
 
     def __init__(
-        self, start: EpisodeStart[CostsT], unchanged: Measurement, state: EpisodeState
+        self,
+        start: EpisodeStart[CostsT],
+        unchanged: Measurement,
+        state: EpisodeState,
+        *,
+        info_arrays: bool,
     ) -> None:
+        self._info_arrays = info_arrays
         self.start = start
         self.state = state
         self.actions: list[int] = []
@@ -194,7 +203,7 @@ class Episode(Generic[CostsT]):
     def info(self, terms: dict[str, float]) -> dict[str, Any]:
         """The info dict, with the reward's `terms` by name."""
         info: dict[str, Any] = {
-            **self.state.info(),
+            **self.state.info(arrays=self._info_arrays),
             "peak_bytes": self.state.peak_bytes,
             "request": self._request.copy(),
             "reward_terms": terms,

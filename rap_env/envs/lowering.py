@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rap_env.artifacts import artifact_kind
 from rap_env.context.base import item_importance, item_order, load_plan_frontier
@@ -152,8 +153,10 @@ class LoweringState:
         for item in self._seen.lower(action):
             self._names[item] = self._ladder.level_names[item][self._levels.positions[item]]
 
-    def info(self) -> dict[str, Any]:
-        """The level of each item."""
+    def info(self, *, arrays: bool) -> dict[str, Any]:
+        """The name of each item's level, or its position in the item's levels."""
+        if arrays:
+            return {"levels": np.array(self._levels.positions, dtype=np.int8)}
         return {"levels": self._names.copy()}
 
 
@@ -221,6 +224,10 @@ class VectorLoweringState:
     def info(self, row: int) -> list[str]:
         """The level of each item of a sub-environment."""
         return self._names[row].copy()
+
+    def info_array(self) -> npt.NDArray[np.int8]:
+        """The position of each item's level in its levels, (n, items)."""
+        return self._tracker.positions.astype(np.int8)
 
     def saved_plan(self, state: Mapping[str, Any]) -> CompressionPlan:
         """The plan of a saved state."""

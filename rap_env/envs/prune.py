@@ -124,7 +124,9 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
 
     ## Information
     `reset` and `step` return a dict without wall-clock times:
-    - `removed`: list of the removed blocks' names.
+    - `removed`: list of the removed blocks' names, which grows along an episode. With
+      `info="arrays"`, int8 array of shape (2L,) with 1 for each removed block: its shape is
+      fixed, for frameworks that stack infos.
     - `peak_bytes`: bytes that the request needs with these blocks removed.
     - `request`: dict of `batch_size`, `seq_len_tokens` and `budget_bytes`.
     - `nll` and `loss`: NLL and ΔNLL of the mask in nats per token; present at the reset, on the
@@ -157,6 +159,7 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
     | `max_steps` | `None` | number of steps that ends an episode; `None`: no limit |
+    | `info` | `"names"` | `"names"` or `"arrays"`: the form of `removed` in `info` |
     | `device` | `"auto"` | device that the model runs on |
     | `dtype` | `"auto"` | precision that the model runs in |
     | `store` | `"default"` | file of scores; `None` keeps them in memory |

@@ -124,8 +124,10 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
 
     ## Information
     As in v0, with `levels` (list of the name of each item's level, in the order of the actions; a
-    cache that went with its block is `removed`) in the place of `removed`. The property `plan` is
-    the `CompressionPlan`.
+    cache that went with its block is `removed`) in the place of `removed`. With `info="arrays"`,
+    `levels` is an int8 array of shape (N,): the position of each level in those of its item, 0
+    for `native`, and one past the last for a cache that went with its block. The property `plan`
+    is the `CompressionPlan`.
 
     ## Arguments
     Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
@@ -149,6 +151,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
     | `max_steps` | `None` | number of steps that ends an episode; `None`: no limit |
+    | `info` | `"names"` | `"names"` or `"arrays"`: the form of `levels` in `info` |
     | `device` | `"auto"` | device that the model runs on |
     | `dtype` | `"auto"` | precision that the model runs in |
     | `store` | `"default"` | file of scores; `None` keeps them in memory |

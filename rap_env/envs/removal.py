@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rap_env.blocks import BlockMask, block_name
 from rap_env.costs import Counts, Flags, RequestCosts, VectorByteTracker, request_costs
@@ -161,9 +162,10 @@ class RemovalState:
         self.observation["blocks"][action, KEPT_AND_FREED] = 0.0
         self.observation["action_mask"][action] = 0
 
-    def info(self) -> dict[str, Any]:
-        """The names of the removed blocks."""
-        return {"removed": self._removed.names.copy()}
+    def info(self, *, arrays: bool) -> dict[str, Any]:
+        """The names of the removed blocks, or 1 for each removed block."""
+        names = self._removed.names
+        return {"removed": 1 - self.observation["action_mask"] if arrays else names.copy()}
 
 
 class VectorRemovalState:
@@ -172,6 +174,7 @@ class VectorRemovalState:
     info_key = "removed"
 
     def __init__(self, num_envs: int, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
         self._removed = [RemovedBlocks() for _ in range(num_envs)]
         self._bytes = VectorByteTracker(num_envs, num_blocks)
 
@@ -215,6 +218,13 @@ class VectorRemovalState:
     def info(self, row: int) -> list[str]:
         """The names of the blocks that a sub-environment has removed."""
         return self._removed[row].names.copy()
+
+    def info_array(self) -> npt.NDArray[np.int8]:
+        """1 for each block that a sub-environment has removed, (n, blocks)."""
+        flags = np.zeros((len(self._removed), self._num_blocks), dtype=np.int8)
+        for row, removed in enumerate(self._removed):
+            flags[row, removed.indices] = 1
+        return flags
 
     def saved_plan(self, state: Mapping[str, Any]) -> BlockMask:
         """The mask of a saved state."""

@@ -83,6 +83,7 @@ class PruningTask(ABC, Generic[CostsT]):
         invalid_action_penalty: What an invalid action costs.
         max_invalid_actions: Number of invalid actions that ends an episode.
         max_steps: Number of steps that ends an episode, or None.
+        info_arrays: Whether `info` has arrays of fixed shape in the place of names.
     """
 
     unchanged: ClassVar[str]
@@ -102,6 +103,7 @@ class PruningTask(ABC, Generic[CostsT]):
         self.invalid_action_penalty = float(config.invalid_action_penalty)
         self.max_invalid_actions = int(config.max_invalid_actions)
         self.max_steps = config.max_steps
+        self.info_arrays = config.info == "arrays"
         self._infeasible = config.infeasible
         self._prepare(config)
         name = self.reward.relative_to

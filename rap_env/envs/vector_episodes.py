@@ -203,9 +203,11 @@ class VectorEpisodes(Generic[CostsT]):
             "seq_len_tokens": self.seq_len_tokens,
             "budget_bytes": self.budget_bytes,
         }
+        state, arrays = self.state, self._task.info_arrays
+        done = state.info_array() if arrays else _objects(shown, state.info)
         infos = {
-            **_entry(self.state.info_key, _objects(shown, self.state.info), shown),
-            **_entry("peak_bytes", self.state.peak_bytes, shown),
+            **_entry(state.info_key, done, shown),
+            **_entry("peak_bytes", state.peak_bytes, shown),
             **_entry("request", _entries(request, shown), shown),
             **_entry("reward_terms", _entries(terms, rewarded & shown), shown),
             **_measured(self.measurements, shown),
@@ -247,7 +249,7 @@ def _measured(measurements: list[Measurement | None], shown: Flags) -> dict[str,
 def _entry(key: str, value: Any, has_it: Flags) -> dict[str, Any]:
     """A value for each sub-environment, and the flags that say which ones have it."""
     if isinstance(value, np.ndarray) and value.dtype != object:
-        value = value * has_it  # 0 where a sub-environment has none
+        value = value * has_it.reshape(-1, *[1] * (value.ndim - 1))  # 0 where there is none
     return {key: value, f"_{key}": has_it.copy()}
 
 

@@ -1,0 +1,63 @@
+"""Infos of fixed shape, for frameworks that stack them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnknownNameError
+from tests.envs.playing import COUNT, assert_same, make, play
+from tests.envs.playing_v1 import ITEMS, make_ladder_context, make_sync_v1, make_v1, make_vector_v1
+from tests.envs.playing_vectors import MODES, make_sync, make_vector, play_vector
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return make_ladder_context()
+
+
+def test_removed_blocks_as_an_array_have_a_fixed_shape(context):
+    named, arrays = make(context), make(context, info="arrays")
+    for seed in range(4):
+        expected, found = play(named, seed), play(arrays, seed)
+        removed = np.stack([step[-1]["removed"] for step in found])
+        assert removed.dtype == np.int8
+        assert removed.shape == (len(found), COUNT)
+        for flags, step in zip(removed, expected, strict=True):
+            assert BlockMask.of(*np.flatnonzero(flags)) == BlockMask.of(*step[-1]["removed"])
+        for step in (*expected, *found):
+            del step[-1]["removed"]
+        assert_same(found, expected)  # nothing else differs
+    first, _ = arrays.reset(seed=0)
+    _, info = arrays.reset(seed=0)
+    info["removed"][:] = 1  # a copy
+    assert_same(arrays.reset(seed=0)[0], first)
+
+
+def test_levels_as_an_array_have_a_fixed_shape(ladder):
+    named, arrays = make_v1(ladder), make_v1(ladder, info="arrays")
+    names = named.ladder.level_names
+    for seed in range(4):
+        for step, other in zip(play(named, seed), play(arrays, seed), strict=True):
+            levels = other[-1]["levels"]
+            assert (levels.dtype, levels.shape) == (np.int8, (ITEMS,))
+            read = [names[item][level] for item, level in enumerate(levels)]
+            assert read == step[-1]["levels"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vector_environments_have_those_of_single_ones(context, ladder, mode):
+    vector = make_vector(context, autoreset_mode=mode, info="arrays")
+    sync = make_sync(context, mode, info="arrays")
+    assert_same(play_vector(vector, 0), play_vector(sync, 0))
+    vector = make_vector_v1(ladder, autoreset_mode=mode, info="arrays")
+    sync = make_sync_v1(ladder, mode, info="arrays")
+    assert_same(play_vector(vector, 0), play_vector(sync, 0))
+
+
+def test_the_checker_of_gymnasium_accepts_them(context):
+    check_env(make(context, info="arrays"), skip_render_check=True, skip_close_check=True)
+    with pytest.raises(UnknownNameError, match="form of info 'array'.*Did you mean 'arrays'"):
+        make(context, info="array")
