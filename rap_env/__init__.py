@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rap_env.blocks import BlockMask
     from rap_env.envs.prune import RAPPruneEnv
     from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
-    from rap_env.envs.vector import RAPPruneVectorEnv
+    from rap_env.envs.vector import RAPPruneVectorEnv, make_vec
     from rap_env.errors import RapError
     from rap_env.importance.gsi_search import gsi
     from rap_env.leaderboard.evaluation import evaluate
@@ -54,6 +54,7 @@ _MODULES = {
     "load_llm": "llm.loading",
     "load_policy": "runtime.policies",
     "load_pruned": "llm.pruned_checkpoint",
+    "make_vec": "envs.vector",
     "open_library": "repair.cached_library",
     "save_pruned": "llm.pruned_checkpoint",
     "stream_llm": "llm.streamed",
@@ -80,6 +81,7 @@ __all__ = [
     "load_llm",
     "load_policy",
     "load_pruned",
+    "make_vec",
     "open_library",
     "save_pruned",
     "stream_llm",

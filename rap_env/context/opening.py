@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import multiprocessing
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from rap_env.artifacts import canonical_json
+from rap_env.blocks import BlockMask
 from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
 from rap_env.errors import ModelNotAvailableError, check_name
 from rap_env.paths import cache_dir
 from rap_env.repair.config import REPAIRS, check_repair
+from rap_env.request import Request
 from rap_env.scoring.corpus import check_source
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
+
+log = logging.getLogger(__name__)
 
 _open: dict[str, PruningContext] = {}
 
@@ -68,7 +76,45 @@ def _open_live(config: ContextConfig) -> LiveContext:
         folder=cache_dir() / "importance",
     )
     context.reopen = open_context, (config,)
+    _warn_of_copies(context)
     return context
+
+
+def _warn_of_copies(context: LiveContext) -> None:
+    """Warn once, in the first of several worker processes, that each of them loads a model."""
+    workers = worker_processes()
+    if len(workers) < 2 or os.getpid() != min(workers):
+        return
+    dense = context.memory.breakdown(BlockMask(), Request(1, 1, budget_bytes=1))
+    weights = dense.weights + dense.embeddings
+    log.warning(
+        "%d worker processes load a copy of %s each: %d x %.0f MiB of weights. To share one model, "
+        "let gymnasium.make_vec choose the vector environment (leave out vectorization_mode), "
+        "which steps all sub-environments in one process; or use a score table, which has no "
+        "model.",
+        len(workers), context.memory.facts.name, len(workers), weights / 2**20,
+    )  # fmt: skip
+
+
+def worker_processes() -> list[int]:
+    """Ids of this process and of those beside it, if `multiprocessing` started it; else none.
+
+    Only Linux tells which processes a parent has; elsewhere the list is empty.
+    """
+    parent = os.getppid()
+    if multiprocessing.parent_process() is None:
+        return []
+    with contextlib.suppress(OSError):
+        listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+        return [int(child) for child in listed.split() if not _is_tracker(child)]
+    return []
+
+
+def _is_tracker(process: str) -> bool:
+    """Whether a process is no worker but the resource tracker of `multiprocessing`."""
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
+    return True  # it has ended
 
 
 def require_live(context: PruningContext) -> LiveContext:

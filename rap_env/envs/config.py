@@ -106,17 +106,17 @@ class EnvConfig:
     @classmethod
     def of(cls, **arguments: Any) -> Self:
         """The configuration of an environment's keyword arguments."""
-        known = [*cls._names(), "context", "render_mode"]
-        check_settings(arguments, "the environment", known)
+        check_settings(arguments, "the environment", [*cls.names(), "context", "render_mode"])
         return cls(**arguments)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that `of` makes this configuration from."""
-        return {name: getattr(self, name) for name in self._names()}
+        return {name: getattr(self, name) for name in self.names()}
 
     @classmethod
-    def _names(cls) -> list[str]:
+    def names(cls) -> list[str]:
+        """The names of the environment's arguments."""
         return [entry.name for entry in fields(cls) if entry.name not in cls.unused]
 
     def of_context(self) -> dict[str, Any]:

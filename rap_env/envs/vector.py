@@ -26,9 +26,12 @@ from rap_env.observation import Observation
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request, whole_number
+from rap_env.specs import check_settings
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
+
+_OWN_ARGUMENTS = ("num_envs", "autoreset_mode", "max_episode_steps", "render_mode", "context")
 
 _EACH = {
     "mask": "masks",
@@ -75,7 +78,9 @@ class PruningVectorEnv(
         self._mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
         self.render_mode = check_render_mode(render_mode)
-        self._config = self.single_type.config_type.of(model=model, **settings)
+        config_type = self.single_type.config_type
+        check_settings(settings, "the environment", [*config_type.names(), *_OWN_ARGUMENTS])
+        self._config = config_type.of(model=model, **settings)
         task: PruningTask[CostsT] = self.single_type.make_task(self._config, context)
         self._task = task
         self.context, self.memory = task.context, task.memory
@@ -283,6 +288,10 @@ class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
     `gymnasium.vector.SyncVectorEnv` with the same `autoreset_mode`, infos included. The scores
     that a step needs are measured together, so that masks share common computation.
 
+    `gymnasium.make_vec` makes it unless it is given a `vectorization_mode`, and takes the arguments
+    below. Its `vector_kwargs` are for gymnasium's own vector environments; `rap_env.make_vec`
+    takes them here too.
+
     Args:
         model: As for the single environment.
         num_envs: Number of environments, n.
@@ -313,6 +322,40 @@ class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
     def masks(self) -> tuple[BlockMask, ...]:
         """The blocks that each sub-environment has removed."""
         return tuple(plan.removed for plan in self.plans)
+
+
+def make_vec(
+    id: str,
+    num_envs: int = 1,
+    *,
+    vectorization_mode: str | None = None,
+    vector_kwargs: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """`gymnasium.make_vec`, with `vector_kwargs` in every mode.
+
+    `gymnasium.make_vec` rejects `vector_kwargs` for environments that bring a vector environment
+    of their own, as those of this package do; there, their entries are plain arguments.
+
+    Args:
+        id: Name of an environment, such as ``"RAPPrune-v0"``.
+        num_envs: Number of environments, n.
+        vectorization_mode: None for `RAPPruneVectorEnv` and its like, ``"sync"`` or ``"async"``
+            for gymnasium's vector environments of n single ones. With ``"async"`` and a start
+            method other than fork, each of the n processes loads a model.
+        vector_kwargs: Arguments of the vector environment, such as ``autoreset_mode``.
+        arguments: The other arguments of ``gymnasium.make_vec`` and of the environment.
+
+    Raises:
+        UnknownNameError: There is no such argument.
+        RapError: As for the environment.
+    """
+    given = dict(vector_kwargs or {})
+    if vectorization_mode is None:
+        return gym.make_vec(id, num_envs, **{**arguments, **given})
+    return gym.make_vec(
+        id, num_envs, vectorization_mode=vectorization_mode, vector_kwargs=given, **arguments
+    )
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
