@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import logging as std_logging
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +12,13 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
-from rap_env.llm.progress import folder_bytes, growing_folder_bar, hub_bars, transformers_bars
+from rap_env.llm.progress import (
+    folder_bytes,
+    growing_folder_bar,
+    hub_bars,
+    progress_bar,
+    transformers_bars,
+)
 
 
 def test_bytes_of_a_folder_with_folders_in_it(tmp_path: Path) -> None:
@@ -37,6 +45,53 @@ def test_folders_may_be_deleted_while_being_counted(tmp_path: Path) -> None:
     finally:
         done.set()
         writer.join()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that bars see; no terminal."""
+    now = [100.0]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("rap_env.llm.progress.monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_is_logged_every_ten_seconds(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(std_logging.INFO, "rap_env.llm.progress")
+    with progress_bar(True, total=40, desc="GSI", unit="mask", leave=False) as bar:
+        for step in range(40):
+            clock[0] += 1.0
+            bar.update()
+            bar.set_postfix(delta_nll=step)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"GSI: {done}/40 mask [00:{done}<00:{40 - done:02}, delta_nll={done - 2}]"
+        for done in (10, 20, 30, 40)
+    ]
+
+
+def test_short_work_and_bars_that_are_not_wanted_log_nothing(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(std_logging.INFO, "rap_env.llm.progress")
+    for shown, seconds in ((True, 0.2), (False, 5.0)):
+        for _ in progress_bar(shown, range(40), desc="GSI"):
+            clock[0] += seconds
+    assert not caplog.records
+
+
+def test_lines_reach_a_user_who_has_not_configured_logging() -> None:
+    program = (
+        "import tqdm.std; t = [0.0]; tqdm.std.time = lambda: t[0]\n"
+        "from rap_env.llm import progress; progress.monotonic = tqdm.std.time\n"
+        "for _ in progress.progress_bar(True, range(20), desc='levels', unit='plan'): t[0] += 1.0\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "levels: 10/20 plan [00:10<00:10" in ran.stderr
 
 
 def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
