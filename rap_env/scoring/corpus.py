@@ -7,6 +7,7 @@ among the roles (calibration, selection, report) by position, so that roles neve
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -39,14 +40,21 @@ class CorpusConfig:
             questions about them, whose answers need the whole context), ``"self+recall"`` (half
             of the windows each), the path of a text file (``.txt`` or any other suffix) or of a
             JSON-lines file (``.jsonl``), or ``"hub:ID"`` / ``"hub:ID:SUBSET"`` for a data set of
-            the hub.
+            the hub. Windows come from the part of a file or data set that belongs to the role.
         windows: Number of windows.
         window_tokens: Tokens of one window.
         seed: Chooses the windows, or seeds the generation.
         field: The text field of JSON lines and data sets; several fields are joined by ``+``, as
             in ``"question+answer"``.
         split: The split of a hub data set.
-        role: ``"calibration"``, ``"selection"`` or ``"report"``; roles never share text.
+        role: ``"calibration"``, ``"selection"`` or ``"report"``; roles never share text. Of a
+            file or data set, ``"calibration"`` (the default) reads the first 40 % of the tokens
+            only, ``"selection"`` the next 20 % and ``"report"`` the last 40 % (`ROLE_SPANS`);
+            the corpus' provenance says which.
+        separator: Put between the documents (rows) of JSON lines and data sets.
+        deduplicate: Whether a document that occurs several times is read once. Data sets of
+            questions repeat a passage for each question; without this, two roles can read the
+            same passage.
 
     Raises:
         CorpusError: A value has the wrong type, or a number is out of range.
@@ -60,8 +68,12 @@ class CorpusConfig:
     field: str = "text"
     split: str = "train"
     role: str = "calibration"
+    separator: str = "\n\n"
+    deduplicate: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, os.PathLike):
+            object.__setattr__(self, "source", os.fspath(self.source))
         check_types(self, CorpusError)
         check_name("corpus role", self.role, ROLE_SPANS)
         for name, least in (("windows", 1), ("window_tokens", 2), ("seed", 0)):

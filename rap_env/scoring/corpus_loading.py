@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -25,6 +26,8 @@ from rap_env.llm.self_written import TEMPERATURE, TOP_P, self_written, start_tok
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
 from rap_env.scoring.long_context_tasks import recall_text
+
+log = logging.getLogger(__name__)
 
 TEXTS = Path(__file__).parent / "texts"
 """Folder of the generated texts in the package, named after what determines them."""
@@ -153,8 +156,18 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     # The file and its folder: results contain no path of a machine.
     name = config.source if hub else "/".join(Path(config.source).parts[-2:])
     text_sha256 = hashlib.sha256(text.encode()).hexdigest()
+    part = ROLE_SPANS[config.role]
+    log.info(
+        "%s: the role %r reads the part from %.0f %% to %.0f %% of its %d tokens.",
+        name, config.role, *(100 * share for share in part), len(ids),
+    )  # fmt: skip
     return Corpus.of_tokens(
-        tokens, source=name, role=config.role, seed=config.seed, text_sha256=text_sha256
+        tokens,
+        source=name,
+        role=config.role,
+        part=list(part),
+        seed=config.seed,
+        text_sha256=text_sha256,
     )
 
 
@@ -188,16 +201,12 @@ def _file_text(config: CorpusConfig) -> str:
                 f"Line {number} of {path} is not a JSON object with the field {config.field!r}; "
                 "set `field` to the one that holds the text."
             ) from None
-    return _joined(documents)
+    return _joined(documents, config)
 
 
-def _joined(documents: Iterable[str]) -> str:
-    """Concatenate the distinct documents.
-
-    Data sets of questions repeat a passage for each question. Roles are cut by position, so two
-    of them could otherwise read the same passage.
-    """
-    return "\n\n".join(dict.fromkeys(documents))
+def _joined(documents: Iterable[str], config: CorpusConfig) -> str:
+    """Concatenate the documents, or the distinct ones."""
+    return config.separator.join(dict.fromkeys(documents) if config.deduplicate else documents)
 
 
 def _field_text(row: Mapping[str, Any], names: str) -> str:
@@ -213,7 +222,7 @@ def _hub_text(config: CorpusConfig) -> str:
     _, name, *subset = config.source.split(":")
     try:
         rows = load_dataset(name, *subset, split=config.split)
-        return _joined(_field_text(row, config.field) for row in rows)
+        return _joined((_field_text(row, config.field) for row in rows), config)
     except Exception as error:  # the hub's client has no common base class for its errors
         raise CorpusError(
             f"Cannot load the data set {name!r} ({config.split}, field {config.field!r}): "

@@ -189,6 +189,35 @@ def test_a_document_that_is_repeated_is_read_once(tmp_path):
     assert both[0].sha256 == both[1].sha256
 
 
+def test_documents_may_be_repeated_and_joined_otherwise(tmp_path):
+    path, plain = tmp_path / "rows.jsonl", tmp_path / "plain.txt"
+    rows = ["one two three " * 9, "four five six " * 9, "one two three " * 9] * 3
+    path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    plain.write_text(" | ".join(rows))
+    settings = {"windows": 3, "window_tokens": 8}
+    given = {"separator": " | ", "deduplicate": False}
+    found = load_corpus(CorpusConfig(source=str(path), **given, **settings), llm())
+    assert found.sha256 == load_corpus(CorpusConfig(source=str(plain), **settings), llm()).sha256
+    with pytest.raises(CorpusError, match="deduplicate must be of type bool, not 'no'"):
+        CorpusConfig(deduplicate="no")
+
+
+def test_a_source_may_be_a_path(tmp_path):
+    path = write_text(tmp_path)
+    config = CorpusConfig(path, windows=2, window_tokens=16)
+    assert config == CorpusConfig(str(path), windows=2, window_tokens=16)
+    assert load_corpus(config, llm()).tokens.shape == (2, 16)
+
+
+def test_the_part_of_a_file_that_a_role_reads_is_recorded(tmp_path, caplog):
+    caplog.set_level("INFO", "rap_env.scoring.corpus_loading")
+    path = write_text(tmp_path)
+    first = load_corpus(CorpusConfig(path, windows=2, window_tokens=16), llm())
+    last = load_corpus(CorpusConfig(path, windows=2, window_tokens=16, role="report"), llm())
+    assert (first.provenance["part"], last.provenance["part"]) == ([0.0, 0.4], [0.6, 1.0])
+    assert "the role 'calibration' reads the part from 0 % to 40 % of its" in caplog.text
+
+
 def test_fields_are_joined(tmp_path):
     rows = [
         {"question": f"how many {number} are", "answer": f"there are {number} of"}
