@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
 from experiments.config.common import TasksConfig, TextConfig
@@ -149,6 +149,17 @@ def task_config(tasks: TasksConfig) -> TaskConfig:
     from rap_env.scoring.tasks import TaskConfig
 
     return TaskConfig(**{**asdict(tasks), "names": tuple(tasks.names)})
+
+
+def described_tasks(tasks: TasksConfig) -> dict[str, Any]:
+    """The settings of tasks in records.
+
+    Rows without a sample of documents keep their former keys.
+    """
+    settings = asdict(tasks)
+    if tasks.limit is None or tasks.documents == "first":
+        del settings["documents"]
+    return settings
 
 
 def server_settings(config: Config, folder: Path) -> ServerSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import summary_table
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer, ladder_bytes, task_config
+from experiments.contexts import (
+    build_context,
+    described_tasks,
+    held_out_scorer,
+    ladder_bytes,
+    task_config,
+)
 from experiments.launch import launch
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
@@ -141,7 +147,7 @@ class Evaluator:
         }
 
     def _tasks(self, config: Config) -> dict[str, Any]:
-        settings = asdict(config.evaluate.tasks)
+        settings = described_tasks(config.evaluate.tasks)
         if self.tasks is None:
             return settings
         return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}
@@ -156,6 +162,10 @@ def evaluate(config: Config, folder: Path) -> Path:
         The path of ``results.jsonl`` in the folder.
     """
     check_names(config)
+    if config.evaluate.tasks.names:
+        from rap_env.scoring.lm_eval_tasks import check_scorable
+
+        check_scorable(config.evaluate.tasks.names)
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
     again = config.evaluate.plans

@@ -315,6 +315,12 @@ def parse_reward(spec: str | Mapping[str, Any]) -> tuple[Mapping[str, float], Pe
     return weights, PerplexityReward(**settings)
 
 
+def uses_tasks(spec: str | Mapping[str, Any]) -> bool:
+    """Whether the reward that a spec names has a term that is measured on tasks."""
+    weights, _ = parse_reward(spec)
+    return any(weight and term in _TERMS_OF_TASKS for term, weight in weights.items())
+
+
 def _check_weights(weights: Mapping[str, float]) -> None:
     """Reject weights of unknown terms, negative weights, and weights that are all 0."""
     if not isinstance(weights, Mapping):

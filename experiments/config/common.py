@@ -182,6 +182,9 @@ class TasksConfig(Section):
     names: list[str] = field(default_factory=list)
     limit: Count | None = None
     """Documents of each task; null for all."""
+    documents: Annotated[str, among("sample", "first")] = "sample"
+    """Which ones: a sample that the seed draws, or the first ones. Generated tasks have the first
+    ones. Records made before this setting have the first ones."""
     data_root: str | None = None
     """Folder with local files of hub tasks, or null."""
     num_fewshot: CountOrZero = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from experiments.comparison.records import RowFile, delta_nll_fields, row_key
 from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
 from experiments.config.common import Cell
-from experiments.contexts import task_config
+from experiments.contexts import described_tasks, task_config
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
 from rap_env.blocks import BlockMask
@@ -211,6 +211,8 @@ class RepairEvaluator:
             "calibration_sha256": libraries.context.corpus.sha256,
             "report_sha256": libraries.texts.report[text].sha256,
             "stubs": "" if entry.library is None else entry.library.sha256,
-            "tasks": asdict(libraries.config.evaluate.tasks) if entry.study == "grid" else {},
+            "tasks": described_tasks(libraries.config.evaluate.tasks)
+            if entry.study == "grid"
+            else {},
         }
         return {"depends_on": depends_on, "git": self._git}

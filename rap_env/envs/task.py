@@ -31,7 +31,7 @@ from rap_env.memory import MemoryModel
 from rap_env.observation import Observation
 from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
-from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward
+from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward, uses_tasks
 from rap_env.specs import check_settings
 from rap_env.workload import RequestSampler, make_sampler
 
@@ -96,6 +96,8 @@ class PruningTask(ABC, Generic[CostsT]):
                 f"context must be a pruning context, not {context!r}; make one with "
                 "rap_env.context.open_context(ContextConfig(...)), or pass None."
             )
+        if config.tasks is not None and uses_tasks(config.reward):
+            check_tasks(config.tasks)
         self.context = open_context(config.context_config()) if context is None else context
         self.memory: MemoryModel = self.context.memory
         self.sampler = make_sampler(config.workload, self.memory)
@@ -256,6 +258,13 @@ class PruningTask(ABC, Generic[CostsT]):
             self.check_feasible(start)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
+
+
+def check_tasks(tasks: Sequence[str] | Mapping[str, Any]) -> None:
+    """Check tasks before a model loads; errors are those of `lm_eval_tasks.check_scorable`."""
+    from rap_env.scoring.lm_eval_tasks import check_scorable
+
+    check_scorable(parse_tasks(tasks).names)
 
 
 def task_scorer(

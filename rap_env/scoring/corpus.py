@@ -49,8 +49,7 @@ class CorpusConfig:
         split: The split of a hub data set.
         role: ``"calibration"``, ``"selection"`` or ``"report"``; roles never share text. Of a
             file or data set, ``"calibration"`` (the default) reads the first 40 % of the tokens
-            only, ``"selection"`` the next 20 % and ``"report"`` the last 40 % (`ROLE_SPANS`);
-            the corpus' provenance says which.
+            only, ``"selection"`` the next 20 % and ``"report"`` the last 40 % (`ROLE_SPANS`).
         separator: Put between the documents (rows) of JSON lines and data sets.
         deduplicate: Whether a document that occurs several times is read once. Data sets of
             questions repeat a passage for each question; without this, two roles can read the

@@ -156,18 +156,12 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     # The file and its folder: results contain no path of a machine.
     name = config.source if hub else "/".join(Path(config.source).parts[-2:])
     text_sha256 = hashlib.sha256(text.encode()).hexdigest()
-    part = ROLE_SPANS[config.role]
     log.info(
         "%s: the role %r reads the part from %.0f %% to %.0f %% of its %d tokens.",
-        name, config.role, *(100 * share for share in part), len(ids),
+        name, config.role, *(100 * share for share in ROLE_SPANS[config.role]), len(ids),
     )  # fmt: skip
     return Corpus.of_tokens(
-        tokens,
-        source=name,
-        role=config.role,
-        part=list(part),
-        seed=config.seed,
-        text_sha256=text_sha256,
+        tokens, source=name, role=config.role, seed=config.seed, text_sha256=text_sha256
     )
 
 

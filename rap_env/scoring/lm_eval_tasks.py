@@ -118,13 +118,18 @@ def task_class() -> Any:
         def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> Any:
             return self._once("choice", super().doc_to_choice, doc, doc_to_choice)
 
-        def build_all_requests(self, *, limit: int | None = None, **settings: Any) -> None:
+        def build_all_requests(
+            self, *, limit: int | None = None, samples: list[int] | None = None, **settings: Any
+        ) -> None:
             """Build requests as lm-eval does, but without its progress bar."""
             if {name: value for name, value in settings.items() if value} != {"world_size": 1}:
-                super().build_all_requests(limit=limit, **settings)
+                super().build_all_requests(limit=limit, samples=samples, **settings)
                 return
             instances: list[Any] = []
-            for number, doc in self.doc_iterator(rank=0, limit=limit, world_size=1):
+            docs = self.doc_iterator(rank=0, limit=limit, world_size=1)
+            if samples is not None:  # lm-eval looks up each document in the list
+                docs = enumerate(self.eval_docs[number] for number in samples)
+            for number, doc in docs:
                 context = self.fewshot_context(
                     doc,
                     num_fewshot=self.config.num_fewshot or 0,
@@ -186,7 +191,7 @@ def load_task(
         loaded = _load_named(name, data_root)
     tasks = tuple(loaded["tasks"].values())
     for task in tasks:
-        _check_output(name, task)
+        _check_output(name, task.OUTPUT_TYPE)
         # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
@@ -195,9 +200,29 @@ def load_task(
     return LoadedTask(name, tasks, next(iter(groups.values()), None))
 
 
+def is_generated(name: str) -> bool:
+    """Whether a task's documents are generated."""
+    return name in GENERATED_TASKS or long_context_task(name) is not None
+
+
+def check_scorable(names: Iterable[str]) -> None:
+    """Check tasks before a model or a data set is loaded.
+
+    Raises:
+        MissingDependencyError: lm-eval is not installed.
+        UnknownNameError: There is no such task, or its config says that it is not scored by
+            likelihoods.
+    """
+    require_lm_eval()
+    with quiet():
+        for name in names:
+            if not is_generated(name):
+                _manager_for(name)
+
+
 def check_generated_name(name: str) -> None:
     """Raise an error if a name begins with ``rap_``, as no task of lm-eval does, and is unknown."""
-    if name.startswith("rap_") and name not in GENERATED_TASKS and not long_context_task(name):
+    if name.startswith("rap_") and not is_generated(name):
         known = [*KNOWN_TASKS, *(f"rap_{kind}_1024" for kind in LONG_CONTEXT_KINDS)]
         raise UnknownNameError("task", name, known, _ANY_OTHER)
 
@@ -205,28 +230,66 @@ def check_generated_name(name: str) -> None:
 _ANY_OTHER = "Any other task of lm-eval that is scored by likelihoods works too."
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _manager(folder: str) -> Any:
     """A task manager over one folder of lm-eval's tasks, or over all of them (``""``)."""
     import lm_eval.tasks as package
 
     if not folder:
         return package.TaskManager()
-    path = Path(package.__file__).parent / folder
-    return package.TaskManager(include_path=str(path), include_defaults=False)
+    return package.TaskManager(include_path=str(_tasks_folder() / folder), include_defaults=False)
+
+
+def _tasks_folder() -> Path:
+    """The folder of lm-eval's tasks."""
+    import lm_eval.tasks as package
+
+    return Path(package.__file__).parent
 
 
 def _manager_for(name: str) -> Any:
-    """A task manager that has the task."""
-    folder = TASK_FOLDERS.get(known_name(name))
-    manager = None if folder is None else _manager(folder)
-    if manager is None or name not in manager.task_index:
+    """A task manager that has the task, whose config is one that can be scored."""
+    manager = next((m for m in map(_manager, _folders(name)) if _has(m, name)), None)
+    if manager is None:
         log.info("Searching all of lm-eval's tasks for %r, which takes some seconds.", name)
         manager = _manager("")
-    if name not in manager.task_index:
+    index = manager.task_index
+    if name not in index:
         near = _near(name, manager.all_tasks)
         raise UnknownNameError("task", name, KNOWN_TASKS, near or _ANY_OTHER)
+    with contextlib.suppress(CorpusError):  # a group that changes its members' configs
+        for leaf in _leaves(index, name):
+            output = (index[leaf].cfg or {}).get("output_type")
+            if output is not None:
+                _check_output(name, output)
     return manager
+
+
+def _folders(name: str) -> Iterator[str]:
+    """Folders that may hold a task: the known one, or one named after the task's beginning."""
+    known = TASK_FOLDERS.get(known_name(name))
+    if known is not None:
+        yield known
+    words = name.split("_")
+    for count in range(len(words), 0, -1):
+        folder = "_".join(words[:count])
+        if folder and (_tasks_folder() / folder).is_dir():
+            yield folder
+
+
+def _has(manager: Any, name: str) -> bool:
+    """Whether a manager over one folder has a task and all of its members.
+
+    A tag may have members in other folders.
+    """
+    index = manager.task_index
+    if name not in index:
+        return False
+    try:
+        list(_leaves(index, name))
+    except CorpusError:
+        return False
+    return name in TASK_FOLDERS or bool(index[name].kind.name != "TAG")
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -319,13 +382,13 @@ def _leaves(index: Any, name: str) -> Iterator[str]:
         yield from _leaves(index, member)
 
 
-def _check_output(name: str, task: Any) -> None:
-    if task.OUTPUT_TYPE not in SCORABLE_OUTPUTS:
+def _check_output(name: str, output_type: str) -> None:
+    if output_type not in SCORABLE_OUTPUTS:
         raise UnknownNameError(
             "likelihood task",
             name,
             KNOWN_TASKS,
-            f"It is scored by {task.OUTPUT_TYPE}; only {', '.join(SCORABLE_OUTPUTS)} can be.",
+            f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be.",
         )
 
 

@@ -16,7 +16,7 @@ from rap_env.artifacts import canonical_json
 from rap_env.errors import CorpusError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
-from rap_env.scoring.lm_eval_tasks import LoadedTask
+from rap_env.scoring.lm_eval_tasks import LoadedTask, is_generated
 from rap_env.scoring.long_context_tasks import long_context_task
 
 _FILTER = "none"  # lm-eval's name for the default filter
@@ -53,7 +53,8 @@ class TaskResult:
 class TaskRequests:
     """One lm-eval task with its requests built and encoded, once for all masks.
 
-    It has the first `limit` documents, or all. `seed` is that of the task; only `context` has it.
+    It has all documents, or `limit` of them: the first ones, or a sample that `seed` draws. A
+    generated task has the first ones.
 
     Attributes:
         context: Everything but the model that determines the task's likelihoods.
@@ -70,10 +71,14 @@ class TaskRequests:
         *,
         limit: int | None,
         seed: int,
+        sample: bool,
     ) -> None:
         self.task = task
         try:
-            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            chosen = None
+            if sample and limit is not None and not is_generated(task.task_name):
+                chosen = sampled(len(task.eval_docs), limit, seed)
+            task.build_all_requests(limit=limit, rank=0, world_size=1, samples=chosen)
         except Exception as error:  # a task's own templates may raise anything on bad rows
             raise CorpusError(
                 f"The documents of the task {task.task_name!r} do not match what it reads: "
@@ -177,6 +182,16 @@ class TaskRequests:
             for name, value in self.task.process_results(parts[0].doc, answers).items():
                 values.setdefault(name, []).append(value)
         return values
+
+
+def sampled(documents: int, limit: int, seed: int) -> list[int] | None:
+    """Numbers of `limit` of the documents, ascending; None if there are no more than that.
+
+    A larger limit with the same seed keeps the documents of a smaller one.
+    """
+    if limit >= documents:
+        return None
+    return sorted(np.random.default_rng(seed).permutation(documents)[:limit].tolist())
 
 
 def _right_choices(task: Any, doc: Any) -> list[int]:

@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
+from rap_env.errors import (
+    InvalidRequestError,
+    NonFiniteScoreError,
+    UnknownNameError,
+    check_name,
+)
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
 from rap_env.plan import MaskOrPlan, simplest
@@ -22,6 +27,9 @@ from rap_env.scoring.long_context_tasks import check_fits, long_context_task
 from rap_env.scoring.scorer import levels_context, model_context
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
+
+DOCUMENTS = ("sample", "first")
+"""Which documents of a task a limit leaves."""
 
 _METRIC = "loglikelihoods"
 _MULTIPLE_CHOICE = [
@@ -37,14 +45,20 @@ class TaskConfig:
         names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
             `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task or group
             of lm-eval that is scored by likelihoods.
-        limit: Number of first documents of each task (of each member of a group); None for all.
+        limit: Number of documents of each task (of each member of a group); None for all.
+        documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
+            ``"first"``, as with lm-eval's own limit. The first documents of a data set may all be
+            of one kind: those of hellaswag have one source. Generated tasks always have the first
+            ones, since `seed` decides their content and kinds take turns.
         data_root: Folder of local data for lm-eval's own tasks, see
             `rap_env.scoring.local_data`; None uses the hub's data.
         num_fewshot: Solved examples before each question.
-        seed: Chooses the documents of generated tasks and the few-shot examples.
+        seed: Chooses the documents of generated tasks, the sample of others and the few-shot
+            examples.
 
     Raises:
-        UnknownNameError: A name is not a string, or a misspelt generated task.
+        UnknownNameError: A name is not a string, or a misspelt generated task; or there is no
+            such value of `documents`.
         InvalidRequestError: A number is out of range, or names are missing or repeated.
     """
 
@@ -53,6 +67,7 @@ class TaskConfig:
     data_root: str | None = None
     num_fewshot: int = 0
     seed: int = 0
+    documents: str = "sample"
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not all(isinstance(n, str) for n in self.names):
@@ -64,6 +79,7 @@ class TaskConfig:
             )
         for name in self.names:
             lm_eval_tasks.check_generated_name(name)
+        check_name("choice of documents", self.documents, DOCUMENTS)
         if self.data_root is not None:
             object.__setattr__(self, "data_root", str(self.data_root))
         for setting, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0)):
@@ -128,7 +144,14 @@ class TaskScorer:
             ]
             members = {task.task_name: task for loaded in self._loaded for task in loaded.tasks}
             self._members = {
-                name: TaskRequests(llm, task, encoder, limit=config.limit, seed=config.seed)
+                name: TaskRequests(
+                    llm,
+                    task,
+                    encoder,
+                    limit=config.limit,
+                    seed=config.seed,
+                    sample=config.documents == "sample",
+                )
                 for name, task in members.items()
             }
         self._results: dict[MaskOrPlan, dict[str, TaskResult]] = {}

@@ -179,4 +179,4 @@ def test_tasks_that_generate_text_are_rejected(tmp_path):
     config = {**own, **overrides, "doc_to_text": "a", "doc_to_target": "a"}
     task = lm_eval_tasks._manager(None).load([config])["tasks"]["x"]
     with pytest.raises(UnknownNameError, match="scored by generate_until"):
-        lm_eval_tasks._check_output("x", task)
+        lm_eval_tasks._check_output("x", task.OUTPUT_TYPE)

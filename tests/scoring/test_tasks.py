@@ -11,6 +11,7 @@ import torch
 
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
+from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.errors import (
     CorpusError,
     InvalidRequestError,
@@ -186,6 +187,88 @@ def test_accuracies_are_means_of_right_documents(llm):
     assert scorer.mean_accuracy(SOME) == pytest.approx(np.mean(list(accuracies.values())))
     assert scorer.dense_accuracies == scorer.accuracies(BlockMask())
     assert scorer.chance == {"rap_minimal_pairs": 0.5, "rap_recall": 0.25, "rap_choice": 0.25}
+
+
+def numbered(count: int) -> list[dict]:
+    """Rows of hellaswag with different texts."""
+    return [{**ROWS["hellaswag"], "ctx_a": f"a {number} b."} for number in range(count)]
+
+
+def contexts_of(scorer: TaskScorer) -> list[str]:
+    """The texts of the documents that a scorer has chosen."""
+    (member,) = scorer._members.values()
+    return list(dict.fromkeys(instance.args[0] for instance in member.task.instances))
+
+
+def test_a_limit_takes_a_seeded_sample_of_documents(tmp_path, llm):
+    write_task(tmp_path, "hellaswag", rows=numbered(30))
+
+    def scorer(**settings) -> TaskScorer:
+        return TaskScorer(llm, TaskConfig(("hellaswag",), data_root=str(tmp_path), **settings))
+
+    every = contexts_of(scorer())
+    drawn = contexts_of(scorer(limit=8))
+    assert len(drawn) == 8
+    assert drawn == [text for text in every if text in drawn] != every[:8]
+    assert contexts_of(scorer(limit=8)) == drawn
+    assert contexts_of(scorer(limit=8, seed=1)) != drawn
+    assert set(contexts_of(scorer(limit=12))) > set(drawn)
+    assert contexts_of(scorer(limit=30)) == contexts_of(scorer(limit=99)) == every
+    assert contexts_of(scorer(limit=8, documents="first")) == every[:8]
+    results = [scorer(limit=limit).results(SOME)["hellaswag"] for limit in (8, None)]
+    assert results[0].documents == 8
+    places = [every.index(text) for text in drawn]
+    np.testing.assert_allclose(results[0].choice_nll, results[1].choice_nll[places])
+
+
+def test_records_of_first_documents_keep_their_keys(tmp_path, llm):
+    """The keys of stored likelihoods and of published rows do not depend on `documents`."""
+    write_task(tmp_path, "hellaswag", rows=numbered(30))
+    first, sample = (
+        TaskScorer(
+            llm,
+            TaskConfig(("hellaswag",), limit=4, data_root=str(tmp_path), documents=documents),
+        )
+        for documents in ("first", "sample")
+    )
+    assert first.context["tasks"]["hellaswag"].keys() == {
+        "name", "version", "documents", "limit", "num_fewshot", "seed", "max_length",
+        "documents_sha256", "requests_sha256",
+    }  # fmt: skip
+    assert first.context != sample.context
+    generated = [
+        TaskScorer(llm, TaskConfig(("rap_choice",), limit=4, documents=documents)).context
+        for documents in ("first", "sample")
+    ]
+    assert generated[0] == generated[1]
+    with pytest.raises(UnknownNameError, match="choice of documents 'frist'.*Did you mean 'first'"):
+        TaskConfig(("piqa",), documents="frist")
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "arc_challenge"])
+def test_both_accuracies_are_reported_by_name(tmp_path, llm, name):
+    write_task(tmp_path, name)
+    scorer = TaskScorer(llm, TaskConfig((name,), data_root=str(tmp_path)))
+    result = scorer.results(BlockMask())[name]
+    assert {"acc", "acc_norm"} <= result.metrics.keys() & result.stderr.keys()
+    for metric in ("acc", "acc_norm"):
+        assert scorer.accuracies(BlockMask(), metric) == {name: result.metrics[metric]}
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval", "mmlu_pro", "truthfulqa_gen"])
+def test_tasks_that_are_generated_text_are_rejected_before_anything_loads(monkeypatch, name):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model or a data set was loaded")
+
+    monkeypatch.setattr(lm_eval_tasks, "_load_leaves", fail)
+    monkeypatch.setattr("rap_env.envs.task.open_context", fail)
+    with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'.*by generate_until"):
+        lm_eval_tasks.check_scorable([name])
+    with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'"):
+        RAPPruneV1Env("no-such-model", reward="accuracy", tasks=[name])
+    with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'"):
+        lm_eval_tasks.load_task(name, data_root=None, seed=0, num_fewshot=0)
+    lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative", "truthfulqa_mc1"])
 
 
 def test_acc_norm_is_there_where_lm_eval_has_it(tmp_path, llm):
