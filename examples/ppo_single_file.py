@@ -35,6 +35,7 @@ class Agent(nn.Module):
         self.value = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
     def forward(self, observation: dict) -> tuple[torch.distributions.Categorical, torch.Tensor]:
+        """The distribution over items and the value, for a batch of observations."""
         rows, request = observation["ladder"], observation["request"]
         request = request[:, None].expand(-1, rows.shape[1], -1)
         rows = self.row(torch.cat([rows, request], dim=-1))

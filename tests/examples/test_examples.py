@@ -1,0 +1,81 @@
+"""Each example learns or improves something, with fewer steps than when it is run as a program."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+
+import rap_env
+from rap_env.leaderboard.entries import Entry
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LONGEST_LINES = 150
+
+
+def example(name):
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_how_it_is_run(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGEST_LINES
+    assert f"python examples/{path.name}" in text
+    assert f"def test_{path.stem}(" in Path(__file__).read_text(encoding="utf-8")
+
+
+def test_ppo_single_file():
+    module = example("ppo_single_file")
+    module.ENVS = 16
+    before, after = (
+        rap_env.evaluate(module.train(updates), module.TASK, name="ppo") for updates in (0, 12)
+    )
+    assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
+    assert all(cell.fits for cell in after.cells)
+
+
+def test_sb3_maskable_ppo():
+    module = example("sb3_maskable_ppo")
+    before, after = (
+        rap_env.evaluate(module.train(steps), module.TASK, name="sb3") for steps in (0, 4096)
+    )
+    assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
+
+
+def test_custom_reward():
+    module = example("custom_reward")
+    plain, wrapped = gym.make(module.TASK), module.FreeBytes(gym.make(module.TASK), weight=2.0)
+    returns = {act: module.mean_return(wrapped, act, 5) for act in (module.first_in_order,)}
+    found = module.mean_return(plain, module.first_in_order, 5)
+    assert found < returns[module.first_in_order] < found + 2.0
+    assert module.mean_return(wrapped, module.largest, 5) < returns[module.first_in_order]
+
+
+def test_custom_workload():
+    module = example("custom_workload")
+    env = module.Requests(gym.make("RAPPrune-v1", model=module.MODEL), module.night_and_day)
+    seen = {env.reset()[1]["request"]["batch_size"] for _ in range(30)}
+    assert 1 in seen
+    assert max(seen) > 4
+    ordered, drawn = (module.mean_loss(env, act, 10) for act in (module.in_order, module.at_random))
+    assert ordered < drawn
+
+
+def test_leaderboard_entry(tmp_path):
+    module = example("leaderboard_entry")
+    found = {
+        tries: rap_env.evaluate(module.LocalSearch(tries), module.TASK, name="local search")
+        for tries in (0, 20)
+    }
+    assert found[20].mean_delta_nll <= found[0].mean_delta_nll
+    best = min(float(e.delta_nll("calibration").mean()) for e in found[0].entries)
+    assert found[0].mean_delta_nll < best + 1e-9, "measured plans include the published ones"
+    found[20].entry("Exchanges levels.").save(tmp_path / "mine.json")
+    assert Entry.load(tmp_path / "mine.json").name == "local search"
