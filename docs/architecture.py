@@ -14,13 +14,13 @@ LAYERS = (
     ("importance",),
     ("repair", "reward"),
     ("context",),
-    ("envs", "runtime"),
+    ("envs", "leaderboard", "runtime"),
     ("serving",),
     ("cli",),
 )
 """Packages from the ground up; single modules of ``rap_env`` belong to "values and bytes"."""
 
-_ABOVE = {"render": "envs", "cli": "cli"}  # single modules that belong to another layer
+_ABOVE = {"render": "envs", "installation": "cli", "cli": "cli"}  # single modules that belong to another layer
 
 
 def package(module: str) -> str | None:

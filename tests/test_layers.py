@@ -29,10 +29,10 @@ LAYERS = (
     ("repair",),
     ("reward",),
     ("context",),
-    ("render", "envs"),
+    ("render", "envs", "leaderboard"),
     ("runtime",),
     ("serving",),
-    ("cli", "__init__"),
+    ("installation", "cli", "__init__"),
 )  # fmt: skip
 """Files and packages of `rap_env` from the ground up; each may import its own layer and lower."""
 
