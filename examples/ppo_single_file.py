@@ -13,7 +13,6 @@ import sys
 import warnings
 
 import gymnasium as gym
-import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
@@ -52,8 +51,8 @@ class Agent(nn.Module):
 
 
 def tensors(observation: dict) -> dict:
-    """The arrays of an observation as tensors; a copy, because environments reuse arrays."""
-    return {name: torch.as_tensor(np.array(array)) for name, array in observation.items()}
+    """The arrays of an observation as tensors."""
+    return {name: torch.as_tensor(array) for name, array in observation.items()}
 
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
@@ -90,7 +89,7 @@ def train(updates: int = UPDATES, seed: int = 0, reward: dict | None = None) -> 
             values.append(value)
             new, paid, terminated, truncated, _ = envs.step(action.numpy())
             observation = tensors(new)
-            rewards.append(torch.as_tensor(np.array(paid), dtype=torch.float32))
+            rewards.append(torch.as_tensor(paid, dtype=torch.float32))
             over.append(torch.as_tensor(terminated | truncated, dtype=torch.float32))
         with torch.no_grad():
             values.append(agent(observation)[1])
