@@ -20,7 +20,8 @@ LAYERS = (
 )
 """Packages from the ground up; single modules of ``rap_env`` belong to "values and bytes"."""
 
-_ABOVE = {"render": "envs", "installation": "cli", "cli": "cli"}  # single modules that belong to another layer
+# Single modules that belong to another layer.
+_ABOVE = {"render": "envs", "installation": "cli", "cli": "cli"}
 
 
 def package(module: str) -> str | None:
