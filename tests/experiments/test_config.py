@@ -17,10 +17,10 @@ from agents.algorithms import ALGORITHMS
 from agents.baselines import baselines_of
 from experiments.comparison.run_folder import run_label
 from experiments.config import as_config
-from experiments.config.common import parse_shape
+from experiments.config.common import TasksConfig, parse_shape
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.training import AgentConfig
-from experiments.contexts import context_config
+from experiments.contexts import context_config, described_tasks
 from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR, register
 from experiments.train import agent_config
@@ -265,3 +265,18 @@ def test_the_tight_grid_has_budgets_for_each_loss_of_each_request():
     assert not config.evaluate.shapes
     assert config.env.lowers
     assert config.model.weights == "native"
+
+
+def test_records_of_first_documents_keep_their_keys():
+    """Rows made before documents were sampled have no such setting, and are of the first ones."""
+    former = {"names", "limit", "data_root", "num_fewshot"}
+    names = ["hellaswag"]
+    assert described_tasks(TasksConfig()).keys() == former
+    assert described_tasks(TasksConfig(names=names)).keys() == former
+    first = TasksConfig(names=names, limit=4, documents="first")
+    assert described_tasks(first).keys() == former
+    sample = described_tasks(TasksConfig(names=names, limit=4))
+    assert sample["documents"] == "sample"
+    for experiment in ("main", "repair"):  # published with a limit
+        text = (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+        assert yaml.safe_load(text)["evaluate"]["tasks"]["documents"] == "first"
