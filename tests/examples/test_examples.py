@@ -9,7 +9,9 @@ import gymnasium as gym
 import pytest
 
 import rap_env
+from experiments.export_minari import export
 from rap_env.leaderboard.entries import Entry
+from rap_env.leaderboard.tasks import pinned_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LONGEST_LINES = 150
@@ -79,3 +81,14 @@ def test_leaderboard_entry(tmp_path):
     assert found[0].mean_delta_nll < best + 1e-9, "measured plans include the published ones"
     found[20].entry("Exchanges levels.").save(tmp_path / "mine.json")
     assert Entry.load(tmp_path / "mine.json").name == "local search"
+
+
+def test_offline_cloning(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    module = example("offline_cloning")
+    export(pinned_task(module.TASK), module.DATASET, 24, ["frontier", "policy"], 0)
+    before, after = (
+        rap_env.evaluate(module.train(updates=updates), module.TASK, name="cloning")
+        for updates in (0, 100)
+    )
+    assert after.mean_delta_nll < 0.5 * before.mean_delta_nll

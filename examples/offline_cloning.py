@@ -1,0 +1,64 @@
+"""Behaviour cloning from a Minari dataset of a pinned task, without a single step of it.
+
+    pip install "minari[hdf5]"
+    python -m experiments.export_minari --behaviours frontier,policy   # writes the dataset
+    python examples/offline_cloning.py
+
+The network is that of `ppo_single_file.py`, and learns to repeat the actions of the episodes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import minari
+import numpy as np
+import torch
+
+import rap_env
+
+DATASET = "rap/smollm2-table-v1/mixed-v0"
+UPDATES, BATCH, LEARNING_RATE = 600, 256, 3e-3
+
+_SPEC = importlib.util.spec_from_file_location(
+    "ppo", Path(__file__).with_name("ppo_single_file.py")
+)
+_PPO = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_PPO)
+TASK = _PPO.TASK
+
+
+def transitions(dataset: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """All observations in which an action was taken, and the actions."""
+    episodes = list(minari.load_dataset(dataset).iterate_episodes())
+    names = episodes[0].observations
+    seen = {
+        name: torch.as_tensor(np.concatenate([one.observations[name][:-1] for one in episodes]))
+        for name in names
+    }
+    return seen, torch.as_tensor(np.concatenate([one.actions for one in episodes]))
+
+
+def train(dataset: str = DATASET, updates: int = UPDATES, seed: int = 0) -> torch.nn.Module:
+    """An agent that was trained to repeat the actions of a dataset."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    seen, actions = transitions(dataset)
+    agent = _PPO.Agent(seen["request"].shape[1], seen["ladder"].shape[2])
+    optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
+    for _ in range(updates):
+        part = torch.randint(len(actions), (BATCH,))
+        distribution, _ = agent({name: array[part] for name, array in seen.items()})
+        loss = -distribution.log_prob(actions[part]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return agent
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*out of date.*")
+    print(rap_env.evaluate(train(updates=0), TASK, name="untrained"), end="\n\n")
+    print(rap_env.evaluate(train(), TASK, name="behaviour cloning"))
