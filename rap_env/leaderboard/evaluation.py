@@ -46,6 +46,7 @@ class CellResult:
         budget_fraction: The budget as a share of the native model's peak bytes.
         delta_nll: Its ΔNLL on the split's text, nats per token. Where the plan does not fit, that
             of the model without any block.
+        calibration_delta_nll: The same on the calibration text.
         predicted: Whether ΔNLL was predicted, because the table has not measured the plan.
         decision_s: Seconds until the plan was known.
     """
@@ -55,6 +56,7 @@ class CellResult:
     peak_bytes: int
     budget_fraction: float
     delta_nll: float
+    calibration_delta_nll: float
     predicted: bool
     decision_s: float
 
@@ -178,7 +180,7 @@ class Evaluation:
             "attn_removed": plan.removed.count("attn"),
             "ffn_removed": plan.removed.count("ffn"),
             "mask": list(plan.removed.names),
-            "loss_calibration": cell.delta_nll,
+            "loss_calibration": cell.calibration_delta_nll,
             "loss": cell.delta_nll,
             "loss_ci_low": cell.delta_nll,
             "loss_ci_high": cell.delta_nll,
@@ -266,20 +268,14 @@ def evaluate(
     env = pinned.make()
     unwrapped: Any = env.unwrapped
     context: PruningContext = unwrapped.context
-    scorer = _split_scorer(pinned, context, split, text)
+    judge = _judge(pinned, context, split, text)
     cells = []
     for number, request in enumerate(pinned.requests):
         began = time.perf_counter()
         plan = decide(env, request, seed + number)
         decision_s = time.perf_counter() - began
-        peak_bytes = context.memory.peak_bytes(as_plan(plan), request)
-        scored = plan if peak_bytes <= request.budget_bytes else _nothing_left(context)
-        delta_nll, predicted = scorer.score(scored)
-        dense = context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
-        share = request.budget_bytes / dense
-        cells.append(CellResult(request, plan, peak_bytes, share, delta_nll, predicted, decision_s))
+        cells.append(_cell(context, judge, request, plan, decision_s))
     env.close()
-    same = scorer.sha256 == pinned.sha256_of(split)
     entries = [e for e in published_entries(pinned.comparison) if e.delta_nll(split) is not None]
     return Evaluation(
         name=name,
@@ -287,9 +283,32 @@ def evaluate(
         split=split,
         cells=tuple(cells),
         seed=seed,
-        text_sha256=scorer.sha256,
+        text_sha256=judge.sha256,
         model_sha256=context.memory.facts.fingerprint,
-        entries=tuple(entries) if same else (),
+        entries=tuple(entries) if judge.sha256 == pinned.sha256_of(split) else (),
+    )
+
+
+def _cell(
+    context: PruningContext, judge: _Judge, request: Request, plan: MaskOrPlan, decision_s: float
+) -> CellResult:
+    """The result of one request; a plan that does not fit is scored as no model at all."""
+    memory, scorer = context.memory, context.scorer
+    peak_bytes = memory.peak_bytes(as_plan(plan), request)
+    fits = peak_bytes <= request.budget_bytes
+    scored = plan if fits else BlockMask.of(*range(memory.facts.num_blocks))
+    calibration = scorer.nll(scored) - scorer.dense_nll
+    delta_nll, predicted = judge.delta_nll(scored, calibration)
+    return CellResult(
+        request=request,
+        plan=plan,
+        peak_bytes=peak_bytes,
+        budget_fraction=request.budget_bytes
+        / memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens),
+        delta_nll=delta_nll,
+        calibration_delta_nll=calibration,
+        predicted=predicted,
+        decision_s=decision_s,
     )
 
 
@@ -328,46 +347,40 @@ def _episode(
     return simplest(env.unwrapped.plan)
 
 
-def _nothing_left(context: PruningContext) -> MaskOrPlan:
-    """The model without any block."""
-    return BlockMask.of(*range(context.memory.facts.num_blocks))
-
-
 @dataclass(frozen=True)
-class _SplitScorer:
-    """Gives ΔNLL of a plan on a split's text, and whether it is predicted."""
+class _Judge:
+    """Gives ΔNLL of a plan on a split's text, and whether it is predicted.
+
+    Attributes:
+        sha256: Hash of the text's tokens.
+        delta_nll: Takes a plan and its ΔNLL on the calibration text.
+    """
 
     sha256: str
-    score: Callable[[MaskOrPlan], tuple[float, bool]]
+    delta_nll: Callable[[MaskOrPlan, float], tuple[float, bool]]
 
 
-def _split_scorer(
+def _judge(
     task: PinnedTask, context: PruningContext, split: str, text: CorpusConfig | None
-) -> _SplitScorer:
+) -> _Judge:
     if text is not None and (split != "test" or not task.live):
         raise InvalidRequestError(
             f"text is for split='test' of a task with a live model; {task.name} with "
             f"split={split!r} has its own."
         )
-    scorer = context.scorer
-
-    def on_calibration(plan: MaskOrPlan) -> tuple[float, bool]:
-        return scorer.nll(plan) - scorer.dense_nll, scorer.is_predicted(plan)
-
+    table = context.table if isinstance(context, TableContext) else None
     if split == "calibration":
-        return _SplitScorer(_text_sha256(context), on_calibration)
-    if isinstance(context, TableContext):
-        held_out = context.table.held_out
+        sha256 = context.corpus.sha256 if table is None else str(table.text["sha256"])
+        return _Judge(sha256, lambda plan, value: (value, context.scorer.is_predicted(plan)))
+    if table is not None:
+        held_out = table.held_out
         if held_out is None:
             raise ArtifactError(
                 f"The table of {task.name} has no losses on held-out text; use split='calibration'."
             )
-        return _SplitScorer(
+        return _Judge(
             held_out.text["sha256"],
-            lambda plan: (
-                held_out.delta_nll(plan, on_calibration(plan)[0]),
-                held_out.is_predicted(plan),
-            ),
+            lambda plan, value: (held_out.delta_nll(plan, value), held_out.is_predicted(plan)),
         )
     if text is None:
         raise InvalidRequestError(
@@ -379,10 +392,4 @@ def _split_scorer(
 
     corpus = load_corpus(text, context.llm)
     live = MaskScorer(context.llm, corpus, context.store)
-    return _SplitScorer(corpus.sha256, lambda plan: (live.nll(plan) - live.dense_nll, False))
-
-
-def _text_sha256(context: PruningContext) -> str:
-    if isinstance(context, TableContext):
-        return str(context.table.text["sha256"])
-    return context.corpus.sha256
+    return _Judge(corpus.sha256, lambda plan, _: (live.nll(plan) - live.dense_nll, False))
