@@ -26,14 +26,12 @@ class LocalSearch:
     def __init__(self, tries: int = 300, seed: int = 0) -> None:
         self.env = gym.make(TASK).unwrapped
         self.memory, self.scorer = self.env.memory, self.env.context.scorer
-        scores = self.env.context.table.scores
-        self.measured = [as_plan(plan) for plan in sorted(scores, key=scores.get)]
         self.tries = tries
         self.rng = np.random.default_rng(seed)
 
     def choose(self, request: rap_env.Request) -> CompressionPlan:
         """The best plan that was found."""
-        best = next(plan for plan in self.measured if self.fits(plan, request))
+        best = as_plan(self.env.context.best_measured(request))
         for _ in range(self.tries):
             other = self.exchanged(best)
             if self.fits(other, request) and self.scorer.nll(other) < self.scorer.nll(best):

@@ -22,7 +22,7 @@ from experiments.errors import ExperimentError
 from rap_env.errors import RapError, check_name
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.leaderboard.tasks import PinnedTask, pinned_task
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 from rap_env.runtime.policies import load_policy
 from rap_env.version import __version__
@@ -109,17 +109,8 @@ def _chooser(behaviour: str, task: PinnedTask, env: Any, ladder: LadderBytes | N
         return load_policy(POLICIES[task.environment], env.memory).choose
     if behaviour == "greedy":
         return make_baseline("one_shot", env.context, 0, ladder).choose
-    scores: dict[MaskOrPlan, float] = env.context.table.scores
-    known = sorted(scores, key=scores.__getitem__)
-
-    def best(request: Request) -> MaskOrPlan:
-        return next(
-            plan
-            for plan in known
-            if env.memory.peak_bytes(as_plan(plan), request) <= request.budget_bytes
-        )
-
-    return best
+    best_measured: Choose = env.context.best_measured
+    return best_measured
 
 
 def _episode(

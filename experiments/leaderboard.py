@@ -48,7 +48,6 @@ class Comparison:
         name: Its name.
         environment: The environment.
         records: Folder of the records.
-        policy: Name of the packaged policy, whose mean return is the threshold.
         arguments: Arguments of the environment in all tasks.
         tasks: Further arguments by the name of the task; the first task has the score table.
     """
@@ -56,7 +55,6 @@ class Comparison:
     name: str
     environment: str
     records: str
-    policy: str
     arguments: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -67,7 +65,6 @@ COMPARISONS = (
         "SmolLM2-v0",
         "RAPPrune-v0",
         "learning",
-        "rap-v0",
         {
             "workload": {
                 "name": "azure-conv",
@@ -82,7 +79,6 @@ COMPARISONS = (
         "SmolLM2-v1",
         "RAPPrune-v1",
         "tight",
-        "rap",
         {"workload": {"name": "tight"}, "reward": "perplexity"},
         {
             "RAPPrune/SmolLM2-Table-v1": TABLE,
@@ -139,17 +135,16 @@ def _entry(
     )
 
 
-def mean_return(task: PinnedTask, policy: str) -> float:
-    """Return the mean return of a packaged policy on requests drawn from a task's workload."""
-    from rap_env.runtime.policies import load_policy
-
+def mean_return(task: PinnedTask) -> float:
+    """Return the mean return of the best measured plans on requests of a task's workload."""
     env: Any = gymnasium.make(task.environment, **task.arguments).unwrapped
-    scorer, chooser = env.context.scorer, load_policy(policy, env.memory)
+    scorer = env.context.scorer
     env.reset(seed=0)
     returns = []
     for _ in range(_THRESHOLD_REQUESTS):
         env.reset()
-        returns.append(scorer.dense_nll - scorer.nll(simplest(chooser.choose(env.request))))
+        best = env.context.best_measured(env.request)
+        returns.append(scorer.dense_nll - scorer.nll(best))
     return float(np.mean(returns))
 
 
@@ -308,7 +303,7 @@ def publish(results: Path) -> None:
     pinned_tasks.cache_clear()
     for comparison in COMPARISONS:
         task = pinned_tasks()[next(iter(comparison.tasks))]
-        described[comparison.name]["reward_threshold"] = mean_return(task, comparison.policy)
+        described[comparison.name]["reward_threshold"] = mean_return(task)
     _write_tasks(described)
     say(f"{TASKS_FILE} and {sum(1 for _ in ENTRIES.rglob('*.json'))} entries are written.")
 

@@ -31,7 +31,7 @@ class PinnedTask:
             live model, the other a score table.
         calibration_sha256: Hash of the tokens of the calibration text.
         test_text: Provenance of the text of the split ``"test"``, with its hash.
-        reward_threshold: Mean return of the published policy on requests of the workload.
+        reward_threshold: Mean return of the best measured plans on requests of the workload.
     """
 
     name: str
