@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from experiments.comparison.formatting import percent
 from experiments.config.long_context import LongContextConfig
@@ -53,6 +54,7 @@ def plan_sources(settings: LongContextConfig, context: PruningContext) -> list[P
         for fraction in sorted(set(settings.budgets), reverse=True):
             policy = find(name)
             if policy is not None:
-                title = f"{policy.name} {percent(fraction, 0)}"
+                label = Path(name).stem if Path(name).is_file() else policy.name
+                title = f"{label} {percent(fraction, 0)}"
                 found.append(PlanSource(title, policy=policy, budget_fraction=fraction))
     return found
