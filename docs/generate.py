@@ -14,13 +14,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from plan_tables import PLANS, plan_tables, shipped_markdown, stubs_markdown
+from plan_tables import PLANS, PLANS_GEMMA, plan_tables, shipped_markdown, stubs_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
 COMPARISONS = (
     PLANS,
+    PLANS_GEMMA,
     "learning",
     "learning_scratch",
     "evolution",
@@ -45,6 +46,12 @@ REPLAYS = {"replay": RESULTS / "replay" / "replay", "replay_ladder": RESULTS / "
 
 REPLAY_FIGURES = ("memory", "latency")
 
+LONG_CONTEXTS = {
+    "long_context": RESULTS / "long_context",
+    "tight_recall": RESULTS / "tight_recall" / "long_context",
+}
+"""Folders of records over the length of the context, by the name of their page."""
+
 
 def write_all(docs: Path) -> None:
     """Write every generated file.
@@ -59,7 +66,7 @@ def write_all(docs: Path) -> None:
     for name in COMPARISONS:
         text = comparison_markdown(name)
         _write(details / f"{name}.md", f"---\norphan: true\n---\n\n{text}\n")
-        shown = plan_tables(text) if name == PLANS else first_tables(text)
+        shown = plan_tables(text) if name in (PLANS, PLANS_GEMMA) else first_tables(text)
         _write(folder / f"{name}.md", shown)
     _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
@@ -159,19 +166,20 @@ def draw_ladder(folder: Path) -> None:
 
 
 def write_long_context(folder: Path) -> None:
-    """Write the tables and the picture of recall and loss over the length of the context."""
+    """Write the tables and the pictures of recall and loss over the length of the context."""
     from experiments.long_context.figures import save_figure
     from experiments.long_context.tables import Curves, long_context_markdown
 
-    found, shown = Curves.read(RESULTS / "long_context"), "No records.\n"
-    if found:
-        save_figure(found, folder / "long_context.png")
-        figure = (
-            "```{image} ../_generated/long_context.png\n"
-            ":alt: Right answers, loss by position and loss of answers over the length\n```\n"
-        )
-        shown = figure + long_context_markdown(found).partition("\n")[2]
-    _write(folder / "long_context.md", shown)
+    for name, records in LONG_CONTEXTS.items():
+        found, shown = Curves.read(records), "No records.\n"
+        if found:
+            save_figure(found, folder / f"{name}.png")
+            figure = (
+                f"```{{image}} ../_generated/{name}.png\n"
+                ":alt: Right answers, loss by position and loss of answers over the length\n```\n"
+            )
+            shown = figure + long_context_markdown(found).partition("\n")[2]
+        _write(folder / f"{name}.md", shown)
 
 
 def ladder_results() -> list[str]:

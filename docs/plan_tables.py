@@ -10,6 +10,9 @@ import numpy as np
 PLANS = "tight"
 """The folder of ``results/`` with a comparison of methods that choose plans."""
 
+PLANS_GEMMA = "tight_gemma"
+"""The same comparison on Gemma 3 270M."""
+
 PLANS_STUBS = "tight_stubs"
 """The same comparison with stubs."""
 

@@ -39,7 +39,7 @@ PREFIX = "score_table:"
 """Prefix of a model name that is the name or path of a table."""
 
 TABLES = Path(__file__).parent / "tables"
-"""Folder of the tables in the package, ``MODEL.WEIGHTS.json.gz`` each."""
+"""Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
 _KIND, _FORMAT = "score table", 6
 _FORMAT_WITHOUT_HELD_OUT = 5
@@ -56,7 +56,7 @@ _PREDICTIONS_KEPT = 2**17
 
 def packaged_tables() -> list[Path]:
     """The tables in the package: for each model, one of its native and of its bf16 weights."""
-    return sorted(TABLES.glob("*.json.gz"))
+    return sorted(TABLES.glob("*.json"))
 
 
 def packaged_names() -> list[str]:
@@ -76,7 +76,7 @@ def table_path(model: str, weights: str = "bf16") -> Path | None:
         return None
     name = model.removeprefix(PREFIX)
     if name in packaged_names():
-        return TABLES / f"{name}.{weights}.json.gz"
+        return TABLES / f"{name}.{weights}.json"
     return Path(name).expanduser()
 
 
