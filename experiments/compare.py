@@ -7,6 +7,7 @@ Only the comparison is printed to the standard output.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from experiments.comparison.formatting import (
 )
 from experiments.comparison.loading import Group, Learning, read_groups
 from experiments.comparison.pairwise import targets_table
-from experiments.comparison.run_folder import TrainingRun
+from experiments.comparison.run_folder import TrainingRun, short_keys
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     COUNTS_CAPTION,
@@ -47,22 +48,63 @@ def compare(config: CompareConfig) -> str:
     """Return the comparison of all methods in some folders, in the configured format."""
     groups, learning = read_groups(config.folders)
     if config.format == "json":
-        return json.dumps(result_rows(groups), indent=1, allow_nan=False)
+        rows = [*result_rows(groups, learning), *training_rows(groups, learning)]
+        return json.dumps(rows, indent=1, allow_nan=False)
     return (as_text if config.format == "text" else as_markdown)(groups, learning)
 
 
-def result_rows(groups: list[Group]) -> list[dict[str, Any]]:
+def result_rows(groups: list[Group], learning: Sequence[Learning] = ()) -> list[dict[str, Any]]:
     """Return a row for each group, part, method and cell.
 
     Keys with ``loss`` are ΔNLL in nats per token, on the report text unless stated otherwise.
+    Trained methods also have what varies in their sweep, and the mean objective of their runs.
     """
+    trained = {(f.name, method): runs for f in learning for method, runs in f.by_method.items()}
     return [
-        _row(group, comparison, method, cell)
+        {
+            **_row(group, comparison, method, cell),
+            **_sweep_of(trained.get((group.home, method), [])),
+        }
         for group in groups
         for comparison in group.parts.values()
         for method in comparison.compared
         for cell in sorted({row.cell for row in comparison.rows if row.method == method})
     ]
+
+
+def training_rows(groups: list[Group], learning: Sequence[Learning]) -> list[dict[str, Any]]:
+    """Return a row for each training run whose method no evaluation has measured."""
+    measured = {(group.home, row.method) for group in groups for row in group.rows}
+    return [
+        {
+            "comparison": found.name,
+            "model": found.model,
+            "repair": found.repair,
+            "part": "training",
+            "method": run.method,
+            "run": run.label,
+            "learned": True,
+            "seed": run.seed,
+            "swept": run.swept,
+            "objective": run.objective,
+            "objective_on": run.facts.get("objective_on"),
+            "finished": "finished" in run.facts,
+            "pruned": run.facts.get("pruned", False),
+            "timesteps": run.facts.get("timesteps"),
+            "evaluations": run.facts.get("evaluations"),
+            "training_s": run.facts.get("training_s"),
+            "final_loss": final_delta_nll(run),
+        }
+        for found in learning
+        for run in found.runs
+        if (found.name, run.method) not in measured
+    ]
+
+
+def _sweep_of(runs: Sequence[TrainingRun]) -> dict[str, Any]:
+    if not runs:
+        return {}
+    return {"swept": settings_of(runs), "objective": mean_objective(runs)}
 
 
 def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[str, Any]:
@@ -96,12 +138,24 @@ def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[
     }
 
 
+def settings_of(runs: Sequence[TrainingRun]) -> dict[str, Any]:
+    """Return what varies in the sweep of a method's runs, other than the seed."""
+    return {key: value for key, value in runs[0].swept.items() if key != "seed"}
+
+
+def mean_objective(runs: Sequence[TrainingRun]) -> float | None:
+    """Return the mean objective of a method's runs, nats per token; None before there is one."""
+    known = [run.objective for run in runs if run.objective is not None]
+    return float(np.mean(known)) if known else None
+
+
 LAST_EPISODES = 50
 """Number of last training episodes that the final ΔNLL averages."""
 
 LEARNING_CAPTION = (
     f"Final ΔNLL: mean over the last {LAST_EPISODES} training episodes (sampled actions, "
-    "calibration text, nats per token) and seeds, with the lowest and the highest seed."
+    "calibration text, nats per token) and seeds, with the lowest and the highest seed. Objective: "
+    "mean ΔNLL of the policy's choices on the evaluation's grid, which a search minimises."
 )
 
 
@@ -113,6 +167,8 @@ def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
             f"== {_title(found)}: training ==\n\n{plain(learning_table(found))}\n\n"
             f"{wrapped(LEARNING_CAPTION)}"
         )
+        if swept := swept_table(found):
+            parts.append(f"== {_title(found)}: what varies ==\n\n{plain(swept)}")
     return "\n\n\n".join(parts)
 
 
@@ -128,23 +184,70 @@ def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
             f"# {_title(found)}: training\n\n{markdown(learning_table(found))}\n"
             f"{LEARNING_CAPTION}\n"
         )
+        if swept := swept_table(found):
+            parts.append(f"# {_title(found)}: what varies\n\n{markdown(swept)}")
     return "\n".join(parts).rstrip()
 
 
 def learning_table(found: Learning) -> Table:
-    """Return final ΔNLL and cost of the training runs of each method, over seeds."""
-    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final ΔNLL"]
+    """Return objective, final ΔNLL and cost of the training runs of each method, over seeds."""
+    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final ΔNLL", "Objective"]
     rows = []
-    for method, runs in found.by_method.items():
+    for method, runs in by_objective(found):
         losses = [loss for run in runs if (loss := final_delta_nll(run)) is not None]
         shown = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]" if losses else "-"
         rows.append(
             [
                 short_label(method), str(len(runs)), _mean_fact(runs, "timesteps"),
-                _mean_fact(runs, "evaluations"), _training_time(runs), shown,
+                _mean_fact(runs, "evaluations"), _training_time(runs), shown, _objective(runs),
             ]
         )  # fmt: skip
     return header, rows
+
+
+def swept_table(found: Learning) -> Table | None:
+    """Return the objective and the whole values of what varies between methods, best first.
+
+    Returns:
+        None if nothing but agent and seed varies.
+    """
+    methods = by_objective(found)
+    keys = dict.fromkeys(key for _, runs in methods for key in settings_of(runs))
+    keys.pop("agent", None)  # the runs are named by it
+    if not keys:
+        return None
+    short = short_keys(keys)
+    rows = [
+        [
+            *[str(settings_of(runs).get(key, "-")) for key in keys],
+            _agent_of(runs[0]), _objective(runs),
+        ]
+        for _, runs in methods
+    ]  # fmt: skip
+    return [*[short[key] for key in keys], "Trained", "Objective"], rows
+
+
+def by_objective(found: Learning) -> list[tuple[str, list[TrainingRun]]]:
+    """Return methods and their runs; of a sweep, those with the best objective first."""
+    methods = list(found.by_method.items())
+    if not any(settings_of(runs) for _, runs in methods):
+        return methods
+
+    def objective(method: tuple[str, list[TrainingRun]]) -> float:
+        known = mean_objective(method[1])
+        return math.inf if known is None else known
+
+    return sorted(methods, key=objective)
+
+
+def _agent_of(run: TrainingRun) -> str:
+    agent = (run.settings() or {}).get("agent", {})
+    return short_label(agent.get("label") or agent.get("name") or run.method)
+
+
+def _objective(runs: Sequence[TrainingRun]) -> str:
+    mean = mean_objective(runs)
+    return "-" if mean is None else f"{mean:.4f}"
 
 
 def final_delta_nll(run: TrainingRun) -> float | None:

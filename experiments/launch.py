@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.comparison.run_folder import run_label
@@ -33,6 +35,8 @@ GROUPS = {
 }
 """Dependency group that provides a plugin, by the name that Hydra reports as missing."""
 
+_EXCLUDE = "hydra.job.config.override_dirname.exclude_keys"
+
 _THREADS_FILE = "threads.txt"
 
 Stage = Callable[[Config, Path], Any]
@@ -49,11 +53,49 @@ def register() -> None:
         OmegaConf.register_new_resolver("rap_label", _run_label)
 
 
-def _run_label(stage: str, label: str | None, agent: str, seed: int | str, overrides: str) -> str:
-    return run_label(stage, label or agent, seed, overrides)
+def _run_label(
+    stage: str,
+    label: str | None,
+    agent: str,
+    seed: int | str,
+    overrides: str,
+    mode: RunMode | None = None,
+) -> str:
+    return run_label(stage, label or agent, seed, overrides, sweep=mode == RunMode.MULTIRUN)
 
 
 register()  # at import, so that the worker processes of a parallel sweep have them as well
+
+
+class NameBySweep(Callback):
+    """Leaves settings that do not vary in a sweep out of Hydra's ``override_dirname``.
+
+    The jobs of a sweep do not know what varies; this callback sees the whole command.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Add the fixed settings to those that ``override_dirname`` excludes."""
+        searched = config.hydra.sweeper.get("params") or {}
+        lines = [f"{key}={value}" for key, value in searched.items()]
+        parsed = OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task])
+        varies = {found.key_or_group: found.is_sweep_override() for found in parsed}
+        fixed = [*config.hydra.job.config.override_dirname.exclude_keys]
+        fixed += [key for key, swept in varies.items() if not swept]
+        quoted = ",".join(f"'{key}'" for key in fixed)
+        with read_write(config):  # Hydra composes the settings of each job from these overrides
+            config.hydra.overrides.hydra.append(f"{_EXCLUDE}=[{quoted}]")
+
+
+def swept_settings() -> dict[str, Any]:
+    """Return what varies in the sweep of this job, with the job's values; empty outside a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return {}
+    hydra = HydraConfig.get()
+    fixed = set(hydra.job.config.override_dirname.exclude_keys)
+    parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    return {
+        found.key_or_group: found.value() for found in parsed if found.key_or_group not in fixed
+    }
 
 
 def launch(stage: str, run: Stage) -> None:

@@ -21,7 +21,7 @@ from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import Cell
 from experiments.contexts import build_context, ladder_bytes
-from experiments.launch import launch
+from experiments.launch import launch, swept_settings
 from experiments.training.loggers import Loggers, open_loggers
 from experiments.training.score_model import learn
 from experiments.training.sweeps import (
@@ -45,13 +45,20 @@ FROZEN = (
 """Settings that must not change when a run resumes."""
 
 
-def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) -> Path:
+def train(
+    config: Config,
+    folder: Path,
+    *,
+    trial: RunningTrial | None = None,
+    swept: dict[str, Any] | None = None,
+) -> Path:
     """Train an agent, or resume its training, and record the masks that its policy chooses.
 
     Args:
         config: All settings.
         folder: The run's folder; its name is the run's label.
         trial: The trial of a sweep that this run belongs to; it may stop the training early.
+        swept: The settings that vary in that sweep, with this run's values, for ``run.json``.
 
     Returns:
         The folder.
@@ -59,9 +66,10 @@ def train(config: Config, folder: Path, *, trial: RunningTrial | None = None) ->
     run = RunFolder(folder)
     started = time.monotonic()
     agent = agent_config(config)
-    record = run.start(
-        config, frozen=FROZEN, method=method_of(folder.name, config.seed), seed=config.seed
-    )
+    facts: dict[str, Any] = {"method": method_of(folder.name, config.seed), "seed": config.seed}
+    if swept:  # a run that resumes outside its sweep keeps what is recorded
+        facts["swept"] = swept
+    record = run.start(config, frozen=FROZEN, **facts)
     if is_done(record, agent.total_timesteps, trial):
         log.info("Training: %s is finished (%d steps).", folder.name, record["timesteps"])
         return folder
@@ -162,7 +170,7 @@ def show_policy(
 
 def run_trial(config: Config, folder: Path) -> float:
     """Train an agent and return the objective that a sweep minimises."""
-    train(config, folder, trial=running_trial())
+    train(config, folder, trial=running_trial(), swept=swept_settings())
     return objective(config, folder)
 
 

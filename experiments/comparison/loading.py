@@ -118,13 +118,16 @@ class Group:
     Only rows of one group may be averaged.
 
     Attributes:
-        name: The comparison's folder, relative to the searched folder.
+        name: The comparison's folder, relative to the searched folder, and what distinguishes the
+            group from others of the folder.
+        home: That folder alone.
         model: The model's name.
         repair: Name of the stubs that replace removed blocks; ``none`` without stubs.
         rows: Result rows.
     """
 
     name: str
+    home: str
     model: str
     repair: str
     rows: list[ResultRow]
@@ -193,7 +196,8 @@ def _groups(
             depends = row.provenance.get("depends_on", {})
             key = (name, *(str(depends.get(part)) for part in _SEPARATE))
             if key not in found:
-                found[key] = Group(name, _model(settings, depends), _repair(settings, depends), [])
+                model, repair = _model(settings, depends), _repair(settings, depends)
+                found[key] = Group(name, name, model, repair, [])
             found[key].rows.append(row)
     return _distinct_names(list(found.values()))
 

@@ -168,6 +168,41 @@ def test_text_and_markdown_show_verdicts_curves_and_costs(root):
     assert "Better / even / worse" in page
 
 
+def test_trainings_alone_are_rows_with_what_varied_and_the_objective(tmp_path):
+    for name, swept, objective in (
+        ("a", {"x.y": 1}, 0.5),
+        ("b", {"x.y": 2}, 0.25),
+        ("c", {}, None),
+    ):
+        folder = tmp_path / "study" / "train" / f"{name}-s0"
+        folder.mkdir(parents=True)
+        record = {"method": name, "seed": 0, "swept": swept, "objective": objective}
+        (folder / "run.json").write_text(json.dumps(record))
+    rows = as_json(tmp_path)
+    assert [row["part"] for row in rows] == ["training"] * 3
+    assert [row["swept"] for row in rows] == [{"x.y": 1}, {"x.y": 2}, {}]
+    assert [row["objective"] for row in rows] == [0.5, 0.25, None]
+    text = compare(CompareConfig(runs=str(tmp_path)))
+    table = [line.split() for line in text.split("what varies ==")[1].splitlines() if line]
+    assert table[0] == ["y", "Trained", "Objective"]
+    assert [line[0] for line in table[2:]] == ["2", "1", "-"], "the best first"
+
+
+def test_evaluated_methods_have_what_varied_in_their_sweep(tmp_path):
+    root = write_root(tmp_path / "syn", agent_seeds=2)
+    for seed in (0, 1):
+        path = root / "train" / f"maskable_ppo-s{seed}" / "run.json"
+        swept = {"seed": seed, "agent.hyperparameters.gamma": 0.9}
+        record = {**json.loads(path.read_text()), "swept": swept, "objective": 0.5 + seed}
+        path.write_text(json.dumps(record))
+    rows = as_json(root)
+    assert len(rows) == 9 * len(FACTORS), "a run that was evaluated has no row of its own"
+    found = [row for row in rows if row["method"] == "maskable_ppo"]
+    assert all(row["swept"] == {"agent.hyperparameters.gamma": 0.9} for row in found)
+    assert {row["objective"] for row in found} == {1.0}
+    assert all("objective" not in row for row in rows if row["method"] == "gsi")
+
+
 def test_the_final_delta_nll_is_that_of_the_last_episodes(root):
     _, (learning,) = read_groups([root])
     assert {method: len(runs) for method, runs in learning.by_method.items()} == {"maskable_ppo": 2}
@@ -200,7 +235,7 @@ def run_compare(*arguments, cwd):
 def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path):
     done = run_compare(f"runs={ROOT}/results", "format=json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = [row for row in json.loads(done.stdout) if row["part"] != "training"]
     assert {row["comparison"] for row in rows} >= {"main", "seeds"}
     assert {"gsi", "greedy_per_byte", "maskable_ppo"} <= {row["method"] for row in rows}
     assert all(math.isfinite(row["loss_mean"]) for row in rows)

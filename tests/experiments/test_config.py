@@ -206,11 +206,35 @@ def test_runs_are_named_after_what_differs(arguments, label):
     assert run_label(*arguments) == label
 
 
-def test_long_names_stay_short_and_distinct():
-    overrides = ",".join(f"agent.hyperparameters.setting_number_{i}={i}" for i in range(9))
+@pytest.mark.parametrize(
+    ("arguments", "label"),
+    [
+        (("train", "ppo", 2, "agent=ppo,calibration.windows=4,seed=2"), "ppo-windows=4-s2"),
+        (("train", "ppo", 0, "calibration.windows=4,evaluate.text.windows=16,name=x"),
+         "ppo-calibration.windows=4-text.windows=16-s0"),
+        (("train", "ppo", 0, "agent.total_timesteps=128"), "ppo-total_timesteps=128-s0"),
+        (("train", "rap", 0, "agent=dqn"), "rap-agent=dqn-s0"),
+        (("train", "rap", 0, "agent.label=rap,seed=0"), "rap-s0"),
+        (("profile", "ppo", 0, "model=other,seed=1"), "model=other-seed=1"),
+    ],
+)  # fmt: skip
+def test_runs_of_a_sweep_are_named_after_all_that_varies(arguments, label):
+    assert run_label(*arguments, sweep=True) == label
+
+
+def test_values_in_names_are_never_cut():
+    values = [f"0.{i}012345678901234" for i in range(1, 6)]
+    overrides = ",".join(f"agent.hyperparameters.setting_{i}={v}" for i, v in enumerate(values))
+    label = run_label("train", "ppo", 0, overrides, sweep=True)
+    assert all(f"={value}" in label for value in values)
+
+
+def test_names_fit_a_file_system_and_are_distinct():
+    overrides = ",".join(f"agent.hyperparameters.setting_number_{i}={i}" for i in range(30))
     one, two = (run_label("train", "ppo", 0, o) for o in (overrides, f"{overrides}9"))
     assert one != two
-    assert max(len(one), len(two)) < 80
+    assert max(len(one), len(two)) < 255
+    assert one.startswith("ppo-setting_number_0=0-setting_number_1=1-")
 
 
 def run_program(*arguments, cwd):

@@ -14,7 +14,9 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from experiments.compare import compare
 from experiments.comparison.run_folder import RunFolder
+from experiments.config.evaluation import CompareConfig
 from experiments.launch import CONF_DIR, register, runs_in_parallel
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -77,6 +79,26 @@ def test_a_study_is_stored_resumed_and_prunes_bad_trials(base):
     assert stopped["timesteps"] < 128
     assert "Trial 2 of the study is pruned" in stopped["stopped"]
     assert all(run["timesteps"] == 128 for run in runs if not run["pruned"])
+
+
+def test_runs_are_named_and_compared_by_what_varies(base):
+    """A setting that no name had before varies; the fixed one is in no name."""
+    done = run_train(base, "name=varied", "calibration.seed=0,1", "agent.hyperparameters.gamma=0.9")
+    assert done.returncode == 0, done.stderr
+    folder = base / "runs" / "varied"
+    names = sorted(path.parent.name for path in folder.glob("train/*/run.json"))
+    assert names == ["maskable_ppo-seed=0-s0", "maskable_ppo-seed=1-s0"]
+    runs = runs_in(folder / "train")
+    assert [run["swept"] for run in runs] == [{"calibration.seed": 0}, {"calibration.seed": 1}]
+    rows = json.loads(compare(CompareConfig(runs=str(folder), format="json")))
+    assert [row["swept"] for row in rows] == [run["swept"] for run in runs]
+    assert [row["objective"] for row in rows] == [run["objective"] for run in runs]
+    assert {row["objective_on"]["text"] for row in rows} == {"calibration"}
+    best = min(run["objective"] for run in runs)
+    text = compare(CompareConfig(runs=str(folder)))
+    lines = text.split("what varies ==")[1].splitlines()
+    assert lines[2].split() == ["seed", "Trained", "Objective"]
+    assert lines[4].endswith(f"{best:.4f}"), "the best run comes first"
 
 
 def test_workers_share_a_live_model_and_one_store(base):
