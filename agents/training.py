@@ -206,6 +206,7 @@ class Recorder(BaseCallback):
     def save(self) -> None:
         """Write a checkpoint now."""
         if self._saved_at != self.num_timesteps:
+            self.logger.dump(self.num_timesteps)  # a resumed training has no losses of this update
             self._count()
             save_checkpoint(self._folder, self.model, self._config, dict(self.totals))
             self._saved_at = self.num_timesteps

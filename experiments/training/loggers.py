@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import netrc
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from experiments.comparison.records import append_record
+from experiments.comparison.records import append_record, read_records
 from experiments.comparison.run_folder import RunFolder, flatten
 from experiments.config import Config
 from experiments.errors import ExperimentError, MissingGroupError
@@ -132,7 +134,12 @@ class Wandb(MetricLogger):
     """A wandb run: named after its folder, grouped by comparison, tagged by agent and model.
 
     All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them together.
-    A resumed run keeps its id. The run is online if a login is found, otherwise offline.
+    The run is online if a login is found, otherwise offline.
+
+    A resumed training keeps its id, and its history is that of ``metrics.jsonl``: wandb's step is
+    the number of the line. Lines that were not uploaded before the interruption are logged first,
+    and those that were are not logged again. An offline run is written anew, with all lines, and
+    takes the place of the one before.
     """
 
     def __init__(self, config: Config, folder: Path, job: str) -> None:
@@ -154,25 +161,45 @@ class Wandb(MetricLogger):
             "tags": self._tags(config, job),
             "config": self._settings(config),
         }
+        earlier = _offline_runs(config.root, options["id"])
         self._run = self._open(wandb_mode(config.logger.wandb_mode), options)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._media: dict[str, Any] = {}
+        self._uploaded = self._line = int(self._run.step)
+        if job == "train":  # an evaluation starts its metrics anew
+            self._line = 0
+            self._replay(RunFolder(folder).metrics)
+        for path in earlier:
+            if path.resolve() != Path(self._run.dir).parent.resolve():
+                shutil.rmtree(path, ignore_errors=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics over environment steps."""
-        self._run.log({"step": step, **metrics})
+        """Log metrics over environment steps, with the tables and images since the last ones."""
+        if self._line >= self._uploaded:
+            self._run.log({"step": step, **metrics, **self._media}, step=self._line)
+            self._media = {}
+        self._line += 1
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
-        self._run.log({name: self._wandb.Table(columns=list(header), data=[list(r) for r in rows])})
+        """Log a table with the next metrics, because only these have a line in the metrics."""
+        data = [list(row) for row in rows]
+        self._media[name] = self._wandb.Table(columns=list(header), data=data)
 
     def image(self, name: str, path: Path) -> None:
-        """Log an image."""
-        self._run.log({name: self._wandb.Image(str(path))})
+        """Log an image with the next metrics."""
+        self._media[name] = self._wandb.Image(str(path))
 
     def close(self) -> None:
         """Finish the run."""
+        if self._media:
+            self._run.summary.update(self._media)
         self._run.finish()
+
+    def _replay(self, metrics: Path) -> None:
+        for record in read_records(metrics):
+            step = record.pop("step")
+            self.log({k: math.nan if v is None else v for k, v in record.items()}, step)
 
     def _open(self, mode: str, options: dict[str, Any]) -> Any:
         Path(options["dir"]).mkdir(parents=True, exist_ok=True)
@@ -186,7 +213,8 @@ class Wandb(MetricLogger):
             if mode == "offline":
                 raise
             log.warning("wandb is not reachable (%s); logging offline.", error)
-            options = {**options, "id": f"{options['id']}-offline", "mode": "offline"}
+            self._wandb.teardown()  # else the id is in use by the run that failed
+            options["mode"] = "offline"
             return self._wandb.init(settings=settings, reinit="create_new", **options)
 
     @staticmethod
@@ -208,6 +236,11 @@ class Wandb(MetricLogger):
     def _tags(config: Config, job: str) -> list[str]:
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
         return [*about, Path(config.model.name).name[:64], *config.logger.tags]
+
+
+def _offline_runs(root: Path, run_id: str) -> list[Path]:
+    """Return the folders of the offline runs with an id, from earlier starts."""
+    return list((root / "wandb").glob(f"offline-run-*-{run_id}"))
 
 
 def wandb_mode(setting: str) -> str:

@@ -65,6 +65,14 @@ class Interrupt(Exception):
     pass
 
 
+def into(rows):
+    def sink(metrics, step):
+        same = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+        rows.append({"step": step, **same})
+
+    return sink
+
+
 def stop_at(step):
     def sink(_metrics, now):
         if now >= step:
@@ -83,14 +91,20 @@ def often(monkeypatch):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, context, name, often):
-    config = short(name)
-    train(config, make_envs(context), tmp_path / "whole", progress=False)
+    config, whole, cut, rest = short(name), [], [], []
+    train(config, make_envs(context), tmp_path / "whole", log_fns=[into(whole)], progress=False)
     with pytest.raises(Interrupt):
-        train(config, make_envs(context), tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
-    result = train(config, make_envs(context), tmp_path / "cut", progress=False)
+        train(config, make_envs(context), tmp_path / "cut", log_fns=[into(cut), stop_at(150)],
+              progress=False)  # fmt: skip
+    result = train(
+        config, make_envs(context), tmp_path / "cut", log_fns=[into(rest)], progress=False
+    )
     # The stop comes with the first episode that ends after step 150.
     assert 0 < result.resumed_from < config.total_timesteps
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
+    logged = [row for row in cut if row["step"] <= result.resumed_from] + rest
+    assert [sorted(row) for row in logged] == [sorted(row) for row in whole]
+    assert logged == whole, "no line is missing, and none is there twice"
 
 
 def test_a_replayed_trace_continues_at_its_position(tmp_path, context):

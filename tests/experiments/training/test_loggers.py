@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.comparison.records import read_records
+from experiments.comparison.records import append_record, read_records, trim_metrics
 from experiments.config import Config
 from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig, LoggerConfig
 from experiments.errors import ExperimentError
-from experiments.training.loggers import has_login, open_loggers, wandb_mode
+from experiments.training.loggers import Loggers, Wandb, has_login, open_loggers, wandb_mode
 from rap_env.errors import MissingDependencyError
 
 
@@ -139,14 +140,98 @@ def inspect(run: Path) -> list[dict]:
     return found
 
 
-def test_a_resumed_run_keeps_its_id(config, no_login):
+KILLED = """
+import os, sys
+from experiments.config import Config
+from experiments.config.training import AgentConfig, LoggerConfig
+from experiments.training.loggers import open_loggers
+
+config = Config(stage="train", name="cmp", runs_dir=sys.argv[1], agent=AgentConfig(name="ppo"),
+                logger=LoggerConfig(wandb=True, wandb_mode="offline"))
+config.model.name = "tiny"
+with open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train") as loggers:
+    for step in (10, 20, 30):
+        loggers.log({"a": step / 10, "bad": float("nan")}, step)
+    os._exit(9)
+"""
+
+
+def test_a_killed_and_resumed_run_is_one_run_with_a_whole_history(config, no_login):
+    """Killed at step 30, ten steps after its checkpoint, it continues from there."""
+    # Without the variable by which wandb shares its service with the processes that a run starts.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, config.runs_dir], env=environment,
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    folder, wandb = config.stage_dir("train") / "ppo-s4", config.root / "wandb"
+    (first,) = (path.name.split("-")[3] for path in wandb.glob("offline-run-*"))
     config.logger = LoggerConfig(wandb=True)
+    time.sleep(1)  # wandb names the folder of an offline run by the second
+    trim_metrics(folder / "metrics.jsonl", 20)
+    with open_loggers(config, folder, job="train", step=20) as loggers:
+        loggers.log({"a": 3.0}, 30)
+        fill(Loggers(loggers.parts[1:]), folder)  # in the history of wandb alone
+        loggers.log({"a": 4.0}, 40)
+    (run,) = wandb.glob("offline-run-*")
+    assert run.name.split("-")[3] == first
+    history = [
+        {item.get("key") or item["nested_key"][0]: item["value_json"]
+         for item in record["history"]["item"]}
+        for record in whole(run) if "history" in record
+    ]  # fmt: skip
+    assert [row["step"] for row in history] == ["10", "20", "30", "10", "20", "40"]
+    assert [row["_step"] for row in history] == ["0", "1", "2", "3", "4", "5"]
+    assert history[1]["bad"] == "NaN", "as it was logged first"
+    assert {"choices", "policy"} <= set(history[5]), "tables and images have no line of their own"
+
+
+class FakeRun:
+    """An online run of which some lines were uploaded."""
+
+    def __init__(self, step):
+        self.step, self.logged, self.summary, self.dir = step, [], {}, "wandb/run/files"
+
+    def define_metric(self, *names, **options):
+        pass
+
+    def log(self, values, step):
+        self.logged.append((step, values["step"]))
+
+    def finish(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("uploaded", "expected"),
+    [
+        (1, [(1, 20), (2, 30), (3, 40)]),  # the second line was lost
+        (3, [(3, 40)]),  # the third was uploaded before the kill, and is trained again
+    ],
+)
+def test_only_the_part_since_the_last_upload_is_logged(
+    config, no_login, monkeypatch, uploaded, expected
+):
+    config.logger = LoggerConfig(wandb=True)
+    run = FakeRun(uploaded)
+    monkeypatch.setattr(Wandb, "_open", lambda *_: run)
     folder = config.stage_dir("train") / "ppo-s4"
-    for step in (1, 2):
-        with open_loggers(config, folder, job="train") as loggers:
-            loggers.log({"a": 1.0}, step)
-    ids = {path.name.split("-")[3] for path in (config.root / "wandb").glob("offline-run-*")}
-    assert len(ids) == 1
+    for step in (10, 20):
+        append_record(folder / "metrics.jsonl", {"step": step, "a": 1.0}, durable=False)
+    with open_loggers(config, folder, job="train", step=20) as loggers:
+        loggers.log({"a": 1.0}, 30)
+        loggers.log({"a": 1.0}, 40)
+    assert run.logged == expected
+
+
+def test_a_repeated_evaluation_adds_its_metrics(config, no_login, monkeypatch):
+    config.logger = LoggerConfig(wandb=True)
+    run = FakeRun(1)
+    monkeypatch.setattr(Wandb, "_open", lambda *_: run)
+    with open_loggers(config, config.stage_dir("evaluate"), job="evaluate") as loggers:
+        loggers.log({"loss/gsi": 1.0}, 0)
+    assert run.logged == [(1, 0)]
 
 
 def test_the_mode_follows_the_login(no_login, monkeypatch):
