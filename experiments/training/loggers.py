@@ -159,7 +159,7 @@ class Wandb(MetricLogger):
             "id": self._run_id(folder),
             "resume": "allow",
             "tags": self._tags(config, job),
-            "config": self._settings(config),
+            "config": logged_settings(config, job),
         }
         earlier = _offline_runs(config.root, options["id"])
         self._run = self._open(wandb_mode(config.logger.wandb_mode), options)
@@ -226,16 +226,37 @@ class Wandb(MetricLogger):
         return path.read_text().strip()
 
     @staticmethod
-    def _settings(config: Config) -> dict[str, Any]:
-        """Return all settings under flat names, by which wandb sorts and filters runs."""
-        settings = flatten(asdict(config))
-        settings.pop("runs_dir")
-        return settings
-
-    @staticmethod
     def _tags(config: Config, job: str) -> list[str]:
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
         return [*about, Path(config.model.name).name[:64], *config.logger.tags]
+
+
+_READ_BY_BOTH = (
+    "stage", "name", "seed", "store", "threads", "model", "calibration", "importance", "repair",
+)  # fmt: skip
+
+READ = {
+    "train": (
+        *_READ_BY_BOTH, "workload", "reward", "env", "agent", "warm_start", "score_model",
+        "evaluate.requests", "evaluate.budgets", "evaluate.pinned", "evaluate.selection",
+    ),
+    "evaluate": (
+        *_READ_BY_BOTH, "env.id", "env.levels", "env.together",
+        "evaluate.requests", "evaluate.budgets", "evaluate.pinned", "evaluate.sparsities",
+        "evaluate.outside", "evaluate.agents", "evaluate.best_of", "evaluate.baselines",
+        "evaluate.plans", "evaluate.random_seeds", "evaluate.text", "evaluate.tasks",
+    ),
+}  # fmt: skip
+"""Settings and sections that each program reads, other than those of its output."""
+
+
+def logged_settings(config: Config, job: str) -> dict[str, Any]:
+    """Return the settings that a program reads, under flat names, by which wandb filters runs."""
+    return {
+        key: value
+        for key, value in flatten(asdict(config)).items()
+        if any(key == name or key.startswith(f"{name}.") for name in READ[job])
+    }
 
 
 def _offline_runs(root: Path, run_id: str) -> list[Path]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,20 @@ import pytest
 from PIL import Image
 
 from experiments.comparison.records import append_record, read_records, trim_metrics
+from experiments.comparison.run_folder import flatten
 from experiments.config import Config
 from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig, LoggerConfig
 from experiments.errors import ExperimentError
-from experiments.training.loggers import Loggers, Wandb, has_login, open_loggers, wandb_mode
+from experiments.training.loggers import (
+    READ,
+    Loggers,
+    Wandb,
+    has_login,
+    logged_settings,
+    open_loggers,
+    wandb_mode,
+)
 from rap_env.errors import MissingDependencyError
 
 
@@ -109,6 +120,38 @@ def test_wandb_compares_hyperparameters_as_they_were_used(config, no_login):
     assert any("0.25" in item["value_json"] for row in history for item in row)
 
 
+@pytest.mark.parametrize("job", READ)
+def test_only_what_the_program_reads_is_its_configuration(config, job):
+    found = logged_settings(config, job)
+    other = {"serve", "soak", "replay", "small_models", "texts", "ladder", "report", "logger"}
+    assert not other & {key.split(".")[0] for key in found}
+    assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(found)
+    assert ("agent.hyperparameters.gamma" in found) == (job == "train")
+    assert ("evaluate.selection.source" in found) == (job == "train")
+    assert ("evaluate.baselines" in found) == (job == "evaluate")
+    every = set(flatten(asdict(config)))
+    assert [n for n in READ[job] if not any(f"{k}.".startswith(f"{n}.") for k in every)] == []
+
+
+@pytest.mark.parametrize(
+    ("job", "files"),
+    [
+        ("train", ["train.py", "contexts.py", "training/score_model.py", "training/sweeps.py",
+                   "training/score_tables.py", "training/recorded_scores.py"]),
+        ("evaluate", ["evaluate.py", "contexts.py", "comparison/evaluation.py"]),
+    ],
+)  # fmt: skip
+def test_no_setting_that_a_program_reads_is_left_out(job, files):
+    """Each section that the source of a program names is logged, or is of its output alone."""
+    sections = {field.name for field in fields(Config)} - {"progress", "runs_dir", "logger"}
+    sections.remove("serve")  # read by `contexts.server_settings` for other programs
+    folder = Path(__file__).parents[3] / "experiments"
+    source = "".join((folder / file).read_text(encoding="utf-8") for file in files)
+    named = set(re.findall(r"\bconfig\.(\w+)", source)) & sections
+    assert len(named) > 5
+    assert named <= {name.split(".")[0] for name in READ[job]}
+
+
 def whole(run: Path) -> list[dict]:
     """All records of a run; wandb's service may still be writing them for a moment."""
     for _ in range(100):
@@ -142,6 +185,7 @@ def inspect(run: Path) -> list[dict]:
 
 KILLED = """
 import os, sys
+from experiments.comparison.run_folder import flatten
 from experiments.config import Config
 from experiments.config.training import AgentConfig, LoggerConfig
 from experiments.training.loggers import open_loggers
