@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from experiments.comparison.records import read_rows
-from experiments.leaderboard import COMPARISONS, check_entry, make_entries, requests_of
+from experiments.leaderboard.checking import check_entry
+from experiments.leaderboard.publishing import COMPARISONS, make_entries, requests_of
 from rap_env.blocks import BlockMask
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
 from rap_env.leaderboard.tasks import pinned_tasks

@@ -1,0 +1,1 @@
+"""``python -m experiments.export_minari``: see `experiments.export_minari.episodes`."""

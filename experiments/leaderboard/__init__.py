@@ -1,0 +1,1 @@
+"""``python -m experiments.leaderboard``: check entries of the leaderboard, or publish our own."""

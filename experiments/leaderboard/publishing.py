@@ -1,0 +1,168 @@
+"""Make the pinned tasks and the entries of our methods from the records in ``results/``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from experiments.comparison.formatting import look
+from experiments.comparison.records import ResultRow, read_rows
+from rap_env.artifacts import atomic_write
+from rap_env.leaderboard.entries import ENTRIES, Entry, Run
+from rap_env.leaderboard.tasks import PinnedTask, pinned_tasks
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+
+TASKS_FILE = ENTRIES.parent / "tasks.json"
+LEFT_OUT = ("dense",)
+"""Methods whose plans exceed the budgets."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `publish` makes a pinned comparison from.
+
+    Attributes:
+        name: Its name.
+        environment: The environment.
+        records: Folder of the records.
+        arguments: Arguments of the environment in all tasks.
+        tasks: Further arguments by the name of the task; the first task has the score table.
+    """
+
+    name: str
+    environment: str
+    records: str
+    arguments: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+TABLE = {"model": "score_table:smollm2-135m"}
+COMPARISONS = (
+    Comparison(
+        "SmolLM2-v0",
+        "RAPPrune-v0",
+        "learning",
+        {
+            "workload": {
+                "name": "azure-conv",
+                "max_batch_size": 16,
+                "budget_fraction_range": [0.55, 0.95],
+            },
+            "reward": "perplexity",
+        },
+        {"RAPPrune/SmolLM2-Table-v0": TABLE},
+    ),
+    Comparison(
+        "SmolLM2-v1",
+        "RAPPrune-v1",
+        "tight",
+        {"workload": {"name": "tight"}, "reward": "perplexity"},
+        {
+            "RAPPrune/SmolLM2-Table-v1": TABLE,
+            "RAPPrune/SmolLM2-v1": {"model": "smollm2-135m@pypi", "dtype": "bfloat16"},
+        },
+    ),
+)
+
+_THRESHOLD_REQUESTS = 1000
+
+
+def make_entries(comparison: Comparison, rows: Sequence[ResultRow]) -> list[Entry]:
+    """Return an entry for each method, with the plans of all its seeds."""
+    requests = requests_of(rows)
+    methods = dict.fromkeys(row.method for row in rows if row.method not in LEFT_OUT)
+    return [_entry(comparison, method, rows, requests) for method in methods]
+
+
+def requests_of(rows: Sequence[ResultRow]) -> list[Request]:
+    """Return the requests of some rows, in their order."""
+    return list(dict.fromkeys(Request(*row.shape, row.budget_bytes) for row in rows))
+
+
+def _entry(
+    comparison: Comparison, method: str, rows: Sequence[ResultRow], requests: Sequence[Request]
+) -> Entry:
+    own = [row for row in rows if row.method == method]
+    runs = []
+    for seed in dict.fromkeys(row.seed for row in own):
+        at = {Request(*row.shape, row.budget_bytes): row for row in own if row.seed == seed}
+        chosen = [at[request] for request in requests]
+        runs.append(
+            Run(
+                seed,
+                tuple(CompressionPlan.of(row.levels or {}).levels for row in chosen)
+                if chosen[0].levels is not None
+                else tuple(dict.fromkeys(row.mask, "removed") for row in chosen),
+                {
+                    "calibration": tuple(row.loss_calibration for row in chosen),
+                    "test": tuple(row.loss for row in chosen),
+                },
+                tuple(row.fits for row in chosen),
+            )
+        )
+    return Entry(
+        name=look(method).label,
+        comparison=comparison.name,
+        description=look(method).what,
+        runs=tuple(runs),
+        evaluations=float(np.median([row.evaluations for row in own])),
+        setup_evaluations=max(row.setup_evaluations for row in own),
+        decision_s=float(np.median([row.decision_s for row in own])),
+        origin={"records": f"results/{comparison.records}", "method": method},
+    )
+
+
+def mean_return(task: PinnedTask) -> float:
+    """Return the mean return of the best measured plans on requests of a task's workload."""
+    env: Any = gymnasium.make(task.environment, **task.arguments).unwrapped
+    scorer = env.context.scorer
+    env.reset(seed=0)
+    returns = []
+    for _ in range(_THRESHOLD_REQUESTS):
+        env.reset()
+        best = env.context.best_measured(env.request)
+        returns.append(scorer.dense_nll - scorer.nll(best))
+    return float(np.mean(returns))
+
+
+def publish(results: Path) -> int:
+    """Make the pinned tasks and our entries from the records; return the number of entries."""
+    described = {}
+    for comparison in COMPARISONS:
+        folder = results / comparison.records / "evaluate"
+        rows = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]
+        rows = [row for row in rows if row.part == "grid"]
+        depends_on = rows[0].provenance["depends_on"]
+        described[comparison.name] = {
+            "environment": comparison.environment,
+            "arguments": comparison.arguments,
+            "tasks": comparison.tasks,
+            "requests": [
+                [one.batch_size, one.seq_len_tokens, one.budget_bytes] for one in requests_of(rows)
+            ],
+            "calibration_sha256": depends_on["calibration_sha256"],
+            "test_text": depends_on["report_text"],
+            "reward_threshold": 0.0,
+        }
+        for entry in make_entries(comparison, rows):
+            name = entry.origin["method"]
+            entry.save(ENTRIES / comparison.name / f"{name}.json")
+    _write_tasks(described)
+    pinned_tasks.cache_clear()
+    for comparison in COMPARISONS:
+        task = pinned_tasks()[next(iter(comparison.tasks))]
+        described[comparison.name]["reward_threshold"] = mean_return(task)
+    _write_tasks(described)
+    return sum(1 for _ in ENTRIES.rglob("*.json"))
+
+
+def _write_tasks(described: Mapping[str, Any]) -> None:
+    with atomic_write(TASKS_FILE) as file:
+        file.write((json.dumps(described, indent=1) + "\n").encode())
