@@ -52,6 +52,9 @@ LONG_CONTEXTS = {
 }
 """Folders of records over the length of the context, by the name of their page."""
 
+RECALL_BUDGET, RECALL_TOKENS = "30 %", 2048
+"""The budget and length at which the README compares policies by their recall."""
+
 
 def write_all(docs: Path) -> None:
     """Write every generated file.
@@ -196,7 +199,30 @@ def long_context_results() -> list[str]:
     from experiments.long_context.tables import Curves, long_context_findings
 
     texts = long_context_findings(Curves.read(RESULTS / "long_context"))
-    return [f"**A lower loss is not better recall**: {text[0].lower()}{text[1:]}" for text in texts]
+    kept = recall_policy_finding(Curves.read(LONG_CONTEXTS["tight_recall"]))
+    return [
+        f"**A lower loss is not better recall**: {text[0].lower()}{text[1:]}{kept}"
+        for text in texts
+    ]
+
+
+def recall_policy_finding(found: Any) -> str:
+    """What a policy that was trained for recall answers; empty without records."""
+    from experiments.comparison.formatting import percent
+
+    shares = {}
+    for policy in ("rap", "rap-recall"):
+        rows = found.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS) if found else []
+        if not rows:
+            return ""
+        shares[policy] = sum(map(sum, (row.right for row in rows))) / sum(
+            row.questions for row in rows
+        )
+    return (
+        f" At {RECALL_BUDGET} of the native peak, a policy trained on text with questions "
+        f"answers {percent(shares['rap-recall'], 0)} of those on {RECALL_TOKENS:,} tokens, one "
+        f"trained on the loss alone {percent(shares['rap'], 0)}."
+    )
 
 
 def tables_of(text: str) -> list[dict[str, list[str]]]:

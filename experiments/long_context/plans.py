@@ -54,7 +54,7 @@ def plan_sources(settings: LongContextConfig, context: PruningContext) -> list[P
         for fraction in sorted(set(settings.budgets), reverse=True):
             policy = find(name)
             if policy is not None:
-                label = Path(name).stem if Path(name).is_file() else policy.name
+                label = Path(name).stem if Path(name).is_file() else name
                 title = f"{label} {percent(fraction, 0)}"
                 found.append(PlanSource(title, policy=policy, budget_fraction=fraction))
     return found

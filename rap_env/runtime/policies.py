@@ -42,12 +42,13 @@ SAVED = Path(__file__).parent / "saved"
 DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policies, frontier and level costs."""
 
-NAMED = ("dense", "frontier", "knapsack", "rap", "rap-v0")
+NAMED = ("dense", "frontier", "knapsack", "rap", "rap-recall", "rap-v0")
 """Names that `load_policy` accepts."""
 
 _FILES_OF = {
     "frontier": f"{DEFAULT_MODEL}.frontier.json",
     "rap": f"{DEFAULT_MODEL}.ladder.safetensors",
+    "rap-recall": f"{DEFAULT_MODEL}.recall.safetensors",
     "rap-v0": f"{DEFAULT_MODEL}.safetensors",
 }
 
@@ -200,8 +201,9 @@ def load_policy(
         source: One of these names of policies for the default model, or the path of an exported
             policy of either kind (``.safetensors``), of level costs or of a table of masks or
             plans that ``experiments.profile`` wrote (``.json``). With native weights: ``"rap"``
-            (the trained policy over the levels of all items) and ``"knapsack"`` (the packaged
-            level costs). With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes
+            (the trained policy over the levels of all items), ``"rap-recall"`` (one for answers
+            that need facts from far back in the prompt) and ``"knapsack"`` (the packaged level
+            costs). With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes
             blocks) and ``"frontier"`` (the packaged table of masks). For any model: ``"dense"``.
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, or of the items of its ladder, for a network; None
@@ -226,9 +228,12 @@ def load_policy(
     file = read_policy(path, *_FILES)
     if isinstance(file, LadderPolicyFile):
         importance = _of_kind(features, ItemImportance)
-        if source == "rap" and importance is None:
-            _check_packaged(file, memory)
-        return LadderPolicy(memory, file, importance)
+        if source in _FILES_OF and importance is None:
+            _check_packaged(str(source), file, memory)
+        policy = LadderPolicy(memory, file, importance)
+        if source in _FILES_OF:
+            policy.name = str(source)
+        return policy
     return NetworkPolicy(memory, file, _of_kind(features, ImportanceFeatures))
 
 
@@ -246,8 +251,8 @@ def _of_kind(features: object, kind: type[_Kind]) -> _Kind | None:
     )
 
 
-def _check_packaged(file: LadderPolicyFile, memory: MemoryModel) -> None:
-    """Check that a model has the items of the packaged policy over levels.
+def _check_packaged(name: str, file: LadderPolicyFile, memory: MemoryModel) -> None:
+    """Check that a model has the items of a packaged policy over levels.
 
     Raises:
         ArtifactError: It is another model, or the default one with weights of another format.
@@ -255,9 +260,10 @@ def _check_packaged(file: LadderPolicyFile, memory: MemoryModel) -> None:
     own, facts = file.model, memory.facts
     if not file.serves(facts):
         raise ArtifactError(
-            f'The packaged policy "rap" is of {own.name} with native weights, but {facts.name} is '
-            f"loaded with {facts.weights} weights, so its items have other levels. Load {own.name} "
-            'with weights="native", or use the packaged policy "rap-v0", which removes blocks only.'
+            f'The packaged policy "{name}" is of {own.name} with native weights, but {facts.name} '
+            f"is loaded with {facts.weights} weights, so its items have other levels. Load "
+            f'{own.name} with weights="native", or use the packaged policy "rap-v0", which removes '
+            "blocks only."
         )
 
 

@@ -64,9 +64,9 @@ class ServerSettings:
         repair: What stands in the place of a removed block: ``none``, ``library`` (stubs that are
             fitted on generated text at the first use) or the path of a stub library.
         threads: Threads of torch, at most the number of CPUs; null for torch's own number.
-        policy: Policy that chooses levels (``knapsack``, ``rap``) or masks (``rap-v0``,
-            ``frontier``, ``dense``), or the path of an exported policy, of level costs or of a
-            frontier.
+        policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``) or masks
+            (``rap-v0``, ``frontier``, ``dense``), or the path of an exported policy, of level costs
+            or of a frontier.
         memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``.
         reserve: Bytes to leave free if the budget is the system's free memory.

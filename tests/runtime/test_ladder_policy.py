@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -228,7 +229,7 @@ def test_a_controller_lowers_and_raises_a_live_model(blind):
 
 
 def test_the_packaged_policies_have_names(path, tmp_path, monkeypatch):
-    with pytest.raises(UnknownNameError, match="'rap', 'rap-v0'"):
+    with pytest.raises(UnknownNameError, match="'rap', 'rap-recall', 'rap-v0'"):
         load_policy("rap-v9", memory())
     with pytest.raises(ArtifactError, match="smollm2-135m@pypi has vectors for 60 blocks"):
         load_policy("rap-v0", memory())
@@ -236,6 +237,10 @@ def test_the_packaged_policies_have_names(path, tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match=r"no exported policy at .*ladder.*\"rap-v0\""):
         load_policy("rap", memory())
     path.rename(tmp_path / "smollm2-135m.ladder.safetensors")
+    shutil.copy(
+        tmp_path / "smollm2-135m.ladder.safetensors", tmp_path / "smollm2-135m.recall.safetensors"
+    )
+    assert load_policy("rap-recall", memory()).name == "rap-recall"
     policy, request = load_policy("rap", memory()), Request.at_fraction(memory(), 1, 100, 0.5)
     assert isinstance(policy, LadderPolicy)
     assert policy.name == "rap"
