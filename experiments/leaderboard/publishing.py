@@ -69,6 +69,16 @@ COMPARISONS = (
             "RAPPrune/SmolLM2-v1": {"model": "smollm2-135m@pypi", "dtype": "bfloat16"},
         },
     ),
+    Comparison(
+        "Gemma3-270M-v1",
+        "RAPPrune-v1",
+        "tight_gemma",
+        {
+            "workload": {"name": "tight", "lowered_share_range": [0.75, 1.6]},
+            "reward": "perplexity",
+        },
+        {"RAPPrune/Gemma3-270M-Table-v1": {"model": "score_table:gemma3-270m"}},
+    ),
 )
 
 _THRESHOLD_REQUESTS = 1000

@@ -1,4 +1,4 @@
-"""Losses on held-out text beside a score table: what a plan loses on text that nobody searched.
+"""Losses on held-out text beside a score table: what a plan loses on text that no method searched.
 
 A table has the scores of thousands of plans on the calibration text, and far fewer were measured on
 held-out text as well. For the others the held-out ΔNLL is predicted from the ΔNLL on the

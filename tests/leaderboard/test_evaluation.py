@@ -21,7 +21,7 @@ from rap_env.runtime.policies import StaticPolicy, load_policy
 from rap_env.scoring.corpus import CorpusConfig
 
 V0, V1 = "RAPPrune/SmolLM2-Table-v0", "RAPPrune/SmolLM2-Table-v1"
-TABLES = [V0, V1]
+TABLES = [V0, V1, "RAPPrune/Gemma3-270M-Table-v1"]
 
 
 def first_valid(observation):

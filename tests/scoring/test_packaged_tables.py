@@ -55,12 +55,12 @@ def test_a_packaged_table_is_found_by_the_name_of_its_model():
 def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
     table = ScoreTable.load(path)
     everything = table.fidelity.rows[0]
-    assert everything.masks >= 250
+    assert everything.masks >= 100
     assert everything.spearman >= 0.99
     assert everything.median_relative_error <= 0.05
     deep = table.fidelity.rows[-1]
     assert deep.masks > everything.masks / 2
-    assert deep.spearman >= 0.99
+    assert deep.spearman >= 0.98
     assert len(table.text["sha256"]) == 64
     assert (table.levels is None) == (".bf16." in path.name)
 
