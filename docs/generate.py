@@ -218,9 +218,8 @@ def recall_policy_finding(found: Any) -> str:
         rows = found.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS) if found else []
         if not rows:
             return ""
-        shares[policy] = sum(map(sum, (row.right for row in rows))) / sum(
-            row.questions for row in rows
-        )
+        right = sum(sum(row.right) for row in rows)
+        shares[policy] = right / sum(row.questions for row in rows)
     return (
         f" At {RECALL_BUDGET} of the native peak, a policy trained on text with questions "
         f"answers {percent(shares['rap-recall'], 0)} of those on {RECALL_TOKENS:,} tokens, one "

@@ -351,3 +351,8 @@ class ResultRow(CellRecord):
 def read_rows(path: Path) -> list[ResultRow]:
     """Read all rows of a ``results.jsonl``."""
     return ResultRow.read(path)
+
+
+def rows_below(folder: Path) -> list[ResultRow]:
+    """Read all rows of the ``results.jsonl`` at any depth below a folder."""
+    return [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]

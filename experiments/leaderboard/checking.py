@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.errors import ExperimentError
-from rap_env.leaderboard.entries import Entry, Run
+from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, simplest
 from rap_env.request import Request
 
@@ -22,9 +23,11 @@ TOLERANCE_NLL, TOLERANCE_SHARE = 0.01, 0.02
 
 def check_entry(
     entry: Entry,
-    memory: Any,
+    memory: MemoryModel,
     requests: Sequence[Request],
     scorers: Mapping[str, MaskScorer],
+    *,
+    every: int = 1,
     on_plan: Callable[[], object] = lambda: None,
 ) -> list[str]:
     """Replay the plans of an entry.
@@ -34,6 +37,7 @@ def check_entry(
         memory: Byte arithmetic of the model.
         requests: The requests of its comparison.
         scorers: A scorer of the real model for each split to check.
+        every: Replay each n-th request only.
         on_plan: Called after each plan.
 
     Returns:
@@ -43,8 +47,8 @@ def check_entry(
     for run in entry.runs:
         if len(run.plans) != len(requests):
             return [f"It has {len(run.plans)} plans for {len(requests)} requests."]
-        for number, (levels, request) in enumerate(zip(run.plans, requests, strict=True)):
-            plan = simplest(CompressionPlan.of(levels))
+        for number in range(0, len(requests), every):
+            request, plan = requests[number], simplest(CompressionPlan.of(run.plans[number]))
             where = f"Seed {run.seed}, request {number} ({request})"
             peak_bytes = memory.peak_bytes(plan, request)
             if (peak_bytes <= request.budget_bytes) != run.fits[number]:
@@ -116,26 +120,8 @@ def check_file(
                 f"({task.test_text['sha256'][:12]}): {dict(task.test_text)}."
             )
         scorers["test"] = MaskScorer(context.llm, corpus, context.store)
-    kept = range(0, len(task.requests), every)
-    requests = [task.requests[number] for number in kept]
-    short = Entry(
-        entry.name,
-        entry.comparison,
-        entry.description,
-        tuple(_part(run, kept) for run in entry.runs if len(run.plans) == len(task.requests)),
-    )
-    if len(short.runs) < len(entry.runs):
-        return [f"A run has not {len(task.requests)} plans, one for each request."]
-    total = len(short.runs) * len(requests)
+    total = len(entry.runs) * len(range(0, len(task.requests), every))
     with progress_bar(True, total=total, desc="replay", unit="plan") as bar:
-        return check_entry(short, context.memory, requests, scorers, bar.update)
-
-
-def _part(run: Run, kept: Sequence[int]) -> Run:
-    """Return a run at some of its requests."""
-    return Run(
-        run.seed,
-        tuple(run.plans[number] for number in kept),
-        {split: tuple(values[n] for n in kept) for split, values in run.delta_nll.items()},
-        tuple(run.fits[number] for number in kept),
-    )
+        return check_entry(
+            entry, context.memory, task.requests, scorers, every=every, on_plan=bar.update
+        )

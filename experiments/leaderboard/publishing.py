@@ -12,11 +12,10 @@ import gymnasium
 import numpy as np
 
 from experiments.comparison.formatting import look
-from experiments.comparison.records import ResultRow, read_rows
+from experiments.comparison.records import ResultRow, rows_below
 from rap_env.artifacts import atomic_write
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
-from rap_env.leaderboard.tasks import PinnedTask, pinned_tasks
-from rap_env.plan import CompressionPlan
+from rap_env.plan import as_plan
 from rap_env.request import Request
 
 TASKS_FILE = ENTRIES.parent / "tasks.json"
@@ -107,9 +106,7 @@ def _entry(
         runs.append(
             Run(
                 seed,
-                tuple(CompressionPlan.of(row.levels or {}).levels for row in chosen)
-                if chosen[0].levels is not None
-                else tuple(dict.fromkeys(row.mask, "removed") for row in chosen),
+                tuple(as_plan(row.plan).levels for row in chosen),
                 {
                     "calibration": tuple(row.loss_calibration for row in chosen),
                     "test": tuple(row.loss for row in chosen),
@@ -129,9 +126,10 @@ def _entry(
     )
 
 
-def mean_return(task: PinnedTask) -> float:
-    """Return the mean return of the best measured plans on requests of a task's workload."""
-    env: Any = gymnasium.make(task.environment, **task.arguments).unwrapped
+def mean_return(comparison: Comparison) -> float:
+    """Return the mean return of the best measured plans on requests of a comparison's workload."""
+    table = next(iter(comparison.tasks.values()))
+    env: Any = gymnasium.make(comparison.environment, **comparison.arguments, **table).unwrapped
     scorer = env.context.scorer
     env.reset(seed=0)
     returns = []
@@ -142,13 +140,17 @@ def mean_return(task: PinnedTask) -> float:
     return float(np.mean(returns))
 
 
+def grid_rows(comparison: Comparison, results: Path) -> list[ResultRow]:
+    """Return the rows of a comparison's grid, from its records below a folder."""
+    rows = rows_below(results / comparison.records / "evaluate")
+    return [row for row in rows if row.part == "grid"]
+
+
 def publish(results: Path) -> int:
     """Make the pinned tasks and our entries from the records; return the number of entries."""
     described = {}
     for comparison in COMPARISONS:
-        folder = results / comparison.records / "evaluate"
-        rows = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]
-        rows = [row for row in rows if row.part == "grid"]
+        rows = grid_rows(comparison, results)
         depends_on = rows[0].provenance["depends_on"]
         described[comparison.name] = {
             "environment": comparison.environment,
@@ -159,20 +161,10 @@ def publish(results: Path) -> int:
             ],
             "calibration_sha256": depends_on["calibration_sha256"],
             "test_text": depends_on["report_text"],
-            "reward_threshold": 0.0,
+            "reward_threshold": mean_return(comparison),
         }
         for entry in make_entries(comparison, rows):
-            name = entry.origin["method"]
-            entry.save(ENTRIES / comparison.name / f"{name}.json")
-    _write_tasks(described)
-    pinned_tasks.cache_clear()
-    for comparison in COMPARISONS:
-        task = pinned_tasks()[next(iter(comparison.tasks))]
-        described[comparison.name]["reward_threshold"] = mean_return(task)
-    _write_tasks(described)
-    return sum(1 for _ in ENTRIES.rglob("*.json"))
-
-
-def _write_tasks(described: Mapping[str, Any]) -> None:
+            entry.save(ENTRIES / comparison.name / f"{entry.origin['method']}.json")
     with atomic_write(TASKS_FILE) as file:
         file.write((json.dumps(described, indent=1) + "\n").encode())
+    return sum(1 for _ in ENTRIES.rglob("*.json"))

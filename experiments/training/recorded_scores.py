@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison.records import ResultRow, read_records, read_rows
+from experiments.comparison.records import ResultRow, read_records, rows_below
 from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
 from experiments.training.score_model import ROUNDS_FILE, scored_masks
@@ -99,10 +99,9 @@ def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
     facts, here = context.memory.facts, context.corpus.sha256
     wanted = (facts.fingerprint, here, facts.repair or None)
     names = ("model_fingerprint", "calibration_sha256", "repair")
-    rows = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]
     return [
         row
-        for row in rows
+        for row in rows_below(folder)
         if tuple(row.provenance.get("depends_on", {}).get(name) for name in names) == wanted
     ]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.comparison.records import read_rows
 from experiments.leaderboard.checking import check_entry
-from experiments.leaderboard.publishing import COMPARISONS, make_entries, requests_of
+from experiments.leaderboard.publishing import COMPARISONS, grid_rows, make_entries, requests_of
 from rap_env.blocks import BlockMask
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
 from rap_env.leaderboard.tasks import pinned_tasks
@@ -24,9 +23,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda one: one.name)
 def test_published_entries_are_made_from_the_records(comparison):
-    folder = RESULTS / comparison.records / "evaluate"
-    rows = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_rows(path)]
-    rows = [row for row in rows if row.part == "grid"]
+    rows = grid_rows(comparison, RESULTS)
     entries = make_entries(comparison, rows)
     files = {path.stem for path in (ENTRIES / comparison.name).glob("*.json")}
     assert files == {entry.origin["method"] for entry in entries}
