@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,8 +29,16 @@ from agents.sb3_policies import (
     MaskedBlockwiseQPolicy,
     MaskedMlpQPolicy,
 )
-from agents.settings import HYPERPARAMETERS, AgentConfigError, PolicySettings, with_defaults
+from agents.settings import (
+    AgentConfigError,
+    DQNHyperparameters,
+    PolicySettings,
+    PPOHyperparameters,
+    Settings,
+    with_defaults,
+)
 from rap_env.errors import UnknownNameError
+from rap_env.plugins import PluginError, find_plugin
 
 POLICIES = ("blockwise", "mlp")
 
@@ -78,27 +87,54 @@ class MaskedDQN(DQN):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A learning algorithm of stable-baselines3.
+    """A learning algorithm of stable-baselines3, or of another package in its manner.
 
     Attributes:
+        cls: Its class; `make_model` calls it, and checkpoints call its ``load``.
+        blockwise: The class of its block-wise policy.
+        hyperparameters: Its hyperparameters with their ranges; a subclass of `Settings`.
         masked: Whether it uses action masks; the others learn from the penalty instead.
         checkpoint_steps: Environment steps between checkpoints; a rollout is always finished.
     """
 
     cls: type[BaseAlgorithm]
     blockwise: type[BasePolicy]
+    hyperparameters: type[Settings]
     masked: bool
     checkpoint_steps: int
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(PPO, BlockwisePolicy, masked=False, checkpoint_steps=1),
+    "ppo": Algorithm(PPO, BlockwisePolicy, PPOHyperparameters, masked=False, checkpoint_steps=1),
     "maskable_ppo": Algorithm(
-        MaskablePPO, MaskableBlockwisePolicy, masked=True, checkpoint_steps=1
+        MaskablePPO, MaskableBlockwisePolicy, PPOHyperparameters, masked=True, checkpoint_steps=1
     ),
-    "dqn": Algorithm(DQN, BlockwiseQPolicy, masked=False, checkpoint_steps=1000),
-    "masked_dqn": Algorithm(MaskedDQN, MaskedBlockwiseQPolicy, masked=True, checkpoint_steps=1000),
+    "dqn": Algorithm(
+        DQN, BlockwiseQPolicy, DQNHyperparameters, masked=False, checkpoint_steps=1000
+    ),
+    "masked_dqn": Algorithm(
+        MaskedDQN, MaskedBlockwiseQPolicy, DQNHyperparameters, masked=True, checkpoint_steps=1000
+    ),
 }
+
+
+@cache
+def find_algorithm(name: str) -> Algorithm:
+    """Return an algorithm by its name, one of `ALGORITHMS` or of another package.
+
+    Raises:
+        UnknownNameError: There is no such agent.
+        PluginError: The agent of another package cannot be loaded, or is no `Algorithm`.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    plugin = find_plugin("agent", name, ALGORITHMS)
+    found = plugin.load()
+    if not isinstance(found, Algorithm):
+        raise PluginError(
+            f"{plugin} is a {type(found).__name__}, not an agents.algorithms.Algorithm."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,13 +142,14 @@ class AgentConfig:
     """Configuration of a training: the agent, its length and its settings.
 
     Attributes:
-        name: One of `ALGORITHMS`: ``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``.
+        name: One of `ALGORITHMS` (``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``), the name of
+            an entry point of another package, or ``package.module:name`` of an `Algorithm`.
         policy: ``blockwise`` (one small network evaluates every block or item) or ``mlp``.
         total_timesteps: Environment steps, one action each; PPO finishes its last rollout.
         n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.
-        hyperparameters: Settings of the algorithm (`agents.settings.HYPERPARAMETERS`). Settings
-            that are not given have the values of ``conf/agent/NAME.yaml``.
+        hyperparameters: Settings of the algorithm (`Algorithm.hyperparameters`). Settings that
+            are not given have the values of ``conf/agent/NAME.yaml``.
         normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);
             observations are in [0, 1] already.
         policy_settings: Settings of the block-wise policy (`agents.settings.PolicySettings`),
@@ -121,6 +158,7 @@ class AgentConfig:
     Raises:
         UnknownNameError: There is no such agent, policy, setting or hyperparameter.
         AgentConfigError: A value is impossible.
+        PluginError: The agent of another package cannot be loaded.
     """
 
     name: str = "maskable_ppo"
@@ -133,8 +171,7 @@ class AgentConfig:
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in ALGORITHMS:
-            raise UnknownNameError("agent", self.name, ALGORITHMS)
+        algorithm = self.algorithm
         if self.policy not in POLICIES:
             raise UnknownNameError("policy", self.policy, POLICIES)
         for key, least in (("total_timesteps", 1), ("n_envs", 1), ("seed", 0)):
@@ -144,7 +181,7 @@ class AgentConfig:
                     f"{key} must be a whole number of at least {least}, not {value!r}."
                 )
         values = with_defaults(self.name, "hyperparameters", self.hyperparameters)
-        HYPERPARAMETERS[self.name].of(values, f"the agent {self.name!r}")
+        algorithm.hyperparameters.of(values, f"the agent {self.name!r}")
         object.__setattr__(self, "hyperparameters", values)
         object.__setattr__(self, "policy_settings", self._checked_policy_settings())
 
@@ -154,7 +191,7 @@ class AgentConfig:
         values["without"] = list(PolicySettings.of(values, "the block-wise policy").without)
         if self.policy != "mlp":
             return values
-        changed = {key: value for key, value in values.items() if value != defaults[key]}
+        changed = {key: value for key, value in values.items() if value != defaults.get(key)}
         if changed:
             raise AgentConfigError(
                 f"The policy 'mlp' has no policy_settings, but {changed!r} was given; remove them "
@@ -165,7 +202,7 @@ class AgentConfig:
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm with this `name`."""
-        return ALGORITHMS[self.name]
+        return find_algorithm(self.name)
 
     @property
     def policy_class(self) -> type[BasePolicy]:

@@ -1,7 +1,8 @@
 """The settings of agents: which there are, their types and ranges.
 
-Their values are in ``conf/agent/NAME.yaml``, and nowhere else; what a caller does not give is
-taken from there. Importing this module loads neither torch nor stable-baselines3.
+Their values are in ``conf/agent/NAME.yaml``, here or in the package that brings the agent, and
+nowhere else; what a caller does not give is taken from there. Importing this module loads neither
+torch nor stable-baselines3.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 from rap_env.block_rows import ABLATIONS
 from rap_env.errors import RapError, UnknownNameError
+from rap_env.plugins import find_plugin
 
 _FOLDER = Path(__file__).parent.parent / "conf" / "agent"
 
@@ -25,7 +27,7 @@ class AgentConfigError(RapError, ValueError):
     """A setting of an agent has an impossible value."""
 
 
-class _Range(NamedTuple):
+class Range(NamedTuple):
     """The lowest and the highest allowed value."""
 
     low: float
@@ -33,7 +35,7 @@ class _Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """A group of numeric settings, whose annotations state the allowed values.
 
     Raises:
@@ -61,7 +63,7 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class PPOHyperparameters(_Settings):
+class PPOHyperparameters(Settings):
     """Hyperparameters of ``ppo`` and ``maskable_ppo``; names as in stable-baselines3.
 
     Attributes:
@@ -78,21 +80,21 @@ class PPOHyperparameters(_Settings):
         target_kl: KL divergence that stops an update early; None never stops one.
     """
 
-    learning_rate: Annotated[float, _Range(1e-12, 1)]
-    n_steps: Annotated[int, _Range(1)]
-    batch_size: Annotated[int, _Range(2)]
-    n_epochs: Annotated[int, _Range(1)]
-    gamma: Annotated[float, _Range(0, 1)]
-    gae_lambda: Annotated[float, _Range(0, 1)]
-    clip_range: Annotated[float, _Range(1e-6)]
-    ent_coef: Annotated[float, _Range(0)]
-    vf_coef: Annotated[float, _Range(0)]
-    max_grad_norm: Annotated[float, _Range(1e-12)]
-    target_kl: Annotated[float | None, _Range(1e-12)]
+    learning_rate: Annotated[float, Range(1e-12, 1)]
+    n_steps: Annotated[int, Range(1)]
+    batch_size: Annotated[int, Range(2)]
+    n_epochs: Annotated[int, Range(1)]
+    gamma: Annotated[float, Range(0, 1)]
+    gae_lambda: Annotated[float, Range(0, 1)]
+    clip_range: Annotated[float, Range(1e-6)]
+    ent_coef: Annotated[float, Range(0)]
+    vf_coef: Annotated[float, Range(0)]
+    max_grad_norm: Annotated[float, Range(1e-12)]
+    target_kl: Annotated[float | None, Range(1e-12)]
 
 
 @dataclass(frozen=True)
-class DQNHyperparameters(_Settings):
+class DQNHyperparameters(Settings):
     """Hyperparameters of ``dqn`` and ``masked_dqn``; names as in stable-baselines3.
 
     Attributes:
@@ -110,22 +112,22 @@ class DQNHyperparameters(_Settings):
         max_grad_norm: Norm to which gradients are clipped.
     """
 
-    learning_rate: Annotated[float, _Range(1e-12, 1)]
-    buffer_size: Annotated[int, _Range(1)]
-    learning_starts: Annotated[int, _Range(0)]
-    batch_size: Annotated[int, _Range(2)]
-    gamma: Annotated[float, _Range(0, 1)]
-    train_freq: Annotated[int, _Range(1)]
-    gradient_steps: Annotated[int, _Range(-1)]
-    target_update_interval: Annotated[int, _Range(1)]
-    exploration_fraction: Annotated[float, _Range(0, 1)]
-    exploration_initial_eps: Annotated[float, _Range(0, 1)]
-    exploration_final_eps: Annotated[float, _Range(0, 1)]
-    max_grad_norm: Annotated[float, _Range(1e-12)]
+    learning_rate: Annotated[float, Range(1e-12, 1)]
+    buffer_size: Annotated[int, Range(1)]
+    learning_starts: Annotated[int, Range(0)]
+    batch_size: Annotated[int, Range(2)]
+    gamma: Annotated[float, Range(0, 1)]
+    train_freq: Annotated[int, Range(1)]
+    gradient_steps: Annotated[int, Range(-1)]
+    target_update_interval: Annotated[int, Range(1)]
+    exploration_fraction: Annotated[float, Range(0, 1)]
+    exploration_initial_eps: Annotated[float, Range(0, 1)]
+    exploration_final_eps: Annotated[float, Range(0, 1)]
+    max_grad_norm: Annotated[float, Range(1e-12)]
 
 
 @dataclass(frozen=True)
-class PolicySettings(_Settings):
+class PolicySettings(Settings):
     """Settings of the block-wise policy.
 
     Attributes:
@@ -145,8 +147,8 @@ class PolicySettings(_Settings):
 
     section: ClassVar[str] = "policy_settings"
 
-    hidden: Annotated[int, _Range(1)]
-    block_vectors: Annotated[int, _Range(0)]
+    hidden: Annotated[int, Range(1)]
+    block_vectors: Annotated[int, Range(0)]
     without: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -166,29 +168,36 @@ class PolicySettings(_Settings):
         return {"hidden": extractor.pop("hidden"), "features_extractor_kwargs": extractor}
 
 
-HYPERPARAMETERS: dict[str, type[PPOHyperparameters | DQNHyperparameters]] = {
+HYPERPARAMETERS: dict[str, type[Settings]] = {
     "ppo": PPOHyperparameters,
     "maskable_ppo": PPOHyperparameters,
     "dqn": DQNHyperparameters,
     "masked_dqn": DQNHyperparameters,
 }
-"""Agents by name, and the hyperparameters that each has."""
+"""Our agents by name, and the hyperparameters that each has."""
 
 
 def with_defaults(name: str, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete settings with the values of the agent's file in ``conf/agent``.
 
     Args:
-        name: The agent, one of `HYPERPARAMETERS`.
+        name: The agent, one of `HYPERPARAMETERS` or of another package.
         section: ``hyperparameters`` or ``policy_settings``.
         given: Settings that replace those of the file, as plain values.
+
+    Raises:
+        UnknownNameError: There is no such agent.
     """
-    return {**_file(name)[section], **given}
+    if name in HYPERPARAMETERS:
+        path: Path | None = _FOLDER / f"{name}.yaml"
+    else:
+        path = find_plugin("agent", name, HYPERPARAMETERS).values_file
+    return {**(_values(path).get(section, {}) if path else {}), **given}
 
 
 @cache
-def _file(name: str) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(OmegaConf.load(_FOLDER / f"{name}.yaml"))
+def _values(path: Path) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(OmegaConf.load(path))
     return dict(found)
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +29,8 @@ from experiments.console import fail, message
 from experiments.errors import ExperimentError
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
+from rap_env.plugins import GROUPS as PLUGIN_KINDS
+from rap_env.plugins import entry_points
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 GROUPS = {
@@ -65,6 +70,17 @@ def _run_label(
 
 
 register()  # at import, so that the worker processes of a parallel sweep have them as well
+
+
+class PackagesSearchPath(SearchPathPlugin):
+    """Adds the YAML files of packages that offer policies, agents or baselines, after ours."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the folder ``conf`` of each package."""
+        offered = [plugin for kind in PLUGIN_KINDS for plugin in entry_points(kind)]
+        for package, folder in {plugin.package: plugin.conf for plugin in offered}.items():
+            if folder is not None:
+                search_path.append(package, f"file://{folder}")
 
 
 class NameBySweep(Callback):
@@ -149,6 +165,7 @@ def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
 
 
 def _run_main(main: Callable[[], Any]) -> None:
+    Plugins.instance().register(PackagesSearchPath)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing a traceback
     try:
         main()

@@ -18,7 +18,7 @@ ROOT = Path(rap_env.__file__).parent
 
 LAYERS = (
     (
-        "version", "errors", "paths", "specs", "artifacts", "blocks", "levels", "plan",
+        "version", "errors", "paths", "plugins", "specs", "artifacts", "blocks", "levels", "plan",
         "model_facts", "request", "policy", "memory", "memory_picture", "costs",
         "observation", "block_rows", "ladder",
     ),

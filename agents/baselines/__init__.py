@@ -3,7 +3,7 @@
 Each counts the KV cache unless its docstring states otherwise.
 
 `BASELINES` has those that choose masks, `LADDER_BASELINES` those that choose plans over a ladder;
-`make_baseline` makes one by name.
+`make_baseline` makes one by name, also one of another package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from agents.baselines.base import AnyBaseline, Baseline
 from agents.baselines.evolutionary import EvolutionaryBaseline
 from agents.baselines.knapsack import KnapsackBaseline
-from agents.baselines.ladder import LADDER_BASELINES
+from agents.baselines.ladder import LADDER_BASELINES, LadderBaseline
 from agents.baselines.orders import (
     AttentionOnlyBaseline,
     BlockInfluenceBaseline,
@@ -34,7 +34,7 @@ from agents.baselines.searches import (
     OracleBaseline,
     SLEBBaseline,
 )
-from rap_env.errors import check_name
+from rap_env.plugins import Plugin, PluginError, find_plugin
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
@@ -63,12 +63,51 @@ BASELINES: dict[str, type[Baseline]] = {
     )
 }
 
-__all__ = ["BASELINES", "LADDER_BASELINES", "Baseline", "baselines_of", "make_baseline"]
+__all__ = [
+    "BASELINES",
+    "LADDER_BASELINES",
+    "Baseline",
+    "LadderBaseline",
+    "baselines_of",
+    "check_baseline",
+    "make_baseline",
+]
 
 
 def baselines_of(lowers: bool) -> Mapping[str, type[AnyBaseline[Any]]]:
     """The baselines of an environment: those over a ladder if its actions lower items."""
     return LADDER_BASELINES if lowers else BASELINES
+
+
+def check_baseline(name: str, lowers: bool) -> None:
+    """Check that there is a baseline for an environment.
+
+    Args:
+        name: One of `baselines_of`, the name of an entry point of another package, or
+            ``package.module:factory``.
+        lowers: Whether it chooses plans over a ladder.
+
+    Raises:
+        UnknownNameError: There is no such baseline.
+        PluginError: The baseline of another package cannot be loaded, or is for the other
+            environment.
+    """
+    own = baselines_of(lowers)
+    if name not in own:
+        plugin = find_plugin("baseline", name, own)
+        factory = plugin.load()
+        if isinstance(factory, type):
+            _check_base(plugin, factory, lowers)
+
+
+def _check_base(plugin: Plugin, made: type, lowers: bool) -> None:
+    base: type = LadderBaseline if lowers else Baseline
+    if not issubclass(made, base):
+        what = "plans (env=ladder)" if lowers else "masks (env=default)"
+        raise PluginError(
+            f"{plugin} cannot choose {what}: {made.__name__} does not derive from "
+            f"agents.baselines.{base.__name__}."
+        )
 
 
 def make_baseline(
@@ -84,8 +123,14 @@ def make_baseline(
     Raises:
         UnknownNameError: There is no such baseline.
         ArtifactError: The context lacks an importance order or table that the baseline needs.
+        PluginError: The baseline of another package cannot be loaded or made.
     """
-    check_name("baseline", name, baselines_of(item_bytes is not None))
-    if item_bytes is not None:
-        return LADDER_BASELINES[name](context, item_bytes, seed)
-    return BASELINES[name](context, seed)
+    own = baselines_of(item_bytes is not None)
+    arguments = (context, seed) if item_bytes is None else (context, item_bytes, seed)
+    if name in own:
+        return own[name](*arguments)
+    plugin = find_plugin("baseline", name, own)
+    made: AnyBaseline[Any] = plugin.make(*arguments)
+    _check_base(plugin, type(made), item_bytes is not None)
+    made.source_sha256 = plugin.source_sha256
+    return made

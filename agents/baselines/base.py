@@ -54,6 +54,8 @@ class AnyBaseline(ABC, Generic[PlanT]):
         setup_evaluations: Masks and plans scored once, before the first request.
         table_sha256: Hash of the table of measured plans that it follows; None without one. Rows of
             an older table are not used again.
+        source_sha256: Hash of the file that defines a baseline of another package; None for ours.
+            Rows of an older file are not used again.
         evaluations: As in `CountingPolicy`.
     """
 
@@ -62,6 +64,7 @@ class AnyBaseline(ABC, Generic[PlanT]):
     seeded = False
     setup_evaluations = 0
     table_sha256: str | None = None
+    source_sha256: str | None = None
 
     def __init__(self, context: PruningContext, seed: int = 0) -> None:
         self.memory = context.memory

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.baselines import baselines_of, make_baseline
+from agents.baselines import check_baseline, make_baseline
 from agents.baselines.base import CountingPolicy
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
@@ -23,7 +23,6 @@ from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
-from rap_env.errors import check_name
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
@@ -205,12 +204,13 @@ def check_names(config: Config) -> None:
 
     Raises:
         UnknownNameError: There is no such baseline.
+        PluginError: A baseline of another package cannot be loaded.
         ExperimentError: A folder holds no training run, or there is nothing to compare.
     """
     if config.evaluate.plans:
         return
     for name in config.evaluate.baselines:
-        check_name("baseline", name, baselines_of(config.env.lowers))
+        check_baseline(name, config.env.lowers)
     folders = agent_folders(config)
     for folder in folders:
         _ = TrainingRun(folder).facts  # raises an error if it is no training run
@@ -251,6 +251,8 @@ def _baseline(
     identity = {"baseline": name}
     if baseline.table_sha256 is not None:
         identity["table"] = baseline.table_sha256
+    if baseline.source_sha256 is not None:
+        identity["source"] = baseline.source_sha256
     return Method(name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, identity)
 
 

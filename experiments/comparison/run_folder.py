@@ -64,7 +64,8 @@ def run_label(
 
     Args:
         stage: The program.
-        agent: Name or label of the agent; only used for ``train``.
+        agent: Name or label of the agent; only used for ``train``. Characters that do not suit a
+            folder's name become ``_``.
         seed: Seed of the run; only used for ``train``.
         overrides: Hydra's ``override_dirname``.
         sweep: Whether these are the settings that vary in a sweep, all of which are named.
@@ -78,11 +79,15 @@ def run_label(
             given[key] = value
     short = short_keys(given)
     named = [f"{short[key]}={value}" for key, value in given.items()]
-    named = [re.sub(r"[^\w.=+-]+", "_", text) for text in named]
+    named = [_as_name(text) for text in named]
     text = _fitting(named).strip("_")
     if stage == "train":
-        return "-".join(part for part in (agent, text, f"s{seed}") if part)
+        return "-".join(part for part in (_as_name(agent), text, f"s{seed}") if part)
     return text or stage
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:

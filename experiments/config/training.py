@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
-from agents.settings import HYPERPARAMETERS, with_defaults
+from agents.settings import with_defaults
 from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
+from rap_env.errors import UnknownNameError
 
 ENV_IDS = ("RAPPrune-v0", "RAPPrune-v1")
 TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")
@@ -48,7 +49,7 @@ class AgentConfig(Section):
 
     section = "agent"
     name: str = MISSING
-    """``ppo``, ``maskable_ppo``, ``dqn`` or ``masked_dqn``."""
+    """``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``, or an agent of another package."""
     label: str | None = None
     """Name of its runs in folders and tables; null for the agent's name."""
     policy: str = "blockwise"
@@ -75,12 +76,15 @@ def complete_agent(agent: dict[str, Any]) -> dict[str, Any]:
 
     Runs that were recorded before ``conf/agent`` held the values have nulls in their config.
     """
-    if agent["name"] not in HYPERPARAMETERS:
+    if agent["name"] == MISSING:
         return agent
     completed = dict(agent)
     for section in ("policy_settings", "hyperparameters"):
         given = {k: value for k, value in agent.get(section, {}).items() if value is not None}
-        completed[section] = with_defaults(agent["name"], section, given)
+        try:
+            completed[section] = with_defaults(agent["name"], section, given)
+        except UnknownNameError:  # its package is not installed, or the training reports it
+            return agent
     return completed
 
 

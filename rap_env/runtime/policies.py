@@ -16,7 +16,7 @@ import numpy as np
 from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
-from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import PlanFrontier
@@ -27,6 +27,7 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.observation import ImportanceFeatures, ObservationBuilder
 from rap_env.plan import MaskOrPlan
+from rap_env.plugins import PluginError, find_plugin
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
@@ -205,6 +206,9 @@ def load_policy(
             that need facts from far back in the prompt) and ``"knapsack"`` (the packaged level
             costs). With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes
             blocks) and ``"frontier"`` (the packaged table of masks). For any model: ``"dense"``.
+            Other packages may offer further names (entry points ``rap_env.policies``);
+            ``"package.module:factory"`` names any callable that makes a policy from the model's
+            byte arithmetic.
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, or of the items of its ladder, for a network; None
             takes the file's.
@@ -212,6 +216,7 @@ def load_policy(
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
         ArtifactError: The file is damaged, or of an incompatible model.
+        PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
     if source == "dense":
@@ -219,6 +224,8 @@ def load_policy(
     if source == "knapsack":
         return KnapsackPolicy(memory, _packaged_costs(memory))
     path = _path_of(source)
+    if path is None:
+        return _policy_of_package(os.fspath(source), memory)
     if path.suffix == ".json":
         if artifact_kind(path) == LevelCosts.KIND:
             return KnapsackPolicy(memory, LevelCosts.load(path, memory))
@@ -285,11 +292,25 @@ def _packaged_costs(memory: MemoryModel) -> LevelCosts:
         ) from None
 
 
-def _path_of(source: str | os.PathLike[str]) -> Path:
+def _path_of(source: str | os.PathLike[str]) -> Path | None:
+    """The file of a packaged name or of a path; None if there is none."""
     if source in _FILES_OF:
         return SAVED / _FILES_OF[os.fspath(source)]
     path = Path(source).expanduser()
-    if not path.is_file():
-        hint = "Any other value is read as the path of a file, and there is no such file."
-        raise UnknownNameError("policy", os.fspath(source), NAMED, hint)
-    return path
+    return path if path.is_file() else None
+
+
+def _policy_of_package(name: str, memory: MemoryModel) -> PlanPolicy:
+    """The policy that another package makes for a model."""
+    hint = (
+        "Any other value is read as the path of a file, or as package.module:factory, and there is "
+        "no such file."
+    )
+    plugin = find_plugin("policy", name, NAMED, hint)
+    policy: PlanPolicy = plugin.make(memory)
+    if not callable(getattr(policy, "choose", None)) or not hasattr(policy, "name"):
+        raise PluginError(
+            f"{plugin} makes a {type(policy).__name__}, which is no policy: it needs a name and "
+            "choose(request)."
+        )
+    return policy

@@ -1,0 +1,22 @@
+"""A policy: a callable that takes the byte arithmetic of a model, and has `choose(request)`."""
+
+from rap_env.blocks import BlockMask
+from rap_env.costs import request_costs
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+
+
+class LargestFirst:
+    """Removes the blocks that free most bytes for the request, until it fits."""
+
+    name = "largest"
+
+    def __init__(self, memory: MemoryModel) -> None:
+        self.memory = memory
+
+    def choose(self, request: Request) -> BlockMask:
+        """Return the blocks to remove."""
+        freed = self.memory.freed_bytes(request)
+        order = sorted(range(len(freed)), key=lambda block: -freed[block])
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        return costs.remove_until_fits(order, request.budget_bytes)
