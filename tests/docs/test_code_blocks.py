@@ -32,12 +32,12 @@ from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"python", "bash"}
+LANGUAGES = {"python", "bash", "toml"}
 
 COMPOSED = ["compose only"]
 """In the place of settings: the program takes too long, so its settings are composed."""
 
-_TEXT = ("calibration.windows=1", "calibration.window_tokens=16")
+_TEXT = ("threads=1", "calibration.windows=1", "calibration.window_tokens=16")
 _CELLS = ("evaluate.requests=[1x128]", "evaluate.budgets=[0.9]")
 _GSI = ("importance.gsi_removals=1", "importance.gsi_method=lazy")
 _TRAINING = (*_TEXT, *_GSI, *_CELLS, "agent.total_timesteps=64")
@@ -47,13 +47,14 @@ TINY = {
                  "evaluate.text.window_tokens=16", "evaluate.tasks.names=[]",
                  "evaluate.baselines=[gsi,random]", "evaluate.pinned=[]", *_GSI),
     "export_policy": (),
-    "export_scores": (*_TEXT, "export.masks=150"),
+    "export_scores": (*_TEXT, "export.masks=40"),
     "ladder": (), "ladder.llama_cpp": (), "ladder.shipped": (), "long_context": (),
     "profile": (*_TEXT, *_GSI),
     "repair": (*_TEXT, *_GSI, "stubs.distill_steps=2", "evaluate.tasks.names=[]",
+               "stubs.cells=[1x128@0.97]",
                "stubs.fit_texts.self.windows=2", "stubs.fit_texts.self.window_tokens=16",
                "stubs.report_texts.self.windows=2", "stubs.report_texts.self.window_tokens=16"),
-    "replay": ("replay.systems=[dense]",),
+    "replay": ("threads=1", "replay.systems=[dense]"),
     "report": (),
     "small_models": COMPOSED,
     "tight_grid": COMPOSED,
@@ -76,6 +77,7 @@ def environment(tmp_path_factory):
         **os.environ,
         "RAP_CACHE_DIR": str(base / "cache"),
         "RAP_MODEL_SOURCE": "pypi",
+        "RAP_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -96,7 +98,8 @@ def environment(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAP_CACHE_DIR", variables["RAP_CACHE_DIR"])
-        made_once(models_dir() / gguf_folder_name(SMOLLM2.sha256), make)
+        for packed in (False, True):
+            made_once(models_dir() / gguf_folder_name(SMOLLM2.sha256, packed=packed), make)
     return variables
 
 
@@ -109,6 +112,12 @@ def test_code_blocks_have_known_languages():
     }
     assert {language for _, language in found} <= LANGUAGES
     assert {("README.md", "python"), ("README.md", "bash")} <= found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "toml")])
+def test_toml_is_valid(page):
+    for code in blocks(page, "toml"):
+        assert tomllib.loads(code)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])

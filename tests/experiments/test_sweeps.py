@@ -37,7 +37,7 @@ def run_train(base, *arguments, mode=("-m",)):
     command = [
         sys.executable, "-m", "experiments.train", *mode,
         "model=custom", f"model.name={base / 'model'}",
-        "model.device=cpu", "model.dtype=float32", "calibration.windows=3",
+        "threads=1", "model.device=cpu", "model.dtype=float32", "calibration.windows=3",
         "calibration.window_tokens=12", "importance=none", "workload=grid",
         "workload.batch_sizes=[1,2]", "workload.seq_lens_tokens=[16]",
         "workload.budget_fractions=[0.9]", "evaluate.requests=[1x16]", "evaluate.budgets=[0.9]",
