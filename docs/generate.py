@@ -320,6 +320,7 @@ def update_readme(path: Path = ROOT / "README.md") -> None:
 def leaderboard_markdown() -> str:
     """The published entries of each comparison, the best on held-out text first."""
     from experiments.comparison.formatting import markdown, seconds
+    from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
     from rap_env.leaderboard.entries import published_entries
     from rap_env.leaderboard.tasks import pinned_tasks
 
@@ -327,11 +328,14 @@ def leaderboard_markdown() -> str:
     for comparison in dict.fromkeys(task.comparison for task in pinned_tasks().values()):
         entries = published_entries(comparison)
         entries = sorted(entries, key=lambda entry: float(entry.delta_nll("test").mean()))
-        head = ["Method", "ΔNLL, test", "ΔNLL, calibration", "Seeds", "Evaluations", "Time"]
+        predicted = predicted_test_delta_nll(comparison)
+        head = ["Method", "ΔNLL, test", "Predicted", "ΔNLL, calibration", "Seeds", "Evaluations"]
+        head.append("Time")
         rows = [
             [
                 entry.name,
                 f"{entry.delta_nll('test').mean():.3f}",
+                f"{predicted[entry.name]:.3f}",
                 f"{entry.delta_nll('calibration').mean():.3f}",
                 str(len(entry.runs)),
                 f"{entry.evaluations:,.0f} + {entry.setup_evaluations:,}",
@@ -339,7 +343,11 @@ def leaderboard_markdown() -> str:
             ]
             for entry in entries
         ]
-        parts.append(f"### {comparison}\n\n{markdown((head, rows))}")
+        agreement = (
+            f"Rank correlation of *Predicted* and *ΔNLL, test* over the {len(entries)} methods: "
+            f"{rank_correlation(comparison, predicted):.2f}."
+        )
+        parts.append(f"### {comparison}\n\n{markdown((head, rows))}\n\n{agreement}")
     return "\n\n".join(parts) + "\n"
 
 

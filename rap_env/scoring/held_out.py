@@ -1,9 +1,10 @@
 """Losses on held-out text beside a score table: what a plan loses on text that no method searched.
 
-A table has the scores of thousands of plans on the calibration text, and far fewer were measured on
-held-out text as well. For the others the held-out ΔNLL is predicted from the ΔNLL on the
-calibration text, which it follows closely, and from what the plan leaves out: a ridge regression
-on a log scale. Needs numpy only.
+A table has the scores of thousands of plans on the calibration text, and far fewer were measured
+on held-out text as well. For the others the held-out ΔNLL is predicted from the ΔNLL on the
+calibration text, which it follows closely: a ridge regression predicts the log of the ratio of
+both, also from what the plan leaves out. It stays within the range of the measured ratios, so that
+a plan unlike all measured ones is not taken for a good one. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class HeldOutLosses:
     Attributes:
         text: Provenance of the held-out text.
         measured: ΔNLL of the measured masks and plans on that text, nats per token.
-        weights: Weights of the prediction, in the order of `_features`.
+        weights: Weights of the predicted log ratio, in the order of `_features`.
+        log_ratios: The least and the greatest log ratio of the measured plans.
         fidelity: Agreement on measured plans that the weights were not fitted to.
         num_blocks: 2L.
     """
@@ -44,6 +46,7 @@ class HeldOutLosses:
     text: dict[str, Any]
     measured: dict[MaskOrPlan, float]
     weights: tuple[float, ...]
+    log_ratios: tuple[float, float]
     fidelity: Fidelity
     num_blocks: int
 
@@ -76,19 +79,30 @@ class HeldOutLosses:
                 f"{len(plans)} plans were measured on the held-out text, which is too few to "
                 f"predict others; measure {_LEAST_PLANS}."
             )
-        inputs = _features(plans, np.array([calibration[plan] for plan in plans]), num_blocks)
+        searched = np.array([calibration[plan] for plan in plans])
         values = np.array([measured[plan] for plan in plans])
+        inputs = _features(plans, searched, num_blocks)
+        ratios = _scaled(values) - _scaled(searched)
         predicted = np.zeros(len(plans))
         order = np.random.default_rng(seed).permutation(len(plans))
         for fold in range(_FOLDS):
             held = order[fold::_FOLDS]
             kept = np.setdiff1d(order, held)
-            predicted[held] = _unscaled(inputs[held] @ _solved(inputs[kept], values[kept]))
+            found = inputs[held] @ _solved(inputs[kept], ratios[kept])
+            found = np.clip(found, ratios[kept].min(), ratios[kept].max())
+            predicted[held] = _unscaled(_scaled(searched[held]) + found)
         removed = np.array([len(as_plan(plan).removed) for plan in plans])
-        fitted = len(plans) - len(plans) // _FOLDS
-        fidelity = Fidelity.of(predicted, values, removed, num_blocks, fitted)
-        weights = tuple(_solved(inputs, values).tolist())
-        return cls(dict(text), measured, weights, fidelity, num_blocks)
+        fidelity = Fidelity.of(
+            predicted, values, removed, num_blocks, len(plans) - len(plans) // _FOLDS
+        )
+        return cls(
+            dict(text),
+            measured,
+            tuple(_solved(inputs, ratios).tolist()),
+            (float(ratios.min()), float(ratios.max())),
+            fidelity,
+            num_blocks,
+        )
 
     def delta_nll(self, plan: MaskOrPlan, calibration_delta_nll: float) -> float:
         """ΔNLL of a mask or plan on the held-out text, nats per token.
@@ -102,8 +116,10 @@ class HeldOutLosses:
             return 0.0
         if plan in self.measured:
             return self.measured[plan]
-        inputs = _features([plan], np.array([calibration_delta_nll]), self.num_blocks)
-        return float(_unscaled(inputs @ self._weights)[0])
+        searched = np.array([calibration_delta_nll])
+        inputs = _features([plan], searched, self.num_blocks)
+        ratio = np.clip(inputs @ self._weights, *self.log_ratios)
+        return float(_unscaled(_scaled(searched) + ratio)[0])
 
     def is_predicted(self, plan: MaskOrPlan) -> bool:
         """Whether the plan was not measured on the held-out text."""
@@ -120,6 +136,7 @@ class HeldOutLosses:
             "plans": [as_plan(plan).levels for plan in self.measured],
             "delta_nll": list(self.measured.values()),
             "weights": list(self.weights),
+            "log_ratios": list(self.log_ratios),
             "fidelity": asdict(self.fidelity),
             "num_blocks": self.num_blocks,
         }
@@ -132,6 +149,7 @@ class HeldOutLosses:
             text=values["text"],
             measured=dict(zip(plans, values["delta_nll"], strict=True)),
             weights=tuple(values["weights"]),
+            log_ratios=tuple(values["log_ratios"]),
             fidelity=Fidelity.from_json(values["fidelity"]),
             num_blocks=values["num_blocks"],
         )
@@ -157,10 +175,10 @@ def _shares(plan: CompressionPlan, num_blocks: int) -> list[float]:
     ]
 
 
-def _solved(inputs: Floats, values: Floats) -> Floats:
-    """Weights of a ridge regression to the scaled values."""
+def _solved(inputs: Floats, ratios: Floats) -> Floats:
+    """Weights of a ridge regression to log ratios."""
     penalty = _RIDGE * np.eye(inputs.shape[1])
-    solved = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ _scaled(values))
+    solved = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ ratios)
     return np.asarray(solved, dtype=np.float64)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from experiments.leaderboard.checking import check_entry
 from experiments.leaderboard.publishing import COMPARISONS, grid_rows, make_entries, requests_of
+from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
 from rap_env.blocks import BlockMask
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
 from rap_env.leaderboard.tasks import pinned_tasks
@@ -76,3 +77,18 @@ def test_wrong_numbers_are_found(replayed):
     assert "the plan needs" in check_entry(other, memory, requests, scorers)[0]
     (found,) = check_entry(entry, memory, requests[:1], scorers)
     assert "2 plans for 1 requests" in found
+
+
+def test_new_methods_are_ranked_by_what_the_table_predicts():
+    """Each method is predicted without its plans: the ranks agree, unlike plans included."""
+    for name, methods, least in (("SmolLM2-v0", 12, 0.93), ("SmolLM2-v1", 7, 0.95)):
+        predicted = predicted_test_delta_nll(name)
+        assert len(predicted) == methods
+        assert rank_correlation(name, predicted) > least
+    measured = {
+        entry.name: float(entry.delta_nll("test").mean())
+        for entry in map(Entry.load, (ENTRIES / "SmolLM2-v1").glob("*.json"))
+    }
+    assert predicted.keys() == measured.keys()
+    assert all(0.8 < predicted[name] / measured[name] < 1.2 for name in measured)
+    assert not set(predicted.values()) & set(measured.values())

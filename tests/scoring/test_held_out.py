@@ -74,3 +74,12 @@ def test_too_few_plans_predict_nothing(plans):
     few = dict(list(held_out.items())[:50])
     with pytest.raises(ArtifactError, match="49 plans were measured.*measure 100"):
         HeldOutLosses.fitted({}, few, calibration, BLOCKS)
+
+
+def test_a_plan_unlike_all_measured_ones_is_not_taken_for_a_good_one(fitted):
+    """Its loss is far beyond the fitted ones; the ratio of both texts stays as measured."""
+    ratios = np.exp(fitted.log_ratios)
+    assert ratios[0] > 0.9
+    assert ratios[1] < 2
+    for plan in (BlockMask.of(0), BlockMask.of(*range(BLOCKS))):
+        assert 0.9 * 50 < fitted.delta_nll(plan, 50.0) < 2 * 50
