@@ -33,11 +33,7 @@ from rap_env.plugins import GROUPS as PLUGIN_KINDS
 from rap_env.plugins import entry_points
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
-GROUPS = {
-    "hydra/sweeper/optuna": "sweeps",
-    "hydra/launcher/submitit": "slurm",
-    "hydra/launcher/ray'": "ray",
-}
+GROUPS = {"hydra/sweeper/optuna": "sweeps", "hydra/launcher/submitit": "sweeps"}
 """Dependency group that provides a plugin, by the name that Hydra reports as missing."""
 
 _EXCLUDE = "hydra.job.config.override_dirname.exclude_keys"
@@ -170,7 +166,7 @@ def _run_main(main: Callable[[], Any]) -> None:
     try:
         main()
     except (RapError, HydraException, OmegaConfBaseException) as error:
-        fail(_with_group(message(error)))
+        fail(with_group(message(error)))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Run the same command again to continue.\n")
         sys.exit(130)
@@ -187,8 +183,8 @@ def runs_in_parallel(hydra: Any) -> bool:
     )
 
 
-def _with_group(message: str) -> str:
-    """The message, with the command that installs a missing plugin of Hydra."""
+def with_group(message: str) -> str:
+    """Return the message, with the command that installs a missing plugin of Hydra."""
     for plugin, group in GROUPS.items():
         if plugin in message:
             return (

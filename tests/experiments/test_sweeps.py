@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from experiments.compare import compare
 from experiments.comparison.run_folder import RunFolder
 from experiments.config.evaluation import CompareConfig
-from experiments.launch import CONF_DIR, register, runs_in_parallel
+from experiments.launch import CONF_DIR, register, runs_in_parallel, with_group
 from rap_env.scoring.store import ScoreStore
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -32,10 +32,10 @@ def base(tmp_path_factory):
     return folder
 
 
-def run_train(base, *arguments, mode=("-m",)):
+def run_train(base, *arguments, program="train"):
     """A sweep on the tiny model; its folder of runs is ``base/runs``."""
     command = [
-        sys.executable, "-m", "experiments.train", *mode,
+        sys.executable, "-m", f"experiments.{program}", "-m",
         "model=custom", f"model.name={base / 'model'}",
         "threads=1", "model.device=cpu", "model.dtype=float32", "calibration.windows=3",
         "calibration.window_tokens=12", "importance=none", "workload=grid",
@@ -116,17 +116,33 @@ def test_workers_share_a_live_model_and_one_store(base):
     assert len(rows) == len(store) > 10
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "ray_cluster"])
-def test_a_launcher_that_is_not_installed_names_its_group(base, launcher):
-    plugin = "hydra_ray_launcher" if "ray" in launcher else "hydra_submitit_launcher"
-    done = run_train(base, f"hydra/launcher={launcher}", mode=("--cfg", "hydra"))
-    if (Path(optuna.__file__).parents[1] / "hydra_plugins" / plugin).exists():
-        assert done.returncode == 0, done.stderr
-        return
-    group = "ray" if "ray" in launcher else "slurm"
-    assert done.returncode == 2
-    assert f"pip install --group {group}" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_two_jobs_run_in_the_executor_of_the_slurm_launcher(base):
+    """`slurm_local` submits as `slurm` does, to processes in the place of a queue."""
+    done = run_train(base, "name=queued", "seed=0,1", "hydra/launcher=slurm_local",
+                     program="profile")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = base / "runs" / "queued" / "profile"
+    runs = runs_in(folder)
+    assert len(runs) == 2
+    assert all(run["finished"] for run in runs)
+    settings = [yaml.safe_load(path.read_text()) for path in folder.glob("*/config.yaml")]
+    assert sorted((found["seed"], found["threads"]) for found in settings) == [(0, 1), (1, 1)]
+    assert len(list(folder.glob("*/profile.json"))) == 2
+    assert len(list(folder.glob(".submitit/*/*_log.out"))) == 2
+
+
+def test_the_two_launchers_of_slurm_differ_in_their_executor_alone():
+    queue = composed("hydra/launcher=slurm", "hydra.mode=MULTIRUN").hydra.launcher
+    local = composed("hydra/launcher=slurm_local", "hydra.mode=MULTIRUN").hydra.launcher
+    assert queue._target_.endswith(".SlurmLauncher")
+    assert local._target_.endswith(".LocalLauncher")
+    assert (queue.timeout_min, queue.mem_gb) == (local.timeout_min, local.mem_gb)
+
+
+def test_a_plugin_that_is_not_installed_names_its_group():
+    missing = "Could not find 'hydra/launcher/submitit_slurm'"
+    assert with_group(missing).endswith("pip install --group sweeps")
+    assert with_group("Could not find 'agent/ppi'") == "Could not find 'agent/ppi'"
 
 
 def composed(*overrides):
