@@ -11,7 +11,7 @@ from experiments.config import Config
 from experiments.config.common import TasksConfig, TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
-from rap_env.context.opening import open_context
+from rap_env.context.opening import open_context, require_live
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
@@ -81,6 +81,8 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         repair=config.repair.name,
         frontier=str(frontier_artifact(config)),
         store=config.store,
+        workers=config.scoring.workers,
+        workers_address=config.scoring.address,
     )
 
 
@@ -141,7 +143,8 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
 
     corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
-    return MaskScorer(context.llm, corpus, context.store)
+    workers = require_live(context).workers
+    return MaskScorer(context.llm, corpus, context.store, workers=workers)
 
 
 def task_config(tasks: TasksConfig) -> TaskConfig:

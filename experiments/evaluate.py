@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ from rap_env.context.base import PruningContext, item_importance
 from rap_env.llm.progress import progress_bar
 from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.request import Request
+from rap_env.scoring.plan_runner import chunks
 
 log = logging.getLogger(__name__)
+
+_ROWS_EACH = 8  # for each worker
 
 SET_ASIDE = "results.other.jsonl"
 """Rows of other settings: kept, used again if those settings return, and not reported."""
@@ -82,6 +86,11 @@ class Evaluator:
             self.depends_on["ladder"] = config.env.ladder
         if context.memory.facts.repair:  # rows without stubs keep their former keys
             self.depends_on["repair"] = context.memory.facts.repair
+
+    def score(self, plans: Sequence[MaskOrPlan]) -> None:
+        """Measure plans on both texts in one call each, so that workers share them."""
+        self.context.scorer.nll_many(plans)
+        self.report.nll_many(plans)
 
     def measure(self, method: Method, cell: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
@@ -196,18 +205,30 @@ def _all_rows(
     if found:
         log.info("Evaluation: %d of %d rows exist already.", len(found), len(wanted))
     warm: set[int] = set()
-    bar = progress_bar(
-        config.progress, todo, initial=len(found), total=len(wanted), desc="evaluate", unit="row"
-    )
-    for key, method, cell in bar:
-        bar.set_postfix_str(method.name)
-        if id(method) not in warm:
-            _warm_up(method, cell.request)
-            warm.add(id(method))
-        choice = measure_choice(method.policy, cell.request, evaluator.context.scorer)
-        found[key] = evaluator.measure(method, cell, choice)
-        append_record(run.results, found[key].to_record())
+    with progress_bar(
+        config.progress, initial=len(found), total=len(wanted), desc="evaluate", unit="row"
+    ) as bar:
+        for group in chunks(todo, _rows_together(config)):
+            choices = []
+            for _, method, cell in group:
+                bar.set_postfix_str(method.name)
+                if id(method) not in warm:
+                    _warm_up(method, cell.request)
+                    warm.add(id(method))
+                choices.append(
+                    measure_choice(method.policy, cell.request, evaluator.context.scorer)
+                )
+            evaluator.score([choice.plan for choice in choices])
+            for (key, method, cell), choice in zip(group, choices, strict=True):
+                found[key] = evaluator.measure(method, cell, choice)
+                append_record(run.results, found[key].to_record())
+                bar.update()
     return list(found.values())
+
+
+def _rows_together(config: Config) -> int:
+    """Rows whose plans are scored together: several for each worker, or one in this process."""
+    return max(1, _ROWS_EACH * config.scoring.workers)
 
 
 def measured_again(config: Config, run: RunFolder, evaluator: Evaluator) -> list[ResultRow]:
@@ -222,10 +243,14 @@ def measured_again(config: Config, run: RunFolder, evaluator: Evaluator) -> list
         wanted[replace(row, provenance=provenance).key] = row, provenance
     found = sort_out(run, set(wanted))
     todo = [key for key in wanted if key not in found]
-    for key in progress_bar(config.progress, todo, desc="evaluate", unit="row"):
-        row, provenance = wanted[key]
-        found[key] = replace(row, **evaluator.losses(row.plan), provenance=provenance)
-        append_record(run.results, found[key].to_record())
+    with progress_bar(config.progress, total=len(todo), desc="evaluate", unit="row") as bar:
+        for group in chunks(todo, _rows_together(config)):
+            evaluator.report.nll_many([wanted[key][0].plan for key in group])
+            for key in group:
+                row, provenance = wanted[key]
+                found[key] = replace(row, **evaluator.losses(row.plan), provenance=provenance)
+                append_record(run.results, found[key].to_record())
+                bar.update()
     return list(found.values())
 
 

@@ -202,17 +202,22 @@ def set_threads(config: Config) -> None:
     from rap_env.llm.device import bound_kernel_caches, use_threads
 
     bound_kernel_caches()  # before the first matrix product, which measures the threads
-    use_threads(config.threads or _stored_threads(config.root / _THREADS_FILE))
+    use_threads(
+        config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring.workers)
+    )
 
 
-def _stored_threads(path: Path) -> int:
-    """The number of threads stored for this comparison; measures and stores it if missing."""
+def _stored_threads(path: Path, workers: int) -> int:
+    """The number of threads stored for this comparison; chooses and stores it if missing.
+
+    It is measured, or 1 if workers measure masks: workers have as many threads as this process.
+    """
     from rap_env.llm.device import fastest_threads
 
     try:
         return max(1, int(path.read_text()))
     except (FileNotFoundError, ValueError):
-        threads = fastest_threads()
+        threads = 1 if workers else fastest_threads()
     with atomic_write(path) as file:
         file.write(f"{threads}\n".encode())
     return threads

@@ -91,6 +91,10 @@ class NonFiniteScoreError(RapError, ArithmeticError):
     """The model returned NaN or infinity instead of a score."""
 
 
+class WorkerError(RapError, RuntimeError):
+    """Workers for scoring cannot start, are lost again and again, or would give other scores."""
+
+
 class MissingDependencyError(RapError, ImportError):
     """A feature needs an optional package that is not installed."""
 

@@ -9,7 +9,16 @@ import pytest
 import rap_env
 from rap_env.version import __version__
 
-HEAVY = ("torch", "transformers", "matplotlib", "stable_baselines3", "hydra", "lm_eval", "PIL")
+HEAVY = (
+    "torch",
+    "transformers",
+    "matplotlib",
+    "stable_baselines3",
+    "hydra",
+    "lm_eval",
+    "PIL",
+    "ray",
+)
 
 
 def run(code: str) -> str:

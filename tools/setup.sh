@@ -33,8 +33,8 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
         || say "not found; using the default build of the registry (a larger download)"
 fi
 
-say "packages (about 500 MB the first time; a few minutes)"
-$pip install --constraint constraints.txt --editable '.[eval,plots,serve]' \
+say "packages (about 600 MB the first time; a few minutes)"
+$pip install --constraint constraints.txt --editable '.[eval,plots,ray,serve]' \
     --group agents --group sweeps --group dev --group docs \
     > "$venv/setup.log" 2>&1 || { tail -n 30 "$venv/setup.log" >&2; exit 1; }
 say "done: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"

@@ -27,6 +27,7 @@ from experiments.config.model import (
     ImportanceConfig,
     ModelConfig,
     RepairConfig,
+    ScoringConfig,
     StubsConfig,
 )
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
@@ -57,8 +58,10 @@ class Config(Section):
     """Score store: ``default`` (in the user's cache), a file, or null for none."""
     progress: bool = True
     threads: Count | None = None
-    """Threads of torch; null measures the fastest number once for each comparison."""
+    """Threads of torch; null measures the fastest number once for each comparison, or takes 1 if
+    workers measure."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)

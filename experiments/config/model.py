@@ -18,6 +18,7 @@ from experiments.config.common import (
     among,
     parse_cell,
 )
+from experiments.errors import ExperimentError
 from rap_env.errors import check_name
 
 REPAIRS = ("none", "library", "distilled", "per_mask")
@@ -37,6 +38,26 @@ class ModelConfig:
     ``int4``."""
     max_memory_bytes: int | None = None
     """Memory cap; layers are then streamed from files one at a time. null loads the model."""
+
+
+@dataclass
+class ScoringConfig(Section):
+    """Where masks and plans are measured; the scores do not depend on it."""
+
+    section = "scoring"
+    workers: CountOrZero = 0
+    """Worker processes that measure, each with a model of its own; 0 measures in this process."""
+    address: str | None = None
+    """``HOST:PORT`` of a Ray cluster, or ``auto`` for the one that runs on this machine; null
+    starts the workers on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.address is not None and not self.workers:
+            raise ExperimentError(
+                "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "
+                "there. Set scoring.workers to the number of workers."
+            )
 
 
 @dataclass

@@ -62,6 +62,10 @@ class ContextConfig:
         frontier: Path of a frontier artifact (`rap_env.importance.frontier_search`); None if
             nothing needs the best known masks.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
+        workers: Number of workers that measure, each with a model (see
+            `rap_env.scoring.workers.pool.WorkerPool`); 0 measures in this process.
+        workers_address: ``HOST:PORT`` of a Ray cluster, or ``"auto"``; None starts workers on this
+            machine.
 
     Raises:
         InvalidRequestError: A value has the wrong type or is out of range.
@@ -80,6 +84,8 @@ class ContextConfig:
     repair: str = "none"
     frontier: str | None = None
     store: str | None = "default"
+    workers: int = 0
+    workers_address: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -87,6 +93,8 @@ class ContextConfig:
         for name in ("gsi_removals", "max_memory_bytes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidRequestError(f"{name} must be at least 1, or None, not {value}.")
+        if self.workers < 0:
+            raise InvalidRequestError(f"workers must be at least 0, not {self.workers}.")
 
 
 class PruningContext(Protocol):

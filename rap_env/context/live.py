@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.store import ScoreStore
+    from rap_env.scoring.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class LiveContext:
         store: Where scores are stored; None keeps them in memory.
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.
+        workers: Workers of the model that measure; None measures in this process.
 
     Attributes:
         reopen: A function and arguments that open the same context, in the place of a pickle;
@@ -63,13 +65,15 @@ class LiveContext:
         frontier: str | None = None,
         folder: Path | None = None,
         progress: bool = True,
+        workers: WorkerPool | None = None,
     ) -> None:
         from rap_env.scoring.scorer import MaskScorer
 
         self.llm = llm
         self.store = store
         self.memory = MemoryModel(llm)
-        self.scorer = MaskScorer(llm, calibration, store)
+        self.workers = workers
+        self.scorer = MaskScorer(llm, calibration, store, workers=workers)
         self.frontier_path = frontier
         self.importance = importance
         self._gsi_removals = gsi_removals

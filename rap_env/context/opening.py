@@ -6,8 +6,11 @@ import contextlib
 import logging
 import multiprocessing
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rap_env.artifacts import canonical_json
 from rap_env.blocks import BlockMask
@@ -22,9 +25,14 @@ from rap_env.scoring.corpus import check_source
 from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
 
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.scoring.workers.pool import WorkerPool
+
 log = logging.getLogger(__name__)
 
 _open: dict[str, PruningContext] = {}
+_workers: dict[str, WorkerPool] = {}
 
 
 def open_context(config: ContextConfig) -> PruningContext:
@@ -51,20 +59,9 @@ def open_context(config: ContextConfig) -> PruningContext:
 
 def _open_live(config: ContextConfig) -> LiveContext:
     """A new context of a live model; the model itself is shared within a process."""
-    from rap_env.llm.loading import shared_llm
     from rap_env.scoring.corpus_loading import load_corpus
 
-    llm = shared_llm(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        weights=config.weights,
-        max_memory_bytes=config.max_memory_bytes,
-    )
-    if config.repair != "none":
-        from rap_env.repair.cached_library import open_library
-
-        llm = open_library(config.repair, llm).attach(llm)  # the shared model stays as it is
+    llm = _open_llm(_model_settings(config))
     context = LiveContext(
         llm,
         load_corpus(config.calibration, llm),
@@ -74,10 +71,53 @@ def _open_live(config: ContextConfig) -> LiveContext:
         gsi_method=config.gsi_method,
         frontier=config.frontier,
         folder=cache_dir() / "importance",
+        workers=_shared_workers(config, llm) if config.workers else None,
     )
     context.reopen = open_context, (config,)
     _warn_of_copies(context)
     return context
+
+
+def _model_settings(config: ContextConfig) -> dict[str, Any]:
+    """The settings of a context that determine its model."""
+    names = ("model", "device", "dtype", "weights", "max_memory_bytes", "repair")
+    return {name: getattr(config, name) for name in names}
+
+
+def _open_llm(settings: Mapping[str, Any]) -> ElasticLLM:
+    """The model of a context, shared within a process, with its stubs if it has any."""
+    from rap_env.llm.loading import shared_llm
+
+    loading = dict(settings)
+    repair = loading.pop("repair")
+    llm = shared_llm(**loading)
+    if repair == "none":
+        return llm
+    from rap_env.repair.cached_library import open_library
+
+    return open_library(repair, llm).attach(llm)  # the shared model stays as it is
+
+
+def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
+    """The workers for a context; contexts of one model share them."""
+    from rap_env.llm.sources import looks_like_path
+    from rap_env.scoring.workers.pool import WorkerPool
+
+    settings = _model_settings(config)  # "auto" may be something else on another machine
+    settings |= {"device": llm.device.type, "dtype": str(llm.dtype).removeprefix("torch.")}
+    if looks_like_path(config.model):  # a worker may have another working directory
+        settings["model"] = str(Path(config.model).expanduser().resolve())
+    if config.repair not in REPAIRS:
+        settings["repair"] = str(Path(config.repair).expanduser().resolve())
+    key = canonical_json([settings, config.workers, config.workers_address])
+    if key not in _workers:
+        _workers[key] = WorkerPool(
+            partial(_open_llm, settings),
+            config.workers,
+            address=config.workers_address,
+            gpu=llm.device.type == "cuda",
+        )
+    return _workers[key]
 
 
 def _warn_of_copies(context: LiveContext) -> None:

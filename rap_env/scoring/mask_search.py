@@ -165,7 +165,14 @@ def find_best_mask(
     known = {m: float(v.mean()) for m in masks if (v := scorer.look_up(m)) is not None}
     missing = [mask for mask in masks if mask not in known]
     lower_bounds: dict[MaskOrPlan, float] = {}
-    if missing:
+    if scorer.workers is not None and len(missing) > 1:
+        # A lower bound above the best of a part is above the best of all.
+        for found in scorer.workers.search(scorer.job, missing, near):
+            scorer.take(found)
+            known |= {mask: float(values.mean()) for mask, values in found.window_nll.items()}
+            lower_bounds |= found.lower_bounds
+            notify(on_score, found.plans)
+    elif missing:
         with scorer.llm.masked(BlockMask()):
             bound = None
             if near is not None and len({as_plan(mask).embeddings for mask in (near, *masks)}) == 1:

@@ -28,6 +28,7 @@ from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import HEAD_TOKENS, window_nll
 from rap_env.scoring.plan_runner import Node, PlanRunner, StateCache, branch_nodes, chunks
 from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.workers.job import Measured, ScoringJob, Workers
 
 METRIC = "window_nll"
 """The store's metric for the scores of a text: one value per window."""
@@ -59,12 +60,15 @@ class MaskScorer:
             for every step of a plan, the states of every second (third, ...) step are kept.
         masks_together: Most masks or plans that share a batch; None is 1 on a CPU, and measured
             on an accelerator.
+        workers: Workers that hold the same model (`rap_env.scoring.workers.pool.WorkerPool`); what
+            several masks or plans need is spread over them. None runs everything in this process.
 
     Attributes:
         runner: Runs plans on the text and counts blocks.
         evaluations: Masks and plans that the model ran, including those that a search dropped
             before the end; those found in the store do not count.
         full_block_forwards: Blocks that single full passes would have run for them.
+        options: The arguments of a scorer that gives the same scores, other than model and text.
         in_flight: Plans that advance through the model together.
         stride: The states of every `stride`-th step of a plan are kept.
         context: What determines the scores of masks; part of their keys in the store.
@@ -83,11 +87,13 @@ class MaskScorer:
         batch_tokens: int = _BATCH_TOKENS,
         prefix_cache_bytes: int = _PREFIX_BYTES,
         masks_together: int | None = None,
+        workers: Workers | None = None,
     ) -> None:
         keep_freed_memory()
         self.llm = llm
         self.corpus = text if isinstance(text, Corpus) else Corpus.of_tokens(text)
         self.store = store
+        self.workers = workers
         self.evaluations = 0
         self.full_block_forwards = 0
         tokens = self.corpus.tokens
@@ -101,6 +107,11 @@ class MaskScorer:
         batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
         width = choose_batch_width(llm, batches[0], prefix_cache_bytes, masks_together)
         self.in_flight = width.in_flight
+        self.options: Mapping[str, Any] = {
+            "batch_tokens": batch_tokens,
+            "prefix_cache_bytes": prefix_cache_bytes,
+            "masks_together": width.masks,
+        }
         partial_forward, cache = PartialForward(llm, widen=True), StateCache(width.cache_bytes)
         self.runner = PlanRunner(partial_forward, batches, cache, width.masks)
         state_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
@@ -108,7 +119,6 @@ class MaskScorer:
         self.stride = max(1, -(-path_bytes // max(1, width.cache_bytes)))
         self._scores: dict[MaskOrPlan, npt.NDArray[np.float64]] = {}  # masks as masks
         self._memory = MemoryModel(llm)
-        self._prefix_cache_bytes = prefix_cache_bytes
         self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
         self._part_windows = 0  # windows that parts ran, summed over plans
         self.context: Mapping[str, Any] = {
@@ -141,6 +151,11 @@ class MaskScorer:
         """Blocks that the model ran, in passes over the whole text; parts count by their share."""
         parts = sum(part.block_forwards * self._share(part) for part in self._parts.values())
         return self.runner.block_runs / len(self.batches) + parts
+
+    @cached_property
+    def job(self) -> ScoringJob:
+        """What workers need to score as this scorer does."""
+        return ScoringJob(self.corpus.tokens.numpy(), self.options, dict(self.context))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -222,13 +237,21 @@ class MaskScorer:
         order = partial(sharing_order, num_blocks=self.llm.facts.num_blocks)
         distinct = sorted(set(map(simplest, plans)), key=order)
         missing = [plan for plan in distinct if self.look_up(plan) is None]
+        if self.workers is not None and len(missing) > 1:
+            for found in self.workers.measure(self.job, missing, self.in_flight):
+                self.take(found)
+                notify(on_score, found.plans)
+        else:
+            self._measure_here(missing, on_score)
+        notify(on_score, [plan for plan in distinct if plan not in missing])
+        return [self.nll(plan) for plan in plans]
+
+    def _measure_here(self, missing: Sequence[MaskOrPlan], on_score: OnScore | None) -> None:
         branches = branch_nodes(missing, self.runner.partial.steps)
         for group in chunks(missing, self.in_flight):
             last = group[-1] is missing[-1]
             self._measure(group, branches | self._path(group[-1]) if last else branches)
             notify(on_score, group)
-        notify(on_score, [plan for plan in distinct if plan not in missing])
-        return [self.nll(plan) for plan in plans]
 
     def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int]) -> list[float]:
         """NLL of several masks or plans on some windows of the text only, nats per token.
@@ -312,6 +335,14 @@ class MaskScorer:
             self.store.put(context_key(context), plan, METRIC, values.tolist(), context)
         self._scores[plan] = values
 
+    def take(self, found: Measured) -> None:
+        """Store and count what a worker measured."""
+        for plan, values in found.window_nll.items():
+            self.record(plan, values)
+        for plan in found.plans:
+            self.count(plan)
+        self.runner.block_runs += found.block_runs
+
     def raise_non_finite(self, plan: MaskOrPlan) -> NoReturn:
         """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a mask or plan."""
         self.runner.cache.clear()  # the states on the way may be non-finite too
@@ -343,8 +374,9 @@ class MaskScorer:
                 self.llm,
                 self.corpus.tokens[list(windows)],
                 batch_tokens=self.batches[0].numel(),
-                prefix_cache_bytes=int(self._prefix_cache_bytes * share),
+                prefix_cache_bytes=int(self.options["prefix_cache_bytes"] * share),
                 masks_together=self.runner.width,
+                workers=self.workers,
             )
         return self._parts[windows]
 

@@ -14,7 +14,8 @@ import benchmarks
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
 PROGRAMS = (
-    "apply", "decide", "decode", "levels", "live", "load", "memory", "repair", "resident"
+    "apply", "decide", "decode", "levels", "live", "load", "memory", "ray_workers", "repair",
+    "resident",
 )  # fmt: skip
 
 

@@ -121,6 +121,13 @@ def test_repair_reaches_the_context_from_every_program(program):
     assert context_config(asked).repair == "some/stubs.safetensors"
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_workers_reach_the_context_from_every_program(program):
+    assert context_config(composed(program)).workers == 0
+    found = context_config(composed(program, "scoring.workers=3", "scoring.address=auto"))
+    assert (found.workers, found.workers_address) == (3, "auto")
+
+
 def test_null_takes_the_value_of_the_agent_file():
     changed = ("agent.hyperparameters.learning_rate=0.01", "agent.hyperparameters.gamma=null")
     given = agent_config(composed("train", *changed)).hyperparameters
@@ -168,6 +175,8 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
         ("logger.wandb_mode=of", "known are 'auto', 'offline', 'online'"),
         ("name=a/b", "name must be one folder name"),
         ("threads=0", "threads must be at least 1"),
+        ("scoring.workers=-1", "scoring.workers must be at least 0, not -1"),
+        ("scoring.address=auto", "Set scoring.workers to the number of workers"),
     ],
 )
 def test_an_impossible_value_is_named(override, sentence):

@@ -17,7 +17,7 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
-from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig
+from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig, ScoringConfig
 from experiments.config.training import AgentConfig, DemoConfig
 from experiments.contexts import build_context
 from experiments.demo import demo, demo_agents
@@ -32,6 +32,9 @@ from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.workers import pool
+from rap_env.scoring.workers.worker import ScoringWorker
+from tests.scoring.fake_ray import FakeRay
 from tests.tiny import tiny_model, tiny_tokenizer
 
 BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
@@ -153,6 +156,27 @@ def test_every_method_has_a_row_for_every_cell(evaluated):
     assert by_method["greedy_per_byte"].evaluations > 0
     assert by_method["maskable_ppo"].evaluations == 0
     assert by_method["maskable_ppo"].setup_evaluations > by_method["gsi"].setup_evaluations > 0
+
+
+def test_workers_give_the_same_rows(evaluated, monkeypatch):
+    """GSI, what the baselines search and what all methods chose is measured by workers."""
+    fake = FakeRay(pytest.importorskip("ray"), ScoringWorker)
+    monkeypatch.setattr(pool, "_import_ray", lambda: fake)
+    folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
+    spread = replace(
+        evaluated, name="spread", store=None, scoring=ScoringConfig(workers=2),
+        evaluate=replace(evaluated.evaluate, agents=[folder]),
+    )  # fmt: skip
+    evaluate(spread, spread.stage_dir("evaluate"))
+    assert fake.calls["load"] == 2
+    assert fake.calls["search"] >= 2, "rounds of GSI"
+    assert fake.calls["measure"] > 10
+
+    def rows(config):
+        found = read_rows(config.stage_dir("evaluate") / "results.jsonl")
+        return [(r.method, r.seed, r.cell, r.mask, r.loss, r.loss_calibration) for r in found]
+
+    assert sorted(rows(spread), key=str) == sorted(rows(evaluated), key=str)
 
 
 def test_existing_rows_are_not_computed_again(evaluated):

@@ -1,0 +1,1 @@
+"""Scoring on several workers: Ray actors that each hold the model (needs the extra ``ray``)."""

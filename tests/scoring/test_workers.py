@@ -1,0 +1,209 @@
+"""Scoring on Ray workers: the scores of one process, also if a node dies in the middle."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.context.base import ContextConfig
+from rap_env.errors import InvalidRequestError, NonFiniteScoreError, WorkerError
+from rap_env.importance.gsi_search import gsi
+from rap_env.llm.loading import load_llm
+from rap_env.plan import CompressionPlan, simplest
+from rap_env.scoring.candidates import sharing_order
+from rap_env.scoring.scorer import METRIC, MaskScorer
+from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.workers import pool as pools
+from rap_env.scoring.workers.pool import WorkerPool, batches_of
+from rap_env.scoring.workers.worker import ScoringWorker
+from tests.scoring.fake_ray import FakeRay
+from tests.scoring.test_scorer import tokens
+from tests.scoring.worker_models import open_together
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+
+ray = pytest.importorskip("ray")
+
+PAIRS = [removed for size in (1, 2) for removed in itertools.combinations(range(6), size)]
+MASKS = [BlockMask.of(*removed) for removed in PAIRS]
+LOWERED = [CompressionPlan.uniform(3, caches="int8"), CompressionPlan.of({"layer01.ffn": "int8"})]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama_tied", layers=3).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return load_llm(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes with a core each; the death of one is noticed within seconds."""
+    from ray.cluster_utils import Cluster
+
+    checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300,
+              "health_check_timeout_ms": 1000, "health_check_failure_threshold": 2}  # fmt: skip
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**small, "include_dashboard": False, "_system_config": checks},
+    )
+    cluster.second = cluster.add_node(**small)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_killed_in_the_middle_changes_no_score(cluster, folder, llm, tmp_path, caplog):
+    ids, plans = tokens(windows=5), [*MASKS, *LOWERED]
+    alone = MaskScorer(llm, ids, batch_tokens=18)
+    expected = {simplest(plan): alone.window_nll(plan).tolist() for plan in plans}
+    store = ScoreStore(tmp_path / "scores.sqlite")
+    workers = WorkerPool(partial(open_together, str(folder), 2), 2, address=cluster.address)
+    spread = MaskScorer(llm, ids, store, batch_tokens=18, workers=workers)
+    second = cluster.second.node_id
+    scored = Counter()
+
+    def on_score(plan):
+        scored[plan] += 1
+        if (folder / f"ran-{second}").exists() and not (folder / f"hold-{second}").exists():
+            (folder / f"hold-{second}").touch()  # it finishes no batch any more
+            cluster.remove_node(cluster.second, allow_graceful=False)
+
+    spread.nll_many(plans, on_score)
+    assert workers.losses == 1
+    assert "A scoring worker was lost" in caplog.text
+    assert scored == Counter(expected.keys())
+    assert {plan: spread.window_nll(plan).tolist() for plan in expected} == expected
+    assert spread.evaluations == len(plans)
+    assert spread.block_forwards >= len(plans)
+    rows = dict(store.plan_rows(context_key(spread.context), METRIC))
+    assert {mask: rows[mask] for mask in MASKS} == {mask: expected[mask] for mask in MASKS}
+
+    # The node that is left goes on: searches find what they find in one process.
+    for method in ("exact", "lazy"):
+        here = gsi(MaskScorer(llm, ids), method=method, progress=False)
+        there = gsi(MaskScorer(llm, ids, workers=workers), method=method, progress=False)
+        assert (there.order_indices, there.nll_after) == (here.order_indices, here.nll_after)
+        assert there.evaluations == here.evaluations
+    part = MaskScorer(llm, ids, workers=workers).nll_on(MASKS[:4], [0, 3])
+    assert part == MaskScorer(llm, ids).nll_on(MASKS[:4], [0, 3])
+    workers.close()
+
+
+def test_a_worker_whose_scores_would_differ_is_an_error():
+    llm, ids = tiny_llm(), tokens()
+    worker = ScoringWorker(lambda: llm, torch.get_num_threads())
+    worker.load()
+    scorer = MaskScorer(llm, ids, batch_tokens=18)
+    found = worker.measure(scorer.job, MASKS[:3])
+    assert [values.mean() for values in found.window_nll.values()] == scorer.nll_many(MASKS[:3])
+    with pytest.raises(WorkerError, match=r"other scores than this process \(threads: 1, not 2\)"):
+        worker.measure(replace(scorer.job, context={**scorer.context, "threads": 2}), MASKS)
+
+
+def test_batches_are_neighbours_that_get_smaller():
+    order = partial(sharing_order, num_blocks=6)
+    plans = sorted(MASKS, key=order)
+    batches = batches_of(plans, 2)
+    assert [plan for batch in batches for plan in batch] == plans
+    sizes = [len(batch) for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 6
+    assert sizes[-1] == 1
+    assert max(map(len, batches_of(range(2000), 2))) == 64
+    assert [len(batch) for batch in batches_of(range(32), 2, least=5)] == [8, 6, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, None])
+def test_impossible_numbers_of_workers(count):
+    with pytest.raises(InvalidRequestError, match="whole number of at least 1, not"):
+        WorkerPool(tiny_llm, count)
+
+
+def test_a_negative_number_of_workers_of_a_context():
+    with pytest.raises(InvalidRequestError, match="workers must be at least 0, not -1"):
+        ContextConfig(workers=-1)
+
+
+def pool_on(worker, llm, count=2):
+    workers = WorkerPool(lambda: llm, count)
+    workers._ray = FakeRay(ray, worker)
+    return workers
+
+
+def test_workers_that_always_die_end_in_an_error():
+    class Dying(ScoringWorker):
+        def measure(self, job, plans):
+            raise ray.exceptions.RayActorError(error_msg="killed\nmore")
+
+    llm = tiny_llm("llama", layers=3)
+    workers = pool_on(Dying, llm)
+    with pytest.raises(WorkerError, match="died one after the other; .* The last error: killed$"):
+        MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
+    assert workers.losses == workers._ray.started - 2 == 7
+
+
+def test_an_error_in_a_worker_is_that_of_one_process_and_the_pool_goes_on():
+    class Broken(ScoringWorker):
+        broken = True
+
+        def measure(self, job, plans):
+            if Broken.broken:
+                Broken.broken = False
+                raise ray.exceptions.RayTaskError("measure", "", NonFiniteScoreError("NaN"))
+            return super().measure(job, plans)
+
+    llm = tiny_llm("llama", layers=3)
+    workers = pool_on(Broken, llm)
+    scorer = MaskScorer(llm, tokens(), workers=workers)
+    with pytest.raises(NonFiniteScoreError):
+        scorer.nll_many(MASKS)
+    assert scorer.nll_many(MASKS) == MaskScorer(llm, tokens()).nll_many(MASKS)
+    assert workers._ray.started == 2
+
+
+def test_more_workers_than_cores_are_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(pools.os, "sched_getaffinity", lambda _: {0, 1})
+    llm = tiny_llm("llama", layers=3)
+    for count, warned in ((2, False), (3, True)):
+        caplog.clear()
+        workers = pool_on(ScoringWorker, llm, count)
+        nll = MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
+        assert nll == MaskScorer(llm, tokens()).nll_many(MASKS)
+        assert ("slow each other down" in caplog.text) == warned
+        assert workers._ray.asked["num_cpus"] == 0, "they run where Ray has fewer cores, too"
+
+
+@pytest.mark.parametrize("address", ["here", "http://here:8265", "ray://here:10001", ":6379"])
+def test_addresses_of_another_form(address):
+    with pytest.raises(InvalidRequestError, match="HOST:PORT"):
+        WorkerPool(tiny_llm, 2, address=address)
+
+
+def test_an_address_that_does_not_answer_is_an_error_within_seconds(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the cluster of another test
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"Nothing answers at 127\.0\.0\.1:1 .*ray start --head"):
+        WorkerPool(tiny_llm, 2, address="127.0.0.1:1")
+    monkeypatch.setattr(pools, "_CONNECT_S", 1.0)
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(WorkerError, match="is no Ray cluster"):
+            WorkerPool(tiny_llm, 2, address=f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert time.monotonic() - began < 10
