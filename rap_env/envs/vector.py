@@ -75,8 +75,8 @@ class PruningVectorEnv(
             if settings.get("max_steps") is not None:
                 limits.append(settings["max_steps"])
             settings["max_steps"] = min(limits)
-        self._mode = _autoreset_mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self._mode}
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = check_render_mode(render_mode)
         config_type = self.single_type.config_type
         check_settings(settings, "the environment", [*config_type.names(), *_OWN_ARGUMENTS])
@@ -164,9 +164,9 @@ class PruningVectorEnv(
         rewards = np.asarray(sum(terms.values()))
         episodes.over = step.terminated | step.truncated | ~active
         final: dict[str, Any] = {}
-        if self._mode == AutoresetMode.NEXT_STEP:
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             self._start(~active)
-        elif self._mode == AutoresetMode.SAME_STEP and episodes.over.any():
+        elif self.autoreset_mode == AutoresetMode.SAME_STEP and episodes.over.any():
             done, active = episodes.over.copy(), active & ~episodes.over
             final = episodes.final_infos(done, terms)
             self._start(done)
@@ -232,7 +232,7 @@ class PruningVectorEnv(
         arguments = {
             **self._config.arguments,
             "num_envs": self.num_envs,
-            "autoreset_mode": self._mode,
+            "autoreset_mode": self.autoreset_mode,
             "render_mode": self.render_mode,
         }
         episodes = self._episodes
@@ -262,7 +262,7 @@ class PruningVectorEnv(
     def _active(self) -> Flags:
         """Sub-environments that act in this step, (n,); the others start an episode."""
         over = self._episodes.over
-        if self._mode != AutoresetMode.NEXT_STEP and over.any():
+        if self.autoreset_mode != AutoresetMode.NEXT_STEP and over.any():
             raise ResetNeeded(
                 f"The episodes of sub-environments {np.flatnonzero(over).tolist()} are over; call "
                 "reset(options={'reset_mask': flags}) for them before the next step()."

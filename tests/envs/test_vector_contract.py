@@ -44,6 +44,12 @@ def test_gymnasium_makes_it(context):
     assert envs.single_action_space == gym.spaces.Discrete(COUNT)
 
 
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_the_autoreset_mode_is_where_frameworks_look_for_it(context, mode):
+    envs = make_vector(context, autoreset_mode=mode)
+    assert envs.autoreset_mode == envs.metadata["autoreset_mode"] == mode
+
+
 def test_later_steps_do_not_modify_earlier_results(context):
     vector = make_vector(context, autoreset_mode="SameStep")
     happened = play_vector(vector, 0, steps=20)
