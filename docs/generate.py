@@ -83,6 +83,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "ladder.md", ladder_markdown())
     draw_ladder(folder)
     write_long_context(folder)
+    write_learning_curves(folder)
     _write(folder / "leaderboard.md", leaderboard_markdown())
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
@@ -186,6 +187,20 @@ def write_long_context(folder: Path) -> None:
                 text = text.split("\n## ")[1]
             shown = figure + text.partition("\n")[2]
         _write(folder / f"{name}.md", shown)
+
+
+def write_learning_curves(folder: Path) -> None:
+    """Draw the learning curves of the examples, and write the text that shows them."""
+    from experiments.learning_curves.figures import read_curves, save_figure
+
+    found, shown = read_curves(RESULTS / "examples"), "No records.\n"
+    if found:
+        save_figure(found, folder / "learning_curves.png")
+        shown = (
+            "```{image} _generated/learning_curves.png\n"
+            ":alt: Mean ΔNLL of the trainers in examples/ over the steps of their training\n```\n"
+        )
+    _write(folder / "learning_curves.md", shown)
 
 
 def ladder_results() -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import minari
@@ -41,20 +42,29 @@ def transitions(dataset: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return seen, torch.as_tensor(np.concatenate([one.actions for one in episodes]))
 
 
-def train(dataset: str = DATASET, updates: int = UPDATES, seed: int = 0) -> torch.nn.Module:
-    """An agent that was trained to repeat the actions of a dataset."""
+def train(
+    dataset: str = DATASET,
+    updates: int = UPDATES,
+    seed: int = 0,
+    watch: Callable[[int, torch.nn.Module], object] = lambda steps, agent: None,
+) -> torch.nn.Module:
+    """An agent that was trained to repeat the actions of a dataset.
+
+    `watch` is called after each update with the number of actions learned from so far.
+    """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     seen, actions = transitions(dataset)
     agent = _PPO.Agent(seen["request"].shape[1], seen["ladder"].shape[2])
     optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
-    for _ in range(updates):
+    for update in range(updates):
         part = torch.randint(len(actions), (BATCH,))
         distribution, _ = agent({name: array[part] for name, array in seen.items()})
         loss = -distribution.log_prob(actions[part]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        watch((update + 1) * BATCH, agent)
     return agent
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 
 import gymnasium as gym
 import torch
@@ -66,8 +67,16 @@ def advantages(rewards: torch.Tensor, values: torch.Tensor, over: torch.Tensor) 
     return found
 
 
-def train(updates: int = UPDATES, seed: int = 0, reward: dict | None = None) -> Agent:
-    """Train an agent; its rewards are on a log scale, because ΔNLL differs by orders of size."""
+def train(
+    updates: int = UPDATES,
+    seed: int = 0,
+    reward: dict | None = None,
+    watch: Callable[[int, Agent], object] = lambda steps, agent: None,
+) -> Agent:
+    """Train an agent; its rewards are on a log scale, because ΔNLL differs by orders of size.
+
+    `watch` is called after each update with the number of steps so far.
+    """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     reward = reward or {"name": "perplexity", "scale": "log"}
@@ -113,6 +122,7 @@ def train(updates: int = UPDATES, seed: int = 0, reward: dict | None = None) -> 
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
                 optimiser.step()
+        watch((update + 1) * ENVS * STEPS, agent)
         if update % 10 == 9:
             print(f"update {update + 1}: mean reward of a step {paid.mean():.4f}", file=sys.stderr)
     envs.close()

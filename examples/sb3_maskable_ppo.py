@@ -9,6 +9,7 @@ which MaskablePPO asks each sub-environment for.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import gymnasium as gym
 import torch
@@ -27,8 +28,15 @@ def make_env() -> gym.Env:
     return gym.make(TASK, reward=REWARD, disable_env_checker=True)
 
 
-def train(steps: int = STEPS, seed: int = 0) -> MaskablePPO:
-    """Train an agent, or make an untrained one with 0 steps."""
+def train(
+    steps: int = STEPS,
+    seed: int = 0,
+    watch: Callable[[int, MaskablePPO], object] = lambda steps, model: None,
+) -> MaskablePPO:
+    """Train an agent, or make an untrained one with 0 steps.
+
+    `watch` is called after each step of all environments with the number of steps so far.
+    """
     torch.set_num_threads(1)
     model = MaskablePPO(
         "MultiInputPolicy",
@@ -41,7 +49,9 @@ def train(steps: int = STEPS, seed: int = 0) -> MaskablePPO:
         ent_coef=0.002,
         seed=seed,
     )
-    return model.learn(steps) if steps else model
+    if not steps:
+        return model
+    return model.learn(steps, callback=lambda *_: watch(model.num_timesteps, model) is not False)
 
 
 if __name__ == "__main__":

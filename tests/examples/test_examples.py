@@ -51,6 +51,41 @@ def test_sb3_maskable_ppo():
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
 
 
+def test_torchrl_ppo():
+    module = example("torchrl_ppo")
+    module.ENVS = 16
+    before, after = (
+        rap_env.evaluate(module.train(updates), module.TASK, name="torchrl") for updates in (0, 8)
+    )
+    assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
+
+
+def test_rllib_ppo():
+    reason = "RLlib pins another gymnasium and is tried in an environment of its own"
+    pytest.importorskip("ray.rllib.algorithms.ppo", reason=reason, exc_type=ImportError)
+    module = example("rllib_ppo")
+    before, after = (
+        rap_env.evaluate(module.train(iterations), module.TASK, name="rllib")
+        for iterations in (0, 8)
+    )
+    assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
+
+
+def test_custom_baseline():
+    module = example("custom_baseline")
+    found = {
+        name: rap_env.evaluate(baseline, module.TASK, name=name).mean_delta_nll
+        for name, baseline in module.baselines((*module.ASKED, module.NAME)).items()
+    }
+    assert found[module.NAME] < min(found[name] for name in module.ASKED)
+
+
+def test_custom_model_family():
+    module = example("custom_model_family")
+    losses = module.compared(module.trained(steps=60))
+    assert losses["least important first"] < 0.8 * losses["most important first"]
+
+
 def test_custom_reward():
     module = example("custom_reward")
     plain, wrapped = gym.make(module.TASK), module.FreeBytes(gym.make(module.TASK), weight=2.0)
@@ -83,12 +118,32 @@ def test_leaderboard_entry(tmp_path):
     assert Entry.load(tmp_path / "mine.json").name == "local search"
 
 
-def test_offline_cloning(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A small dataset of episodes, under the id that the examples load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        module = example("offline_cloning")
+        export(pinned_task(module.TASK), module.DATASET, 24, ["frontier", "policy"], 0)
+        yield module.DATASET
+
+
+def test_offline_cloning(dataset):
     module = example("offline_cloning")
-    export(pinned_task(module.TASK), module.DATASET, 24, ["frontier", "policy"], 0)
     before, after = (
-        rap_env.evaluate(module.train(updates=updates), module.TASK, name="cloning")
+        rap_env.evaluate(module.train(dataset, updates), module.TASK, name="cloning")
         for updates in (0, 100)
     )
     assert after.mean_delta_nll < 0.5 * before.mean_delta_nll
+
+
+def test_offline_cql(dataset):
+    pytest.importorskip(
+        "d3rlpy", reason="d3rlpy brings gym and is tried apart", exc_type=ImportError
+    )
+    module = example("offline_cql")
+    before, after = (
+        rap_env.evaluate(module.train(dataset, updates), module.TASK, name="cql")
+        for updates in (0, 150)
+    )
+    assert after.mean_delta_nll < 0.6 * before.mean_delta_nll

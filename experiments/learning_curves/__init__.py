@@ -1,0 +1,1 @@
+"""Learning curves of the trainers in ``examples/``: records and a figure."""
