@@ -50,7 +50,7 @@ class PartialForward:
         self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
         self._decoder = llm.adapter.decoder(llm.model)
         self._layers = list(llm.adapter.layers(llm.model))
-        self._calls: dict[tuple[int, ...], list[_Call]] = {}
+        self._calls: dict[int, list[_Call]] = {}
         together = 2 if llm.adapter.parallel else 1
         count = llm.num_blocks
         self.steps = tuple(tuple(range(b, b + together)) for b in range(0, count, together))
@@ -156,18 +156,22 @@ class PartialForward:
         return logits
 
     def _calls_for(self, state: torch.Tensor) -> list[_Call]:
-        """The arguments with which the decoder calls each layer for states of this shape."""
-        shape = tuple(state.shape[:2])
-        if shape not in self._calls:
+        """The arguments with which the decoder calls each layer for sequences of this length.
+
+        Recorded for one sequence, they hold for any number: no sequence has padding, so positions
+        and attention masks are the same for all, and broadcast.
+        """
+        length = state.shape[1]
+        if length not in self._calls:
             calls: list[_Call] = []
 
             def note(_number: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
                 calls.append(call)
                 return hidden
 
-            self._pass(_placeholder(state), note)
-            self._calls[shape] = calls
-        return self._calls[shape]
+            self._pass(_placeholder(state[:1]), note)
+            self._calls[length] = calls
+        return self._calls[length]
 
     def _pass(
         self,

@@ -31,7 +31,7 @@ class Candidate:
 
     Attributes:
         mask: The mask or plan, as `simplest` gives it.
-        hidden: Decoder output for each batch of the text that was run, (windows, T, H).
+        hidden: Decoder output for each batch that was run but not measured yet, (windows, T, H).
         contributions: For each batch, its share of the text's NLL, or a lower bound of it.
         window_nll: For each batch that was measured exactly, the NLL of its windows.
         states: Hidden states at the nodes on its path, held while it may still win.
@@ -63,6 +63,17 @@ class CandidateRunner:
         self._capped = scorer.llm.spare_bytes is not None
         windows = scorer.corpus.tokens.shape[0]
         self.shares = [len(ids) / windows for ids in scorer.batches]
+
+    @property
+    def together(self) -> int:
+        """Candidates that may hold the decoder's output for the whole text at the same time.
+
+        Those of one group advance together; what they hold stays within the bytes of the cache.
+        """
+        facts, tokens = self._scorer.llm.facts, self._scorer.corpus.tokens.numel()
+        text_bytes = tokens * facts.hidden_size * facts.itemsize
+        most = self._scorer.runner.cache.max_bytes // text_bytes
+        return max(1, min(self._scorer.in_flight, most))
 
     def evaluate_batch(
         self, candidates: Sequence[Candidate], batch: int, *, hold_states: bool = True
@@ -179,7 +190,7 @@ def find_best_mask(
                 bound = _vocabulary(scorer, simplest(near))
             runner = CandidateRunner(scorer, masks)
             state = _SearchState(scorer, runner, bound, known)
-            for group in chunks(missing, scorer.in_flight):
+            for group in chunks(missing, runner.together if bound else scorer.in_flight):
                 lower_bounds |= state.evaluate(group)
                 notify(on_score, group)
             state.keep_winner()
@@ -222,6 +233,8 @@ class _SearchState:
             self._runner.evaluate_batch(alive, batch)
             for candidate in alive:
                 self._bound_batch(candidate, batch)
+                if self._cannot_win(candidate):
+                    candidate.hidden.clear()
             alive = [candidate for candidate in alive if not self._cannot_win(candidate)]
         for mask in masks:
             self._scorer.count(mask)
@@ -260,6 +273,7 @@ class _SearchState:
     def _measure(self, candidate: Candidate, batch: int) -> None:
         candidate.window_nll[batch] = self._runner.window_nll(candidate, batch)
         self._runner.add(candidate, batch, candidate.window_nll[batch])
+        del candidate.hidden[batch]
 
     def _cannot_win(self, candidate: Candidate) -> bool:
         return candidate.nll - self._tolerance > self._best

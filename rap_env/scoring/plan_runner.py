@@ -75,9 +75,15 @@ class StateCache:
         self._states: OrderedDict[tuple[int, Node], torch.Tensor] = OrderedDict()
 
     def put(self, batch: int, node: Node, state: torch.Tensor) -> None:
-        """Keep a state; without effect if it alone is larger than the cap."""
+        """Keep a state; without effect if it alone is larger than the cap.
+
+        A state that is a part of a larger tensor, such as one of several that ran in one batch, is
+        copied: as a view, it would keep all of that tensor in memory.
+        """
         key = (batch, node)
         self._drop(key)
+        if state.untyped_storage().nbytes() > state.nbytes:
+            state = state.clone()
         self._states[key] = state
         self.held_bytes += state.nbytes
         while self.held_bytes > self.max_bytes:

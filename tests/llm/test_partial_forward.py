@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from rap_env.blocks import BlockMask
 from rap_env.llm.partial_forward import PartialForward
@@ -98,3 +99,21 @@ def test_the_model_is_left_as_it_was():
 
 def _fail(*_args):
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_recorded_does_not_grow_with_the_batch(family):
+    """Positions and attention masks are recorded once for each length, for one sequence."""
+    llm = tiny_llm(family)
+    partial = PartialForward(llm)
+    for count in (1, 2, 7):
+        for length in (5, 9):
+            state = partial.enter(tokens(windows=count, length=length))
+            for block in partial.steps[0]:
+                partial.run((block,), state)
+    calls = partial._calls
+    assert sorted(calls) == [5, 9]
+    tensors = [
+        leaf for call in calls.values() for leaf in tree_leaves(call) if torch.is_tensor(leaf)
+    ]
+    assert all(tensor.shape[0] in (1, 5, 9) for tensor in tensors)

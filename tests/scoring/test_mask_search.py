@@ -7,7 +7,12 @@ import torch
 from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
 from rap_env.scoring import nll as nll_module
-from rap_env.scoring.mask_search import Stage, find_best_mask, successive_halving
+from rap_env.scoring.mask_search import (
+    CandidateRunner,
+    Stage,
+    find_best_mask,
+    successive_halving,
+)
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, tiny_llm
@@ -97,3 +102,24 @@ def test_halving_compares_the_last_on_the_whole_text():
     assert went_on == set(sorted(masks, key=first.__getitem__)[:4])
     assert scorer.known == 0
     assert scorer.evaluations == len(masks)
+
+
+@pytest.mark.parametrize("near", [BASE, None])
+def test_what_masks_in_flight_hold_stays_within_the_cache(near, monkeypatch):
+    """Decoder outputs of eight masks that advance together, on a text of twelve batches."""
+    llm, ids = tiny_llm(layers=5), tokens(windows=24)
+    text_bytes = ids.numel() * llm.facts.hidden_size * llm.facts.itemsize
+    cap = 3 * text_bytes
+    wide = MaskScorer(llm, ids, batch_tokens=18, masks_together=8, prefix_cache_bytes=cap)
+    held, evaluate = [], CandidateRunner.evaluate_batch
+
+    def noted(runner, candidates, batch, **options):
+        evaluate(runner, candidates, batch, **options)
+        held.append(sum(h.nbytes for one in candidates for h in one.hidden.values()))
+
+    monkeypatch.setattr(CandidateRunner, "evaluate_batch", noted)
+    masks = list(wide.candidates(BASE).values())
+    found = find_best_mask(wide, masks, near=near)
+    assert len(wide.batches) == 12
+    assert max(held) <= cap
+    assert found.nll[found.best] == pytest.approx(min(MaskScorer(llm, ids).nll_many(masks)))

@@ -47,6 +47,18 @@ def test_nothing_is_kept_beyond_the_cap():
     assert cache.held_bytes == 0
 
 
+def test_a_part_of_a_batch_does_not_keep_the_batch():
+    """Several plans run in one batch, and few of their states are kept."""
+    batch = torch.arange(64.0).reshape(16, 4)
+    cache = StateCache(48)
+    for number, part in enumerate(torch.split(batch, 1)):
+        cache.put(0, (number, DENSE), part)
+    kept = [cache.get(0, (number, DENSE)) for number in range(13, 16)]
+    assert [list(one[0]) for one in kept] == batch[13:].tolist()
+    held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+    assert sum(held.values()) == cache.held_bytes == 48
+
+
 def test_branches_are_where_later_masks_leave():
     first, second, third = BlockMask.of(1), BlockMask.of(1, 6), BlockMask.of(0)
     # The first two leave each other before block 6, the third leaves both before block 0.
