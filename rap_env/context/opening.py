@@ -62,6 +62,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
     from rap_env.scoring.corpus_loading import load_corpus
 
     llm = _open_llm(_model_settings(config))
+    workers = _shared_workers(config, llm) if config.workers else None  # before a text is written
     context = LiveContext(
         llm,
         load_corpus(config.calibration, llm),
@@ -71,7 +72,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
         gsi_method=config.gsi_method,
         frontier=config.frontier,
         folder=cache_dir() / "importance",
-        workers=_shared_workers(config, llm) if config.workers else None,
+        workers=workers,
     )
     context.reopen = open_context, (config,)
     _warn_of_copies(context)

@@ -9,7 +9,7 @@ from rap_env.blocks import BlockMask
 from rap_env.context.base import ContextConfig
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, WorkerError
 from rap_env.importance.gsi_search import gsi
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
@@ -144,3 +144,15 @@ def test_a_rewritten_library_is_read_again(config, tmp_path):
         library.save(path)
         assert open_context(asked).memory.facts.repair == library.sha256
         assert open_context(asked) is open_context(asked)
+
+
+def test_an_address_without_a_cluster_is_an_error_before_a_text_is_written(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the cluster of another test
+    tiny_model(layers=2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = CorpusConfig(windows=10_000, window_tokens=60)
+    config = ContextConfig(model=str(tmp_path / "model"), calibration=text, workers=2,
+                           workers_address="127.0.0.1:1")  # fmt: skip
+    with pytest.raises(WorkerError, match=r"Nothing answers at 127\.0\.0\.1:1"):
+        open_context(config)
