@@ -47,7 +47,7 @@ TINY = {
                  "evaluate.text.window_tokens=16", "evaluate.tasks.names=[]",
                  "evaluate.baselines=[gsi,random]", "evaluate.pinned=[]", *_GSI),
     "export_policy": (),
-    "export_scores": (*_TEXT, "export.masks=40"),
+    "export_scores": (*_TEXT, "export.masks=120"),
     "ladder": (), "ladder.llama_cpp": (), "ladder.shipped": (), "long_context": (),
     "profile": (*_TEXT, *_GSI),
     "repair": (*_TEXT, *_GSI, "stubs.distill_steps=2", "evaluate.tasks.names=[]",
