@@ -55,7 +55,8 @@ def learning_curves(found: Mapping[str, Curves]) -> Figure:
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_title(panel)
-            axis.legend()
+            if axis.lines:
+                axis.legend()
         axes[0].set_ylabel("mean ΔNLL (nats/token, log scale)")
     return figure
 
@@ -67,5 +68,5 @@ def _draw(axis: Axes, name: str, curves: Curves) -> None:
     values = np.array([[point.delta_nll for point in points] for points in curves.values()])
     axis.plot(steps, values.mean(axis=0), color=colour, label=label)
     axis.fill_between(
-        steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0
+        steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0
     )
