@@ -29,7 +29,7 @@ ProductRate = Callable[[torch.dtype, float], float]
 
 CLEAR_GAIN = 1.2
 """Speed-up that justifies a change; a smaller one may be noise."""
-_CANDIDATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HALVES = (torch.bfloat16, torch.float16)  # bfloat16 first: it has the range of float32
 _BENCHMARK_S = 0.5
 _SLICES = 5
 _KIND, _VERSION = "rap-env.fastest-dtype", 1
@@ -60,7 +60,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for a name; ``"auto"`` is bfloat16 where it was measured to be faster.
+    """The dtype for a name; ``"auto"`` is the one that was measured to be fastest.
 
     The measurement takes half a second per kind of processor; the result is stored in the cache
     folder (see `remembered_dtype`).
@@ -102,14 +102,17 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
     """bfloat16 if `device` multiplies clearly faster in it than in float32, else float32.
 
     It is faster on hardware with matrix units for it (AMX, AVX512-BF16, CUDA from Ampere on);
-    elsewhere bfloat16 is emulated. Both are measured in turn, half a second in total, and the best
-    of several slices counts, so that other load on the machine does not decide. On a CPU one
+    elsewhere bfloat16 is emulated. Older GPUs (V100, T4) have units for float16 only, which is
+    then chosen if it is clearly faster than float32; it has less range, and a model that leaves it
+    raises a `NonFiniteScoreError`. The dtypes are measured in turn, half a second in total, and the
+    best of several slices counts, so that other load on the machine does not decide. On a CPU one
     thread is measured: the waiting of several threads would hide the speed of the units. `rate`
     replaces the measurement.
     """
     rate = rate or _rate_on(device)
-    slice_s = _BENCHMARK_S / (2 * _SLICES)
-    best = dict.fromkeys(_CANDIDATES.values(), 0.0)
+    halves = _HALVES if device.type == "cuda" else _HALVES[:1]
+    best = dict.fromkeys((torch.float32, *halves), 0.0)
+    slice_s = _BENCHMARK_S / (len(best) * _SLICES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,10 +120,13 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
             best = {dtype: max(fastest, rate(dtype, slice_s)) for dtype, fastest in best.items()}
     finally:
         torch.set_num_threads(threads)
-    gain = best[torch.bfloat16] / best[torch.float32]
-    chosen = torch.bfloat16 if gain > CLEAR_GAIN else torch.float32
-    log.info("%s multiplies bfloat16 %.2f times as fast as float32: %s is chosen",
-             device, gain, chosen)  # fmt: skip
+    gains = {dtype: best[dtype] / best[torch.float32] for dtype in halves}
+    faster = (dtype for dtype, gain in gains.items() if gain > CLEAR_GAIN)
+    chosen = next(faster, torch.float32)
+    found = " and ".join(
+        f"{str(dtype).removeprefix('torch.')} {gain:.2f}" for dtype, gain in gains.items()
+    )
+    log.info("%s multiplies %s times as fast as float32: %s is chosen", device, found, chosen)
     return chosen
 
 
@@ -135,7 +141,7 @@ def remembered_dtype(device: torch.device, processor: str) -> torch.dtype:
     key = {"processor": processor, "torch": torch.__version__}
     path = cache_dir() / f"dtype-{digest(key)[:16]}.json"
     with contextlib.suppress(OSError, ArtifactError, KeyError):
-        return _CANDIDATES[load_artifact(path, _KIND, _VERSION)["dtype"]]
+        return DTYPES[load_artifact(path, _KIND, _VERSION)["dtype"]]
     chosen = measured_dtype(device)
     with contextlib.suppress(OSError):
         save_artifact(path, _KIND, _VERSION, {**key, "dtype": str(chosen).removeprefix("torch.")})
@@ -249,11 +255,14 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, "16")
 
 
-def return_freed_memory() -> None:
-    """Return the memory that the C library keeps to the system, so that resident memory falls.
+def return_freed_memory(device: torch.device | None = None) -> None:
+    """Return freed memory to the system, so that resident memory falls, and to other processes.
 
-    For use after much memory was freed; it takes milliseconds. Has an effect only on Linux with
-    glibc.
+    For use after much memory was freed; it takes milliseconds. On a CPU it is what the C library
+    keeps, which has an effect only on Linux with glibc; on a CUDA device, which is named, also
+    what torch's allocator keeps.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()  # of all devices
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

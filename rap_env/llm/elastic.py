@@ -224,7 +224,7 @@ class ElasticLLM:
                     live.store = self._weight_store(residency)
             finally:
                 live.set(before, evict=True)
-        return_freed_memory()
+        return_freed_memory(self.device)
 
     def _weight_store(self, residency: Residency) -> WeightStore:
         live = self._live

@@ -140,7 +140,7 @@ class MemoryMonitor:
 
         The meter's peak restarts: memory held before belongs to earlier steps.
         """
-        return_freed_memory()
+        return_freed_memory(self._llm.device)
         self.meter.peak_bytes()
         self.used_bytes = self.meter.used_bytes()
         self.held = self._llm.held_bytes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.levels import WeightLevel
+from rap_env.llm.device import synchronise
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
@@ -400,6 +401,7 @@ class PlanController:
         refills = self._refill_pending or (running and self._refills(choice.plan))
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self._llm.apply(choice.plan)
+        synchronise(self._llm.device)
         monitor.trim()
         seconds = time.perf_counter() - started
         self.switches += 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import EngineClosedError, InfeasibleBudgetError, QueueFullError
+from rap_env.llm.device import synchronise
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
@@ -184,6 +185,7 @@ class Scheduler:
             with self._llm.exclusive():
                 plan = self._llm.plan
                 logits, count = prefilling.advance()
+                synchronise(self._llm.device)
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self.counters.prompt_tokens += count
@@ -209,6 +211,7 @@ class Scheduler:
             with self._llm.exclusive():
                 plan = self._llm.plan
                 logits = self._batch.extend([s.handle.token_ids[-1] for s in sequences])
+                synchronise(self._llm.device)
             seconds = time.perf_counter() - started
             length = self._batch.length
             continues = self.output.deliver(sequences, logits, plan)

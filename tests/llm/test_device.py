@@ -154,6 +154,20 @@ def test_the_clearly_faster_dtype_is_chosen(
     assert f"bfloat16 {bfloat16 / float32:.2f} times as fast as float32" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ((100.0, 30.0, 400.0), torch.float16),  # V100, T4: bfloat16 is emulated
+        ((100.0, 390.0, 400.0), torch.bfloat16),  # Ampere: as fast, with the range of float32
+        ((100.0, 90.0, 110.0), torch.float32),
+    ],
+)
+def test_a_gpu_without_units_for_bfloat16_uses_float16(rates, expected) -> None:
+    known = dict(zip((torch.float32, torch.bfloat16, torch.float16), rates, strict=True))
+    gpu = torch.device("cuda:0")
+    assert measured_dtype(gpu, lambda dtype, seconds: known[dtype]) is expected
+
+
 def test_one_slow_slice_does_not_decide() -> None:
     disturbed = iter([1.0] * 3)
 

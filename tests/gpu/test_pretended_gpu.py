@@ -1,0 +1,190 @@
+"""Every path gives on a pretended GPU what it gives on the CPU, for every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.importance.gsi_search import gsi
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.llm.loading import load_llm
+from rap_env.llm.streamed import stream_llm
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.repair.config import DistillConfig, FitConfig
+from rap_env.repair.distilling import distill
+from rap_env.repair.fitting import fit_library
+from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
+from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.workload.sampler import GridSampler
+from tests.gpu.pretended import GPU, pretended_gpu
+from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
+LOWERED = CompressionPlan.uniform(LAYERS, caches="int4-window32")
+PLANS = [
+    BlockMask(),
+    BlockMask.of(0),
+    BlockMask.of(1, 2),
+    LOWERED,
+    LOWERED.without(BlockMask.of(2)),
+]
+SOME_FAMILIES = ("llama", "mistral_sliding", "gemma3", "gpt_neox", "mixtral")
+
+
+def llm_of(name, device, dtype=torch.float32):
+    return ElasticLLM(tiny_model(name, dtype=dtype).to(device), None, name=name)
+
+
+def test_it_raises_where_cuda_does():
+    with pretended_gpu():
+        there, here = torch.ones(3, device="cuda"), torch.ones(3)
+        assert there.device == GPU
+        assert (there[:2] * 2).is_cuda
+        assert here.cuda().device == here.to(there).device == torch.ones_like(there).device == GPU
+        assert there.cpu().device.type == "cpu"
+        for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: there @ here):
+            with pytest.raises(RuntimeError, match="of the CPU and of the pretended GPU"):
+                mixed()
+        with pytest.raises(TypeError, match="no NumPy array"):
+            there.numpy()
+        assert (there * torch.tensor(2.0)).tolist() == [2.0, 2.0, 2.0]  # a number may be anywhere
+        assert there[torch.tensor([0, 2])].is_cuda
+        there.copy_(here * 4)
+        assert there.is_cuda
+        assert there.cpu().numpy().tolist() == [4.0] * 3
+    assert not torch.cuda.is_available()
+
+
+def generated(llm, mask):
+    ids = torch.tensor([[5, 6, 7, 8]]).to(llm.device)
+    with llm.masked(mask):
+        return llm.generate(ids, max_new_tokens=4, do_sample=False).cpu().numpy()
+
+
+def live(llm, residency):
+    llm.set_residency(residency)
+    batch = LiveBatch(llm)
+    batch.prefill([[5, 6, 7, 8] * 10, [9, 10]])
+    for plan in (BlockMask.of(0, 3), LOWERED, BlockMask()):
+        llm.apply(plan)
+        batch.extend([3, 4])
+    return batch.extend([5, 6]).cpu().float().numpy()
+
+
+def scored(llm, together):
+    return np.array(MaskScorer(llm, TOKENS, masks_together=together).nll_many(PLANS))
+
+
+PATHS = {
+    "generate": lambda llm: generated(llm, BlockMask.of(0, 3)),
+    "live batch, resident": lambda llm: live(llm, "resident"),
+    "live batch, offload": lambda llm: live(llm, "offload"),
+    "scorer, one plan": lambda llm: scored(llm, 1),
+    "scorer, many plans": lambda llm: scored(llm, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_path_gives_what_it_gives_on_the_cpu(name, dtype):
+    for path, run in PATHS.items():
+        expected = run(llm_of(name, "cpu", dtype))
+        with pretended_gpu():
+            found = run(llm_of(name, "cuda", dtype))
+        rounding = 1e-4 if dtype == torch.float32 else 3e-2
+        np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding, err_msg=path)
+
+
+def ordered(llm):
+    profile = gsi(MaskScorer(llm, TOKENS), stop=2, progress=False)
+    return np.array([*profile.order_indices, *profile.nll_after])
+
+
+def repaired(llm):
+    """Stubs are fitted, distilled, attached, and run in the place of blocks."""
+    text, held_back = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
+    library = fit_library(llm, text, held_back, FitConfig(rank=2, ranks=None), progress=False)
+    config = DistillConfig(steps=2, windows=1)
+    memory = MemoryModel(llm)
+    requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
+    masks = MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
+    library = distill(llm, library, text, masks, config, progress=False)
+    attached = library.attach(llm)
+    return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
+
+
+def served(llm):
+    """Two answers, during which the budget falls below the native peak and rises again."""
+    llm.set_residency("offload")
+    estimator = MemoryEstimator(llm)
+    memory = estimator.memory
+    plans = uniform_plans(memory.facts)
+    policy = UniformPolicy(memory, plans, (3, 0, 2, 1))
+    low = estimator.peak_bytes(BlockMask.of(0, 1, 3), BatchShape(2, 60))
+    budget = [10**12]
+    controller = RuntimeController(
+        llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0, hold_s=0.0
+    )
+    engine = Engine(llm, controller, clock=lambda: 0.0, max_batch_size=3, prefill_chunk_tokens=16)
+    greedy = SamplingParams(max_new_tokens=12)
+    handles = [engine.submit(TOKENS[row].tolist(), greedy) for row in range(2)]
+    step = 0
+    applied = set()
+    while engine.step():
+        step += 1
+        budget[0] = low if 4 <= step < 8 else 10**12
+        applied.add(llm.plan)
+    engine.close()
+    assert len(applied) > 1
+    return np.array([handle.result().token_ids for handle in handles])
+
+
+@pytest.mark.parametrize("name", SOME_FAMILIES)
+@pytest.mark.parametrize("run", [ordered, repaired, served])
+def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
+    expected = run(llm_of(name, "cpu"))
+    with pretended_gpu():
+        found = run(llm_of(name, "cuda"))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_other_processes_get_the_memory_of_blocks_that_are_removed():
+    """The allocator would keep it; each step is measured when its kernels have ended."""
+    with pretended_gpu():
+        llm = llm_of("llama", "cuda")
+        torch.cuda.empty_cache.reset_mock()
+        torch.cuda.synchronize.reset_mock()
+        served(llm)
+        emptied, waited = torch.cuda.empty_cache.call_count, torch.cuda.synchronize.call_count
+    assert emptied >= 2  # the plan changes at least twice
+    assert waited >= 12  # decode steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("open_llm", [load_llm, stream_llm])
+def test_models_from_files_score_as_on_the_cpu(open_llm, folder):
+    cap = {"max_memory_bytes": 2**21} if open_llm is stream_llm else {}
+    expected = scored(load_llm(folder, device="cpu", dtype="float32"), 1)
+    with pretended_gpu():
+        llm = open_llm(folder, device="cuda", dtype="float32", **cap)
+        assert llm.device == GPU
+        np.testing.assert_allclose(scored(llm, None), expected, rtol=1e-4)
