@@ -77,7 +77,7 @@ def load_llm(
             see `rap_env.llm.default_model`), a hub id (``"org/name"`` or ``"org/name@revision"``),
             a folder that transformers or `save_pruned` wrote, or a ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        dtype: ``"auto"`` (bfloat16 if it was measured to be clearly faster, else float32;
+        dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, if clearly faster, else float32;
             see `rap_env.llm.device.choose_dtype`), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. A pruned checkpoint has its own.
         weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
