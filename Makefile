@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident ray_workers
+BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident ray_workers packaged_table
 
 .PHONY: help setup demo test test-network bench soak lint format type docs lock clean
 
