@@ -14,14 +14,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from plan_tables import PLANS, PLANS_GEMMA, plan_tables, shipped_markdown, stubs_markdown
+from plan_tables import PLAN_COMPARISONS, PLANS, plan_tables, shipped_markdown, stubs_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
 COMPARISONS = (
-    PLANS,
-    PLANS_GEMMA,
+    *PLAN_COMPARISONS,
     "learning",
     "learning_scratch",
     "evolution",
@@ -69,7 +68,7 @@ def write_all(docs: Path) -> None:
     for name in COMPARISONS:
         text = comparison_markdown(name)
         _write(details / f"{name}.md", f"---\norphan: true\n---\n\n{text}\n")
-        shown = plan_tables(text) if name in (PLANS, PLANS_GEMMA) else first_tables(text)
+        shown = plan_tables(text) if name in PLAN_COMPARISONS else first_tables(text)
         _write(folder / f"{name}.md", shown)
     _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))

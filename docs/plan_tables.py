@@ -13,6 +13,9 @@ PLANS = "tight"
 PLANS_GEMMA = "tight_gemma"
 """The same comparison on Gemma 3 270M."""
 
+PLAN_COMPARISONS = (PLANS, PLANS_GEMMA, "tight_outside")
+"""All folders whose tables `plan_tables` shortens for the page on plans."""
+
 PLANS_STUBS = "tight_stubs"
 """The same comparison with stubs."""
 
