@@ -189,7 +189,8 @@ def seconds_of(run: Callable[[], object]) -> float:
 def _synchronise() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
 
 
 def parse_request(text: str) -> tuple[int, int]:

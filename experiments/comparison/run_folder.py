@@ -288,14 +288,15 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """System and processor; with torch loaded, its number of threads and the GPU."""
+    """System and processor; with torch loaded, its number of threads and the GPUs."""
     cpu = cpuinfo().get("model name") or platform.processor() or platform.machine()
     machine: dict[str, Any] = {"system": platform.system(), "cpu": cpu}
     if "torch" in sys.modules:  # recording provenance must not load torch
         torch = sys.modules["torch"]
         machine["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
-            machine["gpu"] = torch.cuda.get_device_name()
+            gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+            machine["gpu"] = ", ".join(gpus)
     return machine
 
 

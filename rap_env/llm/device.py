@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.errors import ArtifactError, ForkedProcessError, UnknownNameError
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+_forked_from_cuda = False
 
 ProductRate = Callable[[torch.dtype, float], float]
 """Matrix products per second in a dtype, measured for a number of seconds."""
@@ -46,7 +48,14 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Raises:
         UnknownNameError: There is no such device on this machine.
+        ForkedProcessError: The parent of this process used CUDA before it forked.
     """
+    if name != "cpu" and _forked_from_cuda:
+        raise ForkedProcessError(
+            "This process was forked from one that had used CUDA, which CUDA does not support. "
+            "Start it with the method 'spawn' (vector environments: context='spawn'), or let all "
+            "sub-environments share one process and one model."
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if count else "cpu")
@@ -157,6 +166,15 @@ def _rate_on(device: torch.device) -> ProductRate:
         return products_per_second(left.to(dtype), right.to(dtype), seconds)
 
     return rate
+
+
+def _after_fork() -> None:
+    global _forked_from_cuda
+    _forked_from_cuda = torch.cuda.is_initialized()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def synchronise(device: torch.device) -> None:

@@ -166,7 +166,8 @@ class Trainer:
     def restore(self, path: Path, run: str) -> None:
         """Resume from a checkpoint that `save` wrote, unless it is damaged or of another run."""
         try:
-            state = dict(torch.load(path, map_location=self._llm.device, weights_only=True))
+            # Adam counts its steps on the CPU; on a GPU, each count would be a wait for the device.
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
             found = state["run"]
         except _DAMAGE as error:
             raise ArtifactError(

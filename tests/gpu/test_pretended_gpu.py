@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.errors import RapError
 from rap_env.importance.gsi_search import gsi
+from rap_env.llm.device import choose_device
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
@@ -15,7 +20,7 @@ from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import distill
+from rap_env.repair.distilling import Trainer, distill
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.runtime.batch_shape import BatchShape
@@ -112,15 +117,24 @@ def ordered(llm):
     return np.array([*profile.order_indices, *profile.nll_after])
 
 
+def masks_of(llm):
+    memory = MemoryModel(llm)
+    requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
+    return MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
+
+
+def trainer_of(llm):
+    text, held_back = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
+    library = fit_library(llm, text, held_back, FitConfig(rank=2, ranks=None), progress=False)
+    return Trainer(llm, library, text, masks_of(llm), DistillConfig(steps=9, windows=1))
+
+
 def repaired(llm):
     """Stubs are fitted, distilled, attached, and run in the place of blocks."""
     text, held_back = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
     library = fit_library(llm, text, held_back, FitConfig(rank=2, ranks=None), progress=False)
     config = DistillConfig(steps=2, windows=1)
-    memory = MemoryModel(llm)
-    requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
-    masks = MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
-    library = distill(llm, library, text, masks, config, progress=False)
+    library = distill(llm, library, text, masks_of(llm), config, progress=False)
     attached = library.attach(llm)
     return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
 
@@ -170,6 +184,47 @@ def test_other_processes_get_the_memory_of_blocks_that_are_removed():
         emptied, waited = torch.cuda.empty_cache.call_count, torch.cuda.synchronize.call_count
     assert emptied >= 2  # the plan changes at least twice
     assert waited >= 12  # decode steps
+
+
+def test_a_resumed_distillation_counts_its_steps_on_the_cpu(tmp_path):
+    """On the GPU, each count would be a wait for the device at each update."""
+    with pretended_gpu():
+        llm = llm_of("llama", "cuda")
+        first, again = (trainer_of(llm) for _ in range(2))
+        first.update()
+        first.save(tmp_path / "checkpoint", "run")
+        again.restore(tmp_path / "checkpoint", "run")
+        states = again._adam.state.values()
+        assert {state["step"].device.type for state in states} == {"cpu"}
+        assert {state["exp_avg"].device for state in states} == {GPU}
+        again.update()
+    assert again.step == 2
+
+
+def in_a_fork(run):
+    """The text of the error that `run` raises in a forked child, or nothing."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            run()
+        except RapError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as file:
+        return file.read()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_from_one_with_cuda_is_told_so():
+    assert in_a_fork(lambda: choose_device("auto")) == ""
+    with pretended_gpu():
+        assert choose_device("cuda") == GPU
+        for name in ("auto", "cuda", "cuda:0"):
+            assert "method 'spawn'" in in_a_fork(partial(choose_device, name))
+        assert in_a_fork(lambda: choose_device("cpu")) == ""
 
 
 @pytest.fixture(scope="module")
