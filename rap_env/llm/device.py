@@ -170,7 +170,7 @@ def _rate_on(device: torch.device) -> ProductRate:
 
 def _after_fork() -> None:
     global _forked_from_cuda
-    _forked_from_cuda = torch.cuda.is_initialized()
+    _forked_from_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 if hasattr(os, "register_at_fork"):
