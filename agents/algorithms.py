@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,7 +117,6 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-@cache
 def find_algorithm(name: str) -> Algorithm:
     """Return an algorithm by its name, one of `ALGORITHMS` or of another package.
 

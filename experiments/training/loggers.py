@@ -232,7 +232,8 @@ class Wandb(MetricLogger):
 
 
 _READ_BY_BOTH = (
-    "stage", "name", "seed", "store", "threads", "model", "calibration", "importance", "repair",
+    "stage", "name", "seed", "store", "threads", "model", "scoring", "calibration", "importance",
+    "repair",
 )  # fmt: skip
 
 READ = {

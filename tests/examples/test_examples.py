@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import pytest
@@ -12,6 +13,7 @@ import rap_env
 from experiments.export_minari.episodes import export
 from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_task
+from rap_env.llm.families import FAMILIES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LONGEST_LINES = 150
@@ -81,8 +83,9 @@ def test_custom_baseline():
 
 
 def test_custom_model_family():
-    module = example("custom_model_family")
-    losses = module.compared(module.trained(steps=60))
+    with mock.patch.dict(FAMILIES):  # the example adds its own
+        module = example("custom_model_family")
+        losses = module.compared(module.trained(steps=60))
     assert losses["least important first"] < 0.8 * losses["most important first"]
 
 

@@ -121,7 +121,8 @@ def test_its_metadata_has_the_extras_and_the_command(wheel):
     archive = zipfile.ZipFile(wheel)
     folder = f"rap_env-{__version__}.dist-info"
     metadata = archive.read(f"{folder}/METADATA").decode()
-    assert set(re.findall(r"Provides-Extra: (\S+)", metadata)) == {"eval", "plots", "serve"}
+    extras = set(re.findall(r"Provides-Extra: (\S+)", metadata))
+    assert extras == {"eval", "plots", "ray", "serve"}
     assert "rap = rap_env.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
 
 

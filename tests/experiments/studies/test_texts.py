@@ -129,7 +129,7 @@ class AdditiveScorer:
 
     contrast, measured = 1.0, 0
 
-    def __init__(self, llm, corpus, store=None):
+    def __init__(self, llm, corpus, store=None, workers=None):
         self.llm, self.corpus, self.evaluations, self.block_forwards = llm, corpus, 0, 0.0
         self.provenance = {"text": corpus.provenance, "scoring": {}}
         self.plan_context = {"tokens": corpus.sha256}
