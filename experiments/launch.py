@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -121,6 +122,7 @@ def launch(stage: str, run: Stage) -> None:
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
     def main(node: DictConfig) -> float | None:
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports its font cache
         try:
             config = as_config(node)
             if config.threads is None and runs_in_parallel(HydraConfig.get()):
