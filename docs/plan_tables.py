@@ -13,7 +13,13 @@ PLANS = "tight"
 PLANS_GEMMA = "tight_gemma"
 """The same comparison on Gemma 3 270M."""
 
-PLAN_COMPARISONS = (PLANS, PLANS_GEMMA, "tight_outside")
+PLAN_COMPARISONS = (
+    PLANS,
+    PLANS_GEMMA,
+    "tight_outside",
+    "tight_transfer_gemma",
+    "tight_transfer_smollm2",
+)
 """All folders whose tables `plan_tables` shortens for the page on plans."""
 
 PLANS_STUBS = "tight_stubs"
