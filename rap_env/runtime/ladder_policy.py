@@ -109,8 +109,7 @@ class LadderPolicyFile(ExportedPolicy):
         if self.weights.block_vectors and len(ladder) != len(self.items):
             raise ArtifactError(
                 f"The policy for {own.name} has vectors for {len(self.items)} items, but "
-                f"{facts.name} has {len(ladder)} items. Train a policy for this model, or one with "
-                "policy_settings.block_vectors=0, which serves both."
+                f"{facts.name} has {len(ladder)} items. Train a policy for this model."
             )
         if importance is not None:
             _check_importance(importance, (len(ladder), ladder.width), facts.name)
