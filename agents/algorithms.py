@@ -29,10 +29,9 @@ from agents.sb3_policies import (
     MaskedMlpQPolicy,
 )
 from agents.settings import (
+    HYPERPARAMETERS,
     AgentConfigError,
-    DQNHyperparameters,
     PolicySettings,
-    PPOHyperparameters,
     Settings,
     with_defaults,
 )
@@ -104,15 +103,25 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(PPO, BlockwisePolicy, PPOHyperparameters, masked=False, checkpoint_steps=1),
+    "ppo": Algorithm(
+        PPO, BlockwisePolicy, HYPERPARAMETERS["ppo"], masked=False, checkpoint_steps=1
+    ),
     "maskable_ppo": Algorithm(
-        MaskablePPO, MaskableBlockwisePolicy, PPOHyperparameters, masked=True, checkpoint_steps=1
+        MaskablePPO,
+        MaskableBlockwisePolicy,
+        HYPERPARAMETERS["maskable_ppo"],
+        masked=True,
+        checkpoint_steps=1,
     ),
     "dqn": Algorithm(
-        DQN, BlockwiseQPolicy, DQNHyperparameters, masked=False, checkpoint_steps=1000
+        DQN, BlockwiseQPolicy, HYPERPARAMETERS["dqn"], masked=False, checkpoint_steps=1000
     ),
     "masked_dqn": Algorithm(
-        MaskedDQN, MaskedBlockwiseQPolicy, DQNHyperparameters, masked=True, checkpoint_steps=1000
+        MaskedDQN,
+        MaskedBlockwiseQPolicy,
+        HYPERPARAMETERS["masked_dqn"],
+        masked=True,
+        checkpoint_steps=1000,
     ),
 }
 

@@ -343,8 +343,10 @@ def leaderboard_markdown() -> str:
         entries = published_entries(comparison)
         entries = sorted(entries, key=lambda entry: float(entry.delta_nll("test").mean()))
         predicted = predicted_test_delta_nll(comparison)
-        head = ["Method", "ΔNLL, test", "Predicted", "ΔNLL, calibration", "Seeds", "Evaluations"]
-        head.append("Time")
+        head = [
+            "Method", "ΔNLL, test", "Predicted", "ΔNLL, calibration", "Seeds", "Evaluations",
+            "Time",
+        ]  # fmt: skip
         rows = [
             [
                 entry.name,

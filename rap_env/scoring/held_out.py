@@ -88,9 +88,10 @@ class HeldOutLosses:
         for fold in range(_FOLDS):
             held = order[fold::_FOLDS]
             kept = np.setdiff1d(order, held)
-            found = inputs[held] @ _solved(inputs[kept], ratios[kept])
-            found = np.clip(found, ratios[kept].min(), ratios[kept].max())
-            predicted[held] = _unscaled(_scaled(searched[held]) + found)
+            weights = _solved(inputs[kept], ratios[kept])
+            predicted[held] = _predicted(
+                inputs[held], searched[held], weights, _range(ratios[kept])
+            )
         removed = np.array([len(as_plan(plan).removed) for plan in plans])
         fidelity = Fidelity.of(
             predicted, values, removed, num_blocks, len(plans) - len(plans) // _FOLDS
@@ -99,7 +100,7 @@ class HeldOutLosses:
             dict(text),
             measured,
             tuple(_solved(inputs, ratios).tolist()),
-            (float(ratios.min()), float(ratios.max())),
+            _range(ratios),
             fidelity,
             num_blocks,
         )
@@ -118,8 +119,7 @@ class HeldOutLosses:
             return self.measured[plan]
         searched = np.array([calibration_delta_nll])
         inputs = _features([plan], searched, self.num_blocks)
-        ratio = np.clip(inputs @ self._weights, *self.log_ratios)
-        return float(_unscaled(_scaled(searched) + ratio)[0])
+        return float(_predicted(inputs, searched, self._weights, self.log_ratios)[0])
 
     def is_predicted(self, plan: MaskOrPlan) -> bool:
         """Whether the plan was not measured on the held-out text."""
@@ -180,6 +180,24 @@ def _solved(inputs: Floats, ratios: Floats) -> Floats:
     penalty = _RIDGE * np.eye(inputs.shape[1])
     solved = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ ratios)
     return np.asarray(solved, dtype=np.float64)
+
+
+def _predicted(
+    inputs: Floats, searched: Floats, weights: Floats, log_ratios: tuple[float, float]
+) -> Floats:
+    """Held-out ΔNLL of plans, nats per token, (N,).
+
+    Args:
+        inputs: Their `_features`.
+        searched: Their ΔNLL on the calibration text, nats per token, (N,).
+        weights: Weights of the log ratio.
+        log_ratios: The range that it stays in.
+    """
+    return _unscaled(_scaled(searched) + np.clip(inputs @ weights, *log_ratios))
+
+
+def _range(ratios: Floats) -> tuple[float, float]:
+    return float(ratios.min()), float(ratios.max())
 
 
 def _scaled(delta_nll: Floats) -> Floats:

@@ -96,11 +96,19 @@ class CandidateRunner:
         """Run the head at the candidate's level in a ``with`` block."""
         return self._scorer.runner.partial.embeddings(as_plan(candidate.mask).embeddings)
 
-    def window_nll(self, candidate: Candidate, batch: int) -> torch.Tensor:
-        """NLL of each window of a batch from the candidate's `hidden`, (windows,)."""
-        hidden, ids = candidate.hidden[batch], self._scorer.batches[batch]
+    def measure(self, candidate: Candidate, batch: int) -> torch.Tensor:
+        """Measure a batch with the whole head, add its contribution and free its `hidden`.
+
+        Returns:
+            The NLL of each window, (windows,).
+        """
         with self.head(candidate):
-            return window_nll(self._scorer.runner.partial, hidden, ids)
+            windows = window_nll(
+                self._scorer.runner.partial, candidate.hidden[batch], self._scorer.batches[batch]
+            )
+        self.add(candidate, batch, windows)
+        del candidate.hidden[batch]
+        return windows
 
     def add(self, candidate: Candidate, batch: int, windows: torch.Tensor) -> None:
         """Set what a batch contributes to the text's NLL, from the NLL of its windows.
@@ -231,11 +239,14 @@ class _SearchState:
         alive = candidates
         for batch in range(len(self._scorer.batches)):
             self._runner.evaluate_batch(alive, batch)
+            remaining = []
             for candidate in alive:
                 self._bound_batch(candidate, batch)
                 if self._cannot_win(candidate):
                     candidate.hidden.clear()
-            alive = [candidate for candidate in alive if not self._cannot_win(candidate)]
+                else:
+                    remaining.append(candidate)
+            alive = remaining
         for mask in masks:
             self._scorer.count(mask)
         for candidate in sorted(alive, key=lambda candidate: candidate.nll):
@@ -271,9 +282,7 @@ class _SearchState:
             self._best, self._winner = value, candidate
 
     def _measure(self, candidate: Candidate, batch: int) -> None:
-        candidate.window_nll[batch] = self._runner.window_nll(candidate, batch)
-        self._runner.add(candidate, batch, candidate.window_nll[batch])
-        del candidate.hidden[batch]
+        candidate.window_nll[batch] = self._runner.measure(candidate, batch)
 
     def _cannot_win(self, candidate: Candidate) -> bool:
         return candidate.nll - self._tolerance > self._best
@@ -326,8 +335,7 @@ def successive_halving(
                 for group in chunks(alive, scorer.in_flight):
                     runner.evaluate_batch(group, batch, hold_states=len(alive) <= _MOST_KEPT)
                     for candidate in group:
-                        runner.add(candidate, batch, runner.window_nll(candidate, batch))
-                        del candidate.hidden[batch]
+                        runner.measure(candidate, batch)
     alive.sort(key=lambda candidate: candidate.nll)
     runner.keep_states(alive[0])
     _leave(scorer, alive, on_score)

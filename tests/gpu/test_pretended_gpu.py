@@ -123,18 +123,21 @@ def masks_of(llm):
     return MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
 
 
+TEXT, HELD_BACK = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
+
+
+def fitted(llm):
+    return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=None), progress=False)
+
+
 def trainer_of(llm):
-    text, held_back = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
-    library = fit_library(llm, text, held_back, FitConfig(rank=2, ranks=None), progress=False)
-    return Trainer(llm, library, text, masks_of(llm), DistillConfig(steps=9, windows=1))
+    return Trainer(llm, fitted(llm), TEXT, masks_of(llm), DistillConfig(steps=9, windows=1))
 
 
 def repaired(llm):
     """Stubs are fitted, distilled, attached, and run in the place of blocks."""
-    text, held_back = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
-    library = fit_library(llm, text, held_back, FitConfig(rank=2, ranks=None), progress=False)
     config = DistillConfig(steps=2, windows=1)
-    library = distill(llm, library, text, masks_of(llm), config, progress=False)
+    library = distill(llm, fitted(llm), TEXT, masks_of(llm), config, progress=False)
     attached = library.attach(llm)
     return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
 
