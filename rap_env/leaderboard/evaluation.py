@@ -189,7 +189,7 @@ class Evaluation:
             "decision_s": cell.decision_s,
             "evaluations": 0,
             "setup_evaluations": 0,
-            "provenance": {"depends_on": depends_on},
+            "provenance": {"depends_on": depends_on, "predicted": cell.predicted},
             "levels": plan.levels,
         }
 

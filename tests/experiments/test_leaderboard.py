@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from experiments.compare import compare
+from experiments.comparison.records import read_rows
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import CompareConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import AgentConfig
+from experiments.leaderboard.__main__ import main
 from experiments.leaderboard.checking import check_entry
 from experiments.leaderboard.publishing import COMPARISONS, grid_rows, make_entries, requests_of
 from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
+from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
-from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
@@ -92,3 +103,41 @@ def test_new_methods_are_ranked_by_what_the_table_predicts():
     assert predicted.keys() == measured.keys()
     assert all(0.8 < predicted[name] / measured[name] < 1.2 for name in measured)
     assert not set(predicted.values()) & set(measured.values())
+
+
+def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):
+    task = "RAPPrune/SmolLM2-Table-v0"
+    for seed in (0, 1):
+        config = Config(
+            stage="train", name="mine", runs_dir=str(tmp_path), seed=seed, progress=False,
+            store=None, model=ModelConfig(name="score_table:smollm2-135m"),
+            importance=ImportanceConfig(gsi_removals=24), calibration=TextConfig(source="self"),
+            workload={"name": "fixed", "batch_size": 4, "seq_len_tokens": 512,
+                      "budget_fraction": 0.9},
+            reward={"name": "perplexity"},
+            agent=AgentConfig(name="maskable_ppo", total_timesteps=32, n_envs=2,
+                              hyperparameters={"n_steps": 16, "batch_size": 16}),
+        )  # fmt: skip
+        train(config, config.stage_dir("train") / f"maskable_ppo-s{seed}")
+
+    ran = CliRunner().invoke(main, ["judge", task, str(tmp_path / "mine")])
+
+    assert ran.exit_code == 0, ran.output
+    rows = read_rows(tmp_path / "mine" / "evaluate" / "SmolLM2-Table-v0-test" / "results.jsonl")
+    for seed in (0, 1):
+        own = [row for row in rows if row.seed == seed]
+        assert [Request(*row.shape, row.budget_bytes) for row in own] == list(
+            pinned_task(task).requests
+        )
+        mean = sum(row.loss for row in own) / len(own)
+        assert f"maskable_ppo-s{seed}: ΔNLL {mean:.4f}" in ran.output
+        assert all(row.training_s > 0 for row in own)
+    found = json.loads(compare(CompareConfig(runs=str(tmp_path), format="json")))[0]
+    assert found["method"] == "maskable_ppo"
+    assert found["learned"]
+
+
+def test_judging_a_folder_without_trained_policies_fails_clearly(tmp_path):
+    ran = CliRunner().invoke(main, ["judge", "RAPPrune/SmolLM2-Table-v0", str(tmp_path)])
+    assert ran.exit_code != 0
+    assert "no finished training runs" in ran.output
