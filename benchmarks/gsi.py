@@ -28,6 +28,7 @@ from rap_env.scoring.scorer import MaskScorer
 
 _AGAINST = "one full forward of a plain model for each candidate"
 _PROBES = 5
+_TOLERANCE = 1e-2  # nats per token; on a GPU, blocks that cost the same may change places
 
 
 @dataclass
@@ -88,7 +89,8 @@ def main(settings: GSISettings) -> None:
             Target(f"{method} GSI, final NLL over exact's", None, near, nll / exact.nll_after[-1])
         )
         measured[method] = {**_describe(profile, seconds, exact), "final_nll": nll}
-    if not measured["same_order_as_naive"]:
+    apart, exactly = measured["largest_nll_difference"], setup.device == "cpu"
+    if not measured["same_order_as_naive"] and (exactly or apart > _TOLERANCE):
         raise SystemExit("Exact GSI gave another order than the naive loop; nothing was recorded.")
     notes = [
         "A ratio is total naive seconds over total seconds; for exact the spread is that of the "

@@ -79,7 +79,7 @@ def main(settings: NLLManySettings) -> None:
         notes=[
             "The spread is that of slices of the masks, each against the naive loop.",
             f"{_EQUALITY_CHECKS} masks of each kind were checked to have the score of a single "
-            "pass, bit for bit.",
+            "pass, bit for bit where each mask has its own batch (on a CPU).",
         ],
     )
 
@@ -145,8 +145,10 @@ def _in_turn(
 
         values = scorer.nll_many(masks, on_score)
     single = [MaskScorer(setup.llm, setup.corpus).nll(m) for m in masks[:_EQUALITY_CHECKS]]
+    rounding = 0.0 if scorer.runner.width == 1 else _TOLERANCE  # of batches of other widths
+    apart = max(abs(a - b) for a, b in zip(single, values, strict=False))
     difference = max(abs(naive[mask] - nll) for mask, nll in zip(masks, values, strict=True))
-    if single != values[:_EQUALITY_CHECKS] or difference > _TOLERANCE:
+    if apart > rounding or difference > _TOLERANCE:
         raise SystemExit("Scores differ from those of single passes; nothing was recorded.")
     facts = {
         "share_of_blocks_saved": scorer.share_saved,

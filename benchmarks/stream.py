@@ -63,7 +63,7 @@ def main(settings: StreamSettings) -> None:
         "weights_held_bytes": settings.max_memory_bytes - streamed.spare_bytes,
         "candidates": whole.num_blocks,
     }
-    expected = _scan(whole, corpus)
+    expected = _scan(whole, corpus, masks_together=1)  # as the streamed model has them
     reads = streamed.layer_reads
     allocated, same = _peak(streamed, corpus, expected)
     measured |= {"allocated_peak_bytes": allocated, "layer_reads": streamed.layer_reads - reads}
@@ -113,11 +113,12 @@ def _write(settings: StreamSettings, device: str, measured: dict[str, Any]) -> N
     )
 
 
-def _scan(llm: ElasticLLM, corpus: Corpus) -> dict[str, float]:
+def _scan(llm: ElasticLLM, corpus: Corpus, masks_together: int | None = None) -> dict[str, float]:
     """Score one round with a new scorer."""
     from rap_env.scoring.scorer import MaskScorer
 
-    return {b.name: nll for b, nll in MaskScorer(llm, corpus).scan(BlockMask()).items()}
+    scorer = MaskScorer(llm, corpus, masks_together=masks_together)
+    return {block.name: nll for block, nll in scorer.scan(BlockMask()).items()}
 
 
 def _peak(llm: ElasticLLM, corpus: Corpus, expected: dict[str, float]) -> tuple[int, bool]:

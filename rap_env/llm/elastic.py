@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rap_env.blocks import Block, BlockMask
-from rap_env.errors import check_name
+from rap_env.errors import UnsupportedModelError, check_name
 from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.attention_levels import check_attention, install_levels
@@ -59,13 +59,15 @@ class ElasticLLM:
         adapter: Describes the blocks, from the config.
 
     Raises:
-        UnsupportedModelError: The family is unknown or its layout cannot be masked.
+        UnsupportedModelError: The family is unknown or its layout cannot be masked, or its weights
+            are on several devices.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None
     ) -> None:
         self.adapter = adapter_for(model.config)
+        _check_device(model, name)
         self.model = model.eval()
         install_levels(self.model, self.adapter)
         self.tokenizer = tokenizer
@@ -414,4 +416,18 @@ class ElasticLLM:
             widen_bytes=max(item.widen_bytes for item in self._live.all_items),
             kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
             kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
+        )
+
+
+def _check_device(model: Any, name: str) -> None:
+    """Raise an `UnsupportedModelError` if weights are on several devices, or are moved by hooks."""
+    places = {str(weight.device) for weight in model.parameters() if not weight.is_meta}
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        places |= {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise UnsupportedModelError(
+            f"The weights of {name} are on several devices ({', '.join(sorted(places))}), but a "
+            "model must be on one: load it with rap_env's load_llm(device='cuda:0'), or without "
+            "device_map. If it is too large, weights='int4' takes a quarter of the bytes, and "
+            "max_memory_bytes streams the layers from its files."
         )

@@ -111,8 +111,9 @@ class _Group:
         if self.evicted or not self.parts:
             return
         if pin and self.host is None:  # the copy is kept: weights never change
-            empty = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
-            self.host = self._copied_to(empty)
+            self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
+            # Nothing waits for it: the memory is reused, and the copy read, in the same stream.
+            self.host.copy_(self._buffer(), non_blocking=True)
         for part in self.parts:
             part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
@@ -144,6 +145,11 @@ class _Group:
             and torch.equal(_bytes(stored.read(cpu)), _bytes(part.tensor.data.cpu()))
             for part, stored in zip(self.parts, files, strict=True)
         )
+
+    def _buffer(self) -> torch.Tensor:
+        """The buffer that `pack` or `load` made, whole, (bytes,)."""
+        first = self.parts[0].tensor.data
+        return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
 
     def _copied_to(self, buffer: torch.Tensor) -> torch.Tensor:
         for part in self.parts:

@@ -19,7 +19,7 @@ from torch import nn
 
 from rap_env.errors import InvalidRequestError, UnsupportedModelError, check_name
 from rap_env.llm.adapter import read_config
-from rap_env.llm.device import choose_device, choose_dtype
+from rap_env.llm.device import choose_device, choose_dtype, take_library_workspace
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE
 from rap_env.llm.residency import RESIDENCIES, Residency
@@ -156,6 +156,7 @@ class StreamedLLM(ElasticLLM):
         self._held = _Held()
         self._device = device
         self._layers, resident = self._parameters()
+        self._workspace_bytes = take_library_workspace(device, self.dtype)
         self._check_cap(resident)
         self._load_resident(resident)
         self._live.embeddings = embeddings_item(self.model)  # only now tied weights are one tensor
@@ -165,8 +166,9 @@ class StreamedLLM(ElasticLLM):
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the cap that weights and stubs do not use."""
-        return self.max_memory_bytes - self._weight_bytes - sum(self.facts.stub_bytes)
+        """Bytes of the cap that weights, stubs and the library's workspace do not use."""
+        used = self._weight_bytes + self._workspace_bytes + sum(self.facts.stub_bytes)
+        return self.max_memory_bytes - used
 
     @property
     def layer_reads(self) -> int:

@@ -193,6 +193,15 @@ class RuntimeController:
                 self.plans.note_decode()
             return self.monitor.observe_step(shape, kind)
 
+    def note_out_of_memory(self, kind: str) -> None:
+        """After a pass that ran out of memory: expect no more than it had reached.
+
+        Args:
+            kind: As in `observe`.
+        """
+        with self._timed():
+            self.monitor.observe_out_of_memory(kind)
+
     def could_fit(self, shape: BatchShape) -> bool:
         """Whether a batch can ever fit: in the largest budget so far, or the source's limit.
 

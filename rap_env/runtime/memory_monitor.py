@@ -129,6 +129,11 @@ class MemoryMonitor:
             self.trim()  # or the next pass has its peak on top
         return peak
 
+    def observe_out_of_memory(self, kind: str) -> None:
+        """Learn from a pass that ran out of memory: the budget was not there as a whole."""
+        self.margin.observe(kind, self.budget_bytes - self.meter.peak_bytes())
+        self.trim()
+
     def observe_idle(self) -> None:
         """Learn while nothing runs: return freed memory, and let the margin expire."""
         if self._explained_bytes > self.held.total:

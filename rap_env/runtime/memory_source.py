@@ -80,14 +80,21 @@ class GivenMemory:
         return max(0, int(budget))
 
 
+CUDA_RESERVE_BYTES = 2**28
+"""What `CudaMemory` leaves free unless told otherwise."""
+
+
 class CudaMemory:
     """All free memory of a CUDA device, shared with other processes.
 
     Memory that PyTorch's allocator holds in reserve counts as free: the allocator reuses it.
-    Of what is free, `reserve_bytes` stay free.
+    Of what is free, `reserve_bytes` stay free: for the workspaces of libraries, kernels that are
+    loaded at their first use, and gaps between the allocator's pieces.
     """
 
-    def __init__(self, device: torch.device | str = "cuda", reserve_bytes: int = 0) -> None:
+    def __init__(
+        self, device: torch.device | str = "cuda", reserve_bytes: int = CUDA_RESERVE_BYTES
+    ) -> None:
         self.device = torch.device(device)
         self.name = str(self.device)
         self.reserve_bytes = reserve_bytes
@@ -223,7 +230,7 @@ def open_memory(
     source: MemorySource | Callable[[], float] | int | str = "auto",
     *,
     device: torch.device | str = "cpu",
-    reserve_bytes: int = 0,
+    reserve_bytes: int | None = None,
 ) -> MemorySource:
     """Make the memory source for a setting.
 
@@ -231,7 +238,7 @@ def open_memory(
         source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (by the device), a number of bytes, a function
             that returns one, or a source.
         device: Where the model is.
-        reserve_bytes: Bytes that a source which asks the system leaves free.
+        reserve_bytes: Bytes that a source which asks the system leaves free; None for its default.
 
     Raises:
         UnknownNameError: There is no source of that name.
@@ -242,9 +249,10 @@ def open_memory(
         source = "cuda" if place.type == "cuda" else "cgroup"
     if isinstance(source, str):
         if source == "cuda":
+            reserve_bytes = CUDA_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
             return CudaMemory(place if place.type == "cuda" else "cuda", reserve_bytes)
         if source == "cgroup":
-            return CgroupMemory(reserve_bytes)
+            return CgroupMemory(reserve_bytes or 0)
     elif isinstance(source, MemorySource):
         return source
     elif callable(source) or _is_whole(source):

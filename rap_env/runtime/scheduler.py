@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from rap_env.errors import EngineClosedError, InfeasibleBudgetError, QueueFullError
 from rap_env.llm.device import synchronise
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.kv_cache import Restore
     from rap_env.runtime.controller import RuntimeController
+
+log = logging.getLogger(__name__)
 
 
 class RequestQueue:
@@ -115,6 +120,7 @@ class Scheduler:
         self._queue = queue
         self._clock = clock
         self._max_batch_size = max_batch_size
+        self._most_running = max_batch_size  # fewer for a while where memory ran out
         self._chunk_tokens = chunk_tokens
         self._restore: Restore = restore
         self._queue_timeout_s = queue_timeout_s
@@ -195,6 +201,9 @@ class Scheduler:
                     self._batch.join(prefilling.batch)
                     self._decoding.append(prefilling.sequence)
                 self._drop_prefill()
+        except torch.OutOfMemoryError as error:
+            self._start_again("prefill", error)
+            return
         except Exception as error:
             self.output.fail([prefilling.sequence], error)
             self._drop_prefill()
@@ -216,7 +225,11 @@ class Scheduler:
             length = self._batch.length
             continues = self.output.deliver(sequences, logits, plan)
             if not all(continues):
+                self._most_running = self._max_batch_size
                 self._keep([row for row, stays in enumerate(continues) if stays])
+        except torch.OutOfMemoryError as error:
+            self._start_again("decode", error)
+            return
         except Exception as error:
             self.output.fail(sequences, error)
             self.drop_all()
@@ -298,16 +311,41 @@ class Scheduler:
             self._keep(list(range(len(self._decoding) - 1)))
         else:
             return False
-        self._preempted_s = self._clock()
-        sequence.preempt(self._preempted_s)
-        self.counters.preemptions += 1
-        self._queue.put_first(sequence)
+        self._put_back([sequence])
         return True
+
+    def _start_again(self, kind: StepKind, error: torch.OutOfMemoryError) -> None:
+        """Put back into the queue what a pass without enough memory has damaged.
+
+        After a prefill that is the request in prefill; after a decode step it is all, because
+        caches may be half written. Until a request ends, fewer run together than did. A request
+        that ran alone fails.
+        """
+        running = [sequence for sequence in self.running if sequence.handle.reason is None]
+        if len(running) == 1:
+            self.output.fail(running, error)
+        if kind == "prefill" and self._batch.size == len(self._decoding) > 0:
+            self._preempt()
+        else:
+            self.drop_all()
+            self._put_back(running if len(running) > 1 else [])
+        self._controller.note_out_of_memory(kind)
+        if len(running) > 1:
+            log.warning("Memory ran out with %d requests; fewer run together now.", len(running))
+            self._most_running = len(running) - 1
+
+    def _put_back(self, sequences: Sequence[TokenSequence]) -> None:
+        """Put sequences that ran at the front of the queue, in their order."""
+        self._preempted_s = self._clock()
+        for sequence in reversed(sequences):
+            sequence.preempt(self._preempted_s)
+            self.counters.preemptions += 1
+            self._queue.put_first(sequence)
 
     def _admit_next(self) -> None:
         """Admit the first request of the queue, if it fits."""
         sequence = self._queue.first()
-        full = len(self._decoding) >= self._max_batch_size
+        full = len(self._decoding) >= self._most_running
         if sequence is None or self._prefilling is not None or full:
             return
         if self._decoding and self._clock() - self._preempted_s < self._controller.hold_s:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from rap_env.errors import InvalidRequestError
 from rap_env.llm.cpu_decode import attention_name
-from rap_env.llm.device import synchronise
+from rap_env.llm.device import free_bytes
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring.nll import HEAD_TOKENS
 
 _MOST = 64
-_CLEAR_GAIN = 1.1
-_REPEATS = 5
+_FILLING_TOKENS = 2**14  # of a batch that keeps a large GPU busy
 _WORKING_STATES = 24  # a block's inner activations, in hidden states, roughly
 _ATTN_STATES = 14
 _EAGER_SCORES = 4
@@ -49,10 +46,10 @@ def choose_batch_width(
 
     One mask's batch saturates a CPU (two masks in one batch were no faster), so on a CPU each
     mask has its own batch, which keeps scores bit for bit those of single passes. On an
-    accelerator the width is measured. A model that is streamed under a memory cap runs as many
-    masks through each of its layers as the cap allows, each in its own batch. `ids` is the first
-    batch of the text, (windows, T); `cache_bytes` the most bytes of hidden states, unless a memory
-    cap allows less; a `width` of None is chosen.
+    accelerator as many masks share a batch as fill it. A model that is streamed under a memory cap
+    runs as many masks through each of its layers as the cap allows, each in its own batch. `ids` is
+    the first batch of the text, (windows, T); `cache_bytes` the most bytes of hidden states, unless
+    a memory cap allows less; a `width` of None is chosen.
 
     Raises:
         InvalidRequestError: The width is not a whole number of at least 1, or a memory cap is
@@ -66,7 +63,7 @@ def choose_batch_width(
     if spare is not None:
         return _under_cap(llm, ids, cache_bytes, width or 1, spare)
     if width is None:
-        width = 1 if llm.device.type == "cpu" else _fastest(llm, ids)
+        width = 1 if llm.device.type == "cpu" else _filling(llm, ids)
     return BatchWidth(width, width, cache_bytes)
 
 
@@ -109,29 +106,12 @@ def _head_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
     return (3 if capped else 1) * logits + softmax + states
 
 
-def _fastest(llm: ElasticLLM, ids: torch.Tensor) -> int:
-    """The width at which a block in the middle of the model takes least time per mask."""
-    partial = PartialForward(llm, widen=True)
-    state = partial.enter(ids)
-    step = partial.steps[len(partial.steps) // 2]
-    free_bytes = torch.cuda.mem_get_info(llm.device)[0] if llm.device.type == "cuda" else 2**32
-    most = min(_MOST, free_bytes // (2 * _WORKING_STATES * state.nbytes))
-    best, best_s, width = 1, float("inf"), 1
-    while width <= max(1, most):
-        spent = _seconds(partial, step, state.repeat(width, 1, 1)) / width
-        if spent * _CLEAR_GAIN < best_s:
-            best, best_s = width, spent
-        width *= 2
-    return best
+def _filling(llm: ElasticLLM, ids: torch.Tensor) -> int:
+    """The masks whose batch fills an accelerator and its memory; a power of two.
 
-
-def _seconds(partial: PartialForward, step: tuple[int, ...], state: torch.Tensor) -> float:
-    """The least of several timings of a step, not counting the first run."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        synchronise(state.device)
-        began = time.perf_counter()
-        partial.run(step, state)
-        synchronise(state.device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    By sizes alone: a width that is timed varies between runs, and with it the rounding of scores.
+    """
+    state_bytes = ids.numel() * llm.facts.hidden_size * llm.facts.itemsize
+    within = free_bytes(llm.device) // (2 * _WORKING_STATES * state_bytes)
+    most = min(_MOST, _FILLING_TOKENS // ids.numel(), within)
+    return 1 << max(0, most.bit_length() - 1)

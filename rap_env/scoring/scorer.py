@@ -58,8 +58,8 @@ class MaskScorer:
         batch_tokens: Tokens of one forward pass; windows are batched up to this number.
         prefix_cache_bytes: Most bytes of hidden states kept for sharing. If they do not suffice
             for every step of a plan, the states of every second (third, ...) step are kept.
-        masks_together: Most masks or plans that share a batch; None is 1 on a CPU, and measured
-            on an accelerator.
+        masks_together: Most masks or plans that share a batch; None is 1 on a CPU, and
+            as many as fill an accelerator.
         workers: Workers that hold the same model (`rap_env.scoring.workers.pool.WorkerPool`); what
             several masks or plans need is spread over them. None runs everything in this process.
 
@@ -128,6 +128,7 @@ class MaskScorer:
             "batch_windows": rows,
             "head_tokens": HEAD_TOKENS,
             "loss": _LOSS_VERSION,
+            **({"masks_together": width.masks} if width.masks > 1 else {}),  # rounding differs
         }
         # Scores of masks do not depend on how levels are made, so their keys do not either.
         self.plan_context: Mapping[str, Any] = {**self.context, **_LEVELS}

@@ -8,9 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import RapError
+from rap_env.errors import RapError, UnsupportedModelError
 from rap_env.importance.gsi_search import gsi
 from rap_env.llm.device import choose_device
 from rap_env.llm.elastic import ElasticLLM
@@ -33,7 +35,7 @@ from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.workload.sampler import GridSampler
-from tests.gpu.pretended import GPU, pretended_gpu
+from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
@@ -117,6 +119,19 @@ def ordered(llm):
     return np.array([*profile.order_indices, *profile.nll_after])
 
 
+def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key(monkeypatch):
+    with pretended_gpu():
+        llm = llm_of("llama", "cuda")
+        first, again, single = (MaskScorer(llm, TOKENS, masks_together=n) for n in (None, None, 1))
+        assert first.options["masks_together"] == again.options["masks_together"] > 1
+        assert first.context == again.context != single.context
+        state_bytes = TOKENS.numel() * llm.facts.hidden_size * llm.facts.itemsize
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, MEMORY_BYTES))
+        assert MaskScorer(llm, TOKENS).options["masks_together"] == 1
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 200 * state_bytes)
+        assert MaskScorer(llm, TOKENS).options["masks_together"] == 4  # reserved, but not in use
+
+
 def masks_of(llm):
     memory = MemoryModel(llm)
     requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
@@ -187,6 +202,53 @@ def test_other_processes_get_the_memory_of_blocks_that_are_removed():
         emptied, waited = torch.cuda.empty_cache.call_count, torch.cuda.synchronize.call_count
     assert emptied >= 2  # the plan changes at least twice
     assert waited >= 12  # decode steps
+
+
+class CopiesToHost(TorchDispatchMode):
+    """Counts copies from the pretended GPU into the host's memory, and those that wait."""
+
+    copies = waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and on_gpu(args[1]) and not on_gpu(args[0]):
+            self.copies += 1
+            self.waits += not (args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_go_to_the_host_in_few_copies_and_nothing_waits():
+    """A block has two groups of weights: those that a lower level replaces, and the others."""
+    with pretended_gpu():
+        llm = llm_of("llama", "cuda")
+        llm.set_residency("offload")
+        with CopiesToHost() as seen:
+            llm.apply(BlockMask.of(0, 3))
+        assert (seen.copies, seen.waits) == (2 * 2, 0)
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    with pretended_gpu():
+        model = tiny_model("llama")
+        model.model.layers[1].to("cuda")
+        with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, cuda:0\)"):
+            ElasticLLM(model, None, name="spread")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.layers": "disk"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "work"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, disk\)"):
+        ElasticLLM(model, None, name="offloaded")
+
+
+def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypatch):
+    allocated = iter((1000, 9000))
+    with pretended_gpu():
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: next(allocated, 9000))
+        first = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
+        second = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
+    assert second.spare_bytes - first.spare_bytes == 8000
 
 
 def test_a_resumed_distillation_counts_its_steps_on_the_cpu(tmp_path):

@@ -253,6 +253,62 @@ def test_a_failing_step_ends_its_requests_and_the_engine_continues(caplog):
     assert engine.stats().failed == 2
 
 
+def runs_out_of_memory(harness, when):
+    """Let the model's passes run out of memory where `when(input_ids)` holds; the plan stays."""
+    harness.controller.monitor.observe_out_of_memory = lambda kind: None
+    forward = harness.llm.model.forward
+
+    @functools.wraps(forward)
+    def short(*args, **kwargs):
+        found = forward(*args, **kwargs)  # caches are written, as far as memory goes
+        if when(kwargs["input_ids"]):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+        return found
+
+    harness.llm.model.forward = short
+
+
+def test_requests_that_run_out_of_memory_together_run_again_in_smaller_batches(caplog):
+    harness = Harness()
+    engine = harness.engine(max_batch_size=3)
+    prompts = [prompt(20 + n, n) for n in range(3)]
+    handles = [engine.submit(ids, greedy(4 + n)) for n, ids in enumerate(prompts)]
+    runs_out_of_memory(harness, lambda ids: len(ids) == 3)
+    harness.run(engine)
+    assert max(record.rows for record in harness.records) == 2
+    del harness.llm.model.forward
+    for number, (ids, handle) in enumerate(zip(prompts, handles, strict=True)):
+        assert handle.reason == "length"
+        assert handle.token_ids == alone(harness.llm, ids, 4 + number)
+    assert "Memory ran out with 3 requests" in caplog.text
+    assert engine.stats().preemptions >= 3
+
+
+def test_a_request_that_runs_out_of_memory_alone_fails_alone():
+    harness = Harness()
+    engine = harness.engine()
+    running = engine.submit(prompt(3), greedy(20))
+    for _ in range(3):
+        engine.step()
+    long = engine.submit(prompt(20, 1), greedy(5))
+    runs_out_of_memory(harness, lambda ids: ids.shape[1] > 10)
+    harness.run(engine)
+    assert long.reason == "error"
+    assert "out of memory" in long.error
+    assert running.reason == "length"
+    assert running.preemptions == 0
+    del harness.llm.model.forward
+    assert running.token_ids == alone(harness.llm, prompt(3), 20)
+
+
+def test_what_ran_out_of_memory_is_not_expected_again():
+    harness = Harness(budget=1 << 20)
+    monitor = harness.controller.monitor
+    peak = monitor.meter.peak_bytes()
+    harness.controller.note_out_of_memory("decode")
+    assert monitor.margin.bytes == (1 << 20) - peak > 0
+
+
 def test_a_failing_prefill_ends_only_its_request():
     harness = Harness()
     engine = harness.engine()
