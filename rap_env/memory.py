@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ MAX_BATCH_SIZE = 2**20
 """Largest batch size that is accepted; it keeps the arithmetic within 64 bits."""
 
 _NO_WINDOW = 2**62  # tokens
+_CACHED_PLANS = 256  # about a kilobyte each
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class MemoryModel:
         self.facts = facts = model if isinstance(model, ModelFacts) else model.facts
         windows = [_NO_WINDOW if w is None else w for w in facts.kv_window_tokens]
         stubs = facts.stub_bytes or (0,) * facts.num_blocks
-        self._param_bytes = np.array(facts.block_param_bytes, dtype=np.int64)  # (2L,)
-        self._stub_bytes = np.array(stubs, dtype=np.int64)  # (2L,)
+        held = [size - stub for size, stub in zip(facts.block_param_bytes, stubs, strict=True)]
+        self._freed_bytes = np.array(held, dtype=np.int64)  # (2L,)
         self._kv_bytes_per_token = np.array(facts.kv_bytes_per_token, dtype=np.int64)  # (L,)
         self._windows = np.array(windows, dtype=np.int64)  # (L,)
         self._dense_weight_bytes = facts.base_bytes + sum(facts.block_param_bytes)
@@ -120,9 +122,15 @@ class MemoryModel:
 
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
         """Weight and cache bytes that each block's removal frees, minus its stub's, shape (2L,)."""
-        freed = self._param_bytes - self._stub_bytes
+        freed = self._freed_bytes.copy()
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
+
+    def cache_shape(self, layer: int) -> tuple[int | None, ...]:
+        """What the bytes of a layer's cache depend on: layers of equal shapes need equal bytes."""
+        facts = self.facts
+        levels = (facts.kv_heads[layer], facts.kv_head_size[layer]) if facts.kv_heads else ()
+        return (facts.kv_bytes_per_token[layer], facts.kv_window_tokens[layer], *levels)
 
     def cache_bytes(
         self, level: CacheLevel, layer: int, batch_size: int, seq_len_tokens: int
@@ -165,27 +173,22 @@ class MemoryModel:
             InvalidRequestError: As for `check`.
             UnknownNameError: The plan names items or levels that the model does not have.
         """
-        self.check(request.batch_size, request.seq_len_tokens)
-        facts, plan = self.facts, self.check_plan(plan)
-        kept = np.ones(facts.num_blocks, dtype=bool)
-        kept[list(plan.removed)] = False
-        params = np.where(kept, self._param_bytes, 0)
-        for index, level in plan.weights:
-            params[index] = facts.weight_levels(index)[level]
-        kv = self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
-        for layer, cache in plan.caches:
-            kv[layer] = self.cache_bytes(cache, layer, request.batch_size, request.seq_len_tokens)
-        workspace = self.workspace_bytes(request, any_ffn=bool(kept[1::2].any()))
-        lowered = plan.weights or plan.embeddings != "native"
-        if plan.caches:
+        batch_size, seq_len_tokens = request.batch_size, request.seq_len_tokens
+        self.check(batch_size, seq_len_tokens)
+        held = _held_by(self, plan)
+        workspace = held.workspace + self._workspace(batch_size, seq_len_tokens, held.any_ffn)
+        if held.lowered_caches:
             workspace += self.attention_workspace_bytes(request)
         return MemoryBreakdown(
-            attn_weights=int(params[0::2].sum()),
-            ffn_weights=int(params[1::2].sum()),
-            embeddings=facts.embedding_levels[plan.embeddings],
-            kv_cache=int(kv[kept[0::2]].sum()),
-            workspace=workspace + (facts.widen_bytes if lowered and not facts.packed else 0),
-            stubs=int(self._stub_bytes[~kept].sum()),
+            attn_weights=held.attn_weights,
+            ffn_weights=held.ffn_weights,
+            embeddings=held.embeddings,
+            kv_cache=sum(
+                layers * self.cache_bytes(level, layer, batch_size, seq_len_tokens)
+                for level, layer, layers in held.caches
+            ),
+            workspace=workspace,
+            stubs=held.stubs,
         )
 
     def peak_bytes(self, plan: MaskOrPlan, request: Request) -> int:
@@ -280,6 +283,59 @@ class MemoryModel:
         activations = tokens * facts.itemsize * (3 * facts.hidden_size + inner)
         activations += facts.widen_bytes if facts.packed else 0
         return activations + batch_size * facts.vocab_size * _LOGIT_BYTES
+
+
+@dataclass(frozen=True)
+class _HeldBytes:
+    """What a plan holds whatever it serves, and the caches that it keeps.
+
+    Attributes:
+        workspace: Bytes of the workspace that do not depend on the request.
+        any_ffn: Whether an FFN block is kept.
+        lowered_caches: Whether the plan lowers a cache.
+        caches: Kept caches as level, a layer, and the number of layers that need equal bytes.
+    """
+
+    attn_weights: int
+    ffn_weights: int
+    embeddings: int
+    stubs: int
+    workspace: int
+    any_ffn: bool
+    lowered_caches: bool
+    caches: tuple[tuple[CacheLevel, int, int], ...]
+
+
+@lru_cache(maxsize=_CACHED_PLANS)
+def _held_by(memory: MemoryModel, plan: MaskOrPlan) -> _HeldBytes:
+    """What a plan holds; the most recent ones are cached, since workloads ask for one plan only.
+
+    Raises:
+        UnknownNameError: The plan names items or levels that the model does not have.
+    """
+    facts, plan = memory.facts, memory.check_plan(plan)
+    removed = plan.removed.indices
+    params, stubs = list(facts.block_param_bytes), facts.stub_bytes or (0,) * facts.num_blocks
+    for index, level in plan.weights:
+        params[index] = facts.weight_levels(index)[level]
+    kept = [index for index in range(facts.num_blocks) if index not in removed]
+    caches: dict[Any, tuple[CacheLevel, int, int]] = {}
+    for layer in (index // 2 for index in kept if index % 2 == 0):
+        cache = plan.cache_level(layer)
+        key = cache, memory.cache_shape(layer)
+        _, first, layers = caches.get(key, (cache, layer, 0))
+        caches[key] = cache, first, layers + 1
+    lowered = plan.weights or plan.embeddings != "native"
+    return _HeldBytes(
+        attn_weights=sum(params[index] for index in kept if index % 2 == 0),
+        ffn_weights=sum(params[index] for index in kept if index % 2),
+        embeddings=facts.embedding_levels[plan.embeddings],
+        stubs=sum(stubs[index] for index in removed),
+        workspace=facts.widen_bytes if lowered and not facts.packed else 0,
+        any_ffn=any(index % 2 for index in kept),
+        lowered_caches=bool(plan.caches),
+        caches=tuple(caches.values()),
+    )
 
 
 def _unbounded(batch_size: int, seq_len_tokens: int) -> Request:

@@ -189,7 +189,7 @@ class VectorLoweringState:
         ladder, positions = self._ladder, self._ladder.positions(plan)
         self._costs[row] = costs
         self._tracker.start(row, costs, positions)
-        self._rows[row] = self._builder.rows_of(costs)
+        self._rows[row] = self._builder.rows_of(costs.steps)
         self._names[row] = list(map(tuple.__getitem__, ladder.level_names, positions))
 
     def peak_after(self, actions: Counts, valid: Flags) -> Counts:

@@ -214,8 +214,8 @@ class PlanMoves:
         self._shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
         self._partners, self._removals = np.array(ladder.partners), np.array(ladder.removals)
         self._gone = np.array([len(item.levels) for item in ladder.items])
-        self._above = np.full_like(costs.next_level, -1)
-        for item, row in enumerate(costs.nexts):
+        self._above = np.full_like(costs.steps.next_level, -1)
+        for item, row in enumerate(costs.steps.nexts):
             position = 0
             while row[position] >= 0:
                 self._above[item, row[position]] = position
@@ -227,7 +227,7 @@ class PlanMoves:
         Returns:
             The plans, (m, items), and for each the number of the plan that it comes from, (m,).
         """
-        nexts = self.costs.next_level[self._items, positions]
+        nexts = self.costs.steps.next_level[self._items, positions]
         parents, items = np.nonzero(nexts >= 0)
         found = positions[parents]
         lower = nexts[parents, items]

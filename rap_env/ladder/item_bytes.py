@@ -24,6 +24,7 @@ from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 
 _CACHED_SHAPES = 256  # some tens of kilobytes each
+_CACHED_STEPS = 64
 
 # Three counters in one integer: kept FFN blocks, lowered caches, lowered weights.
 _FFN, _CACHE, _WEIGHTS = 1, 1 << 20, 1 << 40
@@ -55,6 +56,40 @@ class SharedBytes:
 
 
 @dataclass(frozen=True, eq=False)
+class LevelSteps:
+    """The level to which lowering takes each item from each of its levels.
+
+    Requests of most lengths skip the same levels, so that they share these steps.
+
+    Attributes:
+        ladder: The items.
+        next_level: Position of the next level, -1 if there is none, (items, W), read-only. Levels
+            of a cache that need no fewer bytes than the level above them are skipped, such as a
+            window that is longer than the sequence.
+    """
+
+    ladder: Ladder
+    next_level: Counts
+
+    @cached_property
+    def nexts(self) -> list[list[int]]:
+        """`next_level` as Python integers, which are faster one at a time."""
+        return _lists(self.next_level)
+
+    @cached_property
+    def lowest(self) -> Counts:
+        """The position of each item's level once no action is valid, (items,)."""
+        items = np.arange(len(self.ladder))
+        found = np.zeros(len(items), dtype=np.int64)
+        while (lower := self.next_level[items, found]).max() >= 0:
+            found = np.where(lower >= 0, lower, found)
+        partners = self.ladder.partner_array
+        gone = partners[(found == self.ladder.removal_array) & (partners != items)]
+        found[gone] = [len(self.ladder.items[cache].levels) for cache in gone]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class LadderCosts:
     """Bytes of the items' levels for one batch size and sequence length on one model.
 
@@ -71,9 +106,7 @@ class LadderCosts:
             count for its attention block, (items, W).
         counters: What each level of an item adds to the counters of `SharedBytes`, (items, W).
         counts: The same as Python integers.
-        next_level: Position of the level to which lowering takes the item, -1 if there is none,
-            (items, W). Levels of a cache that need no fewer bytes than the level above them are
-            skipped, such as a window that is longer than the sequence.
+        steps: The level to which lowering takes each item.
     """
 
     ladder: Ladder
@@ -84,28 +117,12 @@ class LadderCosts:
     item_bytes: Counts
     counters: Counts
     counts: list[list[int]]
-    next_level: Counts
+    steps: LevelSteps
 
     @cached_property
     def sizes(self) -> list[list[int]]:
         """`item_bytes` as Python integers, which are faster one at a time."""
         return _lists(self.item_bytes)
-
-    @cached_property
-    def nexts(self) -> list[list[int]]:
-        """`next_level` as Python integers."""
-        return _lists(self.next_level)
-
-    @cached_property
-    def lowest(self) -> Counts:
-        """The position of each item's level once no action is valid, (items,)."""
-        found = np.zeros(len(self.ladder), dtype=np.int64)
-        while (lower := self.next_level[self._items, found]).max() >= 0:
-            found = np.where(lower >= 0, lower, found)
-        partners, removals = np.array(self.ladder.partners), np.array(self.ladder.removals)
-        gone = partners[(found == removals) & (partners != self._items)]
-        found[gone] = [len(self.ladder.items[cache].levels) for cache in gone]
-        return found
 
     @cached_property
     def least_peak_bytes(self) -> int:
@@ -114,7 +131,7 @@ class LadderCosts:
         Every sequence of valid actions ends there. Some plan on the way may need slightly less,
         because of what items share.
         """
-        held, counters = self.held(self.lowest)
+        held, counters = self.held(self.steps.lowest)
         return held + self.shared.of(counters)
 
     @cached_property
@@ -137,8 +154,8 @@ class LadderCosts:
     def freed_bytes(self, positions: Sequence[int] | Counts) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out, (items,)."""
         items, where = self._items, np.asarray(positions)
-        lower, partners = self.next_level[items, where], np.array(self.ladder.partners)
-        takes = (lower == self.ladder.removals) & (partners != items)
+        lower, partners = self.steps.next_level[items, where], self.ladder.partner_array
+        takes = (lower == self.ladder.removal_array) & (partners != items)
         freed = self.item_bytes[items, where] - self.item_bytes[items, lower]
         freed += self.item_bytes[partners, where[partners]] * takes
         return np.asarray(freed * (lower >= 0))
@@ -156,11 +173,11 @@ class LadderCosts:
         the request skips, or that are not below the item's level, are left out. Where the steps
         end, the plan has the levels that they reached.
         """
-        tracker = self.tracker()
+        tracker, nexts = self.tracker(), self.steps.nexts
         for item, position in steps:
             if tracker.peak_bytes <= budget_bytes:
                 break
-            if self.nexts[item][tracker.positions[item]] == position:
+            if nexts[item][tracker.positions[item]] == position:
                 tracker.lower(item)
         return self.ladder.plan(tracker.positions)
 
@@ -185,7 +202,7 @@ class LevelTracker:
 
     def __init__(self, costs: LadderCosts, positions: Sequence[int] | None = None) -> None:
         ladder = self._ladder = costs.ladder
-        self._sizes, self._counts, self._nexts = costs.sizes, costs.counts, costs.nexts
+        self._sizes, self._counts, self._nexts = costs.sizes, costs.counts, costs.steps.nexts
         self._partners, self._removals = ladder.partners, ladder.removals
         self._shared = costs.shared
         self.positions = [0] * len(ladder) if positions is None else list(positions)
@@ -270,25 +287,28 @@ class LadderBytes:
         shape = len(ladder), ladder.width
         self._weights = np.zeros(shape, dtype=np.int64)
         self._counters = np.zeros(shape, dtype=np.int64)
-        self._next = np.full(shape, -1, dtype=np.int64)
         facts = memory.facts
         for number, item in enumerate(ladder.items):
             known = _weight_bytes(memory, item)
             for position, level in enumerate(item.levels):
                 self._weights[number, position] = known.get(level, 0)
                 self._counters[number, position] = _counted(item, level)
-            self._next[number, : len(item.levels) - 1] = range(1, len(item.levels))
         self._counts = _lists(self._counters)
         in_ladder = sum(item.kind == "ffn" for item in ladder.items)
         self._fixed_ffn = facts.num_layers - in_ladder  # FFN blocks that are always kept
         self._widen = 0 if facts.packed else facts.widen_bytes
-        self._cache_rows = [n for n, item in enumerate(ladder.items) if item.kind == "cache"]
+        self._cache_levels = [CacheLevel.of(name) for name in ("native", *ladder.cache_levels)]
+        self._caches: dict[tuple[int | None, ...], list[int]] = {}  # items that need equal bytes
+        for number in ladder.caches:
+            shape_of_cache = memory.cache_shape(ladder.items[number].layer or 0)
+            self._caches.setdefault(shape_of_cache, []).append(number)
         self._takes_cache = [  # attention blocks whose cache has no level of its own
             n
             for n, item in enumerate(ladder.items)
             if item.kind == "attn" and "removed" in item.levels and ladder.partners[n] == n
         ]
         self.cached_costs = lru_cache(_CACHED_SHAPES)(self._make)
+        self._steps_of = lru_cache(_CACHED_STEPS)(self._make_steps)
 
     def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
         """The costs of a batch size and a sequence length.
@@ -319,64 +339,57 @@ class LadderBytes:
         memory, items = self.memory, self.ladder.items
         request = Request(batch_size, seq_len_tokens, budget_bytes=1)
         dense_peak_bytes = memory.dense_peak_bytes(batch_size, seq_len_tokens)
-        sizes, nexts = self._weights.copy(), self._next.copy()
-        native = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
-        for number in self._takes_cache:
-            kept = [n != "removed" for n in items[number].levels]
-            sizes[number, : len(kept)] += native[items[number].layer] * np.array(kept)
-        rows: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
-        for number in self._cache_rows:
-            layer = items[number].layer or 0
-            key = self._cache_key(layer)
-            if key not in rows:  # layers with equal caches have equal bytes
-                rows[key] = self._cache_row(items[number], batch_size, seq_len_tokens)
-            held, lower = rows[key]
-            sizes[number, : len(held)] = held
-            nexts[number, : len(lower)] = lower
-        constant = dense_peak_bytes - int(sizes[:, 0].sum())
+        sizes = self._weights.copy()
+        if self._takes_cache:
+            native = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
+            for number in self._takes_cache:
+                kept = [n != "removed" for n in items[number].levels]
+                sizes[number, : len(kept)] += native[items[number].layer] * np.array(kept)
+        nexts = []
+        for numbers in self._caches.values():
+            layer = items[numbers[0]].layer or 0
+            held = [
+                memory.cache_bytes(level, layer, batch_size, seq_len_tokens)
+                for level in self._cache_levels
+            ]
+            sizes[numbers, : len(held)] = held
+            nexts.append(_next_smaller(held))
+        sizes.flags.writeable = False
         workspace, without = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
         # A model whose FFN blocks are not all in the ladder always keeps one.
         last_ffn = 0 if self._fixed_ffn else workspace - without
-        shared = SharedBytes(last_ffn, self._attention_workspace(request), self._widen)
-        for array in (sizes, nexts):
-            array.flags.writeable = False
         return LadderCosts(
             self.ladder,
             dense_peak_bytes,
             memory.kv_cache_bytes(batch_size, seq_len_tokens),
-            constant,
-            shared,
+            dense_peak_bytes - int(sizes[:, 0].sum()),
+            SharedBytes(last_ffn, self._attention_workspace(request), self._widen),
             sizes,
             self._counters,
             self._counts,
-            nexts,
+            self._steps_of(tuple(nexts)),
         )
+
+    def _make_steps(self, nexts: tuple[tuple[int, ...], ...]) -> LevelSteps:
+        """The steps of requests with these next levels of caches, for each shape of a cache."""
+        next_level = np.full(self._weights.shape, -1, dtype=np.int64)
+        for number, item in enumerate(self.ladder.items):
+            next_level[number, : len(item.levels) - 1] = range(1, len(item.levels))
+        for numbers, lower in zip(self._caches.values(), nexts, strict=True):
+            next_level[numbers, : len(lower)] = lower
+        next_level.flags.writeable = False
+        return LevelSteps(self.ladder, next_level)
 
     def _attention_workspace(self, request: Request) -> int:
-        return self.memory.attention_workspace_bytes(request) if self._cache_rows else 0
+        return self.memory.attention_workspace_bytes(request) if self._caches else 0
 
-    def _cache_key(self, layer: int) -> tuple[int, ...]:
-        facts = self.memory.facts
-        window = facts.kv_window_tokens[layer]
-        return (
-            facts.kv_heads[layer],
-            facts.kv_head_size[layer],
-            facts.kv_bytes_per_token[layer],
-            -1 if window is None else window,
-        )
 
-    def _cache_row(self, item: Item, batch: int, length: int) -> tuple[list[int], list[int]]:
-        """Bytes of a cache at each level, and the next level of each that needs fewer."""
-        layer = item.layer or 0
-        held = [
-            self.memory.cache_bytes(CacheLevel.of(name), layer, batch, length)
-            for name in item.levels
-        ]
-        lower = [
-            next((n for n in range(p + 1, len(held)) if held[n] < held[p]), -1)
-            for p in range(len(held))
-        ]
-        return held, lower
+def _next_smaller(held: Sequence[int]) -> tuple[int, ...]:
+    """The position of the next level that needs fewer bytes than each level, -1 without one."""
+    return tuple(
+        next((n for n in range(p + 1, len(held)) if held[n] < held[p]), -1)
+        for p in range(len(held))
+    )
 
 
 def _weight_bytes(memory: MemoryModel, item: Item) -> dict[str, int]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
+from rap_env.ladder.item_bytes import LadderBytes, LevelSteps
 from rap_env.ladder.items import KINDS, Ladder
 from rap_env.observation import (
     BYTES_OVER,
@@ -37,7 +37,7 @@ FREED = ITEM_FEATURES.index("freed_share")
 COST_FLOOR, COST_CEILING = 1e-4, 10.0
 """Costs in nats per token that are observed as about 0 and as 1, on a log scale between."""
 
-_CACHED_SHAPES = 256
+_CACHED_ROWS = 64
 
 _FEW = 8
 """Rows of an observation that are faster to update one by one than all at once."""
@@ -100,7 +100,7 @@ class ItemObservationBuilder:
             rows[number, :, len(KINDS) + 1] = np.minimum(1.0, levels)
         self._fixed = rows  # columns that do not depend on the request
         self._numbers = np.arange(count)
-        self.rows_of = lru_cache(_CACHED_SHAPES)(self._rows_of)
+        self.rows_of = lru_cache(_CACHED_ROWS)(self._rows_of)
 
     def build(self, request: Request, plan: MaskOrPlan) -> Observation:
         """The observation of a plan under `request`, in new arrays.
@@ -115,15 +115,15 @@ class ItemObservationBuilder:
         seen = request_features(self.item_bytes.memory, request, costs)
         peak_bytes = held + costs.shared.of(counters)
         seen[BYTES_OVER] = bytes_over(peak_bytes, request.budget_bytes, costs.dense_peak_bytes)
-        items = self.rows_of(costs)[self._numbers, positions]
+        items = self.rows_of(costs.steps)[self._numbers, positions]
         items[:, FREED] = freed_share(costs.freed_bytes(positions), costs.dense_peak_bytes)
-        valid = costs.next_level[self._numbers, positions] >= 0
+        valid = costs.steps.next_level[self._numbers, positions] >= 0
         return {"request": seen, "ladder": items, "action_mask": valid.astype(np.int8)}
 
-    def _rows_of(self, costs: LadderCosts) -> npt.NDArray[np.float32]:
+    def _rows_of(self, steps: LevelSteps) -> npt.NDArray[np.float32]:
         """The row of each item at each level, (items, W, features), without the freed share."""
-        known, has_next = self.importance, costs.next_level >= 0
-        lower = np.maximum(costs.next_level, 0)
+        known, has_next = self.importance, steps.next_level >= 0
+        lower = np.maximum(steps.next_level, 0)
         one_shot, place, reached = (
             np.take_along_axis(array, lower, axis=1)
             for array in (known.one_shot, known.place, known.reached)
@@ -146,7 +146,7 @@ class ItemObservationTracker:
 
     def __init__(self, builder: ItemObservationBuilder, request: Request) -> None:
         self._costs = builder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
-        self._rows = builder.rows_of(self._costs)
+        self._rows = builder.rows_of(self._costs.steps)
         self._numbers = np.arange(len(builder.ladder))
         self.observation = builder.build(request, CompressionPlan())
         self.levels = self._costs.tracker()
@@ -164,7 +164,7 @@ class ItemObservationTracker:
             rows[:] = self._rows[self._numbers, levels.positions]
             freed = costs.freed_bytes(levels.positions)
             rows[:, FREED] = freed_share(freed, costs.dense_peak_bytes)
-            valid[:] = costs.next_level[self._numbers, levels.positions] >= 0
+            valid[:] = costs.steps.next_level[self._numbers, levels.positions] >= 0
             return changed
         for one in changed:
             row = rows[one]

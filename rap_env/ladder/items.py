@@ -191,6 +191,16 @@ class Ladder:
         )
 
     @cached_property
+    def partner_array(self) -> npt.NDArray[np.int64]:
+        """`partners` as an array, (items,)."""
+        return np.array(self.partners)
+
+    @cached_property
+    def removal_array(self) -> npt.NDArray[np.int64]:
+        """`removals` as an array, (items,)."""
+        return np.array(self.removals)
+
+    @cached_property
     def caches(self) -> tuple[int, ...]:
         """The numbers of the caches; all have the same levels."""
         return tuple(number for number, item in enumerate(self.items) if item.kind == "cache")
@@ -267,25 +277,22 @@ class Ladder:
 
     def plan(self, positions: Sequence[int]) -> CompressionPlan:
         """The plan whose items have the levels at these positions, (items,)."""
-        removed: list[int] = []
-        weights: list[tuple[int, Any]] = []
-        caches: list[tuple[int, CacheLevel]] = []
-        embeddings: Any = "native"
-        for item, position in zip(self.items, positions, strict=True):
-            if not position or position >= len(item.levels):
-                continue
-            level, layer = item.levels[position], item.layer
-            if layer is None:
-                embeddings = level
-            elif item.kind == "cache":
-                caches.append((layer, CacheLevel.of(level)))
-            elif level == "removed":
-                removed.append(2 * layer + (item.kind == "ffn"))
-            else:
-                weights.append((2 * layer + (item.kind == "ffn"), level))
+        found: dict[str, list[Any]] = {"removed": [], "weights": [], "caches": [], "embeddings": []}
+        for entries, position in zip(self._entries, positions, strict=True):
+            if position and position < len(entries):
+                part, entry = entries[position]
+                found[part].append(entry)
         return CompressionPlan(
-            BlockMask(frozenset(removed)), tuple(weights), tuple(caches), embeddings
+            BlockMask(frozenset(found["removed"])),
+            tuple(found["weights"]),
+            tuple(found["caches"]),
+            found["embeddings"][0] if found["embeddings"] else "native",
         )
+
+    @cached_property
+    def _entries(self) -> tuple[tuple[tuple[str, Any], ...], ...]:
+        """Where a plan has the level at each position of each item, and as which entry."""
+        return tuple(tuple(_entry(item, level) for level in item.levels) for item in self.items)
 
     @cached_property
     def lowest(self) -> CompressionPlan:
@@ -337,6 +344,16 @@ class Ladder:
         if not 0 <= item < len(self):
             raise UnknownNameError("item", item, self.numbers)
         return int(item)
+
+
+def _entry(item: Item, level: str) -> tuple[str, Any]:
+    """The attribute of `CompressionPlan` that has an item's level, and its entry there."""
+    if item.layer is None:
+        return "embeddings", level
+    if item.kind == "cache":
+        return "caches", (item.layer, CacheLevel.of(level))
+    index = 2 * item.layer + (item.kind == "ffn")
+    return ("removed", index) if level == "removed" else ("weights", (index, level))
 
 
 def parse_levels(levels: LevelSpec) -> dict[str, tuple[str, ...]]:

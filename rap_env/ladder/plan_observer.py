@@ -37,7 +37,7 @@ class PlanObserver:
         costs = [builder.item_bytes.costs(*shape) for shape in shapes]
         for row, one in enumerate(costs):
             self._levels.start(row, one, [0] * len(ladder))
-        self._rows = np.stack([builder.rows_of(one) for one in costs])
+        self._rows = np.stack([builder.rows_of(one.steps) for one in costs])
         self._lengths = np.array([len(item.levels) for item in ladder.items])
         self._caches = np.array(ladder.caches, dtype=np.int64)
         self._budget = np.array([request.budget_bytes for request in requests])

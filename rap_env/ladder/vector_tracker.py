@@ -34,8 +34,7 @@ class VectorLevelTracker:
         self._caches = np.array(ladder.caches, dtype=np.int64)
         self._is_cache = np.isin(np.arange(len(ladder)), self._caches)
         self._is_shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
-        self._partners = np.array(ladder.partners)
-        self._removal = np.array(ladder.removals)
+        self._partners, self._removal = ladder.partner_array, ladder.removal_array
         self._gone = np.array([len(item.levels) for item in ladder.items])
         self._takes_cache = (self._removal >= 0) & (self._partners != np.arange(len(ladder)))
 
@@ -45,7 +44,7 @@ class VectorLevelTracker:
         self._held[row], self._counters[row] = held, counters = costs.held(positions)
         self.peak_bytes[row] = held + costs.shared.of(counters)
         self.positions[row] = positions
-        self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.next_level
+        self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.steps.next_level
         self._constant[row] = costs.constant_bytes
         self._counts = costs.counters  # the same for all requests
         self._last_ffn[row] = costs.shared.last_ffn

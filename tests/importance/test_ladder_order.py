@@ -116,7 +116,7 @@ def test_taking_the_first_levels_together_halves_episodes_and_costs_nothing():
             for item, position in order.steps:
                 if tracker.peak_bytes <= max(request.budget_bytes, there.least_peak_bytes):
                     break
-                if there.nexts[item][tracker.positions[item]] == position:
+                if there.steps.nexts[item][tracker.positions[item]] == position:
                     tracker.lower(item)
                     count += 1
             taken.append(count)

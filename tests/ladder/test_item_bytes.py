@@ -46,7 +46,7 @@ def walk(memory, ladder, shape, seed, start=None):
         assert ladder.positions(plan) == tracker.positions
         if ladder.items[item].kind == "cache":
             assert held > 0
-    assert tracker.positions == costs.lowest.tolist()
+    assert tracker.positions == costs.steps.lowest.tolist()
     assert tracker.peak_bytes == costs.least_peak_bytes
     return tracker
 
@@ -153,6 +153,31 @@ def test_a_vector_tracker_has_the_bytes_of_single_ones(name, together):
         vector.lower(items, lowers, peaks)
         assert vector.peak_bytes.tolist() == [s.peak_bytes for s in singles]
         assert vector.positions.tolist() == [s.positions for s in singles]
+
+
+def test_requests_whose_caches_skip_the_same_levels_share_their_steps():
+    made = MADE["packed"]
+    found = LadderBytes(MemoryModel(made), Ladder.of(made))
+    assert found.costs(2, 2000).steps is found.costs(3, 2100).steps
+    assert found.costs(2, 2000).steps is not found.costs(2, 100).steps  # no window hides anything
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("packed", 1), ("unequal caches", 3)])
+def test_equal_caches_are_costed_once(name, shapes):
+    asked = []
+
+    class Counting(MemoryModel):
+        def cache_bytes(self, level, layer, *shape):
+            asked.append((level, layer))
+            return super().cache_bytes(level, layer, *shape)
+
+    memory = Counting(MADE[name])
+    ladder = Ladder.of(memory.facts)
+    LadderBytes(memory, ladder).costs(2, 300)
+    assert len(asked) == len(set(asked)) == shapes * (1 + len(ladder.cache_levels))
+    asked.clear()
+    memory.peak_bytes(CompressionPlan.uniform(3, caches="int4"), Request(2, 300, 1))
+    assert len(asked) == shapes
 
 
 def test_costs_are_cached_read_only_and_checked():

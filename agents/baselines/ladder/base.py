@@ -164,7 +164,7 @@ def level_above(costs: LadderCosts, positions: Positions, item: int) -> Position
     ladder, position = costs.ladder, positions[item]
     if position == 0 or position >= len(ladder.items[item].levels):
         return None
-    nexts = costs.nexts[item]
+    nexts = costs.steps.nexts[item]
     above = min((n for n in range(position) if nexts[n] == position), default=position - 1)
     found = list(positions)
     found[item] = above

@@ -12,7 +12,7 @@ from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
 from rap_env.blocks import BlockMask
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.levels import CacheLevel
+from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, only_mask
@@ -38,10 +38,17 @@ class LoweredCacheMemory(MemoryModel):
         super().__init__(facts)
         self._level = level
 
+    def cache_bytes(
+        self, level: CacheLevel, layer: int, batch_size: int, seq_len_tokens: int
+    ) -> int:
+        """Bytes of a layer's cache at a level; the native one is the level of all caches."""
+        level = self._level if level.native else level
+        return super().cache_bytes(level, layer, batch_size, seq_len_tokens)
+
     def kv_bytes_by_layer(self, batch_size: int, seq_len_tokens: int) -> npt.NDArray[np.int64]:
         """Bytes of each layer's cache at the level, shape (L,)."""
         layers = range(self.facts.num_layers)
-        sizes = [self.cache_bytes(self._level, n, batch_size, seq_len_tokens) for n in layers]
+        sizes = [self.cache_bytes(NATIVE_CACHE, n, batch_size, seq_len_tokens) for n in layers]
         return np.array(sizes, dtype=np.int64)
 
     def kv_cache_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
