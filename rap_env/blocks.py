@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from rap_env.errors import ArtifactError, UnknownNameError
@@ -16,6 +17,7 @@ KINDS: tuple[BlockKind, BlockKind] = ("attn", "ffn")
 _NAME = re.compile(r"layer([0-9]+)\.(attn|ffn)")
 
 
+@lru_cache(maxsize=4096)
 def block_name(index: int) -> str:
     """The name of block `index`: ``layer07.attn`` for 14, ``layer07.ffn`` for 15."""
     return f"layer{index // 2:02d}.{KINDS[index % 2]}"

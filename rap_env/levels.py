@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 from rap_env.errors import UnknownNameError
@@ -96,7 +96,7 @@ class CacheLevel:
         bits = 16 if match["bits"] in (None, "native") else int(match["bits"][3:])
         return cls(bits, None if match["window"] is None else int(match["window"]))
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The level's name in plans, files and tables."""
         window = "" if self.window_tokens is None else f"window{self.window_tokens}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 from rap_env.blocks import BlockMask, block_index, block_name
@@ -23,6 +23,7 @@ _CACHE = ".cache"
 _LOWERED: tuple[WeightLevel, ...] = ("int8", "int4")
 
 
+@lru_cache(maxsize=4096)
 def cache_name(layer: int) -> str:
     """The item of a layer's KV cache: ``layer07.cache`` for 7."""
     return f"{block_name(2 * layer).partition('.')[0]}{_CACHE}"

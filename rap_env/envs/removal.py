@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 BaselineMask = Callable[[EpisodeStart[RequestCosts]], BlockMask]
 """Returns the mask that a baseline has for the request of an episode."""
-
-_name = lru_cache(maxsize=4096)(block_name)
 
 
 class RemovalTask(PruningTask[RequestCosts]):
@@ -117,13 +114,13 @@ class RemovedBlocks:
 
     def __init__(self, indices: Iterable[int] = ()) -> None:
         self.indices = sorted(indices)
-        self.names = [_name(index) for index in self.indices]
+        self.names = [block_name(index) for index in self.indices]
 
     def add(self, index: int) -> None:
         """Add a block."""
         position = bisect(self.indices, index)
         self.indices.insert(position, index)
-        self.names.insert(position, _name(index))
+        self.names.insert(position, block_name(index))
 
     def mask(self, *more: int) -> BlockMask:
         """The mask that removes these blocks and `more`."""

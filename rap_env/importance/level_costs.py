@@ -224,11 +224,11 @@ class LevelCosts(Profile):
         """
         if level == "native":
             return 0.0
-        costs = self.one_shot.get(item, {})
+        costs = self._corrected.get(item, {})
         if level not in costs:
             raise UnknownNameError(f"measured level of {item}", level, ["native", *costs])
-        cost = self._corrected[item][level]
-        if not is_cache(item) or seq_len_tokens is None:
+        cost = costs[level]
+        if seq_len_tokens is None or not is_cache(item):
             return cost
         stored = CacheLevel.of(level)
         if stored.window_tokens is None:
@@ -240,7 +240,7 @@ class LevelCosts(Profile):
                 "holds everything; measure it with longer windows of text."
             )
         precision = CacheLevel(stored.bits).name  # the same bits, without a window
-        kept = 0.0 if precision not in costs else min(cost, self._corrected[item][precision])
+        kept = 0.0 if precision not in costs else min(cost, costs[precision])
         return kept + (cost - kept) * window_share(stored, seq_len_tokens) / measured
 
     def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float:

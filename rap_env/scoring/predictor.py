@@ -284,6 +284,8 @@ class ScoreModel:
 
     def delta_nll(self, mask: BlockMask, lowered: float = 0.0) -> float:
         """Mean plus `pessimism` times the standard deviation of the members, nats per token."""
+        if len(self.members) == 1:
+            return self.members[0].delta_nll(mask, lowered)
         found = [member.delta_nll(mask, lowered) for member in self.members]
         return float(np.mean(found) + self.pessimism * np.std(found))
 
@@ -379,8 +381,13 @@ def feature_matrix(plans: Collection[MaskOrPlan], num_blocks: int) -> Features:
 
 def lowered_costs(plans: Collection[MaskOrPlan], lowered: Lowered) -> Floats:
     """The predictor's second input: what levels other than removal cost alone, (N,)."""
-    kept = (replace(as_plan(plan), removed=BlockMask()) for plan in plans)
-    return np.array([max(0.0, lowered(plan)) if plan else 0.0 for plan in kept])
+    return np.array([lowered_cost(plan, lowered) for plan in plans])
+
+
+def lowered_cost(plan: MaskOrPlan, lowered: Lowered) -> float:
+    """What the levels of a mask or plan other than removal cost alone, nats per token."""
+    kept = replace(as_plan(plan), removed=BlockMask())
+    return max(0.0, lowered(kept)) if kept else 0.0
 
 
 def pair_indices(

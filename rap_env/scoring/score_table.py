@@ -31,7 +31,7 @@ from rap_env.scoring.predictor import (
     Lowered,
     ScoreModel,
     fit_scores,
-    lowered_costs,
+    lowered_cost,
     necessary_masks,
 )
 
@@ -309,7 +309,7 @@ class TableScorer:
         mask = as_plan(plan).removed
         if self._lowered is None or isinstance(plan, BlockMask):
             return self._model.delta_nll(mask)
-        found = self._model.delta_nll(mask, float(lowered_costs([plan], self._lowered)[0]))
+        found = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:
             return found
         return self._measured[mask] - self.dense_nll + found - self._model.delta_nll(mask)
