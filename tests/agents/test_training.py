@@ -7,8 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -31,6 +29,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.observation import ImportanceFeatures
 from tests.agents.synthetic import make_envs, request_at
+from tests.programs import PythonProgram
 
 ROOT = Path(__file__).parents[2]
 _SHORT_PPO = {"n_steps": 16, "batch_size": 32, "n_epochs": 2}
@@ -162,8 +161,8 @@ def slow_bench():
 
 
 def test_killed_training_resumes(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(tmp_path)], env=environment)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = PythonProgram(["-c", _SCRIPT, str(tmp_path)], env=environment)
     folder = tmp_path / "checkpoints"
     deadline = time.monotonic() + 120
     while len(list(folder.glob("step_*"))) < 2:

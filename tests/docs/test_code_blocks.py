@@ -7,7 +7,6 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -27,6 +26,7 @@ from rap_env.errors import RapError
 from rap_env.llm.gguf_file import gguf_folder_name
 from rap_env.llm.model_folder import made_once, models_dir
 from rap_env.llm.packaged_gguf import SMOLLM2
+from tests.programs import PythonProgram, run_python
 from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -123,10 +123,7 @@ def test_toml_is_valid(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_runs(page, environment, tmp_path):
     code = "\n".join(blocks(page, "python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    done = run_python("-c", code, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -149,15 +146,18 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
     if words[0] in ("git", "ray"):
         return ""
     if words[0] == "make":
-        return _ended(
-            ["make", "--dry-run", "--directory", str(ROOT), *words[1:]], environment, ROOT
+        command = ["make", "--dry-run", *words[1:]]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
+        return _problem(done)
     if words[:2] == ["pip", "install"]:
         return installable(words[2:])
     if words[:2] == ["rap", "serve"]:
         return serves(words[1:], environment, folder)
     if words[0] == "rap":
-        return _ended([sys.executable, "-m", "rap_env.cli", *words[1:]], environment, folder)
+        words = ["-m", "rap_env.cli", *words[1:]]
+        return _problem(run_python(*words, cwd=folder, env=environment))
     assert words[:2] == ["python", "-m"], "a kind of command that this test does not know"
     program = words[2].removeprefix("experiments.")
     overrides = [*TINY[program]]
@@ -170,7 +170,7 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
         return composes(program.rpartition(".")[2], given)
     if overrides == COMPOSED:
         return composes(program, words[3:])
-    return _ended([sys.executable, *words[1:], *overrides], environment, folder)
+    return _problem(run_python(*words[1:], *overrides, cwd=folder, env=environment))
 
 
 def composes(program: str, overrides: list[str]) -> str:
@@ -201,10 +201,10 @@ def serves(words: list[str], environment: dict[str, str], folder: Path) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "rap_env.cli", *words, "--port", str(port)]
+    command = ["-m", "rap_env.cli", *words, "--port", str(port)]
     log = folder / "serve.log"
     with log.open("w", encoding="utf-8") as file:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+        server = PythonProgram(command, cwd=folder, env=environment, stdout=file, stderr=file)
         try:
             client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
             wait_until_ready(client, server)
@@ -218,7 +218,7 @@ def serves(words: list[str], environment: dict[str, str], folder: Path) -> str:
             server.wait(30)
 
 
-def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(client: httpx.Client, server: PythonProgram) -> None:
     """Wait until a server answers."""
     deadline = time.monotonic() + 120
     while server.poll() is None and time.monotonic() < deadline:
@@ -230,8 +230,5 @@ def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> N
     raise TimeoutError("the server did not answer")
 
 
-def _ended(command: list[str], environment: dict[str, str], folder: Path) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+def _problem(done: subprocess.CompletedProcess[str]) -> str:
     return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]

@@ -18,6 +18,7 @@ from experiments.config.evaluation import CompareConfig
 from experiments.errors import ExperimentError
 from rap_env.errors import ArtifactError, UnknownNameError
 from tests.experiments.synthetic_records import DEPENDS, FACTORS, make_row, make_rows, write_root
+from tests.programs import run_python
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = {
@@ -225,11 +226,10 @@ def test_errors_name_the_wrong_value(tmp_path):
 
 
 def run_compare(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.compare", *arguments],
-        capture_output=True, text=True, cwd=cwd, timeout=120,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    return run_python(
+        "-m", "experiments.compare", *arguments, cwd=cwd, timeout=120, env=environment
+    )
 
 
 def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from experiments.train import agent_config
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.workload import SAMPLERS
+from tests.programs import run_python
 
 PUBLISHED = sorted((CONF_DIR.parent / "results").glob("*/train/*/config.yaml"))
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
@@ -247,12 +246,9 @@ def test_names_fit_a_file_system_and_are_distinct():
 
 
 def run_program(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True, text=True, cwd=cwd, timeout=120,
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin",
-             "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin",
+                   "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    return run_python("-m", *arguments, cwd=cwd, timeout=120, env=environment)
 
 
 def test_a_mistake_ends_in_one_sentence_and_exit_code_2(tmp_path):

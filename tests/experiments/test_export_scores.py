@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -31,6 +28,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.score_table import ScoreTable
+from tests.programs import PythonProgram, run_python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 MASKS = 150
@@ -231,25 +229,23 @@ def _rows(store):
 
 def test_a_kill_while_measuring_loses_nothing_and_changes_nothing(config, exported, tmp_path):
     text = config.calibration
-    command = [
-        sys.executable, "-m", "experiments.export_scores", "model=custom",
+    arguments = [
+        "-m", "experiments.export_scores", "model=custom",
         f"model.name={config.model.name}", "model.dtype=float32", "threads=1", "progress=false",
         f"calibration.windows={text.windows}", f"calibration.window_tokens={text.window_tokens}",
         "importance.gsi_removals=3", f"export.masks={MASKS}", f"runs_dir={tmp_path / 'runs'}",
         f"store={tmp_path / 'scores.sqlite'}",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    first = PythonProgram(arguments)
     deadline = time.monotonic() + 120
     while first.poll() is None and _rows(tmp_path / "scores.sqlite") < 60:
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    assert first.returncode == -signal.SIGKILL, first.stderr.read()
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
     before = _rows(tmp_path / "scores.sqlite")
     assert 60 <= before < MASKS
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(*arguments)
     assert done.returncode == 0, done.stderr
     table = tmp_path / "runs" / "default" / "export_scores" / TABLE_FILE
     assert f"Measured {MASKS} of {MASKS} masks" in done.stderr

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR, register
 from rap_env.errors import UnknownNameError
 from rap_env.serving.settings import ServerSettings
+from tests.programs import PythonProgram, run_python
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model
 
@@ -79,15 +78,14 @@ class Served:
     """The program in a separate process."""
 
     def __init__(self, folder, runs, *overrides):
-        command = [
-            sys.executable, "-m", "experiments.serve", "model=custom", f"model.name={folder}",
+        arguments = [
+            "-m", "experiments.serve", "model=custom", f"model.name={folder}",
             "model.dtype=float32", "threads=1", f"runs_dir={runs}", "serve.port=0",
             "serve.policy=dense", "serve.model_name=tiny", *overrides,
         ]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        self.process = PythonProgram(
+            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         self.lines = []
         for line in self.process.stdout:
             self.lines.append(line)
@@ -140,10 +138,9 @@ def test_a_port_in_use_is_reported_before_the_model_is_loaded(model_folder, tmp_
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = subprocess.run(
-            [sys.executable, "-m", "experiments.serve", f"serve.port={port}", "threads=1",
-             f"runs_dir={tmp_path}", "model=custom", "model.name=/nowhere/at/all"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+        result = run_python(
+            "-m", "experiments.serve", f"serve.port={port}", "threads=1", f"runs_dir={tmp_path}",
+            "model=custom", "model.name=/nowhere/at/all", cwd=ROOT,
         )  # fmt: skip
     assert result.returncode == 2
     assert f"Cannot listen at 127.0.0.1:{port}" in result.stderr

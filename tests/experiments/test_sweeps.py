@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
@@ -19,6 +17,7 @@ from experiments.comparison.run_folder import RunFolder
 from experiments.config.evaluation import CompareConfig
 from experiments.launch import CONF_DIR, register, runs_in_parallel, with_group
 from rap_env.scoring.store import ScoreStore
+from tests.programs import run_python
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +33,8 @@ def base(tmp_path_factory):
 
 def run_train(base, *arguments, program="train"):
     """A sweep on the tiny model; its folder of runs is ``base/runs``."""
-    command = [
-        sys.executable, "-m", f"experiments.{program}", "-m",
+    arguments = [
+        "-m", f"experiments.{program}", "-m",
         "model=custom", f"model.name={base / 'model'}",
         "threads=1", "model.device=cpu", "model.dtype=float32", "calibration.windows=3",
         "calibration.window_tokens=12", "importance=none", "workload=grid",
@@ -46,9 +45,7 @@ def run_train(base, *arguments, program="train"):
         f"store={base / 'scores.sqlite'}", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAP_CACHE_DIR": str(base / "cache")}
-    return subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+    return run_python(*arguments, env=environment, cwd=ROOT, timeout=280)
 
 
 def runs_in(folder):

@@ -31,6 +31,7 @@ from experiments.training.loggers import (
     wandb_mode,
 )
 from rap_env.errors import MissingDependencyError
+from tests.programs import run_python
 
 
 @pytest.fixture
@@ -204,10 +205,9 @@ def test_a_killed_and_resumed_run_is_one_run_with_a_whole_history(config, no_log
     """Killed at step 30, ten steps after its checkpoint, it continues from there."""
     # Without the variable by which wandb shares its service with the processes that a run starts.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, config.runs_dir], env=environment,
-        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_python(
+        "-c", KILLED, config.runs_dir, env=environment, cwd=Path(__file__).parents[3], timeout=120
+    )
     assert done.returncode == 9, done.stderr
     folder, wandb = config.stage_dir("train") / "ppo-s4", config.root / "wandb"
     (first,) = (path.name.split("-")[3] for path in wandb.glob("offline-run-*"))
