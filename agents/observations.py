@@ -79,9 +79,8 @@ class MaskObserver:
         self._request = np.stack([seen["request"] for seen in dense])
         self._blocks = np.stack([seen["blocks"] for seen in dense])
         self._bytes = VectorByteTracker(len(requests), memory.facts.num_blocks)
-        for row, request in enumerate(requests):
-            costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
-            self._bytes.start(row, costs)
+        costs = [request_costs(memory, one.batch_size, one.seq_len_tokens) for one in requests]
+        self._bytes.start(np.arange(len(requests)), costs)
         self._budget = np.array([request.budget_bytes for request in requests])
 
     def start(self, count: int) -> Flags:

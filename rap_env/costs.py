@@ -49,7 +49,7 @@ class RequestCosts:
     @cached_property
     def freed_share(self) -> npt.NDArray[np.float32]:
         """What each block's removal frees as a share of the dense peak, (2L,), read-only."""
-        share = np.clip(self.freed_bytes / self.dense_peak_bytes, 0.0, 1.0).astype(np.float32)
+        share = freed_share(self.freed_bytes, self.dense_peak_bytes)
         share.flags.writeable = False
         return share
 
@@ -75,6 +75,11 @@ class RequestCosts:
             tracker.remove(int(index))
             removed.append(int(index))
         return BlockMask.of(*removed)
+
+
+def freed_share(freed_bytes: Counts, dense_peak_bytes: int | Counts) -> npt.NDArray[np.float32]:
+    """Freed bytes as a share of the peak of the unchanged model, in [0, 1]."""
+    return np.clip(freed_bytes / dense_peak_bytes, 0.0, 1.0).astype(np.float32)
 
 
 class ByteTracker:
@@ -123,27 +128,32 @@ class VectorByteTracker:
     Attributes:
         dense_peak_bytes: Peak bytes of each request with every block, (n,).
         peak_bytes: Peak bytes of each request now, (n,).
+        freed_bytes: Bytes that each block's removal frees, (n, 2L).
     """
 
     def __init__(self, count: int, num_blocks: int) -> None:
         self.dense_peak_bytes = np.zeros(count, dtype=np.int64)
         self.peak_bytes = np.zeros(count, dtype=np.int64)
-        self._freed = np.zeros((count, num_blocks), dtype=np.int64)
+        self.freed_bytes = np.zeros((count, num_blocks), dtype=np.int64)
         self._last_ffn_bytes = np.zeros(count, dtype=np.int64)
         self._ffn_left = np.zeros(count, dtype=np.int64)
         self._rows = np.arange(count)
 
-    def start(self, row: int, costs: RequestCosts, removed: Collection[int] = ()) -> None:
-        """Start request `row` with the `removed` blocks, given by index."""
-        self.dense_peak_bytes[row] = costs.dense_peak_bytes
-        self.peak_bytes[row] = costs.peak_bytes(removed)
-        self._freed[row] = costs.freed_bytes
-        self._last_ffn_bytes[row] = costs.last_ffn_bytes
-        self._ffn_left[row] = len(costs.freed_bytes) // 2 - sum(index % 2 for index in removed)
+    def start(
+        self, rows: Counts, costs: Sequence[RequestCosts], removed: Collection[int] = ()
+    ) -> None:
+        """Start the requests `rows`, (m,), all with the `removed` blocks, given by index."""
+        self.dense_peak_bytes[rows] = [one.dense_peak_bytes for one in costs]
+        self.freed_bytes[rows] = [one.freed_bytes for one in costs]
+        self._last_ffn_bytes[rows] = [one.last_ffn_bytes for one in costs]
+        gone = np.zeros((1, self.freed_bytes.shape[1]), dtype=bool)
+        gone[0, list(removed)] = True
+        self._ffn_left[rows] = np.count_nonzero(~gone[0, 1::2])
+        self.peak_bytes[rows] = self.peaks_of(rows, gone)
 
     def peak_without(self, index: Counts, removes: Flags) -> Counts:
         """Peak bytes of each request, (n,), if those with a flag lose the kept block `index`."""
-        freed = self._freed[self._rows, index]
+        freed = self.freed_bytes[self._rows, index]
         freed += self._last_ffn_bytes * (self._ffn_left == 1) * (index % 2)
         return np.asarray(self.peak_bytes - freed * removes)
 
@@ -157,7 +167,7 @@ class VectorByteTracker:
 
         `rows` has the request of each mask, (m,), and `removed` the blocks it removes, (m, 2L).
         """
-        peak = self.dense_peak_bytes[rows] - (self._freed[rows] * removed).sum(axis=1)
+        peak = self.dense_peak_bytes[rows] - (self.freed_bytes[rows] * removed).sum(axis=1)
         peak -= self._last_ffn_bytes[rows] * removed[:, 1::2].all(axis=1)
         return np.asarray(peak)
 

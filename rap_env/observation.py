@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
 from rap_env.blocks import BlockMask
-from rap_env.costs import request_costs
+from rap_env.costs import Counts, request_costs
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 
@@ -34,7 +34,9 @@ MAX_BATCH_LOG2 = 8
 BYTES_OVER = REQUEST_FEATURES.index("bytes_over")
 """The column of ``request`` that depends on the mask."""
 
-KEPT_AND_FREED = slice(BLOCK_FEATURES.index("kept"), BLOCK_FEATURES.index("freed_share") + 1)
+FREED = BLOCK_FEATURES.index("freed_share")
+
+KEPT_AND_FREED = slice(BLOCK_FEATURES.index("kept"), FREED + 1)
 """The columns of ``blocks`` that are zero once a block is removed."""
 
 Observation = dict[str, npt.NDArray[Any]]
@@ -106,13 +108,24 @@ class ObservationBuilder:
             InvalidRequestError: The model cannot serve the request.
         """
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
-        blocks = self._dense.copy()
-        blocks[:, 3] = costs.freed_share
+        blocks = self.dense_blocks(costs.freed_share)
         return {
-            "request": request_features(self.memory, request, costs),
+            "request": request_features(
+                self.memory,
+                **vars(request),
+                dense_peak_bytes=costs.dense_peak_bytes,
+                kv_cache_bytes=costs.kv_cache_bytes,
+            ),
             "blocks": blocks,
             "action_mask": np.ones(len(blocks), dtype=np.int8),
         }
+
+    def dense_blocks(self, freed_share: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Rows of the dense model's blocks, (..., 2L, 7), from their freed shares, (..., 2L)."""
+        blocks = np.empty((*freed_share.shape, len(BLOCK_FEATURES)), dtype=np.float32)
+        blocks[...] = self._dense
+        blocks[..., FREED] = freed_share
+        return blocks
 
     def build(self, request: Request, mask: BlockMask) -> Observation:
         """The observation of `mask` under `request`, in new arrays.
@@ -134,31 +147,36 @@ class ObservationBuilder:
         return seen
 
 
-class _PeakAndCache(Protocol):
-    """Bytes of a batch size and length that an observation of a request needs."""
-
-    @property
-    def dense_peak_bytes(self) -> int:
-        """Peak bytes of the unchanged model."""
-
-    @property
-    def kv_cache_bytes(self) -> int:
-        """Bytes of its KV cache."""
-
-
 def request_features(
-    memory: MemoryModel, request: Request, costs: _PeakAndCache
+    memory: MemoryModel,
+    *,
+    batch_size: int | Counts,
+    seq_len_tokens: int | Counts,
+    budget_bytes: int | Counts,
+    dense_peak_bytes: int | Counts,
+    kv_cache_bytes: int | Counts,
 ) -> npt.NDArray[np.float32]:
-    """The features `REQUEST_FEATURES` of a request that the unchanged model serves."""
-    peak, longest = costs.dense_peak_bytes, max(2, memory.facts.max_positions)
+    """The features `REQUEST_FEATURES` of a request that the unchanged model serves, (5,).
+
+    Args:
+        memory: The model's byte arithmetic.
+        batch_size: Of the request; like the others, a number, or an array (n,) for n requests.
+        seq_len_tokens: Of the request.
+        budget_bytes: Of the request.
+        dense_peak_bytes: Peak bytes of the unchanged model.
+        kv_cache_bytes: Bytes of its KV cache.
+
+    Returns:
+        The features, (5,) or (n, 5).
+    """
     seen = [
-        min(1.0, request.budget_bytes / peak),
-        min(1.0, np.log2(request.batch_size) / MAX_BATCH_LOG2),
-        min(1.0, np.log2(request.seq_len_tokens) / np.log2(longest)),
-        bytes_over(peak, request.budget_bytes, peak),
-        costs.kv_cache_bytes / peak,
+        np.minimum(1.0, budget_bytes / dense_peak_bytes),
+        np.minimum(1.0, np.log2(batch_size) / MAX_BATCH_LOG2),
+        np.minimum(1.0, np.log2(seq_len_tokens) / np.log2(max(2, memory.facts.max_positions))),
+        np.maximum(0, dense_peak_bytes - budget_bytes) / dense_peak_bytes,
+        kv_cache_bytes / dense_peak_bytes,
     ]
-    return np.array(seen, dtype=np.float32)
+    return np.array(seen, dtype=np.float32).T
 
 
 def bytes_over(peak_bytes: int, budget_bytes: int, dense_peak_bytes: int) -> float:

@@ -129,7 +129,7 @@ def test_trackers_follow_removals_in_any_order(memory, shape):
     vector = VectorByteTracker(len(orders), 2 * LAYERS)
     singles = [costs.tracker(order[:2]) for order in orders]
     for row, order in enumerate(orders):
-        vector.start(row, costs, order[:2])
+        vector.start(np.array([row]), [costs], order[:2])
     for step in range(2, 2 * LAYERS):
         index, removes = orders[:, step], np.ones(len(orders), dtype=bool)
         vector.remove(index, removes, vector.peak_without(index, removes))
@@ -143,8 +143,8 @@ def test_trackers_follow_removals_in_any_order(memory, shape):
 def test_a_vector_tracker_leaves_requests_without_a_flag_as_they_are(memory):
     vector, shapes = VectorByteTracker(3, 2 * LAYERS), [(1, 5), (2, 30), (3, 17)]
     every_ffn = list(range(1, 2 * LAYERS, 2))
-    for row, shape in enumerate(shapes):
-        vector.start(row, request_costs(memory, *shape), every_ffn[1:])
+    costs = [request_costs(memory, *shape) for shape in shapes]
+    vector.start(np.arange(3), costs, every_ffn[1:])
     removes = np.array([True, False, True])
     before, index = vector.peak_bytes.copy(), np.ones(3, dtype=int)
     vector.remove(index, removes, vector.peak_without(index, removes))
@@ -157,8 +157,8 @@ def test_a_vector_tracker_leaves_requests_without_a_flag_as_they_are(memory):
 
 def test_peaks_of_whole_masks_are_those_of_the_memory_model(memory):
     vector, removed = VectorByteTracker(len(SHAPES), 2 * LAYERS), _bits(2 * LAYERS) > 0
-    for row, shape in enumerate(SHAPES):
-        vector.start(row, request_costs(memory, *shape))
+    costs = [request_costs(memory, *shape) for shape in SHAPES]
+    vector.start(np.arange(len(SHAPES)), costs)
     rows = np.arange(len(removed)) % len(SHAPES)
     for row, bits, peak in zip(rows, removed, vector.peaks_of(rows, removed), strict=True):
         mask = BlockMask(frozenset(np.flatnonzero(bits)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -116,22 +116,31 @@ class VectorState(Protocol[_StartsWith]):
     def peak_bytes(self) -> Counts:
         """Peak bytes of each request now, (n,)."""
 
-    def start(self, row: int, costs: _StartsWith, plan: MaskOrPlan, /) -> None:
-        """Start sub-environment `row` with a mask or plan."""
+    def start(
+        self, rows: Counts, costs: Sequence[_StartsWith], plan: MaskOrPlan, seen: Observation, /
+    ) -> None:
+        """Start the sub-environments `rows`, (m,), all with a mask or plan.
+
+        What `seen`, the arrays of all observations, has of their masks or plans is updated; the
+        features of the request are not.
+        """
 
     def peak_after(self, actions: Counts, valid: Flags, /) -> Counts:
         """Peak bytes of each request, (n,), if the valid actions are taken."""
 
     def apply(
-        self, actions: Counts, valid: Flags, peak_bytes: Counts, observation: Observation, /
+        self, actions: Counts, valid: Flags, peak_bytes: Counts, seen: Observation, /
     ) -> None:
-        """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
+        """Take the valid actions, after which the requests need `peak_bytes`; all (n,).
 
-    def plan_after(self, row: int, action: int | None = None, /) -> MaskOrPlan:
-        """The mask or plan of a sub-environment after an action, or the current one."""
+        `seen` is updated as by `start`.
+        """
 
-    def info(self, row: int, /) -> list[str]:
-        """The value of `info_key` for a sub-environment, a new list."""
+    def plans(self, rows: Counts, actions: Counts | None = None, /) -> Sequence[MaskOrPlan]:
+        """The masks or plans of the sub-environments `rows`, (m,), now or after actions, (m,)."""
+
+    def infos(self, rows: Counts, /) -> list[list[str]]:
+        """The values of `info_key` for the sub-environments `rows`, (m,), new lists."""
 
     def info_array(self) -> npt.NDArray[np.int8]:
         """The values of `info_key` as a new array, (n, actions)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rap_env.artifacts import artifact_kind
 from rap_env.context.base import item_importance, item_order, load_plan_frontier
-from rap_env.costs import Counts, Flags
+from rap_env.costs import Counts, Flags, freed_share
 from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.removal import from_frontier, no_gsi_order, nothing_known
@@ -22,7 +22,6 @@ from rap_env.ladder.item_observation import (
     FREED,
     ItemObservationBuilder,
     ItemObservationTracker,
-    freed_share,
 )
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.vector_tracker import VectorLevelTracker
@@ -168,9 +167,12 @@ class VectorLoweringState:
     def __init__(self, num_envs: int, builder: ItemObservationBuilder) -> None:
         ladder = builder.ladder
         self._builder, self._ladder = builder, ladder
-        self._costs: dict[int, LadderCosts] = {}
         self._tracker = VectorLevelTracker(num_envs, ladder)
-        self._names = [["native"] * len(ladder) for _ in range(num_envs)]
+        self._items = np.arange(len(ladder))
+        self._level_names = np.full((len(ladder), ladder.width), "", dtype=object)
+        for item, names in enumerate(ladder.level_names):
+            self._level_names[item, : len(names)] = names
+        self._names = np.full((num_envs, len(ladder)), "native", dtype=object)
         columns = builder.space["ladder"].shape[-1]  # type: ignore[index]
         self._rows = np.zeros((num_envs, len(ladder), ladder.width, columns), dtype=np.float32)
 
@@ -184,46 +186,48 @@ class VectorLoweringState:
         """Peak bytes of each request now, (n,)."""
         return self._tracker.peak_bytes
 
-    def start(self, row: int, costs: LadderCosts, plan: MaskOrPlan) -> None:
-        """Start sub-environment `row` with a plan."""
-        ladder, positions = self._ladder, self._ladder.positions(plan)
-        self._costs[row] = costs
-        self._tracker.start(row, costs, positions)
-        self._rows[row] = self._builder.rows_of(costs.steps)
-        self._names[row] = list(map(tuple.__getitem__, ladder.level_names, positions))
+    def start(
+        self, rows: Counts, costs: Sequence[LadderCosts], plan: MaskOrPlan, seen: Observation
+    ) -> None:
+        """Start the sub-environments `rows`, (m,), all with a plan."""
+        self._tracker.start(rows, costs, self._ladder.positions(plan))
+        self._rows[rows] = [self._builder.rows_of(one.steps) for one in costs]
+        self._show(rows.repeat(len(self._items)), np.tile(self._items, len(rows)), seen)
 
     def peak_after(self, actions: Counts, valid: Flags) -> Counts:
         """Peak bytes of each request, (n,), if the valid actions are taken."""
         return self._tracker.peak_after(actions, valid)
 
-    def apply(
-        self, actions: Counts, valid: Flags, peak_bytes: Counts, observation: Observation
-    ) -> None:
+    def apply(self, actions: Counts, valid: Flags, peak_bytes: Counts, seen: Observation) -> None:
         """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
-        tracker, names = self._tracker, self._ladder.level_names
-        where, items = tracker.lower(actions, valid, peak_bytes)
-        positions = tracker.positions[where, items]
-        for row, item, position in zip(
-            where.tolist(), items.tolist(), positions.tolist(), strict=True
-        ):
-            self._names[row][item] = names[item][position]
-        seen = self._rows[where, items, positions]
-        seen[:, FREED] = freed_share(
-            tracker.freed_bytes(where, items), tracker.dense_peak_bytes[where]
+        self._show(*self._tracker.lower(actions, valid, peak_bytes), seen)
+
+    def _show(self, rows: Counts, items: Counts, seen: Observation) -> None:
+        """Show the levels of some items, (k,), of some sub-environments, (k,)."""
+        tracker = self._tracker
+        positions = tracker.positions[rows, items]
+        self._names[rows, items] = self._level_names[items, positions]
+        shown = self._rows[rows, items, positions]
+        shown[:, FREED] = freed_share(
+            tracker.freed_bytes(rows, items), tracker.dense_peak_bytes[rows]
         )
-        observation["ladder"][where, items] = seen
-        observation["action_mask"][where, items] = tracker.next_level[where, items, positions] >= 0
+        seen["ladder"][rows, items] = shown
+        seen["action_mask"][rows, items] = tracker.next_level[rows, items, positions] >= 0
 
-    def plan_after(self, row: int, action: int | None = None) -> CompressionPlan:
-        """The plan of a sub-environment after an item was lowered, if it can be."""
-        positions: list[int] = self._tracker.positions[row].tolist()
-        if action is not None:
-            positions = self._costs[row].tracker(positions).positions_after(action)
-        return self._ladder.plan(positions)
+    def plans(self, rows: Counts, actions: Counts | None = None) -> list[CompressionPlan]:
+        """The plans of the sub-environments `rows`, (m,), now or after items, (m,), were lowered.
 
-    def info(self, row: int) -> list[str]:
-        """The level of each item of a sub-environment."""
-        return self._names[row].copy()
+        An item without a lower level stays as it is.
+        """
+        positions = self._tracker.positions[rows]
+        if actions is not None:
+            positions = self._tracker.lowered(rows, positions, actions)
+        return [self._ladder.plan(found) for found in positions.tolist()]
+
+    def infos(self, rows: Counts) -> list[list[str]]:
+        """The level of each item of each of the sub-environments `rows`, (m,)."""
+        names: list[list[str]] = self._names[rows].tolist()
+        return names
 
     def info_array(self) -> npt.NDArray[np.int8]:
         """The position of each item's level in its levels, (n, items)."""

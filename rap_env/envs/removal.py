@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask, block_name
-from rap_env.costs import Counts, Flags, RequestCosts, VectorByteTracker, request_costs
+from rap_env.costs import (
+    Counts,
+    Flags,
+    RequestCosts,
+    VectorByteTracker,
+    freed_share,
+    request_costs,
+)
 from rap_env.envs.config import EnvConfig
 from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.task import PruningTask
@@ -33,7 +40,7 @@ class RemovalTask(PruningTask[RequestCosts]):
 
     def _prepare(self, config: EnvConfig) -> None:
         self.num_actions = self.memory.facts.num_blocks
-        self.observations = ObservationBuilder(self.memory, self.context.features)
+        self.observations = self.builder = ObservationBuilder(self.memory, self.context.features)
 
     def costs(self, request: Request) -> RequestCosts:
         """What each removal frees."""
@@ -45,7 +52,7 @@ class RemovalTask(PruningTask[RequestCosts]):
 
     def new_vector_state(self, num_envs: int) -> VectorRemovalState:
         """The removed blocks of many sub-environments."""
-        return VectorRemovalState(num_envs, self.num_actions)
+        return VectorRemovalState(num_envs, self.builder)
 
     @property
     def lowest(self) -> BlockMask:
@@ -107,32 +114,13 @@ def no_gsi_order() -> InvalidRequestError:
     )
 
 
-class RemovedBlocks:
-    """Indices and names of the blocks that an episode has removed, in ascending order."""
-
-    __slots__ = ("indices", "names")
-
-    def __init__(self, indices: Iterable[int] = ()) -> None:
-        self.indices = sorted(indices)
-        self.names = [block_name(index) for index in self.indices]
-
-    def add(self, index: int) -> None:
-        """Add a block."""
-        position = bisect(self.indices, index)
-        self.indices.insert(position, index)
-        self.names.insert(position, block_name(index))
-
-    def mask(self, *more: int) -> BlockMask:
-        """The mask that removes these blocks and `more`."""
-        return BlockMask(frozenset((*self.indices, *more)))
-
-
 class RemovalState:
     """The blocks that an episode has removed; an `EpisodeState`."""
 
     def __init__(self, start: EpisodeStart[RequestCosts], observation: Observation) -> None:
         self.observation = observation
-        self._removed = RemovedBlocks()
+        self._removed: list[int] = []  # in ascending order
+        self._names: list[str] = []
         self._bytes = start.costs.tracker()
 
     @property
@@ -142,7 +130,7 @@ class RemovalState:
 
     def is_valid(self, action: int) -> bool:
         """Whether the block is kept."""
-        return action not in self._removed.indices
+        return action not in self._removed
 
     def peak_after(self, action: int) -> int:
         """Peak bytes without the kept block."""
@@ -150,19 +138,21 @@ class RemovalState:
 
     def plan_after(self, action: int | None = None) -> BlockMask:
         """The mask that also removes a block."""
-        return self._removed.mask() if action is None else self._removed.mask(action)
+        more = () if action is None else (action,)
+        return BlockMask(frozenset((*self._removed, *more)))
 
     def apply(self, action: int) -> None:
         """Remove a kept block."""
-        self._removed.add(action)
+        place = bisect(self._removed, action)
+        self._removed.insert(place, action)
+        self._names.insert(place, block_name(action))
         self._bytes.remove(action)
         self.observation["blocks"][action, KEPT_AND_FREED] = 0.0
         self.observation["action_mask"][action] = 0
 
     def info(self, *, arrays: bool) -> dict[str, Any]:
         """The names of the removed blocks, or 1 for each removed block."""
-        names = self._removed.names
-        return {"removed": 1 - self.observation["action_mask"] if arrays else names.copy()}
+        return {"removed": 1 - self.observation["action_mask"] if arrays else self._names.copy()}
 
 
 class VectorRemovalState:
@@ -170,10 +160,13 @@ class VectorRemovalState:
 
     info_key = "removed"
 
-    def __init__(self, num_envs: int, num_blocks: int) -> None:
-        self._num_blocks = num_blocks
-        self._removed = [RemovedBlocks() for _ in range(num_envs)]
-        self._bytes = VectorByteTracker(num_envs, num_blocks)
+    def __init__(self, num_envs: int, builder: ObservationBuilder) -> None:
+        count = builder.memory.facts.num_blocks
+        self._builder = builder
+        self._removed = np.zeros((num_envs, count), dtype=bool)
+        self._names: list[list[str]] = [[] for _ in range(num_envs)]
+        self._blocks = np.arange(count)
+        self._bytes = VectorByteTracker(num_envs, count)
 
     @property
     def dense_peak_bytes(self) -> Counts:
@@ -185,43 +178,53 @@ class VectorRemovalState:
         """Peak bytes of each request now, (n,)."""
         return self._bytes.peak_bytes
 
-    def start(self, row: int, costs: RequestCosts, plan: MaskOrPlan) -> None:
-        """Start sub-environment `row` with a mask."""
+    def start(
+        self, rows: Counts, costs: Sequence[RequestCosts], plan: MaskOrPlan, seen: Observation
+    ) -> None:
+        """Start the sub-environments `rows`, (m,), all with a mask."""
         assert isinstance(plan, BlockMask)
-        self._removed[row] = RemovedBlocks(plan.indices)
-        self._bytes.start(row, costs, plan.indices)
+        removed, tracker = list(plan), self._bytes
+        tracker.start(rows, costs, removed)
+        self._removed[rows] = False
+        self._removed[rows[:, None], removed] = True
+        for row in rows.tolist():
+            self._names[row] = list(plan.names)
+        shares = freed_share(tracker.freed_bytes[rows], tracker.dense_peak_bytes[rows, None])
+        blocks = self._builder.dense_blocks(shares)
+        blocks[:, removed, KEPT_AND_FREED] = 0.0
+        seen["blocks"][rows] = blocks
+        seen["action_mask"][rows] = ~self._removed[rows]
 
     def peak_after(self, actions: Counts, valid: Flags) -> Counts:
         """Peak bytes of each request, (n,), if the valid actions are taken."""
         return self._bytes.peak_without(actions, valid)
 
-    def apply(
-        self, actions: Counts, valid: Flags, peak_bytes: Counts, observation: Observation
-    ) -> None:
+    def apply(self, actions: Counts, valid: Flags, peak_bytes: Counts, seen: Observation) -> None:
         """Take the valid actions, after which the requests need `peak_bytes`; all (n,)."""
-        where = np.flatnonzero(valid)
-        blocks = actions[where]
-        for row, block in zip(where.tolist(), blocks.tolist(), strict=True):
-            self._removed[row].add(block)
+        rows = np.flatnonzero(valid)
+        blocks = actions[rows]
+        places = (self._removed[rows] & (self._blocks < blocks[:, None])).sum(axis=1)
+        for row, block, place in zip(rows.tolist(), blocks.tolist(), places.tolist(), strict=True):
+            self._names[row].insert(place, block_name(block))
+        self._removed[rows, blocks] = True
         self._bytes.remove(actions, valid, peak_bytes)
-        observation["blocks"][where, blocks, KEPT_AND_FREED] = 0.0
-        observation["action_mask"][where, blocks] = 0
+        seen["blocks"][rows, blocks, KEPT_AND_FREED] = 0.0
+        seen["action_mask"][rows, blocks] = 0
 
-    def plan_after(self, row: int, action: int | None = None) -> BlockMask:
-        """The mask of a sub-environment that also removes a block."""
-        removed = self._removed[row]
-        return removed.mask() if action is None else removed.mask(action)
+    def plans(self, rows: Counts, actions: Counts | None = None) -> list[BlockMask]:
+        """The masks of the sub-environments `rows`, (m,), now or after removals, (m,)."""
+        removed = self._removed[rows]
+        if actions is not None:
+            removed[np.arange(len(rows)), actions] = True
+        return [BlockMask(frozenset(np.flatnonzero(flags).tolist())) for flags in removed]
 
-    def info(self, row: int) -> list[str]:
-        """The names of the blocks that a sub-environment has removed."""
-        return self._removed[row].names.copy()
+    def infos(self, rows: Counts) -> list[list[str]]:
+        """The names of the blocks that each of the sub-environments `rows`, (m,), has removed."""
+        return [self._names[row].copy() for row in rows.tolist()]
 
     def info_array(self) -> npt.NDArray[np.int8]:
         """1 for each block that a sub-environment has removed, (n, blocks)."""
-        flags = np.zeros((len(self._removed), self._num_blocks), dtype=np.int8)
-        for row, removed in enumerate(self._removed):
-            flags[row, removed.indices] = 1
-        return flags
+        return self._removed.astype(np.int8)
 
     def saved_plan(self, state: Mapping[str, Any]) -> BlockMask:
         """The mask of a saved state."""

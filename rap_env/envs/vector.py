@@ -110,9 +110,7 @@ class PruningVectorEnv(
     @property
     def plans(self) -> tuple[CompressionPlan, ...]:
         """The plan of each sub-environment."""
-        return tuple(
-            as_plan(self._started.state.plan_after(index)) for index in range(self.num_envs)
-        )
+        return tuple(map(as_plan, self._started.state.plans(np.arange(self.num_envs))))
 
     def reset(
         self,
@@ -184,11 +182,9 @@ class PruningVectorEnv(
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
         draw = render_ansi if self.render_mode == "ansi" else render_rgb
-        states = zip(self.requests, self.plans, self._episodes.measurements, strict=True)
-        scenes = (
-            Scene(self.memory, request, plan, found and found.delta_nll, self._task.unchanged)
-            for request, plan, found in states
-        )
+        delta_nll = map(self._episodes.delta_nll, range(self.num_envs))
+        states = zip(self.requests, self.plans, delta_nll, strict=True)
+        scenes = (Scene(self.memory, *state, self._task.unchanged) for state in states)
         return tuple(map(draw, scenes))
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -241,7 +237,7 @@ class PruningVectorEnv(
             "attributes": {name: getattr(self, name) for name in kept},
             "positions": [sampler.position for sampler in self._samplers],
             "episodes": {index: episodes.get_state(index) for index in episodes.starts},
-            "measurements": list(episodes.measurements),
+            "measured": episodes.measured.copy(),
         }
         return reopen, (type(self), self.context, arguments), state
 
@@ -251,7 +247,7 @@ class PruningVectorEnv(
             sampler.restart(position)
         for index, episode in state["episodes"].items():
             self._episodes.set_state(index, {**episode, "measured": False})
-        self._episodes.measurements = state["measurements"]
+        self._episodes.measured = state["measured"]
 
     @property
     def _started(self) -> VectorEpisodes[CostsT]:
@@ -277,8 +273,7 @@ class PruningVectorEnv(
             )
             for index in np.flatnonzero(flags).tolist()
         }
-        for index, start in starts.items():
-            self._episodes.start(index, start, self._task.measured_start)
+        self._episodes.start(starts, self._task.measured_start)
 
 
 class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):

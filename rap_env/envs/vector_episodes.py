@@ -7,7 +7,8 @@ gymnasium's own vector environments fill them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic
 
@@ -19,7 +20,7 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags
 from rap_env.envs.episode import CostsT, EpisodeStart, Measurement, usable_masks
 from rap_env.envs.task import PruningTask, RewardedStep
-from rap_env.observation import BYTES_OVER, Observation
+from rap_env.observation import BYTES_OVER, Observation, request_features
 from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 
@@ -56,7 +57,8 @@ class VectorEpisodes(Generic[CostsT]):
     Attributes:
         starts: Request and costs of each sub-environment that has started an episode, by index.
         state: What each one has done to the model.
-        measurements: What the model measured of each plan, or None if it was not measured.
+        measured: What the model measured of each plan, with the fields of `Measurement` as columns;
+            NaN where there is no value, (n, 4).
         batch_size: Batch size of each request, (n,).
         seq_len_tokens: Length of each request, (n,).
         budget_bytes: Budget of each request, (n,).
@@ -71,7 +73,7 @@ class VectorEpisodes(Generic[CostsT]):
         self._rows = np.arange(num_envs)
         self.starts: dict[int, EpisodeStart[CostsT]] = {}
         self.state = task.new_vector_state(num_envs)
-        self.measurements: list[Measurement | None] = [None] * num_envs
+        self.measured = np.full((num_envs, len(Measurement._fields)), np.nan)
         self.invalid_actions, self.steps = _zeros(num_envs), _zeros(num_envs)
         self.over = np.zeros(num_envs, dtype=bool)
         self.batch_size, self.seq_len_tokens = _zeros(num_envs), _zeros(num_envs)
@@ -80,24 +82,39 @@ class VectorEpisodes(Generic[CostsT]):
 
     def start(
         self,
-        index: int,
-        start: EpisodeStart[CostsT],
+        starts: Mapping[int, EpisodeStart[CostsT]],
         measurement: Measurement | None,
         plan: MaskOrPlan = BlockMask(),
     ) -> None:
-        """Start the episode of one sub-environment, or restore one with its mask or plan."""
-        request = start.request
-        self.starts[index], self.measurements[index] = start, measurement
-        self.invalid_actions[index] = self.steps[index] = 0
-        self.over[index] = False
-        self.budget_bytes[index] = request.budget_bytes
-        self.batch_size[index] = request.batch_size
-        self.seq_len_tokens[index] = request.seq_len_tokens
-        self.asked_bytes[index] = start.asked_budget_bytes or 0
-        self.state.start(index, start.costs, plan)
-        observation = self._task.observations.build(request, plan)
-        for key, array in observation.items():
-            self._observation[key][index] = array
+        """Start the episodes of some sub-environments, or restore them, all with a mask or plan.
+
+        Args:
+            starts: Request and costs of each one, by index.
+            measurement: What the model measured of the plan, or None.
+            plan: The mask or plan.
+        """
+        if not starts:
+            return
+        rows, costs = np.array(list(starts)), [start.costs for start in starts.values()]
+        requests = [start.request for start in starts.values()]
+        self.starts.update(starts)
+        self.measured[rows] = np.nan if measurement is None else _numbers([measurement])
+        self.invalid_actions[rows] = self.steps[rows] = 0
+        self.over[rows] = False
+        self.batch_size[rows] = [request.batch_size for request in requests]
+        self.seq_len_tokens[rows] = [request.seq_len_tokens for request in requests]
+        self.budget_bytes[rows] = [request.budget_bytes for request in requests]
+        self.asked_bytes[rows] = [start.asked_budget_bytes or 0 for start in starts.values()]
+        self.state.start(rows, costs, plan, self._observation)
+        self._observation["request"][rows] = request_features(
+            self._task.memory,
+            batch_size=self.batch_size[rows],
+            seq_len_tokens=self.seq_len_tokens[rows],
+            budget_bytes=self.budget_bytes[rows],
+            dense_peak_bytes=self.state.dense_peak_bytes[rows],
+            kv_cache_bytes=np.array([one.kv_cache_bytes for one in costs]),
+        )
+        self._show_bytes_over()
 
     def plan(self, actions: Counts, active: Flags) -> VectorStep:
         """The effect of `actions` where `active`; 0 elsewhere, both (n,)."""
@@ -115,39 +132,52 @@ class VectorEpisodes(Generic[CostsT]):
         """The reward's terms of a step, (n,) each, and the measurements behind them by index."""
         task = self._task
         ends, acts = step.terminated | step.truncated, step.valid | step.invalid
-        where = np.flatnonzero(acts if task.reward.pays_every_step else ends).tolist()
-        steps = [self._rewarded(index, step, bool(ends[index])) for index in where]
-        rewards = task.compute_rewards(steps) if steps else []
-        measurements: dict[int, Measurement] = {}
+        rows = np.flatnonzero(acts if task.reward.pays_every_step else ends)
         terms = {name: np.zeros(len(ends)) for name in task.reward.zeros()}
-        for index, (measurement, shares) in zip(where, rewards, strict=True):
-            if not step.out_of_steps[index]:
-                measurements[index] = measurement
-            for name, value in shares.items():
-                terms[name][index] = value
+        measurements: dict[int, Measurement] = {}
+        if len(rows):
+            rewards = task.compute_rewards(self._rewarded(rows, step, ends))
+            for index, (measurement, shares) in zip(rows.tolist(), rewards, strict=True):
+                if not step.out_of_steps[index]:
+                    measurements[index] = measurement
+                for name, value in shares.items():
+                    terms[name][index] = value
         terms["invalid_action"] = np.where(step.invalid, -task.invalid_action_penalty, 0.0)
         return terms, measurements
 
-    def _rewarded(self, index: int, step: VectorStep, ends: bool) -> RewardedStep:
-        before, task = self.measurements[index], self._task
-        plan = task.lowest
-        if not step.out_of_steps[index]:
-            plan = self.state.plan_after(index, int(step.actions[index]))
-        delta_nll_before = None if before is None else before.delta_nll
-        return RewardedStep(self.starts[index], plan, delta_nll_before, ends)
+    def _rewarded(self, rows: Counts, step: VectorStep, ends: Flags) -> list[RewardedStep]:
+        """The steps of some sub-environments that are rewarded."""
+        plans = self.state.plans(rows, step.actions[rows])
+        return [
+            RewardedStep(
+                self.starts[index],
+                self._task.lowest if step.out_of_steps[index] else plan,
+                self.delta_nll(index),
+                bool(ends[index]),
+            )
+            for index, plan in zip(rows.tolist(), plans, strict=True)
+        ]
 
     def apply(self, step: VectorStep, measurements: Mapping[int, Measurement]) -> None:
         """Apply a step."""
-        for index in np.flatnonzero(step.valid).tolist():
-            self.measurements[index] = None
-        for index, measurement in measurements.items():
-            self.measurements[index] = measurement
+        self.measured[step.valid] = np.nan
+        if measurements:
+            self.measured[list(measurements)] = _numbers(measurements.values())
         self.invalid_actions += step.invalid
         self.steps += step.valid | step.invalid
         self.state.apply(step.actions, step.valid, step.peak_bytes, self._observation)
-        over_bytes = np.maximum(0, step.peak_bytes - self.budget_bytes)
-        shares = np.minimum(1.0, over_bytes / self.state.dense_peak_bytes)
+        self._show_bytes_over()
+
+    def _show_bytes_over(self) -> None:
+        over_bytes = np.maximum(0, self.state.peak_bytes - self.budget_bytes)
+        dense_peak_bytes = np.maximum(1, self.state.dense_peak_bytes)  # 0 before the first episode
+        shares = np.minimum(1.0, over_bytes / dense_peak_bytes)
         self._observation["request"][:, BYTES_OVER] = shares
+
+    def delta_nll(self, index: int) -> float | None:
+        """ΔNLL of a plan in nats per token, or None if it was not measured."""
+        nll, delta_nll, *_ = self.measured[index].tolist()
+        return None if math.isnan(nll) else delta_nll
 
     def observation(self) -> Observation:
         """The current observations, in new arrays with n rows; see `usable_masks`."""
@@ -156,12 +186,11 @@ class VectorEpisodes(Generic[CostsT]):
             usable_masks(observation["action_mask"])
         return observation
 
-    def observation_of(self, index: int) -> Observation:
-        """The current observation of one sub-environment, in new arrays."""
-        observation = {key: array[index].copy() for key, array in self._observation.items()}
-        if self.over[index]:
-            usable_masks(observation["action_mask"])
-        return observation
+    def _observations_of(self, rows: Counts) -> list[Observation]:
+        """The last observations of episodes that are over, in new arrays."""
+        seen = {key: array[rows] for key, array in self._observation.items()}
+        usable_masks(seen["action_mask"])
+        return [{key: array[n] for key, array in seen.items()} for n in range(len(rows))]
 
     def action_masks(self) -> Flags:
         """True for each action that is valid, (n, actions); see `usable_masks`."""
@@ -174,8 +203,8 @@ class VectorEpisodes(Generic[CostsT]):
         return {
             "request": asdict(self.starts[index].request),
             "asked_budget_bytes": self.starts[index].asked_budget_bytes,
-            self.state.info_key: self.state.info(index),
-            "measured": self.measurements[index] is not None,
+            self.state.info_key: self.state.infos(np.array([index]))[0],
+            "measured": self.delta_nll(index) is not None,
             "invalid_actions": int(self.invalid_actions[index]),
             "steps": int(self.steps[index]),
             "over": bool(self.over[index]),
@@ -186,7 +215,7 @@ class VectorEpisodes(Generic[CostsT]):
         plan = self.state.saved_plan(state)
         start = self._task.start_of(Request(**state["request"]), state["asked_budget_bytes"])
         measurement = self._task.measure([plan])[0] if state["measured"] else None
-        self.start(index, start, measurement, plan)
+        self.start({index: start}, measurement, plan)
         self.invalid_actions[index], self.steps[index] = state["invalid_actions"], state["steps"]
         self.over[index] = state["over"]
 
@@ -204,13 +233,13 @@ class VectorEpisodes(Generic[CostsT]):
             "budget_bytes": self.budget_bytes,
         }
         state, arrays = self.state, self._task.info_arrays
-        done = state.info_array() if arrays else _objects(shown, state.info)
+        done = state.info_array() if arrays else _objects(shown, state.infos)
         infos = {
             **_entry(state.info_key, done, shown),
             **_entry("peak_bytes", state.peak_bytes, shown),
             **_entry("request", _entries(request, shown), shown),
             **_entry("reward_terms", _entries(terms, rewarded & shown), shown),
-            **_measured(self.measurements, shown),
+            **_measured(self.measured, shown),
         }
         clipped = shown & (self.asked_bytes > 0)
         if clipped.any():
@@ -220,30 +249,30 @@ class VectorEpisodes(Generic[CostsT]):
 
     def final_infos(self, done: Flags, terms: Terms) -> dict[str, Any]:
         """The last observations and infos of episodes that end in a step with autoreset."""
-        observations = _objects(done, self.observation_of)
+        observations = _objects(done, self._observations_of)
         infos = self.infos(done, terms, done)
         return {**_entry("final_obs", observations, done), **_entry("final_info", infos, done)}
 
 
-def _measured(measurements: list[Measurement | None], shown: Flags) -> dict[str, Any]:
+def _numbers(measurements: Iterable[Measurement]) -> npt.NDArray[np.float64]:
+    """Measurements as rows of `VectorEpisodes.measured`."""
+    return np.array(list(measurements), dtype=np.float64)  # None becomes NaN
+
+
+def _measured(measured: npt.NDArray[np.float64], shown: Flags) -> dict[str, Any]:
     """The infos about plans that were measured."""
-    pairs = zip(measurements, shown.tolist(), strict=True)
-    found = [measurement if show else None for measurement, show in pairs]
-    known = np.array([one is not None for one in found])
+    known = shown & ~np.isnan(measured[:, 0])
     if not known.any():
         return {}
-    predicted = np.array([one is not None and one.predicted for one in found])
-    baselines = [None if one is None else one.baseline_delta_nll for one in found]
-    compared = np.array([value is not None for value in baselines])
-    nll = np.array([0.0 if one is None else one.nll for one in found])
-    delta_nll = np.array([0.0 if one is None else one.delta_nll for one in found])
-    baseline_delta_nll = np.array([value or 0.0 for value in baselines])
-    return {
-        **_entry("nll", nll, known),
-        **_entry("loss", delta_nll, known),
-        **(_entry("baseline_loss", baseline_delta_nll, compared) if compared.any() else {}),
-        **(_entry("predicted", predicted, predicted) if predicted.any() else {}),
-    }
+    compared = known & ~np.isnan(measured[:, 3])
+    nll, delta_nll, predicted, baseline_delta_nll = np.where(known[:, None], measured, 0.0).T
+    infos = {**_entry("nll", nll, known), **_entry("loss", delta_nll, known)}
+    if compared.any():
+        baseline_delta_nll = np.where(compared, baseline_delta_nll, 0.0)
+        infos.update(_entry("baseline_loss", baseline_delta_nll, compared))
+    if predicted.any():
+        infos.update(_entry("predicted", predicted > 0, predicted > 0))
+    return infos
 
 
 def _entry(key: str, value: Any, has_it: Flags) -> dict[str, Any]:
@@ -261,11 +290,13 @@ def _entries(values: Mapping[str, npt.NDArray[Any]], has_it: Flags) -> dict[str,
     return infos
 
 
-def _objects(has_it: Flags, value_of: Callable[[int], Any]) -> npt.NDArray[np.object_]:
+def _objects(
+    has_it: Flags, values_of: Callable[[Counts], Sequence[Any]]
+) -> npt.NDArray[np.object_]:
     """An array with an object for each sub-environment that has one, None for the others."""
-    array = np.empty(len(has_it), dtype=object)
-    for index in np.flatnonzero(has_it).tolist():
-        array[index] = value_of(index)
+    array, rows = np.empty(len(has_it), dtype=object), np.flatnonzero(has_it)
+    for index, value in zip(rows.tolist(), values_of(rows), strict=True):
+        array[index] = value
     return array
 
 

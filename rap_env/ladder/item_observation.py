@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from rap_env.costs import freed_share
 from rap_env.ladder.item_bytes import LadderBytes, LevelSteps
 from rap_env.ladder.items import KINDS, Ladder
 from rap_env.observation import (
@@ -112,7 +113,12 @@ class ItemObservationBuilder:
         costs = self.item_bytes.costs(request.batch_size, request.seq_len_tokens)
         positions = self.ladder.positions(plan)
         held, counters = costs.held(positions)
-        seen = request_features(self.item_bytes.memory, request, costs)
+        seen = request_features(
+            self.item_bytes.memory,
+            **vars(request),
+            dense_peak_bytes=costs.dense_peak_bytes,
+            kv_cache_bytes=costs.kv_cache_bytes,
+        )
         peak_bytes = held + costs.shared.of(counters)
         seen[BYTES_OVER] = bytes_over(peak_bytes, request.budget_bytes, costs.dense_peak_bytes)
         items = self.rows_of(costs.steps)[self._numbers, positions]
@@ -172,13 +178,6 @@ class ItemObservationTracker:
             row[FREED] = min(1.0, max(0, levels.freed_bytes(one)) / costs.dense_peak_bytes)
             valid[one] = levels.is_valid(one)
         return changed
-
-
-def freed_share(
-    freed_bytes: npt.NDArray[np.int64], dense_peak_bytes: int | npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """Freed bytes as a share of the native peak, in [0, 1]."""
-    return np.clip(freed_bytes / dense_peak_bytes, 0.0, 1.0).astype(np.float32)
 
 
 def log_cost(cost: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rap_env.costs import Counts, Flags
-from rap_env.ladder.item_observation import FREED, ItemObservationBuilder, freed_share
+from rap_env.costs import Counts, Flags, freed_share
+from rap_env.ladder.item_observation import FREED, ItemObservationBuilder
 from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.observation import BYTES_OVER, Observation, request_features
 from rap_env.plan import CompressionPlan, MaskOrPlan
@@ -35,18 +35,19 @@ class PlanObserver:
         self._shape = np.array([shapes[r.batch_size, r.seq_len_tokens] for r in requests])
         self._levels = VectorLevelTracker(len(shapes), ladder)
         costs = [builder.item_bytes.costs(*shape) for shape in shapes]
-        for row, one in enumerate(costs):
-            self._levels.start(row, one, [0] * len(ladder))
+        self._levels.start(np.arange(len(shapes)), costs, [0] * len(ladder))
         self._rows = np.stack([builder.rows_of(one.steps) for one in costs])
         self._lengths = np.array([len(item.levels) for item in ladder.items])
         self._caches = np.array(ladder.caches, dtype=np.int64)
         self._budget = np.array([request.budget_bytes for request in requests])
-        memory = builder.item_bytes.memory
-        self._request = np.stack(
-            [
-                request_features(memory, request, costs[row])
-                for request, row in zip(requests, self._shape, strict=True)
-            ]
+        kv_cache_bytes = np.array([one.kv_cache_bytes for one in costs])
+        self._request = request_features(
+            builder.item_bytes.memory,
+            batch_size=np.array([request.batch_size for request in requests]),
+            seq_len_tokens=np.array([request.seq_len_tokens for request in requests]),
+            budget_bytes=self._budget,
+            dense_peak_bytes=self._levels.dense_peak_bytes[self._shape],
+            kv_cache_bytes=kv_cache_bytes[self._shape],
         )
 
     def start(self, count: int) -> Counts:

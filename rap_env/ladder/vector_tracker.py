@@ -38,18 +38,21 @@ class VectorLevelTracker:
         self._gone = np.array([len(item.levels) for item in ladder.items])
         self._takes_cache = (self._removal >= 0) & (self._partners != np.arange(len(ladder)))
 
-    def start(self, row: int, costs: LadderCosts, positions: Sequence[int]) -> None:
-        """Start request `row` with levels at some positions."""
-        self.dense_peak_bytes[row] = costs.dense_peak_bytes
-        self._held[row], self._counters[row] = held, counters = costs.held(positions)
-        self.peak_bytes[row] = held + costs.shared.of(counters)
-        self.positions[row] = positions
-        self.item_bytes[row], self.next_level[row] = costs.item_bytes, costs.steps.next_level
-        self._constant[row] = costs.constant_bytes
-        self._counts = costs.counters  # the same for all requests
-        self._last_ffn[row] = costs.shared.last_ffn
-        self._cache[row] = costs.shared.lowered_cache
-        self._weights[row] = costs.shared.lowered_weights
+    def start(
+        self, rows: Counts, costs: Sequence[LadderCosts], positions: Sequence[int] | Counts
+    ) -> None:
+        """Start the requests `rows`, (m,), all with levels at some positions, (items,)."""
+        self.dense_peak_bytes[rows] = [one.dense_peak_bytes for one in costs]
+        self.positions[rows] = positions
+        self.item_bytes[rows] = [one.item_bytes for one in costs]
+        self.next_level[rows] = [one.steps.next_level for one in costs]
+        self._constant[rows] = [one.constant_bytes for one in costs]
+        self._counts = costs[0].counters  # the same for all requests
+        self._last_ffn[rows] = [one.shared.last_ffn for one in costs]
+        self._cache[rows] = [one.shared.lowered_cache for one in costs]
+        self._weights[rows] = [one.shared.lowered_weights for one in costs]
+        self._held[rows], self._counters[rows] = self._held_by(rows, self.positions[rows])
+        self.peak_bytes[rows] = self._peak(rows, self._held[rows], self._counters[rows])
 
     def peak_after(self, items: Counts, lowers: Flags) -> Counts:
         """Peak bytes of each request, (n,), if those with a flag lower an item that can be."""
@@ -61,9 +64,7 @@ class VectorLevelTracker:
 
         `rows` has the request of each plan, (m,), and `positions` those of its levels, (m, items).
         """
-        items = np.arange(positions.shape[1])
-        held = self._constant[rows] + self.item_bytes[rows[:, None], items, positions].sum(axis=1)
-        return self._peak(rows, held, self._counts[items, positions].sum(axis=1))
+        return self._peak(rows, *self._held_by(rows, positions))
 
     def nexts_of(self, rows: Counts, positions: Counts) -> Counts:
         """The position of each item's next level in whole plans, -1 without one, (m, items)."""
@@ -154,6 +155,12 @@ class VectorLevelTracker:
         counted = self._counts[items, position] - self._counts[items, lower]
         counted += self._counts[partners, other] * takes
         return freed, counted
+
+    def _held_by(self, rows: Counts, positions: Counts) -> tuple[Counts, Counts]:
+        """Bytes without the shared ones, and counters, of whole plans, (m,)."""
+        items = np.arange(positions.shape[1])
+        held = self._constant[rows] + self.item_bytes[rows[:, None], items, positions].sum(axis=1)
+        return np.asarray(held), np.asarray(self._counts[items, positions].sum(axis=1))
 
     def _peak(self, rows: Counts | slice, held: Counts, counters: Counts) -> Counts:
         peak = held - self._last_ffn[rows] * (counters & FFN_BITS == 0)

@@ -12,11 +12,18 @@ from gymnasium.vector import AutoresetMode
 
 import rap_env
 from rap_env.blocks import BlockMask
+from rap_env.costs import VectorByteTracker
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, USUAL, assert_same, request_at
-from tests.envs.playing_vectors import MODES, NUM_ENVS, make_vector, play_vector
+from tests.envs.playing_vectors import (
+    MODES,
+    NUM_ENVS,
+    make_vector,
+    play_vector,
+    starts_together,
+)
 
 
 def test_gymnasium_makes_it(context):
@@ -205,3 +212,8 @@ def test_impossible_resets_are_rejected(context, given, error, message):
 def test_reset_options_that_are_no_dict_are_rejected(context):
     with pytest.raises(InvalidRequestError, match="must be a dict such as .*, or None, not 5"):
         make_vector(context).reset(options=5)
+
+
+def test_sub_environments_start_together(context, monkeypatch):
+    started = starts_together(make_vector(context), VectorByteTracker, monkeypatch)
+    assert started == [[0, 1, 2, 3, 4], [0, 2, 4]]

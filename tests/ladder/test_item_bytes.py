@@ -141,7 +141,7 @@ def test_a_vector_tracker_has_the_bytes_of_single_ones(name, together):
         costs = made_bytes.costs(*shape)
         start = ladder.positions(CompressionPlan.of({"layer01.cache": "int8"} if row else {}))
         singles.append(costs.tracker(start))
-        vector.start(row, costs, start)
+        vector.start(np.array([row]), [costs], start)
     for _ in range(60):
         valid = [[n for n in range(len(ladder)) if s.is_valid(n)] for s in singles]
         items = np.array([rng.choice(found) if found else 0 for found in valid])
