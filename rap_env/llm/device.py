@@ -189,6 +189,13 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; to a CUDA device without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def take_library_workspace(device: torch.device, dtype: torch.dtype) -> int:
     """Let cuBLAS take its workspace, which the first product on a CUDA device allocates for good.
 

@@ -14,6 +14,7 @@ import torch
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.llm.cache_levels import lower, lowest_levels, note_rows
+from rap_env.llm.device import send
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.kv_cache import (
@@ -238,6 +239,7 @@ class LiveBatch:
         held = self.length - new
         past = functools.partial(self._columns, 0, held)
         columns = self._columns(held, self.length)
+        padded = min(map(len, self._rows)) < self.length
         with self._llm.exclusive():
             if self._cache is None:
                 self._cache = self._new_cache()
@@ -246,7 +248,7 @@ class LiveBatch:
             with step(self._llm, self._cache, self._restore, past, self._most_tokens):
                 output = self._llm.model(
                     input_ids=columns.tokens,
-                    attention_mask=columns.attention_mask,
+                    attention_mask=columns.attention_mask if padded else None,
                     position_ids=columns.position_ids,
                     use_cache=True,
                     logits_to_keep=1,
@@ -259,16 +261,13 @@ class LiveBatch:
         """Columns of the matrix of all rows; the mask starts at column 0, as a cache requires."""
         device = self._llm.device
         pads = [self.length - len(row) for row in self._rows]
-        tokens = [
-            [0] * (min(end, pad) - first) + row[max(0, first - pad) : max(0, end - pad)]
+        rows = [
+            [pad] + [0] * (min(end, pad) - first) + row[max(0, first - pad) : max(0, end - pad)]
             for pad, row in zip(pads, self._rows, strict=True)
         ]
-        positions = torch.arange(end, device=device) - torch.tensor(pads, device=device)[:, None]
-        return Past(
-            torch.tensor(tokens, device=device),
-            (positions >= 0).long(),
-            positions[:, first:].clamp(min=0),
-        )
+        sent = send(torch.tensor(rows), device)  # all in one tensor
+        positions = torch.arange(end, device=device) - sent[:, :1]
+        return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache

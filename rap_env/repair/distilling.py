@@ -240,7 +240,7 @@ def divergence(
     (N, H), of models that share their head. Only the logits of a few tokens exist at a time, and
     no graph over the vocabulary is kept.
     """
-    total, gradients = 0.0, []
+    total, gradients = torch.zeros((), dtype=torch.float64, device=student.device), []
     pairs = zip(
         torch.split(student.detach(), HEAD_TOKENS), torch.split(teacher, HEAD_TOKENS), strict=True
     )
@@ -256,7 +256,7 @@ def divergence(
                 log_p = truth[rows].float().log_softmax(dim=-1)
                 log_q = logits[rows].float().log_softmax(dim=-1)
                 p = log_p.exp()
-                total += float((p * (log_p - log_q)).sum())
+                total += (p * (log_p - log_q)).sum()
                 by_logits[rows] = (log_q.exp() - p) / len(student)
         gradients.append(torch.autograd.grad(logits, hidden, by_logits)[0])
-    return total / len(student), torch.cat(gradients)
+    return float(total) / len(student), torch.cat(gradients)

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from rap_env.errors import InvalidRequestError
+from rap_env.llm.device import send
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RowSampler:
     """Draws the tokens of one row.
 
     Each row has its own random stream, so its tokens do not depend on other rows or on the time.
-    It draws on the CPU, so that a seed gives the same tokens on any device.
+    Its numbers come from the CPU, so that a seed gives the same ones on any device.
     """
 
     def __init__(self, params: SamplingParams) -> None:
@@ -93,13 +94,16 @@ class RowSampler:
         else:
             self._generator.manual_seed(params.seed)
 
-    def sample(self, logits: torch.Tensor) -> int:
-        """Draw the next token for logits of shape (V,); not for greedy decoding."""
+    def warped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities for logits of shape (V,), in float64, (V,); not for greedy decoding."""
         scores = logits[None]
         for warper in self._warpers:
             scores = warper(None, scores)
-        probabilities = torch.softmax(scores[0], dim=-1).cpu()
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return torch.softmax(scores[0].double(), dim=-1)
+
+    def draw(self) -> float:
+        """The next number of the row's random stream, from 0 to below 1."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
 
 def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sample | None]:
@@ -112,20 +116,23 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
     Returns:
         A sample for each row; None where the logits are not finite.
     """
-    best, likeliest = logits.max(dim=-1)
-    tokens: list[int] = likeliest.tolist()
-    totals: list[float] = torch.logsumexp(logits, dim=-1).tolist()
-    scores: list[float] = best.tolist()
-    samples: list[Sample | None] = []
-    for row, sampler in enumerate(samplers):
-        if not math.isfinite(totals[row]):
-            samples.append(None)
-        elif sampler.params.greedy:
-            samples.append(Sample(tokens[row], scores[row] - totals[row]))
-        else:
-            token = sampler.sample(logits[row])
-            samples.append(Sample(token, float(logits[row, token]) - totals[row]))
-    return samples
+    chosen = logits.argmax(dim=-1)
+    drawing = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
+    if drawing:
+        draws = torch.tensor([samplers[row].draw() for row in drawing], dtype=torch.float64)
+        sums = torch.stack([samplers[row].warped(logits[row]) for row in drawing]).cumsum(dim=-1)
+        # A token is drawn where its part of the sum has the number; tokens without have none.
+        wanted = send(draws, logits.device)[:, None] * sums[:, -1:]
+        drawn = torch.searchsorted(sums, wanted, right=True).clamp(max=logits.shape[1] - 1)
+        for place, row in enumerate(drawing):
+            chosen[row] = drawn[place, 0]
+    scores = logits.gather(1, chosen[:, None]).squeeze(1)
+    totals = torch.logsumexp(logits, dim=-1)
+    found = torch.stack([chosen.double(), scores.double(), totals.double()], dim=1)
+    return [  # read at once, since reading waits for the device
+        Sample(int(token), score - total) if math.isfinite(total) else None
+        for token, score, total in found.tolist()
+    ]
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -10,14 +10,14 @@ from rap_env.errors import InvalidRequestError
 from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import free_bytes
 from rap_env.llm.elastic import ElasticLLM
-from rap_env.scoring.nll import HEAD_TOKENS
+from rap_env.scoring.nll import tokens_at_once
 
 _MOST = 64
 _FILLING_TOKENS = 2**14  # of a batch that keeps a large GPU busy
 _WORKING_STATES = 24  # a block's inner activations, in hidden states, roughly
 _ATTN_STATES = 14
 _EAGER_SCORES = 4
-_SOFTMAX_ROWS = 48  # of the vocabulary's size in float32, at one time
+_SOFTMAX_COPIES = 3  # of the float32 logits, at one time
 _FLOAT32 = 4  # bytes
 _CACHE_SHARE = 8  # one scorer's cache gets 1/8 of the bytes that a memory cap leaves
 _SCORERS = 2  # scorers that one round of a search may use on one model, each with a cache
@@ -100,8 +100,9 @@ def _head_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
     """Bytes of a piece's logits, of their softmax, and of the states they are computed from."""
     facts = llm.facts
     capped = getattr(llm.adapter.config, "final_logit_softcapping", None) is not None
-    logits = min(HEAD_TOKENS, ids.numel()) * facts.vocab_size * facts.itemsize
-    softmax = _SOFTMAX_ROWS * facts.vocab_size * _FLOAT32
+    most, rows = tokens_at_once(llm.device, facts.vocab_size)
+    logits = min(most, ids.numel()) * facts.vocab_size * facts.itemsize
+    softmax = _SOFTMAX_COPIES * min(rows, ids.numel()) * facts.vocab_size * _FLOAT32
     states = 2 * ids.numel() * facts.hidden_size * _FLOAT32
     return (3 if capped else 1) * logits + softmax + states
 

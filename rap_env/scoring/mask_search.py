@@ -19,7 +19,7 @@ from rap_env.plan import MaskOrPlan, as_plan, simplest
 from rap_env.scoring.candidates import shared_plan
 from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import VocabularyBound, window_nll
-from rap_env.scoring.plan_runner import Node, chunks
+from rap_env.scoring.plan_runner import Node, chunks, joined
 from rap_env.scoring.scorer import MaskScorer
 
 _MOST_KEPT = 16  # masks whose states may be held at the same time
@@ -88,9 +88,13 @@ class CandidateRunner:
             alone = hold_states and len(group) == 1 and not self._capped
             visit = partial(self._visit, batch, group[0] if alone else None)
             last = runner.run(batch, [candidate.mask for candidate in group], visit)
+            hidden: dict[MaskOrPlan, torch.Tensor] = {}
+            for masks in runner.share_head(list(last)):
+                with runner.partial.embeddings(as_plan(masks[0]).embeddings):
+                    left = runner.partial.leave(joined([last[mask] for mask in masks]))
+                hidden |= dict(zip(masks, left.chunk(len(masks)), strict=True))
             for candidate in group:
-                with self.head(candidate):
-                    candidate.hidden[batch] = runner.partial.leave(last[candidate.mask])
+                candidate.hidden[batch] = hidden[candidate.mask]
 
     def head(self, candidate: Candidate) -> AbstractContextManager[object]:
         """Run the head at the candidate's level in a ``with`` block."""

@@ -11,9 +11,10 @@ from torch.nn import functional
 from rap_env.llm.partial_forward import PartialForward
 
 HEAD_TOKENS = 256
-"""Tokens whose logits are in memory at a time, in the model's dtype."""
+"""Tokens whose logits are in memory at a time on a CPU, in the model's dtype."""
 
 _LOSS_ROWS = 16  # tokens whose float32 logits are in memory at a time: they fit the CPU cache
+_GPU_LOGITS = 2**26  # logits that are in memory at a time on a GPU: few, large kernels
 _VOCABULARY_PARTS = 12
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 2e-3
@@ -34,17 +35,24 @@ class _Piece:
     targets: torch.Tensor
 
 
+def tokens_at_once(device: torch.device, vocab_size: int) -> tuple[int, int]:
+    """Tokens whose logits are in memory at a time: in the model's dtype, and in float32."""
+    if device.type == "cpu":
+        return HEAD_TOKENS, _LOSS_ROWS
+    most = max(1, _GPU_LOGITS // vocab_size)
+    return most, most
+
+
 def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean NLL of each window, nats per token, float64, (windows,).
 
     `hidden` is the decoder's output for the tokens `ids`: (windows, T, H) and (windows, T).
     """
     rows, targets = predictions(hidden, ids)
+    most, _ = tokens_at_once(rows.device, partial.head.out_features)
     losses = [
         token_nll(partial.logits(part), wanted)
-        for part, wanted in zip(
-            torch.split(rows, HEAD_TOKENS), torch.split(targets, HEAD_TOKENS), strict=True
-        )
+        for part, wanted in zip(torch.split(rows, most), torch.split(targets, most), strict=True)
     ]
     return torch.cat(losses).view(ids.shape[0], -1).double().mean(dim=1)
 
@@ -56,11 +64,12 @@ def predictions(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """NLL of each target in float32, (N, V) and (N,) -> (N,), a few float32 rows at a time."""
+    _, most = tokens_at_once(logits.device, logits.shape[1])
     return torch.cat(
         [
             functional.cross_entropy(rows.float(), wanted, reduction="none")
             for rows, wanted in zip(
-                torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
+                torch.split(logits, most), torch.split(targets, most), strict=True
             )
         ]
     )
@@ -118,8 +127,9 @@ class VocabularyBound:
     def _make_piece(self, rows: torch.Tensor, targets: torch.Tensor) -> _Piece:
         head = self._partial.head
         mass = torch.zeros(len(head.weight), device=rows.device)
-        for part in torch.split(rows, HEAD_TOKENS):
-            for few in torch.split(self._partial.logits(part), _LOSS_ROWS):
+        most, few_rows = tokens_at_once(rows.device, head.out_features)
+        for part in torch.split(rows, most):
+            for few in torch.split(self._partial.logits(part), few_rows):
                 mass += few.float().softmax(dim=-1).sum(dim=0)
         likely = mass.topk(len(mass) // _VOCABULARY_PARTS).indices
         entries = torch.unique(torch.cat([likely, targets]))  # sorted

@@ -195,6 +195,14 @@ class PlanRunner:
             visit((self._depth, plan), state)
         return states
 
+    def share_head(self, plans: Sequence[MaskOrPlan]) -> Iterator[Sequence[MaskOrPlan]]:
+        """Groups of plans whose outputs may share a batch in the last norm and the head."""
+        by_level: dict[str, list[MaskOrPlan]] = {}
+        for plan in plans:
+            by_level.setdefault(as_plan(plan).embeddings, []).append(plan)
+        for group in by_level.values():
+            yield from chunks(group, self.width)
+
     def _nearest(self, batch: int, plan: MaskOrPlan) -> tuple[int, torch.Tensor]:
         """The last step whose state is cached for a plan, and that state."""
         prefixes = self.prefixes(plan)
@@ -230,10 +238,13 @@ class PlanRunner:
     def _run_together(
         self, blocks: tuple[int, ...], plan: MaskOrPlan, states: list[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
-        if len(states) == 1:
-            return [self.partial.run(blocks, states[0], plan)]
-        together = self.partial.run(blocks, torch.cat(states), plan)
+        together = self.partial.run(blocks, joined(states), plan)
         return torch.split(together, [len(s) for s in states])
+
+
+def joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """States as one batch; a single one is not copied."""
+    return states[0] if len(states) == 1 else torch.cat(list(states))
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -25,8 +25,15 @@ from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.interface import OnScore, notify
-from rap_env.scoring.nll import HEAD_TOKENS, window_nll
-from rap_env.scoring.plan_runner import Node, PlanRunner, StateCache, branch_nodes, chunks
+from rap_env.scoring.nll import tokens_at_once, window_nll
+from rap_env.scoring.plan_runner import (
+    Node,
+    PlanRunner,
+    StateCache,
+    branch_nodes,
+    chunks,
+    joined,
+)
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.workers.job import Measured, ScoringJob, Workers
 
@@ -126,7 +133,7 @@ class MaskScorer:
             "tokens": self.corpus.sha256,
             "shape": list(tokens.shape),
             "batch_windows": rows,
-            "head_tokens": HEAD_TOKENS,
+            "head_tokens": tokens_at_once(llm.device, llm.facts.vocab_size)[0],
             "loss": _LOSS_VERSION,
             **({"masks_together": width.masks} if width.masks > 1 else {}),  # rounding differs
         }
@@ -398,12 +405,13 @@ class MaskScorer:
         with self.llm.masked(BlockMask()):
             for batch, ids in enumerate(runner.batches):
                 last = runner.run(batch, plans, partial(runner.cache.put_some, keep, batch))
-                rows = []
-                for plan in plans:
-                    with runner.partial.embeddings(as_plan(plan).embeddings):
-                        hidden = runner.partial.leave(last[plan])
-                        rows.append(window_nll(runner.partial, hidden, ids))
-                parts.append(torch.stack(rows))
+                nll: dict[MaskOrPlan, torch.Tensor] = {}
+                for group in runner.share_head(plans):
+                    with runner.partial.embeddings(as_plan(group[0]).embeddings):
+                        hidden = runner.partial.leave(joined([last[plan] for plan in group]))
+                        found = window_nll(runner.partial, hidden, ids.repeat(len(group), 1))
+                    nll |= dict(zip(group, found.view(len(group), -1), strict=True))
+                parts.append(torch.stack([nll[plan] for plan in plans]))
         values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
         return values
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,14 @@ _TAKE_CPU_ARGUMENTS = {  # CUDA copies these from the CPU: sources of a copy, an
 }
 _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
 _READS = {torch.Tensor.numpy, torch.Tensor.__array__}
+_WAITS = {  # what a CUDA tensor's values are read with, which waits for the device
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+}
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -38,9 +47,17 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return getattr(tensor.untyped_storage(), _MARK, False)
 
 
+@dataclass
+class Waits:
+    """How often values of the GPU were read, which waits for it, or sent to it without pinning."""
+
+    count: int = 0
+
+
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """Let torch have one GPU in a ``with`` block."""
+def pretended_gpu() -> Iterator[Waits]:
+    """Let torch have one GPU in a ``with`` block; yields what waited for it."""
+    waits = Waits()
     answers = {
         "is_available": True,
         "is_initialized": True,
@@ -61,8 +78,8 @@ def pretended_gpu() -> Iterator[None]:
         name: mock.Mock(return_value=answer) for name, answer in answers.items()
     }
     fakes["get_rng_state"] = mock.Mock(side_effect=lambda *_: torch.get_rng_state())
-    with mock.patch.multiple(torch.cuda, **fakes), _Operations(), _Places():
-        yield
+    with mock.patch.multiple(torch.cuda, **fakes), _Operations(), _Places(waits):
+        yield waits
 
 
 class _Operations(TorchDispatchMode):
@@ -94,6 +111,10 @@ class _Operations(TorchDispatchMode):
 class _Places(TorchFunctionMode):
     """Answers where a tensor is, moves tensors, and makes new ones on the named device."""
 
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -106,6 +127,10 @@ class _Places(TorchFunctionMode):
             return GPU if on_gpu(args[0]) else func(*args)
         if func == torch.Tensor.is_cuda.__get__:
             return on_gpu(args[0])
+        if func is torch.Tensor.pin_memory:  # the pretended GPU's host memory is all alike
+            return args[0]
+        if func in _WAITS and on_gpu(args[0]):
+            self._waits.count += 1
         if func in _READS and on_gpu(args[0]):
             raise TypeError("A tensor on the pretended GPU has no NumPy array; copy it first.")
         named = next(filter(_is_place, (*args[1:], *options.values())), None)
@@ -115,9 +140,12 @@ class _Places(TorchFunctionMode):
             return func(*args, **options)
         return _mark(func(*_on_cpu(args), **_on_cpu(options)))
 
-    @staticmethod
     def _move(
-        func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], named: Any
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+        named: Any,
     ) -> torch.Tensor:
         tensor, *given = args
         like = next((value for value in given if isinstance(value, torch.Tensor)), None)
@@ -131,6 +159,7 @@ class _Places(TorchFunctionMode):
             tensor = func(tensor, *_on_cpu(given), **_on_cpu(options))
         if there == on_gpu(tensor):
             return tensor
+        self._waits.count += not options.get("non_blocking", False)
         with _disable_current_modes():
             copied = tensor.clone()
         return _mark(copied) if there else copied

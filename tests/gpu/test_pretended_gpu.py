@@ -30,7 +30,7 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -130,6 +130,25 @@ def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key(
         assert MaskScorer(llm, TOKENS).options["masks_together"] == 1
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 200 * state_bytes)
         assert MaskScorer(llm, TOKENS).options["masks_together"] == 4  # reserved, but not in use
+
+
+def test_few_steps_wait_for_the_device():
+    masks = [BlockMask.of(first, second) for first in range(4) for second in range(4, 8)]
+    with pretended_gpu() as waits:
+        llm = ElasticLLM(tiny_model("llama", layers=4).to("cuda"), None, name="llama")
+        scorer = MaskScorer(llm, TOKENS, masks_together=16)
+        _ = scorer.dense_nll
+        before = waits.count
+        scorer.nll_many(masks)
+        assert waits.count - before <= 2  # transformers looks at a mask, and the scores are read
+        batch = LiveBatch(llm)
+        batch.prefill([[5, 6, 7, 8]] * 8)
+        before = waits.count
+        logits = batch.extend([3] * 8)
+        assert waits.count == before
+        params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=1)
+        sample_rows([RowSampler(params) for _ in range(8)], logits)
+        assert waits.count == before + 1
 
 
 def masks_of(llm):
