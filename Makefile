@@ -5,7 +5,9 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident ray_workers packaged_table
 
-.PHONY: help setup demo test test-network bench soak lint format type docs lock clean
+GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
+
+.PHONY: help setup demo test test-network gpu bench soak lint format type docs lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -24,6 +26,11 @@ test: setup  ## Run the tests (no network, no GPU needed).
 
 test-network: setup  ## Run the tests that download the default model.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "network or slow"
+
+gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, and print the table of all devices.
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu
+	@for name in $(GPU_BENCHMARKS); do $(RUN) -m benchmarks.$$name device=cuda || exit 1; done
+	@$(RUN) -m benchmarks.table
 
 bench: setup  ## Run all benchmarks and print their table (needs an idle machine).
 	@for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done

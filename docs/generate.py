@@ -14,7 +14,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from plan_tables import PLAN_COMPARISONS, PLANS, plan_tables, shipped_markdown, stubs_markdown
+from plan_tables import (
+    PLAN_COMPARISONS,
+    PLANS,
+    agents_markdown,
+    plan_tables,
+    shipped_markdown,
+    stubs_markdown,
+    tasks_markdown,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -72,6 +80,8 @@ def write_all(docs: Path) -> None:
         _write(folder / f"{name}.md", shown)
     _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
+    _write(folder / "tight_tasks.md", tasks_markdown(RESULTS))
+    _write(folder / "tight_agents.md", agents_markdown(RESULTS))
     _write(folder / "ablation.md", ablation_table())
     for name in REPLAYS:
         _write(folder / f"{name}.md", replay_markdown(name))

@@ -78,3 +78,83 @@ def shipped_markdown(results: Path) -> str:
     head = "| Candidate | ΔNLL on stories | ΔNLL on WikiText |\n| :--- | ---: | ---: |\n"
     lines = (f"| {name} | {first} | {second} |" for _, name, first, second in sorted(rows))
     return head + "\n".join(lines) + "\n"
+
+
+def tasks_markdown(results: Path) -> str:
+    """Accuracy of methods that choose plans on lm-eval tasks, by budget."""
+    from experiments.comparison.formatting import look
+    from experiments.comparison.records import ResultRow, read_rows
+    from experiments.comparison.statistics import wilson_interval
+
+    rows = read_rows(results / "tight_tasks" / "evaluate" / "results.jsonl")
+    tasks = list(rows[0].accuracies)
+
+    def cell(row: ResultRow, task: str) -> str:
+        normed = (row.accuracies_norm or {}).get(task)
+        plain = f"{100 * row.accuracies[task]:.1f}"
+        return plain if normed is None else f"{plain} / {100 * normed:.1f}"
+
+    def mean(row: ResultRow) -> str:
+        documents = row.task_documents or {}
+        spread = sum(a * (1 - a) / documents[task] for task, a in row.accuracies.items())
+        half = 1.96 * spread**0.5 / len(tasks)
+        value = sum(row.accuracies.values()) / len(tasks)
+        return f"{100 * value:.1f} ± {100 * half:.1f}"
+
+    names = [f"{t} acc / acc_norm" if t in (rows[0].accuracies_norm or {}) else t for t in tasks]
+    lines = [
+        f"| Budget | Method | ΔNLL | {' | '.join(names)} | mean acc |",
+        f"| :--- | :--- | ---: |{' ---: |' * (len(tasks) + 1)}",
+    ]
+    dense = next(row for row in rows if row.method == "dense")
+    chosen = sorted((row for row in rows if row.method != "dense"), key=lambda r: r.target_loss)
+    for row in (dense, *chosen):
+        native = row is dense
+        budget = "-" if native else f"about {row.target_loss:g}"
+        name = "Native weights and caches" if native else look(row.method).label
+        found = " | ".join(cell(row, task) for task in tasks)
+        lines.append(f"| {budget} | {name} | {row.loss:.2f} | {found} | {mean(row)} |")
+    widest = max(
+        high - low
+        for row in rows
+        for task, accuracy in row.accuracies.items()
+        for low, high in [wilson_interval(accuracy, (row.task_documents or {})[task])]
+    )
+    documents = set((dense.task_documents or {}).values())
+    return (
+        "\n".join(lines) + f"\n\nPercent, of {'/'.join(map(str, sorted(documents)))} documents of "
+        "each task; acc_norm where lm-eval has it. The 95 % interval (Wilson) of a single number is "
+        f"at most {50 * widest:.1f} points to each side; that of the mean is shown.\n"
+    )
+
+
+def agents_markdown(results: Path) -> str:
+    """Agents on the packaged score table, judged on the pinned task's held-out text."""
+    from collections import defaultdict
+
+    from experiments.comparison.records import ResultRow, read_rows
+
+    folder = results / "tight_agents" / "evaluate" / "SmolLM2-Table-v1-test"
+    by_run: dict[str, dict[int | None, list[ResultRow]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(folder / "results.jsonl"):
+        by_run[row.method][row.seed].append(row)
+    lines = []
+    for method, seeds in by_run.items():
+        test = [float(np.mean([row.loss for row in rows])) for rows in seeds.values()]
+        own = [float(np.mean([row.loss_calibration for row in rows])) for rows in seeds.values()]
+        every = [row for rows in seeds.values() for row in rows]
+        predicted = np.mean([bool(row.provenance.get("predicted")) for row in every])
+        spent = np.mean([rows[0].training_s or 0.0 for rows in seeds.values()])
+        lines.append(
+            (
+                float(np.mean(test)),
+                f"| `{method}` | {len(seeds)} | {np.mean(test):.3f} | {min(test):.3f} to "
+                f"{max(test):.3f} | {np.mean(own):.3f} | {100 * predicted:.0f} % | "
+                f"{spent / 60:.1f} min |",
+            )
+        )
+    head = (
+        "| Training run | Seeds | ΔNLL on held-out text | Seeds from, to | On calibration text | "
+        "Predicted | Training |\n| :--- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+    )
+    return head + "\n".join(line for _, line in sorted(lines)) + "\n"
