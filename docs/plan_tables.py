@@ -120,12 +120,13 @@ def tasks_markdown(results: Path) -> str:
         for task, accuracy in row.accuracies.items()
         for low, high in [wilson_interval(accuracy, (row.task_documents or {})[task])]
     )
-    documents = set((dense.task_documents or {}).values())
-    return (
-        "\n".join(lines) + f"\n\nPercent, of {'/'.join(map(str, sorted(documents)))} documents of "
-        "each task; acc_norm where lm-eval has it. The 95 % interval (Wilson) of a single number is "
-        f"at most {50 * widest:.1f} points to each side; that of the mean is shown.\n"
+    documents = "/".join(map(str, sorted(set((dense.task_documents or {}).values()))))
+    note = (
+        f"Percent, of {documents} documents of each task; acc_norm where lm-eval has it. The 95 % "
+        f"interval (Wilson) of a single number is at most {50 * widest:.1f} points to each side; "
+        "that of the mean is shown."
     )
+    return "\n".join(lines) + f"\n\n{note}\n"
 
 
 def agents_markdown(results: Path) -> str:

@@ -128,6 +128,7 @@ class ElasticLLM:
         view = copy.copy(self)
         view.__dict__.pop("facts", None)
         view._stubs, view._repair, view._whole = dict(stubs), digest, self
+        _keep_in_place(self.model, "stubs are attached to it")
         return view
 
     def has_stub(self, blocks: Iterable[int]) -> bool:
@@ -224,6 +225,7 @@ class ElasticLLM:
             try:
                 if residency != "resident":
                     live.store = self._weight_store(residency)
+                    _keep_in_place(self.model, "residency is not 'resident'")
             finally:
                 live.set(before, evict=True)
         return_freed_memory(self.device)
@@ -417,6 +419,36 @@ class ElasticLLM:
             kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
             kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
         )
+
+
+class _InPlace:
+    """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
+
+    Other tensors (buffers of weights, copies on the host, stubs) would stay where they were, and
+    a later pass would fail in the middle. What changes neither device nor dtype is allowed.
+    """
+
+    def __init__(self, model: torch.nn.Module, reason: str) -> None:
+        self._model, self._reason = model, reason
+
+    def __call__(
+        self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> torch.nn.Module:
+        weight = next(weight for weight in self._model.parameters() if not weight.is_meta)
+        probe = weight.new_empty(0)
+        changed = change(probe)
+        if (changed.device, changed.dtype) != (probe.device, probe.dtype):
+            raise UnsupportedModelError(
+                f"The model cannot be moved or converted ({probe.device}, {probe.dtype} to "
+                f"{changed.device}, {changed.dtype}), because {self._reason}: load it as it is to "
+                "be, load_llm(device=..., dtype=...), and then set its residency and attach stubs."
+            )
+        return torch.nn.Module._apply(self._model, change, recurse)
+
+
+def _keep_in_place(model: torch.nn.Module, reason: str) -> None:
+    """From now on, refuse to move or convert a model as a whole."""
+    object.__setattr__(model, "_apply", _InPlace(model, reason))
 
 
 def _check_device(model: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from functools import partial
 
@@ -36,6 +37,7 @@ from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.workload.sampler import GridSampler
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
+from tests.llm.stubs import random_stubs
 from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
@@ -243,6 +245,25 @@ def test_weights_go_to_the_host_in_few_copies_and_nothing_waits():
         with CopiesToHost() as seen:
             llm.apply(BlockMask.of(0, 3))
         assert (seen.copies, seen.waits) == (2 * 2, 0)
+
+
+def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
+    stubs = random_stubs(llm_of("llama", "cpu"))
+    for prepare in (
+        lambda llm: llm.set_residency("offload"),
+        lambda llm: llm.repaired(stubs, "digest"),
+    ):
+        llm = llm_of("llama", "cpu")
+        prepare(llm)
+        expected = scored(llm, 1)
+        assert llm.model.to("cpu") is llm.model
+        for move in (llm.model.half, lambda llm=llm: llm.model.to(torch.bfloat16)):
+            with pytest.raises(UnsupportedModelError, match="cannot be moved or converted"):
+                move()
+        with pretended_gpu(), pytest.raises(UnsupportedModelError, match="to cuda:0"):
+            llm.model.to("cuda")
+        np.testing.assert_array_equal(scored(llm, 1), expected)
+        assert copy.deepcopy(llm.model).to("cpu") is not llm.model
 
 
 def test_a_model_on_several_devices_is_refused(tmp_path):
