@@ -443,7 +443,8 @@ class _InPlace:
                 f"{changed.device}, {changed.dtype}), because {self._reason}: load it as it is to "
                 "be, load_llm(device=..., dtype=...), and then set its residency and attach stubs."
             )
-        return torch.nn.Module._apply(self._model, change, recurse)
+        moved: torch.nn.Module = torch.nn.Module._apply(self._model, change, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
 
 def _keep_in_place(model: torch.nn.Module, reason: str) -> None:
