@@ -86,6 +86,8 @@ class MemoryModel:
         self._kv_bytes_per_token = np.array(facts.kv_bytes_per_token, dtype=np.int64)  # (L,)
         self._windows = np.array(windows, dtype=np.int64)  # (L,)
         self._dense_weight_bytes = facts.base_bytes + sum(facts.block_param_bytes)
+        widths = map(operator.mul, facts.kv_heads, facts.kv_head_size)
+        self._widest_cache = max(widths, default=0)  # keys of a token
         self._cache_groups: dict[int, int] = {}  # by window: bytes per token, summed over layers
         for window, size in zip(windows, facts.kv_bytes_per_token, strict=True):
             self._cache_groups[window] = self._cache_groups.get(window, 0) + size
@@ -272,9 +274,8 @@ class MemoryModel:
 
     def attention_workspace_bytes(self, request: Request) -> int:
         """Estimate: the pieces of one layer in which attention over lowered caches runs."""
-        facts, tokens = self.facts, request.batch_size * request.seq_len_tokens
-        values = tokens * max(map(operator.mul, facts.kv_heads, facts.kv_head_size), default=0)
-        return min(ATTENTION_WORKSPACE_BYTES, 16 * values)
+        tokens = request.batch_size * request.seq_len_tokens
+        return min(ATTENTION_WORKSPACE_BYTES, 16 * tokens * self._widest_cache)
 
     def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
         facts = self.facts

@@ -34,7 +34,9 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len_tokens", "budget_bytes"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:  # by far the rarest case
+                object.__setattr__(self, name, whole_number(name, value, least=1))
 
     @classmethod
     def at_fraction(

@@ -134,9 +134,9 @@ class LadderCosts:
         held, counters = self.held(self.steps.lowest)
         return held + self.shared.of(counters)
 
-    @cached_property
+    @property
     def _items(self) -> Counts:
-        return np.arange(len(self.ladder))
+        return self.ladder.item_array
 
     def held(self, positions: Sequence[int] | Counts) -> tuple[int, int]:
         """Bytes that do not depend on several levels, and the counters, of some levels."""

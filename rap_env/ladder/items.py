@@ -191,6 +191,11 @@ class Ladder:
         )
 
     @cached_property
+    def item_array(self) -> npt.NDArray[np.int64]:
+        """The numbers of the items, (items,)."""
+        return np.arange(len(self))
+
+    @cached_property
     def partner_array(self) -> npt.NDArray[np.int64]:
         """`partners` as an array, (items,)."""
         return np.array(self.partners)

@@ -12,6 +12,7 @@ import contextlib
 import csv
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -28,6 +29,9 @@ LEVELS: tuple[float, ...] = (
     0.0, 0.01, *(round(0.025 * k, 3) for k in range(1, 40)), 0.99, 0.999, 1.0,
 )  # fmt: skip
 """Probabilities of the quantiles in a `LengthTable`: every 2.5 %, and 1, 99 and 99.9 %."""
+
+
+_LEVELS = np.array(LEVELS)
 
 
 class TraceError(RapError, ValueError):
@@ -57,8 +61,12 @@ class LengthTable:
 
     def at(self, level: float | npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """Lengths in tokens at probabilities in [0, 1], interpolated on a log scale."""
-        logs = np.asarray(np.interp(np.asarray(level), LEVELS, np.log(self.quantiles)))
+        logs = np.asarray(np.interp(np.asarray(level), _LEVELS, self._logs))
         return np.asarray(np.rint(np.exp(logs)), dtype=np.int64)
+
+    @cached_property
+    def _logs(self) -> npt.NDArray[np.float64]:
+        return np.log(np.array(self.quantiles))
 
     def sample(self, rng: np.random.Generator) -> int:
         """Draw a length in tokens: the quantile at a uniform draw."""
