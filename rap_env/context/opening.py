@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 _open: dict[str, PruningContext] = {}
 _workers: dict[str, WorkerPool] = {}
 
+_SPAWNED = b"--multiprocessing-fork"
+"""Argument of each worker that `multiprocessing` starts anew, instead of forking it."""
+
 
 def open_context(config: ContextConfig) -> PruningContext:
     """The context for a configuration; equal configurations share one in a process.
@@ -147,15 +150,17 @@ def worker_processes() -> list[int]:
         return []
     with contextlib.suppress(OSError):
         listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-        return [int(child) for child in listed.split() if not _is_tracker(child)]
+        own = _program("self")
+        return [int(child) for child in listed.split() if _program(child) == own]
     return []
 
 
-def _is_tracker(process: str) -> bool:
-    """Whether a process is no worker but the resource tracker of `multiprocessing`."""
+def _program(process: str) -> bytes:
+    """What a process was started as: the same for all workers of a parent, and for no other."""
     with contextlib.suppress(OSError):
-        return b"resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
-    return True  # it has ended
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+        return _SPAWNED if _SPAWNED in command else command
+    return b""  # it has ended
 
 
 def require_live(context: PruningContext) -> LiveContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import gymnasium as gym
 import numpy as np
@@ -63,12 +64,13 @@ def test_one_worker_alone_and_the_main_process_do_not_warn(settings, monkeypatch
 
 
 def test_workers_that_load_a_model_each_say_so_once(settings, capfd):
-    envs = gym.make_vec(
-        "RAPPrune-v1", 2, vectorization_mode="async", vector_kwargs={"context": "spawn"}, **settings
-    )
-    assert isinstance(envs, AsyncVectorEnv)
-    envs.reset(seed=0)
-    envs.close()
+    spawned = {"vectorization_mode": "async", "vector_kwargs": {"context": "spawn"}}
+    with subprocess.Popen(["sleep", "60"]) as no_worker:
+        envs = gym.make_vec("RAPPrune-v1", 2, **spawned, **settings)
+        assert isinstance(envs, AsyncVectorEnv)
+        envs.reset(seed=0)
+        envs.close()
+        no_worker.kill()
     lines = [line for line in capfd.readouterr().err.splitlines() if "load a copy" in line]
     assert len(lines) == 1
     assert "2 worker processes load a copy of model each: 2 x 0 MiB" in lines[0]
