@@ -72,6 +72,8 @@ def test_every_program_composes_over_the_schema(program):
     config = composed(program)
     assert config.stage == program
     assert config.name == ("demo" if program == "demo" else "default")
+    context = context_config(config)
+    assert (context.repair, context.workers) == ("none", 0)
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -113,18 +115,16 @@ def test_names_in_the_files_exist():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_repair_reaches_the_context_from_every_program(program):
-    assert context_config(composed(program)).repair == "none"
-    assert context_config(composed(program, "repair=library")).repair == "library"
-    asked = composed(program, "repair.name=some/stubs.safetensors")
-    assert context_config(asked).repair == "some/stubs.safetensors"
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_workers_reach_the_context_from_every_program(program):
-    assert context_config(composed(program)).workers == 0
-    found = context_config(composed(program, "scoring.workers=3", "scoring.address=auto"))
+def test_repair_and_workers_reach_the_context_from_every_program(program):
+    asked = ("repair=library", "repair.name=some/stubs.safetensors", "scoring.workers=3",
+             "scoring.address=auto")  # fmt: skip
+    found = context_config(composed(program, *asked))
+    assert found.repair == "some/stubs.safetensors"
     assert (found.workers, found.workers_address) == (3, "auto")
+
+
+def test_a_file_names_the_repair():
+    assert context_config(composed("train", "repair=library")).repair == "library"
 
 
 def test_null_takes_the_value_of_the_agent_file():
@@ -134,14 +134,15 @@ def test_null_takes_the_value_of_the_agent_file():
     assert given == {**defaults, "learning_rate": 0.01}
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
-def test_settings_of_published_runs_stay_readable(path):
-    agent = yaml.safe_load(path.read_text())["agent"]
-    completed = agent_config(replace(composed("train"), agent=AgentConfig(**agent)))
-    assert None not in completed.hyperparameters.values()
-    for section in ("hyperparameters", "policy_settings"):
-        given = {k: value for k, value in agent.get(section, {}).items() if value is not None}
-        assert getattr(completed, section).items() >= given.items()
+def test_settings_of_published_runs_stay_readable():
+    config = composed("train")
+    for path in PUBLISHED:
+        agent = yaml.safe_load(path.read_text())["agent"]
+        completed = agent_config(replace(config, agent=AgentConfig(**agent)))
+        assert None not in completed.hyperparameters.values(), path
+        for section in ("hyperparameters", "policy_settings"):
+            given = {k: value for k, value in agent.get(section, {}).items() if value is not None}
+            assert getattr(completed, section).items() >= given.items(), path
 
 
 @pytest.mark.parametrize(
