@@ -13,7 +13,7 @@ from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from tests.llm.grouped import (
-    LEVELS,
+    PAIRS,
     assert_near,
     grown,
     last_logits,
@@ -26,7 +26,7 @@ from tests.llm.grouped import (
 from tests.tiny import FAMILIES, LAYERS, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-EVERY_LEVEL = pytest.mark.parametrize("level", LEVELS)
+FAMILY_AND_LEVEL = pytest.mark.parametrize(("name", "level"), PAIRS)
 REMOVALS = [BlockMask(), BlockMask.of(0), BlockMask.of(2, 1)]
 
 
@@ -39,8 +39,7 @@ def predicted_bytes(llm, rows: int, tokens: int) -> int:
     )
 
 
-@EVERY_FAMILY
-@EVERY_LEVEL
+@FAMILY_AND_LEVEL
 def test_a_batch_equals_one_pass_over_each_row(name, level) -> None:
     llm = long_llm(name)
     rows = random_rows(133, 97, 64)
@@ -99,8 +98,7 @@ def test_masks_and_levels_together(name, level, removed) -> None:
         assert batch.kv_bytes == predicted_bytes(llm, 2, 120) + places
 
 
-@EVERY_FAMILY
-@EVERY_LEVEL
+@FAMILY_AND_LEVEL
 def test_rows_join_and_leave(name, level) -> None:
     llm = long_llm(name)
     batch, other = LiveBatch(llm), LiveBatch(llm)
