@@ -66,7 +66,7 @@ class LengthTable:
 
     @cached_property
     def _logs(self) -> npt.NDArray[np.float64]:
-        return np.log(np.array(self.quantiles))
+        return np.asarray(np.log(np.array(self.quantiles)))
 
     def sample(self, rng: np.random.Generator) -> int:
         """Draw a length in tokens: the quantile at a uniform draw."""
