@@ -317,6 +317,8 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
     assert published
     for path in published:
         for each in depends(read_rows(path)):
+            if "task" in each:  # a row of rap_env.evaluate
+                continue
             like = with_stubs[0] if "repair" in each else plain[0]
             assert each.keys() - {"ladder", "plan"} == like.keys()  # those of rows of plans
 
