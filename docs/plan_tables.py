@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,8 +132,6 @@ def tasks_markdown(results: Path) -> str:
 
 def agents_markdown(results: Path) -> str:
     """Agents on the packaged score table, judged on the pinned task's held-out text."""
-    from collections import defaultdict
-
     from experiments.comparison.records import ResultRow, read_rows
 
     folder = results / "tight_agents" / "evaluate" / "SmolLM2-Table-v1-test"

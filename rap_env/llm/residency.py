@@ -113,7 +113,7 @@ class _Group:
         if pin and self.host is None:  # the copy is kept: weights never change
             self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
             # Nothing waits for it: the memory is reused, and the copy read, in the same stream.
-            self.host.copy_(self._buffer(), non_blocking=True)
+            self.host.copy_(self._packed(), non_blocking=True)
         for part in self.parts:
             part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
@@ -146,7 +146,7 @@ class _Group:
             for part, stored in zip(self.parts, files, strict=True)
         )
 
-    def _buffer(self) -> torch.Tensor:
+    def _packed(self) -> torch.Tensor:
         """The buffer that `pack` or `load` made, whole, (bytes,)."""
         first = self.parts[0].tensor.data
         return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())

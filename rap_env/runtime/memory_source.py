@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
+from rap_env.llm.device import free_bytes
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -98,22 +101,19 @@ class CudaMemory:
         self.device = torch.device(device)
         self.name = str(self.device)
         self.reserve_bytes = reserve_bytes
-        self.limit_bytes: int | None = max(0, self._read()[1] - reserve_bytes)
+        self.limit_bytes: int | None = max(0, self._ask(torch.cuda.mem_get_info)[1] - reserve_bytes)
 
     def budget_bytes(self, used_bytes: int) -> int:
         """Used and free bytes, less the reserve."""
-        free, _ = self._read()
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(0, used_bytes + free + cached - self.reserve_bytes)
+        return max(0, used_bytes + self._ask(free_bytes) - self.reserve_bytes)
 
-    def _read(self) -> tuple[int, int]:
+    def _ask(self, question: Callable[[torch.device], T]) -> T:
         try:
-            free, total = torch.cuda.mem_get_info(self.device)
+            return question(self.device)
         except (RuntimeError, AssertionError) as error:
             raise MemorySourceError(
                 f"{self.name} does not report its free memory: {error}."
             ) from error
-        return int(free), int(total)
 
 
 _UNLIMITED_BYTES = 2**60  # version 1 writes a number near 2**63 where there is no limit

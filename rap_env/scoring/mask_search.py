@@ -89,8 +89,8 @@ class CandidateRunner:
             visit = partial(self._visit, batch, group[0] if alone else None)
             last = runner.run(batch, [candidate.mask for candidate in group], visit)
             hidden: dict[MaskOrPlan, torch.Tensor] = {}
-            for masks in runner.share_head(list(last)):
-                with runner.partial.embeddings(as_plan(masks[0]).embeddings):
+            for level, masks in runner.share_head(last):
+                with runner.partial.embeddings(level):
                     left = runner.partial.leave(joined([last[mask] for mask in masks]))
                 hidden |= dict(zip(masks, left.chunk(len(masks)), strict=True))
             for candidate in group:

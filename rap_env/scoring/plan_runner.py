@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.levels import WeightLevel
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 
@@ -195,13 +196,16 @@ class PlanRunner:
             visit((self._depth, plan), state)
         return states
 
-    def share_head(self, plans: Sequence[MaskOrPlan]) -> Iterator[Sequence[MaskOrPlan]]:
-        """Groups of plans whose outputs may share a batch in the last norm and the head."""
-        by_level: dict[str, list[MaskOrPlan]] = {}
+    def share_head(
+        self, plans: Iterable[MaskOrPlan]
+    ) -> Iterator[tuple[WeightLevel, Sequence[MaskOrPlan]]]:
+        """Groups of plans that may share a batch in the last norm and the head, and their level."""
+        by_level: dict[WeightLevel, list[MaskOrPlan]] = {}
         for plan in plans:
             by_level.setdefault(as_plan(plan).embeddings, []).append(plan)
-        for group in by_level.values():
-            yield from chunks(group, self.width)
+        for level, alike in by_level.items():
+            for group in chunks(alike, self.width):
+                yield level, group
 
     def _nearest(self, batch: int, plan: MaskOrPlan) -> tuple[int, torch.Tensor]:
         """The last step whose state is cached for a plan, and that state."""

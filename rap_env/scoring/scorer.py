@@ -406,8 +406,8 @@ class MaskScorer:
             for batch, ids in enumerate(runner.batches):
                 last = runner.run(batch, plans, partial(runner.cache.put_some, keep, batch))
                 nll: dict[MaskOrPlan, torch.Tensor] = {}
-                for group in runner.share_head(plans):
-                    with runner.partial.embeddings(as_plan(group[0]).embeddings):
+                for level, group in runner.share_head(plans):
+                    with runner.partial.embeddings(level):
                         hidden = runner.partial.leave(joined([last[plan] for plan in group]))
                         found = window_nll(runner.partial, hidden, ids.repeat(len(group), 1))
                     nll |= dict(zip(group, found.view(len(group), -1), strict=True))
