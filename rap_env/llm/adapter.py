@@ -202,6 +202,14 @@ class FamilyAdapter:
             for kind, slots in enumerate((self._attn(layer, number), self._ffn(layer)))
         )
 
+    def module_paths(self, index: int) -> tuple[str, ...]:
+        """Paths in the model of a block's modules, the one that returns its output first."""
+        family, (layer, is_ffn) = self.family, divmod(index, 2)
+        *inner, last = family.ffn if is_ffn else (family.attn,)
+        norms = family.ffn_norms if is_ffn else family.attn_norms
+        place = f"{family.decoder}.{family.layers}.{layer}"
+        return tuple(f"{place}.{name}" for name in (last, *inner, *norms))
+
     def _attn(self, layer: nn.Module, number: int) -> Iterator[Slot]:
         yield _slot(layer, self.family.attn, RemovedAttention(number))
         for norm in self.family.attn_norms:

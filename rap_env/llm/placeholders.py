@@ -1,7 +1,8 @@
 """Modules in the place of removed blocks: placeholders that add nothing, and stubs.
 
 The layer's `forward` stays transformers' own: it calls these modules and adds their output to the
-residual stream.
+residual stream. A copy of this file lies in every pruned checkpoint, where transformers runs it
+without this package: it imports torch alone.
 """
 
 from __future__ import annotations
@@ -147,3 +148,24 @@ def placeholder_entries(batch: int, tokens: int, device: torch.device) -> torch.
     One value wide, not zero: transformers treats a cache layer without elements as empty.
     """
     return torch.zeros((batch, 1, tokens, 1), dtype=PLACEHOLDER_DTYPE, device=device)
+
+
+def remove_blocks(model: Any, removed: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put placeholders in the places of blocks for good, before weights are loaded.
+
+    Args:
+        model: A causal language model of transformers.
+        removed: By a block's name, ``modules``, the paths of its modules, the one that returns
+            its output first, and ``stub_rank``, the rank of a stub of zeros, for weights to be
+            loaded into, or None.
+    """
+    width = model.config.get_text_config(decoder=True).hidden_size
+    for name, entry in removed.items():
+        layer, _, kind = name.removeprefix("layer").partition(".")
+        block = RemovedAttention(int(layer)) if kind == "attn" else RemovedFFN()
+        if entry["stub_rank"] is not None:
+            block.stub = Stub.zeros(entry["stub_rank"], width, model.dtype)
+        first, *others = entry["modules"]
+        model.set_submodule(first, block)
+        for path in others:
+            model.set_submodule(path, nn.Identity())

@@ -2,9 +2,10 @@
 
 The folder holds safetensors, config, generation config and tokenizer as transformers writes them,
 and ``rap_pruned.json`` with the names of the removed blocks, the ranks of their stubs, if there are
-any, and checksums. Plain transformers would fill the removed blocks with random weights, leave the
-stubs out, and only warn. So ``config.json`` states the model type ``rap_pruned``, which
-transformers' Auto classes reject; load the folder with `load_pruned`.
+any, and checksums. The family's own class would fill the removed blocks with random weights, leave
+the stubs out, and only warn. So ``config.json`` states the model type ``rap_pruned``, and the
+folder has the code that transformers opens it with (`rap_env.llm.pruned_code`): without
+``trust_remote_code=True`` its Auto classes reject the folder. `load_pruned` runs no such code.
 """
 
 from __future__ import annotations
@@ -21,33 +22,41 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.blocks import BlockMask, block_name
 from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.llm.adapter import FamilyAdapter, adapter_for
 from rap_env.llm.cpu_decode import attention_name, speed_up_decoding
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.model_folder import file_sha256
-from rap_env.llm.placeholders import RemovedBlock, Stub
+from rap_env.llm.placeholders import RemovedBlock, Stub, remove_blocks
 from rap_env.llm.progress import transformers_bars
+from rap_env.llm.pruned_code import code_files, removed_entries, with_code, without_code
 
 PRUNED_FILE = "rap_pruned.json"
 """Name of the file that marks a folder as a pruned checkpoint."""
 
 _KIND, _VERSION = "pruned-checkpoint", 1
-_MODEL_TYPE = "rap_pruned"
 _PORTABLE_ATTENTION = ("eager", "sdpa")  # others may be missing on the machine that loads it
 
 
-def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]) -> Path:
+def save_pruned(
+    llm: ElasticLLM,
+    mask: BlockMask,
+    folder: str | os.PathLike[str],
+    *,
+    readme: str = "",
+) -> Path:
     """Save a model without the tensors of the blocks of `mask`.
 
     The folder appears only when it is complete. An older pruned checkpoint there is replaced.
-    The stubs of the removed blocks of a repaired model are saved too.
+    The stubs of the removed blocks of a repaired model are saved too. Besides `load_pruned`,
+    ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` opens the folder.
 
     Args:
         llm: The model; its current mask has no effect and is applied again afterwards.
         mask: The blocks to leave out, in addition to those that the model was built without.
         folder: The folder to write.
+        readme: Text of the folder's README.md; without it there is none.
 
     Returns:
         The folder.
@@ -78,6 +87,8 @@ def save_pruned(llm: ElasticLLM, mask: BlockMask, folder: str | os.PathLike[str]
         work.mkdir()
         try:
             _write(llm, mask, work)
+            if readme:
+                (work / "README.md").write_text(readme, encoding="utf-8")
             mode = (work / PRUNED_FILE).stat().st_mode
             for path in work.iterdir():
                 path.chmod(mode)
@@ -118,8 +129,7 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
             f"checksum differs from {PRUNED_FILE}); save the pruned checkpoint again."
         )
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    entries["model_type"] = body["model_type"]
-    config = AutoConfig.for_model(**entries)
+    config = AutoConfig.for_model(**without_code(entries, body["model_type"]))
     ranks = dict.fromkeys(body["removed"]) | body.get("stub_ranks", {})
     model = _load_model(folder, config, ranks, body["attention"])
     tokenizer = None
@@ -137,18 +147,24 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
 
 def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     with llm.masked(mask), transformers_bars(shown=False):
-        llm.model.save_pretrained(folder)
+        # With the names that the model has, so that transformers need not know its model type.
+        llm.model.save_pretrained(folder, save_original_format=False)
         stub_ranks = {block_name(index): stub.rank for index, _, stub in _stubs(llm)}
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)
+    removed = (mask | llm.pruned).names
     config_file = folder / "config.json"
-    entries = json.loads(config_file.read_text(encoding="utf-8"))
-    entries["model_type"] = _MODEL_TYPE
+    entries = with_code(
+        json.loads(config_file.read_text(encoding="utf-8")),
+        removed_entries(llm.adapter, dict.fromkeys(removed) | stub_ranks),
+    )
     config_file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    for name, code in code_files(llm.model).items():
+        (folder / name).write_text(code, encoding="utf-8")
     attention = attention_name(llm.model)
     body = {
         "name": llm.name,
-        "removed": list((mask | llm.pruned).names),
+        "removed": list(removed),
         "stub_ranks": stub_ranks,
         "num_blocks": llm.num_blocks,
         "model_type": llm.model.config.model_type,
@@ -226,11 +242,7 @@ def _without(base: Any, adapter: FamilyAdapter, removed: Mapping[str, int | None
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        sites = adapter.sites(self)
-        for name, rank in removed.items():
-            width = adapter.hidden_size
-            stub = None if rank is None else Stub.zeros(rank, width, self.dtype)
-            sites[block_index(name)].remove(stub)
+        remove_blocks(self, removed_entries(adapter, removed))
 
     # The same name, by which transformers finds a class's renamed checkpoint keys.
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})

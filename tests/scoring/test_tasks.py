@@ -20,6 +20,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.pruned_checkpoint import save_pruned
 from rap_env.plan import CompressionPlan
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.store import ScoreStore
@@ -61,8 +62,11 @@ def llm():
     return make_llm()
 
 
-def lm_evals_results(llm, scorer, mask):
-    """The same tasks through lm-eval's own `evaluate`, with its own forward passes."""
+def lm_evals_results(llm, scorer, mask, **options):
+    """The same tasks through lm-eval's own `evaluate`, with its own forward passes.
+
+    `options` are more arguments of its model; ``pretrained`` replaces `llm`.
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -78,12 +82,8 @@ def lm_evals_results(llm, scorer, mask):
             )
         tasks.update({task.task_name: task for task in loaded.tasks})
     with lm_eval_tasks.quiet(), llm.masked(mask):
-        lm = HFLM(
-            pretrained=llm.model,
-            tokenizer=tiny_tokenizer(),
-            batch_size=7,
-            softmax_dtype=torch.float32,
-        )
+        given = {"pretrained": llm.model, "tokenizer": tiny_tokenizer(), **options}
+        lm = HFLM(**given, batch_size=7, softmax_dtype=torch.float32)
         found = evaluate(lm, tasks, limit=config.limit, bootstrap_iters=2, log_samples=True)
     monkeypatch.undo()
     return found
@@ -116,6 +116,20 @@ def test_scores_equal_lm_evals_own_evaluate(tmp_path, mask):
         "byte_perplexity",
         "bits_per_byte",
     }
+
+
+def test_lm_eval_scores_the_folder_of_a_pruned_model_as_we_score_the_mask(tmp_path, llm):
+    """``lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True``."""
+    folder = save_pruned(llm, SOME, tmp_path / "pruned")
+    scorer = TaskScorer(llm, TaskConfig(GENERATED, limit=4))
+    arguments = {"pretrained": str(folder), "tokenizer": None, "device": "cpu"}
+    found = lm_evals_results(llm, scorer, BlockMask(), **arguments, trust_remote_code=True)
+    for name, result in scorer.results(SOME).items():
+        for metric, value in result.metrics.items():
+            assert value == pytest.approx(found["results"][name][f"{metric},none"], rel=1e-5)
+    for name, samples in found["samples"].items():
+        theirs = [float(pair[0]) for sample in samples for pair in sample["filtered_resps"]]
+        assert np.allclose(theirs, scorer._outputs(SOME)[name][:, 0], rtol=1e-5)
 
 
 def test_likelihoods_of_each_request_equal_lm_evals(llm):
