@@ -23,7 +23,7 @@ from experiments.config.evaluation import LEVELS_SUFFIX
 from experiments.contexts import build_context, held_out_scorer
 from experiments.launch import launch
 from rap_env.artifacts import save_artifact
-from rap_env.cli import FACTS_VERSION
+from rap_env.command_options import FACTS_VERSION
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels

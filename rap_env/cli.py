@@ -1,4 +1,4 @@
-"""Command ``rap``: serve a model, choose a mask, prune a checkpoint, fetch a model, show versions.
+"""Command ``rap``: serve a model, choose a plan, export it, fetch a model, show versions.
 
 Commands import torch only if they need it. Answers go to stdout (as JSON with ``--json``), log
 lines to stderr. An error is one sentence on stderr and exit code 2.
@@ -9,21 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rap_env.artifacts import load_artifact
-from rap_env.blocks import BlockMask
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, RapError
+from rap_env.command_options import (
+    Command,
+    check_fits,
+    combined,
+    facts_of,
+    json_option,
+    request_options,
+    show,
+)
+from rap_env.errors import RapError
+from rap_env.export.commands import export, prune
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import as_plan
 from rap_env.request import Request
 from rap_env.serving.settings import (
     ServerSettings,
@@ -39,17 +47,17 @@ if TYPE_CHECKING:
     from rap_env.llm.default_model import CachedModel
 
 _MIB = 2**20
-FACTS_VERSION = 2
-"""Format of the file of a model's facts."""
 _HELP = setting_help()
-
-Command = Callable[..., Any]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rap")
 def cli() -> None:
     """Runtime-adaptive pruning of language models."""
+
+
+cli.add_command(prune)
+cli.add_command(export)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -61,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("rap_env").setLevel(logging.INFO)
     try:
-        code = cli.main(arguments, prog_name="rap", standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["rap", *given])
+        code = cli.main(arguments, prog_name="rap", standalone_mode=False, obj=command)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         sentence = error.format_message()
@@ -80,46 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     is_help = sentence.startswith("Usage:")  # without a command, click raises its help text
     click.echo(sentence if is_help else f"Error: {sentence}", err=True)
     sys.exit(2)
-
-
-def _show(answer: dict[str, Any], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(answer, indent=2) if as_json else text)
-
-
-def _options(*options: Command) -> Command:
-    """Combine several options into one decorator."""
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def _setting_option(name: str, default: str | None = None) -> Command:
-    """Option of a command that shares a setting with the server."""
-    default = default or getattr(ServerSettings, name)
-    return click.option(f"--{name}", default=default, show_default=True, help=_HELP.get(name))
-
-
-def _request_options(required: bool, policy: str | None = None, weights: str = "native") -> Command:
-    return _options(
-        click.option("--batch", type=int, required=required, help="Number of sequences."),
-        click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
-        click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
-        _setting_option("policy", policy),
-        *map(_setting_option, ("model", "device", "dtype")),
-        click.option(
-            "--weights",
-            default=weights,
-            show_default=True,
-            help="Format of the weights: native (as the model's file has them) or bf16.",
-        ),
-    )
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 
 
 def _server_option(name: str) -> Command:
@@ -149,7 +119,7 @@ def _parse_settings(options: dict[str, str | None]) -> dict[str, Any]:
 
 @cli.command()
 @click.option("--config", type=Path, help="YAML or TOML file of settings; options override it.")
-@_options(*map(_server_option, setting_types()))
+@combined(*map(_server_option, setting_types()))
 def serve(config: Path | None, **options: str | None) -> None:
     """Serve a model over HTTP within a memory budget.
 
@@ -163,37 +133,9 @@ def serve(config: Path | None, **options: str | None) -> None:
     serve_until_interrupted(settings, click.echo)
 
 
-def default_facts(weights: str = "native") -> ModelFacts:
-    """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
-
-    Args:
-        weights: The format of its weights, ``"native"`` or ``"bf16"``; see `rap_env.load_llm`.
-
-    Raises:
-        ArtifactError: The file is damaged.
-    """
-    from rap_env.runtime.policies import DEFAULT_MODEL, SAVED
-
-    path = SAVED / f"{DEFAULT_MODEL}.facts.json"
-    body = load_artifact(path, "model facts", FACTS_VERSION)[weights]
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
-    return ModelFacts(**fields)
-
-
-def _facts(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
-    """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
-    if weights in ("native", "bf16"):
-        facts = default_facts(weights)
-        if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
-            return facts
-    from rap_env.llm.loading import load_llm
-
-    return load_llm(model, device=device, dtype=dtype, weights=weights).facts
-
-
 @cli.command()
-@_request_options(required=True)
-@_json_option
+@request_options(required=True)
+@json_option
 def choose(
     batch: int, seq: int, budget: str, policy: str, model: str, device: str,
     dtype: str, weights: str, as_json: bool,
@@ -206,7 +148,7 @@ def choose(
     from rap_env.runtime.policies import load_policy
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
-    memory = MemoryModel(_facts(model, device, dtype, weights))
+    memory = MemoryModel(facts_of(model, device, dtype, weights))
     facts, chooser = memory.facts, load_policy(policy, memory)
     started = time.perf_counter()
     plan = as_plan(chooser.choose(request))
@@ -228,17 +170,8 @@ def choose(
         "delta_nll_source": source,
         "decision_s": seconds,
     }
-    _show(answer, _choice_text(answer), as_json)
-    _check_fits(memory, plan, request)
-
-
-def _check_fits(memory: MemoryModel, plan: MaskOrPlan, request: Request) -> None:
-    if (need := memory.peak_bytes(plan, request)) > request.budget_bytes:
-        least = min(need, memory.least_peak_bytes(request))
-        raise InfeasibleBudgetError(
-            f"This plan needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
-            f"without any block the model needs {least:,}."
-        )
+    show(answer, _choice_text(answer), as_json)
+    check_fits(memory, plan, request)
 
 
 def _choice_text(answer: dict[str, Any]) -> str:
@@ -294,66 +227,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 @cli.command()
-@click.argument("folder", type=Path)
-@click.option("--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn.")
-@_request_options(required=False, policy="rap-v0", weights="bf16")
-@_json_option
-def prune(
-    folder: Path, remove: Sequence[str], batch: int | None, seq: int | None, budget: str | None,
-    policy: str, model: str, device: str, dtype: str, weights: str, as_json: bool,
-) -> None:  # fmt: skip
-    """Save a smaller checkpoint to FOLDER.
-
-    Name the blocks (--remove), or a request (--batch, --seq, --budget) for which a policy chooses
-    them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
-    """
-    names = [name.strip() for text in remove for name in text.split(",") if name.strip()]
-    if batch is not None and seq is not None and budget is not None and not names:
-        request = Request(batch, seq, parse_bytes("--budget", budget))
-    elif names and (batch, seq, budget) == (None, None, None):
-        request = None
-    else:
-        raise InvalidRequestError("Give either --remove, or all of --batch, --seq and --budget.")
-    mask = BlockMask.of(*names)
-    from rap_env.llm.loading import load_llm
-    from rap_env.llm.pruned_checkpoint import save_pruned
-    from rap_env.runtime.policies import load_policy
-
-    llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
-    facts = llm.facts
-    if request:
-        plan = as_plan(load_policy(policy, llm).choose(request))
-        _check_fits(MemoryModel(llm), plan, request)
-        if not plan.is_mask:
-            raise InvalidRequestError(
-                f"A checkpoint keeps or removes blocks, but the policy {policy!r} also lowers "
-                "levels; name the blocks, or choose another policy, such as 'frontier'."
-            )
-        mask = plan.removed
-    save_pruned(llm, mask, folder)
-    sizes = facts.block_param_bytes
-    before = facts.base_bytes + sum(sizes)
-    after = before - sum(sizes[index] for index in mask.indices)
-    answer = {
-        "model": facts.name,
-        "dtype": facts.dtype,
-        "folder": str(folder),
-        "removed": list(mask.names),
-        "weight_bytes_before": before,
-        "weight_bytes_after": after,
-    }
-    text = (
-        f"Removed ({len(mask)}): {' '.join(mask.names) or 'nothing'}\n"
-        f"Weights of {facts.name} ({facts.dtype}): {before:,} bytes before, {after:,} after "
-        f"({100 * after / before:.1f} %), saved in {folder}"
-    )
-    _show(answer, text, as_json)
-
-
-@cli.command()
 @click.argument("model", default="smollm2-135m")
 @click.option("--accept-licence", is_flag=True, help="Accept the terms that the model comes under.")
-@_json_option
+@json_option
 def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     """Download and convert MODEL: smollm2-135m (the default) or gemma3-270m.
 
@@ -364,9 +240,7 @@ def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     from rap_env.llm.default_model import fetch_model
 
     found = fetch_model(model, accept_licence=accept_licence)
-    _show(
-        _model_json(found), f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json
-    )
+    show(_model_json(found), f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json)
 
 
 def _model_json(model: CachedModel) -> dict[str, Any]:
@@ -374,13 +248,13 @@ def _model_json(model: CachedModel) -> dict[str, Any]:
 
 
 @cli.command()
-@_json_option
+@json_option
 def info(as_json: bool) -> None:
     """Show versions, device, the cache folder and the score tables in the package."""
     from rap_env.installation import describe, description
 
     answer = describe()
-    _show(answer, description(answer), as_json)
+    show(answer, description(answer), as_json)
 
 
 if __name__ == "__main__":

@@ -19,3 +19,20 @@ def quick_collections():
     """Leave what exists out of later garbage collections, which take 0.3 seconds with it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def rap(capsys, monkeypatch, tmp_path):
+    """Runs the command; gives its exit code and what it wrote."""
+    from rap_env.cli import main
+
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        found = capsys.readouterr()
+        return ended.value.code, found.out, found.err
+
+    return run

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.cli import default_facts, main
+from rap_env.command_options import default_facts
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
@@ -28,21 +28,6 @@ SMALL = ["--batch", "8", "--seq", "1024", "--budget", "110MiB"]
 REQUEST = ["--batch", "8", "--seq", "1024", "--budget", "350MiB"]
 
 
-@pytest.fixture
-def rap(capsys, monkeypatch, tmp_path):
-    """Runs the command; gives its exit code and what it wrote."""
-    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        found = capsys.readouterr()
-        return ended.value.code, found.out, found.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -55,7 +40,7 @@ def test_version_and_help(rap):
     assert rap("--version") == (0, f"rap, version {__version__}\n", "")
     code, out, _ = rap("--help")
     assert code == 0
-    assert all(name in out for name in ("serve", "choose", "prune", "fetch", "info"))
+    assert all(name in out for name in ("serve", "choose", "prune", "export", "fetch", "info"))
     code, out, _ = rap("serve", "--help")
     assert code == 0
     assert "--max-batch-size" in out
@@ -264,7 +249,7 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
         ),
         (["choose", "--batch", "8", "--seq", "99999", "--budget", "1GiB"], "from 1 to 8192 tokens"),
         (["choose", *REQUEST, "--policy", "nobody"], "Unknown policy 'nobody'"),
-        (["prune", "x"], "Give either --remove, or all of --batch, --seq and --budget"),
+        (["prune", "x"], "Give either --remove, or --plan, or all of --batch, --seq and --budget"),
         (["prune", "x", "--remove", "nonsense"], "Unknown block 'nonsense'"),
         (["serve", "--port", "many"], "port must be of type int, not 'many'"),
         (["serve", "--config", "absent.yaml"], "Cannot read absent.yaml"),

@@ -32,6 +32,7 @@ LAYERS = (
     ("render", "envs", "leaderboard"),
     ("runtime",),
     ("serving",),
+    ("command_options", "export"),
     ("installation", "cli", "__init__"),
 )  # fmt: skip
 """Files and packages of `rap_env` from the ground up; each may import its own layer and lower."""

@@ -30,10 +30,8 @@ from experiments.ladder.summaries import LadderRecords
 from experiments.ladder.tables import publish
 from experiments.launch import launch
 from rap_env.blocks import BlockMask
-from rap_env.errors import ArtifactError
-from rap_env.llm.model_folder import manifest_source, models_dir
 from rap_env.llm.progress import progress_bar
-from rap_env.llm.sources import locate
+from rap_env.llm.sources import gguf_source
 from rap_env.scoring.scorer import MaskScorer
 
 PACKAGE = "llama-cpp-py-sync"
@@ -159,13 +157,8 @@ def gguf_file(model: str) -> Path:
     Raises:
         ExperimentError: It comes from no GGUF file, or the file is gone.
     """
-    path = Path(model).expanduser()
-    if path.suffix != ".gguf":
-        try:
-            path = models_dir() / str(manifest_source(locate(model).folder)["file"])
-        except (OSError, KeyError, ArtifactError):
-            path = Path("-")
-    if not path.is_file():
+    path = gguf_source(model)
+    if path is None:
         raise ExperimentError(
             f"llama.cpp reads a GGUF file, and {model} comes from none that is on this machine; "
             "set model.name to a .gguf file, or to smollm2-135m@pypi."

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rap_env.errors import ModelNotAvailableError, UnknownNameError
+from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.llm.adapter import read_config
 from rap_env.llm.default_model import ALIAS, KNOWN, default_model_folder
 from rap_env.llm.gguf_file import converted_gguf
 from rap_env.llm.hub import hub_folder
+from rap_env.llm.model_folder import manifest_source, models_dir
 from rap_env.llm.packaged_gguf import OPT_IN
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -57,6 +58,22 @@ def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
             "A hub model is written 'organisation/name', a folder or GGUF file by its path.",
         )
     return Located(hub_folder(match["repo"], match["revision"], read_config), name)
+
+
+def gguf_source(model: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a model comes from, if it comes from one that is on this machine.
+
+    Args:
+        model: The path of a GGUF file, or the name of a model that was converted from one in the
+            cache, such as ``"smollm2-135m"``; errors are those of `locate`.
+    """
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf":
+        try:
+            path = models_dir() / str(manifest_source(locate(model, packed=True).folder)["file"])
+        except (FileNotFoundError, KeyError, ArtifactError):
+            return None
+    return path if path.is_file() else None
 
 
 def looks_like_path(model: str | os.PathLike[str]) -> bool:

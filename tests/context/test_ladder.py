@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from rap_env.cli import default_facts
+from rap_env.command_options import default_facts
 from rap_env.context import live as live_module
 from rap_env.context.base import item_importance, item_order
 from rap_env.context.live import PACKAGED_COSTS, LiveContext

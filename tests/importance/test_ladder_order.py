@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rap_env.cli import default_facts
+from rap_env.command_options import default_facts
 from rap_env.context.live import PACKAGED_COSTS
 from rap_env.envs.config import LadderEnvConfig
 from rap_env.importance.ladder_order import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from rap_env.cli import default_facts
+from rap_env.command_options import default_facts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile

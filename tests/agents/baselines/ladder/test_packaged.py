@@ -8,7 +8,7 @@ import pytest
 
 from agents.baselines.ladder.packaged import LoweredCacheMemory, MaskPolicyBaseline
 from rap_env.blocks import BlockMask
-from rap_env.cli import default_facts
+from rap_env.command_options import default_facts
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.levels import CacheLevel

@@ -1,0 +1,108 @@
+"""What the commands of `rap` share: options of requests and models, facts, and answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from rap_env.artifacts import load_artifact
+from rap_env.errors import InfeasibleBudgetError
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
+from rap_env.plan import MaskOrPlan
+from rap_env.request import Request
+from rap_env.serving.settings import ServerSettings, setting_help
+
+FACTS_VERSION = 2
+"""Format of the file of a model's facts."""
+
+_HELP = setting_help()
+
+Command = Callable[..., Any]
+
+
+def show(answer: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print the answer of a command, as JSON or as text."""
+    click.echo(json.dumps(answer, indent=2) if as_json else text)
+
+
+def combined(*options: Command) -> Command:
+    """Combine several options into one decorator."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def setting_option(name: str, default: str | None = None) -> Command:
+    """Option of a command that shares a setting with the server."""
+    default = default or getattr(ServerSettings, name)
+    return click.option(f"--{name}", default=default, show_default=True, help=_HELP.get(name))
+
+
+def request_options(
+    required: bool, policy: str | None = None, weights: str | None = "native", dtype: str = "auto"
+) -> Command:
+    """Options of a request and the model; without `weights` the command has one format of them."""
+    chosen = click.option(
+        "--weights",
+        default=weights,
+        show_default=True,
+        help="Format of the weights: native (as the model's file has them) or bf16.",
+    )
+    return combined(
+        click.option("--batch", type=int, required=required, help="Number of sequences."),
+        click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
+        click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
+        setting_option("policy", policy),
+        *map(setting_option, ("model", "device")),
+        setting_option("dtype", dtype),
+        *([] if weights is None else [chosen]),
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+
+
+def default_facts(weights: str = "native") -> ModelFacts:
+    """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
+
+    Args:
+        weights: The format of its weights, ``"native"`` or ``"bf16"``; see `rap_env.load_llm`.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    from rap_env.runtime.policies import DEFAULT_MODEL, SAVED
+
+    path = SAVED / f"{DEFAULT_MODEL}.facts.json"
+    body = load_artifact(path, "model facts", FACTS_VERSION)[weights]
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+    return ModelFacts(**fields)
+
+
+def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
+    """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
+    if weights in ("native", "bf16"):
+        facts = default_facts(weights)
+        if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
+            return facts
+    from rap_env.llm.loading import load_llm
+
+    return load_llm(model, device=device, dtype=dtype, weights=weights).facts
+
+
+def check_fits(memory: MemoryModel, plan: MaskOrPlan, request: Request) -> None:
+    """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
+    if (need := memory.peak_bytes(plan, request)) > request.budget_bytes:
+        least = min(need, memory.least_peak_bytes(request))
+        raise InfeasibleBudgetError(
+            f"This plan needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
+            f"without any block the model needs {least:,}."
+        )

@@ -1,0 +1,1 @@
+"""Export a plan to other engines: transformers, llama.cpp and vLLM."""

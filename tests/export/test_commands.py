@@ -1,0 +1,170 @@
+"""The command ``rap export``: plans from everywhere, a folder, a card and an answer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.export.plan_file import read_plan
+from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.repair.stub_library import StubLibrary
+from rap_env.request import Request
+from tests.llm.stubs import random_stubs
+from tests.serving.tokenizers import chat_tokenizer
+from tests.tiny import tiny_model
+
+MASK = BlockMask.of("layer01.ffn", "layer02.attn")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model(layers=4).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# Tiny\n")
+    return folder
+
+
+@pytest.fixture
+def exported(rap, model_folder, tmp_path):
+    """Exports the tiny model in float32; gives the answer and the folder."""
+
+    def run(*options):
+        target = tmp_path / "out"
+        options = ("--to", "hf", "--model", model_folder, "--dtype", "float32", *options)
+        code, out, err = rap("export", target, *options, "--json")
+        assert code == 0, err
+        return json.loads(out), target
+
+    return run
+
+
+def test_the_folder_is_the_model_under_the_plan(exported, model_folder, tmp_path):
+    (tmp_path / "plan.json").write_text(CompressionPlan(MASK).to_json())
+    answer, folder = exported("--plan", tmp_path / "plan.json")
+    assert answer["removed"] == list(MASK.names)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    stored = sum(tensor.nbytes for tensor in model.parameters())
+    assert answer["weight_bytes_after"] == stored < answer["weight_bytes_before"]
+    llm = load_llm(model_folder, dtype="float32", device="cpu")
+    ids = torch.arange(3, 12)[None]
+    with llm.masked(MASK), torch.no_grad():
+        assert torch.equal(model(ids).logits, llm.model(ids).logits)
+
+
+def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(exported, tmp_path):
+    (tmp_path / "text.txt").write_text("a b c d e f g h. " * 200)
+    answer, folder = exported("--remove", ",".join(MASK.names), "--measure", tmp_path / "text.txt")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# tiny under a plan, for transformers\n")
+    llm = load_llm(folder)
+    rows = dict(line.strip("| ").split(" | ") for line in card.splitlines() if " | " in line[2:])
+    assert rows["Its licence"] == "mit"
+    assert rows["Weights"].startswith(f"{answer['weight_bytes_after']:,} bytes, ")
+    assert rows["Rise in NLL, predicted"] == "unknown (never measured for this mask)"
+    measured = answer["measured_delta_nll"]
+    text = f"{measured:+.4f} nats/token on 4 x 64 tokens of text.txt"
+    assert rows["Rise in NLL, measured"] == text
+    assert rows["Command"].startswith("`rap export ")
+    assert "--to hf" in rows["Command"]
+    assert {"rap-env", "torch", "transformers"} <= {
+        part.split()[0] for part in rows["Versions"].split(", ")
+    }
+    plan = CompressionPlan.from_json(card.partition("```json\n")[2].partition("\n```")[0])
+    assert plan.removed == llm.pruned == MASK
+
+
+def test_the_measured_rise_is_that_of_the_plan(exported, model_folder, tmp_path):
+    from rap_env.scoring.corpus import CorpusConfig
+    from rap_env.scoring.corpus_loading import load_corpus
+    from rap_env.scoring.scorer import MaskScorer
+
+    path = tmp_path / "text.txt"
+    path.write_text("a b c d e f g h. " * 200)
+    answer, folder = exported("--remove", ",".join(MASK.names), "--measure", path)
+    dense, smaller = load_llm(model_folder, dtype="float32", device="cpu"), load_llm(folder)
+    text = load_corpus(CorpusConfig(str(path), 4, 64, role="report"), dense)
+    before, after = (MaskScorer(llm, text).nll(BlockMask()) for llm in (dense, smaller))
+    assert answer["measured_delta_nll"] == pytest.approx(after - before, abs=1e-6) != 0
+
+
+def test_a_policy_chooses_for_a_request(exported, model_folder):
+    memory = MemoryModel(load_llm(model_folder, dtype="float32", device="cpu"))
+    budget = memory.dense_peak_bytes(1, 32)
+    shape = ("--batch", 1, "--seq", 32, "--budget", budget, "--policy", "dense")
+    answer, _ = exported(*shape)
+    assert answer["removed"] == []
+    assert answer["delta_nll"] == 0
+    assert memory.peak_bytes(BlockMask(), Request(1, 32, budget)) == budget
+
+
+def test_stubs_travel(exported, model_folder, tmp_path):
+    llm = load_llm(model_folder, dtype="float32", device="cpu")
+    library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
+    library.save(tmp_path / "stubs.safetensors")
+    removed = ",".join(MASK.names)
+    answer, folder = exported("--remove", removed, "--repair", tmp_path / "stubs.safetensors")
+    assert answer["delta_nll_source"] == "no prediction knows stubs"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert answer["weight_bytes_after"] == sum(tensor.nbytes for tensor in model.parameters())
+    ids = torch.arange(3, 12)[None]
+    with library.attach(llm).masked(MASK), torch.no_grad():
+        assert torch.equal(model(ids).logits, llm.model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "Give either --remove, or --plan, or all of --batch"),
+        (("--remove", "layer00.ffn", "--batch", 1), "Give either --remove, or --plan, or all of"),
+        (("--batch", 1, "--seq", 4), "Give either --remove, or --plan, or all of --batch"),
+        (("--remove", "layer09.ffn"), "layer09.ffn"),
+        (("--plan", "absent.json"), "Cannot read a plan from absent.json"),
+    ],
+)
+def test_what_is_no_plan_is_an_error_and_writes_nothing(
+    rap, model_folder, tmp_path, options, words
+):
+    target = tmp_path / "out"
+    code, out, err = rap("export", target, "--to", "hf", "--model", model_folder, *options)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not target.exists()
+
+
+def test_a_plan_with_levels_is_no_transformers_folder(rap, model_folder, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(CompressionPlan.uniform(4, weights="int8").to_json())
+    code, _, err = rap("export", tmp_path / "out", "--to", "hf", "--plan", path, "--model",
+                       model_folder)  # fmt: skip
+    assert code == 2
+    assert "each block is native or removed, but the plan has other levels (int8" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_file_is_a_plan_a_mask_or_the_answer_of_rap_choose(rap, tmp_path):
+    path = tmp_path / "plan.json"
+    plan = CompressionPlan.of({"layer03.ffn": "removed", "layer00.cache": "int4"})
+    for text in (plan.to_json(), json.dumps({"model": "x", "levels": plan.levels})):
+        path.write_text(text)
+        assert read_plan(path) == plan
+    path.write_text(MASK.to_json())
+    assert read_plan(path) == CompressionPlan(MASK)
+    shape = ("--batch", 8, "--seq", 1024, "--budget", "110MiB", "--json")
+    path.write_text(rap("choose", *shape)[1])
+    assert read_plan(path).levels == json.loads(path.read_text())["levels"] != {}
+
+
+@pytest.mark.parametrize("text", ["", "3", '"layer00.ffn"', '{"layer00.ffn": 3}', "[1.5]"])
+def test_a_file_without_a_plan_says_how_to_write_one(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises((ArtifactError, UnknownNameError)) as caught:
+        read_plan(tmp_path / "plan.json")
+    assert "rap choose ... --json" in str(caught.value) or "layer00.ffn" in str(caught.value)
