@@ -16,12 +16,13 @@ LAYERS = (
     ("context",),
     ("envs", "leaderboard", "runtime"),
     ("serving",),
+    ("export",),
     ("cli",),
 )
 """Packages from the ground up; single modules of ``rap_env`` belong to "values and bytes"."""
 
 # Single modules that belong to another layer.
-_ABOVE = {"render": "envs", "installation": "cli", "cli": "cli"}
+_ABOVE = {"render": "envs", "command_options": "export", "installation": "cli", "cli": "cli"}
 
 
 def package(module: str) -> str | None:
