@@ -29,7 +29,7 @@ class Step:
         before: Tokens of each row before the pass, without padding, (B,).
         after: Tokens of each row after it, (B,).
         columns: T after the pass.
-        memo: What layers with equal rows share, such as masks.
+        memo: What layers with equal rows on one device share, such as masks.
     """
 
     before: list[int]

@@ -114,8 +114,7 @@ def _read(item: WeightItem, path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        device = next(iter(item.places[0].weights.values())).device
-        item.build(_LEVEL, verified_tensors(path, device))
+        item.build(_LEVEL, verified_tensors(path))
     except (ChecksumError, ArtifactError) as error:
         log.warning("%s is damaged (%s); it is created again", path, error)
         return False

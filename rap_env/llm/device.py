@@ -7,7 +7,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
@@ -84,8 +84,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return remembered_dtype(device, device_kind(device))
 
 
+def device_kinds(devices: Iterable[torch.device]) -> str:
+    """The kinds of a model's devices, each once; part of the keys of scores."""
+    return ", ".join(dict.fromkeys(map(device_kind, devices)))
+
+
 def device_kind(device: torch.device) -> str:
-    """The kind of processor, which determines the rounding of sums; part of the keys of scores."""
+    """The kind of processor, which determines the rounding of sums."""
     if device.type == "cuda":
         return f"cuda:{torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
@@ -177,10 +182,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until a CUDA device has finished its work; a no-op on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronise(*devices: torch.device) -> None:
+    """Wait until CUDA devices have finished their work; a no-op on a CPU."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -190,10 +196,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on a device; to a CUDA device without waiting for it."""
+    """A tensor on a device: itself if it is there already; nothing waits for a CUDA device.
+
+    A copy from one CUDA device to another is ordered among the work of both by torch.
+    """
+    if values.device == device:
+        return values
     if device.type != "cuda":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
 
 
 def take_library_workspace(device: torch.device, dtype: torch.dtype) -> int:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from rap_env.blocks import Block, BlockMask
-from rap_env.errors import UnsupportedModelError, check_name
+from rap_env.errors import check_name
 from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.attention_levels import check_attention, install_levels
 from rap_env.llm.device import return_freed_memory
+from rap_env.llm.device_map import find_device_map, install_device_map, keep_in_place
 from rap_env.llm.generation import generate
 from rap_env.llm.kv_cache import Restore
 from rap_env.llm.live_blocks import HeldBytes, LiveBlocks, LiveState
@@ -57,17 +58,21 @@ class ElasticLLM:
     Attributes:
         model: The live model, as the current plan leaves it.
         adapter: Describes the blocks, from the config.
+        device_map: Where its parts are, if it is on several GPUs; None on one device.
 
     Raises:
         UnsupportedModelError: The family is unknown or its layout cannot be masked, or its weights
-            are on several devices.
+            are on several devices that are not all GPUs.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None
     ) -> None:
         self.adapter = adapter_for(model.config)
-        _check_device(model, name)
+        self.device_map = find_device_map(model, self.adapter, name)
+        if self.device_map is not None:
+            install_device_map(model, self.adapter, self.device_map)
+            keep_in_place(model, "its layers are on several devices")
         self.model = model.eval()
         install_levels(self.model, self.adapter)
         self.tokenizer = tokenizer
@@ -86,8 +91,24 @@ class ElasticLLM:
 
     @property
     def device(self) -> torch.device:
-        """Device of the model's first weight."""
+        """Device of the embeddings, where token ids are sent."""
+        if self.device_map is not None:
+            return self.device_map.embeddings
         return torch.device(self.model.device)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices of the weights, that of the embeddings first; mostly a single one."""
+        return (self.device,) if self.device_map is None else self.device_map.devices
+
+    @property
+    def head_device(self) -> torch.device:
+        """Device of the head, of the decoder's output and of logits."""
+        return self.device if self.device_map is None else self.device_map.head
+
+    def device_of(self, block: int) -> torch.device:
+        """Device of a block, of its stub and its cache, by the block's index."""
+        return self.device if self.device_map is None else self.device_map.layers[block // 2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,14 +142,14 @@ class ElasticLLM:
         two applies a mask. Prefer `StubLibrary.attach`, which checks that the stubs belong to it.
 
         Args:
-            stubs: Stubs by index of their block, on the model's device and in its dtype. A removed
-                block without one adds nothing.
+            stubs: Stubs by index of their block, on its device (`device_of`) and in the model's
+                dtype. A removed block without one adds nothing.
             digest: Hash of the stubs; part of the keys of scores.
         """
         view = copy.copy(self)
         view.__dict__.pop("facts", None)
         view._stubs, view._repair, view._whole = dict(stubs), digest, self
-        _keep_in_place(self.model, "stubs are attached to it")
+        keep_in_place(self.model, "stubs are attached to it")
         return view
 
     def has_stub(self, blocks: Iterable[int]) -> bool:
@@ -225,7 +246,7 @@ class ElasticLLM:
             try:
                 if residency != "resident":
                     live.store = self._weight_store(residency)
-                    _keep_in_place(self.model, "residency is not 'resident'")
+                    keep_in_place(self.model, "residency is not 'resident'")
             finally:
                 live.set(before, evict=True)
         return_freed_memory(self.device)
@@ -244,7 +265,6 @@ class ElasticLLM:
             live.all_items,
             [*own, taken],
             {name: tensor for name, tensor in rest.items() if id(tensor) not in ids},
-            self.device,
             self.folder,
             residency,
             self.fingerprint,
@@ -418,49 +438,4 @@ class ElasticLLM:
             widen_bytes=max(item.widen_bytes for item in self._live.all_items),
             kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
             kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
-        )
-
-
-class _InPlace:
-    """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
-
-    Other tensors (buffers of weights, copies on the host, stubs) would stay where they were, and
-    a later pass would fail in the middle. What changes neither device nor dtype is allowed.
-    """
-
-    def __init__(self, model: torch.nn.Module, reason: str) -> None:
-        self._model, self._reason = model, reason
-
-    def __call__(
-        self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> torch.nn.Module:
-        weight = next(weight for weight in self._model.parameters() if not weight.is_meta)
-        probe = weight.new_empty(0)
-        changed = change(probe)
-        if (changed.device, changed.dtype) != (probe.device, probe.dtype):
-            raise UnsupportedModelError(
-                f"The model cannot be moved or converted ({probe.device}, {probe.dtype} to "
-                f"{changed.device}, {changed.dtype}), because {self._reason}: load it as it is to "
-                "be, load_llm(device=..., dtype=...), and then set its residency and attach stubs."
-            )
-        moved: torch.nn.Module = torch.nn.Module._apply(self._model, change, recurse)  # type: ignore[no-untyped-call]
-        return moved
-
-
-def _keep_in_place(model: torch.nn.Module, reason: str) -> None:
-    """From now on, refuse to move or convert a model as a whole."""
-    object.__setattr__(model, "_apply", _InPlace(model, reason))
-
-
-def _check_device(model: Any, name: str) -> None:
-    """Raise an `UnsupportedModelError` if weights are on several devices, or are moved by hooks."""
-    places = {str(weight.device) for weight in model.parameters() if not weight.is_meta}
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        places |= {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise UnsupportedModelError(
-            f"The weights of {name} are on several devices ({', '.join(sorted(places))}), but a "
-            "model must be on one: load it with rap_env's load_llm(device='cuda:0'), or without "
-            "device_map. If it is too large, weights='int4' takes a quarter of the bytes, and "
-            "max_memory_bytes streams the layers from its files."
         )

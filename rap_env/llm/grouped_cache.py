@@ -114,11 +114,12 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             tails = (self.keys[index][:, :, None], self.values[index][:, :, None])
             self._grow(step.after)
             self._write(full, [stored_groups(self.lengths[n] + 1) - 1 for n in full], tails)
-        places = step.memo.get("places")
+        key = ("places", self.device)
+        places = step.memo.get(key)
         if places is None:
             within = torch.tensor([n % GROUP_TOKENS for n in self.lengths], device=self.device)
             places = (torch.arange(len(within), device=self.device), within)
-            step.memo["places"] = places
+            step.memo[key] = places
         self.keys[places[0], :, places[1]] = key_states[:, :, 0]
         self.values[places[0], :, places[1]] = value_states[:, :, 0]
 

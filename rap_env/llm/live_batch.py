@@ -7,7 +7,7 @@ on the left; attention masks hide the padding.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ class LiveBatch:
             self._rows, self._cache = [self._rows[row] for row in rows], None
             if not self._rows or cache is None:
                 return
-            index = torch.tensor(rows, device=self._llm.device)
+            index = {device: send(torch.tensor(rows), device) for device in self._llm.devices}
             cut = before - self.length
             for layer in cache.layers:
                 _select(layer, self.length, index, cut)
@@ -286,10 +286,11 @@ def _held(layer: Any, length: int) -> int:
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _select(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
+def _select(layer: Any, length: int, index: Mapping[torch.device, torch.Tensor], cut: int) -> None:
     """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
         return
+    rows = index[layer.keys.device]
     if isinstance(layer, GroupedLayer):
         layer.select_rows(rows)
         layer.cumulative_length -= cut

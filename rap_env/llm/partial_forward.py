@@ -18,6 +18,7 @@ from torch import nn
 
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
+from rap_env.llm.device import send
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.lean_llama import reject_lean
 from rap_env.llm.widened_weights import WidenedWeights
@@ -82,6 +83,7 @@ class PartialForward:
         """
         if not blocks:
             return state
+        state = self.entering(blocks, state)
         layer, kept, removed, inside, bare = _layer_plan(blocks, plan)
         if not kept and not self._llm.has_stub(removed):
             return state
@@ -94,15 +96,20 @@ class PartialForward:
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
+    def entering(self, blocks: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
+        """A state, (B, T, H), on the device of the blocks of a step."""
+        devices = self._llm.device_map
+        return state if devices is None else send(state, devices.layers[blocks[0] // 2])
+
     @torch.inference_mode()
     def leave(self, state: torch.Tensor) -> torch.Tensor:
-        """The decoder's output for the output of the last layer, (B, T, H) -> (B, T, H).
+        """The decoder's output for the output of the last layer, (B, T, H), on the head's device.
 
         Call it in the ``with`` block of `embeddings` that the head runs in.
         """
         last = len(self._layers) - 1
         return self._pass(
-            _placeholder(state), lambda number, hidden, _: state if number == last else hidden
+            self._placeholder(state), lambda number, hidden, _: state if number == last else hidden
         )
 
     @torch.inference_mode()
@@ -169,9 +176,14 @@ class PartialForward:
                 calls.append(call)
                 return hidden
 
-            self._pass(_placeholder(state[:1]), note)
+            self._pass(self._placeholder(state[:1]), note)
             self._calls[length] = calls
         return self._calls[length]
+
+    def _placeholder(self, state: torch.Tensor) -> torch.Tensor:
+        """Token ids for states of this shape; their values have no effect."""
+        device = state.device if self._llm.device_map is None else self._llm.device
+        return torch.zeros(state.shape[:2], dtype=torch.long, device=device)
 
     def _pass(
         self,
@@ -205,11 +217,6 @@ def _layer_plan(
         caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
         inside = simplest(CompressionPlan(others, weights, caches))
     return layer, kept, removed, inside, BlockMask(others.indices - frozenset(removed))
-
-
-def _placeholder(state: torch.Tensor) -> torch.Tensor:
-    """Token ids for states of this shape; their values have no effect."""
-    return torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
 
 
 @contextlib.contextmanager

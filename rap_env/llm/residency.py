@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -75,19 +76,15 @@ class _Part:
 
 
 class _Group:
-    """Tensors that the same levels use: in a buffer of their own, or evicted.
+    """Tensors of one device that the same levels use: in a buffer of their own, or evicted.
 
     Args:
-        tensors: Parameters or buffers of modules, by name.
+        tensors: Parameters or buffers of modules, by name; at least one.
         levels: The levels that use them.
-        device: Where they are.
     """
 
     def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        levels: Collection[WeightLevel],
-        device: torch.device,
+        self, tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
     ) -> None:
         offset, parts = 0, []
         for name, tensor in tensors.items():
@@ -97,7 +94,7 @@ class _Group:
         self.levels = levels
         self.buffer_bytes = offset
         self.nbytes = sum(part.nbytes for part in parts)
-        self.device = device
+        self.device = parts[0].tensor.device
         self.evicted = False
         self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
         self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
@@ -108,7 +105,7 @@ class _Group:
 
     def evict(self, pin: bool) -> None:
         """Free the buffer, unless it is freed already; with `pin` keep a copy in host memory."""
-        if self.evicted or not self.parts:
+        if self.evicted:
             return
         if pin and self.host is None:  # the copy is kept: weights never change
             self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
@@ -169,7 +166,6 @@ class WeightStore:
         own: All native weights of each item by their names in the model. Those that are also used
             elsewhere (tied) are left out; they always stay in memory.
         rest: All other weights that share no memory with any.
-        device: Device of the weights.
         folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
         fingerprint: Fingerprint of the model; names the files that have to be written.
@@ -184,27 +180,27 @@ class WeightStore:
         items: Sequence[WeightItem],
         own: Sequence[Mapping[str, torch.Tensor]],
         rest: Mapping[str, torch.Tensor],
-        device: torch.device,
         folder: Path | None,
         residency: Residency,
         fingerprint: str,
     ) -> None:
         self.residency = residency
-        self._device = device
-        self._pinned = device.type == "cuda" and residency == "offload"
+        weights = (tensor for tensors in (*own, rest) for tensor in tensors.values())
+        self._pinned = residency == "offload" and any(tensor.is_cuda for tensor in weights)
         self._written = cache_dir() / "offloaded" / fingerprint[:16]
         self._known = {} if folder is None else stored_tensors(folder)
         self._native = {
-            item: list(_native_groups(item, weights, device))
+            item: list(_native_groups(item, weights))
             for item, weights in zip(items, own, strict=True)
         }
-        self._made: dict[WeightItem, dict[PackedLevel, _Group]] = {item: {} for item in items}
+        self._made: dict[WeightItem, dict[PackedLevel, list[_Group]]] = {i: {} for i in items}
         for item in items[:-1]:  # embeddings are rarely evicted: their files are found on demand
             self._find_files(item)
         for groups in self._native.values():
             for group in groups:
                 group.pack()
-        _Group(rest, (), device).pack()
+        for group in _groups(rest, ()):
+            group.pack()
         for item in items:
             for level in item.made:
                 self._add(item, level)
@@ -235,26 +231,30 @@ class WeightStore:
         packed = packed_level(level)
         if packed is not None and packed not in self._made[item] and self.residency == "offload":
             self._make(item, packed)
-            self._made[item][packed].evict(self._pinned)
+            for group in self._made[item][packed]:
+                group.evict(self._pinned)
 
     def release(self, item: WeightItem, level: WeightLevel) -> None:
         """Free the weights of an item that a level does not use."""
-        for group in (*self._native[item], *self._made[item].values()):
-            if level not in group.levels and not group.evicted:
+        for group in self._groups_of(item):
+            if level not in group.levels:
                 group.evict(self._pinned)
 
     def load(self, item: WeightItem, level: WeightLevel) -> None:
         """Load the weights that an item uses at a level, unless they are in memory."""
         packed = packed_level(level)
-        made = self._made[item].get(packed) if packed is not None else None
-        if packed is not None and (made is None or (made.evicted and self.residency == "drop")):
-            self._make(item, packed)
+        if packed is not None:
+            made = self._made[item].get(packed)
+            if made is None or (self.residency == "drop" and any(g.evicted for g in made)):
+                self._make(item, packed)
         for group in self._used(item, level):
             group.load()
 
     def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[_Group]:
-        groups = (*self._native[item], *self._made[item].values())
-        return (group for group in groups if level in group.levels)
+        return (group for group in self._groups_of(item) if level in group.levels)
+
+    def _groups_of(self, item: WeightItem) -> Iterator[_Group]:
+        return itertools.chain(self._native[item], *self._made[item].values())
 
     def _find_files(self, item: WeightItem) -> None:
         """Find the files from which an item's native weights can be read, or write them."""
@@ -287,7 +287,7 @@ class WeightStore:
         path = self._level_path(item, level)
         if self.residency == "offload" and not self._pinned and path.is_file():
             try:
-                item.build(level, verified_tensors(path, self._device))
+                item.build(level, verified_tensors(path))
                 self._add(item, level)
                 return
             except (ChecksumError, ArtifactError) as error:
@@ -304,32 +304,45 @@ class WeightStore:
 
     def _add(self, item: WeightItem, level: PackedLevel) -> None:
         """Take over the tensors of a level that was made, and write them if needed."""
-        group = _Group(item.tensors(level), (level,), self._device)
-        group.pack()
-        self._made[item][level] = group
+        self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
+        for group in groups:
+            group.pack()
         if self.residency == "offload" and not self._pinned:
             path = self._level_path(item, level)
-            files = group.among(stored_tensors(path.parent, path.name)) if path.is_file() else []
-            if not group.same_as(files):
-                write_tensors(path, {part.name: part.tensor.data for part in group.parts})
-                files = group.among(stored_tensors(path.parent, path.name))
-            group.files = files
+            known = stored_tensors(path.parent, path.name) if path.is_file() else {}
+            found = [group.among(known) for group in groups]
+            if not all(map(_Group.same_as, groups, found)):
+                write_tensors(
+                    path, {p.name: p.tensor.data for group in groups for p in group.parts}
+                )
+                known = stored_tensors(path.parent, path.name)
+                found = [group.among(known) for group in groups]
+            for group, files in zip(groups, found, strict=True):
+                group.files = files
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
         text = f"-{item.calibration[:16]}" if item.calibration and level == "int4" else ""
         return self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}{text}.safetensors"
 
 
-def _native_groups(
-    item: WeightItem, weights: Mapping[str, torch.Tensor], device: torch.device
+def _groups(
+    tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
 ) -> Iterator[_Group]:
+    """Groups of tensors that the same levels use, one for each device."""
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, {})[name] = tensor
+    return (_Group(together, levels) for together in by_device.values())
+
+
+def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[_Group]:
     """Native weights of an item, those together that the same levels use."""
     users = item.native_tensors()
     by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():
         _, levels = users.get(name, (tensor, frozenset(WEIGHT_LEVELS[:-1])))
         by_levels.setdefault(levels, {})[name] = tensor
-    return (_Group(tensors, levels, device) for levels, tensors in by_levels.items())
+    return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -341,8 +354,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         file.write(save(whole, {"sha256": _checksum(whole.items())}))
 
 
-def verified_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """All tensors of a file that `write_tensors` wrote.
+def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file that `write_tensors` wrote, on the CPU.
 
     Raises:
         ChecksumError: It is damaged.
@@ -351,7 +364,7 @@ def verified_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor
     found = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
     if metadata(path).get("sha256") != _checksum(found.items()):
         raise ChecksumError(f"The content of {path} does not match its checksum.")
-    return {name: tensor.to(device) for name, tensor in found.items()}
+    return found
 
 
 def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

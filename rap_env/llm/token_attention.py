@@ -85,12 +85,12 @@ class TokenAttention:
         A stretch that all rows see as a whole needs no mask; one that no row sees is left out.
         """
         layer, level = self.layer, self.layer.level
-        key = (level, layer.sliding_window, self.window, layer.capacity)
+        device = layer.keys.device
+        key = (device, level, layer.sliding_window, self.window, layer.capacity)
         if key in self.step.memo:
             found: tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]
             found = self.step.memo[key]
             return found
-        device = layer.keys.device
         last = torch.tensor(self.step.after, device=device)[:, None, None] - 1  # (B, 1, 1)
         own = last // GROUP_TOKENS
         within = torch.arange(GROUP_TOKENS, device=device)

@@ -115,11 +115,16 @@ class Place:
         tensors: Mapping[str, torch.Tensor],
         ahead: Mapping[Place, PackedModule],
     ) -> PackedModule:
-        """As `quantised`, from tensors of a file by their names in the model."""
+        """As `quantised`, from tensors of a file, on any device, by their names in the model."""
         if self.tied is not None:
             return from_matrices(self._skeleton, ahead[self.tied].matrices)
         prefix = f"{self.name}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        device = next(iter(self.weights.values())).device
+        own = {
+            name.removeprefix(prefix): tensor.to(device)
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
         return from_tensors(self._skeleton, level, own)
 
     def put(self, module: nn.Module) -> None:

@@ -110,7 +110,9 @@ class Trainer:
         self._divergences: list[float] = []
         self._config, self._masks = config, masks
         self._tokens = text.tokens
-        self._stubs = {index: stub.on(llm.device).float() for index, stub in library.stubs.items()}
+        self._stubs = {
+            index: stub.on(llm.device_of(index)).float() for index, stub in library.stubs.items()
+        }
         self._llm = library.attach(llm).repaired(self._stubs, "in training")
         self._partial = PartialForward(self._llm, widen=True)
         self._teacher_states: dict[int, torch.Tensor] = {}

@@ -119,7 +119,8 @@ def _advance(
     """Moments of each block of a step; replaces `states` by the step's outputs."""
     hidden_size = states[0].shape[-1]
     sums = {block: Moments(hidden_size) for block in step}
-    for number, state in enumerate(states):
+    for number, entering in enumerate(states):
+        state = partial.entering(step, entering)
         x = normalised(state.float()).view(-1, hidden_size)
         for block in step:
             after = partial.run((block,), state)
@@ -190,7 +191,7 @@ def fit_for_mask(
                 fit = best_fit(block, fit_on, judge_on, replace(config, rank=rank), rank)
                 stubs[block] = fit.stub(rank, llm.dtype)
                 for track in tracks:
-                    track.add(stubs[block].on(llm.device))
+                    track.add(stubs[block].on(llm.device_of(block)))
     made_by = {
         **_made_by(text, held_back, config, began),
         "method": "ridge regression for one mask, towards the dense model's states",
@@ -210,9 +211,9 @@ class _Track:
 
     def advance(self, step: tuple[int, ...], kept: tuple[int, ...]) -> None:
         """Run a step of both models; the masked model runs the kept blocks only."""
-        self._entered = list(self._masked)
+        self._entered = [self._partial.entering(step, state) for state in self._masked]
         self._dense = [self._partial.run(step, state) for state in self._dense]
-        self._masked = [self._partial.run(kept, s) if kept else s for s in self._masked]
+        self._masked = [self._partial.run(kept, s) if kept else s for s in self._entered]
 
     def moments(self) -> Moments:
         """Moments of the masked step's input and of the difference to the dense output."""

@@ -96,7 +96,7 @@ class RuntimeController:
         weights = facts.base_bytes + sum(facts.block_param_bytes)
         self.monitor = MemoryMonitor(
             llm,
-            open_memory(memory, device=llm.device),
+            open_memory(memory, devices=llm.devices),
             process_meter(llm) if meter is None else meter,
             self.estimator,
             SafetyMargin(int(margin_share * weights)),

@@ -60,22 +60,27 @@ class TensorMeter:
 
 
 class CudaMeter:
-    """Bytes that PyTorch's allocator has allocated on the device, temporary tensors included."""
+    """Bytes that PyTorch's allocator has allocated, temporary tensors included.
+
+    The sum over the model's devices; that of their peaks is an upper bound of the peak of the sum.
+    """
 
     def __init__(self, llm: ElasticLLM) -> None:
-        self._device = llm.device
+        self._devices = llm.devices
+        self._baseline = 0
         warm_up(llm)
-        self._baseline = max(0, torch.cuda.memory_allocated(self._device) - llm.held_bytes.total)
+        self._baseline = max(0, self.used_bytes() - llm.held_bytes.total)
         self.peak_bytes()
 
     def used_bytes(self) -> int:
         """Bytes allocated now."""
-        return max(0, torch.cuda.memory_allocated(self._device) - self._baseline)
+        return max(0, sum(map(torch.cuda.memory_allocated, self._devices)) - self._baseline)
 
     def peak_bytes(self) -> int:
         """Most bytes allocated since the last call of this method."""
-        peak = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        peak = sum(map(torch.cuda.max_memory_allocated, self._devices))
+        for device in self._devices:
+            torch.cuda.reset_peak_memory_stats(device)
         return max(0, peak - self._baseline)
 
 

@@ -7,7 +7,7 @@ so the sources that ask it add what the runtime uses already.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -229,7 +229,7 @@ class CgroupMemory:
 def open_memory(
     source: MemorySource | Callable[[], float] | int | str = "auto",
     *,
-    device: torch.device | str = "cpu",
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
     reserve_bytes: int | None = None,
 ) -> MemorySource:
     """Make the memory source for a setting.
@@ -237,18 +237,25 @@ def open_memory(
     Args:
         source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (by the device), a number of bytes, a function
             that returns one, or a source.
-        device: Where the model is.
+        devices: Where the model is. The free memory of several GPUs is not one number; for a model
+            on several, the budget is given, for all of them together.
         reserve_bytes: Bytes that a source which asks the system leaves free; None for its default.
 
     Raises:
         UnknownNameError: There is no source of that name.
-        MemorySourceError: The system does not report free memory.
+        MemorySourceError: The system does not report free memory, or that of several GPUs is asked.
     """
-    place = torch.device(device)
+    place = devices[0]
     if source == "auto":
         source = "cuda" if place.type == "cuda" else "cgroup"
     if isinstance(source, str):
         if source == "cuda":
+            if len(devices) > 1:
+                names = ", ".join(map(str, devices))
+                raise MemorySourceError(
+                    f"The model is on {names}, whose free memory is not one number: give the "
+                    "budget as a number of bytes of all devices together, or as a function."
+                )
             reserve_bytes = CUDA_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
             return CudaMemory(place if place.type == "cuda" else "cuda", reserve_bytes)
         if source == "cgroup":

@@ -401,7 +401,7 @@ class PlanController:
         refills = self._refill_pending or (running and self._refills(choice.plan))
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self._llm.apply(choice.plan)
-        synchronise(self._llm.device)
+        synchronise(*self._llm.devices)
         monitor.trim()
         seconds = time.perf_counter() - started
         self.switches += 1

@@ -191,7 +191,7 @@ class Scheduler:
             with self._llm.exclusive():
                 plan = self._llm.plan
                 logits, count = prefilling.advance()
-                synchronise(self._llm.device)
+                synchronise(*self._llm.devices)
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self.counters.prompt_tokens += count
@@ -220,7 +220,7 @@ class Scheduler:
             with self._llm.exclusive():
                 plan = self._llm.plan
                 logits = self._batch.extend([s.handle.token_ids[-1] for s in sequences])
-                synchronise(self._llm.device)
+                synchronise(*self._llm.devices)
             seconds = time.perf_counter() - started
             length = self._batch.length
             continues = self.output.deliver(sequences, logits, plan)

@@ -58,8 +58,8 @@ def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor)
 
 
 def predictions(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The states that predict a token, (N, H), and the tokens to predict, (N,)."""
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
+    """The states that predict a token, (N, H), and the tokens to predict on their device, (N,)."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1).to(hidden.device)
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.llm.cpu_decode import attention_name
-from rap_env.llm.device import device_kind, keep_freed_memory
+from rap_env.llm.device import device_kinds, keep_freed_memory
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.partial_forward import PartialForward
 from rap_env.memory import MemoryModel
@@ -420,7 +420,7 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
     """What determines any score of a model, including the rounding of its last bit."""
     return {
         **llm.facts.identity,
-        "device": device_kind(llm.device),
+        "device": device_kinds(llm.devices),
         "attention": attention_name(llm.model),
         "threads": torch.get_num_threads() if llm.device.type == "cpu" else 0,
         "torch": torch.__version__,

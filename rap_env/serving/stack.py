@@ -113,7 +113,7 @@ def build_stack(
         if memory is None:
             reserve = settings.reserve_bytes
             _check_budget(settings, llm)
-            memory = open_memory(settings.memory_source, device=llm.device, reserve_bytes=reserve)
+            memory = open_memory(settings.memory_source, devices=llm.devices, reserve_bytes=reserve)
         engine = engine_class(
             llm,
             RuntimeController(

@@ -1,14 +1,14 @@
-"""A GPU that is only pretended: real values, computed on the CPU, that raise where CUDA would.
+"""GPUs that are only pretended: real values, computed on the CPU, that raise where CUDA would.
 
-A tensor is on the GPU if its storage is marked, so that all views of it are there too. Operations
-on tensors of both devices raise, as do NumPy arrays of a tensor on the GPU. Speed, rounding,
-memory, streams and sizes that depend on data are not pretended.
+A tensor is on the GPU whose number its storage is marked with, so that all views of it are there
+too. Operations on tensors of several devices raise, as do NumPy arrays of a tensor on a GPU. Speed,
+rounding, memory, streams and sizes that depend on data are not pretended.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-GPU = torch.device("cuda:0")
+GPU, SECOND_GPU = GPUS = (torch.device("cuda:0"), torch.device("cuda:1"))
+CPU = torch.device("cpu")
 MEMORY_BYTES = 2**33
 
-_MARK = "on_pretended_gpu"
+_MARK = "pretended_gpu"
 _aten = torch.ops.aten
-_TAKE_CPU_ARGUMENTS = {  # CUDA copies these from the CPU: sources of a copy, and indices
-    _aten.copy_,
+_TAKE_CPU_INDICES = {
     _aten.index,
     _aten.index_put,
     _aten.index_put_,
@@ -43,25 +43,37 @@ _WAITS = {  # what a CUDA tensor's values are read with, which waits for the dev
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on the pretended GPU."""
-    return getattr(tensor.untyped_storage(), _MARK, False)
+    """Whether a tensor is on a pretended GPU."""
+    return place_of(tensor) != CPU
+
+
+def place_of(tensor: torch.Tensor) -> torch.device:
+    """The device that a tensor is on."""
+    number = getattr(tensor.untyped_storage(), _MARK, None)
+    return CPU if number is None else GPUS[number]
 
 
 @dataclass
 class Waits:
-    """How often values of the GPU were read, which waits for it, or sent to it without pinning."""
+    """How often something waited for a GPU, and how often it did not have to.
+
+    Attributes:
+        count: Values of a GPU that were read, or sent to it without pinning.
+        crossings: Copies from one GPU to another.
+    """
 
     count: int = 0
+    crossings: int = 0
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[Waits]:
-    """Let torch have one GPU in a ``with`` block; yields what waited for it."""
+def pretended_gpu(count: int = 1) -> Iterator[Waits]:
+    """Let torch have one or two GPUs in a ``with`` block; yields what waited for them."""
     waits = Waits()
     answers = {
         "is_available": True,
         "is_initialized": True,
-        "device_count": 1,
+        "device_count": count,
         "current_device": 0,
         "get_device_name": "pretended",
         "get_device_capability": (8, 0),
@@ -92,20 +104,38 @@ class _Operations(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        operation = func.overloadpacket
+        if operation.__name__.startswith("_foreach_"):  # its lists may hold tensors of all devices
+            lists = [value for value in args if isinstance(value, (list, tuple))]
+            together = [_one_place(func, group) for group in zip(*lists, strict=True)]
+            results = func(*args, **(kwargs or {}))
+            if results:  # not in place
+                for result, place in zip(results, together, strict=True):
+                    _mark(result, place)
+            return results
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
-        places = {on_gpu(tensor) for tensor in tensors if tensor.dim()}  # numbers may be anywhere
+        if operation in _TAKE_CPU_INDICES and on_gpu(args[0]):
+            indices = [index for index in args[1] if index is not None and on_gpu(index)]
+            tensors = [args[0], *indices, *tree_leaves(args[2:])]
         if any(isinstance(leaf, torch.Generator) for leaf in leaves):
-            places.add(False)
-        if len(places) > 1 and func.overloadpacket not in _TAKE_CPU_ARGUMENTS:
-            raise RuntimeError(f"{func} got tensors of the CPU and of the pretended GPU.")
-        there = any(map(on_gpu, tensors))
-        if func.overloadpacket is _aten.histc and there:  # the CPU has it for floats only
+            tensors.append(torch.empty(1))
+        if operation is _aten.copy_:  # it may cross devices, and its result stays where it was
+            return func(*args, **(kwargs or {}))
+        place = _one_place(func, tensors)
+        if operation is _aten.histc and place != CPU:  # the CPU has it for floats only
             args = (args[0].float(), *args[1:])
         result = func(*args, **(kwargs or {}))
-        if there and func.overloadpacket is not _aten.copy_:  # a copy stays where it was
-            _mark(result)
-        return result
+        return result if place == CPU else _mark(result, place)
+
+
+def _one_place(func: Any, values: Iterable[Any]) -> torch.device:
+    """The device of the tensors that an operation gets; a number of the CPU may be anywhere."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    places = {place_of(tensor) for tensor in tensors if tensor.dim() or on_gpu(tensor)}
+    if len(places) > 1:
+        raise RuntimeError(f"{func} got tensors of {' and '.join(sorted(map(str, places)))}.")
+    return places.pop() if places else CPU
 
 
 class _Places(TorchFunctionMode):
@@ -123,8 +153,10 @@ class _Places(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
+        if func is torch.device and type(args[0]) is int:
+            return GPUS[args[0]]
         if func == torch.Tensor.device.__get__:  # made anew at each access
-            return GPU if on_gpu(args[0]) else func(*args)
+            return place_of(args[0]) if on_gpu(args[0]) else func(*args)
         if func == torch.Tensor.is_cuda.__get__:
             return on_gpu(args[0])
         if func is torch.Tensor.pin_memory:  # the pretended GPU's host memory is all alike
@@ -132,37 +164,53 @@ class _Places(TorchFunctionMode):
         if func in _WAITS and on_gpu(args[0]):
             self._waits.count += 1
         if func in _READS and on_gpu(args[0]):
-            raise TypeError("A tensor on the pretended GPU has no NumPy array; copy it first.")
-        named = next(filter(_is_place, (*args[1:], *options.values())), None)
+            raise TypeError("A tensor on a pretended GPU has no NumPy array; copy it first.")
         if func in _MOVES:
-            return self._move(func, args, options, named)
-        if named is None or torch.device(named).type != "cuda":
+            return self._move(func, args, options)
+        named = next(filter(_is_place, (*args[1:], *options.values())), None)
+        if named is None or torch.device(named).type not in ("cpu", "cuda"):
             return func(*args, **options)
-        return _mark(func(*_on_cpu(args), **_on_cpu(options)))
+        return _mark(func(*_on_cpu(args), **_on_cpu(options)), _indexed(named))
 
     def _move(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        options: dict[str, Any],
-        named: Any,
+        self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> torch.Tensor:
         tensor, *given = args
+        if given and type(given[0]) is int:  # a number of a GPU
+            given[0] = GPUS[given[0]]
+        named = next(filter(_is_place, (*given, *options.values())), None)
         like = next((value for value in given if isinstance(value, torch.Tensor)), None)
         if named is not None:
-            there = torch.device(named).type == "cuda"
+            there = _indexed(named)
         elif like is not None:
-            there, given = on_gpu(like), [like.dtype]
+            there, given = place_of(like), [like.dtype]
         else:
-            there = {torch.Tensor.cuda: True, torch.Tensor.cpu: False}.get(func, on_gpu(tensor))
+            there = {torch.Tensor.cuda: GPU, torch.Tensor.cpu: CPU}.get(func, place_of(tensor))
         if func is torch.Tensor.to:
             tensor = func(tensor, *_on_cpu(given), **_on_cpu(options))
-        if there == on_gpu(tensor):
+        if there == place_of(tensor):
             return tensor
-        self._waits.count += not options.get("non_blocking", False)
+        if CPU in (there, place_of(tensor)):
+            self._waits.count += not options.get("non_blocking", False)
+        else:
+            self._waits.crossings += 1
         with _disable_current_modes():
-            copied = tensor.clone()
-        return _mark(copied) if there else copied
+            copied: torch.Tensor = _Copy.apply(tensor, there)  # type: ignore[no-untyped-call]
+        return copied
+
+
+class _Copy(torch.autograd.Function):
+    """A copy on another device; its gradient goes back to where the tensor was."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, there: torch.device) -> torch.Tensor:
+        ctx.here = place_of(tensor)
+        copied: torch.Tensor = _mark(tensor.clone(), there)
+        return copied
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return _mark(gradient.clone(), ctx.here), None
 
 
 def _is_place(value: Any) -> bool:
@@ -171,14 +219,20 @@ def _is_place(value: Any) -> bool:
     return isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda")
 
 
+def _indexed(place: torch.device | str) -> torch.device:
+    """A device with its number."""
+    found = torch.device(place)
+    return GPUS[found.index or 0] if found.type == "cuda" else CPU
+
+
 def _on_cpu(values: Any) -> Any:
     """The values with every device replaced by the CPU."""
     return tree_map(lambda value: "cpu" if _is_place(value) else value, values)
 
 
-def _mark(values: Any) -> Any:
-    """Put all tensors among some values on the GPU."""
+def _mark(values: Any, place: torch.device) -> Any:
+    """Put all tensors among some values on a device."""
     for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor):
-            setattr(leaf.untyped_storage(), _MARK, True)
+            setattr(leaf.untyped_storage(), _MARK, place.index)
     return values

@@ -10,50 +10,22 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import RapError, UnsupportedModelError
-from rap_env.importance.gsi_search import gsi
 from rap_env.llm.device import choose_device
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
-from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
-from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import Trainer, distill
-from rap_env.repair.fitting import fit_library
-from rap_env.repair.mask_sampler import MaskSampler
-from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_estimator import MemoryEstimator
-from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
-from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
-from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.workload.sampler import GridSampler
+from tests.gpu.paths import PATHS, TOKENS, llm_of, ordered, repaired, scored, served, trainer_of
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.llm.stubs import random_stubs
-from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
-LOWERED = CompressionPlan.uniform(LAYERS, caches="int4-window32")
-PLANS = [
-    BlockMask(),
-    BlockMask.of(0),
-    BlockMask.of(1, 2),
-    LOWERED,
-    LOWERED.without(BlockMask.of(2)),
-]
 SOME_FAMILIES = ("llama", "mistral_sliding", "gemma3", "gpt_neox", "mixtral")
-
-
-def llm_of(name, device, dtype=torch.float32):
-    return ElasticLLM(tiny_model(name, dtype=dtype).to(device), None, name=name)
 
 
 def test_it_raises_where_cuda_does():
@@ -64,7 +36,7 @@ def test_it_raises_where_cuda_does():
         assert here.cuda().device == here.to(there).device == torch.ones_like(there).device == GPU
         assert there.cpu().device.type == "cpu"
         for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: there @ here):
-            with pytest.raises(RuntimeError, match="of the CPU and of the pretended GPU"):
+            with pytest.raises(RuntimeError, match="tensors of cpu and cuda:0"):
                 mixed()
         with pytest.raises(TypeError, match="no NumPy array"):
             there.numpy()
@@ -74,35 +46,6 @@ def test_it_raises_where_cuda_does():
         assert there.is_cuda
         assert there.cpu().numpy().tolist() == [4.0] * 3
     assert not torch.cuda.is_available()
-
-
-def generated(llm, mask):
-    ids = torch.tensor([[5, 6, 7, 8]]).to(llm.device)
-    with llm.masked(mask):
-        return llm.generate(ids, max_new_tokens=4, do_sample=False).cpu().numpy()
-
-
-def live(llm, residency):
-    llm.set_residency(residency)
-    batch = LiveBatch(llm)
-    batch.prefill([[5, 6, 7, 8] * 10, [9, 10]])
-    for plan in (BlockMask.of(0, 3), LOWERED, BlockMask()):
-        llm.apply(plan)
-        batch.extend([3, 4])
-    return batch.extend([5, 6]).cpu().float().numpy()
-
-
-def scored(llm, together):
-    return np.array(MaskScorer(llm, TOKENS, masks_together=together).nll_many(PLANS))
-
-
-PATHS = {
-    "generate": lambda llm: generated(llm, BlockMask.of(0, 3)),
-    "live batch, resident": lambda llm: live(llm, "resident"),
-    "live batch, offload": lambda llm: live(llm, "offload"),
-    "scorer, one plan": lambda llm: scored(llm, 1),
-    "scorer, many plans": lambda llm: scored(llm, 16),
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,21 +59,16 @@ def test_every_path_gives_what_it_gives_on_the_cpu(name, dtype):
         np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding, err_msg=path)
 
 
-def ordered(llm):
-    profile = gsi(MaskScorer(llm, TOKENS), stop=2, progress=False)
-    return np.array([*profile.order_indices, *profile.nll_after])
-
-
-def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key(monkeypatch):
+def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key():
     with pretended_gpu():
         llm = llm_of("llama", "cuda")
         first, again, single = (MaskScorer(llm, TOKENS, masks_together=n) for n in (None, None, 1))
         assert first.options["masks_together"] == again.options["masks_together"] > 1
         assert first.context == again.context != single.context
         state_bytes = TOKENS.numel() * llm.facts.hidden_size * llm.facts.itemsize
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, MEMORY_BYTES))
+        torch.cuda.mem_get_info.return_value = (0, MEMORY_BYTES)
         assert MaskScorer(llm, TOKENS).options["masks_together"] == 1
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 200 * state_bytes)
+        torch.cuda.memory_reserved.return_value = 200 * state_bytes
         assert MaskScorer(llm, TOKENS).options["masks_together"] == 4  # reserved, but not in use
 
 
@@ -151,57 +89,6 @@ def test_few_steps_wait_for_the_device():
         params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=1)
         sample_rows([RowSampler(params) for _ in range(8)], logits)
         assert waits.count == before + 1
-
-
-def masks_of(llm):
-    memory = MemoryModel(llm)
-    requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
-    return MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
-
-
-TEXT, HELD_BACK = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
-
-
-def fitted(llm):
-    return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=None), progress=False)
-
-
-def trainer_of(llm):
-    return Trainer(llm, fitted(llm), TEXT, masks_of(llm), DistillConfig(steps=9, windows=1))
-
-
-def repaired(llm):
-    """Stubs are fitted, distilled, attached, and run in the place of blocks."""
-    config = DistillConfig(steps=2, windows=1)
-    library = distill(llm, fitted(llm), TEXT, masks_of(llm), config, progress=False)
-    attached = library.attach(llm)
-    return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
-
-
-def served(llm):
-    """Two answers, during which the budget falls below the native peak and rises again."""
-    llm.set_residency("offload")
-    estimator = MemoryEstimator(llm)
-    memory = estimator.memory
-    plans = uniform_plans(memory.facts)
-    policy = UniformPolicy(memory, plans, (3, 0, 2, 1))
-    low = estimator.peak_bytes(BlockMask.of(0, 1, 3), BatchShape(2, 60))
-    budget = [10**12]
-    controller = RuntimeController(
-        llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0, hold_s=0.0
-    )
-    engine = Engine(llm, controller, clock=lambda: 0.0, max_batch_size=3, prefill_chunk_tokens=16)
-    greedy = SamplingParams(max_new_tokens=12)
-    handles = [engine.submit(TOKENS[row].tolist(), greedy) for row in range(2)]
-    step = 0
-    applied = set()
-    while engine.step():
-        step += 1
-        budget[0] = low if 4 <= step < 8 else 10**12
-        applied.add(llm.plan)
-    engine.close()
-    assert len(applied) > 1
-    return np.array([handle.result().token_ids for handle in handles])
 
 
 @pytest.mark.parametrize("name", SOME_FAMILIES)
@@ -266,26 +153,10 @@ def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
         assert copy.deepcopy(llm.model).to("cpu") is not llm.model
 
 
-def test_a_model_on_several_devices_is_refused(tmp_path):
-    with pretended_gpu():
-        model = tiny_model("llama")
-        model.model.layers[1].to("cuda")
-        with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, cuda:0\)"):
-            ElasticLLM(model, None, name="spread")
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.layers": "disk"}
-    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=tmp_path / "work"
-    )
-    with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, disk\)"):
-        ElasticLLM(model, None, name="offloaded")
-
-
-def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypatch):
+def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder):
     allocated = iter((1000, 9000))
     with pretended_gpu():
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: next(allocated, 9000))
+        torch.cuda.memory_allocated.side_effect = lambda *_: next(allocated, 9000)
         first = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
         second = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
     assert second.spare_bytes - first.spare_bytes == 8000

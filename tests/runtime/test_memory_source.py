@@ -155,7 +155,7 @@ def test_a_group_that_becomes_unreadable_raises(machine):
 
 
 def test_it_reads_this_machine():
-    memory = open_memory("auto", device="cpu")
+    memory = open_memory("auto", devices=[torch.device("cpu")])
     assert isinstance(memory, CgroupMemory)
     assert memory.budget_bytes(0) > 0
 

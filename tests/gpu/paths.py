@@ -1,0 +1,125 @@
+"""Paths through a live model that must give on a GPU what they give on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.importance.gsi_search import gsi
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.live_batch import LiveBatch
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.repair.config import DistillConfig, FitConfig
+from rap_env.repair.distilling import Trainer, distill
+from rap_env.repair.fitting import fit_library
+from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
+from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.workload.sampler import GridSampler
+from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
+
+TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
+LOWERED = CompressionPlan.uniform(LAYERS, caches="int4-window32")
+TEXT, HELD_BACK = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
+PLANS = [
+    BlockMask(),
+    BlockMask.of(0),
+    BlockMask.of(1, 2),
+    LOWERED,
+    LOWERED.without(BlockMask.of(2)),
+]
+
+
+def llm_of(name, device, dtype=torch.float32):
+    return ElasticLLM(tiny_model(name, dtype=dtype).to(device), None, name=name)
+
+
+def generated(llm, mask):
+    ids = torch.tensor([[5, 6, 7, 8]]).to(llm.device)
+    with llm.masked(mask):
+        return llm.generate(ids, max_new_tokens=4, do_sample=False).cpu().numpy()
+
+
+def live(llm, residency):
+    llm.set_residency(residency)
+    batch = LiveBatch(llm)
+    batch.prefill([[5, 6, 7, 8] * 10, [9, 10]])
+    for plan in (BlockMask.of(0, 3), LOWERED, BlockMask()):
+        llm.apply(plan)
+        batch.extend([3, 4])
+    return batch.extend([5, 6]).cpu().float().numpy()
+
+
+def scored(llm, together):
+    return np.array(MaskScorer(llm, TOKENS, masks_together=together).nll_many(PLANS))
+
+
+PATHS = {
+    "generate": lambda llm: generated(llm, BlockMask.of(0, 3)),
+    "live batch, resident": lambda llm: live(llm, "resident"),
+    "live batch, offload": lambda llm: live(llm, "offload"),
+    "scorer, one plan": lambda llm: scored(llm, 1),
+    "scorer, many plans": lambda llm: scored(llm, 16),
+}
+
+
+def ordered(llm):
+    profile = gsi(MaskScorer(llm, TOKENS), stop=2, progress=False)
+    return np.array([*profile.order_indices, *profile.nll_after])
+
+
+def masks_of(llm):
+    memory = MemoryModel(llm)
+    requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
+    return MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
+
+
+def fitted(llm):
+    return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=None), progress=False)
+
+
+def trainer_of(llm):
+    return Trainer(llm, fitted(llm), TEXT, masks_of(llm), DistillConfig(steps=9, windows=1))
+
+
+def repaired(llm):
+    """Stubs are fitted, distilled, attached, and run in the place of blocks."""
+    config = DistillConfig(steps=2, windows=1)
+    library = distill(llm, fitted(llm), TEXT, masks_of(llm), config, progress=False)
+    attached = library.attach(llm)
+    return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
+
+
+def served(llm):
+    """Two answers, during which the budget falls below the native peak and rises again."""
+    llm.set_residency("offload")
+    estimator = MemoryEstimator(llm)
+    memory = estimator.memory
+    plans = uniform_plans(memory.facts)
+    policy = UniformPolicy(memory, plans, (3, 0, 2, 1))
+    low = estimator.peak_bytes(BlockMask.of(0, 1, 3), BatchShape(2, 60))
+    budget = [10**12]
+    controller = RuntimeController(
+        llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0, hold_s=0.0
+    )
+    engine = Engine(llm, controller, clock=lambda: 0.0, max_batch_size=3, prefill_chunk_tokens=16)
+    greedy = SamplingParams(max_new_tokens=12)
+    handles = [engine.submit(TOKENS[row].tolist(), greedy) for row in range(2)]
+    step = 0
+    applied = set()
+    while engine.step():
+        step += 1
+        budget[0] = low if 4 <= step < 8 else 10**12
+        applied.add(llm.plan)
+    engine.close()
+    assert len(applied) > 1
+    return np.array([handle.result().token_ids for handle in handles])
