@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-CACHE_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 """``ggml_type`` of each format of a cache, from the most to the least exact one."""
 
 _BUFFERS = re.compile(r"(model|KV|compute|output)\s+buffer size =\s+([\d.]+) MiB")
 _BATCH_TOKENS = 256
-_MAPPED, _FLASH_ATTENTION = 1, 1
+_MAPPED = 1
 
 
 class LlamaCpp:
@@ -62,7 +62,8 @@ class LlamaCpp:
         context.n_batch = context.n_ubatch = _BATCH_TOKENS
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = CACHE_TYPES[cache]
-        context.flash_attn_type = _FLASH_ATTENTION  # a quantised cache of values needs it
+        # A quantised cache of values needs flash attention, which rounds queries to float16.
+        context.flash_attn_type = int(cache != "f32")
         self._context = self._lib.llama_init_from_model(self._model, context)
         if self._context == self._ffi.NULL:
             raise RuntimeError(f"llama.cpp cannot make a context with a cache in {cache}.")
@@ -89,6 +90,12 @@ class LlamaCpp:
             targets = window[start + 1 : start + 1 + len(part)]
             total += float(np.sum(token_nll(logits[: len(targets)], targets)))
         return total / (len(window) - 1)
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
+        self._lib.llama_log_set(self._ffi.NULL, self._ffi.NULL)
 
     def clear(self) -> None:
         """Empty the cache."""

@@ -187,7 +187,7 @@ class PackedMatrix:
         flat = indices.reshape(-1)
         if self.level == "int4":
             scale, zero = (_by_input(part[:, flat], self.shape[1]) for part in self._pairs())
-            codes = self._code_rows(flat).to(torch.float32)
+            codes = self.code_rows(flat).to(torch.float32)
             found = torch.addcmul(zero.float(), codes - _MIDDLE, scale.float())
         elif self.grouped:
             scale = _by_input(self.scales[:, flat], self.shape[1])
@@ -250,7 +250,7 @@ class PackedMatrix:
         scale, zero = self.scales.unbind(-1)
         return scale, zero
 
-    def _code_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def code_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The int4 codes of single rows, (n,) to (n, in)."""
         if self.in_blocks:
             block, row = rows // _BLOCK, rows % _BLOCK

@@ -138,7 +138,7 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     model = model.to(device)
     speed_up_decoding(model)
     llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
-    for _, placeholder, stub in _stubs(llm):
+    for _, placeholder, stub in stubs_in_place(llm):
         # Tensors that are mapped from a file have another alignment than those in memory, so
         # that a product with a single row would be summed in another order.
         placeholder.stub = stub.on(llm.device)
@@ -149,7 +149,7 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     with llm.masked(mask), transformers_bars(shown=False):
         # With the names that the model has, so that transformers need not know its model type.
         llm.model.save_pretrained(folder, save_original_format=False)
-        stub_ranks = {block_name(index): stub.rank for index, _, stub in _stubs(llm)}
+        stub_ranks = {block_name(index): stub.rank for index, _, stub in stubs_in_place(llm)}
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)
     removed = (mask | llm.pruned).names
@@ -175,7 +175,7 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     save_artifact(folder / PRUNED_FILE, _KIND, _VERSION, body)
 
 
-def _stubs(llm: ElasticLLM) -> Iterator[tuple[int, RemovedBlock, Stub]]:
+def stubs_in_place(llm: ElasticLLM) -> Iterator[tuple[int, RemovedBlock, Stub]]:
     """The stubs that are in the model now: block index, placeholder and stub."""
     for site in llm.adapter.sites(llm.model):
         module = site.modules[0]

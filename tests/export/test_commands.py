@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.plan_file import read_plan
+from rap_env.llm.gguf_reader import GgufFile
 from rap_env.llm.loading import load_llm
+from rap_env.llm.placeholders import Stub
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from tests.llm.stubs import random_stubs
+from tests.llm.tiny_gguf import write_tiny_gguf
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model
 
@@ -168,3 +171,59 @@ def test_a_file_without_a_plan_says_how_to_write_one(tmp_path, text):
     with pytest.raises((ArtifactError, UnknownNameError)) as caught:
         read_plan(tmp_path / "plan.json")
     assert "rap choose ... --json" in str(caught.value) or "layer00.ffn" in str(caught.value)
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    path = tmp_path / "source.gguf"
+    write_tiny_gguf(path, kind="Q4_1", hidden=64, ffn=96)
+    return path
+
+
+def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
+    plan = CompressionPlan.uniform(2, caches="int8", removed=BlockMask.of(1))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    target = tmp_path / "small" / "out.gguf"
+    code, out, err = rap("export", target, "--to", "gguf", "--plan", tmp_path / "plan.json",
+                         "--model", gguf_file, "--json")  # fmt: skip
+    assert code == 0, err
+    answer = json.loads(out)
+    tensors = GgufFile(target).tensors
+    assert answer["weight_bytes_after"] == sum(tensor.data.nbytes for tensor in tensors)
+    assert answer["levels"] == plan.levels
+    assert answer["cache_type"] == "q8_0"
+    card = target.with_suffix(".md").read_text()
+    assert "# source under a plan, for llama.cpp" in card
+    assert "`llama-server -m out.gguf -ctk q8_0 -ctv q8_0 -fa on`" in card
+    assert sorted(path.name for path in target.parent.iterdir()) == ["out.gguf", "out.md"]
+
+
+def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tmp_path):
+    llm = load_llm(gguf_file, dtype="float32", device="cpu", weights="bf16")
+    mean = torch.linspace(-1, 1, 64)
+    for rank, name in ((0, "means"), (2, "maps")):
+        stub = Stub(torch.ones(rank, 64), torch.ones(64, rank), mean)
+        StubLibrary(llm.name, llm.fingerprint, {1: stub}).save(tmp_path / name)
+
+    def export(name):
+        options = ("--model", gguf_file, "--dtype", "float32", "--repair", tmp_path / name)
+        target = tmp_path / "out.gguf"
+        return rap("export", target, "--to", "gguf", "--remove", "layer00.ffn", *options)
+
+    code, _, err = export("maps")
+    assert code == 2
+    assert "only their means can be written (rank 0)" in err
+    assert not (tmp_path / "out.gguf").exists()
+    assert export("means")[0] == 0
+    found = {tensor.name: tensor.data for tensor in GgufFile(tmp_path / "out.gguf").tensors}
+    assert torch.equal(torch.from_numpy(found["blk.0.attn_output.bias"].copy()), mean)
+
+
+def test_a_model_folder_of_another_family_is_no_gguf_file(rap, tmp_path):
+    tiny_model("gemma2").save_pretrained(tmp_path / "gemma")
+    chat_tokenizer().save_pretrained(tmp_path / "gemma")
+    code, _, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", "--remove", "layer00.ffn",
+                       "--model", tmp_path / "gemma")  # fmt: skip
+    assert code == 2
+    assert "gemma (gemma2) is none; known are llama, mistral, qwen2" in err
+    assert not (tmp_path / "out.gguf").exists()

@@ -1,0 +1,117 @@
+"""The layout of a pruned model in llama.cpp's architecture ``deci``. Without torch.
+
+In ``deci`` each layer has its own number of heads and its own FFN length, so that a layer may have
+only an attention or only an FFN block. Some layouts that its header can state are computed wrong or
+rejected by llama.cpp, and must not be written:
+
+- with an FFN length of 0 the whole layer is skipped, its attention block included;
+- with an FFN length of 0 in the last layer the program aborts;
+- without heads in layer 0 the file cannot be loaded, since the size of a head is read there.
+
+So kept blocks are packed into new layers. The residual stream passes through all blocks in order,
+and thus an attention block and the next FFN block may be of different layers if no other kept block
+lies between. An attention block that is followed by another one gets an FFN block of zeros. If
+the first layer has no attention block, it gets "linear attention" with a matrix of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.errors import UnsupportedModelError
+
+ARCHITECTURE = "deci"
+
+ZERO_FFN_LENGTH = 32
+"""Length of an FFN block of zeros."""
+
+
+@dataclass(frozen=True)
+class DeciLayer:
+    """One layer of the exported model: which blocks of the base model it consists of.
+
+    Attributes:
+        attn: The layer of the base model whose attention block it has, or None.
+        ffn: The layer whose FFN block it has, or None.
+        attn_bias: Removed blocks whose stubs' means are added to the output of its attention.
+        ffn_bias: The same for its FFN block.
+    """
+
+    attn: int | None = None
+    ffn: int | None = None
+    attn_bias: tuple[int, ...] = ()
+    ffn_bias: tuple[int, ...] = ()
+
+
+def deci_layers(
+    num_layers: int, removed: BlockMask, means: Iterable[int] = ()
+) -> tuple[DeciLayer, ...]:
+    """Pack the kept blocks of a model into layers.
+
+    Args:
+        num_layers: Layers of the base model.
+        removed: The removed blocks.
+        means: Those of them in whose place a mean is added.
+
+    Raises:
+        UnsupportedModelError: No attention block is kept, or a mean has no kept block before it.
+    """
+    added = {block_index(index) for index in means}
+    layers: list[dict[str, int]] = []
+    biases: list[dict[str, list[int]]] = []
+    last = ""  # the kind of the last kept block
+    for index in range(2 * num_layers):
+        kind = "ffn" if index % 2 else "attn"
+        if index not in removed.indices:
+            if kind == "attn" or not layers or "ffn" in layers[-1]:
+                layers.append({})
+                biases.append({"attn": [], "ffn": []})
+            layers[-1][kind] = index // 2
+            last = kind
+        elif index in added:
+            if not last:
+                raise UnsupportedModelError(
+                    f"The stub of {block_name(index)} adds its mean before any kept block, where "
+                    "llama.cpp has no bias; choose a plan that keeps an earlier block, or export "
+                    "without stubs."
+                )
+            biases[-1][last].append(index)
+    if not any("attn" in layer for layer in layers):
+        raise UnsupportedModelError(
+            "llama.cpp cannot run a model without any attention block, and this plan removes all "
+            "of them; keep one."
+        )
+    return tuple(
+        DeciLayer(layer.get("attn"), layer.get("ffn"), tuple(bias["attn"]), tuple(bias["ffn"]))
+        for layer, bias in zip(layers, biases, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class DeciShape:
+    """The numbers that ``deci`` states for each layer.
+
+    Attributes:
+        heads: Attention heads; with `kv_heads` 0, a positive number means linear attention.
+        kv_heads: Key and value heads; 0 without a KV cache.
+        ffn_lengths: FFN lengths.
+    """
+
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, layers: tuple[DeciLayer, ...], heads: int, kv_heads: int, ffn_length: int
+    ) -> DeciShape:
+        """The numbers for layers of a model whose own layers all have these sizes."""
+        by_layer = [heads if layer.attn is not None else 0 for layer in layers]
+        by_layer[0] = heads
+        return cls(
+            tuple(by_layer),
+            tuple(kv_heads if layer.attn is not None else 0 for layer in layers),
+            tuple(ZERO_FFN_LENGTH if layer.ffn is None else ffn_length for layer in layers),
+        )

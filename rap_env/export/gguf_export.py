@@ -1,0 +1,162 @@
+"""Write a model under a plan as a GGUF file for llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
+from gguf import GGUFWriter
+
+from rap_env.artifacts import atomic_write
+from rap_env.errors import UnsupportedModelError
+from rap_env.export.deci import (
+    ARCHITECTURE,
+    ZERO_FFN_LENGTH,
+    DeciLayer,
+    DeciShape,
+    deci_layers,
+)
+from rap_env.export.gguf_model import ATTN_PARTS, FFN_PARTS, GgufModel
+from rap_env.export.gguf_tensors import GgufTensor
+from rap_env.export.llama_cpp import cache_type
+from rap_env.plan import CompressionPlan
+
+Means = Mapping[int, npt.NDArray[np.float32]]
+"""What is added to the residual stream in the place of removed blocks, (H,), by index."""
+
+
+def export_gguf(
+    model: GgufModel, plan: CompressionPlan, path: Path, means: Means | None = None
+) -> int:
+    """Write a GGUF file of the architecture ``deci``.
+
+    The file appears only when it is complete; an older one is replaced. Quantised tensors of a GGUF
+    source are copied unless the plan lowers them. Levels of caches are settings of the engine and
+    not in the file; see `rap_env.export.llama_cpp`.
+
+    Args:
+        model: The model.
+        plan: The plan.
+        path: The file to write.
+        means: Means of stubs of rank 0; they become biases of the blocks before.
+
+    Returns:
+        Bytes of the tensors.
+
+    Raises:
+        UnknownNameError: The model does not have an item of the plan.
+        UnsupportedModelError: llama.cpp has no such level or layout.
+        StorageFullError: The disk is full; an older file is intact.
+    """
+    plan.check(2 * model.num_layers)
+    cache_type(plan, model.num_layers)
+    means = means or {}
+    layers = deci_layers(model.num_layers, plan.removed, means)
+    tensors = dict(_all_tensors(model, plan, layers, means))
+    with atomic_write(path) as file:
+        writer = GGUFWriter(file.name, ARCHITECTURE)
+        for key, (value, kind, inner) in (*model.entries.items(), *_by_plan(model, layers)):
+            writer.add_key_value(key, value, kind, sub_type=inner)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.data, raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _by_plan(model: GgufModel, layers: tuple[DeciLayer, ...]) -> Iterator[tuple[str, Any]]:
+    """The header's entries that depend on the plan."""
+    shape = DeciShape.of(layers, model.heads, model.kv_heads, model.ffn_length)
+    yield f"{ARCHITECTURE}.block_count", (len(layers), Value.UINT32, None)
+    for name, numbers in (
+        ("attention.head_count", shape.heads),
+        ("attention.head_count_kv", shape.kv_heads),
+        ("feed_forward_length", shape.ffn_lengths),
+    ):
+        yield f"{ARCHITECTURE}.{name}", (list(numbers), Value.ARRAY, Value.INT32)
+
+
+def _all_tensors(
+    model: GgufModel, plan: CompressionPlan, layers: tuple[DeciLayer, ...], means: Means
+) -> Iterator[tuple[str, GgufTensor]]:
+    for name, tensor in model.tensors.items():
+        if not name.startswith("blk."):
+            lowered = (
+                plan.embeddings if name in ("token_embd.weight", "output.weight") else "native"
+            )
+            yield name, tensor.at(lowered, name)
+    for number, layer in enumerate(layers):
+        place = f"blk.{number}"
+        if layer.attn is not None:
+            yield from _block(model, plan, 2 * layer.attn, place)
+            yield from _bias(model, f"{place}.attn_output", layer.attn, layer.attn_bias, means)
+        elif number == 0:
+            yield from _no_attention(model.hidden_size, place)
+        if layer.ffn is not None:
+            yield from _block(model, plan, 2 * layer.ffn + 1, place)
+            yield from _bias(model, f"{place}.ffn_down", layer.ffn, layer.ffn_bias, means)
+        else:
+            yield from _no_ffn(model.hidden_size, place)
+
+
+def _block(
+    model: GgufModel, plan: CompressionPlan, index: int, place: str
+) -> Iterator[tuple[str, GgufTensor]]:
+    """The tensors of a kept block but for the bias of its output."""
+    level = plan.weight_level(index)
+    for part in FFN_PARTS if index % 2 else ATTN_PARTS:
+        for kind in ("weight", "bias"):
+            name = f"blk.{index // 2}.{part}.{kind}"
+            output = kind == "bias" and part in ("attn_output", "ffn_down")
+            if name in model.tensors and not output:
+                yield f"{place}.{part}.{kind}", model.tensors[name].at(level, name)
+
+
+def _bias(
+    model: GgufModel, name: str, layer: int, added: tuple[int, ...], means: Means
+) -> Iterator[tuple[str, GgufTensor]]:
+    """The bias of a block's output, with the means that are added there."""
+    own = model.tensors.get(f"blk.{layer}.{name.rpartition('.')[2]}.bias")
+    parts = [] if own is None else [own.values()]
+    parts += [np.asarray(means[index], np.float32) for index in added]
+    if parts:
+        total = np.asarray(np.sum(parts, axis=0, dtype=np.float32))
+        yield f"{name}.bias", GgufTensor(total, Kind.F32)
+
+
+def _no_attention(width: int, place: str) -> Iterator[tuple[str, GgufTensor]]:
+    """Linear attention that adds nothing."""
+    yield f"{place}.attn_norm.weight", GgufTensor(np.ones(width, np.float32), Kind.F32)
+    yield f"{place}.attn_output.weight", GgufTensor.small_zeros(width, width)
+
+
+def _no_ffn(width: int, place: str) -> Iterator[tuple[str, GgufTensor]]:
+    """An FFN block that adds nothing."""
+    yield f"{place}.ffn_norm.weight", GgufTensor(np.ones(width, np.float32), Kind.F32)
+    for part in ("ffn_gate", "ffn_up"):
+        yield f"{place}.{part}.weight", GgufTensor.zeros(ZERO_FFN_LENGTH, width)
+    yield f"{place}.ffn_down.weight", GgufTensor.zeros(width, ZERO_FFN_LENGTH)
+
+
+def check_stubs(ranks: Mapping[str, int]) -> None:
+    """Check that the stubs in the place of removed blocks can be written.
+
+    Args:
+        ranks: Rank of each, by the block's name.
+
+    Raises:
+        UnsupportedModelError: One is more than a mean.
+    """
+    if mapped := [name for name, rank in ranks.items() if rank]:
+        raise UnsupportedModelError(
+            f"llama.cpp has no low-rank map in the place of a block, as the stubs of "
+            f"{', '.join(mapped)} have; only their means can be written (rank 0). Choose a plan "
+            "without stubs (--repair none), or export for transformers (--to hf)."
+        )

@@ -1,0 +1,99 @@
+"""The plan that a user wants to export: given, or chosen for a request. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rap_env.blocks import BlockMask
+from rap_env.command_options import check_fits
+from rap_env.errors import InvalidRequestError
+from rap_env.export.plan_file import read_plan
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, as_plan
+from rap_env.policy import PlanPolicy
+from rap_env.request import Request
+from rap_env.runtime.delta_nll import find_delta_nll
+from rap_env.runtime.policies import StaticPolicy, load_policy
+from rap_env.serving.settings import parse_bytes
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan to export, and what is known of it.
+
+    Attributes:
+        plan: The plan.
+        rise: Its predicted rise in NLL, nats per token, or None.
+        source: Where that is from, or why it is not known.
+    """
+
+    plan: CompressionPlan
+    rise: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a user gave the plan: itself, or a request for which a policy chooses.
+
+    Exactly one of `plan` and `request` is given.
+    """
+
+    plan: CompressionPlan | None
+    request: Request | None
+    policy: str
+
+    @classmethod
+    def of(
+        cls,
+        remove: Sequence[str],
+        plan_file: Path | None,
+        shape: tuple[int | None, int | None, str | None],
+        policy: str,
+    ) -> Wanted:
+        """What the options of a command say.
+
+        Args:
+            remove: Values of ``--remove``.
+            plan_file: Value of ``--plan``.
+            shape: Values of ``--batch``, ``--seq`` and ``--budget``.
+            policy: Value of ``--policy``.
+
+        Raises:
+            InvalidRequestError: There is no plan, or several.
+        """
+        names = [name.strip() for text in remove for name in text.split(",") if name.strip()]
+        batch, seq, budget = shape
+        request = None
+        if batch is not None and seq is not None and budget is not None:
+            request = Request(batch, seq, parse_bytes("--budget", budget))
+        given = [bool(names), plan_file is not None, shape != (None, None, None)]
+        if sum(given) != 1 or (given[-1] and request is None):
+            raise InvalidRequestError(
+                "Give either --remove, or --plan, or all of --batch, --seq and --budget."
+            )
+        if request is not None:
+            return cls(None, request, policy)
+        plan = read_plan(plan_file) if plan_file else CompressionPlan(BlockMask.of(*names))
+        return cls(plan, None, policy)
+
+    def choose(self, memory: MemoryModel) -> Chosen:
+        """The plan for a model.
+
+        Raises:
+            InfeasibleBudgetError: It does not fit the request.
+            UnknownNameError: The model does not have an item, or there is no such policy.
+        """
+        if self.request is None:
+            assert self.plan is not None
+            plan, seq = self.plan.check(memory.facts.num_blocks), None
+            policy: PlanPolicy = StaticPolicy(plan)
+        else:
+            policy = load_policy(self.policy, memory)
+            plan, seq = as_plan(policy.choose(self.request)), self.request.seq_len_tokens
+            check_fits(memory, plan, self.request)
+        if memory.facts.repair and plan.removed:
+            return Chosen(plan, None, "no prediction knows stubs")
+        return Chosen(plan, *find_delta_nll(memory, policy, plan, seq))

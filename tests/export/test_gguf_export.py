@@ -1,0 +1,296 @@
+"""GGUF files for llama.cpp hold the model under the plan; read and computed without llama.cpp."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
+from rap_env.export.gguf_export import check_stubs, export_gguf
+from rap_env.export.gguf_model import FAMILIES, GgufModel
+from rap_env.export.gguf_tokenizer import tokenizer_entries
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.gguf_reader import GgufFile
+from rap_env.llm.loading import load_llm
+from rap_env.llm.placeholders import Stub
+from rap_env.plan import CompressionPlan
+from tests.export.deci_forward import deci_logits
+from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
+from tests.tiny import FAMILIES as TINY
+from tests.tiny import randomise, tiny_config, tiny_llm, tiny_tokenizer
+
+LAYERS = 4
+IDS = torch.arange(3, 27)
+MASKS = {
+    "nothing": (),
+    "first attention": (0,),
+    "first FFN": (1,),
+    "last attention": (2 * LAYERS - 2,),
+    "last FFN": (2 * LAYERS - 1,),
+    "attention only": (0, 4),
+    "FFN only": (1, 3),
+    "first layer": (0, 1),
+    "last layer": (6, 7),
+    "alternating": (0, 3, 5, 7),
+    "all FFN": (1, 3, 5, 7),
+    "all but one attention": (0, 1, 2, 3, 5, 6, 7),
+}
+"""Removed blocks of a model with four layers, by what they are."""
+
+
+def masked_logits(llm: ElasticLLM, plan) -> torch.Tensor:
+    with llm.masked(plan), torch.no_grad():
+        return llm.model(IDS[None]).logits[0].double()
+
+
+@pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
+def test_the_file_is_the_masked_model(removed, tmp_path):
+    llm = tiny_llm(layers=LAYERS)
+    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(*removed))
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2"])
+def test_further_families_with_biases_and_tied_heads(name, tmp_path):
+    llm = tiny_llm(name, layers=LAYERS)
+    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(0, 3, 5, 6))
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
+    names = {tensor.name for tensor in GgufFile(path).tensors}
+    assert ("output.weight" in names) == (name != "llama_tied")
+
+
+@pytest.mark.parametrize("name", [n for n in TINY if tiny_config(n).model_type not in FAMILIES])
+def test_other_families_are_refused_by_name(name, tmp_path):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"tiny-{name} \(\w+\) is none; known are llama"
+    ):
+        GgufModel.of_llm(tiny_llm(name))
+
+
+@pytest.mark.parametrize("name", ["mistral_sliding", "qwen2_sliding"])
+def test_a_sliding_window_is_refused(name):
+    with pytest.raises(UnsupportedModelError, match="has a sliding window of 5 tokens"):
+        GgufModel.of_llm(tiny_llm(name))
+
+
+SCALED = {
+    "linear": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"factor": 2.0},
+}  # fmt: skip
+
+
+def scaled_llm(kind: str) -> ElasticLLM:
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        rope_parameters={"rope_type": kind, "rope_theta": 100.0, **SCALED[kind]},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    randomise(model)
+    return ElasticLLM(model, None, name="scaled")
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_scaled_rotary_positions_are_carried_over(kind, tmp_path):
+    llm = scaled_llm(kind)
+    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(1))
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-4)
+    assert "rope_freqs.weight" in {tensor.name for tensor in GgufFile(path).tensors}
+
+
+def test_other_rotary_positions_are_refused():
+    with pytest.raises(UnsupportedModelError, match="default, linear, llama3.*silu and yarn"):
+        GgufModel.of_llm(scaled_llm("yarn"))
+
+
+def source_llm(**sizes) -> ElasticLLM:
+    return ElasticLLM(tiny_source_model(hidden=64, ffn=96, **sizes), None, name="source")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_1", "Q8_0"])
+def test_tensors_of_a_gguf_file_are_copied_as_they_are(kind, tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf", kind=kind, hidden=64, ffn=96)
+    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(1, 2))
+    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
+    before = {t.name: t for t in GgufFile(tmp_path / "in.gguf").tensors}
+    after = {t.name: t for t in GgufFile(path).tensors}
+    assert after.keys() == before.keys() - {f"blk.{n}.{p}.weight" for n, parts in
+        ((1, ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output",
+              "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")),) for p in parts}  # fmt: skip
+    for name, tensor in after.items():
+        # The only kept attention and the only kept FFN block become one layer.
+        source = name.replace("blk.0.ffn", "blk.1.ffn")
+        assert tensor.tensor_type == before[source].tensor_type
+        assert np.array_equal(tensor.data, before[source].data)
+
+
+def test_header_tokenizer_and_template_of_a_gguf_file_are_carried_over(tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96)
+    path = tmp_path / "a.gguf"
+    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), CompressionPlan(BlockMask.of(1)), path)
+    before, after = GgufFile(tmp_path / "in.gguf"), GgufFile(path)
+    for name, field in before.fields.items():
+        if name.startswith("llama."):
+            name = name.replace("llama.", "deci.")
+            if name.endswith(("head_count", "head_count_kv", "feed_forward_length")):
+                continue
+        elif name == "general.architecture":
+            continue
+        assert after.fields[name].contents() == field.contents(), name
+        assert after.fields[name].types == field.types, name
+    assert after.value("deci.attention.key_length") == 16
+    assert after.value("tokenizer.chat_template")
+
+
+def test_a_gguf_file_and_its_model_give_the_same_file(tmp_path):
+    model = write_tiny_gguf(tmp_path / "in.gguf", hidden=64, ffn=96)
+    plan, llm = CompressionPlan(BlockMask.of(0)), ElasticLLM(model, None, name="source")
+    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, tmp_path / "a.gguf")
+    export_gguf(GgufModel.of_llm(llm), plan, tmp_path / "b.gguf")
+    a, b = ({t.name: t.data for t in GgufFile(tmp_path / f"{n}.gguf").tensors} for n in "ab")
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("level", "kind"), [("int8", Kind.Q8_0), ("int4", Kind.Q4_1)])
+def test_levels_hold_the_values_of_the_live_levels(level, kind, tmp_path):
+    llm, path = source_llm(), tmp_path / "a.gguf"
+    levels = {"layer00.ffn": level, "layer01.attn": level, "embeddings": level}
+    plan = CompressionPlan.of({**levels, "layer00.attn": "removed"})
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    kinds = {t.name: t.tensor_type for t in GgufFile(path).tensors}
+    assert {
+        kinds[n] for n in ("blk.0.ffn_up.weight", "blk.1.attn_q.weight", "token_embd.weight")
+    } == {kind}
+    assert kinds["blk.1.ffn_up.weight"] == kinds["blk.0.ffn_norm.weight"] == Kind.F32
+    ours, native = masked_logits(llm, plan), masked_logits(llm, CompressionPlan(plan.removed))
+    found = (deci_logits(path, IDS) - ours).abs().max()
+    assert found < 0.02 * (native - ours).abs().max()  # float16 in place of bfloat16 scales
+
+
+def test_what_is_stored_in_as_few_bits_is_kept(tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96)
+    path = tmp_path / "a.gguf"
+    plan = CompressionPlan.uniform(2, weights="int8", embeddings="int4")
+    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
+    kinds = {t.tensor_type for t in GgufFile(path).tensors}
+    assert kinds == {Kind.Q4_1, Kind.F32}
+
+
+def test_bf16_stays(tmp_path):
+    llm, path = tiny_llm(dtype=torch.bfloat16), tmp_path / "a.gguf"
+    export_gguf(GgufModel.of_llm(llm), CompressionPlan(), path)
+    for tensor in GgufFile(path).tensors:
+        assert tensor.tensor_type == (Kind.F32 if "norm" in tensor.name else Kind.BF16)
+    ours = masked_logits(tiny_llm(dtype=torch.bfloat16), CompressionPlan())
+    torch.testing.assert_close(deci_logits(path, IDS), ours, rtol=0, atol=0.1)
+
+
+def test_rows_that_are_no_multiple_of_32_have_no_levels(tmp_path):
+    plan = CompressionPlan.of({"layer01.ffn": "int4"})
+    with pytest.raises(UnsupportedModelError, match="blk.1.ffn_gate.weight has rows of 16 values"):
+        export_gguf(GgufModel.of_llm(tiny_llm()), plan, tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_means_become_biases_and_maps_are_refused(tmp_path):
+    llm, path = tiny_llm("llama_tied", layers=LAYERS), tmp_path / "a.gguf"
+    generator = torch.Generator().manual_seed(0)
+    means = {n: torch.randn(16, generator=generator) for n in (2, 3, 5, 7)}
+    stubs = {n: Stub(torch.zeros(0, 16), torch.zeros(16, 0), mean) for n, mean in means.items()}
+    mask = BlockMask.of(*means)
+    export_gguf(
+        GgufModel.of_llm(llm), CompressionPlan(mask), path, {n: m.numpy() for n, m in means.items()}
+    )
+    ours = masked_logits(llm.repaired(stubs, "means"), mask)
+    assert (ours - masked_logits(llm, mask)).abs().max() > 0.1
+    torch.testing.assert_close(deci_logits(path, IDS), ours, rtol=0, atol=1e-5)
+    check_stubs({"layer01.attn": 0})
+    with pytest.raises(UnsupportedModelError, match=r"stubs of layer02\.ffn have.*--repair none"):
+        check_stubs({"layer01.attn": 0, "layer02.ffn": 3})
+    with pytest.raises(UnsupportedModelError, match="adds its mean before any kept block"):
+        export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(0)), path, {0: means[2]})
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    everything = CompressionPlan(BlockMask.of(*range(0, 2 * LAYERS, 2)))
+    with pytest.raises(UnsupportedModelError, match="without any attention block"):
+        export_gguf(GgufModel.of_llm(tiny_llm(layers=LAYERS)), everything, tmp_path / "a.gguf")
+
+
+def test_caches_of_several_levels_and_unknown_blocks_are_refused(tmp_path):
+    model, path = GgufModel.of_llm(tiny_llm()), tmp_path / "a.gguf"
+    with pytest.raises(UnsupportedModelError, match="in one format.*but the plan has int4, native"):
+        export_gguf(model, CompressionPlan.of({"layer00.cache": "int4"}), path)
+    with pytest.raises(UnsupportedModelError, match="but the plan has window512"):
+        export_gguf(model, CompressionPlan.uniform(2, caches="window512"), path)
+    with pytest.raises(UnknownNameError, match=r"layer05\.ffn"):
+        export_gguf(model, CompressionPlan(BlockMask.of("layer05.ffn")), path)
+    export_gguf(model, CompressionPlan.uniform(2, caches="int8"), path)
+
+
+def test_other_gguf_architectures_are_refused(tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf", architecture="gemma3")
+    with pytest.raises(
+        UnsupportedModelError, match=r"in\.gguf \(gemma3\) is none; known are llama"
+    ):
+        GgufModel.of_file(tmp_path / "in.gguf")
+
+
+def test_a_failed_export_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"older")
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(StorageFullError):
+        export_gguf(GgufModel.of_llm(tiny_llm()), CompressionPlan(), path)
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tokenizer_is_written_as_llama_cpp_writes_it(tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf")
+    llm = load_llm(tmp_path / "in.gguf", weights="bf16", dtype="float32", device="cpu")
+    export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), tmp_path / "a.gguf")
+    before, after = GgufFile(tmp_path / "in.gguf"), GgufFile(tmp_path / "a.gguf")
+    names = {name for name in before.fields if name.startswith("tokenizer.")}
+    found = {name for name in after.fields if name.startswith("tokenizer.")}
+    assert found == names | {"tokenizer.ggml.add_bos_token"}
+    for name in names:
+        assert after.fields[name].contents() == before.fields[name].contents(), name
+        assert after.fields[name].types == before.fields[name].types, name
+
+
+def test_missing_tokens_are_padded_and_added_ones_have_types():
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.add_tokens("plain")
+    entries = {name: value for name, (value, _, _) in tokenizer_entries(tokenizer, 7).items()}
+    assert entries["tokenizer.ggml.pre"] == "gpt-2"
+    texts = ["a", "b", "ab", "<end>", "plain", "[PAD5]", "[PAD6]"]
+    assert entries["tokenizer.ggml.tokens"] == texts
+    assert entries["tokenizer.ggml.token_type"] == [1, 1, 1, 3, 4, 5, 5]
+    assert entries["tokenizer.ggml.eos_token_id"] == 3
+    assert "tokenizer.ggml.bos_token_id" not in entries
+
+
+def test_a_tokenizer_without_counterpart_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"The tokenizer \(WordLevel with Split\)"):
+        GgufModel.of_llm(tiny_llm(tokenizer=tiny_tokenizer()))

@@ -1,0 +1,103 @@
+"""llama.cpp itself computes the model under the plan, where its bindings are installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.ladder.llama_cpp import PACKAGE, VERSION
+from experiments.ladder.llama_cpp_process import LlamaCpp
+from rap_env.blocks import BlockMask
+from rap_env.export.gguf_export import export_gguf
+from rap_env.export.gguf_model import GgufModel
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.plan import CompressionPlan
+from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, scaled_llm
+from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
+from tests.tiny import tiny_llm
+
+pytest.importorskip("llama_cpp_py_sync", reason=f"llama.cpp: pip install {PACKAGE}=={VERSION}")
+
+NEW_TOKENS = 24
+
+
+def engine_logits(path) -> torch.Tensor:
+    """Logits (T, V) of `IDS` with a cache in float32."""
+    engine = LlamaCpp(str(path), "f32", 1, 64, 1)
+    found = engine.decode(IDS.numpy().astype(np.int32), 0, all_logits=True).copy()
+    engine.close()
+    return torch.from_numpy(found).double()
+
+
+def greedy(path, prompt: list[int]) -> list[int]:
+    """New tokens after a prompt, one at a time."""
+    engine = LlamaCpp(str(path), "f32", 1, 64, 1)
+    ids, at, found = np.array(prompt, dtype=np.int32), 0, []
+    for _ in range(NEW_TOKENS):
+        logits = engine.decode(ids, at, all_logits=False)
+        at += len(ids)
+        ids = np.array([logits[0].argmax()], dtype=np.int32)
+        found.append(int(ids[0]))
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
+def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_path):
+    llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
+    plan = CompressionPlan(BlockMask.of(*removed))
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-5)
+    prompt = IDS[:8]
+    with llm.masked(plan):
+        ours = llm.generate(
+            prompt[None], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
+    assert greedy(path, prompt.tolist()) == ours[0, 8:].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2", "linear", "llama3"])
+def test_families_biases_and_rotary_positions(name, tmp_path):
+    llm = scaled_llm(name) if name in ("linear", "llama3") else tiny_llm(name)
+    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(0, 3))
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-4)
+
+
+def test_means_of_stubs_are_added(tmp_path):
+    llm, path = tiny_llm(), tmp_path / "a.gguf"
+    mean = torch.linspace(-1, 1, 16)
+    export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), path, {1: mean.numpy()})
+    from rap_env.llm.placeholders import Stub
+
+    stub = Stub(torch.zeros(0, 16), torch.zeros(16, 0), mean)
+    ours = masked_logits(llm.repaired({1: stub}, "mean"), BlockMask.of(1))
+    torch.testing.assert_close(engine_logits(path), ours, rtol=0, atol=1e-5)
+
+
+def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q8_0", hidden=64, ffn=96)
+    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(1, 2))
+    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
+    llm = ElasticLLM(tiny_source_model(hidden=64, ffn=96), None, name="source")
+    found, ours = engine_logits(path), masked_logits(llm, plan)
+    assert (found - ours).abs().max() < 0.05 * ours.abs().max()  # 8 bits, of inputs too
+
+
+def test_what_the_layout_avoids_is_computed_wrong_by_llama_cpp(tmp_path):
+    """The reason for zeros: with an FFN length of 0, the attention block is lost, too."""
+    llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
+    from rap_env.export import deci, gguf_export
+
+    plan = CompressionPlan(BlockMask.of(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deci, "ZERO_FFN_LENGTH", 0)
+        patch.setattr(gguf_export, "_no_ffn", lambda *_arguments: ())
+        layers = (deci.DeciLayer(0), deci.DeciLayer(None, 1), *map(deci.DeciLayer, (2, 3), (2, 3)))
+        patch.setattr(gguf_export, "deci_layers", lambda *_arguments: layers)
+        export_gguf(GgufModel.of_llm(llm), plan, path)
+    found = engine_logits(path)
+    assert (found - masked_logits(llm, plan)).abs().max() > 0.1
+    lost = masked_logits(llm, BlockMask.of(0, 1, 2))
+    torch.testing.assert_close(found, lost, rtol=0, atol=1e-5)
