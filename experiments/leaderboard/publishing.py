@@ -56,7 +56,21 @@ COMPARISONS = (
             },
             "reward": "perplexity",
         },
-        {"RAPPrune/SmolLM2-Table-v0": TABLE},
+        {
+            "RAPPrune/SmolLM2-Table-v0": TABLE,
+            "RAPPrune/SmolLM2-v0": {
+                "model": "smollm2-135m",
+                "dtype": "bfloat16",
+                "gsi_removals": 24,
+                "calibration": {
+                    "source": "data/wikitext/validation.jsonl",
+                    "field": "page",
+                    "windows": 4,
+                    "window_tokens": 128,
+                    "sha256": "5dc8bd260b4404adace1586f3865c69207cc80193ad56ca19dd406fb8b426145",
+                },
+            },
+        },
     ),
     Comparison(
         "SmolLM2-v1",

@@ -157,6 +157,7 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
     """Return the settings recorded in the table; they contain no local path."""
     text = asdict(CorpusConfig(**asdict(config.calibration), role="calibration"))
     text["source"] = context.corpus.provenance["source"]
+    del text["sha256"]  # `ScoreTable.text` has it
     return {
         "device": context.llm.device.type,
         "dtype": context.memory.facts.dtype,

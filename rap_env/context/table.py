@@ -183,7 +183,8 @@ def open_table(path: Path, config: ContextConfig) -> TableContext:
 
 def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> None:
     """Reject settings that differ from those that the table was measured with."""
-    held, text = table.settings, table.settings["calibration"]
+    held = table.settings
+    text = {**held["calibration"], "sha256": table.text["sha256"]}
     default, asked_text = ContextConfig(), config.calibration
     asked: list[tuple[str, Any, Any, Any]] = [
         (f"calibration.{entry.name}", getattr(asked_text, entry.name), entry.default,

@@ -54,6 +54,7 @@ class CorpusConfig:
         deduplicate: Whether a document that occurs several times is read once. Data sets of
             questions repeat a passage for each question; without this, two roles can read the
             same passage.
+        sha256: The hash that the tokens must have (`Corpus.sha256`), in hex; None accepts any.
 
     Raises:
         CorpusError: A value has the wrong type, or a number is out of range.
@@ -69,6 +70,7 @@ class CorpusConfig:
     role: str = "calibration"
     separator: str = "\n\n"
     deduplicate: bool = True
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):

@@ -42,10 +42,21 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
     Generated text is cached, so that every later run measures on the same tokens.
 
     Raises:
-        CorpusError: The text is missing, malformed or too short, or the model has no start token
-            to generate from.
+        CorpusError: The text is missing, malformed or too short, its tokens have another hash than
+            ``config.sha256``, or the model has no start token to generate from.
         MissingDependencyError: A hub data set without the `datasets` package.
     """
+    corpus = _corpus(config, llm, progress)
+    if config.sha256 is not None and corpus.sha256 != config.sha256:
+        raise CorpusError(
+            f"{config.source} gives other tokens (SHA-256 {corpus.sha256[:12]}) than asked for "
+            f"({config.sha256[:12]}): {dict(corpus.provenance)}. Give the text that they come "
+            "from, or no sha256."
+        )
+    return corpus
+
+
+def _corpus(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
     if config.source == "self":
         return _generated_text(config, llm, progress)
     if config.source == "recall":
@@ -54,9 +65,7 @@ def load_corpus(config: CorpusConfig, llm: ElasticLLM, *, progress: bool = True)
         windows = {"self": config.windows - config.windows // 2, "recall": config.windows // 2}
         return Corpus.joined(
             {
-                name: load_corpus(
-                    replace(config, source=name, windows=count), llm, progress=progress
-                )
+                name: _corpus(replace(config, source=name, windows=count), llm, progress)
                 for name, count in windows.items()
                 if count
             }

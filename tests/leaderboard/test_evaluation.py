@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -13,12 +14,15 @@ import rap_env
 from experiments.compare import compare
 from experiments.comparison.records import ResultRow
 from experiments.config.evaluation import CompareConfig
-from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
+from rap_env.envs.config import EnvConfig
+from rap_env.errors import ArtifactError, CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.leaderboard.entries import ENTRIES, Entry, published_entries
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.policies import StaticPolicy, load_policy
 from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from tests.tiny import tiny_llm, tiny_tokenizer
 
 V0, V1 = "RAPPrune/SmolLM2-Table-v0", "RAPPrune/SmolLM2-Table-v1"
 TABLES = [V0, V1, "RAPPrune/Gemma3-270M-Table-v1"]
@@ -60,6 +64,17 @@ def test_a_pinned_task_is_an_environment_whose_arguments_are_fixed(name):
     assert pinned_task(name).calibration_sha256 == env.unwrapped.context.table.text["sha256"]
     vector = gym.make_vec(name, num_envs=3)
     assert vector.reset(seed=0)[0]["action_mask"].shape == (3, env.action_space.n)
+
+
+def test_a_live_task_refuses_another_calibration_text(tmp_path):
+    """Text that the package does not have is pinned by the hash of its tokens."""
+    task = pinned_task("RAPPrune/SmolLM2-v0")
+    text = EnvConfig.of(**task.arguments).corpus_config()
+    assert text.sha256 == task.calibration_sha256
+    (tmp_path / "other.jsonl").write_text(json.dumps({"page": "word " * 100}))
+    other = replace(text, source=str(tmp_path / "other.jsonl"), windows=1, window_tokens=16)
+    with pytest.raises(CorpusError, match=f"asked for \\({text.sha256[:12]}\\)"):
+        load_corpus(other, tiny_llm(tokenizer=tiny_tokenizer()))
 
 
 def test_all_tasks_have_entries_for_each_of_their_requests():

@@ -114,6 +114,15 @@ def test_provenance_records_the_text_read(tmp_path):
     assert len(provenance["sha256"]) == len(provenance["text_sha256"]) == 64
 
 
+def test_other_tokens_than_asked_for_are_refused(tmp_path):
+    config = CorpusConfig(str(write_text(tmp_path)), windows=2, window_tokens=8)
+    right = load_corpus(config, llm())
+    asked = replace(config, sha256=right.sha256)
+    assert torch.equal(load_corpus(asked, llm()).tokens, right.tokens)
+    with pytest.raises(CorpusError, match="gives other tokens"):
+        load_corpus(replace(asked, seed=1), llm())
+
+
 def test_json_lines(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"page": "abc " * 30}) for _ in range(5)))
