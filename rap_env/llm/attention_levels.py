@@ -18,7 +18,7 @@ from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.llm.adapter import FamilyAdapter
 from rap_env.llm.cache_chunks import Chunk, Step, current_step, set_current_step
-from rap_env.llm.cache_levels import lower, note_rows
+from rap_env.llm.cache_levels import known_lengths, lower, note_rows
 from rap_env.llm.grouped_attention import attend
 from rap_env.llm.grouped_cache import GroupedLayer, chunk_of
 from rap_env.llm.placeholders import cache_in
@@ -69,10 +69,10 @@ def install_levels(model: Any, adapter: FamilyAdapter) -> None:
     if name in LEVEL_ATTENTIONS and not getattr(model.config, "output_attentions", False):
         from transformers import AttentionInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+        from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
         bases: dict[str, tuple[Attention, Any]] = {
-            "sdpa": (sdpa_attention_forward, sdpa_mask),
+            "sdpa": (sdpa_attention_forward, _unread_mask),
             "eager": (_eager, eager_mask),
         }
         base, mask = bases[name]
@@ -109,6 +109,21 @@ def public_name(name: str) -> str:
     return next((known for known in LEVEL_ATTENTIONS if name.startswith(f"{known}_")), name)
 
 
+def _unread_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Transformers' `sdpa_mask`, which does not read a GPU's padding mask in a decoding step.
+
+    It reads the mask to leave it out if nothing is padded. For a single token of each row that
+    saves little, and reading waits for the device; prefills are still without one where they can.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    padding = kwargs.get("attention_mask")
+    if padding is not None and padding.is_cuda and kwargs.get("q_length") == 1:
+        kwargs["allow_is_causal_skip"] = False
+    found: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    return found
+
+
 def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
     """The eager attention of the module's own family."""
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's second one
@@ -140,6 +155,7 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
         for number, layer in enumerate(decoder.get_submodule(adapter.family.layers))
     }
     cache = cache_in(kwargs)
+    rows = None
     lowered = any(not level.native for level in levels.values())
     if lowered or any(isinstance(layer, GroupedLayer) for layer in getattr(cache, "layers", ())):
         if isinstance(mask, torch.Tensor) and mask.dim() != 2:
@@ -150,11 +166,15 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
         given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch, queries = next(states for states in given if states is not None).shape[:2]
         held = 0 if cache is None else int(cache.get_seq_length())
-        step = Step.of(batch, queries, held, mask)
+        rows = known_lengths(cache, batch, held + queries)
+        if rows is None:
+            step = Step.of(batch, queries, held, mask)
+        else:
+            step = Step([max(0, count - queries) for count in rows], rows, held + queries)
         set_current_step(step)
         if cache is not None:
             lower(cache, levels, step.before)
-    if cache is not None:
+    if cache is not None and rows is None:
         note_rows(cache, mask)  # of another shape than (B, T): its rows are unknown
 
 

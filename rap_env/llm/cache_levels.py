@@ -42,6 +42,14 @@ def note_rows(cache: Any, rows: torch.Tensor | Sequence[int] | None) -> None:
     _ROWS[cache] = rows
 
 
+def known_lengths(cache: Any, batch: int, columns: int) -> list[int] | None:
+    """The length of each row after a pass, if it was noted before it; reads no mask."""
+    rows = None if cache is None else _ROWS.get(cache)
+    if rows is None or isinstance(rows, torch.Tensor):
+        return None
+    return list(rows) if len(rows) == batch and max(rows) == columns else None
+
+
 def _lengths(cache: Any, batch: int, columns: int) -> list[int] | None:
     """Tokens of each row without padding; None if they are not known."""
     if cache not in _ROWS:

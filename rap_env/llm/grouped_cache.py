@@ -33,6 +33,7 @@ from rap_env.llm.cache_chunks import (
     stored_groups,
 )
 from rap_env.llm.cache_codes import Groups, pack, rounded, widen
+from rap_env.llm.device import send
 
 _PIECE_GROUPS = 16
 """Groups of equal rows that are requantised together."""
@@ -117,8 +118,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         key = ("places", self.device)
         places = step.memo.get(key)
         if places is None:
-            within = torch.tensor([n % GROUP_TOKENS for n in self.lengths], device=self.device)
-            places = (torch.arange(len(within), device=self.device), within)
+            within = torch.tensor([n % GROUP_TOKENS for n in self.lengths])
+            places = (torch.arange(len(within), device=self.device), send(within, self.device))
             step.memo[key] = places
         self.keys[places[0], :, places[1]] = key_states[:, :, 0]
         self.values[places[0], :, places[1]] = value_states[:, :, 0]
@@ -250,10 +251,10 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.groups[0].shape[2] if self.groups else 0
 
     def slot_groups(self) -> torch.Tensor:
-        """The group in each slot of each row, -1 for none, (B, G)."""
+        """The group in each slot of each row, -1 for none, (B, G), on the CPU."""
         found = {held: self._slots(held) for held in set(self.lengths)}
         rows = [found[held] for held in self.lengths]
-        return torch.tensor(rows, dtype=torch.long, device=self.device).view(len(rows), -1)
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), -1)
 
     def _grow(self, after: Sequence[int]) -> bool:
         """Make slots for rows of these lengths; returns whether tensors were copied."""

@@ -246,6 +246,7 @@ class LiveBatch:
                 if held:
                     refill(self._llm, self._cache, past(), self._most_tokens)
             with step(self._llm, self._cache, self._restore, past, self._most_tokens):
+                note_rows(self._cache, self._lengths)  # so that nothing has to read the mask
                 output = self._llm.model(
                     input_ids=columns.tokens,
                     attention_mask=columns.attention_mask if padded else None,

@@ -15,6 +15,7 @@ import torch
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, channel_groups
 from rap_env.llm.cache_chunks import PIECE_VALUES, Step, capped, visible_groups
 from rap_env.llm.cache_codes import Part, codes_of, parts, split
+from rap_env.llm.device import send
 from rap_env.llm.grouped_cache import GroupedLayer
 
 _UNPACKED_BYTES = ATTENTION_WORKSPACE_BYTES * 3 // 4
@@ -82,7 +83,8 @@ class TokenAttention:
     def _masks(self) -> tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]:
         """What to add to scores of the tail (B, 1, 1, 32), and of stretches of groups.
 
-        A stretch that all rows see as a whole needs no mask; one that no row sees is left out.
+        A stretch that all rows see as a whole needs no mask; one that no row sees is left out. They
+        are made on the CPU, so that nothing waits for a GPU to tell which is which.
         """
         layer, level = self.layer, self.layer.level
         device = layer.keys.device
@@ -91,11 +93,11 @@ class TokenAttention:
             found: tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]
             found = self.step.memo[key]
             return found
-        last = torch.tensor(self.step.after, device=device)[:, None, None] - 1  # (B, 1, 1)
+        last = torch.tensor(self.step.after)[:, None, None] - 1  # (B, 1, 1)
         own = last // GROUP_TOKENS
-        within = torch.arange(GROUP_TOKENS, device=device)
+        within = torch.arange(GROUP_TOKENS)
         position = own * GROUP_TOKENS + within  # (B, 1, 32)
-        tail = _hidden((position <= last) & self._in_window(last, position))[:, None]
+        tail = _hidden((position <= last) & self._in_window(last, position), device)[:, None]
         stretches: list[tuple[tuple[int, int], torch.Tensor | None]] = []
         groups = layer.slot_groups()[:, :, None]  # (B, G, 1)
         seen = visible_groups(level, own, groups)
@@ -106,7 +108,7 @@ class TokenAttention:
             if bool(part.all()):
                 stretches.append(((start, end), None))
             elif bool(part.any()):
-                stretches.append(((start, end), _hidden(part)[:, None, None]))
+                stretches.append(((start, end), _hidden(part, device)[:, None, None]))
         self.step.memo[key] = (tail, stretches)
         return tail, stretches
 
@@ -201,6 +203,6 @@ class TokenAttention:
         return _buffer("piece", count, packed, self.product).view(shape).copy_(packed)
 
 
-def _hidden(seen: torch.Tensor) -> torch.Tensor:
-    """What to add to scores: 0 where a token is seen, else minus infinity."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)
+def _hidden(seen: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What to add to scores, on a device: 0 where a token is seen, else minus infinity."""
+    return send(torch.zeros(seen.shape).masked_fill_(~seen, -math.inf), device)

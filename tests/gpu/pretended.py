@@ -33,6 +33,8 @@ _TAKE_CPU_INDICES = {
 _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
 _READS = {torch.Tensor.numpy, torch.Tensor.__array__}
 _WAITS = {  # what a CUDA tensor's values are read with, which waits for the device
+    torch.equal,
+    torch.Tensor.equal,
     torch.Tensor.item,
     torch.Tensor.tolist,
     torch.Tensor.__bool__,
@@ -58,7 +60,8 @@ class Waits:
     """How often something waited for a GPU, and how often it did not have to.
 
     Attributes:
-        count: Values of a GPU that were read, or sent to it without pinning.
+        count: Values of a GPU that were read, or sent to it without pinning (also by
+            ``torch.tensor``).
         crossings: Copies from one GPU to another.
     """
 
@@ -170,6 +173,8 @@ class _Places(TorchFunctionMode):
         named = next(filter(_is_place, (*args[1:], *options.values())), None)
         if named is None or torch.device(named).type not in ("cpu", "cuda"):
             return func(*args, **options)
+        if func is torch.tensor and torch.device(named).type == "cuda":
+            self._waits.count += 1  # its values are copied from memory that is not pinned
         return _mark(func(*_on_cpu(args), **_on_cpu(options)), _indexed(named))
 
     def _move(

@@ -18,6 +18,7 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
 from rap_env.llm.streamed import stream_llm
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import MaskScorer
 from tests.gpu.paths import PATHS, TOKENS, llm_of, ordered, repaired, scored, served, trainer_of
@@ -81,11 +82,14 @@ def test_few_steps_wait_for_the_device():
         before = waits.count
         scorer.nll_many(masks)
         assert waits.count - before <= 2  # transformers looks at a mask, and the scores are read
-        batch = LiveBatch(llm)
-        batch.prefill([[5, 6, 7, 8]] * 8)
-        before = waits.count
-        logits = batch.extend([3] * 8)
-        assert waits.count == before
+        for plan in (BlockMask(), CompressionPlan.uniform(4, caches="int4")):
+            llm.apply(plan)
+            for prompts in ([[5, 6, 7, 8]] * 8, [[5, 6, 7, 8], [9]] * 4):  # padded, and not
+                batch = LiveBatch(llm)
+                batch.prefill(prompts)
+                before = waits.count
+                logits = batch.extend([3] * 8)
+                assert waits.count == before, (plan, prompts)
         params = SamplingParams(temperature=0.7, top_p=0.9, top_k=40, seed=1)
         sample_rows([RowSampler(params) for _ in range(8)], logits)
         assert waits.count == before + 1
