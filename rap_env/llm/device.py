@@ -195,18 +195,6 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device: itself if it is there already; nothing waits for a CUDA device.
-
-    A copy from one CUDA device to another is ordered among the work of both by torch.
-    """
-    if values.device == device:
-        return values
-    if device.type != "cuda":
-        return values.to(device)
-    return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
-
-
 def take_library_workspace(device: torch.device, dtype: torch.dtype) -> int:
     """Let cuBLAS take its workspace, which the first product on a CUDA device allocates for good.
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.llm.adapter import FamilyAdapter
-from rap_env.llm.device import send
+from rap_env.llm.transfers import send
 from rap_env.llm.weights import named_weights
 
 

@@ -33,7 +33,7 @@ from rap_env.llm.cache_chunks import (
     stored_groups,
 )
 from rap_env.llm.cache_codes import Groups, pack, rounded, widen
-from rap_env.llm.device import send
+from rap_env.llm.transfers import send
 
 _PIECE_GROUPS = 16
 """Groups of equal rows that are requantised together."""

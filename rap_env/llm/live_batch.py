@@ -14,7 +14,6 @@ import torch
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.llm.cache_levels import lower, lowest_levels, note_rows
-from rap_env.llm.device import send
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.grouped_cache import GroupedLayer
 from rap_env.llm.kv_cache import (
@@ -30,6 +29,7 @@ from rap_env.llm.kv_cache import (
     update_cache,
 )
 from rap_env.llm.reserved_cache import ReservedLayer, reserve, with_room
+from rap_env.llm.transfers import send
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 
 

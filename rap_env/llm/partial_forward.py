@@ -18,9 +18,9 @@ from torch import nn
 
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
-from rap_env.llm.device import send
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.lean_llama import reject_lean
+from rap_env.llm.transfers import send
 from rap_env.llm.widened_weights import WidenedWeights
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 

@@ -41,6 +41,7 @@ from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError, ChecksumError, UnsupportedModelError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.llm.packing import PackedLevel
+from rap_env.llm.transfers import PinnedMemory
 from rap_env.llm.weight_levels import WeightItem, packed_level
 from rap_env.llm.weights import StoredTensor, metadata, stored_tensors
 from rap_env.paths import cache_dir
@@ -96,21 +97,22 @@ class _Group:
         self.nbytes = sum(part.nbytes for part in parts)
         self.device = parts[0].tensor.device
         self.evicted = False
-        self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
+        self.host: list[torch.Tensor] = []  # CUDA: the copy in pinned memory, in pieces
         self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
 
     def pack(self) -> None:
         """Move the weights into a buffer of their own."""
         self._point_to(self._copied_to(_buffer(self.buffer_bytes, self.device)))
 
-    def evict(self, pin: bool) -> None:
-        """Free the buffer, unless it is freed already; with `pin` keep a copy in host memory."""
+    def evict(self, pinned: PinnedMemory | None) -> None:
+        """Free the buffer, unless it is freed already; keep a copy in pinned memory, if given."""
         if self.evicted:
             return
-        if pin and self.host is None:  # the copy is kept: weights never change
-            self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
+        if pinned is not None and not self.host:  # the copy is kept: weights never change
+            self.host = pinned.take(self.buffer_bytes)
             # Nothing waits for it: the memory is reused, and the copy read, in the same stream.
-            self.host.copy_(self._packed(), non_blocking=True)
+            for here, piece in self._pieces(self._packed()):
+                piece.copy_(here, non_blocking=True)
         for part in self.parts:
             part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
@@ -119,10 +121,11 @@ class _Group:
         """Load the weights into a new buffer, unless they are in memory."""
         if not self.evicted:
             return
-        if self.host is not None:
-            buffer = self.host.to(self.device, non_blocking=True)
+        buffer = _buffer(self.buffer_bytes, self.device)
+        if self.host:
+            for there, piece in self._pieces(buffer):
+                there.copy_(piece, non_blocking=True)
         else:
-            buffer = _buffer(self.buffer_bytes, self.device)
             for part, stored in zip(self.parts, self.files or (), strict=True):
                 stored.read_into(part.view(buffer))
         self._point_to(buffer)
@@ -147,6 +150,10 @@ class _Group:
         """The buffer that `pack` or `load` made, whole, (bytes,)."""
         first = self.parts[0].tensor.data
         return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
+
+    def _pieces(self, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The parts of a buffer, each with the piece of the copy on the host."""
+        return zip(torch.split(buffer, [len(piece) for piece in self.host]), self.host, strict=True)
 
     def _copied_to(self, buffer: torch.Tensor) -> torch.Tensor:
         for part in self.parts:
@@ -185,8 +192,10 @@ class WeightStore:
         fingerprint: str,
     ) -> None:
         self.residency = residency
-        weights = (tensor for tensors in (*own, rest) for tensor in tensors.values())
-        self._pinned = residency == "offload" and any(tensor.is_cuda for tensor in weights)
+        weights = [tensor for tensors in (*own, rest) for tensor in tensors.values()]
+        self._pinned: PinnedMemory | None = None
+        if residency == "offload" and any(tensor.is_cuda for tensor in weights):
+            self._pinned = PinnedMemory(sum(tensor.nbytes for tensor in weights))
         self._written = cache_dir() / "offloaded" / fingerprint[:16]
         self._known = {} if folder is None else stored_tensors(folder)
         self._native = {
@@ -259,7 +268,7 @@ class WeightStore:
     def _find_files(self, item: WeightItem) -> None:
         """Find the files from which an item's native weights can be read, or write them."""
         groups = [group for group in self._native[item] if group.files is None]
-        if self._pinned or not groups:
+        if self._pinned is not None or not groups:
             return
         known = {**item.aliased(self._known), **self._known}
         found = [group.among(known) for group in groups]
@@ -285,7 +294,7 @@ class WeightStore:
     def _make(self, item: WeightItem, level: PackedLevel) -> None:
         """Make a level of an item, from its file if there is one; the weights are in memory."""
         path = self._level_path(item, level)
-        if self.residency == "offload" and not self._pinned and path.is_file():
+        if self.residency == "offload" and self._pinned is None and path.is_file():
             try:
                 item.build(level, verified_tensors(path))
                 self._add(item, level)
@@ -307,7 +316,7 @@ class WeightStore:
         self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
         for group in groups:
             group.pack()
-        if self.residency == "offload" and not self._pinned:
+        if self.residency == "offload" and self._pinned is None:
             path = self._level_path(item, level)
             known = stored_tensors(path.parent, path.name) if path.is_file() else {}
             found = [group.among(known) for group in groups]

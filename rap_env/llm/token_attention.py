@@ -15,8 +15,8 @@ import torch
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, channel_groups
 from rap_env.llm.cache_chunks import PIECE_VALUES, Step, capped, visible_groups
 from rap_env.llm.cache_codes import Part, codes_of, parts, split
-from rap_env.llm.device import send
 from rap_env.llm.grouped_cache import GroupedLayer
+from rap_env.llm.transfers import send
 
 _UNPACKED_BYTES = ATTENTION_WORKSPACE_BYTES * 3 // 4
 """Bytes of a piece's unpacked codes, in uint8 and in the dtype of products. Scores have the rest.

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from rap_env.errors import InvalidRequestError
-from rap_env.llm.device import send
+from rap_env.llm.transfers import send
 
 
 @dataclass(frozen=True)

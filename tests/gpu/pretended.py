@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -63,10 +63,12 @@ class Waits:
         count: Values of a GPU that were read, or sent to it without pinning (also by
             ``torch.tensor``).
         crossings: Copies from one GPU to another.
+        pinned: Bytes of each allocation of pinned memory.
     """
 
     count: int = 0
     crossings: int = 0
+    pinned: list[int] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -155,14 +157,18 @@ class _Places(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        options = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
+        options = dict(kwargs or {})
+        if options.pop("pin_memory", False):  # the CPU's memory is all alike
+            made: torch.Tensor = func(*args, **options)
+            self._waits.pinned.append(made.nbytes)
+            return made
         if func is torch.device and type(args[0]) is int:
             return GPUS[args[0]]
         if func == torch.Tensor.device.__get__:  # made anew at each access
             return place_of(args[0]) if on_gpu(args[0]) else func(*args)
         if func == torch.Tensor.is_cuda.__get__:
             return on_gpu(args[0])
-        if func is torch.Tensor.pin_memory:  # the pretended GPU's host memory is all alike
+        if func is torch.Tensor.pin_memory:
             return args[0]
         if func in _WAITS and on_gpu(args[0]):
             self._waits.count += 1

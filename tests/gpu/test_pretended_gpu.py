@@ -138,6 +138,21 @@ def test_weights_go_to_the_host_in_few_copies_and_nothing_waits():
         assert (seen.copies, seen.waits) == (2 * 2, 0)
 
 
+def test_pinned_memory_is_asked_in_powers_of_two_of_which_one_is_not_full():
+    """torch rounds each allocation up to a power of two."""
+    with pretended_gpu() as seen:
+        llm = ElasticLLM(tiny_model("llama", layers=40).to("cuda"), None, name="llama")
+        llm.set_residency("offload")
+        for _ in range(2):  # the copies of the first time are kept
+            llm.apply(BlockMask.of(*range(80)))
+            llm.apply(BlockMask())
+        weights = sum(llm.facts.block_param_bytes)
+        largest = max(seen.pinned)
+        assert all(size & (size - 1) == 0 for size in seen.pinned)
+        assert weights <= sum(seen.pinned) < 1.2 * weights + largest
+        assert len(seen.pinned) > 1
+
+
 def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
     stubs = random_stubs(llm_of("llama", "cpu"))
     for prepare in (
