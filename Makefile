@@ -27,7 +27,7 @@ test: setup  ## Run the tests (no network, no GPU needed).
 test-network: setup  ## Run the tests that download the default model.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "network or slow"
 
-gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, and print the table of all devices.
+gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table and what differs from the CPU.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu
 	@for name in $(GPU_BENCHMARKS); do $(RUN) -m benchmarks.$$name device=cuda || exit 1; done
 	@$(RUN) -m benchmarks.table

@@ -7,7 +7,7 @@ import sys
 
 import benchmarks
 from benchmarks.harness import Target
-from benchmarks.table import markdown, read_records
+from benchmarks.table import differences, markdown, read_records
 
 
 def _record(name: str, *targets: Target, **machine: object) -> dict[str, object]:
@@ -32,6 +32,26 @@ def test_the_table_has_a_row_for_each_target():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_the_differences_are_the_targets_that_one_device_alone_meets_or_has():
+    def targets(reached: float, worst: int) -> list[Target]:
+        return [
+            Target(f"share (worst at {worst}%)", 0.9, None, reached),
+            Target("twice", None, 1.0, 0.5, "one"),
+            Target("twice", None, 1.0, 0.5 + reached, "other"),
+        ]
+
+    cpu = _record("decode", *targets(0.95, 29), Target("on the CPU alone", 1.0, None, 1.0))
+    gpu = _record("decode", *targets(0.4, 15), gpu="Toy GPU")
+    only_cpu = _record("load", Target("x", 1.0, None, 0.0))
+    assert differences([cpu, gpu, only_cpu]).split("\n")[2:] == [
+        "| `decode` | share (worst at 15%) | 0.95 (met) | 0.4 (missed) | ≥ 0.9 |",
+        "| `decode` | twice | 1.45 (missed) | 0.9 (met) | ≤ 1 |",
+        "| `decode` | on the CPU alone | 1 (met) | - | ≥ 1 |",
+    ]
+    same = {**cpu, "device": "cuda:0"}
+    assert differences([cpu, same]).count("\n") == 1
+
+
 def test_the_program_prints_the_records_of_a_folder(tmp_path):
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "benchmarks.table", str(tmp_path)]
@@ -44,6 +64,9 @@ def test_the_program_prints_the_records_of_a_folder(tmp_path):
     (tmp_path / "a-cpu.json").write_text(json.dumps(_record("a", Target("x", 1.0, None, 2.0))))
     assert [record["benchmark"] for record in read_records(tmp_path)] == ["a", "b"]
     assert run().stdout.count("\n") == 4
+    on_gpu = _record("b", Target("x", 1.0, None, 0.0), gpu="Toy GPU")
+    (tmp_path / "b-cuda.json").write_text(json.dumps(on_gpu))
+    assert "| `b` | x | 2 (met) | 0 (missed) | ≥ 1 |" in run().stdout
 
 
 def test_the_committed_records_make_a_table():
