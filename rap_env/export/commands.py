@@ -14,7 +14,7 @@ import click
 from rap_env.command_options import facts_of, json_option, request_options, show
 from rap_env.export.wanted import Wanted
 
-_TARGETS = ("hf", "gguf")
+_TARGETS = ("hf", "vllm", "gguf")
 
 _remove_option = click.option(
     "--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn."
@@ -28,7 +28,7 @@ _remove_option = click.option(
     "target",
     type=click.Choice(_TARGETS),
     required=True,
-    help="hf: a folder for transformers; gguf: a file for llama.cpp.",
+    help="hf: a transformers folder; vllm: one for vLLM too; gguf: a file for llama.cpp.",
 )
 @click.option("--plan", "plan_file", type=Path, metavar="FILE", help="As rap choose --json writes.")
 @_remove_option
@@ -68,7 +68,7 @@ def export(
         answer = write_gguf(facts, wish, llm)
     else:
         assert llm is not None
-        answer = write_folder(llm, wish)
+        answer = write_folder(llm, wish, for_vllm=target == "vllm")
     _show_written(answer, as_json)
 
 

@@ -18,9 +18,7 @@ from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.gguf_tokenizer import Entry, tokenizer_entries
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.gguf_reader import GgufFile
-
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Model types whose blocks ``deci`` can compute."""
+from rap_env.llm.vllm_config import LLAMA_LIKE
 
 _SOURCE = "llama"  # the architecture of GGUF files that can be exported
 _ROTARY = ("default", "linear", "llama3")
@@ -184,8 +182,8 @@ def _unsupported(what: str, known: tuple[str, ...]) -> UnsupportedModelError:
 
 def _check(llm: ElasticLLM) -> None:
     config, kind = llm.adapter.config, llm.adapter.model_type
-    if kind not in FAMILIES:
-        raise _unsupported(f"{llm.name} ({kind})", FAMILIES)
+    if kind not in LLAMA_LIKE:
+        raise _unsupported(f"{llm.name} ({kind})", LLAMA_LIKE)
     if llm.facts.packed:
         raise UnsupportedModelError(
             f"The weights of {llm.name} are packed; load the model with weights='bf16', or export "

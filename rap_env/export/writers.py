@@ -18,6 +18,7 @@ from rap_env.export.model_card import ModelCard, licence_of
 from rap_env.export.wanted import Chosen, Wanted
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.pruned_checkpoint import save_pruned, stubs_in_place
+from rap_env.llm.vllm_config import vllm_entries
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan
@@ -47,11 +48,17 @@ class Export:
     gguf_file: Path | None = None
 
 
-def write_folder(llm: ElasticLLM, export: Export) -> dict[str, Any]:
+def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> dict[str, Any]:
     """Write a folder that transformers opens, and return what the command answers.
+
+    Args:
+        llm: The model.
+        export: What to write.
+        for_vllm: Check that vLLM opens it too.
 
     Raises:
         InvalidRequestError: The plan lowers levels.
+        UnsupportedModelError: vLLM cannot serve the model or the plan.
     """
     chosen, facts = export.wanted.choose(MemoryModel(llm)), llm.facts
     plan = chosen.plan
@@ -61,12 +68,18 @@ def write_folder(llm: ElasticLLM, export: Export) -> dict[str, Any]:
             f"native or removed, but the plan has other levels ({plan}); name the blocks, or "
             "choose another policy, such as 'frontier'."
         )
+    if for_vllm:
+        removed = plan.removed | llm.pruned
+        with llm.masked(plan.removed):
+            has_stubs = any(True for _ in stubs_in_place(llm))
+        vllm_entries(llm.adapter, removed, stubs=has_stubs)
     sizes, stubs = facts.block_param_bytes, facts.stub_bytes or (0,) * facts.num_blocks
     before = facts.base_bytes + sum(sizes)
     after = before - sum(sizes[i] - stubs[i] for i in plan.removed.indices)
     card = _card(
-        export, facts, chosen, "transformers", (before, after), llm,
-        use="`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
+        export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
+        use=(f"`vllm serve {export.out.name} --trust-remote-code`, " if for_vllm else "")
+        + "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
         "`rap_env.load_llm(FOLDER)`.",
     )  # fmt: skip
     save_pruned(llm, plan.removed, export.out, readme=card.text)

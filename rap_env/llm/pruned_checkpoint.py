@@ -157,6 +157,7 @@ def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
     entries = with_code(
         json.loads(config_file.read_text(encoding="utf-8")),
         removed_entries(llm.adapter, dict.fromkeys(removed) | stub_ranks),
+        llm.adapter,
     )
     config_file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     for name, code in code_files(llm.model).items():

@@ -1,18 +1,22 @@
 """The Python files of a pruned checkpoint, with which transformers opens it by itself.
 
 `modeling_file` derives a model class from that of the family; its constructor leaves the removed
-blocks out. Their placeholders are a copy of `rap_env.llm.placeholders`.
+blocks out. Their placeholders are a copy of `rap_env.llm.placeholders`. vLLM runs its own code, by
+`rap_env.llm.vllm_config`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rap_env.blocks import block_index
+from rap_env.blocks import BlockMask, block_index
+from rap_env.errors import UnsupportedModelError
 from rap_env.llm import placeholders
 from rap_env.llm.adapter import FamilyAdapter
+from rap_env.llm.vllm_config import VLLM_ENTRIES, vllm_entries
 from rap_env.version import __version__
 
 MODEL_TYPE = "rap_pruned"
@@ -35,10 +39,29 @@ from transformers import {config}, {model}
 from .{placeholders} import remove_blocks
 
 
+class Entries(dict):
+    """A dictionary whose values are attributes, too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class {config_class}({config}):
-    """The config of {model}, with `removed_blocks`."""
+    """The config of {model}, with `removed_blocks`, and `block_configs` for vLLM."""
 
     model_type = "{model_type}"
+
+    @property
+    def block_configs(self):
+        stored = self.__dict__.get("block_configs") or []
+        return [Entries({{k: Entries(v) for k, v in block.items()}}) for block in stored]
+
+    @block_configs.setter
+    def block_configs(self, value):
+        self.__dict__["block_configs"] = value
 
 
 class {model_class}({model}):
@@ -68,20 +91,27 @@ def code_files(model: Any) -> dict[str, str]:
     return {f"{_CODE}.py": code, f"{_PLACEHOLDERS}.py": source}
 
 
-def with_code(entries: Mapping[str, Any], removed: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a config that lead transformers to the code.
+def with_code(
+    entries: Mapping[str, Any], removed: Mapping[str, Any], adapter: FamilyAdapter
+) -> dict[str, Any]:
+    """Entries of a config that lead transformers to the code, and vLLM to its own.
 
     Args:
         entries: The entries of the family's config.
         removed: What `removed_entries` returned.
+        adapter: Of the model.
     """
+    more: dict[str, Any] = {"architectures": [_MODEL_CLASS]}
+    stubs = any(entry["stub_rank"] is not None for entry in removed.values())
+    with contextlib.suppress(UnsupportedModelError):
+        more = vllm_entries(adapter, BlockMask.of(*removed), stubs=stubs)
     auto_map = {
         "AutoConfig": f"{_CODE}.{_CONFIG_CLASS}",
         "AutoModelForCausalLM": f"{_CODE}.{_MODEL_CLASS}",
     }
     return {
         **entries,
-        "architectures": [_MODEL_CLASS],
+        **more,
         "model_type": MODEL_TYPE,
         "auto_map": auto_map,
         REMOVED_ENTRY: dict(removed),
@@ -90,7 +120,7 @@ def with_code(entries: Mapping[str, Any], removed: Mapping[str, Any]) -> dict[st
 
 def without_code(entries: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """The entries of the family's config again, from those that `with_code` returned."""
-    own = {"architectures", "auto_map", REMOVED_ENTRY}
+    own = {"architectures", "auto_map", REMOVED_ENTRY, *VLLM_ENTRIES}
     return {k: v for k, v in entries.items() if k not in own} | {"model_type": model_type}
 
 

@@ -173,6 +173,25 @@ def test_a_file_without_a_plan_says_how_to_write_one(tmp_path, text):
     assert "rap choose ... --json" in str(caught.value) or "layer00.ffn" in str(caught.value)
 
 
+def test_a_folder_for_vllm_opens_in_transformers_too(exported):
+    answer, folder = exported("--remove", ",".join(MASK.names), "--to", "vllm")
+    config = json.loads((folder / "config.json").read_text())
+    assert [block["attention"]["no_op"] for block in config["block_configs"]] == [
+        False, False, True, False
+    ]  # fmt: skip
+    assert "`vllm serve out --trust-remote-code`" in (folder / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert answer["removed"] == list(MASK.names)
+
+
+def test_what_vllm_cannot_serve_is_refused_with_the_reason(rap, model_folder, tmp_path):
+    code, _, err = rap("export", tmp_path / "out", "--to", "vllm", "--remove", "layer00.attn",
+                       "--model", model_folder)  # fmt: skip
+    assert code == 2
+    assert "cannot start with a feed-forward block" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def gguf_file(tmp_path):
     path = tmp_path / "source.gguf"

@@ -13,12 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rap_env.blocks import BlockMask
 from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
 from rap_env.export.gguf_export import check_stubs, export_gguf
-from rap_env.export.gguf_model import FAMILIES, GgufModel
+from rap_env.export.gguf_model import GgufModel
 from rap_env.export.gguf_tokenizer import tokenizer_entries
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.gguf_reader import GgufFile
 from rap_env.llm.loading import load_llm
 from rap_env.llm.placeholders import Stub
+from rap_env.llm.vllm_config import LLAMA_LIKE
 from rap_env.plan import CompressionPlan
 from tests.export.deci_forward import deci_logits
 from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
@@ -67,7 +68,7 @@ def test_further_families_with_biases_and_tied_heads(name, tmp_path):
     assert ("output.weight" in names) == (name != "llama_tied")
 
 
-@pytest.mark.parametrize("name", [n for n in TINY if tiny_config(n).model_type not in FAMILIES])
+@pytest.mark.parametrize("name", [n for n in TINY if tiny_config(n).model_type not in LLAMA_LIKE])
 def test_other_families_are_refused_by_name(name, tmp_path):
     with pytest.raises(
         UnsupportedModelError, match=rf"tiny-{name} \(\w+\) is none; known are llama"

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rap_env.blocks import BlockMask
+from rap_env.errors import UnsupportedModelError
 from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.llm.vllm_config import vllm_entries
 from tests.llm.stubs import repaired
 from tests.llm.test_pruned_checkpoint import EVERYTHING, MASK, logits
 from tests.tiny import FAMILIES, padded_batch, tiny_llm, tiny_tokenizer
@@ -96,3 +98,49 @@ def test_the_config_names_the_modules_of_each_removed_block(tmp_path) -> None:
 def test_a_readme_is_written_into_the_folder(tmp_path) -> None:
     folder = save_pruned(tiny_llm(), MASK, tmp_path / "pruned", readme="# Smaller\n")
     assert (folder / "README.md").read_text() == "# Smaller\n"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2"])
+def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:
+    mask = BlockMask.of(1, 2)
+    folder = save_pruned(tiny_llm(name), mask, tmp_path / "pruned")
+    for _ in range(2):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        first, second = config.block_configs
+        assert (first.attention.no_op, first.ffn.no_op) == (False, True)
+        assert (second.attention.no_op, second.ffn.no_op) == (True, False)
+        # Attributes that are not there: vLLM reads the size, since no multiplier is stated.
+        assert not hasattr(second.ffn, "ffn_mult")
+        assert second.ffn.intermediate_size == config.intermediate_size
+        kv_heads = config.num_attention_heads // first.attention.n_heads_in_group
+        assert kv_heads == config.num_key_value_heads
+        assert getattr(config, "qkv_bias", False) == (name == "qwen2")
+        config.save_pretrained(folder)  # what transformers writes again holds it, too
+    entries = json.loads((folder / "config.json").read_text())
+    assert entries["architectures"] == ["DeciLMForCausalLM"]
+    kept = [n for n in load_file(folder / "model.safetensors") if n.startswith("model.layers")]
+    parts = {(int(n.split(".")[2]), n.split(".")[3]) for n in kept}
+    assert parts == {
+        (0, "self_attn"), (0, "input_layernorm"), (1, "mlp"), (1, "post_attention_layernorm")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "stubs", "words"),
+    [
+        ("gemma2", MASK, False, "gemma2 is none; known are llama, mistral, qwen2"),
+        ("mistral_sliding", BlockMask.of(1), False, "no sliding window, and this mistral has one"),
+        ("llama", BlockMask.of(1), True, "nothing to put in the place of a removed block"),
+        ("llama", BlockMask.of(0), False, "cannot start with a feed-forward block"),
+        ("llama", EVERYTHING, False, "cannot start with a feed-forward block"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_not_offered_to_it(name, mask, stubs, words, tmp_path) -> None:
+    llm = tiny_llm(name)
+    with pytest.raises(UnsupportedModelError, match=words):
+        vllm_entries(llm.adapter, mask, stubs=stubs)
+    folder = save_pruned(repaired(llm) if stubs else llm, mask, tmp_path / "pruned")
+    entries = json.loads((folder / "config.json").read_text())
+    assert entries["architectures"] == ["RapPrunedForCausalLM"]
+    assert "block_configs" not in entries
+    assert vllm_entries(tiny_llm().adapter, BlockMask.of(0, 1), stubs=False)  # a layer as a whole
