@@ -41,7 +41,7 @@ from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError, ChecksumError, UnsupportedModelError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.llm.packing import PackedLevel
-from rap_env.llm.transfers import PinnedMemory
+from rap_env.llm.transfers import PinnedMemory, aligned
 from rap_env.llm.weight_levels import WeightItem, packed_level
 from rap_env.llm.weights import StoredTensor, metadata, stored_tensors
 from rap_env.paths import cache_dir
@@ -53,7 +53,6 @@ RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
 log = logging.getLogger(__name__)
 
-_ALIGN_BYTES = 64  # best for vector instructions, and the alignment of torch's own allocator
 _LEVELS_VERSION = 1
 """Part of the names of files with levels: increase it when quantisers give other values."""
 
@@ -90,7 +89,7 @@ class _Group:
         offset, parts = 0, []
         for name, tensor in tensors.items():
             parts.append(_Part(name, tensor, offset, tensor.shape, tensor.dtype))
-            offset += -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+            offset += aligned(tensor.nbytes)
         self.parts = parts
         self.levels = levels
         self.buffer_bytes = offset

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE
 from rap_env.llm.residency import RESIDENCIES, Residency
 from rap_env.llm.sources import load_tokenizer, locate
+from rap_env.llm.transfers import DoubleBuffer, aligned
 from rap_env.llm.weight_files import open_weights
 from rap_env.llm.weight_levels import embeddings_item
 from rap_env.llm.weights import StoredTensor
@@ -43,7 +44,8 @@ def stream_llm(
 ) -> StreamedLLM:
     """Open a causal language model whose layers are read from its files when they are called.
 
-    Embeddings, last norm and head stay in memory, and one layer at a time. Scores equal those of
+    Embeddings, last norm and head stay in memory, and one layer at a time; on a GPU two, of which
+    one is read while it computes with the other. Scores equal those of
     `load_llm` bit for bit, with the same fingerprint, so that stored scores serve both.
 
     Args:
@@ -115,8 +117,8 @@ class _StoredParameter:
     def fill(self, parameter: nn.Parameter) -> None:
         setattr(self.module, self.attribute, parameter)
 
-    def read(self, device: torch.device) -> nn.Parameter:
-        return nn.Parameter(self.stored.read(device), requires_grad=False)
+    def read(self, device: torch.device) -> None:
+        self.fill(_fixed(self.stored.read(device)))
 
 
 @dataclass
@@ -159,6 +161,7 @@ class StreamedLLM(ElasticLLM):
         self._workspace_bytes = take_library_workspace(device, self.dtype)
         self._check_cap(resident)
         self._load_resident(resident)
+        self._buffer = DoubleBuffer(self._layer_bytes, device) if device.type == "cuda" else None
         self._live.embeddings = embeddings_item(self.model)  # only now tied weights are one tensor
         for number, parameters in enumerate(self._layers):
             for module in {id(entry.module): entry.module for entry in parameters}.values():
@@ -200,11 +203,26 @@ class StreamedLLM(ElasticLLM):
         self._held.number = number
         self._held.reads += 1
         try:
-            for entry in self._layers[number]:
-                entry.fill(entry.read(self._device))
+            self._read_layer(self._layers[number])
         except BaseException:
             self._evict()
             raise
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _read_layer(self, entries: list[_StoredParameter]) -> None:
+        if self._buffer is None:
+            for entry in entries:
+                entry.read(self._device)
+            return
+
+        def write(host: torch.Tensor) -> None:
+            for entry, tensor in zip(entries, _tensors(host, entries), strict=True):
+                entry.stored.read_into(tensor)
+
+        filled = self._buffer.fill(write)
+        for entry, tensor in zip(entries, _tensors(filled, entries), strict=True):
+            entry.fill(_fixed(tensor))
 
     def _read(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return self._stored[name].read(torch.device("cpu")) if tensor.is_meta else tensor
@@ -237,15 +255,22 @@ class StreamedLLM(ElasticLLM):
         """Compute the bytes of the weights, and reject a cap below it."""
         stay = {entry.stored for entry in resident}
         reading = max((stored.reading_bytes for stored in stay), default=0)
-        for layer in self._layers:
-            held = sum(entry.stored.nbytes for entry in layer)
-            reading = max(reading, held + max(entry.stored.reading_bytes for entry in layer))
+        self._layer_bytes = max(
+            sum(aligned(entry.stored.nbytes) for entry in layer) for layer in self._layers
+        )
+        if self._device.type == "cuda":  # both are in memory; the host reads into its own
+            reading = max(reading, 2 * self._layer_bytes)
+        else:
+            for layer in self._layers:
+                held = sum(entry.stored.nbytes for entry in layer)
+                reading = max(reading, held + max(entry.stored.reading_bytes for entry in layer))
         loaded = sum(p.nbytes for p in self.model.parameters() if not p.is_meta)
         self._weight_bytes: int = loaded + sum(stored.nbytes for stored in stay) + reading
         if self.max_memory_bytes <= self._weight_bytes:
+            layers = "two layers" if self._device.type == "cuda" else "one layer"
             raise InvalidRequestError(
                 f"max_memory_bytes={self.max_memory_bytes:,} is too small for {self.name}: "
-                f"embeddings, head and one layer take {self._weight_bytes:,} bytes; give more than "
+                f"embeddings, head and {layers} take {self._weight_bytes:,} bytes; give more than "
                 "that, for hidden states."
             )
 
@@ -255,7 +280,7 @@ class StreamedLLM(ElasticLLM):
         for entry in parameters:
             shared[entry.stored].append(entry)
         for group in shared.values():
-            parameter = group[0].read(self._device)
+            parameter = _fixed(group[0].stored.read(self._device))
             for entry in group:
                 entry.fill(parameter)
         # A file may contain a tied parameter twice; transformers ties the two if they are equal.
@@ -272,6 +297,19 @@ class StreamedLLM(ElasticLLM):
                     setattr(module, name, nn.Parameter(copy, requires_grad=False))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
+
+
+def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _tensors(buffer: torch.Tensor, entries: list[_StoredParameter]) -> Iterator[torch.Tensor]:
+    """The tensors of a layer in a buffer, one after the other."""
+    offset = 0
+    for stored in (entry.stored for entry in entries):
+        part = buffer[offset : offset + stored.nbytes]
+        yield part.view(stored.dtype).view(stored.shape)
+        offset += aligned(stored.nbytes)
 
 
 def _hold(llm: weakref.ref[StreamedLLM], number: int, *_: Any) -> None:

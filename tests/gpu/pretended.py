@@ -2,7 +2,8 @@
 
 A tensor is on the GPU whose number its storage is marked with, so that all views of it are there
 too. Operations on tensors of several devices raise, as do NumPy arrays of a tensor on a GPU. Speed,
-rounding, memory, streams and sizes that depend on data are not pretended.
+rounding, memory and sizes that depend on data are not pretended; streams are, in part
+(`tests.gpu.pretended_streams`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.gpu.pretended_streams import COMPUTING, Event, Stream, in_stream, started
 
 GPU, SECOND_GPU = GPUS = (torch.device("cuda:0"), torch.device("cuda:1"))
 CPU = torch.device("cpu")
@@ -94,6 +97,8 @@ def pretended_gpu(count: int = 1) -> Iterator[Waits]:
     fakes: dict[str, Any] = {
         name: mock.Mock(return_value=answer) for name, answer in answers.items()
     }
+    fakes["Stream"], fakes["Event"], fakes["stream"] = Stream, Event, in_stream
+    fakes["current_stream"] = lambda *_: COMPUTING
     fakes["get_rng_state"] = mock.Mock(side_effect=lambda *_: torch.get_rng_state())
     with mock.patch.multiple(torch.cuda, **fakes), _Operations(), _Places(waits):
         yield waits
@@ -125,6 +130,8 @@ class _Operations(TorchDispatchMode):
             tensors = [args[0], *indices, *tree_leaves(args[2:])]
         if any(isinstance(leaf, torch.Generator) for leaf in leaves):
             tensors.append(torch.empty(1))
+        if started(func, args):
+            return args[0]
         if operation is _aten.copy_:  # it may cross devices, and its result stays where it was
             return func(*args, **(kwargs or {}))
         place = _one_place(func, tensors)
