@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from rap_env.command_options import (
+    MIB,
     Command,
+    byte_lines,
     check_fits,
     combined,
     facts_of,
     json_option,
+    level_lines,
     request_options,
     show,
 )
 from rap_env.errors import RapError
-from rap_env.export.commands import export, prune
+from rap_env.export.commands import deployment_answer, deployment_text, export, prune
+from rap_env.export.static_deployment import choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.plan import as_plan
 from rap_env.request import Request
@@ -46,7 +50,6 @@ from rap_env.version import __version__
 if TYPE_CHECKING:
     from rap_env.llm.default_model import CachedModel
 
-_MIB = 2**20
 _HELP = setting_help()
 
 
@@ -135,10 +138,17 @@ def serve(config: Path | None, **options: str | None) -> None:
 
 @cli.command()
 @request_options(required=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["rap", "llama.cpp"]),
+    default="rap",
+    show_default=True,
+    help="llama.cpp: also the file and settings with which it would serve the request.",
+)
 @json_option
 def choose(
     batch: int, seq: int, budget: str, policy: str, model: str, device: str,
-    dtype: str, weights: str, as_json: bool,
+    dtype: str, weights: str, engine: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose a plan for a request and show its memory.
 
@@ -170,7 +180,12 @@ def choose(
         "delta_nll_source": source,
         "decision_s": seconds,
     }
-    show(answer, _choice_text(answer), as_json)
+    text = _choice_text(answer)
+    if engine == "llama.cpp":
+        deployed = deployment_answer(choose_deployment(memory, request), facts)
+        answer["llama_cpp"] = deployed
+        text += f"\n\n{deployment_text(deployed, request)}"
+    show(answer, text, as_json)
     check_fits(memory, plan, request)
 
 
@@ -181,49 +196,14 @@ def _choice_text(answer: dict[str, Any]) -> str:
     lines = [
         f"{answer['model']} ({answer['dtype']}), {shape['batch_size']} x "
         f"{shape['seq_len_tokens']} tokens, policy {answer['policy']}:",
-        *_level_lines(answer["levels"]),
-        *(
-            f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{held / _MIB:>9.1f} MiB"
-            f"{100 * held / budget:>6.1f} % of the budget"
-            for name, held in [*answer["bytes"].items(), ("peak", answer["peak_bytes"])]
-            if held
-        ),
-        f"  {'budget':<14}{budget / _MIB:>9.1f} MiB; the native model needs "
-        f"{answer['native_peak_bytes'] / _MIB:.1f} MiB",
+        *level_lines(answer["levels"]),
+        *byte_lines(answer, budget),
+        f"  {'budget':<14}{budget / MIB:>9.1f} MiB; the native model needs "
+        f"{answer['native_peak_bytes'] / MIB:.1f} MiB",
         f"ΔNLL: {known} ({answer['delta_nll_source']})",
         f"Decision time: {1000 * answer['decision_s']:.2f} ms",
     ]
     return "\n".join(lines)
-
-
-def _level_lines(levels: dict[str, str]) -> list[str]:
-    """A line for each level and kind of item, and one for removed blocks in any case."""
-    layers: dict[tuple[str, str], list[int]] = {}
-    for item, level in levels.items():
-        layer, _, kind = item.partition(".")
-        numbers = layers.setdefault((level, kind or item), [])
-        if kind:
-            numbers.append(int(layer.removeprefix("layer")))
-    lines = [
-        f"{level} {kind}{f' ({len(found)}): layers {_ranges(found)}' if found else ''}"
-        for (level, kind), found in layers.items()
-        if level != "removed"
-    ]
-    removed = {kind: layers.get(("removed", kind), []) for kind in ("attn", "ffn")}
-    parts = [f"{kind} of layers {_ranges(found)}" for kind, found in removed.items() if found]
-    count = sum(map(len, removed.values()))
-    return [*lines, f"Removed ({count}): {'; '.join(parts) or 'nothing'}"]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, in which runs are ranges, such as ``0-4 7 9-10``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @cli.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -20,6 +20,8 @@ FACTS_VERSION = 2
 """Format of the file of a model's facts."""
 
 _HELP = setting_help()
+
+MIB = 2**20
 
 Command = Callable[..., Any]
 
@@ -47,9 +49,19 @@ def setting_option(name: str, default: str | None = None) -> Command:
 
 
 def request_options(
-    required: bool, policy: str | None = None, weights: str | None = "native", dtype: str = "auto"
+    required: bool,
+    policy: Command | None = None,
+    weights: str | None = "native",
+    dtype: str = "auto",
 ) -> Command:
-    """Options of a request and the model; without `weights` the command has one format of them."""
+    """Options of a request and the model.
+
+    Args:
+        required: Whether a request has to be given.
+        policy: The option of the policy, that of the server by default.
+        weights: The default format of weights; None if the command has one format.
+        dtype: The default dtype.
+    """
     chosen = click.option(
         "--weights",
         default=weights,
@@ -60,7 +72,7 @@ def request_options(
         click.option("--batch", type=int, required=required, help="Number of sequences."),
         click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
         click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
-        setting_option("policy", policy),
+        policy or setting_option("policy"),
         *map(setting_option, ("model", "device")),
         setting_option("dtype", dtype),
         *([] if weights is None else [chosen]),
@@ -106,3 +118,43 @@ def check_fits(memory: MemoryModel, plan: MaskOrPlan, request: Request) -> None:
             f"This plan needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
             f"without any block the model needs {least:,}."
         )
+
+
+def byte_lines(answer: dict[str, Any], budget: int) -> list[str]:
+    """A line for each part of the memory in an answer, and one for their sum."""
+    return [
+        f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{held / MIB:>9.1f} MiB"
+        f"{100 * held / budget:>6.1f} % of the budget"
+        for name, held in [*answer["bytes"].items(), ("peak", answer["peak_bytes"])]
+        if held
+    ]
+
+
+def level_lines(levels: dict[str, str]) -> list[str]:
+    """A line for each level and kind of item, and one for removed blocks in any case."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for item, level in levels.items():
+        layer, _, kind = item.partition(".")
+        numbers = layers.setdefault((level, kind or item), [])
+        if kind:
+            numbers.append(int(layer.removeprefix("layer")))
+    lines = [
+        f"{level} {kind}{f' ({len(found)}): layers {_ranges(found)}' if found else ''}"
+        for (level, kind), found in layers.items()
+        if level != "removed"
+    ]
+    removed = {kind: layers.get(("removed", kind), []) for kind in ("attn", "ffn")}
+    parts = [f"{kind} of layers {_ranges(found)}" for kind, found in removed.items() if found]
+    count = sum(map(len, removed.values()))
+    return [*lines, f"Removed ({count}): {'; '.join(parts) or 'nothing'}"]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, in which runs are ranges, such as ``0-4 7 9-10``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

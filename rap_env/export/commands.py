@@ -11,13 +11,30 @@ from typing import Any
 
 import click
 
-from rap_env.command_options import facts_of, json_option, request_options, show
-from rap_env.export.wanted import Wanted
+from rap_env.command_options import (
+    byte_lines,
+    facts_of,
+    json_option,
+    level_lines,
+    request_options,
+    setting_option,
+    show,
+)
+from rap_env.export.static_deployment import Deployment
+from rap_env.export.wanted import DEFAULT_POLICY, Wanted
+from rap_env.model_facts import ModelFacts
+from rap_env.request import Request
 
 _TARGETS = ("hf", "vllm", "gguf")
 
 _remove_option = click.option(
     "--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn."
+)
+
+_policy_option = click.option(
+    "--policy",
+    help="The policy that chooses for a request. [default: rap-v0; for gguf, the deployment that "
+    "`rap choose --engine llama.cpp` shows]",
 )
 
 
@@ -32,7 +49,7 @@ _remove_option = click.option(
 )
 @click.option("--plan", "plan_file", type=Path, metavar="FILE", help="As rap choose --json writes.")
 @_remove_option
-@request_options(required=False, policy="rap-v0", weights=None, dtype="bfloat16")
+@request_options(required=False, policy=_policy_option, weights=None, dtype="bfloat16")
 @click.option("--repair", default="none", show_default=True, help="Stubs: library, or a file.")
 @click.option(
     "--measure", metavar="TEXT", help="Measure the rise in NLL on a text file, or on text of self."
@@ -41,8 +58,8 @@ _remove_option = click.option(
 @click.pass_obj
 def export(
     command: str | None, out: Path, target: str, plan_file: Path | None, remove: Sequence[str],
-    batch: int | None, seq: int | None, budget: str | None, policy: str, model: str, device: str,
-    dtype: str, repair: str, measure: str | None, as_json: bool,
+    batch: int | None, seq: int | None, budget: str | None, policy: str | None, model: str,
+    device: str, dtype: str, repair: str, measure: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a model under a plan to OUT, for another engine, with a model card.
 
@@ -75,7 +92,7 @@ def export(
 @click.command()
 @click.argument("folder", type=Path)
 @_remove_option
-@request_options(required=False, policy="rap-v0", weights=None)
+@request_options(required=False, policy=setting_option("policy", DEFAULT_POLICY), weights=None)
 @json_option
 @click.pass_obj
 def prune(
@@ -110,3 +127,32 @@ def _show_written(answer: dict[str, Any], as_json: bool) -> None:
     if answer["measured_delta_nll"] is not None:
         lines.append(f"ΔNLL, measured: {answer['measured_delta_nll']:+.4f} nats/token")
     show(answer, "\n".join(lines), as_json)
+
+
+def deployment_answer(deployment: Deployment, facts: ModelFacts) -> dict[str, Any]:
+    """A deployment as plain values, with the commands that make the file and serve it."""
+    remove = f" --remove {','.join(deployment.mask.names)}" if deployment.mask else ""
+    file = f"{facts.name.partition('@')[0].rpartition('/')[2].removesuffix('.gguf')}.pruned.gguf"
+    export_command = f"rap export {file} --to gguf --model {facts.name}{remove}"
+    return {
+        "removed": list(deployment.mask.names),
+        "levels": dict.fromkeys(deployment.mask.names, "removed"),
+        "cache_type": deployment.cache.name,
+        "bytes": deployment.bytes,
+        "peak_bytes": deployment.peak_bytes,
+        "delta_nll": deployment.delta_nll,
+        "delta_nll_source": deployment.source,
+        "commands": [export_command, f"llama-server -m {file} {deployment.flags}"],
+    }
+
+
+def deployment_text(answer: dict[str, Any], request: Request) -> str:
+    """The answer of `deployment_answer` as text."""
+    lines = [
+        f"llama.cpp, one file and caches in {answer['cache_type']}:",
+        *level_lines(answer["levels"]),
+        *byte_lines(answer, request.budget_bytes),
+        f"ΔNLL: {answer['delta_nll']:+.4f} nats/token ({answer['delta_nll_source']})",
+        *answer["commands"],
+    ]
+    return "\n".join(lines)

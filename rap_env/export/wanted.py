@@ -10,6 +10,7 @@ from rap_env.blocks import BlockMask
 from rap_env.command_options import check_fits
 from rap_env.errors import InvalidRequestError
 from rap_env.export.plan_file import read_plan
+from rap_env.export.static_deployment import Deployment, choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
@@ -17,6 +18,9 @@ from rap_env.request import Request
 from rap_env.runtime.delta_nll import find_delta_nll
 from rap_env.runtime.policies import StaticPolicy, load_policy
 from rap_env.serving.settings import parse_bytes
+
+DEFAULT_POLICY = "rap-v0"
+"""The policy that chooses for folders."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Chosen:
 class Wanted:
     """How a user gave the plan: itself, or a request for which a policy chooses.
 
-    Exactly one of `plan` and `request` is given.
+    Exactly one of `plan` and `request` is given. Without a policy, the engine's own chooses.
     """
 
     plan: CompressionPlan | None
     request: Request | None
-    policy: str
+    policy: str | None
 
     @classmethod
     def of(
@@ -51,7 +55,7 @@ class Wanted:
         remove: Sequence[str],
         plan_file: Path | None,
         shape: tuple[int | None, int | None, str | None],
-        policy: str,
+        policy: str | None,
     ) -> Wanted:
         """What the options of a command say.
 
@@ -79,6 +83,16 @@ class Wanted:
         plan = read_plan(plan_file) if plan_file else CompressionPlan(BlockMask.of(*names))
         return cls(plan, None, policy)
 
+    def deployment(self, memory: MemoryModel) -> Deployment | None:
+        """The deployment in llama.cpp for the request, if there is a request and no policy.
+
+        Raises:
+            InfeasibleBudgetError: None fits.
+        """
+        if self.request is None or self.policy is not None:
+            return None
+        return choose_deployment(memory, self.request)
+
     def choose(self, memory: MemoryModel) -> Chosen:
         """The plan for a model.
 
@@ -91,7 +105,7 @@ class Wanted:
             plan, seq = self.plan.check(memory.facts.num_blocks), None
             policy: PlanPolicy = StaticPolicy(plan)
         else:
-            policy = load_policy(self.policy, memory)
+            policy = load_policy(self.policy or DEFAULT_POLICY, memory)
             plan, seq = as_plan(policy.choose(self.request)), self.request.seq_len_tokens
             check_fits(memory, plan, self.request)
         if memory.facts.repair and plan.removed:

@@ -98,7 +98,12 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     Raises:
         UnsupportedModelError: llama.cpp cannot compute the model, the layout or the levels.
     """
-    chosen = export.wanted.choose(MemoryModel(facts))
+    deployment = export.wanted.deployment(MemoryModel(facts))
+    if deployment is None:
+        chosen = export.wanted.choose(MemoryModel(facts))
+    else:
+        kept = CompressionPlan(deployment.mask)
+        chosen = Chosen(kept, deployment.delta_nll, deployment.source)
     plan = chosen.plan if llm is None else chosen.plan.without(llm.pruned)
     if export.gguf_file is not None:
         model = GgufModel.of_file(export.gguf_file)
@@ -109,10 +114,12 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     before = sum(tensor.nbytes for tensor in model.tensors.values())
     after = export_gguf(model, plan, export.out, means)
     caches = cache_type(plan, model.num_layers)
-    quantised = "" if caches == "f16" else " -fa on"
+    flags = f"-ctk {caches} -ctv {caches}{'' if caches == 'f16' else ' -fa on'}"
+    if deployment is not None:
+        caches, flags = deployment.cache.name, deployment.flags
     card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
-        use=f"`llama-server -m {export.out.name} -ctk {caches} -ctv {caches}{quantised}`",
+        use=f"`llama-server -m {export.out.name} {flags}`",
     )  # fmt: skip
     with atomic_write(export.out.with_suffix(".md")) as file:
         file.write(card.text.encode())

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.plan_file import read_plan
+from rap_env.export.static_deployment import choose_deployment
 from rap_env.llm.gguf_reader import GgufFile
 from rap_env.llm.loading import load_llm
 from rap_env.llm.placeholders import Stub
@@ -246,3 +247,17 @@ def test_a_model_folder_of_another_family_is_no_gguf_file(rap, tmp_path):
     assert code == 2
     assert "gemma (gemma2) is none; known are llama, mistral, qwen2" in err
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_request_for_llama_cpp_gets_its_static_deployment(rap, gguf_file, tmp_path):
+    memory = MemoryModel(load_llm(gguf_file, device="cpu", dtype="bfloat16"))
+    roomy = choose_deployment(memory, Request(2, 32, 2**30))
+    request = Request(2, 32, roomy.peak_bytes - 1)
+    target = tmp_path / "out.gguf"
+    code, out, err = rap("export", target, "--to", "gguf", "--model", gguf_file, "--json",
+                         "--batch", 2, "--seq", 32, "--budget", request.budget_bytes)  # fmt: skip
+    assert code == 0, err
+    found = choose_deployment(memory, request)
+    assert json.loads(out)["cache_type"] == found.cache.name
+    assert json.loads(out)["delta_nll"] == found.delta_nll
+    assert f"`llama-server -m out.gguf {found.flags}`" in target.with_suffix(".md").read_text()

@@ -1,0 +1,92 @@
+"""The static deployment in llama.cpp: bytes, choice, commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.command_options import default_facts
+from rap_env.errors import InfeasibleBudgetError
+from rap_env.export.static_deployment import (
+    BATCHES,
+    CACHE_TYPES,
+    MaskBytes,
+    choose_deployment,
+)
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from tests.tiny import tiny_llm
+
+RECORD = Path(__file__).parents[2] / "results" / "ladder" / "llama_cpp" / "llama_cpp.jsonl"
+ROWS = [json.loads(line) for line in RECORD.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['cache']} {row['request']}")
+def test_bytes_are_those_that_llama_cpp_reports(row):
+    """Of the dense model, in the committed record, whose batches had 256 tokens."""
+    request = Request(**row["request"], budget_bytes=1)
+    cache = next(cache for cache in CACHE_TYPES if cache.name == row["cache"])
+    facts = default_facts()
+    found = MaskBytes.of(facts, BlockMask()).with_request(facts, cache, request, 256)
+    assert found["weights_bytes"] == pytest.approx(row["model_bytes"], rel=0.02)
+    assert found["kv_cache_bytes"] == pytest.approx(row["cache_bytes"], rel=0.002)
+    assert found["compute_bytes"] == pytest.approx(row["compute_bytes"], rel=0.05)
+    whole = row["model_bytes"] + row["cache_bytes"] + row["compute_bytes"]
+    assert sum(found.values()) == pytest.approx(whole, rel=0.02)
+
+
+def test_losses_of_caches_are_those_of_the_record():
+    measured = {row["cache"]: row.get("delta_nll", row.get("loss")) for row in ROWS}
+    assert {cache.name: cache.delta_nll for cache in CACHE_TYPES} == {
+        name: pytest.approx(rise, abs=5e-5) for name, rise in measured.items()
+    }
+
+
+def test_the_least_loss_that_fits_is_chosen():
+    memory = MemoryModel(default_facts())
+    before = 0.0
+    for mebibytes in (2000, 250, 200, 150, 120, 90):
+        request = Request(8, 1024, mebibytes * 2**20)
+        found = choose_deployment(memory, request)
+        assert found.peak_bytes <= request.budget_bytes
+        assert found.delta_nll >= before
+        before = found.delta_nll
+        tighter = Request(8, 1024, found.peak_bytes)
+        assert choose_deployment(memory, tighter).delta_nll == found.delta_nll
+    roomy = choose_deployment(memory, Request(8, 1024, 2**31))
+    assert (roomy.mask, roomy.cache.name, roomy.batch_tokens) == (BlockMask(), "f16", BATCHES[0])
+    assert roomy.flags == "-ctk f16 -ctv f16 -c 8192 -np 8 -b 256 -ub 256"
+    with pytest.raises(InfeasibleBudgetError, match=r"the smallest one needs [\d,]+"):
+        choose_deployment(memory, Request(8, 1024, 2**20))
+
+
+def test_other_models_choose_among_caches():
+    memory = MemoryModel(tiny_llm())
+    dense = choose_deployment(memory, Request(1, 32, 2**30))
+    held = MaskBytes.of(memory.facts, BlockMask())
+    least = min(
+        sum(held.with_request(memory.facts, cache, dense.request, 32).values())
+        for cache in CACHE_TYPES
+    )
+    found = choose_deployment(memory, Request(1, 32, least))
+    assert (found.mask, found.cache.name) == (BlockMask(), "q4_0")
+
+
+def test_rap_choose_shows_it_beside_the_live_plan(rap):
+    shape = ("--batch", 8, "--seq", 1024, "--budget", "150MiB")
+    code, out, _ = rap("choose", *shape, "--engine", "llama.cpp", "--json")
+    assert code == 0
+    answer = json.loads(out)
+    deployed = answer["llama_cpp"]
+    found = choose_deployment(MemoryModel(default_facts()), Request(8, 1024, 150 * 2**20))
+    assert deployed["removed"] == list(found.mask.names)
+    assert deployed["delta_nll"] == found.delta_nll > answer["delta_nll"]
+    code, out, _ = rap("choose", *shape, "--engine", "llama.cpp")
+    assert code == 0
+    assert "llama.cpp, one file and caches in " in out
+    assert "\nrap export smollm2-135m.pruned.gguf --to gguf --model smollm2-135m@pypi " in out
+    assert f"\nllama-server -m smollm2-135m.pruned.gguf {found.flags}" in out
+    assert "llama_cpp" not in json.loads(rap("choose", *shape, "--json")[1])
