@@ -7,6 +7,9 @@ BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stre
 
 GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
 
+# Some containers turn compiled modules off; then each process of a test compiles all it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup demo test test-network gpu bench soak lint format type docs lock clean
 
 help:  ## List the targets.
@@ -22,7 +25,8 @@ demo: setup  ## Train a policy for the default model, compare it, and write a re
 	@$(RUN) -m experiments.demo
 
 test: setup  ## Run the tests (no network, no GPU needed).
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 -m "not slow and not network and not gpu"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal \
+		-m "not slow and not network and not gpu"
 
 test-network: setup  ## Run the tests that download the default model.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "network or slow"

@@ -7,11 +7,19 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before
 
 import pytest
 
+gc.disable()  # until all tests are collected: what an import makes, stays
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """A separate cache folder for each test, so that tests do not share files."""
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+def pytest_collection_finish() -> None:
+    """Leave all modules out of later garbage collections."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
