@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 import transformers as tf
 
@@ -118,6 +120,39 @@ _CONFIGS: dict[str, Callable[[int], Any]] = {
 
 FAMILIES = tuple(_CONFIGS)
 """Names of the models below: the families, some in two layouts."""
+
+
+def each_family(
+    argument: str, **choices: Sequence[Any] | Mapping[str, Any]
+) -> pytest.MarkDecorator:
+    """Parametrise a test by family and by other choices, without their whole product.
+
+    Every family has one combination of the choices, which the families take in turn; a plain and
+    an unusual family have all of them.
+
+    Args:
+        argument: The test's argument that gets the name of the family.
+        choices: For each other argument its values; a mapping gives them names.
+    """
+    named = [
+        list(values.items()) if isinstance(values, Mapping) else [(str(v), v) for v in values]
+        for values in choices.values()
+    ]
+    combinations = list(itertools.product(*named))
+    count = len(combinations)
+    taken = {(name, (i + i // count) % count) for i, name in enumerate(FAMILIES)}
+    taken |= {(name, number) for name in ("llama", "gemma3") for number in range(count)}
+    cases = [
+        pytest.param(
+            name,
+            *(value for _, value in combinations[number]),
+            id="-".join([name, *(label for label, _ in combinations[number])]),
+        )
+        for name in FAMILIES
+        for number in range(count)
+        if (name, number) in taken
+    ]
+    return pytest.mark.parametrize((argument, *choices), cases)
 
 
 def tiny_config(name: str = "llama", layers: int = LAYERS) -> Any:

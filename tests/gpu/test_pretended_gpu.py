@@ -26,7 +26,7 @@ from tests.gpu.paths import PATHS, TOKENS, llm_of, ordered, repaired, scored, se
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.gpu.pretended_streams import Stream
 from tests.llm.stubs import random_stubs
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import each_family, tiny_model, tiny_tokenizer
 
 SOME_FAMILIES = ("llama", "mistral_sliding", "gemma3", "gpt_neox", "mixtral")
 
@@ -51,8 +51,7 @@ def test_it_raises_where_cuda_does():
     assert not torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_every_path_gives_what_it_gives_on_the_cpu(name, dtype):
     for path, run in PATHS.items():
         expected = run(llm_of(name, "cpu", dtype))

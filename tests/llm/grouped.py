@@ -8,15 +8,9 @@ import transformers as tf
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
-from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, randomise, tiny_config
+from tests.tiny import LAYERS, VOCAB_SIZE, randomise, tiny_config
 
 LEVELS = ("int8", "int4", "int2", "window64", "int4-window64")
-
-PAIRS = sorted(
-    {(name, LEVELS[number % len(LEVELS)]) for number, name in enumerate(FAMILIES)}
-    | {(name, level) for name in ("llama", "gemma2") for level in LEVELS}
-)
-"""Every family at a level, and two families, one with sliding windows, at every level."""
 
 POSITIONS = 256
 LONG_WINDOW = 70

@@ -1,6 +1,5 @@
 """Decoding single tokens with the CPU optimisations equals transformers' own decoding."""
 
-import pytest
 import torch
 
 from rap_env.blocks import BlockMask
@@ -9,11 +8,10 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
 from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
-from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_packed_decoding_gives_the_same_logits(name, dtype) -> None:
     plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
     speed_up_decoding(packed.model)

@@ -12,7 +12,7 @@ from rap_env.errors import UnknownNameError, UnsupportedCacheError
 from rap_env.llm.kv_cache import cache_argument, positions_of
 from tests.llm.gated import gated_logits
 from tests.llm.generation import cached_step
-from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm
+from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 ATTENTION = BlockMask.of(*range(0, 2 * LAYERS, 2))
@@ -72,8 +72,7 @@ def assert_greedy(llm, sequences, removed, start=0) -> None:
 PROMPT = padded_batch()["input_ids"].shape[1]
 
 
-@EVERY_FAMILY
-@EVERY_BACK
+@each_family("name", gone=BACK)
 def test_refill_gives_the_state_of_the_new_mask_from_the_start(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
@@ -82,8 +81,7 @@ def test_refill_gives_the_state_of_the_new_mask_from_the_start(name, gone) -> No
     assert_greedy(llm, out, {}, start=3)
 
 
-@EVERY_FAMILY
-@EVERY_BACK
+@each_family("name", gone=BACK)
 def test_a_restored_block_is_used_from_the_next_request_on(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)

@@ -13,7 +13,7 @@ from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from tests.llm.grouped import (
-    PAIRS,
+    LEVELS,
     assert_near,
     grown,
     last_logits,
@@ -23,10 +23,9 @@ from tests.llm.grouped import (
     teacher_forced,
     uniform,
 )
-from tests.tiny import FAMILIES, LAYERS, tiny_model
+from tests.tiny import FAMILIES, LAYERS, each_family, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-FAMILY_AND_LEVEL = pytest.mark.parametrize(("name", "level"), PAIRS)
 REMOVALS = [BlockMask(), BlockMask.of(0), BlockMask.of(2, 1)]
 
 
@@ -39,7 +38,7 @@ def predicted_bytes(llm, rows: int, tokens: int) -> int:
     )
 
 
-@FAMILY_AND_LEVEL
+@each_family("name", level=LEVELS)
 def test_a_batch_equals_one_pass_over_each_row(name, level) -> None:
     llm = long_llm(name)
     rows = random_rows(133, 97, 64)
@@ -54,13 +53,12 @@ def test_a_batch_equals_one_pass_over_each_row(name, level) -> None:
     assert_near(chunks.prefill(rows), expected, native=native)
     assert chunks.kv_bytes == whole.kv_bytes
     tokens = LiveBatch(llm)
-    tokens.prefill([row[:-35] for row in rows])
-    assert_near(grown(tokens, [row[-35:] for row in rows]), expected, native=native)
+    tokens.prefill([row[:-8] for row in rows])  # each row then fills a group
+    assert_near(grown(tokens, [row[-8:] for row in rows]), expected, native=native)
     assert tokens.kv_bytes == whole.kv_bytes
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("level", ["int8", "int4-window64"])
+@each_family("name", level=["int8", "int4-window64"])
 def test_a_padded_pass_with_a_cache_and_without_one_equals_each_row(name, level) -> None:
     llm = long_llm(name)
     rows = random_rows(100, 70)
@@ -80,9 +78,7 @@ def test_a_padded_pass_with_a_cache_and_without_one_equals_each_row(name, level)
             assert_near(found[-len(row) :], row, native=alone)
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("level", ["int4", "window64"])
-@pytest.mark.parametrize("removed", REMOVALS, ids=str)
+@each_family("name", level=["int4", "window64"], removed=REMOVALS)
 def test_masks_and_levels_together(name, level, removed) -> None:
     llm = long_llm(name)
     rows = random_rows(120, 75)
@@ -98,13 +94,13 @@ def test_masks_and_levels_together(name, level, removed) -> None:
         assert batch.kv_bytes == predicted_bytes(llm, 2, 120) + places
 
 
-@FAMILY_AND_LEVEL
+@each_family("name", level=LEVELS)
 def test_rows_join_and_leave(name, level) -> None:
     llm = long_llm(name)
     batch, other = LiveBatch(llm), LiveBatch(llm)
     llm.apply(uniform(level))
-    batch.prefill(random_rows(40, 130))
-    other.prefill(random_rows(97, 3, seed=3))
+    batch.prefill(random_rows(60, 130))
+    other.prefill(random_rows(91, 3, seed=3))
     batch.join(other)
     assert (batch.size, batch.length, other.size) == (4, 130, 0)
     assert batch.kv_bytes == predicted_bytes(llm, 4, 130)
@@ -117,27 +113,28 @@ def test_rows_join_and_leave(name, level) -> None:
 
     check(grown(batch, random_rows(2, 2, 2, 2, seed=5)))
     batch.keep([3, 0, 2])  # the longest leaves
-    assert (batch.size, batch.length) == (3, 99)
+    assert (batch.size, batch.length) == (3, 93)
+    assert batch.kv_bytes == predicted_bytes(llm, 3, 93)
+    check(grown(batch, random_rows(6, 6, 6, seed=6)))  # two rows fill a group
     assert batch.kv_bytes == predicted_bytes(llm, 3, 99)
-    check(grown(batch, random_rows(34, 34, 34, seed=6)))
-    assert batch.kv_bytes == predicted_bytes(llm, 3, 133)
     batch.close()
     assert batch.kv_bytes == llm.held_bytes.kv_cache == 0
 
 
 @EVERY_FAMILY
 def test_bytes_are_the_predicted_ones_after_every_token(name) -> None:
+    """From before the first group to the first that is out of sight, or past a sliding window."""
     llm = long_llm(name)
     llm.apply(CompressionPlan.of({"layer00.cache": "int4-window32", "layer01.cache": "int8"}))
     batch = LiveBatch(llm)
-    batch.prefill(random_rows(20, 20))
-    for tokens in range(21, 140):
+    first = 61 if any(llm.facts.kv_window_tokens) else 21
+    batch.prefill(random_rows(first - 1, first - 1))
+    for tokens in range(first, first + 47):
         batch.extend([5, 6])
         assert batch.kv_bytes == predicted_bytes(llm, 2, tokens), tokens
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("restore", ["refill", "next_request"])
+@each_family("name", restore=["refill", "next_request"])
 def test_levels_change_between_two_steps(name, restore) -> None:
     """Down at once; up by a refill, or not before the batch is new."""
     llm = long_llm(name)
@@ -168,8 +165,7 @@ def test_levels_change_between_two_steps(name, restore) -> None:
     assert_near(batch.prefill(rows), last_logits(llm, rows))
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("level", ["int4", "window64"])
+@each_family("name", level=["int4", "window64"])
 def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
     """Layer 0, whose input no level changes, has the groups that a prefill at the level stores."""
     llm = long_llm(name)
@@ -249,33 +245,31 @@ def generate(llm, rows, before_step=None, **kwargs):
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    ask = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ask = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return llm.generate(
         input_ids=ids, attention_mask=mask, before_step=before_step, **{**ask, **kwargs}
     )
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("level", ["int8", "window64"])
-@pytest.mark.parametrize("direct", [False, True], ids=["llm.generate", "model.generate"])
-def test_generate_takes_the_likeliest_tokens(name, level, direct) -> None:
+@each_family("name", level=["int8", "window64"], way=["llm", "model"])
+def test_generate_takes_the_likeliest_tokens(name, level, way) -> None:
+    """With `llm.generate` and `llm.model.generate`; each row fills a group after a few tokens."""
     llm = long_llm(name)
     llm.apply(uniform(level))
-    rows = random_rows(70, 45)
-    if direct:
-        longest = 70
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    rows = random_rows(90, 57)
+    if way == "model":
+        ids = torch.tensor([rows[0], [0] * 33 + rows[1]])
         out = llm.model.generate(
             input_ids=ids,
-            attention_mask=(torch.arange(70) >= torch.tensor([[0], [25]])).long(),
-            max_new_tokens=40,
+            attention_mask=(torch.arange(90) >= torch.tensor([[0], [33]])).long(),
+            max_new_tokens=10,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
     else:
         out = generate(llm, rows)
-    for row, new in zip(rows, out[:, 70:].tolist(), strict=True):
+    for row, new in zip(rows, out[:, 90:].tolist(), strict=True):
         logits = teacher_forced(llm, [row + new[:-1]])[0][len(row) - 1 :]
         chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
         best = logits.amax(1)

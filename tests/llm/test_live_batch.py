@@ -9,7 +9,7 @@ from rap_env.llm import live_batch
 from rap_env.llm.live_batch import LiveBatch
 from tests.llm.gated import gated_logits
 from tests.llm.stubs import repaired
-from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, tiny_llm
+from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, each_family, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 ATTENTION = BlockMask.of(*range(0, 2 * LAYERS, 2))
@@ -20,7 +20,6 @@ SWITCHES = {
     "one for another": (BlockMask.of(0, 3), BlockMask.of(1, 2)),
     "everything comes back": (BlockMask.of(*range(2 * LAYERS)), BlockMask()),
 }
-EVERY_SWITCH = pytest.mark.parametrize(("before", "after"), SWITCHES.values(), ids=SWITCHES.keys())
 
 
 def random_tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -43,9 +42,9 @@ def rows_of(batch: LiveBatch) -> list[list[int]]:
     return [list(row) for row in batch._rows]
 
 
-@EVERY_FAMILY
-@EVERY_SWITCH
-def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, before, after) -> None:
+@each_family("name", switch=SWITCHES)
+def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switch) -> None:
+    before, after = switch
     llm = tiny_llm(name)
     llm.apply(before)
     batch = LiveBatch(llm)
@@ -73,9 +72,9 @@ def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name) -> None:
     assert torch.equal(logits, fresh.extend(column))
 
 
-@EVERY_FAMILY
-@EVERY_SWITCH
-def test_a_removal_affects_only_later_tokens(name, before, after) -> None:
+@each_family("name", switch=SWITCHES)
+def test_a_removal_affects_only_later_tokens(name, switch) -> None:
+    before, after = switch
     llm = tiny_llm(name)
     llm.apply(after)  # the switch the other way round: what was there goes
     batch = LiveBatch(llm, restore="next_request")

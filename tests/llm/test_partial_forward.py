@@ -8,7 +8,7 @@ from rap_env.blocks import BlockMask
 from rap_env.llm.partial_forward import PartialForward
 from tests.llm.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, tiny_llm
+from tests.tiny import FAMILIES, each_family, tiny_llm
 
 MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2),
          BlockMask.of(0, 1), BlockMask.of(0, 1, 2, 3)]  # fmt: skip
@@ -21,8 +21,7 @@ def by_blocks(partial, ids, mask):
     return partial.leave(state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
 def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     partial = PartialForward(llm)
@@ -37,8 +36,7 @@ def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype):
         assert torch.allclose(head, logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
 def test_blocks_run_one_by_one_with_stubs_equal_the_full_pass(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     view = repaired(llm)

@@ -11,14 +11,16 @@ from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.llm.stubs import RANKS, random_stubs, repaired
 from tests.llm.test_pruned_checkpoint import EVERYTHING, MASK, logits, tensor_bytes
-from tests.tiny import FAMILIES, padded_batch, tiny_llm
+from tests.tiny import each_family, padded_batch, tiny_llm
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("mask", [MASK, EVERYTHING], ids=["two blocks", "everything"])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family(
+    "name",
+    mask={"two blocks": MASK, "everything": EVERYTHING},
+    dtype=[torch.float32, torch.bfloat16],
+)
 def test_stubs_are_saved_and_loaded_along(name: str, mask: BlockMask, dtype, tmp_path) -> None:
     view = repaired(tiny_llm(name, dtype=dtype))
     loaded = load_pruned(save_pruned(view, mask, tmp_path / "pruned"))

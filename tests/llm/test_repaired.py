@@ -10,10 +10,10 @@ from rap_env.errors import UnknownNameError
 from rap_env.llm.elastic import ElasticLLM
 from tests.llm.generation import token_by_token
 from tests.llm.stubs import random_stubs, repaired
-from tests.llm.test_elastic import EVERY_FAMILY, EVERY_MASK, MASKS, NUM_BLOCKS, logits, weights_hash
-from tests.tiny import padded_batch, tiny_llm, tiny_model
+from tests.llm.test_elastic import EVERY_FAMILY, MASKS, NUM_BLOCKS, logits, weights_hash
+from tests.tiny import each_family, padded_batch, tiny_llm, tiny_model
 
-EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+DTYPES = [torch.float32, torch.bfloat16]
 SOME = BlockMask.of(0, 3)
 
 
@@ -43,8 +43,7 @@ def hooked(llm: ElasticLLM, stubs, mask: BlockMask):
     return model
 
 
-@EVERY_DTYPE
-@EVERY_FAMILY
+@each_family("name", dtype=DTYPES)
 def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     stubs = random_stubs(llm)
@@ -57,9 +56,7 @@ def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
             assert not torch.equal(logits(llm.model), expected), mask
 
 
-@EVERY_DTYPE
-@EVERY_MASK
-@EVERY_FAMILY
+@each_family("name", mask=MASKS, dtype=DTYPES)
 def test_generation_with_cache_equals_generation_without(name, mask, dtype) -> None:
     view = repaired(tiny_llm(name, dtype=dtype))
     ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -69,9 +66,7 @@ def test_generation_with_cache_equals_generation_without(name, mask, dtype) -> N
         assert torch.equal(with_cache, view.generate(**ask, use_cache=False))
 
 
-@EVERY_DTYPE
-@EVERY_MASK
-@EVERY_FAMILY
+@each_family("name", mask=MASKS, dtype=DTYPES)
 def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype) -> None:
     view = repaired(tiny_llm(name, dtype=dtype))
     batch = padded_batch()
@@ -94,8 +89,7 @@ def test_beams_and_a_static_cache(name: str) -> None:
         assert torch.equal(static, view.generate(**ask, use_cache=False))
 
 
-@EVERY_DTYPE
-@EVERY_FAMILY
+@each_family("name", dtype=DTYPES)
 def test_without_a_mask_it_is_the_dense_model_and_no_weight_changes(name, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     before, weights = logits(llm.model), weights_hash(llm.model)

@@ -11,13 +11,11 @@ from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.llm.stubs import RANKS, repaired
-from tests.llm.test_elastic import EVERY_FAMILY, EVERY_MASK, MASKS, NUM_BLOCKS, logits
-from tests.llm.test_repaired import EVERY_DTYPE
-from tests.tiny import padded_batch, tiny_llm, tiny_model, tiny_tokenizer
+from tests.llm.test_elastic import EVERY_MASK, MASKS, NUM_BLOCKS, logits
+from tests.tiny import each_family, padded_batch, tiny_llm, tiny_model, tiny_tokenizer
 
 
-@EVERY_DTYPE
-@EVERY_FAMILY
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_every_byte_of_a_repaired_model_is_counted(name, dtype) -> None:
     view = repaired(tiny_llm(name, dtype=dtype))
     memory, request = MemoryModel(view), Request(2, 8, 1)

@@ -20,7 +20,7 @@ from rap_env.errors import (
 from rap_env.llm.loading import load_llm
 from rap_env.llm.pruned_checkpoint import save_pruned
 from rap_env.llm.streamed import StreamedLLM, stream_llm
-from tests.tiny import FAMILIES, LAYERS, tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import LAYERS, each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33, 7], [8, 4, 12, 51]])
 MASKS = (BlockMask(), BlockMask.of("layer00.attn"), BlockMask.of("layer00.ffn", "layer01.attn"))
@@ -48,8 +48,7 @@ def layers_in_memory(llm: StreamedLLM) -> list[int]:
     return [n for n, layer in layers if any(not p.is_meta for p in layer.parameters())]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=["float32", "bfloat16"])
 def test_it_is_the_model_that_would_be_loaded(
     family: str, dtype: str, lonely: Path, tmp_path: Path
 ) -> None:

@@ -16,11 +16,17 @@ from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from tests.llm.states import logits, tensor_bytes, weights_hash
 from tests.llm.stubs import repaired
-from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    FAMILIES,
+    LAYERS,
+    each_family,
+    padded_batch,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-LEVELS = pytest.mark.parametrize("level", ["int8", "int4"])
 REQUEST = Request(1, 8, 1)
 MIXED = CompressionPlan.of(
     {"layer00.attn": "int8", "layer00.ffn": "int4", "layer01.ffn": "removed", "embeddings": "int8"}
@@ -31,8 +37,7 @@ def uniform(level: str, embeddings: str = "native") -> CompressionPlan:
     return CompressionPlan.uniform(LAYERS, weights=level, embeddings=embeddings)
 
 
-@EVERY_FAMILY
-@DTYPES
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     memory, before = MemoryModel(llm), tensor_bytes(llm.model)
@@ -53,8 +58,7 @@ def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype)
     assert len(set(seen)) == len(seen) - 1  # native embeddings are the empty plan
 
 
-@EVERY_FAMILY
-@DTYPES
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_levels_below_native_take_fewer_bytes(name: str, dtype: torch.dtype) -> None:
     facts = tiny_llm(name, dtype=dtype).facts
     for index in range(facts.num_blocks):
@@ -65,8 +69,7 @@ def test_levels_below_native_take_fewer_bytes(name: str, dtype: torch.dtype) -> 
     assert facts.widen_bytes > 0
 
 
-@EVERY_FAMILY
-@LEVELS
+@each_family("name", level=["int8", "int4"])
 def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, level: str) -> None:
     llm = tiny_llm(name)
     native, before = logits(llm), weights_hash(llm.model)
@@ -161,8 +164,7 @@ def test_a_streamed_model_has_no_levels_of_weights_but_the_same_facts(tmp_path: 
     llm.apply(CompressionPlan.of({"layer00.cache": "int4"}))
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("residency", ["resident", "offload"])
+@each_family("name", residency=["resident", "offload"])
 def test_stubs_replace_removed_blocks_beside_other_levels(name: str, residency: Residency) -> None:
     view = repaired(tiny_llm(name))
     view.set_residency(residency)

@@ -17,7 +17,7 @@ from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
 from tests.llm.stubs import random_stubs
 from tests.llm.test_elastic import weights_hash
 from tests.repair.texts import divergence_of, random_text, saved_model
-from tests.tiny import FAMILIES, tiny_llm
+from tests.tiny import each_family, tiny_llm
 
 LAYERS = 3
 TEXT, HELD_BACK = random_text(0, 20), random_text(1, 10)
@@ -61,8 +61,7 @@ def test_distillation_reduces_the_divergence_from_the_dense_model(name: str) -> 
     assert learnt.ranks == library.ranks
 
 
-@pytest.mark.parametrize("wants_gradients", [True, False])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family("name", wants_gradients=[True, False])
 def test_only_stubs_change(name: str, wants_gradients: bool) -> None:
     llm = tiny(name)
     llm.model.requires_grad_(wants_gradients)

@@ -18,7 +18,7 @@ from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
 from tests.llm.test_elastic import MASKS, logits, weights_hash
 from tests.repair.texts import random_text, saved_model, state_error
-from tests.tiny import FAMILIES, tiny_llm, tiny_model
+from tests.tiny import each_family, tiny_llm, tiny_model
 
 TEXT, HELD_BACK = random_text(0, 40), random_text(1, 20)
 SMALL = FitConfig(rank=4, ranks=(0, 1, 2, 4, 8, 16))
@@ -28,8 +28,7 @@ def fitted(llm: ElasticLLM, config: FitConfig = SMALL) -> StubLibrary:
     return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_every_block_has_a_stub_that_helps(name: str, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     weights = weights_hash(llm.model)
@@ -212,8 +211,7 @@ CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=None)
 MASK = BlockMask.of(0, 1, 3, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
 def test_stubs_of_one_mask_reduce_its_state_error(name: str, dtype) -> None:
     llm = tiny_llm(name, layers=3, dtype=dtype)
     weights = weights_hash(llm.model)

@@ -9,7 +9,7 @@ from rap_env.llm.partial_forward import PartialForward
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, tiny_llm
+from tests.tiny import each_family, tiny_llm
 
 
 def passed(llm, ids, mask=BlockMask()):
@@ -46,8 +46,7 @@ def test_float32_logits_are_computed_in_small_slices(monkeypatch):
     assert max(rows for _, rows in seen) == 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
 def test_a_part_of_the_vocabulary_bounds_the_loss(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     partial = PartialForward(llm)

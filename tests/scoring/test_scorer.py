@@ -17,7 +17,7 @@ from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of
-from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
+from tests.tiny import FAMILIES, VOCAB_SIZE, each_family, tiny_llm
 
 MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2, 3),
          BlockMask.of(3), BlockMask.of(0, 1, 2, 3), BlockMask.of(0, 3)]  # fmt: skip
@@ -44,8 +44,7 @@ def test_scores_equal_the_models_own_loss(family):
         assert scorer.nll(mask) == pytest.approx(np.mean(expected), rel=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
 def test_shared_layers_change_no_bit(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     single = [MaskScorer(llm, ids).nll(mask) for mask in MASKS]
@@ -54,9 +53,9 @@ def test_shared_layers_change_no_bit(family, dtype):
     assert [one_by_one.nll(mask) for mask in MASKS] == single
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype, rounding):
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
+def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2
     llm, ids = tiny_llm(family, layers=3, dtype=dtype), tokens()
     scan = [BlockMask.of(2, index) for index in (0, 1, 3, 4, 5)]
     nothing_shared = [BlockMask.of(0, 4), BlockMask.of(1), BlockMask.of(0, 1, 3), BlockMask()]

@@ -12,11 +12,10 @@ from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.llm.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import MASKS, plain_nll, tokens
-from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
 def test_shared_blocks_change_no_bit(family, dtype):
     view, ids = repaired(tiny_llm(family, dtype=dtype)), tokens()
     single = [MaskScorer(view, ids).nll(mask) for mask in MASKS]

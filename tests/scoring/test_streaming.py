@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import bisect
+import contextlib
+
 import pytest
 import torch
 import transformers as tf
@@ -16,7 +19,7 @@ from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.tiny import FAMILIES, VOCAB_SIZE, randomise, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, each_family, randomise, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 ENOUGH = 2**21
@@ -62,19 +65,18 @@ def pair(folder, dtype="float32", cap=ENOUGH):
 def cap_for(folder, ids, masks, dtype="float32"):
     """A cap that lets about so many masks advance together."""
     llm = stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=2**30)
-    few = 2**30 - llm.spare_bytes
-    while True:
-        try:
-            llm.max_memory_bytes = few
-            if MaskScorer(llm, ids).in_flight >= masks:
-                return few
-        except InvalidRequestError:
-            pass
-        few += 2**10
+    caps = range(2**30 - llm.spare_bytes, 2**30, 2**10)
+
+    def enough(cap):
+        llm.max_memory_bytes = cap
+        with contextlib.suppress(InvalidRequestError):
+            return MaskScorer(llm, ids).in_flight >= masks
+        return False
+
+    return caps[bisect.bisect_left(caps, True, key=enough)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family("family", dtype=["float32", "bfloat16"])
 def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_path):
     folder, ids = save(tmp_path / "m", tiny_model(family)), tokens()
     whole, streamed = pair(folder, dtype, cap_for(folder, ids, 2, dtype))
@@ -129,8 +131,11 @@ def test_layers_are_read_once_for_all_masks_that_advance_together(tmp_path):
     assert tight.layer_reads <= groups * layers
 
 
-@pytest.mark.parametrize("how", ["scan", "exact", "lazy", "halving"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [("float32", "scan"), ("bfloat16", "scan"), ("float32", "exact"), ("bfloat16", "lazy"),
+     ("float32", "halving")],
+)  # fmt: skip
 def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
     model = wide_model(getattr(torch, dtype))
     folder, ids = save(tmp_path / "m", model), tokens(windows=4, length=16, vocabulary=256)
