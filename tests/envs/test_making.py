@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -64,9 +66,12 @@ def test_one_worker_alone_and_the_main_process_do_not_warn(settings, monkeypatch
 
 
 def test_workers_that_load_a_model_each_say_so_once(settings, capfd):
-    spawned = {"vectorization_mode": "async", "vector_kwargs": {"context": "spawn"}}
+    """A server that has imported the libraries once forks the workers."""
+    libraries = ["torch", "transformers.models.llama.modeling_llama", "rap_env.envs.prune_v1"]
+    multiprocessing.set_forkserver_preload(libraries)
+    served = {"vectorization_mode": "async", "vector_kwargs": {"context": "forkserver"}}
     with subprocess.Popen(["sleep", "60"]) as no_worker:
-        envs = gym.make_vec("RAPPrune-v1", 2, **spawned, **settings)
+        envs = gym.make_vec("RAPPrune-v1", 2, **served, **settings)
         assert isinstance(envs, AsyncVectorEnv)
         envs.reset(seed=0)
         envs.close()
@@ -75,3 +80,15 @@ def test_workers_that_load_a_model_each_say_so_once(settings, capfd):
     assert len(lines) == 1
     assert "2 worker processes load a copy of model each: 2 x 0 MiB" in lines[0]
     assert "leave out vectorization_mode" in lines[0]
+
+
+def test_spawned_workers_are_told_from_other_processes():
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    with subprocess.Popen(["sleep", "60"]) as no_worker:
+        programs = [opening._program(str(process.pid)) for process in (*workers, no_worker)]
+        for process in (*workers, no_worker):
+            process.kill()
+    assert programs[0] == programs[1] != programs[2]

@@ -20,37 +20,35 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 
 def plain(query, keys, values, level, scale, softcap=None, window=None) -> torch.Tensor:
-    """One row's attention by the definition: (N, T, D), (K, T, D) twice -> (T, N, D), float64."""
-    heads, tokens, size = keys.shape
+    """One row's attention by the definition: (N, T, D), (K, T, D) twice -> (T, N, D), float64.
+
+    A token sees the keys and values of its own group as they are, those of earlier groups as the
+    level stores them.
+    """
+    heads, tokens, _ = keys.shape
     count = tokens // GROUP_TOKENS
     done = count * GROUP_TOKENS
-    stored = []
-    for part in rounded(
-        level.bits, *(t[:, :done].unflatten(1, (count, GROUP_TOKENS)) for t in (keys, values))
-    ):
-        stored.append(part.flatten(1, 2).double())
-    found = torch.zeros(tokens, query.shape[0], size, dtype=torch.float64)
-    for t in range(tokens):
-        own = t // GROUP_TOKENS * GROUP_TOKENS
-        seen = [
-            p
-            for p in range(t + 1)
-            if p >= own or level.sees(own // GROUP_TOKENS, p // GROUP_TOKENS)
-            if window is None or t - p < window
-        ]
-        for head in range(query.shape[0]):
-            shared = head // (query.shape[0] // heads)
-            ks, vs = (
-                torch.stack(
-                    [(exact[shared, p].double() if p >= own else mine[shared, p]) for p in seen]
-                )
-                for exact, mine in ((keys, stored[0]), (values, stored[1]))
-            )
-            scores = ks @ query[head, t].double() * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            found[t, head] = torch.softmax(scores, 0) @ vs
-    return found
+    stored = [t.double().clone() for t in (keys, values)]
+    groups = (t[:, :done].unflatten(1, (count, GROUP_TOKENS)) for t in (keys, values))
+    for whole, part in zip(stored, rounded(level.bits, *groups), strict=True):
+        whole[:, :done] = part.flatten(1, 2).double()
+    group = torch.arange(tokens) // GROUP_TOKENS
+    own = group[:, None] == group
+    back = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    visible = torch.tensor([[level.sees(a, b) for b in range(count + 1)] for a in range(count + 1)])
+    seen = (own | visible[group][:, group]) & (back >= 0)
+    if window is not None:
+        seen &= back < window
+    repeats = query.shape[0] // heads
+    exact = [t.double().repeat_interleave(repeats, 0) for t in (keys, values)]
+    lower = [t.repeat_interleave(repeats, 0) for t in stored]
+    near, far = (query.double() @ t[0].mT * scale for t in (exact, lower))
+    scores = torch.where(own, near, far)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+    found = (weights * own) @ exact[1] + (weights * ~own) @ lower[1]
+    return found.transpose(0, 1)
 
 
 @pytest.mark.parametrize("level", LEVELS)

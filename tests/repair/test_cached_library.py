@@ -1,8 +1,7 @@
 """Stub libraries opened by name or path: fitted once, cached, rejected if damaged."""
 
-import multiprocessing
 import os
-import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.corpus_loading import load_corpus
+from tests.programs import PythonProgram
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 
@@ -126,36 +126,39 @@ def test_a_model_that_is_streamed_has_the_stubs_of_the_whole_one(short, tmp_path
     assert open_library("library", streamed, progress=False).sha256 == expected.sha256
 
 
-def _open_in_a_process(done):
+def print_digest():
+    """In a process of its own: open the library, and print its digest."""
     torch.set_num_threads(1)
     cached_library.TEXT = replace(cached_library.TEXT, windows=4, window_tokens=16)
     cached_library.HELD_BACK = replace(cached_library.HELD_BACK, windows=2)
-    done.put(open_library("library", tiny_llm(), progress=False).sha256)
+    print(open_library("library", tiny_llm(), progress=False).sha256)
 
 
-def _fit_and_hang(at_work):
+def fit_and_hang():
+    """In a process of its own: fit the library, print a line, and do not finish to save it."""
+
     def save(self, path):
         path.with_name(f".{path.name}.123-abcd").write_bytes(b"half")
-        at_work.set()
+        print("half", flush=True)
         time.sleep(600)
 
     StubLibrary.save = save
-    _open_in_a_process(multiprocessing.SimpleQueue())
+    print_digest()
+
+
+def process_of(function):
+    code = f"from {__name__} import {function.__name__} as run; run()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return PythonProgram(["-c", code], env=environment, stdout=subprocess.PIPE)
 
 
 def test_concurrent_processes_and_a_kill_leave_one_complete_file(short):
-    context = multiprocessing.get_context("spawn")
-    at_work, done = context.Event(), context.SimpleQueue()
-    killed = context.Process(target=_fit_and_hang, args=(at_work,))
-    killed.start()
-    assert at_work.wait(120)
-    others = [context.Process(target=_open_in_a_process, args=(done,)) for _ in range(2)]
-    for process in others:
-        process.start()
-    os.kill(killed.pid, signal.SIGKILL)
-    found = {done.get() for _ in others}
-    for process in (killed, *others):
-        process.join(120)
+    killed = process_of(fit_and_hang)
+    assert killed.stdout.readline() == "half\n"
+    others = [process_of(print_digest) for _ in range(2)]
+    killed.kill()
+    found = {process.communicate(120)[0].strip() for process in others}
+    killed.wait(120)
     assert found == {open_library("library", tiny_llm(), progress=False).sha256}
     (path,) = kept_files()
     left = {file.name for file in path.parent.iterdir()} - {f".{path.name}.lock"}

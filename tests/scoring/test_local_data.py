@@ -177,6 +177,6 @@ def test_tasks_that_generate_text_are_rejected(tmp_path):
     (tmp_path / "x" / "test.jsonl").write_text('{"a": "b"}\n')
     overrides = local_overrides(tmp_path, "x", own)
     config = {**own, **overrides, "doc_to_text": "a", "doc_to_target": "a"}
-    task = lm_eval_tasks._manager(None).load([config])["tasks"]["x"]
+    task = lm_eval_tasks._manager("blimp").load([config])["tasks"]["x"]
     with pytest.raises(UnknownNameError, match="scored by generate_until"):
         lm_eval_tasks._check_output("x", task.OUTPUT_TYPE)
