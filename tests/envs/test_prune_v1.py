@@ -24,7 +24,6 @@ from rap_env.errors import (
 from rap_env.ladder.item_observation import ITEM_FEATURES
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
-from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, make, play
 from tests.envs.playing_v1 import (
     ITEMS,
@@ -100,9 +99,9 @@ class TestSameAsV0:
     @pytest.mark.parametrize(
         "workload", ["grid", "azure-conv", {"name": "curriculum", "requests": 5}], ids=str
     )
-    @pytest.mark.parametrize("repaired", [False, True])
-    def test_masks_have_the_same_episodes(self, reward, workload, repaired):
-        context = make_context(repaired=repaired)
+    @pytest.mark.parametrize("model", ["context", "repaired"])
+    def test_masks_have_the_same_episodes(self, reward, workload, model, request):
+        context = request.getfixturevalue(model)
         shared = {"reward": reward, "workload": workload}
         old, new = make(context, **shared), make_v1(context, levels="masks", **shared)
         assert old.action_space == new.action_space

@@ -72,12 +72,11 @@ def test_it_equals_single_environments(mode, reward, workload, together, ladder,
     settings["together"] = together
     vector = make_vector_v1(context, autoreset_mode=mode, **settings)
     sync = make_sync_v1(context, mode, **settings)
-    for seed in range(2):
-        happened = play_vector(vector, seed)
-        assert_same(happened, play_vector(sync, seed))
-        steps = [result for result in happened if len(result) == 5]
-        assert any(terminated.any() for _, _, terminated, _, _ in steps)
-        assert any(truncated.any() for _, _, _, truncated, _ in steps)
+    happened = play_vector(vector, 0)
+    assert_same(happened, play_vector(sync, 0))
+    steps = [result for result in happened if len(result) == 5]
+    assert any(terminated.any() for _, _, terminated, _, _ in steps)
+    assert any(truncated.any() for _, _, _, truncated, _ in steps)
 
 
 @pytest.mark.parametrize("levels", ["masks", {"caches": ["int4"]}], ids=str)

@@ -61,8 +61,18 @@ def test_caches_beside_removed_blocks_and_native_caches(family):
     assert rise > 0
 
 
-@pytest.mark.parametrize("level", ["window32", "int4-window32", "int2-window64"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3_sliding"])
+@pytest.mark.parametrize(
+    ("family", "level"),
+    [
+        ("llama", "window32"),
+        ("llama", "int4-window32"),
+        ("llama", "int2-window64"),
+        ("gemma2", "int4-window32"),
+        ("gpt2", "window32"),
+        ("phi3_sliding", "window32"),
+        ("phi3_sliding", "int2-window64"),
+    ],
+)
 def test_windows(family, level):
     llm, ids = _long_llm(family), tokens(2, 150)
     (rise,) = check(
@@ -82,7 +92,8 @@ def test_weights_and_caches_together(family, level):
     blocks = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
     items = {block_name(index): level for index in blocks}
     items |= {"embeddings": level} if level in facts.embedding_levels else {}
-    plans = [CompressionPlan.of(items), CompressionPlan.of({**items, "layer01.cache": "int4"})]
+    plans = [CompressionPlan.of({**items, "layer01.cache": "int4"})]
+    plans += [CompressionPlan.of(items)] if family == "llama" else []
     # Steps with few rows use packed kernels, scores widened weights; each rounds its own way.
     rises = check(llm, ids, plans, 1e-3)
     assert not blocks or min(rises) > 0
