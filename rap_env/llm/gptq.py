@@ -156,7 +156,7 @@ def _refitted(
         inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
         new_scale = rounded(scale[:, index] + (alone * by_code - cross * by_one) * inverse)
         new_zero = rounded(zero[:, index] + (both * by_one - cross * by_code) * inverse)
-        change = torch.outer(new_zero - zero[:, index], torch.ones(own.shape[0]))
+        change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
         change += (new_scale - scale[:, index])[:, None] * centred
         scale[:, index], zero[:, index] = new_scale, new_zero
         pull.addmm_(change, hessian[group], alpha=-1)

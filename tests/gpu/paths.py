@@ -51,11 +51,14 @@ def generated(llm, mask):
 
 def live(llm, residency):
     llm.set_residency(residency)
-    batch = LiveBatch(llm)
+    batch, other = LiveBatch(llm), LiveBatch(llm)
     batch.prefill([[5, 6, 7, 8] * 10, [9, 10]])
     for plan in (BlockMask.of(0, 3), LOWERED, BlockMask()):
         llm.apply(plan)
         batch.extend([3, 4])
+        other.prefill([[11, 12, 13]])
+        batch.join(other)
+        batch.keep([2, 0])
     return batch.extend([5, 6]).cpu().float().numpy()
 
 
@@ -73,7 +76,8 @@ PATHS = {
 
 
 def ordered(llm):
-    profile = gsi(MaskScorer(llm, TOKENS), stop=2, progress=False)
+    """The first and the last round measure all blocks; the one between them bounds their losses."""
+    profile = gsi(MaskScorer(llm, TOKENS), stop=3, progress=False)
     return np.array([*profile.order_indices, *profile.nll_after])
 
 

@@ -13,19 +13,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, RapError, UnsupportedModelError
+from rap_env.llm.calibration import calibrate
 from rap_env.llm.device import choose_device
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
+from rap_env.llm.self_written import self_written
 from rap_env.llm.streamed import stream_llm
 from rap_env.llm.transfers import DoubleBuffer
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import MaskScorer
-from tests.gpu.paths import PATHS, TOKENS, llm_of, ordered, repaired, scored, served, trainer_of
+from tests.gpu.paths import (
+    PATHS,
+    TOKENS,
+    live,
+    llm_of,
+    ordered,
+    repaired,
+    scored,
+    served,
+    trainer_of,
+)
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.gpu.pretended_streams import Stream
 from tests.llm.stubs import random_stubs
+from tests.llm.tiny_gguf import write_tiny_gguf
 from tests.tiny import each_family, tiny_model, tiny_tokenizer
 
 SOME_FAMILIES = ("llama", "mistral_sliding", "gemma3", "gpt_neox", "mixtral")
@@ -103,6 +116,52 @@ def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
     with pretended_gpu():
         found = run(llm_of(name, "cuda"))
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def on_each_device(tmp_path, monkeypatch):
+    """Run something on the CPU and on the GPU, each with a cache folder of its own."""
+
+    def run(path):
+        found = []
+        for device in ("cpu", "cuda"):
+            monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / device))
+            with pretended_gpu():
+                found.append(path(device))
+        return found
+
+    return run
+
+
+def test_int4_weights_of_a_text_are_made_and_read_from_files(on_each_device):
+    def calibrated(device):
+        scores = []
+        for _ in range(2):  # the second time from the files
+            llm = ElasticLLM(tiny_model("llama", layers=1).to(device), None, name="llama")
+            calibrate(llm, TOKENS)
+            scores.append(MaskScorer(llm, TOKENS).nll(CompressionPlan.uniform(1, weights="int4")))
+        return scores
+
+    expected, found = on_each_device(calibrated)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_model_writes_its_own_text(on_each_device):
+    expected, found = on_each_device(lambda device: self_written(llm_of("llama", device), 2, 8, 0))
+    assert found.tolist() == expected.tolist()  # the pretended GPU draws the CPU's random numbers
+
+
+def test_a_packed_model_is_served_by_the_lean_llama(on_each_device, tmp_path):
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q8_0", hidden=64, ffn=96)
+
+    def opened(device):
+        llm = load_llm(tmp_path / "tiny.gguf", device=device, dtype="float32", lean=True)
+        with torch.no_grad():
+            hidden = llm.hidden(TOKENS[:2].to(llm.device)).cpu().numpy()
+        return np.concatenate([hidden.ravel(), live(llm, "offload").ravel()])
+
+    expected, found = on_each_device(opened)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_processes_get_the_memory_of_blocks_that_are_removed():

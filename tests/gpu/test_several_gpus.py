@@ -57,12 +57,12 @@ def spread_llm(name, layers=LAYERS):
     return ElasticLLM(spread(model, adapter_for(model.config)), None, name=name)
 
 
-def lowered(llm):
-    """Weights at levels, those of embeddings and head included, with every residency."""
+def lowered(llm, residencies=("resident", "offload")):
+    """Weights at levels, those of embeddings and head included."""
     levels = {0: "int8", 3: "int4"}
     plan = CompressionPlan(weights=tuple(levels.items()), embeddings="int8")
     found = [scored(llm, 16)]
-    for residency in ("resident", "offload"):
+    for residency in residencies:
         llm.set_residency(residency)
         for applied in (plan, BlockMask.of(1, 2), CompressionPlan()):
             llm.apply(applied)
@@ -131,6 +131,19 @@ def test_each_block_its_cache_and_its_stub_stay_on_the_device_of_the_block():
         batch.keep([1])
         batch.extend([4])
         assert [layer.keys.device for layer in batch._cache.layers] == [GPU, SECOND_GPU]
+
+
+def test_dropped_weights_are_read_again_to_their_devices(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    found = []
+    for count in (0, 2):
+        with pretended_gpu(2):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path)
+            model = spread(model, adapter_for(model.config)) if count else model
+            llm = ElasticLLM(model, None, name="llama", folder=tmp_path)
+            assert len(llm.devices) == max(1, count)
+            found.append(lowered(llm, ["drop"]))
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_what_layers_share_crosses_between_devices_once_in_a_step():
