@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -145,29 +144,11 @@ def large(table):
     return ScoreTable.fitted(facts, scores, **origin)
 
 
-def test_twenty_thousand_masks_load_quickly_from_a_small_file(large, tmp_path):
+def test_twenty_thousand_masks_are_a_small_file(large, tmp_path):
     assert len(large.scores) > 19_000
     large.save(tmp_path / "t.json")
     assert (tmp_path / "t.json").stat().st_size < 1e6
-    began = time.perf_counter()
-    again = ScoreTable.load(tmp_path / "t.json")
-    assert time.perf_counter() - began < 1.5  # 0.3 on an idle core
-    assert again.scores == large.scores
-
-
-def test_look_ups_and_predictions_are_fast(large):
-    scorer = TableScorer(large)
-    known = list(large.scores)[:2000]
-    other = [BlockMask(mask.indices ^ {3, 17, 40}) for mask in known]
-    scorer.nll_many(known)
-    began = time.perf_counter()
-    scorer.nll_many(known)
-    looked_up = time.perf_counter() - began
-    began = time.perf_counter()
-    scorer.nll_many(other)
-    predicted = time.perf_counter() - began
-    assert looked_up / 2000 < 2e-5  # a microsecond on an idle core
-    assert predicted / 2000 < 2e-4  # 20 microseconds
+    assert ScoreTable.load(tmp_path / "t.json").scores == large.scores
 
 
 def test_it_loads_neither_torch_nor_transformers(path):
