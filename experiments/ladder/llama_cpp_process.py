@@ -103,7 +103,7 @@ class LlamaCpp:
 
     def fill(self, tokens: int) -> None:
         """Run one sequence of `tokens` tokens; the cache of all sequences is allocated already."""
-        ids = np.arange(tokens, dtype=np.int32) % 1000 + 1000
+        ids = (np.arange(tokens, dtype=np.int32) % 1000 + 1000) % self._vocab_size
         for start in range(0, tokens, _BATCH_TOKENS):
             self.decode(ids[start : start + _BATCH_TOKENS], start, all_logits=False)
 

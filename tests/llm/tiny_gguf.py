@@ -1,4 +1,4 @@
-"""A GGUF file of two layers, written as llama.cpp writes them, and the model that it holds."""
+"""A GGUF file of a few layers, written as llama.cpp writes them, and the model that it holds."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ _NAMES = {
 }
 
 
-def tiny_source_model(seed: int = 0, *, tied: bool = True, hidden: int = 32, ffn: int = 48) -> Any:
+def tiny_source_model(
+    seed: int = 0, *, tied: bool = True, hidden: int = 32, ffn: int = 48, layers: int = 2
+) -> Any:
     """A random Llama with the vocabulary `TOKENS`."""
     config = tf.LlamaConfig(
         vocab_size=len(TOKENS),
         hidden_size=hidden,
         intermediate_size=ffn,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=64,

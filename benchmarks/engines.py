@@ -1,0 +1,318 @@
+"""Exported plans in other engines, beside our own runtime: ``python -m benchmarks.engines``.
+
+Agreement: the model in float32 under several masks is exported; llama.cpp, and vLLM if
+`vllm_python` names an environment that has it, must choose the same tokens as our masked model.
+Time and memory: the plan of ten blocks against the dense model in llama.cpp, both from the model's
+own GGUF file. Each engine runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import harness
+from benchmarks.decode_step import Decoding
+from benchmarks.record import write_record
+from experiments.comparison.run_folder import package_versions
+from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
+from experiments.ladder.llama_cpp_process import LlamaCpp, token_nll
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnsupportedModelError
+from rap_env.export.gguf_export import export_gguf
+from rap_env.export.gguf_model import GgufModel
+from rap_env.export.static_deployment import CACHE_TYPES, MaskBytes
+from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import load_llm
+from rap_env.llm.pruned_checkpoint import save_pruned
+from rap_env.llm.vllm_config import vllm_entries
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+
+_TEXTS = (
+    "The garden behind the old house had not been tended for years, and the",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total +=",
+    "In the north of the country winters are long and dark, so people there",
+    "To bake bread at home you need only flour, water, salt and yeast. First",
+    "A memory limit that moves is a problem for a server that holds a large",
+    "The capital of France is Paris. The capital of Italy is Rome. The capital",
+    "Question: How many legs do a spider and two cats have together? Answer:",
+    "She opened the letter slowly, read the first line twice, and then began",
+)
+_VLLM_PROGRAM = Path(__file__).with_name("vllm_process.py")
+_SAME_NLL = 1e-4
+
+
+@dataclass
+class EnginesSettings(harness.ModelSettings):
+    """Settings of this benchmark; its device is the CPU."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Of the models whose tokens are compared."""
+    prompt_tokens: int = 12
+    new_tokens: int = 48
+    context_tokens: int = 512
+    """Tokens in the cache before the decode steps that are timed."""
+    steps: int = 24
+    """Decode steps of one measurement."""
+    vllm_python: str = ""
+    """Python of an environment with vLLM; empty leaves vLLM out."""
+
+
+def masks_of(num_layers: int) -> dict[str, BlockMask]:
+    """The removed blocks by what they are, for a model of at least 4 layers."""
+    last, middle = num_layers - 1, num_layers // 2
+    ten = [(last - n, n % 2) for n in range(1, min(10, num_layers - 2) + 1)]
+    named = {
+        "attention": [(middle, 0), (middle + 1, 0)],
+        "FFN": [(middle - 1, 1), (middle, 1)],
+        "both": [(middle, 0), (middle, 1), (middle + 1, 0)],
+        "first and last": [(0, 0), (last, 1)],
+        "ten blocks": ten,
+    }
+    return {name: BlockMask.of(*(2 * n + k for n, k in blocks)) for name, blocks in named.items()}
+
+
+def main(settings: EnginesSettings) -> None:
+    """Measure, and write the record."""
+    need_llama_cpp()
+    llm = harness.open_model(settings)
+    masks, source = masks_of(llm.adapter.num_layers), GgufModel.of_file(gguf_file(settings.model))
+    with tempfile.TemporaryDirectory() as folder:
+        agreement = _agreement(settings, llm, masks, Path(folder))
+        del llm
+        packed = load_llm(settings.model, device="cpu", dtype=settings.dtype, weights="native")
+        plans = {"dense": BlockMask(), "ten blocks": masks["ten blocks"]}
+        files, began = {}, time.perf_counter()
+        for name, mask in plans.items():
+            files[name] = Path(folder, f"{name}.gguf")
+            export_gguf(source, CompressionPlan(mask), files[name])
+        export_s = (time.perf_counter() - began) / len(plans)
+        quantised = _quantised(settings, packed, plans, files)
+        speed = _speed(settings, packed, plans, files)
+    _write(settings, agreement, quantised, speed, export_s)
+
+
+def prompts_of(settings: EnginesSettings, llm: ElasticLLM) -> torch.Tensor:
+    """Token ids of prompts of one length, (prompts, prompt_tokens)."""
+    found = [llm.tokenizer(text).input_ids[: settings.prompt_tokens] for text in _TEXTS]
+    return torch.tensor(found)
+
+
+def _agreement(
+    settings: EnginesSettings, llm: ElasticLLM, masks: Mapping[str, BlockMask], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Equal prompts and the largest difference in NLL, by engine and mask."""
+    prompts, model = prompts_of(settings, llm), GgufModel.of_llm(llm)
+    found: dict[str, dict[str, Any]] = {"llama.cpp": {}}
+    if settings.vllm_python:
+        found["vLLM"] = {}
+    for name, mask in masks.items():
+        with llm.masked(mask), torch.no_grad():
+            ours = llm.generate(
+                prompts, max_new_tokens=settings.new_tokens, do_sample=False, eos_token_id=None
+            )
+            nll = [_nll(llm.model(row[None]).logits[0].numpy(), row) for row in ours]
+        path = folder / "agreement.gguf"
+        export_gguf(model, CompressionPlan(mask), path)
+        theirs = _llama_cpp_choices(path, ours, settings)
+        found["llama.cpp"][name] = _compared(ours, nll, *theirs, settings)
+        if settings.vllm_python:
+            found["vLLM"][name] = _vllm(settings, llm, mask, (ours, nll), folder / "vllm")
+    return found
+
+
+def _nll(logits: Any, ids: torch.Tensor) -> float:
+    return float(token_nll(logits[:-1], ids[1:].numpy().astype(np.int32)).mean())
+
+
+def _llama_cpp_choices(
+    path: Path, ours: torch.Tensor, settings: EnginesSettings
+) -> tuple[list[list[int]], list[float]]:
+    """The token that llama.cpp chooses after each prefix of our sequences, and their NLL.
+
+    If all choices are ours, greedy generation gives our tokens.
+    """
+    engine = LlamaCpp(str(path), "f32", 1, ours.shape[1] + 1, settings.threads or 1)
+    tokens, nll = [], []
+    for row in ours:
+        engine.clear()
+        logits = engine.decode(row.numpy().astype(np.int32), 0, all_logits=True).copy()
+        tokens.append(logits[settings.prompt_tokens - 1 : -1].argmax(axis=1).tolist())
+        nll.append(_nll(logits, row))
+    engine.close()
+    return tokens, nll
+
+
+def _vllm(
+    settings: EnginesSettings,
+    llm: ElasticLLM,
+    mask: BlockMask,
+    ours: tuple[torch.Tensor, list[float]],
+    folder: Path,
+) -> dict[str, Any]:
+    """The comparison with vLLM, or the reason why it cannot serve the mask."""
+    try:
+        vllm_entries(llm.adapter, mask, stubs=False)
+    except UnsupportedModelError as error:
+        return {"refused": str(error)}
+    task = {
+        "folder": str(save_pruned(llm, mask, folder)),
+        "dtype": settings.dtype,
+        "sequences": ours[0].tolist(),
+        "prompt_tokens": settings.prompt_tokens,
+    }
+    done = subprocess.run(
+        [settings.vllm_python, str(_VLLM_PROGRAM)],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    compared = _compared(*ours, answer["tokens"], answer["nll"], settings)
+    return {**compared, "version": answer["version"]}
+
+
+def _compared(
+    ours: torch.Tensor,
+    nll: list[float],
+    tokens: list[list[int]],
+    their_nll: list[float],
+    settings: EnginesSettings,
+) -> dict[str, Any]:
+    new = ours[:, settings.prompt_tokens :].tolist()
+    return {
+        "prompts": len(new),
+        "equal_prompts": sum(a == b for a, b in zip(new, tokens, strict=True)),
+        "nll_apart": max(abs(a - b) for a, b in zip(nll, their_nll, strict=True)),
+    }
+
+
+def _quantised(
+    settings: EnginesSettings,
+    packed: ElasticLLM,
+    plans: Mapping[str, BlockMask],
+    files: Mapping[str, Path],
+) -> dict[str, float]:
+    """NLL in llama.cpp minus ours under each plan, both from the quantised file."""
+    ids = packed.tokenizer(" ".join(_TEXTS)).input_ids[: packed.adapter.max_positions]
+    windows = torch.tensor([ids])
+    found = {}
+    for name, mask in plans.items():
+        with packed.masked(mask), torch.no_grad():
+            ours = _nll(packed.model(windows).logits[0].float().numpy(), windows[0])
+        engine = LlamaCpp(str(files[name]), "f32", 1, windows.shape[1], settings.threads or 1)
+        found[name] = engine.nll(windows[0].numpy().astype(np.int32)) - ours
+        engine.close()
+    return found
+
+
+def _speed(
+    settings: EnginesSettings,
+    packed: ElasticLLM,
+    plans: Mapping[str, BlockMask],
+    files: Mapping[str, Path],
+) -> dict[str, Any]:
+    """Decode and prefill seconds of both plans in both engines, and bytes in llama.cpp."""
+    context, steps = settings.context_tokens, settings.steps
+    tokens = context + steps * (settings.repeats + 1)
+    threads = settings.threads or 1
+    engines = {n: LlamaCpp(str(path), "f16", 1, tokens, threads) for n, path in files.items()}
+    own = {name: Decoding(packed, mask, 1, context) for name, mask in plans.items()}
+    at = dict.fromkeys(plans, context)
+
+    def prefill(name: str) -> None:
+        engines[name].clear()
+        engines[name].fill(context)
+
+    def decode(name: str) -> None:
+        for _ in range(steps):
+            engines[name].decode(np.array([1], dtype=np.int32), at[name], all_logits=False)
+            at[name] += 1
+
+    def sides(run: Any) -> Any:
+        return {name: (lambda name=name: run(name)) for name in plans}
+
+    repeats = settings.repeats
+    return {
+        "llama.cpp prefill": harness.alternate(sides(prefill), repeats),
+        "llama.cpp decode": harness.alternate(sides(decode), repeats),
+        "own decode": harness.alternate(sides(lambda name: own[name].steps(steps)), repeats),
+        "bytes": {
+            name: _bytes(engine, packed, plans[name], tokens) for name, engine in engines.items()
+        },
+    }
+
+
+def _bytes(engine: LlamaCpp, packed: ElasticLLM, mask: BlockMask, tokens: int) -> dict[str, int]:
+    request = Request(1, tokens, 1)
+    held = MaskBytes.of(packed.facts, mask)
+    predicted = held.with_request(packed.facts, CACHE_TYPES[0], request, 256)
+    buffers = engine.buffers
+    measured = engine.model_bytes + sum(buffers.get(n, 0) for n in ("KV", "compute", "output"))
+    return {"predicted": sum(predicted.values()), "measured": measured}
+
+
+def _write(
+    settings: EnginesSettings,
+    agreement: Mapping[str, Mapping[str, Any]],
+    quantised: Mapping[str, float],
+    speed: Mapping[str, Any],
+    export_s: float,
+) -> None:
+    targets = []
+    for engine, cells in agreement.items():
+        ran = [cell for cell in cells.values() if "refused" not in cell]
+        equal, prompts = (sum(cell[k] for cell in ran) for k in ("equal_prompts", "prompts"))
+        case = f"{prompts} prompts under {len(ran)} masks, float32"
+        what = f"{engine}: prompts whose {settings.new_tokens} tokens are ours"
+        apart = max(cell["nll_apart"] for cell in ran)
+        targets += [
+            harness.Target(what, prompts, None, equal, case),
+            harness.Target(f"{engine}: nats/token apart, at worst", None, _SAME_NLL, apart, case),
+        ]
+    decode = speed["llama.cpp decode"]
+    faster = harness.ratios(decode["ten blocks"], decode["dense"])
+    off = [100 * abs(b["predicted"] / b["measured"] - 1) for b in speed["bytes"].values()]
+    worst = max(map(abs, quantised.values()))
+    file = "the model's own GGUF file"
+    targets += [
+        harness.Target("llama.cpp: nats/token apart from our plan", None, 0.01, worst, file),
+        harness.Target.of(
+            "llama.cpp: decode time without ten blocks", faster, at_most=0.95, against="dense"
+        ),
+        harness.Target("llama.cpp: % off in bytes, at worst", None, 5.0, max(off), file),
+        harness.Target("seconds of an export to GGUF", None, 15.0, export_s, file),
+    ]
+    times = {
+        f"{what} s": {name: harness.spread(found) for name, found in sides.items()}
+        for what, sides in speed.items()
+        if what != "bytes"
+    }
+    measured = {"agreement": agreement, "quantised_nll_apart": quantised, "bytes": speed["bytes"]}
+    write_record(
+        "engines",
+        device="cpu",
+        settings=replace(settings, vllm_python=Path(settings.vllm_python).name),
+        targets=targets,
+        measured={**measured, **times, "llama_cpp": package_versions([PACKAGE]).get(PACKAGE)},
+        notes=[
+            f"Times are of {settings.steps} decode steps behind {settings.context_tokens} tokens, "
+            "and of the prefill of these."
+        ],
+    )
+
+
+if __name__ == "__main__":
+    harness.launch(EnginesSettings, main)

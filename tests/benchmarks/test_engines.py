@@ -1,0 +1,55 @@
+"""The benchmark of exported plans in other engines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import engines
+from experiments.errors import ExperimentError
+from rap_env.llm.adapter import adapter_for
+from rap_env.llm.vllm_config import vllm_entries
+from tests.llm.tiny_gguf import write_tiny_gguf
+from tests.tiny import tiny_config
+
+
+def test_masks_name_what_they_remove():
+    masks = engines.masks_of(30)
+    assert masks["attention"].count("ffn") == masks["FFN"].count("attn") == 0
+    assert {"layer00.attn", "layer29.ffn"} == set(masks["first and last"].names)
+    ten = masks["ten blocks"]
+    assert ten.count("attn") == ten.count("ffn") == 5
+    adapter = adapter_for(tiny_config(layers=30))
+    for name, mask in masks.items():
+        if name != "first and last":
+            assert vllm_entries(adapter, mask, stubs=False)
+
+
+def test_without_llama_cpp_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExperimentError, match="pip install llama-cpp-py-sync"):
+        engines.main(engines.EnginesSettings())
+
+
+def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
+    before = torch.get_num_threads()
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96, layers=6)
+    settings = engines.EnginesSettings(
+        repeats=1, threads=1, results_dir=str(tmp_path), model=str(tmp_path / "in.gguf"),
+        new_tokens=8, context_tokens=24, steps=4,
+    )  # fmt: skip
+    engines.main(settings)
+    torch.set_num_threads(before)
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    agreement = record["measured"]["agreement"]["llama.cpp"]
+    assert set(agreement) == set(engines.masks_of(6))
+    for name, cell in agreement.items():
+        assert cell["equal_prompts"] == cell["prompts"] == 8, name
+        assert cell["nll_apart"] < 1e-5
+    met = {target["what"]: target["met"] for target in record["targets"]}
+    assert met["llama.cpp: prompts whose 8 tokens are ours"]
+    assert met["seconds of an export to GGUF"]
