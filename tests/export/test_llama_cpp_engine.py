@@ -12,6 +12,7 @@ from rap_env.blocks import BlockMask
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.llm.elastic import ElasticLLM
+from rap_env.llm.loading import load_llm
 from rap_env.plan import CompressionPlan
 from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, scaled_llm
 from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
@@ -83,6 +84,19 @@ def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
     llm = ElasticLLM(tiny_source_model(hidden=64, ffn=96), None, name="source")
     found, ours = engine_logits(path), masked_logits(llm, plan)
     assert (found - ours).abs().max() < 0.05 * ours.abs().max()  # 8 bits, of inputs too
+
+
+def test_the_tokeniser_of_a_folder_splits_text_as_llama_cpp_does(tmp_path):
+    write_tiny_gguf(tmp_path / "in.gguf")
+    llm = load_llm(tmp_path / "in.gguf", weights="bf16", dtype="float32", device="cpu")
+    export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), tmp_path / "a.gguf")
+    engine = LlamaCpp(str(tmp_path / "a.gguf"), "f32", 1, 64, 1)
+    vocab, found = engine._lib.llama_model_get_vocab(engine._model), engine._ffi.new("int[]", 99)
+    for text in ("the  hen 12\n", "<|im_start|>he\t<|im_end|>"):
+        stored = text.encode()
+        count = engine._lib.llama_tokenize(vocab, stored, len(stored), found, 99, False, True)
+        assert list(found[0:count]) == llm.tokenizer(text, add_special_tokens=False).input_ids
+    engine.close()
 
 
 def test_what_the_layout_avoids_is_computed_wrong_by_llama_cpp(tmp_path):
