@@ -91,7 +91,8 @@ def test_the_tokeniser_of_a_folder_splits_text_as_llama_cpp_does(tmp_path):
     llm = load_llm(tmp_path / "in.gguf", weights="bf16", dtype="float32", device="cpu")
     export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), tmp_path / "a.gguf")
     engine = LlamaCpp(str(tmp_path / "a.gguf"), "f32", 1, 64, 1)
-    vocab, found = engine._lib.llama_model_get_vocab(engine._model), engine._ffi.new("int[]", 99)
+    vocab = engine._lib.llama_model_get_vocab(engine._model)
+    found = engine._ffi.new("int32_t[]", 99)
     for text in ("the  hen 12\n", "<|im_start|>he\t<|im_end|>"):
         stored = text.encode()
         count = engine._lib.llama_tokenize(vocab, stored, len(stored), found, 99, False, True)
