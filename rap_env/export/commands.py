@@ -5,6 +5,8 @@ Modules that load torch are imported once they are needed.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ def export(
     --seq, --budget) for which a policy chooses.
     """
     wanted = Wanted.of(remove, plan_file, (batch, seq, budget), policy)
+    _unwind_when_terminated()
     from rap_env.export.writers import Export, write_folder, write_gguf
     from rap_env.llm.loading import load_llm
     from rap_env.llm.sources import gguf_source
@@ -105,6 +108,7 @@ def prune(
     them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
     """
     wanted = Wanted.of(remove, None, (batch, seq, budget), policy)
+    _unwind_when_terminated()
     from rap_env.export.writers import Export, write_folder
     from rap_env.llm.loading import load_llm
     from rap_env.llm.sources import gguf_source
@@ -112,6 +116,12 @@ def prune(
     llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
     wish = Export(wanted, folder, command or "rap prune", gguf_file=gguf_source(model))
     _show_written(write_folder(llm, wish), as_json)
+
+
+def _unwind_when_terminated() -> None:
+    """Let SIGTERM raise `SystemExit`, so that incomplete output is removed on the way out."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 def _show_written(answer: dict[str, Any], as_json: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -261,3 +263,19 @@ def test_a_request_for_llama_cpp_gets_its_static_deployment(rap, gguf_file, tmp_
     assert json.loads(out)["cache_type"] == found.cache.name
     assert json.loads(out)["delta_nll"] == found.delta_nll
     assert f"`llama-server -m out.gguf {found.flags}`" in target.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+def test_an_export_that_is_terminated_leaves_nothing(rap, gguf_file, tmp_path, monkeypatch, target):
+    def terminated(*_arguments, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", terminated)
+    monkeypatch.setattr("rap_env.llm.pruned_checkpoint.code_files", terminated)
+    before, folder = signal.getsignal(signal.SIGTERM), tmp_path / "out"
+    folder.mkdir()
+    code, _, _ = rap("export", folder / "smaller", "--to", target, "--remove", "layer00.ffn",
+                     "--model", gguf_file)  # fmt: skip
+    assert code == 128 + signal.SIGTERM
+    assert list(folder.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
