@@ -43,10 +43,13 @@ def llm_of(name, device, dtype=torch.float32):
     return ElasticLLM(tiny_model(name, dtype=dtype).to(device), None, name=name)
 
 
-def generated(llm, mask):
-    ids = torch.tensor([[5, 6, 7, 8]]).to(llm.device)
-    with llm.masked(mask):
-        return llm.generate(ids, max_new_tokens=4, do_sample=False).cpu().numpy()
+def generated(llm, plan):
+    """The first logits of two rows, one of them padded; a second token is only run."""
+    ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]).to(llm.device)
+    shown = {"return_dict_in_generate": True, "output_logits": True}
+    with llm.masked(plan):
+        written = llm.generate(ids, attention_mask=ids.sign(), max_new_tokens=2, **shown)
+    return written.logits[0].cpu().float().numpy()
 
 
 def live(llm, residency):
@@ -68,6 +71,7 @@ def scored(llm, together):
 
 PATHS = {
     "generate": lambda llm: generated(llm, BlockMask.of(0, 3)),
+    "generate, lower caches": lambda llm: generated(llm, LOWERED),
     "live batch, resident": lambda llm: live(llm, "resident"),
     "live batch, offload": lambda llm: live(llm, "offload"),
     "scorer, one plan": lambda llm: scored(llm, 1),

@@ -135,6 +135,9 @@ class _Operations(TorchDispatchMode):
         if operation is _aten.copy_:  # it may cross devices, and its result stays where it was
             return func(*args, **(kwargs or {}))
         place = _one_place(func, tensors)
+        in_place = operation.__name__.endswith("_") and isinstance(args[0], torch.Tensor)
+        if in_place and place_of(args[0]) != place:
+            raise RuntimeError(f"{func} got a number of the CPU to change with one of {place}.")
         if operation is _aten.histc and place != CPU:  # the CPU has it for floats only
             args = (args[0].float(), *args[1:])
         result = func(*args, **(kwargs or {}))
