@@ -93,6 +93,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "ladder.md", ladder_markdown())
     draw_ladder(folder)
     write_long_context(folder)
+    write_texts(folder)
     write_learning_curves(folder)
     _write(folder / "leaderboard.md", leaderboard_markdown())
     _write(folder / "soak.md", soak_table())
@@ -198,6 +199,19 @@ def write_long_context(folder: Path) -> None:
                 text = text.split("\n## ")[1]
             shown = figure + text.partition("\n")[2]
         _write(folder / f"{name}.md", shown)
+
+
+def write_texts(folder: Path) -> None:
+    """Write the tables and the picture of how plans depend on the calibration text."""
+    from experiments.studies.tables import TextStudy, save_figure, texts_markdown
+
+    found = TextStudy.read(RESULTS / "texts")
+    save_figure(found, folder / "texts.png")
+    figure = (
+        "```{image} ../_generated/texts.png\n"
+        ":alt: ΔNLL of plans by the text that they were chosen on and judged on\n```\n"
+    )
+    _write(folder / "texts.md", texts_markdown(found).partition("\n")[2].strip() + "\n\n" + figure)
 
 
 def write_learning_curves(folder: Path) -> None:
