@@ -28,3 +28,8 @@ def cache_type(plan: CompressionPlan, num_layers: int) -> str:
             "another plan."
         )
     return CACHE_TYPES[levels.pop()]
+
+
+def cache_flags(cache: str) -> str:
+    """llama.cpp's options for caches in a format; quantised values need flash attention."""
+    return f"-ctk {cache} -ctv {cache}{'' if cache == 'f16' else ' -fa on'}"

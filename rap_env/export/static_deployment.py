@@ -13,6 +13,7 @@ from rap_env.blocks import BlockMask
 from rap_env.command_options import default_facts
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.deci import ZERO_FFN_LENGTH, deci_layers
+from rap_env.export.llama_cpp import cache_flags
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
@@ -83,9 +84,8 @@ class Deployment:
         """Options of ``llama-server``."""
         rows = self.request.batch_size
         context = rows * _padded(self.request.seq_len_tokens)
-        flash = "" if self.cache.name == "f16" else " -fa on"
         return (
-            f"-ctk {self.cache.name} -ctv {self.cache.name}{flash} -c {context} -np {rows} "
+            f"{cache_flags(self.cache.name)} -c {context} -np {rows} "
             f"-b {self.batch_tokens} -ub {self.batch_tokens}"
         )
 

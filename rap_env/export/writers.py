@@ -13,7 +13,7 @@ from rap_env.blocks import BlockMask, block_name
 from rap_env.errors import InvalidRequestError
 from rap_env.export.gguf_export import check_stubs, export_gguf
 from rap_env.export.gguf_model import GgufModel
-from rap_env.export.llama_cpp import cache_type
+from rap_env.export.llama_cpp import cache_flags, cache_type
 from rap_env.export.model_card import ModelCard, licence_of
 from rap_env.export.wanted import Chosen, Wanted
 from rap_env.llm.elastic import ElasticLLM
@@ -113,9 +113,10 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     means = {} if llm is None else _means(llm, plan.removed)
     before = sum(tensor.nbytes for tensor in model.tensors.values())
     after = export_gguf(model, plan, export.out, means)
-    caches = cache_type(plan, model.num_layers)
-    flags = f"-ctk {caches} -ctv {caches}{'' if caches == 'f16' else ' -fa on'}"
-    if deployment is not None:
+    if deployment is None:
+        caches = cache_type(plan, model.num_layers)
+        flags = cache_flags(caches)
+    else:
         caches, flags = deployment.cache.name, deployment.flags
     card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,

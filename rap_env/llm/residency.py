@@ -278,15 +278,7 @@ class WeightStore:
                     "files, and they are missing or hold other values than the model; save it "
                     "with save_pretrained() and load it from that folder, or use 'offload'."
                 )
-            path = self._written / f"{item.name}.safetensors"
-            known = stored_tensors(path.parent, path.name)
-            found = [group.among(known) for group in groups]
-            if not all(map(_Group.same_as, groups, found)):
-                write_tensors(
-                    path, {p.name: p.tensor.data for group in groups for p in group.parts}
-                )
-                known = stored_tensors(path.parent, path.name)
-                found = [group.among(known) for group in groups]
+            found = _in_file(groups, self._written / f"{item.name}.safetensors")
         for group, files in zip(groups, found, strict=True):
             group.files = files
 
@@ -316,15 +308,7 @@ class WeightStore:
         for group in groups:
             group.pack()
         if self.residency == "offload" and self._pinned is None:
-            path = self._level_path(item, level)
-            known = stored_tensors(path.parent, path.name) if path.is_file() else {}
-            found = [group.among(known) for group in groups]
-            if not all(map(_Group.same_as, groups, found)):
-                write_tensors(
-                    path, {p.name: p.tensor.data for group in groups for p in group.parts}
-                )
-                known = stored_tensors(path.parent, path.name)
-                found = [group.among(known) for group in groups]
+            found = _in_file(groups, self._level_path(item, level))
             for group, files in zip(groups, found, strict=True):
                 group.files = files
 
@@ -351,6 +335,17 @@ def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Ite
         _, levels = users.get(name, (tensor, frozenset(WEIGHT_LEVELS[:-1])))
         by_levels.setdefault(levels, {})[name] = tensor
     return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
+
+
+def _in_file(groups: Sequence[_Group], path: Path) -> list[list[StoredTensor]]:
+    """The storage of groups in a file, which is written unless it holds exactly their bytes."""
+    known = stored_tensors(path.parent, path.name)
+    found = [group.among(known) for group in groups]
+    if all(map(_Group.same_as, groups, found)):
+        return found
+    write_tensors(path, {part.name: part.tensor.data for group in groups for part in group.parts})
+    known = stored_tensors(path.parent, path.name)
+    return [group.among(known) for group in groups]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
