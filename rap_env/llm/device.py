@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ ProductRate = Callable[[torch.dtype, float], float]
 
 CLEAR_GAIN = 1.2
 """Speed-up that justifies a change; a smaller one may be noise."""
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+"""Capabilities of CPUs that multiply bfloat16 matrices without emulation."""
 _HALVES = (torch.bfloat16, torch.float16)  # bfloat16 first: it has the range of float32
 _BENCHMARK_S = 0.5
 _SLICES = 5
@@ -38,7 +41,6 @@ _KIND, _VERSION = "rap-env.fastest-dtype", 1
 # Tokens, input width and output width of one product: those of a small model on a CPU; on a GPU
 # a product that is large enough to use its matrix units.
 _CPU_SHAPE, _GPU_SHAPE = (256, 576, 1536), (2048, 2048, 2048)
-_BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 _EARLY_BYTES, _MMAP_MAX = 2**17, 2**16  # glibc's own defaults, which it raises on its own
 
@@ -95,9 +97,15 @@ def device_kind(device: torch.device) -> str:
         return f"cuda:{torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
         return device.type
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    extra = [flag for flag in _BFLOAT16_FLAGS if found.get(flag)]
+    found = cpu_capabilities()
+    extra = [flag for flag in BFLOAT16_FLAGS if found.get(flag)]
     return "+".join([f"cpu:{torch.backends.cpu.get_cpu_capability()}", *extra])
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch says of this machine's CPU by name; nothing in versions that cannot tell."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return dict(found)
 
 
 def products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
+from rap_env.llm import bfloat16_products
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.lean_llama import reject_lean
 from rap_env.llm.transfers import send
@@ -91,7 +92,7 @@ class PartialForward:
         with self._llm.masked(inside, bare=bare):
             if kept:
                 self._llm.load_layer(layer)
-            with self._wide(self._layers[layer]):
+            with self._wide(self._layers[layer]), bfloat16_products.in_float32():
                 output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -142,7 +143,7 @@ class PartialForward:
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output under the applied plan, (B, T) -> (B, T, H), with gradients."""
-        with self._llm.exclusive(), self._wide(self._decoder):
+        with self._llm.exclusive(), self._wide(self._decoder), bfloat16_products.in_float32():
             output = self._decoder(input_ids=input_ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
@@ -159,7 +160,8 @@ class PartialForward:
         return self._widened.used_in(module)
 
     def _model_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(hidden)
+        with bfloat16_products.in_float32():
+            logits: torch.Tensor = self.head(hidden)
         return logits
 
     def _calls_for(self, state: torch.Tensor) -> list[_Call]:

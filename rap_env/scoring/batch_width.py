@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.llm.bfloat16_products import extra_bytes
 from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import free_bytes
 from rap_env.llm.elastic import ElasticLLM
@@ -93,7 +94,9 @@ def _block_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
         attn += _EAGER_SCORES * heads * length * _FLOAT32
     ffn = (4 * facts.hidden_size + 5 * facts.ffn_width) * facts.itemsize
     masks = 2 * rows * length * length * facts.itemsize  # one for each kind of layer
-    return ids.numel() * max(attn, ffn) + masks
+    widths = facts.hidden_size, max(facts.hidden_size, facts.ffn_width)
+    products = (extra_bytes(llm.device, llm.dtype, ids.numel(), *w) for w in (widths, widths[::-1]))
+    return ids.numel() * max(attn, ffn) + masks + max(products)
 
 
 def _head_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
@@ -104,7 +107,10 @@ def _head_bytes(llm: ElasticLLM, ids: torch.Tensor) -> int:
     logits = min(most, ids.numel()) * facts.vocab_size * facts.itemsize
     softmax = _SOFTMAX_COPIES * min(rows, ids.numel()) * facts.vocab_size * _FLOAT32
     states = 2 * ids.numel() * facts.hidden_size * _FLOAT32
-    return (3 if capped else 1) * logits + softmax + states
+    product = extra_bytes(
+        llm.device, llm.dtype, min(most, ids.numel()), facts.hidden_size, facts.vocab_size
+    )
+    return (3 if capped else 1) * logits + softmax + states + product
 
 
 def _filling(llm: ElasticLLM, ids: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import CorpusError, NonFiniteScoreError
+from rap_env.llm.bfloat16_products import uses_float32
 from rap_env.llm.cpu_decode import attention_name
 from rap_env.llm.device import device_kinds, keep_freed_memory
 from rap_env.llm.elastic import ElasticLLM
@@ -425,6 +426,7 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
         "threads": torch.get_num_threads() if llm.device.type == "cpu" else 0,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"bfloat16_products": "float32"} if uses_float32(llm.device, llm.dtype) else {}),
     }
 
 

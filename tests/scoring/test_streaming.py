@@ -38,7 +38,7 @@ def save(folder, model):
     return folder
 
 
-def wide_model(dtype, layers=8):
+def wide_model(dtype, layers=12):
     """Layers that outweigh embeddings, head and hidden states by far."""
     config = tf.LlamaConfig(
         vocab_size=256,
