@@ -301,5 +301,16 @@ def window_share(level: CacheLevel, tokens: int) -> float:
     """
     if level.window_tokens is None:
         return 0.0
-    whole = GROUP_TOKENS * (level.window_tokens // GROUP_TOKENS + SINK_GROUPS + 1)
-    return max(0, tokens - whole) / tokens
+    return max(0, tokens - whole_window_tokens(level)) / tokens
+
+
+def whole_window_tokens(level: CacheLevel) -> int:
+    """Tokens of the longest sequence of which a window holds everything; 0 without a window."""
+    if level.window_tokens is None:
+        return 0
+    return GROUP_TOKENS * (level.window_tokens // GROUP_TOKENS + SINK_GROUPS + 1)
+
+
+def shows_cost(level: CacheLevel, tokens: int) -> bool:
+    """Whether sequences of `tokens` tokens show what a level costs."""
+    return tokens > whole_window_tokens(level)

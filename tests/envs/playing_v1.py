@@ -27,7 +27,7 @@ LEVELS = {
 ITEMS = 3 * LAYERS + 1
 
 
-def make_ladder_context(**settings) -> LiveContext:
+def make_ladder_context(length=128, **settings) -> LiveContext:
     """A tiny model with a text that is longer than its windows, so that all levels differ."""
     torch.set_num_threads(1)
     config = tiny_config(layers=LAYERS)
@@ -35,7 +35,7 @@ def make_ladder_context(**settings) -> LiveContext:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model)
     llm = ElasticLLM(model, None, name="tiny-llama")
-    text = tiny_tokens(windows=2, length=128)
+    text = tiny_tokens(windows=2, length=length)
     return LiveContext(llm, text, **{"importance": "one_shot", "progress": False, **settings})
 
 
