@@ -2,14 +2,17 @@
 
 Agreement: the model in float32 under several masks is exported; llama.cpp, and vLLM if
 `vllm_python` names an environment that has it, must choose the same tokens as our masked model.
-Time and memory: the plan of ten blocks against the dense model in llama.cpp, both from the model's
-own GGUF file. Each engine runs in a process of its own.
+Time and memory: three plans and the dense model in llama.cpp and in our runtime, both with the
+model's own GGUF file, and in vLLM, unquantised. Each plan runs in each engine in a process of its
+own, one after the other, for several rounds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,7 +24,6 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from benchmarks.decode_step import Decoding
 from benchmarks.record import write_record
 from experiments.comparison.run_folder import package_versions
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
@@ -62,9 +64,11 @@ class EnginesSettings(harness.ModelSettings):
     prompt_tokens: int = 12
     new_tokens: int = 48
     context_tokens: int = 512
-    """Tokens in the cache before the decode steps that are timed."""
+    """Tokens of the prompt whose prefill is timed, and behind which decode steps are."""
     steps: int = 24
     """Decode steps of one measurement."""
+    rounds: int = 3
+    """Processes of each engine and plan, each with so many repeats."""
     vllm_python: str = ""
     """Python of an environment with vLLM; empty leaves vLLM out."""
 
@@ -83,6 +87,20 @@ def masks_of(num_layers: int) -> dict[str, BlockMask]:
     return {name: BlockMask.of(*(2 * n + k for n, k in blocks)) for name, blocks in named.items()}
 
 
+def served_masks(num_layers: int) -> dict[str, BlockMask]:
+    """The plans whose time and memory are measured: nothing removed, and ten blocks in three ways.
+
+    Fewer in models of less than 12 layers; the first and the last layer are kept whole.
+    """
+    layers = range(num_layers - 2, 0, -1)[:10]
+    return {
+        "dense": BlockMask(),
+        "ten blocks": masks_of(num_layers)["ten blocks"],
+        "ten attention blocks": BlockMask.of(*(2 * layer for layer in layers)),
+        "ten FFN blocks": BlockMask.of(*(2 * layer + 1 for layer in layers)),
+    }
+
+
 def main(settings: EnginesSettings) -> None:
     """Measure, and write the record."""
     need_llama_cpp()
@@ -90,17 +108,21 @@ def main(settings: EnginesSettings) -> None:
     masks, source = masks_of(llm.adapter.num_layers), GgufModel.of_file(gguf_file(settings.model))
     with tempfile.TemporaryDirectory() as folder:
         agreement = _agreement(settings, llm, masks, Path(folder))
+        plans, files, folders = served_masks(llm.adapter.num_layers), {}, {}
+        for name, mask in plans.items() if settings.vllm_python else ():
+            folders[name] = save_pruned(llm, mask, Path(folder, name))
         del llm
-        packed = load_llm(settings.model, device="cpu", dtype=settings.dtype, weights="native")
-        plans = {"dense": BlockMask(), "ten blocks": masks["ten blocks"]}
-        files, began = {}, time.perf_counter()
+        began = time.perf_counter()
         for name, mask in plans.items():
             files[name] = Path(folder, f"{name}.gguf")
             export_gguf(source, CompressionPlan(mask), files[name])
         export_s = (time.perf_counter() - began) / len(plans)
+        packed = load_llm(settings.model, device="cpu", dtype=settings.dtype, weights="native")
         quantised = _quantised(settings, packed, plans, files)
-        speed = _speed(settings, packed, plans, files)
-    _write(settings, agreement, quantised, speed, export_s)
+        held = {name: _bytes(settings, packed, plans[name], path) for name, path in files.items()}
+        del packed
+        serving = _serving(settings, plans, files, folders)
+    _write(settings, agreement, quantised, held, serving, export_s)
 
 
 def prompts_of(settings: EnginesSettings, llm: ElasticLLM) -> torch.Tensor:
@@ -172,14 +194,7 @@ def _vllm(
         "sequences": ours[0].tolist(),
         "prompt_tokens": settings.prompt_tokens,
     }
-    done = subprocess.run(
-        [settings.vllm_python, str(_VLLM_PROGRAM)],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = _answer([settings.vllm_python, str(_VLLM_PROGRAM)], task)
     compared = _compared(*ours, answer["tokens"], answer["nll"], settings)
     return {**compared, "version": answer["version"]}
 
@@ -218,49 +233,69 @@ def _quantised(
     return found
 
 
-def _speed(
+def _serving(
     settings: EnginesSettings,
-    packed: ElasticLLM,
     plans: Mapping[str, BlockMask],
     files: Mapping[str, Path],
-) -> dict[str, Any]:
-    """Decode and prefill seconds of both plans in both engines, and bytes in llama.cpp."""
-    context, steps = settings.context_tokens, settings.steps
-    tokens = context + steps * (settings.repeats + 1)
-    threads = settings.threads or 1
-    engines = {n: LlamaCpp(str(path), "f16", 1, tokens, threads) for n, path in files.items()}
-    own = {name: Decoding(packed, mask, 1, context) for name, mask in plans.items()}
-    at = dict.fromkeys(plans, context)
+    folders: Mapping[str, Path],
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Seconds and bytes of each plan in each engine: every one a process of its own, in turn.
 
-    def prefill(name: str) -> None:
-        engines[name].clear()
-        engines[name].fill(context)
+    Args:
+        settings: Settings of the benchmark.
+        plans: Masks by name.
+        files: The GGUF file of each.
+        folders: The folder for vLLM of each; empty without vLLM.
+    """
+    names = ("context_tokens", "steps", "repeats")
+    common = {name: getattr(settings, name) for name in names}
+    common["threads"] = settings.threads or 1
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for _ in range(settings.rounds):
+        for name, mask in plans.items():
+            tasks: dict[str, dict[str, Any]] = {
+                "llama.cpp": {"engine": "llama.cpp", "file": str(files[name])},
+                "own": {"engine": "own", "model": settings.model, "weights": "native",
+                        "removed": list(mask.indices)},
+            }  # fmt: skip
+            if folders:
+                tasks["vLLM"] = {"folder": str(folders[name]), "dtype": settings.dtype}
+            for engine, task in tasks.items():
+                program = [sys.executable, "-m", "benchmarks.engine_process"]
+                if engine == "vLLM":
+                    program = [settings.vllm_python, str(_VLLM_PROGRAM)]
+                answer = _answer(program, {**common, **task})
+                kept = found.setdefault(engine, {}).setdefault(name, {})
+                for what, value in answer.items():
+                    kept.setdefault(what, []).extend(value if isinstance(value, list) else [value])
+    return found
 
-    def decode(name: str) -> None:
-        for _ in range(steps):
-            engines[name].decode(np.array([1], dtype=np.int32), at[name], all_logits=False)
-            at[name] += 1
 
-    def sides(run: Any) -> Any:
-        return {name: (lambda name=name: run(name)) for name in plans}
-
-    repeats = settings.repeats
-    return {
-        "llama.cpp prefill": harness.alternate(sides(prefill), repeats),
-        "llama.cpp decode": harness.alternate(sides(decode), repeats),
-        "own decode": harness.alternate(sides(lambda name: own[name].steps(steps)), repeats),
-        "bytes": {
-            name: _bytes(engine, packed, plans[name], tokens) for name, engine in engines.items()
-        },
-    }
+def _answer(program: list[str], task: Mapping[str, Any]) -> Any:
+    """What a process answers to a task on its standard input."""
+    threads = str(task.get("threads", 1))
+    done = subprocess.run(
+        program,
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _bytes(engine: LlamaCpp, packed: ElasticLLM, mask: BlockMask, tokens: int) -> dict[str, int]:
-    request = Request(1, tokens, 1)
-    held = MaskBytes.of(packed.facts, mask)
-    predicted = held.with_request(packed.facts, CACHE_TYPES[0], request, 256)
+def _bytes(
+    settings: EnginesSettings, packed: ElasticLLM, mask: BlockMask, path: Path
+) -> dict[str, int]:
+    """Predicted and measured bytes of a plan in llama.cpp: weights, cache and workspace."""
+    tokens = settings.context_tokens + settings.steps
+    engine = LlamaCpp(str(path), "f16", 1, tokens, settings.threads or 1)
     buffers = engine.buffers
     measured = engine.model_bytes + sum(buffers.get(n, 0) for n in ("KV", "compute", "output"))
+    engine.close()
+    held = MaskBytes.of(packed.facts, mask)
+    predicted = held.with_request(packed.facts, CACHE_TYPES[0], Request(1, tokens, 1), 256)
     return {"predicted": sum(predicted.values()), "measured": measured}
 
 
@@ -268,7 +303,8 @@ def _write(
     settings: EnginesSettings,
     agreement: Mapping[str, Mapping[str, Any]],
     quantised: Mapping[str, float],
-    speed: Mapping[str, Any],
+    held: Mapping[str, Mapping[str, int]],
+    serving: Mapping[str, Mapping[str, Mapping[str, list[float]]]],
     export_s: float,
 ) -> None:
     targets = []
@@ -282,9 +318,9 @@ def _write(
             harness.Target(what, prompts, None, equal, case),
             harness.Target(f"{engine}: nats/token apart, at worst", None, _SAME_NLL, apart, case),
         ]
-    decode = speed["llama.cpp decode"]
-    faster = harness.ratios(decode["ten blocks"], decode["dense"])
-    off = [100 * abs(b["predicted"] / b["measured"] - 1) for b in speed["bytes"].values()]
+    plans = serving["llama.cpp"]
+    faster = harness.ratios(plans["ten blocks"]["decode_s"], plans["dense"]["decode_s"])
+    off = [100 * abs(found["predicted"] / found["measured"] - 1) for found in held.values()]
     worst = max(map(abs, quantised.values()))
     file = "the model's own GGUF file"
     targets += [
@@ -295,21 +331,32 @@ def _write(
         harness.Target("llama.cpp: % off in bytes, at worst", None, 5.0, max(off), file),
         harness.Target("seconds of an export to GGUF", None, 15.0, export_s, file),
     ]
-    times = {
-        f"{what} s": {name: harness.spread(found) for name, found in sides.items()}
-        for what, sides in speed.items()
-        if what != "bytes"
+    spreads = {
+        engine: {
+            name: {what: harness.spread(values) for what, values in found.items()}
+            for name, found in sides.items()
+        }
+        for engine, sides in serving.items()
     }
-    measured = {"agreement": agreement, "quantised_nll_apart": quantised, "bytes": speed["bytes"]}
+    measured = {
+        "agreement": agreement,
+        "quantised_nll_apart": quantised,
+        "bytes": held,
+        "serving": spreads,
+        "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
+    }
     write_record(
         "engines",
         device="cpu",
         settings=replace(settings, vllm_python=Path(settings.vllm_python).name),
         targets=targets,
-        measured={**measured, **times, "llama_cpp": package_versions([PACKAGE]).get(PACKAGE)},
+        measured=measured,
         notes=[
-            f"Times are of {settings.steps} decode steps behind {settings.context_tokens} tokens, "
-            "and of the prefill of these."
+            f"serving: seconds of the prefill of {settings.context_tokens} tokens and of "
+            f"{settings.steps} decode steps behind them, and resident memory, with pages of mapped "
+            "files; library_bytes is what was resident before the model was opened.",
+            "llama.cpp and our runtime have the weights of the model's own file; vLLM has them in "
+            f"{settings.dtype}, and 1 GiB for its KV cache.",
         ],
     )
 

@@ -1,4 +1,4 @@
-"""The table of what exported plans compute in other engines, from the record of its benchmark."""
+"""Tables of what exported plans compute and cost in other engines, from a benchmark."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ def agreement_markdown(results: Path) -> str:
     Args:
         results: The folder of all records.
     """
-    path = results / "benchmarks" / "engines-cpu.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _record(results)
     measured, settings = record["measured"], record["settings"]
     versions = {
         "llama.cpp": f"llama-cpp-py-sync {measured['llama_cpp']}",
@@ -32,6 +31,45 @@ def agreement_markdown(results: Path) -> str:
         cells = [_cell(measured["agreement"][name][mask]) for name in engines]
         rows.append(f"| {mask} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def serving_markdown(results: Path) -> str:
+    """A row for each engine and plan: seconds and resident memory, with what the dense model takes.
+
+    Args:
+        results: The folder of all records.
+    """
+    record = _record(results)
+    settings, serving = record["settings"], record["measured"]["serving"]
+    rows = [
+        f"| Engine, weights | Removed | Prefill of {settings['context_tokens']} tokens, s | "
+        "Decode, ms per token | Of dense | Resident beyond libraries, MiB |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: |",
+    ]
+    weights = {
+        "llama.cpp": "the file's own",
+        "own": "the file's own",
+        "vLLM": settings["dtype"],
+    }
+    for engine, plans in serving.items():
+        name = "here" if engine == "own" else engine
+        for plan, found in plans.items():
+            decode, dense = (
+                1e3 * side["decode_s"]["median"] / settings["steps"]
+                for side in (found, plans["dense"])
+            )
+            held = found["resident_bytes"]["median"] - found["library_bytes"]["median"]
+            rows.append(
+                f"| {name}, {weights[engine]} | {'nothing' if plan == 'dense' else plan} | "
+                f"{found['prefill_s']['median']:.2f} | {decode:.1f} | {decode / dense:.2f} | "
+                f"{held / 2**20:,.0f} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _record(results: Path) -> Any:
+    path = results / "benchmarks" / "engines-cpu.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _version(cells: dict[str, Any]) -> str:

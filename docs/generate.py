@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine_tables import agreement_markdown
+from engine_tables import agreement_markdown, serving_markdown
 from plan_tables import (
     PLAN_COMPARISONS,
     PLANS,
@@ -99,6 +99,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "engines.md", agreement_markdown(RESULTS))
+    _write(folder / "engines_serving.md", serving_markdown(RESULTS))
     _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
     for version, name in ENVIRONMENTS.items():
         _write(folder / f"environment_{version}.md", environment_page(version, name))

@@ -34,8 +34,6 @@ from experiments.training.score_tables import (
 )
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
-from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.level_scan import useful_levels
 from rap_env.ladder.items import LADDERS
 from rap_env.llm.progress import progress_bar
 from rap_env.plan import MaskOrPlan
@@ -61,7 +59,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     _ = context.one_shot, context.features  # measured first, because the table contains them
     if config.export.masks is not None:
         measure(config, context, recorded)
-    levels = level_costs(context) if config.export.levels else None
+    levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
     scores = recorded | stored_scores(context, plans=config.export.levels)
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if isinstance(plan, BlockMask)}
@@ -75,12 +73,6 @@ def export_scores(config: Config, folder: Path) -> Path:
         say(f"On held-out text ({len(held_out.measured):,} measured):\n{held_out.fidelity}")
     say(f"{len(table.scores):,} masks in {path}. Use the table as model.name=score_table:{path}")
     return path
-
-
-def level_costs(context: PruningContext) -> LevelCosts:
-    """The costs of all levels that the calibration text can measure."""
-    length = int(context.corpus.tokens.shape[1])
-    return context.level_costs(useful_levels(LADDERS["all"]["caches"], length))
 
 
 def measure(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan, float]) -> None:

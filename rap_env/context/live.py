@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, importance_features, load_frontier
-from rap_env.errors import ArtifactError, CorpusError
+from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
-from rap_env.importance.level_costs import LevelCosts, shows_cost, whole_window_tokens
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
-from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 
 if TYPE_CHECKING:
@@ -155,10 +154,6 @@ class LiveContext:
 
         For the default model and text that it writes, the costs in the package are used if they
         have these levels.
-
-        Raises:
-            CorpusError: A window of caches holds whole windows of the text, which cannot tell what
-                it costs.
         """
         key = tuple(cache_levels)
         if key not in self._level_costs:
@@ -209,7 +204,6 @@ class LiveContext:
     def _measured_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
         from rap_env.importance.level_scan import scan_levels
 
-        self._require_windows(cache_levels)
         path = self._artifact(f"levels-{digest(cache_levels)[:8]}")
         if path is not None and path.exists():
             return LevelCosts.load(path, self.llm)
@@ -218,18 +212,6 @@ class LiveContext:
         if path is not None:
             found.save(path)
         return found
-
-    def _require_windows(self, cache_levels: tuple[str, ...]) -> None:
-        length = int(self.corpus.tokens.shape[1])
-        useless = [level for level in cache_levels if not shows_cost(CacheLevel.of(level), length)]
-        if useless:
-            longest = max(whole_window_tokens(CacheLevel.of(level)) for level in useless)
-            raise CorpusError(
-                f"The calibration text has windows of {length} tokens, of which caches at "
-                f"{', '.join(useless)} hold everything, so what these levels cost cannot be "
-                f"measured. Use windows of more than {longest} tokens (window_tokens), or leave "
-                "these levels out of the ladder."
-            )
 
     def _artifact(self, name: str) -> Path | None:
         """The file for one model, text and way of measuring."""

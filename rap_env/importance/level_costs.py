@@ -214,6 +214,8 @@ class LevelCosts(Profile):
     def cost(self, item: str, level: str, seq_len_tokens: int | None = None) -> float:
         """Rise in NLL if an item has a level, with the level's factor, nats per token, at least 0.
 
+        A window that holds the whole sequence costs what its precision costs.
+
         Args:
             item: Name of the item.
             level: Name of the level; 0 for ``native``.
@@ -225,6 +227,11 @@ class LevelCosts(Profile):
         if level == "native":
             return 0.0
         costs = self._corrected.get(item, {})
+        if level not in costs and is_cache(item):
+            tokens = self.window_tokens if seq_len_tokens is None else seq_len_tokens
+            level = _level_at(CacheLevel.of(level), tokens).name
+            if level == "native":
+                return 0.0
         if level not in costs:
             raise UnknownNameError(f"measured level of {item}", level, ["native", *costs])
         cost = costs[level]
@@ -294,6 +301,11 @@ def is_as_exact(item: str, exact: str, level: str) -> bool:
     return CacheLevel.of(exact).lowest(CacheLevel.of(level)) == CacheLevel.of(level)
 
 
+def _level_at(level: CacheLevel, tokens: int) -> CacheLevel:
+    """A level without its window, if that holds the whole of a sequence."""
+    return level if window_share(level, tokens) else CacheLevel(level.bits)
+
+
 def window_share(level: CacheLevel, tokens: int) -> float:
     """Share of a sequence's tokens for which a window hides something, from 0 to 1.
 
@@ -301,16 +313,5 @@ def window_share(level: CacheLevel, tokens: int) -> float:
     """
     if level.window_tokens is None:
         return 0.0
-    return max(0, tokens - whole_window_tokens(level)) / tokens
-
-
-def whole_window_tokens(level: CacheLevel) -> int:
-    """Tokens of the longest sequence of which a window holds everything; 0 without a window."""
-    if level.window_tokens is None:
-        return 0
-    return GROUP_TOKENS * (level.window_tokens // GROUP_TOKENS + SINK_GROUPS + 1)
-
-
-def shows_cost(level: CacheLevel, tokens: int) -> bool:
-    """Whether sequences of `tokens` tokens show what a level costs."""
-    return tokens > whole_window_tokens(level)
+    whole = GROUP_TOKENS * (level.window_tokens // GROUP_TOKENS + SINK_GROUPS + 1)
+    return max(0, tokens - whole) / tokens

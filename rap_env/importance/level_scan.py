@@ -15,8 +15,8 @@ from rap_env.importance.level_costs import (
     TOGETHER,
     LevelCosts,
     is_as_exact,
-    shows_cost,
     shrunk_costs,
+    window_share,
 )
 from rap_env.levels import CacheLevel
 from rap_env.llm.progress import progress_bar
@@ -125,7 +125,8 @@ def measure_jointly(
 
 def useful_levels(cache_levels: Sequence[str], tokens: int) -> list[str]:
     """The levels of caches that differ from others on sequences of `tokens` tokens."""
-    return [c.name for c in map(CacheLevel.of, cache_levels) if shows_cost(c, tokens)]
+    levels = [CacheLevel.of(name) for name in cache_levels]
+    return [c.name for c in levels if c.window_tokens is None or window_share(c, tokens) > 0]
 
 
 def one_shot_plans(facts: ModelFacts, cache_levels: Sequence[str]) -> dict[str, list[str]]:

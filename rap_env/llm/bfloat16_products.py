@@ -2,8 +2,8 @@
 
 Such a CPU emulates bfloat16 at a fifth to a quarter of its speed in float32. Widening both factors,
 multiplying in float32 and rounding the product gives the same sums up to their order, and takes a
-quarter of the time for the hundreds of rows that scores and fits multiply. For single rows, as in
-decoding, it is slower. Other devices and dtypes are not affected.
+quarter of the time for the hundreds of rows that scores, fits and prefills multiply. For single
+rows, as in decoding, it is slower. Other devices and dtypes are not affected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from rap_env.llm.device import BFLOAT16_FLAGS, cpu_capabilities
 
-_PIECE_ELEMENTS = 2**20  # of the weights that are in memory in float32 at a time
+# How many are in float32 at a time: it bounds the memory, and a product of such pieces is as fast.
+_WEIGHTS, _TOKENS = 2**20, 256
 
 
 @lru_cache(maxsize=1)
@@ -44,14 +45,32 @@ def in_float32() -> AbstractContextManager[object]:
     return _Float32Products() if emulated() else contextlib.nullcontext()
 
 
+def linear(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `torch.nn.functional.linear`, (..., in) to (..., out); through float32 if emulated."""
+    if not uses_float32(states.device, states.dtype):
+        return functional.linear(states, weight, bias)
+    rows, out_features = states.reshape(-1, states.shape[-1]), len(weight)
+    product = states.new_empty(len(rows), out_features)
+    step = _weight_rows(weight.shape[1], out_features)
+    for first in range(0, out_features, step):
+        part = slice(first, first + step)
+        wide, wide_bias = weight[part].float(), None if bias is None else bias[part].float()
+        for start in range(0, len(rows), _TOKENS):
+            some = slice(start, start + _TOKENS)
+            product[some, part] = functional.linear(rows[some].float(), wide, wide_bias)
+    return product.view(*states.shape[:-1], out_features)
+
+
 def extra_bytes(
     device: torch.device, dtype: torch.dtype, tokens: int, in_features: int, out_features: int
 ) -> int:
-    """Most bytes that a product of so many tokens takes for a moment, more than the plain one."""
+    """Most bytes that `linear` takes for a moment, more than torch's own."""
     if not uses_float32(device, dtype):
         return 0
-    rows = _piece_rows(in_features, out_features)
-    return 4 * (tokens * (in_features + rows) + rows * in_features)
+    rows = _weight_rows(in_features, out_features)
+    return 4 * (min(tokens, _TOKENS) * (in_features + rows) + rows * in_features)
 
 
 class _Float32Products(TorchFunctionMode):
@@ -63,31 +82,13 @@ class _Float32Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
-        if func is functional.linear and _is_emulated(args[0]):
-            return _linear(*args, **named)
-        if func is torch.addmm and not named and _is_emulated(args[0]):  # GPT-2's Conv1D
-            bias, states, weight = args
-            return _linear(states, weight.T, bias)
+        if func is functional.linear:
+            return linear(*args, **named)
+        if func is torch.addmm and not named and uses_float32(args[1].device, args[1].dtype):
+            bias, states, weight = args  # GPT-2's Conv1D
+            return linear(states, weight.T, bias)
         return func(*args, **named)
 
 
-def _is_emulated(states: torch.Tensor) -> bool:
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu"
-
-
-def _linear(
-    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(..., in), (out, in) and (out,) to (..., out), a few rows of the weights at a time."""
-    wide, out_features = states.float(), len(weight)
-    rows = _piece_rows(weight.shape[1], out_features)
-    product = states.new_empty(*states.shape[:-1], out_features)
-    for start in range(0, out_features, rows):
-        part = slice(start, start + rows)
-        piece_bias = None if bias is None else bias[part].float()
-        product[..., part] = functional.linear(wide, weight[part].float(), piece_bias)
-    return product
-
-
-def _piece_rows(in_features: int, out_features: int) -> int:
-    return min(out_features, max(1, _PIECE_ELEMENTS // in_features))
+def _weight_rows(in_features: int, out_features: int) -> int:
+    return min(out_features, max(1, _WEIGHTS // in_features))

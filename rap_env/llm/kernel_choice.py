@@ -15,6 +15,7 @@ import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
+from rap_env.llm.bfloat16_products import uses_float32
 from rap_env.llm.device import device_kind
 from rap_env.paths import cache_dir
 
@@ -71,6 +72,7 @@ def remembered_rows(
         "processor": device_kind(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **({"widened": "float32"} if uses_float32(torch.device("cpu"), dtype) else {}),
     }
     path = cache_dir() / f"rows-{digest(key)[:16]}.json"
     with contextlib.suppress(OSError, ArtifactError, KeyError, TypeError, ValueError):

@@ -18,6 +18,7 @@ from rap_env.llm.adapter import read_config
 from rap_env.llm.cpu_decode import speed_up_decoding
 from rap_env.llm.default_model import SOURCE_VARIABLE
 from rap_env.llm.device import (
+    DTYPES,
     bound_kernel_caches,
     choose_device,
     choose_dtype,
@@ -29,7 +30,7 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.lean_llama import LeanLlama, lean_config
 from rap_env.llm.packed_folder import is_packed, load_native
 from rap_env.llm.packed_modules import PackedModule, from_matrices, skeleton
-from rap_env.llm.packing import PACKED_LEVELS
+from rap_env.llm.packing import PACKED_LEVELS, choose_packed_dtype
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.llm.quantised_folder import quantised_folder
 from rap_env.llm.sources import load_tokenizer, locate, looks_like_path
@@ -78,7 +79,8 @@ def load_llm(
             a folder that transformers or `save_pruned` wrote, or a ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, if clearly faster, else float32;
-            see `rap_env.llm.device.choose_dtype`), ``"float32"``, ``"bfloat16"`` or
+            see `rap_env.llm.device.choose_dtype`, and for packed weights
+            `rap_env.llm.packing.choose_packed_dtype`), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. A pruned checkpoint has its own.
         weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
             sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
@@ -99,12 +101,14 @@ def load_llm(
         StorageFullError: The disk is full.
     """
     check_name("format of weights", weights, WEIGHTS)
+    check_name("dtype", dtype, ("auto", *DTYPES))
     free_memory_early()  # what loading frees would leave the heap full of holes
     bound_kernel_caches()
     place = choose_device(device)
-    kind = choose_dtype(dtype, place)
     found = locate(model, packed=weights == "native")
     folder = found.folder
+    packed = weights in PACKED_LEVELS or is_packed(folder)
+    kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
     _check_format(folder, weights)
     if (folder / PRUNED_FILE).is_file():
         return _load_pruned(folder, place, None if dtype == "auto" else kind)
@@ -172,13 +176,13 @@ def shared_llm(
     Args and errors are those of `load_llm`; with `max_memory_bytes`, those of `stream_llm`.
     """
     place = choose_device(device)
-    kind = choose_dtype(dtype, place)
     settings = (os.environ.get(SOURCE_VARIABLE, ""), str(cache_dir()))
     name = os.fspath(model)
     if looks_like_path(model):
         name = str(Path(name).expanduser().resolve())
     if weights == "native" and not _may_be_packed(model):
         weights = "bf16"  # the same model
+    kind = (choose_dtype if weights == "bf16" else choose_packed_dtype)(dtype, place)
     key = (name, str(place), str(kind), weights, str(max_memory_bytes), *settings)
     with _shared_lock:
         if key not in _shared:

@@ -27,6 +27,17 @@ def test_masks_name_what_they_remove():
             assert vllm_entries(adapter, mask, stubs=False)
 
 
+def test_served_plans_remove_ten_blocks_each_and_vllm_can_open_them():
+    masks = engines.served_masks(30)
+    counts = {name: (mask.count("attn"), mask.count("ffn")) for name, mask in masks.items()}
+    assert counts == {
+        "dense": (0, 0), "ten blocks": (5, 5), "ten attention blocks": (10, 0),
+        "ten FFN blocks": (0, 10),
+    }  # fmt: skip
+    adapter = adapter_for(tiny_config(layers=30))
+    assert all(vllm_entries(adapter, mask, stubs=False) for mask in masks.values())
+
+
 def test_without_llama_cpp_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match="pip install llama-cpp-py-sync"):
@@ -39,7 +50,7 @@ def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96, layers=6)
     settings = engines.EnginesSettings(
         repeats=1, threads=1, results_dir=str(tmp_path), model=str(tmp_path / "in.gguf"),
-        new_tokens=8, context_tokens=24, steps=4,
+        new_tokens=8, context_tokens=24, steps=4, rounds=1,
     )  # fmt: skip
     engines.main(settings)
     torch.set_num_threads(before)
@@ -50,6 +61,14 @@ def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
     for name, cell in agreement.items():
         assert cell["equal_prompts"] == cell["prompts"] == 8, name
         assert cell["nll_apart"] < 1e-5
+    serving = record["measured"]["serving"]
+    assert set(serving) == {"llama.cpp", "own"}
+    for engine, plans in serving.items():
+        assert set(plans) == set(engines.served_masks(6)), engine
+        for found in plans.values():
+            assert found["prefill_s"]["repeats"] == found["decode_s"]["repeats"] == 1
+            assert found["decode_s"]["low"] > 0
+            assert found["resident_bytes"]["low"] > found["library_bytes"]["low"] > 2**20
     met = {target["what"]: target["met"] for target in record["targets"]}
     assert met["llama.cpp: prompts whose 8 tokens are ours"]
     assert met["seconds of an export to GGUF"]

@@ -15,7 +15,7 @@ from rap_env.context import live as live_module
 from rap_env.context.base import item_importance, item_order
 from rap_env.context.live import PACKAGED_COSTS, LiveContext
 from rap_env.context.table import TableContext
-from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
+from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import LADDERS, Ladder
@@ -44,18 +44,6 @@ def test_costs_are_measured_once_and_kept(tmp_path):
     fewer = again.level_costs(["int8"])  # other levels, another file
     assert "int4" not in fewer.one_shot["layer00.cache"]
     assert len(list(tmp_path.glob("levels-*.json"))) == 2
-
-
-@pytest.mark.parametrize(("length", "enough"), [(96, False), (97, True)])
-def test_a_window_that_holds_whole_windows_of_the_text_is_an_error(tmp_path, length, enough):
-    context = make_ladder_context(length, folder=tmp_path)
-    levels = ("int4", "int4-window32")  # with the sinks and the last group: 96 tokens
-    if enough:
-        assert context.level_costs(levels).cost("layer00.cache", "int4-window32") >= 0
-        return
-    with pytest.raises(CorpusError, match=r"96 tokens, .* int4-window32 .* more than 96 tokens"):
-        context.level_costs(levels)
-    assert not list(tmp_path.glob("levels-*"))
 
 
 def test_packaged_costs_are_used_where_they_fit(tmp_path, monkeypatch):

@@ -173,6 +173,16 @@ def test_levels_without_a_measurement_are_rejected():
     assert scanned().cost("layer00.cache", "native") == 0
 
 
+def test_a_window_that_holds_all_of_the_text_costs_what_its_precision_costs():
+    """It was not measured, since it computes the same on a text of that length."""
+    made = changed(layer00_cache={"int8": 0.1, "int4": 0.2})
+    whole = f"window{made.window_tokens}"
+    assert made.cost("layer00.cache", f"int4-{whole}") == made.cost("layer00.cache", "int4") > 0
+    assert made.cost("layer00.cache", whole) == 0
+    with pytest.raises(UnknownNameError, match="measured level"):
+        made.cost("layer00.cache", f"int4-{whole}", seq_len_tokens=2 * made.window_tokens)
+
+
 def test_unknown_items_are_rejected():
     with pytest.raises(ArtifactError, match=r"layer02\.attn"):
         costs(facts(3)).__class__(**{**vars(costs(facts(3))), "num_layers": 2})

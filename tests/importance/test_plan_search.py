@@ -156,6 +156,20 @@ def test_a_search_starts_from_the_best_plans_of_another_table(context, item_byte
     assert found.scores[best] == context.scorer.nll(best), "measured, not taken over"
 
 
+def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_on():
+    """There a window costs what its precision costs, and plans with it are measured as others."""
+    short = make_ladder_context(length=64, importance="one_shot")
+    ladder = Ladder.of(short.memory.facts, {"weights": ("removed",), "caches": CACHES}, TOGETHER)
+    costs, item_bytes = short.level_costs(CACHES), LadderBytes(short.memory, ladder)
+    assert "int4-window32" not in costs.one_shot["layer00.cache"]
+    config = PlanSearchConfig(evaluations=30, batch=8, requests=8, members=2)
+    found = build_plan_frontier(short.scorer, costs, item_bytes, requests(item_bytes), config)
+    with_windows = [plan for plan in found.scores if "window32" in str(plan)]
+    assert with_windows
+    for plan in with_windows:
+        assert found.scores[plan] == short.scorer.nll(plan)
+
+
 def test_known_plans_of_an_empty_table_fit_nothing(item_bytes):
     table = KnownPlans.of(item_bytes.ladder, {}, 1.0)
     assert table.best(item_bytes.costs(1, 20), 10**12) is None

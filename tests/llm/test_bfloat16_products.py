@@ -63,14 +63,15 @@ def test_sums_are_those_of_float32_rounded_once(on_a_cpu):
 
 
 def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
-    monkeypatch.setattr(bfloat16_products, "_PIECE_ELEMENTS", 16 * 10)
+    monkeypatch.setattr(bfloat16_products, "_WEIGHTS", 16 * 10)
+    monkeypatch.setattr(bfloat16_products, "_TOKENS", 4)
     layer, states = torch.nn.Linear(16, 37).bfloat16(), torch.randn(2, 5, 16).bfloat16()
     with bfloat16_products.in_float32():
         found = layer(states)
     expected = wide_product(states, layer.weight, layer.bias).bfloat16()
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     extra = bfloat16_products.extra_bytes(CPU, torch.bfloat16, 10, 16, 37)
-    assert extra == 4 * (10 * 16 + 10 * 10 + 10 * 16)
+    assert extra == 4 * (4 * 16 + 4 * 10 + 10 * 16)
 
 
 def test_a_transposed_layer_of_gpt2_is_multiplied_the_same_way(on_a_cpu):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.llm import packing
+from rap_env.llm import device, packing
 from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, PackedMatrix, packed_bytes
 from rap_env.llm.quantisers import quantise
 
@@ -191,3 +191,20 @@ def _product_in_thread(matrix: PackedMatrix) -> None:
     thread.start()
     thread.join(30)
     os._exit(int(thread.is_alive()))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "expected"),
+    [
+        ("auto", 96, torch.bfloat16),  # even if unquantised products are faster in float32
+        ("auto", 0, torch.float32),
+        ("float32", 96, torch.float32),
+        ("float16", 96, torch.float16),
+    ],
+)
+def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, rows, expected):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(packing, "kernel_rows", lambda level, dtype: rows)
+    monkeypatch.setattr(device, "remembered_dtype", lambda *about: torch.float32)
+    assert packing.choose_packed_dtype(name, cpu) is expected
+    assert packing.choose_packed_dtype("auto", torch.device("meta")) is torch.float32
