@@ -6,6 +6,32 @@ import json
 from pathlib import Path
 from typing import Any
 
+_COLUMNS = ("transformers", "vLLM", "llama.cpp", "here")
+_FEATURES = (
+    "Families", "Removed blocks", "Levels of weights", "Levels of caches", "Stubs", "Live changes",
+)  # fmt: skip
+
+
+def features_markdown(results: Path) -> str:
+    """A row for each feature of plans: what each engine has of it, as tests showed.
+
+    Args:
+        results: The folder of all records.
+    """
+    path = results / "engines" / "features.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    cells: dict[tuple[str, str], str] = {}
+    for row in record["rows"]:
+        cells[row["feature"], row["engine"]] = row["what"] if row.get("passed") else "not run"
+    rows = [f"| | {' | '.join(_COLUMNS)} |", "| :--- |" + " :--- |" * len(_COLUMNS)]
+    rows += [
+        f"| {feature} | {' | '.join(cells.get((feature, name), 'no') for name in _COLUMNS)} |"
+        for feature in _FEATURES
+    ]
+    passed = sum(row.get("passed", 0) for row in record["rows"])
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return "\n".join([*rows, "", f"{passed} tests showed it, with {versions}."]) + "\n"
+
 
 def agreement_markdown(results: Path) -> str:
     """A row for each plan and engine: equal prompts and the difference in NLL, or why not.

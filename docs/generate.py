@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine_tables import agreement_markdown, serving_markdown
+from engine_tables import agreement_markdown, features_markdown, serving_markdown
 from plan_tables import (
     PLAN_COMPARISONS,
     PLANS,
@@ -98,6 +98,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "leaderboard.md", leaderboard_markdown())
     _write(folder / "soak.md", soak_table())
     _write(folder / "benchmarks.md", benchmarks_table())
+    _write(folder / "engine_features.md", features_markdown(RESULTS))
     _write(folder / "engines.md", agreement_markdown(RESULTS))
     _write(folder / "engines_serving.md", serving_markdown(RESULTS))
     _write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))

@@ -44,3 +44,25 @@ def rap(capsys, monkeypatch, tmp_path):
         return ended.value.code, found.out, found.err
 
     return run
+
+
+def pytest_addoption(parser):
+    """Add the option that records which engine can do what."""
+    what = "write what the tests with the mark engine_feature showed, as the documentation reads it"
+    parser.addoption("--engine-features", metavar="PATH", help=what)
+
+
+def pytest_collection_modifyitems(items):
+    """Attach to each test what it shows of an engine, so that its report has it."""
+    for item in items:
+        for mark in item.iter_markers("engine_feature"):
+            item.user_properties.append(("engine_feature", list(mark.args)))
+
+
+def pytest_configure(config):
+    """Keep the outcomes for the record, in the process that writes it."""
+    path = config.getoption("--engine-features", None)
+    if path and not hasattr(config, "workerinput"):
+        from tests.engine_features import FeatureRecord
+
+        config.pluginmanager.register(FeatureRecord(path))

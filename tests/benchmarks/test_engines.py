@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from experiments.errors import ExperimentError
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.vllm_config import vllm_entries
 from tests.llm.tiny_gguf import write_tiny_gguf
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_llm
+
+SERVED = {
+    "dense", "five attention and five FFN blocks", "ten attention blocks", "ten FFN blocks",
+}  # fmt: skip
 
 
 def test_masks_name_what_they_remove():
@@ -28,14 +33,14 @@ def test_masks_name_what_they_remove():
 
 
 def test_served_plans_remove_ten_blocks_each_and_vllm_can_open_them():
-    masks = engines.served_masks(30)
-    counts = {name: (mask.count("attn"), mask.count("ffn")) for name, mask in masks.items()}
-    assert counts == {
-        "dense": (0, 0), "ten blocks": (5, 5), "ten attention blocks": (10, 0),
-        "ten FFN blocks": (0, 10),
-    }  # fmt: skip
-    adapter = adapter_for(tiny_config(layers=30))
-    assert all(vllm_entries(adapter, mask, stubs=False) for mask in masks.values())
+    ids = SimpleNamespace(input_ids=list(range(5, 21)))
+    llm = tiny_llm(layers=14, tokenizer=lambda text: ids)
+    masks = engines.served_masks(llm)
+    counts = [(mask.count("attn"), mask.count("ffn")) for mask in masks.values()]
+    assert counts == [(0, 0), (5, 5), (10, 0), (0, 10)]
+    for mask in masks.values():
+        assert vllm_entries(llm.adapter, mask, stubs=False)
+        assert not set(mask.indices) & {0, 1, 26, 27}, "the outer layers are kept"
 
 
 def test_without_llama_cpp_it_says_what_to_install(monkeypatch):
@@ -64,7 +69,7 @@ def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
     serving = record["measured"]["serving"]
     assert set(serving) == {"llama.cpp", "own"}
     for engine, plans in serving.items():
-        assert set(plans) == set(engines.served_masks(6)), engine
+        assert set(plans) == SERVED, engine
         for found in plans.values():
             assert found["prefill_s"]["repeats"] == found["decode_s"]["repeats"] == 1
             assert found["decode_s"]["low"] > 0

@@ -111,6 +111,7 @@ def test_a_policy_chooses_for_a_request(exported, model_folder):
     assert memory.peak_bytes(BlockMask(), Request(1, 32, budget)) == budget
 
 
+@pytest.mark.engine_feature("transformers", "Stubs", "all")
 def test_stubs_travel(exported, model_folder, tmp_path):
     llm = load_llm(model_folder, dtype="float32", device="cpu")
     library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
@@ -145,13 +146,20 @@ def test_what_is_no_plan_is_an_error_and_writes_nothing(
     assert not target.exists()
 
 
-def test_a_plan_with_levels_is_no_transformers_folder(rap, model_folder, tmp_path):
+@pytest.mark.engine_feature("transformers", "Levels of weights", "none")
+@pytest.mark.engine_feature("transformers", "Levels of caches", "none")
+@pytest.mark.engine_feature("vLLM", "Levels of weights", "none")
+@pytest.mark.engine_feature("vLLM", "Levels of caches", "none")
+@pytest.mark.parametrize("target", ["hf", "vllm"])
+@pytest.mark.parametrize("levels", [{"weights": "int8"}, {"caches": "int4"}], ids=str)
+def test_a_plan_with_levels_is_no_folder(rap, model_folder, tmp_path, target, levels):
     path = tmp_path / "plan.json"
-    path.write_text(CompressionPlan.uniform(4, weights="int8").to_json())
-    code, _, err = rap("export", tmp_path / "out", "--to", "hf", "--plan", path, "--model",
+    path.write_text(CompressionPlan.uniform(4, **levels).to_json())
+    code, _, err = rap("export", tmp_path / "out", "--to", target, "--plan", path, "--model",
                        model_folder)  # fmt: skip
     assert code == 2
-    assert "each block is native or removed, but the plan has other levels (int8" in err
+    (level,) = levels.values()
+    assert f"each block is native or removed, but the plan has other levels ({level}" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -202,6 +210,7 @@ def gguf_file(tmp_path):
     return path
 
 
+@pytest.mark.engine_feature("llama.cpp", "Levels of caches", "one format for all layers")
 def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
     plan = CompressionPlan.uniform(2, caches="int8", removed=BlockMask.of(1))
     (tmp_path / "plan.json").write_text(plan.to_json())
@@ -220,6 +229,7 @@ def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
     assert sorted(path.name for path in target.parent.iterdir()) == ["out.gguf", "out.md"]
 
 
+@pytest.mark.engine_feature("llama.cpp", "Stubs", "means (rank 0)")
 def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tmp_path):
     llm = load_llm(gguf_file, dtype="float32", device="cpu", weights="bf16")
     mean = torch.linspace(-1, 1, 64)

@@ -58,6 +58,7 @@ def test_the_file_is_the_masked_model(removed, tmp_path):
     torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
 
 
+@pytest.mark.engine_feature("llama.cpp", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2"])
 def test_further_families_with_biases_and_tied_heads(name, tmp_path):
     llm = tiny_llm(name, layers=LAYERS)
@@ -68,6 +69,7 @@ def test_further_families_with_biases_and_tied_heads(name, tmp_path):
     assert ("output.weight" in names) == (name != "llama_tied")
 
 
+@pytest.mark.engine_feature("llama.cpp", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", [n for n in TINY if tiny_config(n).model_type not in LLAMA_LIKE])
 def test_other_families_are_refused_by_name(name, tmp_path):
     with pytest.raises(
@@ -121,6 +123,9 @@ def source_llm(**sizes) -> ElasticLLM:
     return ElasticLLM(tiny_source_model(hidden=64, ffn=96, **sizes), None, name="source")
 
 
+@pytest.mark.engine_feature(
+    "llama.cpp", "Levels of weights", "int8 as `Q8_0`, int4 as `Q4_1`; those of a GGUF source"
+)
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q4_1", "Q8_0"])
 def test_tensors_of_a_gguf_file_are_copied_as_they_are(kind, tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind=kind, hidden=64, ffn=96)
@@ -166,6 +171,9 @@ def test_a_gguf_file_and_its_model_give_the_same_file(tmp_path):
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.engine_feature(
+    "llama.cpp", "Levels of weights", "int8 as `Q8_0`, int4 as `Q4_1`; those of a GGUF source"
+)
 @pytest.mark.parametrize(("level", "kind"), [("int8", Kind.Q8_0), ("int4", Kind.Q4_1)])
 def test_levels_hold_the_values_of_the_live_levels(level, kind, tmp_path):
     llm, path = source_llm(), tmp_path / "a.gguf"
@@ -226,12 +234,14 @@ def test_means_become_biases_and_maps_are_refused(tmp_path):
         export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(0)), path, {0: means[2]})
 
 
+@pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")
 def test_a_model_without_attention_is_refused(tmp_path):
     everything = CompressionPlan(BlockMask.of(*range(0, 2 * LAYERS, 2)))
     with pytest.raises(UnsupportedModelError, match="without any attention block"):
         export_gguf(GgufModel.of_llm(tiny_llm(layers=LAYERS)), everything, tmp_path / "a.gguf")
 
 
+@pytest.mark.engine_feature("llama.cpp", "Levels of caches", "one format for all layers")
 def test_caches_of_several_levels_and_unknown_blocks_are_refused(tmp_path):
     model, path = GgufModel.of_llm(tiny_llm()), tmp_path / "a.gguf"
     with pytest.raises(UnsupportedModelError, match="in one format.*but the plan has int4, native"):

@@ -40,6 +40,8 @@ def test_llama_cpp_computes_exported_files(llama_cpp):
     run(sys.executable, "-m", "pytest", "-q", "-n", "0", tests, PYTHONPATH=path)
 
 
+@pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")
+@pytest.mark.engine_feature("vLLM", "Removed blocks", "any, if the first kept block is attention")
 def test_llama_cpp_and_vllm_choose_our_tokens(llama_cpp, tmp_path):
     """The default model under five masks; what vLLM cannot serve is refused with the reason."""
     venv.create(tmp_path / "vllm", with_pip=True)

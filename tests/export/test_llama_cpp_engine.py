@@ -44,6 +44,7 @@ def greedy(path, prompt: list[int]) -> list[int]:
     return found
 
 
+@pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")
 @pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
 def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_path):
     llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
@@ -58,6 +59,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_pat
     assert greedy(path, prompt.tolist()) == ours[0, 8:].tolist()
 
 
+@pytest.mark.engine_feature("llama.cpp", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2", "linear", "llama3"])
 def test_families_biases_and_rotary_positions(name, tmp_path):
     llm = scaled_llm(name) if name in ("linear", "llama3") else tiny_llm(name)
@@ -66,6 +68,7 @@ def test_families_biases_and_rotary_positions(name, tmp_path):
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-4)
 
 
+@pytest.mark.engine_feature("llama.cpp", "Stubs", "means (rank 0)")
 def test_means_of_stubs_are_added(tmp_path):
     llm, path = tiny_llm(), tmp_path / "a.gguf"
     mean = torch.linspace(-1, 1, 16)

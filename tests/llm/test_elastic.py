@@ -97,6 +97,8 @@ def test_the_empty_mask_is_the_original_model_bit_for_bit(name: str) -> None:
     assert torch.equal(logits(llm.model), before)
 
 
+@pytest.mark.engine_feature("here", "Families", "all")
+@pytest.mark.engine_feature("here", "Removed blocks", "any")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in FAMILIES]
@@ -119,6 +121,7 @@ def test_a_mask_of_both_blocks_equals_a_deleted_layer(name: str) -> None:
         assert torch.equal(masked, logits(without_layer(llm, layer), use_cache=False)), layer
 
 
+@pytest.mark.engine_feature("here", "Removed blocks", "any")
 @EVERY_FAMILY
 def test_removing_everything_leaves_embedding_and_head(name: str) -> None:
     llm = tiny_llm(name)

@@ -134,6 +134,7 @@ def test_bytes_are_the_predicted_ones_after_every_token(name) -> None:
         assert batch.kv_bytes == predicted_bytes(llm, 2, tokens), tokens
 
 
+@pytest.mark.engine_feature("here", "Live changes", "yes")
 @each_family("name", restore=["refill", "next_request"])
 def test_levels_change_between_two_steps(name, restore) -> None:
     """Down at once; up by a refill, or not before the batch is new."""
@@ -189,6 +190,7 @@ def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
         torch.testing.assert_close(mine.keys[row, :, tail], theirs.keys[row, :, tail])
 
 
+@pytest.mark.engine_feature("here", "Levels of caches", "a level for each layer")
 def test_layers_at_different_levels_and_a_joining_batch_at_another_one() -> None:
     llm = long_llm()
     batch, other = LiveBatch(llm, restore="next_request"), LiveBatch(llm)

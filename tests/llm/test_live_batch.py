@@ -42,6 +42,7 @@ def rows_of(batch: LiveBatch) -> list[list[int]]:
     return [list(row) for row in batch._rows]
 
 
+@pytest.mark.engine_feature("here", "Live changes", "yes")
 @each_family("name", switch=SWITCHES)
 def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switch) -> None:
     before, after = switch

@@ -25,6 +25,9 @@ def opened(folder, **options):
     return model
 
 
+@pytest.mark.engine_feature("transformers", "Families", "all")
+@pytest.mark.engine_feature("transformers", "Removed blocks", "any")
+@pytest.mark.engine_feature("transformers", "Stubs", "all")
 @pytest.mark.parametrize("stubs", [False, True], ids=["bare", "stubs"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_opens_the_masked_model(name: str, stubs: bool, tmp_path) -> None:
@@ -100,6 +103,7 @@ def test_a_readme_is_written_into_the_folder(tmp_path) -> None:
     assert (folder / "README.md").read_text() == "# Smaller\n"
 
 
+@pytest.mark.engine_feature("vLLM", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2"])
 def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:
     mask = BlockMask.of(1, 2)
@@ -125,6 +129,8 @@ def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.engine_feature("vLLM", "Removed blocks", "any, if the first kept block is attention")
+@pytest.mark.engine_feature("vLLM", "Stubs", "none")
 @pytest.mark.parametrize(
     ("name", "mask", "stubs", "words"),
     [

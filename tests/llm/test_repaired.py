@@ -43,6 +43,7 @@ def hooked(llm: ElasticLLM, stubs, mask: BlockMask):
     return model
 
 
+@pytest.mark.engine_feature("here", "Stubs", "all")
 @each_family("name", dtype=DTYPES)
 def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)

@@ -69,6 +69,7 @@ def test_levels_below_native_take_fewer_bytes(name: str, dtype: torch.dtype) -> 
     assert facts.widen_bytes > 0
 
 
+@pytest.mark.engine_feature("here", "Levels of weights", "int8, int4")
 @each_family("name", level=["int8", "int4"])
 def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, level: str) -> None:
     llm = tiny_llm(name)
