@@ -23,7 +23,6 @@ from experiments.config.evaluation import LEVELS_SUFFIX
 from experiments.contexts import build_context, held_out_scorer
 from experiments.launch import launch
 from rap_env.artifacts import save_artifact
-from rap_env.command_options import FACTS_VERSION
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
@@ -34,6 +33,7 @@ from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.policies import FACTS_VERSION
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,6 @@ from rap_env.command_options import (
     MIB,
     Command,
     byte_lines,
-    check_fits,
     combined,
     facts_of,
     json_option,
@@ -186,7 +185,7 @@ def choose(
         answer["llama_cpp"] = deployed
         text += f"\n\n{deployment_text(deployed, request)}"
     show(answer, text, as_json)
-    check_fits(memory, plan, request)
+    memory.check_fits(plan, request)
 
 
 def _choice_text(answer: dict[str, Any]) -> str:

@@ -8,16 +8,8 @@ from typing import Any
 
 import click
 
-from rap_env.artifacts import load_artifact
-from rap_env.errors import InfeasibleBudgetError
-from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import MaskOrPlan
-from rap_env.request import Request
 from rap_env.serving.settings import ServerSettings, setting_help
-
-FACTS_VERSION = 2
-"""Format of the file of a model's facts."""
 
 _HELP = setting_help()
 
@@ -82,42 +74,17 @@ def request_options(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 
 
-def default_facts(weights: str = "native") -> ModelFacts:
-    """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
-
-    Args:
-        weights: The format of its weights, ``"native"`` or ``"bf16"``; see `rap_env.load_llm`.
-
-    Raises:
-        ArtifactError: The file is damaged.
-    """
-    from rap_env.runtime.policies import DEFAULT_MODEL, SAVED
-
-    path = SAVED / f"{DEFAULT_MODEL}.facts.json"
-    body = load_artifact(path, "model facts", FACTS_VERSION)[weights]
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
-    return ModelFacts(**fields)
-
-
 def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
     """Facts of a model; any but the default model in bfloat16 is loaded for its fingerprint."""
     if weights in ("native", "bf16"):
+        from rap_env.runtime.policies import default_facts  # loads more than `rap fetch` needs
+
         facts = default_facts(weights)
         if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
             return facts
     from rap_env.llm.loading import load_llm
 
     return load_llm(model, device=device, dtype=dtype, weights=weights).facts
-
-
-def check_fits(memory: MemoryModel, plan: MaskOrPlan, request: Request) -> None:
-    """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
-    if (need := memory.peak_bytes(plan, request)) > request.budget_bytes:
-        least = min(need, memory.least_peak_bytes(request))
-        raise InfeasibleBudgetError(
-            f"This plan needs {need:,} bytes, more than the budget of {request.budget_bytes:,}; "
-            f"without any block the model needs {least:,}."
-        )
 
 
 def byte_lines(answer: dict[str, Any], budget: int) -> list[str]:

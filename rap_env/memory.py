@@ -268,6 +268,15 @@ class MemoryModel:
 
         return draw_memory(self.shares(batch_sizes, seq_lens_tokens))
 
+    def check_fits(self, plan: MaskOrPlan, request: Request) -> None:
+        """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
+        if (need := self.peak_bytes(plan, request)) > request.budget_bytes:
+            least = min(need, self.least_peak_bytes(request))
+            raise InfeasibleBudgetError(
+                f"This plan needs {need:,} bytes, more than the budget of "
+                f"{request.budget_bytes:,}; without any block the model needs {least:,}."
+            )
+
     def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:
         """Estimate: activations of one prefill chunk and one position's float32 logits."""
         return self._workspace(request.batch_size, request.seq_len_tokens, any_ffn)

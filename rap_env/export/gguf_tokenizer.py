@@ -40,7 +40,8 @@ def tokenizer_entries(tokenizer: Any, vocab_size: int) -> dict[str, Entry]:
         vocab_size: Rows of the model's embeddings; missing tokens are padded.
 
     Raises:
-        UnsupportedModelError: It is no byte-level BPE, or its rules have no name in llama.cpp.
+        UnsupportedModelError: It is no byte-level BPE, its rules have no name in llama.cpp, or it
+            has more tokens than there are rows.
     """
     if tokenizer is None:
         return {"tokenizer.ggml.model": ("no_vocab", Value.STRING, None)}
@@ -92,6 +93,12 @@ def _name_of_rules(backend: Mapping[str, Any]) -> str:
 
 def _tokens(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:
     """Text and type of each token."""
+    if len(tokenizer) > vocab_size:
+        raise UnsupportedModelError(
+            f"The tokenizer has {len(tokenizer):,} tokens and the model's embeddings "
+            f"{vocab_size:,} rows, which llama.cpp does not load; add the rows "
+            "(resize_token_embeddings), or remove the tokens."
+        )
     texts = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     for text, number in tokenizer.get_vocab().items():

@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rap_env.blocks import BlockMask
-from rap_env.command_options import default_facts
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.deci import ZERO_FFN_LENGTH, deci_layers
 from rap_env.export.llama_cpp import cache_flags
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
-from rap_env.runtime.policies import FrontierPolicy, load_policy
+from rap_env.runtime.policies import FrontierPolicy, default_facts, load_policy
 
 BATCHES = (256, 128, 64, 32)
 """Tokens of a batch in llama.cpp (``-b`` and ``-ub``), which determine its compute buffer."""

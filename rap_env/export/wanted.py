@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.blocks import BlockMask
-from rap_env.command_options import check_fits
 from rap_env.errors import InvalidRequestError
 from rap_env.export.plan_file import read_plan
 from rap_env.export.static_deployment import Deployment, choose_deployment
@@ -107,7 +106,7 @@ class Wanted:
         else:
             policy = load_policy(self.policy or DEFAULT_POLICY, memory)
             plan, seq = as_plan(policy.choose(self.request)), self.request.seq_len_tokens
-            check_fits(memory, plan, self.request)
+            memory.check_fits(plan, self.request)
         if memory.facts.repair and plan.removed:
             return Chosen(plan, None, "no prediction knows stubs")
         return Chosen(plan, *find_delta_nll(memory, policy, plan, seq))

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rap_env.artifacts import artifact_kind
+from rap_env.artifacts import artifact_kind, load_artifact
 from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
@@ -24,7 +24,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import HasFacts
+from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.observation import ImportanceFeatures, ObservationBuilder
 from rap_env.plan import MaskOrPlan
 from rap_env.plugins import PluginError, find_plugin
@@ -53,8 +53,26 @@ _FILES_OF = {
     "rap-v0": f"{DEFAULT_MODEL}.safetensors",
 }
 
+FACTS_VERSION = 2
+"""Format of the facts of the default model in the package."""
+
 _CACHED_CHOICES = 1024
 _FILES: tuple[type[PolicyFile | LadderPolicyFile], ...] = (PolicyFile, LadderPolicyFile)
+
+
+def default_facts(weights: str = "native") -> ModelFacts:
+    """Facts of the default model in bfloat16, as shipped with the package; needs no torch.
+
+    Args:
+        weights: The format of its weights, ``"native"`` or ``"bf16"``; see `rap_env.load_llm`.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    path = SAVED / f"{DEFAULT_MODEL}.facts.json"
+    body = load_artifact(path, "model facts", FACTS_VERSION)[weights]
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+    return ModelFacts(**fields)
 
 
 class StaticPolicy:

@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from rap_env.command_options import default_facts
 from rap_env.context import live as live_module
 from rap_env.context.base import item_importance, item_order
 from rap_env.context.live import PACKAGED_COSTS, LiveContext
@@ -21,6 +20,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import LADDERS, Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.runtime.policies import default_facts
 from rap_env.scoring.corpus import Corpus
 from tests.envs.playing import DENSE_TIMING, play
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1

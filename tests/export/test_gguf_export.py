@@ -300,6 +300,10 @@ def test_missing_tokens_are_padded_and_added_ones_have_types():
     assert entries["tokenizer.ggml.token_type"] == [1, 1, 1, 3, 4, 5, 5]
     assert entries["tokenizer.ggml.eos_token_id"] == 3
     assert "tokenizer.ggml.bos_token_id" not in entries
+    with pytest.raises(
+        UnsupportedModelError, match="has 5 tokens and the model's embeddings 4 rows"
+    ):
+        tokenizer_entries(tokenizer, 4)
 
 
 def test_a_tokenizer_without_counterpart_is_refused():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.command_options import default_facts
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.static_deployment import (
     BATCHES,
@@ -18,6 +17,7 @@ from rap_env.export.static_deployment import (
 )
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
+from rap_env.runtime.policies import default_facts
 from tests.tiny import tiny_llm
 
 RECORD = Path(__file__).parents[2] / "results" / "ladder" / "llama_cpp" / "llama_cpp.jsonl"

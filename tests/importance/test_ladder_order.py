@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rap_env.command_options import default_facts
 from rap_env.context.live import PACKAGED_COSTS
 from rap_env.envs.config import LadderEnvConfig
 from rap_env.importance.ladder_order import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
@@ -15,6 +14,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.policies import default_facts
 from rap_env.workload import make_sampler
 from tests.runtime.test_knapsack import costs, facts
 

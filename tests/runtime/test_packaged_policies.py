@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from rap_env.command_options import default_facts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
-from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, load_policy
+from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, default_facts, load_policy
 from rap_env.runtime.policy_file import PolicyFile, read_policy
 
 POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
