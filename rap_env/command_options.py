@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import layer_ranges, layers_by_level
 from rap_env.serving.settings import ServerSettings, setting_help
 
 _HELP = setting_help()
@@ -99,29 +100,13 @@ def byte_lines(answer: dict[str, Any], budget: int) -> list[str]:
 
 def level_lines(levels: dict[str, str]) -> list[str]:
     """A line for each level and kind of item, and one for removed blocks in any case."""
-    layers: dict[tuple[str, str], list[int]] = {}
-    for item, level in levels.items():
-        layer, _, kind = item.partition(".")
-        numbers = layers.setdefault((level, kind or item), [])
-        if kind:
-            numbers.append(int(layer.removeprefix("layer")))
+    layers = layers_by_level(levels)
     lines = [
-        f"{level} {kind}{f' ({len(found)}): layers {_ranges(found)}' if found else ''}"
+        f"{level} {kind}{f' ({len(found)}): layers {layer_ranges(found)}' if found else ''}"
         for (level, kind), found in layers.items()
         if level != "removed"
     ]
     removed = {kind: layers.get(("removed", kind), []) for kind in ("attn", "ffn")}
-    parts = [f"{kind} of layers {_ranges(found)}" for kind, found in removed.items() if found]
+    parts = [f"{kind} of layers {layer_ranges(found)}" for kind, found in removed.items() if found]
     count = sum(map(len, removed.values()))
     return [*lines, f"Removed ({count}): {'; '.join(parts) or 'nothing'}"]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, in which runs are ranges, such as ``0-4 7 9-10``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -6,8 +6,9 @@ of each attention block (``layer07.cache``), and the embeddings with the head (`
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -181,6 +182,18 @@ class CompressionPlan:
         found |= {cache_name(layer): level.name for layer, level in self.caches}
         return found if self.embeddings == "native" else {**found, EMBEDDINGS: self.embeddings}
 
+    @cached_property
+    def digest(self) -> str:
+        """12 hex digits of a hash of `to_json`, by which answers and metrics name the plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    @property
+    def summary(self) -> str:
+        """All lowered items in one line: ``removed ffn 3; int4 cache 0-2``, or ``native``."""
+        found = layers_by_level(self.levels).items()
+        parts = (f"{level} {kind} {layer_ranges(numbers)}" for (level, kind), numbers in found)
+        return "; ".join(part.rstrip() for part in parts) or "native"
+
     def check(self, num_blocks: int) -> CompressionPlan:
         """Return the plan itself if all its items exist in a model with `num_blocks` blocks.
 
@@ -266,6 +279,28 @@ def check_levels(plan: CompressionPlan, known: Iterable[str]) -> None:
     for level in {*plan._weights.values(), plan.embeddings} - {"native"}:
         if level not in known:
             raise UnknownNameError("level of weights", level, ["native", *known])
+
+
+def layers_by_level(levels: Mapping[str, str]) -> dict[tuple[str, str], list[int]]:
+    """The layers of items by level and kind of item; the embeddings have no layer."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for item, level in levels.items():
+        layer, _, kind = item.partition(".")
+        numbers = found.setdefault((level, kind or item), [])
+        if kind:
+            numbers.append(int(layer.removeprefix("layer")))
+    return found
+
+
+def layer_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, in which runs are ranges, such as ``0-4 7 9-10``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _shortened(items: list[str], most: int = 4) -> str:

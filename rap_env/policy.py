@@ -13,7 +13,9 @@ class PlanPolicy(Protocol):
 
     Attributes:
         name: The policy's name in records and tables. A policy that lowers weights that it keeps
-            also has an attribute `lowers`, which is true.
+            also has an attribute `lowers`, which is true. A policy that predicts what its plans
+            cost has a method ``delta_nll(plan, seq_len_tokens)``: the rise in NLL in nats per
+            token, or None where it has no prediction.
     """
 
     name: str

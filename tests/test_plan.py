@@ -32,6 +32,19 @@ def test_json_both_ways() -> None:
     assert CompressionPlan.from_json(mask.to_json()) == as_plan(mask)
 
 
+def test_a_digest_tells_plans_apart() -> None:
+    plans = [PLAN, CompressionPlan(), as_plan(BlockMask.of(3)), as_plan(BlockMask.of(3, 4))]
+    assert len({plan.digest for plan in plans}) == len(plans)
+    assert CompressionPlan.of(dict(reversed(LEVELS.items()))).digest == PLAN.digest
+    assert len(PLAN.digest) == 12
+
+
+def test_a_summary_names_levels_with_ranges_of_layers() -> None:
+    assert CompressionPlan().summary == "native"
+    assert PLAN.summary == ("removed ffn 3; int8 attn 1; int4-window512 cache 0; int8 embeddings")
+    assert as_plan(BlockMask.of(0, 2, 4, 10)).summary == "removed attn 0-2 5"
+
+
 def test_equal_plans_are_equal_values() -> None:
     shuffled = CompressionPlan.of(dict(reversed(LEVELS.items())))
     assert shuffled == PLAN

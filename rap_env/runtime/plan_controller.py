@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.levels import WeightLevel
 from rap_env.llm.device import synchronise
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
@@ -134,6 +135,25 @@ class PlanController:
         workspace = estimate.workspace + self._estimator.refill_bytes(plan, shape)
         final = self._estimator.peak_bytes(plan, shape) - self._estimator.workspace_bytes(shape)
         return PassEstimate(workspace, max(estimate.growth, final - self._monitor.held.total))
+
+    def delta_nll(self, plan: CompressionPlan, seq_len_tokens: int) -> float | None:
+        """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
+
+        Args:
+            plan: The plan; the native one has a rise of 0.
+            seq_len_tokens: Length of sequences, on which the cost of windows depends.
+
+        Returns:
+            The prediction; None if the policy has none for the plan.
+        """
+        if not plan:
+            return 0.0
+        predict = getattr(self.policy, "delta_nll", lambda *_: None)
+        try:
+            rise: float | None = predict(plan, seq_len_tokens)
+        except (UnknownNameError, ArtifactError):  # a level that was not measured
+            return None
+        return rise
 
     def note_decode(self) -> None:
         """Note that a pass of all rows has ended, and with it any refill."""
@@ -339,8 +359,7 @@ class PlanController:
             return False
         if plan.removed <= before.removed and not self._newly_lowered(plan, shape):
             return True
-        predict = getattr(self.policy, "delta_nll", lambda *_: None)
-        rise, rise_before = (predict(one, shape.at_least_one[1]) for one in (plan, before))
+        rise, rise_before = (self.delta_nll(p, shape.at_least_one[1]) for p in (plan, before))
         if rise is None or rise_before is None:
             return choice.need_bytes > need_bytes
         return bool(rise < rise_before)

@@ -26,6 +26,19 @@ _NATIVE = CompressionPlan()
 
 
 @dataclass(frozen=True)
+class PlanEvent:
+    """A pass for the request ran with another plan than the pass before, or it was the first one.
+
+    Attributes:
+        plan: The plan. It precedes the tokens that were computed with it.
+        time_s: On the engine's clock, when the pass had ended.
+    """
+
+    plan: CompressionPlan
+    time_s: float
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """A token was generated.
 
@@ -58,7 +71,7 @@ class EndEvent:
     rejection: Rejection | None = None
 
 
-Event = TokenEvent | EndEvent
+Event = PlanEvent | TokenEvent | EndEvent
 Listener = Callable[[Event], None]
 
 
@@ -73,6 +86,7 @@ class RequestHandle:
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
         plans: The plan that each of them was computed with.
+        plan: The plan of the last pass for the request, over its prompt or a token; None before.
         reason: Why the request ended; None before its end.
         error: The error message, if the request failed.
         rejection: Why the engine rejected the request after it had waited, if it did.
@@ -97,6 +111,7 @@ class RequestHandle:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.plans: list[CompressionPlan] = []
+        self.plan: CompressionPlan | None = None
         self.reason: Reason | None = None
         self.error: str | None = None
         self.rejection: Rejection | None = None
@@ -112,6 +127,11 @@ class RequestHandle:
     def masks(self) -> list[BlockMask]:
         """The removed blocks of each token's plan."""
         return [plan.removed for plan in self.plans]
+
+    @property
+    def final_tokens(self) -> int:
+        """Most tokens that its cache will hold; the last generated one is not fed back."""
+        return len(self.prompt_ids) + self.params.max_new_tokens - 1
 
     @property
     def done(self) -> bool:
@@ -146,6 +166,11 @@ class RequestHandle:
             for event in self._events:
                 self._notify(callback, event)
 
+    def note_plan(self, plan: CompressionPlan, time_s: float) -> None:
+        """Note the plan of a pass for the request that has ended; only the engine calls this."""
+        if plan is not self.plan and plan != self.plan:
+            self.emit(PlanEvent(plan, time_s))
+
     def emit(self, event: Event) -> None:
         """Record an event and pass it to the listeners. Only the engine calls this.
 
@@ -161,6 +186,8 @@ class RequestHandle:
                 self.plans.append(event.plan)
                 if self.first_token_s is None:
                     self.first_token_s = event.time_s
+            elif isinstance(event, PlanEvent):
+                self.plan = event.plan
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection

@@ -195,6 +195,7 @@ class Scheduler:
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self.counters.prompt_tokens += count
+            prefilling.sequence.handle.note_plan(plan, self._clock())
             if logits is not None:
                 if self.output.deliver([prefilling.sequence], logits, plan)[0]:
                     self._reserve([*self._decoding, prefilling.sequence])

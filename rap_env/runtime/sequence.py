@@ -59,9 +59,7 @@ class TokenSequence:
                 else the numbers hold for the end of its prefill.
         """
         cached = self.known_tokens - in_batch
-        params = self.handle.params
-        # The last generated token is not fed back.
-        return cached, len(self.handle.prompt_ids) + params.max_new_tokens - 1 - cached
+        return cached, self.handle.final_tokens - cached
 
     def preempt(self, time_s: float) -> None:
         """Note that the sequence goes back to the queue."""
@@ -124,6 +122,8 @@ class OutputProcessor:
         """
         samples = sample_rows([sequence.sampler for sequence in sequences], logits)
         now = self._clock()
+        for sequence in sequences:
+            sequence.handle.note_plan(plan, now)
         pairs = zip(sequences, samples, strict=True)
         return [self._deliver(sequence, sample, plan, now) for sequence, sample in pairs]
 

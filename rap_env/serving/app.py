@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
+from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError, failed, unavailable, unknown_model
 from rap_env.serving.generation import Generation
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
@@ -61,8 +62,7 @@ class Service:
             stop_token_ids=stop_tokens(engine.llm, tokenizer),
         )
         made_of = (engine.llm.fingerprint, engine.controller.plans.policy.name, __version__)
-        digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
-        self.system_fingerprint = f"fp_{digest[:10]}"
+        self._made_of = repr(made_of)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
@@ -99,11 +99,12 @@ class Service:
             raise _shutting_down()
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self._builder.build, body)
-        generation = Generation(self.engine, self.tokenizer, built, self.metrics)
+        predict = partial(self.engine.controller.plans.delta_nll, seq_len_tokens=built.final_tokens)
+        plans = AnswerPlans(predict, self._made_of)
+        generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
         generation.start()
         self._running.add(generation)
-        name, fingerprint = self.settings.served_name, self.system_fingerprint
-        writer = ResponseWriter(built, model=name, fingerprint=fingerprint)
+        writer = ResponseWriter(built, model=self.settings.served_name, plans=plans)
         respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
 
@@ -116,7 +117,7 @@ class Service:
         finally:
             self._finish(generation)
         self.count(request, "ok")
-        return JSONResponse(writer.whole(deltas, usage_of(generation)))
+        return JSONResponse(writer.whole(deltas, usage_of(generation)), headers=writer.headers())
 
     async def _stream(
         self, request: Request, generation: Generation, writer: ResponseWriter

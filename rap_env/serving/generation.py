@@ -14,8 +14,15 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle, TokenEvent
+from rap_env.runtime.request_handle import (
+    EndEvent,
+    Event,
+    PlanEvent,
+    RequestHandle,
+    TokenEvent,
+)
 from rap_env.runtime.sampling import SamplingParams
+from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.detokenizer import Detokenizer, StopStrings, plain_text
 from rap_env.serving.errors import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import ServingMetrics
@@ -68,6 +75,11 @@ class GenerationRequest:
         """Tokens of all prompts, each counted once."""
         return sum(map(len, self.prompts))
 
+    @property
+    def final_tokens(self) -> int:
+        """Most tokens that the cache of one of its answers will hold."""
+        return max(map(len, self.prompts)) + self.params.max_new_tokens - 1
+
     def params_of(self, number: int) -> SamplingParams:
         """Sampling parameters of answer `number`; with a seed, each answer has its own seed."""
         if self.params.seed is None:
@@ -108,15 +120,29 @@ class _Choice:
 
 
 class Generation:
-    """Generates the answers to one request. All methods run in one event loop."""
+    """Generates the answers to one request. All methods run in one event loop.
+
+    Args:
+        engine: Runs it.
+        tokenizer: Makes text of its tokens.
+        request: What to generate.
+        metrics: Where times are counted.
+        plans: Takes in the plans of its passes, before the output that was computed with them.
+    """
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, request: GenerationRequest, metrics: ServingMetrics
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        request: GenerationRequest,
+        metrics: ServingMetrics,
+        plans: AnswerPlans,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self.request = request
         self._metrics = metrics
+        self._plans = plans
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._cancelled_by: Exception | None = None
@@ -169,6 +195,9 @@ class Generation:
             number, event = await self._queue.get()
             choice = self._choices[number]
             if choice.ended:
+                continue
+            if isinstance(event, PlanEvent):
+                self._plans.add(event.plan)
                 continue
             if isinstance(event, TokenEvent):
                 delta = self._token(choice, event)

@@ -80,9 +80,7 @@ class _EngineState(Collector):
         digest = hashlib.sha256(removed.encode()).hexdigest()[:12]
         mask = {"removed": removed, "digest": digest}
         yield InfoMetricFamily("rap_mask", "The removed blocks.", mask)
-        plan = stats.plan.to_json()
-        digest = hashlib.sha256(plan.encode()).hexdigest()[:12]
-        whole = {"plan": plan, "digest": digest}
+        whole = {"plan": stats.plan.to_json(), "digest": stats.plan.digest}
         yield InfoMetricFamily("rap_plan", "Items below their native level.", whole)
         lowered = GaugeMetricFamily(
             "rap_items_lowered", "Items below their native level, removed ones included.",

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError
 from rap_env.serving.generation import Generation, GenerationRequest, OutputDelta, TokenLogprob
 
@@ -22,17 +23,22 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ResponseWriter:
-    """Writes the response to one request."""
+    """Writes the response to one request, with what `plans` reports at the time of writing."""
 
-    def __init__(self, request: GenerationRequest, *, model: str, fingerprint: str) -> None:
+    def __init__(self, request: GenerationRequest, *, model: str, plans: AnswerPlans) -> None:
         self._request = request
+        self._plans = plans
+        self._unfinished = request.size
         self._lengths: dict[int, int] = {}  # characters written of each answer
         self._head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": fingerprint,
         }
+
+    def headers(self) -> dict[str, str]:
+        """Headers that say what produced the response, or the beginning of a stream."""
+        return self._plans.headers()
 
     def whole(self, deltas: Sequence[OutputDelta], usage: Mapping[str, int]) -> dict[str, Any]:
         """Body of the response without streaming, from all deltas of all answers."""
@@ -41,9 +47,11 @@ class ResponseWriter:
             by_answer[delta.index].append(delta)
         return {
             **self._head,
+            "system_fingerprint": self._plans.fingerprint,
             "object": "chat.completion" if self._request.chat else "text_completion",
             "choices": [self._whole_choice(i, parts) for i, parts in enumerate(by_answer)],
             "usage": dict(usage),
+            "rap": self._plans.report(),
         }
 
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
@@ -66,6 +74,7 @@ class ResponseWriter:
 
     def chunks(self, delta: OutputDelta) -> list[bytes]:
         """Events of a stream for one delta; in a chat, the finish reason is a separate event."""
+        self._unfinished -= delta.finish_reason is not None
         if not self._request.chat:
             body = {"text": delta.text}
             return [self._chunk(delta.index, body, delta.logprobs, delta.finish_reason)]
@@ -81,7 +90,8 @@ class ResponseWriter:
         """Last events of a stream."""
         if not self._request.include_usage:
             return [DONE]
-        return [event({**self._stream_head(), "choices": [], "usage": dict(usage)}), DONE]
+        last = {**self._stream_head(), "choices": [], "usage": dict(usage)}
+        return [event({**last, "rap": self._plans.report()}), DONE]
 
     def _chunk(
         self,
@@ -99,11 +109,14 @@ class ResponseWriter:
         chunk = {**self._stream_head(), "choices": [choice]}
         if self._request.include_usage:
             chunk["usage"] = None
+        elif finish_reason is not None and not self._unfinished:
+            chunk["rap"] = self._plans.report()
         return event(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._request.chat else "text_completion"
-        return {**self._head, "object": kind}
+        fingerprint = self._plans.fingerprint  # of the plans so far
+        return {**self._head, "system_fingerprint": fingerprint, "object": kind}
 
     def _logprobs_json(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
@@ -191,9 +204,12 @@ class EventStreamResponse(StreamingResponse):
         self._outcome = "disconnected"
 
     async def first(self) -> None:
-        """Wait for the first delta."""
+        """Wait for the first delta, and take the headers of the plan that it was computed with."""
         async with cancel_on_disconnect(self._request, self._generation):
             self._first = await anext(self._deltas)
+        headers = self._writer.headers()
+        del headers["x-rap-plan-changed"]  # it is not known yet
+        self.headers.update(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream."""

@@ -32,7 +32,7 @@ from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"python", "bash", "toml"}
+LANGUAGES = {"python", "bash", "toml", "json"}
 
 COMPOSED = ["compose only"]
 """In the place of settings: the program takes too long, so its settings are composed."""

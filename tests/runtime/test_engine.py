@@ -13,8 +13,9 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.request_handle import EndEvent, TokenEvent
+from rap_env.runtime.request_handle import EndEvent, PlanEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import Harness, alone, greedy, prompt
 
@@ -126,7 +127,8 @@ def test_events_come_in_order_with_times():
     heard = []
     handle = engine.submit(prompt(3), greedy(4), heard.append)
     harness.run(engine)
-    *tokens, end = heard
+    plan, *tokens, end = heard
+    assert plan == PlanEvent(CompressionPlan(), 0.0)
     assert [event.token_id for event in tokens] == handle.token_ids
     assert all(isinstance(event, TokenEvent) for event in tokens)
     times = [event.time_s for event in tokens]

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt
@@ -132,6 +133,21 @@ def test_each_token_records_its_mask():
         "budget_fell",
         "room",
     ]
+
+
+def test_a_plan_that_changes_within_the_prompt_is_an_event_before_the_first_token():
+    harness = Harness()
+    engine = harness.engine(prefill_chunk_tokens=4)
+    heard = []
+    handle = engine.submit(prompt(8), greedy(4), heard.append)
+    engine.step()
+    harness.budget_bytes = harness.need(BlockMask.of(0, 1, 2), BatchShape(1, 11))
+    harness.run(engine)
+    first, second, *rest = heard
+    assert [event.plan for event in (first, second)] == [CompressionPlan(), harness.llm.plan]
+    assert harness.mask
+    assert [event.plan for event in rest[:-1]] == [harness.llm.plan] * 4
+    assert handle.plan == harness.llm.plan
 
 
 def test_after_a_switch_rows_continue_as_under_the_new_mask():

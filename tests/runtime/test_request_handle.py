@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
-from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
+from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan
+from rap_env.runtime.request_handle import EndEvent, PlanEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 
 
@@ -25,6 +27,17 @@ def test_a_handle_holds_the_results():
     assert made.result(timeout_s=0) is made
     assert (made.token_ids, made.logprobs) == ([7, 8], [-0.5, -0.5])
     assert (made.first_token_s, made.ended_s, made.reason, made.error) == (9.0, 20.0, "stop", None)
+
+
+def test_the_plan_is_an_event_only_where_it_changes():
+    made, heard = handle(), []
+    made.add_listener(heard.append)
+    plans = [CompressionPlan(BlockMask.of(*blocks)) for blocks in ((), (), (3,), ())]
+    for number, plan in enumerate(plans):
+        made.note_plan(plan, float(number))
+    changes = [PlanEvent(plans[0], 0.0), PlanEvent(plans[2], 2.0), PlanEvent(plans[3], 3.0)]
+    assert heard == changes
+    assert made.plan == plans[-1]
 
 
 def test_events_after_the_end_are_ignored():

@@ -9,10 +9,17 @@ from types import SimpleNamespace
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 
+NATIVE = CompressionPlan()
 PLAN = CompressionPlan.of(
     dict.fromkeys(("layer00.attn", "layer01.ffn", "layer01.attn"), "removed")
     | {"layer02.cache": "int4", "layer03.cache": "int4", "layer02.ffn": "int8"}
 )
+
+
+def delta_nll(plan, seq_len_tokens):
+    """A prediction that depends on the length; none for plans that lower embeddings."""
+    rise = len(plan.levels) * seq_len_tokens / 1000
+    return None if plan.embeddings != "native" else rise
 
 
 class FakeEngine:
@@ -25,20 +32,27 @@ class FakeEngine:
         gate: Waited for before the last token, if given.
         end: Reason of the end, or an exception that `submit` raises.
         error: Its sentence.
+        plans: The plan of each token; the last one is also that of all further tokens.
     """
 
-    def __init__(self, tokenizer, text="hello", *, pace_s=0.0, gate=None, end="stop", error=None):
+    def __init__(
+        self, tokenizer, text="hello", *, pace_s=0.0, gate=None, end="stop", error=None,
+        plans=(NATIVE,),
+    ):  # fmt: skip
         self.tokens = tokenizer.encode(text, add_special_tokens=False)
         self.pace_s = pace_s
         self.gate = gate
         self.end = end
         self.error = error
+        self.plans = plans
         self.max_seq_len_tokens = 64
         self.handles = []
         self.alive = True
         self.closed = False
-        plans = SimpleNamespace(switches=3, decisions=5, policy=SimpleNamespace(name="dense"))
-        self.controller = SimpleNamespace(plans=plans)
+        controller = SimpleNamespace(
+            switches=3, decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
+        )
+        self.controller = SimpleNamespace(plans=controller)
         self.llm = SimpleNamespace(
             fingerprint="0123",
             model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),
@@ -71,7 +85,9 @@ class FakeEngine:
                     break
             if handle.cancelled:
                 return handle.emit(EndEvent("cancelled", None, time.monotonic()))
-            handle.emit(TokenEvent(token, -0.5, time.monotonic()))
+            plan = self.plans[min(number, len(self.plans) - 1)]
+            handle.note_plan(plan, time.monotonic())
+            handle.emit(TokenEvent(token, -0.5, time.monotonic(), plan))
         handle.emit(EndEvent(self.end, self.error, time.monotonic()))
         return None
 

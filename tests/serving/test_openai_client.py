@@ -183,6 +183,10 @@ def test_the_mask_changes_while_a_stream_runs(client, budget):
             budget.resumed.set()
     budget.pause_after = float("inf")
     assert text != before
+    assert chunk.model_extra["rap"] == {
+        "plan": budget.engine.stats().plan.digest, "delta_nll": None,  # this policy predicts none
+        "levels": budget.engine.stats().plan.summary, "plan_changed": True,
+    }  # fmt: skip
     masks = [len(mask) for mask in budget.masks]
     assert masks[0] == 0
     assert masks[-1] >= 4
