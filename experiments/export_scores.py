@@ -4,7 +4,8 @@ The table has the scores that the store has of the model on the calibration text
 importance that agents observe. ``export.masks=20000`` first measures masks (see
 `experiments.training.score_tables`) until the store has as many; after a kill, the same command
 resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
-comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text.
+comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text;
+``export.held_out_masks=300`` measures that for masks of the table too.
 ``export.levels=true model.weights=native`` adds what ``RAPPrune-v1`` needs: the costs of levels,
 which are measured unless the package or the cache has them, and the scores of plans.
 """
@@ -12,6 +13,7 @@ which are measured unless the package or the cache has them, and the scores of p
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,21 +24,22 @@ from pathlib import Path
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
 from experiments.console import say
-from experiments.contexts import build_context
+from experiments.contexts import build_context, held_out_scorer
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.training.recorded_scores import recorded_held_out, recorded_scores
+from experiments.training.recorded_scores import held_out_losses, recorded_scores
 from experiments.training.score_tables import (
     importance_orders,
     planned_masks,
     stored_scores,
     table_of,
 )
-from rap_env.blocks import BlockMask
+from rap_env.blocks import BlockMask, every_mask
 from rap_env.context.base import PruningContext
 from rap_env.ladder.items import LADDERS
 from rap_env.llm.progress import progress_bar
 from rap_env.plan import MaskOrPlan
+from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.scorer import bar_callback
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     scores = recorded | stored_scores(context, plans=config.export.levels)
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if isinstance(plan, BlockMask)}
-    held_out = recorded_held_out(config.export.records, context)
+    held_out = measure_held_out(config, context, scores)
     table = table_of(config, context, scores, levels=levels, held_out=held_out)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
@@ -80,7 +83,9 @@ def measure(config: Config, context: PruningContext, recorded: Mapping[MaskOrPla
     wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
     known = set(recorded) | set(stored_scores(context, plans=False))
     known = {plan for plan in known if isinstance(plan, BlockMask)}
-    plan = planned_masks(blocks, importance_orders(context, config), config.seed)
+    plan = every_mask(blocks)
+    if wanted < 2**blocks:
+        plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     missing = list(
         islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
     )
@@ -101,12 +106,28 @@ def measure(config: Config, context: PruningContext, recorded: Mapping[MaskOrPla
             )  # fmt: skip
 
 
+def measure_held_out(
+    config: Config, context: PruningContext, scores: Mapping[MaskOrPlan, float]
+) -> HeldOutLosses | None:
+    """Return what plans lose on held-out text: the recorded ones, and as many masks as wanted."""
+    records, wanted = config.export.records, config.export.held_out_masks
+    if wanted is None:
+        return held_out_losses(records, context)
+    masks = sorted(
+        (one for one in scores if isinstance(one, BlockMask) and one), key=lambda one: one.names
+    )
+    drawn = random.Random(config.seed).sample(masks, min(wanted, len(masks)))
+    scorer = held_out_scorer(config.evaluate.text, "report", context)
+    with progress_bar(config.progress, total=len(drawn), desc="held-out", unit="mask") as bar:
+        return held_out_losses(records, context, scorer, drawn, bar_callback(bar))
+
+
 def _check(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan, float]) -> None:
     """Check that a table can be made, before anything is measured.
 
     Raises:
         ExperimentError: There is no store; it is empty and no masks are to be measured; or the
-            number of masks is more than half of all masks of the model.
+            number of masks is more than half of all masks of the model, and not all of them.
     """
     name, blocks = context.llm.name, context.memory.facts.num_blocks
     wanted = config.export.masks
@@ -121,10 +142,10 @@ def _check(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan
             "dtype, device and number of threads. Measure some with export.masks=20000, or use "
             "the settings that the scores were measured with."
         )
-    if wanted is not None and wanted > 2 ** (blocks - 1):
+    if wanted is not None and wanted > 2 ** (blocks - 1) and wanted != 2**blocks:
         raise ExperimentError(
-            f"{name} has {blocks} blocks, thus {2**blocks} masks; export.masks may be at most "
-            f"half of them, {2 ** (blocks - 1)}, not {wanted}."
+            f"{name} has {blocks} blocks, thus {2**blocks} masks; export.masks may be all of them "
+            f"or at most half, {2 ** (blocks - 1)}, not {wanted}."
         )
 
 

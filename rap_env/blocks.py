@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from typing import Literal
 
 from rap_env.errors import ArtifactError, UnknownNameError
@@ -174,3 +175,9 @@ class BlockMask:
 
     def __str__(self) -> str:
         return "dense" if not self.indices else f"without {', '.join(self.names)}"
+
+
+def every_mask(num_blocks: int) -> Iterator[BlockMask]:
+    """All masks of a model, those that remove few blocks first."""
+    for count in range(num_blocks + 1):
+        yield from (BlockMask.of(*chosen) for chosen in combinations(range(num_blocks), count))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from agents.baselines.base import Baseline, CountingScorer, fits, price_per_byte
-from rap_env.blocks import BlockMask
+from rap_env.blocks import BlockMask, every_mask
 from rap_env.errors import SearchTooLargeError
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
@@ -183,11 +182,7 @@ class OracleBaseline(Baseline):
                 f"{blocks} blocks and so 2^{blocks} masks. Use a model of at most {MOST_BLOCKS} "
                 "blocks, or another baseline such as 'evolutionary'."
             )
-        self._masks = [
-            BlockMask.of(*chosen)
-            for count in range(blocks + 1)
-            for chosen in itertools.combinations(range(blocks), count)
-        ]
+        self._masks = list(every_mask(blocks))
 
     def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
         if fits(self.memory, BlockMask(), request):

@@ -135,10 +135,14 @@ class ExportConfig(Section):
 
     section = "export"
     masks: Count | None = None
-    """Masks that the store must have; missing ones are measured first. null measures none."""
+    """Masks that the store must have, all or at most half of them; missing ones are measured first.
+    null measures none."""
     levels: bool = False
     """Whether the table has the costs of levels and measured plans, as ``RAPPrune-v1`` needs."""
     records: list[str] = field(default_factory=list)
     """Folders of comparisons on the same model and text, whose measured scores are added."""
+    held_out_masks: Count | None = None
+    """Masks of the table, drawn at random, whose losses on ``evaluate.text`` are measured too. null
+    measures none; with the plans of the records there must be none or 100."""
     path: str | None = None
     """The table's file; null for one in the run folder."""

@@ -6,17 +6,23 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.comparison.records import ResultRow, read_records, rows_below
 from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
 from experiments.training.score_model import ROUNDS_FILE, scored_masks
 from rap_env.artifacts import artifact_kind
+from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.plan import MaskOrPlan, simplest
 from rap_env.scoring.held_out import HeldOutLosses
+from rap_env.scoring.interface import OnScore
+
+if TYPE_CHECKING:
+    from rap_env.scoring.scorer import MaskScorer
 
 Folders = Sequence[str | os.PathLike[str]]
 
@@ -67,12 +73,21 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, flo
     return found
 
 
-def recorded_held_out(folders: Folders, context: PruningContext) -> HeldOutLosses | None:
-    """Return what the plans of some comparisons lost on the text that most of them report.
+def held_out_losses(
+    folders: Folders,
+    context: PruningContext,
+    scorer: MaskScorer | None = None,
+    masks: Sequence[BlockMask] = (),
+    on_score: OnScore | None = None,
+) -> HeldOutLosses | None:
+    """Return what plans lose on held-out text: those of some comparisons, and measured masks.
 
     Args:
         folders: As for `recorded_scores`.
         context: The model and calibration text of the comparisons.
+        scorer: Measures on the text; None for that which most of the recorded plans report.
+        masks: Masks to measure with it, with scores on the calibration text.
+        on_score: Called with each measured mask.
 
     Returns:
         None if no plan was evaluated.
@@ -82,16 +97,21 @@ def recorded_held_out(folders: Folders, context: PruningContext) -> HeldOutLosse
     """
     rows = [row for folder in map(Path, folders) for row in _rows(folder, context)]
     texts = Counter(_report_sha256(row) for row in rows)
-    if not texts:
+    if scorer is None and not texts:
         return None
-    ((reported, _),) = texts.most_common(1)
-    rows = [row for row in rows if _report_sha256(row) == reported]
-    return HeldOutLosses.fitted(
-        rows[0].provenance["depends_on"]["report_text"],
-        {row.plan: row.loss for row in rows},
-        {row.plan: row.loss_calibration for row in rows},
-        context.memory.facts.num_blocks,
-    )
+    text = texts.most_common(1)[0][0] if scorer is None else scorer.corpus.sha256
+    rows = [row for row in rows if _report_sha256(row) == text]
+    losses = {row.plan: row.loss for row in rows}
+    calibration = {row.plan: row.loss_calibration for row in rows}
+    if scorer is None:
+        provenance = rows[0].provenance["depends_on"]["report_text"]
+    else:
+        provenance = scorer.corpus.provenance
+        known = context.scorer
+        for mask, nll in zip(masks, scorer.nll_many(masks, on_score), strict=True):
+            losses[mask] = nll - scorer.dense_nll
+            calibration[mask] = known.nll(mask) - known.dense_nll
+    return HeldOutLosses.fitted(provenance, losses, calibration, context.memory.facts.num_blocks)
 
 
 def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:

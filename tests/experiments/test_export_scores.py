@@ -19,7 +19,7 @@ from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.training import AgentConfig, FrontierConfig
-from experiments.contexts import build_context
+from experiments.contexts import build_context, held_out_scorer
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
 from experiments.profile import profile
@@ -63,6 +63,26 @@ def config(tmp_path_factory):
 def exported(config):
     """The table's path."""
     return export_scores(config, config.stage_dir("export_scores"))
+
+
+def test_a_table_may_have_every_mask_and_losses_of_some_on_held_out_text(config, tmp_path):
+    text = TextConfig(source="self", windows=2, window_tokens=12, seed=1)
+    tiny_model(layers=4).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    whole = replace(
+        config, model=replace(config.model, name=str(tmp_path / "model")),
+        store=str(tmp_path / "whole.sqlite"), export=ExportConfig(256, held_out_masks=110),
+        evaluate=replace(config.evaluate, text=text),
+    )  # fmt: skip
+    table = ScoreTable.load(export_scores(whole, tmp_path / "run"))
+    assert len(table.scores) == 256
+    assert len(table.held_out.measured) == 110
+    context = build_context(whole)
+    report = held_out_scorer(text, "report", context)
+    for mask in list(table.held_out.measured)[:5]:
+        assert table.scores[mask] == context.scorer.nll(mask)
+        expected = report.nll(mask) - report.dense_nll
+        assert table.held_out.measured[mask] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
@@ -212,7 +232,7 @@ def test_an_empty_store_is_reported_before_measuring(config, tmp_path):
 def test_more_masks_than_the_model_has_are_rejected(config, tmp_path):
     many = replace(config, export=ExportConfig(masks=600))
     with pytest.raises(
-        RapError, match="10 blocks, thus 1024 masks.*at most half of them, 512, not 600"
+        RapError, match="10 blocks, thus 1024 masks.*all of them or at most half, 512, not 600"
     ):
         export_scores(many, tmp_path / "run")
     with pytest.raises(RapError, match=r"export\.masks must be at least 1, not 0"):
