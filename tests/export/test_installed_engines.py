@@ -49,7 +49,13 @@ def test_llama_cpp_and_vllm_choose_our_tokens(llama_cpp, tmp_path):
     run(python, "-m", "pip", "install", "-q", VLLM)
     run(python, "-m", "pip", "uninstall", "-q", "-y", *UNUSABLE)
     path = os.pathsep.join([str(ROOT), str(llama_cpp)])
-    settings = ["threads=1", "repeats=1", f"vllm_python={python}", f"results_dir={tmp_path}"]
+    settings = [
+        "threads=1",
+        "repeats=1",
+        "rounds=1",
+        f"vllm_python={python}",
+        f"results_dir={tmp_path}",
+    ]
     run(sys.executable, "-m", "benchmarks.engines", *settings, PYTHONPATH=path)
     (record,) = tmp_path.glob("engines-*.json")
     agreement = json.loads(record.read_text())["measured"]["agreement"]
