@@ -210,6 +210,14 @@ class RuntimeController:
         limit = self.monitor.budget_limit_bytes() - self.monitor.margin.bytes
         return self.plans.smallest_bytes(shape, limit) <= limit
 
+    def could_fit_now(self, shape: BatchShape) -> bool:
+        """Whether a batch, with nothing else running, can fit in the present budget.
+
+        Any thread may call it.
+        """
+        limit = self.monitor.budget_bytes - self.monitor.margin.bytes
+        return self.plans.smallest_bytes(shape, limit) <= limit
+
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Whether a batch can never fit by what is measured now, even with nothing else running."""
         self.monitor.trim()

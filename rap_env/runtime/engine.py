@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
+from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
@@ -100,12 +101,27 @@ class Engine:
         self._turn_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
+        self._turn_error: Exception | None = None  # of the last turn
         self._thread: threading.Thread | None = None
 
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs: it was started, and neither closed nor ended."""
         return self._thread is not None and self._thread.is_alive() and not self._closing
+
+    def unready_reason(self) -> str | None:
+        """Why no request can be served now, or None; from any thread, without waiting for a step.
+
+        Requests that are submitted nevertheless wait until they can be served.
+        """
+        if not self.alive:
+            return "The engine does not run."
+        if self._turn_error is not None:
+            return f"The last turn of the engine failed: {self._turn_error}"
+        if not self.controller.could_fit_now(BatchShape(1, 1)):
+            budget = self.controller.monitor.budget_bytes
+            return f"No plan fits a request of one token into the budget of {budget:,} bytes."
+        return None
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None
@@ -227,10 +243,12 @@ class Engine:
             if not self._try(self.step):
                 self._wake.wait(_IDLE_POLL_S)
 
-    @staticmethod
-    def _try(action: Callable[[], bool | None]) -> bool:
+    def _try(self, action: Callable[[], bool | None]) -> bool:
         try:
-            return bool(action())
-        except Exception:
+            worked = bool(action())
+        except Exception as error:
+            self._turn_error = error
             log.exception("A turn of the engine failed; the engine continues.")
             return False
+        self._turn_error = None
+        return worked

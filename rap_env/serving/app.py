@@ -1,4 +1,4 @@
-"""ASGI application: OpenAI's completion routes, health and metrics."""
+"""ASGI application: OpenAI's completion routes, and routes for operators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from rap_env.errors import RapError
 from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError, failed, unavailable, unknown_model
 from rap_env.serving.generation import Generation
-from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
+from rap_env.serving.metrics import ServingMetrics
+from rap_env.serving.probes import probe_router
 from rap_env.serving.prompts import RequestBuilder, stop_tokens
 from rap_env.serving.responses import (
     EventStreamResponse,
@@ -29,6 +30,7 @@ from rap_env.serving.responses import (
 )
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
 from rap_env.serving.settings import ServerSettings
+from rap_env.serving.tokenization import tokenization_router
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Service:
         self.metrics = ServingMetrics(engine, settings)
         self.closing = False
         self._running: set[Generation] = set()
-        self._builder = RequestBuilder(
+        self.builder = RequestBuilder(
             tokenizer,
             settings,
             context_tokens=engine.max_seq_len_tokens,
@@ -98,7 +100,7 @@ class Service:
         if self.closing:
             raise _shutting_down()
         body = await read_body(request, schema, self.settings)
-        built = await asyncio.to_thread(self._builder.build, body)
+        built = await asyncio.to_thread(self.builder.build, body)
         predict = partial(self.engine.controller.plans.delta_nll, seq_len_tokens=built.final_tokens)
         plans = AnswerPlans(predict, self._made_of)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
@@ -176,19 +178,22 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
             return error_response(unknown_model(name, served))
         return JSONResponse(model)
 
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        if service.closing:
-            return JSONResponse({"status": "closing"}, 503)
-        if not engine.alive:
-            return JSONResponse({"status": "engine stopped"}, 503)
-        return JSONResponse({"status": "ok", "model": served})
+    app.include_router(
+        probe_router(engine, service.metrics, model=served, closing=lambda: service.closing)
+    )
+    app.include_router(
+        tokenization_router(
+            service.builder, tokenizer, settings, context_tokens=engine.max_seq_len_tokens
+        )
+    )
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        # In a thread: reading the memory of the process may wait for a step to end.
-        text = await asyncio.to_thread(service.metrics.render)
-        return Response(text, headers={"content-type": CONTENT_TYPE})
+    @app.exception_handler(ApiError)
+    async def api_error(_request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:

@@ -45,8 +45,7 @@ class RequestBuilder:
         Raises:
             ApiError: The model is not the served one (404), or a limit is exceeded (400).
         """
-        if body.model != self._settings.served_name:
-            raise unknown_model(body.model, self._settings.served_name)
+        self.check_model(body.model)
         stop_strings = self._stop_strings(body)
         most = self._settings.max_new_tokens
         if body.new_tokens is not None and body.new_tokens > most:
@@ -56,7 +55,7 @@ class RequestBuilder:
                 "max_tokens",
             )
         if isinstance(body, ChatCompletionRequest):
-            prompts = [self._chat(body.messages)]
+            prompts = [self.encode_chat(body.messages)]
         else:
             prompts = self._prompts(body.prompt)
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
@@ -79,6 +78,11 @@ class RequestBuilder:
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
+
+    def check_model(self, name: str | None) -> None:
+        """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""
+        if name not in (None, self._settings.served_name):
+            raise unknown_model(name, self._settings.served_name)
 
     def _stop_strings(self, body: BaseCompletionRequest) -> list[str]:
         most, longest = self._settings.max_stop_strings, self._settings.max_stop_chars
@@ -137,7 +141,25 @@ class RequestBuilder:
             stop_token_ids=self._stop_token_ids,
         )
 
-    def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        with self._lock:
+            return self._encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """Token ids of messages in the model's chat template.
+
+        The template writes the special tokens itself; `add_special_tokens` adds the tokenizer's.
+
+        Raises:
+            ApiError: There is no chat template, or it rejects the messages (400).
+        """
         if not getattr(self._tokenizer, "chat_template", None):
             raise invalid(
                 "This model has no chat template; use /v1/completions instead.",
@@ -155,10 +177,9 @@ class RequestBuilder:
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
+                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
-                # The template writes the special tokens itself.
-                return self._encode(text, add_special_tokens=False)
+                return self._encode(text, add_special_tokens=add_special_tokens)
         except ImportError:
             raise
         except Exception as error:  # a template is a program that may raise anything
@@ -186,8 +207,7 @@ class RequestBuilder:
 
     def _prompt(self, entry: Any) -> list[int]:
         if isinstance(entry, str):
-            with self._lock:
-                ids = self._encode(entry, add_special_tokens=True)
+            ids = self.encode_text(entry)
         elif _is_ids(entry):
             ids = list(entry)
         else:

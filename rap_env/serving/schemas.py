@@ -83,10 +83,21 @@ class CompletionRequest(BaseCompletionRequest):
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
+FieldsT = TypeVar("FieldsT", bound=BaseModel)
 
 
 async def read_body(request: Request, schema: type[BodyT], settings: ServerSettings) -> BodyT:
-    """Read and validate the body of an HTTP request.
+    """Read and validate the body of a completion request.
+
+    Raises:
+        ApiError: As for `read_json`, or a field is invalid (400).
+        ClientDisconnect: The client disconnected.
+    """
+    return validate(schema, await read_json(request, settings))
+
+
+async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
+    """Read the body of an HTTP request, a JSON object.
 
     Raises:
         ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it declares its
@@ -99,7 +110,7 @@ async def read_body(request: Request, schema: type[BodyT], settings: ServerSetti
             f"Unsupported content type: '{shown(kind)}'; send 'Content-Type: application/json'.",
             code="unsupported_content_type",
         )
-    return validate(schema, parse_json(await _read(request, settings)))
+    return parse_json(await _read(request, settings))
 
 
 async def _read(request: Request, settings: ServerSettings) -> bytes:
@@ -165,10 +176,7 @@ def _reject_constant(name: str) -> NoReturn:
 
 def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
     """Validate a parsed body; a missing, invalid or unsupported field is an `ApiError` (400)."""
-    try:
-        request = schema.model_validate(body)
-    except ValidationError as error:
-        raise _first_error(error) from None
+    request = validate_fields(schema, body)
     _check_other_fields(request.model_extra or {}, chat=schema is ChatCompletionRequest)
     if isinstance(request, CompletionRequest) and request.logprobs:
         raise invalid(
@@ -178,6 +186,14 @@ def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
     return request
+
+
+def validate_fields(schema: type[FieldsT], body: dict[str, Any]) -> FieldsT:
+    """Validate the declared fields of a parsed body; an invalid one is an `ApiError` (400)."""
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise _first_error(error) from None
 
 
 def _first_error(error: ValidationError) -> ApiError:
@@ -191,6 +207,8 @@ def _first_error(error: ValidationError) -> ApiError:
         return invalid(
             f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
         )
+    if found["type"] == "extra_forbidden":
+        return _unknown_parameter(param)
     wrong_type = found["type"].endswith("_type")
     return invalid(
         f"Invalid {'type' if wrong_type else 'value'} for '{param}': {found['msg']}, "
@@ -198,6 +216,10 @@ def _first_error(error: ValidationError) -> ApiError:
         param,
         "invalid_type" if wrong_type else "invalid_value",
     )
+
+
+def _unknown_parameter(name: str) -> ApiError:
+    return invalid(f"Unknown parameter: '{shown(name)}'.", shown(name), "unknown_parameter")
 
 
 _OTHER_FIELDS: dict[str, Any] = package_json("rap_env.serving", "other_fields.json")
@@ -212,7 +234,7 @@ def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
         if name in _OTHER_FIELDS["ignored"]:
             continue
         if name not in limits:
-            raise invalid(f"Unknown parameter: '{shown(name)}'.", shown(name), "unknown_parameter")
+            raise _unknown_parameter(name)
         if value not in limits[name]["neutral"]:
             hint = limits[name]["hint"]
             message = f"Unsupported parameter: '{name}' is not supported with this server; {hint}"

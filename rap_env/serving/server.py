@@ -14,16 +14,20 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rap_env.errors import ServingSettingsError
-from rap_env.serving.app import Service
-from rap_env.serving.errors import unavailable
+from rap_env.serving.app import Service, error_response
+from rap_env.serving.errors import ApiError, unavailable
+from rap_env.serving.probes import UNLIMITED_PATHS
 from rap_env.serving.settings import ServerSettings
 
 _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _START_TIMEOUT_S = 60.0
+_MOST_ABOVE_LIMIT = 16
+"""Most connections above the limit that are open at a time, for probes."""
 _FLUSH_S = 5
 """Seconds after the grace period in which error responses are still written to clients."""
 
@@ -31,9 +35,12 @@ _FLUSH_S = 5
 def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
     """Make uvicorn's HTTP protocol with a connection limit and timeouts.
 
-    It closes connections that do not send a header in time or do not read their answer, and
-    rejects connections above the limit with status 503.
+    It closes connections that do not send a header in time or do not read their answer.
+    Connections above the limit get one response: probes and metrics are answered, all else is
+    rejected with status 503. A few of them are open at a time; a further one replaces the oldest
+    that has not sent its request yet.
     """
+    above_limit: dict[GuardedProtocol, None] = {}  # the oldest first
 
     class GuardedProtocol(H11Protocol):
         _header_timer: asyncio.TimerHandle | None = None
@@ -41,14 +48,22 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > settings.max_connections:
-                transport.write(_too_many_connections())
-                transport.close()
-                return
             self._start_header_timer()
+            if len(self.connections) - len(above_limit) > settings.max_connections:
+                above_limit[self] = None
+                self.app = _answer_above_limit(self.app)
+                if len(above_limit) > _MOST_ABOVE_LIMIT:
+                    next(each for each in above_limit if each._waits())._reject()
 
         def _start_header_timer(self) -> None:
             self._header_timer = self.loop.call_later(settings.header_timeout_s, self._no_header)
+
+        def _waits(self) -> bool:
+            return self.cycle is None and not self.transport.is_closing()
+
+        def _reject(self) -> None:
+            self.transport.write(_too_many_connections())
+            self.transport.close()
 
         def handle_events(self) -> None:
             before = self.cycle
@@ -62,6 +77,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._header_timer = _cancelled(self._header_timer)
             self._write_timer = _cancelled(self._write_timer)
+            above_limit.pop(self, None)
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
@@ -86,9 +102,29 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
+def _answer_above_limit(app: ASGIApp) -> ASGIApp:
+    """Application of a connection above the limit, which is closed after its first response."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        known = scope["path"] in UNLIMITED_PATHS
+        response = app if known else error_response(_too_many())
+        await response(scope, receive, send_and_close)
+
+    return answer
+
+
+def _too_many() -> ApiError:
+    return unavailable("Too many connections; ask again later.", "too_many_connections")
+
+
 def _too_many_connections() -> bytes:
-    """Whole HTTP response to a connection above the limit."""
-    error = unavailable("Too many connections; ask again later.", "too_many_connections")
+    """Whole HTTP response to a connection above the limit that has not sent its request."""
+    error = _too_many()
     body = json.dumps(error.to_json())
     return (
         f"HTTP/1.1 {error.status} Service Unavailable\r\ncontent-type: application/json\r\n"

@@ -44,6 +44,35 @@ def test_measured_bytes_stay_within_a_budget_that_jumps():
         assert record.held.total <= record.budget_bytes
 
 
+def test_an_engine_says_why_it_cannot_serve():
+    harness = Harness()
+    engine = harness.engine()
+    assert engine.unready_reason() == "The engine does not run."
+    engine.start()
+    try:
+        assert engine.unready_reason() is None
+        harness.budget_bytes = 10
+        eventually(lambda: engine.unready_reason() is not None)
+        assert "one token into the budget of 10 bytes" in engine.unready_reason()
+        harness.budget_bytes = PLENTY
+        eventually(lambda: engine.unready_reason() is None)
+        poll = harness.controller.monitor.poll
+        harness.controller.monitor.poll = None
+        eventually(lambda: "last turn of the engine failed" in (engine.unready_reason() or ""))
+        harness.controller.monitor.poll = poll
+        eventually(lambda: engine.unready_reason() is None)
+    finally:
+        engine.close()
+    assert engine.unready_reason() == "The engine does not run."
+
+
+def eventually(true, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
     harness = Harness(guard_order=())
     engine = harness.engine()

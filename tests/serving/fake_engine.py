@@ -48,6 +48,7 @@ class FakeEngine:
         self.max_seq_len_tokens = 64
         self.handles = []
         self.alive = True
+        self.unready = None
         self.closed = False
         controller = SimpleNamespace(
             switches=3, decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
@@ -60,6 +61,9 @@ class FakeEngine:
 
     def start(self):
         pass
+
+    def unready_reason(self):
+        return self.unready
 
     def close(self, timeout_s=None):
         self.closed = True

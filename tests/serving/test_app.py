@@ -7,8 +7,11 @@ import threading
 
 import httpx
 import pytest
+import torch
+import transformers
 from prometheus_client.parser import text_string_to_metric_families
 
+import rap_env
 from rap_env.errors import (
     EngineClosedError,
     InfeasibleBudgetError,
@@ -382,6 +385,29 @@ def test_an_empty_prompt_needs_a_start_token(server):
     tokenizer = byte_tokenizer()
     with served(FakeEngine(tokenizer), tokenizer) as other:
         error_of(post(other, {"model": "tiny"}, "completions"), 400)
+
+
+def test_the_process_lives_while_nothing_can_be_served(tokenizer):
+    engine = FakeEngine(tokenizer)
+    with served(engine, tokenizer) as server:
+        ready = httpx.get(f"{server.url}/readyz")
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
+        engine.unready = "No plan fits."
+        ready = httpx.get(f"{server.url}/readyz")
+        assert ready.status_code == 503
+        assert ready.json() == {"status": "not ready", "reason": "No plan fits."}
+        assert httpx.get(f"{server.url}/livez").json() == {"status": "ok"}
+        engine.unready = None
+        server.service.closing = True
+        ready = httpx.get(f"{server.url}/readyz")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "The server is shutting down.")
+
+
+def test_versions_name_what_serves(server):
+    assert httpx.get(f"{server.url}/version").json() == {
+        "version": rap_env.__version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "model": "tiny", "fingerprint": "0123",
+    }  # fmt: skip
 
 
 def test_health_reports_whether_the_engine_runs(tokenizer):

@@ -100,6 +100,32 @@ def test_connections_beyond_the_limit_are_rejected(tokenizer):
         assert answers(server)
 
 
+def test_probes_are_answered_above_the_limit(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
+        idle = [raw(server) for _ in range(3)]
+        eventually(lambda: len(server._server.server_state.connections) == 3)
+        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
+            response = httpx.get(f"{server.url}{path}")
+            assert response.status_code == 200
+            assert response.headers["connection"] == "close"
+        assert httpx.get(f"{server.url}/v1/models").status_code == 503
+        for connection in idle:
+            connection.close()
+
+
+def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
+        idle = [raw(server) for _ in range(100)]
+        connections = server._server.server_state.connections
+        eventually(lambda: len(connections) == 3 + 16)
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert everything(idle[3]).startswith(b"HTTP/1.1 503")
+        for connection in idle:
+            connection.close()
+        eventually(lambda: not connections)
+        assert answers(server)
+
+
 def test_invalid_http_is_rejected(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer) as server:
         assert everything(raw(server, b"\x16\x03\x01\x02\x00hello\r\n\r\n")).startswith(
