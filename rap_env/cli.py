@@ -95,25 +95,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _server_option(name: str) -> Command:
-    """Option for a setting of the server, None unless it is given; ``none`` means null."""
+    """Option for a setting of the server, None unless it is given; ``none`` means null.
+
+    A setting that is true or false is a flag.
+    """
     default = getattr(ServerSettings, name)
     text = _HELP.get(name, "").replace("null", "none")
+    option = f"--{name.replace('_', '-')}"
+    if bool in setting_types()[name]:
+        return click.option(option, name, is_flag=True, default=None, help=text)
     return click.option(
-        f"--{name.replace('_', '-')}",
+        option,
         name,
         metavar="TEXT" if str in setting_types()[name] else "NUMBER",
         help=f"{text} [default: {'none' if default is None else default}]",
     )
 
 
-def _parse_settings(options: dict[str, str | None]) -> dict[str, Any]:
+def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
     """Values of the options that were given; `ServerSettings` checks their types."""
     types = setting_types()
     values: dict[str, Any] = {}
     for name, text in options.items():
         if text is not None:
             values[name] = None if text in ("none", "null") else text
-            if str not in types[name]:
+            if isinstance(text, str) and str not in types[name]:
                 with contextlib.suppress(ValueError, TypeError):
                     values[name] = json.loads(values[name])
     return values
@@ -122,7 +128,7 @@ def _parse_settings(options: dict[str, str | None]) -> dict[str, Any]:
 @cli.command()
 @click.option("--config", type=Path, help="YAML or TOML file of settings; options override it.")
 @combined(*map(_server_option, setting_types()))
-def serve(config: Path | None, **options: str | None) -> None:
+def serve(config: Path | None, **options: str | bool | None) -> None:
     """Serve a model over HTTP within a memory budget.
 
     The API is that of OpenAI: /v1/chat/completions, /v1/completions and /v1/models.

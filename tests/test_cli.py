@@ -229,13 +229,14 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
     config = tmp_path / "serve.toml"
     config.write_text('port = 1\nhost = "0.0.0.0"\nmax_queue = 3\n')
     code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",
-                       "--memory", "300MiB", "--shutdown-grace-s", 1)  # fmt: skip
+                       "--memory", "300MiB", "--shutdown-grace-s", 1, "--insecure")  # fmt: skip
     assert code == 0, err
     (settings,) = served
     assert (settings.port, settings.host, settings.max_queue) == (0, "0.0.0.0", 3)
     assert settings.queue_timeout_s is None
     assert settings.memory_source == 300 * 2**20
     assert settings.shutdown_grace_s == 1
+    assert settings.insecure is True
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
+from rap_env.serving.access import ApiKeys, RequireApiKey
 from rap_env.serving.answer_plans import AnswerPlans
-from rap_env.serving.errors import ApiError, failed, unavailable, unknown_model
+from rap_env.serving.errors import (
+    ApiError,
+    error_response,
+    failed,
+    unavailable,
+    unknown_model,
+)
 from rap_env.serving.generation import Generation
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.probes import probe_router
@@ -55,6 +62,7 @@ class Service:
         self.tokenizer = tokenizer
         self.settings = settings
         self.metrics = ServingMetrics(engine, settings)
+        self.api_keys = ApiKeys(settings.api_key_file) if settings.api_key_file else None
         self.closing = False
         self._running: set[Generation] = set()
         self.builder = RequestBuilder(
@@ -150,6 +158,9 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
     """Make the server's ASGI application, which starts and closes the engine.
 
     Its `state.service` is the `Service`.
+
+    Raises:
+        ServingSettingsError: The file of API keys cannot be read.
     """
     service = Service(engine, tokenizer, settings)
     app = FastAPI(
@@ -157,6 +168,8 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
         docs_url=None, redoc_url=None, openapi_url=None,
     )  # fmt: skip
     app.state.service = service
+    if service.api_keys is not None:
+        app.add_middleware(RequireApiKey, keys=service.api_keys)
     served = settings.served_name
     model = {"id": served, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}
 
@@ -213,8 +226,3 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
 
 def _shutting_down() -> ApiError:
     return unavailable("The server is shutting down; ask again later.", "shutting_down")
-
-
-def error_response(error: ApiError) -> Response:
-    """Response for an error, in the format of the API."""
-    return JSONResponse(error.to_json(), error.status, headers=error.headers)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from rap_env.errors import RapError
 
 
@@ -41,6 +43,11 @@ class ApiError(RapError):
         """Body of the response."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Response for an error, in the format of the API."""
+    return JSONResponse(error.to_json(), error.status, headers=error.headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rap_env.errors import ServingSettingsError
-from rap_env.serving.app import Service, error_response
-from rap_env.serving.errors import ApiError, unavailable
+from rap_env.serving.app import Service
+from rap_env.serving.errors import ApiError, error_response, unavailable
 from rap_env.serving.probes import UNLIMITED_PATHS
 from rap_env.serving.settings import ServerSettings
 
@@ -137,17 +137,17 @@ class Server(uvicorn.Server):
 
     At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s` to
     finish; then they are cancelled with an error response. `on_ready` is called when the server
-    accepts requests.
+    accepts requests. SIGHUP reads the file of API keys again.
     """
 
     def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
         self._service: Service = app.state.service
         self._on_ready = on_ready
-        grace_s = self._service.settings.shutdown_grace_s
+        settings = self._service.settings
         super().__init__(
             uvicorn.Config(
                 app,
-                http=guarded_protocol(self._service.settings),
+                http=guarded_protocol(settings),
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
@@ -155,9 +155,11 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(grace_s) + 1 + _FLUSH_S,
+                timeout_graceful_shutdown=int(settings.shutdown_grace_s) + 1 + _FLUSH_S,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             )
         )
@@ -165,6 +167,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
         await super().startup(sockets)
+        keys = self._service.api_keys
+        if keys is not None and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -214,12 +219,13 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, *, tls: bool = False) -> str:
     """URL of a bound socket, for clients."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class BackgroundServer:
@@ -234,7 +240,7 @@ class BackgroundServer:
         self._thread = threading.Thread(
             target=self._server.run, args=([bound],), name="http-server", daemon=True
         )
-        self.url = url_of(bound)
+        self.url = url_of(bound, tls=self._server.config.is_ssl)
 
     def __enter__(self) -> BackgroundServer:
         self._thread.start()

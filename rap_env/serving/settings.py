@@ -77,6 +77,11 @@ class ServerSettings:
         decisions: File that each change of the plan is appended to as a JSON line; null for none.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
+        api_key_file: File of API keys, one per line; requests other than probes must send one of
+            them as ``Authorization: Bearer KEY``. null for none.
+        insecure: Whether to serve without API keys at an address that others can reach.
+        ssl_certfile: File of the TLS certificate (PEM), with its chain; null for HTTP without TLS.
+        ssl_keyfile: File of the certificate's private key; null if `ssl_certfile` holds it.
         model_name: Name that clients send as ``model``; null for `model`.
         max_batch_size: Most sequences in a batch.
         max_queue: Most requests that wait; more are rejected with status 429.
@@ -118,6 +123,10 @@ class ServerSettings:
     decisions: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    api_key_file: str | None = None
+    insecure: bool = False
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     model_name: str | None = None
     max_batch_size: int = 8
     max_queue: int = 64

@@ -156,17 +156,21 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; `say` shows a text to the user.
 
     Raises:
-        RapError: As for `build_stack`, or the address is not available.
+        RapError: As for `build_stack`, the address is not available, or `check_access` or
+            `check_address` rejects the settings.
     """
     require_extra()
+    from rap_env.serving.access import check_access, check_address
     from rap_env.serving.server import Server, bind, url_of
 
+    check_access(settings)
     with bind(settings.host, settings.port) as bound:  # fail before the model is loaded
+        check_address(bound, settings)
         if settings.threads is not None:
             use_threads(settings.threads)
         stack = build_stack(settings)
         try:
-            text = greeting(stack, url_of(bound))
+            text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
             Server(stack.app, on_ready=lambda: say(text)).run(sockets=[bound])
             say(farewell(stack.engine))
         finally:
@@ -189,9 +193,12 @@ def greeting(stack: ServerStack, url: str) -> str:
     ]
     if stack.decisions is not None:
         lines.append(f"Each change of the plan is a line in {stack.decisions.path}.")
+    headers = "-H 'Content-Type: application/json'"
+    if stack.settings.api_key_file is not None:
+        headers += " -H 'Authorization: Bearer KEY'"
     lines += [
         f"Health: {url}/healthz, metrics: {url}/metrics. Try it:",
-        f"  curl {url}/v1/{route} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
+        f"  curl {url}/v1/{route} {headers} -d '{json.dumps(body)}'",
     ]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -95,14 +96,18 @@ class Served:
         assert found, "".join(self.lines)
         self.url = found[0]
 
-    def ask(self, **more):
-        body = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 8, **more}
-        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+    def post(self, key=None):
+        body = {"model": "tiny", "prompt": "abc", "temperature": 0, "max_tokens": 8}
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        return httpx.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=30)
+
+    def ask(self, key=None):
+        response = self.post(key)
         response.raise_for_status()
         return response.json()["choices"][0]["text"]
 
 
-def test_after_a_kill_it_serves_immediately_and_its_log_is_complete(model_folder, tmp_path):
+def test_after_a_kill_it_serves_with_a_complete_log_and_keys_can_change(model_folder, tmp_path):
     decisions = tmp_path / "default" / "serve" / "decisions.jsonl"
     first = Served(model_folder, tmp_path)
     try:
@@ -116,17 +121,25 @@ def test_after_a_kill_it_serves_immediately_and_its_log_is_complete(model_folder
         with decisions.open("a") as file:
             file.write('{"time_s": 1}\n{"time_s": 2, "wh')  # as a kill may leave it
         port = first.url.rpartition(":")[2]
-        second = Served(model_folder, tmp_path, f"serve.port={port}")
+        keys = tmp_path / "keys"
+        keys.write_text("old\n")
+        second = Served(model_folder, tmp_path, f"serve.port={port}", f"serve.api_key_file={keys}")
     finally:
         first.process.kill()
     try:
         assert second.url == first.url
-        assert second.ask() == answer
+        assert second.ask("old") == answer
         assert [json.loads(line) for line in decisions.open()] == [{"time_s": 1}]
+        keys.write_text("new\n")
+        second.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 20
+        while second.post("new").status_code == 401:
+            assert time.monotonic() < deadline
+        assert second.post("old").status_code == 401
         second.process.send_signal(signal.SIGTERM)
         rest, _ = second.process.communicate(timeout=30)
         assert second.process.returncode == 0
-        assert "Ended: 1 answers with 8 tokens" in rest
+        assert "Ended: 2 answers with 16 tokens" in rest
     finally:
         second.process.kill()
 

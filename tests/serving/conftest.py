@@ -28,7 +28,8 @@ def client_of(server, **kwargs):
     """The OpenAI client."""
     from openai import OpenAI
 
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30, **kwargs)
+    given = {"api_key": "none", "max_retries": 0, "timeout": 30, **kwargs}
+    return OpenAI(base_url=f"{server.url}/v1", **given)
 
 
 @pytest.fixture(scope="session")

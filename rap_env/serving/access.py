@@ -1,0 +1,170 @@
+"""Access to the server: API keys, TLS, and which addresses may be open without a key."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import socket
+import ssl
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rap_env.errors import ServingSettingsError
+from rap_env.serving.errors import ApiError, error_response
+from rap_env.serving.probes import PROBE_PATHS
+from rap_env.serving.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[!-~]+")  # what a header can hold without quotes
+
+
+class ApiKeys:
+    """The API keys of a file, of which only the SHA-256 stays in memory.
+
+    Args:
+        path: The file: one key per line; empty lines and those that begin with # are skipped.
+
+    Raises:
+        ServingSettingsError: The file cannot be read, has no key, or a line is not a key. The
+            message does not quote the line.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._digests = _read_digests(path)
+
+    def reload(self) -> None:
+        """Read the file again; if it is not valid, log why, and keep the keys."""
+        try:
+            self._digests = _read_digests(self._path)
+        except ServingSettingsError as error:
+            log.error("The API keys stay as they were: %s", error)
+        else:
+            log.info("Read %d API keys from %s.", len(self._digests), self._path)
+
+    def accepts(self, key: str) -> bool:
+        """Whether a key is one of them; takes the same time for every key."""
+        given, found = _digest(key), False
+        for known in self._digests:
+            found |= hmac.compare_digest(known, given)
+        return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _read_digests(path: str) -> list[bytes]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ServingSettingsError(f"Cannot read api_key_file {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ServingSettingsError(f"api_key_file {path} must be a text file in UTF-8.") from None
+    digests = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line and not line.startswith("#"):
+            if not _KEY.fullmatch(line):
+                raise ServingSettingsError(
+                    f"Line {number} of api_key_file {path} must be a key of visible ASCII "
+                    "characters without spaces, or a comment that begins with #."
+                )
+            digests.append(_digest(line))
+    if not digests:
+        raise ServingSettingsError(
+            f"api_key_file {path} has no key; write one per line, for example the output of "
+            "'openssl rand -hex 32'."
+        )
+    return digests
+
+
+class RequireApiKey:
+    """ASGI middleware that answers 401 to requests without a valid key, except probes.
+
+    Args:
+        app: The application.
+        keys: The valid keys; clients send ``Authorization: Bearer KEY``.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        app = self._app
+        if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not self._keys.accepts(key.strip()):
+                app = error_response(_unauthorized(missing=not key))
+        await app(scope, receive, send)
+
+
+def _unauthorized(*, missing: bool) -> ApiError:
+    seen = "You didn't provide an API key" if missing else "Incorrect API key provided"
+    return ApiError(
+        401,
+        f"{seen}; send a key of this server in the header 'Authorization: Bearer KEY'.",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
+
+
+def check_access(settings: ServerSettings) -> None:
+    """Check the files of keys and certificates, before anything that takes time.
+
+    Raises:
+        ServingSettingsError: As for `ApiKeys`, or the certificate and its key are not usable.
+    """
+    if settings.api_key_file is not None:
+        ApiKeys(settings.api_key_file)
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    if certificate is None:
+        if key is not None:
+            raise ServingSettingsError(
+                "ssl_keyfile needs ssl_certfile, the certificate that belongs to the key."
+            )
+        return
+    for name, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
+        try:
+            if path is not None:
+                Path(path).read_bytes()
+        except OSError as error:
+            raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
+    try:
+        # A password callback, so that an encrypted key is an error instead of a question.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise ServingSettingsError(
+            f"ssl_certfile {certificate} and ssl_keyfile {key or '(the same file)'} must be a "
+            f"certificate and its unencrypted private key in PEM format ({error})."
+        ) from None
+
+
+def check_address(bound: socket.socket, settings: ServerSettings) -> None:
+    """Refuse to serve at an address that others can reach without a key.
+
+    With `insecure`, a warning is logged instead.
+
+    Args:
+        bound: The bound socket.
+        settings: Settings of the server.
+
+    Raises:
+        ServingSettingsError: The address is no loopback address, and there are no keys.
+    """
+    host, port = bound.getsockname()[:2]
+    if ipaddress.ip_address(host).is_loopback or settings.api_key_file is not None:
+        return
+    if not settings.insecure:
+        raise ServingSettingsError(
+            f"Others can reach {host}:{port}, and no API key is required: set api_key_file to a "
+            "file of keys (one per line) or host to 127.0.0.1, or set insecure to serve without."
+        )
+    log.warning("Every client that reaches %s:%d can use it: it requires no API key.", host, port)

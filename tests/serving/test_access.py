@@ -1,0 +1,194 @@
+"""API keys, TLS, and addresses that others can reach."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import ssl
+
+import httpx
+import openai
+import pytest
+
+from rap_env.errors import ServingSettingsError
+from rap_env.serving import stack
+from rap_env.serving.access import ApiKeys, check_access, check_address
+from rap_env.serving.server import bind
+from rap_env.serving.settings import ServerSettings
+from tests.serving.conftest import client_of, served
+from tests.serving.fake_engine import FakeEngine
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text("# of the team\nfirst-key\n\n  second+key/==  \n#commented-out\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def guarded(tokenizer, key_file):
+    with served(FakeEngine(tokenizer), tokenizer, api_key_file=key_file) as found:
+        yield found
+
+
+@pytest.mark.parametrize("key", ["first-key", "second+key/=="])
+def test_every_key_of_the_file_opens_the_api(guarded, key):
+    with client_of(guarded, api_key=key) as client:
+        assert client.completions.create(model="tiny", prompt="a").choices[0].text == "hello"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer third", "Bearer first-key2", "Bearer first-ke",
+     "Basic first-key", "first-key", "Bearer #commented-out", "Bearer \u00e9"],
+)  # fmt: skip
+def test_all_else_is_unauthorized(guarded, header):
+    headers = {} if header is None else {"authorization": header.encode("latin-1")}
+    handles = len(guarded.service.engine.handles)
+    for method, path in (
+        ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"),
+        ("POST", "/tokenize"), ("GET", "/metrics"), ("GET", "/version"), ("GET", "/nowhere"),
+        ("GET", "/livez/"), ("GET", "//livez"),
+    ):  # fmt: skip
+        body = {"model": "tiny", "prompt": "a"} if method == "POST" else None
+        response = httpx.request(method, f"{guarded.url}{path}", json=body, headers=headers)
+        assert response.status_code == 401, path
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert "third" not in response.text
+    assert len(guarded.service.engine.handles) == handles
+
+
+def test_the_client_reports_a_wrong_key(guarded):
+    with client_of(guarded) as client, pytest.raises(openai.AuthenticationError, match="Incorrect"):
+        client.models.list()
+
+
+def test_probes_need_no_key(guarded):
+    for path in ("/livez", "/readyz", "/healthz"):
+        assert httpx.get(f"{guarded.url}{path}").status_code == 200
+
+
+def test_keys_are_read_again_and_stay_if_the_file_is_invalid(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text("old")
+    keys = ApiKeys(str(path))
+    path.write_text("new")
+    assert keys.accepts("old")
+    keys.reload()
+    assert keys.accepts("new")
+    assert not keys.accepts("old")
+    path.write_text("")
+    keys.reload()
+    assert keys.accepts("new")
+    assert "has no key" in caplog.text
+
+
+def certificate(folder, name="tls"):
+    """A self-signed certificate of 127.0.0.1 and its key, as two files."""
+    pytest.importorskip("cryptography", reason="cryptography is not installed")
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject).issuer_name(subject).public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    files = folder / f"{name}.crt", folder / f"{name}.key"
+    files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return tuple(map(str, files))
+
+
+def test_with_a_certificate_the_server_speaks_tls(tokenizer, tmp_path):
+    certfile, keyfile = certificate(tmp_path)
+    settings = {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
+    with served(FakeEngine(tokenizer), tokenizer, **settings) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        trusted = ssl.create_default_context(cafile=certfile)
+        body = {"model": "tiny", "prompt": "a", "stream": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, verify=trusted)
+        chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello"
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(server.url.replace("https", "http") + "/livez")
+
+
+def test_unusable_certificates_are_named(tmp_path):
+    certfile, keyfile = certificate(tmp_path)
+    other = certificate(tmp_path, "other")[1]
+    check_access(ServerSettings(ssl_certfile=certfile, ssl_keyfile=keyfile))
+    for files, words in (
+        ((None, keyfile), "ssl_keyfile needs ssl_certfile"),
+        ((certfile, None), "(the same file) must be a certificate"),
+        ((certfile, other), "unencrypted private key"),
+        ((certfile, str(tmp_path / "gone")), "Cannot read ssl_keyfile"),
+        ((str(tmp_path), keyfile), "Cannot read ssl_certfile"),
+        ((keyfile, keyfile), "must be a certificate"),
+    ):
+        with pytest.raises(ServingSettingsError) as found:
+            check_access(ServerSettings(ssl_certfile=files[0], ssl_keyfile=files[1]))
+        assert words in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "Cannot read api_key_file"),
+        (b"# none\n\n", "has no key"),
+        (b"good\nmy secret\n", "Line 2 of api_key_file"),
+        ("sch\u00f6n".encode(), "Line 1 of api_key_file"),
+        (b"\xff\xfe", "must be a text file"),
+    ],
+)
+def test_an_unusable_file_of_keys_is_named_without_its_content(tmp_path, content, words):
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ServingSettingsError, match=words) as found:
+        check_access(ServerSettings(api_key_file=str(path)))
+    assert "secret" not in str(found.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_only_a_loopback_address_is_open_without_a_key(host, key_file, caplog):
+    with bind(host, 0) as bound:
+        if host == "0.0.0.0":
+            with pytest.raises(ServingSettingsError, match="set api_key_file .* insecure"):
+                check_address(bound, ServerSettings(host=host))
+        else:
+            check_address(bound, ServerSettings(host=host))
+        check_address(bound, ServerSettings(host=host, api_key_file=key_file))
+        assert not caplog.records
+        check_address(bound, ServerSettings(host=host, insecure=True))
+        assert len(caplog.records) == (host == "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"host": "0.0.0.0", "port": 0}, {"api_key_file": "/no/keys"}, {"ssl_keyfile": "/no/key"}],
+)
+def test_access_is_checked_before_the_model_is_loaded(settings, monkeypatch):
+    monkeypatch.setattr(stack, "build_stack", lambda _settings: pytest.fail("a model was loaded"))
+    with pytest.raises(ServingSettingsError):
+        stack.serve(ServerSettings(**settings), print)
