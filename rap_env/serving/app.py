@@ -19,6 +19,7 @@ from rap_env.errors import RapError
 from rap_env.serving.access import ApiKeys, RequireApiKey
 from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import (
+    CLIENT_CLOSED_REQUEST,
     ApiError,
     error_response,
     failed,
@@ -29,6 +30,7 @@ from rap_env.serving.generation import Generation
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.probes import probe_router
 from rap_env.serving.prompts import RequestBuilder, stop_tokens
+from rap_env.serving.request_id import REQUEST_ID_HEADER, RequestIds
 from rap_env.serving.responses import (
     EventStreamResponse,
     ResponseWriter,
@@ -44,9 +46,6 @@ if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
 log = logging.getLogger(__name__)
-
-CLIENT_CLOSED_REQUEST = 499
-"""Status of a response that no client receives, as in nginx's log."""
 
 Schema = type[ChatCompletionRequest] | type[CompletionRequest]
 
@@ -100,7 +99,7 @@ class Service:
             self.count(request, error.outcome)
             return error_response(error)
         except RapError as error:
-            log.exception("A request failed")
+            log.exception("Request %s failed", request.state.request_id)
             self.count(request, "error")
             return error_response(failed(str(error)))
 
@@ -170,6 +169,7 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
     app.state.service = service
     if service.api_keys is not None:
         app.add_middleware(RequireApiKey, keys=service.api_keys)
+    app.add_middleware(RequestIds)
     served = settings.served_name
     model = {"id": served, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}
 
@@ -219,7 +219,9 @@ def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> Fast
     @app.exception_handler(Exception)
     async def broken(request: Request, _error: Exception) -> Response:
         service.count(request, "error")
-        return error_response(failed("The server had an error while it processed your request."))
+        error = failed("The server had an error while it processed your request.")
+        error.headers[REQUEST_ID_HEADER] = request.state.request_id  # outside of the middleware
+        return error_response(error)
 
     return app
 

@@ -9,6 +9,9 @@ from starlette.responses import JSONResponse
 
 from rap_env.errors import RapError
 
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a response that no client receives, as in nginx's log."""
+
 
 @dataclass(eq=False)
 class ApiError(RapError):
