@@ -30,7 +30,7 @@ def features_markdown(results: Path) -> str:
     ]
     passed = sum(row.get("passed", 0) for row in record["rows"])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return "\n".join([*rows, "", f"{passed} tests showed it, with {versions}."]) + "\n"
+    return "\n".join([*rows, "", f"From {passed} results of tests, with {versions}."]) + "\n"
 
 
 def agreement_markdown(results: Path) -> str:

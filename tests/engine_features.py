@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.comparison.run_folder import package_versions
 
-PACKAGES = ("transformers", "llama-cpp-py-sync", "pytest")
+PACKAGES = ("transformers", "llama-cpp-py-sync")
 
 
 class FeatureRecord:
