@@ -26,7 +26,7 @@ from rap_env.serving.settings import ServerSettings
 _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _START_TIMEOUT_S = 60.0
-_MOST_ABOVE_LIMIT = 16
+_MOST_ABOVE_LIMIT = 64
 """Most connections above the limit that are open at a time, for probes."""
 _FLUSH_S = 5
 """Seconds after the grace period in which error responses are still written to clients."""

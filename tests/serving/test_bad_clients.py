@@ -117,7 +117,7 @@ def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer
     with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
         idle = [raw(server) for _ in range(100)]
         connections = server._server.server_state.connections
-        eventually(lambda: len(connections) == 3 + 16)
+        eventually(lambda: len(connections) == 3 + 64)
         assert httpx.get(f"{server.url}/readyz").status_code == 200
         assert everything(idle[3]).startswith(b"HTTP/1.1 503")
         for connection in idle:
