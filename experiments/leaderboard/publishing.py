@@ -42,6 +42,23 @@ class Comparison:
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+def _small(kind: str) -> Comparison:
+    """The comparison on one of the models of six layers, whose masks are all measured."""
+    workload = {
+        "name": "grid",
+        "batch_sizes": [1, 2, 4],
+        "seq_lens_tokens": [128, 512, 1024, 2048],
+        "budget_fractions": [0.575, 0.625, 0.675, 0.725, 0.775, 0.825, 0.875, 0.925],
+    }
+    return Comparison(
+        f"Small{kind.title()}-v0",
+        "RAPPrune-v0",
+        f"small_{kind}",
+        {"workload": workload, "reward": "perplexity"},
+        {f"RAPPrune/Small{kind.title()}-Table-v0": {"model": f"score_table:small-{kind}"}},
+    )
+
+
 TABLE = {"model": "score_table:smollm2-135m"}
 COMPARISONS = (
     Comparison(
@@ -92,6 +109,8 @@ COMPARISONS = (
         },
         {"RAPPrune/Gemma3-270M-Table-v1": {"model": "score_table:gemma3-270m"}},
     ),
+    _small("uniform"),
+    _small("unequal"),
 )
 
 _THRESHOLD_REQUESTS = 1000
