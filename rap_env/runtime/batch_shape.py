@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rap_env.errors import InvalidRequestError
 from rap_env.request import Request
@@ -18,6 +18,8 @@ class BatchShape:
         seq_len_tokens: Tokens of each of them, padding included.
         rows: Most sequences at any time, at least `batch_size`: the batch may have more of them
             while they are shorter, and a cache in groups takes some bytes for each.
+        longest_tokens: Tokens of the longest sequence at its end, without padding; it may be longer
+            than those of the largest batch. By default `seq_len_tokens`.
 
     Raises:
         InvalidRequestError: One of them is negative, or one is 0 and the other is not.
@@ -26,9 +28,12 @@ class BatchShape:
     batch_size: int = 0
     seq_len_tokens: int = 0
     rows: int = 0
+    longest_tokens: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", max(self.rows, self.batch_size))
+        if not self.longest_tokens:
+            object.__setattr__(self, "longest_tokens", self.seq_len_tokens)
         if min(self.batch_size, self.seq_len_tokens) < 0 or (
             (self.batch_size == 0) != (self.seq_len_tokens == 0)
         ):
@@ -74,17 +79,18 @@ class BatchShape:
             >>> BatchShape.of(rows), BatchShape.of(rows, uniform=True).seq_len_tokens
             (BatchShape(batch_size=1, seq_len_tokens=1000, rows=8), 1000)
         """
-        most, longest, best, count = 0, 0, cls(), 0
+        most, longest, latest, best, count = 0, 0, 0, cls(), 0
         for count, (cached, to_come) in enumerate(
             sorted(rows, key=lambda row: row[1], reverse=True), start=1
         ):
             longest = max(longest, cached)
+            latest = max(latest, cached + to_come)
             final = longest + to_come
             if uniform:
                 best = cls(count, max(best.seq_len_tokens, final))
             elif count * final > most:
                 most, best = count * final, cls(count, final)
-        return replace(best, rows=count)
+        return replace(best, rows=count, longest_tokens=latest)
 
 
 EMPTY_BATCH = BatchShape()

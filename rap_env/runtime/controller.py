@@ -16,6 +16,7 @@ from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, Pass
 from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory
+from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_controller import PlanController
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class RuntimeController:
         guard_order: Indices of blocks in the order in which the guard removes them. By
             default the policy's `order` if it has one, else those that free most bytes first.
             An empty order disables the guard: only the policy's own plan is tried.
+        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
+            predict for a plan with which a batch runs. Other plans, and those without a prediction,
+            count as plans that do not fit. None for no floor.
         margin_share: Share of the native weights to reserve in any case, before the safety margin
             is learned.
         hysteresis_share: Share of the budget to leave free when items are raised.
@@ -60,12 +64,14 @@ class RuntimeController:
 
     Attributes:
         estimator: Predicts bytes.
-        plans: Chooses and applies plans.
+        chooser: Chooses plans that fit.
+        plans: Applies plans.
         monitor: Measures bytes.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
-        InvalidRequestError: A share or a time is out of its range.
+        InvalidRequestError: A share or a time is out of its range, or the policy predicts nothing
+            for `max_delta_nll`.
         UnknownNameError: There is no such memory source, or no such block in the guard's order.
         MemorySourceError: The system does not report free memory.
     """
@@ -78,6 +84,7 @@ class RuntimeController:
         *,
         meter: Meter | None = None,
         guard_order: Sequence[int] | None = None,
+        max_delta_nll: float | None = None,
         margin_share: float = 0.0,
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
@@ -103,12 +110,14 @@ class RuntimeController:
         )
         self.hold_s = hold_s
         self.overhead_s = 0.0
+        self.chooser = PlanChooser(
+            policy, self.estimator, guard_order=guard_order, max_delta_nll=max_delta_nll
+        )
         self.plans = PlanController(
             llm,
-            policy,
+            self.chooser,
             self.estimator,
             self.monitor,
-            guard_order=guard_order,
             hysteresis_share=hysteresis_share,
             hold_s=hold_s,
             decision_log=log,
@@ -140,7 +149,7 @@ class RuntimeController:
                 return False
             plan = self.llm.plan
             need = self.estimator.peak_bytes(plan, shape)
-            if need > available:
+            if need > available or not self.chooser.allows(plan, shape):
                 if not self.plans.fit(
                     shape, available, "arrival", next_pass, running=bool(running)
                 ):
@@ -167,7 +176,7 @@ class RuntimeController:
             available = self._available_bytes(shape, next_pass)
             plan = self.llm.plan
             need = self.estimator.peak_bytes(plan, shape)
-            if need > available:
+            if need > available or not self.chooser.allows(plan, shape):
                 fits = self.plans.fit(
                     shape, available, "budget_fell", next_pass, running=bool(shape)
                 )
@@ -207,16 +216,14 @@ class RuntimeController:
 
         Any thread may call it.
         """
-        limit = self.monitor.budget_limit_bytes() - self.monitor.margin.bytes
-        return self.plans.smallest_bytes(shape, limit) <= limit
+        return self._could_fit(shape, self.monitor.budget_limit_bytes())
 
     def could_fit_now(self, shape: BatchShape) -> bool:
         """Whether a batch, with nothing else running, can fit in the present budget.
 
         Any thread may call it.
         """
-        limit = self.monitor.budget_bytes - self.monitor.margin.bytes
-        return self.plans.smallest_bytes(shape, limit) <= limit
+        return self._could_fit(shape, self.monitor.budget_bytes)
 
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Whether a batch can never fit by what is measured now, even with nothing else running."""
@@ -224,7 +231,7 @@ class RuntimeController:
         estimate = self.plans.pass_estimate(shape, next_pass)
         available = self.monitor.available_after_trim_bytes(shape, estimate)
         limit = self.monitor.budget_limit_bytes() - (self.monitor.budget_bytes - available)
-        return self.plans.smallest_bytes(shape, limit) > limit
+        return not self.chooser.could_fit(shape, limit)
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
@@ -238,12 +245,20 @@ class RuntimeController:
             self.observe(shape)
             if not self.check(shape, next_pass):
                 raise InfeasibleBudgetError(
-                    f"No plan fits {self.monitor.budget_bytes:,} bytes for {shape.batch_size} x "
-                    f"{shape.seq_len_tokens} tokens any more, with a safety margin of "
-                    f"{self.monitor.margin.bytes:,} bytes: raise the budget or generate less."
+                    f"No plan{self.chooser.floor_clause} fits {self.monitor.budget_bytes:,} bytes "
+                    f"for {shape.batch_size} x {shape.seq_len_tokens} tokens any more, with a "
+                    f"safety margin of {self.monitor.margin.bytes:,} bytes: raise the budget or "
+                    "generate less."
                 )
 
         return before
+
+    def _could_fit(self, shape: BatchShape, budget_bytes: int) -> bool:
+        limit, plan = budget_bytes - self.monitor.margin.bytes, self.llm.plan
+        fits = self.estimator.peak_bytes(plan, shape) <= limit
+        if fits and self.chooser.allows(plan, shape):
+            return True  # which is found faster than another plan
+        return self.chooser.could_fit(shape, limit)
 
     def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
         estimate = self.plans.pass_estimate(shape, next_pass)

@@ -119,8 +119,11 @@ class Engine:
         if self._turn_error is not None:
             return f"The last turn of the engine failed: {self._turn_error}"
         if not self.controller.could_fit_now(BatchShape(1, 1)):
+            clause = self.controller.chooser.floor_clause
             budget = self.controller.monitor.budget_bytes
-            return f"No plan fits a request of one token into the budget of {budget:,} bytes."
+            return (
+                f"No plan{clause} fits a request of one token into the budget of {budget:,} bytes."
+            )
         return None
 
     def submit(

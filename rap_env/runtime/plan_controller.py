@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask, block_index, block_name
-from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.levels import WeightLevel
 from rap_env.llm.device import synchronise
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name
-from rap_env.policy import PlanPolicy
+from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
+from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
-log = logging.getLogger(__name__)
-
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
-_ASKS = 4  # of a policy, each with a lower limit
 _RECENT = 256
-
-
-@dataclass(frozen=True)
-class PlanChoice:
-    """A plan that fits."""
-
-    plan: CompressionPlan
-    need_bytes: int
-    guarded: bool
-    decision_s: float = 0.0
 
 
 class Debounce:
@@ -79,15 +64,11 @@ class Debounce:
 
 
 class PlanController:
-    """Asks a policy for plans, makes them fit, and applies them until the measured bytes fit.
+    """Applies the plans of a chooser until the measured bytes fit, and raises items later.
 
-    A policy that chooses plans is asked again with a lower limit where its plan does not fit. Where
-    that does not help either, and with a policy that chooses masks, the guard removes more blocks
-    in its own order. The settings are those of `RuntimeController`.
+    The settings are those of `RuntimeController`.
 
     Attributes:
-        decisions: How often the policy was asked for a decision.
-        decision_s: Seconds spent choosing plans.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -96,34 +77,28 @@ class PlanController:
     def __init__(
         self,
         llm: ElasticLLM,
-        policy: PlanPolicy,
+        chooser: PlanChooser,
         estimator: MemoryEstimator,
         monitor: MemoryMonitor,
         *,
-        guard_order: Sequence[int] | None,
         hysteresis_share: float,
         hold_s: float,
         decision_log: DecisionLog | None,
         clock: Callable[[], float],
     ) -> None:
         self._llm = llm
-        self.policy = policy
+        self._chooser = chooser
         self._estimator = estimator
         self._monitor = monitor
         self._hysteresis_share = hysteresis_share
         self._decision_log = decision_log
         self._clock = clock
-        if guard_order is None:
-            guard_order = getattr(policy, "order", None)
-        self._order = None if guard_order is None else tuple(guard_order)
-        self._guards = self._order != ()
-        BlockMask.of(*(self._order or ())).check(llm.num_blocks)
         self._debounce = Debounce(hold_s)
         self._retry_above: tuple[BatchShape, int] | None = None  # less headroom raises nothing
         self._switched_for = EMPTY_BATCH
         self._refill_pending = False
-        self.decisions = self.switches = 0
-        self.decision_s = self.switch_s = 0.0
+        self.switches = 0
+        self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
 
     def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
@@ -135,25 +110,6 @@ class PlanController:
         workspace = estimate.workspace + self._estimator.refill_bytes(plan, shape)
         final = self._estimator.peak_bytes(plan, shape) - self._estimator.workspace_bytes(shape)
         return PassEstimate(workspace, max(estimate.growth, final - self._monitor.held.total))
-
-    def delta_nll(self, plan: CompressionPlan, seq_len_tokens: int) -> float | None:
-        """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
-
-        Args:
-            plan: The plan; the native one has a rise of 0.
-            seq_len_tokens: Length of sequences, on which the cost of windows depends.
-
-        Returns:
-            The prediction; None if the policy has none for the plan.
-        """
-        if not plan:
-            return 0.0
-        predict = getattr(self.policy, "delta_nll", lambda *_: None)
-        try:
-            rise: float | None = predict(plan, seq_len_tokens)
-        except (UnknownNameError, ArtifactError):  # a level that was not measured
-            return None
-        return rise
 
     def note_decode(self) -> None:
         """Note that a pass of all rows has ended, and with it any refill."""
@@ -178,20 +134,20 @@ class PlanController:
             running: Whether there are cached tokens, which a refill would compute again.
         """
         self._debounce.reset()
-        choice = self._choose(shape, available_bytes)
+        choice = self._chooser.choose(shape, available_bytes)
         if choice is not None and running:
             choice = self._without_refill(choice, shape, available_bytes)
         return choice is not None and self._settle(choice, shape, trigger, next_pass, running)
 
     def remove_all(self) -> None:
         """Remove all that the guard may remove: nothing is left to preempt."""
-        plan = self._smallest(EMPTY_BATCH, self._monitor.budget_bytes)
+        plan = self._chooser.smallest(EMPTY_BATCH, self._monitor.budget_bytes)
         choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH), guarded=True)
         self._switch(choice, EMPTY_BATCH, "budget_fell", running=False)
 
     def grow_at_arrival(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
         """Apply the policy's plan if it fits and is better than the present one."""
-        choice = self._choose(shape, self._growth_limit_bytes())
+        choice = self._chooser.choose(shape, self._growth_limit_bytes())
         if choice is not None and self._improves(choice, need_bytes, shape):
             self._settle(choice, shape, "arrival", next_pass, running=False)
 
@@ -218,13 +174,13 @@ class PlanController:
 
     def _grown(self, shape: BatchShape, limit_bytes: int, available: int) -> PlanChoice | None:
         """The policy's plan for headroom; one with a refill only if it pays and fits."""
-        choice = self._choose(shape, limit_bytes)
+        choice = self._chooser.choose(shape, limit_bytes)
         if choice is None or not shape or not self._refills(choice.plan):
             return choice
         if self._refill_pays(choice.plan):
             limit = available - self._estimator.refill_bytes(choice.plan, shape)
             if choice.need_bytes > limit:
-                choice = self._choose(shape, limit)
+                choice = self._chooser.choose(shape, limit)
             if choice is None or self._refill_pays(choice.plan):
                 return choice
         return self._without_refill(choice, shape, limit_bytes)
@@ -236,80 +192,10 @@ class PlanController:
         monitor = self._monitor
         return monitor.budget_bytes - self._reserve_bytes() - monitor.margin.bytes
 
-    def guard_order(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> Sequence[int]:
-        """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
-        if self._order is not None:
-            return self._order
-        freed = self._estimator.freed_bytes(shape, plan)
-        return sorted(range(len(freed)), key=lambda index: -freed[index])
-
-    def smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
-        """Bytes that the smallest plan for a batch needs."""
-        return self._estimator.peak_bytes(self._smallest(shape, limit_bytes), shape)
-
-    def _smallest(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
-        """A small plan: all that the guard may remove, else the policy's plan.
-
-        Where the former does not fit, the guard's blocks are removed from the policy's least plan.
-        """
-        if not self._guards:
-            return self._ask_policy(shape, limit_bytes)[0]
-        mask = BlockMask.of(*self.guard_order(shape))
-        plan = CompressionPlan(mask)
-        if self._estimator.peak_bytes(plan, shape) <= limit_bytes:
-            return plan
-        return min(
-            (plan, self._ask_policy(shape, 1)[0].without(mask)),
-            key=lambda plan: self._estimator.peak_bytes(plan, shape),
-        )
-
-    def _choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
-        """The policy's plan for a batch, made to fit a limit; None if no plan fits it."""
-        started = time.perf_counter()
-        plan = None
-        guarded = False
-        if not self._guards or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
-            self.decisions += 1
-            wanted = self._wanted(shape, limit_bytes)
-            order = self.guard_order(shape, wanted)
-            plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
-            guarded = plan != wanted
-        seconds = time.perf_counter() - started
-        self.decision_s += seconds
-        if plan is None:
-            return None
-        return PlanChoice(plan, self._estimator.peak_bytes(plan, shape), guarded, seconds)
-
-    def _wanted(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
-        """The policy's plan; one for a lower limit if that for the limit needs more than it."""
-        limit = limit_bytes
-        plan, is_mask = self._ask_policy(shape, limit)
-        for _ in range(_ASKS - 1):
-            over = self._estimator.peak_bytes(plan, shape) - limit_bytes
-            if is_mask or over <= 0:
-                break
-            # The policy's own arithmetic leaves out what the estimator counts on top.
-            more = self._estimator.more_than_policy_bytes(plan, shape)
-            limit = min(limit - over, limit_bytes - more)
-            if limit <= 0:
-                break
-            plan, is_mask = self._ask_policy(shape, limit)
-        return plan
-
-    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool]:
-        """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
-        budget = self._estimator.budget_for_policy(shape, limit_bytes)
-        try:
-            found: MaskOrPlan = self.policy.choose(shape.request(budget))
-            return self._estimator.memory.check_plan(found), isinstance(found, BlockMask)
-        except Exception:
-            log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
-            return CompressionPlan(), True
-
     def _without_refill(
         self, choice: PlanChoice, shape: BatchShape, limit_bytes: int
-    ) -> PlanChoice:
-        """Change a choice so that no cache has to be computed again.
+    ) -> PlanChoice | None:
+        """Change a choice so that no cache has to be computed again; None if that is not allowed.
 
         Attention blocks that would return stay removed, and lowered caches keep their level. In
         exchange, as many of the newly removed and lowered items stay as they are as fit.
@@ -329,13 +215,15 @@ class PlanController:
             kept = _with_level_of(plan, before, item)
             if self._estimator.peak_bytes(kept, shape) <= limit_bytes:
                 plan = kept
+        if not self._chooser.allows(plan, shape):
+            return None
         need_bytes = self._estimator.peak_bytes(plan, shape)
         return PlanChoice(plan, need_bytes, guarded=True, decision_s=choice.decision_s)
 
     def _newly_lowered(self, plan: CompressionPlan, shape: BatchShape) -> list[str]:
         """Items that a plan lowers below the present one: removed blocks, weights, caches."""
         before = self._llm.plan
-        order = list(reversed(self.guard_order(shape)))
+        order = list(reversed(self._chooser.guard_order(shape)))
         removed = [i for i in order if i in plan.removed.indices - before.removed.indices]
         weights = [i for i, level in plan.weights if self._is_lower(i, level)]
         caches = [n for n, level in plan.caches if 2 * n not in before.removed.indices
@@ -359,7 +247,8 @@ class PlanController:
             return False
         if plan.removed <= before.removed and not self._newly_lowered(plan, shape):
             return True
-        rise, rise_before = (self.delta_nll(p, shape.at_least_one[1]) for p in (plan, before))
+        tokens = shape.at_least_one[1]
+        rise, rise_before = (self._chooser.delta_nll(one, tokens) for one in (plan, before))
         if rise is None or rise_before is None:
             return choice.need_bytes > need_bytes
         return bool(rise < rise_before)
@@ -382,7 +271,7 @@ class PlanController:
             available = self._monitor.available_after_trim_bytes(shape, estimate)
             if attempt.need_bytes <= available:
                 return True
-            attempt = self._choose(shape, available)
+            attempt = self._chooser.choose(shape, available)
             if attempt is not None and running:
                 attempt = self._without_refill(attempt, shape, available)
         return False

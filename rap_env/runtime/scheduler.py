@@ -270,8 +270,14 @@ class Scheduler:
         limit = self._controller.monitor.budget_limit_bytes()
         return (
             f"{shape.seq_len_tokens} tokens do not fit the largest expected budget of {limit:,} "
-            "bytes under any plan; shorten the prompt or ask for fewer tokens."
+            f"bytes under any plan{self._controller.chooser.floor_clause}; shorten the prompt or "
+            "ask for fewer tokens."
         )
+
+    def _floor_message(self) -> str:
+        clause = self._controller.chooser.floor_clause
+        budget = self._controller.monitor.budget_bytes
+        return clause and f" The budget is {budget:,} bytes, and only plans{clause} are used."
 
     def _running_shape(self) -> BatchShape:
         if self._shape is None:
@@ -376,7 +382,7 @@ class Scheduler:
             oldest_s = self._clock() - timeout_s
             for sequence in self._queue.remove_if(lambda w: w.queued_since_s < oldest_s):
                 message = f"The request waited longer than {timeout_s} s."
-                self.output.reject(sequence, "queue_timeout", message)
+                self.output.reject(sequence, "queue_timeout", f"{message}{self._floor_message()}")
         if self._prefilling is not None and self._prefilling.sequence.handle.cancelled:
             self.output.end(self._prefilling.sequence, "cancelled")
             self._drop_prefill()

@@ -70,7 +70,7 @@ class Service:
             context_tokens=engine.max_seq_len_tokens,
             stop_token_ids=stop_tokens(engine.llm, tokenizer),
         )
-        made_of = (engine.llm.fingerprint, engine.controller.plans.policy.name, __version__)
+        made_of = (engine.llm.fingerprint, engine.controller.chooser.policy.name, __version__)
         self._made_of = repr(made_of)
 
     @contextlib.asynccontextmanager
@@ -108,8 +108,8 @@ class Service:
             raise _shutting_down()
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
-        predict = partial(self.engine.controller.plans.delta_nll, seq_len_tokens=built.final_tokens)
-        plans = AnswerPlans(predict, self._made_of)
+        predict = self.engine.controller.chooser.delta_nll
+        plans = AnswerPlans(partial(predict, seq_len_tokens=built.final_tokens), self._made_of)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
         generation.start()
         self._running.add(generation)

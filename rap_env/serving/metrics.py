@@ -73,8 +73,9 @@ class _EngineState(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
-        stats, plans = self._engine.stats(), self._engine.controller.plans
-        names = {"model": self._settings.served_name, "policy": plans.policy.name}
+        stats, controller = self._engine.stats(), self._engine.controller
+        chooser, switches = controller.chooser, controller.plans.switches
+        names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
         removed = " ".join(stats.mask.names)
         digest = hashlib.sha256(removed.encode()).hexdigest()[:12]
@@ -114,8 +115,8 @@ class _EngineState(Collector):
             (gauge, "queue_length", "Answers that wait.", stats.queued),
             (gauge, "running", "Answers that are being generated.", stats.running),
             (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),
-            (counter, "mask_switches", "Changes of the plan.", plans.switches),
-            (counter, "mask_decisions", "Times that a plan was chosen.", plans.decisions),
+            (counter, "mask_switches", "Changes of the plan.", switches),
+            (counter, "mask_decisions", "Times that a plan was chosen.", chooser.decisions),
             (counter, "controller_overhead_seconds", "Time spent on choosing and switching plans.",
              stats.overhead_s),
             (counter, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import tomllib
@@ -67,6 +68,9 @@ class ServerSettings:
         policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``) or masks
             (``rap-v0``, ``frontier``, ``dense``), or the path of an exported policy, of level costs
             or of a frontier.
+        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
+            predict for a plan that serves. Requests that fit no such plan wait, and then get
+            status 503. Null for no floor.
         memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``.
         reserve: Bytes to leave free if the budget is the system's free memory.
@@ -116,6 +120,7 @@ class ServerSettings:
     repair: str = "none"
     threads: int | None = None
     policy: str = "knapsack"
+    max_delta_nll: float | None = None
     memory: str | int = "auto"
     reserve: str | int = "128MiB"
     residency: str = "offload"
@@ -159,6 +164,11 @@ class ServerSettings:
                 raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
             if types[0] is int and name != "port" and value is not None and value < 1:
                 raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
+        floor = self.max_delta_nll
+        if floor is not None and not 0 <= floor < math.inf:
+            raise ServingSettingsError(
+                f"max_delta_nll must be at least 0 nats per token and finite, not {floor}."
+            )
         if self.threads is not None and self.threads > (cpus := os.cpu_count() or 1):
             raise ServingSettingsError(
                 f"threads must be at most {cpus}, the number of CPUs, not {self.threads}."

@@ -15,6 +15,7 @@ from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
+from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
@@ -110,20 +111,25 @@ def build_stack(
         llm = load_served_model(settings) if llm is None else llm
         policy = load_serving_policy(settings, llm) if policy is None else policy
         make_levels(llm, policy)
+        fixed = memory is None and isinstance(settings.memory_source, int)  # by the settings
         if memory is None:
             reserve = settings.reserve_bytes
             _check_budget(settings, llm)
             memory = open_memory(settings.memory_source, devices=llm.devices, reserve_bytes=reserve)
+        controller = RuntimeController(
+            llm,
+            policy,
+            memory,
+            max_delta_nll=settings.max_delta_nll,
+            log=decisions,
+            chunk_tokens=settings.prefill_chunk_tokens,
+            **controls,
+        )
+        if fixed and settings.max_delta_nll is not None:
+            _check_floor(controller)
         engine = engine_class(
             llm,
-            RuntimeController(
-                llm,
-                policy,
-                memory,
-                log=decisions,
-                chunk_tokens=settings.prefill_chunk_tokens,
-                **controls,
-            ),
+            controller,
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,
             max_seq_len_tokens=settings.max_seq_len_tokens,
@@ -149,6 +155,15 @@ def _check_budget(settings: ServerSettings, llm: ElasticLLM) -> None:
         raise ServingSettingsError(
             f"memory must be at least {least:,} bytes for {settings.model}, which it needs for "
             f"one token without any block, not {budget:,}; give a larger budget."
+        )
+
+
+def _check_floor(controller: RuntimeController) -> None:
+    """Reject a fixed budget in which no plan fits one token without going below the floor."""
+    if not controller.could_fit(BatchShape(1, 1)):
+        raise ServingSettingsError(
+            f"memory is {controller.monitor.budget_bytes:,} bytes, in which one token fits under "
+            f"no plan{controller.chooser.floor_clause}; give a larger budget or max_delta_nll."
         )
 
 
@@ -188,9 +203,11 @@ def greeting(stack: ServerStack, url: str) -> str:
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
         f"Memory: {controller.monitor.budget_bytes / 2**30:.2f} GiB now "
-        f"({controller.monitor.source.name}); policy: {controller.plans.policy.name}; "
+        f"({controller.monitor.source.name}); policy: {controller.chooser.policy.name}; "
         f"unused weights: {stack.settings.residency}.",
     ]
+    if controller.chooser.max_delta_nll is not None:
+        lines.append(f"Requests are served by plans{controller.chooser.floor_clause} only.")
     if stack.decisions is not None:
         lines.append(f"Each change of the plan is a line in {stack.decisions.path}.")
     headers = "-H 'Content-Type: application/json'"

@@ -130,7 +130,7 @@ class FakePolicy:
 def ordered(**settings) -> Harness:
     """A harness whose policy removes blocks in a known order until the request fits."""
     harness = Harness(guard_order=ORDER, **settings)
-    harness.controller.plans.policy = OrderPolicy(harness.estimator.memory, ORDER)
+    harness.controller.chooser.policy = OrderPolicy(harness.estimator.memory, ORDER)
     return harness
 
 

@@ -22,8 +22,9 @@ from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, or
 def test_a_request_that_fits_leaves_the_model_as_it_is():
     harness = ordered()
     assert harness.controller.admit(SHAPE)
-    masks = harness.controller.plans
-    assert (harness.mask, masks.switches, masks.decisions) == (BlockMask(), 0, 0)
+    controller = harness.controller
+    assert harness.mask == BlockMask()
+    assert (controller.plans.switches, controller.chooser.decisions) == (0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
@@ -39,7 +40,7 @@ def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked
     harness = ordered()
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
     assert not harness.controller.admit(SHAPE)
-    assert (harness.mask, harness.controller.plans.decisions) == (BlockMask(), 0)
+    assert (harness.mask, harness.controller.chooser.decisions) == (BlockMask(), 0)
 
 
 def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
@@ -114,9 +115,9 @@ def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
     policy = FakePolicy(BlockMask())
     policy.order = ORDER
     harness = Harness(policy=policy)
-    assert harness.controller.plans.guard_order(SHAPE) == ORDER
+    assert harness.controller.chooser.guard_order(SHAPE) == ORDER
     freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.plans.guard_order(SHAPE)
+    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.chooser.guard_order(SHAPE)
     assert sorted(by_bytes) == list(range(6))
     assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
@@ -236,8 +237,8 @@ def test_seconds_and_counts_add_up():
     harness.budget_bytes = between(harness, 2)
     harness.controller.check(SHAPE)
     controller = harness.controller
-    assert (controller.plans.decisions, controller.plans.switches) == (1, 1)
-    assert 0 < controller.plans.decision_s + controller.plans.switch_s <= controller.overhead_s
+    assert (controller.chooser.decisions, controller.plans.switches) == (1, 1)
+    assert 0 < controller.chooser.decision_s + controller.plans.switch_s <= controller.overhead_s
 
 
 def test_generate_stays_within_its_budget():

@@ -26,7 +26,7 @@ MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding", "gemma2"])
 def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
     harness = Harness(name=name, mask=mask)
-    harness.controller.plans.policy = _Static(mask)
+    harness.controller.chooser.policy = _Static(mask)
     engine = harness.engine(max_batch_size=3, prefill_chunk_tokens=4)
     prompts = [prompt(length, seed) for seed, length in enumerate((3, 9, 14, 1, 6))]
     handles = [engine.submit(ids, greedy(7 + n)) for n, ids in enumerate(prompts)]

@@ -216,7 +216,7 @@ def test_a_controller_lowers_and_raises_a_live_model(blind):
     file = policy_file(model, {"levels": "all", "together": []})
     if blind:
         file = replace(file, importance=type(file.importance).none(Ladder.of(model.facts)))
-    harness.controller.plans.policy = LadderPolicy(model, file)
+    harness.controller.chooser.policy = LadderPolicy(model, file)
     native = harness.need(CompressionPlan(), SHAPE)
     seen = []
     for time_s, share in enumerate((0.9, 0.6, 2.0, 2.0, 2.0)):

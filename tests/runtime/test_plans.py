@@ -38,7 +38,7 @@ def lowering(**settings) -> Harness:
     harness = Harness(guard_order=(5, 0, 3, 2, 1, 4), layers=LAYERS, **settings)
     memory = harness.estimator.memory
     policy = UniformPolicy(memory, uniform_plans(memory.facts), (5, 0, 3, 2, 1, 4))
-    harness.controller.plans.policy = policy
+    harness.controller.chooser.policy = policy
     return harness
 
 

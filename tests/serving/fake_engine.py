@@ -50,10 +50,10 @@ class FakeEngine:
         self.alive = True
         self.unready = None
         self.closed = False
-        controller = SimpleNamespace(
-            switches=3, decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
+        chooser = SimpleNamespace(
+            decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
         )
-        self.controller = SimpleNamespace(plans=controller)
+        self.controller = SimpleNamespace(plans=SimpleNamespace(switches=3), chooser=chooser)
         self.llm = SimpleNamespace(
             fingerprint="0123",
             model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),

@@ -422,7 +422,7 @@ def test_health_reports_whether_the_engine_runs(tokenizer):
 
 def test_metrics_are_what_prometheus_reads(tokenizer):
     engine = FakeEngine(tokenizer, "abc")
-    engine.controller.plans.policy.name = "rap"
+    engine.controller.chooser.policy.name = "rap"
     with served(engine, tokenizer) as server:
         assert post(server, CHAT).status_code == 200
         assert post(server, {**CHAT, "n": 0}).status_code == 400

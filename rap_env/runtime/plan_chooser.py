@@ -1,0 +1,209 @@
+"""Finds plans that fit: asks a policy, removes more blocks in the guard's order, keeps a floor."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
+from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.policy import PlanPolicy
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import MemoryEstimator
+
+log = logging.getLogger(__name__)
+
+_ASKS = 4  # of a policy, each with a lower limit
+_CACHED_RISES = 1024
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A plan that fits."""
+
+    plan: CompressionPlan
+    need_bytes: int
+    guarded: bool
+    decision_s: float = 0.0
+
+
+class PlanChooser:
+    """Asks a policy for plans and makes them fit; it changes no model.
+
+    A policy that chooses plans is asked again with a lower limit where its plan does not fit. Where
+    that does not help either, and with a policy that chooses masks, the guard removes more blocks
+    in its own order. With a quality floor, no plan is chosen for a batch if the predicted rise in
+    NLL of the one that fits is above `max_delta_nll` or unknown. The settings are those of
+    `RuntimeController`.
+
+    Attributes:
+        policy: Chooses masks or plans.
+        max_delta_nll: The quality floor, nats per token; None for no floor.
+        decisions: How often the policy was asked for a decision.
+        decision_s: Seconds spent choosing plans.
+
+    Raises:
+        InvalidRequestError: The floor is no finite number of at least 0, or the policy predicts no
+            rise in NLL.
+        UnknownNameError: There is no such block in the guard's order.
+    """
+
+    def __init__(
+        self,
+        policy: PlanPolicy,
+        estimator: MemoryEstimator,
+        *,
+        guard_order: Sequence[int] | None,
+        max_delta_nll: float | None,
+    ) -> None:
+        self.policy = policy
+        self.max_delta_nll = max_delta_nll
+        self._estimator = estimator
+        if guard_order is None:
+            guard_order = getattr(policy, "order", None)
+        self._order = None if guard_order is None else tuple(guard_order)
+        self._guards = self._order != ()
+        BlockMask.of(*(self._order or ())).check(estimator.memory.facts.num_blocks)
+        self._cached_rise = lru_cache(maxsize=_CACHED_RISES)(self.delta_nll)
+        self._check_floor()
+        self.decisions = 0
+        self.decision_s = 0.0
+
+    def _check_floor(self) -> None:
+        floor = self.max_delta_nll
+        if floor is None:
+            return
+        if not 0 <= floor < math.inf:
+            raise InvalidRequestError(
+                f"max_delta_nll must be at least 0 nats per token and finite, not {floor}."
+            )
+        predict = getattr(self.policy, "delta_nll", lambda *_: None)
+        if predict(CompressionPlan(), 1) is None:
+            raise InvalidRequestError(
+                f"max_delta_nll={floor} needs a policy that predicts the rise in NLL of its plans, "
+                f"as knapsack and rap do, and {self.policy.name} does not: choose such a policy, "
+                "or set max_delta_nll to null."
+            )
+
+    @property
+    def floor_clause(self) -> str:
+        """Words that qualify "plan" in messages about the quality floor; empty without a floor."""
+        if self.max_delta_nll is None:
+            return ""
+        return (
+            f" with a predicted rise in NLL of at most {self.max_delta_nll} nats per token "
+            "(max_delta_nll)"
+        )
+
+    def delta_nll(self, plan: CompressionPlan, seq_len_tokens: int) -> float | None:
+        """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
+
+        Args:
+            plan: The plan; the native one has a rise of 0.
+            seq_len_tokens: Length of sequences, on which the cost of windows depends.
+
+        Returns:
+            The prediction; None if the policy has none for the plan.
+        """
+        if not plan:
+            return 0.0
+        predict = getattr(self.policy, "delta_nll", lambda *_: None)
+        try:
+            rise: float | None = predict(plan, seq_len_tokens)
+        except (UnknownNameError, ArtifactError):  # a level that was not measured
+            return None
+        return rise
+
+    def allows(self, plan: CompressionPlan, shape: BatchShape) -> bool:
+        """Whether a batch may run with a plan by the quality floor; any plan may be idle."""
+        if self.max_delta_nll is None or not shape:
+            return True
+        rise = self._cached_rise(plan, shape.longest_tokens)
+        return rise is not None and rise <= self.max_delta_nll
+
+    def choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
+        """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
+        started = time.perf_counter()
+        found = None
+        if not self._guards or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
+            self.decisions += 1
+            found = self._fitting(shape, limit_bytes)
+        seconds = time.perf_counter() - started
+        self.decision_s += seconds
+        if found is None:
+            return None
+        plan, guarded = found
+        return PlanChoice(plan, self._estimator.peak_bytes(plan, shape), guarded, seconds)
+
+    def could_fit(self, shape: BatchShape, limit_bytes: int) -> bool:
+        """Whether some allowed plan for a batch fits a limit; any thread may call it."""
+        if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
+            return False
+        return self.max_delta_nll is None or self._fitting(shape, limit_bytes) is not None
+
+    def guard_order(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> Sequence[int]:
+        """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
+        if self._order is not None:
+            return self._order
+        freed = self._estimator.freed_bytes(shape, plan)
+        return sorted(range(len(freed)), key=lambda index: -freed[index])
+
+    def smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
+        """Bytes that the smallest plan for a batch needs, whatever the quality floor."""
+        return self._estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
+
+    def smallest(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
+        """A small plan: all that the guard may remove, else the policy's plan.
+
+        Where the former does not fit, the guard's blocks are removed from the policy's least plan.
+        """
+        if not self._guards:
+            return self._ask_policy(shape, limit_bytes)[0]
+        mask = BlockMask.of(*self.guard_order(shape))
+        plan = CompressionPlan(mask)
+        if self._estimator.peak_bytes(plan, shape) <= limit_bytes:
+            return plan
+        return min(
+            (plan, self._ask_policy(shape, 1)[0].without(mask)),
+            key=lambda plan: self._estimator.peak_bytes(plan, shape),
+        )
+
+    def _fitting(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool] | None:
+        """The plan for a limit and whether the guard changed it; None if none fits."""
+        wanted = self._wanted(shape, limit_bytes)
+        order = self.guard_order(shape, wanted)
+        plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
+        if plan is None or not self.allows(plan, shape):
+            return None
+        return plan, plan != wanted
+
+    def _wanted(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
+        """The policy's plan; one for a lower limit if that for the limit needs more than it."""
+        limit = limit_bytes
+        plan, is_mask = self._ask_policy(shape, limit)
+        for _ in range(_ASKS - 1):
+            over = self._estimator.peak_bytes(plan, shape) - limit_bytes
+            if is_mask or over <= 0:
+                break
+            # The policy's own arithmetic leaves out what the estimator counts on top.
+            more = self._estimator.more_than_policy_bytes(plan, shape)
+            limit = min(limit - over, limit_bytes - more)
+            if limit <= 0:
+                break
+            plan, is_mask = self._ask_policy(shape, limit)
+        return plan
+
+    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool]:
+        """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
+        budget = self._estimator.budget_for_policy(shape, limit_bytes)
+        try:
+            found: MaskOrPlan = self.policy.choose(shape.request(budget))
+            return self._estimator.memory.check_plan(found), isinstance(found, BlockMask)
+        except Exception:
+            log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
+            return CompressionPlan(), True

@@ -1,0 +1,183 @@
+"""The quality floor: no batch runs with a plan whose predicted rise in NLL is above it."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.knapsack import KnapsackPolicy
+from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
+from tests.runtime.test_knapsack import costs
+from tests.tiny import tiny_llm
+
+NATIVE = CompressionPlan()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A knapsack with random costs of all levels of the harness's model."""
+    memory = MemoryModel(tiny_llm(layers=3))
+    return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
+
+
+def worst(policy, handles) -> float:
+    """The largest rise in NLL that is predicted for a plan of any token."""
+    return max(policy.delta_nll(p, handle.final_tokens) for handle in handles for p in handle.plans)
+
+
+def test_a_plan_is_applied_only_above_the_floor(policy):
+    floored, free = (Harness(policy=policy, max_delta_nll=floor) for floor in (2.0, None))
+    top, least = (floored.need(plan, SHAPE) for plan in (NATIVE, floored.everything))
+    outcomes = set()
+    for budget in range(top, least, (least - top) // 12):
+        floored.budget_bytes = free.budget_bytes = budget
+        admitted = floored.controller.admit(SHAPE)
+        assert free.controller.admit(SHAPE)
+        assert admitted == (policy.delta_nll(free.llm.plan, 40) <= 2.0)
+        if admitted:
+            assert floored.llm.plan == free.llm.plan
+        outcomes.add(admitted)
+    assert outcomes == {True, False}
+
+
+def served(policy, floor):
+    """An engine's answers while its budget jumps between what is plenty and almost nothing."""
+    harness = Harness(policy=policy, max_delta_nll=floor, hold_s=0.3)
+    engine = harness.engine(prefill_chunk_tokens=4, max_batch_size=4)
+    top = harness.need(NATIVE, BatchShape(4, 40))
+    draw, handles = random.Random(0), []
+    harness.controller.monitor.max_budget_bytes = PLENTY
+    for turn in range(200):
+        if turn % 8 == 0:
+            harness.budget_bytes = PLENTY if turn > 90 else int(draw.uniform(0.2, 1) * top)
+        if turn < 40 and turn % 4 == 0:
+            handles.append(engine.submit(prompt(draw.randint(1, 20), turn), greedy(20)))
+        engine.step()
+        harness.time_s += 0.1
+    assert all(handle.reason == "length" for handle in handles)
+    return handles
+
+
+def test_no_token_is_computed_below_the_floor_while_the_budget_jumps(policy):
+    floored = served(policy, 2.0)
+    assert 0 < worst(policy, floored) <= 2.0
+    assert any(handle.preemptions for handle in floored)
+    assert worst(policy, served(policy, None)) > 2.0
+
+
+def test_running_requests_are_preempted_instead_of_lowered_below_the_floor(policy):
+    for floor, preempted in ((0.0, True), (None, False)):
+        harness = Harness(policy=policy, max_delta_nll=floor)
+        engine = harness.engine()
+        handles = [engine.submit(prompt(4, n), greedy(20)) for n in range(2)]
+        for _ in range(6):
+            engine.step()
+        assert engine.stats().running == 2
+        harness.budget_bytes = harness.need(NATIVE, BatchShape(1, 30))
+        harness.run(engine)
+        assert bool(engine.stats().preemptions) == preempted
+        assert all(handle.reason == "length" for handle in handles)
+        assert (worst(policy, handles) == 0) == preempted
+
+
+def test_a_request_that_no_plan_above_the_floor_can_ever_fit_is_rejected(policy):
+    shape = BatchShape(1, 24)
+    harness = Harness(policy=policy, max_delta_nll=0.0)
+    harness.budget_bytes = budget = harness.need(NATIVE, shape) - 1
+    harness.controller.monitor.max_budget_bytes = budget
+    engine = harness.engine()
+    words = rf"budget of {budget:,} bytes under any plan .* at most 0.0 nats .*\(max_delta_nll\)"
+    with pytest.raises(InfeasibleBudgetError, match=words):
+        engine.submit(prompt(5), greedy(20))
+    assert engine.stats().refused == 1
+    free = Harness(policy=policy, budget=budget)
+    assert free.engine().submit(prompt(5), greedy(20))
+
+
+def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
+    harness = Harness(policy=policy, max_delta_nll=0.0)
+    engine = harness.engine(queue_timeout_s=1.0)
+    handle = engine.submit(prompt(5), greedy(20))
+    harness.budget_bytes = budget = harness.need(NATIVE, BatchShape(1, 24)) - 1
+    assert not engine.step()
+    assert not handle.done
+    harness.time_s = 1.1
+    assert not engine.step()
+    assert handle.rejection == "queue_timeout"
+    assert "longer than 1.0 s" in handle.error
+    assert f"{budget:,} bytes" in handle.error
+    assert "max_delta_nll" in handle.error
+
+
+def test_a_plan_of_an_idle_engine_that_is_below_the_floor_serves_nothing(policy):
+    harness = Harness(policy=policy, max_delta_nll=0.0)
+    engine = harness.engine()
+    harness.budget_bytes = harness.llm.held_bytes.total // 2
+    engine.step()
+    assert harness.llm.held_bytes.total <= harness.budget_bytes
+    assert harness.llm.plan
+    harness.budget_bytes = harness.need(NATIVE, BatchShape(1, 24)) - 1
+    handle = engine.submit(prompt(5), greedy(20))
+    assert not engine.step()
+    assert handle.preemptions == 0  # it was not admitted
+    harness.budget_bytes = PLENTY
+    harness.run(engine)
+    assert set(handle.plans) == {NATIVE}
+
+
+def test_a_plan_that_spares_a_running_batch_a_refill_is_above_the_floor_too():
+    before, said = BlockMask.of(0), BlockMask.of(1, 2, 3, 5)
+    policy = FakePolicy(said)
+    policy.delta_nll = lambda plan, tokens: 1.0 if before <= plan.removed != before else 0.1
+    harness = Harness(policy=policy, guard_order=(5, 0, 3, 2, 1, 4), mask=before, max_delta_nll=0.5)
+    harness.budget_bytes = harness.need(said, SHAPE)
+    assert not harness.controller.check(SHAPE)  # block 0 would stay removed besides others
+    assert harness.mask == before
+    assert harness.controller.admit(SHAPE)
+    assert harness.mask == said
+
+
+def test_a_plan_that_was_applied_from_outside_serves_nothing_below_the_floor(policy):
+    harness = Harness(policy=policy, max_delta_nll=0.0)
+    engine = harness.engine()
+    handle = engine.submit(prompt(5), greedy(20))
+    for _ in range(3):
+        engine.step()
+    harness.llm.apply(BlockMask.of(1))
+    harness.run(engine)
+    assert set(handle.plans) == {NATIVE}
+
+
+def test_the_floor_holds_at_the_length_of_the_longest_request():
+    lowered = FakePolicy(CompressionPlan.uniform(3, caches="int4"))
+    lowered.delta_nll = lambda plan, tokens: tokens / 1000 if plan else 0.0
+    chooser = Harness(policy=lowered, max_delta_nll=0.2).controller.chooser
+    shape = BatchShape.of([(100, 10)] * 10 + [(100, 400)])
+    assert (shape.seq_len_tokens, shape.longest_tokens) == (110, 500)
+    assert not chooser.allows(lowered.mask, shape)
+    assert chooser.allows(lowered.mask, BatchShape.of([(100, 10)] * 10))
+    assert chooser.allows(lowered.mask, BatchShape())
+    lowered.delta_nll = lambda *_: None  # a plan without a prediction is below any floor
+    unknown = CompressionPlan.uniform(3, weights="int4")
+    assert not chooser.allows(unknown, BatchShape(1, 10))
+
+
+@pytest.mark.parametrize("floor", [-0.1, float("nan"), float("inf")])
+def test_a_floor_that_is_no_rise_is_rejected(policy, floor):
+    with pytest.raises(InvalidRequestError, match="max_delta_nll must be at least 0"):
+        Harness(policy=policy, max_delta_nll=floor)
+
+
+def test_a_floor_needs_a_policy_that_predicts():
+    without = SimpleNamespace(name="mute", choose=lambda request: NATIVE)
+    nothing = SimpleNamespace(**vars(without), delta_nll=lambda *_: None)
+    for policy in (None, without, nothing):
+        with pytest.raises(InvalidRequestError, match=r"needs a policy .* (dense|mute) does not"):
+            Harness(policy=policy, max_delta_nll=0.1)

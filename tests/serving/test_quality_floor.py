@@ -1,0 +1,111 @@
+"""The server under a quality floor: answers above it, and 503 with the reason for all others."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from rap_env.errors import RapError
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.memory_source import GivenMemory
+from rap_env.serving.server import BackgroundServer
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack, greeting
+from tests.runtime.test_knapsack import costs
+from tests.serving.test_app import PLAIN, error_of, post
+from tests.tiny import tiny_llm
+
+FLOOR = 2.0
+ASKED = {**PLAIN, "max_tokens": 20}
+
+
+def knapsack_of(llm):
+    """A knapsack with random costs of all levels."""
+    memory = MemoryModel(llm)
+    return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
+
+
+def stack_of(tokenizer, read_budget, **settings):
+    llm = tiny_llm(layers=3, tokenizer=tokenizer)
+    llm.set_residency("offload")
+    return build_stack(
+        ServerSettings(model_name="tiny", shutdown_grace_s=5.0, **settings),
+        llm=llm,
+        policy=knapsack_of(llm),
+        memory=GivenMemory(read_budget),
+        meter=TensorMeter(llm),
+        hold_s=0.0,
+    )
+
+
+def peak_of(stack):
+    """What the native model needs for one request."""
+    return stack.engine.controller.estimator.peak_bytes(CompressionPlan(), BatchShape(1, 21))
+
+
+def test_every_answer_is_above_the_floor_and_every_refusal_a_503_that_says_why(tokenizer):
+    budget = 10**9
+    stack = stack_of(tokenizer, lambda: budget, max_delta_nll=FLOOR, queue_timeout_s=0.2)
+    assert "at most 2.0 nats per token (max_delta_nll) only" in greeting(stack, "http://here")
+    rises, refused = [], 0
+    with BackgroundServer(stack.app) as server:
+        for share in (1.2, 0.95, 0.9, 0.8, 0.7, 0.6, 0.4, 0.1, 1.2):
+            budget = int(share * peak_of(stack))
+            response = post(server, ASKED, "completions")
+            if response.status_code == 200:
+                rises.append(response.json()["rap"]["delta_nll"])
+                continue
+            refused += 1
+            message = refusal(response)
+            assert "waited longer than 0.2 s" in message
+            assert f"{budget:,} bytes" in message
+            if share == 0.1:
+                ready = httpx.get(f"{server.url}/readyz")
+                assert ready.status_code == 503
+                assert "(max_delta_nll) fits a request of one token" in ready.json()["reason"]
+    assert refused > 1
+    assert rises[0] == rises[-1] == 0.0
+    assert 0 < max(rises) <= FLOOR
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_never_fits_above_the_floor_is_refused_at_once(tokenizer, stream):
+    budget = 10**9
+    stack = stack_of(tokenizer, lambda: budget, max_delta_nll=0.0)
+    budget = stack.engine.controller.monitor.max_budget_bytes = peak_of(stack) - 1
+    with BackgroundServer(stack.app) as server:
+        message = refusal(post(server, {**ASKED, "stream": stream}, "completions"))
+        assert f"largest expected budget of {budget:,} bytes" in message
+        assert post(server, {**ASKED, "max_tokens": 2}, "completions").status_code == 200
+
+
+def refusal(response):
+    """The message of a response that refuses a request because of the floor."""
+    error = error_of(response, 503)
+    assert error["code"] == "insufficient_memory"
+    assert "retry-after" in response.headers
+    assert "nats per token (max_delta_nll)" in error["message"]
+    return error["message"]
+
+
+def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_start(tokenizer):
+    llm = tiny_llm(layers=3, tokenizer=tokenizer)
+    budget = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
+    for floor in (None, 0.0):
+        settings = ServerSettings(memory=budget, max_delta_nll=floor)
+        given = {"llm": llm, "policy": knapsack_of(llm), "meter": TensorMeter(llm)}
+        if floor is None:
+            assert build_stack(settings, **given).app
+            continue
+        with pytest.raises(RapError, match=f"{budget:,} bytes, in which one token .* max_delta"):
+            build_stack(settings, **given)
+
+
+def test_a_policy_that_predicts_nothing_is_refused_at_the_start(tokenizer):
+    settings = ServerSettings(policy="dense", memory="1GiB", max_delta_nll=0.1)
+    with pytest.raises(RapError, match="dense does not: choose such a policy, or set max_delta"):
+        build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
