@@ -69,7 +69,7 @@ def serving_markdown(results: Path) -> str:
     settings, serving = record["settings"], record["measured"]["serving"]
     rows = [
         f"| Engine, weights | Removed | Prefill of {settings['context_tokens']} tokens, s | "
-        "Decode, ms per token | of the model itself | Resident beyond libraries, MiB |",
+        "Decode, ms per token | Share of dense | Resident beyond libraries, MiB |",
         "| :--- | :--- | ---: | ---: | ---: | ---: |",
     ]
     weights = {
