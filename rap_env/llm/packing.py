@@ -339,11 +339,13 @@ def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
 def choose_packed_dtype(name: str, device: torch.device) -> torch.dtype:
     """As `choose_dtype`, for a model with packed weights.
 
-    Torch's packed kernels of CPUs compute with bfloat16 states, so ``"auto"`` is bfloat16 wherever
-    they are faster than widening, even if the CPU emulates unquantised products in bfloat16:
-    a decode step of the default model took a fifth of its time with float32 states.
+    Torch's packed kernels of CPUs compute with bfloat16 states, so ``"auto"`` is bfloat16 where the
+    int4 kernel reads our layout and is faster than widening, even if the CPU emulates unquantised
+    products in bfloat16: a decode step of the default model took a fifth of its time with float32
+    states. Without that kernel, as with AVX2 alone, emulation would double the time of a step.
     """
-    if name == "auto" and device.type == "cpu" and kernel_rows("int4", torch.bfloat16):
+    undecided = name == "auto" and device.type == "cpu"
+    if undecided and kernel_reads_blocks() and kernel_rows("int4", torch.bfloat16):
         return torch.bfloat16
     return choose_dtype(name, device)
 

@@ -194,16 +194,18 @@ def _product_in_thread(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "expected"),
+    ("name", "reads", "rows", "expected"),
     [
-        ("auto", 96, torch.bfloat16),  # even if unquantised products are faster in float32
-        ("auto", 0, torch.float32),
-        ("float32", 96, torch.float32),
-        ("float16", 96, torch.float16),
+        ("auto", True, 96, torch.bfloat16),  # even if unquantised products are faster in float32
+        ("auto", True, 0, torch.float32),
+        ("auto", False, 96, torch.float32),  # the kernel is fast, but for another layout
+        ("float32", True, 96, torch.float32),
+        ("float16", True, 96, torch.float16),
     ],
 )
-def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, rows, expected):
+def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, reads, rows, expected):
     cpu = torch.device("cpu")
+    monkeypatch.setattr(packing, "kernel_reads_blocks", lambda: reads)
     monkeypatch.setattr(packing, "kernel_rows", lambda level, dtype: rows)
     monkeypatch.setattr(device, "remembered_dtype", lambda *about: torch.float32)
     assert packing.choose_packed_dtype(name, cpu) is expected
