@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from rap_env.llm import bfloat16_products
+from rap_env.llm.bfloat16_products import linear
 from rap_env.llm.partial_forward import PartialForward
 
 HEAD_TOKENS = 256
@@ -114,9 +114,7 @@ class VocabularyBound:
             torch.split(hidden, self._windows), self._pieces[batch], strict=True
         ):
             rows = part[:, :-1].reshape(-1, part.shape[-1])
-            with bfloat16_products.in_float32():
-                logits = functional.linear(rows, piece.weight, piece.bias)
-            logits = self._partial.cap(logits)
+            logits = self._partial.cap(linear(rows, piece.weight, piece.bias))
             losses.append(token_nll(logits, piece.targets).view(len(part), -1))
         return torch.cat(losses).double().mean(dim=1)
 
