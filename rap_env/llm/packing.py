@@ -10,10 +10,10 @@ int4     uint8, two codes of 0 to 15 a byte:         (in / 32, out, 2): scale an
 =======  ==========================================  =============================================
 
 In a block, byte (n, i, r) has the code of row ``64 n + r`` and input i in its low bits, and that of
-row ``64 n + 32 + r`` in its high bits. Torch's product on CPUs with AVX512 reads that layout, and
-widening it needs no transposition within bytes. Matrices whose sizes do not fill blocks are stored
-in pairs: the even input in the low bits. The layout does not depend on the machine, so files can be
-moved between machines.
+row ``64 n + 32 + r`` in its high bits. Torch's product on CPUs with AVX512 reads that layout, that
+with AVX2 alone in two passes, and widening it needs no transposition within bytes. Matrices whose
+sizes do not fill blocks are stored in pairs: the even input in the low bits. The layout does not
+depend on the machine, so files can be moved between machines.
 
 Products with few rows use torch's packed kernels where these apply. Those with many rows widen the
 weights into one buffer that all matrices of the process use in turn, a piece at a time, because
@@ -211,7 +211,7 @@ class PackedMatrix:
         if not rows or flat.device.type != "cpu" or flat.dtype == torch.float16:
             return False
         if self.level == "int4":
-            readable = self.in_blocks and kernel_reads_blocks()
+            readable = self.in_blocks and bool(kernel_block_rows())
         else:  # with other sizes torch's kernel reads beyond the end of the matrix
             readable = not self.grouped and self.shape[1] % GROUP_INPUTS == 0
         return readable and rows <= kernel_rows(self.level, flat.dtype)
@@ -220,11 +220,30 @@ class PackedMatrix:
         scales, flat = self.scales.to(flat.dtype), flat.contiguous()  # the kernels require it
         if self.level == "int8":
             return torch._weight_int8pack_mm(flat, self.codes, scales)
-        codes = self.codes.view(self.shape[0], -1)
-        found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            flat, codes, GROUP_INPUTS, scales
-        )
-        return found
+        if kernel_block_rows() == _BLOCK:
+            return _int4_product(flat, self.codes.view(self.shape[0], -1), GROUP_INPUTS, scales)
+        return self._by_half_blocks(flat, scales)
+
+    def _by_half_blocks(self, flat: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The int4 product, (rows, in) to (rows, out), by a kernel that reads blocks of 32 rows.
+
+        Such a kernel takes one of our blocks as 32 rows with twice the inputs: what it reads as
+        inputs ``2 i`` and ``2 i + 1`` are the codes that rows ``r`` and ``16 + r`` of either half
+        have for input i. So it computes either set of rows if the states fill one of the two
+        places, and zeros the other one.
+        """
+        rows, (out, inputs) = len(flat), self.shape
+        sets = (out // _BLOCK, 2, 2, _HALF // 2)  # blocks, halves, sets of rows, rows
+        by_set = scales.view(-1, *sets, 2)
+        found = flat.new_empty(rows, *sets)
+        for index in range(2):
+            places = flat.new_zeros(rows, inputs, 2)
+            places[:, :, index] = flat
+            own = by_set[:, :, :, index].reshape(-1, out // 2, 2)
+            codes = self.codes.view(out // 2, -1)
+            part = _int4_product(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
+            found[:, :, :, index] = part.view(found[:, :, :, index].shape)
+        return found.view(rows, out)
 
     def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
         out, rows = self.shape[0], piece_rows(self.shape)
@@ -339,39 +358,55 @@ def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
 def choose_packed_dtype(name: str, device: torch.device) -> torch.dtype:
     """As `choose_dtype`, for a model with packed weights.
 
-    Torch's packed kernels of CPUs compute with bfloat16 states, so ``"auto"`` is bfloat16 where the
-    int4 kernel reads our layout and is faster than widening, even if the CPU emulates unquantised
-    products in bfloat16: a decode step of the default model took a fifth of its time with float32
-    states. Without that kernel, as with AVX2 alone, emulation would double the time of a step.
+    Torch's packed kernels of CPUs are fast with bfloat16 states, so ``"auto"`` is bfloat16 where
+    the int4 kernel reads our layout and is faster than widening, even if the CPU emulates
+    unquantised products in bfloat16: a decode step of the default model took a fifth of its time
+    with float32 states. Without that kernel emulation would double the time of a step.
     """
     undecided = name == "auto" and device.type == "cpu"
-    if undecided and kernel_reads_blocks() and kernel_rows("int4", torch.bfloat16):
+    if undecided and kernel_block_rows() and kernel_rows("int4", torch.bfloat16):
         return torch.bfloat16
     return choose_dtype(name, device)
 
 
 @lru_cache(maxsize=1)
-def kernel_reads_blocks() -> bool:
-    """Whether torch's int4 product on this CPU reads the blocks described above."""
+def kernel_block_rows() -> int:
+    """Rows of the blocks that torch's int4 product on this CPU reads: 64, 32, or 0 for others."""
     codes = torch.arange(_BLOCK * GROUP_INPUTS, dtype=torch.int32).mul_(7).remainder_(11)
     codes = codes.view(_BLOCK, GROUP_INPUTS)
     try:
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, AttributeError):  # no such product in this build of torch
-        return False
-    return torch.equal(theirs.view(torch.uint8).flatten(), _packed_codes(codes).flatten())
+        return 0
+    found = theirs.view(torch.uint8).flatten()
+    fitting = (n for n in (_BLOCK, _HALF) if torch.equal(found, _in_blocks(codes, n).flatten()))
+    return next(fitting, 0)
+
+
+def _int4_product(
+    flat: torch.Tensor, codes: torch.Tensor, group_inputs: int, scales: torch.Tensor
+) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        flat, codes, group_inputs, scales
+    )
+    return found
 
 
 def _packed_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes 0 to 15 of shape (out, in), in blocks or pairs."""
-    codes = codes.to(torch.uint8)
     out, inputs = codes.shape
     if fills_blocks((out, inputs)):
-        halves = codes.view(out // _BLOCK, 2, _HALF, inputs)
-        return (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+        return _in_blocks(codes, _BLOCK)
+    codes = codes.to(torch.uint8)
     if inputs % 2:
         codes = functional.pad(codes, (0, 1))
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _in_blocks(codes: torch.Tensor, rows: int) -> torch.Tensor:
+    """Codes (out, in), in blocks of some rows, (blocks, in, rows / 2)."""
+    halves = codes.to(torch.uint8).view(-1, 2, rows // 2, codes.shape[1])
+    return (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
 
 
 def _unpaired(codes: torch.Tensor, inputs: int) -> torch.Tensor:

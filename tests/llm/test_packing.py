@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -153,9 +155,35 @@ def test_the_kernel_is_used_only_where_it_reads_the_stored_layout(
     matrix = quantise(_random((128, 64)), "int4")
     states = _random((2, 64), seed=3)
     wanted = matrix.product(states)
-    monkeypatch.setattr(packing, "kernel_reads_blocks", lambda: False)
+    monkeypatch.setattr(packing, "kernel_block_rows", lambda: 0)
     monkeypatch.setattr(PackedMatrix, "_by_kernel", lambda *_: pytest.fail("kernel used"))
     _close(matrix.product(states), wanted, 1e-6)
+
+
+PRODUCTS_OF_HALF_BLOCKS = """
+import torch
+from rap_env.llm import packing
+from rap_env.llm.quantisers import quantise
+
+print(packing.kernel_block_rows())
+for shape in ((64, 32), (192, 96)) if packing.kernel_block_rows() else ():
+    matrix = quantise(torch.randn(shape), "int4")
+    for rows in (1, 5):
+        states = torch.randn(rows, shape[1]).bfloat16()
+        wanted = states.float() @ matrix.widened(torch.float32).T
+        found = matrix._by_kernel(states).float()
+        assert (found - wanted).norm() < 0.01 * wanted.norm(), (shape, rows)
+"""
+
+
+def test_kernels_that_read_half_blocks_compute_the_same_product() -> None:
+    """As on CPUs with AVX2 alone, which torch imitates where the CPU has more."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", PRODUCTS_OF_HALF_BLOCKS]
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    if ran.stdout.strip() == "0":
+        pytest.skip("this CPU has no int4 kernel that reads blocks of 32 rows")
+    assert ran.stdout.strip() == "32"
 
 
 def test_the_buffer_is_shared_and_grows() -> None:
@@ -194,18 +222,19 @@ def _product_in_thread(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reads", "rows", "expected"),
+    ("name", "block", "rows", "expected"),
     [
-        ("auto", True, 96, torch.bfloat16),  # even if unquantised products are faster in float32
-        ("auto", True, 0, torch.float32),
-        ("auto", False, 96, torch.float32),  # the kernel is fast, but for another layout
-        ("float32", True, 96, torch.float32),
-        ("float16", True, 96, torch.float16),
+        ("auto", 64, 96, torch.bfloat16),  # even if unquantised products are faster in float32
+        ("auto", 32, 96, torch.bfloat16),
+        ("auto", 64, 0, torch.float32),
+        ("auto", 0, 96, torch.float32),  # the kernel is fast, but for another layout
+        ("float32", 64, 96, torch.float32),
+        ("float16", 64, 96, torch.float16),
     ],
 )
-def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, reads, rows, expected):
+def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, block, rows, expected):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(packing, "kernel_reads_blocks", lambda: reads)
+    monkeypatch.setattr(packing, "kernel_block_rows", lambda: block)
     monkeypatch.setattr(packing, "kernel_rows", lambda level, dtype: rows)
     monkeypatch.setattr(device, "remembered_dtype", lambda *about: torch.float32)
     assert packing.choose_packed_dtype(name, cpu) is expected
