@@ -51,6 +51,10 @@ class InfeasibleBudgetError(RapError, ValueError):
     """A budget is below what the mask that removes every block needs."""
 
 
+class QualityFloorError(InfeasibleBudgetError):
+    """Plans fit the budget, but all of them are below the floor of quality."""
+
+
 class UnsupportedModelError(RapError, ValueError):
     """The model's family is unknown, or its layout cannot be masked."""
 

@@ -28,7 +28,7 @@ from rap_env.runtime.request_handle import RequestHandle
 STEPS, REQUESTS = "replay_steps", "replay_requests"
 """Folders next to ``replay.jsonl`` with a JSON-lines file for each system."""
 
-_REJECTED = {"queue_timeout": "timed_out", "infeasible": "refused"}
+_REJECTED = {"queue_timeout": "timed_out", "infeasible": "refused", "below_floor": "refused"}
 """Outcome of a request that waited, by the engine's reason to reject it."""
 
 

@@ -18,7 +18,12 @@ from rap_env.serving.detokenizer import plain_text
 
 REJECTED = (429, 503)
 """Valid status codes when memory is short."""
-_REJECTED_CODES = ("insufficient_memory", "service_unavailable", "rate_limit_exceeded")
+_REJECTED_CODES = (
+    "insufficient_memory",
+    "insufficient_quality",
+    "service_unavailable",
+    "rate_limit_exceeded",
+)
 
 
 @dataclass(frozen=True)

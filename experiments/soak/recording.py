@@ -240,7 +240,12 @@ class RecordingEngine(Engine):
     sample: AnswerSample
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        listener: Listener | None = None,
+        *,
+        max_delta_nll: float | None = None,
     ) -> RequestHandle:
         """Submit a request as `Engine.submit` does, and follow it."""
 
@@ -249,6 +254,6 @@ class RecordingEngine(Engine):
             if listener is not None:
                 listener(event)
 
-        handle = super().submit(prompt_ids, params, relay)
+        handle = super().submit(prompt_ids, params, relay, max_delta_nll=max_delta_nll)
         self.sample.note(handle)
         return handle

@@ -9,6 +9,19 @@ from rap_env.errors import InvalidRequestError
 from rap_env.request import Request
 
 
+@dataclass(frozen=True, order=True)
+class QualityBound:
+    """A bound on the plans that may serve a batch.
+
+    Attributes:
+        seq_len_tokens: Length at which the plan's rise in NLL is predicted.
+        max_delta_nll: Largest rise in NLL that may be predicted, nats per token.
+    """
+
+    seq_len_tokens: int
+    max_delta_nll: float
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """A batch at its largest. ``BatchShape()`` is an empty batch, and false.
@@ -20,6 +33,7 @@ class BatchShape:
             while they are shorter, and a cache in groups takes some bytes for each.
         longest_tokens: Tokens of the longest sequence at its end, without padding; it may be longer
             than those of the largest batch. By default `seq_len_tokens`.
+        bounds: What its requests demand of the plan besides the server's own floor.
 
     Raises:
         InvalidRequestError: One of them is negative, or one is 0 and the other is not.
@@ -29,6 +43,7 @@ class BatchShape:
     seq_len_tokens: int = 0
     rows: int = 0
     longest_tokens: int = field(default=0, repr=False)
+    bounds: tuple[QualityBound, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", max(self.rows, self.batch_size))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
@@ -224,6 +224,30 @@ class RuntimeController:
         Any thread may call it.
         """
         return self._could_fit(shape, self.monitor.budget_bytes)
+
+    def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
+        """The error that says why a batch does not fit with nothing else running.
+
+        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may call it.
+
+        Args:
+            shape: A batch that does not fit.
+            expected: Whether it is the largest expected budget in which it does not, else the
+                present one.
+        """
+        monitor, chooser = self.monitor, self.chooser
+        budget = monitor.budget_limit_bytes() if expected else monitor.budget_bytes
+        message = (
+            f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
+            f"of {budget:,} bytes under any plan{chooser.clause_for(shape)}"
+        )
+        rise = chooser.least_rise(shape, budget - monitor.margin.bytes)
+        if rise is None:
+            return InfeasibleBudgetError(f"{message}; shorten the prompt or ask for fewer tokens.")
+        return QualityFloorError(
+            f"{message}: the best plan that fits has {rise:.4g}. Shorten the prompt or ask for "
+            "fewer tokens."
+        )
 
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Whether a batch can never fit by what is measured now, even with nothing else running."""

@@ -12,8 +12,9 @@ from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFull
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
+from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.scheduler import RequestQueue, Scheduler
+from rap_env.runtime.scheduler import Scheduler
 from rap_env.runtime.sequence import TokenSequence
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ class Engine:
     Each turn (`step`) admits at most one request from the queue, prefills at most one chunk of its
     prompt, and decodes a token for every row of the running batch; so a long prompt delays others
     by no more than a chunk at a time. Before each pass through the model the controller reads the
-    budget. A request waits while no plan makes it fit with the running batch. If no plan fits
-    the running batch, the newest request is preempted: it returns to the front of the queue with
-    its tokens, and is prefilled again from them later.
+    budget. A request waits while no plan makes it fit with the running batch; others overtake it
+    only if it waits for a floor of its own, which no plan reaches even for it alone. If no plan
+    fits the running batch, the newest request is preempted: it returns to the front of the queue
+    with its tokens, and is prefilled again from them later.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 
@@ -127,7 +129,12 @@ class Engine:
         return None
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, listener: Listener | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        listener: Listener | None = None,
+        *,
+        max_delta_nll: float | None = None,
     ) -> RequestHandle:
         """Add a request to the queue; from any thread.
 
@@ -135,16 +142,25 @@ class Engine:
             prompt_ids: Tokens of the prompt, at least one.
             params: How much to generate, and how to sample.
             listener: Called with each event, see `RequestHandle.add_listener`.
+            max_delta_nll: Floor of quality of this request, nats per token: no pass for it runs
+                with a plan whose predicted rise in NLL is above it. The controller's own floor
+                holds in any case.
 
         Raises:
             InvalidRequestError: The prompt is empty, too long together with the answer, or holds
-                an id that is not in the model's vocabulary.
-            InfeasibleBudgetError: No plan could ever make it fit.
+                an id that is not in the model's vocabulary; or the policy predicts nothing for
+                `max_delta_nll`.
+            InfeasibleBudgetError: No plan could ever make it fit; a `QualityFloorError` if none
+                above the floor could.
             QueueFullError: Too many requests wait.
             EngineClosedError: The engine was closed.
         """
         prompt = self._check_prompt(prompt_ids, params)
-        handle = RequestHandle(prompt, params, self.clock(), on_cancel=self._wake.set)
+        if max_delta_nll is not None:
+            self.controller.chooser.check_bound("max_delta_nll", max_delta_nll)
+        handle = RequestHandle(
+            prompt, params, self.clock(), max_delta_nll=max_delta_nll, on_cancel=self._wake.set
+        )
         sequence = TokenSequence(handle)
         if listener is not None:
             handle.add_listener(listener)

@@ -13,7 +13,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.policy import PlanPolicy
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.memory_estimator import MemoryEstimator
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,13 @@ class PlanChooser:
     A policy that chooses plans is asked again with a lower limit where its plan does not fit. Where
     that does not help either, and with a policy that chooses masks, the guard removes more blocks
     in its own order. With a quality floor, no plan is chosen for a batch if the predicted rise in
-    NLL of the one that fits is above `max_delta_nll` or unknown. The settings are those of
-    `RuntimeController`.
+    NLL of the one that fits is above `max_delta_nll` or unknown. The bounds of a batch's own
+    requests count likewise. The settings are those of `RuntimeController`.
 
     Attributes:
         policy: Chooses masks or plans.
         max_delta_nll: The quality floor, nats per token; None for no floor.
+        rise: As `delta_nll`, with cached results.
         decisions: How often the policy was asked for a decision.
         decision_s: Seconds spent choosing plans.
 
@@ -69,35 +70,55 @@ class PlanChooser:
         self._order = None if guard_order is None else tuple(guard_order)
         self._guards = self._order != ()
         BlockMask.of(*(self._order or ())).check(estimator.memory.facts.num_blocks)
-        self._cached_rise = lru_cache(maxsize=_CACHED_RISES)(self.delta_nll)
-        self._check_floor()
+        self.rise = lru_cache(maxsize=_CACHED_RISES)(self.delta_nll)
+        if max_delta_nll is not None:
+            self.check_bound("max_delta_nll", max_delta_nll)
         self.decisions = 0
         self.decision_s = 0.0
 
-    def _check_floor(self) -> None:
-        floor = self.max_delta_nll
-        if floor is None:
-            return
-        if not 0 <= floor < math.inf:
-            raise InvalidRequestError(
-                f"max_delta_nll must be at least 0 nats per token and finite, not {floor}."
-            )
+    @property
+    def predicts(self) -> bool:
+        """Whether the policy predicts the rise in NLL of its plans."""
         predict = getattr(self.policy, "delta_nll", lambda *_: None)
-        if predict(CompressionPlan(), 1) is None:
+        return predict(CompressionPlan(), 1) is not None
+
+    def check_bound(self, name: str, max_delta_nll: float) -> None:
+        """Check a bound on predicted rises in NLL.
+
+        Args:
+            name: What the error message calls it.
+            max_delta_nll: The bound, nats per token.
+
+        Raises:
+            InvalidRequestError: It is no finite number of at least 0, or the policy predicts
+                nothing.
+        """
+        if not 0 <= max_delta_nll < math.inf:
             raise InvalidRequestError(
-                f"max_delta_nll={floor} needs a policy that predicts the rise in NLL of its plans, "
-                f"as knapsack and rap do, and {self.policy.name} does not: choose such a policy, "
-                "or set max_delta_nll to null."
+                f"{name} must be at least 0 nats per token and finite, not {max_delta_nll}."
+            )
+        if not self.predicts:
+            raise InvalidRequestError(
+                f"{name}={max_delta_nll} needs a policy that predicts the rise in NLL of its "
+                f"plans, as knapsack and rap do, and {self.policy.name} does not: choose such a "
+                f"policy, or set {name} to null."
             )
 
     @property
     def floor_clause(self) -> str:
         """Words that qualify "plan" in messages about the quality floor; empty without a floor."""
-        if self.max_delta_nll is None:
+        return self.clause_for(EMPTY_BATCH)
+
+    def clause_for(self, shape: BatchShape) -> str:
+        """As `floor_clause`, with the strictest bound of a batch and of the floor."""
+        bounds = self._bounds(shape)
+        if not bounds:
             return ""
+        floor = min(bound.max_delta_nll for bound in bounds)
+        whose = "" if floor == self.max_delta_nll else " of the request"
         return (
-            f" with a predicted rise in NLL of at most {self.max_delta_nll} nats per token "
-            "(max_delta_nll)"
+            f" with a predicted rise in NLL of at most {floor} nats per token "
+            f"(max_delta_nll{whose})"
         )
 
     def delta_nll(self, plan: CompressionPlan, seq_len_tokens: int) -> float | None:
@@ -121,10 +142,16 @@ class PlanChooser:
 
     def allows(self, plan: CompressionPlan, shape: BatchShape) -> bool:
         """Whether a batch may run with a plan by the quality floor; any plan may be idle."""
-        if self.max_delta_nll is None or not shape:
-            return True
-        rise = self._cached_rise(plan, shape.longest_tokens)
-        return rise is not None and rise <= self.max_delta_nll
+        return not shape or all(
+            (rise := self.rise(plan, bound.seq_len_tokens)) is not None
+            and rise <= bound.max_delta_nll
+            for bound in self._bounds(shape)
+        )
+
+    def _bounds(self, shape: BatchShape) -> tuple[QualityBound, ...]:
+        floor = self.max_delta_nll
+        own = () if floor is None else (QualityBound(shape.longest_tokens, floor),)
+        return (*own, *shape.bounds)
 
     def choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
         """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
@@ -144,7 +171,17 @@ class PlanChooser:
         """Whether some allowed plan for a batch fits a limit; any thread may call it."""
         if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return False
-        return self.max_delta_nll is None or self._fitting(shape, limit_bytes) is not None
+        return not self._bounds(shape) or self._fitting(shape, limit_bytes) is not None
+
+    def least_rise(self, shape: BatchShape, limit_bytes: int) -> float | None:
+        """Rise in NLL of the plan for a limit, allowed or not, at the batch's longest sequence.
+
+        It is None if no plan fits, or without a prediction. Any thread may call it.
+        """
+        if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
+            return None
+        plan, _ = self._shrunk(shape, limit_bytes)
+        return None if plan is None else self.rise(plan, shape.longest_tokens)
 
     def guard_order(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
@@ -174,12 +211,15 @@ class PlanChooser:
         )
 
     def _fitting(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool] | None:
-        """The plan for a limit and whether the guard changed it; None if none fits."""
+        """The plan for a limit and whether the guard changed it; None if no allowed one fits."""
+        plan, guarded = self._shrunk(shape, limit_bytes)
+        return None if plan is None or not self.allows(plan, shape) else (plan, guarded)
+
+    def _shrunk(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan | None, bool]:
+        """The plan for a limit, whatever its quality, and whether the guard changed it."""
         wanted = self._wanted(shape, limit_bytes)
         order = self.guard_order(shape, wanted)
         plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
-        if plan is None or not self.allows(plan, shape):
-            return None
         return plan, plan != wanted
 
     def _wanted(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:

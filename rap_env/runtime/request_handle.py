@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 Reason = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop token, its token limit, a cancellation, or a failure."""
 
-Rejection = Literal["queue_timeout", "infeasible"]
-"""Why the engine gave a request up: it waited too long, or no plan fits any expected budget."""
+Rejection = Literal["queue_timeout", "infeasible", "below_floor"]
+"""Why the engine gave a request up: it waited too long for others, no plan fits the budget, or only
+plans below its floor of quality do."""
 
 _ids = itertools.count(1)
 _NATIVE = CompressionPlan()
@@ -80,6 +81,8 @@ class RequestHandle:
 
     Attributes:
         id: A number that is unique in this process.
+        max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that may be
+            predicted for a plan that serves it; None for the engine's floor alone.
         arrived_s: Time of arrival on the engine's clock, as all times here.
         first_token_s: Time of the first token; None before it.
         ended_s: Time of the end; None before it.
@@ -100,9 +103,11 @@ class RequestHandle:
         params: SamplingParams,
         arrived_s: float,
         *,
+        max_delta_nll: float | None = None,
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.id = next(_ids)
+        self.max_delta_nll = max_delta_nll
         self.prompt_ids = prompt_ids
         self.params = params
         self.arrived_s = arrived_s

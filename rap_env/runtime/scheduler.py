@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from rap_env.errors import EngineClosedError, InfeasibleBudgetError, QueueFullError
+from rap_env.errors import InfeasibleBudgetError, QualityFloorError
 from rap_env.llm.device import synchronise
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
+from rap_env.runtime.request_handle import Rejection
+from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.sequence import (
     OutputProcessor,
     PrefillingSequence,
@@ -31,66 +31,6 @@ if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController
 
 log = logging.getLogger(__name__)
-
-
-class RequestQueue:
-    """At most `max_size` requests that wait, first come, first served; thread-safe.
-
-    Preempted requests may always return.
-    """
-
-    def __init__(self, max_size: int) -> None:
-        self._max_size = max_size
-        self._waiting: deque[TokenSequence] = deque()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def append(self, sequence: TokenSequence) -> None:
-        """Add a request at the end; raises `QueueFullError` or `EngineClosedError`."""
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("The engine is closed and accepts no more requests.")
-            if len(self._waiting) >= self._max_size:
-                raise QueueFullError(
-                    f"The queue is full: {len(self._waiting)} requests wait, and at most "
-                    f"{self._max_size} may. Try again later."
-                )
-            self._waiting.append(sequence)
-
-    def put_first(self, sequence: TokenSequence) -> None:
-        """Add a preempted request at the front."""
-        with self._lock:
-            self._waiting.appendleft(sequence)
-
-    def first(self) -> TokenSequence | None:
-        """The request at the front, which stays in the queue."""
-        with self._lock:
-            return self._waiting[0] if self._waiting else None
-
-    def remove(self, sequence: TokenSequence) -> None:
-        """Remove a request."""
-        with self._lock:
-            self._waiting.remove(sequence)
-
-    def remove_if(self, predicate: Callable[[TokenSequence], bool]) -> list[TokenSequence]:
-        """Remove and return all requests that match a predicate."""
-        if not self._waiting:
-            return []
-        with self._lock:
-            removed = [sequence for sequence in self._waiting if predicate(sequence)]
-            if removed:
-                self._waiting = deque(kept for kept in self._waiting if kept not in removed)
-        return removed
-
-    def close(self) -> list[TokenSequence]:
-        """Accept no more requests, and remove and return those that wait."""
-        with self._lock:
-            self._closed = True
-            removed, self._waiting = list(self._waiting), deque()
-        return removed
 
 
 class Scheduler:
@@ -161,7 +101,7 @@ class Scheduler:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
         shape = shape_of([], sequence, uniform=self._uniform)
         if not self._controller.could_fit(shape):
-            raise InfeasibleBudgetError(self._infeasible_message(shape))
+            raise self._controller.misfit(shape, expected=True)
 
     def warm_up(self, tokens: int) -> None:
         """Run a prompt of `tokens` dummies, so that the controller learns what steps take."""
@@ -266,19 +206,6 @@ class Scheduler:
 
     # Admission and preemption
 
-    def _infeasible_message(self, shape: BatchShape) -> str:
-        limit = self._controller.monitor.budget_limit_bytes()
-        return (
-            f"{shape.seq_len_tokens} tokens do not fit the largest expected budget of {limit:,} "
-            f"bytes under any plan{self._controller.chooser.floor_clause}; shorten the prompt or "
-            "ask for fewer tokens."
-        )
-
-    def _floor_message(self) -> str:
-        clause = self._controller.chooser.floor_clause
-        budget = self._controller.monitor.budget_bytes
-        return clause and f" The budget is {budget:,} bytes, and only plans{clause} are used."
-
     def _running_shape(self) -> BatchShape:
         if self._shape is None:
             prefilling = self._prefilling
@@ -350,13 +277,17 @@ class Scheduler:
             self._queue.put_first(sequence)
 
     def _admit_next(self) -> None:
-        """Admit the first request of the queue, if it fits."""
-        sequence = self._queue.first()
-        full = len(self._decoding) >= self._most_running
-        if sequence is None or self._prefilling is not None or full:
+        """Admit the first request of the queue, if it fits.
+
+        Requests that wait for a plan above their own floor do not hold up the others.
+        """
+        if self._prefilling is not None or len(self._decoding) >= self._most_running:
             return
         if self._decoding and self._clock() - self._preempted_s < self._controller.hold_s:
             return  # a request was preempted just now
+        sequence = self._queue.first_of(self._within_own_floor)
+        if sequence is None:
+            return
         chunks = -(-sequence.known_tokens // self._chunk_tokens)
         shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
         tokens = min(sequence.known_tokens, self._chunk_tokens)
@@ -371,7 +302,37 @@ class Scheduler:
             self._shape = shape
         elif not self._decoding and self._controller.never_fits(shape, first):
             self._queue.remove(sequence)
-            self.output.reject(sequence, "infeasible", self._infeasible_message(shape))
+            self._reject(sequence, self._controller.misfit(shape, expected=True))
+
+    def _within_own_floor(self, sequence: TokenSequence) -> bool:
+        """Whether a request could run alone now, unless it has no floor of its own."""
+        if sequence.handle.max_delta_nll is None:
+            return True
+        monitor = self._controller.monitor
+        limit = monitor.budget_bytes - monitor.margin.bytes
+        if limit > sequence.unfit_bytes:
+            if self._controller.could_fit_now(shape_of([], sequence, uniform=self._uniform)):
+                return True
+            sequence.unfit_bytes = limit
+        return False
+
+    def _reject(self, sequence: TokenSequence, error: InfeasibleBudgetError) -> None:
+        below_floor = isinstance(error, QualityFloorError)
+        self.output.reject(sequence, "below_floor" if below_floor else "infeasible", str(error))
+
+    def _reject_waiting(self, sequence: TokenSequence, message: str) -> None:
+        """Reject a request that has waited too long, and say so if that is due to its floor."""
+        shape = shape_of([], sequence, uniform=self._uniform)
+        clause = self._controller.chooser.clause_for(shape)
+        if clause and not self._controller.could_fit_now(shape):
+            error = self._controller.misfit(shape, expected=False)
+            below_floor = isinstance(error, QualityFloorError)
+            rejection: Rejection = "below_floor" if below_floor else "queue_timeout"
+            self.output.reject(sequence, rejection, f"{message} {error}")
+            return
+        if clause:
+            message += f" Other requests ran, and only plans{clause} are used."
+        self.output.reject(sequence, "queue_timeout", message)
 
     def _remove_ended(self) -> None:
         """Remove cancelled requests, and those that have waited too long."""
@@ -381,8 +342,7 @@ class Scheduler:
         if timeout_s is not None:
             oldest_s = self._clock() - timeout_s
             for sequence in self._queue.remove_if(lambda w: w.queued_since_s < oldest_s):
-                message = f"The request waited longer than {timeout_s} s."
-                self.output.reject(sequence, "queue_timeout", f"{message}{self._floor_message()}")
+                self._reject_waiting(sequence, f"The request waited longer than {timeout_s} s.")
         if self._prefilling is not None and self._prefilling.sequence.handle.cancelled:
             self.output.end(self._prefilling.sequence, "cancelled")
             self._drop_prefill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from rap_env.errors import RapError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import BatchShape, QualityBound
 from rap_env.runtime.metrics import Counters
 from rap_env.runtime.request_handle import (
     EndEvent,
@@ -34,12 +35,14 @@ class TokenSequence:
 
     Attributes:
         queued_since_s: When it last entered the queue, on the engine's clock.
+        unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not known.
     """
 
     def __init__(self, handle: RequestHandle) -> None:
         self.handle = handle
         self.sampler = RowSampler(handle.params)
         self.queued_since_s = handle.arrived_s
+        self.unfit_bytes = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -166,13 +169,13 @@ class OutputProcessor:
 
 
 def shape_of(
-    running: Iterable[TokenSequence],
+    running: Sequence[TokenSequence],
     joining: TokenSequence | None = None,
     steps: int = 0,
     *,
     uniform: bool = False,
 ) -> BatchShape:
-    """The largest batch that sequences will form together.
+    """The largest batch that sequences will form together, with the bounds of all of them.
 
     Args:
         running: Sequences that decode.
@@ -187,4 +190,9 @@ def shape_of(
         rows.append((cached + ahead, to_come - ahead))
     if joining is not None:
         rows.append(joining.progress(in_batch=False))
-    return BatchShape.of(rows, uniform=uniform)
+    bounds = {
+        QualityBound(sequence.handle.final_tokens, floor)
+        for sequence in (*running, *([] if joining is None else [joining]))
+        if (floor := sequence.handle.max_delta_nll) is not None
+    }
+    return replace(BatchShape.of(rows, uniform=uniform), bounds=tuple(sorted(bounds)))

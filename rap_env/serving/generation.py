@@ -12,12 +12,14 @@ from rap_env.errors import (
     EngineClosedError,
     InfeasibleBudgetError,
     InvalidRequestError,
+    QualityFloorError,
     QueueFullError,
 )
 from rap_env.runtime.request_handle import (
     EndEvent,
     Event,
     PlanEvent,
+    Rejection,
     RequestHandle,
     TokenEvent,
 )
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
 
 MIN_LOGPROB = -9999.0
 """Value that the API writes for a probability of zero."""
+_REJECTED: dict[Rejection, str] = {
+    "queue_timeout": "insufficient_memory",
+    "infeasible": "insufficient_memory",
+    "below_floor": "insufficient_quality",
+}
+"""The API's error code for each reason of the engine to reject a request."""
 
 
 class TokenLogprob(NamedTuple):
@@ -54,6 +62,7 @@ class GenerationRequest:
         chat: Whether it is a chat completion.
         stream: Whether to stream the response.
         include_usage: Whether a stream ends with the numbers of tokens.
+        max_delta_nll: Floor of quality of its answers, nats per token; None for the server's alone.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -64,6 +73,7 @@ class GenerationRequest:
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
+    max_delta_nll: float | None = None
 
     @property
     def size(self) -> int:
@@ -174,7 +184,8 @@ class Generation:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
         prompt = self.request.prompts[number // self.request.n]
-        return self._engine.submit(prompt, self.request.params_of(number), listen)
+        params, floor = self.request.params_of(number), self.request.max_delta_nll
+        return self._engine.submit(prompt, params, listen, max_delta_nll=floor)
 
     def cancel(self, cause: Exception | None = None) -> None:
         """Cancel all answers; `deltas` soon raises the cause, or a general error."""
@@ -243,7 +254,7 @@ class Generation:
             return unavailable("The request was cancelled before it was done.", "cancelled")
         message = event.error or "The engine failed; ask again."
         if event.rejection:
-            return unavailable(message, "insufficient_memory")
+            return unavailable(message, _REJECTED[event.rejection])
         return failed(message)
 
     def _take_logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
@@ -257,8 +268,10 @@ def _as_api_error(error: BaseException) -> BaseException:
         retry = {"retry-after": "1"}
         code = "rate_limit_exceeded"
         return ApiError(429, str(error), kind="requests", code=code, headers=retry)
+    if isinstance(error, QualityFloorError):
+        return unavailable(str(error), _REJECTED["below_floor"])
     if isinstance(error, InfeasibleBudgetError):
-        return unavailable(str(error), "insufficient_memory")
+        return unavailable(str(error), _REJECTED["infeasible"])
     if isinstance(error, InvalidRequestError):
         return invalid(str(error))
     if isinstance(error, EngineClosedError):

@@ -46,6 +46,7 @@ class RequestBuilder:
             ApiError: The model is not the served one (404), or a limit is exceeded (400).
         """
         self.check_model(body.model)
+        self._check_floor(body.max_delta_nll)
         stop_strings = self._stop_strings(body)
         most = self._settings.max_new_tokens
         if body.new_tokens is not None and body.new_tokens > most:
@@ -77,12 +78,24 @@ class RequestBuilder:
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            max_delta_nll=body.max_delta_nll,
         )
 
     def check_model(self, name: str | None) -> None:
         """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""
         if name not in (None, self._settings.served_name):
             raise unknown_model(name, self._settings.served_name)
+
+    def _check_floor(self, max_delta_nll: float | None) -> None:
+        strictest = self._settings.min_quality_per_request
+        if max_delta_nll is None or (strictest is not None and max_delta_nll >= strictest):
+            return
+        allowed = "no floor of their own" if strictest is None else f"{strictest} or more"
+        raise invalid(
+            f"'max_delta_nll' must not be {max_delta_nll}: requests to this server may ask for "
+            f"{allowed} (min_quality_per_request).",
+            "max_delta_nll",
+        )
 
     def _stop_strings(self, body: BaseCompletionRequest) -> list[str]:
         most, longest = self._settings.max_stop_strings, self._settings.max_stop_chars

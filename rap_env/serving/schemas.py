@@ -40,7 +40,8 @@ class StreamOptions(BaseModel):
 class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
-    `top_k` is not part of the OpenAI API; as in other servers, 0 or -1 disables it.
+    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, as in other servers, and
+    `max_delta_nll`, the request's floor of quality in nats per token.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -55,6 +56,7 @@ class BaseCompletionRequest(BaseModel):
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
     stop: Any = None
+    max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
 
     @property
     def new_tokens(self) -> int | None:

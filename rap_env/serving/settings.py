@@ -71,6 +71,8 @@ class ServerSettings:
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
             status 503. Null for no floor.
+        min_quality_per_request: Strictest floor that a request may ask for in its field
+            ``max_delta_nll``, in nats per token; 0 allows the native plan alone. Null: none may.
         memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``.
         reserve: Bytes to leave free if the budget is the system's free memory.
@@ -121,6 +123,7 @@ class ServerSettings:
     threads: int | None = None
     policy: str = "knapsack"
     max_delta_nll: float | None = None
+    min_quality_per_request: float | None = None
     memory: str | int = "auto"
     reserve: str | int = "128MiB"
     residency: str = "offload"
@@ -164,10 +167,17 @@ class ServerSettings:
                 raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
             if types[0] is int and name != "port" and value is not None and value < 1:
                 raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
-        floor = self.max_delta_nll
-        if floor is not None and not 0 <= floor < math.inf:
+        for name in ("max_delta_nll", "min_quality_per_request"):
+            rise = getattr(self, name)
+            if rise is not None and not 0 <= rise < math.inf:
+                raise ServingSettingsError(
+                    f"{name} must be at least 0 nats per token and finite, not {rise}."
+                )
+        floor, strictest = self.max_delta_nll, self.min_quality_per_request
+        if floor is not None and strictest is not None and strictest > floor:
             raise ServingSettingsError(
-                f"max_delta_nll must be at least 0 nats per token and finite, not {floor}."
+                f"min_quality_per_request must be at most max_delta_nll ({floor}), so that a "
+                f"request can ask for a stricter floor, not {strictest}."
             )
         if self.threads is not None and self.threads > (cpus := os.cpu_count() or 1):
             raise ServingSettingsError(

@@ -125,6 +125,9 @@ def build_stack(
             chunk_tokens=settings.prefill_chunk_tokens,
             **controls,
         )
+        strictest = settings.min_quality_per_request
+        if strictest is not None:
+            controller.chooser.check_bound("min_quality_per_request", strictest)
         if fixed and settings.max_delta_nll is not None:
             _check_floor(controller)
         engine = engine_class(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
@@ -110,7 +110,7 @@ def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
     assert not handle.done
     harness.time_s = 1.1
     assert not engine.step()
-    assert handle.rejection == "queue_timeout"
+    assert handle.rejection == "below_floor"
     assert "longer than 1.0 s" in handle.error
     assert f"{budget:,} bytes" in handle.error
     assert "max_delta_nll" in handle.error
@@ -181,3 +181,71 @@ def test_a_floor_needs_a_policy_that_predicts():
     for policy in (None, without, nothing):
         with pytest.raises(InvalidRequestError, match=r"needs a policy .* (dense|mute) does not"):
             Harness(policy=policy, max_delta_nll=0.1)
+
+
+def fills(policy, rows, tokens, share):
+    """A harness whose budget fits `rows` requests with a plan that is lowered by a share."""
+    harness = Harness(policy=policy)
+    shape = BatchShape(rows, tokens)
+    top, least = (harness.need(plan, shape) for plan in (NATIVE, harness.everything))
+    harness.budget_bytes = int(top - share * (top - least))
+    return harness
+
+
+def test_the_plan_of_a_batch_obeys_the_strictest_floor_of_its_requests(policy):
+    harness = fills(policy, 3, 24, 0.1)  # predicted for 2 rows: 0; for 3: 0.6; for 4: 3.1
+    engine = harness.engine()
+    floors = (None, 2.0, None, 0.3, None, None)
+    handles = [
+        engine.submit(prompt(5, n), greedy(20), max_delta_nll=floor)
+        for n, floor in enumerate(floors)
+    ]
+    beside_strict = []
+
+    def watch(_turn):
+        if handles[3].token_ids and not handles[3].done:
+            beside_strict.append(engine.stats().running)
+
+    harness.run(engine, before=watch)
+    assert all(handle.reason == "length" for handle in handles)
+    assert 0.3 < worst(policy, handles[:1]) <= 2.0
+    assert worst(policy, handles[1:2]) <= 2.0
+    assert worst(policy, handles[3:4]) == 0
+    assert max(beside_strict) == 2  # a third would lower the plan below the strict floor
+
+
+def test_a_request_whose_own_floor_is_out_of_reach_is_rejected_with_the_least_rise(policy):
+    harness = fills(policy, 1, 24, 0.3)
+    harness.controller.monitor.max_budget_bytes = harness.budget_bytes
+    engine = harness.engine()
+    best = policy.delta_nll(harness.controller.chooser.choose(
+        BatchShape(1, 24), harness.budget_bytes).plan)  # fmt: skip
+    words = rf"at most 0.0 nats .* \(max_delta_nll of the request\).* has {best:.4g}"
+    with pytest.raises(QualityFloorError, match=words):
+        engine.submit(prompt(5), greedy(20), max_delta_nll=0.0)
+    assert engine.submit(prompt(5), greedy(20), max_delta_nll=best)
+
+
+def test_a_request_that_waits_for_its_own_floor_does_not_hold_up_others(policy):
+    harness = fills(policy, 1, 24, 0.3)
+    low, harness.budget_bytes = harness.budget_bytes, PLENTY
+    engine = harness.engine(queue_timeout_s=5.0)
+    engine.step()
+    harness.budget_bytes = low
+    engine.step()
+    strict = engine.submit(prompt(5), greedy(20), max_delta_nll=0.0)
+    lax = engine.submit(prompt(6), greedy(20))
+    harness.run(engine)
+    assert (strict.reason, lax.reason) == (None, "length")
+    harness.budget_bytes = PLENTY
+    engine.step()  # reads the budget
+    harness.run(engine)
+    assert set(strict.plans) == {NATIVE}
+
+
+def test_a_floor_of_a_request_is_checked(policy):
+    engine = Harness(policy=policy).engine()
+    with pytest.raises(InvalidRequestError, match="max_delta_nll must be at least 0"):
+        engine.submit(prompt(5), greedy(2), max_delta_nll=-1.0)
+    with pytest.raises(InvalidRequestError, match="needs a policy that predicts"):
+        Harness().engine().submit(prompt(5), greedy(2), max_delta_nll=1.0)

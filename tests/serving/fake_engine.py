@@ -70,7 +70,7 @@ class FakeEngine:
         for handle in self.handles:
             handle.cancel()
 
-    def submit(self, prompt_ids, params, listener=None):
+    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None):
         if isinstance(self.end, Exception):
             raise self.end
         handle = RequestHandle(tuple(prompt_ids), params, time.monotonic())

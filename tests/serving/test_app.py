@@ -16,6 +16,7 @@ from rap_env.errors import (
     EngineClosedError,
     InfeasibleBudgetError,
     InvalidRequestError,
+    QualityFloorError,
     QueueFullError,
 )
 from rap_env.plan import CompressionPlan
@@ -331,6 +332,7 @@ def test_only_prompts_within_the_limit_are_taken(tokenizer):
     [
         (QueueFullError("64 requests wait already."), 429, "rate_limit_exceeded"),
         (InfeasibleBudgetError("No mask fits."), 503, "insufficient_memory"),
+        (QualityFloorError("No plan is allowed."), 503, "insufficient_quality"),
         (EngineClosedError("The engine is closed."), 503, "shutting_down"),
         (InvalidRequestError("Token 99 does not exist."), 400, "invalid_value"),
         (RuntimeError("broken"), 500, "internal_error"),

@@ -16,6 +16,8 @@ from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
 from tests.runtime.test_knapsack import costs
+from tests.serving.conftest import served
+from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.tiny import tiny_llm
 
@@ -60,7 +62,8 @@ def test_every_answer_is_above_the_floor_and_every_refusal_a_503_that_says_why(t
                 rises.append(response.json()["rap"]["delta_nll"])
                 continue
             refused += 1
-            message = refusal(response)
+            code = "insufficient_memory" if share == 0.1 else "insufficient_quality"
+            message = refusal(response, code)
             assert "waited longer than 0.2 s" in message
             assert f"{budget:,} bytes" in message
             if share == 0.1:
@@ -83,12 +86,12 @@ def test_what_never_fits_above_the_floor_is_refused_at_once(tokenizer, stream):
         assert post(server, {**ASKED, "max_tokens": 2}, "completions").status_code == 200
 
 
-def refusal(response):
+def refusal(response, code="insufficient_quality"):
     """The message of a response that refuses a request because of the floor."""
     error = error_of(response, 503)
-    assert error["code"] == "insufficient_memory"
+    assert error["code"] == code
     assert "retry-after" in response.headers
-    assert "nats per token (max_delta_nll)" in error["message"]
+    assert "nats per token (max_delta_nll" in error["message"]
     return error["message"]
 
 
@@ -108,4 +111,33 @@ def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_
 def test_a_policy_that_predicts_nothing_is_refused_at_the_start(tokenizer):
     settings = ServerSettings(policy="dense", memory="1GiB", max_delta_nll=0.1)
     with pytest.raises(RapError, match="dense does not: choose such a policy, or set max_delta"):
+        build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
+
+
+def test_a_request_may_ask_for_a_stricter_floor_within_the_limit_of_the_server(tokenizer):
+    budget = 10**9
+    stack = stack_of(tokenizer, lambda: budget, min_quality_per_request=0.1, queue_timeout_s=0.2)
+    budget = int(0.8 * peak_of(stack))
+    with BackgroundServer(stack.app) as server:
+        answer = post(server, ASKED, "completions").json()
+        best = answer["rap"]["delta_nll"]
+        assert best > 0.1
+        message = refusal(post(server, {**ASKED, "max_delta_nll": 0.1}, "completions"))
+        assert "at most 0.1 nats per token (max_delta_nll of the request)" in message
+        assert f"has {best:.4g}" in message
+        assert post(server, {**ASKED, "max_delta_nll": best}, "completions").status_code == 200
+        error = error_of(post(server, {**ASKED, "max_delta_nll": 0.05}, "completions"), 400)
+        assert error["param"] == "max_delta_nll"
+        assert "0.1 or more (min_quality_per_request)" in error["message"]
+
+
+def test_no_request_has_a_floor_of_its_own_unless_the_server_allows_it(tokenizer):
+    with served(FakeEngine(tokenizer), tokenizer) as server:
+        error = error_of(post(server, {**ASKED, "max_delta_nll": 1.0}, "completions"), 400)
+    assert "no floor of their own (min_quality_per_request)" in error["message"]
+
+
+def test_floors_of_requests_need_a_policy_that_predicts(tokenizer):
+    settings = ServerSettings(policy="dense", memory="1GiB", min_quality_per_request=0.0)
+    with pytest.raises(RapError, match=r"min_quality_per_request=0.0 needs a policy"):
         build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
