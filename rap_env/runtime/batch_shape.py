@@ -60,6 +60,10 @@ class BatchShape:
     def __bool__(self) -> bool:
         return self.batch_size > 0
 
+    def with_bounds(self, bounds: Iterable[QualityBound]) -> BatchShape:
+        """This shape with more bounds."""
+        return replace(self, bounds=tuple(sorted({*self.bounds, *bounds})))
+
     @property
     def tokens(self) -> int:
         """Tokens of all sequences together, padding included."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policy import PlanPolicy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
 from rap_env.runtime.memory_meter import Meter, process_meter
@@ -21,6 +21,10 @@ from rap_env.runtime.plan_controller import PlanController
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
+
+
+IDLE_RESTORE_S = 60.0
+"""Seconds without a request after which everything that fits is restored, without a reserve."""
 
 
 class RuntimeController:
@@ -36,9 +40,11 @@ class RuntimeController:
     runs: a plan that needs more is applied only after it would have fitted for `hold_s` without a
     break, with `hysteresis_share` of the budget to spare. A budget that jitters around a threshold
     causes one switch, not many. A request that arrives while nothing runs gets its plan at once
-    (`admit`). Weights return to any level exactly and at any time. Caches of running requests keep
-    a lowered level until nothing runs, except where a refill pays: a refill is a pass over all
-    tokens, and it is made for attention blocks that return and for caches that leave 2 bits.
+    (`admit`). Once nothing has run for `IDLE_RESTORE_S`, everything that fits is restored, and none
+    of the budget stays spare. Weights return to any level exactly and at any time. Caches of
+    running requests keep a lowered level until nothing runs, except where a refill pays: a refill
+    is a pass over all tokens, and it is made for attention blocks that return and for caches that
+    leave 2 bits.
 
     Only the thread that runs the model may call it; any thread may read the counters.
 
@@ -54,13 +60,16 @@ class RuntimeController:
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan with which a batch runs. Other plans, and those without a prediction,
             count as plans that do not fit. None for no floor.
+        max_degradation_by_newcomer: How far requests that join may raise the predicted rise in NLL
+            of a running request's plan, in nats per token, above the least that it has had since
+            it was admitted. None for no limit.
         margin_share: Share of the native weights to reserve in any case, before the safety margin
             is learned.
         hysteresis_share: Share of the budget to leave free when items are raised.
         hold_s: Seconds for which headroom must last before items are raised.
         chunk_tokens: Most tokens that one pass through the model runs; fewer need less workspace.
         log: Where to log decisions.
-        clock: Gives the time in seconds, for `hold_s` and the log.
+        clock: Gives the time in seconds, for `hold_s`, the safety margin and the log.
 
     Attributes:
         estimator: Predicts bytes.
@@ -70,8 +79,8 @@ class RuntimeController:
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
-        InvalidRequestError: A share or a time is out of its range, or the policy predicts nothing
-            for `max_delta_nll`.
+        InvalidRequestError: A share, a time or a rise is out of its range, or the policy predicts
+            nothing for `max_delta_nll` or `max_degradation_by_newcomer`.
         UnknownNameError: There is no such memory source, or no such block in the guard's order.
         MemorySourceError: The system does not report free memory.
     """
@@ -85,6 +94,7 @@ class RuntimeController:
         meter: Meter | None = None,
         guard_order: Sequence[int] | None = None,
         max_delta_nll: float | None = None,
+        max_degradation_by_newcomer: float | None = None,
         margin_share: float = 0.0,
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
@@ -106,8 +116,10 @@ class RuntimeController:
             open_memory(memory, devices=llm.devices),
             process_meter(llm) if meter is None else meter,
             self.estimator,
-            SafetyMargin(int(margin_share * weights)),
+            SafetyMargin(int(margin_share * weights), clock=clock),
         )
+        self._clock = clock
+        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
         self.hold_s = hold_s
         self.overhead_s = 0.0
         self.chooser = PlanChooser(
@@ -123,6 +135,9 @@ class RuntimeController:
             decision_log=log,
             clock=clock,
         )
+        self.max_degradation_by_newcomer = max_degradation_by_newcomer
+        if max_degradation_by_newcomer is not None:
+            self.chooser.check_bound("max_degradation_by_newcomer", max_degradation_by_newcomer)
         self._rejected: tuple[BatchShape, int] | None = None  # no plan fitted it in these bytes
 
     def admit(
@@ -173,6 +188,7 @@ class RuntimeController:
             self.monitor.poll()
             if not shape:
                 self.monitor.observe_idle()
+            idle = self._was_idle(shape)
             available = self._available_bytes(shape, next_pass)
             plan = self.llm.plan
             need = self.estimator.peak_bytes(plan, shape)
@@ -183,7 +199,9 @@ class RuntimeController:
                 if not fits and not shape:
                     self.plans.remove_all()
                 return fits
-            if plan:
+            if plan and idle:
+                self.plans.restore_idle(need, next_pass)
+            elif plan:
                 self.plans.grow(need, shape, next_pass)
             return True
 
@@ -202,6 +220,11 @@ class RuntimeController:
                 self.plans.note_decode()
             return self.monitor.observe_step(shape, kind)
 
+    def note_preemption(self) -> None:
+        """After a request was preempted: what it took is not expected of later steps."""
+        with self._timed():
+            self.monitor.trim()
+
     def note_out_of_memory(self, kind: str) -> None:
         """After a pass that ran out of memory: expect no more than it had reached.
 
@@ -210,6 +233,22 @@ class RuntimeController:
         """
         with self._timed():
             self.monitor.observe_out_of_memory(kind)
+
+    def newcomer_bound(self, seq_len_tokens: int, least_rise: float) -> QualityBound | None:
+        """What plans may serve a running request while another one joins; None for any.
+
+        A plan may be as bad as the present one in any case.
+
+        Args:
+            seq_len_tokens: Final length of the running request.
+            least_rise: Least rise in NLL that was predicted for its plans, nats per token.
+        """
+        limit, present = self.max_degradation_by_newcomer, None
+        if limit is not None:
+            present = self.chooser.rise(self.llm.plan, seq_len_tokens)
+        if limit is None or present is None:
+            return None
+        return QualityBound(seq_len_tokens, max(present, least_rise + limit))
 
     def could_fit(self, shape: BatchShape) -> bool:
         """Whether a batch can ever fit: in the largest budget so far, or the source's limit.
@@ -276,6 +315,14 @@ class RuntimeController:
                 )
 
         return before
+
+    def _was_idle(self, shape: BatchShape) -> bool:
+        """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
+        now, since_s = self._clock(), self._idle_since_s
+        if not shape and since_s is not None and now - since_s < IDLE_RESTORE_S:
+            return False
+        self._idle_since_s = None if shape else now
+        return not shape and since_s is not None
 
     def _could_fit(self, shape: BatchShape, budget_bytes: int) -> bool:
         limit, plan = budget_bytes - self.monitor.margin.bytes, self.llm.plan

@@ -46,10 +46,12 @@ class PassSize:
     Attributes:
         tokens: Tokens that the pass runs, of all sequences together; 0 if unknown.
         growth_tokens: Tokens that the KV cache holds more afterwards, padding included.
+        prefills: Whether a prompt is prefilled in this pass or may be in the next ones.
     """
 
     tokens: int = 0
     growth_tokens: int = 0
+    prefills: bool = True
 
 
 UNKNOWN_PASS = PassSize()
@@ -63,10 +65,12 @@ class PassEstimate:
     Attributes:
         workspace: Bytes of activations, logits and copies of a layer's cache.
         growth: Bytes of keys and values that stay.
+        prefills: As of `PassSize`.
     """
 
     workspace: int = 0
     growth: int = 0
+    prefills: bool = True
 
     @property
     def total(self) -> int:
@@ -152,12 +156,13 @@ class MemoryEstimator:
         plan = as_plan(plan)
         copied = max(self._costs(plan, shape).cache_bytes)
         if size.tokens == 0:
-            return PassEstimate(workspace=copied)
+            return PassEstimate(workspace=copied, prefills=size.prefills)
         facts = self.memory.facts
         activations = self.memory.workspace_bytes(Request(1, size.tokens, 1))
         logits = shape.batch_size * facts.vocab_size * _LOGIT_BYTES
         workspace = int(_PASS_FACTOR * activations) + logits + copied
-        return PassEstimate(workspace, self._growth_bytes(plan, shape, size.growth_tokens))
+        growth = self._growth_bytes(plan, shape, size.growth_tokens)
+        return PassEstimate(workspace, growth, size.prefills)
 
     def shrink_to_fit(
         self, plan: MaskOrPlan, order: Iterable[int], shape: BatchShape, limit_bytes: int

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rap_env.errors import MemorySourceError
@@ -21,25 +24,58 @@ _MOST_FREED_BYTES = 4 * 2**20
 """Freed bytes that a step may leave with the process before they are returned to the system."""
 
 
+@dataclass
+class _Excess:
+    """What is remembered of one kind of step: the largest excess of this window and the last one.
+
+    `since_s` is when this window began; it has had `steps` steps.
+    """
+
+    since_s: float
+    steps: int = 0
+    most_bytes: int = 0
+    earlier_bytes: int = 0
+
+    def start_window(self, time_s: float, most_bytes: int = 0) -> None:
+        self.earlier_bytes, self.most_bytes = self.most_bytes, most_bytes
+        self.since_s, self.steps = time_s, 0
+
+
 class SafetyMargin:
     """Bytes reserved on top of a prediction: the largest recent excess of a step.
 
     Weights and KV cache are predicted exactly, the workspace is estimated. Allocations inside
     libraries and heap fragmentation are unknown. They persist, so a measured excess is expected
-    again. It expires after `window` to twice as many steps of the same kind that did not reach it:
-    otherwise one burst of unrelated allocations in the process would cost blocks forever. Each
-    kind of step expires separately: a thousand decode steps tell nothing about the next prefill.
+    again. It expires after one to two windows that did not reach it: otherwise one burst of
+    unrelated allocations in the process would cost blocks forever. Each kind of step has its own
+    windows, since a thousand decode steps tell nothing about the next prefill; a window ends after
+    `window` steps of its kind, or after `window_s` seconds.
 
     Args:
         least_bytes: Lower bound of the margin.
         window: Steps of a kind after which a new maximum is started.
+        window_s: Seconds after which it is started, even without a step.
+        clock: Gives the time in seconds.
+
+    Attributes:
+        bytes: The margin.
+        decode_bytes: The margin while no prompt is prefilled.
     """
 
-    def __init__(self, least_bytes: int = 0, window: int = 512) -> None:
+    def __init__(
+        self,
+        least_bytes: int = 0,
+        window: int = 512,
+        *,
+        window_s: float = 25.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._least_bytes = least_bytes
         self._window = window
-        self._kinds: dict[str, list[int]] = {}  # steps in this window, its maximum, the last one's
-        self.bytes = max(0, least_bytes)
+        self._window_s = window_s
+        self._clock = clock
+        self._kinds: dict[str, _Excess] = {}
+        self.bytes = self.decode_bytes = max(0, least_bytes)
 
     def observe(self, kind: str, excess_bytes: int) -> None:
         """Learn from a step.
@@ -48,15 +84,31 @@ class SafetyMargin:
             kind: What the step did (``"prefill"``, ``"decode"``, ...).
             excess_bytes: Measured bytes above the prediction; negative if below.
         """
-        seen = self._kinds.setdefault(kind, [0, 0, 0])
-        seen[0] += 1
-        if excess_bytes > seen[1]:
-            seen[1] = excess_bytes
-        elif seen[0] < self._window:
-            return
-        if seen[0] >= self._window:
-            self._kinds[kind] = [0, max(0, excess_bytes), seen[1]]
-        self.bytes = max(self._least_bytes, *(max(k[1], k[2]) for k in self._kinds.values()))
+        now, excess = self._clock(), max(0, excess_bytes)
+        seen = self._kinds.setdefault(kind, _Excess(now))
+        seen.steps += 1
+        seen.most_bytes = max(seen.most_bytes, excess)
+        if seen.steps >= self._window:
+            seen.start_window(now, excess)
+        self.expire()
+
+    def expire(self) -> None:
+        """Forget what is too long ago."""
+        now = self._clock()
+        for seen in self._kinds.values():
+            past_s = now - seen.since_s
+            if past_s >= self._window_s:
+                seen.start_window(now)
+            if past_s >= 2 * self._window_s:
+                seen.earlier_bytes = 0
+        recent = {k: max(seen.most_bytes, seen.earlier_bytes) for k, seen in self._kinds.items()}
+        prefill_bytes = recent.pop("prefill", 0)
+        self.decode_bytes = max(0, self._least_bytes, *recent.values())
+        self.bytes = max(self.decode_bytes, prefill_bytes)
+
+    def bytes_for(self, *, prefills: bool) -> int:
+        """The margin for passes with or without prefills."""
+        return self.bytes if prefills else self.decode_bytes
 
 
 class MemoryMonitor:
@@ -95,6 +147,7 @@ class MemoryMonitor:
 
     def poll(self) -> None:
         """Measure, and read the budget; if that fails, the last budget stays."""
+        self.margin.expire()
         self.used_bytes = self.meter.used_bytes()
         self.budget_bytes = self._read_budget()
 
@@ -163,10 +216,11 @@ class MemoryMonitor:
             self.trim()
             if self.used_bytes + estimate.total > self.budget_bytes:
                 return self.available_after_trim_bytes(shape, estimate)
-        return self.budget_bytes - self.margin.bytes
+        return self.budget_bytes - self.margin.bytes_for(prefills=estimate.prefills)
 
     def available_after_trim_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
         """`available_bytes` right after a trim, counting all memory besides tensors."""
         other = self.used_bytes - self.held.total
         excess = other + estimate.workspace - self._estimator.workspace_bytes(shape)
-        return self.budget_bytes - max(self.margin.bytes, excess)
+        margin = self.margin.bytes_for(prefills=estimate.prefills)
+        return self.budget_bytes - max(margin, excess)

@@ -22,6 +22,12 @@ _ASKS = 4  # of a policy, each with a lower limit
 _CACHED_RISES = 1024
 
 
+def predicts(policy: PlanPolicy) -> bool:
+    """Whether a policy predicts the rise in NLL of its plans."""
+    predict = getattr(policy, "delta_nll", lambda *_: None)
+    return predict(CompressionPlan(), 1) is not None
+
+
 @dataclass(frozen=True)
 class PlanChoice:
     """A plan that fits."""
@@ -76,12 +82,6 @@ class PlanChooser:
         self.decisions = 0
         self.decision_s = 0.0
 
-    @property
-    def predicts(self) -> bool:
-        """Whether the policy predicts the rise in NLL of its plans."""
-        predict = getattr(self.policy, "delta_nll", lambda *_: None)
-        return predict(CompressionPlan(), 1) is not None
-
     def check_bound(self, name: str, max_delta_nll: float) -> None:
         """Check a bound on predicted rises in NLL.
 
@@ -97,7 +97,7 @@ class PlanChooser:
             raise InvalidRequestError(
                 f"{name} must be at least 0 nats per token and finite, not {max_delta_nll}."
             )
-        if not self.predicts:
+        if not predicts(self.policy):
             raise InvalidRequestError(
                 f"{name}={max_delta_nll} needs a policy that predicts the rise in NLL of its "
                 f"plans, as knapsack and rap do, and {self.policy.name} does not: choose such a "

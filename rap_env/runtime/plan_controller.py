@@ -109,7 +109,8 @@ class PlanController:
             return estimate
         workspace = estimate.workspace + self._estimator.refill_bytes(plan, shape)
         final = self._estimator.peak_bytes(plan, shape) - self._estimator.workspace_bytes(shape)
-        return PassEstimate(workspace, max(estimate.growth, final - self._monitor.held.total))
+        growth = max(estimate.growth, final - self._monitor.held.total)
+        return PassEstimate(workspace, growth, estimate.prefills)
 
     def note_decode(self) -> None:
         """Note that a pass of all rows has ended, and with it any refill."""
@@ -147,23 +148,20 @@ class PlanController:
 
     def grow_at_arrival(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
         """Apply the policy's plan if it fits and is better than the present one."""
-        choice = self._chooser.choose(shape, self._growth_limit_bytes())
+        choice = self._chooser.choose(shape, self._growth_limit_bytes(next_pass))
         if choice is not None and self._improves(choice, need_bytes, shape):
             self._settle(choice, shape, "arrival", next_pass, running=False)
 
     def grow(self, need_bytes: int, shape: BatchShape, next_pass: PassSize) -> None:
         """Raise items once there has been headroom above the present need long enough."""
-        monitor = self._monitor
-        headroom = self._growth_limit_bytes() - need_bytes
+        headroom = self._growth_limit_bytes(next_pass) - need_bytes
         least = self._estimator.least_raise_bytes(self._llm.plan, shape)
         lasting = self._debounce.update(self._clock(), headroom, least)
         if lasting is None or (
             self._retry_above and self._retry_above[0] == shape and lasting < self._retry_above[1]
         ):
             return
-        monitor.trim()
-        estimate = self.pass_estimate(shape, next_pass)
-        available = monitor.available_after_trim_bytes(shape, estimate) - self._reserve_bytes()
+        available = self._available_bytes(shape, next_pass) - self._reserve_bytes()
         choice = self._grown(shape, min(need_bytes + lasting, available), available)
         if choice is not None and self._improves(choice, need_bytes, shape):
             left = shape.tokens < self._switched_for.tokens
@@ -171,6 +169,19 @@ class PlanController:
             self._settle(choice, shape, trigger, next_pass, running=bool(shape))
         else:  # ask again when there is headroom for one more block
             self._retry_above = (shape, lasting + least)
+
+    def restore_idle(self, need_bytes: int, next_pass: PassSize) -> None:
+        """While nothing runs, raise all items that fit, without a reserve or a debounce."""
+        available = self._available_bytes(EMPTY_BATCH, next_pass)
+        choice = self._chooser.choose(EMPTY_BATCH, available)
+        if choice is not None and self._improves(choice, need_bytes, EMPTY_BATCH):
+            self._settle(choice, EMPTY_BATCH, "room", next_pass, running=False)
+
+    def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
+        """Bytes that a plan may need, by what is measured after a trim."""
+        self._monitor.trim()
+        estimate = self.pass_estimate(shape, next_pass)
+        return self._monitor.available_after_trim_bytes(shape, estimate)
 
     def _grown(self, shape: BatchShape, limit_bytes: int, available: int) -> PlanChoice | None:
         """The policy's plan for headroom; one with a refill only if it pays and fits."""
@@ -188,9 +199,10 @@ class PlanController:
     def _reserve_bytes(self) -> int:
         return int(self._monitor.budget_bytes * self._hysteresis_share)
 
-    def _growth_limit_bytes(self) -> int:
+    def _growth_limit_bytes(self, next_pass: PassSize) -> int:
         monitor = self._monitor
-        return monitor.budget_bytes - self._reserve_bytes() - monitor.margin.bytes
+        margin = monitor.margin.bytes_for(prefills=next_pass.prefills)
+        return monitor.budget_bytes - self._reserve_bytes() - margin
 
     def _without_refill(
         self, choice: PlanChoice, shape: BatchShape, limit_bytes: int

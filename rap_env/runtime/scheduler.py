@@ -164,6 +164,8 @@ class Scheduler:
                 synchronise(*self._llm.devices)
             seconds = time.perf_counter() - started
             length = self._batch.length
+            for sequence in sequences:
+                sequence.note_rise(plan, self._controller.chooser.rise)
             continues = self.output.deliver(sequences, logits, plan)
             if not all(continues):
                 self._most_running = self._max_batch_size
@@ -209,13 +211,21 @@ class Scheduler:
     def _running_shape(self) -> BatchShape:
         if self._shape is None:
             prefilling = self._prefilling
-            self._shape = shape_of(
-                self._decoding,
-                prefilling.sequence if prefilling else None,
-                prefilling.chunks_left if prefilling else 0,
-                uniform=self._uniform,
+            self._shape = (
+                self._shape_with(prefilling.sequence, prefilling.chunks_left)
+                if prefilling
+                else shape_of(self._decoding, uniform=self._uniform)
             )
         return self._shape
+
+    def _shape_with(self, newcomer: TokenSequence, chunks: int) -> BatchShape:
+        """The batch with a request that joins in so many chunks, within what others allow."""
+        shape = shape_of(self._decoding, newcomer, chunks, uniform=self._uniform)
+        bounds = (
+            self._controller.newcomer_bound(sequence.handle.final_tokens, sequence.least_rise)
+            for sequence in self._decoding
+        )
+        return shape.with_bounds(bound for bound in bounds if bound is not None)
 
     def _make_fit(self, prefill: bool = False) -> None:
         """Lower the plan, or preempt, until the next pass fits."""
@@ -228,7 +238,7 @@ class Scheduler:
         """The size of the next pass: a prefill chunk, or a decode step."""
         rows, length = self._batch.size, self._batch.length
         if prefilling is None:
-            return PassSize(rows, rows)
+            return PassSize(rows, rows, prefills=self._prefilling is not None)
         tokens = growth = prefilling.next_tokens
         if prefilling.chunks_left == 1 and rows:  # it joins the batch, which pads shorter rows
             final = prefilling.batch.length + tokens
@@ -246,6 +256,7 @@ class Scheduler:
         else:
             return False
         self._put_back([sequence])
+        self._controller.note_preemption()
         return True
 
     def _start_again(self, kind: StepKind, error: torch.OutOfMemoryError) -> None:
@@ -289,7 +300,7 @@ class Scheduler:
         if sequence is None:
             return
         chunks = -(-sequence.known_tokens // self._chunk_tokens)
-        shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
+        shape = self._shape_with(sequence, chunks)
         tokens = min(sequence.known_tokens, self._chunk_tokens)
         first = PassSize(tokens, tokens)
         if self._controller.admit(shape, self._running_shape(), first):
@@ -330,8 +341,14 @@ class Scheduler:
             rejection: Rejection = "below_floor" if below_floor else "queue_timeout"
             self.output.reject(sequence, rejection, f"{message} {error}")
             return
+        limit = self._controller.max_degradation_by_newcomer
+        if limit is not None:
+            message += (
+                f" Requests that run may lose at most {limit} nats per token through others "
+                "(max_degradation_by_newcomer)."
+            )
         if clause:
-            message += f" Other requests ran, and only plans{clause} are used."
+            message += f" Only plans{clause} are used."
         self.output.reject(sequence, "queue_timeout", message)
 
     def _remove_ended(self) -> None:

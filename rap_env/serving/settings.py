@@ -73,6 +73,9 @@ class ServerSettings:
             status 503. Null for no floor.
         min_quality_per_request: Strictest floor that a request may ask for in its field
             ``max_delta_nll``, in nats per token; 0 allows the native plan alone. Null: none may.
+        max_degradation_by_newcomer: How far requests that join a batch may raise the predicted rise
+            in NLL of the plan that a running request has, in nats per token; a request that would
+            raise it further waits. Null for no limit. Policies without predictions have none.
         memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``.
         reserve: Bytes to leave free if the budget is the system's free memory.
@@ -124,6 +127,7 @@ class ServerSettings:
     policy: str = "knapsack"
     max_delta_nll: float | None = None
     min_quality_per_request: float | None = None
+    max_degradation_by_newcomer: float | None = 0.05
     memory: str | int = "auto"
     reserve: str | int = "128MiB"
     residency: str = "offload"
@@ -167,7 +171,7 @@ class ServerSettings:
                 raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
             if types[0] is int and name != "port" and value is not None and value < 1:
                 raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
-        for name in ("max_delta_nll", "min_quality_per_request"):
+        for name in ("max_delta_nll", "min_quality_per_request", "max_degradation_by_newcomer"):
             rise = getattr(self, name)
             if rise is not None and not 0 <= rise < math.inf:
                 raise ServingSettingsError(

@@ -21,6 +21,7 @@ from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import make_levels
 from rap_env.runtime.memory_source import MemorySource, open_memory
+from rap_env.runtime.plan_chooser import predicts
 from rap_env.runtime.policies import load_policy
 from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
 from rap_env.serving.settings import ServerSettings, require_extra
@@ -121,6 +122,7 @@ def build_stack(
             policy,
             memory,
             max_delta_nll=settings.max_delta_nll,
+            max_degradation_by_newcomer=_newcomer_limit(settings, policy),
             log=decisions,
             chunk_tokens=settings.prefill_chunk_tokens,
             **controls,
@@ -159,6 +161,18 @@ def _check_budget(settings: ServerSettings, llm: ElasticLLM) -> None:
             f"memory must be at least {least:,} bytes for {settings.model}, which it needs for "
             f"one token without any block, not {budget:,}; give a larger budget."
         )
+
+
+def _newcomer_limit(settings: ServerSettings, policy: PlanPolicy) -> float | None:
+    """The limit of the settings; none, with a line in the log, if the policy predicts nothing."""
+    limit = settings.max_degradation_by_newcomer
+    if limit is None or predicts(policy):
+        return limit
+    log.info(
+        "Policy %s predicts no rise in NLL, so max_degradation_by_newcomer limits nothing.",
+        policy.name,
+    )
+    return None
 
 
 def _check_floor(controller: RuntimeController) -> None:

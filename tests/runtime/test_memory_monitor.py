@@ -136,3 +136,23 @@ def test_each_kind_of_step_expires_separately():
     for _ in range(100):
         margin.observe("decode", 3)
     assert margin.bytes == 60
+
+
+def test_an_excess_is_forgotten_after_a_time_even_without_steps():
+    now = 0.0
+    margin = SafetyMargin(least_bytes=5, window_s=10.0, clock=lambda: now)
+    margin.observe("prefill", 60)
+    margin.observe("decode", 40)
+    assert (margin.bytes, margin.decode_bytes) == (60, 40)
+    seen = {}
+    for step in range(1, 26):
+        now = float(step)
+        if step % 9 == 0:
+            margin.observe("decode", 30)
+        margin.expire()
+        seen[step] = (margin.bytes, margin.decode_bytes)
+    assert seen[19] == (60, 40)
+    assert seen[20] == (30, 30)  # the prefill is forgotten, repeated decode steps are not
+    now = 100.0
+    margin.expire()
+    assert margin.bytes == 5

@@ -137,6 +137,19 @@ def test_no_request_has_a_floor_of_its_own_unless_the_server_allows_it(tokenizer
     assert "no floor of their own (min_quality_per_request)" in error["message"]
 
 
+def test_without_predictions_newcomers_are_not_limited_and_the_log_says_so(tokenizer, caplog):
+    for policy, limit in (("dense", None), (None, 0.05)):
+        llm = tiny_llm(layers=3, tokenizer=tokenizer)
+        given = {} if policy else {"policy": knapsack_of(llm)}
+        caplog.clear()
+        with caplog.at_level("INFO", "rap_env.serving.stack"):
+            stack = build_stack(
+                ServerSettings(policy=policy or "knapsack", memory="1GiB"), llm=llm, **given
+            )
+        assert stack.engine.controller.max_degradation_by_newcomer == limit
+        assert ("dense predicts no rise in NLL, so max_degr" in caplog.text) == (limit is None)
+
+
 def test_floors_of_requests_need_a_policy_that_predicts(tokenizer):
     settings = ServerSettings(policy="dense", memory="1GiB", min_quality_per_request=0.0)
     with pytest.raises(RapError, match=r"min_quality_per_request=0.0 needs a policy"):
