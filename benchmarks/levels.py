@@ -281,7 +281,7 @@ def _freeing(llm: ElasticLLM) -> dict[str, dict[str, Any]]:
     from rap_env.runtime.memory_meter import process_meter
 
     llm.set_residency("offload")
-    meter, memory = process_meter(llm), MemoryModel(llm)
+    meter, memory = process_meter(llm, reset_mark=True), MemoryModel(llm)
     request = Request(1, 1, budget_bytes=2**62)
     rows: dict[str, dict[str, Any]] = {}
     for level, plan in weight_plans(llm):

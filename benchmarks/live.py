@@ -145,7 +145,7 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
     from rap_env.runtime.memory_meter import process_meter
 
     llm.set_residency("offload")
-    meter = process_meter(llm)
+    meter = process_meter(llm, reset_mark=True)
     rows = {}
     for mask in masks:
         predicted = sum(llm.blocks[index].param_bytes for index in mask)

@@ -229,12 +229,13 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
     config = tmp_path / "serve.toml"
     config.write_text('port = 1\nhost = "0.0.0.0"\nmax_queue = 3\n')
     code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",
-                       "--memory", "300MiB", "--shutdown-grace-s", 1, "--insecure")  # fmt: skip
+                       "--model-memory", "300MiB", "--shutdown-grace-s", 1,
+                       "--insecure")  # fmt: skip
     assert code == 0, err
     (settings,) = served
     assert (settings.port, settings.host, settings.max_queue) == (0, "0.0.0.0", 3)
     assert settings.queue_timeout_s is None
-    assert settings.memory_source == 300 * 2**20
+    assert settings.model_bytes == 300 * 2**20
     assert settings.shutdown_grace_s == 1
     assert settings.insecure is True
 
@@ -306,5 +307,5 @@ def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypa
 
 @pytest.mark.parametrize("budget", ["0", "1KiB"])
 def test_a_budget_below_the_least_peak_is_rejected(budget):
-    with pytest.raises(ServingSettingsError, match=r"memory must be at least [\d,]+ bytes"):
-        build_stack(ServerSettings(memory=budget, policy="dense"), llm=tiny_llm())
+    with pytest.raises(ServingSettingsError, match=r"model_memory must be at least [\d,]+ bytes"):
+        build_stack(ServerSettings(model_memory=budget, policy="dense"), llm=tiny_llm())

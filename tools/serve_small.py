@@ -23,7 +23,7 @@ _COMMAND = (str(Path(sys.executable).parent / "rap"), "serve", "--port", "0", "-
 
 def ask(budget: str) -> dict[str, Any]:
     """Start a server with a budget, ask the question, and return the record."""
-    command = (*_COMMAND, "--memory", budget)
+    command = (*_COMMAND, "--model-memory", budget)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as server:
@@ -52,7 +52,7 @@ def ask(budget: str) -> dict[str, Any]:
         finally:
             server.terminate()
     return {
-        "command": f"rap serve --threads 1 --memory {budget}",
+        "command": f"rap serve --threads 1 --model-memory {budget}",
         "question": QUESTION,
         "answer": answer,
         "budget_bytes": _metric(metrics, "rap_memory_budget_bytes"),

@@ -200,7 +200,9 @@ class ReplayHarness:
         make_levels(llm, system.policy)
         llm.apply(system.start)
         return_freed_memory()
-        self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)
+        self._meter = (
+            TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm, reset_mark=True)
+        )
         most = self._budget.most(0.0, self._horizon_s)
         memory = GivenMemory(lambda: self._budget.at(self._clock()), limit_bytes=most)
         self._decisions = DecisionLog(self._log)

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from rap_env.llm.device import (
 )
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.lean_llama import LeanLlama, lean_config
-from rap_env.llm.packed_folder import is_packed, load_native
+from rap_env.llm.packed_folder import is_packed, load_native, model_without_weights
 from rap_env.llm.packed_modules import PackedModule, from_matrices, skeleton
 from rap_env.llm.packing import PACKED_LEVELS, choose_packed_dtype
 from rap_env.llm.pruned_checkpoint import PRUNED_FILE, load_pruned
@@ -36,6 +36,7 @@ from rap_env.llm.quantised_folder import quantised_folder
 from rap_env.llm.sources import load_tokenizer, locate, looks_like_path
 from rap_env.llm.streamed import stream_llm
 from rap_env.llm.weight_files import load_weights
+from rap_env.llm.weights import read_header
 from rap_env.paths import cache_dir
 
 Weights = Literal["native", "bf16", "int8", "int4"]
@@ -70,6 +71,7 @@ def load_llm(
     dtype: str = "auto",
     weights: str = "native",
     lean: bool = False,
+    before_weights: Callable[[int], object] | None = None,
 ) -> ElasticLLM:
     """Load a causal language model, ready for masks: in evaluation mode, without gradients.
 
@@ -88,6 +90,9 @@ def load_llm(
         lean: Use `rap_env.llm.lean_llama` where it can stand in for transformers' model (packed
             Llama models on a CPU). The process takes about 130 MiB less and the model serves in
             the same way, bit for bit, but cannot be scored and has no ``generate``.
+        before_weights: Called with an estimate of the bytes that loading (and `set_residency`)
+            still takes at its peak, before the tokenizer is read and again, closer, before the
+            weights are; an error that it raises ends the loading.
 
     Returns:
         A new model; see `shared_llm` for one that the process shares.
@@ -111,12 +116,19 @@ def load_llm(
     kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
     _check_format(folder, weights)
     if (folder / PRUNED_FILE).is_file():
+        if before_weights is not None:
+            before_weights(2 * _stored_bytes(folder))
         return _load_pruned(folder, place, None if dtype == "auto" else kind)
     config = lean_config(folder) if lean and place.type == "cpu" else None
     if config is None:
         read_config(folder)
     if weights in PACKED_LEVELS:
         folder = quantised_folder(folder, weights)
+    if before_weights is not None:
+        before_weights(_stored_bytes(folder) + _tokenizer_bytes(folder))
+    tokenizer = load_tokenizer(folder)  # before the weights, because it takes twice its size
+    if before_weights is not None:
+        before_weights(_loading_bytes(folder, kind, lean=config is not None))
     log.info("Loading %s in %s on %s", found.name, kind, place)
     if is_packed(folder):
         loaded = load_native(folder, kind, None if config is None else LeanLlama(config, kind))
@@ -124,7 +136,6 @@ def load_llm(
         loaded = load_weights(folder, kind)
     loaded = _moved(loaded, place)
     speed_up_decoding(loaded)
-    tokenizer = load_tokenizer(folder)
     return_freed_memory()
     keep_freed_memory()
     return ElasticLLM(loaded, tokenizer, name=found.name, folder=folder)
@@ -139,6 +150,36 @@ def _moved(model: Any, place: torch.device) -> Any:
     if tied:  # torch moves the tensors of each module alone
         model.set_output_embeddings(from_matrices(skeleton(head), rows.matrices))
     return model
+
+
+def _loading_bytes(folder: Path, dtype: torch.dtype, *, lean: bool) -> int:
+    """Bytes that loading a folder's weights takes; imports what it needs before.
+
+    Transformers maps unpacked files into memory beside the tensors that it makes of them.
+    """
+    more = 0
+    if not lean:  # without memory for weights, but with all of transformers' modules
+        bare = model_without_weights(read_config(folder), dtype)
+        if not is_packed(folder):
+            more = sum(parameter.nbytes for parameter in bare.parameters())
+    return_freed_memory()
+    return _stored_bytes(folder) + more
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Bytes of all weights in a folder's files, and of the largest one twice.
+
+    `ElasticLLM.set_residency` copies each tensor, and compares the copy with the file.
+    """
+    tables = (read_header(path) for path in folder.glob("*.safetensors"))
+    ranges = (entry["data_offsets"] for table in tables for entry in table.values())
+    sizes = [end - begin for begin, end in ranges]
+    return int(sum(sizes) + 2 * max(sizes, default=0))
+
+
+def _tokenizer_bytes(folder: Path) -> int:
+    """About what a tokenizer takes: 20 MiB for the 3.4 MiB of the default model's file."""
+    return 6 * sum(path.stat().st_size for path in folder.glob("tokenizer.json"))
 
 
 def _check_format(folder: Path, weights: str) -> None:

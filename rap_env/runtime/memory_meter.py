@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
 
 _PAGE_BYTES = 4096
+_SAMPLE_S = 0.005  # between samples; one takes 20 microseconds
+_SAMPLED_S = 60.0  # for the longest step, where `rest` is never called
 
 
 class Meter(Protocol):
@@ -89,80 +93,173 @@ class ResidentMeter:
 
     Freed memory that the C library keeps counts until it is returned to the system
     (`rap_env.llm.device.return_freed_memory`). To keep it little, large tensors get pages of their
-    own from now on. Where the kernel's high-water mark cannot be reset, the peak is the largest
-    value at any call. The baseline may shrink after the meter was made (kernels reclaim unused
+    own from now on. The baseline may shrink after the meter was made (kernels reclaim unused
     pages); see `correct_baseline`.
+
+    The peak is the kernel's high-water mark if that has risen since the last call, else the largest
+    sample: a thread reads the resident memory every 5 ms, from `used_bytes` until `rest`. The mark
+    belongs to all readers of the process, so it is reset only on demand.
+
+    Args:
+        llm: The live model, with the residency and the mask that the service starts with.
+        process: Where the kernel reports on this process.
+        reset_mark: Reset the high-water mark at each call of `peak_bytes` instead of sampling: the
+            peak is exact, but monitors that read the mark see that of the last step. For
+            measurements of a process that nothing else observes. Sampled where it cannot be reset.
 
     Raises:
         MemorySourceError: The kernel does not report it.
     """
 
-    def __init__(self, llm: ElasticLLM, *, process: Path = Path("/proc/self")) -> None:
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        *,
+        process: Path = Path("/proc/self"),
+        reset_mark: bool = False,
+    ) -> None:
         try:
             self._status = os.open(process / "status", os.O_RDONLY)
         except OSError as error:
             raise MemorySourceError(
                 f"The memory of this process cannot be read: {error}; use TensorMeter."
             ) from error
-        weakref.finalize(self, os.close, self._status)
-        self._reset = process / "clear_refs"
+        weakref.finalize(self, os.close, self._status).atexit = False  # the sampler may still run
+        self._lock = threading.Lock()  # between the sampler and the thread that runs the model
+        self._reset = process / "clear_refs" if reset_mark else None
+        self._mark = 0
         self._peak = 0
-        self._baseline = 0
+        self._sampler: _PeakSampler | None = None
         free_memory_early()
         warm_up(llm)
         return_freed_memory()
-        own = llm.held_bytes.total + buffer_bytes()
-        self._baseline = max(0, self.used_bytes() - own)
+        self.baseline_bytes = 0
+        self.move_baseline(llm.held_bytes.total)
         self.peak_bytes()
+        if self._reset is None:
+            self._sampler = _PeakSampler(self)
 
     def used_bytes(self) -> int:
-        """Bytes resident now."""
-        return self._read()[1]
+        """Bytes resident now, less the baseline."""
+        if self._sampler is not None:
+            self._sampler.resume()
+        return max(0, self.sample() - self.baseline_bytes)
 
     def peak_bytes(self) -> int:
-        """Most bytes resident since the last call of this method."""
-        peak, now = self._read()
-        try:
-            with self._reset.open("wb") as file:
-                file.write(b"5")  # proc(5): resets the high-water mark
-        except OSError:
-            peak = max(self._peak, now)
-        self._peak = now
-        return peak
+        """Most bytes resident since the last call of this method, less the baseline."""
+        with self._lock:
+            mark, now = self._read()
+            exact = self._mark_is_reset() or mark > self._mark
+            peak = mark if exact else max(self._peak, now)
+            self._mark, self._peak = mark, now
+        return max(0, peak - self.baseline_bytes)
+
+    def rest(self) -> None:
+        """Stop sampling until the next call of `used_bytes`: no step follows soon."""
+        if self._sampler is not None:
+            self._sampler.pause()
 
     def correct_baseline(self, held_bytes: int) -> None:
         """Lower the baseline if the tensors alone prove that it is too high.
 
         Otherwise the runtime would seem smaller than it is, and exceed its budget.
         """
-        self._baseline = max(0, min(self._baseline, self._resident()[1] - held_bytes))
+        self.baseline_bytes = max(0, min(self.baseline_bytes, self.sample() - held_bytes))
+
+    def move_baseline(self, held_bytes: int) -> None:
+        """Measure the baseline again: all that is resident besides tensors of `held_bytes`.
+
+        Freed memory should have been returned to the system before.
+        """
+        self.baseline_bytes = max(0, self.sample() - held_bytes - buffer_bytes())
+
+    def sample(self) -> int:
+        """Bytes of the whole process that are resident now, which count in the next peak."""
+        with self._lock:
+            now = self._read()[1]
+            self._peak = max(self._peak, now)
+        return now
+
+    def _mark_is_reset(self) -> bool:
+        """Reset the high-water mark, if that was asked for; return whether it was."""
+        if self._reset is None:
+            return False
+        try:
+            with self._reset.open("wb") as file:
+                file.write(b"5")  # proc(5): resets the high-water mark
+        except OSError:
+            self._reset = None
+        return self._reset is not None
 
     def _read(self) -> tuple[int, int]:
-        """The high-water mark and the resident bytes, less the baseline."""
-        peak, now = (max(0, resident - self._baseline) for resident in self._resident())
-        self._peak = max(self._peak, now)
-        return peak, now
-
-    def _resident(self) -> tuple[int, int]:
         """The high-water mark and the resident bytes of the whole process."""
-        status = os.pread(self._status, 8192, 0)
-        peak, now = (
-            int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024
-            for name in (b"VmHWM:", b"VmRSS:")
-        )
-        return peak, now
+        return _mark_and_resident(os.pread(self._status, 8192, 0))
 
 
-def process_meter(llm: ElasticLLM) -> Meter:
+def resident_bytes(process: Path = Path("/proc/self")) -> tuple[int, int]:
+    """Most resident bytes of a process (Linux) since it began or its mark was reset, and those now.
+
+    Raises:
+        MemorySourceError: The kernel does not report them.
+    """
+    try:
+        return _mark_and_resident((process / "status").read_bytes())
+    except OSError as error:
+        raise MemorySourceError(f"The memory of this process cannot be read: {error}.") from error
+
+
+def _mark_and_resident(status: bytes) -> tuple[int, int]:
+    """The high-water mark and the resident bytes in the text of a file ``status``."""
+    mark, now = (
+        int(status[status.index(name) + len(name) :].split(None, 1)[0]) * 1024
+        for name in (b"VmHWM:", b"VmRSS:")
+    )
+    return mark, now
+
+
+class _PeakSampler:
+    """A thread that samples a meter while steps run; it ends with the meter."""
+
+    def __init__(self, meter: ResidentMeter) -> None:
+        self._meter = weakref.ref(meter)
+        self._wanted = threading.Event()
+        self._until_s = 0.0
+        weakref.finalize(meter, self._wanted.set)
+        threading.Thread(target=self._run, name="rap-memory-peak", daemon=True).start()
+
+    def resume(self) -> None:
+        """Sample for some time from now on."""
+        self._until_s = time.monotonic() + _SAMPLED_S
+        self._wanted.set()
+
+    def pause(self) -> None:
+        """Stop until `resume`."""
+        self._wanted.clear()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            meter = self._meter()
+            if meter is None:
+                return
+            meter.sample()
+            del meter
+            if time.monotonic() > self._until_s:
+                self._wanted.clear()
+            time.sleep(_SAMPLE_S)
+
+
+def process_meter(llm: ElasticLLM, *, reset_mark: bool = False) -> Meter:
     """The best meter for the model's device: of CUDA, of the process, or of the tensors.
 
     Args:
         llm: The live model, with the residency and the mask that the service starts with.
+        reset_mark: As for `ResidentMeter`.
     """
     if llm.device.type == "cuda":
         return CudaMeter(llm)
     if llm.device.type == "cpu" and sys.platform == "linux":
-        return ResidentMeter(llm)
+        return ResidentMeter(llm, reset_mark=reset_mark)
     return TensorMeter(llm)
 
 

@@ -138,6 +138,9 @@ class MemoryMonitor:
         self.meter = meter
         self._estimator = estimator
         self._correct_baseline = getattr(meter, "correct_baseline", None)  # only some meters do
+        self._rest = getattr(meter, "rest", lambda: None)
+        self._measure_others = getattr(source, "measure_others", None)
+        self._stepped = False  # since the runtime was at rest
         self.margin = margin
         self.held = llm.held_bytes
         self._explained_bytes = self.held.total
@@ -170,6 +173,7 @@ class MemoryMonitor:
 
     def observe_step(self, shape: BatchShape, kind: str) -> int:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
+        self._stepped = True
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total and self._correct_baseline is not None:
@@ -191,6 +195,12 @@ class MemoryMonitor:
         """Learn while nothing runs: return freed memory, and let the margin expire."""
         if self._explained_bytes > self.held.total:
             self.trim()
+        if self._stepped and self._measure_others is not None:
+            self._measure_others(self.held.total)
+            self.poll()
+            self._other_bytes = self.used_bytes - self.held.total
+        self._stepped = False
+        self._rest()
         self.margin.observe("decode", self.used_bytes - self._explained_bytes)
 
     def trim(self) -> None:

@@ -18,11 +18,14 @@ from prometheus_client.registry import Collector
 
 from rap_env.blocks import KINDS
 from rap_env.plan import CompressionPlan
+from rap_env.runtime.memory_meter import ResidentMeter
+from rap_env.runtime.process_memory import ProcessMemory
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
+    from rap_env.runtime.memory_monitor import MemoryMonitor
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -109,9 +112,9 @@ class _EngineState(Collector):
                 metric.add_metric([key], value)
             yield metric
         for family, name, text, value in (
-            (gauge, "memory_used_bytes", "Measured bytes that the runtime takes.",
+            (gauge, "memory_used_bytes", "Measured bytes that the model takes.",
              stats.used_bytes),
-            (gauge, "memory_budget_bytes", "Bytes that the runtime may take.", stats.budget_bytes),
+            (gauge, "memory_budget_bytes", "Bytes that the model may take.", stats.budget_bytes),
             (gauge, "queue_length", "Answers that wait.", stats.queued),
             (gauge, "running", "Answers that are being generated.", stats.running),
             (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),
@@ -122,6 +125,26 @@ class _EngineState(Collector):
             (counter, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),
         ):  # fmt: skip
             yield family(f"rap_{name}", text, value=value)
+        yield from _limit_metrics(controller.monitor)
+
+
+def _limit_metrics(monitor: MemoryMonitor) -> Iterable[Metric]:
+    """The limit, by what it is a limit of, and what is resident besides the model."""
+    source, meter = monitor.source, monitor.meter
+    limit = GaugeMetricFamily(
+        "rap_memory_limit_bytes", "The memory limit: of the whole process, or of the model.",
+        labels=["of"],
+    )  # fmt: skip
+    if isinstance(source, ProcessMemory):
+        limit.add_metric(["process"], source.process_bytes)
+    else:
+        limit.add_metric(["model"], monitor.budget_bytes)
+    yield limit
+    if isinstance(meter, ResidentMeter):
+        yield GaugeMetricFamily(
+            "rap_memory_other_bytes", "Resident bytes of everything but the model.",
+            value=meter.baseline_bytes,
+        )  # fmt: skip
 
 
 def _lowered_items(plan: CompressionPlan) -> Tally[tuple[str, str]]:

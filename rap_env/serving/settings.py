@@ -76,8 +76,11 @@ class ServerSettings:
         max_degradation_by_newcomer: How far requests that join a batch may raise the predicted rise
             in NLL of the plan that a running request has, in nats per token; a request that would
             raise it further waits. Null for no limit. Policies without predictions have none.
-        memory: Memory budget: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
-            ``cuda``, or a number of bytes such as ``2.5GiB``.
+        memory: Memory limit: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
+            ``cuda``, or a number of bytes such as ``2.5GiB``: most resident memory of the whole
+            process, with interpreter, libraries and server.
+        model_memory: Bytes for weights, caches and working memory of the model alone, such as
+            ``300MiB``; the rest of the process comes on top. null if `memory` is the limit.
         reserve: Bytes to leave free if the budget is the system's free memory.
         residency: Where weights that the plan does not use are kept: ``resident``, ``offload`` or
             ``drop``.
@@ -129,6 +132,7 @@ class ServerSettings:
     min_quality_per_request: float | None = None
     max_degradation_by_newcomer: float | None = 0.05
     memory: str | int = "auto"
+    model_memory: str | int | None = None
     reserve: str | int = "128MiB"
     residency: str = "offload"
     restore: str = "refill"
@@ -187,7 +191,12 @@ class ServerSettings:
             raise ServingSettingsError(
                 f"threads must be at most {cpus}, the number of CPUs, not {self.threads}."
             )
-        _ = self.memory_source, self.reserve_bytes  # raise if they are not numbers of bytes
+        _ = self.process_bytes, self.model_bytes, self.reserve_bytes  # raise if they are no bytes
+        if self.model_memory is not None and self.memory != ServerSettings.memory:
+            raise ServingSettingsError(
+                f"Set either memory, for the whole process (now {self.memory}), or model_memory, "
+                f"for the model alone (now {self.model_memory}), not both."
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerSettings:
@@ -206,9 +215,15 @@ class ServerSettings:
         return self.model_name or self.model
 
     @property
-    def memory_source(self) -> str | int:
-        """Name of the memory source, or the budget in bytes."""
-        return self.memory if self.memory in MEMORY_SOURCES else parse_bytes("memory", self.memory)
+    def process_bytes(self) -> int | None:
+        """Most resident bytes of the process; None if that is not the limit."""
+        return None if self.memory in MEMORY_SOURCES else parse_bytes("memory", self.memory)
+
+    @property
+    def model_bytes(self) -> int | None:
+        """Bytes of the model alone; None if that is not the limit."""
+        given = self.model_memory
+        return None if given is None else parse_bytes("model_memory", given)
 
     @property
     def reserve_bytes(self) -> int:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from rap_env.errors import ArtifactError, ServingSettingsError
@@ -14,16 +15,23 @@ from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
 from rap_env.policy import PlanPolicy
-from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import make_levels
-from rap_env.runtime.memory_source import MemorySource, open_memory
+from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.runtime.policies import load_policy
 from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
+from rap_env.serving.memory_limit import (
+    check_least,
+    check_process_limit,
+    check_start,
+    check_started,
+    limit_text,
+    open_limit,
+)
 from rap_env.serving.settings import ServerSettings, require_extra
 
 if TYPE_CHECKING:
@@ -58,6 +66,7 @@ def load_served_model(settings: ServerSettings) -> ElasticLLM:
         dtype=settings.dtype,
         weights=settings.weights,
         lean=settings.repair != "library",  # a lean model cannot be fitted to
+        before_weights=partial(check_start, settings),
     )
     llm.set_residency(cast("Residency", settings.residency))
     if settings.repair != "none":
@@ -109,14 +118,18 @@ def build_stack(
 
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
     try:
+        check_process_limit(settings)
+        loaded = llm is None
         llm = load_served_model(settings) if llm is None else llm
         policy = load_serving_policy(settings, llm) if policy is None else policy
         make_levels(llm, policy)
-        fixed = memory is None and isinstance(settings.memory_source, int)  # by the settings
+        limits = (settings.process_bytes, settings.model_bytes)
+        fixed = memory is None and limits != (None, None)  # by the settings
         if memory is None:
-            reserve = settings.reserve_bytes
-            _check_budget(settings, llm)
-            memory = open_memory(settings.memory_source, devices=llm.devices, reserve_bytes=reserve)
+            memory, controls["meter"] = open_limit(settings, llm, controls.get("meter"))
+            if loaded:
+                check_started(settings)
+            check_least(settings, llm, memory)
         controller = RuntimeController(
             llm,
             policy,
@@ -150,19 +163,6 @@ def build_stack(
     return ServerStack(settings, engine, app, decisions)
 
 
-def _check_budget(settings: ServerSettings, llm: ElasticLLM) -> None:
-    """Reject a fixed budget in which not even one token fits with every block removed."""
-    budget = settings.memory_source
-    if isinstance(budget, str):
-        return
-    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, max(1, budget)))
-    if budget < least:
-        raise ServingSettingsError(
-            f"memory must be at least {least:,} bytes for {settings.model}, which it needs for "
-            f"one token without any block, not {budget:,}; give a larger budget."
-        )
-
-
 def _newcomer_limit(settings: ServerSettings, policy: PlanPolicy) -> float | None:
     """The limit of the settings; none, with a line in the log, if the policy predicts nothing."""
     limit = settings.max_degradation_by_newcomer
@@ -179,8 +179,9 @@ def _check_floor(controller: RuntimeController) -> None:
     """Reject a fixed budget in which no plan fits one token without going below the floor."""
     if not controller.could_fit(BatchShape(1, 1)):
         raise ServingSettingsError(
-            f"memory is {controller.monitor.budget_bytes:,} bytes, in which one token fits under "
-            f"no plan{controller.chooser.floor_clause}; give a larger budget or max_delta_nll."
+            f"The model may take {controller.monitor.budget_bytes:,} bytes, in which one token fits"
+            f" under no plan{controller.chooser.floor_clause}; give it more memory, or a larger "
+            "max_delta_nll."
         )
 
 
@@ -219,9 +220,8 @@ def greeting(stack: ServerStack, url: str) -> str:
         route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
-        f"Memory: {controller.monitor.budget_bytes / 2**30:.2f} GiB now "
-        f"({controller.monitor.source.name}); policy: {controller.chooser.policy.name}; "
-        f"unused weights: {stack.settings.residency}.",
+        limit_text(controller),
+        f"Policy: {controller.chooser.policy.name}; unused weights: {stack.settings.residency}.",
     ]
     if controller.chooser.max_delta_nll is not None:
         lines.append(f"Requests are served by plans{controller.chooser.floor_clause} only.")

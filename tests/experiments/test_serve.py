@@ -113,7 +113,7 @@ def test_after_a_kill_it_serves_with_a_complete_log_and_keys_can_change(model_fo
     try:
         text = "".join(first.lines)
         assert "tiny is served at" in text
-        assert "policy: dense" in text
+        assert "Policy: dense" in text
         assert str(decisions) in text
         answer = first.ask()
         first.process.kill()

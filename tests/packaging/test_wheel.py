@@ -174,7 +174,7 @@ def test_rap_serves_a_model_over_http(installed, model_folder):
     config = installed.folder / "serve.yaml"
     config.write_text("port: 0\npolicy: dense\nmodel_name: tiny\ndtype: float32\nthreads: 1\n")
     command = [str(installed.bin / "rap"), "serve", "--config", str(config),
-               "--model", str(model_folder), "--memory", "1GiB"]  # fmt: skip
+               "--model", str(model_folder), "--memory", "2GiB"]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=installed.folder, env=installed.environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,

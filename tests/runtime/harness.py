@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from rap_env.blocks import BlockMask
@@ -17,6 +19,14 @@ from tests.tiny import VOCAB_SIZE, tiny_llm
 PLENTY = 10**9
 SHAPE = BatchShape(4, 40)
 ORDER = (5, 0, 3, 2, 1, 4)
+
+
+def set_status(folder, now_mib, mark_mib=900):
+    """Write resident memory as the kernel reports it, at once: a thread may read it meanwhile."""
+    text = f"Name: x\nVmHWM:  {mark_mib * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
+    file = os.open(folder / "status", os.O_WRONLY | os.O_CREAT)
+    os.pwrite(file, text.ljust(200).encode(), 0)
+    os.close(file)
 
 
 class NoisyMeter(TensorMeter):

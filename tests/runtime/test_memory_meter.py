@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
+import time
 
 import pytest
 
@@ -11,9 +13,16 @@ from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.packing import buffer_bytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
-from rap_env.runtime.memory_meter import ResidentMeter, TensorMeter, make_levels, process_meter
+from rap_env.runtime.memory_meter import (
+    ResidentMeter,
+    TensorMeter,
+    make_levels,
+    process_meter,
+    resident_bytes,
+)
 from rap_env.runtime.policies import StaticPolicy
 from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
+from tests.runtime.harness import set_status
 from tests.tiny import tiny_llm
 
 MIB = 2**20
@@ -52,8 +61,8 @@ def test_the_process_is_measured_less_its_baseline():
 
 
 @linux
-def test_the_high_water_mark_restarts_at_each_call():
-    meter = ResidentMeter(tiny_llm())
+def test_a_mark_that_is_reset_restarts_at_each_call():
+    meter = ResidentMeter(tiny_llm(), reset_mark=True)
     touched = mmap.mmap(-1, 64 * MIB)
     for _ in range(64):
         touched.write(b"x" * MIB)  # in pieces: the heap may keep a large one
@@ -63,41 +72,81 @@ def test_the_high_water_mark_restarts_at_each_call():
 
 
 @linux
-def test_held_tensors_correct_a_baseline_that_is_too_high(tmp_path):
-    def write(now_mib):
-        status = f"VmHWM:\t{now_mib * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
-        (tmp_path / "status").write_text(status.ljust(200))
+def test_by_default_the_mark_is_left_alone_and_samples_show_what_it_hides():
+    touched = mmap.mmap(-1, 256 * MIB)  # the mark is high already
+    touched.write(b"x" * (256 * MIB))
+    touched.close()
+    meter = ResidentMeter(tiny_llm())
+    mark, before = resident_bytes()[0], meter.used_bytes()
+    touched = mmap.mmap(-1, 64 * MIB)
+    touched.write(b"x" * (64 * MIB))
+    time.sleep(0.1)  # the work of a step
+    touched.close()
+    assert meter.peak_bytes() - before > 60 * MIB
+    assert meter.peak_bytes() - before < 30 * MIB
+    assert resident_bytes()[0] >= mark
 
-    write(500)
+
+@linux
+def test_sampling_ends_with_the_meter():
+    def sampling():
+        return {thread for thread in threading.enumerate() if thread.name == "rap-memory-peak"}
+
+    others = sampling()
+    meter = ResidentMeter(tiny_llm())
+    (thread,) = sampling() - others
+    del meter
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+@linux
+def test_held_tensors_correct_a_baseline_that_is_too_high(tmp_path):
+    set_status(tmp_path, 500)
     llm = tiny_llm()
     meter = ResidentMeter(llm, process=tmp_path)
     held = llm.held_bytes.total
-    write(450)  # fifty of the baseline are gone
+    set_status(tmp_path, 450)  # fifty of the baseline are gone
     assert meter.used_bytes() == 0
     meter.correct_baseline(held)
     assert meter.used_bytes() == held
-    write(460)
+    set_status(tmp_path, 460)
     assert meter.used_bytes() == held + 10 * MIB
     meter.correct_baseline(held)
     assert meter.used_bytes() == held + 10 * MIB
 
 
 @linux
-def test_without_a_resettable_mark_the_peak_is_the_largest_value_read(tmp_path):
-    def write(now_mib):
-        text = f"Name: x\nVmHWM:  {900 * 1024} kB\nVmRSS:\t{now_mib * 1024} kB\n"
-        (tmp_path / "status").write_text(text)
+def test_a_meter_at_rest_takes_no_samples(tmp_path):
+    set_status(tmp_path, 100)
+    meter = ResidentMeter(tiny_llm(), process=tmp_path)
+    for rests in (True, False):
+        before = meter.used_bytes()
+        if rests:
+            meter.rest()
+            time.sleep(0.03)
+        set_status(tmp_path, 200)
+        time.sleep(0.1)
+        set_status(tmp_path, 100)
+        assert meter.peak_bytes() - before == (0 if rests else 100 * MIB)
 
+
+@linux
+@pytest.mark.parametrize("reset_mark", [False, True])
+def test_the_peak_is_the_mark_if_it_has_risen_else_the_largest_value_read(tmp_path, reset_mark):
     (tmp_path / "clear_refs").mkdir()  # cannot be written to
     llm = tiny_llm()
-    write(100)
-    meter = ResidentMeter(llm, process=tmp_path)
+    set_status(tmp_path, 100)
+    meter = ResidentMeter(llm, process=tmp_path, reset_mark=reset_mark)
     model = llm.held_bytes.total + buffer_bytes()  # other tests may have widened weights
     for now_mib in (140, 120):
-        write(now_mib)
+        set_status(tmp_path, now_mib)
         meter.used_bytes()
     assert meter.used_bytes() == model + 20 * MIB
     assert meter.peak_bytes() == model + 40 * MIB
+    assert meter.peak_bytes() == model + 20 * MIB
+    set_status(tmp_path, 120, mark_mib=950)  # between two samples
+    assert meter.peak_bytes() == model + 850 * MIB
     assert meter.peak_bytes() == model + 20 * MIB
 
 

@@ -53,7 +53,11 @@ class FakeEngine:
         chooser = SimpleNamespace(
             decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
         )
-        self.controller = SimpleNamespace(plans=SimpleNamespace(switches=3), chooser=chooser)
+        self.controller = SimpleNamespace(
+            plans=SimpleNamespace(switches=3),
+            chooser=chooser,
+            monitor=SimpleNamespace(source=None, meter=None, budget_bytes=1000),
+        )
         self.llm = SimpleNamespace(
             fingerprint="0123",
             model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),

@@ -99,7 +99,7 @@ def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_
     llm = tiny_llm(layers=3, tokenizer=tokenizer)
     budget = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
     for floor in (None, 0.0):
-        settings = ServerSettings(memory=budget, max_delta_nll=floor)
+        settings = ServerSettings(model_memory=budget, max_delta_nll=floor)
         given = {"llm": llm, "policy": knapsack_of(llm), "meter": TensorMeter(llm)}
         if floor is None:
             assert build_stack(settings, **given).app
@@ -109,7 +109,7 @@ def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_
 
 
 def test_a_policy_that_predicts_nothing_is_refused_at_the_start(tokenizer):
-    settings = ServerSettings(policy="dense", memory="1GiB", max_delta_nll=0.1)
+    settings = ServerSettings(policy="dense", model_memory="1GiB", max_delta_nll=0.1)
     with pytest.raises(RapError, match="dense does not: choose such a policy, or set max_delta"):
         build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
 

@@ -63,6 +63,7 @@ def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name):
         ({"body_timeout_s": 0}, "body_timeout_s must be above 0 seconds"),
         ({"shutdown_grace_s": float("nan")}, "shutdown_grace_s"),
         ({"memory": "much"}, "memory must be a number of bytes .* not 'much'"),
+        ({"model_memory": "auto"}, "model_memory must be a number of bytes .* not 'auto'"),
         ({"residency": "gone"}, "residency"),
         ({"restore": "from_here"}, "restore"),
         ({"port": 70000}, "port must be from 0 to 65535"),
@@ -84,11 +85,14 @@ def test_an_invalid_value_is_named(wrong, words):
         ServerSettings(**wrong)
 
 
-def test_memory_is_a_source_or_a_number_of_bytes():
-    assert ServerSettings(memory="300MiB").memory_source == 300 * 2**20
-    assert ServerSettings(memory=1000).memory_source == 1000
-    assert ServerSettings().memory_source == "auto"
-    assert ServerSettings().reserve_bytes == 128 * 2**20
+def test_memory_limits_the_process_or_the_model():
+    assert ServerSettings(memory="300MiB").process_bytes == 300 * 2**20
+    assert ServerSettings(model_memory=1000).model_bytes == 1000
+    settings = ServerSettings(memory="cgroup")
+    assert (settings.process_bytes, settings.model_bytes) == (None, None)
+    assert settings.reserve_bytes == 128 * 2**20
+    with pytest.raises(ServingSettingsError, match="memory, .*300MiB.*, or model_memory, .*1000"):
+        ServerSettings(memory="300MiB", model_memory=1000)
 
 
 def test_names_are_those_of_the_model():

@@ -1,0 +1,144 @@
+"""The memory limit of a server: checked before and after the model is loaded, then a budget."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rap_env.errors import ServingSettingsError
+from rap_env.llm.device import choose_device
+from rap_env.memory import MemoryModel
+from rap_env.request import Request
+from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
+from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
+from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
+
+if TYPE_CHECKING:
+    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.runtime.controller import RuntimeController
+    from rap_env.serving.settings import ServerSettings
+
+_MIB = 2**20
+_SLACK_BYTES = 8 * _MIB
+"""Allowance for what the estimate of the bytes that loading takes leaves out."""
+
+
+def check_process_limit(settings: ServerSettings) -> None:
+    """Check that the process's memory can be limited on this device and system.
+
+    Raises:
+        ServingSettingsError: It is limited, and the model is not on a CPU under Linux.
+    """
+    if settings.process_bytes is None:
+        return
+    device = choose_device(settings.device)
+    if device.type != "cpu" or sys.platform != "linux":
+        raise ServingSettingsError(
+            f"memory={settings.memory} limits the resident memory of the process, which is measured"
+            f" only for a model on a CPU under Linux, not on {device} under {sys.platform}; set "
+            "model_memory, the bytes of the model alone, instead."
+        )
+
+
+def check_start(settings: ServerSettings, loading_bytes: int) -> None:
+    """Check that the process will stay within its limit while it loads the model.
+
+    Args:
+        settings: Settings of the server.
+        loading_bytes: Bytes that loading still takes at its peak.
+
+    Raises:
+        ServingSettingsError: It would not; the message says how much is needed.
+    """
+    if settings.process_bytes is None:
+        return
+    import rap_env.runtime.sampling  # noqa: F401  it takes tens of megabytes
+
+    resident = resident_bytes()[1]
+    need = resident + loading_bytes + _SLACK_BYTES
+    if need > settings.process_bytes:
+        raise ServingSettingsError(
+            f"memory is {_mib(settings.process_bytes)}, but the process needs {_mib(need)} to "
+            f"start with {settings.model}: {_mib(resident)} without it, and "
+            f"{_mib(need - resident)} while it is loaded. Set memory to at least that, or "
+            "model_memory to limit the model alone."
+        )
+
+
+def check_started(settings: ServerSettings) -> None:
+    """Check that the process stayed within its limit while it started.
+
+    Raises:
+        ServingSettingsError: It did not; the message says how much it took.
+    """
+    if (
+        settings.process_bytes is not None
+        and (mark := resident_bytes()[0]) > settings.process_bytes
+    ):
+        raise ServingSettingsError(
+            f"memory is {_mib(settings.process_bytes)}, but the process took {_mib(mark)} to start "
+            f"with {settings.model}; set memory to at least that, or model_memory to limit the "
+            "model alone."
+        )
+
+
+def open_limit(
+    settings: ServerSettings, llm: ElasticLLM, meter: Meter | None = None
+) -> tuple[MemorySource, Meter]:
+    """The source of the model's budget, and the meter that measures what it uses.
+
+    Args:
+        settings: Settings of the server; `check_process_limit` accepts them.
+        llm: The live model, as it serves.
+        meter: The meter, if there is one.
+    """
+    meter = process_meter(llm) if meter is None else meter
+    if settings.process_bytes is not None:
+        assert isinstance(meter, ResidentMeter)
+        return ProcessMemory(settings.process_bytes, meter), meter
+    if settings.model_bytes is not None:
+        return GivenMemory(settings.model_bytes), meter
+    reserve = settings.reserve_bytes
+    return open_memory(settings.memory, devices=llm.devices, reserve_bytes=reserve), meter
+
+
+def check_least(settings: ServerSettings, llm: ElasticLLM, memory: MemorySource) -> None:
+    """Reject a limit under which not even one token fits with every block removed.
+
+    Raises:
+        ServingSettingsError: The message says how much is needed.
+    """
+    model, process = settings.model_bytes, settings.process_bytes
+    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))
+    if model is not None and model < least:
+        raise ServingSettingsError(
+            f"model_memory must be at least {least:,} bytes for {settings.model}, which it needs "
+            f"for one token without any block, not {model:,}; give more."
+        )
+    if process is not None and isinstance(memory, ProcessMemory) and memory.budget_bytes(0) < least:
+        others = memory.other_bytes + HEADROOM_BYTES
+        raise ServingSettingsError(
+            f"memory must be at least {_mib(others + least)} for {settings.model}: {_mib(least)} "
+            f"for one token without any block and {_mib(others)} for everything else in the "
+            f"process, not {_mib(process)}; give more."
+        )
+
+
+def limit_text(controller: RuntimeController) -> str:
+    """What a user should know of the memory limit, as a sentence."""
+    monitor = controller.monitor
+    source, budget = monitor.source, _mib(monitor.budget_bytes)
+    if isinstance(source, ProcessMemory):
+        return (
+            f"Memory: at most {_mib(source.process_bytes)} for the whole process, of which "
+            f"{_mib(source.other_bytes)} are everything but the model; it may take {budget} now."
+        )
+    text = f"Memory: at most {budget} for the model now ({source.name})"
+    if isinstance(monitor.meter, ResidentMeter):
+        return f"{text}; the rest of the process takes {_mib(monitor.meter.baseline_bytes)} more."
+    return f"{text}."
+
+
+def _mib(number: int) -> str:
+    """A number of bytes, rounded up to whole MiB, as settings accept it."""
+    return f"{-(-number // _MIB)}MiB"
