@@ -225,19 +225,21 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
     from rap_env.serving import stack
 
     served = []
-    monkeypatch.setattr(stack, "serve", lambda settings, say: served.append(settings))
+    monkeypatch.setattr(stack, "serve", lambda *given: served.append(given))
     config = tmp_path / "serve.toml"
     config.write_text('port = 1\nhost = "0.0.0.0"\nmax_queue = 3\n')
     code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",
                        "--model-memory", "300MiB", "--shutdown-grace-s", 1,
                        "--insecure")  # fmt: skip
     assert code == 0, err
-    (settings,) = served
+    ((settings, _, reread),) = served
     assert (settings.port, settings.host, settings.max_queue) == (0, "0.0.0.0", 3)
     assert settings.queue_timeout_s is None
     assert settings.model_bytes == 300 * 2**20
     assert settings.shutdown_grace_s == 1
     assert settings.insecure is True
+    config.write_text("max_queue = 4\nport = 5\n")
+    assert (reread().max_queue, reread().port, reread().host) == (4, 0, "127.0.0.1")
 
 
 @pytest.mark.parametrize(

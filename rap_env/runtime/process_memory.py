@@ -26,7 +26,6 @@ class ProcessMemory:
 
     def __init__(self, limit: Callable[[], int] | int, meter: ResidentMeter) -> None:
         self._read: Callable[[], int] = limit if callable(limit) else lambda: limit
-        self._fixed = not callable(limit)
         self._meter = meter
 
     @property
@@ -38,11 +37,6 @@ class ProcessMemory:
     def other_bytes(self) -> int:
         """Resident bytes of all that is not the model, as last measured."""
         return self._meter.baseline_bytes
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The largest budget: the present one under a fixed limit, else not known."""
-        return self.budget_bytes(0) if self._fixed else None
 
     def budget_bytes(self, used_bytes: int) -> int:
         """The limit, less all that is not the model and the headroom."""

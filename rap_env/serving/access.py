@@ -25,28 +25,34 @@ _KEY = re.compile(r"[!-~]+")  # what a header can hold without quotes
 
 
 class ApiKeys:
-    """The API keys of a file, of which only the SHA-256 stays in memory.
+    """The keys of a file, of which only the SHA-256 stays in memory.
 
     Args:
         path: The file: one key per line; empty lines and those that begin with # are skipped.
+        name: The setting that names the file.
 
     Raises:
         ServingSettingsError: The file cannot be read, has no key, or a line is not a key. The
             message does not quote the line.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, name: str = "api_key_file") -> None:
         self._path = path
-        self._digests = _read_digests(path)
+        self._name = name
+        self._digests = _read_digests(path, name)
 
     def reload(self) -> None:
         """Read the file again; if it is not valid, log why, and keep the keys."""
         try:
-            self._digests = _read_digests(self._path)
+            self._digests = _read_digests(self._path, self._name)
         except ServingSettingsError as error:
-            log.error("The API keys stay as they were: %s", error)
+            log.error("The keys stay as they were: %s", error)
         else:
-            log.info("Read %d API keys from %s.", len(self._digests), self._path)
+            log.info("Read %d keys from %s.", len(self._digests), self._path)
+
+    def shares_with(self, other: ApiKeys) -> bool:
+        """Whether some key is in both files."""
+        return not set(self._digests).isdisjoint(other._digests)
 
     def accepts(self, key: str) -> bool:
         """Whether a key is one of them; takes the same time for every key."""
@@ -60,25 +66,42 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _read_digests(path: str) -> list[bytes]:
+def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]:
+    """The keys of clients and those of administrators; None for a file that is not set.
+
+    Raises:
+        ServingSettingsError: As for `ApiKeys`, or both files have a key in common.
+    """
+    clients, admins = settings.api_key_file, settings.admin_key_file
+    keys = None if clients is None else ApiKeys(clients)
+    admin_keys = None if admins is None else ApiKeys(admins, "admin_key_file")
+    if keys is not None and admin_keys is not None and keys.shares_with(admin_keys):
+        raise ServingSettingsError(
+            f"api_key_file {clients} and admin_key_file {admins} must have no key in common: with "
+            "it a client could set the memory limit."
+        )
+    return keys, admin_keys
+
+
+def _read_digests(path: str, name: str) -> list[bytes]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ServingSettingsError(f"Cannot read api_key_file {path}: {error.strerror}.") from None
+        raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise ServingSettingsError(f"api_key_file {path} must be a text file in UTF-8.") from None
+        raise ServingSettingsError(f"{name} {path} must be a text file in UTF-8.") from None
     digests = []
     for number, line in enumerate(map(str.strip, lines), start=1):
         if line and not line.startswith("#"):
             if not _KEY.fullmatch(line):
                 raise ServingSettingsError(
-                    f"Line {number} of api_key_file {path} must be a key of visible ASCII "
+                    f"Line {number} of {name} {path} must be a key of visible ASCII "
                     "characters without spaces, or a comment that begins with #."
                 )
             digests.append(_digest(line))
     if not digests:
         raise ServingSettingsError(
-            f"api_key_file {path} has no key; write one per line, for example the output of "
+            f"{name} {path} has no key; write one per line, for example the output of "
             "'openssl rand -hex 32'."
         )
     return digests
@@ -89,19 +112,28 @@ class RequireApiKey:
 
     Args:
         app: The application.
-        keys: The valid keys; clients send ``Authorization: Bearer KEY``.
+        keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is needed.
+        admin_keys: The keys of administrators, which the paths below ``/admin`` need instead.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys | None, admin_keys: ApiKeys | None = None
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
         app = self._app
-        if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
+        keys = self._keys
+        if self._admin_keys is not None and scope["path"].startswith("/admin"):
+            keys = self._admin_keys
+        if scope["type"] == "http" and keys is not None and scope["path"] not in PROBE_PATHS:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._keys.accepts(key.strip()):
+            if scheme.lower() != "bearer" or not keys.accepts(key.strip()):
                 app = error_response(_unauthorized(missing=not key))
         await app(scope, receive, send)
 
@@ -122,8 +154,7 @@ def check_access(settings: ServerSettings) -> None:
     Raises:
         ServingSettingsError: As for `ApiKeys`, or the certificate and its key are not usable.
     """
-    if settings.api_key_file is not None:
-        ApiKeys(settings.api_key_file)
+    open_keys(settings)
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     if certificate is None:
         if key is not None:

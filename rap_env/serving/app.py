@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
-from rap_env.serving.access import ApiKeys, RequireApiKey
+from rap_env.serving.access import RequireApiKey, open_keys
+from rap_env.serving.admin import admin_router
 from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import (
     CLIENT_CLOSED_REQUEST,
@@ -27,6 +28,7 @@ from rap_env.serving.errors import (
     unknown_model,
 )
 from rap_env.serving.generation import Generation
+from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.probes import probe_router
 from rap_env.serving.prompts import RequestBuilder, stop_tokens
@@ -56,12 +58,19 @@ class Service:
     While `closing`, the server shuts down and accepts no more requests.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        settings: ServerSettings,
+        limit: LiveLimit | None = None,
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.settings = settings
+        self.limit = limit
         self.metrics = ServingMetrics(engine, settings)
-        self.api_keys = ApiKeys(settings.api_key_file) if settings.api_key_file else None
+        self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
         self._running: set[Generation] = set()
         self.builder = RequestBuilder(
@@ -153,22 +162,33 @@ class Service:
         self.metrics.requests.labels("chat" if chat else "completions", outcome).inc()
 
 
-def create_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> FastAPI:
+def create_app(
+    engine: Engine, tokenizer: Any, settings: ServerSettings, limit: LiveLimit | None = None
+) -> FastAPI:
     """Make the server's ASGI application, which starts and closes the engine.
 
     Its `state.service` is the `Service`.
 
+    Args:
+        engine: The engine.
+        tokenizer: The tokenizer of its model.
+        settings: Settings of the server.
+        limit: The memory limit, which administrators may change; None if the budget is another.
+
     Raises:
-        ServingSettingsError: The file of API keys cannot be read.
+        ServingSettingsError: A file of keys cannot be read.
     """
-    service = Service(engine, tokenizer, settings)
+    service = Service(engine, tokenizer, settings, limit)
     app = FastAPI(
         title="rap-env", version=__version__, lifespan=service.lifespan,
         docs_url=None, redoc_url=None, openapi_url=None,
     )  # fmt: skip
     app.state.service = service
-    if service.api_keys is not None:
-        app.add_middleware(RequireApiKey, keys=service.api_keys)
+    keys, admin_keys = service.api_keys, service.admin_keys
+    if (keys, admin_keys) != (None, None):
+        app.add_middleware(RequireApiKey, keys=keys, admin_keys=admin_keys)
+    if admin_keys is not None:
+        app.include_router(admin_router(engine.controller.monitor, limit))
     app.add_middleware(RequestIds)
     served = settings.served_name
     model = {"id": served, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ServingSettingsError
@@ -12,6 +13,7 @@ from rap_env.request import Request
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
 from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
 from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
+from rap_env.serving.live_limit import LiveLimit
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -40,87 +42,112 @@ def check_process_limit(settings: ServerSettings) -> None:
         )
 
 
-def check_start(settings: ServerSettings, loading_bytes: int) -> None:
+def check_start(settings: ServerSettings, limit: LiveLimit | None, loading_bytes: int) -> None:
     """Check that the process will stay within its limit while it loads the model.
 
     Args:
         settings: Settings of the server.
+        limit: Its limit.
         loading_bytes: Bytes that loading still takes at its peak.
 
     Raises:
         ServingSettingsError: It would not; the message says how much is needed.
     """
-    if settings.process_bytes is None:
+    if limit is None or limit.name != "memory":
         return
     import rap_env.runtime.sampling  # noqa: F401  it takes tens of megabytes
 
     resident = resident_bytes()[1]
     need = resident + loading_bytes + _SLACK_BYTES
-    if need > settings.process_bytes:
+    if need > limit():
         raise ServingSettingsError(
-            f"memory is {_mib(settings.process_bytes)}, but the process needs {_mib(need)} to "
+            f"memory is {_mib(limit())}, but the process needs {_mib(need)} to "
             f"start with {settings.model}: {_mib(resident)} without it, and "
             f"{_mib(need - resident)} while it is loaded. Set memory to at least that, or "
             "model_memory to limit the model alone."
         )
 
 
-def check_started(settings: ServerSettings) -> None:
+def check_started(settings: ServerSettings, limit: LiveLimit | None) -> None:
     """Check that the process stayed within its limit while it started.
 
     Raises:
         ServingSettingsError: It did not; the message says how much it took.
     """
-    if (
-        settings.process_bytes is not None
-        and (mark := resident_bytes()[0]) > settings.process_bytes
-    ):
+    if limit is None or limit.name != "memory":
+        return
+    mark = resident_bytes()[0]
+    if mark > limit():
         raise ServingSettingsError(
-            f"memory is {_mib(settings.process_bytes)}, but the process took {_mib(mark)} to start "
-            f"with {settings.model}; set memory to at least that, or model_memory to limit the "
-            "model alone."
+            f"memory is {_mib(limit())}, but the process took {_mib(mark)} to start with "
+            f"{settings.model}; set memory to at least that, or model_memory to limit the model "
+            "alone."
         )
 
 
-def open_limit(
-    settings: ServerSettings, llm: ElasticLLM, meter: Meter | None = None
+def open_limit(settings: ServerSettings) -> LiveLimit | None:
+    """The limit of the settings; None if the budget is the system's free memory.
+
+    Raises:
+        ServingSettingsError: `memory_file` exists and does not hold a size.
+    """
+    name = "memory" if settings.model_bytes is None else "model_memory"
+    value = settings.process_bytes if settings.model_bytes is None else settings.model_bytes
+    return None if value is None else LiveLimit(name, value, settings.memory_file)
+
+
+def open_budget(
+    settings: ServerSettings,
+    llm: ElasticLLM,
+    limit: LiveLimit | None,
+    meter: Meter | None = None,
 ) -> tuple[MemorySource, Meter]:
     """The source of the model's budget, and the meter that measures what it uses.
 
     Args:
         settings: Settings of the server; `check_process_limit` accepts them.
         llm: The live model, as it serves.
+        limit: The limit, whose present and later values are checked from now on.
         meter: The meter, if there is one.
+
+    Raises:
+        ServingSettingsError: Not even one token fits within the limit.
+        MemorySourceError: The system does not report its free memory.
     """
     meter = process_meter(llm) if meter is None else meter
-    if settings.process_bytes is not None:
+    if limit is None:
+        reserve = settings.reserve_bytes
+        return open_memory(settings.memory, devices=llm.devices, reserve_bytes=reserve), meter
+    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))
+    others = None
+    memory: MemorySource
+    if limit.name == "memory":
         assert isinstance(meter, ResidentMeter)
-        return ProcessMemory(settings.process_bytes, meter), meter
-    if settings.model_bytes is not None:
-        return GivenMemory(settings.model_bytes), meter
-    reserve = settings.reserve_bytes
-    return open_memory(settings.memory, devices=llm.devices, reserve_bytes=reserve), meter
+        memory = others = ProcessMemory(limit, meter)
+    else:
+        memory = GivenMemory(limit)
+    limit.check = partial(_check_least, settings.model, least, others)
+    limit.check(limit())
+    return memory, meter
 
 
-def check_least(settings: ServerSettings, llm: ElasticLLM, memory: MemorySource) -> None:
-    """Reject a limit under which not even one token fits with every block removed.
+def _check_least(model: str, least: int, process: ProcessMemory | None, limit_bytes: int) -> None:
+    """Reject a limit within which not even one token fits with every block removed.
 
     Raises:
         ServingSettingsError: The message says how much is needed.
     """
-    model, process = settings.model_bytes, settings.process_bytes
-    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))
-    if model is not None and model < least:
+    if process is None and limit_bytes < least:
         raise ServingSettingsError(
-            f"model_memory must be at least {least:,} bytes for {settings.model}, which it needs "
-            f"for one token without any block, not {model:,}; give more."
+            f"model_memory must be at least {least:,} bytes for {model}, which it needs for one "
+            f"token without any block, not {limit_bytes:,}; give more."
         )
-    if process is not None and isinstance(memory, ProcessMemory) and memory.budget_bytes(0) < least:
-        others = memory.other_bytes + HEADROOM_BYTES
+    if process is not None and limit_bytes < least + process.other_bytes + HEADROOM_BYTES:
+        others = process.other_bytes + HEADROOM_BYTES
         raise ServingSettingsError(
-            f"memory must be at least {_mib(others + least)} for {settings.model}: {_mib(least)} "
-            f"for one token without any block and {_mib(others)} for everything else in the "
-            f"process, not {_mib(process)}; give more."
+            f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for one "
+            f"token without any block and {_mib(others)} for everything else in the process, not "
+            f"{_mib(limit_bytes)}; give more."
         )
 
 

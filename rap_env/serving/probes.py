@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
 """Paths of the probes."""
-UNLIMITED_PATHS = PROBE_PATHS | {"/metrics"}
+UNLIMITED_PATHS = PROBE_PATHS | {"/metrics", "/admin/budget"}
 """Paths that are answered above the connection limit too."""
 
 

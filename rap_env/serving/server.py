@@ -137,12 +137,18 @@ class Server(uvicorn.Server):
 
     At SIGTERM or SIGINT it accepts no more requests. Running requests get `shutdown_grace_s` to
     finish; then they are cancelled with an error response. `on_ready` is called when the server
-    accepts requests. SIGHUP reads the file of API keys again.
+    accepts requests, and `on_hangup` at SIGHUP, which ends the process if it is None.
     """
 
-    def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        on_ready: Callable[[], None] = lambda: None,
+        on_hangup: Callable[[], None] | None = None,
+    ) -> None:
         self._service: Service = app.state.service
         self._on_ready = on_ready
+        self._on_hangup = on_hangup
         settings = self._service.settings
         super().__init__(
             uvicorn.Config(
@@ -167,9 +173,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
         await super().startup(sockets)
-        keys = self._service.api_keys
-        if keys is not None and threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keys.reload)
+        on_hangup = self._on_hangup
+        if on_hangup is not None and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

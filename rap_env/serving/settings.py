@@ -81,6 +81,8 @@ class ServerSettings:
             process, with interpreter, libraries and server.
         model_memory: Bytes for weights, caches and working memory of the model alone, such as
             ``300MiB``; the rest of the process comes on top. null if `memory` is the limit.
+        memory_file: File with a size such as ``300MiB``, the new value of `memory` or
+            `model_memory` (whichever is a number of bytes) whenever it changes; null for none.
         reserve: Bytes to leave free if the budget is the system's free memory.
         residency: Where weights that the plan does not use are kept: ``resident``, ``offload`` or
             ``drop``.
@@ -91,6 +93,8 @@ class ServerSettings:
         port: Port to listen at; 0 takes a free one.
         api_key_file: File of API keys, one per line; requests other than probes must send one of
             them as ``Authorization: Bearer KEY``. null for none.
+        admin_key_file: File of the keys of administrators, in the format of `api_key_file`, for
+            ``/admin/budget``; null for no such route. A key of a client is none of them.
         insecure: Whether to serve without API keys at an address that others can reach.
         ssl_certfile: File of the TLS certificate (PEM), with its chain; null for HTTP without TLS.
         ssl_keyfile: File of the certificate's private key; null if `ssl_certfile` holds it.
@@ -133,6 +137,7 @@ class ServerSettings:
     max_degradation_by_newcomer: float | None = 0.05
     memory: str | int = "auto"
     model_memory: str | int | None = None
+    memory_file: str | None = None
     reserve: str | int = "128MiB"
     residency: str = "offload"
     restore: str = "refill"
@@ -140,6 +145,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None
+    admin_key_file: str | None = None
     insecure: bool = False
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
@@ -197,6 +203,11 @@ class ServerSettings:
                 f"Set either memory, for the whole process (now {self.memory}), or model_memory, "
                 f"for the model alone (now {self.model_memory}), not both."
             )
+        if self.memory_file is not None and not self.limits_bytes:
+            raise ServingSettingsError(
+                "memory_file needs memory or model_memory as a number of bytes, which says what "
+                f"the size in the file limits and holds until the file exists, not {self.memory}."
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ServerSettings:
@@ -224,6 +235,11 @@ class ServerSettings:
         """Bytes of the model alone; None if that is not the limit."""
         given = self.model_memory
         return None if given is None else parse_bytes("model_memory", given)
+
+    @property
+    def limits_bytes(self) -> bool:
+        """Whether `memory` or `model_memory` is a number of bytes."""
+        return (self.process_bytes, self.model_bytes) != (None, None)
 
     @property
     def reserve_bytes(self) -> int:

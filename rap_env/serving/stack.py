@@ -24,12 +24,13 @@ from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.runtime.policies import load_policy
 from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
+from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.memory_limit import (
-    check_least,
     check_process_limit,
     check_start,
     check_started,
     limit_text,
+    open_budget,
     open_limit,
 )
 from rap_env.serving.settings import ServerSettings, require_extra
@@ -51,6 +52,7 @@ class ServerStack:
     engine: Engine
     app: FastAPI
     decisions: DecisionLog | None
+    limit: LiveLimit | None
 
     def close(self) -> None:
         """Close the log of decisions."""
@@ -58,15 +60,18 @@ class ServerStack:
             self.decisions.close()
 
 
-def load_served_model(settings: ServerSettings) -> ElasticLLM:
-    """Load the model, set its residency, and attach the stubs of the settings."""
+def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
+    """Load the model, set its residency, and attach the stubs of the settings.
+
+    With a limit of the process, the start is checked before the weights are read.
+    """
     llm = load_llm(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
         weights=settings.weights,
         lean=settings.repair != "library",  # a lean model cannot be fitted to
-        before_weights=partial(check_start, settings),
+        before_weights=partial(check_start, settings, limit),
     )
     llm.set_residency(cast("Residency", settings.residency))
     if settings.repair != "none":
@@ -119,17 +124,16 @@ def build_stack(
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
     try:
         check_process_limit(settings)
+        limit = open_limit(settings) if memory is None else None
         loaded = llm is None
-        llm = load_served_model(settings) if llm is None else llm
+        llm = load_served_model(settings, limit) if llm is None else llm
         policy = load_serving_policy(settings, llm) if policy is None else policy
         make_levels(llm, policy)
-        limits = (settings.process_bytes, settings.model_bytes)
-        fixed = memory is None and limits != (None, None)  # by the settings
         if memory is None:
-            memory, controls["meter"] = open_limit(settings, llm, controls.get("meter"))
+            meter = controls.pop("meter", None)
+            memory, controls["meter"] = open_budget(settings, llm, limit, meter)
             if loaded:
-                check_started(settings)
-            check_least(settings, llm, memory)
+                check_started(settings, limit)
         controller = RuntimeController(
             llm,
             policy,
@@ -143,7 +147,7 @@ def build_stack(
         strictest = settings.min_quality_per_request
         if strictest is not None:
             controller.chooser.check_bound("min_quality_per_request", strictest)
-        if fixed and settings.max_delta_nll is not None:
+        if limit is not None and settings.max_delta_nll is not None:
             _check_floor(controller)
         engine = engine_class(
             llm,
@@ -155,12 +159,12 @@ def build_stack(
             restore=cast("Restore", settings.restore),
             queue_timeout_s=settings.queue_timeout_s,
         )
-        app = create_app(engine, llm.tokenizer, settings)
+        app = create_app(engine, llm.tokenizer, settings, limit)
     except BaseException:
         if decisions is not None:
             decisions.close()
         raise
-    return ServerStack(settings, engine, app, decisions)
+    return ServerStack(settings, engine, app, decisions, limit)
 
 
 def _newcomer_limit(settings: ServerSettings, policy: PlanPolicy) -> float | None:
@@ -185,8 +189,17 @@ def _check_floor(controller: RuntimeController) -> None:
         )
 
 
-def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `say` shows a text to the user.
+def serve(
+    settings: ServerSettings,
+    say: Callable[[str], None],
+    reread: Callable[[], ServerSettings] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        settings: Settings of the server.
+        say: Shows a text to the user.
+        reread: Reads the settings again at SIGHUP; None if they cannot have changed.
 
     Raises:
         RapError: As for `build_stack`, the address is not available, or `check_access` or
@@ -194,6 +207,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """
     require_extra()
     from rap_env.serving.access import check_access, check_address
+    from rap_env.serving.reload import reload_settings
     from rap_env.serving.server import Server, bind, url_of
 
     check_access(settings)
@@ -204,7 +218,11 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         stack = build_stack(settings)
         try:
             text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
-            Server(stack.app, on_ready=lambda: say(text)).run(sockets=[bound])
+            changes = reread or settings.api_key_file or settings.admin_key_file
+            on_hangup = partial(reload_settings, stack.app.state.service, reread)
+            Server(
+                stack.app, on_ready=lambda: say(text), on_hangup=on_hangup if changes else None
+            ).run(sockets=[bound])
             say(farewell(stack.engine))
         finally:
             stack.close()

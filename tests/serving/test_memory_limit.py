@@ -71,7 +71,7 @@ def test_the_server_starts_within_a_limit_that_is_large_enough_and_reports_it(fo
 def test_a_start_that_took_more_than_the_limit_ends(tokenizer):
     settings = ServerSettings(memory=resident_bytes()[0] // 2)
     with pytest.raises(ServingSettingsError, match=r"the process took \d+MiB to start"):
-        memory_limit.check_started(settings)
+        memory_limit.check_started(settings, memory_limit.open_limit(settings))
     llm = tiny_llm(tokenizer=tokenizer)
     settings = ServerSettings(memory=resident_bytes()[1] // 2, policy="dense")
     with pytest.raises(ServingSettingsError, match=r"memory must be at least \d+MiB .* not"):

@@ -1,0 +1,216 @@
+"""A memory limit that changes while the server runs: by a file, by an administrator, at SIGHUP."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from rap_env.errors import ServingSettingsError
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.serving.access import check_access
+from rap_env.serving.app import create_app
+from rap_env.serving.live_limit import LiveLimit
+from rap_env.serving.reload import reload_settings
+from rap_env.serving.server import BackgroundServer
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack
+from tests.serving.fake_engine import FakeEngine
+from tests.tiny import tiny_llm
+
+MIB = 2**20
+
+
+def settled(limit):
+    """The limit once a change of its file has been noticed and has lasted."""
+    limit()
+    time.sleep(0.06)
+    return limit()
+
+
+def test_the_limit_follows_its_file_however_it_is_written(tmp_path):
+    path = tmp_path / "limit"
+    limit = LiveLimit("memory", 500 * MIB, str(path))
+    assert (limit(), limit.source) == (500 * MIB, "setting")
+    path.write_text("400MiB\n")
+    assert settled(limit) == 400 * MIB
+    assert limit.source == "file"
+    (tmp_path / "new").write_text("450 MiB")
+    (tmp_path / "new").replace(path)
+    assert settled(limit) == 450 * MIB
+    path.unlink()
+    assert settled(limit) == 450 * MIB
+    path.write_text(str(300 * MIB))
+    assert settled(limit) == 300 * MIB
+    assert LiveLimit("memory", 500 * MIB, str(path))() == 300 * MIB
+
+
+def test_a_file_that_is_being_written_counts_only_once_it_is_complete(tmp_path):
+    path = tmp_path / "limit"
+    limit = LiveLimit("memory", 500, str(path))
+    for part in ("3", "30", "300", "300M", "300MiB"):
+        path.write_text(part)
+        assert limit() == 500
+    assert settled(limit) == 300 * MIB
+
+
+@pytest.mark.parametrize("text", ["", "300Mi", "much", "-1", "\u00e9", "9" * 100, "10"])
+def test_a_wrong_file_keeps_the_last_value_with_one_warning(tmp_path, caplog, text):
+    def check(limit_bytes):
+        if limit_bytes < 100:
+            raise ServingSettingsError("memory must be at least 100 bytes.")
+
+    path = tmp_path / "limit"
+    path.write_text("200")
+    limit = LiveLimit("memory", 500, str(path))
+    limit.check = check
+    path.write_text(text)
+    for _ in range(5):
+        assert settled(limit) == 200
+    (warning,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "memory stays at 200 bytes" in warning.getMessage()
+    path.write_text("300")
+    assert settled(limit) == 300
+
+
+def test_a_file_that_is_wrong_at_the_start_is_an_error(tmp_path):
+    (tmp_path / "limit").write_text("lots")
+    settings = ServerSettings(model_memory="1GiB", memory_file=str(tmp_path / "limit"))
+    with pytest.raises(ServingSettingsError, match="memory_file .*limit must be a number of bytes"):
+        build_stack(settings, llm=tiny_llm())
+    with pytest.raises(ServingSettingsError, match="memory_file needs memory or model_memory"):
+        ServerSettings(memory_file="limit")
+
+
+def test_the_model_follows_the_file(tokenizer, tmp_path):
+    llm = tiny_llm(tokenizer=tokenizer)
+    path = tmp_path / "limit"
+    settings = ServerSettings(model_memory="1GiB", memory_file=str(path), policy="dense")
+    stack = build_stack(settings, llm=llm, meter=TensorMeter(llm))
+    monitor = stack.engine.controller.monitor
+    assert monitor.budget_bytes == 2**30
+    path.write_text("1MiB")
+    assert settled(stack.limit) == MIB
+    monitor.poll()
+    assert monitor.budget_bytes == MIB
+    path.write_text("1KiB")  # not even one token fits
+    assert settled(stack.limit) == MIB
+
+
+@pytest.fixture(scope="module")
+def administered(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys")
+    (folder / "clients").write_text("client\n")
+    (folder / "admins").write_text("admin\n")
+    files = {"api_key_file": str(folder / "clients"), "admin_key_file": str(folder / "admins")}
+    engine, limit = FakeEngine(tokenizer), LiveLimit("model_memory", 500 * MIB)
+    source = SimpleNamespace(name="given")
+    engine.controller.monitor = SimpleNamespace(source=source, budget_bytes=7, used_bytes=5)
+    with BackgroundServer(create_app(engine, tokenizer, ServerSettings(**files), limit)) as server:
+        yield server.url, limit
+
+
+def ask(url, method="GET", key="admin", **given):
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.request(method, f"{url}/admin/budget", headers=headers, **given)
+
+
+def test_an_administrator_sees_and_sets_the_limit(administered):
+    url, limit = administered
+    limit.set(500 * MIB, "setting")
+    seen = {"limit": "model_memory", "source": "setting", "budget_bytes": 7, "used_bytes": 5}
+    assert ask(url).json() == {"bytes": 500 * MIB, **seen}
+    answer = ask(url, "PUT", json={"model_memory": "300MiB"})
+    assert answer.json() == {"bytes": 300 * MIB, **seen, "source": "admin"}
+    assert limit() == 300 * MIB
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"300MiB", b'{"memory": "300MiB"}', b'{"model_memory": "much"}', b"[" * 900,
+     b'{"model_memory": true}', b'{"model_memory": "1MiB", "memory": 1}', b" " * 2000],
+)  # fmt: skip
+def test_a_wrong_request_changes_nothing(administered, content):
+    url, limit = administered
+    before = limit()
+    answer = ask(url, "PUT", content=content)
+    assert answer.status_code == 400, answer.text
+    assert limit() == before
+
+
+def test_only_administrators_keys_open_the_limit_and_they_open_nothing_else(administered):
+    url, limit = administered
+    before = limit()
+    for key in ("client", "wrong", None):
+        assert ask(url, key=key).status_code == 401
+        assert ask(url, "PUT", key=key, json={"model_memory": 1}).status_code == 401
+    assert limit() == before
+    for key, status in (("client", 200), ("admin", 401)):
+        headers = {"authorization": f"Bearer {key}"}
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+
+
+def test_without_a_file_of_administrators_there_is_no_such_route(tokenizer):
+    with BackgroundServer(create_app(FakeEngine(tokenizer), tokenizer, ServerSettings())) as server:
+        assert ask(server.url).status_code == 404
+
+
+def test_a_key_of_both_files_is_refused_before_the_start(tmp_path):
+    (tmp_path / "clients").write_text("a\nboth\n")
+    (tmp_path / "admins").write_text("both\n")
+    files = {
+        "api_key_file": str(tmp_path / "clients"), "admin_key_file": str(tmp_path / "admins"),
+    }  # fmt: skip
+    with pytest.raises(ServingSettingsError, match="must have no key in common"):
+        check_access(ServerSettings(**files))
+
+
+def test_a_budget_of_the_system_is_shown_and_cannot_be_set(tokenizer, tmp_path):
+    (tmp_path / "admins").write_text("admin")
+    engine = FakeEngine(tokenizer)
+    source = SimpleNamespace(name="cgroup")
+    engine.controller.monitor = SimpleNamespace(source=source, budget_bytes=7, used_bytes=5)
+    settings = ServerSettings(admin_key_file=str(tmp_path / "admins"))
+    with BackgroundServer(create_app(engine, tokenizer, settings)) as server:
+        assert ask(server.url).json()["source"] == "cgroup"
+        assert ask(server.url, "PUT", json={"memory": "1GiB"}).status_code == 409
+        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+
+
+def reloaded(limit, old, new):
+    """Reload settings, which may be an error."""
+
+    def reread():
+        if isinstance(new, Exception):
+            raise new
+        return ServerSettings(**new)
+
+    service = SimpleNamespace(
+        api_keys=None, admin_keys=None, limit=limit, settings=ServerSettings(**old)
+    )
+    reload_settings(service, reread)
+
+
+def test_a_reload_changes_the_limit_and_names_what_needs_a_new_start(caplog):
+    caplog.set_level(logging.INFO, "rap_env")
+    limit = LiveLimit("memory", 500)
+    reloaded(limit, {"memory": 500}, {"memory": 400})
+    assert limit() == 400
+    assert "start again" not in caplog.text
+    limit.set(300, "admin")
+    reloaded(limit, {"memory": 500}, {"memory": 400, "policy": "rap", "port": 1})
+    assert limit() == 300  # the setting has not changed since
+    assert "The server must start again for changes of: policy, port." in caplog.text
+
+
+def test_a_reload_with_wrong_settings_changes_nothing(caplog):
+    limit = LiveLimit("memory", 500)
+    reloaded(limit, {"memory": 500}, {"memory": "much"})
+    reloaded(limit, {"memory": 500}, FileNotFoundError("gone"))
+    reloaded(limit, {"memory": 500}, {"model_memory": 300})
+    assert limit() == 500
+    assert caplog.text.count("The settings stay as they were") == 2
+    assert "start again for changes of: model_memory." in caplog.text
