@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
 from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.longest_prompt import LongestPrompt
 from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.request_queue import RequestQueue
@@ -55,6 +57,7 @@ class Engine:
 
     Attributes:
         observers: Called with a `StepRecord` after each pass, from the thread that runs it.
+        longest_prompt: Knows the longest prompt that fits the budget.
 
     Raises:
         InvalidRequestError: A limit is below 1, or longer than the model's positions.
@@ -100,6 +103,7 @@ class Engine:
             queue_timeout_s=queue_timeout_s,
         )
         self.observers = self._scheduler.observers
+        self.longest_prompt = LongestPrompt(controller, longest - 1)
         self._turn_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -226,6 +230,13 @@ class Engine:
                 self._turn_lock.release()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
+
+    def retry_after_s(self) -> int:
+        """Seconds until the first running request will have ended, by the steps so far; at least 1.
+
+        Any thread may call it. A request may end sooner, and without one it is 1.
+        """
+        return max(1, math.ceil(self._scheduler.shortest_wait_s()))
 
     def stats(self) -> EngineStats:
         """The counters and the present state; from any thread, without waiting for a step."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NEW_SHARE = 0.1  # of the last step in the average time of a step
+
 
 class Scheduler:
     """Runs sequences on a live model, within its budget. For one thread; settings as of `Engine`.
@@ -71,6 +73,7 @@ class Scheduler:
         self._prefilling: PrefillingSequence | None = None
         self._shape: BatchShape | None = None  # of all that runs; None: to be computed
         self._preempted_s = float("-inf")
+        self._decode_s = 0.0  # of a step, as a moving average
         self.counters = Counters()
         self.output = OutputProcessor(clock, self.counters)
         self.plan = llm.plan
@@ -96,6 +99,15 @@ class Scheduler:
             self._decode()
         self.plan = self._llm.plan
         return prefilled or decoded
+
+    def shortest_wait_s(self) -> float:
+        """Seconds of decoding until a running request has all of its tokens; from any thread.
+
+        It is 0 if nothing runs.
+        """
+        handles = [sequence.handle for sequence in self.running]
+        left = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
+        return min(left, default=0) * self._decode_s
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
@@ -177,6 +189,7 @@ class Scheduler:
             self.output.fail(sequences, error)
             self.drop_all()
             return
+        self._decode_s += _NEW_SHARE * (seconds - self._decode_s) if self._decode_s else seconds
         self._record(began, seconds, "decode", len(sequences), length, plan)
 
     def _record(

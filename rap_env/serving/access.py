@@ -134,7 +134,7 @@ class RequireApiKey:
         if scope["type"] == "http" and keys is not None and scope["path"] not in PROBE_PATHS:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not keys.accepts(key.strip()):
-                app = error_response(_unauthorized(missing=not key))
+                app = error_response(_unauthorized(missing=not key), scope)
         await app(scope, receive, send)
 
 

@@ -78,6 +78,7 @@ class Service:
             settings,
             context_tokens=engine.max_seq_len_tokens,
             stop_token_ids=stop_tokens(engine.llm, tokenizer),
+            longest_prompt=engine.longest_prompt.tokens,
         )
         made_of = (engine.llm.fingerprint, engine.controller.chooser.policy.name, __version__)
         self._made_of = repr(made_of)
@@ -106,11 +107,11 @@ class Service:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except ApiError as error:
             self.count(request, error.outcome)
-            return error_response(error)
+            return error_response(error, request.scope)
         except RapError as error:
             log.exception("Request %s failed", request.state.request_id)
             self.count(request, "error")
-            return error_response(failed(str(error)))
+            return error_response(failed(str(error)), request.scope)
 
     async def _complete(self, request: Request, schema: Schema) -> Response:
         if self.closing:
@@ -208,11 +209,11 @@ def create_app(
     @app.get("/v1/models/{name:path}")
     async def retrieve_model(name: str) -> Response:
         if name != served:
-            return error_response(unknown_model(name, served))
+            raise unknown_model(name, served)
         return JSONResponse(model)
 
     app.include_router(
-        probe_router(engine, service.metrics, model=served, closing=lambda: service.closing)
+        probe_router(engine, service.metrics, settings, closing=lambda: service.closing)
     )
     app.include_router(
         tokenization_router(
@@ -221,8 +222,8 @@ def create_app(
     )
 
     @app.exception_handler(ApiError)
-    async def api_error(_request: Request, error: ApiError) -> Response:
-        return error_response(error)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error, request.scope)
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(_request: Request, _error: ClientDisconnect) -> Response:
@@ -234,14 +235,15 @@ def create_app(
         texts = {404: f"Invalid URL ({where})", 405: f"Method not allowed ({where})"}
         message = texts.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
-        return error_response(ApiError(error.status_code, message, headers=headers))
+        found = ApiError(error.status_code, message, headers=headers)
+        return error_response(found, request.scope)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _error: Exception) -> Response:
         service.count(request, "error")
         error = failed("The server had an error while it processed your request.")
         error.headers[REQUEST_ID_HEADER] = request.state.request_id  # outside of the middleware
-        return error_response(error)
+        return error_response(error, request.scope)
 
     return app
 

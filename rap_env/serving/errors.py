@@ -1,4 +1,4 @@
-"""Errors of the OpenAI API: a status code and a JSON object with four keys."""
+"""Errors of the OpenAI API: a status code and a JSON object, which names the request too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from rap_env.errors import RapError
 
@@ -42,15 +43,27 @@ class ApiError(RapError):
         """Label in the metrics: the code, or a name for the status."""
         return self.code or ("invalid" if self.status < 500 else "error")
 
-    def to_json(self) -> dict[str, Any]:
-        """Body of the response."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": error}
+    def to_json(self, scope: Scope | None = None) -> dict[str, Any]:
+        """Body of the response.
+
+        Args:
+            scope: ASGI scope of the request, with its id; None if it has none.
+        """
+        request_id = (scope or {}).get("state", {}).get("request_id")
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+                "request_id": request_id,
+            }
+        }
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """Response for an error, in the format of the API."""
-    return JSONResponse(error.to_json(), error.status, headers=error.headers)
+def error_response(error: ApiError, scope: Scope) -> JSONResponse:
+    """Response for an error, in the format of the API, to the request of an ASGI scope."""
+    return JSONResponse(error.to_json(scope), error.status, headers=error.headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
@@ -79,9 +92,12 @@ def too_large(limit_bytes: int) -> ApiError:
     )
 
 
-def unavailable(message: str, code: str = "service_unavailable") -> ApiError:
-    """503: the server cannot answer this request now."""
-    return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "1"})
+def unavailable(
+    message: str, code: str = "service_unavailable", *, retry_after_s: int = 1
+) -> ApiError:
+    """503: the server cannot answer this request now, but may after some seconds."""
+    headers = {"retry-after": str(retry_after_s)}
+    return ApiError(503, message, kind="server_error", code=code, headers=headers)
 
 
 def failed(message: str) -> ApiError:

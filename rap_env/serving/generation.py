@@ -176,7 +176,7 @@ class Generation:
                 self._choices.append(_Choice(number, self._submit(number), detokenizer, stops))
         except BaseException as error:
             self.cancel()
-            raise _as_api_error(error) from error
+            raise self._as_api_error(error) from error
 
     def _submit(self, number: int) -> RequestHandle:
         def listen(event: Event) -> None:  # called in a thread of the engine
@@ -254,26 +254,28 @@ class Generation:
             return unavailable("The request was cancelled before it was done.", "cancelled")
         message = event.error or "The engine failed; ask again."
         if event.rejection:
-            return unavailable(message, _REJECTED[event.rejection])
+            return self._unavailable(message, event.rejection)
         return failed(message)
+
+    def _unavailable(self, message: str, rejection: Rejection) -> ApiError:
+        retry_after_s = self._engine.retry_after_s()
+        return unavailable(message, _REJECTED[rejection], retry_after_s=retry_after_s)
+
+    def _as_api_error(self, error: BaseException) -> BaseException:
+        """Error response for an error that the engine raised at submission."""
+        if isinstance(error, QueueFullError):
+            retry = {"retry-after": str(self._engine.retry_after_s())}
+            code = "rate_limit_exceeded"
+            return ApiError(429, str(error), kind="requests", code=code, headers=retry)
+        if isinstance(error, InfeasibleBudgetError):
+            below_floor = isinstance(error, QualityFloorError)
+            return self._unavailable(str(error), "below_floor" if below_floor else "infeasible")
+        if isinstance(error, InvalidRequestError):
+            return invalid(str(error))
+        if isinstance(error, EngineClosedError):
+            return unavailable(str(error), "shutting_down")
+        return error
 
     def _take_logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
         logprobs, choice.pending = tuple(choice.pending), []
         return logprobs
-
-
-def _as_api_error(error: BaseException) -> BaseException:
-    """Error response for an error that the engine raised at submission."""
-    if isinstance(error, QueueFullError):
-        retry = {"retry-after": "1"}
-        code = "rate_limit_exceeded"
-        return ApiError(429, str(error), kind="requests", code=code, headers=retry)
-    if isinstance(error, QualityFloorError):
-        return unavailable(str(error), _REJECTED["below_floor"])
-    if isinstance(error, InfeasibleBudgetError):
-        return unavailable(str(error), _REJECTED["infeasible"])
-    if isinstance(error, InvalidRequestError):
-        return invalid(str(error))
-    if isinstance(error, EngineClosedError):
-        return unavailable(str(error), "shutting_down")
-    return error

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
+from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -23,17 +24,21 @@ UNLIMITED_PATHS = PROBE_PATHS | {"/metrics", "/admin/budget"}
 
 
 def probe_router(
-    engine: Engine, metrics: ServingMetrics, *, model: str, closing: Callable[[], bool]
+    engine: Engine,
+    metrics: ServingMetrics,
+    settings: ServerSettings,
+    *,
+    closing: Callable[[], bool],
 ) -> APIRouter:
     """Make the routes ``/livez``, ``/readyz``, ``/healthz``, ``/version`` and ``/metrics``.
 
     Args:
         engine: The engine that serves.
         metrics: What ``/metrics`` renders.
-        model: Name of the model for clients.
+        settings: Settings of the server.
         closing: Whether the server shuts down.
     """
-    router = APIRouter()
+    router, model = APIRouter(), settings.served_name
     versions = {
         "version": __version__,
         "torch": version("torch"),
@@ -63,7 +68,11 @@ def probe_router(
 
     @router.get("/version")
     async def show_versions() -> Response:
-        return JSONResponse(versions)
+        # In a thread: a new budget takes a search.
+        longest = settings.max_prompt_tokens or await asyncio.to_thread(
+            engine.longest_prompt.tokens
+        )
+        return JSONResponse({**versions, "max_prompt_tokens": longest})
 
     @router.get("/metrics")
     async def show_metrics() -> Response:

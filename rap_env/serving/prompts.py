@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rap_env.runtime.sampling import SamplingParams
@@ -22,7 +22,8 @@ _UNSUPPORTED_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio")
 class RequestBuilder:
     """Makes generation requests from validated bodies.
 
-    `context_tokens` is the most tokens of a prompt and its answer together.
+    `context_tokens` is the most tokens of a prompt and its answer together, and `longest_prompt`
+    gives the most tokens of a prompt that fit the memory budget, 0 if none do.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class RequestBuilder:
         *,
         context_tokens: int,
         stop_token_ids: Sequence[int],
+        longest_prompt: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._context_tokens = context_tokens
         self._stop_token_ids = tuple(stop_token_ids)
+        self._longest_prompt = longest_prompt
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
@@ -117,6 +120,11 @@ class RequestBuilder:
         if most is not None and tokens > most:
             raise self._too_long(
                 f"The prompt has {tokens} tokens; this server reads at most {most}.", body
+            )
+        if most is None and 0 < (fits := self._longest_prompt()) < tokens < self._context_tokens:
+            raise self._too_long(
+                f"The prompt has {tokens} tokens; at most {fits} fit the memory of this server.",
+                body,
             )
         new = body.new_tokens or 1
         if tokens + new > self._context_tokens:

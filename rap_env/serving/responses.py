@@ -232,6 +232,6 @@ class EventStreamResponse(StreamingResponse):
             self._outcome = "ok"
         except ApiError as error:  # the status is already sent, so the error is an event
             self._outcome = error.outcome
-            yield event(error.to_json())
+            yield event(error.to_json(self._request.scope))
         except ClientDisconnect:
             return

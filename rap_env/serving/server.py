@@ -112,7 +112,7 @@ def _answer_above_limit(app: ASGIApp) -> ASGIApp:
             await send(message)
 
         known = scope["path"] in UNLIMITED_PATHS
-        response = app if known else error_response(_too_many())
+        response = app if known else error_response(_too_many(), scope)
         await response(scope, receive, send_and_close)
 
     return answer

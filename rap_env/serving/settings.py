@@ -104,7 +104,8 @@ class ServerSettings:
         queue_timeout_s: Seconds after which a waiting request is rejected; null for never.
         max_seq_len_tokens: Most tokens of a prompt and its answer; null for the model's maximum.
         prefill_chunk_tokens: Prompt tokens per step. Smaller chunks delay running answers less.
-        max_prompt_tokens: Most tokens of a prompt; null for what the engine accepts.
+        max_prompt_tokens: Most tokens of a prompt; null for what fits the memory budget alone,
+            within the floor of quality.
         max_new_tokens: Most tokens that a request may ask for in one answer.
         default_chat_tokens: Most tokens of a chat answer if the request does not set a number.
         max_choices: Most answers to one request (prompts x ``n``).

@@ -411,3 +411,16 @@ def test_warm_up_teaches_the_margin_and_leaves_no_rows():
     assert harness.controller.monitor.margin.bytes > 9 * 10**5
     assert harness.llm.held_bytes.kv_cache == 0
     assert engine.stats().tokens == 0
+
+
+def test_the_time_to_retry_after_is_that_of_the_running_request_with_the_fewest_tokens_to_come():
+    engine = Harness().engine()
+    assert engine.retry_after_s() == 1
+    for number, new in enumerate((40, 12)):
+        engine.submit(prompt(4, number), greedy(new))
+    for _ in range(3):
+        engine.step()
+    assert engine.retry_after_s() == 1  # steps take milliseconds
+    engine._scheduler._decode_s = 0.5
+    left = 12 - len(engine._scheduler.running[1].handle.token_ids)
+    assert engine.retry_after_s() == -(-left // 2)

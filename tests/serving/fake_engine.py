@@ -46,6 +46,8 @@ class FakeEngine:
         self.error = error
         self.plans = plans
         self.max_seq_len_tokens = 64
+        self.longest_prompt = SimpleNamespace(tokens=lambda: 63)
+        self.retry_after_s = lambda: 7
         self.handles = []
         self.alive = True
         self.unready = None

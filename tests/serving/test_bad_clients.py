@@ -179,12 +179,12 @@ def test_all_choices_are_cancelled_when_one_is_rejected(tokenizer):
     engine = FakeEngine(tokenizer, "abc", gate=threading.Event())
     submit = engine.submit
 
-    def once(*args):
+    def once(*args, **more):
         from rap_env.errors import QueueFullError
 
         if engine.handles:
             raise QueueFullError("The queue is full.")
-        return submit(*args)
+        return submit(*args, **more)
 
     engine.submit = once
     with served(engine, tokenizer) as server:
