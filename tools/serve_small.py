@@ -61,7 +61,7 @@ def ask(budget: str) -> dict[str, Any]:
         "removed_blocks": sum(
             _metric(metrics, rf'rap_blocks_removed\{{kind="{kind}"\}}') for kind in ("attn", "ffn")
         ),
-        "switches": _metric(metrics, "rap_mask_switches_total"),
+        "switches": _metric(metrics, "rap_plan_switches_total"),
         "resident_bytes_ready": ready,
     }
 

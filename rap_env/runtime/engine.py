@@ -248,6 +248,7 @@ class Engine:
             budget_bytes=self.controller.monitor.budget_bytes,
             held=self.controller.monitor.held,
             used_bytes=self.controller.monitor.used_bytes,
+            margin_bytes=self.controller.monitor.margin.bytes,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

@@ -93,6 +93,7 @@ class EngineStats(Counters):
         budget_bytes: The budget as last read.
         held: Bytes of all tensors held after the last step.
         used_bytes: Bytes as last measured.
+        margin_bytes: Bytes of the budget that stay free for what is not predicted.
     """
 
     queued: int
@@ -101,6 +102,7 @@ class EngineStats(Counters):
     budget_bytes: int
     held: HeldBytes
     used_bytes: int
+    margin_bytes: int
 
     @property
     def mask(self) -> BlockMask:

@@ -101,6 +101,11 @@ class PlanController:
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
 
+    @property
+    def lost_decisions(self) -> int:
+        """Decisions that could not be written to the log."""
+        return 0 if self._decision_log is None else self._decision_log.lost
+
     def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Bytes that the next pass allocates, with the refill that a switch has made necessary."""
         plan = self._llm.plan

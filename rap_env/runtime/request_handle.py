@@ -27,6 +27,17 @@ _NATIVE = CompressionPlan()
 
 
 @dataclass(frozen=True)
+class AdmitEvent:
+    """A request left the queue; after a preemption it waits, and is admitted, once more.
+
+    Attributes:
+        time_s: On the engine's clock.
+    """
+
+    time_s: float
+
+
+@dataclass(frozen=True)
 class PlanEvent:
     """A pass for the request ran with another plan than the pass before, or it was the first one.
 
@@ -72,7 +83,7 @@ class EndEvent:
     rejection: Rejection | None = None
 
 
-Event = PlanEvent | TokenEvent | EndEvent
+Event = AdmitEvent | PlanEvent | TokenEvent | EndEvent
 Listener = Callable[[Event], None]
 
 
@@ -84,6 +95,7 @@ class RequestHandle:
         max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that may be
             predicted for a plan that serves it; None for the engine's floor alone.
         arrived_s: Time of arrival on the engine's clock, as all times here.
+        admitted_s: Time at which it left the queue for the first time; None before.
         first_token_s: Time of the first token; None before it.
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
@@ -111,6 +123,7 @@ class RequestHandle:
         self.prompt_ids = prompt_ids
         self.params = params
         self.arrived_s = arrived_s
+        self.admitted_s: float | None = None
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
         self.token_ids: list[int] = []
@@ -193,6 +206,8 @@ class RequestHandle:
                     self.first_token_s = event.time_s
             elif isinstance(event, PlanEvent):
                 self.plan = event.plan
+            elif isinstance(event, AdmitEvent):
+                self.admitted_s = event.time_s if self.admitted_s is None else self.admitted_s
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection

@@ -16,7 +16,7 @@ from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
-from rap_env.runtime.request_handle import Rejection
+from rap_env.runtime.request_handle import AdmitEvent, Rejection
 from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.sequence import (
     OutputProcessor,
@@ -318,6 +318,7 @@ class Scheduler:
         first = PassSize(tokens, tokens)
         if self._controller.admit(shape, self._running_shape(), first):
             self._queue.remove(sequence)
+            sequence.handle.emit(AdmitEvent(self._clock()))
             self._prefilling = PrefillingSequence(
                 sequence, self._llm, self._restore, self._chunk_tokens
             )

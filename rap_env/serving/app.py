@@ -121,6 +121,7 @@ class Service:
         predict = self.engine.controller.chooser.delta_nll
         plans = AnswerPlans(partial(predict, seq_len_tokens=built.final_tokens), self._made_of)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
+        request.state.log_fields = generation.log_fields
         generation.start()
         self._running.add(generation)
         writer = ResponseWriter(built, model=self.settings.served_name, plans=plans)
@@ -158,7 +159,8 @@ class Service:
         generation.cancel()
 
     def count(self, request: Request, outcome: str) -> None:
-        """Count a request that has ended."""
+        """Count a request that has ended, and note the outcome for its line of the log."""
+        request.state.outcome = outcome
         chat = request.url.path.endswith("/chat/completions")
         self.metrics.requests.labels("chat" if chat else "completions", outcome).inc()
 

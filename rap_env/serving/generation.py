@@ -16,6 +16,7 @@ from rap_env.errors import (
     QueueFullError,
 )
 from rap_env.runtime.request_handle import (
+    AdmitEvent,
     EndEvent,
     Event,
     PlanEvent,
@@ -27,7 +28,7 @@ from rap_env.runtime.sampling import SamplingParams
 from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.detokenizer import Detokenizer, StopStrings, plain_text
 from rap_env.serving.errors import ApiError, failed, invalid, unavailable
-from rap_env.serving.metrics import ServingMetrics
+from rap_env.serving.metrics import AnswerTimer, ServingMetrics
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -122,9 +123,8 @@ class _Choice:
     handle: RequestHandle
     detokenizer: Detokenizer
     stops: StopStrings
+    timer: AnswerTimer
     tokens: int = 0
-    first_s: float = 0.0
-    last_s: float = 0.0
     ended: bool = False
     pending: list[TokenLogprob] = field(default_factory=list)
 
@@ -163,6 +163,19 @@ class Generation:
         """Tokens generated so far, over all answers."""
         return sum(choice.tokens for choice in self._choices)
 
+    def log_fields(self) -> dict[str, Any]:
+        """What a line of the log says: times and tokens so far, over all answers, and the plan."""
+        timers = [choice.timer for choice in self._choices]
+        queued = [timer.queue_s for timer in timers if timer.queue_s is not None]
+        first = [timer.first_token_s for timer in timers if timer.first_token_s is not None]
+        fields = {
+            "queue_s": round(max(queued), 3) if queued else None,
+            "first_token_s": round(min(first), 3) if first else None,
+            "prompt_tokens": self.request.prompt_tokens,
+            "answer_tokens": self.completion_tokens,
+        }
+        return fields | self._plans.report() if first else fields
+
     def start(self) -> None:
         """Submit all answers to the engine, or none.
 
@@ -173,17 +186,20 @@ class Generation:
             for number in range(self.request.size):
                 detokenizer = Detokenizer(self._tokenizer)
                 stops = StopStrings(self.request.stop_strings)
-                self._choices.append(_Choice(number, self._submit(number), detokenizer, stops))
+                prompt = self.request.prompts[number // self.request.n]
+                timer = AnswerTimer(self._metrics, len(prompt), self._engine.clock())
+                handle = self._submit(number, prompt, timer)
+                self._choices.append(_Choice(number, handle, detokenizer, stops, timer))
         except BaseException as error:
             self.cancel()
             raise self._as_api_error(error) from error
 
-    def _submit(self, number: int) -> RequestHandle:
+    def _submit(self, number: int, prompt: Sequence[int], timer: AnswerTimer) -> RequestHandle:
         def listen(event: Event) -> None:  # called in a thread of the engine
+            timer.add(event)
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
-        prompt = self.request.prompts[number // self.request.n]
         params, floor = self.request.params_of(number), self.request.max_delta_nll
         return self._engine.submit(prompt, params, listen, max_delta_nll=floor)
 
@@ -205,7 +221,7 @@ class Generation:
         while running:
             number, event = await self._queue.get()
             choice = self._choices[number]
-            if choice.ended:
+            if choice.ended or isinstance(event, AdmitEvent):
                 continue
             if isinstance(event, PlanEvent):
                 self._plans.add(event.plan)
@@ -219,17 +235,10 @@ class Generation:
             if delta.finish_reason is not None:
                 choice.ended = True
                 running -= 1
-                if choice.tokens > 1:
-                    seconds = max(0.0, choice.last_s - choice.first_s)
-                    self._metrics.per_token_s.observe(seconds / (choice.tokens - 1))
             yield delta
 
     def _token(self, choice: _Choice, event: TokenEvent) -> OutputDelta | None:
         choice.tokens += 1
-        choice.last_s = event.time_s
-        if choice.tokens == 1:
-            choice.first_s = event.time_s
-            self._metrics.first_token_s.observe(max(0.0, event.time_s - choice.handle.arrived_s))
         text = choice.stops.add(choice.detokenizer.add(event.token_id))
         if choice.stops.found:
             choice.handle.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -24,7 +25,8 @@ class RequestIds:
 
     A client's own id is kept if it has 1 to 128 letters, digits or characters of ``._:/+=@-``.
     Applications find the id as ``request.state.request_id``. The line is at level INFO; for
-    probes and metrics, at DEBUG.
+    probes and metrics, at DEBUG. An application may add to it: `request.state.outcome`, and what
+    the function `request.state.log_fields` returns, by name.
 
     Args:
         app: The application.
@@ -57,7 +59,22 @@ class RequestIds:
             status = 500
             raise
         finally:
-            level = logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO
+            state, method = scope["state"], scope["method"]
             path = shown(scope["raw_path"].decode("ascii"))  # as sent: no line breaks
             seconds = time.monotonic() - started
-            log.log(level, "%s %s %s %d %.3f s", request_id, scope["method"], path, status, seconds)
+            more = {"outcome": state.get("outcome"), **state.get("log_fields", dict)()}
+            more = {name: value for name, value in more.items() if value is not None}
+            fields = {"request_id": request_id, "method": method, "path": path, "status": status,
+                      "seconds": round(seconds, 3), **more}  # fmt: skip
+            log.log(
+                logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
+                "%s %s %s %d %.3f s%s", request_id, method, path, status, seconds,
+                "".join(f" {name}={_quoted(value)}" for name, value in more.items()),
+                extra={"fields": fields},
+            )  # fmt: skip
+
+
+def _quoted(value: object) -> str:
+    """Text of a value, in quotes if it has spaces."""
+    text = str(value)
+    return json.dumps(text) if " " in text else text

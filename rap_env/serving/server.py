@@ -32,13 +32,15 @@ _FLUSH_S = 5
 """Seconds after the grace period in which error responses are still written to clients."""
 
 
-def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
+def guarded_protocol(
+    settings: ServerSettings, on_refusal: Callable[[], None] = lambda: None
+) -> type[H11Protocol]:
     """Make uvicorn's HTTP protocol with a connection limit and timeouts.
 
     It closes connections that do not send a header in time or do not read their answer.
     Connections above the limit get one response: probes and metrics are answered, all else is
     rejected with status 503. A few of them are open at a time; a further one replaces the oldest
-    that has not sent its request yet.
+    that has not sent its request yet. `on_refusal` is called for each that gets an error.
     """
     above_limit: dict[GuardedProtocol, None] = {}  # the oldest first
 
@@ -51,7 +53,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
             self._start_header_timer()
             if len(self.connections) - len(above_limit) > settings.max_connections:
                 above_limit[self] = None
-                self.app = _answer_above_limit(self.app)
+                self.app = _answer_above_limit(self.app, on_refusal)
                 if len(above_limit) > _MOST_ABOVE_LIMIT:
                     next(each for each in above_limit if each._waits())._reject()
 
@@ -62,6 +64,7 @@ def guarded_protocol(settings: ServerSettings) -> type[H11Protocol]:
             return self.cycle is None and not self.transport.is_closing()
 
         def _reject(self) -> None:
+            on_refusal()
             self.transport.write(_too_many_connections())
             self.transport.close()
 
@@ -102,7 +105,7 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
-def _answer_above_limit(app: ASGIApp) -> ASGIApp:
+def _answer_above_limit(app: ASGIApp, on_refusal: Callable[[], None]) -> ASGIApp:
     """Application of a connection above the limit, which is closed after its first response."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,6 +115,8 @@ def _answer_above_limit(app: ASGIApp) -> ASGIApp:
             await send(message)
 
         known = scope["path"] in UNLIMITED_PATHS
+        if not known:
+            on_refusal()
         response = app if known else error_response(_too_many(), scope)
         await response(scope, receive, send_and_close)
 
@@ -153,7 +158,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=guarded_protocol(settings),
+                http=guarded_protocol(settings, self._service.metrics.refused_connections.inc),
                 ws="none",
                 loop="asyncio",
                 lifespan="on",

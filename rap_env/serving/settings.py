@@ -23,6 +23,8 @@ CHOICES = {
     "weights": ("native", "bf16", "int8", "int4"),
     "residency": ("resident", "offload", "drop"),
     "restore": ("refill", "next_request"),
+    "log_format": ("text", "json"),
+    "log_level": ("debug", "info", "warning", "error"),
 }
 """Allowed values of settings that are names."""
 
@@ -89,6 +91,12 @@ class ServerSettings:
         restore: How a restored attention block gets the KV cache of earlier tokens: ``refill``
             or ``next_request``.
         decisions: File that each change of the plan is appended to as a JSON line; null for none.
+        log_level: Least level of log lines: ``debug``, ``info`` (a line per request), ``warning``
+            or ``error``.
+        log_format: ``text``, or ``json`` for a JSON object per line.
+        log_file: File for log lines instead of standard error; null for none.
+        log_file_bytes: Size at which the log file becomes ``NAME.1``, such as ``16MiB``.
+        log_file_count: Most older log files that are kept.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         api_key_file: File of API keys, one per line; requests other than probes must send one of
@@ -143,6 +151,11 @@ class ServerSettings:
     residency: str = "offload"
     restore: str = "refill"
     decisions: str | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+    log_file: str | None = None
+    log_file_bytes: str | int = "16MiB"
+    log_file_count: int = 5
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None
@@ -199,6 +212,7 @@ class ServerSettings:
                 f"threads must be at most {cpus}, the number of CPUs, not {self.threads}."
             )
         _ = self.process_bytes, self.model_bytes, self.reserve_bytes  # raise if they are no bytes
+        _ = self.log_file_max_bytes
         if self.model_memory is not None and self.memory != ServerSettings.memory:
             raise ServingSettingsError(
                 f"Set either memory, for the whole process (now {self.memory}), or model_memory, "
@@ -246,6 +260,11 @@ class ServerSettings:
     def reserve_bytes(self) -> int:
         """Bytes to leave free."""
         return parse_bytes("reserve", self.reserve)
+
+    @property
+    def log_file_max_bytes(self) -> int:
+        """Size of a log file, in bytes, at which the next one begins."""
+        return parse_bytes("log_file_bytes", self.log_file_bytes)
 
 
 def require_extra() -> None:

@@ -207,11 +207,13 @@ def serve(
     """
     require_extra()
     from rap_env.serving.access import check_access, check_address
+    from rap_env.serving.logs import server_logging
     from rap_env.serving.reload import reload_settings
     from rap_env.serving.server import Server, bind, url_of
 
     check_access(settings)
-    with bind(settings.host, settings.port) as bound:  # fail before the model is loaded
+    with server_logging(settings), bind(settings.host, settings.port) as bound:
+        # These fail before the model is loaded.
         check_address(bound, settings)
         if settings.threads is not None:
             use_threads(settings.threads)

@@ -217,7 +217,8 @@ def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
 
 def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     path = tmp_path / "decisions.jsonl"
-    harness = ordered(log=DecisionLog(path))
+    log = DecisionLog(path)
+    harness = ordered(log=log)
     dense = harness.llm.held_bytes.total
     harness.budget_bytes = between(harness, 2)
     harness.time_s = 7.0
@@ -230,6 +231,9 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     assert record["budget_bytes"] == harness.budget_bytes
     assert record["demand"] == {"batch_size": 4, "seq_len_tokens": 40}
     assert record["switch_s"] > 0
+    assert harness.controller.plans.lost_decisions == 0
+    log.lost = 3
+    assert harness.controller.plans.lost_decisions == 3
 
 
 def test_seconds_and_counts_add_up():

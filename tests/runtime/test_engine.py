@@ -15,7 +15,7 @@ from rap_env.errors import (
 )
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.request_handle import EndEvent, PlanEvent, TokenEvent
+from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import Harness, alone, greedy, prompt
 
@@ -127,7 +127,8 @@ def test_events_come_in_order_with_times():
     heard = []
     handle = engine.submit(prompt(3), greedy(4), heard.append)
     harness.run(engine)
-    plan, *tokens, end = heard
+    admitted, plan, *tokens, end = heard
+    assert admitted == AdmitEvent(0.0)
     assert plan == PlanEvent(CompressionPlan(), 0.0)
     assert [event.token_id for event in tokens] == handle.token_ids
     assert all(isinstance(event, TokenEvent) for event in tokens)

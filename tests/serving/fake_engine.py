@@ -7,7 +7,7 @@ import time
 from types import SimpleNamespace
 
 from rap_env.plan import CompressionPlan
-from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
+from rap_env.runtime.request_handle import AdmitEvent, EndEvent, RequestHandle, TokenEvent
 
 NATIVE = CompressionPlan()
 PLAN = CompressionPlan.of(
@@ -56,14 +56,17 @@ class FakeEngine:
             decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
         )
         self.controller = SimpleNamespace(
-            plans=SimpleNamespace(switches=3),
+            plans=SimpleNamespace(switches=3, lost_decisions=2),
             chooser=chooser,
+            estimator=SimpleNamespace(memory=SimpleNamespace(facts=SimpleNamespace(num_layers=4))),
             monitor=SimpleNamespace(source=None, meter=None, budget_bytes=1000),
         )
         self.llm = SimpleNamespace(
             fingerprint="0123",
             model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7])),
         )
+
+    clock = staticmethod(time.monotonic)
 
     def start(self):
         pass
@@ -79,13 +82,14 @@ class FakeEngine:
     def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None):
         if isinstance(self.end, Exception):
             raise self.end
-        handle = RequestHandle(tuple(prompt_ids), params, time.monotonic())
+        handle = RequestHandle(tuple(prompt_ids), params, self.clock())
         handle.add_listener(listener)
         self.handles.append(handle)
         threading.Thread(target=self._play, args=[handle], daemon=True).start()
         return handle
 
     def _play(self, handle):
+        handle.emit(AdmitEvent(self.clock()))
         for number, token in enumerate(self.tokens):
             if number == handle.params.max_new_tokens:
                 return handle.emit(EndEvent("length", None, time.monotonic()))
@@ -106,5 +110,5 @@ class FakeEngine:
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
             prompt_tokens=50, plan=PLAN, mask=PLAN.removed,
             budget_bytes=1000, held=SimpleNamespace(weights=600, kv_cache=70, total=670),
-            used_bytes=700, preemptions=4, overhead_s=0.25, busy_s=9.0,
+            used_bytes=700, margin_bytes=30, preemptions=4, overhead_s=0.25, busy_s=9.0,
         )  # fmt: skip

@@ -19,9 +19,8 @@ from rap_env.errors import (
     QualityFloorError,
     QueueFullError,
 )
-from rap_env.plan import CompressionPlan
 from tests.serving.conftest import served
-from tests.serving.fake_engine import PLAN, FakeEngine
+from tests.serving.fake_engine import FakeEngine
 from tests.serving.tokenizers import byte_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -459,19 +458,22 @@ def test_metrics_are_what_prometheus_reads(tokenizer):
     assert samples["rap_blocks_removed", "ffn"] == 1
     assert samples["rap_queue_length",] == 1
     assert samples["rap_running",] == 2
-    assert samples["rap_mask_switches_total",] == 3
+    assert samples["rap_memory_margin_bytes",] == 30
+    assert samples["rap_plan_switches_total",] == 3
+    assert samples["rap_decisions_lost_total",] == 2
     assert samples["rap_controller_overhead_seconds_total",] == 0.25
     assert samples["rap_requests_total", "chat", "ok"] == 1
     assert samples["rap_requests_total", "chat", "invalid_value"] == 1
     assert samples["rap_time_to_first_token_seconds_count",] == 1
     assert samples["rap_time_per_output_token_seconds_count",] == 1
-    (mask,) = families["rap_mask_info"].samples
-    assert mask.labels["removed"] == "layer00.attn layer01.attn layer01.ffn"
-    assert samples["rap_items_lowered", "cache", "int4"] == 2
-    assert samples["rap_items_lowered", "ffn", "int8"] == 1
-    assert samples["rap_items_lowered", "attn", "removed"] == 2
-    (plan,) = families["rap_plan_info"].samples
-    assert CompressionPlan.from_json(plan.labels["plan"]) == PLAN
+    items = {(s.labels["kind"], s.labels["level"]): s.value for s in families["rap_items"].samples}
+    assert {labels: count for labels, count in items.items() if count} == {
+        ("attn", "removed"): 2, ("attn", "native"): 2,
+        ("ffn", "removed"): 1, ("ffn", "int8"): 1, ("ffn", "native"): 2,
+        ("cache", "removed"): 2, ("cache", "int4"): 2, ("embeddings", "native"): 1,
+    }  # fmt: skip
+    assert items["ffn", "int4"] == 0
+    assert samples["process_resident_memory_bytes",] > 2**20
     (build,) = families["rap_build_info"].samples
     assert build.labels["policy"] == "rap"
 

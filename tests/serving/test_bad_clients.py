@@ -94,6 +94,7 @@ def test_connections_beyond_the_limit_are_rejected(tokenizer):
         assert refused.startswith(b"HTTP/1.1 503")
         error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
         assert error["code"] == "too_many_connections"
+        assert server.service.metrics.refused_connections.collect()[0].samples[0].value == 1
         for connection in idle:
             connection.close()
         eventually(lambda: not server._server.server_state.connections)
@@ -108,6 +109,7 @@ def test_probes_are_answered_above_the_limit(tokenizer):
             response = httpx.get(f"{server.url}{path}")
             assert response.status_code == 200
             assert response.headers["connection"] == "close"
+        assert server.service.metrics.refused_connections.collect()[0].samples[0].value == 0
         assert httpx.get(f"{server.url}/v1/models").status_code == 503
         for connection in idle:
             connection.close()
@@ -120,6 +122,8 @@ def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer
         eventually(lambda: len(connections) == 3 + 64)
         assert httpx.get(f"{server.url}/readyz").status_code == 200
         assert everything(idle[3]).startswith(b"HTTP/1.1 503")
+        refused = server.service.metrics.refused_connections.collect()[0].samples[0].value
+        assert refused == 100 - 3 - 64 + 1  # the probe took a place, too
         for connection in idle:
             connection.close()
         eventually(lambda: not connections)

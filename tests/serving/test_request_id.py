@@ -10,7 +10,7 @@ import pytest
 
 from rap_env.errors import InfeasibleBudgetError
 from tests.serving.conftest import client_of, served
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.fake_engine import PLAN, FakeEngine
 
 PLAIN = {"model": "tiny", "prompt": "a"}
 
@@ -64,14 +64,17 @@ def test_errors_have_the_id_too(tokenizer, raised, status, caplog):
 
 def test_a_request_that_ends_is_one_line_of_the_log(tokenizer, caplog):
     caplog.set_level(logging.INFO, logger="rap_env.serving")
-    with served(FakeEngine(tokenizer, "abc", pace_s=0.03), tokenizer) as server:
+    with served(FakeEngine(tokenizer, "abc", pace_s=0.03, plans=[PLAN]), tokenizer) as server:
         ask(server, "streamed", stream=True)
         ask(server, "line", path="/a%0Ab?secret=1")
         httpx.get(f"{server.url}/readyz")
         httpx.get(f"{server.url}/metrics")
     first, second = lines_of(caplog)
     assert first.startswith("streamed POST /v1/completions 200 ")
-    assert float(first.split()[-2]) >= 0.09
+    assert float(first.split()[4]) >= 0.09
+    assert " outcome=ok " in first
+    assert " prompt_tokens=1 answer_tokens=3 plan=" in first
+    assert ' levels="removed attn 0-1; removed ffn 1; ' in first
     assert second.startswith("line POST /a%0Ab 404 ")
 
 

@@ -96,7 +96,7 @@ def test_memory_limits_the_process_or_the_model():
 
 
 def test_names_are_those_of_the_model():
-    assert set(CHOICES) == {"weights", "residency", "restore"}
+    assert set(CHOICES) == {"weights", "residency", "restore", "log_format", "log_level"}
     assert (CHOICES["residency"], CHOICES["restore"]) == (RESIDENCIES, RESTORES)
     assert set(WEIGHTS) <= set(CHOICES["weights"])
 
