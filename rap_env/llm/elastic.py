@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from rap_env.blocks import Block, BlockMask
-from rap_env.errors import check_name
+from rap_env.blocks import Block, BlockMask, block_index, block_name
+from rap_env.errors import RapError, check_name
 from rap_env.levels import CacheLevel
 from rap_env.llm.adapter import adapter_for
 from rap_env.llm.attention_levels import check_attention, install_levels
@@ -30,7 +30,7 @@ from rap_env.llm.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.llm.weight_levels import block_items, embeddings_item, level_bytes, packed_level
 from rap_env.llm.weights import fingerprint_of, named_weights, tensor_key, untied_weights
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, check_levels
 
 
 class ElasticLLM:
@@ -170,8 +170,8 @@ class ElasticLLM:
             UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
                 the embeddings; nothing changes.
             StorageFullError: No space for the file of a level; nothing changes.
-            ChecksumError: A file of weights is damaged; blocks whose weights are not in memory are
-                removed now.
+            ChecksumError: A file of weights is damaged or has other content than before; blocks
+                whose weights are not in memory are removed now.
             ModelNotAvailableError: The same for a file that is missing.
         """
         plan = as_plan(plan)
@@ -180,6 +180,41 @@ class ElasticLLM:
             self._live.prepare(wanted)
             self._live.lower_caches(plan)
             self._live.set(wanted, evict=True)
+
+    def apply_readable(self, plan: MaskOrPlan) -> dict[str, RapError]:
+        """`apply` a plan without the weights that cannot be read now.
+
+        Returns:
+            The error for each of them, by item; empty if the whole plan is applied. Such items
+            keep their level if they can, else they are removed: `plan` is what is applied.
+
+        Raises:
+            RapError: As for `apply`, except for files that are damaged or missing.
+        """
+        plan = as_plan(plan)
+        with self.exclusive():
+            wanted = self._wanted(plan)
+            self._live.lower_caches(plan)
+            errors = self._live.set_readable(wanted)
+            if errors:  # evict the caches of what is removed, and put in its stubs
+                self._live.lower_caches(self.plan)
+                self._live.set(self._wanted(self.plan), evict=True)
+            names = (*map(block_name, range(self.num_blocks)), EMBEDDINGS)
+            return {names[key]: error for key, error in errors.items()}
+
+    def verify_weights(self, item: str) -> None:
+        """Check that an item's native weights are in memory, or that they can be loaded.
+
+        They are read, but not kept.
+
+        Raises:
+            UnknownNameError: There is no such item with weights.
+            ChecksumError: Their file is damaged, or has other content than before.
+            ModelNotAvailableError: Their file is missing or cannot be read.
+        """
+        with self.exclusive():
+            key = self.num_blocks if item == EMBEDDINGS else block_index(item)
+            self._live.verify(key)
 
     @contextlib.contextmanager
     def masked(self, plan: MaskOrPlan, *, bare: BlockMask = BlockMask()) -> Iterator[ElasticLLM]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rap_env.blocks import BlockMask
-from rap_env.errors import RapError
+from rap_env.blocks import BlockMask, block_name
+from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
 from rap_env.llm.adapter import BlockSite
 from rap_env.llm.cache_levels import check_levels, lower
@@ -20,7 +19,10 @@ from rap_env.llm.kv_cache import cache_bytes, check_cache, evict, layers_with_ke
 from rap_env.llm.placeholders import Stub
 from rap_env.llm.residency import WeightStore
 from rap_env.llm.weight_levels import WeightItem, packed_level
-from rap_env.plan import CompressionPlan
+from rap_env.plan import EMBEDDINGS, CompressionPlan
+
+UNREADABLE = (ChecksumError, ModelNotAvailableError)
+"""Errors for weights whose file cannot be read, or not now."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,30 @@ class LiveBlocks:
         Raises:
             RapError: As for `WeightStore.prepare`; nothing changes.
         """
+        for key, level in self._changes(wanted).items():
+            self._prepare(key, level)
+
+    def verify(self, key: int) -> None:
+        """Check that native weights are in memory or can be loaded.
+
+        Raises:
+            ChecksumError: Their file is damaged or has other content than before.
+            ModelNotAvailableError: It is missing, or cannot be read.
+        """
         if self.store is not None:
-            for key, level in self._changes(wanted).items():
-                self.store.prepare(self._item(key), level)
+            self.store.verify(self._item(key))
+
+    def _prepare(self, key: int, level: WeightLevel) -> None:
+        if self.store is not None:
+            self.store.prepare(self._item(key), level)
+
+    def _keeping(self, wanted: LiveState, keys: Iterable[int]) -> LiveState:
+        """A state in which some items have the levels that they have now."""
+        names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
+        present = self.state.plan.levels
+        plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in keys})
+        stubs = {index: self._removed.get(index) for index in plan.removed.indices}
+        return LiveState(plan, {**stubs, **wanted.stubs})
 
     @torch.inference_mode(False)
     def set(self, wanted: LiveState, *, evict: bool = False) -> None:
@@ -106,9 +129,30 @@ class LiveBlocks:
 
         Raises:
             RapError: Weights cannot be read. If a level could not be made, nothing changes; else
-                blocks whose weights are not in memory are removed now.
+                blocks whose weights are not in memory are removed now, and all others are set.
         """
         self.prepare(wanted)
+        for error in self._set(wanted, evict).values():
+            raise error
+
+    @torch.inference_mode(False)
+    def set_readable(self, wanted: LiveState) -> dict[int, RapError]:
+        """`set` with `evict`, without weights that cannot be read.
+
+        Returns:
+            The error for each of them by key. Such items keep their level if they can; else they
+            are removed now.
+        """
+        errors: dict[int, RapError] = {}
+        for key, level in self._changes(wanted).items():
+            try:
+                self._prepare(key, level)
+            except UNREADABLE as error:
+                errors[key] = error
+        return errors | self._set(self._keeping(wanted, errors), evict=True)
+
+    def _set(self, wanted: LiveState, evict: bool) -> dict[int, RapError]:
+        """`set`, all of whose levels exist; returns errors of weights that cannot be read."""
         changes = self._changes(wanted)
         for index, stub in wanted.stubs.items():
             if index not in self._removed or self._removed[index] is not stub:
@@ -118,12 +162,14 @@ class LiveBlocks:
         if self.store is not None and evict:
             for key, item in enumerate(self.all_items):
                 self.store.release(item, self._level(wanted, key))
+        errors: dict[int, RapError] = {}
         try:
-            self._set_weights(changes)
+            errors = self._set_weights(changes)
         except BaseException:
             self.state = self._found_state()
             raise
-        self.state = wanted
+        self.state = self._found_state() if errors else wanted
+        return errors
 
     def forget_evicted(self) -> None:
         """Forget levels of weights that are not in memory; no item may use one."""
@@ -145,36 +191,42 @@ class LiveBlocks:
         keys -= wanted.stubs.keys()
         return {key: self._level(wanted, key) for key in sorted(keys, reverse=True)}
 
-    def _set_weights(self, changes: Mapping[int, WeightLevel]) -> None:
-        done = set()
+    def _set_weights(self, changes: Mapping[int, WeightLevel]) -> dict[int, RapError]:
+        done, errors = set(), dict[int, RapError]()
         try:
             for key, level in changes.items():
-                item = self._item(key)
-                if self.store is not None:
-                    self.store.load(item, level)
-                elif (packed := packed_level(level)) is not None and packed not in item.made:
-                    item.quantise(packed)
-                item.put(level)
-                if key in self._removed:
-                    self.sites[key].restore()
-                    del self._removed[key]
-                done.add(key)
-        except BaseException:
+                try:
+                    self._set_level(key, level)
+                    done.add(key)
+                except UNREADABLE as error:
+                    errors[key] = error
+        finally:
             self._without_lost_weights(changes.keys() - done)
-            raise
+        return errors
 
-    def _without_lost_weights(self, keys: Iterable[int]) -> None:
-        """Remove blocks whose weights are not in memory any more."""
-        for key in keys:
+    def _set_level(self, key: int, level: WeightLevel) -> None:
+        item = self._item(key)
+        if self.store is not None:
+            self.store.load(item, level)
+        elif (packed := packed_level(level)) is not None and packed not in item.made:
+            item.quantise(packed)
+        item.put(level)
+        if key in self._removed:
+            self.sites[key].restore()
+            del self._removed[key]
+
+    def _without_lost_weights(self, keys: Set[int]) -> None:
+        """Load weights at their earlier level if they are not in memory, or remove their block."""
+        for key in keys - self._removed.keys():
             item = self._item(key)
             if self.store is None or self.store.holds(item, item.level):
                 continue
-            if item is self.embeddings:
-                with contextlib.suppress(RapError):
-                    self.store.load(item, item.level)
-            elif key not in self._removed:
-                self.sites[key].remove(None)
-                self._removed[key] = None
+            try:
+                self._set_level(key, item.level)
+            except RapError:
+                if item is not self.embeddings:
+                    self.sites[key].remove(None)
+                    self._removed[key] = None
 
     def _found_state(self) -> LiveState:
         """The state as it is, by looking at each item."""

@@ -29,19 +29,23 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from rap_env.artifacts import atomic_write
-from rap_env.errors import ArtifactError, ChecksumError, UnsupportedModelError
+from rap_env.errors import (
+    ArtifactError,
+    ChecksumError,
+    ModelNotAvailableError,
+    UnsupportedModelError,
+)
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.llm.packing import PackedLevel
-from rap_env.llm.transfers import PinnedMemory, aligned
+from rap_env.llm.transfers import PinnedMemory
+from rap_env.llm.weight_groups import WeightGroup, bytes_of
 from rap_env.llm.weight_levels import WeightItem, packed_level
 from rap_env.llm.weights import StoredTensor, metadata, stored_tensors
 from rap_env.paths import cache_dir
@@ -55,113 +59,6 @@ log = logging.getLogger(__name__)
 
 _LEVELS_VERSION = 1
 """Part of the names of files with levels: increase it when quantisers give other values."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A tensor of a group and its offset in the group's buffer."""
-
-    name: str
-    tensor: torch.Tensor
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-
-
-class _Group:
-    """Tensors of one device that the same levels use: in a buffer of their own, or evicted.
-
-    Args:
-        tensors: Parameters or buffers of modules, by name; at least one.
-        levels: The levels that use them.
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
-    ) -> None:
-        offset, parts = 0, []
-        for name, tensor in tensors.items():
-            parts.append(_Part(name, tensor, offset, tensor.shape, tensor.dtype))
-            offset += aligned(tensor.nbytes)
-        self.parts = parts
-        self.levels = levels
-        self.buffer_bytes = offset
-        self.nbytes = sum(part.nbytes for part in parts)
-        self.device = parts[0].tensor.device
-        self.evicted = False
-        self.host: list[torch.Tensor] = []  # CUDA: the copy in pinned memory, in pieces
-        self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
-
-    def pack(self) -> None:
-        """Move the weights into a buffer of their own."""
-        self._point_to(self._copied_to(_buffer(self.buffer_bytes, self.device)))
-
-    def evict(self, pinned: PinnedMemory | None) -> None:
-        """Free the buffer, unless it is freed already; keep a copy in pinned memory, if given."""
-        if self.evicted:
-            return
-        if pinned is not None and not self.host:  # the copy is kept: weights never change
-            self.host = pinned.take(self.buffer_bytes)
-            # Nothing waits for it: the memory is reused, and the copy read, in the same stream.
-            for here, piece in self._pieces(self._packed()):
-                piece.copy_(here, non_blocking=True)
-        for part in self.parts:
-            part.tensor.data = part.tensor.data.new_empty(0)
-        self.evicted = True
-
-    def load(self) -> None:
-        """Load the weights into a new buffer, unless they are in memory."""
-        if not self.evicted:
-            return
-        buffer = _buffer(self.buffer_bytes, self.device)
-        if self.host:
-            for there, piece in self._pieces(buffer):
-                there.copy_(piece, non_blocking=True)
-        else:
-            for part, stored in zip(self.parts, self.files or (), strict=True):
-                stored.read_into(part.view(buffer))
-        self._point_to(buffer)
-        self.evicted = False
-
-    def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-        """Storage of the tensors in their dtype; those that are not stored are left out."""
-        return [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
-
-    def same_as(self, files: Sequence[StoredTensor]) -> bool:
-        """Whether files contain exactly these bytes."""
-        if len(files) != len(self.parts):
-            return False
-        cpu = torch.device("cpu")
-        return all(
-            stored.shape == part.shape
-            and torch.equal(_bytes(stored.read(cpu)), _bytes(part.tensor.data.cpu()))
-            for part, stored in zip(self.parts, files, strict=True)
-        )
-
-    def _packed(self) -> torch.Tensor:
-        """The buffer that `pack` or `load` made, whole, (bytes,)."""
-        first = self.parts[0].tensor.data
-        return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
-
-    def _pieces(self, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The parts of a buffer, each with the piece of the copy on the host."""
-        return zip(torch.split(buffer, [len(piece) for piece in self.host]), self.host, strict=True)
-
-    def _copied_to(self, buffer: torch.Tensor) -> torch.Tensor:
-        for part in self.parts:
-            part.view(buffer).copy_(part.tensor.data)
-        return buffer
-
-    def _point_to(self, buffer: torch.Tensor) -> None:
-        for part in self.parts:
-            part.tensor.data = part.view(buffer)
 
 
 class WeightStore:
@@ -201,7 +98,7 @@ class WeightStore:
             item: list(_native_groups(item, weights))
             for item, weights in zip(items, own, strict=True)
         }
-        self._made: dict[WeightItem, dict[PackedLevel, list[_Group]]] = {i: {} for i in items}
+        self._made: dict[WeightItem, dict[PackedLevel, list[WeightGroup]]] = {i: {} for i in items}
         for item in items[:-1]:  # embeddings are rarely evicted: their files are found on demand
             self._find_files(item)
         for groups in self._native.values():
@@ -249,19 +146,37 @@ class WeightStore:
                 group.evict(self._pinned)
 
     def load(self, item: WeightItem, level: WeightLevel) -> None:
-        """Load the weights that an item uses at a level, unless they are in memory."""
+        """Load the weights that an item uses at a level, unless they are in memory.
+
+        Raises:
+            ModelNotAvailableError: The file of native weights cannot be read.
+            ChecksumError: It is truncated or has other content now.
+        """
         packed = packed_level(level)
         if packed is not None:
             made = self._made[item].get(packed)
             if made is None or (self.residency == "drop" and any(g.evicted for g in made)):
                 self._make(item, packed)
-        for group in self._used(item, level):
-            group.load()
+        try:
+            for group in self._used(item, level):
+                group.load()
+        except (ChecksumError, ModelNotAvailableError) as error:
+            if packed is None:
+                raise
+            log.debug("%s The level is created again.", error)
+            self._make(item, packed)
+            for group in self._used(item, level):
+                group.load()
 
-    def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[_Group]:
+    def verify(self, item: WeightItem) -> None:
+        """Check that an item's native weights are in memory or can be loaded; errors as there."""
+        for group in self._native[item]:
+            group.verify()
+
+    def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[WeightGroup]:
         return (group for group in self._groups_of(item) if level in group.levels)
 
-    def _groups_of(self, item: WeightItem) -> Iterator[_Group]:
+    def _groups_of(self, item: WeightItem) -> Iterator[WeightGroup]:
         return itertools.chain(self._native[item], *self._made[item].values())
 
     def _find_files(self, item: WeightItem) -> None:
@@ -271,7 +186,7 @@ class WeightStore:
             return
         known = {**item.aliased(self._known), **self._known}
         found = [group.among(known) for group in groups]
-        if not all(map(_Group.same_as, groups, found)):
+        if not all(map(WeightGroup.same_as, groups, found)):
             if self.residency == "drop":
                 raise UnsupportedModelError(
                     "residency='drop' reads weights again from the model's own safetensors "
@@ -280,7 +195,7 @@ class WeightStore:
                 )
             found = _in_file(groups, self._written / f"{item.name}.safetensors")
         for group, files in zip(groups, found, strict=True):
-            group.files = files
+            group.store_in(files)
 
     def _make(self, item: WeightItem, level: PackedLevel) -> None:
         """Make a level of an item, from its file if there is one; the weights are in memory."""
@@ -310,7 +225,7 @@ class WeightStore:
         if self.residency == "offload" and self._pinned is None:
             found = _in_file(groups, self._level_path(item, level))
             for group, files in zip(groups, found, strict=True):
-                group.files = files
+                group.store_in(files)
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
         text = f"-{item.calibration[:16]}" if item.calibration and level == "int4" else ""
@@ -319,15 +234,15 @@ class WeightStore:
 
 def _groups(
     tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
-) -> Iterator[_Group]:
+) -> Iterator[WeightGroup]:
     """Groups of tensors that the same levels use, one for each device."""
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         by_device.setdefault(tensor.device, {})[name] = tensor
-    return (_Group(together, levels) for together in by_device.values())
+    return (WeightGroup(together, levels) for together in by_device.values())
 
 
-def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[_Group]:
+def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
     """Native weights of an item, those together that the same levels use."""
     users = item.native_tensors()
     by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
@@ -337,12 +252,13 @@ def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Ite
     return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
 
 
-def _in_file(groups: Sequence[_Group], path: Path) -> list[list[StoredTensor]]:
+def _in_file(groups: Sequence[WeightGroup], path: Path) -> list[list[StoredTensor]]:
     """The storage of groups in a file, which is written unless it holds exactly their bytes."""
-    known = stored_tensors(path.parent, path.name)
-    found = [group.among(known) for group in groups]
-    if all(map(_Group.same_as, groups, found)):
-        return found
+    with contextlib.suppress(ChecksumError, FileNotFoundError):
+        known = stored_tensors(path.parent, path.name)
+        found = [group.among(known) for group in groups]
+        if all(map(WeightGroup.same_as, groups, found)):
+            return found
     write_tensors(path, {part.name: part.tensor.data for group in groups for part in group.parts})
     known = stored_tensors(path.parent, path.name)
     return [group.among(known) for group in groups]
@@ -374,27 +290,5 @@ def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(_bytes(tensor).numpy().data)
+        total.update(bytes_of(tensor).numpy().data)
     return total.hexdigest()
-
-
-def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory that returns to the system as soon as no tensor uses it."""
-    if device.type != "cpu" or nbytes == 0:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(_mapping(nbytes), dtype=torch.uint8)
-
-
-def _mapping(nbytes: int) -> mmap.mmap:
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, nbytes)
-    # Private, in huge pages where the system has them: filling it takes half the time.
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

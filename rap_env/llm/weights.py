@@ -136,7 +136,7 @@ class StoredTensor:
 
         Raises:
             ChecksumError: The file is truncated.
-            ModelNotAvailableError: The file is missing.
+            ModelNotAvailableError: The file is missing or cannot be read.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
         self.read_into(tensor)
@@ -159,11 +159,17 @@ class StoredTensor:
                         )
                     if not direct:
                         piece.copy_(stored)
-        except FileNotFoundError:
-            raise ModelNotAvailableError(
-                f"{self.path} was removed after the model was opened; put it back and open the "
-                "model again."
-            ) from None
+        except ChecksumError:
+            raise
+        except OSError as error:
+            raise not_readable(error) from error
+
+    def pieces(self) -> Iterator[StoredTensor]:
+        """Its values in their order, in flat tensors of at most a few MiB."""
+        values = math.prod(self.shape)
+        for first in range(0, values, _PIECE_VALUES):
+            offset = self.offset + first * self.stored_dtype.itemsize
+            yield replace(self, offset=offset, shape=(min(_PIECE_VALUES, values - first),))
 
     def as_dtype(self, dtype: torch.dtype) -> StoredTensor:
         """The same tensor, to be read in another dtype."""
@@ -211,6 +217,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         except ValueError as error:
             raise damaged_weights(path.parent, error) from error
     return table, _LENGTH_BYTES + length
+
+
+def not_readable(error: OSError) -> ModelNotAvailableError:
+    """The error for a file of weights that cannot be opened or read any more."""
+    return ModelNotAvailableError(
+        f"{error.filename} cannot be read any more ({error.strerror}); put the model's own file "
+        "back, or open the model again."
+    )
 
 
 def damaged_weights(folder: Path, error: Exception) -> ChecksumError:

@@ -188,6 +188,8 @@ class RuntimeController:
             self.monitor.poll()
             if not shape:
                 self.monitor.observe_idle()
+            if self.plans.retry_unreadable():
+                self._rejected = None
             idle = self._was_idle(shape)
             available = self._available_bytes(shape, next_pass)
             plan = self.llm.plan
@@ -279,6 +281,7 @@ class RuntimeController:
         message = (
             f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
             f"of {budget:,} bytes under any plan{chooser.clause_for(shape)}"
+            f"{self.plans.unreadable.clause}"
         )
         rise = chooser.least_rise(shape, budget - monitor.margin.bytes)
         if rise is None:

@@ -116,14 +116,18 @@ class Engine:
         return self._thread is not None and self._thread.is_alive() and not self._closing
 
     def unready_reason(self) -> str | None:
-        """Why no request can be served now, or None; from any thread, without waiting for a step.
+        """Why requests should go elsewhere now, or None; from any thread, without waiting.
 
-        Requests that are submitted nevertheless wait until they can be served.
+        Requests that are submitted nevertheless wait until they can be served, or are served
+        without the blocks whose weights are missing.
         """
         if not self.alive:
             return "The engine does not run."
         if self._turn_error is not None:
             return f"The last turn of the engine failed: {self._turn_error}"
+        unreadable = self.controller.plans.unreadable
+        if unreadable.items:
+            return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
         if not self.controller.could_fit_now(BatchShape(1, 1)):
             clause = self.controller.chooser.floor_clause
             budget = self.controller.monitor.budget_bytes
@@ -278,8 +282,9 @@ class Engine:
         try:
             worked = bool(action())
         except Exception as error:
+            if repr(error) != repr(self._turn_error):  # else it is logged already
+                log.exception("A turn of the engine failed; the engine continues.")
             self._turn_error = error
-            log.exception("A turn of the engine failed; the engine continues.")
             return False
         self._turn_error = None
         return worked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,6 +49,7 @@ class PlanChooser:
 
     Attributes:
         policy: Chooses masks or plans.
+        restrict: Changes a policy's plan into one that can be applied; by default it does nothing.
         max_delta_nll: The quality floor, nats per token; None for no floor.
         rise: As `delta_nll`, with cached results.
         decisions: How often the policy was asked for a decision.
@@ -69,6 +70,7 @@ class PlanChooser:
         max_delta_nll: float | None,
     ) -> None:
         self.policy = policy
+        self.restrict: Callable[[CompressionPlan], CompressionPlan] = lambda plan: plan
         self.max_delta_nll = max_delta_nll
         self._estimator = estimator
         if guard_order is None:
@@ -217,7 +219,7 @@ class PlanChooser:
 
     def _shrunk(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan | None, bool]:
         """The plan for a limit, whatever its quality, and whether the guard changed it."""
-        wanted = self._wanted(shape, limit_bytes)
+        wanted = self.restrict(self._wanted(shape, limit_bytes))
         order = self.guard_order(shape, wanted)
         plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
         return plan, plan != wanted

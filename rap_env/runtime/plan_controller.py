@@ -18,6 +18,7 @@ from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
+from rap_env.runtime.unreadable_weights import UnreadableWeights
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -69,6 +70,7 @@ class PlanController:
     The settings are those of `RuntimeController`.
 
     Attributes:
+        unreadable: Weights that cannot be read now; plans leave them out.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -97,6 +99,8 @@ class PlanController:
         self._retry_above: tuple[BatchShape, int] | None = None  # less headroom raises nothing
         self._switched_for = EMPTY_BATCH
         self._refill_pending = False
+        self.unreadable = UnreadableWeights(llm, clock)
+        chooser.restrict = self.unreadable.without
         self.switches = 0
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
@@ -120,6 +124,13 @@ class PlanController:
     def note_decode(self) -> None:
         """Note that a pass of all rows has ended, and with it any refill."""
         self._refill_pending = False
+
+    def retry_unreadable(self) -> bool:
+        """Try to read missing weights again, now and then; return whether some are back."""
+        if not self.unreadable.retry():
+            return False
+        self._retry_above = None
+        return True
 
     def fit(
         self,
@@ -286,7 +297,10 @@ class PlanController:
             self._switch(attempt, shape, trigger, running=running)
             estimate = self.pass_estimate(shape, next_pass)
             available = self._monitor.available_after_trim_bytes(shape, estimate)
-            if attempt.need_bytes <= available:
+            need_bytes, plan = attempt.need_bytes, self._llm.plan
+            if plan != attempt.plan:  # weights could not be read
+                need_bytes = self._estimator.peak_bytes(plan, shape)
+            if need_bytes <= available and self._chooser.allows(plan, shape):
                 return True
             attempt = self._chooser.choose(shape, available)
             if attempt is not None and running:
@@ -325,7 +339,7 @@ class PlanController:
             return
         refills = self._refill_pending or (running and self._refills(choice.plan))
         bytes_before, started = monitor.used_bytes, time.perf_counter()
-        self._llm.apply(choice.plan)
+        self.unreadable.add(self._llm.apply_readable(choice.plan))
         synchronise(*self._llm.devices)
         monitor.trim()
         seconds = time.perf_counter() - started
@@ -336,7 +350,7 @@ class PlanController:
             wall_time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             trigger=trigger,
             before=before,
-            after=choice.plan,
+            after=self._llm.plan,
             bytes_before=bytes_before,
             bytes_after=monitor.used_bytes,
             budget_bytes=monitor.budget_bytes,

@@ -210,6 +210,10 @@ class _EngineState(Collector):
             (gauge, "memory_budget_bytes", "Bytes that the model may take.", stats.budget_bytes),
             (gauge, "memory_margin_bytes", "Bytes of the budget that stay free for what is not "
              "predicted.", stats.margin_bytes),
+            (gauge, "weights_unreadable", "Items whose weights cannot be read, and that stay out.",
+             len(plans.unreadable.items)),
+            (gauge, "ready", "Whether requests can be served (1), as /readyz reports, or not (0).",
+             self._engine.unready_reason() is None),
             (gauge, "queue_length", "Answers that wait.", stats.queued),
             (gauge, "running", "Answers that are being generated.", stats.running),
             (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),

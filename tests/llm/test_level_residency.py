@@ -209,25 +209,51 @@ def test_plans_may_change_while_another_thread_generates() -> None:
         assert torch.equal(logits(llm), logits(plain))
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_block_whose_level_cannot_be_read_is_removed(damage: str) -> None:
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:  # other content of the same size
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+def test_a_level_whose_file_cannot_be_read_is_made_again(how: str) -> None:
     llm, plain = tiny_llm(), tiny_llm()
     llm.set_residency("offload")
     llm.apply(INT4)
     llm.apply(BlockMask())
-    (file,) = cache_dir().rglob("block002.int4*")
-    content = file.read_bytes()
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(content[: len(content) // 2])
+    for name in ("block002.int4*", "embeddings.int8*"):
+        damage(next(cache_dir().rglob(name)), how)
+    for plan in (INT4, CompressionPlan(embeddings="int8"), BlockMask(), INT4):
+        llm.apply(plan)
+        plain.apply(plan)
+        assert torch.equal(logits(llm), logits(plain))
+        assert llm.held_bytes.weights == tensor_bytes(llm)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(how: str) -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(INT4)
+    llm.apply(BlockMask())
+    assert llm.held_bytes.weights == tensor_bytes(llm)
+    files = [*cache_dir().rglob("block002.*")]
+    assert len(files) == 2
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        damage(file, how)
     with pytest.raises((ModelNotAvailableError, ChecksumError), match="block002"):
         llm.apply(INT4)
-    assert 2 in llm.mask
+    assert llm.plan == INT4.without(BlockMask.of(2))
     plain.apply(llm.plan)
     assert torch.equal(logits(llm), logits(plain))
     assert llm.held_bytes.weights == tensor_bytes(llm)
-    file.write_bytes(content)
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
     for plan in (INT4, BlockMask()):
         llm.apply(plan)
         plain.apply(plan)
@@ -239,12 +265,13 @@ def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
     llm.set_residency("offload")
     llm.apply(INT4)
     llm.apply(BlockMask())
+    llm.apply(CompressionPlan(embeddings="int8"))
     before = logits(llm)
-    (file,) = cache_dir().rglob("embeddings.int8*")
+    (file,) = cache_dir().rglob("embeddings.safetensors")
     file.unlink()
     with pytest.raises(ModelNotAvailableError, match="embeddings"):
-        llm.apply(CompressionPlan(embeddings="int8"))
-    assert llm.plan == CompressionPlan()
+        llm.apply(CompressionPlan())
+    assert llm.plan == CompressionPlan(embeddings="int8")
     assert torch.equal(logits(llm), before)
 
 

@@ -167,15 +167,16 @@ def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fi
 def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
     harness = ordered()
     harness.budget_bytes = between(harness, 1)
-    apply = harness.llm.apply
+    apply = harness.llm.apply_readable
 
     def noisy_apply(mask):
-        apply(mask)
+        errors = apply(mask)
         harness.meter.noise_bytes = (
             harness.budget_bytes - harness.estimator.peak_bytes(mask, EMPTY_BATCH) + 2000
         )
+        return errors
 
-    harness.llm.apply = noisy_apply
+    harness.llm.apply_readable = noisy_apply
     fits = harness.controller.check(SHAPE)
     assert harness.controller.plans.switches > 1
     assert not fits or harness.meter.used_bytes() <= harness.budget_bytes

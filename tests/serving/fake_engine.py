@@ -56,7 +56,9 @@ class FakeEngine:
             decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
         )
         self.controller = SimpleNamespace(
-            plans=SimpleNamespace(switches=3, lost_decisions=2),
+            plans=SimpleNamespace(
+                switches=3, lost_decisions=2, unreadable=SimpleNamespace(items=("layer00.ffn",))
+            ),
             chooser=chooser,
             estimator=SimpleNamespace(memory=SimpleNamespace(facts=SimpleNamespace(num_layers=4))),
             monitor=SimpleNamespace(source=None, meter=None, budget_bytes=1000),

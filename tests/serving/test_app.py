@@ -461,6 +461,8 @@ def test_metrics_are_what_prometheus_reads(tokenizer):
     assert samples["rap_memory_margin_bytes",] == 30
     assert samples["rap_plan_switches_total",] == 3
     assert samples["rap_decisions_lost_total",] == 2
+    assert samples["rap_weights_unreadable",] == 1
+    assert samples["rap_ready",] == 1
     assert samples["rap_controller_overhead_seconds_total",] == 0.25
     assert samples["rap_requests_total", "chat", "ok"] == 1
     assert samples["rap_requests_total", "chat", "invalid_value"] == 1
