@@ -23,6 +23,9 @@ from rap_env.request import Request
 
 DENSE_NLL = 2.5
 
+ONE_OF_EACH_KIND = ("maskable_ppo", "masked_dqn")
+"""An agent with a policy and one with Q values, where the code under test knows no other kinds."""
+
 
 def facts(layers: int = 4, attn_bytes: int = 1000, ffn_bytes: int = 3000) -> ModelFacts:
     return ModelFacts(

@@ -7,10 +7,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
-from agents.algorithms import ALGORITHMS, AgentConfig, make_model
+from agents.algorithms import AgentConfig, make_model
 from agents.vector_env import GymVecEnv, split_infos
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from tests.agents.synthetic import make_env, make_envs, request_at
+from tests.agents.synthetic import ONE_OF_EACH_KIND, make_env, make_envs, request_at
 from tests.envs.playing import assert_same
 
 NUM_ENVS = 4
@@ -50,7 +50,7 @@ def test_an_agent_cannot_tell_it_from_single_environments(context, reward, workl
     assert min(ends.values()) > 3
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_training_on_it_is_training_on_single_environments(context, name):
     steps = {"n_steps": 16} if "ppo" in name else {"learning_starts": 32}
     config = AgentConfig(name, n_envs=NUM_ENVS, hyperparameters={**steps, "batch_size": 16})

@@ -199,10 +199,11 @@ def test_what_it_cannot_do_is_one_clear_error(both):
 
 
 SERVE = """
-import json, sys, torch, rap_env
-{imports}
-llm = {load}
+import json, sys, torch, rap_env.serving.server
 from rap_env.llm.live_batch import LiveBatch
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack
+llm = build_stack(ServerSettings(model=sys.argv[1], device='cpu')).engine.llm
 batch = LiveBatch(llm)
 logits = batch.prefill([[5, 9, 33, 7], [3, 60]])
 batch.extend(logits.argmax(dim=-1).tolist())
@@ -210,30 +211,16 @@ print(json.dumps([type(llm.model).__name__, *(n for n in {heavy!r} if n in sys.m
 """
 
 
-def imported_by_serving(path: Path, cache: Path, imports: str, load: str) -> Any:
-    code = SERVE.format(imports=imports, load=load, heavy=HEAVY)
+def test_serving_a_packed_llama_imports_nothing_heavy(gguf_path, tmp_path, monkeypatch):
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
+    converted_gguf(gguf_path, packed=True)  # conversion imports all of them
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        env={**os.environ, "RAP_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", SERVE.format(heavy=HEAVY), str(gguf_path)],
+        env={**os.environ, "RAP_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("server", [False, True])
-def test_serving_a_packed_llama_imports_nothing_heavy(gguf_path, tmp_path, monkeypatch, server):
-    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
-    converted_gguf(gguf_path, packed=True)  # conversion imports all of them
-    imports, load = "", "rap_env.load_llm(sys.argv[1], device='cpu', lean=True)"
-    if server:
-        pytest.importorskip("fastapi", reason="the extra serve is not installed")
-        imports = (
-            "import rap_env.serving.server\n"
-            "from rap_env.serving.settings import ServerSettings\n"
-            "from rap_env.serving.stack import build_stack\n"
-        )
-        load = "build_stack(ServerSettings(model=sys.argv[1], device='cpu')).engine.llm"
-    assert imported_by_serving(gguf_path, tmp_path, imports, load) == ["LeanLlama"]
+    assert json.loads(done.stdout.splitlines()[-1]) == ["LeanLlama"]

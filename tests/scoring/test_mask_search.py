@@ -20,7 +20,7 @@ from tests.tiny import each_family, tiny_llm
 BASE = BlockMask.of(3)
 
 
-def scorers(family="llama", layers=5, dtype=torch.float32, windows=6):
+def scorers(family="llama", layers=5, dtype=torch.float32, windows=4):
     """Two scorers with empty caches: one to search with, one to measure all masks with."""
     llm, ids = tiny_llm(family, layers=layers, dtype=dtype), tokens(windows=windows)
     return [MaskScorer(llm, ids, batch_tokens=18) for _ in range(2)]

@@ -38,7 +38,7 @@ def save(folder, model):
     return folder
 
 
-def wide_model(dtype, layers=12):
+def wide_model(dtype, layers=8):
     """Layers that outweigh embeddings, head and hidden states by far."""
     config = tf.LlamaConfig(
         vocab_size=256,
@@ -133,14 +133,13 @@ def test_layers_are_read_once_for_all_masks_that_advance_together(tmp_path):
 
 @pytest.mark.parametrize(
     ("dtype", "how"),
-    [("float32", "scan"), ("bfloat16", "scan"), ("float32", "exact"), ("bfloat16", "lazy"),
-     ("float32", "halving")],
-)  # fmt: skip
+    [("float32", "scan"), ("bfloat16", "lazy"), ("float32", "halving")],
+)
 def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
     model = wide_model(getattr(torch, dtype))
     folder, ids = save(tmp_path / "m", model), tokens(windows=4, length=16, vocabulary=256)
     cap = cap_for(folder, ids, 5, dtype)
-    assert sum(p.nbytes for p in model.parameters()) > 3 * cap
+    assert sum(p.nbytes for p in model.parameters()) > 2 * cap
     whole, streamed = pair(folder, dtype, cap)
     resident = streamed.facts.base_bytes
     with measured_peak(CPU) as measured:
