@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
+_MOST_READING_S = 0.2
+"""Seconds after which reading goes on at the next call only, because requests wait for it."""
 
 
 class UnreadableWeights:
@@ -63,22 +66,25 @@ class UnreadableWeights:
         return plan.lower({item: present.levels.get(item, "native") for item in items})
 
     def retry(self) -> bool:
-        """Try to read an item again, if it is time to; return whether it can be read.
+        """Try to read items again, if it is time to; return whether one can be read.
 
-        Plans may then use it. After a failure, the next item is tried `_RETRY_S` later.
+        Plans may then use it. Other items are read at once, as long as that takes little time, and
+        then at the next call. After a failure, the next item is tried `_RETRY_S` later.
         """
         if not self.items or self._clock() < self._retry_at_s:
             return False
-        first, *others = self.items
-        try:
-            self._llm.verify_weights(first)
-        except RapError as error:
-            log.debug("Still: %s", error)
-            self.items = (*others, first)
-            self._retry_at_s = self._clock() + _RETRY_S
-            return False
-        self.items = tuple(others)
-        if not others:
+        started, before = time.perf_counter(), len(self.items)
+        while self.items and time.perf_counter() - started < _MOST_READING_S:
+            first, *others = self.items
+            try:
+                self._llm.verify_weights(first)
+            except RapError as error:
+                log.debug("Still: %s", error)
+                self.items = (*others, first)
+                self._retry_at_s = self._clock() + _RETRY_S
+                break
+            self.items = tuple(others)
+        if not self.items:
             self.reason = ""
             log.info("All weights can be read again.")
-        return True
+        return len(self.items) < before
