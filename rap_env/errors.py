@@ -47,6 +47,10 @@ class InvalidRequestError(RapError, ValueError):
     """A request has a batch size, length or budget that the model cannot serve."""
 
 
+class InvalidGrammarError(RapError, ValueError):
+    """A schema, expression or grammar of an answer cannot be compiled, or is too complex."""
+
+
 class InfeasibleBudgetError(RapError, ValueError):
     """A budget is below what the mask that removes every block needs."""
 

@@ -13,7 +13,12 @@ from rap_env.paths import cache_dir
 from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
 from rap_env.version import __version__
 
-_EXTRAS = {"eval": "lm_eval", "plots": "matplotlib", "serve": "fastapi"}  # a module of each
+_EXTRAS = {
+    "eval": "lm_eval",
+    "plots": "matplotlib",
+    "serve": "fastapi",
+    "structured": "llguidance",
+}  # a module of each
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _MIB = 2**20
 

@@ -56,6 +56,7 @@ class Engine:
             may be virtual.
 
     Attributes:
+        vocab_size: Entries of the model's vocabulary.
         observers: Called with a `StepRecord` after each pass, from the thread that runs it.
         longest_prompt: Knows the longest prompt that fits the budget.
 
@@ -90,7 +91,7 @@ class Engine:
         self.clock = clock
         self.max_seq_len_tokens = longest
         self.prefill_chunk_tokens = prefill_chunk_tokens
-        self._vocab_size = facts.vocab_size
+        self.vocab_size = facts.vocab_size
         self._queue = RequestQueue(max_queue)
         self._scheduler = Scheduler(
             llm,
@@ -155,9 +156,9 @@ class Engine:
                 holds in any case.
 
         Raises:
-            InvalidRequestError: The prompt is empty, too long together with the answer, or holds
-                an id that is not in the model's vocabulary; or the policy predicts nothing for
-                `max_delta_nll`.
+            InvalidRequestError: The prompt is empty or too long together with the answer; the
+                prompt or the bias has an id that is not in the model's vocabulary; or the policy
+                predicts nothing for `max_delta_nll`.
             InfeasibleBudgetError: No plan could ever make it fit; a `QualityFloorError` if none
                 above the floor could.
             QueueFullError: Too many requests wait.
@@ -264,10 +265,11 @@ class Engine:
                 f"The prompt has {len(prompt)} tokens, and {params.max_new_tokens} new ones were "
                 f"requested; together at most {self.max_seq_len_tokens} are served."
             )
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < self._vocab_size:
+        biased = [token for token, _ in params.logit_bias]
+        for token in (min(prompt), max(prompt), *biased):
+            if not 0 <= token < self.vocab_size:
                 raise InvalidRequestError(
-                    f"Token {token} is not in the model's vocabulary (0 to {self._vocab_size - 1})."
+                    f"Token {token} is not in the model's vocabulary (0 to {self.vocab_size - 1})."
                 )
         return prompt
 

@@ -11,16 +11,16 @@ from typing import Literal
 
 from rap_env.blocks import BlockMask
 from rap_env.plan import CompressionPlan
-from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.sampling import Sample, SamplingParams
 
 log = logging.getLogger(__name__)
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop token, its token limit, a cancellation, or a failure."""
 
-Rejection = Literal["queue_timeout", "infeasible", "below_floor"]
-"""Why the engine gave a request up: it waited too long for others, no plan fits the budget, or only
-plans below its floor of quality do."""
+Rejection = Literal["queue_timeout", "infeasible", "below_floor", "constraint"]
+"""Why the engine gave a request up: it waited too long for others, no plan fits the budget, only
+plans below its floor of quality do, or what its answer has to follow is too complex."""
 
 _ids = itertools.count(1)
 _NATIVE = CompressionPlan()
@@ -51,6 +51,19 @@ class PlanEvent:
 
 
 @dataclass(frozen=True)
+class PromptEvent:
+    """The prompt was read, and log-probabilities of its tokens were asked for.
+
+    Attributes:
+        samples: Its tokens from the second one on; the first one has no probability.
+        time_s: On the engine's clock.
+    """
+
+    samples: tuple[Sample, ...]
+    time_s: float
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """A token was generated.
 
@@ -58,12 +71,14 @@ class TokenEvent:
         logprob: Its log-probability in nats under the plan.
         time_s: On the engine's clock.
         plan: The plan that the token was computed with.
+        top: The most likely tokens with their log-probabilities, if they were asked for.
     """
 
     token_id: int
     logprob: float
     time_s: float
     plan: CompressionPlan = _NATIVE
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,17 +88,19 @@ class EndEvent:
     Attributes:
         error: An error message for the user; None if nothing failed.
         time_s: On the engine's clock.
-        rejection: Set if the engine rejected the request while it waited; a later attempt may
-            succeed.
+        rejection: Set if the engine gave the request up. If it did while the request waited, a
+            later attempt may succeed.
+        stop_token: The token that ended the answer, if one did.
     """
 
     reason: Reason
     error: str | None
     time_s: float
     rejection: Rejection | None = None
+    stop_token: Sample | None = None
 
 
-Event = AdmitEvent | PlanEvent | TokenEvent | EndEvent
+Event = AdmitEvent | PlanEvent | PromptEvent | TokenEvent | EndEvent
 Listener = Callable[[Event], None]
 
 
@@ -100,6 +117,8 @@ class RequestHandle:
         ended_s: Time of the end; None before it.
         token_ids: The tokens generated so far.
         logprobs: Their log-probabilities in nats.
+        prompt_samples: Log-probabilities of the prompt's tokens from the second one on; None before
+            they are known, and if they were not asked for.
         plans: The plan that each of them was computed with.
         plan: The plan of the last pass for the request, over its prompt or a token; None before.
         reason: Why the request ended; None before its end.
@@ -128,6 +147,7 @@ class RequestHandle:
         self.ended_s: float | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.prompt_samples: tuple[Sample, ...] | None = None
         self.plans: list[CompressionPlan] = []
         self.plan: CompressionPlan | None = None
         self.reason: Reason | None = None
@@ -208,6 +228,8 @@ class RequestHandle:
                 self.plan = event.plan
             elif isinstance(event, AdmitEvent):
                 self.admitted_s = event.time_s if self.admitted_s is None else self.admitted_s
+            elif isinstance(event, PromptEvent):
+                self.prompt_samples = event.samples
             else:
                 self.ended_s, self.reason, self.error = event.time_s, event.reason, event.error
                 self.rejection = event.rejection

@@ -6,9 +6,10 @@ Shapes: B rows, V entries of the vocabulary.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.generation.logits_process import (
@@ -17,8 +18,25 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from rap_env.errors import InvalidRequestError
+from rap_env.errors import InvalidGrammarError, InvalidRequestError
 from rap_env.llm.transfers import send
+
+
+class TokenMatcher(Protocol):
+    """Follows an answer and knows which tokens may come next, V entries of the vocabulary."""
+
+    def allowed(self) -> torch.Tensor:
+        """Whether each token may come next, (V,); an `InvalidGrammarError` ends the request."""
+
+    def accept(self, token_id: int) -> None:
+        """Move on by an allowed token."""
+
+
+class Constraint(Protocol):
+    """What answers have to follow (`rap_env.runtime.structured_output`)."""
+
+    def matcher(self) -> TokenMatcher:
+        """A matcher at the start of an answer."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,13 @@ class SamplingParams:
         top_k: Sample among this number of most likely tokens; 0 for all.
         seed: Seed of the random stream; None for a different stream each time.
         stop_token_ids: Tokens that end the answer; they are not part of it.
+        presence_penalty: Subtracted from the logits of tokens that the answer has, in nats.
+        frequency_penalty: Subtracted for each time that the answer has the token, in nats.
+        logit_bias: Token ids, and what is added to their logits, in nats.
+        top_logprobs: Number of most likely tokens to report with each token of the answer.
+        prompt_logprobs: The same for each token of the prompt, whose own log-probabilities are
+            reported too; None to report nothing about the prompt.
+        constraint: What the answer has to follow; None for nothing.
 
     Raises:
         InvalidRequestError: A value is out of its range.
@@ -43,6 +68,12 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
@@ -52,6 +83,19 @@ class SamplingParams:
             ("top_p", self.top_p > 0 and _between(self.top_p, 0, 1), "above 0 and at most 1"),
             ("top_k", _whole(self.top_k, 0), "a whole number of at least 0"),
             ("seed", self.seed is None or _whole(self.seed, -(2**63)), "a whole number or None"),
+            ("presence_penalty", _between(self.presence_penalty, -2, 2), "from -2 to 2"),
+            ("frequency_penalty", _between(self.frequency_penalty, -2, 2), "from -2 to 2"),
+            (
+                "logit_bias",
+                all(_whole(token, 0) and _between(b, -100, 100) for token, b in self.logit_bias),
+                "pairs of token ids and numbers from -100 to 100",
+            ),
+            ("top_logprobs", _whole(self.top_logprobs, 0), "a whole number of at least 0"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or _whole(self.prompt_logprobs, 0),
+                "a whole number of at least 0, or None",
+            ),
         )
         for name, valid, allowed in checks:
             if not valid:
@@ -64,10 +108,15 @@ class SamplingParams:
 
 
 class Sample(NamedTuple):
-    """A token and its log-probability in nats under the model, before any warping."""
+    """A token and its log-probability in nats under the model, before any warping.
+
+    `top` has the most likely tokens with their log-probabilities, most likely first, as many as
+    were asked for.
+    """
 
     token_id: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class RowSampler:
@@ -75,11 +124,18 @@ class RowSampler:
 
     Each row has its own random stream, so its tokens do not depend on other rows or on the time.
     Its numbers come from the CPU, so that a seed gives the same ones on any device.
+
+    Attributes:
+        error: Why no more tokens can be drawn, if the constraint failed.
     """
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self._warpers: list[Any] = []
+        self._counts: Counter[int] = Counter()  # of the answer's tokens
+        self._penalised = bool(params.presence_penalty or params.frequency_penalty)
+        self._matcher = None if params.constraint is None else params.constraint.matcher()
+        self.error: str | None = None
         if params.greedy:
             return
         if params.temperature != 1:
@@ -93,6 +149,37 @@ class RowSampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` changes the logits of the next token."""
+        biased = self._matcher is not None or self.params.logit_bias
+        return bool(biased or (self._penalised and self._counts))
+
+    def adjust(self, logits: torch.Tensor) -> None:
+        """Subtract the penalties from logits of shape (V,), add the bias, and exclude tokens."""
+        if self._penalised and self._counts:
+            tokens = list(self._counts)
+            times = torch.tensor([self._counts[token] for token in tokens], dtype=logits.dtype)
+            penalty = self.params.frequency_penalty * times + self.params.presence_penalty
+            _add(logits, tokens, -penalty)
+        if self.params.logit_bias:
+            tokens, bias = map(list, zip(*self.params.logit_bias, strict=True))
+            _add(logits, tokens, torch.tensor(bias, dtype=logits.dtype))
+        if self._matcher is not None:
+            try:
+                allowed = send(self._matcher.allowed(), logits.device)
+            except InvalidGrammarError as error:
+                self.error = str(error)
+            else:
+                logits.masked_fill_(~allowed, -math.inf)
+
+    def accept(self, token_id: int) -> None:
+        """Note the token that was taken."""
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
+        if self._penalised:
+            self._counts[token_id] += 1
 
     def warped(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities for logits of shape (V,), in float64, (V,); not for greedy decoding."""
@@ -110,29 +197,71 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
     """Sample the next token of each row.
 
     Args:
-        samplers: One for each row.
+        samplers: One for each row. They accept the token.
         logits: (B, V), float32.
 
     Returns:
-        A sample for each row; None where the logits are not finite.
+        A sample for each row; None where the logits are not finite or the sampler has an error.
     """
-    chosen = logits.argmax(dim=-1)
+    adjusting = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
+    scores = logits.clone() if adjusting else logits
+    for row in adjusting:
+        samplers[row].adjust(scores[row])
+    chosen = scores.argmax(dim=-1)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
     if drawing:
         draws = torch.tensor([samplers[row].draw() for row in drawing], dtype=torch.float64)
-        sums = torch.stack([samplers[row].warped(logits[row]) for row in drawing]).cumsum(dim=-1)
+        sums = torch.stack([samplers[row].warped(scores[row]) for row in drawing]).cumsum(dim=-1)
         # A token is drawn where its part of the sum has the number; tokens without have none.
         wanted = send(draws, logits.device)[:, None] * sums[:, -1:]
         drawn = torch.searchsorted(sums, wanted, right=True).clamp(max=logits.shape[1] - 1)
         for place, row in enumerate(drawing):
             chosen[row] = drawn[place, 0]
-    scores = logits.gather(1, chosen[:, None]).squeeze(1)
+    samples = scored(logits, chosen, [sampler.params.top_logprobs for sampler in samplers])
+    for row, (sampler, sample) in enumerate(zip(samplers, samples, strict=True)):
+        if sampler.error is not None:
+            samples[row] = None
+        elif sample is not None:
+            sampler.accept(sample.token_id)
+    return samples
+
+
+def scored(logits: torch.Tensor, tokens: torch.Tensor, top: Sequence[int]) -> list[Sample | None]:
+    """The log-probabilities of tokens.
+
+    Args:
+        logits: (B, V), float32.
+        tokens: One for each row, (B,), on the same device.
+        top: Number of most likely tokens to report for each row.
+
+    Returns:
+        A sample for each row; None where the logits are not finite.
+    """
+    chosen = logits.gather(1, tokens[:, None]).squeeze(1)
     totals = torch.logsumexp(logits, dim=-1)
-    found = torch.stack([chosen.double(), scores.double(), totals.double()], dim=1)
-    return [  # read at once, since reading waits for the device
-        Sample(int(token), score - total) if math.isfinite(total) else None
-        for token, score, total in found.tolist()
-    ]
+    columns = [tokens.double(), chosen.double(), totals.double()]
+    most = min(max(top, default=0), logits.shape[1])
+    if most:
+        best = logits.topk(most, dim=-1)
+        columns += [*best.indices.double().T, *best.values.double().T]
+    samples: list[Sample | None] = []
+    # Read at once, since reading waits for the device.
+    for wanted, (token, score, total, *likely) in zip(
+        top, torch.stack(columns, dim=1).tolist(), strict=True
+    ):
+        if not math.isfinite(total):
+            samples.append(None)
+            continue
+        ids, scores = likely[:most][:wanted], likely[most:][:wanted]
+        pairs = zip(ids, scores, strict=True)
+        found = tuple((int(other), value - total) for other, value in pairs)
+        samples.append(Sample(int(token), score - total, found))
+    return samples
+
+
+def _add(logits: torch.Tensor, tokens: Sequence[int], amounts: torch.Tensor) -> None:
+    index = send(torch.tensor(tokens), logits.device)
+    logits.index_add_(0, index, send(amounts, logits.device))
 
 
 def _whole(value: Any, least: int) -> bool:

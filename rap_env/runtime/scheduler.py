@@ -149,6 +149,7 @@ class Scheduler:
             self.counters.prompt_tokens += count
             prefilling.sequence.handle.note_plan(plan, self._clock())
             if logits is not None:
+                self.output.deliver_prompt(prefilling)
                 if self.output.deliver([prefilling.sequence], logits, plan)[0]:
                     self._reserve([*self._decoding, prefilling.sequence])
                     self._batch.join(prefilling.batch)

@@ -11,23 +11,28 @@ import torch
 
 from rap_env.errors import RapError
 from rap_env.llm.live_batch import LiveBatch
+from rap_env.llm.position_logits import PositionLogits
+from rap_env.llm.transfers import send
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape, QualityBound
 from rap_env.runtime.metrics import Counters
 from rap_env.runtime.request_handle import (
     EndEvent,
+    PromptEvent,
     Reason,
     Rejection,
     RequestHandle,
     TokenEvent,
 )
-from rap_env.runtime.sampling import RowSampler, Sample, sample_rows
+from rap_env.runtime.sampling import RowSampler, Sample, sample_rows, scored
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
     from rap_env.llm.kv_cache import Restore
 
 log = logging.getLogger(__name__)
+
+NOT_FINITE = "The model returned logits that are not finite."
 
 
 class TokenSequence:
@@ -92,7 +97,12 @@ class TokenSequence:
 
 
 class PrefillingSequence:
-    """A sequence whose known tokens are prefilled in chunks, in its own batch."""
+    """A sequence whose known tokens are prefilled in chunks, in its own batch.
+
+    Attributes:
+        prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
+            the request asked for them and has not got them; else None.
+    """
 
     def __init__(
         self, sequence: TokenSequence, llm: ElasticLLM, restore: Restore, chunk_tokens: int
@@ -101,6 +111,11 @@ class PrefillingSequence:
         self.batch = LiveBatch(llm, restore=restore, most_tokens=chunk_tokens)
         self._left: Sequence[int] = sequence.tokens
         self._chunk_tokens = chunk_tokens
+        self.prompt_samples: list[Sample] | None = None
+        wanted = sequence.handle.params.prompt_logprobs
+        if wanted is not None and sequence.handle.prompt_samples is None:
+            self.prompt_samples, self._top = [], wanted
+            self._positions = PositionLogits(llm)
 
     @property
     def chunks_left(self) -> int:
@@ -118,10 +133,36 @@ class PrefillingSequence:
         Returns:
             Logits after the last token, (1, V), or None if more chunks are left; and the number of
             tokens in the chunk.
+
+        Raises:
+            RapError: The prompt's log-probabilities are wanted, and logits are not finite.
         """
         chunk, self._left = self._left[: self._chunk_tokens], self._left[self._chunk_tokens :]
-        logits = self.batch.append([chunk]) if self.batch.size else self.batch.prefill([chunk])
+        if self.prompt_samples is None:
+            logits = self._run(chunk)
+        else:
+            with self._positions.recording():
+                logits = self._run(chunk)
+            self.prompt_samples += self._scored(chunk)
         return (None if self._left else logits), len(chunk)
+
+    def _run(self, chunk: Sequence[int]) -> torch.Tensor:
+        return self.batch.append([chunk]) if self.batch.size else self.batch.prefill([chunk])
+
+    def _scored(self, chunk: Sequence[int]) -> list[Sample]:
+        """The tokens that follow those of a chunk in the prompt."""
+        first = self.batch.length - len(chunk) + 1
+        following = self.sequence.handle.prompt_ids[first : first + len(chunk)]
+        found: list[Sample | None] = []
+        for logits in self._positions.parts():
+            tokens = following[len(found) : len(found) + len(logits)]
+            rows = logits[: len(tokens)]
+            index = send(torch.tensor(tokens, dtype=torch.long), logits.device)
+            found += scored(rows, index, [self._top] * len(tokens))
+        samples = [sample for sample in found if sample is not None]
+        if len(samples) < len(found):
+            raise RapError(NOT_FINITE)
+        return samples
 
 
 class OutputProcessor:
@@ -151,11 +192,26 @@ class OutputProcessor:
         pairs = zip(sequences, samples, strict=True)
         return [self._deliver(sequence, sample, plan, now) for sequence, sample in pairs]
 
-    def end(self, sequence: TokenSequence, reason: Reason, error: str | None = None) -> None:
+    def end(
+        self,
+        sequence: TokenSequence,
+        reason: Reason,
+        error: str | None = None,
+        *,
+        rejection: Rejection | None = None,
+        stop_token: Sample | None = None,
+    ) -> None:
         """End a request, unless it has ended."""
         if not sequence.handle.done:
             self._counters.add_end(reason)
-            sequence.handle.emit(EndEvent(reason, error, self._clock()))
+            end = EndEvent(reason, error, self._clock(), rejection, stop_token)
+            sequence.handle.emit(end)
+
+    def deliver_prompt(self, prefilled: PrefillingSequence) -> None:
+        """Deliver the log-probabilities of a prompt that was prefilled, if they were asked for."""
+        samples = prefilled.prompt_samples
+        if samples is not None:
+            prefilled.sequence.handle.emit(PromptEvent(tuple(samples), self._clock()))
 
     def reject(self, sequence: TokenSequence, rejection: Rejection, error: str) -> None:
         """End a request that waits in the queue and cannot be admitted."""
@@ -176,12 +232,14 @@ class OutputProcessor:
     ) -> bool:
         handle, params = sequence.handle, sequence.handle.params
         if sample is None:
-            self.end(sequence, "error", "The model returned logits that are not finite.")
+            reason = sequence.sampler.error
+            rejection: Rejection | None = None if reason is None else "constraint"
+            self.end(sequence, "error", reason or NOT_FINITE, rejection=rejection)
             return False
         if sample.token_id in params.stop_token_ids:
-            self.end(sequence, "stop")
+            self.end(sequence, "stop", stop_token=sample)
             return False
-        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan))
+        handle.emit(TokenEvent(sample.token_id, sample.logprob, now, plan, sample.top))
         self._counters.tokens += 1
         if len(handle.token_ids) < params.max_new_tokens:
             return True

@@ -77,6 +77,7 @@ class Service:
             tokenizer,
             settings,
             context_tokens=engine.max_seq_len_tokens,
+            vocab_size=engine.vocab_size,
             stop_token_ids=stop_tokens(engine.llm, tokenizer),
             longest_prompt=engine.longest_prompt.tokens,
         )
@@ -203,6 +204,11 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await service.respond(request, CompletionRequest)
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        message = "This server computes no embeddings; use /v1/chat/completions or /v1/completions."
+        raise ApiError(404, message, code="not_found")
 
     @app.get("/v1/models")
     async def list_models() -> Response:

@@ -20,10 +20,15 @@ class Detokenizer:
     of a text) and, if a character has several bytes, on the tokens after it. So each step decodes
     a short window that begins with tokens whose text was already returned, and holds back text
     that may still change. The work per step does not grow with the sequence.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        keep_special: Whether special tokens are text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, keep_special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._keep_special = keep_special
         self._window: list[int] = []
         self._context = 0  # leading tokens of the window whose text was returned
         self._given = 0  # characters of the window's text that were returned
@@ -31,7 +36,7 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Add a token and return the text that is final now, often that of the token alone."""
         self._window.append(token_id)
-        text = plain_text(self._tokenizer, self._window)
+        text = self._text(self._window)
         waiting = len(text) - len(text.rstrip(UNFINISHED))
         waiting = min(waiting, _MAX_UNFINISHED)
         if len(self._window) - self._context > _MAX_TOKENS:
@@ -45,22 +50,25 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return the text that was held back; call it after the last token."""
-        text = plain_text(self._tokenizer, self._window)
+        text = self._text(self._window)
         piece = text[self._given :]
         self._given = len(text)
         return piece
 
     def _move_on(self) -> None:
         recent = self._window[self._context :]
-        if text := plain_text(self._tokenizer, recent):  # a window without text would be no context
+        if text := self._text(recent):  # a window without text would be no context
             self._window, self._given = recent, len(text)
         self._context = len(self._window)
 
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return plain_text(self._tokenizer, token_ids, keep_special=self._keep_special)
 
-def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """Decode tokens without special tokens and without cleaning up spaces."""
+
+def plain_text(tokenizer: Any, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
+    """Decode tokens, by default without special tokens, and without cleaning up spaces."""
     text: str = tokenizer.decode(
-        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        list(token_ids), skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False
     )
     return text
 

@@ -20,15 +20,18 @@ from rap_env.runtime.request_handle import (
     EndEvent,
     Event,
     PlanEvent,
+    PromptEvent,
     Rejection,
     RequestHandle,
     TokenEvent,
 )
-from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.sampling import Sample, SamplingParams
 from rap_env.serving.answer_plans import AnswerPlans
-from rap_env.serving.detokenizer import Detokenizer, StopStrings, plain_text
+from rap_env.serving.detokenizer import Detokenizer, StopStrings
 from rap_env.serving.errors import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import AnswerTimer, ServingMetrics
+from rap_env.serving.tool_calls import ToolCall, ToolCallParser
+from rap_env.serving.tools import Tools
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -44,10 +47,16 @@ _REJECTED: dict[Rejection, str] = {
 
 
 class TokenLogprob(NamedTuple):
-    """The text of a token, maybe part of a character, and the natural log of its probability."""
+    """A token's text, maybe part of a character, and the natural log of its probability.
+
+    The first token of a prompt has none. `top` has texts and log probabilities of the most likely
+    tokens, most likely first. Special tokens are not `in_text`: the answer's text leaves them out.
+    """
 
     token: str
-    logprob: float
+    logprob: float | None
+    top: tuple[tuple[str, float], ...] = ()
+    in_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ class GenerationRequest:
         n: Number of answers to each prompt.
         stop_strings: Strings that end an answer.
         logprobs: Whether to return log probabilities.
+        echo: Text of each prompt, which the answers begin with; empty for no such texts.
+        prompt_only: Whether the answers are prompts alone.
+        tools: What the answers may call.
         chat: Whether it is a chat completion.
         stream: Whether to stream the response.
         include_usage: Whether a stream ends with the numbers of tokens.
@@ -71,6 +83,9 @@ class GenerationRequest:
     n: int = 1
     stop_strings: Sequence[str] = ()
     logprobs: bool = False
+    echo: Sequence[str] = ()
+    prompt_only: bool = False
+    tools: Tools | None = None
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -106,13 +121,15 @@ class OutputDelta:
         index: Number of the answer.
         text: New text; may be empty.
         logprobs: Log probabilities of its tokens, if requested.
-        finish_reason: ``"stop"`` or ``"length"`` in the last delta.
+        finish_reason: ``"stop"``, ``"length"`` or ``"tool_calls"`` in the last delta.
+        tool_calls: Calls that are complete.
     """
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass
@@ -124,6 +141,8 @@ class _Choice:
     detokenizer: Detokenizer
     stops: StopStrings
     timer: AnswerTimer
+    parser: ToolCallParser | None = None
+    echo: str = ""  # what the answer still has to begin with
     tokens: int = 0
     ended: bool = False
     pending: list[TokenLogprob] = field(default_factory=list)
@@ -150,6 +169,7 @@ class Generation:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
         self.request = request
         self._metrics = metrics
         self._plans = plans
@@ -183,13 +203,19 @@ class Generation:
             ApiError: The engine rejects them: 400, 429 or 503.
         """
         try:
+            tools = self.request.tools
             for number in range(self.request.size):
-                detokenizer = Detokenizer(self._tokenizer)
+                special = tools is not None and tools.keep_special
+                detokenizer = Detokenizer(self._tokenizer, keep_special=special)
                 stops = StopStrings(self.request.stop_strings)
                 prompt = self.request.prompts[number // self.request.n]
                 timer = AnswerTimer(self._metrics, len(prompt), self._engine.clock())
                 handle = self._submit(number, prompt, timer)
-                self._choices.append(_Choice(number, handle, detokenizer, stops, timer))
+                choice = _Choice(number, handle, detokenizer, stops, timer)
+                choice.parser = None if tools is None else tools.parser()
+                if self.request.echo:
+                    choice.echo = self.request.echo[number // self.request.n]
+                self._choices.append(choice)
         except BaseException as error:
             self.cancel()
             raise self._as_api_error(error) from error
@@ -226,7 +252,12 @@ class Generation:
             if isinstance(event, PlanEvent):
                 self._plans.add(event.plan)
                 continue
-            if isinstance(event, TokenEvent):
+            if isinstance(event, PromptEvent):
+                self._add_prompt(choice, event)
+                continue
+            if self.request.prompt_only and (delta := self._prompt_alone(choice, event)):
+                choice.handle.cancel()
+            elif isinstance(event, TokenEvent):
                 delta = self._token(choice, event)
             else:
                 delta = self._end(choice, event)
@@ -240,13 +271,14 @@ class Generation:
     def _token(self, choice: _Choice, event: TokenEvent) -> OutputDelta | None:
         choice.tokens += 1
         text = choice.stops.add(choice.detokenizer.add(event.token_id))
-        if choice.stops.found:
+        if self.request.logprobs and not choice.stops.found:
+            sample = Sample(event.token_id, event.logprob, event.top)
+            choice.pending.append(self._logprob(sample))
+        text, calls = _parsed(choice, text)
+        if choice.stops.found or (choice.parser is not None and choice.parser.complete):
             choice.handle.cancel()
-            return OutputDelta(choice.index, text, self._take_logprobs(choice), "stop")
-        if self.request.logprobs:
-            token = plain_text(self._tokenizer, [event.token_id])
-            choice.pending.append(TokenLogprob(token, max(MIN_LOGPROB, event.logprob)))
-        return OutputDelta(choice.index, text, self._take_logprobs(choice)) if text else None
+            return self._last(choice, text, "stop", calls)
+        return self._delta(choice, text, None, calls) if text or calls or choice.echo else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
         if event.reason not in ("stop", "length"):
@@ -254,7 +286,57 @@ class Generation:
         text = choice.stops.add(choice.detokenizer.finish())
         reason = "stop" if choice.stops.found else event.reason
         text += choice.stops.finish()
-        return OutputDelta(choice.index, text, self._take_logprobs(choice), reason)
+        if event.stop_token and self.request.logprobs and not self.request.chat:
+            choice.pending.append(self._logprob(event.stop_token))
+        text, calls = _parsed(choice, text)
+        return self._last(choice, text, reason, calls)
+
+    def _last(
+        self, choice: _Choice, text: str, reason: str, calls: tuple[ToolCall, ...]
+    ) -> OutputDelta:
+        """The last output, with what was held back as a possible tool call."""
+        if choice.parser is not None:
+            rest, more = choice.parser.finish()
+            text, calls = text + rest, calls + more
+            if choice.parser.calls and reason == "stop":
+                reason = "tool_calls"
+        return self._delta(choice, text, reason, calls)
+
+    def _add_prompt(self, choice: _Choice, event: PromptEvent) -> None:
+        first = choice.handle.prompt_ids[0]
+        choice.pending.append(self._logprob(Sample(first, 0.0))._replace(logprob=None))
+        choice.pending += map(self._logprob, event.samples)
+
+    def _prompt_alone(self, choice: _Choice, event: TokenEvent | EndEvent) -> OutputDelta | None:
+        """The whole answer without the token that the engine generates; None if it failed."""
+        if isinstance(event, EndEvent) and event.reason not in ("stop", "length"):
+            return None
+        return self._delta(choice, "", "length")
+
+    def _delta(
+        self,
+        choice: _Choice,
+        text: str,
+        reason: str | None,
+        calls: tuple[ToolCall, ...] = (),
+    ) -> OutputDelta:
+        """New output, with what the answer has to begin with."""
+        text, choice.echo = choice.echo + text, ""
+        logprobs, choice.pending = tuple(choice.pending), []
+        return OutputDelta(choice.index, text, logprobs, reason, calls)
+
+    def _logprob(self, sample: Sample) -> TokenLogprob:
+        token, *others = (
+            self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+            for token_id in (sample.token_id, *(other for other, _ in sample.top))
+        )
+        values = (max(MIN_LOGPROB, logprob) for _, logprob in sample.top)
+        return TokenLogprob(
+            token,
+            max(MIN_LOGPROB, sample.logprob),
+            tuple(zip(others, values, strict=True)),
+            sample.token_id not in self._special_ids,
+        )
 
     def _failure(self, event: EndEvent) -> Exception:
         if self._cancelled_by is not None:
@@ -262,6 +344,8 @@ class Generation:
         if event.reason == "cancelled":
             return unavailable("The request was cancelled before it was done.", "cancelled")
         message = event.error or "The engine failed; ask again."
+        if event.rejection == "constraint":
+            return invalid(message)
         if event.rejection:
             return self._unavailable(message, event.rejection)
         return failed(message)
@@ -285,6 +369,7 @@ class Generation:
             return unavailable(str(error), "shutting_down")
         return error
 
-    def _take_logprobs(self, choice: _Choice) -> tuple[TokenLogprob, ...]:
-        logprobs, choice.pending = tuple(choice.pending), []
-        return logprobs
+
+def _parsed(choice: _Choice, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """New text without the tool calls in it, and those."""
+    return (text, ()) if choice.parser is None else choice.parser.add(text)

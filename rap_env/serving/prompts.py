@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.structured_output import CompiledGrammar, GrammarCompiler
+from rap_env.serving.detokenizer import plain_text
 from rap_env.serving.errors import ApiError, invalid, shown, unknown_model
 from rap_env.serving.generation import GenerationRequest
-from rap_env.serving.schemas import BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
+from rap_env.serving.messages import template_messages, uses_tools
+from rap_env.serving.schemas import (
+    BaseCompletionRequest,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ToolSpec,
+)
 from rap_env.serving.settings import ServerSettings
+from rap_env.serving.structured import compiled, constraint_of
+from rap_env.serving.tools import Tools, checked_template, tools_of
+
+Body = ChatCompletionRequest | CompletionRequest
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of messages, and their names in chat templates."""
-_UNSUPPORTED_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio")
 
 
 class RequestBuilder:
     """Makes generation requests from validated bodies.
 
-    `context_tokens` is the most tokens of a prompt and its answer together, and `longest_prompt`
-    gives the most tokens of a prompt that fit the memory budget, 0 if none do.
+    `context_tokens` is the most tokens of a prompt and its answer together, `vocab_size` the number
+    of the model's logits, and `longest_prompt` gives the most tokens of a prompt that fit the
+    memory budget, 0 if none do.
     """
 
     def __init__(
@@ -32,6 +42,7 @@ class RequestBuilder:
         settings: ServerSettings,
         *,
         context_tokens: int,
+        vocab_size: int,
         stop_token_ids: Sequence[int],
         longest_prompt: Callable[[], int],
     ) -> None:
@@ -40,9 +51,12 @@ class RequestBuilder:
         self._stop_token_ids = tuple(stop_token_ids)
         self._longest_prompt = longest_prompt
         self._tokenizer = tokenizer
+        self._grammars = GrammarCompiler(
+            tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids
+        )
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
-    def build(self, body: ChatCompletionRequest | CompletionRequest) -> GenerationRequest:
+    def build(self, body: Body) -> GenerationRequest:
         """Tokenize a body and check it against the limits. Long texts take a while.
 
         Raises:
@@ -58,10 +72,20 @@ class RequestBuilder:
                 "tokens in an answer.",
                 "max_tokens",
             )
+        echo: Sequence[str] = ()
+        tools: Tools | None = None
         if isinstance(body, ChatCompletionRequest):
-            prompts = [self.encode_chat(body.messages)]
+            tools = tools_of(body, self._tokenizer)
+            prompts = [self.encode_chat(body.messages, tools=body.tools if tools else None)]
         else:
-            prompts = self._prompts(body.prompt)
+            entries = self._entries(body.prompt)
+            prompts = [self._prompt(entry) for entry in entries]
+            if body.echo:
+                pairs = zip(entries, prompts, strict=True)
+                echo = [
+                    entry if isinstance(entry, str) else plain_text(self._tokenizer, prompt)
+                    for entry, prompt in pairs
+                ]
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
         if n * len(prompts) > self._settings.max_choices:
             raise invalid(
@@ -73,11 +97,14 @@ class RequestBuilder:
         self._check_prompt(longest, body)
         return GenerationRequest(
             prompts=prompts,
-            params=self._sampling(body, self._max_new_tokens(body, longest)),
+            params=self._sampling(body, self._max_new_tokens(body, longest), tools),
             n=n,
             stop_strings=stop_strings,
             # A number in a completion, 0 included; a flag in a chat.
             logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
+            echo=echo,
+            prompt_only=body.new_tokens == 0,
+            tools=tools,
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -142,17 +169,21 @@ class RequestBuilder:
 
     def _max_new_tokens(self, body: BaseCompletionRequest, prompt_tokens: int) -> int:
         if body.new_tokens is not None:
-            return body.new_tokens
+            return max(1, body.new_tokens)  # the engine generates at least one
         chat = isinstance(body, ChatCompletionRequest)
         default = self._settings.default_chat_tokens if chat else DEFAULT_COMPLETION_TOKENS
         most = min(default, self._settings.max_new_tokens)
         return max(1, min(most, self._context_tokens - prompt_tokens))
 
-    def _sampling(self, body: BaseCompletionRequest, max_new_tokens: int) -> SamplingParams:
+    def _sampling(self, body: Body, max_new_tokens: int, tools: Tools | None) -> SamplingParams:
         temperature = 1.0 if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
             temperature, top_p = 0.0, 1.0
+        if isinstance(body, ChatCompletionRequest):
+            top, echoed = body.top_logprobs or 0, False
+        else:
+            top, echoed = body.logprobs or 0, bool(body.echo) and body.logprobs is not None
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -160,7 +191,18 @@ class RequestBuilder:
             top_k=max(0, body.top_k or 0),
             seed=body.seed,
             stop_token_ids=self._stop_token_ids,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=_bias(body.logit_bias or {}),
+            top_logprobs=top,
+            prompt_logprobs=top if echoed else None,
+            constraint=self._constraint(body, tools),
         )
+
+    def _constraint(self, body: Body, tools: Tools | None) -> CompiledGrammar | None:
+        if tools is None or not tools.forced:
+            return constraint_of(body, self._grammars)
+        return compiled(self._grammars, "lark", tools.grammar(self._tokenizer), "tool_choice")
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -171,15 +213,17 @@ class RequestBuilder:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: Sequence[ToolSpec] | None = None,
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
     ) -> list[int]:
-        """Token ids of messages in the model's chat template.
+        """Token ids of messages, and of the tools that they may use, in the model's chat template.
 
         The template writes the special tokens itself; `add_special_tokens` adds the tokenizer's.
 
         Raises:
-            ApiError: There is no chat template, or it rejects the messages (400).
+            ApiError: There is no chat template, it rejects the messages, or it has no tools and
+                needs them (400).
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise invalid(
@@ -194,11 +238,17 @@ class RequestBuilder:
             raise invalid(
                 f"'messages' may have at most {most} messages, not {len(messages)}.", "messages"
             )
-        turns = [_turn(number, message) for number, message in enumerate(messages)]
+        turns = template_messages(messages)
+        if tools or uses_tools(turns):
+            checked_template(self._tokenizer, "tools" if tools else "messages")
+        listed = [tool.model_dump(exclude_unset=True) for tool in tools or ()]
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                    turns,
+                    tools=listed or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
                 return self._encode(text, add_special_tokens=add_special_tokens)
         except ImportError:
@@ -209,7 +259,8 @@ class RequestBuilder:
                 "messages",
             ) from None
 
-    def _prompts(self, prompt: Any) -> list[list[int]]:
+    def _entries(self, prompt: Any) -> list[Any]:
+        """The prompts of a plain completion, as they were given."""
         if prompt is None:
             prompt = ""  # as in the API: from the start of a text
         if isinstance(prompt, str) or _is_ids(prompt):
@@ -224,7 +275,7 @@ class RequestBuilder:
         most = self._settings.max_choices
         if len(prompt) > most:
             raise invalid(f"'prompt' may have at most {most} entries, not {len(prompt)}.", "prompt")
-        return [self._prompt(entry) for entry in prompt]
+        return prompt
 
     def _prompt(self, entry: Any) -> list[int]:
         if isinstance(entry, str):
@@ -252,46 +303,22 @@ class RequestBuilder:
         return list(ids)
 
 
+def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids and biases; the engine checks whether the model has the tokens."""
+    for token in given:
+        if not (token.isascii() and token.isdigit() and len(token) < 19):
+            raise invalid(
+                f"A key of 'logit_bias' must be a token id, not {shown(repr(token))}.", "logit_bias"
+            )
+    return tuple((int(token), bias) for token, bias in given.items())
+
+
 def _is_ids(value: Any) -> bool:
     """Whether it is a non-empty list of token ids."""
     return (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-    )
-
-
-def _turn(number: int, message: dict[str, Any]) -> dict[str, str]:
-    """One message as chat templates expect it: a known role, and text."""
-    where = f"messages[{number}]"
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise invalid(
-            f"Invalid value for '{where}.role': {shown(repr(role))}; supported are "
-            f"{', '.join(map(repr, ROLES))}.",
-            f"{where}.role",
-        )
-    for name in _UNSUPPORTED_MESSAGE_FIELDS:
-        if message.get(name):
-            raise invalid(f"'{where}.{name}' is not supported: messages are text.", where)
-    return {"role": ROLES[role], "content": _content(message.get("content"), where)}
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and content:
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            for part in content
-        ]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(parts):
-            return "".join(texts)
-    raise invalid(
-        f"'{where}.content' must be a string or a list of parts of type 'text'.",
-        f"{where}.content",
-        "invalid_type",
     )
 
 

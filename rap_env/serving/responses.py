@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError
 from rap_env.serving.generation import Generation, GenerationRequest, OutputDelta, TokenLogprob
+from rap_env.serving.tool_calls import ToolCall
 
 DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""
@@ -30,6 +31,7 @@ class ResponseWriter:
         self._plans = plans
         self._unfinished = request.size
         self._lengths: dict[int, int] = {}  # characters written of each answer
+        self._calls: dict[int, int] = {}  # tool calls written of each answer
         self._head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -57,7 +59,11 @@ class ResponseWriter:
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
         logprobs = [entry for delta in deltas for entry in delta.logprobs]
-        message = {"role": "assistant", "content": text, "refusal": None}
+        calls = [call for delta in deltas for call in delta.tool_calls]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = [_call_json(call) for call in calls]
         return {
             "index": index,
             "finish_reason": deltas[-1].finish_reason,
@@ -82,6 +88,12 @@ class ResponseWriter:
         if delta.text or delta.logprobs:
             content = {"delta": {"content": delta.text}}
             events.append(self._chunk(delta.index, content, delta.logprobs, None))
+        if delta.tool_calls:
+            first = self._calls.get(delta.index, 0)
+            self._calls[delta.index] = first + len(delta.tool_calls)
+            numbered = enumerate(delta.tool_calls, start=first)
+            calls = [{"index": number, **_call_json(call)} for number, call in numbered]
+            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}, [], None))
         if delta.finish_reason:
             events.append(self._chunk(delta.index, {"delta": {}}, [], delta.finish_reason))
         return events
@@ -121,27 +133,47 @@ class ResponseWriter:
     def _logprobs_json(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
+        most = self._request.params.top_logprobs
         if self._request.chat:
             return {"content": [_chat_logprob(entry) for entry in found], "refusal": None}
         offsets = []
         for entry in found:
             offsets.append(self._lengths.get(index, 0))
-            self._lengths[index] = offsets[-1] + len(entry.token)
+            self._lengths[index] = offsets[-1] + len(entry.token) * entry.in_text
         return {
             "tokens": [entry.token for entry in found],
             "token_logprobs": [entry.logprob for entry in found],
-            "top_logprobs": None,
+            "top_logprobs": [_likely(entry) for entry in found] if most else None,
             "text_offset": offsets,
         }
 
 
+def _call_json(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _likely(entry: TokenLogprob) -> dict[str, float] | None:
+    """The most likely tokens and the token itself; of tokens with one text, the likeliest."""
+    if entry.logprob is None:
+        return None
+    pairs = [(entry.token, entry.logprob), *reversed(entry.top)]
+    return dict(pairs)
+
+
 def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:
-    whole = "\N{REPLACEMENT CHARACTER}" not in entry.token
     return {
-        "token": entry.token,
-        "logprob": entry.logprob,
-        "bytes": list(entry.token.encode()) if whole else None,
-        "top_logprobs": [],
+        **_token_json(entry.token, entry.logprob),
+        "top_logprobs": [_token_json(token, logprob) for token, logprob in entry.top],
+    }
+
+
+def _token_json(token: str, logprob: float | None) -> dict[str, Any]:
+    whole = "\N{REPLACEMENT CHARACTER}" not in token
+    return {
+        "token": token,
+        "logprob": logprob,
+        "bytes": list(token.encode()) if whole else None,
     }
 
 

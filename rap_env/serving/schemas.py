@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -27,6 +27,8 @@ LINGER_S = 2.0
 """Longest time for that, in seconds."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 _MAX_SEED = 2**63 - 1
 
 
@@ -40,8 +42,9 @@ class StreamOptions(BaseModel):
 class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
-    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, as in other servers, and
-    `max_delta_nll`, the request's floor of quality in nats per token.
+    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, and `structured_outputs`, which
+    vLLM's server has too, as it has a `response_format` in plain completions; and `max_delta_nll`,
+    the request's floor of quality in nats per token.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -57,11 +60,34 @@ class BaseCompletionRequest(BaseModel):
     seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
     stop: Any = None
     max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     @property
     def new_tokens(self) -> int | None:
         """Most tokens of an answer, if the request sets a number."""
         return self.max_tokens
+
+
+class FunctionSpec(BaseModel):
+    """A function that the model may call; `parameters` is a JSON schema of an object."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(BaseModel):
+    """An entry of `tools`."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Literal["function"]
+    function: FunctionSpec
 
 
 class ChatCompletionRequest(BaseCompletionRequest):
@@ -70,6 +96,10 @@ class ChatCompletionRequest(BaseCompletionRequest):
     messages: list[dict[str, Any]]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[ToolSpec] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def new_tokens(self) -> int | None:
@@ -78,10 +108,12 @@ class ChatCompletionRequest(BaseCompletionRequest):
 
 
 class CompletionRequest(BaseCompletionRequest):
-    """Body of ``POST /v1/completions``."""
+    """Body of ``POST /v1/completions``; with `echo`, the answer may have no tokens of its own."""
 
     prompt: Any = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
@@ -180,11 +212,10 @@ def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
     """Validate a parsed body; a missing, invalid or unsupported field is an `ApiError` (400)."""
     request = validate_fields(schema, body)
     _check_other_fields(request.model_extra or {}, chat=schema is ChatCompletionRequest)
-    if isinstance(request, CompletionRequest) and request.logprobs:
-        raise invalid(
-            "Only the log probability of the chosen tokens is known; 'logprobs' must be 0.",
-            "logprobs",
-        )
+    if isinstance(request, ChatCompletionRequest) and request.top_logprobs and not request.logprobs:
+        raise invalid("'top_logprobs' is only allowed when 'logprobs' is true.", "top_logprobs")
+    if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
+        raise invalid("'max_tokens' must be at least 1 unless 'echo' is true.", "max_tokens")
     if request.stream_options is not None and not request.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
     return request

@@ -28,6 +28,12 @@ def sampled(**settings) -> SamplingParams:
         ("top_p", 1.1),
         ("top_k", -1),
         ("seed", "x"),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3),
+        ("logit_bias", ((5, 101.0),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("top_logprobs", -1),
+        ("prompt_logprobs", 0.5),
     ],
 )
 def test_values_out_of_range_are_rejected_by_name(setting, wrong):
@@ -105,3 +111,46 @@ def test_logits_of_minus_infinity_are_no_error():
     scores = logits(1)
     scores[0, 3:] = -math.inf
     assert sample_rows([RowSampler(sampled(seed=0))], scores)[0].token_id < 3
+
+
+def greedily(scores, steps=3, **settings):
+    sampler = RowSampler(SamplingParams(**settings))
+    return [sample_rows([sampler], scores)[0].token_id for _ in range(steps)]
+
+
+def test_penalties_lower_the_logits_of_tokens_that_the_answer_has():
+    scores = torch.tensor([[3.0, 2.2, 1.9, 0.0]])
+    assert greedily(scores) == [0, 0, 0]
+    assert greedily(scores, presence_penalty=1.0) == [0, 1, 0]  # 2.0, 1.2, 1.9: once each
+    assert greedily(scores, 5, frequency_penalty=0.9) == [0, 1, 0, 2, 1]
+    assert greedily(scores, presence_penalty=-1.0) == [0, 0, 0]
+
+
+def test_a_bias_is_added_and_its_row_alone_changes():
+    scores = logits()
+    biased = RowSampler(SamplingParams(logit_bias=((7, 100.0), (8, 80.0))))
+    plain = RowSampler(SamplingParams())
+    before = scores.clone()
+    drawn = sample_rows([plain, biased, plain], scores)
+    assert drawn[1].token_id == 7
+    assert [drawn[0], drawn[2]] == [sample_rows([plain], before[row][None])[0] for row in (0, 2)]
+    assert torch.equal(scores, before)
+    banned = RowSampler(sampled(seed=0, logit_bias=((3, -100.0),)))
+    assert all(sample_rows([banned], torch.zeros(1, 4))[0].token_id != 3 for _ in range(40))
+
+
+def test_log_probabilities_are_those_before_penalties_and_bias():
+    scores = logits(1)
+    sampler = RowSampler(SamplingParams(logit_bias=((4, 100.0),), top_logprobs=3))
+    drawn = sample_rows([sampler], scores)[0]
+    expected = torch.log_softmax(scores[0], dim=-1)
+    assert drawn.token_id == 4
+    assert drawn.logprob == pytest.approx(float(expected[4]), abs=1e-5)
+    assert [token for token, _ in drawn.top] == scores[0].topk(3).indices.tolist()
+
+
+def test_each_row_has_as_many_likely_tokens_as_it_asks_for():
+    params = [SamplingParams(top_logprobs=count) for count in (0, 4, 100)]
+    drawn = sample_rows([RowSampler(some) for some in params], logits())
+    assert [len(sample.top) for sample in drawn] == [0, 4, 50]
+    assert drawn[1].top[0] == (drawn[1].token_id, pytest.approx(drawn[1].logprob))

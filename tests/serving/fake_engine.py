@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ def delta_nll(plan, seq_len_tokens):
 
 
 class FakeEngine:
-    """Gives each request the same tokens, at a pace.
+    """Gives each request the same tokens, at a pace; random ones of its constraint if it has one.
 
     Args:
         tokenizer: What `text` is tokenised with.
@@ -46,8 +47,9 @@ class FakeEngine:
         self.error = error
         self.plans = plans
         self.max_seq_len_tokens = 64
-        self.longest_prompt = SimpleNamespace(tokens=lambda: 63)
+        self.longest_prompt = SimpleNamespace(tokens=lambda: self.max_seq_len_tokens - 1)
         self.retry_after_s = lambda: 7
+        self.vocab_size = 61
         self.handles = []
         self.alive = True
         self.unready = None
@@ -90,9 +92,21 @@ class FakeEngine:
         threading.Thread(target=self._play, args=[handle], daemon=True).start()
         return handle
 
+    def _tokens(self, params):
+        if params.constraint is None:
+            yield from self.tokens
+            return
+        matcher, drawn = params.constraint.matcher(), random.Random(params.seed)
+        while True:
+            token = drawn.choice(matcher.allowed().nonzero()[:, 0].tolist())
+            matcher.accept(token)
+            if token in params.stop_token_ids:
+                return
+            yield token
+
     def _play(self, handle):
         handle.emit(AdmitEvent(self.clock()))
-        for number, token in enumerate(self.tokens):
+        for number, token in enumerate(self._tokens(handle.params)):
             if number == handle.params.max_new_tokens:
                 return handle.emit(EndEvent("length", None, time.monotonic()))
             time.sleep(self.pace_s)

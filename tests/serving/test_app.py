@@ -177,8 +177,8 @@ def test_log_probabilities_of_a_plain_answer(server):
         ({"messages": None}, "messages", "invalid_type", "list"),
         ({"messages": []}, "messages", "invalid_value", "at least one"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_type", "text"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value",
-         "'tool'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value",
+         "'robot'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
          "messages[0].content", "invalid_type", "text"),
         ({"messages": ["hi"]}, "messages[0]", "invalid_type", "dict"),
@@ -203,12 +203,6 @@ def test_log_probabilities_of_a_plain_answer(server):
         ({"seed": 2**70}, "seed", "invalid_value", "seed"),
         ({"stream": "yes"}, "stream", "invalid_type", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
-        ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter", "chosen"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format",
-         "unsupported_parameter", "free text"),
-        ({"frequency_penalty": 1}, "frequency_penalty", "unsupported_parameter", "penal"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter", "bias"),
         ({"temprature": 1}, "temprature", "unknown_parameter", "temprature"),
         ({"prompt": "hi"}, "prompt", "unknown_parameter", "prompt"),
     ],
@@ -231,9 +225,8 @@ def test_a_wrong_field_is_named(server, change, param, code, words):
         ({"prompt": {"text": "a"}}, "prompt", "string"),
         ({"prompt": ["a"] * 9}, "prompt", "at most 8"),
         ({"prompt": "a" * 64}, "prompt", "maximum context length"),
-        ({"logprobs": 2}, "logprobs", "0"),
         ({"logprobs": True}, "logprobs", "True"),
-        ({"echo": True}, "echo", "not supported"),
+        ({"echo": 1}, "echo", "boolean"),
         ({"best_of": 2}, "best_of", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
     ],
@@ -299,7 +292,7 @@ def test_models_are_listed(server):
 
 
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server):
-    assert "/v1/embeddings" in error_of(post(server, {}, "embeddings"), 404)["message"]
+    assert "/v1/images" in error_of(post(server, {}, "images"), 404)["message"]
     error_of(httpx.get(f"{server.url}/v1/chat/completions"), 405)
 
 

@@ -43,3 +43,17 @@ def metaspace_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def byte_llm(positions=512):
+    """A random model for `byte_tokenizer`, with more logits than the tokenizer has tokens."""
+    import transformers as tf
+
+    from rap_env.llm.elastic import ElasticLLM
+    from tests.tiny import randomise, tiny_config
+
+    config = tiny_config("llama", 3)
+    config.vocab_size, config.max_position_embeddings, config.eos_token_id = 300, positions, 0
+    model = tf.AutoModelForCausalLM.from_config(config)
+    randomise(model)
+    return ElasticLLM(model.eval(), byte_tokenizer(), name="tiny-bytes")

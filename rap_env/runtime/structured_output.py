@@ -1,0 +1,146 @@
+"""Output that follows a JSON schema, a regular expression or a grammar, by `llguidance`.
+
+The library is the extra ``structured``. Shapes: V entries of the model's vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
+
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
+"""How a grammar is written: as a JSON schema, a regular expression, a JSON list of strings to
+choose from, a context-free grammar in the form of Lark or GBNF, or surely of Lark."""
+
+MAX_GRAMMAR_CHARS = 32_768
+"""Longest text of a grammar: its length bounds the time to compile it, to some 2 seconds."""
+WHITESPACE = r"[ \n\t]{1,20}"
+"""White space between the parts of JSON. A small model that may write any amount does."""
+
+
+class GrammarMatcher:
+    """Follows the tokens of one answer and knows which ones may come next.
+
+    Made by `CompiledGrammar.matcher`.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def allowed(self) -> torch.Tensor:
+        """Whether each token may come next, (V,); after the last token only stop tokens may.
+
+        Raises:
+            InvalidGrammarError: It takes more than the library's limits of a step.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise InvalidGrammarError(f"The answer's grammar failed: {_reason(self._matcher)}")
+        found = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+        return torch.from_numpy(found.view(np.bool_))
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token that `allowed` has; if that fails, `allowed` raises an error."""
+        self._matcher.consume_token(token_id)
+
+
+class CompiledGrammar:
+    """A grammar that any number of answers may follow. Made by `GrammarCompiler.compile`."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> GrammarMatcher:
+        """A matcher at the start of an answer."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer; from any thread.
+
+    The first grammar takes longer: a second for a vocabulary of 49,152 tokens, and some 20 MB.
+
+    Args:
+        tokenizer: A tokenizer of the library `tokenizers`, as most in transformers are.
+        vocab_size: V.
+        stop_token_ids: Tokens that end an answer, at least one.
+    """
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._stop_token_ids = list(stop_token_ids)
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+
+    def compile(self, kind: GrammarKind, text: str) -> CompiledGrammar:
+        """Compile a grammar, and compute what may come first.
+
+        Raises:
+            InvalidGrammarError: It is too long or too complex, or the library does not take it.
+            MissingDependencyError: The extra ``structured`` is not installed.
+            UnsupportedModelError: The library does not take the tokenizer, or no token ends an
+                answer.
+        """
+        if len(text) > MAX_GRAMMAR_CHARS:
+            raise InvalidGrammarError(
+                f"The grammar has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are compiled."
+            )
+        with self._lock:  # one at a time, so that many large grammars take one core
+            matcher = self._matcher(kind, text)
+        if matcher.is_error():
+            raise InvalidGrammarError(f"The grammar cannot be compiled: {_reason(matcher)}")
+        return CompiledGrammar(matcher, self._vocab_size)
+
+    def _matcher(self, kind: GrammarKind, text: str) -> Any:
+        """The library's matcher, which may have an error."""
+        if self._vocabulary is None:
+            self._vocabulary = self._load()
+        import llguidance
+
+        try:
+            if kind == "json_schema":
+                defaults: Any = {"whitespace_pattern": WHITESPACE}
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=defaults)
+            else:
+                grammar = llguidance.grammar_from(kind, text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidGrammarError(f"The grammar cannot be compiled: {error}.") from None
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # what may come first is too complex, or nothing may
+        return matcher
+
+    def _load(self) -> Any:
+        """The vocabulary in the library's form."""
+        try:
+            import llguidance.hf
+        except ImportError:
+            raise MissingDependencyError("llguidance", "Structured output", "structured") from None
+        if not self._stop_token_ids:
+            raise UnsupportedModelError(
+                "Structured output needs a token that ends an answer, and the model has none."
+            )
+        try:
+            return llguidance.hf.from_tokenizer(
+                self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_token_ids
+            )
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"llguidance does not support this model's tokenizer: {error}"
+            ) from None
+
+
+def _reason(matcher: Any) -> str:
+    """The library's error message, without its internal state."""
+    text: str = matcher.get_error()
+    return text.partition("<non-verbose/>")[0].strip()

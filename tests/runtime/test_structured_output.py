@@ -1,0 +1,206 @@
+"""Answers that follow schemas, expressions and grammars, alone and in a running batch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("llguidance", reason="the extra structured is not installed")
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidGrammarError, UnsupportedModelError
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.runtime.policies import StaticPolicy
+from rap_env.runtime.sampling import SamplingParams
+from rap_env.runtime.structured_output import MAX_GRAMMAR_CHARS, GrammarCompiler
+from tests.serving.tokenizers import byte_llm, byte_tokenizer
+from tests.tiny import tiny_tokenizer
+
+END = 0
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "n": {"enum": [1, 22, 333]}},
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+KINDS = {
+    "json_schema": json.dumps(SCHEMA),
+    "regex": "[a-c]{3,9}é",
+    "choice": '["yes", "no", "may be"]',
+    "grammar": 'start: "<" item ("," item)* ">"\nitem: /[0-9]{1,3}/',
+}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return byte_llm()
+
+
+@pytest.fixture(scope="module")
+def compiler(llm):
+    return GrammarCompiler(llm.tokenizer, vocab_size=300, stop_token_ids=[END])
+
+
+def matches(kind, text):
+    import re
+
+    if kind == "json_schema":
+        found = json.loads(text)
+        return set(found) == {"ok", "n"} and found["n"] in (1, 22, 333)
+    patterns = {
+        "regex": "[a-c]{3,9}é", "choice": "yes|no|may be", "grammar": r"<\d{1,3}(,\d{1,3})*>",
+    }  # fmt: skip
+    return re.fullmatch(patterns[kind], text) is not None
+
+
+def random_answer(grammar, seed, tokenizer):
+    matcher, drawn = grammar.matcher(), np.random.default_rng(seed)
+    tokens = []
+    while not tokens or tokens[-1] != END:
+        tokens.append(int(drawn.choice(np.flatnonzero(matcher.allowed().numpy()))))
+        matcher.accept(tokens[-1])
+    return tokenizer.decode(tokens[:-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_drawn_follows_the_grammar(kind, compiler, llm):
+    grammar = compiler.compile(kind, KINDS[kind])
+    for seed in range(5):
+        assert matches(kind, random_answer(grammar, seed, llm.tokenizer))
+
+
+def test_gbnf_is_a_grammar_too(compiler, llm):
+    grammar = compiler.compile("grammar", 'root ::= "a" ("b" | "c") "d"')
+    assert {random_answer(grammar, seed, llm.tokenizer) for seed in range(9)} == {"abd", "acd"}
+
+
+def test_logits_without_a_token_are_never_allowed(compiler):
+    allowed = compiler.compile("regex", r"[\s\S]*").matcher().allowed()
+    assert allowed.shape == (300,)
+    assert not allowed[len(byte_tokenizer()) :].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        ("json_schema", '{"type": "number", "type": "foo"}', "Invalid type: foo"),
+        ("json_schema", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
+        ("json_schema", "{", "EOF"),
+        ("regex", "(a", "unclosed group"),
+        ("grammar", "start: other", 'unknown name: "other"'),
+        ("grammar", "root ::= (", "Expected"),
+        ("regex", "a" * (MAX_GRAMMAR_CHARS + 1), f"at most {MAX_GRAMMAR_CHARS}"),
+        ("regex", r"[^\s\S]", "NoExtension"),  # nothing may come first
+    ],
+)
+def test_a_grammar_that_does_not_compile_is_rejected_with_the_reason(compiler, kind, text, reason):
+    with pytest.raises(InvalidGrammarError, match=reason) as found:
+        compiler.compile(kind, text)
+    assert "non-verbose" not in str(found.value)
+
+
+def test_a_tokenizer_that_the_library_does_not_read_is_named():
+    compiler = GrammarCompiler(tiny_tokenizer(), vocab_size=61, stop_token_ids=[2])
+    with pytest.raises(UnsupportedModelError, match="tokenizer"):
+        compiler.compile("regex", "a")
+    compiler = GrammarCompiler(byte_tokenizer(), vocab_size=300, stop_token_ids=[])
+    with pytest.raises(UnsupportedModelError, match="ends an answer"):
+        compiler.compile("regex", "a")
+
+
+def engine_of(llm, plan=lambda: BlockMask()):
+    class Policy(StaticPolicy):
+        def choose(self, request):
+            return plan()
+
+    policy = Policy(BlockMask(), "static")
+    controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm), hold_s=0.0)
+    return Engine(llm, controller, max_batch_size=6, prefill_chunk_tokens=8)
+
+
+def submitted(engine, constraint, **settings):
+    given = {"max_new_tokens": 200, "stop_token_ids": (END,), **settings}
+    return engine.submit(range(40, 52), SamplingParams(constraint=constraint, **given))
+
+
+def finish(engine):
+    for _ in range(2000):
+        if not engine.step():
+            return
+    raise AssertionError("still busy")
+
+
+def test_each_row_of_a_batch_follows_its_own_grammar(llm, compiler):
+    engine = engine_of(llm)
+    free = submitted(engine, None, max_new_tokens=20)
+    finish(engine)
+    rows = {
+        kind: submitted(engine, compiler.compile(kind, text), temperature=1.0, seed=4)
+        for kind, text in KINDS.items()
+    }
+    again = submitted(engine, None, max_new_tokens=20)
+    finish(engine)
+    for kind, handle in rows.items():
+        assert handle.reason == "stop"
+        assert matches(kind, llm.tokenizer.decode(handle.token_ids)), kind
+    assert again.token_ids == free.token_ids
+
+
+def test_a_limit_inside_the_answer_ends_it(llm, compiler):
+    engine = engine_of(llm)
+    handle = submitted(engine, compiler.compile("regex", "[ab]{30}"), max_new_tokens=7)
+    finish(engine)
+    assert handle.reason == "length"
+    assert set(llm.tokenizer.decode(handle.token_ids)) <= {"a", "b"}
+
+
+def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, compiler):
+    removed = [BlockMask(), BlockMask.of(0, 3), BlockMask.of(1, 2, 5)]
+    chosen = []
+    engine = engine_of(llm, plan=lambda: (chosen or removed)[0])
+    handle = submitted(engine, compiler.compile("regex", "[ab]{10}-[0-9]{10}"))
+    other = submitted(engine, compiler.compile("json_schema", KINDS["json_schema"]))
+    for number in range(12):
+        chosen[:] = [removed[number % 3]]
+        engine.llm.apply(removed[number % 3])
+        engine.step()
+        if number in (4, 8):
+            engine._scheduler._preempt()
+            engine._scheduler._preempt()
+    finish(engine)
+    assert handle.preemptions == other.preemptions == 2
+    assert len(set(handle.masks)) > 1
+    text = llm.tokenizer.decode(handle.token_ids)
+    assert len(text) == 21
+    assert text[10] == "-"
+    assert matches("json_schema", llm.tokenizer.decode(other.token_ids))
+
+
+def test_a_grammar_that_fails_in_the_answer_ends_its_request_alone(llm, compiler):
+    class Failing:
+        def matcher(self):
+            return self
+
+        steps = 0
+
+        def allowed(self):
+            self.steps += 1
+            if self.steps > 3:
+                raise InvalidGrammarError("Too complex.")
+            return torch.ones(300, dtype=torch.bool)
+
+        def accept(self, token_id):
+            pass
+
+    engine = engine_of(llm)
+    bad = submitted(engine, Failing())
+    good = submitted(engine, compiler.compile("choice", KINDS["choice"]))
+    finish(engine)
+    assert (bad.reason, bad.rejection, bad.error) == ("error", "constraint", "Too complex.")
+    assert len(bad.token_ids) == 3
+    assert good.reason == "stop"
