@@ -36,6 +36,7 @@ from rap_env.export.static_deployment import choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.plan import as_plan
 from rap_env.request import Request
+from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import (
     ServerSettings,
     parse_bytes,
@@ -140,6 +141,7 @@ def serve(config: Path | None, **options: str | bool | None) -> None:
 
     settings = read()
     require_extra()
+    check_before_loading(settings)  # before torch is imported, which takes seconds
     from rap_env.serving.stack import serve as serve_until_interrupted
 
     serve_until_interrupted(settings, click.echo, read if config else None)

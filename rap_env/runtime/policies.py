@@ -56,6 +56,10 @@ _FILES_OF = {
 FACTS_VERSION = 2
 """Format of the facts of the default model in the package."""
 
+_HINT = (
+    "Any other value is read as the path of a file, or as package.module:factory, and there is no "
+    "such file."
+)
 _CACHED_CHOICES = 1024
 _FILES: tuple[type[PolicyFile | LadderPolicyFile], ...] = (PolicyFile, LadderPolicyFile)
 
@@ -262,6 +266,37 @@ def load_policy(
     return NetworkPolicy(memory, file, _of_kind(features, ImportanceFeatures))
 
 
+def policy_blocks(source: str | os.PathLike[str]) -> int | None:
+    """Number of blocks of the model that a policy is for, without that model.
+
+    Args:
+        source: As for `load_policy`.
+
+    Returns:
+        The number; None for a policy of any model, of another package, or in a table.
+
+    Raises:
+        UnknownNameError: There is no policy of this name, and no such file.
+        ArtifactError: The file is damaged or no policy.
+        PluginError: Several packages offer the policy.
+    """
+    if source in ("dense", "knapsack"):  # the latter has a fallback for other models
+        return None
+    path = _path_of(source)
+    if path is None:
+        find_plugin("policy", os.fspath(source), NAMED, _HINT)
+        return None
+    if path.suffix != ".json":
+        return read_policy(path, *_FILES).model.num_blocks
+    kinds = {kind.KIND for kind in (LevelCosts, PlanFrontier, Frontier)}
+    if (kind := artifact_kind(path)) not in kinds:
+        raise ArtifactError(
+            f"{path} is {'damaged' if kind is None else f'of the kind {kind!r}'}, but a policy in "
+            f"a JSON file is one of {', '.join(sorted(kinds))}."
+        )
+    return None
+
+
 def _of_kind(features: object, kind: type[_Kind]) -> _Kind | None:
     """Importance for one kind of policy.
 
@@ -320,11 +355,7 @@ def _path_of(source: str | os.PathLike[str]) -> Path | None:
 
 def _policy_of_package(name: str, memory: MemoryModel) -> PlanPolicy:
     """The policy that another package makes for a model."""
-    hint = (
-        "Any other value is read as the path of a file, or as package.module:factory, and there is "
-        "no such file."
-    )
-    plugin = find_plugin("policy", name, NAMED, hint)
+    plugin = find_plugin("policy", name, NAMED, _HINT)
     policy: PlanPolicy = plugin.make(memory)
     if not callable(getattr(policy, "choose", None)) or not hasattr(policy, "name"):
         raise PluginError(

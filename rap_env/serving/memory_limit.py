@@ -14,6 +14,7 @@ from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, re
 from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
 from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
 from rap_env.serving.live_limit import LiveLimit
+from rap_env.serving.preflight import too_little
 
 if TYPE_CHECKING:
     from rap_env.llm.elastic import ElasticLLM
@@ -138,10 +139,7 @@ def _check_least(model: str, least: int, process: ProcessMemory | None, limit_by
         ServingSettingsError: The message says how much is needed.
     """
     if process is None and limit_bytes < least:
-        raise ServingSettingsError(
-            f"model_memory must be at least {least:,} bytes for {model}, which it needs for one "
-            f"token without any block, not {limit_bytes:,}; give more."
-        )
+        raise ServingSettingsError(too_little(model, least, limit_bytes))
     if process is not None and limit_bytes < least + process.other_bytes + HEADROOM_BYTES:
         others = process.other_bytes + HEADROOM_BYTES
         raise ServingSettingsError(

@@ -33,6 +33,7 @@ from rap_env.serving.memory_limit import (
     open_budget,
     open_limit,
 )
+from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import ServerSettings, require_extra
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ def serve(
     with server_logging(settings), bind(settings.host, settings.port) as bound:
         # These fail before the model is loaded.
         check_address(bound, settings)
+        check_before_loading(settings)
         if settings.threads is not None:
             use_threads(settings.threads)
         stack = build_stack(settings)
