@@ -58,6 +58,8 @@ class SoakConfig(Section):
     """Longest prompt, in tokens."""
     answer_tokens: Count = 8
     """Longest answer, in tokens."""
+    newcomer_tokens: Count = 2000
+    """Tokens of the long prompts of ``experiments.soak.newcomers``."""
     cancel_share: NotNegative = 0.08
     """Share of requests whose stream the client closes while it runs."""
     disconnect_share: NotNegative = 0.07
