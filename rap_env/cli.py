@@ -120,7 +120,7 @@ def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
     for name, text in options.items():
         if text is not None:
             values[name] = None if text in ("none", "null") else text
-            if isinstance(text, str) and str not in types[name]:
+            if isinstance(text, str) and (str not in types[name] or float in types[name]):
                 with contextlib.suppress(ValueError, TypeError):
                     values[name] = json.loads(values[name])
     return values

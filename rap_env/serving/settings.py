@@ -19,6 +19,12 @@ from rap_env.errors import MissingDependencyError, ServingSettingsError, check_n
 from rap_env.specs import check_settings, check_types, field_types
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
+DEFAULT_MAX_DELTA_NLL = 0.1
+"""Default floor of quality, nats per token.
+
+Plans of the default model that were measured with up to 0.11 lose at most 1.6 points of accuracy on
+three tasks, those with 0.39 seven (`docs/results/plans.md`); nothing in between was measured.
+"""
 CHOICES = {
     "weights": ("native", "bf16", "int8", "int4"),
     "residency": ("resident", "offload", "drop"),
@@ -72,7 +78,8 @@ class ServerSettings:
             or of a frontier.
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
-            status 503. Null for no floor.
+            status 503. ``auto`` is 0.1 with policies that predict the rise, and no floor with
+            others; null for no floor.
         min_quality_per_request: Strictest floor that a request may ask for in its field
             ``max_delta_nll``, in nats per token; 0 allows the native plan alone. Null: none may.
         max_degradation_by_newcomer: How far requests that join a batch may raise the predicted rise
@@ -141,7 +148,7 @@ class ServerSettings:
     repair: str = "none"
     threads: int | None = None
     policy: str = "knapsack"
-    max_delta_nll: float | None = None
+    max_delta_nll: float | str | None = "auto"
     min_quality_per_request: float | None = None
     max_degradation_by_newcomer: float | None = 0.05
     memory: str | int = "auto"
@@ -195,13 +202,17 @@ class ServerSettings:
                 raise ServingSettingsError(f"{name} must be above 0 seconds, not {value}.")
             if types[0] is int and name != "port" and value is not None and value < 1:
                 raise ServingSettingsError(f"{name} must be at least 1, not {value}.")
+        if isinstance(self.max_delta_nll, str) and self.max_delta_nll != "auto":
+            raise ServingSettingsError(
+                f"max_delta_nll must be 'auto', null or a number, not {self.max_delta_nll!r}."
+            )
         for name in ("max_delta_nll", "min_quality_per_request", "max_degradation_by_newcomer"):
             rise = getattr(self, name)
-            if rise is not None and not 0 <= rise < math.inf:
+            if rise not in (None, "auto") and not 0 <= rise < math.inf:
                 raise ServingSettingsError(
                     f"{name} must be at least 0 nats per token and finite, not {rise}."
                 )
-        floor, strictest = self.max_delta_nll, self.min_quality_per_request
+        floor, strictest = self.floor_if_predicted, self.min_quality_per_request
         if floor is not None and strictest is not None and strictest > floor:
             raise ServingSettingsError(
                 f"min_quality_per_request must be at most max_delta_nll ({floor}), so that a "
@@ -239,6 +250,12 @@ class ServerSettings:
     def served_name(self) -> str:
         """Name that clients send as ``model``."""
         return self.model_name or self.model
+
+    @property
+    def floor_if_predicted(self) -> float | None:
+        """Quality floor with a policy that predicts the rise in NLL; None for none."""
+        floor = DEFAULT_MAX_DELTA_NLL if self.max_delta_nll == "auto" else self.max_delta_nll
+        return None if floor is None else float(floor)
 
     @property
     def process_bytes(self) -> int | None:

@@ -139,7 +139,7 @@ def build_stack(
             llm,
             policy,
             memory,
-            max_delta_nll=settings.max_delta_nll,
+            max_delta_nll=_floor(settings, policy),
             max_degradation_by_newcomer=_newcomer_limit(settings, policy),
             log=decisions,
             chunk_tokens=settings.prefill_chunk_tokens,
@@ -148,7 +148,7 @@ def build_stack(
         strictest = settings.min_quality_per_request
         if strictest is not None:
             controller.chooser.check_bound("min_quality_per_request", strictest)
-        if limit is not None and settings.max_delta_nll is not None:
+        if limit is not None and controller.chooser.max_delta_nll is not None:
             _check_floor(controller)
         engine = engine_class(
             llm,
@@ -166,6 +166,18 @@ def build_stack(
             decisions.close()
         raise
     return ServerStack(settings, engine, app, decisions, limit)
+
+
+def _floor(settings: ServerSettings, policy: PlanPolicy) -> float | None:
+    """The floor of the settings; none, with a warning, if it is the default and unpredictable."""
+    if settings.max_delta_nll != "auto" or predicts(policy):
+        return settings.floor_if_predicted
+    log.warning(
+        "Policy %s predicts no rise in NLL, so answers have no floor of quality; knapsack and rap "
+        "predict it for models with measured level costs.",
+        policy.name,
+    )
+    return None
 
 
 def _newcomer_limit(settings: ServerSettings, policy: PlanPolicy) -> float | None:

@@ -31,11 +31,13 @@ def knapsack_of(llm):
     return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
 
 
-def stack_of(tokenizer, read_budget, **settings):
+def stack_of(tokenizer, read_budget, max_delta_nll=None, **settings):
     llm = tiny_llm(layers=3, tokenizer=tokenizer)
     llm.set_residency("offload")
     return build_stack(
-        ServerSettings(model_name="tiny", shutdown_grace_s=5.0, **settings),
+        ServerSettings(
+            model_name="tiny", shutdown_grace_s=5.0, max_delta_nll=max_delta_nll, **settings
+        ),
         llm=llm,
         policy=knapsack_of(llm),
         memory=GivenMemory(read_budget),
@@ -139,8 +141,8 @@ def test_no_request_has_a_floor_of_its_own_unless_the_server_allows_it(tokenizer
     assert "no floor of their own (min_quality_per_request)" in error["message"]
 
 
-def test_without_predictions_newcomers_are_not_limited_and_the_log_says_so(tokenizer, caplog):
-    for policy, limit in (("dense", None), (None, 0.05)):
+def test_without_predictions_no_default_limits_anything_and_the_log_says_so(tokenizer, caplog):
+    for policy, limit, floor in (("dense", None, None), (None, 0.05, 0.1)):
         llm = tiny_llm(layers=3, tokenizer=tokenizer)
         given = {} if policy else {"policy": knapsack_of(llm)}
         caplog.clear()
@@ -149,7 +151,9 @@ def test_without_predictions_newcomers_are_not_limited_and_the_log_says_so(token
                 ServerSettings(policy=policy or "knapsack", memory="1GiB"), llm=llm, **given
             )
         assert stack.engine.controller.max_degradation_by_newcomer == limit
+        assert stack.engine.controller.chooser.max_delta_nll == floor
         assert ("dense predicts no rise in NLL, so max_degr" in caplog.text) == (limit is None)
+        assert ("dense predicts no rise in NLL, so answers" in caplog.text) == (floor is None)
 
 
 def test_floors_of_requests_need_a_policy_that_predicts(tokenizer):
