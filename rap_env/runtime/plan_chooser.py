@@ -28,6 +28,14 @@ def predicts(policy: PlanPolicy) -> bool:
     return predict(CompressionPlan(), 1) is not None
 
 
+def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
+    """The message for a bound, called `name`, with a policy that predicts no rise in NLL."""
+    return (
+        f"{name}={max_delta_nll} needs a policy that predicts the rise in NLL of its plans, as "
+        f"knapsack and rap do, and {policy} does not: choose such a policy, or set {name} to null."
+    )
+
+
 @dataclass(frozen=True)
 class PlanChoice:
     """A plan that fits."""
@@ -100,11 +108,7 @@ class PlanChooser:
                 f"{name} must be at least 0 nats per token and finite, not {max_delta_nll}."
             )
         if not predicts(self.policy):
-            raise InvalidRequestError(
-                f"{name}={max_delta_nll} needs a policy that predicts the rise in NLL of its "
-                f"plans, as knapsack and rap do, and {self.policy.name} does not: choose such a "
-                f"policy, or set {name} to null."
-            )
+            raise InvalidRequestError(no_prediction_text(name, max_delta_nll, self.policy.name))
 
     @property
     def floor_clause(self) -> str:

@@ -9,9 +9,12 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError, ServingSetting
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
+from rap_env.runtime.plan_chooser import no_prediction_text
 from rap_env.runtime.policies import NAMED, default_facts, load_policy, policy_blocks
 from rap_env.serving.settings import ServerSettings
 
+WITHOUT_PREDICTIONS = ("dense", "frontier", "rap-v0")
+"""Names of the policies that predict no rise in NLL."""
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -26,9 +29,14 @@ def check_before_loading(settings: ServerSettings) -> None:
         ArtifactError: The policy file is damaged, or of another model.
         PluginError: Several packages offer the policy.
         ModelNotAvailableError: The model's folder or file does not exist.
-        ServingSettingsError: `model_memory` is less than the smallest plan needs.
+        ServingSettingsError: `model_memory` is less than the smallest plan needs, or the policy
+            predicts nothing for a floor of quality.
     """
     check_name("dtype", settings.dtype, _DTYPES)
+    for name in ("max_delta_nll", "min_quality_per_request"):
+        bound = getattr(settings, name)
+        if bound not in (None, "auto") and settings.policy in WITHOUT_PREDICTIONS:
+            raise ServingSettingsError(no_prediction_text(name, bound, settings.policy))
     wanted = policy_blocks(settings.policy)
     facts = _known_facts(settings)
     blocks = _blocks_of_folder(settings.model) if facts is None else facts.num_blocks

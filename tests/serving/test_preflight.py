@@ -10,8 +10,10 @@ import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import RapError
-from rap_env.runtime.policies import SAVED, policy_blocks
-from rap_env.serving.preflight import check_before_loading
+from rap_env.memory import MemoryModel
+from rap_env.runtime.plan_chooser import predicts
+from rap_env.runtime.policies import NAMED, SAVED, default_facts, load_policy, policy_blocks
+from rap_env.serving.preflight import WITHOUT_PREDICTIONS, check_before_loading
 from rap_env.serving.settings import ServerSettings
 
 RAP = str(SAVED / "smollm2-135m.ladder.safetensors")
@@ -62,6 +64,17 @@ def test_what_cannot_serve_is_named(folder, wrong, words):
 def test_what_can_serve_passes(folder, right):
     given = {k: v.format(folder=folder) for k, v in right.items()}
     check_before_loading(ServerSettings(**given))
+
+
+def test_the_policies_without_predictions_are_named():
+    for name in NAMED:
+        masks = name in ("frontier", "rap-v0")
+        memory = MemoryModel(default_facts("bf16" if masks else "native"))
+        assert predicts(load_policy(name, memory)) == (name not in WITHOUT_PREDICTIONS)
+    for name in WITHOUT_PREDICTIONS:
+        settings = ServerSettings(policy=name, min_quality_per_request=0.1)
+        with pytest.raises(RapError, match=f"min_quality_per_request=0.1 needs .* {name} does not"):
+            check_before_loading(settings)
 
 
 def test_the_blocks_of_a_policy_are_those_of_its_model():

@@ -26,7 +26,11 @@ def test_the_limit_decides_what_a_long_prompt_does_to_the_streams_beside_it():
     memory = MemoryModel(tiny_llm(layers=3))
     budget = memory.peak_bytes(CompressionPlan(), BatchShape(3, 15).request(1)) + 5000
     for limit in (0.01, None):
-        given = {"max_batch_size": 4, "max_degradation_by_newcomer": limit}
+        given = {
+            "max_batch_size": 4,
+            "max_delta_nll": None,
+            "max_degradation_by_newcomer": limit,
+        }
         records[limit] = compare_streams(stack_of(tokenizer, lambda: budget, **given), SOAK, 0)
     fair, unfair = records[0.01], records[None]
     assert (fair["streams"], fair["newcomers_served"]) == (3, 1)
