@@ -215,18 +215,23 @@ def serve(
         reread: Reads the settings again at SIGHUP; None if they cannot have changed.
 
     Raises:
-        RapError: As for `build_stack`, the address is not available, or `check_access` or
-            `check_address` rejects the settings.
+        RapError: As for `build_stack`, the address is not available, another server writes the
+            same files, or `check_access`, `check_address` or `check_before_loading` rejects the
+            settings.
     """
     require_extra()
     from rap_env.serving.access import check_access, check_address
     from rap_env.serving.logs import server_logging
     from rap_env.serving.reload import reload_settings
+    from rap_env.serving.run_lock import written_files_locked
     from rap_env.serving.server import Server, bind, url_of
 
     check_access(settings)
-    with server_logging(settings), bind(settings.host, settings.port) as bound:
-        # These fail before the model is loaded.
+    with (
+        written_files_locked(settings),
+        server_logging(settings),
+        bind(settings.host, settings.port) as bound,
+    ):  # these fail before the model is loaded
         check_address(bound, settings)
         check_before_loading(settings)
         if settings.threads is not None:
