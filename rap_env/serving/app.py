@@ -32,6 +32,7 @@ from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.probes import probe_router
 from rap_env.serving.prompts import RequestBuilder, stop_tokens
+from rap_env.serving.rate_limits import Allowance, Charge
 from rap_env.serving.request_id import REQUEST_ID_HEADER, RequestIds
 from rap_env.serving.responses import (
     EventStreamResponse,
@@ -72,7 +73,7 @@ class Service:
         self.metrics = ServingMetrics(engine, settings)
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
-        self._running: set[Generation] = set()
+        self._running: dict[Generation, Charge | None] = {}
         self.builder = RequestBuilder(
             tokenizer,
             settings,
@@ -123,8 +124,15 @@ class Service:
         plans = AnswerPlans(partial(predict, seq_len_tokens=built.final_tokens), self._made_of)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
         request.state.log_fields = generation.log_fields
-        generation.start()
-        self._running.add(generation)
+        allowance: Allowance | None = getattr(request.state, "allowance", None)
+        charge = None if allowance is None else allowance.charge(built.most_tokens)
+        try:
+            generation.start()
+        except BaseException:
+            if charge is not None:
+                charge.settle(0)
+            raise
+        self._running[generation] = charge
         writer = ResponseWriter(built, model=self.settings.served_name, plans=plans)
         respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
@@ -156,7 +164,9 @@ class Service:
         return stream
 
     def _finish(self, generation: Generation) -> None:
-        self._running.discard(generation)
+        charge = self._running.pop(generation, None)
+        if charge is not None:
+            charge.settle(usage_of(generation)["total_tokens"])
         generation.cancel()
 
     def count(self, request: Request, outcome: str) -> None:

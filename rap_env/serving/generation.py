@@ -102,6 +102,11 @@ class GenerationRequest:
         return sum(map(len, self.prompts))
 
     @property
+    def most_tokens(self) -> int:
+        """Most tokens of prompts and answers together."""
+        return self.prompt_tokens + self.size * self.params.max_new_tokens
+
+    @property
     def final_tokens(self) -> int:
         """Most tokens that the cache of one of its answers will hold."""
         return max(map(len, self.prompts)) + self.params.max_new_tokens - 1

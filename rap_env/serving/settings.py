@@ -107,7 +107,8 @@ class ServerSettings:
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         api_key_file: File of API keys, one per line; requests other than probes must send one of
-            them as ``Authorization: Bearer KEY``. null for none.
+            them as ``Authorization: Bearer KEY``. Limits per minute may follow a key: ``KEY
+            requests=60 tokens=100000``. null for none.
         admin_key_file: File of the keys of administrators, in the format of `api_key_file`, for
             ``/admin/budget``; null for no such route. A key of a client is none of them.
         insecure: Whether to serve without API keys at an address that others can reach.
