@@ -47,6 +47,22 @@ def tensor_key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
     return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
 
 
+def copy_to_memory(model: nn.Module) -> None:
+    """Copy weights on the CPU, whose memory may be a mapping of a file, to memory of their own.
+
+    A process that reads a mapping is killed if another one truncates the file. Names of one tensor
+    still share its memory.
+    """
+    copies: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
+    done = set()
+    for _, tensor in named_weights(model):
+        if tensor.device.type == "cpu" and id(tensor) not in done:
+            key = tensor_key(tensor)
+            copies.setdefault(key, tensor.detach().clone())
+            tensor.data = copies[key].view(tensor.shape)
+            done.add(id(tensor))
+
+
 def fingerprint_of(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
     """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
 

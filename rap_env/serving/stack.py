@@ -13,6 +13,7 @@ from rap_env.errors import ArtifactError, ServingSettingsError
 from rap_env.llm.device import use_threads
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
+from rap_env.llm.weights import copy_to_memory
 from rap_env.memory import MemoryModel
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import BatchShape
@@ -74,6 +75,8 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
         lean=settings.repair != "library",  # a lean model cannot be fitted to
         before_weights=partial(check_start, settings, limit),
     )
+    if settings.residency == "resident":  # else weights are copied in any case
+        copy_to_memory(llm.model)
     llm.set_residency(cast("Residency", settings.residency))
     if settings.repair != "none":
         from rap_env.repair.cached_library import open_library  # loads what scores models

@@ -1,5 +1,6 @@
 """Weights of removed blocks really leave memory, and are restored bit for bit."""
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
 from rap_env.paths import cache_dir
 from rap_env.request import Request
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import load_served_model
 from tests.llm.states import logits, weights_hash
 from tests.tiny import (
     FAMILIES,
@@ -191,6 +194,22 @@ def test_switching_back_to_resident_loads_all_blocks(tmp_path) -> None:
     assert llm.held_bytes.weights == dense
     llm.apply(BlockMask())
     assert torch.equal(logits(llm), logits(opened(tmp_path / "model")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_no_file_of_a_served_model_stays_mapped(tmp_path, name) -> None:
+    folder = saved(tmp_path, name)
+    tiny_tokenizer().save_pretrained(folder)
+    plain = opened(folder)
+    settings = ServerSettings(model=str(folder), dtype="bfloat16", residency="resident")
+    llm = load_served_model(settings)
+    before, tied = logits(plain), llm.model.get_input_embeddings().weight.data_ptr()
+    assert torch.equal(logits(llm), before)
+    assert (llm.model.get_output_embeddings().weight.data_ptr() == tied) == (name == "llama_tied")
+    del plain
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_streamed_model_rejects_residency_changes(tmp_path) -> None:
