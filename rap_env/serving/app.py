@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
+from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.access import RequireApiKey, open_keys
 from rap_env.serving.admin import admin_router
 from rap_env.serving.answer_plans import AnswerPlans
@@ -65,6 +66,7 @@ class Service:
         tokenizer: Any,
         settings: ServerSettings,
         limit: LiveLimit | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -74,12 +76,14 @@ class Service:
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
         self._running: dict[Generation, Charge | None] = {}
+        stops = stop_tokens(engine.llm, tokenizer)
         self.builder = RequestBuilder(
             tokenizer,
             settings,
             context_tokens=engine.max_seq_len_tokens,
-            vocab_size=engine.vocab_size,
-            stop_token_ids=stop_tokens(engine.llm, tokenizer),
+            grammars=grammars
+            or GrammarCompiler(tokenizer, vocab_size=engine.vocab_size, stop_token_ids=stops),
+            stop_token_ids=stops,
             longest_prompt=engine.longest_prompt.tokens,
         )
         made_of = (engine.llm.fingerprint, engine.controller.chooser.policy.name, __version__)
@@ -177,7 +181,11 @@ class Service:
 
 
 def create_app(
-    engine: Engine, tokenizer: Any, settings: ServerSettings, limit: LiveLimit | None = None
+    engine: Engine,
+    tokenizer: Any,
+    settings: ServerSettings,
+    limit: LiveLimit | None = None,
+    grammars: GrammarCompiler | None = None,
 ) -> FastAPI:
     """Make the server's ASGI application, which starts and closes the engine.
 
@@ -188,11 +196,13 @@ def create_app(
         tokenizer: The tokenizer of its model.
         settings: Settings of the server.
         limit: The memory limit, which administrators may change; None if the budget is another.
+        grammars: Compiles what answers have to follow, for the engine's model; by default one that
+            loads its vocabulary for the first grammar.
 
     Raises:
         ServingSettingsError: A file of keys cannot be read.
     """
-    service = Service(engine, tokenizer, settings, limit)
+    service = Service(engine, tokenizer, settings, limit, grammars)
     app = FastAPI(
         title="rap-env", version=__version__, lifespan=service.lifespan,
         docs_url=None, redoc_url=None, openapi_url=None,

@@ -31,8 +31,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 class RequestBuilder:
     """Makes generation requests from validated bodies.
 
-    `context_tokens` is the most tokens of a prompt and its answer together, `vocab_size` the number
-    of the model's logits, and `longest_prompt` gives the most tokens of a prompt that fit the
+    `context_tokens` is the most tokens of a prompt and its answer together, `grammars` compiles
+    what answers have to follow, and `longest_prompt` gives the most tokens of a prompt that fit the
     memory budget, 0 if none do.
     """
 
@@ -42,7 +42,7 @@ class RequestBuilder:
         settings: ServerSettings,
         *,
         context_tokens: int,
-        vocab_size: int,
+        grammars: GrammarCompiler,
         stop_token_ids: Sequence[int],
         longest_prompt: Callable[[], int],
     ) -> None:
@@ -51,9 +51,7 @@ class RequestBuilder:
         self._stop_token_ids = tuple(stop_token_ids)
         self._longest_prompt = longest_prompt
         self._tokenizer = tokenizer
-        self._grammars = GrammarCompiler(
-            tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids
-        )
+        self.grammars = grammars
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
     def build(self, body: Body) -> GenerationRequest:
@@ -201,8 +199,8 @@ class RequestBuilder:
 
     def _constraint(self, body: Body, tools: Tools | None) -> CompiledGrammar | None:
         if tools is None or not tools.forced:
-            return constraint_of(body, self._grammars)
-        return compiled(self._grammars, "lark", tools.grammar(self._tokenizer), "tool_choice")
+            return constraint_of(body, self.grammars)
+        return compiled(self.grammars, "lark", tools.grammar(self._tokenizer), "tool_choice")
 
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""

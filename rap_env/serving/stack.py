@@ -123,7 +123,9 @@ def build_stack(
             suit the model, or the extra ``serve`` is not installed.
     """
     require_extra()
+    from rap_env.runtime.structured_output import GrammarCompiler
     from rap_env.serving.app import create_app
+    from rap_env.serving.prompts import stop_tokens
 
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
     try:
@@ -131,6 +133,13 @@ def build_stack(
         limit = open_limit(settings) if memory is None else None
         loaded = llm is None
         llm = load_served_model(settings, limit) if llm is None else llm
+        grammars = GrammarCompiler(
+            llm.tokenizer,
+            vocab_size=llm.facts.vocab_size,
+            stop_token_ids=stop_tokens(llm, llm.tokenizer),
+        )
+        if limit is not None and limit.name == "memory":
+            grammars.load()  # its memory counts at the start, and not for the first grammar
         policy = load_serving_policy(settings, llm) if policy is None else policy
         make_levels(llm, policy)
         if memory is None:
@@ -163,7 +172,7 @@ def build_stack(
             restore=cast("Restore", settings.restore),
             queue_timeout_s=settings.queue_timeout_s,
         )
-        app = create_app(engine, llm.tokenizer, settings, limit)
+        app = create_app(engine, llm.tokenizer, settings, limit, grammars)
     except BaseException:
         if decisions is not None:
             decisions.close()

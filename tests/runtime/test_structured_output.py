@@ -108,6 +108,8 @@ def test_a_tokenizer_that_the_library_does_not_read_is_named():
     compiler = GrammarCompiler(tiny_tokenizer(), vocab_size=61, stop_token_ids=[2])
     with pytest.raises(UnsupportedModelError, match="tokenizer"):
         compiler.compile("regex", "a")
+    compiler.load()  # at the start of a server it is no error
+    assert not compiler.loaded
     compiler = GrammarCompiler(byte_tokenizer(), vocab_size=300, stop_token_ids=[])
     with pytest.raises(UnsupportedModelError, match="ends an answer"):
         compiler.compile("regex", "a")

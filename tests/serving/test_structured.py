@@ -15,6 +15,8 @@ from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.policies import StaticPolicy
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack
 from tests.serving.conftest import client_of, served
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.tokenizers import CHAT_TEMPLATE, byte_llm
@@ -108,6 +110,15 @@ def test_what_does_not_compile_is_named(client, change, param, words):
     with pytest.raises(openai.BadRequestError, match=words) as found:
         chat(client, **change)
     assert found.value.param == param
+
+
+@pytest.mark.parametrize("limit", [{"memory": "64GiB"}, {"model_memory": "1GiB"}])
+def test_the_vocabulary_counts_at_the_start_within_a_limit_of_the_process(limit):
+    pytest.importorskip("llguidance", reason="the extra structured is not installed")
+    settings = ServerSettings(policy="dense", device="cpu", **limit)
+    stack = build_stack(settings, llm=byte_llm())
+    assert stack.app.state.service.builder.grammars.loaded is ("memory" in limit)
+    stack.close()
 
 
 def test_without_the_library_the_error_names_the_extra(tokenizer, monkeypatch):
