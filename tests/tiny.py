@@ -121,9 +121,16 @@ _CONFIGS: dict[str, Callable[[int], Any]] = {
 FAMILIES = tuple(_CONFIGS)
 """Names of the models below: the families, some in two layouts."""
 
+DISTINCT_FAMILIES = (
+    "llama", "llama_tied", "mistral_sliding", "gemma3", "gpt2", "opt", "gpt_neox", "mixtral"
+)  # fmt: skip
+"""One family of each structure, for tests that take long and of code that all families share."""
+
 
 def each_family(
-    argument: str, **choices: Sequence[Any] | Mapping[str, Any]
+    argument: str,
+    families: Sequence[str] = FAMILIES,
+    **choices: Sequence[Any] | Mapping[str, Any],
 ) -> pytest.MarkDecorator:
     """Parametrise a test by family and by other choices, without their whole product.
 
@@ -132,6 +139,7 @@ def each_family(
 
     Args:
         argument: The test's argument that gets the name of the family.
+        families: Names of the families.
         choices: For each other argument its values; a mapping gives them names.
     """
     named = [
@@ -140,7 +148,7 @@ def each_family(
     ]
     combinations = list(itertools.product(*named))
     count = len(combinations)
-    taken = {(name, (i + i // count) % count) for i, name in enumerate(FAMILIES)}
+    taken = {(name, (i + i // count) % count) for i, name in enumerate(families)}
     taken |= {(name, number) for name in ("llama", "gemma3") for number in range(count)}
     cases = [
         pytest.param(
@@ -148,7 +156,7 @@ def each_family(
             *(value for _, value in combinations[number]),
             id="-".join([name, *(label for label, _ in combinations[number])]),
         )
-        for name in FAMILIES
+        for name in families
         for number in range(count)
         if (name, number) in taken
     ]

@@ -19,7 +19,7 @@ from rap_env.paths import cache_dir
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
 from tests.llm.states import logits, weights_hash
-from tests.tiny import LAYERS, each_family, padded_batch, tiny_llm, tiny_model
+from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, padded_batch, tiny_llm, tiny_model
 
 REQUEST = Request(1, 8, 1)
 INT8 = CompressionPlan.uniform(LAYERS, weights="int8", embeddings="int8")
@@ -61,7 +61,7 @@ def opened(folder: Path, dtype: torch.dtype = torch.bfloat16) -> ElasticLLM:
     return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
 
 
-@each_family("name", dtype=[torch.float32, torch.bfloat16])
+@each_family("name", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
 def test_held_bytes_are_those_of_the_plan(name: str, dtype: torch.dtype) -> None:
     llm, resident = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
     llm.set_residency("offload")

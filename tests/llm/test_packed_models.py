@@ -21,7 +21,15 @@ from rap_env.paths import cache_dir
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from tests.llm.states import logits, tensor_bytes, weights_hash
-from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    DISTINCT_FAMILIES,
+    FAMILIES,
+    LAYERS,
+    each_family,
+    padded_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SEVERAL = pytest.mark.parametrize(
@@ -47,7 +55,7 @@ def loaded(tmp_path: Path, name: str, weights: str, dtype: str = "float32") -> E
     return load_llm(saved(tmp_path, name), device="cpu", dtype=dtype, weights=weights)
 
 
-@each_family("name", level=["int8", "int4"], dtype=["float32", "bfloat16"])
+@each_family("name", DISTINCT_FAMILIES, level=["int8", "int4"], dtype=["float32", "bfloat16"])
 def test_a_format_equals_the_level_of_a_live_model(
     tmp_path: Path, name: str, level: str, dtype: str
 ) -> None:

@@ -15,7 +15,7 @@ from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from tests.llm.test_partial_forward import by_blocks
 from tests.scoring.test_scorer import tokens
-from tests.tiny import each_family, tiny_model
+from tests.tiny import DISTINCT_FAMILIES, each_family, tiny_model
 
 MASKS = [BlockMask(), BlockMask.of(1), BlockMask.of(2), BlockMask.of(0, 3)]
 
@@ -34,7 +34,7 @@ def packed_in(llm):
     return [m for m in llm.model.modules() if isinstance(m, PackedModule)]
 
 
-@each_family("family", level=["int8", "int4"])
+@each_family("family", DISTINCT_FAMILIES, level=["int8", "int4"])
 def test_packed_blocks_run_as_their_widened_weights_do(family, level):
     llm, ids = packed_llm(family, level), tokens()
     wide = PartialForward(packed_llm(family, level, wide=True))

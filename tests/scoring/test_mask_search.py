@@ -15,7 +15,7 @@ from rap_env.scoring.mask_search import (
 )
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
-from tests.tiny import each_family, tiny_llm
+from tests.tiny import DISTINCT_FAMILIES, each_family, tiny_llm
 
 BASE = BlockMask.of(3)
 
@@ -26,7 +26,7 @@ def scorers(family="llama", layers=5, dtype=torch.float32, windows=4):
     return [MaskScorer(llm, ids, batch_tokens=18) for _ in range(2)]
 
 
-@each_family("family", near=[BASE, None], dtype=[torch.float32, torch.bfloat16])
+@each_family("family", DISTINCT_FAMILIES, near=[BASE, None], dtype=[torch.float32, torch.bfloat16])
 def test_the_search_finds_the_best_of_all_masks(family, near, dtype):
     scorer, plain = scorers(family, dtype=dtype)
     masks = list(scorer.candidates(BASE).values())

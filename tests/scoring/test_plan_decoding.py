@@ -10,7 +10,15 @@ from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, LAYERS, each_family, randomise, tiny_config, tiny_llm
+from tests.tiny import (
+    DISTINCT_FAMILIES,
+    FAMILIES,
+    LAYERS,
+    each_family,
+    randomise,
+    tiny_config,
+    tiny_llm,
+)
 
 TOKENS = 44  # one finished group and a part of another, within the positions of the tiny models
 
@@ -39,7 +47,9 @@ def check(llm, ids, plans, tolerance):
     return [float(abs(scorer.window_nll(plan) - native).max()) for plan in plans]
 
 
-@each_family("family", level=["int8", "int4"], dtype=[torch.float32, torch.bfloat16])
+@each_family(
+    "family", DISTINCT_FAMILIES, level=["int8", "int4"], dtype=[torch.float32, torch.bfloat16]
+)
 def test_caches_at_a_level_and_at_the_lowest(family, level, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens(2, TOKENS)
     plans = [CompressionPlan.uniform(LAYERS, caches=name) for name in (level, "int2")]
@@ -49,7 +59,7 @@ def test_caches_at_a_level_and_at_the_lowest(family, level, dtype):
         assert rises[1] > 5 * TOLERANCE[dtype]  # else an unquantised pass would do
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_caches_beside_removed_blocks_and_native_caches(family):
     llm, ids = tiny_llm(family, layers=3), tokens(2, TOKENS)
     plan = CompressionPlan.of(

@@ -17,7 +17,7 @@ from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of
-from tests.tiny import FAMILIES, VOCAB_SIZE, each_family, tiny_llm
+from tests.tiny import DISTINCT_FAMILIES, FAMILIES, VOCAB_SIZE, each_family, tiny_llm
 
 MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2, 3),
          BlockMask.of(3), BlockMask.of(0, 1, 2, 3), BlockMask.of(0, 3)]  # fmt: skip
@@ -53,7 +53,7 @@ def test_shared_layers_change_no_bit(family, dtype):
     assert [one_by_one.nll(mask) for mask in MASKS] == single
 
 
-@each_family("family", dtype=[torch.float32, torch.bfloat16])
+@each_family("family", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
 def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
     rounding = 1e-5 if dtype == torch.float32 else 2e-2
     llm, ids = tiny_llm(family, layers=3, dtype=dtype), tokens()

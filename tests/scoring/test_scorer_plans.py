@@ -13,7 +13,7 @@ from rap_env.scoring.mask_search import Stage, find_best_mask, successive_halvin
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, each_family, tiny_llm
+from tests.tiny import DISTINCT_FAMILIES, FAMILIES, each_family, tiny_llm
 
 CACHES = {"layer00.cache": "int4", "layer01.cache": "int2"}
 
@@ -43,7 +43,7 @@ def plans_for(llm):
     return [*found, BlockMask()]
 
 
-@each_family("family", dtype=[torch.float32, torch.bfloat16])
+@each_family("family", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
 def test_what_plans_share_changes_no_bit(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), text()
     plans = plans_for(llm)

@@ -19,7 +19,14 @@ from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.tiny import VOCAB_SIZE, each_family, randomise, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    DISTINCT_FAMILIES,
+    VOCAB_SIZE,
+    each_family,
+    randomise,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 CPU = torch.device("cpu")
 ENOUGH = 2**21
@@ -76,7 +83,7 @@ def cap_for(folder, ids, masks, dtype="float32"):
     return caps[bisect.bisect_left(caps, True, key=enough)]
 
 
-@each_family("family", dtype=["float32", "bfloat16"])
+@each_family("family", DISTINCT_FAMILIES, dtype=["float32", "bfloat16"])
 def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_path):
     folder, ids = save(tmp_path / "m", tiny_model(family)), tokens()
     whole, streamed = pair(folder, dtype, cap_for(folder, ids, 2, dtype))
