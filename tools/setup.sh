@@ -34,7 +34,7 @@ if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
 fi
 
 say "packages (about 600 MB the first time; a few minutes)"
-$pip install --no-compile --constraint constraints.txt --editable '.[eval,plots,ray,serve,structured]' \
+$pip install --no-compile --constraint constraints.txt --editable '.[eval,otel,plots,ray,serve,structured]' \
     --group agents --group sweeps --group dev --group docs \
     > "$venv/setup.log" 2>&1 || { tail -n 30 "$venv/setup.log" >&2; exit 1; }
 # pip would compile on one core. Some packages carry files that are no Python of this version.

@@ -44,6 +44,7 @@ from rap_env.serving.responses import (
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.tokenization import tokenization_router
+from rap_env.serving.tracing import Traces
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Service:
         self.settings = settings
         self.limit = limit
         self.metrics = ServingMetrics(engine, settings)
+        self.traces = Traces(settings.served_name) if settings.traces else None
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
         self._running: dict[Generation, Charge | None] = {}
@@ -98,6 +100,8 @@ class Service:
         finally:
             self.closing = True
             await asyncio.to_thread(self.engine.close, timeout_s=self.settings.shutdown_grace_s)
+            if self.traces is not None:
+                await asyncio.to_thread(self.traces.close)
 
     def cancel_running(self) -> None:
         """Cancel all running generations because the server shuts down."""
@@ -126,7 +130,12 @@ class Service:
         built = await asyncio.to_thread(self.builder.build, body)
         predict = self.engine.controller.chooser.delta_nll
         plans = AnswerPlans(partial(predict, seq_len_tokens=built.final_tokens), self._made_of)
-        generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
+        on_end = None
+        if self.traces is not None:
+            on_end = partial(
+                self.traces.add, headers=request.headers, request_id=request.state.request_id
+            )
+        generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans, on_end)
         request.state.log_fields = generation.log_fields
         allowance: Allowance | None = getattr(request.state, "allowance", None)
         charge = None if allowance is None else allowance.charge(built.most_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -162,6 +162,7 @@ class Generation:
         request: What to generate.
         metrics: Where times are counted.
         plans: Takes in the plans of its passes, before the output that was computed with them.
+        on_end: Called with the times of each answer that has ended, in a thread of the engine.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Generation:
         request: GenerationRequest,
         metrics: ServingMetrics,
         plans: AnswerPlans,
+        on_end: Callable[[AnswerTimer], None] | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -178,6 +180,7 @@ class Generation:
         self.request = request
         self._metrics = metrics
         self._plans = plans
+        self._on_end = on_end
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._cancelled_by: Exception | None = None
@@ -230,6 +233,8 @@ class Generation:
             timer.add(event)
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+            if self._on_end is not None and isinstance(event, EndEvent):
+                self._on_end(timer)
 
         params, floor = self.request.params_of(number), self.request.max_delta_nll
         return self._engine.submit(prompt, params, listen, max_delta_nll=floor)

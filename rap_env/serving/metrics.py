@@ -26,7 +26,7 @@ from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.runtime.process_memory import ProcessMemory
-from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, TokenEvent
+from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, Reason, TokenEvent
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
@@ -122,17 +122,22 @@ class AnswerTimer:
     Attributes:
         queue_s: Seconds in the queue until the first admission; None before.
         first_token_s: Seconds from arrival to the first token; None before.
+        prompt_tokens: Tokens of the prompt.
         tokens: Tokens generated so far.
+        seconds: From arrival to the end; 0 before.
+        reason: Why it ended; None before.
     """
 
     def __init__(self, metrics: ServingMetrics, prompt_tokens: int, arrived_s: float) -> None:
         self._metrics = metrics
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self._arrived_s = arrived_s
         self._last_s = arrived_s
         self.queue_s: float | None = None
         self.first_token_s: float | None = None
         self.tokens = 0
+        self.seconds = 0.0
+        self.reason: Reason | None = None
 
     def add(self, event: Event) -> None:
         """Take in an event; in their order."""
@@ -150,12 +155,13 @@ class AnswerTimer:
                 self.queue_s = seconds
                 self._metrics.queue_s.observe(seconds)
             if isinstance(event, EndEvent):
-                self._end(seconds)
+                self.seconds, self.reason = seconds, event.reason
+                self._end()
 
-    def _end(self, seconds: float) -> None:
+    def _end(self) -> None:
         metrics = self._metrics
-        metrics.answer_s.observe(seconds)
-        metrics.prompt_tokens.observe(self._prompt_tokens)
+        metrics.answer_s.observe(self.seconds)
+        metrics.prompt_tokens.observe(self.prompt_tokens)
         metrics.answer_tokens.observe(self.tokens)
         if self.tokens > 1 and self.first_token_s is not None:
             after_first_s = self._last_s - self._arrived_s - self.first_token_s

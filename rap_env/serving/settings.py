@@ -104,6 +104,8 @@ class ServerSettings:
         log_file: File for log lines instead of standard error; null for none.
         log_file_bytes: Size at which the log file becomes ``NAME.1``, such as ``16MiB``.
         log_file_count: Most older log files that are kept.
+        traces: Whether to send a trace of each answer by OTLP (extra ``otel``), to where the
+            environment variable ``OTEL_EXPORTER_OTLP_ENDPOINT`` says.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         api_key_file: File of API keys, one per line; requests other than probes must send one of
@@ -164,6 +166,7 @@ class ServerSettings:
     log_file: str | None = None
     log_file_bytes: str | int = "16MiB"
     log_file_count: int = 5
+    traces: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None

@@ -237,8 +237,11 @@ def serve(
     from rap_env.serving.reload import reload_settings
     from rap_env.serving.run_lock import written_files_locked
     from rap_env.serving.server import Server, bind, url_of
+    from rap_env.serving.tracing import require_tracing
 
     check_access(settings)
+    if settings.traces:
+        require_tracing()
     with (
         written_files_locked(settings),
         server_logging(settings),
