@@ -157,4 +157,6 @@ class GrammarCompiler:
 def _reason(matcher: Any) -> str:
     """The library's error message, without its internal state."""
     text: str = matcher.get_error()
+    if text.startswith("NoExtension"):
+        return "no text follows it"
     return text.partition("<non-verbose/>")[0].strip()

@@ -95,7 +95,10 @@ def test_logits_without_a_token_are_never_allowed(compiler):
         ("grammar", "start: other", 'unknown name: "other"'),
         ("grammar", "root ::= (", "Expected"),
         ("regex", "a" * (MAX_GRAMMAR_CHARS + 1), f"at most {MAX_GRAMMAR_CHARS}"),
-        ("regex", r"[^\s\S]", "NoExtension"),  # nothing may come first
+        ("regex", r"[^\s\S]", "no text follows it"),
+        ("json_schema", '{"$ref": "#"}', "no text follows it"),
+        ("json_schema", '{"items":' * 900 + "{}" + "}" * 900, "recursion limit"),
+        ("regex", "(" * 9000 + "a" + ")" * 9000, "invalid regex"),
     ],
 )
 def test_a_grammar_that_does_not_compile_is_rejected_with_the_reason(compiler, kind, text, reason):
