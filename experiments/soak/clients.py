@@ -252,7 +252,7 @@ _INVALID: list[InvalidBody] = [
     _changed(400, n=10**6),
     _changed(400, stop=[["a"]]),
     _changed(400, prompt=[10**9], messages=[{"role": "nobody"}]),
-    _changed(400, logit_bias={"1": 5}),
+    _changed(400, logit_bias={"1": 500}),
     _changed(400, nonsense=True),
     lambda _draw, _body: (400, b"[" * 5000),
 ]
