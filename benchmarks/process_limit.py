@@ -41,11 +41,11 @@ class ProcessLimitSettings(Settings):
 
     threads: int | None = 1
     model: str = "smollm2-135m"
-    memory_mib: int = 470
+    memory_mib: int = 520
     """The limit at the start."""
     constant_s: float = 120.0
     """Seconds under the constant limit, once the server is ready."""
-    limits_mib: list[int] = field(default_factory=lambda: [440, 420, 400, 470, 400, 470])
+    limits_mib: list[int] = field(default_factory=lambda: [490, 460, 440, 520, 440, 520])
     """Later limits, each written to the file."""
     limit_s: float = 12.0
     """Seconds under each later limit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ServingSettingsError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _SLACK_BYTES = 8 * _MIB
 """Allowance for what the estimate of the bytes that loading takes leaves out."""
+_GRAMMAR_BYTES = 44 * _MIB
+"""Allowance for the vocabulary of grammars: 41 MiB for the default model's 49,152 tokens."""
 
 
 def check_process_limit(settings: ServerSettings) -> None:
@@ -60,6 +63,8 @@ def check_start(settings: ServerSettings, limit: LiveLimit | None, loading_bytes
 
     resident = resident_bytes()[1]
     need = resident + loading_bytes + _SLACK_BYTES
+    if find_spec("llguidance") is not None:  # the server loads it at its start
+        need += _GRAMMAR_BYTES
     if need > limit():
         raise ServingSettingsError(
             f"memory is {_mib(limit())}, but the process needs {_mib(need)} to "
