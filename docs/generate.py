@@ -20,6 +20,7 @@ from plan_tables import (
     PLANS,
     agents_markdown,
     plan_tables,
+    searches_markdown,
     shipped_markdown,
     stubs_markdown,
     tasks_markdown,
@@ -81,6 +82,7 @@ def write_all(docs: Path) -> None:
         _write(folder / f"{name}.md", shown)
     _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
+    _write(folder / "tight_searches.md", searches_markdown(RESULTS))
     _write(folder / "tight_tasks.md", tasks_markdown(RESULTS))
     _write(folder / "tight_agents.md", agents_markdown(RESULTS))
     _write(folder / "ablation.md", ablation_table())

@@ -81,6 +81,38 @@ def shipped_markdown(results: Path) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def searches_markdown(results: Path) -> str:
+    """An evolutionary search for one request beside the methods that were measured at it."""
+    from experiments.comparison.formatting import look
+    from experiments.comparison.records import ResultRow, read_rows
+    from experiments.comparison.statistics import paired_ratio
+
+    folder = results / "tight_searches" / "evaluate"
+    (search,) = (row for row in read_rows(folder / "results.jsonl") if row.method != "dense")
+    by_method: dict[str, list[ResultRow]] = defaultdict(list)
+    for row in read_rows(results / PLANS / "evaluate" / "results.jsonl"):
+        if row.method != "dense" and row.cell == search.cell:
+            by_method[row.method].append(row)
+    lines = []
+    for method, rows in [(search.method, [search]), *by_method.items()]:
+        loss = float(np.mean([row.loss for row in rows]))
+        calibration = float(np.mean([row.loss_calibration for row in rows]))
+        losses = [row.window_losses for row in rows]
+        ratio = "1" if rows == [search] else paired_ratio([losses], [search.window_losses])
+        seeds = f" ({len(rows)})" if len(rows) > 1 else ""
+        evaluations = f"{rows[0].evaluations} | {rows[0].setup_evaluations:,}"
+        slowest_s = max(row.decision_s for row in rows)
+        decision_s = f"{slowest_s:,.0f}" if slowest_s > 100 else f"{slowest_s:.2g}"
+        line = f"| {look(method).label}{seeds} | {calibration:.3f} | {loss:.3f} | {ratio} "
+        lines.append((loss, f"{line}| {evaluations} | {decision_s} |"))
+    head = (
+        "| Method | ΔNLL on calibration text | ΔNLL on WikiText | divided by the search | "
+        "Evaluations for the request | before any request | Decision, s |\n"
+        "| :--- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+    )
+    return head + "\n".join(line for _, line in sorted(lines)) + "\n"
+
+
 def tasks_markdown(results: Path) -> str:
     """Accuracy of methods that choose plans on lm-eval tasks, by budget."""
     from experiments.comparison.formatting import look
