@@ -240,7 +240,7 @@ class ReplayHarness:
             self._busy_s += (self._clock() - started) * worked
             self._mark_waiting()
             bar.update(sum(h.ended for h in self._outcomes[: self._arrived]) - bar.n)
-            if not worked and not self._skip_idle_time():
+            if not worked and not self._skip_idle_time(started):
                 return
 
     def _submit(self) -> None:
@@ -259,13 +259,18 @@ class ReplayHarness:
             except QueueFullError:
                 outcome.outcome = "queue_full"
 
-    def _skip_idle_time(self) -> bool:
+    def _skip_idle_time(self, since_s: float) -> bool:
         """Jump to the next event: an arrival, a change of the budget, or a queue timeout.
+
+        Nothing is skipped if the budget changed in the turn that began at `since_s`, which may have
+        read it before: the next turn sees it.
 
         Returns:
             False if no event is left.
         """
         now = self._clock()
+        if self._budget.next_change(since_s, now) is not None:
+            return True
         events = []
         if self._arrived < len(self._outcomes):
             events.append(self._outcomes[self._arrived].request.time_s)
