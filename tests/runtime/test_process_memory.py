@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from rap_env.llm.packing import buffer_bytes
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import ResidentMeter
@@ -70,4 +71,4 @@ def test_growth_of_the_rest_counts_as_used_and_at_rest_lowers_the_budget(process
     controller.observe(shape)
     controller.check(BatchShape(0, 0))
     assert monitor.budget_bytes == budget - 30 * MIB
-    assert monitor.used_bytes < MIB
+    assert monitor.used_bytes < MIB + buffer_bytes()

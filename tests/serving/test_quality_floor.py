@@ -148,7 +148,7 @@ def test_without_predictions_no_default_limits_anything_and_the_log_says_so(toke
         caplog.clear()
         with caplog.at_level("INFO", "rap_env.serving.stack"):
             stack = build_stack(
-                ServerSettings(policy=policy or "knapsack", memory="1GiB"), llm=llm, **given
+                ServerSettings(policy=policy or "knapsack", model_memory="1GiB"), llm=llm, **given
             )
         assert stack.engine.controller.max_degradation_by_newcomer == limit
         assert stack.engine.controller.chooser.max_delta_nll == floor
@@ -157,6 +157,6 @@ def test_without_predictions_no_default_limits_anything_and_the_log_says_so(toke
 
 
 def test_floors_of_requests_need_a_policy_that_predicts(tokenizer):
-    settings = ServerSettings(policy="dense", memory="1GiB", min_quality_per_request=0.0)
+    settings = ServerSettings(policy="dense", model_memory="1GiB", min_quality_per_request=0.0)
     with pytest.raises(RapError, match=r"min_quality_per_request=0.0 needs a policy"):
         build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
