@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident ray_workers packaged_table
+BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident process_limit ray_workers packaged_table
 
 GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
 
