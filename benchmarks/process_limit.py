@@ -26,6 +26,8 @@ from typing import Any
 
 from benchmarks.harness import Settings, Target, launch
 from benchmarks.record import write_record
+from rap_env.errors import MemorySourceError
+from rap_env.runtime.memory_meter import resident_bytes
 
 _MIB = 2**20
 _EVERY_S = 0.02
@@ -67,15 +69,15 @@ class _Sampler(threading.Thread):
 
     def __init__(self, process: int) -> None:
         super().__init__(name="sampler", daemon=True)
-        self._files = [Path(f"/proc/{process}/{name}") for name in ("status", "stat")]
+        self._process = Path(f"/proc/{process}")
         self.samples: list[_Sample] = []
 
     def run(self) -> None:
         while True:
             try:
-                status, stat = (file.read_text() for file in self._files)
-                resident = int(status.partition("VmRSS:")[2].split()[0]) * 1024
-            except (OSError, IndexError):
+                _, resident = resident_bytes(self._process)
+                stat = (self._process / "stat").read_text()
+            except (MemorySourceError, OSError, ValueError):
                 return  # it has ended
             user, system = map(int, stat.rpartition(")")[2].split()[11:13])
             cpu_s = (user + system) / _CLOCK_TICKS

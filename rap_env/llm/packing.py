@@ -234,13 +234,12 @@ class PackedMatrix:
         """
         rows, (out, inputs) = len(flat), self.shape
         sets = (out // _BLOCK, 2, 2, _HALF // 2)  # blocks, halves, sets of rows, rows
-        by_set = scales.view(-1, *sets, 2)
+        codes, by_set = self.codes.view(out // 2, -1), scales.view(-1, *sets, 2)
         found = flat.new_empty(rows, *sets)
         for index in range(2):
             places = flat.new_zeros(rows, inputs, 2)
             places[:, :, index] = flat
             own = by_set[:, :, :, index].reshape(-1, out // 2, 2)
-            codes = self.codes.view(out // 2, -1)
             part = _int4_product(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
             found[:, :, :, index] = part.view(found[:, :, :, index].shape)
         return found.view(rows, out)

@@ -245,10 +245,11 @@ class RuntimeController:
             seq_len_tokens: Final length of the running request.
             least_rise: Least rise in NLL that was predicted for its plans, nats per token.
         """
-        limit, present = self.max_degradation_by_newcomer, None
-        if limit is not None:
-            present = self.chooser.rise(self.llm.plan, seq_len_tokens)
-        if limit is None or present is None:
+        limit = self.max_degradation_by_newcomer
+        if limit is None:
+            return None
+        present = self.chooser.rise(self.llm.plan, seq_len_tokens)
+        if present is None:
             return None
         return QualityBound(seq_len_tokens, max(present, least_rise + limit))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rap_env.blocks import BlockMask
+from rap_env.errors import InfeasibleBudgetError, QualityFloorError
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.sampling import Sample, SamplingParams
 
@@ -21,6 +22,12 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 Rejection = Literal["queue_timeout", "infeasible", "below_floor", "constraint"]
 """Why the engine gave a request up: it waited too long for others, no plan fits the budget, only
 plans below its floor of quality do, or what its answer has to follow is too complex."""
+
+
+def rejection_of(error: InfeasibleBudgetError) -> Rejection:
+    """Why a request is given up that does not fit, by its error."""
+    return "below_floor" if isinstance(error, QualityFloorError) else "infeasible"
+
 
 _ids = itertools.count(1)
 _NATIVE = CompressionPlan()

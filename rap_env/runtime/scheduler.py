@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rap_env.errors import InfeasibleBudgetError, QualityFloorError
+from rap_env.errors import QualityFloorError
 from rap_env.llm.device import synchronise
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
-from rap_env.runtime.request_handle import AdmitEvent, Rejection
+from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.sequence import (
     OutputProcessor,
@@ -328,7 +328,8 @@ class Scheduler:
             self._shape = shape
         elif not self._decoding and self._controller.never_fits(shape, first):
             self._queue.remove(sequence)
-            self._reject(sequence, self._controller.misfit(shape, expected=True))
+            error = self._controller.misfit(shape, expected=True)
+            self.output.reject(sequence, rejection_of(error), str(error))
 
     def _within_own_floor(self, sequence: TokenSequence) -> bool:
         """Whether a request could run alone now, unless it has no floor of its own."""
@@ -341,10 +342,6 @@ class Scheduler:
                 return True
             sequence.unfit_bytes = limit
         return False
-
-    def _reject(self, sequence: TokenSequence, error: InfeasibleBudgetError) -> None:
-        below_floor = isinstance(error, QualityFloorError)
-        self.output.reject(sequence, "below_floor" if below_floor else "infeasible", str(error))
 
     def _reject_waiting(self, sequence: TokenSequence, message: str) -> None:
         """Reject a request that has waited too long, and say so if that is due to its floor."""

@@ -12,7 +12,6 @@ from rap_env.errors import (
     EngineClosedError,
     InfeasibleBudgetError,
     InvalidRequestError,
-    QualityFloorError,
     QueueFullError,
 )
 from rap_env.runtime.request_handle import (
@@ -24,6 +23,7 @@ from rap_env.runtime.request_handle import (
     Rejection,
     RequestHandle,
     TokenEvent,
+    rejection_of,
 )
 from rap_env.runtime.sampling import Sample, SamplingParams
 from rap_env.serving.answer_plans import AnswerPlans
@@ -371,8 +371,7 @@ class Generation:
             code = "rate_limit_exceeded"
             return ApiError(429, str(error), kind="requests", code=code, headers=retry)
         if isinstance(error, InfeasibleBudgetError):
-            below_floor = isinstance(error, QualityFloorError)
-            return self._unavailable(str(error), "below_floor" if below_floor else "infeasible")
+            return self._unavailable(str(error), rejection_of(error))
         if isinstance(error, InvalidRequestError):
             return invalid(str(error))
         if isinstance(error, EngineClosedError):

@@ -262,7 +262,7 @@ the answer. For each other one: the values that have no effect, and a hint for t
 
 def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
     """Reject undeclared fields that are unknown or would change the answer."""
-    limits = _OTHER_FIELDS["both"] | _OTHER_FIELDS["chat" if chat else "completion"]
+    limits = _OTHER_FIELDS["chat" if chat else "completion"]
     for name, value in fields.items():
         if name in _OTHER_FIELDS["ignored"]:
             continue
