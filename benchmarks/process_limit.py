@@ -8,10 +8,7 @@ under a constant limit, then while the file lowers and raises the limit.
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,12 +23,10 @@ from typing import Any
 
 from benchmarks.harness import Settings, Target, launch
 from benchmarks.record import write_record
-from rap_env.errors import MemorySourceError
-from rap_env.runtime.memory_meter import resident_bytes
+from experiments.server_replay.processes import ProcessSampler, ServerProcess
+from experiments.server_replay.systems import RAP_READY
 
 _MIB = 2**20
-_EVERY_S = 0.02
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _WORDS = ("stone", "river", "light", "seven", "green", "walks", "over", "paper")
 _PROMPT_WORDS = (5, 10, 20, 40, 60, 100, 200)
 _ANSWER_TOKENS = (8, 16, 32)
@@ -53,39 +48,6 @@ class ProcessLimitSettings(Settings):
     """Seconds under each later limit."""
     clients: int = 4
     prefill_chunk_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Resident bytes and CPU seconds of the process so far."""
-
-    time_s: float
-    resident: int
-    cpu_s: float
-
-
-class _Sampler(threading.Thread):
-    """Samples a process until it ends."""
-
-    def __init__(self, process: int) -> None:
-        super().__init__(name="sampler", daemon=True)
-        self._process = Path(f"/proc/{process}")
-        self.samples: list[_Sample] = []
-
-    def run(self) -> None:
-        while True:
-            try:
-                _, resident = resident_bytes(self._process)
-                stat = (self._process / "stat").read_text()
-            except (MemorySourceError, OSError, ValueError):
-                return  # it has ended
-            user, system = map(int, stat.rpartition(")")[2].split()[11:13])
-            cpu_s = (user + system) / _CLOCK_TICKS
-            self.samples.append(_Sample(time.monotonic(), resident, cpu_s))
-            time.sleep(_EVERY_S)
-
-    def between(self, start_s: float, end_s: float) -> list[_Sample]:
-        return [sample for sample in self.samples if start_s <= sample.time_s < end_s]
 
 
 class _Clients:
@@ -137,18 +99,13 @@ def main(settings: ProcessLimitSettings) -> None:
             "--memory", f"{settings.memory_mib}MiB", "--memory-file", str(file),
             "--prefill-chunk-tokens", str(settings.prefill_chunk_tokens),
         ]  # fmt: skip
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            sampler = _Sampler(server.pid)
-            sampler.start()
-            started_s = time.monotonic()
-            try:
-                clients = _Clients(_url_of(server), settings.clients)
-                time.sleep(settings.constant_s)
-                constant = sampler.between(started_s, time.monotonic())
-                changes = _change(file, settings, sampler)
-                clients.stop()
-            finally:
-                server.terminate()
+        started_s = time.monotonic()
+        with ServerProcess(command, RAP_READY) as server:
+            clients = _Clients(server.url, settings.clients)
+            time.sleep(settings.constant_s)
+            constant = server.sampler.between(started_s, time.monotonic())
+            changes = _change(file, settings, server.sampler)
+            clients.stop()
     limit = settings.memory_mib * _MIB
     over = sum(sample.resident > limit for sample in constant)
     seconds = [change["over_s"] for change in changes]
@@ -175,22 +132,8 @@ def main(settings: ProcessLimitSettings) -> None:
     )  # fmt: skip
 
 
-def _url_of(server: subprocess.Popen[str]) -> str:
-    """The server's address, once it is ready."""
-    assert server.stdout is not None
-    text = ""
-    for line in server.stdout:
-        text += line
-        if line.lstrip().startswith("curl "):
-            break
-    found = re.search(r"http://[\d.]+:\d+", text)
-    if found is None:
-        raise SystemExit("The server did not start.")
-    return found[0]
-
-
 def _change(
-    file: Path, settings: ProcessLimitSettings, sampler: _Sampler
+    file: Path, settings: ProcessLimitSettings, sampler: ProcessSampler
 ) -> Sequence[dict[str, Any]]:
     """Write each limit to the file, and find for how long the server stays above it."""
     found, before = [], settings.memory_mib

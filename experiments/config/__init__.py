@@ -30,6 +30,7 @@ from experiments.config.model import (
     ScoringConfig,
     StubsConfig,
 )
+from experiments.config.servers import ServerReplayConfig
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
 from experiments.config.studies import SmallModelConfig, TextsConfig
 from experiments.config.training import (
@@ -84,6 +85,7 @@ class Config(Section):
     soak: SoakConfig = field(default_factory=SoakConfig)
     budget: dict[str, Any] = field(default_factory=dict)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    server_replay: ServerReplayConfig = field(default_factory=ServerReplayConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     levels: LevelsConfig = field(default_factory=LevelsConfig)

@@ -159,8 +159,8 @@ def make_row(
         late_byte_s=series.late_byte_s(budget),
         peak_bytes=series.peak_bytes,
         budget_least_bytes=budget.least(0.0, end),
-        **_percentiles("ttft", ttft),
-        **_percentiles("tpot", tpot),
+        **percentile_fields("ttft", ttft),
+        **percentile_fields("tpot", tpot),
         tokens=tokens,
         tokens_per_s=tokens / duration if duration > 0 else 0.0,
         duration_s=max(0.0, duration),
@@ -215,22 +215,29 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-def _percentiles(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return p50, p95 and p99 under the names of the row."""
+def percentile_fields(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """Return the fields of a row with p50, p95 and p99 of seconds; None without values."""
     found = np.percentile(values, [50, 95, 99]).tolist() if values else [None] * 3
     return {f"{name}_p{p}_s": value for p, value in zip((50, 95, 99), found, strict=True)}
+
+
+def loss_fields(qualities: Sequence[OutputQuality]) -> dict[str, Any]:
+    """Return the fields of a row with the mean ΔNLL of answers and its interval over requests."""
+    delta = bootstrap_mean([q.delta_nll for q in qualities]) if qualities else None
+    return {
+        "loss_mean": delta.mean if delta else None,
+        "loss_ci_low": delta.low if delta else None,
+        "loss_ci_high": delta.high if delta else None,
+    }
 
 
 def _quality(
     qualities: Sequence[OutputQuality], mask_delta_nll: float | None, tokens: int
 ) -> dict[str, Any]:
     """Return the entries of the row on quality."""
-    delta = bootstrap_mean([q.delta_nll for q in qualities]) if qualities else None
     known = [q.right for q in qualities if q.right is not None]
     return {
-        "loss_mean": delta.mean if delta else None,
-        "loss_ci_low": delta.low if delta else None,
-        "loss_ci_high": delta.high if delta else None,
+        **loss_fields(qualities),
         "mask_loss_mean": mask_delta_nll,
         "generated_nll_mean": float(np.mean([q.nll for q in qualities])) if qualities else None,
         "same_fraction": sum(q.same for q in qualities) / tokens if tokens else None,

@@ -18,7 +18,7 @@ from rap_env.serving.detokenizer import plain_text
 
 REJECTED = (429, 503)
 """Valid status codes when memory is short."""
-_REJECTED_CODES = (
+REJECTED_CODES = (
     "insufficient_memory",
     "insufficient_quality",
     "service_unavailable",
@@ -135,7 +135,7 @@ class LoadClient:
                     continue
                 event = json.loads(last)
                 if "error" in event:
-                    rejected = event["error"]["code"] in _REJECTED_CODES
+                    rejected = event["error"]["code"] in REJECTED_CODES
                     return (503 if rejected else 500), event, None
                 usage = event["usage"] or usage
                 for choice in event["choices"]:

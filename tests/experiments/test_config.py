@@ -36,7 +36,7 @@ GROUPS = [
 ]
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
-    "small_models", "replay", "serve", "soak", "levels", "tight_grid",
+    "small_models", "replay", "server_replay", "serve", "soak", "levels", "tight_grid",
 )  # fmt: skip
 NEEDED = {
     "model/custom": ["model.name=some/model"],

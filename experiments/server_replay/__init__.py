@@ -1,0 +1,1 @@
+"""Server replay: the same arrivals over HTTP against server processes within a memory budget."""

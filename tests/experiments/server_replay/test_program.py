@@ -1,0 +1,193 @@
+"""Replays on server processes: a fake of llama.cpp's server, and ``rap serve`` itself (slow)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from experiments.comparison.records import read_records
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ModelConfig
+from experiments.config.servers import ServerReplayConfig
+from experiments.config.serving import ReplayConfig
+from experiments.errors import ExperimentError
+from experiments.server_replay.program import REFERENCES, REQUESTS, server_replay
+from experiments.server_replay.records import ServerReplayRow
+from experiments.server_replay.systems import DEPLOYMENTS
+from experiments.server_replay.tables import server_replay_markdown, server_replay_text
+from rap_env.errors import RapError
+from tests.experiments.server_replay.fake_llama_server import BYTES_PER_TOKEN
+from tests.serving.tokenizers import byte_llm, byte_tokenizer
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+FAKE = Path(__file__).with_name("fake_llama_server.py")
+MIB = 2**20
+
+
+def mergeable_tokenizer():
+    """The tokenizer of bytes with one merge: a GGUF file cannot have none."""
+    tokenizer = byte_tokenizer()
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["model"]["vocab"]["ĠĠ"] = 257
+    described["model"]["merges"] = [["Ġ", "Ġ"]]
+    backend = Tokenizer.from_str(json.dumps(described))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Six requests within 0.25 s, the first of which is longer than a small context."""
+    base = tmp_path_factory.mktemp("servers")
+    byte_llm().model.save_pretrained(base / "model")
+    mergeable_tokenizer().save_pretrained(base / "model")
+    (base / "story.txt").write_text("Some words to cut prompts from. " * 40)
+    program = base / "llama-server"
+    program.write_text(f"#!{sys.executable} -IS\n{FAKE.read_text()}")
+    program.chmod(0o755)
+    lines = [f"2023-11-16 18:00:{n / 20:09.6f},{(300, 20, 30)[n % 3]},{4 + n}" for n in range(6)]
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens"
+    (base / "trace.csv").write_text("\n".join([head, *lines, ""]))
+    return Config(
+        stage="server_replay", name="tiny", runs_dir=str(base / "runs"), progress=False, store=None,
+        model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+        replay=ReplayConfig(
+            trace=str(base / "trace.csv"), minutes=1, every=1, time_scale=1.0, token_scale=1.0,
+            max_prompt_tokens=300, max_new_tokens=16, known_share=0.0,
+            text=TextConfig(source=str(base / "story.txt"), windows=4, window_tokens=100),
+        ),
+        server_replay=ServerReplayConfig(
+            systems=["llama_f16", "llama_q8_0"], budgets=["1GiB", "45MiB", "1MiB"],
+            llama_server=str(program), slots=4, spare_mib=0.0, timeout_s=20.0, max_starts=3,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAP_CACHE_DIR", str(Path(config.runs_dir) / "cache"))
+        path = config.stage_dir("server_replay")
+        server_replay(config, path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return ServerReplayRow.read(folder / "server_replay.jsonl")
+
+
+def test_each_budget_has_every_system_in_an_order_that_is_reversed_each_time(rows):
+    systems = ["llama_f16", "llama_q8_0"]
+    assert [row.system for row in rows] == [*systems, *systems[::-1], *systems]
+    assert [row.position for row in rows] == list(range(6))
+
+
+def test_a_large_budget_takes_one_start_and_serves_every_request(rows):
+    row = rows[0]
+    assert (row.context_tokens, row.trial_starts) == (1280, 1)  # 4 slots of 304 tokens, rounded up
+    assert (row.served, row.requests, row.tokens) == (6, 6, sum(4 + n for n in range(6)))
+    assert row.reasons == {}
+    assert row.peak_bytes > row.context_tokens * BYTES_PER_TOKEN
+    assert row.samples > 5
+    assert row.samples_over == 0
+    assert row.model_bytes == pytest.approx(12.5 * MIB + 1280 * BYTES_PER_TOKEN, abs=MIB / 100)
+    assert 0 < row.ttft_p50_s <= row.ttft_p99_s < 20
+    assert 0 <= row.tpot_p50_s <= row.tpot_p99_s
+
+
+def test_a_small_budget_gets_the_largest_context_within_it_and_rejects_what_does_not_fit(
+    folder, rows
+):
+    row = rows[3]
+    assert 256 <= row.context_tokens < 1280
+    found = next(
+        d for d in read_records(folder / DEPLOYMENTS)
+        if d["cache"] == "f16" and d["budget_bytes"] == 45 * MIB
+    )  # fmt: skip
+    assert found["starts"] == len(found["trials"]) == row.trial_starts == 3
+    fits = {int(tokens) for tokens, peak in found["trials"].items() if peak <= 45 * MIB}
+    assert row.context_tokens == max(fits)
+    assert row.served + row.refused == 6
+    assert row.reasons == ({"400": row.refused} if row.refused else {})
+
+
+def test_a_budget_below_the_smallest_context_is_a_row_that_says_so(rows):
+    row = rows[4]
+    assert row.startup_error.startswith("llama.cpp's server with a cache in f16 takes ")
+    assert (row.served, row.refused, row.samples, row.loss_mean) == (0, 6, 0, None)
+
+
+def test_answers_are_judged_by_the_dense_model(folder, rows):
+    requests = read_records(folder / REQUESTS / f"llama_f16-{2**30}.jsonl")
+    assert [r["tokens"] for r in requests] == [r["tokenised"] for r in requests]
+    mean = sum(r["loss"] for r in requests) / len(requests)
+    assert rows[0].loss_mean == pytest.approx(mean, abs=1e-3)
+    assert rows[0].loss_ci_low <= rows[0].loss_mean <= rows[0].loss_ci_high
+    assert rows[0].same_fraction == sum(r["same"] for r in requests) / rows[0].tokens
+    assert len(read_records(folder / REFERENCES)) == 6
+
+
+def test_rows_are_not_measured_again_and_hold_no_paths(config, folder, rows):
+    before = (folder / "server_replay.jsonl").read_bytes()
+    server_replay(replace(config, server_replay=replace(
+        config.server_replay, systems=["llama_f16"], budgets=["1GiB"])), folder)  # fmt: skip
+    assert (folder / "server_replay.jsonl").read_bytes() == before
+    kept = [{**row.to_record(), "provenance": row.provenance["depends_on"]} for row in rows]
+    assert str(folder.parent) not in json.dumps(kept)
+
+
+def test_tables_have_a_line_for_each_system_and_the_reason_of_each_that_did_not_start(rows):
+    in_markdown, in_terminal = server_replay_markdown(rows), server_replay_text(rows)
+    assert (
+        in_markdown.count("| llama.cpp, f16 cache |") == 7
+    )  # thrice three, but one started in none
+    assert "version 1234 (abcdef)" in in_markdown
+    for text in (in_markdown, in_terminal):
+        assert "with its smallest context" in " ".join(text.split())
+        assert "6 requests of trace.csv" in text
+
+
+def test_a_missing_program_is_reported_before_the_model_is_loaded(config, tmp_path):
+    settings = replace(config.server_replay, llama_server="no-such-server")
+    nothing = replace(config, server_replay=settings, model=ModelConfig(name="nothing"))
+    with pytest.raises(ExperimentError, match=r"'no-such-server' was not found; .*pip install"):
+        server_replay(nothing, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"systems": ["llama"]}, "llama_f16"),
+        ({"budgets": ["much"]}, "budgets must be a number of bytes such as 2.5GiB"),
+        ({"budgets": ["1GiB", "1GiB"]}, "none twice"),
+        ({"timeout_s": 0}, "timeout_s must be above 0"),
+    ],
+)
+def test_invalid_settings_raise_a_short_error(changes, sentence):
+    with pytest.raises(RapError, match=sentence):
+        ServerReplayConfig(**changes)
+
+
+@pytest.mark.slow
+def test_our_own_server_is_replayed_and_says_if_its_memory_does_not_suffice(config, tmp_path):
+    settings = replace(
+        config.server_replay, systems=["rap", "rap_model_memory"], budgets=["1GiB", "1MiB"]
+    )
+    server_replay(replace(config, server_replay=settings), tmp_path)
+    rows = ServerReplayRow.read(tmp_path / "server_replay.jsonl")
+    assert [(row.system, row.served) for row in rows] == [
+        ("rap", 6), ("rap_model_memory", 6), ("rap_model_memory", 0), ("rap", 0),
+    ]  # fmt: skip
+    assert rows[0].samples_over == 0
+    assert rows[0].loss_mean == pytest.approx(0, abs=1e-3)
+    assert rows[0].same_fraction == 1
+    assert rows[1].options[:2] == ["--model-memory", str(rows[1].model_bytes)]
+    assert "memory is 1MiB, but the process needs" in rows[3].startup_error
