@@ -182,19 +182,25 @@ class RequestBuilder:
             top, echoed = body.top_logprobs or 0, False
         else:
             top, echoed = body.logprobs or 0, bool(body.echo) and body.logprobs is not None
+        constraint = self._constraint(body, tools)
+        if body.ignore_eos and constraint is not None:
+            raise invalid(
+                "'ignore_eos' is not supported with structured output, which the end token ends.",
+                "ignore_eos",
+            )
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=max(0, body.top_k or 0),
             seed=body.seed,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=() if body.ignore_eos else self._stop_token_ids,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_bias(body.logit_bias or {}),
             top_logprobs=top,
             prompt_logprobs=top if echoed else None,
-            constraint=self._constraint(body, tools),
+            constraint=constraint,
         )
 
     def _constraint(self, body: Body, tools: Tools | None) -> CompiledGrammar | None:

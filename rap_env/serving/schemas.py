@@ -42,9 +42,10 @@ class StreamOptions(BaseModel):
 class BaseCompletionRequest(BaseModel):
     """Fields that both kinds of completion share.
 
-    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, and `structured_outputs`, which
-    vLLM's server has too, as it has a `response_format` in plain completions; and `max_delta_nll`,
-    the request's floor of quality in nats per token.
+    Not part of the OpenAI API are `top_k`, which 0 or -1 disables, `ignore_eos`, with which an end
+    token does not end the answer, and `structured_outputs`, all of which vLLM's server has too, as
+    it has a `response_format` in plain completions; and `max_delta_nll`, the request's floor of
+    quality in nats per token.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -59,6 +60,7 @@ class BaseCompletionRequest(BaseModel):
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
     stop: Any = None
+    ignore_eos: bool | None = None
     max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

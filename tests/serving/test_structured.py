@@ -104,6 +104,8 @@ def test_the_forms_of_vllm(client):
         ({"extra_body": {"structured_outputs": {"xml": "a"}}}, "structured_outputs", "'regex'"),
         ({"response_format": {"type": "json_object"},
           "extra_body": {"structured_outputs": {"regex": "a"}}}, "structured_outputs", "Only one"),
+        ({"extra_body": {"structured_outputs": {"regex": "a"}, "ignore_eos": True}}, "ignore_eos",
+         "which the end token ends"),
     ],
 )  # fmt: skip
 def test_what_does_not_compile_is_named(client, change, param, words):
