@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal
 BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident process_limit ray_workers packaged_table
 
 GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
@@ -10,7 +11,7 @@ GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
 # Some containers turn compiled modules off; then each process of a test compiles all it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test test-network gpu bench soak lint format type docs lock clean
+.PHONY: help setup demo test test-all test-network gpu bench soak lint format type docs lock clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -25,11 +26,13 @@ demo: setup  ## Train a policy for the default model, compare it, and write a re
 	@$(RUN) -m experiments.demo
 
 test: setup  ## Run the tests (no network, no GPU needed).
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal \
-		-m "not slow and not network and not gpu"
+	@$(TEST) -m "not slow and not network and not gpu"
 
-test-network: setup  ## Run the tests that download the default model.
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "network or slow"
+test-all: setup  ## Run also the slow tests, and those of families and agents on all of them.
+	@$(TEST) -m "not network and not gpu" --all-cases
+
+test-network: setup  ## Run the tests that download the default model or install other engines.
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network
 
 gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table and what differs from the CPU.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu

@@ -78,7 +78,7 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
     assert torch.equal(batch.seen["action_mask"] > 0, batch.valid)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher, normalize):
     model = new_model("ppo", context, normalize_reward=normalize)
     config = ImitationConfig(updates=400, batch_size=64)

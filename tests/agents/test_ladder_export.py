@@ -46,7 +46,7 @@ def network_of(policy, builder, without=()):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec['levels']}-{spec['together']}")
-@pytest.mark.parametrize("vectors", [0, 6])
+@pytest.mark.parametrize("vectors", [pytest.param(0, marks=pytest.mark.slow), 6])
 @pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
 def test_numpy_and_torch_choose_the_same_plans(name, vectors, spec):
     context = LadderContext(layers=6)

@@ -365,7 +365,14 @@ def mean_loss(context, method):
     return np.mean([context.scorer.loss(method.choose(request)) for request in requests])
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ppo",
+        "maskable_ppo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("dqn", "masked_dqn")),
+    ],
+)
 def test_every_agent_learns(tmp_path, context, name):
     """On losses with a known optimum, a trained policy beats random and one-shot."""
     quick = {"learning_starts": 200, "batch_size": 32, "learning_rate": 0.003}

@@ -70,6 +70,15 @@ def blocks(page: str, language: str) -> list[str]:
     return [code for found, code in BLOCK.findall(text) if found == language]
 
 
+def each_page(language: str) -> pytest.MarkDecorator:
+    """Parametrise a test by the pages with blocks of a language; all but README are slow."""
+    slow = {page: [pytest.mark.slow] for page in PAGES if page != "README.md"}
+    found = [page for page in PAGES if blocks(page, language)]
+    return pytest.mark.parametrize(
+        "page", [pytest.param(page, marks=slow.get(page, [])) for page in found]
+    )
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Environment variables under which the default model's name loads a tiny random one."""
@@ -121,7 +130,7 @@ def test_toml_is_valid(page):
         assert tomllib.loads(code)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@each_page("python")
 def test_python_runs(page, environment, tmp_path):
     code = "\n".join(blocks(page, "python"))
     done = run_python("-c", code, cwd=tmp_path, env=environment)
@@ -134,7 +143,7 @@ def commands(page: str) -> list[str]:
     return [line.strip() for line in lines if shlex.split(line, comments=True)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
+@each_page("bash")
 def test_commands_run(page, environment, tmp_path):
     for command in commands(page):
         words = shlex.split(command, comments=True)

@@ -25,6 +25,7 @@ def test_repository_links_have_targets(page):
     assert [target for target in own if not (path.parent / target).exists()] == []
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "docs", str(tmp_path / "html")],

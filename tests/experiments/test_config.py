@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from tests.programs import run_python
 
 PUBLISHED = sorted((CONF_DIR.parent / "results").glob("*/train/*/config.yaml"))
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
-GROUPS = [
-    path
-    for path in FILES
-    if path.parent.parent == CONF_DIR and path.parent.name not in ("sweep", "grid")
-]
+GROUPS = {
+    name: sorted((CONF_DIR / name).glob("*.yaml"))
+    for name in ("agent", "budget", "calibration", "env", "experiment", "importance", "logger",
+                 "model", "repair", "reward", "stubs", "workload")
+}  # fmt: skip
+SECTIONS = [name for name in GROUPS if name != "experiment"]
+"""Groups whose files set the section of their name."""
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
     "small_models", "replay", "server_replay", "serve", "soak", "levels", "tight_grid",
@@ -61,30 +64,45 @@ def composed(program="train", *overrides):
 def test_some_files_were_found():
     assert len(FILES) >= 25
     assert len(PUBLISHED) >= 25
-    assert {path.parent.name for path in GROUPS} == {
-        "model", "calibration", "importance", "repair", "stubs", "workload", "reward", "env",
-        "agent", "logger", "experiment", "budget",
-    }  # fmt: skip
+    assert all(GROUPS.values())
+    folders = {path.parent.name for path in FILES if path.parent.parent == CONF_DIR}
+    assert folders - {"sweep", "grid"} == set(GROUPS)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_composes_over_the_schema(program):
-    config = composed(program)
+def test_every_program_composes_and_hands_on_repair_and_workers(program):
+    asked = ("repair=library", "repair.name=some/stubs.safetensors", "scoring.workers=3",
+             "scoring.address=auto")  # fmt: skip
+    config = composed(program, *asked)
     assert config.stage == program
     assert config.name == ("demo" if program == "demo" else "default")
-    context = context_config(config)
-    assert (context.repair, context.workers) == ("none", 0)
+    found = context_config(config)
+    assert found.repair == "some/stubs.safetensors"
+    assert (found.workers, found.workers_address) == (3, "auto")
 
 
-@pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_file_of_every_group_composes(path):
-    choice = f"{path.parent.name}/{path.stem}"
-    overrides = [choice.replace("/", "=", 1), *NEEDED.get(choice, [])]
-    config = composed("train", *overrides)
-    if path.parent.name == "experiment":
-        assert config.name == path.stem
-        return
-    section = getattr(config, path.parent.name)
+def test_by_default_there_are_no_repair_and_no_workers():
+    found = context_config(composed())
+    assert (found.repair, found.workers) == ("none", 0)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in GROUPS["experiment"]])
+def test_every_experiment_composes(name):
+    assert composed("train", f"experiment={name}").name == name
+
+
+@pytest.mark.parametrize("number", range(max(len(GROUPS[name]) for name in SECTIONS)))
+def test_every_file_of_every_group_composes(number):
+    """The first files of all groups compose together, then the second ones, and so on."""
+    paths = [GROUPS[name][number % len(GROUPS[name])] for name in SECTIONS]
+    needed = [NEEDED.get(f"{path.parent.name}/{path.stem}", []) for path in paths]
+    chosen = [f"{path.parent.name}={path.stem}" for path in paths]
+    config = composed("train", *chosen, *itertools.chain(*needed))
+    for path in paths:
+        assert_is_as_in(path, getattr(config, path.parent.name))
+
+
+def assert_is_as_in(path, section):
     values = yaml.safe_load(path.read_text())
     values = values.get(path.parent.name, values)  # a file may also set other sections
     for key, value in values.items():
@@ -112,15 +130,6 @@ def test_names_in_the_files_exist():
         found = settings.evaluate
         assert set(found.baselines) <= set(baselines_of(settings.env.lowers))
         assert set(found.tasks.names) <= set(GENERATED_TASKS)
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_repair_and_workers_reach_the_context_from_every_program(program):
-    asked = ("repair=library", "repair.name=some/stubs.safetensors", "scoring.workers=3",
-             "scoring.address=auto")  # fmt: skip
-    found = context_config(composed(program, *asked))
-    assert found.repair == "some/stubs.safetensors"
-    assert (found.workers, found.workers_address) == (3, "auto")
 
 
 def test_a_file_names_the_repair():

@@ -175,6 +175,7 @@ def test_an_agent_trains_on_a_table(config, exported):
     assert (folder / "policy.png").exists()
 
 
+@pytest.mark.slow
 def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_path):
     settings = replace(
         config, name="repaired", repair=RepairConfig("library"), export=ExportConfig(masks=40)

@@ -213,6 +213,7 @@ def test_the_page_shows_provenance(page):
         assert shown in text
 
 
+@pytest.mark.slow
 def test_a_profile_alone_gives_a_report(root, tmp_path):
     shutil.copytree(root / "profile", tmp_path / "half" / "profile")
     config = Config(stage="report", name="half", runs_dir=str(tmp_path))

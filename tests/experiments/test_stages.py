@@ -205,6 +205,7 @@ def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):
     assert in_order(read_records(path)) == in_order(whole)
 
 
+@pytest.mark.slow
 def test_the_demo_reuses_everything_and_ends_with_table_and_report(evaluated, capsys):
     results = evaluated.stage_dir("evaluate") / "results.jsonl"
     before = results.read_bytes()

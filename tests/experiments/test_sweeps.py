@@ -98,6 +98,7 @@ def test_runs_are_named_and_compared_by_what_varies(base):
     assert lines[4].endswith(f"{best:.4f}"), "the best run comes first"
 
 
+@pytest.mark.slow
 def test_workers_share_a_live_model_and_one_store(base):
     done = run_train(base, "name=together", "seed=0,1", "hydra/launcher=local",
                      f"store={base / 'shared.sqlite'}")  # fmt: skip

@@ -133,6 +133,7 @@ def test_twine_check_passes(wheel):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_environment_passes_gymnasiums_checker(installed, model_folder):
     code = """if True:
         import sys
@@ -170,6 +171,7 @@ def test_rap_choose_and_info_need_no_model(installed):
     assert found["cache"]["folder"] == str(installed.folder / "cache")
 
 
+@pytest.mark.slow
 def test_rap_serves_a_model_over_http(installed, model_folder):
     config = installed.folder / "serve.yaml"
     config.write_text("port: 0\npolicy: dense\nmodel_name: tiny\ndtype: float32\nthreads: 1\n")

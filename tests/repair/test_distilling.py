@@ -45,7 +45,9 @@ def distilled(llm, library, config=SHORT, *, masks=None, text=TEXT, path=None) -
     return distill(llm, library, text, masks, config, path=path, progress=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_neox", "gemma2"))]
+)
 def test_distillation_reduces_the_divergence_from_the_dense_model(name: str) -> None:
     llm = tiny(name)
     library = fitted(llm)

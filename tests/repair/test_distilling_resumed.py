@@ -37,7 +37,9 @@ def killed_at(after: int, llm, library, path, config=SHORT) -> None:
         distilled(llm, library, config, masks=draw(llm, kind=Killed, after=after), path=path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("after", [2, 4, 6, 11])
 def test_a_killed_run_resumes_bit_for_bit(after: int, dtype, tmp_path) -> None:
     llm, path = tiny(dtype=dtype), tmp_path / "deep" / "progress.pt"

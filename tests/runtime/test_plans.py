@@ -173,6 +173,7 @@ def test_a_jittering_budget_causes_one_switch(share):
     assert harness.llm.plan.caches
 
 
+@pytest.mark.slow
 def test_outputs_stay_valid_while_a_plan_follows_the_budget_and_the_end_is_native():
     harness = lowering(hold_s=0.3)
     llm = harness.llm
@@ -205,6 +206,7 @@ def test_outputs_stay_valid_while_a_plan_follows_the_budget_and_the_end_is_nativ
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.slow
 def test_two_threads_that_lower_and_raise_plans_break_no_request():
     harness = lowering(hold_s=0.0, hysteresis_share=0.0)
     engine = harness.engine(prefill_chunk_tokens=8, max_batch_size=3)

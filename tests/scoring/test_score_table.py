@@ -144,6 +144,7 @@ def large(table):
     return ScoreTable.fitted(facts, scores, **origin)
 
 
+@pytest.mark.slow
 def test_twenty_thousand_masks_are_a_small_file(large, tmp_path):
     assert len(large.scores) > 19_000
     large.save(tmp_path / "t.json")

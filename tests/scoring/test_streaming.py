@@ -140,7 +140,11 @@ def test_layers_are_read_once_for_all_masks_that_advance_together(tmp_path):
 
 @pytest.mark.parametrize(
     ("dtype", "how"),
-    [("float32", "scan"), ("bfloat16", "lazy"), ("float32", "halving")],
+    [
+        ("float32", "scan"),
+        pytest.param("bfloat16", "lazy", marks=pytest.mark.slow),
+        pytest.param("float32", "halving", marks=pytest.mark.slow),
+    ],
 )
 def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
     model = wide_model(getattr(torch, dtype))

@@ -309,6 +309,7 @@ def test_the_findings_agree_with_the_numbers(page):
     assert "0.70 [" in texts[0]
 
 
+@pytest.mark.slow
 def test_the_repair_section_is_added_to_the_other_sections(tmp_path):
     root = write_repair(write_root(tmp_path / "both"))
     text = report(

@@ -209,6 +209,7 @@ def test_other_settings_are_rejected_in_the_same_folder(config, folder):
     replay(fewer, folder)
 
 
+@pytest.mark.slow
 def test_figures_and_tables_come_from_the_records_alone(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     paths = draw_all(folder, tmp_path)

@@ -85,6 +85,7 @@ def test_it_learns_and_is_an_ordinary_model_folder(family, make):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_blocks_cost_the_same_or_not_by_family(make):
     request = Request(2, 40, budget_bytes=2**40)
     uniform = MemoryModel(load_llm(trained(make("uniform", "a"))))
@@ -229,6 +230,7 @@ def test_invalid_settings_are_rejected(make, tmp_path):
         trained(make(texts={"short": short}))
 
 
+@pytest.mark.slow
 def test_removing_every_block_still_gives_a_finite_loss(make):
     llm = load_llm(trained(make("unequal")), device="cpu", dtype="float32")
     text = load_corpus(CorpusConfig(windows=2, window_tokens=20), llm, progress=False)

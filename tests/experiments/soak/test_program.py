@@ -45,6 +45,7 @@ def config(folder, *overrides):
         return as_config(compose("soak", overrides=given))
 
 
+@pytest.mark.slow
 def test_a_short_soak_passes(model_folder, tmp_path):
     settings = config(model_folder)
     out = tmp_path / "out" / "soak.jsonl"

@@ -47,7 +47,12 @@ def chosen(context, item_bytes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "share"), [(SHAPES[0], 0.15), (SHAPES[1], 0.6), (SHAPES[0], 0.97)]
+    ("shape", "share"),
+    [
+        pytest.param(SHAPES[0], 0.15, marks=pytest.mark.slow),
+        (SHAPES[1], 0.6),
+        pytest.param(SHAPES[0], 0.97, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_fits_and_counts(context, item_bytes, chosen, request_at, name, shape, share):
