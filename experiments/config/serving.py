@@ -60,6 +60,8 @@ class SoakConfig(Section):
     """Longest answer, in tokens."""
     newcomer_tokens: Count = 2000
     """Tokens of the long prompts of ``experiments.soak.newcomers``."""
+    floor_budgets: list[str] = field(default_factory=lambda: ["60MiB", "160MiB"])
+    """Smallest and largest budget of the model in ``experiments.soak.floor``."""
     cancel_share: NotNegative = 0.08
     """Share of requests whose stream the client closes while it runs."""
     disconnect_share: NotNegative = 0.07

@@ -61,7 +61,7 @@ def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
         (MODES[1], "perplexity", EASY, []),
         (MODES[1], DENSE_TIMING, "grid", TOGETHER),
         (MODES[2], "perplexity", "grid", TOGETHER),
-        (MODES[2], DENSE_TIMING, EASY, []),
+        pytest.param(MODES[2], DENSE_TIMING, EASY, [], marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -45,6 +45,7 @@ def test_ppo_single_file():
     assert all(cell.fits for cell in after.cells)
 
 
+@pytest.mark.slow
 def test_sb3_maskable_ppo():
     module = example("sb3_maskable_ppo")
     before, after = (
@@ -53,6 +54,7 @@ def test_sb3_maskable_ppo():
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
 
 
+@pytest.mark.slow
 def test_torchrl_ppo():
     module = example("torchrl_ppo")
     module.ENVS = 16
@@ -108,6 +110,7 @@ def test_custom_workload():
     assert ordered < drawn
 
 
+@pytest.mark.slow
 def test_leaderboard_entry(tmp_path):
     module = example("leaderboard_entry")
     found = {
@@ -131,6 +134,7 @@ def dataset(tmp_path_factory):
         yield module.DATASET
 
 
+@pytest.mark.slow
 def test_offline_cloning(dataset):
     module = example("offline_cloning")
     before, after = (
