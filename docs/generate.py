@@ -25,6 +25,7 @@ from plan_tables import (
     stubs_markdown,
     tasks_markdown,
 )
+from soak_tables import floor_table, soak_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -98,7 +99,8 @@ def write_all(docs: Path) -> None:
     write_texts(folder)
     write_learning_curves(folder)
     _write(folder / "leaderboard.md", leaderboard_markdown())
-    _write(folder / "soak.md", soak_table())
+    _write(folder / "soak.md", soak_table(RESULTS))
+    _write(folder / "soak_floor.md", floor_table(RESULTS))
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "engine_features.md", features_markdown(RESULTS))
     _write(folder / "engines.md", agreement_markdown(RESULTS))
@@ -395,28 +397,6 @@ def leaderboard_markdown() -> str:
         )
         parts.append(f"### {comparison}\n\n{markdown((head, rows))}\n\n{agreement}")
     return "\n\n".join(parts) + "\n"
-
-
-def soak_table() -> str:
-    """What the soak test counted."""
-    from experiments.comparison.formatting import percent
-
-    record = json.loads((RESULTS / "soak.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    agreement, memory = record["agreement"], record["rss_bytes"]
-    rows = {
-        "requests": f"{record['requests']:,} in {record['seconds'] / 60:.0f} minutes",
-        "by kind": ", ".join(f"{count:,} {kind}" for kind, count in record["kinds"].items()),
-        "changes of the budget": f"{record['budget_changes']:,}",
-        "mask switches": f"{record['switches']:,} among {record['masks']:,} masks",
-        "wrong answers": f"{agreement['wrong_answers']} of {agreement['answers']}",
-        "wrong answers of the control": (
-            f"{agreement['control_wrong']} of {agreement['control_answers']}"
-        ),
-        "growth of resident memory at rest": f"{percent(memory['growth'])} (target: at most 2 %)",
-        "checks that failed": ", ".join(k for k, ok in record["checks"].items() if not ok)
-        or "none",
-    }
-    return "| Soak | |\n| :--- | :--- |\n" + "".join(f"| {k} | {v} |\n" for k, v in rows.items())
 
 
 def benchmarks_table() -> str:

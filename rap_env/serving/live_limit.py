@@ -81,11 +81,18 @@ class LiveLimit:
                 self.setting_bytes = limit_bytes
 
     def _follow(self) -> None:
-        """Read the file if it has changed, once it stays as it is for a moment."""
+        """Read the file if it has changed, once it stays as it is for a moment.
+
+        The moment counts from the time that the file itself has of its last change, so that one
+        look is enough where looks are far apart.
+        """
         state, now_s = self._state(), time.monotonic()
         if state != self._seen:
             self._seen, self._seen_s = state, now_s
-        if state == self._read_state or now_s - self._seen_s < _SETTLE_S:
+        if state == self._read_state:
+            return
+        age_s = 0.0 if state is None else time.time() - state[2] / 1e9
+        if max(age_s, now_s - self._seen_s) < _SETTLE_S:
             return
         self._read_state = state
         try:

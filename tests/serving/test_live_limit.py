@@ -48,6 +48,14 @@ def test_the_limit_follows_its_file_however_it_is_written(tmp_path):
     assert LiveLimit("memory", 500 * MIB, str(path))() == 300 * MIB
 
 
+def test_one_look_is_enough_some_time_after_the_change(tmp_path):
+    path = tmp_path / "limit"
+    limit = LiveLimit("memory", 500, str(path))
+    path.write_text("400")
+    time.sleep(0.06)
+    assert limit() == 400
+
+
 def test_a_file_that_is_being_written_counts_only_once_it_is_complete(tmp_path):
     path = tmp_path / "limit"
     limit = LiveLimit("memory", 500, str(path))
