@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -14,11 +13,13 @@ from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
 from rap_env.version import __version__
 
 _EXTRAS = {
-    "eval": "lm_eval",
+    "eval": "lm-eval",
+    "otel": "opentelemetry-exporter-otlp-proto-http",
     "plots": "matplotlib",
+    "ray": "ray",
     "serve": "fastapi",
     "structured": "llguidance",
-}  # a module of each
+}  # a distribution of each
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _MIB = 2**20
 
@@ -38,7 +39,7 @@ def describe() -> dict[str, Any]:
         "rap_env": __version__,
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
-        "extras": {e: importlib.util.find_spec(m) is not None for e, m in _EXTRAS.items()},
+        "extras": {extra: _installed(name) for extra, name in _EXTRAS.items()},
         "device": str(device),
         "device_kind": device_kind(device),
         "threads": torch.get_num_threads(),
@@ -50,6 +51,14 @@ def describe() -> dict[str, Any]:
         ],
         "score_tables": [_score_table(path) for path in packaged_tables()],
     }
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _score_table(path: Path) -> dict[str, Any]:

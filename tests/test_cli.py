@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -199,6 +201,10 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
     answer = json.loads(out)
     assert code == 0
     assert answer["rap_env"] == __version__
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert answer["extras"].keys() == extras.keys()
+    assert answer["extras"]["serve"] is True
     assert answer["cache"]["bytes"] == 8
     assert answer["cache"]["entries"] == {"models": 5, "scores.sqlite": 3}
     tables = {table["environment"]: table for table in answer["score_tables"]}
