@@ -113,13 +113,23 @@ def searches_markdown(results: Path) -> str:
     return head + "\n".join(line for _, line in sorted(lines)) + "\n"
 
 
-def tasks_markdown(results: Path) -> str:
-    """Accuracy of methods that choose plans on lm-eval tasks, by budget."""
+def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
+    """Accuracy of methods that choose plans on lm-eval tasks, by request and budget.
+
+    Args:
+        results: The folder of all records.
+        name: The folder of these plans; the native model is measured in ``tight_tasks``.
+    """
     from experiments.comparison.formatting import look
     from experiments.comparison.records import ResultRow, read_rows
     from experiments.comparison.statistics import wilson_interval
 
-    rows = read_rows(results / "tight_tasks" / "evaluate" / "results.jsonl")
+    dense, *_ = (
+        row
+        for row in read_rows(results / "tight_tasks" / "evaluate" / "results.jsonl")
+        if row.method == "dense"
+    )
+    rows = read_rows(results / name / "evaluate" / "results.jsonl")
     tasks = list(rows[0].accuracies)
 
     def cell(row: ResultRow, task: str) -> str:
@@ -129,27 +139,28 @@ def tasks_markdown(results: Path) -> str:
 
     def mean(row: ResultRow) -> str:
         documents = row.task_documents or {}
-        spread = sum(a * (1 - a) / documents[task] for task, a in row.accuracies.items())
+        found = {task: row.accuracies[task] for task in tasks}
+        spread = sum(a * (1 - a) / documents[task] for task, a in found.items())
         half = 1.96 * spread**0.5 / len(tasks)
-        value = sum(row.accuracies.values()) / len(tasks)
+        value = sum(found.values()) / len(tasks)
         return f"{100 * value:.1f} ± {100 * half:.1f}"
 
     names = [f"{t} acc / acc_norm" if t in (rows[0].accuracies_norm or {}) else t for t in tasks]
     lines = [
-        f"| Budget | Method | ΔNLL | {' | '.join(names)} | mean acc |",
+        f"| Request | Method | ΔNLL, calibration / report | {' | '.join(names)} | mean acc |",
         f"| :--- | :--- | ---: |{' ---: |' * (len(tasks) + 1)}",
     ]
-    dense = next(row for row in rows if row.method == "dense")
-    chosen = sorted((row for row in rows if row.method != "dense"), key=lambda r: r.target_loss)
-    for row in (dense, *chosen):
+    chosen = [row for row in rows if row.method != "dense"]
+    for row in (dense, *sorted(chosen, key=lambda row: (row.target_loss, row.loss_calibration))):
         native = row is dense
-        budget = "-" if native else f"about {row.target_loss:g}"
-        name = "Native weights and caches" if native else look(row.method).label
+        request = "-" if native else "{batch_size} x {seq_len_tokens:,}".format(**row.request)
+        label = "Native weights and caches" if native else look(row.method).label
+        losses = "0" if native else f"{row.loss_calibration:.2f} / {row.loss:.2f}"
         found = " | ".join(cell(row, task) for task in tasks)
-        lines.append(f"| {budget} | {name} | {row.loss:.2f} | {found} | {mean(row)} |")
+        lines.append(f"| {request} | {label} | {losses} | {found} | {mean(row)} |")
     widest = max(
         high - low
-        for row in rows
+        for row in (dense, *rows)
         for task, accuracy in row.accuracies.items()
         for low, high in [wilson_interval(accuracy, (row.task_documents or {})[task])]
     )
