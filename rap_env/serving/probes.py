@@ -17,7 +17,7 @@ from rap_env.version import __version__
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
-PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health"})
 """Paths of the probes."""
 UNLIMITED_PATHS = PROBE_PATHS | {"/metrics", "/admin/budget"}
 """Paths that are answered above the connection limit too."""
@@ -31,6 +31,8 @@ def probe_router(
     closing: Callable[[], bool],
 ) -> APIRouter:
     """Make the routes ``/livez``, ``/readyz``, ``/healthz``, ``/version`` and ``/metrics``.
+
+    ``/health`` is ``/healthz`` under the name that it has in vLLM's and llama.cpp's servers.
 
     Args:
         engine: The engine that serves.
@@ -58,6 +60,7 @@ def probe_router(
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready", "reason": reason}, 503)
 
+    @router.get("/health")
     @router.get("/healthz")
     async def healthz() -> Response:
         if closing():

@@ -66,7 +66,7 @@ def test_the_client_reports_a_wrong_key(guarded):
 
 
 def test_probes_need_no_key(guarded):
-    for path in ("/livez", "/readyz", "/healthz"):
+    for path in ("/livez", "/readyz", "/healthz", "/health"):
         assert httpx.get(f"{guarded.url}{path}").status_code == 200
 
 
