@@ -34,7 +34,7 @@ class ServerReplayConfig(Section):
     llama.cpp's server with a cache in f16, q8_0 and q4_0. Their order is that of the first budget;
     it is reversed from each budget to the next."""
     budgets: Annotated[list[Annotated[str, _size]], distinct] = field(
-        default_factory=lambda: ["250MiB", "520MiB"]
+        default_factory=lambda: ["180MiB", "520MiB"]
     )
     """Resident memory of the whole server process, each for one run of every system."""
     llama_server: str = "llama-server"

@@ -59,7 +59,7 @@ def options(cache: str, context_tokens: int, slots: int, batch_tokens: int) -> l
 
     One cache is shared by all slots, so that a long request may use what short ones leave. Parts
     that take memory beyond it are off: the automatic fit to the free memory and the store of old
-    prompts in main memory.
+    prompts in main memory. The log has the sizes of buffers.
 
     Args:
         cache: llama.cpp's format of keys and values.
@@ -70,7 +70,7 @@ def options(cache: str, context_tokens: int, slots: int, batch_tokens: int) -> l
     sizes = {"-c": context_tokens, "-np": slots, "-b": batch_tokens, "-ub": batch_tokens}
     pairs = [text for name, size in sizes.items() for text in (name, str(size))]
     return [*pairs, "-kvu", *cache_flags(cache).split(), "-t", "1", "-tb", "1", "-cram", "0",
-            "-fit", "off"]  # fmt: skip
+            "-fit", "off", "-lv", "4"]  # fmt: skip
 
 
 def buffer_bytes(log: Iterable[str]) -> dict[str, int]:

@@ -51,6 +51,7 @@ def server_replay(config: Config, folder: Path) -> Path:
     Raises:
         ExperimentError: llama.cpp's server is wanted, and it is not installed.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports each request
     systems = Systems(config, folder)
     run, started = RunFolder(folder), time.monotonic()
     own = [f"server_replay.{f.name}" for f in fields(ServerReplayConfig) if f.name not in _FREE]
