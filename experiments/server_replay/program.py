@@ -87,13 +87,11 @@ class ServerReplay:
             budget_bytes = parse_bytes("server_replay.budgets", text)
             for name in settings.systems[:: -1 if number % 2 else 1]:
                 provenance = self._provenance(name)
-                run = partial(self._run, name, budget_bytes, len(rows), provenance)
+                run = partial(self._run, name, budget_bytes, provenance)
                 rows.append(file.get(row_key(name, budget_bytes, provenance), run))
         return rows
 
-    def _run(
-        self, name: str, budget_bytes: int, position: int, provenance: dict[str, Any]
-    ) -> ServerReplayRow:
+    def _run(self, name: str, budget_bytes: int, provenance: dict[str, Any]) -> ServerReplayRow:
         settings, requests = self._config.server_replay, self.workload.requests
         system, error = System([], [], ""), None
         answers = [Answer(request, "refused", reason="no server") for request in requests]
@@ -114,7 +112,7 @@ class ServerReplay:
         qualities = self._judge(answers)
         self._write_requests(f"{name}-{budget_bytes}", answers, qualities)
         row = make_row(
-            name, budget_bytes, position, system, error, answers, qualities, samples,
+            name, budget_bytes, system, error, answers, qualities, samples,
             (began_s, ended_s), provenance,
         )  # fmt: skip
         log.info(
@@ -178,7 +176,6 @@ class ServerReplay:
 def make_row(
     name: str,
     budget_bytes: int,
-    position: int,
     system: System,
     error: str | None,
     answers: Sequence[Answer],
@@ -192,7 +189,6 @@ def make_row(
     Args:
         name: The system.
         budget_bytes: Its budget.
-        position: Number of the run.
         system: Its options.
         error: Why it did not start; None if it did.
         answers: What became of each request.
@@ -215,7 +211,6 @@ def make_row(
     return ServerReplayRow(
         system=name,
         budget_bytes=budget_bytes,
-        position=position,
         options=system.options,
         startup_error=error,
         context_tokens=system.context_tokens,

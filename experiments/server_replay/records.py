@@ -1,4 +1,7 @@
-"""Rows of ``server_replay.jsonl``: one server within one budget, on the arrivals of a replay."""
+"""Rows of ``server_replay.jsonl``: one server within one budget, on the arrivals of a replay.
+
+They are in order of time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ class ServerReplayRow(Record):
     Attributes:
         system: Its name, as in ``server_replay.systems``.
         budget_bytes: Resident memory that the process may take.
-        position: Number of the run among all of the program, in order of time.
         options: The server's options, without paths and address.
         startup_error: Why the server did not start; None if it did. No request is served then.
         context_tokens: Tokens of llama.cpp's cache; None for others.
@@ -55,7 +57,6 @@ class ServerReplayRow(Record):
 
     system: str
     budget_bytes: int
-    position: int
     options: list[str]
     startup_error: str | None
     context_tokens: int | None
