@@ -25,6 +25,7 @@ from plan_tables import (
     stubs_markdown,
     tasks_markdown,
 )
+from server_tables import load_generator_markdown, server_replay_markdown
 from soak_tables import floor_table, soak_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,8 @@ def write_all(docs: Path) -> None:
     _write(folder / "leaderboard.md", leaderboard_markdown())
     _write(folder / "soak.md", soak_table(RESULTS))
     _write(folder / "soak_floor.md", floor_table(RESULTS))
+    _write(folder / "server_replay.md", server_replay_markdown(RESULTS))
+    _write(folder / "load_generator.md", load_generator_markdown(RESULTS))
     _write(folder / "benchmarks.md", benchmarks_table())
     _write(folder / "engine_features.md", features_markdown(RESULTS))
     _write(folder / "engines.md", agreement_markdown(RESULTS))

@@ -45,6 +45,8 @@ _ARRIVALS = (
 def server_replay(config: Config, folder: Path) -> Path:
     """Run every system within every budget; those with a row already are not run again.
 
+    The tables are of all rows in the folder.
+
     Returns:
         The path of ``server_replay.jsonl``.
 
@@ -57,7 +59,8 @@ def server_replay(config: Config, folder: Path) -> Path:
     own = [f"server_replay.{f.name}" for f in fields(ServerReplayConfig) if f.name not in _FREE]
     arrivals = [f"replay.{name}" for name in _ARRIVALS]
     run.start(config, frozen=("model", "seed", *own, *arrivals))
-    rows = ServerReplay(config, folder, systems).rows()
+    ServerReplay(config, folder, systems).run()
+    rows = ServerReplayRow.read(folder / FILE)
     run.finish(started, rows=len(rows))
     publish_tables(folder, server_replay_markdown(rows), server_replay_text(rows))
     return folder / FILE
@@ -78,18 +81,16 @@ class ServerReplay:
             self._llm, self.workload, folder / REFERENCES, progress=config.progress
         )
 
-    def rows(self) -> list[ServerReplayRow]:
-        """Return a row for each budget and system, in order of time."""
+    def run(self) -> None:
+        """Append a row for each budget and system that has none."""
         file = RowFile(self._folder / FILE, ServerReplayRow)
         settings = self._config.server_replay
-        rows: list[ServerReplayRow] = []
         for number, text in enumerate(settings.budgets):
             budget_bytes = parse_bytes("server_replay.budgets", text)
             for name in settings.systems[:: -1 if number % 2 else 1]:
                 provenance = self._provenance(name)
                 run = partial(self._run, name, budget_bytes, provenance)
-                rows.append(file.get(row_key(name, budget_bytes, provenance), run))
-        return rows
+                file.get(row_key(name, budget_bytes, provenance), run)
 
     def _run(self, name: str, budget_bytes: int, provenance: dict[str, Any]) -> ServerReplayRow:
         settings, requests = self._config.server_replay, self.workload.requests
