@@ -86,6 +86,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
     _write(folder / "tight_searches.md", searches_markdown(RESULTS))
     _write(folder / "tight_tasks.md", tasks_markdown(RESULTS))
+    _write(folder / "floor_tasks.md", tasks_markdown(RESULTS, "floor_tasks"))
     _write(folder / "tight_agents.md", agents_markdown(RESULTS))
     _write(folder / "ablation.md", ablation_table())
     for name in REPLAYS:
