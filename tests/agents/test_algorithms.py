@@ -116,6 +116,7 @@ def test_random_actions_of_masked_dqn_reach_every_valid_block(context):
     assert np.shape(model.predict(single)[0]) == ()
 
 
+@pytest.mark.slow
 def test_same_seed_same_training_of_masked_dqn(context):
     weights = []
     for _ in range(2):

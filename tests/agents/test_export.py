@@ -64,7 +64,7 @@ def test_numpy_and_torch_choose_the_same_masks(name, vectors, spread):
 
 
 @pytest.mark.parametrize("without", ABLATIONS, ids=lambda names: "-".join(names) or "nothing")
-@pytest.mark.parametrize("name", ["maskable_ppo", pytest.param("dqn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
 def test_numpy_and_torch_agree_under_every_ablation(name, without):
     context = wide_bench()
     policy = untrained(name, context, spread=0.3, block_vectors=4, without=list(without))

@@ -97,6 +97,7 @@ def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher,
     assert values.ravel().numpy() == pytest.approx(rewards, abs=0.15 * float(np.ptp(rewards)))
 
 
+@pytest.mark.slow
 def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, builder, teacher):
     model = new_model("masked_dqn", context, normalize_reward=False)
     config = ImitationConfig(updates=400, batch_size=64, margin=0.5)

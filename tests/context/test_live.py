@@ -115,6 +115,7 @@ def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
     assert plain.llm.mask == BlockMask()
 
 
+@pytest.mark.slow
 def test_importance_is_stored_separately_for_each_repair(config, tmp_path):
     contexts = [open_context(replace(config, repair=repair)) for repair in ("none", "library")]
     orders = [context.gsi for context in contexts]

@@ -10,7 +10,9 @@ from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-@pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
+@pytest.mark.parametrize(
+    "workload", [pytest.param("fixed", marks=pytest.mark.slow), "grid", "azure-conv"]
+)
 def test_it_equals_single_environments(context, mode, reward, workload):
     settings = {"reward": reward, "workload": workload, "max_invalid_actions": 3}
     vector = make_vector(context, autoreset_mode=mode, **settings)

@@ -57,7 +57,7 @@ def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
     ("mode", "reward", "workload", "together"),
     [
         (MODES[0], "perplexity", "grid", []),
-        (MODES[0], DENSE_TIMING, EASY, TOGETHER),
+        pytest.param(MODES[0], DENSE_TIMING, EASY, TOGETHER, marks=pytest.mark.slow),
         (MODES[1], "perplexity", EASY, []),
         (MODES[1], DENSE_TIMING, "grid", TOGETHER),
         (MODES[2], "perplexity", "grid", TOGETHER),

@@ -84,6 +84,7 @@ def test_custom_baseline():
     assert found[module.NAME] < min(found[name] for name in module.ASKED)
 
 
+@pytest.mark.slow
 def test_custom_model_family():
     with mock.patch.dict(FAMILIES):  # the example adds its own
         module = example("custom_model_family")

@@ -65,6 +65,7 @@ def exported(config):
     return export_scores(config, config.stage_dir("export_scores"))
 
 
+@pytest.mark.slow
 def test_a_table_may_have_every_mask_and_losses_of_some_on_held_out_text(config, tmp_path):
     text = TextConfig(source="self", windows=2, window_tokens=12, seed=1)
     tiny_model(layers=4).save_pretrained(tmp_path / "model")

@@ -61,6 +61,7 @@ def test_keeps_its_budget_and_is_no_worse_than_its_start(large, shape, evaluatio
     assert large.scorer.loss(choice.plan) <= start
 
 
+@pytest.mark.slow
 def test_more_evaluations_find_better_masks(large):
     request = request_at(large, 1, 10, 0.7)
     losses = [

@@ -195,6 +195,7 @@ def test_tables_show_plans_and_budgets_that_differ(evaluated):
     assert "ΔNLL divided by that of Uniform settings" in text
 
 
+@pytest.mark.slow
 def test_the_report_draws_levels(evaluated):
     page = report(evaluated, evaluated.stage_dir("report")).read_text()
     assert "What the policy lowers" in page

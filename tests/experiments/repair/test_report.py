@@ -282,6 +282,7 @@ def test_the_token_figure_has_a_line_per_text(found):
     assert axis.get_xscale() == "log"
 
 
+@pytest.mark.slow
 def test_a_page_on_stubs_is_made_from_rows_alone(page):
     text = page.read_text()
     assert "A stub is a small module" in text

@@ -129,6 +129,7 @@ def test_model_and_tokenizer_are_trained_on_the_calibration_part_only(make, tmp_
     assert len(rare) == 5 > len(known)
 
 
+@pytest.mark.slow
 def test_without_files_another_model_writes_the_text(make, tmp_path):
     tiny_model().save_pretrained(tmp_path / "writer")
     tiny_tokenizer().save_pretrained(tmp_path / "writer")

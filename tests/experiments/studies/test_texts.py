@@ -183,6 +183,7 @@ def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch)
     assert [row[3] for row in study.size_table()[1]] == ["+0.000"] * 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_measures_only_what_is_missing(config, monkeypatch):
     scorer, config, _ = synthetic(config, monkeypatch, 1.0, "killed")
     folder = config.stage_dir("texts")

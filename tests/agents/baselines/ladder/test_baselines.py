@@ -54,7 +54,9 @@ def chosen(context, item_bytes):
         pytest.param(SHAPES[0], 0.97, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "beam" else []) for n in NAMES]
+)
 def test_every_method_fits_and_counts(context, item_bytes, chosen, request_at, name, shape, share):
     request = request_at(shape, share)
     choice = chosen(name, request)
