@@ -183,6 +183,7 @@ class _Page(HTMLParser):
         self.ids += [values["id"]] if "id" in values else []
 
 
+@pytest.mark.slow
 def test_the_page_has_no_external_resources(page):
     text = page.read_text()
     parser = _Page()

@@ -285,6 +285,7 @@ def repaired(evaluated):
     return settings
 
 
+@pytest.mark.slow
 def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
     rows = read_rows(repaired.stage_dir("evaluate") / "results.jsonl")
     plain = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")

@@ -164,6 +164,7 @@ def test_the_sweeper_requests_as_many_trials_as_run_in_parallel():
     assert sweep.hydra.sweeper.storage.url == "sqlite:///runs/x/train/study.db"
 
 
+@pytest.mark.slow
 def test_searched_parameters_are_agent_settings():
     """Each hyperparameter of the search can be set to each end of its range."""
     params = composed("+sweep=optuna").hydra.sweeper.params

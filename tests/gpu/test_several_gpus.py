@@ -100,7 +100,9 @@ ALL_PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "mixtral"))]
+)
 def test_every_path_gives_what_it_gives_on_the_cpu(name):
     """The head is beside the last layer (llama, mixtral) or, tied, beside the embeddings."""
     for path, run in ALL_PATHS.items():

@@ -86,7 +86,7 @@ def deep():
     return llm, gsi(MaskScorer(llm, tokens(windows=8)), stop=10, progress=False)
 
 
-@pytest.mark.parametrize("method", ["lazy", "halving"])
+@pytest.mark.parametrize("method", ["lazy", pytest.param("halving", marks=pytest.mark.slow)])
 def test_quicker_methods_measure_less_and_are_nearly_as_good(method, deep):
     (llm, exact), ids = deep, tokens(windows=8)
     quick = gsi(MaskScorer(llm, ids), stop=10, method=method, progress=False)

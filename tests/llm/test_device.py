@@ -107,6 +107,7 @@ def test_an_impossible_number_of_threads(number: object, threads: int) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+@pytest.mark.slow
 def test_freed_memory_stays_with_the_process() -> None:
     code = """
 import pathlib, sys, torch

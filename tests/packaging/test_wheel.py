@@ -158,6 +158,7 @@ def test_the_environment_passes_gymnasiums_checker(installed, model_folder):
     assert "peak_bytes" in keys
 
 
+@pytest.mark.slow
 def test_rap_choose_and_info_need_no_model(installed):
     assert installed.rap("--version").stdout == f"rap, version {__version__}\n"
     answer = json.loads(

@@ -93,6 +93,7 @@ def test_demonstrations_fit_and_come_from_the_frontier(config):
         assert peak <= shown.request.budget_bytes
 
 
+@pytest.mark.slow
 def test_rounds_verify_with_real_scores_and_learn_from_them(config):
     folder = train(config, folder_of(config))
     context, rounds = build_context(config), read_records(folder / ROUNDS_FILE)
