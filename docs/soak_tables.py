@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.comparison.formatting import mebibytes, percent
-
 
 def soak_table(results: Path) -> str:
     """What the soak test counted."""
+    from experiments.comparison.formatting import percent
+
     record = json.loads((results / "soak.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     agreement, memory = record["agreement"], record["rss_bytes"]
     rows = {
@@ -30,6 +30,8 @@ def soak_table(results: Path) -> str:
 
 def floor_table(results: Path) -> str:
     """What a server with a floor of quality answered under budgets that jump."""
+    from experiments.comparison.formatting import mebibytes
+
     path = results / "soak_floor.jsonl"
     record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     outcomes = record["outcomes"]
