@@ -43,12 +43,10 @@ LABELS = {
 
 def serving_table(rows: Sequence[ServerReplayRow]) -> Table:
     """Served requests, and memory against the budget."""
-    header = ["Server", "Served", "Refused", "Timed out", "Failed", "Peak", "Over", "Model",
-              "Context", "Starts"]  # fmt: skip
+    header = ["Server", "Served", "Not served", "Peak", "Over", "Model", "Context", "Starts"]
     return header, [
         [
-            LABELS[row.system], percent(row.served / row.requests), f"{row.refused}",
-            f"{row.timed_out}", f"{row.failed}",
+            LABELS[row.system], percent(row.served / row.requests, 0), _not_served(row),
             mebibytes(row.peak_bytes) if row.samples else "-",
             f"{row.samples_over:,} of {row.samples:,}" if row.samples else "-",
             "-" if row.model_bytes is None else mebibytes(row.model_bytes),
@@ -57,6 +55,11 @@ def serving_table(rows: Sequence[ServerReplayRow]) -> Table:
         ]
         for row in rows
     ]  # fmt: skip
+
+
+def _not_served(row: ServerReplayRow) -> str:
+    counts = {"refused": row.refused, "timed out": row.timed_out, "failed": row.failed}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"
 
 
 def latency_table(rows: Sequence[ServerReplayRow]) -> Table:
