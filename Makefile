@@ -32,10 +32,10 @@ test-all: setup  ## Run also the slow tests, and those of families and agents on
 	@$(TEST) -m "not network and not gpu" --all-cases
 
 test-network: setup  ## Run the tests that download the default model or install other engines.
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network --all-cases
 
 gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table and what differs from the CPU.
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu --all-cases
 	@for name in $(GPU_BENCHMARKS); do $(RUN) -m benchmarks.$$name device=cuda || exit 1; done
 	@$(RUN) -m benchmarks.table
 

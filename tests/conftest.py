@@ -59,7 +59,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Choose cases, and attach to each test what it shows of an engine for its report."""
-    if not (config.getoption("--all-cases") or config.option.keyword):
+    everything = ("--all-cases", "--engine-features", "keyword")
+    if not any(config.getoption(name) for name in everything):
         left_out = cases_left_out(items)
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
@@ -91,7 +92,7 @@ def cases_left_out(items):
 
 
 def taken_in_turn(item):
-    """The family or agent that a test's case runs on, and that every which of them is enough."""
+    """The family or agent that a test's case runs on, and of how many of them it runs on one."""
     from tests.tiny import FAMILIES
 
     for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
