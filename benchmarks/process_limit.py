@@ -16,14 +16,13 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Settings, Target, launch
 from benchmarks.record import write_record
-from experiments.server_replay.processes import ProcessSampler, ServerProcess
+from experiments.server_replay.processes import ProcessSampler, Sample, ServerProcess
 from experiments.server_replay.systems import RAP_READY
 
 _MIB = 2**20
@@ -40,14 +39,15 @@ class ProcessLimitSettings(Settings):
     model: str = "smollm2-135m"
     memory_mib: int = 520
     """The limit at the start."""
-    constant_s: float = 120.0
+    constant_s: float = 60.0
     """Seconds under the constant limit, once the server is ready."""
-    limits_mib: list[int] = field(default_factory=lambda: [490, 460, 440, 520, 440, 520])
+    limits_mib: list[int] = field(default_factory=lambda: [490, 460, 440, *(520, 440) * 5, 520])
     """Later limits, each written to the file."""
-    limit_s: float = 12.0
+    limit_s: float = 8.0
     """Seconds under each later limit."""
     clients: int = 4
-    prefill_chunk_tokens: int = 256
+    prefill_chunk_tokens: list[int] = field(default_factory=lambda: [256, 64])
+    """Tokens of a prefill chunk; one server after the other has each."""
 
 
 class _Clients:
@@ -89,26 +89,24 @@ class _Clients:
                 self.statuses[status] += 1
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a server did: samples under the constant limit, later limits, responses."""
+
+    constant: list[Sample]
+    changes: list[dict[str, Any]]
+    statuses: Counter[str]
+
+    def most_over_s(self) -> float:
+        return max(float(change["over_s"]) for change in self.changes)
+
+
 def main(settings: ProcessLimitSettings) -> None:
     """Measure, and write the record."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "limit"
-        command = [
-            sys.executable, "-m", "rap_env.cli", "serve", "--port", "0", "--model", settings.model,
-            "--model-name", "served", "--threads", str(settings.threads or 1),
-            "--memory", f"{settings.memory_mib}MiB", "--memory-file", str(file),
-            "--prefill-chunk-tokens", str(settings.prefill_chunk_tokens),
-        ]  # fmt: skip
-        started_s = time.monotonic()
-        with ServerProcess(command, RAP_READY) as server:
-            clients = _Clients(server.url, settings.clients)
-            time.sleep(settings.constant_s)
-            constant = server.sampler.between(started_s, time.monotonic())
-            changes = _change(file, settings, server.sampler)
-            clients.stop()
+    found = {chunk: _serve(settings, chunk) for chunk in settings.prefill_chunk_tokens}
+    constant = [sample for each in found.values() for sample in each.constant]
     limit = settings.memory_mib * _MIB
     over = sum(sample.resident > limit for sample in constant)
-    seconds = [change["over_s"] for change in changes]
     write_record(
         "process_limit",
         device="cpu",
@@ -116,12 +114,18 @@ def main(settings: ProcessLimitSettings) -> None:
         targets=[
             Target("samples above a constant limit, start included", None, 0, over,
                    f"{len(constant):,} samples"),
-            Target("seconds above a lowered limit, the longest of all", None, 0.5, max(seconds)),
+            *(
+                Target(f"seconds above a lowered limit, the longest of all, chunks of {chunk}",
+                       None, 0.5, each.most_over_s())
+                for chunk, each in found.items()
+            ),
         ],
         measured={
             "most_bytes_under_constant_limit": max(sample.resident for sample in constant),
-            "changes": changes,
-            "responses": dict(clients.statuses),
+            "by_chunk_tokens": {
+                str(chunk): {"changes": each.changes, "responses": dict(each.statuses)}
+                for chunk, each in found.items()
+            },
         },
         notes=[
             "The server's resident memory (VmRSS) was read from outside every 20 ms.",
@@ -132,11 +136,32 @@ def main(settings: ProcessLimitSettings) -> None:
     )  # fmt: skip
 
 
+def _serve(settings: ProcessLimitSettings, chunk_tokens: int) -> _Found:
+    """Run a server under the constant limit, then under the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "limit"
+        command = [
+            sys.executable, "-m", "rap_env.cli", "serve", "--port", "0", "--model", settings.model,
+            "--model-name", "served", "--threads", str(settings.threads or 1),
+            "--memory", f"{settings.memory_mib}MiB", "--memory-file", str(file),
+            "--prefill-chunk-tokens", str(chunk_tokens),
+        ]  # fmt: skip
+        started_s = time.monotonic()
+        with ServerProcess(command, RAP_READY) as server:
+            clients = _Clients(server.url, settings.clients)
+            time.sleep(settings.constant_s)
+            constant = server.sampler.between(started_s, time.monotonic())
+            changes = _change(file, settings, server.sampler)
+            clients.stop()
+    return _Found(constant, changes, clients.statuses)
+
+
 def _change(
     file: Path, settings: ProcessLimitSettings, sampler: ProcessSampler
-) -> Sequence[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Write each limit to the file, and find for how long the server stays above it."""
-    found, before = [], settings.memory_mib
+    found: list[dict[str, Any]] = []
+    before = settings.memory_mib
     for limit in settings.limits_mib:
         began_s = time.monotonic()
         file.write_text(f"{limit}MiB")
