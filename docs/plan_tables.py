@@ -124,7 +124,7 @@ def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
     from experiments.comparison.records import ResultRow, read_rows
     from experiments.comparison.statistics import wilson_interval
 
-    dense, *_ = (
+    dense = next(
         row
         for row in read_rows(results / "tight_tasks" / "evaluate" / "results.jsonl")
         if row.method == "dense"

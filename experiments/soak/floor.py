@@ -20,17 +20,17 @@ from typing import Any
 
 import httpx
 
-from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import provenance
 from experiments.config import Config
 from experiments.config.serving import SoakConfig
-from experiments.console import say
 from experiments.contexts import server_settings
 from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.soak.recording import plain_token_ids, publish
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.metrics import StepRecord
+from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.serving.settings import parse_bytes
 from rap_env.serving.stack import ServerStack, build_stack, load_served_model
 
@@ -52,7 +52,7 @@ class Passes:
         least_budget_bytes: Smallest budget under which one ran.
     """
 
-    stack: ServerStack
+    chooser: PlanChooser
     floor: float
     number: int = 0
     below_floor: int = 0
@@ -62,7 +62,7 @@ class Passes:
 
     def count(self, step: StepRecord) -> None:
         """Count a pass."""
-        rise = self.stack.engine.controller.chooser.rise(step.plan, step.length)
+        rise = self.chooser.rise(step.plan, step.length)
         assert rise is not None
         self.number += 1
         self.below_floor += rise > self.floor
@@ -119,9 +119,7 @@ def floor(config: Config, folder: Path) -> None:
         raise ExperimentError("The server has no floor of quality; set serve.max_delta_nll.")
     record = serve_above_floor(stack, limit, budgets, config.soak, config.seed)
     path = Path(config.soak.out) if config.soak.out else folder / RECORD_FILE
-    append_record(path, {**record, "provenance": provenance({"run": config.seed})})
-    say(summary(record))
-    say(f"The record is in {path}.")
+    publish(path, {**record, "provenance": provenance({"run": config.seed})}, summary(record))
     if not record["passed"]:
         sys.exit(1)
 
@@ -147,13 +145,13 @@ def serve_above_floor(
     """
     from rap_env.serving.server import BackgroundServer
 
-    llm, (least, most), draw = stack.engine.llm, budget_range(soak), random.Random(seed)
-    passes, responses, started_s = Passes(stack, limit), Responses(), time.monotonic()
+    (least, most), draw = budget_range(soak), random.Random(seed)
+    passes = Passes(stack.engine.controller.chooser, limit)
+    responses, started_s = Responses(), time.monotonic()
     stack.engine.observers.append(passes.count)
     stopped = threading.Event()
     left = iter(range(soak.requests))
-    special = set(llm.tokenizer.all_special_ids)
-    token_ids = [n for n in range(llm.adapter.vocab_size) if n not in special]
+    token_ids = plain_token_ids(stack.engine.llm)
 
     def send(number: int) -> None:
         chance = random.Random(f"{seed} {number}")
@@ -162,7 +160,10 @@ def serve_above_floor(
                 prompt = chance.choices(token_ids, k=chance.randint(1, soak.prompt_tokens))
                 body = {"model": stack.settings.served_name, "prompt": prompt, "temperature": 0,
                         "max_tokens": chance.randint(1, soak.answer_tokens)}  # fmt: skip
-                responses.add(http.post(f"{server.url}/v1/completions", json=body))
+                try:
+                    responses.add(http.post(f"{server.url}/v1/completions", json=body))
+                except httpx.HTTPError as error:
+                    responses.problems.append(f"no response: {error!r}")
 
     with BackgroundServer(stack.app) as server:
         clients = [threading.Thread(target=send, args=(n,)) for n in range(soak.clients)]
@@ -182,7 +183,7 @@ def serve_above_floor(
         "every_refusal_says_why": not responses.problems,
     }
     return {
-        "model": llm.name,
+        "model": stack.engine.llm.name,
         "max_delta_nll": limit,
         "budgets_bytes": [least, most],
         "budget_changes": len(budgets) - 1,

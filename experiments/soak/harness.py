@@ -22,7 +22,13 @@ from experiments.soak.invariants import (
     memory_growth,
     resident_bytes,
 )
-from experiments.soak.recording import AnswerSample, RandomPlans, RecordingEngine, SoakState
+from experiments.soak.recording import (
+    AnswerSample,
+    RandomPlans,
+    RecordingEngine,
+    SoakState,
+    plain_token_ids,
+)
 from rap_env.blocks import BlockMask
 from rap_env.llm.device import return_freed_memory
 from rap_env.llm.loading import load_llm
@@ -75,8 +81,7 @@ class SoakHarness:
         self._engine = self._stack.engine
         self._engine.state = self._state
         self._sample = self._engine.sample = AnswerSample(config.soak.checks, config.seed)
-        special = set(llm.tokenizer.all_special_ids)
-        self._token_ids = [n for n in range(llm.adapter.vocab_size) if n not in special]
+        self._token_ids = plain_token_ids(llm)
         longest = config.soak.prompt_tokens + 2 * config.soak.answer_tokens
         everything = BatchShape(settings.max_batch_size, longest)
         self._full_bytes = self._engine.controller.estimator.peak_bytes(BlockMask(), everything)

@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import append_record
 from experiments.comparison.run_folder import provenance
 from experiments.config import Config
 from experiments.config.serving import SoakConfig
-from experiments.console import say
 from experiments.contexts import server_settings
 from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.soak.recording import plain_token_ids, publish
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.runtime.request_handle import RequestHandle
@@ -44,9 +43,7 @@ def newcomers(config: Config, folder: Path) -> None:
     record = compare_streams(stack, config.soak, config.seed)
     stack.close()
     path = Path(config.soak.out) if config.soak.out else folder / RECORD_FILE
-    append_record(path, {**record, "provenance": provenance({"run": config.seed})})
-    say(summary(record))
-    say(f"The record is in {path}.")
+    publish(path, {**record, "provenance": provenance({"run": config.seed})}, summary(record))
     if record["above_limit"]:
         sys.exit(1)
 
@@ -64,8 +61,7 @@ def compare_streams(stack: ServerStack, soak: SoakConfig, seed: int) -> dict[str
             f"serve.policy={chooser.policy.name} predicts no rise in NLL; choose knapsack or rap."
         )
     draw = random.Random(seed)
-    special = set(engine.llm.tokenizer.all_special_ids)
-    token_ids = [n for n in range(engine.llm.adapter.vocab_size) if n not in special]
+    token_ids = plain_token_ids(engine.llm)
     pairs: list[tuple[RequestHandle, RequestHandle]] = []
     late: list[RequestHandle] = []
     engine.warm_up()

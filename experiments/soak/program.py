@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import append_record
 from experiments.config import Config
-from experiments.console import say
 from experiments.soak.harness import SoakHarness
+from experiments.soak.recording import publish
 
 RECORD_FILE = "soak.jsonl"
 
@@ -31,9 +30,7 @@ def soak(config: Config, folder: Path) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for each request
     record = SoakHarness(config, folder).run()
     path = Path(config.soak.out) if config.soak.out else folder / RECORD_FILE
-    append_record(path, record)
-    say(summary(record))
-    say(f"The record is in {path}.")
+    publish(path, record, summary(record))
     if not record["passed"]:
         sys.exit(1)
 

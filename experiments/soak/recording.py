@@ -10,8 +10,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from experiments.comparison.records import append_record
+from experiments.console import say
 from rap_env.blocks import BlockMask, block_name
+from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, MaskOrPlan, cache_name
 from rap_env.request import Request
@@ -25,6 +30,19 @@ log = logging.getLogger(__name__)
 _MAX_PROBLEMS = 50
 _MAX_RECENT = 64
 _CACHE_LEVELS = ("native", "int8", "int4", "int2")
+
+
+def plain_token_ids(llm: ElasticLLM) -> list[int]:
+    """The ids of a model's vocabulary that are no special tokens."""
+    special = set(llm.tokenizer.all_special_ids)
+    return [n for n in range(llm.adapter.vocab_size) if n not in special]
+
+
+def publish(path: Path, record: dict[str, Any], summary: str) -> None:
+    """Append a record to its file, and print its summary and where it is."""
+    append_record(path, record)
+    say(summary)
+    say(f"The record is in {path}.")
 
 
 class SoakState:
