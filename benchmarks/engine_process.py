@@ -1,11 +1,12 @@
 """One plan in one engine, in a process of its own: seconds of prefill and decode, resident memory.
 
 ``python -m benchmarks.engine_process`` reads a JSON object from standard input: ``engine``
-(``llama.cpp`` or ``own``), ``context_tokens``, ``steps``, ``repeats``, ``threads``, and ``file``
-(GGUF) or ``model``, ``weights`` and ``removed`` (indices of blocks). The last line of standard
-output is a JSON object: ``prefill_s`` and ``decode_s`` (of all steps), one number for each repeat,
-``resident_bytes`` after them, and ``library_bytes`` before the model was opened. llama.cpp runs
-without torch in the process. What vLLM needs is in `benchmarks.vllm_process`.
+(``llama.cpp`` or ``own``), ``rows`` (sequences; 1 by default), ``context_tokens`` of each,
+``steps``, ``repeats``, ``threads``, and ``file`` (GGUF) or ``model``, ``weights`` and ``removed``
+(indices of blocks). The last line of standard output is a JSON object: ``prefill_s`` and
+``decode_s`` (of all steps), one number for each repeat, ``resident_bytes`` after them, and
+``library_bytes`` before the model was opened. llama.cpp runs without torch in the process. What
+vLLM needs is in `benchmarks.vllm_process`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from experiments.ladder.llama_cpp_process import LlamaCpp, resident_bytes
 
 
 class Serving(Protocol):
-    """A model that serves one plan to one sequence."""
+    """A model that serves one plan to some sequences of equal length."""
 
     def prefill(self) -> None:
-        """Forget all tokens and run the prompt."""
+        """Forget all tokens and run the prompts."""
 
     def decode(self) -> None:
-        """Run the decode steps behind the prompt, one token each."""
+        """Run the decode steps behind the prompts, one token of each sequence."""
 
 
 class InLlamaCpp:
@@ -37,18 +38,19 @@ class InLlamaCpp:
 
     def __init__(self, task: dict[str, Any]) -> None:
         self._prompt, self._steps = task["context_tokens"], task["steps"]
-        tokens = self._prompt + self._steps
-        self._engine = LlamaCpp(task["file"], "f16", 1, tokens, task["threads"])
+        self._rows, tokens = task.get("rows", 1), self._prompt + self._steps
+        self._engine = LlamaCpp(task["file"], "f16", self._rows, tokens, task["threads"])
 
     def prefill(self) -> None:
-        """Run the prompt with an empty cache."""
+        """Run the prompts with an empty cache."""
         self._engine.clear()
-        self._engine.fill(self._prompt)
+        for row in range(self._rows):
+            self._engine.fill(self._prompt, row)
 
     def decode(self) -> None:
         """Run the decode steps."""
         for at in range(self._prompt, self._prompt + self._steps):
-            self._engine.decode(np.array([1], dtype=np.int32), at, all_logits=False)
+            self._engine.step(np.ones(self._rows, dtype=np.int32), at)
 
 
 class InOurRuntime:
@@ -67,19 +69,19 @@ class InOurRuntime:
         llm.apply(BlockMask.of(*task["removed"]))
         return_freed_memory()
         self._batch = LiveBatch(llm)
-        self._prompt = [1] * task["context_tokens"]
+        self._prompts = [[1] * task["context_tokens"]] * task.get("rows", 1)
         self._steps = task["steps"]
-        self._batch.reserve_tokens = len(self._prompt) + self._steps
+        self._batch.reserve_tokens = task["context_tokens"] + self._steps
 
     def prefill(self) -> None:
-        """Run the prompt with an empty cache."""
+        """Run the prompts with an empty cache."""
         self._batch.keep([])
-        self._batch.prefill([self._prompt])
+        self._batch.prefill(self._prompts)
 
     def decode(self) -> None:
         """Run the decode steps."""
         for _ in range(self._steps):
-            self._batch.extend([1])
+            self._batch.extend([1] * len(self._prompts))
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

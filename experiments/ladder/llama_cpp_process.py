@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,35 +101,50 @@ class LlamaCpp:
         """Empty the cache."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def fill(self, tokens: int) -> None:
-        """Run one sequence of `tokens` tokens; the cache of all sequences is allocated already."""
+    def fill(self, tokens: int, row: int = 0) -> None:
+        """Run `tokens` tokens of a sequence; the cache of all sequences is allocated already."""
         ids = (np.arange(tokens, dtype=np.int32) % 1000 + 1000) % self._vocab_size
         for start in range(0, tokens, _BATCH_TOKENS):
-            self.decode(ids[start : start + _BATCH_TOKENS], start, all_logits=False)
+            self.decode(ids[start : start + _BATCH_TOKENS], start, all_logits=False, row=row)
 
     def decode(
-        self, ids: npt.NDArray[np.int32], start: int, all_logits: bool
+        self, ids: npt.NDArray[np.int32], start: int, all_logits: bool, row: int = 0
     ) -> npt.NDArray[np.float32]:
-        """Run tokens of the first sequence.
+        """Run tokens of one sequence.
 
         Args:
             ids: Token ids, (N,).
             start: Position of the first one.
             all_logits: Whether all positions give logits, or only the last one.
+            row: Number of the sequence, from 0.
 
         Returns:
             Logits, (N, V) or (1, V).
         """
+        positions = range(start, start + len(ids))
+        return self._decode(ids, positions, [row] * len(ids), len(ids) if all_logits else 1)
+
+    def step(self, ids: npt.NDArray[np.int32], position: int) -> npt.NDArray[np.float32]:
+        """Run one token of each sequence, (B,), all at one position; returns logits, (B, V)."""
+        return self._decode(ids, [position] * len(ids), range(len(ids)), len(ids))
+
+    def _decode(
+        self,
+        ids: npt.NDArray[np.int32],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        rows: int,
+    ) -> npt.NDArray[np.float32]:
+        """Run a batch of tokens; the last `rows` of them give logits."""
         count = len(ids)
         with self._batch(count) as batch:
             batch.n_tokens = count
             for at, token in enumerate(ids):
-                batch.token[at], batch.pos[at] = int(token), start + at
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
-                batch.logits[at] = all_logits or at == count - 1
+                batch.token[at], batch.pos[at] = int(token), positions[at]
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequences[at]
+                batch.logits[at] = at >= count - rows
             if (code := self._lib.llama_decode(self._context, batch)) != 0:
                 raise RuntimeError(f"llama.cpp failed to decode (code {code}).")
-        rows = count if all_logits else 1
         found = self._lib.llama_get_logits(self._context)
         data = self._ffi.buffer(found, rows * self._vocab_size * 4)
         return np.frombuffer(data, dtype=np.float32).reshape(rows, self._vocab_size)

@@ -236,9 +236,8 @@ class _MLP(nn.Module):
         self.down_proj = _linear(inner, width, bias)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.down_proj(
-            functional.silu(self.gate_proj(states)) * self.up_proj(states)
-        )
+        gate = functional.silu(self.gate_proj(states), inplace=True)
+        found: torch.Tensor = self.down_proj(gate.mul_(self.up_proj(states)))
         return found
 
 
@@ -251,7 +250,7 @@ class _RMSNorm(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         wide = states.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
-        return self.weight * wide.to(states.dtype)
+        return wide.to(states.dtype).mul_(self.weight)
 
 
 class _Rotary(nn.Module):

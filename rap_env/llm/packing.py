@@ -33,7 +33,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.errors import ArtifactError, check_name
-from rap_env.llm.bfloat16_products import linear
+from rap_env.llm.bfloat16_products import uses_float32
 from rap_env.llm.device import choose_dtype
 from rap_env.llm.kernel_choice import remembered_rows
 
@@ -52,6 +52,7 @@ PIECE_VALUES = 2**20
 
 _BLOCK = 64  # rows of a block
 _HALF = _BLOCK // 2
+_FLOAT32_TOKENS = 256  # that are multiplied in float32 at a time
 _MIDDLE = 8  # the int4 code that stands for the zero itself
 _EXAMPLE = (1536, 576)  # (out, in) of the matrix with which kernels are measured
 
@@ -246,25 +247,52 @@ class PackedMatrix:
 
     def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
         out, rows = self.shape[0], piece_rows(self.shape)
+        in_float32 = uses_float32(flat.device, flat.dtype)
+        product = self._float32_product if in_float32 else self._piece_product
         with _buffer_lock:
             if rows >= out:
-                return self._piece_product(flat, 0, out)
+                return product(flat, 0, out)
             found = flat.new_empty(len(flat), out)
             for first in range(0, out, rows):
                 last = min(first + rows, out)
-                found[:, first:last] = self._piece_product(flat, first, last)
+                found[:, first:last] = product(flat, first, last)
             return found
 
     def _piece_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        values = (last - first) * self.shape[1]
+        buffer = widening_buffer(values, flat.dtype, flat.device)
+        weights, scale = self._widened_piece(buffer, first, last)
+        found = functional.linear(flat, weights)
+        return found if scale is None else found.mul_(scale)
+
+    def _float32_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """As `_piece_product`, computed in float32 and rounded, where bfloat16 is emulated.
+
+        States and products are in the buffer too: taking new memory each time costs a fifth more.
+        """
+        inputs, rows, count = self.shape[1], last - first, min(len(flat), _FLOAT32_TOKENS)
+        sizes = [rows * inputs, count * inputs, count * rows]
+        buffer = widening_buffer(sum(sizes), torch.float32, flat.device)
+        wide, states, products = torch.split(buffer, sizes)
+        weights, scale = self._widened_piece(wide, first, last)
+        found = flat.new_empty(len(flat), rows)
+        for some, rounded in zip(torch.split(flat, count), torch.split(found, count), strict=True):
+            product = products.view(count, rows)[: len(some)]
+            torch.mm(states.view(count, inputs)[: len(some)].copy_(some), weights.T, out=product)
+            rounded.copy_(product if scale is None else product.mul_(scale))
+        return found
+
+    def _widened_piece(
+        self, buffer: torch.Tensor, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Some rows widened into a buffer, and the scale of each row if that is left out."""
         inputs, rows = self.shape[1], last - first
-        buffer = widening_buffer(rows * inputs, flat.dtype, flat.device)
-        if self.level == "int8" and not self.grouped:  # one scale a row: it can wait
-            weights = buffer.view(rows, inputs).copy_(self.codes[first:last])
-            return linear(flat, weights).mul_(self.scales[first:last])
+        if self.level == "int8" and not self.grouped:
+            return buffer.view(rows, inputs).copy_(self.codes[first:last]), self.scales[first:last]
         shape = (inputs, rows) if self.in_blocks else (rows, inputs)
         weights = buffer.view(shape).T if self.in_blocks else buffer.view(shape)
         self.widen(weights, first)
-        return linear(flat, weights)
+        return weights, None
 
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero = self.scales.unbind(-1)
@@ -421,10 +449,13 @@ def _widen_blocks(
     operation for each half of a byte and convert to any dtype exactly.
     """
     blocks, inputs, _ = codes.shape
-    signed = torch.bitwise_xor(codes, 0x88)
     halves = out.view(inputs, blocks, 2, _HALF)
-    halves[:, :, 1].copy_((signed & 0xF0).view(torch.int8).transpose(0, 1))
-    halves[:, :, 0].copy_(signed.bitwise_left_shift_(4).view(torch.int8).transpose(0, 1))
+    with _buffer_lock:
+        signed = widening_buffer(codes.numel(), torch.uint8, codes.device).view(codes.shape)
+        torch.bitwise_and(codes, 0xF0, out=signed).bitwise_xor_(0x80)
+        halves[:, :, 1].copy_(signed.view(torch.int8).transpose(0, 1))
+        torch.bitwise_left_shift(codes, 4, out=signed).bitwise_xor_(0x80)
+        halves[:, :, 0].copy_(signed.view(torch.int8).transpose(0, 1))
     groups = out.view(-1, GROUP_INPUTS, len(out[0]))
     # Contiguous: with other strides torch computes one value at a time.
     scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale / 16, zero))

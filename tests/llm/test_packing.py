@@ -10,9 +10,10 @@ import threading
 
 import pytest
 import torch
+from torch.nn import functional
 
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.llm import device, packing
+from rap_env.llm import bfloat16_products, device, packing
 from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, PackedMatrix, packed_bytes
 from rap_env.llm.quantisers import quantise
 
@@ -108,6 +109,22 @@ def test_widening_in_pieces_changes_nothing(
     monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
     assert packing.piece_rows(matrix.shape) == 128
     assert torch.equal(matrix.product(states), whole)
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("tokens", [5, 300, 512])
+def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
+    level: PackedLevel, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16_products, "emulated", lambda: True)
+    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
+    matrix = quantise(_random((320, 64)), level)
+    states = _random((tokens, 64), seed=3).bfloat16()
+    found = matrix._by_widening(states)
+    exact = functional.linear(states.float(), matrix.widened(torch.float32))
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=1e-2, atol=1e-3)
+    assert (found.float() - exact).abs().max() <= exact.abs().max() / 256
+    assert torch.equal(matrix._by_widening(states), found)
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
