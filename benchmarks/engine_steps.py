@@ -1,24 +1,20 @@
 """Decode steps of one row and of several beside llama.cpp: ``python -m benchmarks.engine_steps``.
 
-Both engines read the model's own GGUF file without any plan and keep 16-bit caches. Each cell runs
-in a process of its own, first in one engine, then in the other, for several rounds; the ratios are
-of two processes that ran one after the other.
+Both engines read the model's own GGUF file without any plan and keep 16-bit caches. They run in one
+process, in turn: a prefill in each, then the decode steps in each.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks import harness
-from benchmarks.engines import answer_of
+from benchmarks.engine_process import InLlamaCpp, InOurRuntime, Serving
 from benchmarks.record import write_record
 from experiments.comparison.run_folder import package_versions
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 
-_ENGINES = ("own", "llama.cpp")
 _STEP_AT_MOST = {1: 1.8, 4: 1.0, 8: 0.8}
 """Wanted times of llama.cpp's decode step, by rows."""
 _PREFILL_TOKENS, _PREFILL_AT_MOST = 512, 0.35
@@ -34,8 +30,6 @@ class EngineStepsSettings(harness.Settings):
     """What is timed: rows x tokens of each row before the first step."""
     steps: int = 24
     """Decode steps of one measurement."""
-    rounds: int = 3
-    """Processes of each engine and cell, each with so many repeats."""
 
     def __post_init__(self) -> None:
         """Reject malformed cells."""
@@ -58,25 +52,21 @@ def cells_of(names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
 
 def main(settings: EngineStepsSettings) -> None:
     """Measure, and write the record."""
+    from rap_env.llm.device import use_threads  # loads torch
+
     need_llama_cpp()
-    cells = list(cells_of(settings.cells))
     threads = settings.threads or 1
-    models: dict[str, dict[str, Any]] = {
-        "own": {"model": settings.model, "weights": "native", "removed": []},
-        "llama.cpp": {"file": str(gguf_file(settings.model))},
-    }
-    program = [sys.executable, "-m", "benchmarks.engine_process"]
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for _ in range(settings.rounds):
-        for name, rows, tokens in cells:
-            size = {"rows": rows, "context_tokens": tokens, "threads": threads}
-            counts = {"steps": settings.steps, "repeats": settings.repeats}
-            for engine in _ENGINES:
-                task = {"engine": engine, **models[engine], **size, **counts}
-                answer = answer_of(program, task)
-                times = found.setdefault(name, {}).setdefault(engine, {})
-                for what in ("prefill_s", "decode_s"):
-                    times.setdefault(what, []).extend(answer[what])
+    use_threads(threads)
+    common = {"threads": threads, "steps": settings.steps}
+    own = {"model": settings.model, "weights": "native", "removed": [], **common}
+    other = {"file": str(gguf_file(settings.model)), **common}
+    cells, found = list(cells_of(settings.cells)), {}
+    for name, rows, tokens in cells:
+        size = {"rows": rows, "context_tokens": tokens}
+        found[name] = times_of(
+            {"own": InOurRuntime({**own, **size}), "llama.cpp": InLlamaCpp({**other, **size})},
+            settings.repeats,
+        )
     targets = [
         target for name, rows, tokens in cells for target in targets_of(found[name], rows, tokens)
     ]
@@ -102,6 +92,18 @@ def main(settings: EngineStepsSettings) -> None:
     )
 
 
+def times_of(engines: Mapping[str, Serving], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """``prefill_s`` and ``decode_s`` of each engine, one number for each repeat."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for what in ("prefill", "decode"):
+            for name, engine in engines.items():
+                seconds = harness.seconds_of(getattr(engine, what))
+                if repeat:
+                    found[name].setdefault(f"{what}_s", []).append(seconds)
+    return found
+
+
 def targets_of(
     engines: Mapping[str, Mapping[str, list[float]]], rows: int, tokens: int
 ) -> Iterator[harness.Target]:
@@ -112,7 +114,7 @@ def targets_of(
         rows: Rows of the cell.
         tokens: Tokens of each.
     """
-    own, other = (engines[name] for name in _ENGINES)
+    own, other = engines["own"], engines["llama.cpp"]
     case = f"{rows} x {tokens} tokens"
     if rows in _STEP_AT_MOST:
         yield harness.Target.of(

@@ -213,7 +213,7 @@ def _vllm(
         "sequences": ours[0].tolist(),
         "prompt_tokens": settings.prompt_tokens,
     }
-    answer = answer_of([settings.vllm_python, str(_VLLM_PROGRAM)], task)
+    answer = _answer([settings.vllm_python, str(_VLLM_PROGRAM)], task)
     compared = _compared(*ours, answer["tokens"], answer["nll"], settings)
     return {**compared, "version": answer["version"]}
 
@@ -280,14 +280,14 @@ def _serving(
                 program = [sys.executable, "-m", "benchmarks.engine_process"]
                 if engine == "vLLM":
                     program = [settings.vllm_python, str(_VLLM_PROGRAM)]
-                answer = answer_of(program, {**common, **task})
+                answer = _answer(program, {**common, **task})
                 kept = found.setdefault(engine, {}).setdefault(name, {})
                 for what, value in answer.items():
                     kept.setdefault(what, []).extend(value if isinstance(value, list) else [value])
     return found
 
 
-def answer_of(program: list[str], task: Mapping[str, Any]) -> Any:
+def _answer(program: list[str], task: Mapping[str, Any]) -> Any:
     """What a process answers to a task on its standard input."""
     threads = str(task.get("threads", 1))
     done = subprocess.run(
