@@ -14,7 +14,7 @@ arrives. For transformers the layer has columns as its own layers do, padding in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -216,6 +216,22 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 for mine, new in zip(made.groups, held, strict=True):
                     mine[place, :, new_place] = new
         return made
+
+    def undo(self) -> Callable[[], None] | None:
+        """What takes tokens that are appended from now on off the layer again.
+
+        None if the layer is empty, or if new groups replace old ones.
+        """
+        if not self.is_initialized or self._ring() is not None:
+            return None
+        tails = self.keys.clone(), self.values.clone()
+        lengths, columns = list(self.lengths), self.cumulative_length
+
+        def undo() -> None:
+            self.keys, self.values = tails
+            self.lengths, self.cumulative_length = lengths, columns
+
+        return undo
 
     def _ring(self) -> tuple[int, int] | None:
         """Slots that are kept and slots that are reused in turn; None if all groups are kept."""

@@ -7,7 +7,8 @@ on the left; attention masks hide the padding.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rap_env.errors import InvalidRequestError, check_name
 from rap_env.llm.cache_levels import lower, lowest_levels, note_rows
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.grouped_cache import GroupedLayer
+from rap_env.llm.interruption import InterruptibleCache, PassInterruptedError
 from rap_env.llm.kv_cache import (
     RESTORES,
     Past,
@@ -48,6 +50,9 @@ class LiveBatch:
         restore: ``"refill"`` or ``"next_request"``.
         most_tokens: Most tokens, of all rows together, to run at once in a prefill or refill;
             fewer need less workspace.
+        interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
+            pass ends there with a `PassInterruptedError` and the rows are unchanged; if earlier
+            tokens cannot stay in the cache, `kv_bytes` is 0 afterwards.
 
     Attributes:
         reserve_tokens: Tokens of a row for which native caches get room when they are allocated,
@@ -60,11 +65,13 @@ class LiveBatch:
         *,
         restore: Restore = "refill",
         most_tokens: int = PREFILL_CHUNK_TOKENS,
+        interrupt: Callable[[], bool] | None = None,
     ) -> None:
         check_name("restore mode", restore, RESTORES)
         self._llm = llm
         self._restore = restore
         self._most_tokens = most_tokens
+        self._interrupt = interrupt
         self._argument = cache_argument(llm.model)
         self._reserve_tokens = 0
         self._rows: list[list[int]] = []
@@ -150,10 +157,13 @@ class LiveBatch:
             row.extend(map(int, new))
         try:
             return self._forward(count)
-        except BaseException:
-            self._cache = None
+        except BaseException as error:
             for row in self._rows:
                 del row[-count:]
+            if isinstance(error, PassInterruptedError) and self._cache is not None:
+                note_rows(self._cache, self._lengths)
+            else:
+                self._cache = None
             raise
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -247,16 +257,31 @@ class LiveBatch:
                     refill(self._llm, self._cache, past(), self._most_tokens)
             with step(self._llm, self._cache, self._restore, past, self._most_tokens):
                 note_rows(self._cache, self._lengths)  # so that nothing has to read the mask
-                output = self._llm.model(
-                    input_ids=columns.tokens,
-                    attention_mask=columns.attention_mask if padded else None,
-                    position_ids=columns.position_ids,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **{self._argument: self._cache},
-                )
+                with self._interruptible():
+                    output = self._llm.model(
+                        input_ids=columns.tokens,
+                        attention_mask=columns.attention_mask if padded else None,
+                        position_ids=columns.position_ids,
+                        use_cache=True,
+                        logits_to_keep=1,
+                        **{self._argument: self._cache},
+                    )
         logits: torch.Tensor = output.logits[:, -1]
         return logits.float()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ask `interrupt` in the passes of a ``with`` block; keep what is cached, or free it."""
+        if self._interrupt is None:
+            yield
+            return
+        with self._cache.interruptible(self._interrupt) as restore:
+            try:
+                yield
+            except PassInterruptedError:
+                if not restore():
+                    self._cache = None
+                raise
 
     def _columns(self, first: int, end: int) -> Past:
         """Columns of the matrix of all rows; the mask starts at column 0, as a cache requires."""
@@ -271,10 +296,9 @@ class LiveBatch:
         return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
 
     def _new_cache(self) -> Any:
-        from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        cache = DynamicCache(config=self._llm.model.config)
+        cache = InterruptibleCache(config=self._llm.model.config)
         cache.layers = [
             ReservedLayer(self.reserve_tokens) if type(layer) is DynamicLayer else layer
             for layer in cache.layers

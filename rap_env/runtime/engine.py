@@ -35,7 +35,8 @@ class Engine:
     Each turn (`step`) admits at most one request from the queue, prefills at most one chunk of its
     prompt, and decodes a token for every row of the running batch; so a long prompt delays others
     by no more than a chunk at a time. Before each pass through the model the controller reads the
-    budget. A request waits while no plan makes it fit with the running batch; others overtake it
+    budget; if it falls below what is used during a chunk, the chunk ends before its next layer, and
+    is repeated later. A request waits while no plan makes it fit with the running batch; others overtake it
     only if it waits for a floor of its own, which no plan reaches even for it alone. If no plan
     fits the running batch, the newest request is preempted: it returns to the front of the queue
     with its tokens, and is prefilled again from them later.

@@ -154,6 +154,14 @@ class MemoryMonitor:
         self.used_bytes = self.meter.used_bytes()
         self.budget_bytes = self._read_budget()
 
+    def exceeds_lower_budget(self) -> bool:
+        """Whether the budget has fallen since the last `poll`, to less than is used now."""
+        try:
+            budget = self.source.budget_bytes(self.used_bytes)
+        except MemorySourceError:
+            return False
+        return budget < self.budget_bytes and self.meter.used_bytes() > budget
+
     def budget_limit_bytes(self) -> int:
         """The largest budget to expect: the largest so far, or the source's own limit.
 

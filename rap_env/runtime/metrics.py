@@ -58,6 +58,7 @@ class Counters:
         tokens: Tokens generated.
         prompt_tokens: Prefilled tokens, those prefilled again after a preemption included.
         preemptions: How often a request was preempted and restarted.
+        interruptions: Prefill chunks that ended between two layers because the budget had fallen.
         overhead_s: Seconds that the controller took in turns that ran the model.
         busy_s: Seconds of those turns.
     """
@@ -69,6 +70,7 @@ class Counters:
     tokens: int = 0
     prompt_tokens: int = 0
     preemptions: int = 0
+    interruptions: int = 0
     overhead_s: float = 0.0
     busy_s: float = 0.0
 

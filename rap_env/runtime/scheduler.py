@@ -11,6 +11,7 @@ import torch
 
 from rap_env.errors import QualityFloorError
 from rap_env.llm.device import synchronise
+from rap_env.llm.interruption import PassInterruptedError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NEW_SHARE = 0.1  # of the last step in the average time of a step
+_LOOK_S = 0.02  # between looks at the budget within a prefill chunk
+_MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
 
 
 class Scheduler:
@@ -74,6 +77,8 @@ class Scheduler:
         self._shape: BatchShape | None = None  # of all that runs; None: to be computed
         self._preempted_s = float("-inf")
         self._decode_s = 0.0  # of a step, as a moving average
+        self._next_look_s = 0.0
+        self._interruptions = 0  # of the chunk that is next
         self.counters = Counters()
         self.output = OutputProcessor(clock, self.counters)
         self.plan = llm.plan
@@ -144,6 +149,7 @@ class Scheduler:
                 plan = self._llm.plan
                 logits, count = prefilling.advance()
                 synchronise(*self._llm.devices)
+            self._interruptions = 0
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self.counters.prompt_tokens += count
@@ -155,6 +161,10 @@ class Scheduler:
                     self._batch.join(prefilling.batch)
                     self._decoding.append(prefilling.sequence)
                 self._drop_prefill()
+        except PassInterruptedError:
+            self._interruptions += 1
+            self.counters.interruptions += 1
+            return
         except torch.OutOfMemoryError as error:
             self._start_again("prefill", error)
             return
@@ -166,6 +176,14 @@ class Scheduler:
                 self.drop_all()
             return
         self._record(began, seconds, "prefill", 1, length, plan)
+
+    def _must_interrupt(self) -> bool:
+        """Whether a prefill chunk is to end at once: the budget has fallen below what is used."""
+        now = time.perf_counter()
+        if now < self._next_look_s or self._interruptions >= _MOST_INTERRUPTIONS:
+            return False
+        self._next_look_s = now + _LOOK_S
+        return self._controller.monitor.exceeds_lower_budget()
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()
@@ -321,8 +339,9 @@ class Scheduler:
             self._queue.remove(sequence)
             sequence.handle.emit(AdmitEvent(self._clock()))
             self._prefilling = PrefillingSequence(
-                sequence, self._llm, self._restore, self._chunk_tokens
+                sequence, self._llm, self._restore, self._chunk_tokens, self._must_interrupt
             )
+            self._interruptions = 0
             if not self._decoding:  # it starts the batch, else it will be copied into it
                 self._prefilling.batch.reserve_tokens = sum(sequence.progress(in_batch=False))
             self._shape = shape

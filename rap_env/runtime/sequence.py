@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from rap_env.errors import RapError
+from rap_env.llm.interruption import PassInterruptedError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.position_logits import PositionLogits
 from rap_env.llm.transfers import send
@@ -99,16 +101,28 @@ class TokenSequence:
 class PrefillingSequence:
     """A sequence whose known tokens are prefilled in chunks, in its own batch.
 
+    Args:
+        sequence: The sequence.
+        llm: The live model.
+        restore: As for `LiveBatch`.
+        chunk_tokens: Most tokens of a chunk.
+        interrupt: As for `LiveBatch`.
+
     Attributes:
         prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
             the request asked for them and has not got them; else None.
     """
 
     def __init__(
-        self, sequence: TokenSequence, llm: ElasticLLM, restore: Restore, chunk_tokens: int
+        self,
+        sequence: TokenSequence,
+        llm: ElasticLLM,
+        restore: Restore,
+        chunk_tokens: int,
+        interrupt: Callable[[], bool] | None = None,
     ) -> None:
         self.sequence = sequence
-        self.batch = LiveBatch(llm, restore=restore, most_tokens=chunk_tokens)
+        self.batch = LiveBatch(llm, restore=restore, most_tokens=chunk_tokens, interrupt=interrupt)
         self._left: Sequence[int] = sequence.tokens
         self._chunk_tokens = chunk_tokens
         self.prompt_samples: list[Sample] | None = None
@@ -136,15 +150,28 @@ class PrefillingSequence:
 
         Raises:
             RapError: The prompt's log-probabilities are wanted, and logits are not finite.
+            PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it, or
+                begins with the first one if earlier chunks are no longer cached.
         """
-        chunk, self._left = self._left[: self._chunk_tokens], self._left[self._chunk_tokens :]
-        if self.prompt_samples is None:
-            logits = self._run(chunk)
-        else:
-            with self._positions.recording():
+        chunk = self._left[: self._chunk_tokens]
+        recording = self._positions.recording if self.prompt_samples is not None else nullcontext
+        try:
+            with recording():
                 logits = self._run(chunk)
+        except PassInterruptedError:
+            if not self.batch.kv_bytes:
+                self._start_again()
+            raise
+        self._left = self._left[self._chunk_tokens :]
+        if self.prompt_samples is not None:
             self.prompt_samples += self._scored(chunk)
         return (None if self._left else logits), len(chunk)
+
+    def _start_again(self) -> None:
+        self.batch.close()
+        self._left = self.sequence.tokens
+        if self.prompt_samples is not None:
+            self.prompt_samples = []
 
     def _run(self, chunk: Sequence[int]) -> torch.Tensor:
         return self.batch.append([chunk]) if self.batch.size else self.batch.prefill([chunk])

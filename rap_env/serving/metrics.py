@@ -223,6 +223,8 @@ class _EngineState(Collector):
             (gauge, "queue_length", "Answers that wait.", stats.queued),
             (gauge, "running", "Answers that are being generated.", stats.running),
             (counter, "preemptions", "Answers put back into the queue.", stats.preemptions),
+            (counter, "interruptions", "Prefill chunks ended early because the budget fell.",
+             stats.interruptions),
             (counter, "plan_switches", "Changes of the plan.", plans.switches),
             (counter, "plan_decisions", "Times that a plan was chosen.", chooser.decisions),
             (counter, "decisions_lost", "Changes of the plan that the log of decisions lacks.",
