@@ -36,10 +36,10 @@ class Engine:
     prompt, and decodes a token for every row of the running batch; so a long prompt delays others
     by no more than a chunk at a time. Before each pass through the model the controller reads the
     budget; if it falls below what is used during a chunk, the chunk ends before its next layer, and
-    is repeated later. A request waits while no plan makes it fit with the running batch; others overtake it
-    only if it waits for a floor of its own, which no plan reaches even for it alone. If no plan
-    fits the running batch, the newest request is preempted: it returns to the front of the queue
-    with its tokens, and is prefilled again from them later.
+    is repeated later. A request waits while no plan makes it fit with the running batch; others
+    overtake it only if it waits for a floor of its own, which no plan reaches even for it alone. If
+    no plan fits the running batch, the newest request is preempted: it returns to the front of the
+    queue with its tokens, and is prefilled again from them later.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 
