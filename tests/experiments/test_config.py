@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
@@ -41,6 +43,10 @@ PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
     "small_models", "replay", "server_replay", "serve", "soak", "levels", "tight_grid",
 )  # fmt: skip
+PROGRAMS_AND_EXPERIMENTS = [
+    (PROGRAMS[number % len(PROGRAMS)], path.stem)
+    for number, path in enumerate(GROUPS["experiment"])
+]
 NEEDED = {
     "model/custom": ["model.name=some/model"],
     "calibration/file": ["calibration.source=text.txt"],
@@ -50,45 +56,56 @@ NEEDED = {
 """What a group's file asks the user for."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def hydra():
     register()
     with initialize_config_dir(str(CONF_DIR), version_base=None):
         yield
 
 
+@functools.cache
+def composed_node(program="train", *overrides):
+    return compose(program, overrides=list(overrides))
+
+
 def composed(program="train", *overrides):
-    return as_config(compose(program, overrides=list(overrides)))
+    return as_config(composed_node(program, *overrides))
+
+
+def with_values(node, *overrides):
+    """What Hydra composed, with the values of some settings changed."""
+    return OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
 
 
 def test_some_files_were_found():
     assert len(FILES) >= 25
     assert len(PUBLISHED) >= 25
     assert all(GROUPS.values())
+    assert {program for program, _ in PROGRAMS_AND_EXPERIMENTS} == set(PROGRAMS)
     folders = {path.parent.name for path in FILES if path.parent.parent == CONF_DIR}
     assert folders - {"sweep", "grid"} == set(GROUPS)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_composes_and_hands_on_repair_and_workers(program):
+@pytest.mark.parametrize(("program", "experiment"), PROGRAMS_AND_EXPERIMENTS)
+def test_every_program_and_experiment_composes_and_hands_on_repair_and_workers(program, experiment):
     asked = ("repair=library", "repair.name=some/stubs.safetensors", "scoring.workers=3",
              "scoring.address=auto")  # fmt: skip
-    config = composed(program, *asked)
+    config = composed(program, f"experiment={experiment}", *asked)
     assert config.stage == program
-    assert config.name == ("demo" if program == "demo" else "default")
+    assert config.name == experiment
     found = context_config(config)
     assert found.repair == "some/stubs.safetensors"
     assert (found.workers, found.workers_address) == (3, "auto")
 
 
+@pytest.mark.parametrize(("program", "name"), [("train", "default"), ("demo", "demo")])
+def test_without_an_experiment_the_program_names_the_run(program, name):
+    assert composed(program).name == name
+
+
 def test_by_default_there_are_no_repair_and_no_workers():
     found = context_config(composed())
     assert (found.repair, found.workers) == ("none", 0)
-
-
-@pytest.mark.parametrize("name", [path.stem for path in GROUPS["experiment"]])
-def test_every_experiment_composes(name):
-    assert composed("train", f"experiment={name}").name == name
 
 
 @pytest.mark.parametrize("number", range(max(len(GROUPS[name]) for name in SECTIONS)))
@@ -100,6 +117,7 @@ def test_every_file_of_every_group_composes(number):
     config = composed("train", *chosen, *itertools.chain(*needed))
     for path in paths:
         assert_is_as_in(path, getattr(config, path.parent.name))
+    assert agent_config(config).name == config.agent.name
 
 
 def assert_is_as_in(path, section):
@@ -113,15 +131,15 @@ def assert_is_as_in(path, section):
 
 @pytest.mark.parametrize("choice", sorted(NEEDED))
 def test_missing_values_of_a_file_must_be_given(choice):
+    node = composed_node("train", *(choice.replace("/", "=", 1) for choice in NEEDED))
+    given = [needed for other, needed in NEEDED.items() if other != choice]
     with pytest.raises(MissingMandatoryValue, match=NEEDED[choice][0].split("=")[0]):
-        composed("train", choice.replace("/", "=", 1))
+        as_config(with_values(node, *itertools.chain(*given)))
 
 
 def test_names_in_the_files_exist():
     agents = {path.stem for path in (CONF_DIR / "agent").glob("*.yaml")}
     assert agents == set(ALGORITHMS)
-    for name in agents:
-        assert agent_config(composed("train", f"agent={name}", "seed=3")).name == name
     workloads = list((CONF_DIR / "workload").glob("*.yaml"))
     assert {yaml.safe_load(path.read_text())["name"] for path in workloads} == set(SAMPLERS)
     assert {path.stem for path in workloads} >= set(SAMPLERS)
@@ -139,14 +157,14 @@ def test_a_file_names_the_repair():
 def test_null_takes_the_value_of_the_agent_file():
     changed = ("agent.hyperparameters.learning_rate=0.01", "agent.hyperparameters.gamma=null")
     given = agent_config(composed("train", *changed)).hyperparameters
-    defaults = agent_config(composed("train")).hyperparameters
+    defaults = agent_config(composed()).hyperparameters
     assert given == {**defaults, "learning_rate": 0.01}
 
 
 def test_settings_of_published_runs_stay_readable():
-    config = composed("train")
+    config = composed()
     for path in PUBLISHED:
-        agent = yaml.safe_load(path.read_text())["agent"]
+        agent = yaml.load(path.read_text(), yaml.CSafeLoader)["agent"]
         completed = agent_config(replace(config, agent=AgentConfig(**agent)))
         assert None not in completed.hyperparameters.values(), path
         for section in ("hyperparameters", "policy_settings"):
@@ -190,7 +208,7 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
 )
 def test_an_impossible_value_is_named(override, sentence):
     with pytest.raises(RapError) as caught:
-        composed("train", override)
+        as_config(with_values(composed_node(), override))
     assert sentence in str(caught.value)
 
 
