@@ -6,6 +6,7 @@ can differ strongly in cost. It is saved as an ordinary model folder.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ def train_small_model(config: Config, folder: Path) -> Path:
     path = Path(config.small_models.path) if config.small_models.path else folder / "model"
     _check_place(path, _settings(config))
     run.start(config)
-    made_once(path, lambda work: _make(config, folder, work))
+    made_once(path, functools.partial(_make, config, folder), f"Training {path}")
     (folder / _PROGRESS).unlink(missing_ok=True)
     record = read_record(path)
     run.finish(started, held_out_nll=record["held_out_nll"])

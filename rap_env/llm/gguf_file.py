@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,6 @@ from rap_env.llm.progress import transformers_bars
 
 if TYPE_CHECKING:
     from rap_env.llm.gguf_reader import GgufFile
-
-log = logging.getLogger(__name__)
 
 _CONVERTER = 1
 _PACKER = 1
@@ -53,14 +51,20 @@ def converted_gguf(
     if not path.is_file():
         raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
     sha256 = sha256 or file_sha256(path)
+    what = "Packing {} (once; a few" if packed else "Converting {} (once; about ten"
+    return made_once(
+        models_dir() / gguf_folder_name(sha256, packed=packed),
+        functools.partial(_fill, path, sha256, packed, progress),
+        f"{what.format(path.name)} seconds for 100 million parameters)",
+    )
 
-    def make(folder: Path) -> dict[str, Any]:
-        with transformers_bars(shown=progress and sys.stderr.isatty()):
-            (_pack if packed else _convert)(path, folder)
-        versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
-        return {"file": path.name, "sha256": sha256, **versions}
 
-    return made_once(models_dir() / gguf_folder_name(sha256, packed=packed), make)
+def _fill(path: Path, sha256: str, packed: bool, progress: bool, folder: Path) -> dict[str, Any]:
+    """Write the model of a GGUF file into an empty folder."""
+    with transformers_bars(shown=progress and sys.stderr.isatty()):
+        (_pack if packed else _convert)(path, folder)
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
+    return {"file": path.name, "sha256": sha256, **versions}
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -71,7 +75,6 @@ def _convert(path: Path, folder: Path) -> None:
     file = GgufFile(path)
     with transformers_reads(file):
         config = _read_config(file)
-        log.info("Converting %s (once; about ten seconds for 100 million parameters)", path.name)
         _tokenizer(file, config).save_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -96,7 +99,6 @@ def _pack(path: Path, folder: Path) -> None:
     file = GgufFile(path)
     with transformers_reads(file):
         config = _read_config(file)
-        log.info("Packing %s (once; a few seconds for 100 million parameters)", path.name)
         _tokenizer(file, config).save_pretrained(folder)
         config.architectures = [write_packed(file, config, folder)]
     config.save_pretrained(folder)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -22,6 +26,23 @@ log = logging.getLogger(__name__)
 MANIFEST = "rap_manifest.json"
 _KIND = "rap-env.model-folder"
 _VERSION = 1
+
+
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def made_apart() -> Iterator[None]:
+    """Let `made_once` fill folders in a process of its own in a ``with`` block.
+
+    A conversion imports libraries and takes memory that its process keeps. The program's main
+    module must be importable without effect, as for any process that `multiprocessing` spawns.
+    """
+    before = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(before)
 
 
 def models_dir() -> Path:
@@ -54,7 +75,12 @@ def manifest_source(folder: Path) -> dict[str, Any]:
     return source
 
 
-def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
+def made_once(
+    folder: Path,
+    make: Callable[[Path], dict[str, Any]],
+    announcement: str,
+    level: int = logging.INFO,
+) -> Path:
     """The folder, created now if it is missing or damaged.
 
     An incomplete folder is never visible: it is filled under another name and moved at the end.
@@ -63,9 +89,12 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
 
     Args:
         folder: Path of the folder.
-        make: Fills an empty folder and returns its source for the manifest.
+        make: Fills an empty folder and returns its source for the manifest. It can be pickled.
+        announcement: What is logged before.
+        level: Level of that line.
 
     Raises:
+        ModelNotAvailableError: The process that `made_apart` asks for was killed.
         StorageFullError: The disk is full; nothing remains of the attempt.
     """
     if is_intact(folder):
@@ -76,13 +105,26 @@ def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
         if folder.exists():
             log.warning("%s is damaged; it is created again", folder)
         with scratch(folder) as work:
-            source = make(work)
+            log.log(level, announcement)
+            source = _in_child(make, work) if _apart.get() else make(work)
             files = {path.name: _entry(path) for path in sorted(work.iterdir())}
             save_artifact(work / MANIFEST, _KIND, _VERSION, {"files": files, "source": source})
             if folder.exists():
                 shutil.rmtree(folder)
             work.rename(folder)
     return folder
+
+
+def _in_child(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(make, folder).result()
+        except BrokenProcessPool as error:
+            raise ModelNotAvailableError(
+                "The process that converts the model was ended from outside; is there enough "
+                "memory for a conversion? `rap fetch` or a first `rap serve` without memory does "
+                "it too."
+            ) from error
 
 
 @contextlib.contextmanager

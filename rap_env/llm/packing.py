@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -120,6 +120,19 @@ class PackedMatrix:
                 f"{wanted}, not {found}."
             )
         return cls(level, shape, codes, scales)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
+        """The rows of several matrices, one after the other.
+
+        All have the same level and inputs. Int4 codes must be in blocks, unless there is one part.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        codes = torch.cat([part.codes for part in parts])
+        scales = torch.cat([part.scales for part in parts], dim=1 if first.grouped else 0)
+        return cls(first.level, (sum(p.shape[0] for p in parts), first.shape[1]), codes, scales)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

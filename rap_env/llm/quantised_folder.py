@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections import Counter
@@ -22,8 +23,6 @@ from rap_env.llm.sources import load_tokenizer
 from rap_env.llm.weight_files import load_weights
 from rap_env.llm.weights import DTYPES, read_header, weights_of
 from rap_env.plan import EMBEDDINGS, CompressionPlan
-
-log = logging.getLogger(__name__)
 
 _VERSION = 1
 """Part of a folder's name: increase it when quantisers give other values."""
@@ -48,16 +47,21 @@ def quantised_folder(source: Path, level: PackedLevel) -> Path:
         UnsupportedModelError: As for `load_weights`.
         StorageFullError: The disk is full; nothing remains of the attempt.
     """
-
-    def make(folder: Path) -> dict[str, Any]:
-        log.warning("Quantising %s to %s (once; %s)", source, level, _DURATIONS[level])
-        llm = _quantised(source, level)
-        _save(llm.model, source, folder)
-        return {"file": source.name, "level": level}
-
     content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
     key = digest([str(source.resolve()), content])[:16]
-    return made_once(models_dir() / f"{level}-{key}-v{_VERSION}", make)
+    return made_once(
+        models_dir() / f"{level}-{key}-v{_VERSION}",
+        functools.partial(_fill, source, level),
+        f"Quantising {source} to {level} (once; {_DURATIONS[level]})",
+        logging.WARNING,
+    )
+
+
+def _fill(source: Path, level: PackedLevel, folder: Path) -> dict[str, Any]:
+    """Write a quantised model into an empty folder."""
+    llm = _quantised(source, level)
+    _save(llm.model, source, folder)
+    return {"file": source.name, "level": level}
 
 
 def _files(source: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from rap_env.llm.packing import (
     SCALE_DTYPE,
     PackedLevel,
     PackedMatrix,
+    fills_blocks,
 )
 
 Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
@@ -48,6 +49,18 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
     if level == "int8":
         return _quantise_int8(weight)
     return _int4(weight, searched)
+
+
+def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
+    """As `quantise`, from packed weights; only a few rows of them are widened at a time."""
+    rows, inputs = matrix.shape
+    step = _ROWS if fills_blocks(matrix.shape) else max(1, rows)
+    parts = []
+    for first in range(0, rows, step):
+        wide = torch.empty(min(step, rows - first), inputs, device=matrix.device)
+        matrix.widen(wide, first)
+        parts.append(quantise(wide, level))
+    return PackedMatrix.joined(parts)
 
 
 def round_to_nearest(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:

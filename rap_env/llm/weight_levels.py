@@ -30,7 +30,7 @@ from rap_env.llm.packed_modules import (
     skeleton,
 )
 from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, packed_bytes
-from rap_env.llm.quantisers import Quantiser, quantise
+from rap_env.llm.quantisers import Quantiser, quantise, requantise
 from rap_env.llm.weights import named_weights, tensor_key
 
 T = TypeVar("T")
@@ -97,16 +97,25 @@ class Place:
         self,
         level: PackedLevel,
         ahead: Mapping[Place, PackedModule],
-        quantise: Quantiser = quantise,
+        quantiser: Quantiser | None = None,
     ) -> PackedModule:
-        """The module at a level, made from native weights; `ahead` has those of tied places."""
+        """The module at a level, made from native weights.
+
+        Args:
+            level: The level.
+            ahead: Modules of tied places.
+            quantiser: By default weights are packed with the least squared error.
+        """
         if self.tied is not None:
             return from_matrices(self._skeleton, ahead[self.tied].matrices)
         if not isinstance(self.original, PackedModule):
-            return packed(self.original, level, quantise)
-        matrices = self.original.matrices.items()
-        wide = {name: matrix.widened(torch.float32) for name, matrix in matrices}
-        made = {name: quantise(weight, level) for name, weight in wide.items()}
+            return packed(self.original, level, quantiser or quantise)
+        made = {
+            name: requantise(matrix, level)
+            if quantiser is None
+            else quantiser(matrix.widened(torch.float32), level)
+            for name, matrix in self.original.matrices.items()
+        }
         return from_matrices(self._skeleton, made)
 
     def stored(
@@ -227,7 +236,7 @@ class WeightItem:
         """
         made: dict[Place, PackedModule] = {}
         for place in self._changed(level):
-            made[place] = place.quantised(level, made, quantisers.get(place, quantise))
+            made[place] = place.quantised(level, made, quantisers.get(place))
         self._made[level] = made
 
     def build(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +14,7 @@ from rap_env.errors import ArtifactError, ServingSettingsError
 from rap_env.llm.device import use_threads
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.loading import load_llm
+from rap_env.llm.model_folder import made_apart
 from rap_env.llm.weights import copy_to_memory
 from rap_env.memory import MemoryModel
 from rap_env.policy import PlanPolicy
@@ -65,16 +67,19 @@ class ServerStack:
 def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
     """Load the model, set its residency, and attach the stubs of the settings.
 
-    With a limit of the process, the start is checked before the weights are read.
+    With a limit of the process, the start is checked before the weights are read, and a model that
+    has to be converted first is converted in another process.
     """
-    llm = load_llm(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        weights=settings.weights,
-        lean=settings.repair != "library",  # a lean model cannot be fitted to
-        before_weights=partial(check_start, settings, limit),
-    )
+    limits_process = limit is not None and limit.name == "memory"
+    with made_apart() if limits_process else nullcontext():
+        llm = load_llm(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            weights=settings.weights,
+            lean=settings.repair != "library",  # a lean model cannot be fitted to
+            before_weights=partial(check_start, settings, limit),
+        )
     if settings.residency == "resident":  # else weights are copied in any case
         copy_to_memory(llm.model)
     llm.set_residency(cast("Residency", settings.residency))

@@ -109,7 +109,8 @@ def environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAP_CACHE_DIR", variables["RAP_CACHE_DIR"])
         for packed in (False, True):
-            made_once(models_dir() / gguf_folder_name(SMOLLM2.sha256, packed=packed), make)
+            folder = models_dir() / gguf_folder_name(SMOLLM2.sha256, packed=packed)
+            made_once(folder, make, f"Making {folder}")
     return variables
 
 

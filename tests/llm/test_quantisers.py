@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rap_env.errors import UnknownNameError
-from rap_env.llm.packing import PackedMatrix
-from rap_env.llm.quantisers import quantise, round_to_nearest
+from rap_env.llm.packing import PACKED_LEVELS, PackedMatrix
+from rap_env.llm.quantisers import quantise, requantise, round_to_nearest
 
 
 def _random(shape: tuple[int, int]) -> torch.Tensor:
@@ -24,6 +24,18 @@ def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
     minimum = -scale * torch.randint(0, 16, (shape[0], groups), generator=generator)
     weight = PackedMatrix.from_codes(codes, scale, minimum).widened(torch.float32)
     assert torch.equal(quantise(weight, "int4").widened(torch.float32), weight)
+
+
+@pytest.mark.parametrize("shape", [(576, 64), (320, 32), (600, 64), (24, 16)])
+@pytest.mark.parametrize("native", PACKED_LEVELS)
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+def test_packed_weights_are_quantised_a_few_rows_at_a_time(shape, native, level) -> None:
+    matrix = quantise(_random(shape), native)
+    found = requantise(matrix, level)
+    expected = quantise(matrix.widened(torch.float32), level)
+    assert (found.level, found.shape) == (level, shape)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)
 
 
 def test_int8_keeps_integers_of_a_row() -> None:
