@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal
-BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident process_limit ray_workers packaged_table
+BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident process_limit ray_workers packaged_table missing_weights
 
 GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
 

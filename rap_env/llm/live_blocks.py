@@ -147,6 +147,8 @@ class LiveBlocks:
         for key, level in self._changes(wanted).items():
             try:
                 self._prepare(key, level)
+                if self.store is not None:  # before weights are freed that cannot be read either
+                    self.store.check(self._item(key), level)
             except UNREADABLE as error:
                 errors[key] = error
         return errors | self._set(self._keeping(wanted, errors), evict=True)

@@ -139,6 +139,21 @@ class WeightStore:
             for group in self._made[item][packed]:
                 group.evict(self._pinned)
 
+    def check(self, item: WeightItem, level: WeightLevel) -> None:
+        """Check that `load` will find the weights of a level, or those that it is made from.
+
+        Raises:
+            ModelNotAvailableError: As for `load`.
+            ChecksumError: As for `load`.
+        """
+        try:
+            for group in self._used(item, level):
+                if group.evicted:
+                    group.check()
+        except (ChecksumError, ModelNotAvailableError):
+            for group in self._native[item]:  # they may be in memory, but not when it loads
+                group.check()
+
     def release(self, item: WeightItem, level: WeightLevel) -> None:
         """Free the weights of an item that a level does not use."""
         for group in self._groups_of(item):

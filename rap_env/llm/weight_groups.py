@@ -105,12 +105,21 @@ class WeightGroup:
 
     def verify(self) -> None:
         """Read the files of evicted weights, a piece at a time; errors as for `load`."""
+        if self.evicted:
+            self._verify()
+
+    def _verify(self) -> None:
         files = self.files
-        if self.evicted and not self.host and files is not None:
+        if not self.host and files is not None:
             cpu = torch.device("cpu")
             pieces = (piece.read(cpu) for stored in files for piece in stored.pieces())
             if _digest(pieces) != self._digest:
                 raise _changed(files)
+
+    def check(self) -> None:
+        """As `verify`, as if the weights were evicted; unchanged files are not read."""
+        if not self.host and self.files is not None and _states_of(self.files) != self._states:
+            self._verify()
 
     def _accept(self, found: Iterable[torch.Tensor]) -> None:
         """Raise `ChecksumError` if the files have changed, and what was read with them."""

@@ -275,6 +275,30 @@ def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
     assert torch.equal(logits(llm), before)
 
 
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+@pytest.mark.parametrize("present", ["native", "int8"])
+def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(
+    present: str, how: str
+) -> None:
+    llm = tiny_llm()
+    llm.set_residency("offload")
+    for plan in (INT4, BlockMask(), CompressionPlan(embeddings=present)):
+        llm.apply(plan)
+    before, other = logits(llm), {"native": INT4, "int8": CompressionPlan()}[present]
+    files = [*cache_dir().rglob("*.safetensors")]
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        damage(file, how)
+    errors = llm.apply_readable(other)
+    assert "embeddings" in errors
+    assert not llm.plan.removed
+    assert torch.equal(logits(llm), before)
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    assert llm.apply_readable(other) == {}
+    assert llm.plan == other
+
+
 def test_dropped_embeddings_need_the_models_own_files(tmp_path: Path) -> None:
     llm = opened(saved(tmp_path))
     with torch.no_grad():
