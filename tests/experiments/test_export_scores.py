@@ -249,7 +249,10 @@ def _rows(store):
         return 0  # not made yet
 
 
-def test_a_kill_while_measuring_loses_nothing_and_changes_nothing(config, exported, tmp_path):
+def test_a_kill_while_measuring_loses_nothing_and_changes_nothing(
+    config, exported, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
     text = config.calibration
     arguments = [
         "-m", "experiments.export_scores", "model=custom",

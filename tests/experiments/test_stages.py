@@ -158,8 +158,9 @@ def test_every_method_has_a_row_for_every_cell(evaluated):
     assert by_method["maskable_ppo"].setup_evaluations > by_method["gsi"].setup_evaluations > 0
 
 
-def test_workers_give_the_same_rows(evaluated, monkeypatch):
+def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     """GSI, what the baselines search and what all methods chose is measured by workers."""
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
     fake = FakeRay(pytest.importorskip("ray"), ScoringWorker)
     monkeypatch.setattr(pool, "_import_ray", lambda: fake)
     folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
