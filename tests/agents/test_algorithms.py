@@ -83,8 +83,14 @@ class CountsInvalid(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
-@pytest.mark.parametrize("exploration", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("policy", "exploration"),
+    [
+        ("blockwise", 0.3),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("blockwise", 1.0), ("mlp", 0.3))),
+        ("mlp", 1.0),
+    ],
+)
 def test_masked_dqn_never_acts_on_a_removed_block(context, policy, exploration):
     counts = {}
     for name in ("masked_dqn", "dqn"):

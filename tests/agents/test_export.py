@@ -19,7 +19,11 @@ from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 
 SHAPES = [(1, 10), (4, 500), (16, 2000)]
 FRACTIONS = np.linspace(0.3, 0.99, 12)
-ABLATIONS = [(), ("gsi",), ("one_shot",), ("request",), ("gsi", "one_shot", "request")]
+ABLATIONS = [
+    (),
+    ("gsi", "one_shot", "request"),
+    *(pytest.param((name,), marks=pytest.mark.slow) for name in ("gsi", "one_shot", "request")),
+]
 
 
 def wide_bench(layers=15, seed=0):

@@ -55,6 +55,7 @@ def test_the_policy_matches_its_teacher(context, builder, teacher, name):
     assert result.agreement > 0.99
 
 
+@pytest.mark.slow
 def test_an_mlp_can_imitate_too(context, builder, teacher):
     model = new_model("maskable_ppo", context, policy="mlp", policy_settings={})
     imitate(model, teacher, builder, QUICK, progress=False)

@@ -180,6 +180,7 @@ def test_the_policy_reaches_the_plans_of_its_teacher(context, builder, name):
     assert [policy.choose(one.request) for one in shown] == [one.plan for one in shown]
 
 
+@pytest.mark.slow
 def test_a_teacher_whose_plans_the_ladder_cannot_reach_is_followed_as_far_as_possible(
     context, builder
 ):

@@ -29,7 +29,10 @@ SPECS = [
     {"levels": "masks", "together": []},
     {"levels": {"caches": ["int8"], "embeddings": ["int8"]}, "together": []},
 ]
-ABLATIONS = [("gsi",), ("one_shot",), ("request",), ("gsi", "one_shot", "request")]
+ABLATIONS = [
+    ("gsi", "one_shot", "request"),
+    *(pytest.param((name,), marks=pytest.mark.slow) for name in ("gsi", "one_shot", "request")),
+]
 
 
 def assert_same_choices(context, builder, policy, network):
@@ -124,7 +127,7 @@ def path(runs, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("kind", ["plain", "vectors"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "vectors"])
 def test_an_exported_run_chooses_the_same_plans(runs, kind, tmp_path):
     context, folders = runs
     export_policy(folders[kind], context).save(tmp_path / "policy.safetensors")

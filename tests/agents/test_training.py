@@ -106,6 +106,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, context, name, o
     assert logged == whole, "no line is missing, and none is there twice"
 
 
+@pytest.mark.slow
 def test_a_replayed_trace_continues_at_its_position(tmp_path, context):
     trace = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(100, 3000, 90))
@@ -185,7 +186,9 @@ def damage(path):
         path.write_text(path.read_text().replace('"step": ', '"step": 1'))
 
 
-@pytest.mark.parametrize("file", ["model.zip", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "file", ["model.zip", pytest.param("checkpoint.json", marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_is_skipped(tmp_path, context, caplog, file):
     train(short(), make_envs(context), tmp_path, progress=False)
     folders = sorted((tmp_path / "checkpoints").iterdir())

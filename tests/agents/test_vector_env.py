@@ -50,6 +50,7 @@ def test_an_agent_cannot_tell_it_from_single_environments(context, reward, workl
     assert min(ends.values()) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_training_on_it_is_training_on_single_environments(context, name):
     steps = {"n_steps": 16} if "ppo" in name else {"learning_starts": 32}

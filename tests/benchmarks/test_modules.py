@@ -28,6 +28,7 @@ def test_a_module_imports(name):
     assert importlib.import_module(f"benchmarks.{name}").__doc__
 
 
+@pytest.mark.slow
 def test_importing_loads_no_model():
     names = ", ".join(f"benchmarks.{name}" for name in PROGRAMS)
     loaded = "[name for name in sys.modules if name.startswith('transformers.models.')]"

@@ -3,11 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 
 import benchmarks
 from benchmarks.harness import Target
 from benchmarks.table import differences, markdown, read_records
+from tests.programs import run_python
 
 
 def _record(name: str, *targets: Target, **machine: object) -> dict[str, object]:
@@ -54,8 +54,7 @@ def test_the_differences_are_the_targets_that_one_device_alone_meets_or_has():
 
 def test_the_program_prints_the_records_of_a_folder(tmp_path):
     def run() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "benchmarks.table", str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return run_python("-m", "benchmarks.table", tmp_path, timeout=60)
 
     empty = run()
     assert (empty.returncode, empty.stdout) == (1, "")

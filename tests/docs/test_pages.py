@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.docs.test_code_blocks import PAGES, ROOT
+from tests.programs import run_python
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -38,9 +39,7 @@ def test_the_site_builds_without_warnings(tmp_path):
 def test_the_readme_has_the_numbers_of_the_records():
     path = f"sys.path.insert(0, {str(ROOT)!r})"  # after the import, as `python docs/generate.py`
     code = f"import generate, sys; {path}; print(generate.readme_results(), end='')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True, check=True,
-        env={"PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    done = run_python("-c", code, cwd=ROOT / "docs", env={"PATH": "/usr/bin:/bin"}, timeout=120)
+    assert done.returncode == 0, done.stderr
     results = (ROOT / "README.md").read_text(encoding="utf-8")
     assert done.stdout in results, "run `python docs/generate.py`"

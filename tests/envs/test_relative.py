@@ -135,8 +135,15 @@ def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["gsi", "frontier"])
-@pytest.mark.parametrize("settings", [{}, LOG_DENSE])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gsi", {}),
+        ("frontier", LOG_DENSE),
+        pytest.param("gsi", LOG_DENSE, marks=pytest.mark.slow),
+        pytest.param("frontier", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_sub_environments_get_the_rewards_of_single_environments(ordered, mode, name, settings):
     shared = {"reward": relative(name, **settings), "max_invalid_actions": 3}
     happened = play_vector(make_vector(ordered, autoreset_mode=mode, **shared), 1)

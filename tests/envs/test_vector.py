@@ -9,9 +9,16 @@ from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
 @pytest.mark.parametrize(
-    "workload", [pytest.param("fixed", marks=pytest.mark.slow), "grid", "azure-conv"]
+    ("reward", "workload"),
+    [
+        ("perplexity", "azure-conv"),
+        (DENSE_TIMING, "grid"),
+        pytest.param("perplexity", "grid", marks=pytest.mark.slow),
+        pytest.param(DENSE_TIMING, "azure-conv", marks=pytest.mark.slow),
+        pytest.param("perplexity", "fixed", marks=pytest.mark.slow),
+        pytest.param(DENSE_TIMING, "fixed", marks=pytest.mark.slow),
+    ],
 )
 def test_it_equals_single_environments(context, mode, reward, workload):
     settings = {"reward": reward, "workload": workload, "max_invalid_actions": 3}

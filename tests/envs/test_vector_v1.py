@@ -131,8 +131,16 @@ def test_attributes_of_sub_environments_can_be_read_by_name(ladder):
     assert vector.render()[3] == single.render()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
+@pytest.mark.parametrize(
+    ("mode", "reward"),
+    [
+        *zip(MODES, ("perplexity", DENSE_TIMING, "perplexity"), strict=True),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in zip(MODES, (DENSE_TIMING, "perplexity", DENSE_TIMING), strict=True)
+        ),
+    ],
+)
 def test_a_restored_state_continues_identically(ladder, mode, reward):
     settings = {"autoreset_mode": mode, "reward": reward, "max_episode_steps": 9}
     vector = make_vector_v1(ladder, **settings)

@@ -86,6 +86,7 @@ def test_a_table_may_have_every_mask_and_losses_of_some_on_held_out_text(config,
         assert table.held_out.measured[mask] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     calibration = TextConfig(source="self", windows=3, window_tokens=48)
     levels = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sqlite3
@@ -143,6 +144,7 @@ def test_a_plugin_that_is_not_installed_names_its_group():
     assert with_group("Could not find 'agent/ppi'") == "Could not find 'agent/ppi'"
 
 
+@functools.cache
 def composed(*overrides):
     register()
     with initialize_config_dir(str(CONF_DIR), version_base=None):

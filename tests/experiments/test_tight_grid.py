@@ -52,7 +52,9 @@ def baseline(config):
     return UniformBaseline(context, ladder_bytes(config, context))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:])]
+)
 def test_the_best_setting_needs_all_of_its_budget_and_no_other_is_nearer(baseline, shape):
     found = tight_budgets(baseline, shape, LOSSES)
     assert [one.pinned.target_delta_nll for one in found] == LOSSES

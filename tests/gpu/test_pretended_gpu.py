@@ -111,7 +111,10 @@ def test_few_steps_wait_for_the_device():
         assert waits.count == before + 1
 
 
-@pytest.mark.parametrize("name", SOME_FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [SOME_FAMILIES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SOME_FAMILIES[1:])],
+)
 @pytest.mark.parametrize("run", [ordered, repaired, served])
 def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
     expected = run(llm_of(name, "cpu"))

@@ -100,6 +100,7 @@ def test_nothing_fits_an_impossible_budget(llm, frontier):
     assert frontier.best(MemoryModel(llm), Request(1, 8, 1)) is None
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_resumes_from_the_store(llm, tmp_path):
     whole = built(llm, evaluations=150)
     store = ScoreStore(tmp_path / "scores.sqlite")

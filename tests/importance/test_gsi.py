@@ -32,7 +32,9 @@ def naive_order(llm, ids, removals):
     return order, levels
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_exact_gsi_is_the_naive_loop(seed):
     llm, ids = tiny_llm(layers=4, seed=seed), tokens()
     profile = gsi(MaskScorer(llm, ids), progress=False)
@@ -68,6 +70,7 @@ def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
     assert profile.candidates == tuple(10 - i for i in range(5))
 
 
+@pytest.mark.slow
 def test_exact_gsi_measures_few_candidates_to_the_end(monkeypatch):
     monkeypatch.setattr(nll_module, "_VOCABULARY_PARTS", 1)  # a tight bound
     llm, ids = tiny_llm(layers=6), tokens(windows=6)
@@ -86,7 +89,8 @@ def deep():
     return llm, gsi(MaskScorer(llm, tokens(windows=8)), stop=10, progress=False)
 
 
-@pytest.mark.parametrize("method", ["lazy", pytest.param("halving", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lazy", "halving"])
 def test_quicker_methods_measure_less_and_are_nearly_as_good(method, deep):
     (llm, exact), ids = deep, tokens(windows=8)
     quick = gsi(MaskScorer(llm, ids), stop=10, method=method, progress=False)

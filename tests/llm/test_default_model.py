@@ -77,6 +77,7 @@ def test_later_loads_need_no_index(index: Path) -> None:
     assert sources.locate("smollm2-135m") == first
 
 
+@pytest.mark.slow
 def test_a_lost_conversion_is_made_again_without_an_index(index: Path) -> None:
     first = sources.locate("smollm2-135m")
     shutil.rmtree(first.folder)
@@ -109,6 +110,7 @@ def test_a_cache_keeps_its_first_source(index: Path, tmp_path: Path) -> None:
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
 
 
+@pytest.mark.slow
 def test_a_change_of_source_is_logged(
     index: Path, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

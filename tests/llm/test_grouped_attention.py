@@ -53,7 +53,12 @@ def plain(query, keys, values, level, scale, softcap=None, window=None) -> torch
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    ("softcap", "window", "size"), [(None, None, 8), (2.0, None, 8), (None, 45, 64), (5.0, 70, 33)]
+    ("softcap", "window", "size"),
+    [
+        (2.0, None, 8),
+        (None, 45, 64),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((None, None, 8), (5.0, 70, 33))),
+    ],
 )
 def test_every_way_through_equals_the_definition(level, softcap, window, size) -> None:
     level, tokens, scale = CacheLevel.of(level), 150, 0.3

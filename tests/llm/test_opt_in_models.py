@@ -79,7 +79,9 @@ def test_a_fetched_model_is_loaded_without_another_question(
     assert [model.name for model in cached_models()] == [ALIAS]
 
 
-@pytest.mark.parametrize("value", ["gemma3-270m", "other, gemma3-270m"])
+@pytest.mark.parametrize(
+    "value", [pytest.param("gemma3-270m", marks=pytest.mark.slow), "other, gemma3-270m"]
+)
 def test_a_variable_accepts_the_terms(
     value: str, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ def check_weights(native: Any, wide: Any) -> int:
     return sum(isinstance(module, PackedModule) for module in modules.values())
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "level"),
     [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "int8"), ("Q5_1", "int8"), ("Q8_0", "int8")],

@@ -40,7 +40,9 @@ def killed_at(after: int, llm, library, path, config=SHORT) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("after", [2, 4, 6, 11])
+@pytest.mark.parametrize(
+    "after", [2, 6, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 11))]
+)
 def test_a_killed_run_resumes_bit_for_bit(after: int, dtype, tmp_path) -> None:
     llm, path = tiny(dtype=dtype), tmp_path / "deep" / "progress.pt"
     library = fitted(llm)

@@ -111,6 +111,7 @@ def test_plans_share_the_steps_before_the_first_that_differs():
     assert scorer.full_block_forwards == 8 + 8 + 7 + 7 + 7
 
 
+@pytest.mark.slow
 def test_plans_run_next_to_those_with_which_they_share_most():
     llm, ids = tiny_llm(layers=4), text()
     base = CompressionPlan.of({"layer01.cache": "int4"})

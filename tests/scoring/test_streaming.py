@@ -95,7 +95,9 @@ def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_
     assert MaskScorer(streamed, ids).nll(MASKS[1]) == theirs.nll(MASKS[1])
 
 
-@pytest.mark.parametrize("method", ["exact", "lazy", "halving"])
+@pytest.mark.parametrize(
+    "method", ["exact", "lazy", pytest.param("halving", marks=pytest.mark.slow)]
+)
 def test_gsi_finds_the_same_order(method, tmp_path):
     folder, ids = save(tmp_path / "m", tiny_model(layers=4)), tokens(windows=8)
     whole, streamed = pair(folder, cap=cap_for(folder, ids, 3))

@@ -206,6 +206,7 @@ def test_the_report_draws_levels(evaluated):
     assert "about 0.5 (0 MiB)" in tables
 
 
+@pytest.mark.slow
 def test_trained_policies_choose_plans_too(evaluated):
     """An agent of a few steps, its plans and its samples, beside one baseline."""
     agent = AgentConfig(

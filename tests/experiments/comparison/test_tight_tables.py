@@ -99,7 +99,7 @@ def test_masks_at_equal_budgets_have_no_such_tables():
     assert budget_words(plain) == "90 %, 80 %"
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figures_are_drawn(comparison, narrow):
     assert short_and_long(comparison.shapes) == [(1, 128), (16, 4096)]
     rows = [row for row in comparison.rows if row.method == "rap" and row.shape != (8, 2048)]

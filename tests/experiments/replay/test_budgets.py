@@ -86,11 +86,11 @@ def test_co_tenants_do_not_depend_on_the_order_of_queries():
 
 
 def test_co_tenants_respect_the_floor_and_their_arrival_rate():
-    levels = np.array([TENANTS.at(t) for t in np.arange(0, 20_000, 1.0)])
+    levels = np.array([TENANTS.at(t) for t in np.arange(0, 20_000, 2.0)])
     assert levels.min() >= 400
     assert levels.max() == 1000
     few = CoTenantBudget(10_000, 1, (100,), arrivals_per_minute=20, mean_stay_s=12, seed=0)
-    taken = 10_000 - np.array([few.at(t) for t in np.arange(0, 20_000, 1.0)])
+    taken = 10_000 - np.array([few.at(t) for t in np.arange(0, 20_000, 2.0)])
     assert taken.mean() == pytest.approx(100 * 20 / 60 * 12, rel=0.05)  # Little's law
 
 

@@ -140,6 +140,7 @@ def test_without_files_another_model_writes_the_text(make, tmp_path):
     assert found["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_model_and_resumes(make, monkeypatch):
     monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
     whole = load_llm(trained(make(run="whole"))).fingerprint

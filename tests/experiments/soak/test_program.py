@@ -65,6 +65,7 @@ def test_a_short_soak_passes(model_folder, tmp_path):
     assert len(decisions) == record["switches"]
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_fails_the_soak(model_folder, tmp_path, monkeypatch):
     note = AnswerSample.note
 

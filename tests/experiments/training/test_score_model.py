@@ -107,7 +107,8 @@ def test_rounds_verify_with_real_scores_and_learn_from_them(config):
     assert RunFolder(folder).read()["evaluations"] == len(known)
 
 
-@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2])
 def test_a_killed_training_resumes_identically(config, monkeypatch, at):
     whole, killed = train(config, folder_of(config)), folder_of(config, f"killed{at}-s0")
     calls = []

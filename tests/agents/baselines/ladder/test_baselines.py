@@ -210,6 +210,7 @@ def test_the_frontier_is_the_best_measured_plan_that_fits(item_bytes, request_at
     assert baseline.evaluations == 0
 
 
+@pytest.mark.slow
 def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
     item_bytes, request_at, tmp_path
 ):
