@@ -55,7 +55,11 @@ def assert_same_choices(context, policy, network):
     return found
 
 
-@pytest.mark.parametrize(("vectors", "spread"), [(0, None), (16, 0.3)], ids=["first", "random"])
+@pytest.mark.parametrize(
+    ("vectors", "spread"),
+    [pytest.param(0, None, marks=pytest.mark.slow), (16, 0.3)],
+    ids=["first", "random"],
+)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_numpy_and_torch_choose_the_same_masks(name, vectors, spread):
     context = wide_bench()

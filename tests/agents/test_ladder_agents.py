@@ -122,6 +122,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, context, name, m
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
 def test_metrics_count_invalid_actions_also_after_a_resume(tmp_path, context, name):
     lines = []

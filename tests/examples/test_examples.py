@@ -39,7 +39,7 @@ def test_ppo_single_file():
     module = example("ppo_single_file")
     module.ENVS = 16
     before, after = (
-        rap_env.evaluate(module.train(updates), module.TASK, name="ppo") for updates in (0, 12)
+        rap_env.evaluate(module.train(updates), module.TASK, name="ppo") for updates in (0, 4)
     )
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
     assert all(cell.fits for cell in after.cells)

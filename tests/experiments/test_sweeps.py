@@ -8,7 +8,6 @@ import os
 import sqlite3
 from pathlib import Path
 
-import optuna
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -55,6 +54,8 @@ def runs_in(folder):
 
 def test_a_study_is_stored_resumed_and_prunes_bad_trials(base):
     """Two trials; then the study is made three long, under a pruner that stops every trial."""
+    import optuna  # takes seconds, and other tests do without
+
     done = run_train(base, "+sweep=optuna", "name=tuning", "hydra.sweeper.n_trials=2")
     assert done.returncode == 0, done.stderr
     pruner = "hydra.callbacks.study.pruner"

@@ -149,7 +149,7 @@ def test_quicker_methods_accept_short_texts_and_small_models(method, windows):
 
 
 def test_lazy_resumes_identically_after_an_interruption(tmp_path):
-    llm, ids, path = tiny_llm(layers=8), tokens(windows=8), tmp_path / "gsi.json"
+    llm, ids, path = tiny_llm(layers=5), tokens(windows=8), tmp_path / "gsi.json"
     whole = gsi(MaskScorer(llm, ids), stop=6, method="lazy", progress=False)
     gsi(MaskScorer(llm, ids), stop=3, method="lazy", path=path, progress=False)
     continued = gsi(MaskScorer(llm, ids), stop=6, method="lazy", path=path, progress=False)
@@ -161,7 +161,7 @@ def test_lazy_resumes_identically_after_an_interruption(tmp_path):
 
 
 def test_halving_resumes_after_an_interruption_without_partial_scores(tmp_path):
-    llm, ids, path = tiny_llm(layers=8), tokens(windows=8), tmp_path / "gsi.json"
+    llm, ids, path = tiny_llm(layers=5), tokens(windows=8), tmp_path / "gsi.json"
     begun = gsi(MaskScorer(llm, ids), stop=3, method="halving", path=path, progress=False)
     scorer = MaskScorer(llm, ids)
     continued = gsi(scorer, stop=6, method="halving", path=path, progress=False)

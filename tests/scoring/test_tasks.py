@@ -89,7 +89,9 @@ def lm_evals_results(llm, scorer, mask, **options):
     return found
 
 
-@pytest.mark.parametrize("mask", [BlockMask(), SOME], ids=["dense", "masked"])
+@pytest.mark.parametrize(
+    "mask", [pytest.param(BlockMask(), marks=pytest.mark.slow), SOME], ids=["dense", "masked"]
+)
 def test_scores_equal_lm_evals_own_evaluate(tmp_path, mask):
     """Equal metrics and likelihoods, for every kind of task: windows, cut contexts, few-shot."""
     llm = make_llm(positions=96)  # shorter than some prompts and than the wikitext page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import optuna
 import pytest
 from omegaconf import OmegaConf
 
@@ -135,13 +134,21 @@ MARKS = 4
 STEPS = 400
 
 
+@pytest.fixture(scope="module")
+def optuna():
+    """The library, whose import takes seconds."""
+    import optuna
+
+    return optuna
+
+
 @pytest.fixture
-def storage(tmp_path):
+def storage(optuna, tmp_path):
     return optuna.storages.get_storage(f"sqlite:///{tmp_path}/study.db")
 
 
 @pytest.fixture
-def study(storage):
+def study(optuna, storage):
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=2)
     return optuna.create_study(study_name="tuning", storage=storage, pruner=pruner)
 
@@ -191,7 +198,7 @@ def test_no_trial_is_pruned_before_its_first_checkpoint(pruning, study, tmp_path
     assert study.trials[-1].intermediate_values == {}
 
 
-def test_a_trial_is_found_by_its_hyperparameters_and_is_the_newest(study):
+def test_a_trial_is_found_by_its_hyperparameters_and_is_the_newest(optuna, study):
     space = {"agent.rate": 0.1, "++agent.hidden": 64}
     distributions = {
         "agent.rate": optuna.distributions.UniformDistribution(0.0, 1.0),
@@ -223,7 +230,7 @@ def settings(tmp_path, trials, jobs=1):
     }})  # fmt: skip
 
 
-def test_finished_trials_count_towards_the_study_length(tmp_path):
+def test_finished_trials_count_towards_the_study_length(optuna, tmp_path):
     callback = StudyCallback(marks=MARKS, pruner=None)
     config = settings(tmp_path, trials=5, jobs=-1)
     callback.on_multirun_start(config)
