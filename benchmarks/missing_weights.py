@@ -32,6 +32,7 @@ from experiments.server_replay.systems import RAP_READY
 
 _WORDS = ("stone", "river", "light", "seven", "green", "walks", "over", "paper")
 _POLL_S = 0.2
+_FIRST_ANSWERS_S = 5.0  # before anything is measured
 _LONGEST_RECOVERY_S = 120.0
 
 
@@ -134,6 +135,7 @@ def main(settings: MissingWeightsSettings) -> None:
         ]  # fmt: skip
         with ServerProcess(command, RAP_READY) as server:
             streams = Streams(server.url, settings.clients, settings.answer_tokens)
+            time.sleep(_FIRST_ANSWERS_S)
             began_s = time.monotonic()
             _move(file, settings)
             outage_s, line = time.monotonic(), len(server.log)
