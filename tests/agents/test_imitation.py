@@ -149,6 +149,7 @@ def test_unsupported_imitation_is_rejected(context, builder, teacher):
         ImitationConfig(updates=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
 def test_imitation_warm_starts_a_training(tmp_path, context, builder, teacher, name):
     """Few steps after imitation the policy still does what the teacher does."""

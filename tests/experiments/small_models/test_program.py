@@ -65,7 +65,7 @@ def trained(config: Config):
     return train_small_model(config, config.stage_dir("small_models"))
 
 
-@pytest.mark.parametrize("family", ["uniform", "unequal"])
+@pytest.mark.parametrize("family", ["uniform", pytest.param("unequal", marks=pytest.mark.slow)])
 def test_it_learns_and_is_an_ordinary_model_folder(family, make):
     config = make(family)
     path = trained(config)
