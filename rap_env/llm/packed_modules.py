@@ -25,14 +25,9 @@ from torch import nn
 from torch.nn import functional
 
 from rap_env.errors import ArtifactError
-from rap_env.llm.packing import (
-    PackedLevel,
-    PackedMatrix,
-    buffer_in_use,
-    piece_rows,
-    widening_buffer,
-)
+from rap_env.llm.packing import PackedLevel, PackedMatrix, piece_rows
 from rap_env.llm.quantisers import Quantiser, quantise
+from rap_env.llm.widening_buffer import buffer_in_use, widening_buffer
 
 
 class PackedModule(nn.Module):

@@ -22,8 +22,6 @@ unquantised products are faster per row.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +34,7 @@ from rap_env.errors import ArtifactError, check_name
 from rap_env.llm.bfloat16_products import uses_float32
 from rap_env.llm.device import choose_dtype
 from rap_env.llm.kernel_choice import remembered_rows
+from rap_env.llm.widening_buffer import buffer_in_use, widening_buffer
 
 PackedLevel = Literal["int8", "int4"]
 PACKED_LEVELS: tuple[PackedLevel, ...] = ("int8", "int4")
@@ -262,7 +261,7 @@ class PackedMatrix:
         out, rows = self.shape[0], piece_rows(self.shape)
         in_float32 = uses_float32(flat.device, flat.dtype)
         product = self._float32_product if in_float32 else self._piece_product
-        with _buffer_lock:
+        with buffer_in_use():
             if rows >= out:
                 return product(flat, 0, out)
             found = flat.new_empty(len(flat), out)
@@ -350,39 +349,6 @@ def piece_rows(shape: tuple[int, int]) -> int:
     return min(out, max(_BLOCK, PIECE_VALUES // inputs // _BLOCK * _BLOCK))
 
 
-_buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-_buffer_lock = threading.RLock()
-
-
-def widening_buffer(values: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The process's buffer for widened weights, (values,); hold `buffer_in_use` while using it."""
-    key = (device, dtype)
-    if key not in _buffers or len(_buffers[key]) < values:
-        _buffers.pop(key, None)
-        with torch.inference_mode(False):
-            _buffers[key] = torch.empty(values, dtype=dtype, device=device)
-    return _buffers[key][:values]
-
-
-def buffer_bytes() -> int:
-    """Bytes of the process's buffers for widened weights."""
-    return sum(buffer.nbytes for buffer in list(_buffers.values()))
-
-
-def buffer_in_use() -> threading.RLock:
-    """The lock to hold while the buffer is in use."""
-    return _buffer_lock
-
-
-def _after_fork() -> None:
-    global _buffer_lock
-    _buffer_lock = threading.RLock()  # a thread of the parent may hold it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 @lru_cache(maxsize=16)
 def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
     """Most rows of a product for which the packed kernel is faster than widening; measured once."""
@@ -463,7 +429,7 @@ def _widen_blocks(
     """
     blocks, inputs, _ = codes.shape
     halves = out.view(inputs, blocks, 2, _HALF)
-    with _buffer_lock:
+    with buffer_in_use():
         signed = widening_buffer(codes.numel(), torch.uint8, codes.device).view(codes.shape)
         torch.bitwise_and(codes, 0xF0, out=signed).bitwise_xor_(0x80)
         halves[:, :, 1].copy_(signed.view(torch.int8).transpose(0, 1))

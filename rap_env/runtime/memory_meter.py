@@ -18,7 +18,8 @@ import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.llm.device import free_memory_early, return_freed_memory
-from rap_env.llm.packing import PACKED_LEVELS, buffer_bytes
+from rap_env.llm.packing import PACKED_LEVELS
+from rap_env.llm.widening_buffer import buffer_bytes
 from rap_env.plan import EMBEDDINGS, CompressionPlan
 from rap_env.policy import PlanPolicy
 

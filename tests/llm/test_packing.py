@@ -16,6 +16,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.llm import bfloat16_products, device, packing
 from rap_env.llm.packing import PACKED_LEVELS, PackedLevel, PackedMatrix, packed_bytes
 from rap_env.llm.quantisers import quantise
+from rap_env.llm.widening_buffer import buffer_in_use, widening_buffer
 
 SHAPES = [(64, 32), (192, 96), (128, 64), (24, 16), (61, 33), (7, 9), (1, 32), (16, 24)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -181,6 +182,7 @@ PRODUCTS_OF_HALF_BLOCKS = """
 import torch
 from rap_env.llm import packing
 from rap_env.llm.quantisers import quantise
+from rap_env.llm.widening_buffer import buffer_in_use, widening_buffer
 
 print(packing.kernel_block_rows())
 for shape in ((64, 32), (192, 96)) if packing.kernel_block_rows() else ():
@@ -205,9 +207,9 @@ def test_kernels_that_read_half_blocks_compute_the_same_product() -> None:
 
 def test_the_buffer_is_shared_and_grows() -> None:
     device = torch.device("cpu")
-    small = packing.widening_buffer(64, torch.float16, device)
-    large = packing.widening_buffer(4096, torch.float16, device)
-    again = packing.widening_buffer(64, torch.float16, device)
+    small = widening_buffer(64, torch.float16, device)
+    large = widening_buffer(4096, torch.float16, device)
+    again = widening_buffer(64, torch.float16, device)
     assert again.data_ptr() == large.data_ptr()
     assert len(small) == len(again) == 64
 
@@ -223,7 +225,7 @@ def test_products_work_inside_and_after_inference_mode() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_process_widens_while_a_thread_of_its_parent_does() -> None:
     matrix = quantise(_random((24, 16)), "int8")
-    with packing.buffer_in_use():  # no thread of the child could release it
+    with buffer_in_use():  # no thread of the child could release it
         forked = multiprocessing.get_context("fork")
         child = forked.Process(target=_product_in_thread, args=(matrix,))
         child.start()
