@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -103,7 +104,8 @@ def processor(record: Mapping[str, Any]) -> str:
         return str(machine.get("gpu", record["device"]))
     threads = machine.get("threads")
     shown = f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
-    return f"{machine['cpu']}{shown}"
+    name = re.sub(r"\((R|TM)\)| Processor| CPU", "", machine["cpu"])
+    return f"{name}{shown}"
 
 
 def reached(target: Mapping[str, Any]) -> str:
@@ -138,7 +140,7 @@ def _short(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{_short(value['median'])} [{_short(value['low'])}, {_short(value['high'])}]"
     if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
