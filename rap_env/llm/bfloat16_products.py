@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from rap_env.llm.device import BFLOAT16_FLAGS, cpu_capabilities
 
 # How many are in float32 at a time: it bounds the memory, and a product of such pieces is as fast.
-_WEIGHTS, _TOKENS = 2**20, 256
+_WEIGHTS = 2**20
+TOKENS_AT_ONCE = 256
+"""Tokens that are multiplied in float32 at a time."""
 
 
 @lru_cache(maxsize=1)
@@ -57,8 +59,8 @@ def linear(
     for first in range(0, out_features, step):
         part = slice(first, first + step)
         wide, wide_bias = weight[part].float(), None if bias is None else bias[part].float()
-        for start in range(0, len(rows), _TOKENS):
-            some = slice(start, start + _TOKENS)
+        for start in range(0, len(rows), TOKENS_AT_ONCE):
+            some = slice(start, start + TOKENS_AT_ONCE)
             product[some, part] = functional.linear(rows[some].float(), wide, wide_bias)
     return product.view(*states.shape[:-1], out_features)
 
@@ -70,7 +72,7 @@ def extra_bytes(
     if not uses_float32(device, dtype):
         return 0
     rows = _weight_rows(in_features, out_features)
-    return 4 * (min(tokens, _TOKENS) * (in_features + rows) + rows * in_features)
+    return 4 * (min(tokens, TOKENS_AT_ONCE) * (in_features + rows) + rows * in_features)
 
 
 class _Float32Products(TorchFunctionMode):

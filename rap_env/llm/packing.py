@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.errors import ArtifactError, check_name
-from rap_env.llm.bfloat16_products import uses_float32
+from rap_env.llm.bfloat16_products import TOKENS_AT_ONCE, uses_float32
 from rap_env.llm.device import choose_dtype
 from rap_env.llm.kernel_choice import remembered_rows
 from rap_env.llm.widening_buffer import buffer_in_use, widening_buffer
@@ -51,7 +51,6 @@ PIECE_VALUES = 2**20
 
 _BLOCK = 64  # rows of a block
 _HALF = _BLOCK // 2
-_FLOAT32_TOKENS = 256  # that are multiplied in float32 at a time
 _MIDDLE = 8  # the int4 code that stands for the zero itself
 _EXAMPLE = (1536, 576)  # (out, in) of the matrix with which kernels are measured
 
@@ -282,7 +281,7 @@ class PackedMatrix:
 
         States and products are in the buffer too: taking new memory each time costs a fifth more.
         """
-        inputs, rows, count = self.shape[1], last - first, min(len(flat), _FLOAT32_TOKENS)
+        inputs, rows, count = self.shape[1], last - first, min(len(flat), TOKENS_AT_ONCE)
         sizes = [rows * inputs, count * inputs, count * rows]
         buffer = widening_buffer(sum(sizes), torch.float32, flat.device)
         wide, states, products = torch.split(buffer, sizes)

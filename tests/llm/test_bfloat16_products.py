@@ -64,7 +64,7 @@ def test_sums_are_those_of_float32_rounded_once(on_a_cpu):
 
 def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
     monkeypatch.setattr(bfloat16_products, "_WEIGHTS", 16 * 10)
-    monkeypatch.setattr(bfloat16_products, "_TOKENS", 4)
+    monkeypatch.setattr(bfloat16_products, "TOKENS_AT_ONCE", 4)
     layer, states = torch.nn.Linear(16, 37).bfloat16(), torch.randn(2, 5, 16).bfloat16()
     with bfloat16_products.in_float32():
         found = layer(states)
