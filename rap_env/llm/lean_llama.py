@@ -183,9 +183,8 @@ class _Layer(nn.Module):
         cache: Any,
     ) -> torch.Tensor:
         normed = self.input_layernorm(states)
-        states = states + self.self_attn(normed, mask=mask, rotary=rotary, cache=cache)[0]
-        added: torch.Tensor = self.mlp(self.post_attention_layernorm(states))
-        return states + added
+        states.add_(self.self_attn(normed, mask=mask, rotary=rotary, cache=cache)[0])
+        return states.add_(self.mlp(self.post_attention_layernorm(states)))
 
 
 class _Attention(nn.Module):
@@ -196,6 +195,7 @@ class _Attention(nn.Module):
         )  # fmt: skip
         self.layer_idx = number
         self.head_dim = size
+        self._heads = [heads, kv_heads]
         self.num_key_value_groups = heads // kv_heads  # transformers' attention reads it
         self.scaling = size**-0.5
         width, bias = config.hidden_size, config.attention_bias
@@ -212,21 +212,20 @@ class _Attention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         cache: Any,
     ) -> tuple[torch.Tensor, None]:
-        shape = (*states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(states).view(shape).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if states.shape[1] == 1:  # one operation for both takes half of the time
-            heads = [query.shape[1], key.shape[1]]
-            both = _rotated(torch.cat((query, key), dim=1), *rotary)
-            query, key = torch.split(both, heads, dim=1)
+        batch, tokens, _ = states.shape
+        query, key, value = self.q_proj(states), self.k_proj(states), self.v_proj(states)
+        if tokens == 1:  # the heads of both in one operation take half of the time
+            both = torch.cat((query, key), dim=-1).view(batch, -1, 1, self.head_dim)
+            query, key = torch.split(_rotated(both, *rotary), self._heads, dim=1)
+            value = value.view(batch, -1, 1, self.head_dim)
         else:
+            shape = (batch, tokens, -1, self.head_dim)
+            query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
             query, key = _rotated(query, *rotary), _rotated(key, *rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         found, _ = _attention(self, query, key, value, mask, scaling=self.scaling)
-        return self.o_proj(found.reshape(*states.shape[:-1], -1)), None
+        return self.o_proj(found.reshape(batch, tokens, -1)), None
 
 
 _attention = with_levels(grouped_query_attention)
@@ -246,6 +245,11 @@ class _MLP(nn.Module):
         return found
 
 
+_NORM_VALUES = 28 * 1024
+"""Values that are normalised at a time. More take over 128 KiB in float32, which the C library gets
+from the system anew for each operation: a twentieth of a prefill."""
+
+
 class _RMSNorm(nn.Module):
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
@@ -253,13 +257,25 @@ class _RMSNorm(nn.Module):
         self._epsilon = config.rms_norm_eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        wide = states.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
-        return wide.to(states.dtype).mul_(self.weight)
+        if states.numel() <= _NORM_VALUES:
+            return self._normed(states).mul_(self.weight)
+        found = torch.empty_like(states)
+        rows = max(1, _NORM_VALUES // states.shape[-1])
+        parts, outs = (torch.split(flat.flatten(0, -2), rows) for flat in (states, found))
+        for part, out in zip(parts, outs, strict=True):
+            torch.mul(self._normed(part), self.weight, out=out)
+        return found
+
+    def _normed(self, states: torch.Tensor) -> torch.Tensor:
+        # Without the weight, because transformers rounds to the dtype before it multiplies.
+        return functional.rms_norm(states, self.weight.shape, eps=self._epsilon)
 
 
 class _Rotary(nn.Module):
-    """Cosines and sines of rotary position embeddings, (B, T, D) each for heads of D channels."""
+    """Cosines and sines of rotary position embeddings, (B, 1, T, D) each for heads of D channels.
+
+    The first half of the sines has the sign with which `_rotated` adds them.
+    """
 
     frequencies: torch.Tensor
 
@@ -272,16 +288,15 @@ class _Rotary(nn.Module):
     def forward(
         self, position_ids: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.frequencies.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = position_ids[:, None, :, None].float() * self.frequencies.float()
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys (B, heads, T, D) to their positions."""
-    first, second = states.chunk(2, dim=-1)
-    swapped = torch.cat((-second, first), dim=-1)
-    return states * cos[:, None] + swapped * sin[:, None]
+    """Rotate queries or keys (B, heads, T, D) to their positions, in place."""
+    swapped = states.roll(states.shape[-1] // 2, dims=-1)
+    return states.mul_(cos).add_(swapped.mul_(sin))
 
 
 def causal_mask(

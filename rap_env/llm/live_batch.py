@@ -174,7 +174,7 @@ class LiveBatch:
         """
         if list(rows) == list(range(self.size)):
             return
-        with self._llm.exclusive():
+        with self._llm.exclusive(), torch.inference_mode():
             before, cache = self.length, self._cache
             self._rows, self._cache = [self._rows[row] for row in rows], None
             if not self._rows or cache is None:
@@ -199,7 +199,7 @@ class LiveBatch:
             raise InvalidRequestError("Only batches of the same model can be joined.")
         if not other._rows:
             return
-        with self._llm.exclusive(), torch.no_grad():
+        with self._llm.exclusive(), torch.inference_mode():
             if not self._rows:
                 self._rows, self._cache = other._rows, other._cache
                 self.reserve_tokens = self._reserve_tokens  # the layers had the other batch's
@@ -243,9 +243,14 @@ class LiveBatch:
             past = functools.partial(self._columns, 0, self.length)
             update_cache(self._llm, self._cache, self._restore, past, self._most_tokens)
 
-    @torch.no_grad()
     def _forward(self, new: int) -> torch.Tensor:
         """Run the last `new` tokens of each row, and return the logits after them, (B, V)."""
+        with torch.inference_mode():
+            logits = self._last_logits(new)
+        # A copy outside of that mode, which callers may change in place.
+        return logits.to(torch.float32, copy=True)
+
+    def _last_logits(self, new: int) -> torch.Tensor:
         held = self.length - new
         past = functools.partial(self._columns, 0, held)
         columns = self._columns(held, self.length)
@@ -267,7 +272,7 @@ class LiveBatch:
                         **{self._argument: self._cache},
                     )
         logits: torch.Tensor = output.logits[:, -1]
-        return logits.float()
+        return logits
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -33,7 +33,8 @@ def _buffer(name: str, values: int, like: torch.Tensor, dtype: torch.dtype) -> t
     key = (name, like.device, dtype)
     held: dict[object, torch.Tensor] = _BUFFERS.__dict__.setdefault("held", {})
     if key not in held or held[key].numel() < values:
-        held[key] = torch.empty(max(values, PIECE_VALUES), dtype=dtype, device=like.device)
+        with torch.inference_mode(False):
+            held[key] = torch.empty(max(values, PIECE_VALUES), dtype=dtype, device=like.device)
     return held[key][:values]
 
 

@@ -18,7 +18,7 @@ from rap_env.errors import UnsupportedModelError
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.llm.gguf_file import converted_gguf
 from rap_env.llm.kv_cache import cache_argument
-from rap_env.llm.lean_llama import LeanLlama, causal_mask, lean_config
+from rap_env.llm.lean_llama import _NORM_VALUES, LeanLlama, causal_mask, lean_config
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.loading import load_llm
 from rap_env.llm.partial_forward import PartialForward
@@ -95,6 +95,16 @@ def test_it_serves_the_same_logits(both, plan):
     lean, full = (served(llm, plan) for llm in both)
     assert len(lean) == len(full)
     assert all(map(torch.equal, lean, full))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, _NORM_VALUES // 64 + 1])
+def test_norms_of_few_and_of_many_rows_are_those_of_transformers(both, dtype, rows):
+    lean, full = (llm.model.model.norm.to(dtype) for llm in both)
+    states = torch.randn(2, rows, 64).to(dtype)
+    given = states.clone()
+    assert torch.equal(lean(states), full(states))
+    assert torch.equal(states, given)
 
 
 def test_removed_blocks_leave_the_same_stubs(both, gguf_path, tmp_path):

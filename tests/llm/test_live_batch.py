@@ -227,6 +227,19 @@ def test_a_refill_respects_its_token_limit() -> None:
     close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_callers_may_change_the_logits_and_differentiate_what_they_compute_from_them(dtype) -> None:
+    batch = LiveBatch(tiny_llm(dtype=dtype))
+    batch.prefill([[3, 4, 5]])
+    logits = batch.extend([6])
+    assert logits.dtype == torch.float32
+    kept = logits.clone()
+    logits[:, 0] = -torch.inf
+    scale = torch.ones((), requires_grad=True)
+    (kept * scale).sum().backward()
+    assert scale.grad == kept.sum()
+
+
 def test_bad_calls_are_rejected_and_change_nothing() -> None:
     llm = tiny_llm()
     with pytest.raises(UnknownNameError, match="restore mode"):
