@@ -16,7 +16,6 @@ from itertools import islice
 from benchmarks.harness import Target, launch, ratios, seconds_of, spread
 from benchmarks.record import write_record
 from benchmarks.scoring_setup import ScoringSettings, open_setup
-from experiments.export_scores import CHUNK_MASKS
 from experiments.training.score_tables import planned_masks
 from rap_env.blocks import BlockMask
 from rap_env.llm.loading import load_llm
@@ -33,7 +32,7 @@ class RayWorkersSettings(ScoringSettings):
     window_tokens: int = 24
     masks: int = 2000
     """Masks of the table."""
-    masks_each: int = CHUNK_MASKS
+    masks_each: int = 256
     """Masks of one call."""
     workers: int = 2
     """Number of workers; as many cores must be idle."""

@@ -252,7 +252,8 @@ class MaskScorer:
                 notify(on_score, found.plans)
         else:
             self._measure_here(missing, on_score)
-        notify(on_score, [plan for plan in distinct if plan not in missing])
+        measured = set(missing)
+        notify(on_score, [plan for plan in distinct if plan not in measured])
         return [self.nll(plan) for plan in plans]
 
     def _measure_here(self, missing: Sequence[MaskOrPlan], on_score: OnScore | None) -> None:
