@@ -21,7 +21,7 @@ from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, only_mask, simplest
+from rap_env.plan import CompressionPlan, MaskOrPlan, only_mask, simplest
 from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
@@ -306,8 +306,10 @@ class TableScorer:
 
     def _predicted(self, plan: MaskOrPlan) -> float:
         """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
-        mask = as_plan(plan).removed
-        if self._lowered is None or isinstance(plan, BlockMask):
+        if isinstance(plan, BlockMask):
+            return self._model.delta_nll(plan)
+        mask = plan.removed
+        if self._lowered is None:
             return self._model.delta_nll(mask)
         found = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:
