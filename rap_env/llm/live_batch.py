@@ -271,8 +271,8 @@ class LiveBatch:
                         logits_to_keep=1,
                         **{self._argument: self._cache},
                     )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        last: torch.Tensor = output.logits[:, -1]
+        return last
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
