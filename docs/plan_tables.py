@@ -113,6 +113,20 @@ def searches_markdown(results: Path) -> str:
     return head + "\n".join(line for _, line in sorted(lines)) + "\n"
 
 
+def greedy_markdown(results: Path) -> str:
+    """A greedy search at some requests and budgets, and the methods that were measured there."""
+    from experiments.comparison.records import read_rows
+    from experiments.comparison.summaries import Comparison
+    from experiments.comparison.tables import tables_markdown
+
+    greedy = read_rows(results / "tight_greedy" / "evaluate" / "results.jsonl")
+    searched = [row for row in greedy if row.method != "dense"]
+    cells = {row.cell for row in searched}
+    others = read_rows(results / PLANS / "evaluate" / "results.jsonl")
+    rows = [*searched, *(row for row in others if row.cell in cells)]
+    return plan_tables(tables_markdown(Comparison(rows)))
+
+
 def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
     """Accuracy of methods that choose plans on lm-eval tasks, by request and budget.
 

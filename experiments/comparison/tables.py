@@ -151,7 +151,7 @@ def _kept_levels(row: ResultRow, num_layers: int) -> str:
     return caches if plan.embeddings == "native" else f"{caches}, embeddings {plan.embeddings}"
 
 
-RATIO_TO = ("uniform", "knapsack")
+RATIO_TO = ("uniform", "knapsack", "greedy_per_byte")
 """Methods by whose ΔNLL that of each other method is divided."""
 
 TARGET_CAPTION = (
