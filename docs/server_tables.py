@@ -24,7 +24,7 @@ def load_generator_markdown(results: Path) -> str:
     """A line for each report of the load generator."""
     from experiments.comparison.formatting import markdown
 
-    header = ["Server", "Requests", "Errors", "TTFT p50", "p95", "TPOT p50", "p95", "Latency p50",
+    header = ["Server", "Requests", "Errors", "TTFT p50", "p95", "ITL p50", "p95", "Latency p50",
               "p95"]  # fmt: skip
     rows = []
     for name, label in SERVER_LABELS.items():
@@ -35,7 +35,7 @@ def load_generator_markdown(results: Path) -> str:
         rows.append([
             label, f"{totals['successful']}", f"{totals['errored'] + totals['incomplete']}",
             *_percentiles(metrics["time_to_first_token_ms"], 1e-3, 2),
-            *_percentiles(metrics["time_per_output_token_ms"], 1e-3, 3),
+            *_percentiles(metrics["inter_token_latency_ms"], 1e-3, 3),
             *_percentiles(metrics["request_latency"], 1.0, 2),
         ])  # fmt: skip
     return markdown((header, rows))
