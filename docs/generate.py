@@ -19,6 +19,7 @@ from plan_tables import (
     PLAN_COMPARISONS,
     PLANS,
     agents_markdown,
+    greedy_markdown,
     plan_tables,
     searches_markdown,
     shipped_markdown,
@@ -85,6 +86,7 @@ def write_all(docs: Path) -> None:
     _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
     _write(folder / "tight_searches.md", searches_markdown(RESULTS))
+    _write(folder / "tight_greedy.md", greedy_markdown(RESULTS))
     _write(folder / "tight_tasks.md", tasks_markdown(RESULTS))
     _write(folder / "floor_tasks.md", tasks_markdown(RESULTS, "floor_tasks"))
     _write(folder / "tight_agents.md", agents_markdown(RESULTS))

@@ -30,10 +30,15 @@ STUB_METHODS = ("rap", "uniform", "knapsack")
 """The methods that are also shown without stubs."""
 
 
-def plan_tables(text: str) -> str:
-    """The tables over all cells of a comparison of plans, without the page's title."""
+def plan_tables(text: str, *shown: str) -> str:
+    """Tables over all cells of a comparison of plans, without the page's title.
+
+    Args:
+        text: All tables of the comparison.
+        *shown: How the titles of those begin that follow the summary.
+    """
     summary, *sections = text.split("\n## ")
-    shown = ("Mean ΔNLL", "ΔNLL divided by", "Targets")
+    shown = shown or ("Mean ΔNLL", "ΔNLL divided by", "Targets")
     parts = [f"## {section.strip()}" for section in sections if section.startswith(shown)]
     return "\n\n".join([summary.partition("\n")[2].strip(), *parts]) + "\n"
 
@@ -124,7 +129,8 @@ def greedy_markdown(results: Path) -> str:
     cells = {row.cell for row in searched}
     others = read_rows(results / PLANS / "evaluate" / "results.jsonl")
     rows = [*searched, *(row for row in others if row.cell in cells)]
-    return plan_tables(tables_markdown(Comparison(rows)))
+    shown = "ΔNLL divided by that of Greedy"
+    return plan_tables(tables_markdown(Comparison(rows)), shown)
 
 
 def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
