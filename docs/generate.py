@@ -150,12 +150,12 @@ def ablation_table() -> str:
 
 
 def replay_markdown(name: str) -> str:
-    """The tables of a replay, below the page's first level."""
+    """The tables of a replay, below the page's second level."""
     from experiments.replay.records import ReplayRow
     from experiments.replay.tables import replay_markdown as tables
 
     rows = ReplayRow.read(REPLAYS[name] / "replay.jsonl")
-    return tables(rows).partition("\n")[2]
+    return tables(rows).partition("\n")[2].replace("\n## ", "\n### ")
 
 
 def repair_markdown() -> str:

@@ -31,7 +31,7 @@ STUB_METHODS = ("rap", "uniform", "knapsack")
 
 
 def plan_tables(text: str, *shown: str) -> str:
-    """Tables over all cells of a comparison of plans, without the page's title.
+    """Tables over all cells of a comparison of plans, without the page's title; titles are bold.
 
     Args:
         text: All tables of the comparison.
@@ -39,7 +39,11 @@ def plan_tables(text: str, *shown: str) -> str:
     """
     summary, *sections = text.split("\n## ")
     shown = shown or ("Mean ΔNLL", "ΔNLL divided by", "Targets")
-    parts = [f"## {section.strip()}" for section in sections if section.startswith(shown)]
+    parts = [
+        f"**{section.strip()}".replace("\n", "**\n", 1)
+        for section in sections
+        if section.startswith(shown)
+    ]
     return "\n\n".join([summary.partition("\n")[2].strip(), *parts]) + "\n"
 
 
