@@ -19,6 +19,7 @@ from plan_tables import (
     PLAN_COMPARISONS,
     PLANS,
     agents_markdown,
+    bold_title,
     greedy_markdown,
     plan_tables,
     searches_markdown,
@@ -135,7 +136,7 @@ def first_tables(text: str) -> str:
     summary = text.split("\n## ")[0].partition("\n")[2].strip()
     shown = [summary]
     if sections and " minus each other method" in sections[0].partition("\n")[0]:
-        shown.append(f"**{sections[0].strip()}".replace("\n", "**\n", 1))
+        shown.append(bold_title(sections[0]))
     return "\n\n".join(shown) + "\n"
 
 

@@ -30,20 +30,22 @@ STUB_METHODS = ("rap", "uniform", "knapsack")
 """The methods that are also shown without stubs."""
 
 
-def plan_tables(text: str, *shown: str) -> str:
-    """Tables over all cells of a comparison of plans, without the page's title; titles are bold.
+def bold_title(section: str) -> str:
+    """A section whose first line is its title, with the title in bold instead of a heading."""
+    return f"**{section.strip()}".replace("\n", "**\n", 1)
+
+
+def plan_tables(
+    text: str, shown: tuple[str, ...] = ("Mean ΔNLL", "ΔNLL divided by", "Targets")
+) -> str:
+    """Tables over all cells of a comparison of plans, without the page's title.
 
     Args:
         text: All tables of the comparison.
-        *shown: How the titles of those begin that follow the summary.
+        shown: How the titles of those begin that follow the summary.
     """
     summary, *sections = text.split("\n## ")
-    shown = shown or ("Mean ΔNLL", "ΔNLL divided by", "Targets")
-    parts = [
-        f"**{section.strip()}".replace("\n", "**\n", 1)
-        for section in sections
-        if section.startswith(shown)
-    ]
+    parts = [bold_title(section) for section in sections if section.startswith(shown)]
     return "\n\n".join([summary.partition("\n")[2].strip(), *parts]) + "\n"
 
 
@@ -133,8 +135,7 @@ def greedy_markdown(results: Path) -> str:
     cells = {row.cell for row in searched}
     others = read_rows(results / PLANS / "evaluate" / "results.jsonl")
     rows = [*searched, *(row for row in others if row.cell in cells)]
-    shown = "ΔNLL divided by that of Greedy"
-    return plan_tables(tables_markdown(Comparison(rows)), shown)
+    return plan_tables(tables_markdown(Comparison(rows)), ("ΔNLL divided by that of Greedy",))
 
 
 def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:

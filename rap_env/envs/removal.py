@@ -166,7 +166,6 @@ class VectorRemovalState:
         self._removed = np.zeros((num_envs, count), dtype=bool)
         self._names: list[list[str]] = [[] for _ in range(num_envs)]
         self._blocks = np.arange(count)
-        self._block_names = [block_name(index) for index in range(count)]
         self._bytes = VectorByteTracker(num_envs, count)
 
     @property
@@ -206,7 +205,7 @@ class VectorRemovalState:
         blocks = actions[rows]
         places = (self._removed[rows] & (self._blocks < blocks[:, None])).sum(axis=1)
         for row, block, place in zip(rows.tolist(), blocks.tolist(), places.tolist(), strict=True):
-            self._names[row].insert(place, self._block_names[block])
+            self._names[row].insert(place, block_name(block))
         self._removed[rows, blocks] = True
         self._bytes.remove(actions, valid, peak_bytes)
         seen["blocks"][rows, blocks, KEPT_AND_FREED] = 0.0

@@ -308,9 +308,8 @@ class TableScorer:
         """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
         if isinstance(plan, BlockMask):
             return self._model.delta_nll(plan)
+        assert self._lowered is not None  # `nll` rejects such plans without it
         mask = plan.removed
-        if self._lowered is None:
-            return self._model.delta_nll(mask)
         found = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:
             return found
