@@ -260,8 +260,8 @@ def decision_scores(folder: Path) -> Scores | None:
     """Return the predictor by which an agent selects the best of its sampled masks or plans.
 
     Returns:
-        The run's own score model (`TABLE_FILE` in its folder), which predicts NLL; None if the
-        run has none, so that the samples are measured.
+        The score table that the run was trained on (`TABLE_FILE` in its folder), which predicts
+        NLL; None if it was trained on a model, so that the samples are measured.
     """
     path = folder / TABLE_FILE
     if not path.exists():

@@ -59,10 +59,15 @@ def learn(
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
+    A score table that it is trained on, fitted here or given as the model, is saved in its folder
+    (`TABLE_FILE`).
+
     Returns:
         The result; ``evaluations`` counts the masks scored by the model.
     """
     if not config.score_model.rounds:
+        if isinstance(context, TableContext):
+            context.table.save(folder / TABLE_FILE)
         return _train(config, agent, context, folder, sinks)
     known, item_bytes = _known(config, context), ladder_bytes(config, context)
     rounds = config.score_model.rounds

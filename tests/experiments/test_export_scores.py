@@ -12,6 +12,7 @@ from dataclasses import replace
 import gymnasium as gym
 import pytest
 
+from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.records import read_records
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
@@ -175,6 +176,9 @@ def test_an_agent_trains_on_a_table(config, exported):
               if "episode/loss" in record]  # fmt: skip
     assert losses
     assert (folder / "policy.png").exists()
+    scored = list(ScoreTable.load(exported).scores.items())[:9]
+    predicted = decision_scores(folder)([mask for mask, _ in scored])
+    assert list(predicted) == [nll for _, nll in scored], "it ranks samples by the same table"
 
 
 @pytest.mark.slow
