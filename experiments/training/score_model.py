@@ -63,12 +63,15 @@ def learn(
     (`TABLE_FILE`).
 
     Returns:
-        The result; ``evaluations`` counts the masks scored by the model.
+        The result; ``evaluations`` counts the masks and plans scored by the model, also those that
+        it scored for a table that is the model here.
     """
     if not config.score_model.rounds:
+        result = _train(config, agent, context, folder, sinks)
         if isinstance(context, TableContext):
             context.table.save(folder / TABLE_FILE)
-        return _train(config, agent, context, folder, sinks)
+            result = replace(result, evaluations=len(context.table.scores))
+        return result
     known, item_bytes = _known(config, context), ladder_bytes(config, context)
     rounds = config.score_model.rounds
     levels = None
