@@ -22,6 +22,7 @@ from plan_tables import (
     bold_title,
     greedy_markdown,
     plan_tables,
+    ranked_markdown,
     searches_markdown,
     shipped_markdown,
     stubs_markdown,
@@ -85,6 +86,7 @@ def write_all(docs: Path) -> None:
         shown = plan_tables(text) if name in PLAN_COMPARISONS else first_tables(text)
         _write(folder / f"{name}.md", shown)
     _write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
+    _write(folder / "tight_ranked.md", ranked_markdown(RESULTS))
     _write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
     _write(folder / "tight_searches.md", searches_markdown(RESULTS))
     _write(folder / "tight_greedy.md", greedy_markdown(RESULTS))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.comparison.records import ResultRow
 
 PLANS = "tight"
 """The folder of ``results/`` with a comparison of methods that choose plans."""
@@ -25,6 +29,9 @@ PLAN_COMPARISONS = (
 
 PLANS_STUBS = "tight_stubs"
 """The same comparison with stubs."""
+
+RANKED = "tight_ranked"
+"""Policies that were trained on the packaged score table, and rank samples of plans by it."""
 
 STUB_METHODS = ("rap", "uniform", "knapsack")
 """The methods that are also shown without stubs."""
@@ -92,16 +99,36 @@ def shipped_markdown(results: Path) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def plan_rows(results: Path) -> list[ResultRow]:
+    """Rows of all methods that choose plans without stubs, those of `RANKED` under its name."""
+    from experiments.comparison.records import read_rows
+
+    rows, ranked = (
+        read_rows(results / name / "evaluate" / "results.jsonl") for name in (PLANS, RANKED)
+    )
+    return rows + [replace(row, method="rap-best of 8") for row in ranked if row.method == "rap"]
+
+
+def ranked_markdown(results: Path) -> str:
+    """The policies of `RANKED` beside all methods that choose plans without stubs."""
+    from experiments.comparison.summaries import Comparison
+    from experiments.comparison.tables import tables_markdown
+
+    tables = tables_markdown(Comparison(plan_rows(results)))
+    shown = ("ΔNLL of RAP policy best of 8 minus", "ΔNLL divided by that of Uniform")
+    return plan_tables(tables, shown)
+
+
 def searches_markdown(results: Path) -> str:
     """An evolutionary search for one request beside the methods that were measured at it."""
     from experiments.comparison.formatting import look
-    from experiments.comparison.records import ResultRow, read_rows
+    from experiments.comparison.records import read_rows
     from experiments.comparison.statistics import paired_ratio
 
     folder = results / "tight_searches" / "evaluate"
     (search,) = (row for row in read_rows(folder / "results.jsonl") if row.method != "dense")
     by_method: dict[str, list[ResultRow]] = defaultdict(list)
-    for row in read_rows(results / PLANS / "evaluate" / "results.jsonl"):
+    for row in plan_rows(results):
         if row.method != "dense" and row.cell == search.cell:
             by_method[row.method].append(row)
     lines = []
@@ -133,8 +160,7 @@ def greedy_markdown(results: Path) -> str:
     greedy = read_rows(results / "tight_greedy" / "evaluate" / "results.jsonl")
     searched = [row for row in greedy if row.method != "dense"]
     cells = {row.cell for row in searched}
-    others = read_rows(results / PLANS / "evaluate" / "results.jsonl")
-    rows = [*searched, *(row for row in others if row.cell in cells)]
+    rows = [*searched, *(row for row in plan_rows(results) if row.cell in cells)]
     return plan_tables(tables_markdown(Comparison(rows)), ("ΔNLL divided by that of Greedy",))
 
 
@@ -146,7 +172,7 @@ def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
         name: The folder of these plans; the native model is measured in ``tight_tasks``.
     """
     from experiments.comparison.formatting import look
-    from experiments.comparison.records import ResultRow, read_rows
+    from experiments.comparison.records import read_rows
     from experiments.comparison.statistics import wilson_interval
 
     dense = next(
@@ -200,7 +226,7 @@ def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
 
 def agents_markdown(results: Path) -> str:
     """Agents on the packaged score table, judged on the pinned task's held-out text."""
-    from experiments.comparison.records import ResultRow, read_rows
+    from experiments.comparison.records import read_rows
 
     folder = results / "tight_agents" / "evaluate" / "SmolLM2-Table-v1-test"
     by_run: dict[str, dict[int | None, list[ResultRow]]] = defaultdict(lambda: defaultdict(list))
