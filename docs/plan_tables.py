@@ -27,11 +27,11 @@ PLAN_COMPARISONS = (
 )
 """All folders whose tables `plan_tables` shortens for the page on plans."""
 
-PLANS_STUBS = "tight_stubs"
-"""The same comparison with stubs."""
-
 RANKED = "tight_ranked"
 """Policies that were trained on the packaged score table, and rank samples of plans by it."""
+
+PLANS_STUBS = "tight_stubs"
+"""The same comparison with stubs."""
 
 STUB_METHODS = ("rap", "uniform", "knapsack")
 """The methods that are also shown without stubs."""
