@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#1F2328", "#2F6DB5", "#C8324B", "#E0812F", "#8E4FA8", "#00707F", "#2FA52F", "#6B7178")
-_MARKERS = "osD^vPX*"
+_COLOURS = (
+    "#1F2328", "#2F6DB5", "#C8324B", "#E0812F", "#8E4FA8",
+    "#00707F", "#2FA52F", "#6B7178", "#8A5A2B", "#D64FA0",
+)  # fmt: skip
+_MARKERS = "osD^vPX"  # another number than of colours, so that no two plans look alike
 
 
 def save_figure(found: Curves, path: Path) -> None:
@@ -30,7 +33,7 @@ def over_length(found: Curves, narrow: bool) -> Figure:
     losses = [name for name in (POSITIONS, ANSWERS) if found.lengths(name)]
     count = len(found.kinds) + len(losses)
     columns = 1 if narrow else min(3, count)
-    rows = -(-(count + 1) // columns)  # one panel for the legend
+    rows = -(-count // columns)
     with style():
         figure, axes = panels(rows, columns, narrow=narrow, height=2.6)
         for axis, kind in zip(axes, found.kinds, strict=False):
@@ -40,7 +43,9 @@ def over_length(found: Curves, narrow: bool) -> Figure:
         for axis in axes[count:]:
             axis.set_axis_off()
         handles, labels = axes[0].get_legend_handles_labels()
-        axes[count].legend(handles, labels, loc="center left", title="KV caches", fontsize=8)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 if narrow else 5, title="Plan"
+        )
     return figure
 
 

@@ -174,11 +174,11 @@ def test_tables_and_figures_name_every_plan(found, config):
     share = f"{100 * row.accuracy:.0f} % [{100 * row.accuracy_ci_low:.0f}"
     assert f"| int2 | {share}" in text
     for narrow in (False, True):
-        axes = over_length(found, narrow).axes
-        drawn = [title for axis in axes if (title := axis.get_title(loc="left"))]
+        figure = over_length(found, narrow)
+        drawn = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
         assert drawn[:2] == ["Recall", "Most common words"]
-        legends = [legend for axis in axes if (legend := axis.get_legend())]
-        assert [text.get_text() for legend in legends for text in legend.texts] == found.plans
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.texts] == found.plans
 
 
 def test_findings_name_loss_and_recall(found):

@@ -1,0 +1,154 @@
+"""The results in README.md, with every number taken from the committed records."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from plan_tables import PLANS, stubs_markdown
+from record_texts import (
+    LONG_CONTEXTS,
+    RESULTS,
+    ROOT,
+    comparison_markdown,
+    repair_markdown,
+    replay_markdown,
+    write,
+)
+
+README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+"""Between these lines, README.md holds what `readme_results` gives."""
+
+RECALL_BUDGET, RECALL_TOKENS = "30 %", 2048
+"""The budget and length at which the README compares policies by their recall."""
+
+
+def ladder_results() -> list[str]:
+    """The README's results of the ladder; empty without records."""
+    from experiments.ladder.report import ladder_findings
+    from experiments.ladder.summaries import read_ladder
+
+    texts = ladder_findings(read_ladder(RESULTS / "ladder"))
+    return [f"**Precision before removal**: {text[0].lower()}{text[1:]}" for text in texts]
+
+
+def long_context_results() -> list[str]:
+    """The README's results on recall over the context; empty without records."""
+    from experiments.long_context.tables import Curves, long_context_findings
+
+    texts = long_context_findings(Curves.read(RESULTS / "long_context"))
+    kept = recall_policy_finding(Curves.read(LONG_CONTEXTS["tight_recall"]))
+    return [
+        f"**A lower loss is not better recall**: {text[0].lower()}{text[1:]}{kept}"
+        for text in texts
+    ]
+
+
+def recall_policy_finding(found: Any) -> str:
+    """What a policy that was trained for recall answers; empty without records."""
+    from experiments.comparison.formatting import percent
+
+    shares = {}
+    for policy in ("rap", "rap-recall"):
+        rows = found.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS) if found else []
+        if not rows:
+            return ""
+        right = sum(sum(row.right) for row in rows)
+        shares[policy] = right / sum(row.questions for row in rows)
+    return (
+        f" At {RECALL_BUDGET} of the native peak, a policy trained on text with questions "
+        f"answers {percent(shares['rap-recall'], 0)} of those on {RECALL_TOKENS:,} tokens, one "
+        f"trained on the loss alone {percent(shares['rap'], 0)}."
+    )
+
+
+def tables_of(text: str) -> list[dict[str, list[str]]]:
+    """The tables of a Markdown text: the cells of each row by its first cell."""
+    tables: list[dict[str, list[str]]] = []
+    inside = False
+    for line in text.splitlines():
+        if line.startswith("| :--"):
+            tables.append({})
+            inside = True
+        elif inside and line.startswith("|"):
+            first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            tables[-1].setdefault(first, cells)
+        else:
+            inside = False
+    return tables
+
+
+def readme_results() -> str:
+    """The README's results, with every number taken from the records."""
+    summary, verdicts, *_ = tables_of(comparison_markdown("learning"))
+    unequal, unequal_verdicts, *_ = tables_of(comparison_markdown("small_unequal"))
+    served, _, quality, *_ = tables_of(replay_markdown("replay"))
+    repair = tables_of(repair_markdown())[0]
+    policy, greedy = summary["RAP policy (5)"], summary["Greedy per byte"]
+    targets = [
+        target["reached"]
+        for name in ("decide", "gsi", "step")
+        for target in json.loads(
+            (RESULTS / "benchmarks" / f"{name}-cpu.json").read_text(encoding="utf-8")
+        )["targets"]
+    ]
+    decision_ms, _, _, lazy, *_, steps = targets
+    results = (
+        *ladder_results(),
+        *plan_results(),
+        *long_context_results(),
+        "**Removing blocks alone, a policy loses less than a search for each request**: ΔNLL "
+        f"{policy[0]}, greedy search per byte {greedy[0]} "
+        f"({verdicts['Greedy per byte'][1]}). The search runs the model {greedy[2]} times per "
+        "request, the policy not at all.",
+        "**A lookup table does as well in a uniform model**: the frontier has "
+        f"{summary['Frontier table'][0]}. Where the bytes of blocks differ, the policy has "
+        f"{unequal['RAP policy (3)'][0]} and the frontier {unequal['Frontier table'][0]} "
+        f"({unequal_verdicts['Frontier table'][1]}).",
+        "**Serving within memory that moves**: policy and frontier serve "
+        f"{served['RAP policy'][0]} of a replayed trace and exceed the budget in "
+        f"{served['RAP policy'][6]} steps, with ΔNLL {quality['RAP policy'][0]} and "
+        f"{quality['Frontier table'][0]}. The dense model serves {served['Dense'][0]} and exceeds "
+        f"it in {served['Dense'][6]} steps; the largest static mask that always fits one row has "
+        f"ΔNLL {quality['Static, lean'][0]}.",
+        "**Stubs recover much of the ΔNLL**: on text of other kinds, a library fitted once leaves "
+        f"{repair['Library'][3]} of ΔNLL, a distilled one {repair['Distilled library'][3]}. "
+        "Accuracies on five small tasks hardly move.",
+        f"**It is fast**: a decision takes {decision_ms:.1f} ms (99th percentile, without torch), "
+        f"64 sub-environments take {steps:,.0f} steps a second on known scores, and lazy GSI is "
+        f"{lazy:.1f} times as fast as the naive loop.",
+    )
+    lines = [
+        textwrap.fill(text, 104, initial_indent=f"{number}. ", subsequent_indent="   ")
+        for number, text in enumerate(results, start=1)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plan_results() -> list[str]:
+    """What the README says of plans at tight budgets."""
+    summary, verdicts, *_ = tables_of(comparison_markdown(PLANS))
+    policy = next(name for name in summary if name.startswith("RAP policy"))
+    seeds = policy.partition("(")[2].rstrip(")") or "1"
+    stubs = tables_of(stubs_markdown(RESULTS))[0]
+    repaired = next(name for name in stubs if name.startswith("RAP policy ("))
+    return [
+        "**At budgets where no choice is free, a policy over levels loses less than what one would "
+        f"do instead**: ΔNLL {summary[policy][0]} ({seeds} training seed{'s' * (seeds != '1')}), "
+        f"the best uniform setting that fits {summary['Uniform settings'][0]} "
+        f"({verdicts['Uniform settings'][1]}), the knapsack over levels {summary['Knapsack'][0]} "
+        f"({verdicts['Knapsack'][1]}). A lookup in the table of measured plans, from which the "
+        f"policy learned, has {summary['Frontier table'][0]}. With a stub in "
+        "the place of each removed block (fitted to seven kinds of text, one of them other "
+        "WikiText articles), stubs counted in the same budgets, the policy's ΔNLL is "
+        f"{stubs[repaired][0]} and that of uniform settings {stubs['Uniform settings'][0]}."
+    ]
+
+
+def update_readme(path: Path = ROOT / "README.md") -> None:
+    """Write `readme_results` into the README."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(README_BEGIN)
+    after = rest.partition(README_END)[2]
+    write(path, f"{before}{README_BEGIN}{readme_results()}{README_END}{after}")
