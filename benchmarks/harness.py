@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import inspect
 import statistics
 import sys
 import time
@@ -65,10 +66,17 @@ def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
 def settings_from_cli(schema: type[T]) -> T:
     """The settings of a benchmark, with ``key=value`` arguments of the command line.
 
-    A misspelt key or a value of the wrong type ends the program with a message and exit code 2.
+    A misspelt key or a value of the wrong type ends the program with a message and exit code 2,
+    ``--help`` with the benchmark's text, its settings and their defaults.
     """
+    words = sys.argv[1:]
+    if {"-h", "--help"}.intersection(words):
+        known = OmegaConf.to_yaml(OmegaConf.structured(schema))
+        text = inspect.getdoc(sys.modules[schema.__module__])
+        sys.stdout.write(f"{text}\n\nSettings, given as key=value, and their defaults:\n\n{known}")
+        sys.exit()
     try:
-        given = OmegaConf.from_cli(sys.argv[1:])
+        given = OmegaConf.from_cli(words)
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         made: Any = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, RapError, ValueError) as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -51,6 +52,19 @@ def test_a_wrong_setting_gives_a_short_error(word, message, monkeypatch, capsys)
     assert said.count("\n") == 1
     assert any(part in said for part in message.split("|"))
     assert "known are repeats, threads, results_dir, batch_size" in said
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_says_what_is_measured_and_lists_the_settings(word, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", "What this measures.")
+    _given(monkeypatch, word, "batch_size=2")
+    with pytest.raises(SystemExit) as ended:
+        settings_from_cli(_Settings)
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert said.startswith("What this measures.\n")
+    assert "\nrepeats: 5\n" in said
+    assert "\nbatch_size: 3\n" in said
 
 
 def test_a_late_error_is_short_too(monkeypatch, capsys):
