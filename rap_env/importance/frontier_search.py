@@ -29,10 +29,8 @@ from rap_env.importance.frontier import Counts, Frontier, best_by_counts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import (
-    DeltaNLLPredictor,
-    Features,
-    Floats,
+from rap_env.scoring.predictor import DeltaNLLPredictor, Features, Floats
+from rap_env.scoring.predictor_fit import (
     PredictorFit,
     feature_matrix,
     fit_predictor,

@@ -11,7 +11,8 @@ from rap_env.importance.ladder_order import one_shot_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.plan import MaskOrPlan
-from rap_env.scoring.predictor import Floats, ScoreModel, fit_scores
+from rap_env.scoring.predictor import Floats, ScoreModel
+from rap_env.scoring.predictor_fit import fit_scores
 
 
 def fit_plan_predictor(
@@ -56,20 +57,21 @@ class PlanPredictor:
 
     def __init__(self, ladder: Ladder, one_shot: Floats, model: ScoreModel) -> None:
         self.ladder, self.model = ladder, model
-        self._items = np.arange(len(ladder))
-        self._lowered = one_shot.copy()
-        blocks = len(model.members[0].alone)
-        self._is_removed = np.zeros((len(ladder), ladder.width), dtype=bool)
-        self._block = np.full(len(ladder), -1)
+        lowered = one_shot.copy()
+        removed = np.zeros((len(ladder), ladder.width), dtype=bool)
+        item_of = np.full(len(model.members[0].alone), -1)
         for number, item in enumerate(ladder.items):
-            self._lowered[number, len(item.levels) :] = 0.0  # gone with its block
-            if item.kind in ("attn", "ffn"):
-                self._block[number] = 2 * (item.layer or 0) + (item.kind == "ffn")
-                if "removed" in item.levels:
-                    removed = item.levels.index("removed")
-                    self._is_removed[number, removed] = True
-                    self._lowered[number, removed] = 0.0
-        self._blocks = blocks
+            lowered[number, len(item.levels) :] = 0.0  # gone with its block
+            if item.kind in ("attn", "ffn") and "removed" in item.levels:
+                item_of[2 * (item.layer or 0) + (item.kind == "ffn")] = number
+                gone = item.levels.index("removed")
+                removed[number, gone], lowered[number, gone] = True, 0.0
+        # Of all levels of all items in one row, which is read faster than pairs of indices.
+        self._lowered, self._removed = lowered.ravel(), removed.ravel()
+        self._first = np.arange(len(ladder)) * ladder.width
+        self._blocks = np.flatnonzero(item_of >= 0)
+        self._block_items = item_of[self._blocks]
+        self._num_blocks = len(item_of)
 
     def delta_nll(self, positions: Counts) -> Floats:
         """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""
@@ -78,10 +80,8 @@ class PlanPredictor:
 
     def mean_and_spread(self, positions: Counts) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the members' predictions, nats per token, (n,) each."""
-        removed = np.zeros((len(positions), self._blocks), dtype=bool)
-        with_block = self._block >= 0
-        removed[:, self._block[with_block]] = self._is_removed[self._items, positions][
-            :, with_block
-        ]
-        lowered = self._lowered[self._items, positions].sum(axis=1)
+        levels = positions + self._first
+        removed = np.zeros((len(positions), self._num_blocks), dtype=bool)
+        removed[:, self._blocks] = self._removed.take(levels[:, self._block_items])
+        lowered = self._lowered.take(levels).sum(axis=1)
         return self.model.mean_and_spread(removed, np.maximum(lowered, 0.0), clamped=False)

@@ -33,7 +33,8 @@ from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
 from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import necessary_masks
+from rap_env.scoring.predictor import Floats
+from rap_env.scoring.predictor_fit import necessary_masks
 from rap_env.scoring.scorer import MaskScorer
 
 _MOST_STEPS = 40
@@ -247,7 +248,7 @@ class PlanMoves:
 
     def raised(self, positions: Counts) -> Counts:
         """All plans with one item of a plan (items,) at a higher level, (m, items)."""
-        found = []
+        found: dict[bytes, Counts] = {}  # caches that are raised together give the same plan
         kept_caches = self._is_cache & (positions < self._gone)
         least = positions[kept_caches].min(initial=self.costs.ladder.width)
         for item in np.flatnonzero(positions > 0):
@@ -267,8 +268,8 @@ class PlanMoves:
             partner = self._partners[item]
             if position == self._removals[item] and partner != item:
                 other[partner] = least if least < self._gone[partner] else 0
-            found.append(other)
-        return np.unique(np.array(found, dtype=np.int64).reshape(-1, len(positions)), axis=0)
+            found[other.tobytes()] = other
+        return np.array(list(found.values()), dtype=np.int64).reshape(-1, len(positions))
 
 
 class PlanSearch:
@@ -291,42 +292,50 @@ class PlanSearch:
             positions: The plan to begin with, (items,); if it does not fit, it is lowered first.
 
         Returns:
-            The positions of the best plan found, and its predicted ΔNLL, nats per token.
+            The positions of the best plan found, and its predicted ΔNLL, nats per token, which is
+            infinite if no plan was found that fits.
         """
-        best = self.refill(positions[None])[0]
-        value = float(self._predictor.delta_nll(best[None])[0])
+        found, values = self.refill(positions[None])
+        best, value = found[0], float(values[0])
         for _ in range(_MOST_STEPS):
             raised = self._moves.raised(best)
             if not len(raised):
                 break
-            found = self.refill(raised)
-            values = self._predictor.delta_nll(found)
-            fits = self._costs.peaks(found) <= self._budget
-            values = np.where(fits, values, np.inf)
+            found, values = self.refill(raised)
             least = int(values.argmin())
             if values[least] >= value - 1e-9:
                 break
             best, value = found[least], float(values[least])
         return best, value
 
-    def refill(self, positions: Counts) -> Counts:
-        """Lower plans (n, items) by the least predicted rise per useful byte until they fit."""
+    def refill(self, positions: Counts) -> tuple[Counts, Floats]:
+        """Lower plans by the least predicted rise per useful byte until they fit.
+
+        Args:
+            positions: The plans, (n, items).
+
+        Returns:
+            The lowered plans, (n, items), and their predicted ΔNLL, nats per token, (n,), which is
+            infinite where no action is left and the plan does not fit.
+        """
         found = positions.copy()
+        values, peaks = self._predictor.delta_nll(found), self._costs.peaks(found)
         for _ in range(len(self._costs.ladder) * self._costs.ladder.width):
-            peaks = self._costs.peaks(found)
             open_rows = np.flatnonzero(peaks > self._budget)
             if not len(open_rows):
                 break
             children, parents = self._moves.lower(found[open_rows])
             if not len(children):
                 break
-            before = self._predictor.delta_nll(found[open_rows])[parents]
-            rise = np.maximum(self._predictor.delta_nll(children) - before, 0.0)
-            over = peaks[open_rows] - self._budget
-            freed = peaks[open_rows][parents] - self._costs.peaks(children)
-            useful = np.minimum(freed, over[parents])
+            before = open_rows[parents]
+            reached, child_peaks = self._predictor.delta_nll(children), self._costs.peaks(children)
+            freed = peaks[before] - child_peaks
+            useful = np.minimum(freed, peaks[before] - self._budget)
+            rise = np.maximum(reached - values[before], 0.0)
             price = np.where(useful > 0, rise / np.maximum(useful, 1), np.inf)
-            order = np.lexsort((price, parents))
-            rows, first = np.unique(parents[order], return_index=True)
-            found[open_rows[rows]] = children[order[first]]
-        return found
+            order = np.lexsort((price, before))
+            rows, first = np.unique(before[order], return_index=True)
+            chosen = order[first]
+            found[rows], values[rows] = children[chosen], reached[chosen]
+            peaks[rows] = child_peaks[chosen]
+        return found, np.where(peaks <= self._budget, values, np.inf)

@@ -16,7 +16,7 @@ from rap_env.policy import PlanPolicy
 from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
-from rap_env.scoring.predictor import feature_matrix, fit_predictor
+from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
 
 
 def find_delta_nll(

@@ -26,14 +26,8 @@ from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import (
-    DeltaNLLPredictor,
-    Lowered,
-    ScoreModel,
-    fit_scores,
-    lowered_cost,
-    necessary_masks,
-)
+from rap_env.scoring.predictor import DeltaNLLPredictor, ScoreModel
+from rap_env.scoring.predictor_fit import Lowered, fit_scores, lowered_cost, necessary_masks
 
 PREFIX = "score_table:"
 """Prefix of a model name that is the name or path of a table."""

@@ -18,7 +18,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.plan import CompressionPlan, simplest
 from rap_env.request import Request
-from rap_env.scoring.predictor import feature_matrix, fit_score_model, lowered_costs
+from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
 from tests.envs.playing_v1 import make_ladder_context
 
 CACHES = ("int8", "int4", "int4-window32")

@@ -8,13 +8,8 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
-from rap_env.scoring.predictor import (
-    LEAST_SHARE,
-    DeltaNLLPredictor,
-    ScoreModel,
-    fit_predictor,
-    fit_score_model,
-)
+from rap_env.scoring.predictor import LEAST_SHARE, DeltaNLLPredictor, ScoreModel
+from rap_env.scoring.predictor_fit import fit_predictor, fit_score_model
 from rap_env.scoring.score_table import ScoreTable
 from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of

@@ -13,7 +13,7 @@ from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.plan import CompressionPlan
-from rap_env.scoring.predictor import feature_matrix
+from rap_env.scoring.predictor_fit import feature_matrix
 from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
 from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of

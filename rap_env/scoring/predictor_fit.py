@@ -1,0 +1,251 @@
+"""Fits the predictors of `rap_env.scoring.predictor` to measured masks and plans. Numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.blocks import BlockMask
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
+from rap_env.scoring.fidelity import Fidelity
+from rap_env.scoring.predictor import (
+    DeltaNLLPredictor,
+    Features,
+    Floats,
+    ScoreModel,
+    pair_indices,
+    shape_terms,
+)
+
+Lowered = Callable[[CompressionPlan], float]
+"""Gives the sum of what the levels of a plan cost alone, nats per token."""
+
+MEMBERS = 5
+"""Default number of predictors in an ensemble."""
+
+REACHES = (4, 12, 60)
+"""Candidates for the greatest distance, in blocks, of pairs that have a weight."""
+
+RIDGES = (0.3, 1.0, 3.0, 10.0)
+"""Candidates for the penalty on the squared weights."""
+
+_CHUNK = 2048
+_EVIDENCE = 20  # masks that a bound for their number of removals must rest on
+_MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
+_SPLIT = (0.8, 0.1, 0.1)  # masks to fit, to choose the settings, to state the fidelity
+
+
+def fit_predictor(
+    features: Features,
+    delta_nll: Floats,
+    alone: Floats,
+    lowered: Floats | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[DeltaNLLPredictor, Fidelity]:
+    """Fit a predictor to measured masks and evaluate it on held-out masks.
+
+    A tenth of the masks is held out for the evaluation; another tenth selects reach and ridge. The
+    returned predictor is then fitted to all masks, so it is no worse than the evaluated one.
+
+    Args:
+        features: The measured masks, from `feature_matrix`, (N, 2L).
+        delta_nll: Their measured values, nats per token, (N,).
+        alone: delta_nll without each block alone, nats per token, (2L,).
+        lowered: What the other lowered items of each plan cost alone, nats per token, (N,); None
+            for masks.
+        seed: Decides which masks are held out.
+
+    Returns:
+        The predictor, and the fidelity of one that never saw the held-out masks.
+    """
+    order = np.random.default_rng(seed).permutation(len(delta_nll))
+    ends = np.round(np.cumsum(_SPLIT[:2]) * len(delta_nll)).astype(int)
+    to_fit, to_choose, held_out = np.split(order, ends)
+    fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out], lowered)
+    candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
+    best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
+    evaluated = fit.solved([0, 1], *best)
+    fidelity = Fidelity.of(
+        evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]), delta_nll[held_out],
+        features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
+    )  # fmt: skip
+    return fit.solved([0, 1, 2], *best), fidelity
+
+
+class PredictorFit:
+    """Normal equations of parts of the data, from which predictors of any settings are solved.
+
+    The data are as in `fit_predictor`; each part has the indices of its masks. Of the candidates
+    for the reach, those with too many pairs are left out.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        delta_nll: Floats,
+        alone: Floats,
+        parts: list[npt.NDArray[np.int64]],
+        lowered: Floats | None = None,
+        reaches: Sequence[int] = REACHES,
+    ) -> None:
+        self.features, self.delta_nll, self.alone, self.parts = features, delta_nll, alone, parts
+        self.lowered = np.zeros(len(delta_nll)) if lowered is None else lowered
+        self.offset = max(1e-6, float(np.median(np.abs(alone))) / 2)
+        self.targets = np.log(np.maximum(delta_nll, -self.offset / 2) + self.offset)
+        sizes = {reach: len(pair_indices(len(alone), reach)[0]) for reach in reaches}
+        self.reaches = [r for r in reaches if sizes[r] <= _MOST_PAIRS] or [min(reaches)]
+        self._pairs = pair_indices(len(alone), self.reaches[-1])
+        self._sums = [self._moments(part) for part in parts]
+
+    def solved(self, parts: list[int], reach: int, ridge: float) -> DeltaNLLPredictor:
+        """The predictor fitted to some of the parts."""
+        blocks = len(self.alone)
+        pairs = np.flatnonzero(self._pairs[1] - self._pairs[0] <= reach)
+        width = len(self._sums[0])
+        used = np.concatenate([np.arange(blocks), blocks + pairs, np.arange(width - 7, width - 1)])
+        sums = sum(self._sums[part] for part in parts)
+        assert isinstance(sums, np.ndarray)
+        penalty = np.full(len(used), ridge)
+        penalty[-1] = 1e-9  # the intercept is free
+        weights = np.linalg.solve(sums[np.ix_(used, used)] + np.diag(penalty), sums[used, -1])
+        seen = np.concatenate([self.parts[part] for part in parts])
+        return DeltaNLLPredictor(
+            alone=tuple(self.alone.tolist()),
+            offset=self.offset,
+            reach=reach,
+            ridge=ridge,
+            intercept=float(weights[-1]),
+            linear=tuple(weights[:blocks].tolist()),
+            pairs=tuple(weights[blocks:-6].tolist()),
+            shape=tuple(weights[-6:-1].tolist()),
+            least=_least_by_count(self.features[seen].sum(axis=1), self.delta_nll[seen], blocks),
+            most=float(max(self.delta_nll[seen].max(), self.alone.max())),
+        )
+
+    def error(self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64]) -> float:
+        """Root mean squared error of log(delta_nll + offset)."""
+        found = predictor.delta_nll_many(self.features[part], self.lowered[part])
+        logs = np.log(np.maximum(found, -self.offset / 2) + self.offset)
+        return float(np.sqrt(np.mean((logs - self.targets[part]) ** 2)))
+
+    def _moments(self, part: npt.NDArray[np.int64]) -> Floats:
+        """Products of all inputs (blocks, pairs, shape, 1) and the target, summed over masks."""
+        rows, columns = self._pairs
+        width = len(self.alone) + len(rows) + 7
+        total = np.zeros((width, width))
+        for start in range(0, len(part), _CHUNK):
+            chosen = part[start : start + _CHUNK]
+            x = self.features[chosen].astype(np.float64)
+            together = x @ np.maximum(self.alone, 0) + self.lowered[chosen]
+            shape = shape_terms(
+                together, x[:, ::2].sum(axis=1), x[:, 1::2].sum(axis=1), self.offset
+            )
+            ones, target = np.ones(len(x)), self.targets[chosen]
+            table = np.column_stack([x, x[:, rows] * x[:, columns], *shape, ones, target])
+            total += table.T @ table
+        return total
+
+
+def fit_score_model(
+    features: Features,
+    delta_nll: Floats,
+    alone: Floats,
+    lowered: Floats | None = None,
+    *,
+    members: int = MEMBERS,
+    pessimism: float = 0.0,
+    seed: int = 0,
+) -> tuple[ScoreModel, Fidelity]:
+    """Fit an ensemble to measured masks, given as to `fit_predictor`, and evaluate one member.
+
+    A single member is fitted to all masks, several to bootstrap samples. `seed` decides which
+    masks are held out, and the samples.
+
+    Returns:
+        The ensemble, and the fidelity of a single predictor that never saw the held-out masks;
+        all members use the settings that were best for it.
+    """
+    single, fidelity = fit_predictor(features, delta_nll, alone, lowered, seed=seed)
+    if members == 1:
+        return ScoreModel((single,), pessimism), fidelity
+    rng = np.random.default_rng([seed, members])
+    samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
+    found = []
+    for sample in samples:
+        fit = PredictorFit(features, delta_nll, alone, [sample], lowered, (single.reach,))
+        found.append(fit.solved([0], single.reach, single.ridge))
+    return ScoreModel(tuple(found), pessimism), fidelity
+
+
+def fit_scores(
+    scores: Mapping[MaskOrPlan, float],
+    num_blocks: int,
+    lowered: Lowered | None = None,
+    *,
+    members: int = MEMBERS,
+    pessimism: float = 0.0,
+    seed: int = 0,
+) -> tuple[ScoreModel, Fidelity]:
+    """`fit_score_model` on measured masks and plans.
+
+    Args:
+        scores: NLL of masks and plans, nats per token, with those of `necessary_masks`.
+        num_blocks: 2L.
+        lowered: What the levels of a plan cost alone; None if there are masks only.
+        members: As in `fit_score_model`.
+        pessimism: As in `ScoreModel`.
+        seed: As in `fit_score_model`.
+    """
+    plans, (dense, *singles) = list(scores), necessary_masks(num_blocks)
+    return fit_score_model(
+        feature_matrix(plans, num_blocks),
+        np.array([scores[plan] for plan in plans]) - scores[dense],
+        np.array([scores[mask] for mask in singles]) - scores[dense],
+        None if lowered is None else lowered_costs(plans, lowered),
+        members=members,
+        pessimism=pessimism,
+        seed=seed,
+    )
+
+
+def necessary_masks(num_blocks: int) -> list[BlockMask]:
+    """The masks that every fit needs: the dense model's, and every single removal."""
+    return [BlockMask(), *(BlockMask.of(index) for index in range(num_blocks))]
+
+
+def feature_matrix(plans: Collection[MaskOrPlan], num_blocks: int) -> Features:
+    """The predictor's input: True for each removed block of each mask or plan, (N, 2L)."""
+    features = np.zeros((len(plans), num_blocks), dtype=bool)
+    for row, plan in zip(features, plans, strict=True):
+        row[list(as_plan(plan).removed.indices)] = True
+    return features
+
+
+def lowered_costs(plans: Collection[MaskOrPlan], lowered: Lowered) -> Floats:
+    """The predictor's second input: what levels other than removal cost alone, (N,)."""
+    return np.array([lowered_cost(plan, lowered) for plan in plans])
+
+
+def lowered_cost(plan: MaskOrPlan, lowered: Lowered) -> float:
+    """What the levels of a mask or plan other than removal cost alone, nats per token."""
+    kept = replace(as_plan(plan), removed=BlockMask())
+    return max(0.0, lowered(kept)) if kept else 0.0
+
+
+def _least_by_count(
+    counts: npt.NDArray[np.int64], delta_nll: Floats, blocks: int
+) -> tuple[float, ...]:
+    """For 0 ... 2L removals: the least delta_nll of a mask with at least so many removals.
+
+    If fewer than `_EVIDENCE` masks have so many removals, the greatest number that at least
+    `_EVIDENCE` masks have decides.
+    """
+    deepest = np.sort(counts)[-min(_EVIDENCE, len(counts))]
+    least = np.full(blocks + 1, np.inf)
+    np.minimum.at(least, np.minimum(counts, deepest), delta_nll)
+    least[deepest:] = least[deepest]
+    return tuple(np.minimum.accumulate(least[::-1])[::-1].tolist())
