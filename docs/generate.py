@@ -16,6 +16,7 @@ from typing import Any
 from engine_tables import agreement_markdown, features_markdown, serving_markdown
 from plan_tables import (
     PLAN_COMPARISONS,
+    RANKED,
     agents_markdown,
     bold_title,
     greedy_markdown,
@@ -75,7 +76,8 @@ def write_all(docs: Path) -> None:
         shown = plan_tables(text) if name in PLAN_COMPARISONS else first_tables(text)
         write(folder / f"{name}.md", shown)
     write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
-    write(folder / "tight_ranked.md", ranked_markdown(RESULTS))
+    for comparison, ranked in RANKED.items():
+        write(folder / f"{ranked}.md", ranked_markdown(RESULTS, comparison))
     write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
     write(folder / "tight_searches.md", searches_markdown(RESULTS))
     write(folder / "tight_greedy.md", greedy_markdown(RESULTS))

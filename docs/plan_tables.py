@@ -18,17 +18,20 @@ PLANS = "tight"
 PLANS_GEMMA = "tight_gemma"
 """The same comparison on Gemma 3 270M."""
 
+OUTSIDE = "tight_outside"
+"""The same methods outside the range of requests and budgets that policies were trained for."""
+
 PLAN_COMPARISONS = (
     PLANS,
     PLANS_GEMMA,
-    "tight_outside",
+    OUTSIDE,
     "tight_transfer_gemma",
     "tight_transfer_smollm2",
 )
 """All folders whose tables `plan_tables` shortens for the page on plans."""
 
-RANKED = "tight_ranked"
-"""Policies that were trained on the packaged score table, and rank samples of plans by it."""
+RANKED = {PLANS: "tight_ranked", PLANS_GEMMA: "tight_ranked_gemma"}
+"""Policies that were trained on a packaged score table and rank samples by it, by comparison."""
 
 PLANS_STUBS = "tight_stubs"
 """The same comparison with stubs."""
@@ -99,22 +102,23 @@ def shipped_markdown(results: Path) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def plan_rows(results: Path) -> list[ResultRow]:
-    """Rows of all methods that choose plans without stubs, those of `RANKED` under its name."""
+def plan_rows(results: Path, comparison: str = PLANS) -> list[ResultRow]:
+    """Rows of all methods of a comparison of plans, with its policies of `RANKED`."""
     from experiments.comparison.records import read_rows
 
     rows, ranked = (
-        read_rows(results / name / "evaluate" / "results.jsonl") for name in (PLANS, RANKED)
+        read_rows(results / name / "evaluate" / "results.jsonl")
+        for name in (comparison, RANKED[comparison])
     )
     return rows + [replace(row, method="rap-best of 8") for row in ranked if row.method == "rap"]
 
 
-def ranked_markdown(results: Path) -> str:
-    """The policies of `RANKED` beside all methods that choose plans without stubs."""
+def ranked_markdown(results: Path, comparison: str = PLANS) -> str:
+    """The policies of `RANKED` beside all methods of a comparison of plans."""
     from experiments.comparison.summaries import Comparison
     from experiments.comparison.tables import tables_markdown
 
-    tables = tables_markdown(Comparison(plan_rows(results)))
+    tables = tables_markdown(Comparison(plan_rows(results, comparison)))
     shown = ("ΔNLL of RAP policy best of 8 minus", "ΔNLL divided by that of Uniform")
     return plan_tables(tables, shown)
 
@@ -151,16 +155,22 @@ def searches_markdown(results: Path) -> str:
     return head + "\n".join(line for _, line in sorted(lines)) + "\n"
 
 
-def greedy_markdown(results: Path) -> str:
-    """A greedy search at some requests and budgets, and the methods that were measured there."""
+def greedy_markdown(results: Path, name: str, comparison: str = PLANS) -> str:
+    """A greedy search at some requests and budgets, and the methods that were measured there.
+
+    Args:
+        results: The folder of all records.
+        name: The folder of the search.
+        comparison: That of the other methods.
+    """
     from experiments.comparison.records import read_rows
     from experiments.comparison.summaries import Comparison
     from experiments.comparison.tables import tables_markdown
 
-    greedy = read_rows(results / "tight_greedy" / "evaluate" / "results.jsonl")
+    greedy = read_rows(results / name / "evaluate" / "results.jsonl")
     searched = [row for row in greedy if row.method != "dense"]
     cells = {row.cell for row in searched}
-    rows = [*searched, *(row for row in plan_rows(results) if row.cell in cells)]
+    rows = [*searched, *(row for row in plan_rows(results, comparison) if row.cell in cells)]
     return plan_tables(tables_markdown(Comparison(rows)), ("ΔNLL divided by that of Greedy",))
 
 
