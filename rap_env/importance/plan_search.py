@@ -222,11 +222,12 @@ class PlanMoves:
                 self._above[item, row[position]] = position
                 position = row[position]
 
-    def lower(self, positions: Counts) -> tuple[Counts, Counts]:
+    def lower(self, positions: Counts) -> tuple[Counts, Counts, Counts]:
         """All plans one action below some plans (n, items).
 
         Returns:
-            The plans, (m, items), and for each the number of the plan that it comes from, (m,).
+            The plans, (m, items), and for each the number of the plan that it comes from and the
+            item that was lowered, (m,) each.
         """
         nexts = self.costs.steps.next_level[self._items, positions]
         parents, items = np.nonzero(nexts >= 0)
@@ -243,8 +244,8 @@ class PlanMoves:
             found[where] = np.where(same, lower[where, None], found[where])
             kept = np.ones(len(found), dtype=bool)
             kept[where] = same.argmax(axis=1) == items[where]
-            found, parents = found[kept], parents[kept]
-        return found, parents
+            found, parents, items = found[kept], parents[kept], items[kept]
+        return found, parents, items
 
     def raised(self, positions: Counts) -> Counts:
         """All plans with one item of a plan (items,) at a higher level, (m, items)."""
@@ -324,11 +325,12 @@ class PlanSearch:
             open_rows = np.flatnonzero(peaks > self._budget)
             if not len(open_rows):
                 break
-            children, parents = self._moves.lower(found[open_rows])
+            plans = found[open_rows]
+            children, parents, items = self._moves.lower(plans)
             if not len(children):
                 break
-            before = open_rows[parents]
-            reached, child_peaks = self._predictor.delta_nll(children), self._costs.peaks(children)
+            before, child_peaks = open_rows[parents], self._costs.peaks(children)
+            reached = self._predictor.delta_nll_below(plans, children, parents, items)
             freed = peaks[before] - child_peaks
             useful = np.minimum(freed, peaks[before] - self._budget)
             rise = np.maximum(reached - values[before], 0.0)

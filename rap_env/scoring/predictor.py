@@ -33,6 +33,7 @@ Features = npt.NDArray[np.bool_]
 """Input of the predictor: True for each removed block of each mask or plan, (N, 2L)."""
 
 Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 LEAST_SHARE = 0.5
 """Lower bound of a mask's delta_nll, as a share of the delta_nll of its worst block alone. In
@@ -112,12 +113,12 @@ class DeltaNLLPredictor:
         (N,). Without `clamped`, the bounds described above are left out: a search that measures
         what it proposes needs to tell masks apart beyond the bounds too.
         """
-        (found,) = _predicted((self,), self._weights, features, lowered, clamped)
+        (found,) = self._together.delta_nll(features, lowered, clamped)
         return np.asarray(found)
 
     @cached_property
-    def _weights(self) -> _Weights:
-        return _Weights.of((self,))
+    def _together(self) -> _Together:
+        return _Together.of((self,))
 
     @cached_property
     def _alone(self) -> Floats:
@@ -136,22 +137,26 @@ class DeltaNLLPredictor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weights:
-    """Weights of E predictors side by side, so that one product serves all of them.
+class _Together:
+    """E predictors with the same `alone` and `offset`, so that one product serves all of them.
 
     Attributes:
-        linear: Of blocks, (2L, E).
-        pairs: Of pairs, (2L, E x 2L).
-        shape: Of the five summary terms, (5, E).
-        intercept: (E,).
-        least: As in `DeltaNLLPredictor`, (2L + 1, E).
+        alone: As in `DeltaNLLPredictor`, (2L,).
+        offset: As there.
+        intercept: As there, (E,).
+        linear: As there, (2L, E).
+        pairs: As there, as matrices with each pair once, (E, 2L, 2L).
+        shape: As there, (5, E).
+        least: As there, (2L + 1, E).
         most: As there, (E,).
     """
 
+    alone: Floats
+    offset: float
+    intercept: Floats
     linear: Floats
     pairs: Floats
     shape: Floats
-    intercept: Floats
     least: Floats
     most: Floats
 
@@ -159,37 +164,66 @@ class _Weights:
     def of(cls, members: Sequence[DeltaNLLPredictor]) -> Self:
         """The weights of some predictors."""
         return cls(
-            np.array([one.linear for one in members]).T,
-            np.hstack([one._pairs for one in members]),
-            np.array([one.shape for one in members]).T,
+            members[0]._alone,
+            members[0].offset,
             np.array([one.intercept for one in members]),
+            np.array([one.linear for one in members]).T,
+            np.array([one._pairs for one in members]),
+            np.array([one.shape for one in members]).T,
             np.array([one.least for one in members]).T,
             np.array([one.most for one in members]),
         )
 
+    def delta_nll(self, features: Features, lowered: Floats | float, clamped: bool) -> Floats:
+        """What they predict for many masks or plans, nats per token, (E, N)."""
+        x, counts = features.astype(np.float64), features.sum(axis=1)
+        together = x @ self._positive + lowered
+        found = self._delta_nll(self._of_blocks(x), together, counts, features[:, 1::2].sum(axis=1))
+        if clamped:
+            worst = np.where(features, self.alone, -np.inf).max(axis=1, initial=-np.inf)
+            least = np.maximum(self.least[counts], LEAST_SHARE * worst[:, None])
+            found = np.minimum(np.maximum(found, least), self.most)
+        changed = (counts > 0) | (np.asarray(lowered) > 0)
+        return np.asarray(np.where(changed, found.T, 0.0))
 
-def _predicted(
-    members: Sequence[DeltaNLLPredictor],
-    weights: _Weights,
-    features: Features,
-    lowered: Floats | float,
-    clamped: bool,
-) -> Floats:
-    """What predictors with the same `alone` predict for many masks or plans, (E, N)."""
-    first, x = members[0], features.astype(np.float64)
-    counts, ffn = features.sum(axis=1), x[:, 1::2].sum(axis=1)
-    together = x @ np.maximum(first._alone, 0) + lowered
-    terms = np.stack(shape_terms(together, counts - ffn, ffn, first.offset), axis=1)
-    pairs = (x @ weights.pairs).reshape(len(x), len(members), -1)
-    log_delta = weights.intercept + x @ weights.linear + terms @ weights.shape
-    log_delta += np.einsum("neb,nb->ne", pairs, x)
-    found = np.exp(np.minimum(log_delta, _MOST_LOG)) - first.offset
-    if clamped:
-        worst = np.where(features, first._alone, -np.inf).max(axis=1, initial=-np.inf)
-        least = np.maximum(weights.least[counts], LEAST_SHARE * worst[:, None])
-        found = np.minimum(np.maximum(found, least), weights.most)
-    changed = (counts > 0) | (np.asarray(lowered) > 0)
-    return np.asarray(np.where(changed, found.T, 0.0))
+    def delta_nll_below(
+        self, features: Features, parents: Indices, removed: Indices, lowered: Floats
+    ) -> Floats:
+        """What they predict for plans that remove one block more, or none, than others, (E, N).
+
+        As `delta_nll` without bounds, but the products of pairs are made for the others alone.
+
+        Args:
+            features: The others, (M, 2L).
+            parents: The row of the other plan that each plan differs from, (N,).
+            removed: The block that each plan removes beyond that, -1 for none, (N,).
+            lowered: As in `delta_nll`, of the plans, (N,).
+        """
+        x, more = features.astype(np.float64), removed >= 0
+        rows, blocks = parents[more], removed[more]
+        logs = self._of_blocks(x)[parents]
+        with_each = np.einsum("mb,ebc->mec", x, self.pairs + self.pairs.transpose(0, 2, 1))
+        logs[more] += self.linear[blocks] + with_each[rows, :, blocks]
+        together = (x @ self._positive)[parents] + lowered
+        together[more] += self._positive[blocks]
+        counts, ffn = features.sum(axis=1)[parents], features[:, 1::2].sum(axis=1)[parents]
+        found = self._delta_nll(logs, together, counts + more, ffn + (more & (removed % 2 == 1)))
+        return np.asarray(np.where((counts + more > 0) | (lowered > 0), found.T, 0.0))
+
+    @cached_property
+    def _positive(self) -> Floats:
+        return np.maximum(self.alone, 0)
+
+    def _of_blocks(self, x: Floats) -> Floats:
+        """What blocks and pairs add to the logarithm, and the intercept, (N, E)."""
+        pairs = x @ np.hstack(list(self.pairs))
+        of_pairs = np.einsum("neb,nb->ne", pairs.reshape(len(x), len(self.pairs), -1), x)
+        return np.asarray(self.intercept + x @ self.linear + of_pairs)
+
+    def _delta_nll(self, logs: Floats, together: Floats, counts: Any, ffn: Any) -> Floats:
+        """From the terms of blocks, the sum of single costs and the numbers of blocks, (N, E)."""
+        terms = np.stack(shape_terms(together, counts - ffn, ffn, self.offset), axis=1)
+        return np.exp(np.minimum(logs + terms @ self.shape, _MOST_LOG)) - self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,17 +255,29 @@ class ScoreModel:
         self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
     ) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the members' predictions, nats per token, (N,) each."""
-        found = _predicted(self.members, self._weights, features, lowered, clamped)
+        found = self._together.delta_nll(features, lowered, clamped)
         return found.mean(axis=0), found.std(axis=0)
 
+    def delta_nll_below(
+        self, features: Features, parents: Indices, removed: Indices, lowered: Floats
+    ) -> Floats:
+        """As `delta_nll_many`, without bounds, for plans that remove at most one block more.
+
+        Args:
+            features: Plans, (M, 2L).
+            parents: The row of the one that each wanted plan differs from, (N,).
+            removed: The block that it removes beyond that, -1 for none, (N,).
+            lowered: What its other lowered items cost alone, nats per token, (N,).
+        """
+        found = self._together.delta_nll_below(features, parents, removed, lowered)
+        return np.asarray(found.mean(axis=0) + self.pessimism * found.std(axis=0))
+
     @cached_property
-    def _weights(self) -> _Weights:
-        return _Weights.of(self.members)
+    def _together(self) -> _Together:
+        return _Together.of(self.members)
 
 
-def pair_indices(
-    num_blocks: int, reach: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def pair_indices(num_blocks: int, reach: int) -> tuple[Indices, Indices]:
     """Indices of the first and of the second block of every pair at most `reach` apart."""
     rows, columns = np.triu_indices(num_blocks, 1)
     near = columns - rows <= reach

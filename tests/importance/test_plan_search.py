@@ -56,7 +56,7 @@ def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
             valid = [item for item in range(len(ladder)) if tracker.is_valid(item)]
             tracker.lower(int(rng.choice(valid)))
         positions = np.array([tracker.positions])
-        found, parents = moves.lower(np.concatenate([positions, positions]))
+        found, parents, items = moves.lower(np.concatenate([positions, positions]))
         expected = {
             tuple(tracker.positions_after(item))
             for item in range(len(ladder))
@@ -65,9 +65,10 @@ def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
         assert {tuple(row) for row in found[parents == 0].tolist()} == expected
         assert np.array_equal(found[parents == 0], found[parents == 1])
         assert len(found[parents == 0]) == len(expected), "no plan twice"
+        assert [tracker.positions_after(item) for item in items.tolist()] == found.tolist()
         above = {tuple(row) for row in moves.raised(positions[0]).tolist()}
         for row in above:  # whatever was raised can be lowered again
-            down, _ = moves.lower(np.array([row]))
+            down, *_ = moves.lower(np.array([row]))
             if ladder.plan(row).removed == ladder.plan(positions[0]).removed:
                 assert tuple(positions[0].tolist()) in {tuple(one) for one in down.tolist()}
 
@@ -97,6 +98,8 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
     better = 0
     for request in requests(item_bytes):
         found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        below = PlanMoves(found).lower(where)
+        assert np.allclose(predictor.delta_nll_below(where, *below), predictor.delta_nll(below[0]))
         search = PlanSearch(predictor, found, request.budget_bytes)
         start = np.array(
             ladder.positions(found.lower_until_fits(order.steps, request.budget_bytes))
