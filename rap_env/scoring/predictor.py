@@ -145,7 +145,7 @@ class _Together:
         offset: As there.
         intercept: As there, (E,).
         linear: As there, (2L, E).
-        pairs: As there, as matrices with each pair once, (E, 2L, 2L).
+        pairs: As there, as symmetric matrices side by side, (2L, E x 2L).
         shape: As there, (5, E).
         least: As there, (2L + 1, E).
         most: As there, (E,).
@@ -168,7 +168,7 @@ class _Together:
             members[0].offset,
             np.array([one.intercept for one in members]),
             np.array([one.linear for one in members]).T,
-            np.array([one._pairs for one in members]),
+            np.hstack([one._pairs + one._pairs.T for one in members]),
             np.array([one.shape for one in members]).T,
             np.array([one.least for one in members]).T,
             np.array([one.most for one in members]),
@@ -178,7 +178,8 @@ class _Together:
         """What they predict for many masks or plans, nats per token, (E, N)."""
         x, counts = features.astype(np.float64), features.sum(axis=1)
         together = x @ self._positive + lowered
-        found = self._delta_nll(self._of_blocks(x), together, counts, features[:, 1::2].sum(axis=1))
+        logs, _ = self._of_blocks(x)
+        found = self._delta_nll(logs, together, counts, features[:, 1::2].sum(axis=1))
         if clamped:
             worst = np.where(features, self.alone, -np.inf).max(axis=1, initial=-np.inf)
             least = np.maximum(self.least[counts], LEAST_SHARE * worst[:, None])
@@ -201,8 +202,8 @@ class _Together:
         """
         x, more = features.astype(np.float64), removed >= 0
         rows, blocks = parents[more], removed[more]
-        logs = self._of_blocks(x)[parents]
-        with_each = np.einsum("mb,ebc->mec", x, self.pairs + self.pairs.transpose(0, 2, 1))
+        others, with_each = self._of_blocks(x)
+        logs = others[parents]
         logs[more] += self.linear[blocks] + with_each[rows, :, blocks]
         together = (x @ self._positive)[parents] + lowered
         together[more] += self._positive[blocks]
@@ -214,11 +215,16 @@ class _Together:
     def _positive(self) -> Floats:
         return np.maximum(self.alone, 0)
 
-    def _of_blocks(self, x: Floats) -> Floats:
-        """What blocks and pairs add to the logarithm, and the intercept, (N, E)."""
-        pairs = x @ np.hstack(list(self.pairs))
-        of_pairs = np.einsum("neb,nb->ne", pairs.reshape(len(x), len(self.pairs), -1), x)
-        return np.asarray(self.intercept + x @ self.linear + of_pairs)
+    def _of_blocks(self, x: Floats) -> tuple[Floats, Floats]:
+        """What masks (N, 2L) add to the logarithm, with the intercept, and pairs with each block.
+
+        Returns:
+            The sum of the blocks and pairs of each mask, (N, E), and the sum of the pairs of each
+            block with those of each mask, (N, E, 2L).
+        """
+        with_each = (x @ self.pairs).reshape(len(x), len(self.intercept), -1)
+        of_pairs = np.einsum("neb,nb->ne", with_each, x) / 2
+        return self.intercept + x @ self.linear + of_pairs, with_each
 
     def _delta_nll(self, logs: Floats, together: Floats, counts: Any, ffn: Any) -> Floats:
         """From the terms of blocks, the sum of single costs and the numbers of blocks, (N, E)."""
