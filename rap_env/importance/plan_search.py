@@ -186,9 +186,11 @@ class _Search:
             search = PlanSearch(predictor, costs, request.budget_bytes)
             for start in (np.array(greedy), *known.positions[chosen]):
                 positions, expected = search.improve(start)
+                if expected > self._config.deepest_loss:
+                    continue
                 found = simplest(self._ladder.plan(positions.tolist()))
                 gain = (min(best, 1e3) - expected) / (max(expected, 0.0) + _GAIN_FLOOR)
-                if found not in self.nll and gain > 0 and expected <= self._config.deepest_loss:
+                if found not in self.nll and gain > 0:
                     gains[found] = max(gain, gains.get(found, 0.0))
         return sorted(gains, key=lambda plan: -gains[plan])[: self._config.batch]
 
