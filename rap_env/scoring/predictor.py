@@ -222,7 +222,7 @@ class _Together:
             The sum of the blocks and pairs of each mask, (N, E), and the sum of the pairs of each
             block with those of each mask, (N, E, 2L).
         """
-        with_each = (x @ self.pairs).reshape(len(x), len(self.intercept), -1)
+        with_each = (x @ self.pairs).reshape(len(x), len(self.intercept), len(self.alone))
         of_pairs = np.einsum("neb,nb->ne", with_each, x) / 2
         return self.intercept + x @ self.linear + of_pairs, with_each
 

@@ -224,6 +224,10 @@ def test_a_single_member_is_the_predictor_itself():
     assert single.mean_and_spread(removed)[1].max() == 0
 
 
+def test_no_masks_have_no_predictions(model):
+    assert model.delta_nll_many(np.zeros((0, BLOCKS), dtype=bool)).shape == (0,)
+
+
 def test_bounds_hold_for_many_masks_as_for_one(model):
     other = masks(200, seed=7)
     member = model.members[0]
