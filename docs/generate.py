@@ -15,6 +15,7 @@ from typing import Any
 
 from engine_tables import agreement_markdown, features_markdown, serving_markdown
 from plan_tables import (
+    GREEDY,
     PLAN_COMPARISONS,
     RANKED,
     agents_markdown,
@@ -80,7 +81,8 @@ def write_all(docs: Path) -> None:
         write(folder / f"{ranked}.md", ranked_markdown(RESULTS, comparison))
     write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
     write(folder / "tight_searches.md", searches_markdown(RESULTS))
-    write(folder / "tight_greedy.md", greedy_markdown(RESULTS))
+    for comparison, greedy in GREEDY.items():
+        write(folder / f"{greedy}.md", greedy_markdown(RESULTS, comparison))
     write(folder / "tight_tasks.md", tasks_markdown(RESULTS))
     write(folder / "floor_tasks.md", tasks_markdown(RESULTS, "floor_tasks"))
     write(folder / "tight_agents.md", agents_markdown(RESULTS))

@@ -33,6 +33,9 @@ PLAN_COMPARISONS = (
 RANKED = {PLANS: "tight_ranked", PLANS_GEMMA: "tight_ranked_gemma"}
 """Policies that were trained on a packaged score table and rank samples by it, by comparison."""
 
+GREEDY = {PLANS: "tight_greedy", OUTSIDE: "tight_outside_greedy"}
+"""Greedy searches that measure each step, by comparison."""
+
 PLANS_STUBS = "tight_stubs"
 """The same comparison with stubs."""
 
@@ -103,14 +106,14 @@ def shipped_markdown(results: Path) -> str:
 
 
 def plan_rows(results: Path, comparison: str = PLANS) -> list[ResultRow]:
-    """Rows of all methods of a comparison of plans, with its policies of `RANKED`."""
+    """Rows of all methods of a comparison of plans, and its policies of `RANKED`, if any."""
     from experiments.comparison.records import read_rows
 
-    rows, ranked = (
-        read_rows(results / name / "evaluate" / "results.jsonl")
-        for name in (comparison, RANKED[comparison])
-    )
-    return rows + [replace(row, method="rap-best of 8") for row in ranked if row.method == "rap"]
+    rows = read_rows(results / comparison / "evaluate" / "results.jsonl")
+    if comparison in RANKED:
+        ranked = read_rows(results / RANKED[comparison] / "evaluate" / "results.jsonl")
+        rows += [replace(row, method="rap-best of 8") for row in ranked if row.method == "rap"]
+    return rows
 
 
 def ranked_markdown(results: Path, comparison: str = PLANS) -> str:
@@ -155,19 +158,18 @@ def searches_markdown(results: Path) -> str:
     return head + "\n".join(line for _, line in sorted(lines)) + "\n"
 
 
-def greedy_markdown(results: Path, name: str, comparison: str = PLANS) -> str:
+def greedy_markdown(results: Path, comparison: str = PLANS) -> str:
     """A greedy search at some requests and budgets, and the methods that were measured there.
 
     Args:
         results: The folder of all records.
-        name: The folder of the search.
-        comparison: That of the other methods.
+        comparison: The folder of the other methods, one of `GREEDY`.
     """
     from experiments.comparison.records import read_rows
     from experiments.comparison.summaries import Comparison
     from experiments.comparison.tables import tables_markdown
 
-    greedy = read_rows(results / name / "evaluate" / "results.jsonl")
+    greedy = read_rows(results / GREEDY[comparison] / "evaluate" / "results.jsonl")
     searched = [row for row in greedy if row.method != "dense"]
     cells = {row.cell for row in searched}
     rows = [*searched, *(row for row in plan_rows(results, comparison) if row.cell in cells)]
