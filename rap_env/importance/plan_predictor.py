@@ -71,6 +71,7 @@ class PlanPredictor:
         # The levels of all items in one row, which is read faster than by pairs of indices.
         self._lowered, self._removed = lowered.ravel(), removed.ravel()
         self._first = np.arange(len(ladder)) * ladder.width
+        self._with_block = np.flatnonzero(self._block >= 0)
 
     def delta_nll(self, positions: Counts) -> Floats:
         """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""
@@ -100,10 +101,9 @@ class PlanPredictor:
 
     def _features(self, positions: Counts) -> Features:
         """The removed blocks of plans, (n, 2L)."""
-        with_block = np.flatnonzero(self._block >= 0)
-        levels = positions[:, with_block] + self._first[with_block]
+        levels = positions[:, self._with_block] + self._first[self._with_block]
         removed = np.zeros((len(positions), self._num_blocks), dtype=bool)
-        removed[:, self._block[with_block]] = self._removed.take(levels)
+        removed[:, self._block[self._with_block]] = self._removed.take(levels)
         return removed
 
     def _lowered_costs(self, positions: Counts) -> Floats:
