@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from experiments.comparison.records import ResultRow, read_records, rows_below
 from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
-from experiments.training.score_model import ROUNDS_FILE, scored_masks
+from experiments.training.score_model import ROUNDS_FILE, check_text, scored_masks
 from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
@@ -59,12 +59,7 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, flo
         return {}
     kind = PlanFrontier if artifact_kind(path) == PlanFrontier.KIND else Frontier
     table = kind.load(path, context.memory)
-    measured, here = table.provenance["scoring"]["tokens"], context.corpus.sha256
-    if measured != here:
-        raise ExperimentError(
-            f"{folder} was measured on other text (SHA-256 {measured[:12]}) than the "
-            f"calibration text ({here[:12]}); use its settings of the calibration text."
-        )
+    check_text(table, str(path), context)
     found: dict[MaskOrPlan, float] = {}
     found.update(table.scores.items())
     for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):

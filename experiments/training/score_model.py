@@ -31,12 +31,15 @@ from experiments.comparison.records import append_record, read_records
 from experiments.comparison.run_folder import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import ladder_bytes
+from experiments.errors import ExperimentError
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, load_plan_frontier
 from rap_env.context.table import TableContext
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
 from rap_env.scoring.store import mask_from_indices
@@ -195,15 +198,36 @@ def _known(config: Config, context: PruningContext) -> dict[MaskOrPlan, float]:
 
     Raises:
         ArtifactError: The environment lowers items, and there is no table of measured plans.
+        ExperimentError: The table was measured on other text than the calibration text.
     """
+    table: Frontier | PlanFrontier | None = None
     if config.env.lowers:
-        return dict(load_plan_frontier(context.frontier_path, context.memory).scores)
-    if Path(context.frontier_path or "").is_file():
-        return {mask: nll for mask, nll in context.frontier.scores.items()}  # noqa: C416
+        table = load_plan_frontier(context.frontier_path, context.memory)
+    elif Path(context.frontier_path or "").is_file():
+        table = context.frontier
+    if table is not None:
+        check_text(table, str(context.frontier_path), context)
+        return {plan: nll for plan, nll in table.scores.items()}  # noqa: C416
     blocks, wanted = context.memory.facts.num_blocks, config.score_model.first_masks
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, wanted))
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))
+
+
+def check_text(table: Frontier | PlanFrontier, path: str, context: PruningContext) -> None:
+    """Raise an `ExperimentError` if a table was measured on other text than the context's.
+
+    Its scores cannot be compared with those that the context measures.
+    """
+    measured = table.provenance["scoring"]["tokens"]
+    here = context.scorer.context["tokens"]
+    if measured != here:
+        raise ExperimentError(
+            f"{path} was measured on other text (SHA-256 {measured[:12]}) than the calibration "
+            f"text ({here[:12]}); use its settings of the calibration text. Text that a model "
+            "writes itself differs between machines: measure a table of your own with "
+            "`python -m experiments.profile`."
+        )
 
 
 def _verified(

@@ -21,6 +21,7 @@ from experiments.config.training import (
     WarmStartConfig,
 )
 from experiments.contexts import build_context
+from experiments.errors import ExperimentError
 from experiments.profile import profile
 from experiments.train import train
 from experiments.training.score_model import (
@@ -129,6 +130,12 @@ def test_a_killed_training_resumes_identically(config, monkeypatch, at):
     requests = draw_requests(config, build_context(config), 8, 7)
     first, second = ([policy.choose(r) for r in requests] for policy in found)
     assert first == second
+
+
+def test_rounds_refuse_a_frontier_that_was_measured_on_other_text(config):
+    other = replace(config, calibration=replace(config.calibration, seed=1))
+    with pytest.raises(ExperimentError, match=r"frontier\.json was measured on other text"):
+        train(other, folder_of(config, "other-s0"))
 
 
 def test_without_a_frontier_planned_masks_are_scored_first(config):
