@@ -41,7 +41,7 @@ THRESHOLD = 0.03
 
 AGREEMENT = (
     "Kendall's tau of the one-shot costs of items on two draws: mean, minimum and maximum over "
-    "pairs of draws. Within a kind, only the seed differs."
+    "pairs of draws with different windows. Within a kind, only the seed differs."
 )
 MATRIX = (
     "ΔNLL (nats/token) of the knapsack's plans by the kind of text that their costs were measured "
@@ -127,7 +127,9 @@ class TextStudy:
     def agreement_table(self) -> Table:
         """Table of rank agreement between draws, by kind of item and level."""
         whole = [c for c in self._record["costs"] if c["tokens"] == self._record["tokens"]]
-        draws = [(draw["kind"], self._by_level(draw["one_shot"])) for draw in whole]
+        # Two seeds may draw the same windows, which agree by themselves.
+        different = {(draw["kind"], draw["text_sha256"]): draw for draw in whole}.values()
+        draws = [(draw["kind"], self._by_level(draw["one_shot"])) for draw in different]
         rows = []
         for level in (level for level, costs in draws[0][1].items() if len(costs) > 1):
             taus: dict[bool, list[float]] = {True: [], False: []}

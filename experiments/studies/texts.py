@@ -184,7 +184,14 @@ class TextMeasurements:
             "tokens": settings.tokens,
             "sized": settings.sized,
             "sizes_tokens": sorted(settings.sizes_tokens),
-            "costs": [{**d._asdict(), "one_shot": found.one_shot} for d, found in costs.items()],
+            "costs": [
+                {
+                    **draw._asdict(),
+                    "text_sha256": found.provenance["text"]["sha256"],
+                    "one_shot": found.one_shot,
+                }
+                for draw, found in costs.items()
+            ],
             "plans": [{name: getattr(row, name) for name in fields} for row in rows],
         }
 

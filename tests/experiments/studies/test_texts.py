@@ -176,6 +176,15 @@ def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
     assert rows["attn removed"] == ["1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"]
 
 
+def test_draws_of_the_same_windows_do_not_count_as_agreement(config, monkeypatch):
+    _, changed, _ = synthetic(config, monkeypatch, 1.0, "twice")
+    record = json.loads((changed.stage_dir("texts") / "texts.json").read_text())
+    for draw in record["costs"]:
+        draw["text_sha256"] = draw["kind"]
+    for _, within, between in TextStudy(record).agreement_table()[1]:
+        assert within == "-" != between
+
+
 def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch):
     _, _, study = synthetic(config, monkeypatch, 0.0, "alike")
     assert study.gap(ALL).mean == study.gap(OTHERS).mean == 0
