@@ -123,8 +123,9 @@ class Curves:
 
     @cached_property
     def long(self) -> list[int]:
-        """Lengths of tasks from 1,024 tokens, or all if there are none."""
-        lengths = sorted({row.length for row in self.tasks if row.kind != "counting"})
+        """Lengths from 1,024 tokens that all tasks about facts have, or all if there are none."""
+        by_kind = [set(self.lengths(kind)) for kind in self.kinds if kind != "counting"]
+        lengths = sorted(set.intersection(*by_kind) or set.union(*by_kind)) if by_kind else []
         return [length for length in lengths if length >= 1024] or lengths
 
     def compared_length(self, measure: str) -> int | None:

@@ -181,6 +181,19 @@ def test_tables_and_figures_name_every_plan(found, config):
         assert [text.get_text() for text in legend.texts] == found.plans
 
 
+def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(found):
+    def with_lengths(**lengths):
+        row = found.tasks[0]
+        named = [(kind, length) for kind, every in lengths.items() for length in every]
+        return Curves([replace(row, kind=kind, length=length) for kind, length in named], [])
+
+    both = with_lengths(recall=[512, 1024, 2048, 8192], tracking=[512, 1024, 2048])
+    assert both.long == [1024, 2048]
+    assert {row.length for row in both.facts("native")} == {1024, 2048}
+    assert with_lengths(recall=[4096], tracking=[2048]).long == [2048, 4096]
+    assert with_lengths(recall=[256, 512], counting=[1024]).long == [256, 512]
+
+
 def test_findings_name_loss_and_recall(found):
     (text,) = long_context_findings(found)
     assert text.startswith("In texts of 512 to 768 tokens, the native model answers ")
