@@ -16,6 +16,7 @@ BlockKind = Literal["attn", "ffn"]
 KINDS: tuple[BlockKind, BlockKind] = ("attn", "ffn")
 
 _NAME = re.compile(r"layer([0-9]+)\.(attn|ffn)")
+_INT = frozenset((int,))
 
 
 @lru_cache(maxsize=4096)
@@ -95,7 +96,11 @@ class BlockMask:
     indices: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "indices", frozenset(map(block_index, self.indices)))
+        found = self.indices
+        # Nearly always they are indices already, which this tells faster than one call for each.
+        if type(found) is frozenset and {*map(type, found)} <= _INT and min(found, default=0) >= 0:
+            return
+        object.__setattr__(self, "indices", frozenset(map(block_index, found)))
 
     @classmethod
     def of(cls, *blocks: Block | str | int) -> BlockMask:

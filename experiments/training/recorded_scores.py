@@ -30,6 +30,9 @@ Folders = Sequence[str | os.PathLike[str]]
 def recorded_scores(folders: Folders, context: PruningContext) -> dict[MaskOrPlan, float]:
     """Return the mean NLL of all masks and plans that comparisons recorded, nats per token.
 
+    Machines differ in the last digits. So that scores of several go together, each is the recorded
+    rise over the native model of its machine, on top of the native model's NLL here.
+
     Args:
         folders: Folders of comparisons, with the table of their profile, their training runs, or
             their evaluation.
@@ -65,7 +68,9 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, flo
     for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
         for record in read_records(path):
             found |= scored_masks(record)
-    return found
+    native = table.native_nll if isinstance(table, PlanFrontier) else table.dense_nll
+    shift = context.scorer.dense_nll - native
+    return {plan: nll + shift for plan, nll in found.items()}
 
 
 def held_out_losses(

@@ -25,8 +25,10 @@ from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
 from experiments.profile import profile
 from experiments.train import train
+from experiments.training.recorded_scores import recorded_scores
 from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
+from rap_env.importance.frontier import Frontier
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.score_table import ScoreTable
 from tests.programs import PythonProgram, run_python
@@ -157,6 +159,14 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     assert {len(mask) for mask in found} > {0, 1}
     assert len(found) >= len(table["nll"]) > 50
     assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
+    context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
+    frontier = Frontier.load(recorded.root / "profile" / "frontier.json", context.memory)
+    shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
+    moved = replace(frontier, dense_nll=frontier.dense_nll + shift, scores=shifted)
+    moved.save(recorded.root / "profile" / "frontier.json")
+    again = recorded_scores(export.records, context)
+    assert again[policys] == 7.5 - shift
+    assert again == pytest.approx({**frontier.scores, policys: 7.5 - shift})
     other = replace(fresh, calibration=replace(config.calibration, seed=5))
     with pytest.raises(RapError, match="was measured on other text"):
         export_scores(other, tmp_path / "other")
