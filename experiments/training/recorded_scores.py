@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from experiments.comparison.records import ResultRow, read_records, rows_below
 from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
-from experiments.training.score_model import ROUNDS_FILE, check_text, scored_masks
+from experiments.training.score_model import ROUNDS_FILE, native_shift, scored_masks
 from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
@@ -30,8 +30,7 @@ Folders = Sequence[str | os.PathLike[str]]
 def recorded_scores(folders: Folders, context: PruningContext) -> dict[MaskOrPlan, float]:
     """Return the mean NLL of all masks and plans that comparisons recorded, nats per token.
 
-    Machines differ in the last digits. So that scores of several go together, each is the recorded
-    rise over the native model of its machine, on top of the native model's NLL here.
+    So that scores of several machines go together, each has its own rise; see `native_shift`.
 
     Args:
         folders: Folders of comparisons, with the table of their profile, their training runs, or
@@ -62,14 +61,12 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, flo
         return {}
     kind = PlanFrontier if artifact_kind(path) == PlanFrontier.KIND else Frontier
     table = kind.load(path, context.memory)
-    check_text(table, str(path), context)
+    shift = native_shift(table, str(path), context)
     found: dict[MaskOrPlan, float] = {}
     found.update(table.scores.items())
     for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
         for record in read_records(path):
             found |= scored_masks(record)
-    native = table.native_nll if isinstance(table, PlanFrontier) else table.dense_nll
-    shift = context.scorer.dense_nll - native
     return {plan: nll + shift for plan, nll in found.items()}
 
 

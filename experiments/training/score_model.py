@@ -206,18 +206,22 @@ def _known(config: Config, context: PruningContext) -> dict[MaskOrPlan, float]:
     elif Path(context.frontier_path or "").is_file():
         table = context.frontier
     if table is not None:
-        check_text(table, str(context.frontier_path), context)
-        return {plan: nll for plan, nll in table.scores.items()}  # noqa: C416
+        shift = native_shift(table, str(context.frontier_path), context)
+        return {plan: nll + shift for plan, nll in table.scores.items()}
     blocks, wanted = context.memory.facts.num_blocks, config.score_model.first_masks
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, wanted))
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))
 
 
-def check_text(table: Frontier | PlanFrontier, path: str, context: PruningContext) -> None:
-    """Raise an `ExperimentError` if a table was measured on other text than the context's.
+def native_shift(table: Frontier | PlanFrontier, path: str, context: PruningContext) -> float:
+    """Return what to add to a table's NLL to compare it with what the context measures.
 
-    Its scores cannot be compared with those that the context measures.
+    Machines differ in the last digits, so the table's rises over the native model are kept, on top
+    of the native model's NLL here; nats per token, 0 on the machine that measured the table.
+
+    Raises:
+        ExperimentError: The table was measured on other text.
     """
     measured = table.provenance["scoring"]["tokens"]
     here = context.scorer.context["tokens"]
@@ -228,6 +232,8 @@ def check_text(table: Frontier | PlanFrontier, path: str, context: PruningContex
             "writes itself differs between machines: measure a table of your own with "
             "`python -m experiments.profile`."
         )
+    native = table.native_nll if isinstance(table, PlanFrontier) else table.dense_nll
+    return context.scorer.dense_nll - native
 
 
 def _verified(
