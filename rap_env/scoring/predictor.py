@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import BlockMask
+from rap_env.scoring.residual import ResidualNetwork
 
 Features = npt.NDArray[np.bool_]
 """Input of the predictor: True for each removed block of each mask or plan, (N, 2L)."""
@@ -51,7 +52,7 @@ class DeltaNLLPredictor:
     With r the removed blocks, a and f the numbers of attention and feed-forward blocks among
     them, and s the sum of their single delta_nll and of what other lowered items cost alone:
     ``log(delta_nll + offset) = intercept + linear[r] + pairs[r, r] + shape . (log(s + offset), its
-    square, a², f², a f)``.
+    square, a², f², a f) + residual(r)``.
 
     Predictions are clamped. A mask is never predicted to be better than the best measured mask
     with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its worst
@@ -70,6 +71,7 @@ class DeltaNLLPredictor:
         shape: Weights of the five terms above.
         least: Least delta_nll measured with at least 0 ... 2L removals, nats per token, (2L + 1,).
         most: Greatest delta_nll measured, nats per token.
+        residual: Corrects the sum of the other terms; None if there were too few masks to fit it.
     """
 
     alone: tuple[float, ...]
@@ -82,6 +84,7 @@ class DeltaNLLPredictor:
     shape: tuple[float, ...]
     least: tuple[float, ...]
     most: float
+    residual: ResidualNetwork | None = None
 
     def delta_nll(self, mask: BlockMask, lowered: float = 0.0) -> float:
         """The predicted delta_nll of a mask or plan, nats per token.
@@ -101,6 +104,8 @@ class DeltaNLLPredictor:
         log_delta = self.intercept + float(self._linear[index].sum())
         log_delta += float(self._pairs[index[:, None], index].sum())
         log_delta += sum(w * float(term) for w, term in zip(self.shape, terms, strict=True))
+        if self.residual is not None:
+            log_delta += self.residual.of_blocks(index)
         least = max(self.least[len(index)], LEAST_SHARE * float(alone.max(initial=-np.inf)))
         return min(max(math.exp(min(log_delta, _MOST_LOG)) - self.offset, least), self.most)
 
@@ -149,6 +154,7 @@ class _Together:
         shape: As there, (5, E).
         least: As there, (2L + 1, E).
         most: As there, (E,).
+        residuals: As there, E of them.
     """
 
     alone: Floats
@@ -159,6 +165,7 @@ class _Together:
     shape: Floats
     least: Floats
     most: Floats
+    residuals: tuple[ResidualNetwork | None, ...]
 
     @classmethod
     def of(cls, members: Sequence[DeltaNLLPredictor]) -> Self:
@@ -172,6 +179,7 @@ class _Together:
             np.array([one.shape for one in members]).T,
             np.array([one.least for one in members]).T,
             np.array([one.most for one in members]),
+            tuple(one.residual for one in members),
         )
 
     def delta_nll(self, features: Features, lowered: Floats | float, clamped: bool) -> Floats:
@@ -179,6 +187,7 @@ class _Together:
         x, counts = features.astype(np.float64), features.sum(axis=1)
         together = x @ self._positive + lowered
         logs, _ = self._of_blocks(x)
+        self._correct(logs, features)
         found = self._delta_nll(logs, together, counts, features[:, 1::2].sum(axis=1))
         if clamped:
             worst = np.where(features, self.alone, -np.inf).max(axis=1, initial=-np.inf)
@@ -205,6 +214,10 @@ class _Together:
         others, with_each = self._of_blocks(x)
         logs = others[parents]
         logs[more] += self.linear[blocks] + with_each[rows, :, blocks]
+        if any(self.residuals):
+            plans = features[parents]
+            plans[more, blocks] = True
+            self._correct(logs, plans)
         together = (x @ self._positive)[parents] + lowered
         together[more] += self._positive[blocks]
         counts, ffn = features.sum(axis=1)[parents], features[:, 1::2].sum(axis=1)[parents]
@@ -225,6 +238,12 @@ class _Together:
         with_each = (x @ self.pairs).reshape(len(x), len(self.intercept), len(self.alone))
         of_pairs = np.einsum("neb,nb->ne", with_each, x) / 2
         return self.intercept + x @ self.linear + of_pairs, with_each
+
+    def _correct(self, logs: Floats, features: Features) -> None:
+        """Add the members' corrections to the logarithms of masks, (N, E)."""
+        for column, residual in zip(logs.T, self.residuals, strict=True):
+            if residual is not None:
+                column += residual.of_many(features)
 
     def _delta_nll(self, logs: Floats, together: Floats, counts: Any, ffn: Any) -> Floats:
         """From the terms of blocks, the sum of single costs and the numbers of blocks, (N, E)."""

@@ -1,4 +1,7 @@
-"""Fits the predictors of `rap_env.scoring.predictor` to measured masks and plans. Numpy only."""
+"""Fits the predictors of `rap_env.scoring.predictor` to measured masks and plans.
+
+Numpy only; a residual network also needs torch.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,9 @@ REACHES = (4, 12, 60)
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Candidates for the penalty on the squared weights."""
 
+NETWORK_SCORES = 10_000
+"""Scores from which a predictor of a score table has a residual network."""
+
 _CHUNK = 2048
 _EVIDENCE = 20  # masks that a bound for their number of removals must rest on
 _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
@@ -45,6 +51,7 @@ def fit_predictor(
     lowered: Floats | None = None,
     *,
     seed: int = 0,
+    network: bool = False,
 ) -> tuple[DeltaNLLPredictor, Fidelity]:
     """Fit a predictor to measured masks and evaluate it on held-out masks.
 
@@ -58,6 +65,7 @@ def fit_predictor(
         lowered: What the other lowered items of each plan cost alone, nats per token, (N,); None
             for masks.
         seed: Decides which masks are held out.
+        network: Whether it has a residual network (`ResidualNetwork`), which is fitted with torch.
 
     Returns:
         The predictor, and the fidelity of one that never saw the held-out masks.
@@ -68,12 +76,17 @@ def fit_predictor(
     fit = PredictorFit(features, delta_nll, alone, [to_fit, to_choose, held_out], lowered)
     candidates = [(reach, ridge) for reach in fit.reaches for ridge in RIDGES]
     best = min(candidates, key=lambda c: fit.error(fit.solved([0], *c), to_choose))
-    evaluated = fit.solved([0, 1], *best)
+
+    def fitted(parts: list[int]) -> DeltaNLLPredictor:
+        solved = fit.solved(parts, *best)
+        return fit.corrected(solved, parts, seed) if network else solved
+
+    evaluated = fitted([0, 1])
     fidelity = Fidelity.of(
         evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]), delta_nll[held_out],
         features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
     )  # fmt: skip
-    return fit.solved([0, 1, 2], *best), fidelity
+    return fitted([0, 1, 2]), fidelity
 
 
 class PredictorFit:
@@ -126,11 +139,29 @@ class PredictorFit:
             most=float(max(self.delta_nll[seen].max(), self.alone.max())),
         )
 
+    def corrected(
+        self, predictor: DeltaNLLPredictor, parts: list[int], seed: int
+    ) -> DeltaNLLPredictor:
+        """The predictor with a residual network fitted to some of the parts."""
+        from rap_env.scoring.residual_fit import fit_residual  # needs torch
+
+        seen = np.concatenate([self.parts[part] for part in parts])
+        residuals = self.targets[seen] - self._logs(predictor, seen, clamped=False)
+        network = fit_residual(self.features[seen], residuals, seed=seed)
+        return replace(predictor, residual=network)
+
     def error(self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64]) -> float:
         """Root mean squared error of log(delta_nll + offset)."""
-        found = predictor.delta_nll_many(self.features[part], self.lowered[part])
-        logs = np.log(np.maximum(found, -self.offset / 2) + self.offset)
-        return float(np.sqrt(np.mean((logs - self.targets[part]) ** 2)))
+        errors = self._logs(predictor, part) - self.targets[part]
+        return float(np.sqrt(np.mean(errors**2)))
+
+    def _logs(
+        self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64], *, clamped: bool = True
+    ) -> Floats:
+        """Predicted log(delta_nll + offset)."""
+        features, lowered = self.features[part], self.lowered[part]
+        found = predictor.delta_nll_many(features, lowered, clamped=clamped)
+        return np.asarray(np.log(np.maximum(found, -self.offset / 2) + self.offset))
 
     def _moments(self, part: npt.NDArray[np.int64]) -> Floats:
         """Products of all inputs (blocks, pairs, shape, 1) and the target, summed over masks."""
@@ -159,17 +190,20 @@ def fit_score_model(
     members: int = MEMBERS,
     pessimism: float = 0.0,
     seed: int = 0,
+    network: bool = False,
 ) -> tuple[ScoreModel, Fidelity]:
     """Fit an ensemble to measured masks, given as to `fit_predictor`, and evaluate one member.
 
     A single member is fitted to all masks, several to bootstrap samples. `seed` decides which
-    masks are held out, and the samples.
+    masks are held out, and the samples. `network` is as in `fit_predictor`, for a single member.
 
     Returns:
         The ensemble, and the fidelity of a single predictor that never saw the held-out masks;
         all members use the settings that were best for it.
     """
-    single, fidelity = fit_predictor(features, delta_nll, alone, lowered, seed=seed)
+    single, fidelity = fit_predictor(
+        features, delta_nll, alone, lowered, seed=seed, network=network
+    )
     if members == 1:
         return ScoreModel((single,), pessimism), fidelity
     rng = np.random.default_rng([seed, members])
@@ -189,6 +223,7 @@ def fit_scores(
     members: int = MEMBERS,
     pessimism: float = 0.0,
     seed: int = 0,
+    network: bool = False,
 ) -> tuple[ScoreModel, Fidelity]:
     """`fit_score_model` on measured masks and plans.
 
@@ -199,6 +234,7 @@ def fit_scores(
         members: As in `fit_score_model`.
         pessimism: As in `ScoreModel`.
         seed: As in `fit_score_model`.
+        network: As there.
     """
     plans, (dense, *singles) = list(scores), necessary_masks(num_blocks)
     return fit_score_model(
@@ -209,6 +245,7 @@ def fit_scores(
         members=members,
         pessimism=pessimism,
         seed=seed,
+        network=network,
     )
 
 

@@ -2,7 +2,8 @@
 
 A table holds masks and plans with their measured NLL, a predictor for all other ones, costs of
 levels, which plans are predicted from, and the facts of the model that an environment needs. It
-needs numpy only, neither torch nor transformers.
+needs numpy only, neither torch nor transformers; only fitting a table of more than
+`NETWORK_SCORES` scores needs torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import DeltaNLLPredictor, ScoreModel
-from rap_env.scoring.predictor_fit import Lowered, fit_scores, lowered_cost, necessary_masks
+from rap_env.scoring.predictor_fit import (
+    NETWORK_SCORES,
+    Lowered,
+    fit_scores,
+    lowered_cost,
+    necessary_masks,
+)
+from rap_env.scoring.residual import ResidualNetwork
 
 PREFIX = "score_table:"
 """Prefix of a model name that is the name or path of a table."""
@@ -35,12 +43,19 @@ PREFIX = "score_table:"
 TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
-_KIND, _FORMAT = "score table", 6
+_KIND, _FORMAT = "score table", 7
+_FORMAT_WITHOUT_NETWORK = 6
 _FORMAT_WITHOUT_HELD_OUT = 5
 _FORMAT_WITHOUT_LEVELS = 4
 _MASK_FORMAT = 3  # had no plans
 _HEX_FORMAT = 2  # masks were hex strings with one bit per block, pessimism was called doubt
-_OLDER = (_FORMAT_WITHOUT_HELD_OUT, _FORMAT_WITHOUT_LEVELS, _MASK_FORMAT, _HEX_FORMAT)
+_OLDER = (
+    _FORMAT_WITHOUT_NETWORK,
+    _FORMAT_WITHOUT_HELD_OUT,
+    _FORMAT_WITHOUT_LEVELS,
+    _MASK_FORMAT,
+    _HEX_FORMAT,
+)
 _NO_PREDICTION = (
     "This score table has no costs of levels, so it predicts masks only, and this plan was not "
     "measured: score it with a live model."
@@ -163,6 +178,7 @@ class ScoreTable:
             members=members,
             pessimism=pessimism,
             seed=seed,
+            network=members == 1 and len(fitted) >= NETWORK_SCORES,
         )
         return cls(facts, held, predictor=predictor, fidelity=fidelity, **origin)
 
@@ -207,13 +223,19 @@ class ScoreTable:
         facts = ModelFacts(**with_tuples(body.pop("facts")))
         plans = _read_plans(body.pop("masks"), facts.num_blocks)
         predictor = body["predictor"]
-        members = (DeltaNLLPredictor(**with_tuples(values)) for values in predictor["members"])
+        members = map(_read_predictor, predictor["members"])
         pessimism = predictor.get("pessimism", predictor.get("doubt"))
         body["predictor"] = ScoreModel(tuple(members), pessimism)
         body["fidelity"] = Fidelity.from_json(body["fidelity"])
         if body.get("held_out") is not None:
             body["held_out"] = HeldOutLosses.from_json(body["held_out"])
         return cls(facts=facts, scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
+
+
+def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
+    if (residual := values.get("residual")) is not None:
+        values["residual"] = ResidualNetwork(**with_tuples(residual))
+    return DeltaNLLPredictor(**with_tuples(values))
 
 
 def _read_plans(written: Sequence[Any], num_blocks: int) -> list[MaskOrPlan]:
