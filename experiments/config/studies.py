@@ -19,6 +19,7 @@ from experiments.config.common import (
 )
 from experiments.errors import ExperimentError
 from rap_env.errors import check_name
+from rap_env.importance.text_kinds import LEAST_TOKENS
 
 
 @dataclass
@@ -46,6 +47,8 @@ class TextsConfig(Section):
     window_tokens: Annotated[int, within(2)] = 1024
     report_windows: Count = 8
     """Windows of each kind's report text."""
+    prompt_tokens: CountOrZero = 64
+    """First tokens of a report window by whose kind of text plans are chosen; 0 for none."""
     cells: list[PinnedText] = field(default_factory=list)
     """Requests with budgets in bytes, as in ``evaluate.pinned``."""
     sized: str | None = None
@@ -65,6 +68,13 @@ class TextsConfig(Section):
                     f"texts.sizes_tokens must be multiples of texts.window_tokens "
                     f"({self.window_tokens}) or smaller than it, not {tokens}."
                 )
+
+        if self.prompt_tokens and self.tokens < LEAST_TOKENS:
+            raise ExperimentError(
+                f"texts.prompt_tokens={self.prompt_tokens} needs at least {LEAST_TOKENS} tokens of "
+                f"calibration text of each kind, to tell kinds apart, and texts.windows x "
+                f"texts.window_tokens are {self.tokens}; give more of them, or prompt_tokens=0."
+            )
 
     @property
     def tokens(self) -> int:

@@ -49,6 +49,18 @@ MATRIX = (
     f"interval over windows and draws. {ALL}: from the mean of the costs over all kinds, which saw "
     "as many times more text as there are kinds."
 )
+PROMPTS = (
+    "ΔNLL (nats/token) of plans by the kind of text of each window's first {tokens} tokens, on the "
+    "whole window, beside plans from the costs on the text's own kind and from equal shares of all "
+    "kinds: mean over requests and draws, with a 95 % interval over windows and draws. Two rows "
+    "know the other kinds only. The last column is relative to equal shares of the same kinds "
+    "(geometric mean over kinds and requests)."
+)
+RECOGNISED = (
+    "What the first {tokens} tokens of a report window are taken for: mean share of the text's own "
+    "kind, of the other ones, and of none, over windows and draws; then with the own kind unknown, "
+    "where none is right."
+)
 SIZES = (
     "ΔNLL (nats/token) of plans from several amounts of calibration text of the kind {sized}, mean "
     "over draws: on the calibration text and on report text, with a 95 % interval over windows and "
@@ -67,6 +79,10 @@ class TextStudy:
         self._record, self.kinds, self.cells = record, list(record["kinds"]), record["cells"]
         names = ("chosen_on", "seed", "tokens", "cell", "judged_on")
         self._windows = {tuple(p[n] for n in names): p["window_losses"] for p in record["plans"]}
+        self._prompts = {
+            (row["seed"], row["cell"], row["judged_on"], row["known"]): row
+            for row in record.get("prompts", ())
+        }
 
     @classmethod
     def read(cls, folder: Path) -> TextStudy:
@@ -96,16 +112,11 @@ class TextStudy:
         The geometric mean over kinds and cells; None where `paired_ratio` has none. Kinds have
         equally many windows, drawn independently, so that they may be resampled jointly.
         """
-        firsts, seconds = [], []
-        for kind in self.kinds:
+        firsts = []
+        for kind, cell in self._pairs:
             rivals = [ALL] if rival == ALL else [name for name in self.kinds if name != kind]
-            for cell in self.cells:
-                firsts.append(np.concatenate([self.losses(r, kind, [cell]) for r in rivals]))
-                seconds.append(self.losses(kind, kind, [cell]))
-        found = paired_ratio(firsts, seconds)
-        if found is None:
-            return None
-        return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
+            firsts.append(np.concatenate([self.losses(r, kind, [cell]) for r in rivals]))
+        return _relative(firsts, [self.losses(kind, kind, [cell]) for kind, cell in self._pairs])
 
     @property
     def verdict(self) -> str:
@@ -123,6 +134,82 @@ class TextStudy:
             f"on one of {OTHERS} of {relative_words(others)} (geometric mean over kinds and "
             "requests, with a 95 % interval over windows and draws)."
         )
+
+    def prompt_losses(
+        self, judged_on: str, cells: Sequence[str], *, known: bool, general: bool = False
+    ) -> Losses:
+        """ΔNLL of plans by prompts, mean over some cells; `general` is that of equal shares."""
+        name = "general_losses" if general else "window_losses"
+        found = [
+            [self._prompts[seed, cell, judged_on, known][name] for cell in cells]
+            for seed in self._record["seeds"]
+        ]
+        return np.asarray(np.mean(found, axis=1))
+
+    def prompt_gain(self, *, known: bool) -> Estimate | None:
+        """ΔNLL of plans by prompts divided by that of equal shares, minus 1; see `gap`."""
+        return _relative(
+            [self.prompt_losses(k, [c], known=known) for k, c in self._pairs],
+            [self.prompt_losses(k, [c], known=known, general=True) for k, c in self._pairs],
+        )
+
+    @property
+    def _pairs(self) -> list[tuple[str, str]]:
+        return [(kind, cell) for kind in self.kinds for cell in self.cells]
+
+    @property
+    def prompt_verdict(self) -> str:
+        """What a policy gains that sees the kind of text of the prompts, in words."""
+        found, unknown = (self.prompt_gain(known=known) for known in (True, False))
+        return (
+            f"Plans by the kind of text of the first {self._record['prompt_tokens']} tokens have a "
+            f"ΔNLL of {relative_words(found)} relative to plans for equal shares of all kinds, and "
+            f"of {relative_words(unknown)} where the text's own kind is not among the known ones."
+        )
+
+    @property
+    def summary(self) -> str:
+        """All verdicts."""
+        return f"{self.verdict} {self.prompt_verdict}" if self._prompts else self.verdict
+
+    def prompt_table(self) -> Table:
+        """Table of `prompt_losses`, beside plans that do not depend on the prompt."""
+        own = _relative(
+            [self.losses(k, k, [c]) for k, c in self._pairs],
+            [self.prompt_losses(k, [c], known=True, general=True) for k, c in self._pairs],
+        )
+        rows = [
+            self._prompt_row("own kind", [self.losses(k, k, self.cells) for k in self.kinds], own)
+        ]
+        for known in (True, False):
+            clause = "" if known else ", own kind unknown"
+            for name, general in (("kind of the prompt", False), ("equal shares", True)):
+                losses = [
+                    self.prompt_losses(k, self.cells, known=known, general=general)
+                    for k in self.kinds
+                ]
+                gain = None if general else self.prompt_gain(known=known)
+                rows.append(self._prompt_row(f"{name}{clause}", losses, gain))
+        return ["Plans by", *self.kinds, "mean", "relative"], rows
+
+    def _prompt_row(self, name: str, losses: list[Losses], gain: Estimate | None) -> list[str]:
+        shown = (str(bootstrap_mean(one)) for one in losses)
+        return [name, *shown, f"{np.mean(losses):.3f}", relative_words(gain)]
+
+    def recognised_table(self) -> Table:
+        """Table of what prompts are taken for."""
+        rows = []
+        for number, kind in enumerate(self.kinds):
+            own, none, unknown = [], [], []
+            for seed in self._record["seeds"]:
+                for shares in self._prompts[seed, self.cells[0], kind, True]["shares"]:
+                    own.append(shares[number] if shares else 0.0)
+                    none.append(not shares)
+                found = self._prompts[seed, self.cells[0], kind, False]["shares"]
+                unknown += [not shares for shares in found]
+            values = [np.mean(own), 1 - np.mean(own) - np.mean(none), np.mean(none)]
+            rows.append([kind, *(f"{value:.2f}" for value in (*values, np.mean(unknown)))])
+        return ["Text", "Own kind", "Others", "None", "None, own kind unknown"], rows
 
     def agreement_table(self) -> Table:
         """Table of rank agreement between draws, by kind of item and level."""
@@ -186,22 +273,38 @@ class TextStudy:
             TitledTable(self.agreement_table(), "Agreement of costs", AGREEMENT),
             TitledTable(self.matrix_table(), "Plans by kind of text", MATRIX),
         ]
+        if self._prompts:
+            tokens = self._record["prompt_tokens"]
+            found += [
+                TitledTable(self.prompt_table(), "Plans by prompt", PROMPTS.format(tokens=tokens)),
+                TitledTable(
+                    self.recognised_table(), "Kinds of prompts", RECOGNISED.format(tokens=tokens)
+                ),
+            ]
         if sized := self._record["sized"]:
             caption = SIZES.format(sized=sized)
             found.append(TitledTable(self.size_table(), "Amount of calibration text", caption))
         return found
 
 
+def _relative(firsts: Sequence[Losses], seconds: Sequence[Losses]) -> Estimate | None:
+    """`paired_ratio` minus 1."""
+    found = paired_ratio(firsts, seconds)
+    if found is None:
+        return None
+    return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
+
+
 def texts_markdown(found: TextStudy) -> str:
     """The verdict and all tables with captions in Markdown, below a title."""
     tables = document(found.document(), captions=True)
-    return f"# Plans and the calibration text\n\n{found.verdict}\n\n{tables}"
+    return f"# Plans and the calibration text\n\n{found.summary}\n\n{tables}"
 
 
 def publish(folder: Path, found: TextStudy) -> None:
     """Write ``tables.md`` into a run folder, and print the tables."""
     shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in found.document()]
-    publish_tables(folder, texts_markdown(found), "\n\n".join([*shown, wrapped(found.verdict)]))
+    publish_tables(folder, texts_markdown(found), "\n\n".join([*shown, wrapped(found.summary)]))
 
 
 def save_figure(found: TextStudy, path: Path) -> None:

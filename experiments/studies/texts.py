@@ -2,10 +2,13 @@
 
 Each kind of text is drawn with several seeds. The knapsack chooses plans from the one-shot costs
 on each draw, and from their mean over kinds; all plans are measured on report text of each kind.
+Plans by the kind of text of a prompt are measured on windows whose first tokens are the prompt; the
+costs by kind become a policy file.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from experiments.comparison.records import Record, RowFile, row_key
 from experiments.comparison.run_folder import RunFolder, git_state
@@ -35,16 +39,20 @@ from experiments.studies.tables import (
 )
 from rap_env.artifacts import atomic_write, digest
 from rap_env.context.opening import require_live
+from rap_env.importance.kind_costs import KindCosts, mean_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import scan_levels
+from rap_env.importance.text_kinds import LEAST_TOKENS, Shares, TextKinds
 from rap_env.llm.progress import progress_bar
-from rap_env.plan import CompressionPlan
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.text_policy import TextPolicy
 from rap_env.scoring.corpus import ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
 
-COSTS_FILE, PLANS_FILE, FIGURE_FILE = "costs.jsonl", "plans.jsonl", "texts.png"
+COSTS_FILE, PLANS_FILE, PROMPTS_FILE = "costs.jsonl", "plans.jsonl", "prompts.jsonl"
+FIGURE_FILE, POLICY_FILE = "texts.png", "kinds.json"
 _FROZEN = ("model", "env.levels", "env.together", "texts.kinds")
 
 
@@ -95,11 +103,36 @@ class PlanRow(Record):
     provenance: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class PromptRow(Record):
+    """Plans by the prompts' kinds of text for one cell, measured on one text.
+
+    Attributes:
+        known: Whether the kind of the text is among those that the policy knows.
+        shares: Shares of the kinds that the policy knows in the prompt of each window.
+        window_losses: ΔNLL of each window with the plan for its prompt, nats per token, (windows,).
+        general_losses: The same with the plan for equal shares of those kinds.
+    """
+
+    record_name = "A row of plans by prompts"
+    identity = ("seed", "cell", "judged_on", "known")
+
+    seed: int
+    cell: str
+    judged_on: str
+    known: bool
+    shares: list[list[float]]
+    window_losses: list[float]
+    general_losses: list[float]
+    provenance: dict[str, Any]
+
+
 def texts(config: Config, folder: Path) -> Path:
     """Measure costs on every draw and their plans on every kind; existing rows are kept.
 
     Returns:
-        The path of ``texts.json``, from which ``tables.md`` and the figure are made.
+        The path of ``texts.json``, from which ``tables.md`` and the figure are made. Beside it,
+        ``kinds.json`` is a policy file (`KindCosts`) of all draws, if they have enough tokens.
 
     Raises:
         ExperimentError: The settings lack something, or the folder has results of others.
@@ -116,7 +149,10 @@ def texts(config: Config, folder: Path) -> Path:
         )
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=_FROZEN)
-    record = TextMeasurements(config, folder).record()
+    measurements = TextMeasurements(config, folder)
+    record = measurements.record()
+    if settings.tokens >= LEAST_TOKENS:
+        measurements.kind_costs(settings.seeds).save(folder / POLICY_FILE)
     with atomic_write(folder / RECORD_FILE) as file:
         file.write((json.dumps(record, allow_nan=False) + "\n").encode())
     run.finish(started, draws=len(record["costs"]), rows=len(record["plans"]))
@@ -167,13 +203,16 @@ class TextMeasurements:
                 ensure_disjoint(draw.corpus, self._report[name])
         self._cost_rows = RowFile(folder / COSTS_FILE, CostRow)
         self._plan_rows = RowFile(folder / PLANS_FILE, PlanRow)
+        self._prompt_rows = RowFile(folder / PROMPTS_FILE, PromptRow)
+        self._costs: dict[Draw, LevelCosts] = {}
         self._git = git_state()
 
     def record(self) -> dict[str, Any]:
         """Measure what is missing, and return what the tables are made from, as JSON values."""
-        costs, settings = self._measure_costs(), self._settings
-        rows = self._measure_plans(costs)
+        self._costs, settings = self._measure_costs(), self._settings
+        rows, prompts = self._measure_plans(self._costs), self._measure_prompts()
         fields = (*PlanRow.identity, "window_losses")
+        of_prompts = (*PromptRow.identity, "shares", "window_losses", "general_losses")
         return {
             "model": {"name": self._llm.name, "fingerprint": self._llm.facts.fingerprint},
             "git": self._git,
@@ -190,10 +229,27 @@ class TextMeasurements:
                     "text_sha256": found.provenance["text"]["sha256"],
                     "one_shot": found.one_shot,
                 }
-                for draw, found in costs.items()
+                for draw, found in self._costs.items()
             ],
             "plans": [{name: getattr(row, name) for name in fields} for row in rows],
+            "prompt_tokens": settings.prompt_tokens,
+            "prompts": [{name: getattr(row, name) for name in of_prompts} for row in prompts],
         }
+
+    def kind_costs(self, seeds: Sequence[int], without: str | None = None) -> KindCosts:
+        """Costs by kind of text from the draws of some seeds, after `record`; one kind left out."""
+        kinds = [kind for kind in self._settings.kinds if kind != without]
+        draws = {
+            kind: [Draw(kind, seed, self._settings.tokens) for seed in seeds] for kind in kinds
+        }
+        texts = {
+            kind: np.concatenate([self._contexts[draw].corpus.tokens for draw in found])
+            for kind, found in draws.items()
+        }
+        costs = {
+            kind: mean_costs([self._costs[draw] for draw in found]) for kind, found in draws.items()
+        }
+        return KindCosts(TextKinds.of(texts, self._llm.facts.vocab_size), costs)
 
     def _provenance(self, scorer: MaskScorer, **depends_on: Any) -> dict[str, Any]:
         known = {"scores": digest(dict(scorer.plan_context)), "ladder": self._ladder.spec}
@@ -226,8 +282,7 @@ class TextMeasurements:
         for seed in settings.seeds:
             parts = [costs[Draw(kind, seed, settings.tokens)] for kind in settings.kinds]
             chosen_on[Draw(ALL, seed, settings.tokens)] = mean_costs(parts)
-        levels, rows = {item.name: item.levels for item in self._ladder.items}, []
-        policies = {d: KnapsackPolicy(self._memory, c, levels=levels) for d, c in chosen_on.items()}
+        policies, rows = {draw: self._knapsack(found) for draw, found in chosen_on.items()}, []
         for name, corpus in progress_bar(self._config.progress, self._report.items(), desc="plans"):
             scorer = MaskScorer(self._llm, corpus, self._store)
             draws = [d for d in policies if d.tokens == settings.tokens or d.kind == name]
@@ -235,6 +290,44 @@ class TextMeasurements:
         for draw, context in self._contexts.items():
             if draw.kind == settings.sized and draw.tokens in settings.sizes_tokens:
                 rows += self._judge(CALIBRATION, context.scorer, {draw: policies[draw]})
+        return rows
+
+    def _knapsack(self, costs: LevelCosts) -> KnapsackPolicy:
+        levels = {item.name: item.levels for item in self._ladder.items}
+        return KnapsackPolicy(self._memory, costs, levels=levels)
+
+    def _measure_prompts(self) -> list[PromptRow]:
+        """Return a row for each text, seed and cell, with the text's own kind known and unknown."""
+        rows: list[PromptRow] = []
+        if not self._settings.prompt_tokens:
+            return rows
+        bar = progress_bar(self._config.progress, self._report.items(), desc="prompts")
+        for name, corpus in bar:
+            scorer = MaskScorer(self._llm, corpus, self._store)
+            for seed, known in itertools.product(self._settings.seeds, (True, False)):
+                costs = self.kind_costs([seed], without=None if known else name)
+                rows += self._judge_prompts(name, seed, known, scorer, costs)
+            scorer.release()
+        return rows
+
+    def _judge_prompts(
+        self, name: str, seed: int, known: bool, scorer: MaskScorer, costs: KindCosts
+    ) -> list[PromptRow]:
+        """Return the rows of the plans by the prompts of one text."""
+        policy = TextPolicy(costs, self._knapsack)
+        prompts = scorer.corpus.tokens[:, : self._settings.prompt_tokens].tolist()
+        shares = [policy.text_kinds.shares(prompt) for prompt in prompts]
+        made_of = [[one.one_shot, one.errors, one.joint] for one in costs.costs.values()]
+        provenance = self._provenance(scorer, costs=digest(made_of), shares=shares)
+        rows = []
+        for cell, request in self._requests.items():
+            plans = [policy.for_text(one).choose(request) for one in shares]
+            make = partial(
+                _prompt_row, seed, cell, name, known, shares, scorer, plans,
+                policy.choose(request), provenance,
+            )  # fmt: skip
+            key = row_key(seed, cell, name, known, provenance)
+            rows.append(self._prompt_rows.get(key, make))
         return rows
 
     def _judge(
@@ -258,20 +351,31 @@ class TextMeasurements:
 
 
 def _judged(scorer: MaskScorer, plan: CompressionPlan, row: Callable[..., PlanRow]) -> PlanRow:
-    rise = scorer.window_nll(plan) - scorer.window_nll(CompressionPlan())
-    return row(window_losses=rise.tolist())
+    return row(window_losses=_window_losses(scorer, plan).tolist())
 
 
-def mean_costs(costs: Sequence[LevelCosts]) -> LevelCosts:
-    """Return the mean of the costs on several texts with windows of one length."""
-    names = ("one_shot", "errors", "joint")  # the mean of errors is an upper bound
-    return replace(costs[0], **{n: _mean([getattr(one, n) for one in costs]) for n in names})
+def _window_losses(scorer: MaskScorer, plan: MaskOrPlan) -> npt.NDArray[np.float64]:
+    """ΔNLL of each window, nats per token, (windows,)."""
+    return np.asarray(scorer.window_nll(as_plan(plan)) - scorer.window_nll(CompressionPlan()))
 
 
-def _mean(parts: list[Any]) -> Any:
-    if isinstance(parts[0], dict):
-        return {name: _mean([part[name] for part in parts]) for name in parts[0]}
-    return float(np.mean(parts))
+def _prompt_row(
+    seed: int,
+    cell: str,
+    name: str,
+    known: bool,
+    shares: Sequence[Shares],
+    scorer: MaskScorer,
+    plans: Sequence[MaskOrPlan],
+    general: MaskOrPlan,
+    provenance: dict[str, Any],
+) -> PromptRow:
+    by_plan = {plan: _window_losses(scorer, plan) for plan in dict.fromkeys([*plans, general])}
+    losses = [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
+    return PromptRow(
+        seed, cell, name, known, [list(one) for one in shares], losses,
+        by_plan[general].tolist(), provenance,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

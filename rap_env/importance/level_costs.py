@@ -103,13 +103,21 @@ class LevelCosts(Profile):
             ArtifactError: It is truncated, altered, or of another model or format of its weights.
         """
         found = super().load(path, model)
-        measured = found.provenance["scoring"].get("weights", UNQUANTISED)
+        found.check_weights(path, model)
+        return found
+
+    def check_weights(self, path: str | os.PathLike[str], model: HasFacts) -> None:
+        """Check that costs in a file were measured with the format of a model's weights.
+
+        Raises:
+            ArtifactError: They were measured with another one.
+        """
+        measured = self.provenance["scoring"].get("weights", UNQUANTISED)
         if measured != model.facts.weights:
             raise ArtifactError(
                 f"{os.fspath(path)} was measured with {measured} weights, but those of "
                 f"{model.facts.name} are {model.facts.weights}."
             )
-        return found
 
     @cached_property
     def cache_levels(self) -> tuple[CacheLevel, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -167,7 +167,18 @@ def load_profile(
         ArtifactError: It is truncated, altered, or made from other weights or with other stubs.
     """
     body = load_artifact(path, kind, version, older=older)
-    provenance = body["provenance"]
+    check_measured(path, body["provenance"], model)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+
+
+def check_measured(
+    path: str | os.PathLike[str], provenance: Mapping[str, Any], model: HasFacts
+) -> None:
+    """Check that what a file holds was measured on a model, by the provenance in the file.
+
+    Raises:
+        ArtifactError: It was measured with other weights or with other stubs.
+    """
     if provenance["fingerprint"] != model.facts.fingerprint:
         raise ArtifactError(
             f"{os.fspath(path)} was made from {provenance['model']} with other weights or another "
@@ -181,7 +192,6 @@ def load_profile(
             f"loaded {_with_stubs(loaded)}; profile it as it is loaded, or load it with the repair "
             "that it was profiled with."
         )
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
 
 
 def _with_stubs(repair: str) -> str:

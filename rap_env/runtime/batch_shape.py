@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from rap_env.errors import InvalidRequestError
+from rap_env.importance.text_kinds import Shares, mean_shares
 from rap_env.request import Request
 
 
@@ -16,10 +17,12 @@ class QualityBound:
     Attributes:
         seq_len_tokens: Length at which the plan's rise in NLL is predicted.
         max_delta_nll: Largest rise in NLL that may be predicted, nats per token.
+        text_shares: Kinds of text on which it is predicted; see `TextKinds.shares`.
     """
 
     seq_len_tokens: int
     max_delta_nll: float
+    text_shares: Shares = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class BatchShape:
         longest_tokens: Tokens of the longest sequence at its end, without padding; it may be longer
             than those of the largest batch. By default `seq_len_tokens`.
         bounds: What its requests demand of the plan besides the server's own floor.
+        text_shares: Kinds of text in its prompts, as the policy tells them; see `TextKinds.shares`.
 
     Raises:
         InvalidRequestError: One of them is negative, or one is 0 and the other is not.
@@ -44,6 +48,7 @@ class BatchShape:
     rows: int = 0
     longest_tokens: int = field(default=0, repr=False)
     bounds: tuple[QualityBound, ...] = field(default=(), repr=False)
+    text_shares: Shares = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", max(self.rows, self.batch_size))
@@ -63,6 +68,10 @@ class BatchShape:
     def with_bounds(self, bounds: Iterable[QualityBound]) -> BatchShape:
         """This shape with more bounds."""
         return replace(self, bounds=tuple(sorted({*self.bounds, *bounds})))
+
+    def with_texts(self, texts: Iterable[Shares]) -> BatchShape:
+        """This shape with the kinds of text of its prompts."""
+        return replace(self, text_shares=mean_shares(list(texts)))
 
     @property
     def tokens(self) -> int:

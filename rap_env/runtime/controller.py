@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
+from rap_env.importance.text_kinds import Shares
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
@@ -236,7 +237,9 @@ class RuntimeController:
         with self._timed():
             self.monitor.observe_out_of_memory(kind)
 
-    def newcomer_bound(self, seq_len_tokens: int, least_rise: float) -> QualityBound | None:
+    def newcomer_bound(
+        self, seq_len_tokens: int, least_rise: float, text_shares: Shares = ()
+    ) -> QualityBound | None:
         """What plans may serve a running request while another one joins; None for any.
 
         A plan may be as bad as the present one in any case.
@@ -244,14 +247,15 @@ class RuntimeController:
         Args:
             seq_len_tokens: Final length of the running request.
             least_rise: Least rise in NLL that was predicted for its plans, nats per token.
+            text_shares: Kinds of text in its prompt.
         """
         limit = self.max_degradation_by_newcomer
         if limit is None:
             return None
-        present = self.chooser.rise(self.llm.plan, seq_len_tokens)
+        present = self.chooser.rise(self.llm.plan, seq_len_tokens, text_shares)
         if present is None:
             return None
-        return QualityBound(seq_len_tokens, max(present, least_rise + limit))
+        return QualityBound(seq_len_tokens, max(present, least_rise + limit), text_shares)
 
     def could_fit(self, shape: BatchShape) -> bool:
         """Whether a batch can ever fit: in the largest budget so far, or the source's limit.

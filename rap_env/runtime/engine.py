@@ -169,7 +169,12 @@ class Engine:
         if max_delta_nll is not None:
             self.controller.chooser.check_bound("max_delta_nll", max_delta_nll)
         handle = RequestHandle(
-            prompt, params, self.clock(), max_delta_nll=max_delta_nll, on_cancel=self._wake.set
+            prompt,
+            params,
+            self.clock(),
+            max_delta_nll=max_delta_nll,
+            text_shares=self.controller.chooser.text_shares(prompt),
+            on_cancel=self._wake.set,
         )
         sequence = TokenSequence(handle)
         if listener is not None:

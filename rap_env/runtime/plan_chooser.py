@@ -11,10 +11,12 @@ from functools import lru_cache
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
+from rap_env.importance.text_kinds import Shares
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.text_policy import TextPolicy, for_text, predicted_rise
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,7 @@ _CACHED_RISES = 1024
 
 def predicts(policy: PlanPolicy) -> bool:
     """Whether a policy predicts the rise in NLL of its plans."""
-    predict = getattr(policy, "delta_nll", lambda *_: None)
-    return predict(CompressionPlan(), 1) is not None
+    return predicted_rise(policy, CompressionPlan(), 1) is not None
 
 
 def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
@@ -127,37 +128,44 @@ class PlanChooser:
             f"(max_delta_nll{whose})"
         )
 
-    def delta_nll(self, plan: CompressionPlan, seq_len_tokens: int) -> float | None:
+    def text_shares(self, prompt_ids: Sequence[int]) -> Shares:
+        """The kinds of text in a prompt, if the policy chooses by them; any thread may call it."""
+        policy = self.policy
+        return policy.text_kinds.shares(prompt_ids) if isinstance(policy, TextPolicy) else ()
+
+    def delta_nll(
+        self, plan: CompressionPlan, seq_len_tokens: int, text_shares: Shares = ()
+    ) -> float | None:
         """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
 
         Args:
             plan: The plan; the native one has a rise of 0.
             seq_len_tokens: Length of sequences, on which the cost of windows depends.
+            text_shares: Kinds of text, on which the prediction of a `TextPolicy` depends.
 
         Returns:
             The prediction; None if the policy has none for the plan.
         """
         if not plan:
             return 0.0
-        predict = getattr(self.policy, "delta_nll", lambda *_: None)
         try:
-            rise: float | None = predict(plan, seq_len_tokens)
+            return predicted_rise(for_text(self.policy, text_shares), plan, seq_len_tokens)
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
-        return rise
 
     def allows(self, plan: CompressionPlan, shape: BatchShape) -> bool:
         """Whether a batch may run with a plan by the quality floor; any plan may be idle."""
         return not shape or all(
-            (rise := self.rise(plan, bound.seq_len_tokens)) is not None
+            (rise := self.rise(plan, bound.seq_len_tokens, bound.text_shares)) is not None
             and rise <= bound.max_delta_nll
             for bound in self._bounds(shape)
         )
 
     def _bounds(self, shape: BatchShape) -> tuple[QualityBound, ...]:
         floor = self.max_delta_nll
-        own = () if floor is None else (QualityBound(shape.longest_tokens, floor),)
-        return (*own, *shape.bounds)
+        if floor is None:
+            return shape.bounds
+        return (QualityBound(shape.longest_tokens, floor, shape.text_shares), *shape.bounds)
 
     def choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
         """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
@@ -187,7 +195,9 @@ class PlanChooser:
         if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None
         plan, _ = self._shrunk(shape, limit_bytes)
-        return None if plan is None else self.rise(plan, shape.longest_tokens)
+        if plan is None:
+            return None
+        return self.rise(plan, shape.longest_tokens, shape.text_shares)
 
     def guard_order(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
@@ -248,7 +258,8 @@ class PlanChooser:
         """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
         budget = self._estimator.budget_for_policy(shape, limit_bytes)
         try:
-            found: MaskOrPlan = self.policy.choose(shape.request(budget))
+            policy = for_text(self.policy, shape.text_shares)
+            found: MaskOrPlan = policy.choose(shape.request(budget))
             return self._estimator.memory.check_plan(found), isinstance(found, BlockMask)
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)

@@ -276,7 +276,9 @@ class PlanController:
         if plan.removed <= before.removed and not self._newly_lowered(plan, shape):
             return True
         tokens = shape.at_least_one[1]
-        rise, rise_before = (self._chooser.delta_nll(one, tokens) for one in (plan, before))
+        rise, rise_before = (
+            self._chooser.delta_nll(one, tokens, shape.text_shares) for one in (plan, before)
+        )
         if rise is None or rise_before is None:
             return choice.need_bytes > need_bytes
         return bool(rise < rise_before)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.ladder.item_bytes import LadderBytes
@@ -34,6 +35,7 @@ from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
 from rap_env.runtime.policy_file import PolicyFile, read_policy
 from rap_env.runtime.policy_network import BlockNetwork
+from rap_env.runtime.text_policy import TextPolicy
 
 _Kind = TypeVar("_Kind")
 
@@ -222,15 +224,15 @@ def load_policy(
 
     Args:
         source: One of these names of policies for the default model, or the path of an exported
-            policy of either kind (``.safetensors``), of level costs or of a table of masks or
-            plans that ``experiments.profile`` wrote (``.json``). With native weights: ``"rap"``
-            (the trained policy over the levels of all items), ``"rap-recall"`` (one for answers
-            that need facts from far back in the prompt) and ``"knapsack"`` (the packaged level
-            costs). With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes
-            blocks) and ``"frontier"`` (the packaged table of masks). For any model: ``"dense"``.
-            Other packages may offer further names (entry points ``rap_env.policies``);
-            ``"package.module:factory"`` names any callable that makes a policy from the model's
-            byte arithmetic.
+            policy of either kind (``.safetensors``), of level costs, of such costs by kind of text
+            (`KindCosts`), or of a table of masks or plans that ``experiments.profile`` wrote
+            (``.json``). With native weights: ``"rap"`` (the trained policy over the levels of all
+            items), ``"rap-recall"`` (one for answers that need facts from far back in the prompt)
+            and ``"knapsack"`` (the packaged level costs). With ``weights="bf16"``: ``"rap-v0"``
+            (the trained policy that removes blocks) and ``"frontier"`` (the packaged table of
+            masks). For any model: ``"dense"``. Other packages may offer further names (entry points
+            ``rap_env.policies``); ``"package.module:factory"`` names any callable that makes a
+            policy from the model's byte arithmetic.
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, or of the items of its ladder, for a network; None
             takes the file's.
@@ -251,6 +253,8 @@ def load_policy(
     if path.suffix == ".json":
         if artifact_kind(path) == LevelCosts.KIND:
             return KnapsackPolicy(memory, LevelCosts.load(path, memory))
+        if artifact_kind(path) == KindCosts.KIND:
+            return TextPolicy(KindCosts.load(path, memory), partial(KnapsackPolicy, memory))
         if artifact_kind(path) == PlanFrontier.KIND:
             return PlanFrontierPolicy(memory, PlanFrontier.load(path, memory))
         return FrontierPolicy(memory, Frontier.load(path, memory))
@@ -288,7 +292,7 @@ def policy_blocks(source: str | os.PathLike[str]) -> int | None:
         return None
     if path.suffix != ".json":
         return read_policy(path, *_FILES).model.num_blocks
-    kinds = {kind.KIND for kind in (LevelCosts, PlanFrontier, Frontier)}
+    kinds = {kind.KIND for kind in (LevelCosts, KindCosts, PlanFrontier, Frontier)}
     if (kind := artifact_kind(path)) not in kinds:
         raise ArtifactError(
             f"{path} is {'damaged' if kind is None else f'of the kind {kind!r}'}, but a policy in "

@@ -11,6 +11,7 @@ from typing import Literal
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError
+from rap_env.importance.text_kinds import Shares
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.sampling import Sample, SamplingParams
 
@@ -118,6 +119,7 @@ class RequestHandle:
         id: A number that is unique in this process.
         max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that may be
             predicted for a plan that serves it; None for the engine's floor alone.
+        text_shares: Kinds of text in its prompt; see `TextKinds.shares`.
         arrived_s: Time of arrival on the engine's clock, as all times here.
         admitted_s: Time at which it left the queue for the first time; None before.
         first_token_s: Time of the first token; None before it.
@@ -142,10 +144,12 @@ class RequestHandle:
         arrived_s: float,
         *,
         max_delta_nll: float | None = None,
+        text_shares: Shares = (),
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.id = next(_ids)
         self.max_delta_nll = max_delta_nll
+        self.text_shares = text_shares
         self.prompt_ids = prompt_ids
         self.params = params
         self.arrived_s = arrived_s

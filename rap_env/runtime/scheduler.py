@@ -254,7 +254,9 @@ class Scheduler:
         """The batch with a request that joins in so many chunks, within what others allow."""
         shape = shape_of(self._decoding, newcomer, chunks, uniform=self._uniform)
         bounds = (
-            self._controller.newcomer_bound(sequence.handle.final_tokens, sequence.least_rise)
+            self._controller.newcomer_bound(
+                sequence.handle.final_tokens, sequence.least_rise, sequence.handle.text_shares
+            )
             for sequence in self._decoding
         )
         return shape.with_bounds(bound for bound in bounds if bound is not None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import RapError
+from rap_env.importance.text_kinds import Shares
 from rap_env.llm.interruption import PassInterruptedError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.position_logits import PositionLogits
@@ -78,17 +79,18 @@ class TokenSequence:
     def note_rise(
         self,
         plan: CompressionPlan,
-        predict: Callable[[CompressionPlan, int], float | None],
+        predict: Callable[[CompressionPlan, int, Shares], float | None],
     ) -> None:
         """Note the plan of a decode step.
 
         Args:
             plan: The plan.
-            predict: Gives the rise in NLL of a plan at a length; None without a prediction.
+            predict: Gives the rise in NLL of a plan at a length and for a text; None without a
+                prediction.
         """
         if plan != self._decoded_with:
             self._decoded_with = plan
-            rise = predict(plan, self.handle.final_tokens)
+            rise = predict(plan, self.handle.final_tokens, self.handle.text_shares)
             self.least_rise = min(self.least_rise, math.inf if rise is None else rise)
 
     def preempt(self, time_s: float) -> None:
@@ -281,7 +283,7 @@ def shape_of(
     *,
     uniform: bool = False,
 ) -> BatchShape:
-    """The largest batch that sequences will form together, with the bounds of all of them.
+    """The largest batch that sequences will form together, with the bounds and texts of all.
 
     Args:
         running: Sequences that decode.
@@ -296,9 +298,11 @@ def shape_of(
         rows.append((cached + ahead, to_come - ahead))
     if joining is not None:
         rows.append(joining.progress(in_batch=False))
+    handles = [one.handle for one in (*running, *([] if joining is None else [joining]))]
     bounds = {
-        QualityBound(sequence.handle.final_tokens, floor)
-        for sequence in (*running, *([] if joining is None else [joining]))
-        if (floor := sequence.handle.max_delta_nll) is not None
+        QualityBound(handle.final_tokens, floor, handle.text_shares)
+        for handle in handles
+        if (floor := handle.max_delta_nll) is not None
     }
-    return BatchShape.of(rows, uniform=uniform).with_bounds(bounds)
+    shape = BatchShape.of(rows, uniform=uniform).with_bounds(bounds)
+    return shape.with_texts(handle.text_shares for handle in handles)

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import RapError
+from rap_env.importance.text_kinds import mean_shares
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.access import RequireApiKey, open_keys
 from rap_env.serving.admin import admin_router
@@ -128,8 +129,13 @@ class Service:
             raise _shutting_down()
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
-        predict = self.engine.controller.chooser.delta_nll
-        plans = AnswerPlans(partial(predict, seq_len_tokens=built.final_tokens), self._made_of)
+        chooser = self.engine.controller.chooser
+        predict = partial(
+            chooser.delta_nll,
+            seq_len_tokens=built.final_tokens,
+            text_shares=mean_shares([chooser.text_shares(prompt) for prompt in built.prompts]),
+        )
+        plans = AnswerPlans(predict, self._made_of)
         on_end = None
         if self.traces is not None:
             on_end = partial(

@@ -17,7 +17,7 @@ PLAN = CompressionPlan.of(
 )
 
 
-def delta_nll(plan, seq_len_tokens):
+def delta_nll(plan, seq_len_tokens, text_shares=()):
     """A prediction that depends on the length; none for plans that lower embeddings."""
     rise = len(plan.levels) * seq_len_tokens / 1000
     return None if plan.embeddings != "native" else rise
@@ -55,7 +55,10 @@ class FakeEngine:
         self.unready = None
         self.closed = False
         chooser = SimpleNamespace(
-            decisions=5, policy=SimpleNamespace(name="dense"), delta_nll=delta_nll
+            decisions=5,
+            policy=SimpleNamespace(name="dense"),
+            delta_nll=delta_nll,
+            text_shares=lambda prompt_ids: (),
         )
         self.controller = SimpleNamespace(
             plans=SimpleNamespace(

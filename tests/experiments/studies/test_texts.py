@@ -17,7 +17,7 @@ from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
 from experiments.studies import texts as program
 from experiments.studies.tables import ALL, CALIBRATION, OTHERS, TextStudy, kendall_tau
-from experiments.studies.texts import COSTS_FILE, PLANS_FILE, CostRow, PlanRow, texts
+from experiments.studies.texts import COSTS_FILE, PLANS_FILE, POLICY_FILE, CostRow, PlanRow, texts
 from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
@@ -26,6 +26,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.policies import load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -57,7 +58,7 @@ def config(tmp_path_factory):
                 kinds={name: KindConfig(str(base / f"{name}.txt")) for name in KINDS},
                 seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,
                 cells=[f"{b}x{n}@{size}" for (b, n), size in budgets.items()],
-                sized="few", sizes_tokens=[24, 96],
+                sized="few", sizes_tokens=[24, 96], prompt_tokens=0,
             ),
         )  # fmt: skip
 
@@ -174,6 +175,31 @@ def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
         assert own < foreign
     rows = {row[0]: row[1:] for row in study.agreement_table()[1]}
     assert rows["attn removed"] == ["1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"]
+
+
+def test_plans_by_prompt_win_where_costs_depend_on_the_kind(config, monkeypatch):
+    longer = replace(
+        config,
+        texts=replace(config.texts, windows=6, sized=None, prompt_tokens=16, seeds=[0]),
+    )
+    _, _, study = synthetic(longer, monkeypatch, 1.0, "prompts")
+    assert study.prompt_gain(known=True).high < -0.02
+    rows = {row[0]: row[1:] for row in study.prompt_table()[1]}
+    own, seen, equal = (
+        float(rows[n][2]) for n in ("own kind", "kind of the prompt", "equal shares")
+    )
+    assert own <= seen < equal
+    for kind, *shares in study.recognised_table()[1]:
+        right, wrong, none, unknown = map(float, shares)
+        assert right > 0.8, kind
+        assert wrong + none < 0.2
+        assert unknown == 1.0, "the kinds have no letter in common"
+    assert study.prompt_verdict in study.summary
+    folder = replace(longer, name="prompts").stage_dir("texts")
+    policy = load_policy(folder / POLICY_FILE, MemoryModel(tiny_llm(layers=4)))
+    assert policy.text_kinds.names == list(KINDS)
+    with pytest.raises(ExperimentError, match="needs at least 256 tokens of calibration text"):
+        replace(longer.texts, windows=5)
 
 
 def test_draws_of_the_same_windows_do_not_count_as_agreement(config, monkeypatch):

@@ -1,0 +1,169 @@
+"""Tells what kind of text a prompt is, from its tokens alone. No model is run; needs numpy only.
+
+A kind is known by the frequencies of its tokens in a calibration text: naive Bayes over tokens
+(McCallum and Nigam 1998, A comparison of event models for naive Bayes text classification), with
+frequencies smoothed towards those of all kinds (Zhai and Lafferty 2001, A study of smoothing
+methods for language models). Tokens of a text depend on each other, so their evidence counts as
+that of the square root of their number.
+
+A prompt whose tokens are unlikely even in its likeliest kind is of no known kind. The bound is set
+for each kind by parts of its own text that are left out in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.errors import ArtifactError
+
+Floats = npt.NDArray[np.float64]
+
+Shares = tuple[float, ...]
+"""Shares of the known kinds in a prompt, in their order, with the sum 1; empty if it is of none."""
+
+_PART_TOKENS = 64  # of a text that is left out in turn
+
+LEAST_TOKENS = 4 * _PART_TOKENS
+"""Fewest tokens of a kind's calibration text."""
+
+_SMOOTHING_TOKENS = 1000.0  # weight of the frequencies of all kinds
+_DEVIATIONS = 3.0  # below the mean log-probability of a kind, from which a prompt is of none
+_STEP = 8  # shares are multiples of 1/8, so that few of them differ
+
+
+@dataclass(frozen=True, eq=False)
+class TextKinds:
+    """Kinds of text, K of them, by the tokens of a calibration text of each.
+
+    Attributes:
+        vocab_size: Number of tokens of the vocabulary, V.
+        token_ids: The tokens that occur in each kind's text, ascending, by its name.
+        counts: How often each of them occurs.
+        typical: Mean and standard deviation of the log-probability of a token in left-out parts of
+            each kind's text, in nats per token.
+    """
+
+    vocab_size: int
+    token_ids: dict[str, Sequence[int]]
+    counts: dict[str, Sequence[int]]
+    typical: dict[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, texts: Mapping[str, npt.NDArray[np.integer[Any]]], vocab_size: int) -> Self:
+        """Learn kinds from calibration texts.
+
+        Args:
+            texts: The tokens of each kind's text, by its name; windows of any shape.
+            vocab_size: V.
+
+        Raises:
+            ArtifactError: There is no kind, or one has fewer tokens than `LEAST_TOKENS`.
+        """
+        short = [f"{t.size} of {name}" for name, t in texts.items() if t.size < LEAST_TOKENS]
+        if not texts or short:
+            raise ArtifactError(
+                f"Kinds of text are told by at least {LEAST_TOKENS} tokens of each, not by "
+                f"{', '.join(short) or 'none'}."
+            )
+        seen = {n: np.unique(tokens, return_counts=True) for n, tokens in texts.items()}
+        token_ids = {name: ids.tolist() for name, (ids, _) in seen.items()}
+        counts = {name: numbers.tolist() for name, (_, numbers) in seen.items()}
+        dense = _dense(token_ids, counts, vocab_size)
+        parts = (_left_out(dense, n, tokens.ravel()) for n, tokens in enumerate(texts.values()))
+        moments = [(float(np.mean(logs)), float(np.std(logs))) for logs in parts]
+        return cls(vocab_size, token_ids, counts, dict(zip(texts, moments, strict=True)))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the kinds."""
+        return list(self.token_ids)
+
+    def shares(self, prompt_ids: Sequence[int]) -> Shares:
+        """The shares of the kinds in a prompt: their probabilities, in steps of an eighth.
+
+        Args:
+            prompt_ids: Its tokens, each below `vocab_size`.
+        """
+        if not len(prompt_ids):
+            return ()
+        count = len(prompt_ids)
+        logs = self._log_probabilities[:, np.asarray(prompt_ids)].mean(axis=1)
+        mean, deviation = list(self.typical.values())[best := int(np.argmax(logs))]
+        spread = deviation * np.sqrt(max(1.0, _PART_TOKENS / count))
+        if logs[best] < mean - _DEVIATIONS * spread:
+            return ()
+        weights = np.exp((logs - logs[best]) * np.sqrt(count))
+        return _rounded(weights / weights.sum())
+
+    @cached_property
+    def _log_probabilities(self) -> Floats:
+        """Of each token in each kind, (K, V)."""
+        counts = _dense(self.token_ids, self.counts, self.vocab_size)
+        of_all, own_tokens = counts.sum(axis=0), counts.sum(axis=1, keepdims=True)
+        found = _smoothed(counts, of_all, own_tokens, own_tokens.sum(), self.vocab_size)
+        return np.asarray(found)
+
+
+def mean_shares(shares: Sequence[Shares]) -> Shares:
+    """The shares of the kinds in several prompts together; a prompt of no kind has equal ones."""
+    known = [one for one in shares if one]
+    if not known:
+        return ()
+    equal = (1 / len(known[0]),) * len(known[0])
+    return _rounded(np.mean([one or equal for one in shares], axis=0))
+
+
+def _dense(
+    token_ids: Mapping[str, Sequence[int]], counts: Mapping[str, Sequence[int]], vocab_size: int
+) -> Floats:
+    """How often each token occurs in each kind's text, (K, V)."""
+    found = np.zeros((len(token_ids), vocab_size))
+    for row, name in zip(found, token_ids, strict=True):
+        row[np.asarray(token_ids[name])] = counts[name]
+    return found
+
+
+def _rounded(shares: Floats) -> Shares:
+    """Shares in steps of an eighth, with the sum 1: the largest remainders are rounded up."""
+    steps = shares * _STEP
+    whole = np.floor(steps)
+    up = np.argsort(whole - steps, kind="stable")[: round(_STEP - whole.sum())]
+    whole[up] += 1
+    return tuple((whole / _STEP).tolist())
+
+
+def _smoothed(own: Any, of_all: Any, own_tokens: Any, all_tokens: Any, vocab_size: int) -> Any:
+    """Log-probabilities of tokens in a kind.
+
+    Args:
+        own: How often they occur in its text.
+        of_all: How often they occur in the texts of all kinds.
+        own_tokens: Tokens of its text.
+        all_tokens: Tokens of all texts.
+        vocab_size: V.
+    """
+    expected = _SMOOTHING_TOKENS * (of_all + 1) / (all_tokens + vocab_size)
+    return np.log((own + expected) / (own_tokens + _SMOOTHING_TOKENS))
+
+
+def _left_out(counts: Floats, row: int, tokens: npt.NDArray[np.integer[Any]]) -> list[float]:
+    """Mean log-probability of each part of a kind's text by the rest of all texts, (parts,)."""
+    own, of_all = counts[row], counts.sum(axis=0)
+    found = []
+    for part in np.array_split(tokens, len(tokens) // _PART_TOKENS):
+        less = np.bincount(part, minlength=len(own))[part]
+        logs = _smoothed(
+            own[part] - less,
+            of_all[part] - less,
+            own.sum() - len(part),
+            of_all.sum() - len(part),
+            len(own),
+        )
+        found.append(float(logs.mean()))
+    return found

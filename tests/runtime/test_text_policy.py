@@ -1,0 +1,103 @@
+"""Plans by the kind of text of the prompts: alone, in the chooser's floor, and in the engine."""
+
+from functools import partial
+
+import pytest
+
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.knapsack import KnapsackPolicy
+from rap_env.runtime.policies import load_policy, policy_blocks
+from rap_env.runtime.text_policy import TextPolicy, for_text
+from tests.importance.test_kind_costs import kind_costs
+from tests.runtime.harness import Harness, greedy
+from tests.tiny import VOCAB_SIZE, tiny_llm
+
+PROSE, CODE = list(range(3, 19)), list(range(VOCAB_SIZE - 18, VOCAB_SIZE - 2))
+REQUEST_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return MemoryModel(tiny_llm(layers=3))
+
+
+@pytest.fixture(scope="module")
+def costs(memory):
+    return kind_costs(memory.facts)
+
+
+@pytest.fixture(scope="module")
+def policy(memory, costs):
+    return TextPolicy(costs, partial(KnapsackPolicy, memory))
+
+
+def tight(memory):
+    """A request that needs a plan, for which both kinds have plans of their own."""
+    return Request.at_fraction(memory, 2, REQUEST_TOKENS, 0.7)
+
+
+def test_it_chooses_the_plan_of_the_kind_of_text(memory, costs, policy):
+    request = tight(memory)
+    own = [KnapsackPolicy(memory, one).choose(request) for one in costs.costs.values()]
+    assert own[0] != own[1]
+    assert policy.for_text((1.0, 0.0)).choose(request) == own[0]
+    assert policy.for_text((0.0, 1.0)).choose(request) == own[1]
+    assert for_text(policy, (0.0, 1.0)).choose(request) == own[1]
+    general = KnapsackPolicy(memory, costs.mean())
+    assert policy.choose(request) == general.choose(request)
+    assert policy.delta_nll(own[0], 40) == general.delta_nll(own[0], 40)
+    assert (policy.name, policy.lowers, policy.order) == ("knapsack-by-text", True, general.order)
+    assert for_text(general, (1.0, 0.0)) is general, "other policies do not see the text"
+
+
+def test_it_is_loaded_from_its_file(memory, costs, policy, tmp_path):
+    costs.save(tmp_path / "kinds.json")
+    loaded = load_policy(tmp_path / "kinds.json", memory)
+    assert isinstance(loaded, TextPolicy)
+    request = tight(memory)
+    for shares in ((), (1.0, 0.0), (0.5, 0.5)):
+        assert loaded.for_text(shares).choose(request) == policy.for_text(shares).choose(request)
+    assert policy_blocks(tmp_path / "kinds.json") is None
+
+
+def test_the_floor_is_that_of_the_kind_of_text(memory, costs, policy):
+    chooser = Harness(policy=policy, max_delta_nll=1.0).controller.chooser
+    shapes = [BatchShape(2, REQUEST_TOKENS).with_texts([one]) for one in ((1.0, 0.0), (0.0, 1.0))]
+    plans = [one.choose(tight(memory)) for one in map(policy.for_text, ((1.0, 0.0), (0.0, 1.0)))]
+    for plan in (*plans, CompressionPlan()):
+        for shape, own in zip(shapes, costs.costs.values(), strict=True):
+            rise = own.delta_nll(plan, REQUEST_TOKENS)
+            assert chooser.rise(plan, REQUEST_TOKENS, shape.text_shares) == pytest.approx(rise)
+            assert chooser.allows(plan, shape) == (rise <= 1.0)
+
+
+def served(policy, budget_bytes, prompt):
+    harness = Harness(policy=policy, budget=budget_bytes)
+    engine = harness.engine()
+    handle = engine.submit(prompt, greedy(4))
+    harness.run(engine)
+    assert handle.reason == "length"
+    return handle
+
+
+def test_requests_are_served_with_the_plan_of_their_text(memory, policy):
+    budget = int(0.7 * Harness().need(CompressionPlan(), BatchShape(1, len(PROSE) + 4)))
+    prose, code, again = (served(policy, budget, prompt) for prompt in (PROSE, CODE, PROSE))
+    assert min(prose.text_shares[0], code.text_shares[1]) > 0.8
+    assert prose.plan == again.plan
+    assert prose.plan != code.plan, "the prompts have the same length, and the budget is the same"
+    blind = policy.for_text(())
+    plans = [served(blind, budget, prompt).plan for prompt in (PROSE, CODE)]
+    assert plans[0] == plans[1]
+
+
+def test_a_batch_of_several_prompts_has_the_mean_of_their_shares(policy):
+    engine = Harness(policy=policy).engine()
+    handles = [engine.submit(prompt, greedy(6)) for prompt in (PROSE, CODE)]
+    while not all(handle.token_ids for handle in handles):
+        engine.step()
+    assert handles[0].text_shares != handles[1].text_shares
+    assert engine._scheduler._running_shape().text_shares == (0.5, 0.5)
