@@ -132,7 +132,10 @@ class AdditiveScorer:
 
     def __init__(self, llm, corpus, store=None, workers=None):
         self.llm, self.corpus, self.evaluations, self.block_forwards = llm, corpus, 0, 0.0
-        self.provenance = {"text": corpus.provenance, "scoring": {}}
+        self.provenance = {
+            "text": corpus.provenance, "scoring": {}, "model": "tiny",
+            "fingerprint": llm.facts.fingerprint,
+        }  # fmt: skip
         self.plan_context = {"tokens": corpus.sha256}
         reverse = corpus.provenance["source"].endswith("many.txt")
         slope = np.arange(4)[::-1] if reverse else np.arange(4)
