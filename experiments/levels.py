@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from experiments.contexts import build_context, held_out_scorer
 from experiments.launch import launch
 from rap_env.artifacts import save_artifact
 from rap_env.context.opening import require_live
+from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
+from rap_env.importance.text_kinds import TextKinds
 from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -40,7 +42,15 @@ log = logging.getLogger(__name__)
 
 COSTS_FILE = "levels.json"
 GRID_FILE = "grid.jsonl"
-_FROZEN = ("model", "calibration", "levels.caches", "levels.requests", "levels.joint_budgets")
+KINDS_FILE = "kinds.json"
+_FROZEN = (
+    "model",
+    "calibration",
+    "levels.caches",
+    "levels.requests",
+    "levels.joint_budgets",
+    "levels.kinds",
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ class PlanRow(Record):
 def levels(config: Config, folder: Path) -> Path:
     """Measure the costs of levels and the plans of the knapsack; existing results are kept.
 
-    The folder gets ``levels.json`` and ``grid.jsonl``. With `levels.out`, the costs are also
-    written there, and the model's facts beside them.
+    The folder gets ``levels.json`` and ``grid.jsonl``, and ``kinds.json`` with `levels.kinds`. With
+    `levels.out`, the costs are also written there, and the model's facts beside them.
 
     Returns:
         The path of ``levels.json``.
@@ -110,6 +120,8 @@ def levels(config: Config, folder: Path) -> Path:
         costs.save(path)
     if settings.out is not None:
         costs.save(settings.out)
+    if settings.kinds and not (folder / KINDS_FILE).exists():
+        kind_costs(config).save(folder / KINDS_FILE)
     for row in costs.predictions():
         log.info(
             "Predicted %.4f, measured %.4f: %s", row["predicted"], row["measured"], row["plan"]
@@ -123,6 +135,18 @@ def levels(config: Config, folder: Path) -> Path:
     run.finish(started, **summary(rows))
     log.info("Levels: %s; grid: %s.", path, summary(rows))
     return path
+
+
+def kind_costs(config: Config) -> KindCosts:
+    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart."""
+    texts, costs = {}, {}
+    for name, text in config.levels.kinds.items():
+        context = require_live(build_context(replace(config, calibration=text), profiled=False))
+        texts[name] = context.corpus.tokens.numpy()
+        log.info("Levels on %s.", name)
+        costs[name] = scan_levels(context.scorer, config.levels.caches, progress=config.progress)
+        context.scorer.release()
+    return KindCosts(TextKinds.of(texts, context.memory.facts.vocab_size), costs)
 
 
 def unquantised_facts(config: Config) -> ModelFacts:

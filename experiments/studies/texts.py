@@ -2,8 +2,7 @@
 
 Each kind of text is drawn with several seeds. The knapsack chooses plans from the one-shot costs
 on each draw, and from their mean over kinds; all plans are measured on report text of each kind.
-Plans by the kind of text of a prompt are measured on windows whose first tokens are the prompt; the
-costs by kind become a policy file.
+Plans by the kind of text of a prompt are measured on windows whose first tokens are the prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from rap_env.context.opening import require_live
 from rap_env.importance.kind_costs import KindCosts, mean_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import scan_levels
-from rap_env.importance.text_kinds import LEAST_TOKENS, Shares, TextKinds
+from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.llm.progress import progress_bar
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
 from rap_env.request import Request
@@ -52,7 +51,7 @@ from rap_env.scoring.corpus import ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
 
 COSTS_FILE, PLANS_FILE, PROMPTS_FILE = "costs.jsonl", "plans.jsonl", "prompts.jsonl"
-FIGURE_FILE, POLICY_FILE = "texts.png", "kinds.json"
+FIGURE_FILE = "texts.png"
 _FROZEN = ("model", "env.levels", "env.together", "texts.kinds")
 
 
@@ -131,8 +130,7 @@ def texts(config: Config, folder: Path) -> Path:
     """Measure costs on every draw and their plans on every kind; existing rows are kept.
 
     Returns:
-        The path of ``texts.json``, from which ``tables.md`` and the figure are made. Beside it,
-        ``kinds.json`` is a policy file (`KindCosts`) of all draws, if they have enough tokens.
+        The path of ``texts.json``, from which ``tables.md`` and the figure are made.
 
     Raises:
         ExperimentError: The settings lack something, or the folder has results of others.
@@ -149,10 +147,7 @@ def texts(config: Config, folder: Path) -> Path:
         )
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=_FROZEN)
-    measurements = TextMeasurements(config, folder)
-    record = measurements.record()
-    if settings.tokens >= LEAST_TOKENS:
-        measurements.kind_costs(settings.seeds).save(folder / POLICY_FILE)
+    record = TextMeasurements(config, folder).record()
     with atomic_write(folder / RECORD_FILE) as file:
         file.write((json.dumps(record, allow_nan=False) + "\n").encode())
     run.finish(started, draws=len(record["costs"]), rows=len(record["plans"]))
@@ -236,19 +231,12 @@ class TextMeasurements:
             "prompts": [{name: getattr(row, name) for name in of_prompts} for row in prompts],
         }
 
-    def kind_costs(self, seeds: Sequence[int], without: str | None = None) -> KindCosts:
-        """Costs by kind of text from the draws of some seeds, after `record`; one kind left out."""
+    def _kind_costs(self, seed: int, without: str | None) -> KindCosts:
+        """Return the costs by kind of text from the draws of a seed, with one kind left out."""
         kinds = [kind for kind in self._settings.kinds if kind != without]
-        draws = {
-            kind: [Draw(kind, seed, self._settings.tokens) for seed in seeds] for kind in kinds
-        }
-        texts = {
-            kind: np.concatenate([self._contexts[draw].corpus.tokens for draw in found])
-            for kind, found in draws.items()
-        }
-        costs = {
-            kind: mean_costs([self._costs[draw] for draw in found]) for kind, found in draws.items()
-        }
+        draws = {kind: Draw(kind, seed, self._settings.tokens) for kind in kinds}
+        texts = {kind: self._contexts[draw].corpus.tokens.numpy() for kind, draw in draws.items()}
+        costs = {kind: self._costs[draw] for kind, draw in draws.items()}
         return KindCosts(TextKinds.of(texts, self._llm.facts.vocab_size), costs)
 
     def _provenance(self, scorer: MaskScorer, **depends_on: Any) -> dict[str, Any]:
@@ -305,7 +293,7 @@ class TextMeasurements:
         for name, corpus in bar:
             scorer = MaskScorer(self._llm, corpus, self._store)
             for seed, known in itertools.product(self._settings.seeds, (True, False)):
-                costs = self.kind_costs([seed], without=None if known else name)
+                costs = self._kind_costs(seed, without=None if known else name)
                 rows += self._judge_prompts(name, seed, known, scorer, costs)
             scorer.release()
         return rows

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.comparison.records import read_records
@@ -15,11 +16,13 @@ from experiments.config.evaluation import LevelsConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
-from experiments.levels import COSTS_FILE, GRID_FILE, PlanRow, levels
+from experiments.levels import COSTS_FILE, GRID_FILE, KINDS_FILE, PlanRow, levels
+from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.policies import load_policy
+from rap_env.runtime.text_policy import TextPolicy
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -102,6 +105,39 @@ def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
     other = replace(measured, levels=replace(measured.levels, caches=["int4"]))
     with pytest.raises(ExperimentError, match=r"levels\.caches"):
         levels(other, folder)
+
+
+def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
+    kinds = {}
+    for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
+        drawn = np.random.default_rng(len(kinds)).choice(list(letters), 3000)
+        (tmp_path / f"{name}.txt").write_text("".join(drawn))
+        kinds[name] = TextConfig(str(tmp_path / f"{name}.txt"), windows=6, window_tokens=48)
+    settings = replace(measured.levels, kinds=kinds, out=None)
+    config = replace(measured, name="kinds", levels=settings)
+    levels(config, folder := config.stage_dir("levels"))
+    context = build_context(config, profiled=False)
+    policy = load_policy(folder / KINDS_FILE, context.llm)
+    assert isinstance(policy, TextPolicy)
+    tokens = {
+        name: context.llm.tokenizer(text)["input_ids"]
+        for name, text in (
+            ("prose", "a fed bag. a head. bad cab. faded"),
+            ("code", "(0){_1=0;}(=;_)"),
+        )
+    }
+    assert policy.text_kinds.shares(tokens["prose"])[0] > 0.8
+    assert policy.text_kinds.shares(tokens["code"])[1] > 0.8
+    on_code = build_context(replace(config, calibration=kinds["code"]), profiled=False).scorer
+    rise = on_code.nll(CompressionPlan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
+    found = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
+    assert found.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
+    before = (folder / KINDS_FILE).read_bytes()
+    levels(config, folder)
+    assert (folder / KINDS_FILE).read_bytes() == before
+    other = replace(settings, kinds={**kinds, "code": replace(kinds["code"], seed=1)})
+    with pytest.raises(ExperimentError, match=r"levels\.kinds"):
+        levels(replace(config, levels=other), folder)
 
 
 def test_wrong_settings_are_rejected():

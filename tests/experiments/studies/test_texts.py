@@ -17,7 +17,7 @@ from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
 from experiments.studies import texts as program
 from experiments.studies.tables import ALL, CALIBRATION, OTHERS, TextStudy, kendall_tau
-from experiments.studies.texts import COSTS_FILE, PLANS_FILE, POLICY_FILE, CostRow, PlanRow, texts
+from experiments.studies.texts import COSTS_FILE, PLANS_FILE, CostRow, PlanRow, texts
 from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
@@ -26,7 +26,6 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.policies import load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -132,10 +131,7 @@ class AdditiveScorer:
 
     def __init__(self, llm, corpus, store=None, workers=None):
         self.llm, self.corpus, self.evaluations, self.block_forwards = llm, corpus, 0, 0.0
-        self.provenance = {
-            "text": corpus.provenance, "scoring": {}, "model": "tiny",
-            "fingerprint": llm.facts.fingerprint,
-        }  # fmt: skip
+        self.provenance = {"text": corpus.provenance, "scoring": {}}
         self.plan_context = {"tokens": corpus.sha256}
         reverse = corpus.provenance["source"].endswith("many.txt")
         slope = np.arange(4)[::-1] if reverse else np.arange(4)
@@ -198,9 +194,6 @@ def test_plans_by_prompt_win_where_costs_depend_on_the_kind(config, monkeypatch)
         assert wrong + none < 0.2
         assert unknown == 1.0, "the kinds have no letter in common"
     assert study.prompt_verdict in study.summary
-    folder = replace(longer, name="prompts").stage_dir("texts")
-    policy = load_policy(folder / POLICY_FILE, MemoryModel(tiny_llm(layers=4)))
-    assert policy.text_kinds.names == list(KINDS)
     with pytest.raises(ExperimentError, match="needs at least 256 tokens of calibration text"):
         replace(longer.texts, windows=5)
 
