@@ -44,7 +44,11 @@ class KindCosts:
 
     def mean(self, shares: Shares = ()) -> LevelCosts:
         """Costs on text with some shares of the kinds; with equal ones if it is of none."""
-        return mean_costs(list(self.costs.values()), shares or None)
+        costs = list(self.costs.values())
+        if not shares:
+            return mean_costs(costs)
+        found = [(one, share) for one, share in zip(costs, shares, strict=True) if share > 0]
+        return mean_costs(*map(list, zip(*found, strict=True)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as a checked JSON artifact.
@@ -101,9 +105,14 @@ def mean_costs(costs: Sequence[LevelCosts], weights: Sequence[float] | None = No
             "of them on windows of one length."
         )
     names = ("one_shot", "errors", "joint")  # the mean of errors is an upper bound
-    return replace(
-        costs[0], **{name: _mean([getattr(one, name) for one in costs], weights) for name in names}
-    )
+    means = {name: _mean([getattr(one, name) for one in costs], weights) for name in names}
+    texts = [one.provenance["text"] for one in costs]
+    text = {
+        "source": ", ".join(dict.fromkeys(text["source"] for text in texts)),
+        "windows": sum(text["windows"] for text in texts),
+        "window_tokens": costs[0].window_tokens,
+    }
+    return replace(costs[0], **means, provenance={**costs[0].provenance, "text": text})
 
 
 def _mean(parts: list[Any], weights: Sequence[float] | None) -> Any:

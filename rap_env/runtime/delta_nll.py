@@ -16,6 +16,7 @@ from rap_env.policy import PlanPolicy
 from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
+from rap_env.runtime.text_policy import for_text
 from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
 
 
@@ -28,9 +29,10 @@ def find_delta_nll(
     policy's file, which hold for single blocks and for the first blocks of the GSI order; else a
     prediction from both. All else is predicted from level costs, the policy's own or those of the
     package, for sequences of `seq_len_tokens` tokens (None is the length at which they were
-    measured), or else from the order over items in the policy's file.
+    measured), or else from the order over items in the policy's file. Those by kind of text are
+    taken for equal shares of all kinds.
     """
-    plan = as_plan(plan)
+    plan, policy = as_plan(plan), for_text(policy, ())
     if not plan:
         return 0.0, "the dense model"
     if plan.is_mask and not isinstance(policy, KnapsackPolicy):

@@ -9,7 +9,6 @@ import pytest
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError
 from rap_env.importance.kind_costs import KindCosts, mean_costs
-from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.memory import MemoryModel
 from tests.runtime.test_knapsack import costs, facts
@@ -47,7 +46,8 @@ def test_the_mean_weighs_kinds_by_their_shares():
     assert mean(0.25, 0.75) == pytest.approx(0.25 * prose + 0.75 * code)
     assert mean() == pytest.approx((prose + code) / 2), "text of no kind"
     assert found.mean((0.25, 0.75)).joint == {"{}": 0.5}
-    assert isinstance(found.mean(), LevelCosts)
+    texts = [found.mean(shares).provenance["text"] for shares in ((), (0.0, 1.0))]
+    assert [text["windows"] for text in texts] == [2, 1], "the texts that the costs are from"
 
 
 def test_costs_without_a_common_mean_are_rejected():
