@@ -200,15 +200,16 @@ class TextStudy:
         """Table of what prompts are taken for."""
         rows = []
         for number, kind in enumerate(self.kinds):
-            own, none, unknown = [], [], []
+            own, others, none, unknown = [], [], [], []
             for seed in self._record["seeds"]:
                 for shares in self._prompts[seed, self.cells[0], kind, True]["shares"]:
                     own.append(shares[number] if shares else 0.0)
+                    others.append(sum(shares) - own[-1])
                     none.append(not shares)
                 found = self._prompts[seed, self.cells[0], kind, False]["shares"]
                 unknown += [not shares for shares in found]
-            values = [np.mean(own), 1 - np.mean(own) - np.mean(none), np.mean(none)]
-            rows.append([kind, *(f"{value:.2f}" for value in (*values, np.mean(unknown)))])
+            values = (np.mean(own), np.mean(others), np.mean(none), np.mean(unknown))
+            rows.append([kind, *(f"{value:.2f}" for value in values)])
         return ["Text", "Own kind", "Others", "None", "None, own kind unknown"], rows
 
     def agreement_table(self) -> Table:
