@@ -16,6 +16,7 @@ from typing import Any
 from experiments.comparison.records import append_record
 from experiments.console import say
 from rap_env.blocks import BlockMask, block_name
+from rap_env.importance.text_kinds import Shares
 from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, MaskOrPlan, cache_name
@@ -264,6 +265,7 @@ class RecordingEngine(Engine):
         listener: Listener | None = None,
         *,
         max_delta_nll: float | None = None,
+        text_shares: Shares | None = None,
     ) -> RequestHandle:
         """Submit a request as `Engine.submit` does, and follow it."""
 
@@ -272,6 +274,8 @@ class RecordingEngine(Engine):
             if listener is not None:
                 listener(event)
 
-        handle = super().submit(prompt_ids, params, relay, max_delta_nll=max_delta_nll)
+        handle = super().submit(
+            prompt_ids, params, relay, max_delta_nll=max_delta_nll, text_shares=text_shares
+        )
         self.sample.note(handle)
         return handle

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
+from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.longest_prompt import LongestPrompt
 from rap_env.runtime.metrics import EngineStats
@@ -145,6 +146,7 @@ class Engine:
         listener: Listener | None = None,
         *,
         max_delta_nll: float | None = None,
+        text_shares: Shares | None = None,
     ) -> RequestHandle:
         """Add a request to the queue; from any thread.
 
@@ -155,6 +157,8 @@ class Engine:
             max_delta_nll: Floor of quality of this request, nats per token: no pass for it runs
                 with a plan whose predicted rise in NLL is above it. The controller's own floor
                 holds in any case.
+            text_shares: Kinds of text in the prompt, for a policy that chooses by them; None tells
+                them from all of its tokens.
 
         Raises:
             InvalidRequestError: The prompt is empty or too long together with the answer; the
@@ -168,12 +172,15 @@ class Engine:
         prompt = self._check_prompt(prompt_ids, params)
         if max_delta_nll is not None:
             self.controller.chooser.check_bound("max_delta_nll", max_delta_nll)
+        kinds = self.controller.chooser.text_kinds
+        if text_shares is None:
+            text_shares = () if kinds is None else kinds.shares(prompt)
         handle = RequestHandle(
             prompt,
             params,
             self.clock(),
             max_delta_nll=max_delta_nll,
-            text_shares=self.controller.chooser.text_shares(prompt),
+            text_shares=text_shares,
             on_cancel=self._wake.set,
         )
         sequence = TokenSequence(handle)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
-from rap_env.importance.text_kinds import Shares
+from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
@@ -128,10 +128,10 @@ class PlanChooser:
             f"(max_delta_nll{whose})"
         )
 
-    def text_shares(self, prompt_ids: Sequence[int]) -> Shares:
-        """The kinds of text in a prompt, if the policy chooses by them; any thread may call it."""
-        policy = self.policy
-        return policy.text_kinds.shares(prompt_ids) if isinstance(policy, TextPolicy) else ()
+    @property
+    def text_kinds(self) -> TextKinds | None:
+        """Tells the kinds of text of prompts; None for a policy that does not choose by them."""
+        return self.policy.text_kinds if isinstance(self.policy, TextPolicy) else None
 
     def delta_nll(
         self, plan: CompressionPlan, seq_len_tokens: int, text_shares: Shares = ()

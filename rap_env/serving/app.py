@@ -88,6 +88,7 @@ class Service:
             or GrammarCompiler(tokenizer, vocab_size=engine.vocab_size, stop_token_ids=stops),
             stop_token_ids=stops,
             longest_prompt=engine.longest_prompt.tokens,
+            text_kinds=engine.controller.chooser.text_kinds,
         )
         made_of = (engine.llm.fingerprint, engine.controller.chooser.policy.name, __version__)
         self._made_of = repr(made_of)
@@ -129,11 +130,10 @@ class Service:
             raise _shutting_down()
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
-        chooser = self.engine.controller.chooser
         predict = partial(
-            chooser.delta_nll,
+            self.engine.controller.chooser.delta_nll,
             seq_len_tokens=built.final_tokens,
-            text_shares=mean_shares([chooser.text_shares(prompt) for prompt in built.prompts]),
+            text_shares=mean_shares(built.text_shares),
         )
         plans = AnswerPlans(predict, self._made_of)
         on_end = None

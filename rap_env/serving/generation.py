@@ -14,6 +14,7 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.request_handle import (
     AdmitEvent,
     EndEvent,
@@ -76,6 +77,7 @@ class GenerationRequest:
         stream: Whether to stream the response.
         include_usage: Whether a stream ends with the numbers of tokens.
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's alone.
+        text_shares: Kinds of text in each prompt; empty if the policy does not choose by them.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -90,6 +92,7 @@ class GenerationRequest:
     stream: bool = False
     include_usage: bool = False
     max_delta_nll: float | None = None
+    text_shares: Sequence[Shares] = ()
 
     @property
     def size(self) -> int:
@@ -237,7 +240,9 @@ class Generation:
                 self._on_end(timer)
 
         params, floor = self.request.params_of(number), self.request.max_delta_nll
-        return self._engine.submit(prompt, params, listen, max_delta_nll=floor)
+        texts = self.request.text_shares
+        shares = texts[number // self.request.n] if texts else ()
+        return self._engine.submit(prompt, params, listen, max_delta_nll=floor, text_shares=shares)
 
     def cancel(self, cause: Exception | None = None) -> None:
         """Cancel all answers; `deltas` soon raises the cause, or a general error."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import CompiledGrammar, GrammarCompiler
 from rap_env.serving.detokenizer import plain_text
@@ -32,8 +33,9 @@ class RequestBuilder:
     """Makes generation requests from validated bodies.
 
     `context_tokens` is the most tokens of a prompt and its answer together, `grammars` compiles
-    what answers have to follow, and `longest_prompt` gives the most tokens of a prompt that fit the
-    memory budget, 0 if none do.
+    what answers have to follow, `longest_prompt` gives the most tokens of a prompt that fit the
+    memory budget, 0 if none do, and `text_kinds` tells the kinds of text in prompts, if the policy
+    chooses by them.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class RequestBuilder:
         grammars: GrammarCompiler,
         stop_token_ids: Sequence[int],
         longest_prompt: Callable[[], int],
+        text_kinds: TextKinds | None = None,
     ) -> None:
         self._settings = settings
         self._context_tokens = context_tokens
         self._stop_token_ids = tuple(stop_token_ids)
         self._longest_prompt = longest_prompt
+        self._text_kinds = text_kinds
         self._tokenizer = tokenizer
         self.grammars = grammars
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
@@ -107,7 +111,18 @@ class RequestBuilder:
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             max_delta_nll=body.max_delta_nll,
+            text_shares=self._text_shares(body, prompts),
         )
+
+    def _text_shares(self, body: Body, prompts: Sequence[Sequence[int]]) -> list[Shares]:
+        """Kinds of text in each prompt; a chat counts without its template and system message."""
+        if self._text_kinds is None:
+            return []
+        if isinstance(body, ChatCompletionRequest):
+            turns = template_messages(body.messages)
+            written = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
+            prompts = [self.encode_text(written, add_special_tokens=False)]
+        return [self._text_kinds.shares(prompt) for prompt in prompts]
 
     def check_model(self, name: str | None) -> None:
         """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""

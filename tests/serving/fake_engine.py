@@ -58,7 +58,7 @@ class FakeEngine:
             decisions=5,
             policy=SimpleNamespace(name="dense"),
             delta_nll=delta_nll,
-            text_shares=lambda prompt_ids: (),
+            text_kinds=None,
         )
         self.controller = SimpleNamespace(
             plans=SimpleNamespace(
@@ -86,7 +86,7 @@ class FakeEngine:
         for handle in self.handles:
             handle.cancel()
 
-    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None):
+    def submit(self, prompt_ids, params, listener=None, *, max_delta_nll=None, text_shares=None):
         if isinstance(self.end, Exception):
             raise self.end
         handle = RequestHandle(tuple(prompt_ids), params, self.clock())
