@@ -40,6 +40,7 @@ NEEDS_MODEL = {
     "long_context": "reads answers from its likelihoods",
     "llama_cpp": "compares llama.cpp with it",
     "shipped": "lowers its weights",
+    "prompts": "measures plans on several texts, and a table has scores of one",
     "texts": "measures plans on several texts, and a table has scores of one",
 }
 """Stages that need a live model, and why; the others also accept a score table."""

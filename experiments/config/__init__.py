@@ -32,7 +32,7 @@ from experiments.config.model import (
 )
 from experiments.config.servers import ServerReplayConfig
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
-from experiments.config.studies import SmallModelConfig, TextsConfig
+from experiments.config.studies import PromptsConfig, SmallModelConfig, TextsConfig
 from experiments.config.training import (
     AgentConfig,
     DemoConfig,
@@ -78,6 +78,7 @@ class Config(Section):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
     texts: TextsConfig = field(default_factory=TextsConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)

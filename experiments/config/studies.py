@@ -83,6 +83,23 @@ class TextsConfig(Section):
 
 
 @dataclass
+class PromptsConfig(Section):
+    """Policies that see the prompt, beside those that do not, on held-out text."""
+
+    section = "prompts"
+    policies: Annotated[list[str], distinct] = field(
+        default_factory=lambda: ["knapsack", "knapsack-by-text"]
+    )
+    """Names or paths for `load_policy`; the others are compared with the first one."""
+    texts: dict[str, TextConfig] = field(default_factory=dict)
+    """Held-out texts by name: the report parts of files."""
+    prompt_tokens: Count = 64
+    """First tokens of a window that are the prompt."""
+    cells: list[PinnedText] = field(default_factory=list)
+    """Requests with budgets in bytes, as in ``evaluate.pinned``."""
+
+
+@dataclass
 class SmallModelConfig(Section):
     """A small language model that ``experiments.small_models`` trains from scratch."""
 

@@ -19,6 +19,7 @@ from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.kind_costs import KindCosts
+from rap_env.importance.ladder_order import greedy_order
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.ladder.item_bytes import LadderBytes
@@ -45,12 +46,23 @@ SAVED = Path(__file__).parent / "saved"
 DEFAULT_MODEL = "smollm2-135m"
 """The model of the packaged policies, frontier and level costs."""
 
-NAMED = ("dense", "frontier", "knapsack", "rap", "rap-recall", "rap-v0")
+NAMED = (
+    "dense",
+    "frontier",
+    "knapsack",
+    "knapsack-by-text",
+    "rap",
+    "rap-by-text",
+    "rap-recall",
+    "rap-v0",
+)
 """Names that `load_policy` accepts."""
 
 _FILES_OF = {
     "frontier": f"{DEFAULT_MODEL}.frontier.json",
+    "knapsack-by-text": f"{DEFAULT_MODEL}.kinds.json",
     "rap": f"{DEFAULT_MODEL}.ladder.safetensors",
+    "rap-by-text": f"{DEFAULT_MODEL}.ladder.safetensors",
     "rap-recall": f"{DEFAULT_MODEL}.recall.safetensors",
     "rap-v0": f"{DEFAULT_MODEL}.safetensors",
 }
@@ -219,6 +231,7 @@ def load_policy(
     model: HasFacts | MemoryModel,
     *,
     features: ImportanceFeatures | ItemImportance | None = None,
+    kinds: KindCosts | None = None,
 ) -> PlanPolicy:
     """Load a policy for a live model.
 
@@ -228,18 +241,24 @@ def load_policy(
             (`KindCosts`), or of a table of masks or plans that ``experiments.profile`` wrote
             (``.json``). With native weights: ``"rap"`` (the trained policy over the levels of all
             items), ``"rap-recall"`` (one for answers that need facts from far back in the prompt)
-            and ``"knapsack"`` (the packaged level costs). With ``weights="bf16"``: ``"rap-v0"``
-            (the trained policy that removes blocks) and ``"frontier"`` (the packaged table of
-            masks). For any model: ``"dense"``. Other packages may offer further names (entry points
-            ``rap_env.policies``); ``"package.module:factory"`` names any callable that makes a
-            policy from the model's byte arithmetic.
+            and ``"knapsack"`` (the packaged level costs); ``"rap-by-text"`` and
+            ``"knapsack-by-text"`` choose by the kinds of text of the prompts. With
+            ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks) and
+            ``"frontier"`` (the packaged table of masks). For any model: ``"dense"``. Other packages
+            may offer further names (entry points ``rap_env.policies``);
+            ``"package.module:factory"`` names any callable that makes a policy from the model's
+            byte arithmetic.
         model: The model that is served, or its byte arithmetic.
         features: Importance of its blocks, or of the items of its ladder, for a network; None
             takes the file's.
+        kinds: Costs by kind of text, for a network over levels: it then observes, instead of
+            `features`, the importance of items for the kinds of text of each prompt
+            (`TextPolicy`).
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
-        ArtifactError: The file is damaged, or of an incompatible model.
+        ArtifactError: The file is damaged, or of an incompatible model; or `kinds` are given for
+            another policy.
         PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
@@ -247,7 +266,15 @@ def load_policy(
         return StaticPolicy(BlockMask(), "dense")
     if source == "knapsack":
         return KnapsackPolicy(memory, _packaged_costs(memory))
+    if source == "rap-by-text" and kinds is None:
+        kinds = KindCosts.load(SAVED / _FILES_OF["knapsack-by-text"], memory)
     path = _path_of(source)
+    if kinds is not None and (path is None or path.suffix == ".json"):
+        raise ArtifactError(
+            f"Costs by kind of text were given for the policy {os.fspath(source)}, but only a "
+            "trained policy over levels, such as rap, observes them; the file of such costs is "
+            "itself a policy, a knapsack."
+        )
     if path is None:
         return _policy_of_package(os.fspath(source), memory)
     if path.suffix == ".json":
@@ -263,11 +290,24 @@ def load_policy(
         importance = _of_kind(features, ItemImportance)
         if source in _FILES_OF and importance is None:
             _check_packaged(str(source), file, memory)
+        if kinds is not None:
+            return TextPolicy(kinds, partial(_ladder_policy, memory, file))
         policy = LadderPolicy(memory, file, importance)
         if source in _FILES_OF:
             policy.name = str(source)
         return policy
+    if kinds is not None:
+        raise ArtifactError(
+            f"The policy {os.fspath(source)} removes blocks, whose importance is one for all kinds "
+            "of text; give kinds to a policy over levels, such as rap."
+        )
     return NetworkPolicy(memory, file, _of_kind(features, ImportanceFeatures))
+
+
+def _ladder_policy(memory: MemoryModel, file: LadderPolicyFile, costs: LevelCosts) -> LadderPolicy:
+    """A network that observes the importance of items by costs, in the order that they give."""
+    item_bytes = LadderBytes(memory, Ladder.of(memory.facts, **file.ladder))
+    return LadderPolicy(memory, file, greedy_order(costs, item_bytes).importance)
 
 
 def policy_blocks(source: str | os.PathLike[str]) -> int | None:

@@ -41,7 +41,7 @@ SECTIONS = [name for name in GROUPS if name != "experiment"]
 """Groups whose files set the section of their name."""
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
-    "small_models", "replay", "server_replay", "serve", "soak", "levels", "tight_grid",
+    "small_models", "replay", "server_replay", "serve", "soak", "levels", "tight_grid", "prompts",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], path.stem)

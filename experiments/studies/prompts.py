@@ -1,0 +1,224 @@
+"""``python -m experiments.studies.prompts``: policies that see the prompt, beside others.
+
+The first tokens of each window of held-out text are the prompt of a request. Plans are chosen for
+some requests and budgets, and measured on the whole window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.comparison.formatting import (
+    Table,
+    TitledTable,
+    document,
+    plain,
+    publish_tables,
+    relative_words,
+    wrapped,
+)
+from experiments.comparison.records import Record, RowFile, row_key
+from experiments.comparison.run_folder import RunFolder, git_state
+from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_ratio
+from experiments.config import Config
+from experiments.config.common import parse_pinned
+from experiments.contexts import load_texts, reject_table
+from experiments.errors import ExperimentError
+from experiments.launch import launch
+from rap_env.artifacts import digest
+from rap_env.context.opening import open_store
+from rap_env.importance.text_kinds import Shares
+from rap_env.llm.progress import progress_bar
+from rap_env.plan import CompressionPlan, as_plan
+from rap_env.policy import PlanPolicy
+from rap_env.request import Request
+from rap_env.runtime.policies import load_policy
+from rap_env.runtime.text_policy import TextPolicy, for_text
+from rap_env.scoring.scorer import MaskScorer
+
+ROWS_FILE = "prompts.jsonl"
+_FROZEN = ("model", "prompts.texts", "prompts.prompt_tokens")
+
+CAPTION = (
+    "ΔNLL (nats/token) on held-out text, mean over {cells} requests and budgets, with a 95 % "
+    "interval over windows. Policies by text see the first {tokens} tokens of each window."
+)
+RELATIVE = (
+    "The same divided by that of the first policy named, minus 1 (geometric mean over requests and "
+    "budgets; in the last column over texts too)."
+)
+
+
+@dataclass(frozen=True)
+class PromptRow(Record):
+    """A policy's plans for one request and budget, on the windows of one text.
+
+    Attributes:
+        cell: The request and its budget in bytes, as in ``prompts.cells``.
+        shares: Shares of the policy's kinds in the prompt of each window; empty ones for none.
+        plans: Hash of the plan of each window.
+        window_losses: ΔNLL of each window, nats per token, (windows,).
+    """
+
+    record_name = "A row of plans by prompts"
+    identity = ("policy", "text", "cell")
+
+    policy: str
+    text: str
+    cell: str
+    shares: list[list[float]]
+    plans: list[str]
+    window_losses: list[float]
+    provenance: dict[str, Any]
+
+
+def prompts(config: Config, folder: Path) -> Path:
+    """Measure the plans of all policies on all texts; existing rows are kept.
+
+    Returns:
+        The path of ``prompts.jsonl``.
+
+    Raises:
+        ExperimentError: There is no text or no cell, or the folder has results of others.
+        RapError: As for `load_policy`; or a text is not available or too short.
+    """
+    from rap_env.llm.loading import load_llm
+
+    settings, started = config.prompts, time.monotonic()
+    if not (settings.texts and settings.cells):
+        raise ExperimentError(
+            "prompts needs texts and cells; give experiment=prompts, or set prompts.texts and "
+            "prompts.cells."
+        )
+    reject_table(config)
+    run = RunFolder(folder)
+    run.start(config, frozen=_FROZEN)
+    model = config.model
+    llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
+    policies = {name: load_policy(name, llm) for name in settings.policies}
+    requests = {}
+    for cell in settings.cells:
+        pinned = parse_pinned(cell)
+        requests[cell] = Request(*pinned.shape, pinned.budget_bytes)
+    store = open_store(config.store)
+    texts = load_texts(settings.texts, "report", llm, progress=config.progress)
+    rows, found = RowFile(folder / ROWS_FILE, PromptRow), []
+    for text, corpus in progress_bar(config.progress, texts.items(), desc="texts"):
+        scorer = MaskScorer(llm, corpus, store)
+        starts = corpus.tokens[:, : settings.prompt_tokens].tolist()
+        for (name, policy), (cell, request) in itertools.product(
+            policies.items(), requests.items()
+        ):
+            shares = _shares(policy, starts)
+            plans = [as_plan(for_text(policy, one).choose(request)) for one in shares]
+            known = {"plans": digest([plan.levels for plan in plans])}
+            provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git_state()}
+            row = partial(_measured, scorer, plans, (name, text, cell), shares, provenance)
+            found.append(rows.get(row_key(name, text, cell, provenance), row))
+        scorer.release()
+    study = PromptStudy(found, settings.prompt_tokens)
+    shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in study.document()]
+    publish_tables(folder, study.markdown, "\n\n".join(shown))
+    run.finish(started, rows=len(found))
+    return folder / ROWS_FILE
+
+
+def _shares(policy: PlanPolicy, starts: Sequence[Sequence[int]]) -> list[Shares]:
+    """Return the kinds of text that a policy sees in prompts; empty ones if it sees none."""
+    if not isinstance(policy, TextPolicy):
+        return [()] * len(starts)
+    return [policy.text_kinds.shares(start) for start in starts]
+
+
+def _measured(
+    scorer: MaskScorer,
+    plans: Sequence[CompressionPlan],
+    names: tuple[str, str, str],
+    shares: Sequence[Shares],
+    provenance: dict[str, Any],
+) -> PromptRow:
+    native = scorer.window_nll(CompressionPlan())
+    rises = {plan: scorer.window_nll(plan) - native for plan in dict.fromkeys(plans)}
+    losses = [float(rises[plan][window]) for window, plan in enumerate(plans)]
+    hashes = [plan.digest for plan in plans]
+    return PromptRow(*names, [list(one) for one in shares], hashes, losses, provenance)
+
+
+class PromptStudy:
+    """The rows of a study of prompts.
+
+    Args:
+        rows: The rows.
+        prompt_tokens: Tokens of a prompt.
+    """
+
+    def __init__(self, rows: Sequence[PromptRow], prompt_tokens: int) -> None:
+        self._rows = {(row.policy, row.text, row.cell): row for row in rows}
+        self._tokens = prompt_tokens
+        self.policies, self.texts, self.cells = (
+            list(dict.fromkeys(key[part] for key in self._rows)) for part in range(3)
+        )
+
+    def losses(self, policy: str, text: str, cells: Sequence[str]) -> npt.NDArray[np.float64]:
+        """ΔNLL of each window, mean over some cells, nats per token, (windows,)."""
+        rows = [self._rows[policy, text, cell] for cell in cells]
+        return np.asarray(np.mean([row.window_losses for row in rows], axis=0))
+
+    def relative(self, policy: str, rival: str, texts: Sequence[str]) -> Estimate | None:
+        """ΔNLL of a policy divided by that of another one, minus 1, over some texts."""
+        pairs = [(text, cell) for text in texts for cell in self.cells]
+        found = paired_ratio(
+            [self.losses(policy, text, [cell]) for text, cell in pairs],
+            [self.losses(rival, text, [cell]) for text, cell in pairs],
+        )
+        if found is None:
+            return None
+        return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
+
+    def loss_table(self) -> Table:
+        """Table of ΔNLL by policy and text."""
+        rows = []
+        for policy in self.policies:
+            losses = [self.losses(policy, text, self.cells) for text in self.texts]
+            shown = (str(bootstrap_mean(one)) for one in losses)
+            rows.append([policy, *shown, f"{np.mean(losses):.3f}"])
+        return ["Policy", *self.texts, "mean"], rows
+
+    def relative_table(self) -> Table:
+        """Table of ΔNLL relative to the first policy."""
+        rival, *others = self.policies
+        rows = [
+            [
+                policy,
+                *(relative_words(self.relative(policy, rival, [text])) for text in self.texts),
+                relative_words(self.relative(policy, rival, self.texts)),
+            ]
+            for policy in others
+        ]
+        return ["Policy", *self.texts, "all"], rows
+
+    def document(self) -> list[TitledTable]:
+        """All tables."""
+        caption = CAPTION.format(cells=len(self.cells), tokens=self._tokens)
+        return [
+            TitledTable(self.loss_table(), "Policies on held-out text", caption),
+            TitledTable(self.relative_table(), f"Relative to {self.policies[0]}", RELATIVE),
+        ]
+
+    @property
+    def markdown(self) -> str:
+        """All tables with captions in Markdown, below a title."""
+        return f"# Policies that see the prompt\n\n{document(self.document(), captions=True)}"
+
+
+if __name__ == "__main__":
+    launch("prompts", prompts)

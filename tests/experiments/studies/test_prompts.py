@@ -1,0 +1,117 @@
+"""The study of prompts: a policy by text beside a blind one, on a tiny model with real kinds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ModelConfig
+from experiments.config.studies import PromptsConfig
+from experiments.errors import ExperimentError
+from experiments.studies.prompts import ROWS_FILE, PromptRow, PromptStudy, prompts
+from rap_env.importance.kind_costs import KindCosts
+from rap_env.importance.text_kinds import TextKinds
+from rap_env.llm.loading import load_llm
+from rap_env.memory import MemoryModel
+from rap_env.plan import as_plan
+from rap_env.request import Request
+from rap_env.runtime.policies import load_policy
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from rap_env.scoring.scorer import MaskScorer
+from tests.runtime.test_knapsack import costs
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LETTERS = {"few": "abcde ", "many": "FGHIJKLMNOP"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    base = tmp_path_factory.mktemp("prompts")
+    tiny_model(layers=3).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    texts, seen = {}, {}
+    for name, letters in LETTERS.items():
+        rng = np.random.default_rng(len(letters))
+        (base / f"{name}.txt").write_text("".join(rng.choice(list(letters), 3000)))
+        texts[name] = TextConfig(str(base / f"{name}.txt"), windows=3, window_tokens=48)
+    llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
+    memory = MemoryModel(llm)
+    for name, text in texts.items():
+        corpus = CorpusConfig(text.source, 6, 48, role="calibration")
+        seen[name] = load_corpus(corpus, llm).tokens.numpy()
+    made = {name: costs(memory.facts, seed) for seed, name in enumerate(texts)}
+    KindCosts(TextKinds.of(seen, llm.facts.vocab_size), made).save(base / "kinds.json")
+    made["few"].save(base / "few.json")
+    budget = Request.at_fraction(memory, 2, 40, 0.7).budget_bytes
+    return Config(
+        stage="prompts", name="tiny", runs_dir=str(base / "runs"), progress=False,
+        store=str(base / "scores.sqlite"),
+        model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+        prompts=PromptsConfig(
+            [str(base / "few.json"), str(base / "kinds.json")], texts, 16, [f"2x40@{budget}"]
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(config):
+    return PromptRow.read(prompts(config, config.stage_dir("prompts")))
+
+
+def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    blind, by_text = (load_policy(path, llm) for path in config.prompts.policies)
+    request = Request(2, 40, int(config.prompts.cells[0].split("@")[1]))
+    assert len(rows) == 4
+    for row in rows:
+        text = config.prompts.texts[row.text]
+        corpus = load_corpus(CorpusConfig(text.source, 3, 48, role="report"), llm)
+        scorer = MaskScorer(llm, corpus)
+        for window, tokens in enumerate(corpus.tokens.tolist()):
+            policy, shares = blind, ()
+            if row.policy == config.prompts.policies[1]:
+                shares = by_text.text_kinds.shares(tokens[:16])
+                policy = by_text.for_text(shares)
+                assert shares[list(LETTERS).index(row.text)] > 0.8
+            plan = as_plan(policy.choose(request))
+            assert row.plans[window] == plan.digest
+            assert tuple(row.shares[window]) == shares
+            rise = scorer.window_nll(plan) - scorer.window_nll(as_plan(policy.choose(
+                replace(request, budget_bytes=10**9))))  # fmt: skip
+            assert row.window_losses[window] == pytest.approx(rise[window], abs=1e-6)
+    plans = {row.text: row.plans for row in rows if row.policy == config.prompts.policies[1]}
+    assert plans["few"] != plans["many"]
+
+
+def test_tables_compare_with_the_first_policy(config, rows):
+    folder = config.stage_dir("prompts")
+    assert "Policies on held-out text" in (folder / "tables.md").read_text()
+    study = PromptStudy(rows, 16)
+    halved = [replace(row, window_losses=[1.0, 2.0, 3.0]) for row in rows]
+    for row in halved:
+        if row.policy == study.policies[1]:
+            row.window_losses[:] = [0.5, 1.0, 1.5]
+    found = PromptStudy(halved, 16)
+    gain = found.relative(found.policies[1], found.policies[0], found.texts)
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert "-50.0 %" in found.markdown
+
+
+def test_a_second_run_measures_nothing_and_wrong_settings_are_rejected(config, rows, tmp_path):
+    folder = config.stage_dir("prompts")
+    before = (folder / ROWS_FILE).read_bytes()
+    prompts(config, folder)
+    assert (folder / ROWS_FILE).read_bytes() == before
+    longer = replace(config, prompts=replace(config.prompts, prompt_tokens=8))
+    with pytest.raises(ExperimentError, match=r"prompts\.prompt_tokens"):
+        prompts(longer, folder)
+    table = replace(config, model=ModelConfig(name="score_table:smollm2-135m"))
+    with pytest.raises(ExperimentError, match="needs a live model"):
+        prompts(table, tmp_path / "none")
+    with pytest.raises(ExperimentError, match="needs texts and cells"):
+        prompts(replace(config, prompts=PromptsConfig()), tmp_path / "none")
