@@ -262,19 +262,19 @@ def load_policy(
         PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
-    if source == "dense":
-        return StaticPolicy(BlockMask(), "dense")
-    if source == "knapsack":
-        return KnapsackPolicy(memory, _packaged_costs(memory))
-    if source == "rap-by-text" and kinds is None:
-        kinds = KindCosts.load(SAVED / _FILES_OF["knapsack-by-text"], memory)
-    path = _path_of(source)
+    path = None if source in ("dense", "knapsack") else _path_of(source)
     if kinds is not None and (path is None or path.suffix == ".json"):
         raise ArtifactError(
             f"Costs by kind of text were given for the policy {os.fspath(source)}, but only a "
             "trained policy over levels, such as rap, observes them; the file of such costs is "
             "itself a policy, a knapsack."
         )
+    if source == "dense":
+        return StaticPolicy(BlockMask(), "dense")
+    if source == "knapsack":
+        return KnapsackPolicy(memory, _packaged_costs(memory))
+    if source == "rap-by-text" and kinds is None:
+        kinds = KindCosts.load(SAVED / _FILES_OF["knapsack-by-text"], memory)
     if path is None:
         return _policy_of_package(os.fspath(source), memory)
     if path.suffix == ".json":

@@ -143,7 +143,10 @@ def test_the_policy_file_holds_the_order_of_its_model(memory):
 @pytest.mark.network
 @pytest.mark.parametrize(
     ("weights", "names"),
-    [("native", ["knapsack", "rap", "rap-recall"]), ("bf16", ["rap-v0", "frontier"])],
+    [
+        ("native", ["knapsack", "knapsack-by-text", "rap", "rap-by-text", "rap-recall"]),
+        ("bf16", ["rap-v0", "frontier"]),
+    ],
 )
 def test_the_packaged_policies_are_of_the_default_model(weights, names, caplog):
     from rap_env.llm.loading import load_llm

@@ -202,6 +202,6 @@ class TestLoadPolicy:
     @pytest.mark.parametrize("name", ["rapp", "some/policy.safetensors", "masks.json"])
     def test_unknown_names_and_missing_files(self, name):
         with pytest.raises(
-            UnknownNameError, match="known are 'dense', 'frontier', 'knapsack', 'rap'"
+            UnknownNameError, match="known are 'dense', 'frontier', 'knapsack', 'knapsack-by-text'"
         ):
             load_policy(name, memory())

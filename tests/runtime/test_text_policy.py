@@ -4,12 +4,20 @@ from functools import partial
 
 import pytest
 
+from rap_env.errors import ArtifactError
+from rap_env.importance.kind_costs import KindCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.policies import load_policy, policy_blocks
+from rap_env.runtime.policies import (
+    DEFAULT_MODEL,
+    SAVED,
+    default_facts,
+    load_policy,
+    policy_blocks,
+)
 from rap_env.runtime.text_policy import TextPolicy, for_text
 from tests.importance.test_kind_costs import kind_costs
 from tests.runtime.harness import Harness, greedy
@@ -101,3 +109,41 @@ def test_a_batch_of_several_prompts_has_the_mean_of_their_shares(policy):
         engine.step()
     assert handles[0].text_shares != handles[1].text_shares
     assert engine._scheduler._running_shape().text_shares == (0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def default():
+    return MemoryModel(default_facts())
+
+
+@pytest.mark.parametrize("name", ["knapsack-by-text", "rap-by-text"])
+def test_packaged_policies_choose_by_text(name, default):
+    policy = load_policy(name, default)
+    assert policy.name == name
+    assert policy.text_kinds.names == ["prose", "dialogue", "questions"]
+    request, plans = Request(8, 2048, 124_610_944), []
+    for shares in ((), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+        plan = policy.for_text(shares).choose(request)
+        assert default.peak_bytes(plan, request) <= request.budget_bytes
+        plans.append(plan)
+    assert len(set(plans)) == 4
+    assert policy.for_text((1.0, 0.0, 0.0)).delta_nll(plans[1], 1024) > 0
+
+
+def test_a_network_observes_the_importance_on_the_text(default):
+    kinds = KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", default)
+    own, packaged = load_policy("rap", default, kinds=kinds), load_policy("rap-by-text", default)
+    for shares in ((), (0.25, 0.75, 0.0)):
+        one, other = (of.for_text(shares).builder.importance for of in (own, packaged))
+        assert (one.one_shot == other.one_shot).all()
+    lone, blind = own.for_text((0.0, 1.0, 0.0)), load_policy("rap", default)
+    assert (lone.builder.importance.one_shot != blind.builder.importance.one_shot).any()
+
+
+def test_kinds_are_refused_by_policies_that_do_not_observe_them(default):
+    kinds = KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", default)
+    for name in ("dense", "knapsack", SAVED / f"{DEFAULT_MODEL}.levels.json"):
+        with pytest.raises(ArtifactError, match="only a trained policy over levels"):
+            load_policy(name, default, kinds=kinds)
+    with pytest.raises(ArtifactError, match="removes blocks"):
+        load_policy("rap-v0", MemoryModel(default_facts("bf16")), kinds=kinds)
