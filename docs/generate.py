@@ -15,15 +15,14 @@ from typing import Any
 
 from engine_tables import agreement_markdown, features_markdown, serving_markdown
 from plan_tables import (
-    GREEDY,
     PLAN_COMPARISONS,
     RANKED,
+    SEARCHES,
     agents_markdown,
     bold_title,
-    greedy_markdown,
     plan_tables,
     ranked_markdown,
-    searches_markdown,
+    search_markdown,
     shipped_markdown,
     stubs_markdown,
     tasks_markdown,
@@ -80,9 +79,8 @@ def write_all(docs: Path) -> None:
     for comparison, ranked in RANKED.items():
         write(folder / f"{ranked}.md", ranked_markdown(RESULTS, comparison))
     write(folder / "tight_shipped.md", shipped_markdown(RESULTS))
-    write(folder / "tight_searches.md", searches_markdown(RESULTS))
-    for comparison, greedy in GREEDY.items():
-        write(folder / f"{greedy}.md", greedy_markdown(RESULTS, comparison))
+    for name, search in SEARCHES.items():
+        write(folder / f"{name}.md", search_markdown(RESULTS, search))
     write(folder / "tight_tasks.md", tasks_markdown(RESULTS))
     write(folder / "floor_tasks.md", tasks_markdown(RESULTS, "floor_tasks"))
     write(folder / "tight_agents.md", agents_markdown(RESULTS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -33,8 +33,22 @@ PLAN_COMPARISONS = (
 RANKED = {PLANS: "tight_ranked", PLANS_GEMMA: "tight_ranked_gemma"}
 """Policies that were trained on a packaged score table and rank samples by it, by comparison."""
 
-GREEDY = {PLANS: "tight_greedy", OUTSIDE: "tight_outside_greedy"}
-"""Greedy searches that measure each step, by comparison."""
+
+class Search(NamedTuple):
+    """A search that measures plans for one request, beside the methods of a comparison."""
+
+    folder: str
+    method: str
+    comparison: str
+
+
+SEARCHES = {
+    "tight_greedy": Search("tight_greedy", "greedy_per_byte", PLANS),
+    "tight_outside_greedy": Search("tight_outside_greedy", "greedy_per_byte", OUTSIDE),
+    "tight_evolutionary": Search("tight_searches", "evolutionary", PLANS),
+    "tight_beam": Search("tight_searches", "beam", PLANS),
+}
+"""Searches by the name of their table."""
 
 PLANS_STUBS = "tight_stubs"
 """The same comparison with stubs."""
@@ -126,54 +140,21 @@ def ranked_markdown(results: Path, comparison: str = PLANS) -> str:
     return plan_tables(tables, shown)
 
 
-def searches_markdown(results: Path) -> str:
-    """An evolutionary search for one request beside the methods that were measured at it."""
-    from experiments.comparison.formatting import look
-    from experiments.comparison.records import read_rows
-    from experiments.comparison.statistics import paired_ratio
-
-    folder = results / "tight_searches" / "evaluate"
-    (search,) = (row for row in read_rows(folder / "results.jsonl") if row.method != "dense")
-    by_method: dict[str, list[ResultRow]] = defaultdict(list)
-    for row in plan_rows(results):
-        if row.method != "dense" and row.cell == search.cell:
-            by_method[row.method].append(row)
-    lines = []
-    for method, rows in [(search.method, [search]), *by_method.items()]:
-        loss = float(np.mean([row.loss for row in rows]))
-        calibration = float(np.mean([row.loss_calibration for row in rows]))
-        losses = [row.window_losses for row in rows]
-        ratio = "1" if rows == [search] else paired_ratio([losses], [search.window_losses])
-        seeds = f" ({len(rows)})" if len(rows) > 1 else ""
-        evaluations = f"{rows[0].evaluations} | {rows[0].setup_evaluations:,}"
-        slowest_s = max(row.decision_s for row in rows)
-        decision_s = f"{slowest_s:,.0f}" if slowest_s > 100 else f"{slowest_s:.2g}"
-        line = f"| {look(method).label}{seeds} | {calibration:.3f} | {loss:.3f} | {ratio} "
-        lines.append((loss, f"{line}| {evaluations} | {decision_s} |"))
-    head = (
-        "| Method | ΔNLL on calibration text | ΔNLL on WikiText | divided by the search | "
-        "Evaluations for the request | before any request | Decision, s |\n"
-        "| :--- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-    )
-    return head + "\n".join(line for _, line in sorted(lines)) + "\n"
-
-
-def greedy_markdown(results: Path, comparison: str = PLANS) -> str:
-    """A greedy search at some requests and budgets, and the methods that were measured there.
-
-    Args:
-        results: The folder of all records.
-        comparison: The folder of the other methods, one of `GREEDY`.
-    """
+def search_markdown(results: Path, search: Search) -> str:
+    """A search at some requests and budgets, and the methods that were measured there."""
+    from experiments.comparison.formatting import look, markdown
     from experiments.comparison.records import read_rows
     from experiments.comparison.summaries import Comparison
-    from experiments.comparison.tables import tables_markdown
+    from experiments.comparison.tables import ratio_table, tables_markdown
 
-    greedy = read_rows(results / GREEDY[comparison] / "evaluate" / "results.jsonl")
-    searched = [row for row in greedy if row.method != "dense"]
+    rows = read_rows(results / search.folder / "evaluate" / "results.jsonl")
+    searched = [row for row in rows if row.method == search.method]
     cells = {row.cell for row in searched}
-    rows = [*searched, *(row for row in plan_rows(results, comparison) if row.cell in cells)]
-    return plan_tables(tables_markdown(Comparison(rows)), ("ΔNLL divided by that of Greedy",))
+    others = (row for row in plan_rows(results, search.comparison) if row.cell in cells)
+    found = Comparison([*searched, *(row for row in others if row.method != "dense")])
+    summary = plan_tables(tables_markdown(found), ())
+    title = f"**ΔNLL divided by that of {look(search.method).label}**"
+    return f"{summary}\n{title}\n\n{markdown(ratio_table(found, search.method))}\n"
 
 
 def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:

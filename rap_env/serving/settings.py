@@ -73,9 +73,10 @@ class ServerSettings:
         repair: What stands in the place of a removed block: ``none``, ``library`` (stubs that are
             fitted on generated text at the first use) or the path of a stub library.
         threads: Threads of torch, at most the number of CPUs; null for torch's own number.
-        policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``) or masks
-            (``rap-v0``, ``frontier``, ``dense``), or the path of an exported policy, of level costs
-            or of a frontier.
+        policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``), also by the text
+            of the prompts (``knapsack-by-text``, ``rap-by-text``), or masks (``rap-v0``,
+            ``frontier``, ``dense``); or the path of an exported policy, of level costs, of costs by
+            kind of text or of a frontier.
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
             status 503. ``auto`` is 0.1 with policies that predict the rise, and no floor with
