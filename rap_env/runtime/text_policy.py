@@ -12,7 +12,7 @@ from rap_env.plan import MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 
-_CACHED_POLICIES = 64
+_CACHED_POLICIES = 4  # a knapsack takes up to 8 MiB, and 16 ms to make again
 
 
 class TextPolicy:
