@@ -32,11 +32,15 @@ class TextPolicy:
 
     def __init__(self, costs: KindCosts, make: Callable[[LevelCosts], PlanPolicy]) -> None:
         self.text_kinds = costs.kinds
-        self.for_text = lru_cache(_CACHED_POLICIES)(lambda shares: make(costs.mean(shares)))
+        self._made = lru_cache(_CACHED_POLICIES)(lambda shares: make(costs.mean(shares)))
         general = self.for_text(())
         self.name = f"{general.name}-by-text"
         self.lowers: bool = getattr(general, "lowers", False)
         self.order: tuple[int, ...] | None = getattr(general, "order", None)
+
+    def for_text(self, shares: Shares) -> PlanPolicy:
+        """The policy for text with some shares of the kinds; see `TextKinds.shares`."""
+        return self._made(shares)
 
     def choose(self, request: Request) -> MaskOrPlan:
         """Return the plan for a request whose text is not known."""
