@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from engine_tables import agreement_markdown, features_markdown, serving_markdown
 from plan_tables import (
     PLAN_COMPARISONS,
@@ -95,6 +96,7 @@ def write_all(docs: Path) -> None:
     draw_ladder(folder)
     write_long_context(docs)
     write_texts(folder)
+    write_prompts(folder)
     write_learning_curves(folder)
     write(folder / "leaderboard.md", leaderboard_markdown())
     write(folder / "soak.md", soak_table(RESULTS))
@@ -205,6 +207,17 @@ def write_texts(folder: Path) -> None:
         ":alt: ΔNLL of plans by the text that they were chosen on and judged on\n```\n"
     )
     write(folder / "texts.md", texts_markdown(found).partition("\n")[2].strip() + "\n\n" + figure)
+
+
+def write_prompts(folder: Path) -> None:
+    """Write the tables of policies that see the prompt."""
+    from experiments.studies.prompts import PromptRow, PromptStudy
+
+    records = RESULTS / "prompts"
+    settings = yaml.safe_load((records / "config.yaml").read_text(encoding="utf-8"))
+    rows = PromptRow.read(records / "prompts.jsonl")
+    found = PromptStudy(rows, settings["prompts"]["prompt_tokens"])
+    write(folder / "prompts.md", found.markdown.partition("\n")[2].strip() + "\n")
 
 
 def write_learning_curves(folder: Path) -> None:

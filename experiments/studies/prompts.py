@@ -42,19 +42,23 @@ from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 from rap_env.runtime.policies import load_policy
-from rap_env.runtime.text_policy import TextPolicy, for_text
+from rap_env.runtime.text_policy import BY_TEXT, TextPolicy, for_text
 from rap_env.scoring.scorer import MaskScorer
 
 ROWS_FILE = "prompts.jsonl"
+BLIND = ", blind"
+"""End of the name of a policy by text that chooses without the prompt, for equal shares."""
+
 _FROZEN = ("model", "prompts.texts", "prompts.prompt_tokens")
 
 CAPTION = (
     "ΔNLL (nats/token) on held-out text, mean over {cells} requests and budgets, with a 95 % "
-    "interval over windows. Policies by text see the first {tokens} tokens of each window."
+    "interval over windows. Policies by text see the first {tokens} tokens of each window; blind, "
+    "they choose for equal shares of the kinds that they know."
 )
 RELATIVE = (
-    "The same divided by that of the first policy named, minus 1 (geometric mean over requests and "
-    "budgets; in the last column over texts too)."
+    "ΔNLL of one policy divided by that of another one, minus 1: geometric mean over requests and "
+    "budgets, in the last column over texts too, with a 95 % interval over windows."
 )
 
 
@@ -105,6 +109,8 @@ def prompts(config: Config, folder: Path) -> Path:
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     policies = {name: load_policy(name, llm) for name in settings.policies}
+    by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
+    policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
     requests = {}
     for cell in settings.cells:
         pinned = parse_pinned(cell)
@@ -194,24 +200,31 @@ class PromptStudy:
         return ["Policy", *self.texts, "mean"], rows
 
     def relative_table(self) -> Table:
-        """Table of ΔNLL relative to the first policy."""
-        rival, *others = self.policies
+        """Table of ΔNLL relative to the first policy, and of policies by text to their like."""
+        first, *others = self.policies
+        pairs = [(policy, first) for policy in others]
+        pairs += [
+            (policy, rival)
+            for policy in others
+            for rival in (policy.removesuffix(BY_TEXT), f"{policy}{BLIND}")
+            if rival != policy and rival in others
+        ]
         rows = [
             [
-                policy,
+                f"{policy} / {rival}",
                 *(relative_words(self.relative(policy, rival, [text])) for text in self.texts),
                 relative_words(self.relative(policy, rival, self.texts)),
             ]
-            for policy in others
+            for policy, rival in pairs
         ]
-        return ["Policy", *self.texts, "all"], rows
+        return ["Policies", *self.texts, "all"], rows
 
     def document(self) -> list[TitledTable]:
         """All tables."""
         caption = CAPTION.format(cells=len(self.cells), tokens=self._tokens)
         return [
             TitledTable(self.loss_table(), "Policies on held-out text", caption),
-            TitledTable(self.relative_table(), f"Relative to {self.policies[0]}", RELATIVE),
+            TitledTable(self.relative_table(), "Relative", RELATIVE),
         ]
 
     @property

@@ -12,6 +12,9 @@ from rap_env.plan import MaskOrPlan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
 
+BY_TEXT = "-by-text"
+"""End of the name of a policy that chooses by text, after that of the same policy without."""
+
 _CACHED_POLICIES = 4  # a knapsack takes up to 8 MiB, and 16 ms to make again
 
 
@@ -34,7 +37,7 @@ class TextPolicy:
         self.text_kinds = costs.kinds
         self._made = lru_cache(_CACHED_POLICIES)(lambda shares: make(costs.mean(shares)))
         general = self.for_text(())
-        self.name = f"{general.name}-by-text"
+        self.name = f"{general.name}{BY_TEXT}"
         self.lowers: bool = getattr(general, "lowers", False)
         self.order: tuple[int, ...] | None = getattr(general, "order", None)
 

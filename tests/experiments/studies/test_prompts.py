@@ -12,7 +12,7 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
 from experiments.errors import ExperimentError
-from experiments.studies.prompts import ROWS_FILE, PromptRow, PromptStudy, prompts
+from experiments.studies.prompts import BLIND, ROWS_FILE, PromptRow, PromptStudy, prompts
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.llm.loading import load_llm
@@ -67,14 +67,16 @@ def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     blind, by_text = (load_policy(path, llm) for path in config.prompts.policies)
     request = Request(2, 40, int(config.prompts.cells[0].split("@")[1]))
-    assert len(rows) == 4
+    assert len(rows) == 6
     for row in rows:
         text = config.prompts.texts[row.text]
         corpus = load_corpus(CorpusConfig(text.source, 3, 48, role="report"), llm)
         scorer = MaskScorer(llm, corpus)
         for window, tokens in enumerate(corpus.tokens.tolist()):
             policy, shares = blind, ()
-            if row.policy == config.prompts.policies[1]:
+            if row.policy.endswith(BLIND):
+                policy = by_text
+            elif row.policy == config.prompts.policies[1]:
                 shares = by_text.text_kinds.shares(tokens[:16])
                 policy = by_text.for_text(shares)
                 assert shares[list(LETTERS).index(row.text)] > 0.8
