@@ -229,7 +229,7 @@ def test_a_controller_lowers_and_raises_a_live_model(blind):
 
 
 def test_the_packaged_policies_have_names(path, tmp_path, monkeypatch):
-    with pytest.raises(UnknownNameError, match="'rap', 'rap-recall', 'rap-v0'"):
+    with pytest.raises(UnknownNameError, match="'rap', 'rap-by-text', 'rap-recall', 'rap-v0'"):
         load_policy("rap-v9", memory())
     with pytest.raises(ArtifactError, match="smollm2-135m@pypi has vectors for 60 blocks"):
         load_policy("rap-v0", memory())
