@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 
 from rap_env.errors import ArtifactError
@@ -120,23 +121,23 @@ def default():
 def test_packaged_policies_choose_by_text(name, default):
     policy = load_policy(name, default)
     assert policy.name == name
-    assert policy.text_kinds.names == ["prose", "dialogue", "questions"]
+    assert policy.text_kinds.names == ["prose", "dialogue", "questions", "self"]
     request, plans = Request(8, 2048, 124_610_944), []
-    for shares in ((), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
+    for shares in ((), *(tuple(one) for one in np.eye(4).tolist())):
         plan = policy.for_text(shares).choose(request)
         assert default.peak_bytes(plan, request) <= request.budget_bytes
         plans.append(plan)
-    assert len(set(plans)) == 4
-    assert policy.for_text((1.0, 0.0, 0.0)).delta_nll(plans[1], 1024) > 0
+    assert len(set(plans)) == 5
+    assert policy.for_text((1.0, 0.0, 0.0, 0.0)).delta_nll(plans[1], 1024) > 0
 
 
 def test_a_network_observes_the_importance_on_the_text(default):
     kinds = KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", default)
     own, packaged = load_policy("rap", default, kinds=kinds), load_policy("rap-by-text", default)
-    for shares in ((), (0.25, 0.75, 0.0)):
+    for shares in ((), (0.25, 0.75, 0.0, 0.0)):
         one, other = (of.for_text(shares).builder.importance for of in (own, packaged))
         assert (one.one_shot == other.one_shot).all()
-    lone, blind = own.for_text((0.0, 1.0, 0.0)), load_policy("rap", default)
+    lone, blind = own.for_text((0.0, 1.0, 0.0, 0.0)), load_policy("rap", default)
     assert (lone.builder.importance.one_shot != blind.builder.importance.one_shot).any()
 
 
