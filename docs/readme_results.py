@@ -98,6 +98,7 @@ def readme_results() -> str:
     results = (
         *ladder_results(),
         *plan_results(),
+        prompt_result(),
         *long_context_results(),
         "**Removing blocks alone, a policy loses less than a search for each request**: ΔNLL "
         f"{policy[0]}, greedy search per byte {greedy[0]} "
@@ -145,6 +146,26 @@ def plan_results() -> list[str]:
         "WikiText articles), stubs counted in the same budgets, the policy's ΔNLL is "
         f"{stubs[repaired][0]} and that of uniform settings {stubs['Uniform settings'][0]}."
     ]
+
+
+def prompt_result() -> str:
+    """What the README says of policies that see the prompt."""
+    from experiments.comparison.formatting import relative_words
+    from experiments.studies.prompts import BLIND, PromptRow, PromptStudy
+
+    rows = PromptRow.read(RESULTS / "prompts" / "prompts.jsonl")
+    found = PromptStudy(rows, prompt_tokens=0)
+    default, seen, trained = "knapsack", "knapsack-by-text", "rap-by-text"
+    gains = [
+        relative_words(found.relative(policy, rival, found.texts))
+        for policy, rival in ((seen, default), (trained, "rap"), (seen, f"{seen}{BLIND}"))
+    ]
+    return (
+        f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans from costs "
+        f"on the prompt's kind of text have a ΔNLL of {gains[0]} relative to the default knapsack, "
+        f"and of {gains[2]} relative to the same costs without a look at the prompt; that of the "
+        f"policy over levels is {gains[1]}."
+    )
 
 
 def update_readme(path: Path = ROOT / "README.md") -> None:
