@@ -161,8 +161,8 @@ def prompt_result() -> str:
         for policy, rival in ((seen, default), (trained, "rap"), (seen, f"{seen}{BLIND}"))
     ]
     return (
-        f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans from costs "
-        f"on the prompt's kind of text have a ΔNLL of {gains[0]} relative to the default knapsack, "
+        f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans from "
+        f"costs on the prompt's kind of text have a ΔNLL of {gains[0]} relative to the default knapsack, "
         f"and of {gains[2]} relative to the same costs without a look at the prompt; that of the "
         f"policy over levels is {gains[1]}."
     )
