@@ -21,13 +21,14 @@ from experiments.config import Config
 from experiments.config.common import Cell
 from experiments.config.evaluation import LEVELS_SUFFIX
 from experiments.contexts import build_context, held_out_scorer
+from experiments.errors import ExperimentError
 from experiments.launch import launch
 from rap_env.artifacts import save_artifact
 from rap_env.context.opening import require_live
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
-from rap_env.importance.text_kinds import TextKinds
+from rap_env.importance.text_kinds import LEAST_TOKENS, TextKinds
 from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -99,8 +100,16 @@ def levels(config: Config, folder: Path) -> Path:
         The path of ``levels.json``.
 
     Raises:
-        ExperimentError: The folder has results of another model, text or other levels.
+        ExperimentError: The folder has results of another model, text or other levels, or the
+            calibration is too short for `levels.kinds`.
     """
+    text = config.calibration
+    if config.levels.kinds and text.windows * text.window_tokens < LEAST_TOKENS:
+        raise ExperimentError(
+            f"levels.kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, "
+            f"and calibration.windows x calibration.window_tokens are {text.windows} x "
+            f"{text.window_tokens}; give more of them."
+        )
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=_FROZEN)
     context = require_live(build_context(config, profiled=False))
@@ -109,6 +118,8 @@ def levels(config: Config, folder: Path) -> Path:
     if settings.out is not None:
         facts_path = Path(settings.out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
         save_facts(facts_path, {"native": context.memory.facts, "bf16": reference.facts})
+    if settings.kinds and not (folder / KINDS_FILE).exists():
+        kind_costs(config).save(folder / KINDS_FILE)
     if path.exists():
         costs = LevelCosts.load(path, context.memory)
     else:
@@ -120,8 +131,6 @@ def levels(config: Config, folder: Path) -> Path:
         costs.save(path)
     if settings.out is not None:
         costs.save(settings.out)
-    if settings.kinds and not (folder / KINDS_FILE).exists():
-        kind_costs(config).save(folder / KINDS_FILE)
     for row in costs.predictions():
         log.info(
             "Predicted %.4f, measured %.4f: %s", row["predicted"], row["measured"], row["plan"]
@@ -138,15 +147,24 @@ def levels(config: Config, folder: Path) -> Path:
 
 
 def kind_costs(config: Config) -> KindCosts:
-    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart."""
-    texts, costs = {}, {}
-    for name, text in config.levels.kinds.items():
-        context = require_live(build_context(replace(config, calibration=text), profiled=False))
-        texts[name] = context.corpus.tokens.numpy()
+    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart.
+
+    All texts are read before anything is measured.
+    """
+    contexts = {}
+    for name, kind in config.levels.kinds.items():
+        text = replace(config.calibration, source=kind.source, field=kind.field)
+        contexts[name] = require_live(
+            build_context(replace(config, calibration=text), profiled=False)
+        )
+    texts = {name: context.corpus.tokens.numpy() for name, context in contexts.items()}
+    kinds = TextKinds.of(texts, next(iter(contexts.values())).memory.facts.vocab_size)
+    costs = {}
+    for name, context in contexts.items():
         log.info("Levels on %s.", name)
         costs[name] = scan_levels(context.scorer, config.levels.caches, progress=config.progress)
         context.scorer.release()
-    return KindCosts(TextKinds.of(texts, context.memory.facts.vocab_size), costs)
+    return KindCosts(kinds, costs)
 
 
 def unquantised_facts(config: Config) -> ModelFacts:

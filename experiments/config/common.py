@@ -161,6 +161,17 @@ ShapeText = Annotated[str, form(parse_shape)]
 
 
 @dataclass
+class KindConfig(Section):
+    """A kind of text; its windows are those of the section that it is in."""
+
+    section = "kinds"
+    source: str = MISSING
+    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
+    field: str = "text"
+    """Field of a JSONL file or data set that holds the text."""
+
+
+@dataclass
 class TextConfig(Section):
     """Text cut into windows."""
 

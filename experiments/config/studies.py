@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from omegaconf import MISSING
-
 from experiments.config.common import (
     Count,
     CountOrZero,
+    KindConfig,
     PinnedText,
     Section,
     TextConfig,
@@ -20,17 +19,6 @@ from experiments.config.common import (
 from experiments.errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.importance.text_kinds import LEAST_TOKENS
-
-
-@dataclass
-class KindConfig(Section):
-    """A kind of text; its windows are those of ``texts``."""
-
-    section = "texts.kinds"
-    source: str = MISSING
-    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
-    field: str = "text"
-    """Field of a JSONL file or data set that holds the text."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.comparison.records import read_records
 from experiments.config import Config
-from experiments.config.common import TextConfig
+from experiments.config.common import KindConfig, TextConfig
 from experiments.config.evaluation import LevelsConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context
@@ -112,9 +112,10 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
         drawn = np.random.default_rng(len(kinds)).choice(list(letters), 3000)
         (tmp_path / f"{name}.txt").write_text("".join(drawn))
-        kinds[name] = TextConfig(str(tmp_path / f"{name}.txt"), windows=6, window_tokens=48)
+        kinds[name] = KindConfig(str(tmp_path / f"{name}.txt"))
     settings = replace(measured.levels, kinds=kinds, out=None)
-    config = replace(measured, name="kinds", levels=settings)
+    calibration = TextConfig(kinds["prose"].source, windows=6, window_tokens=48)
+    config = replace(measured, name="kinds", calibration=calibration, levels=settings)
     levels(config, folder := config.stage_dir("levels"))
     context = build_context(config, profiled=False)
     policy = load_policy(folder / KINDS_FILE, context.llm)
@@ -128,16 +129,20 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     }
     assert policy.text_kinds.shares(tokens["prose"])[0] > 0.8
     assert policy.text_kinds.shares(tokens["code"])[1] > 0.8
-    on_code = build_context(replace(config, calibration=kinds["code"]), profiled=False).scorer
+    code = replace(calibration, source=kinds["code"].source)
+    on_code = build_context(replace(config, calibration=code), profiled=False).scorer
     rise = on_code.nll(CompressionPlan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
     found = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
     assert found.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
     before = (folder / KINDS_FILE).read_bytes()
     levels(config, folder)
     assert (folder / KINDS_FILE).read_bytes() == before
-    other = replace(settings, kinds={**kinds, "code": replace(kinds["code"], seed=1)})
+    other = replace(settings, kinds={**kinds, "code": kinds["prose"]})
     with pytest.raises(ExperimentError, match=r"levels\.kinds"):
         levels(replace(config, levels=other), folder)
+    short = replace(config, name="short", calibration=replace(calibration, windows=5))
+    with pytest.raises(ExperimentError, match="at least 256 tokens of each kind"):
+        levels(short, short.stage_dir("levels"))
 
 
 def test_wrong_settings_are_rejected():
