@@ -58,7 +58,7 @@ CAPTION = (
 )
 RELATIVE = (
     "ΔNLL of one policy divided by that of another one, minus 1: geometric mean over requests and "
-    "budgets, in the last column over texts too, with a 95 % interval over windows."
+    "budgets, in the first column over texts too, with a 95 % interval over windows."
 )
 
 
@@ -196,8 +196,8 @@ class PromptStudy:
         for policy in self.policies:
             losses = [self.losses(policy, text, self.cells) for text in self.texts]
             shown = (str(bootstrap_mean(one)) for one in losses)
-            rows.append([policy, *shown, f"{np.mean(losses):.3f}"])
-        return ["Policy", *self.texts, "mean"], rows
+            rows.append([policy, f"{np.mean(losses):.3f}", *shown])
+        return ["Policy", "Mean", *self.texts], rows
 
     def relative_table(self) -> Table:
         """Table of ΔNLL relative to the first policy, and of policies by text to their like."""
@@ -212,12 +212,12 @@ class PromptStudy:
         rows = [
             [
                 f"{policy} / {rival}",
-                *(relative_words(self.relative(policy, rival, [text])) for text in self.texts),
                 relative_words(self.relative(policy, rival, self.texts)),
+                *(relative_words(self.relative(policy, rival, [text])) for text in self.texts),
             ]
             for policy, rival in pairs
         ]
-        return ["Policies", *self.texts, "all"], rows
+        return ["Policies", "All", *self.texts], rows
 
     def document(self) -> list[TitledTable]:
         """All tables."""

@@ -53,8 +53,8 @@ PROMPTS = (
     "ΔNLL (nats/token) of plans by the kind of text of each window's first {tokens} tokens, on the "
     "whole window, beside plans from the costs on the text's own kind and from equal shares of all "
     "kinds: mean over requests and draws, with a 95 % interval over windows and draws. Two rows "
-    "know the other kinds only. The last column is relative to equal shares of the same kinds "
-    "(geometric mean over kinds and requests)."
+    "know the other kinds only. Relative: divided by that of equal shares of the same kinds, minus "
+    "1 (geometric mean over kinds and requests)."
 )
 RECOGNISED = (
     "What the first {tokens} tokens of a report window are taken for: mean share of the text's own "
@@ -190,11 +190,11 @@ class TextStudy:
                 ]
                 gain = None if general else self.prompt_gain(known=known)
                 rows.append(self._prompt_row(f"{name}{clause}", losses, gain))
-        return ["Plans by", *self.kinds, "mean", "relative"], rows
+        return ["Plans by", "Relative", "Mean", *self.kinds], rows
 
     def _prompt_row(self, name: str, losses: list[Losses], gain: Estimate | None) -> list[str]:
         shown = (str(bootstrap_mean(one)) for one in losses)
-        return [name, *shown, f"{np.mean(losses):.3f}", relative_words(gain)]
+        return [name, relative_words(gain), f"{np.mean(losses):.3f}", *shown]
 
     def recognised_table(self) -> Table:
         """Table of what prompts are taken for."""

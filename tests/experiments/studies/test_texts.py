@@ -185,7 +185,7 @@ def test_plans_by_prompt_win_where_costs_depend_on_the_kind(config, monkeypatch)
     assert study.prompt_gain(known=True).high < -0.02
     rows = {row[0]: row[1:] for row in study.prompt_table()[1]}
     own, seen, equal = (
-        float(rows[n][2]) for n in ("own kind", "kind of the prompt", "equal shares")
+        float(rows[n][1]) for n in ("own kind", "kind of the prompt", "equal shares")
     )
     assert own <= seen < equal
     for kind, *shares in study.recognised_table()[1]:
