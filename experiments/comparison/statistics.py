@@ -126,6 +126,16 @@ def paired_ratio(
     return _estimate(np.exp(np.mean(means)), np.exp(np.mean(resampled, axis=0)), seeds)
 
 
+def relative_ratio(
+    firsts: Sequence[npt.ArrayLike], seconds: Sequence[npt.ArrayLike]
+) -> Estimate | None:
+    """Return `paired_ratio` minus 1."""
+    found = paired_ratio(firsts, seconds)
+    if found is None:
+        return None
+    return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
+
+
 def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Return the two-sided bootstrap p-value of equal means; at least 2 / (`RESAMPLES` + 1).
 

@@ -28,7 +28,7 @@ from experiments.comparison.formatting import (
 )
 from experiments.comparison.records import Record, RowFile, row_key
 from experiments.comparison.run_folder import RunFolder, git_state
-from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_ratio
+from experiments.comparison.statistics import Estimate, bootstrap_mean, relative_ratio
 from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table
@@ -182,13 +182,10 @@ class PromptStudy:
     def relative(self, policy: str, rival: str, texts: Sequence[str]) -> Estimate | None:
         """ΔNLL of a policy divided by that of another one, minus 1, over some texts."""
         pairs = [(text, cell) for text in texts for cell in self.cells]
-        found = paired_ratio(
+        return relative_ratio(
             [self.losses(policy, text, [cell]) for text, cell in pairs],
             [self.losses(rival, text, [cell]) for text, cell in pairs],
         )
-        if found is None:
-            return None
-        return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
 
     def loss_table(self) -> Table:
         """Table of ΔNLL by policy and text."""

@@ -23,7 +23,7 @@ from experiments.comparison.formatting import (
     wrapped,
 )
 from experiments.comparison.plotting import PNG_DPI, panels, style
-from experiments.comparison.statistics import Estimate, bootstrap_mean, paired_ratio
+from experiments.comparison.statistics import Estimate, bootstrap_mean, relative_ratio
 from experiments.config.common import parse_pinned
 from rap_env.artifacts import atomic_write
 from rap_env.plan import EMBEDDINGS
@@ -116,7 +116,9 @@ class TextStudy:
         for kind, cell in self._pairs:
             rivals = [ALL] if rival == ALL else [name for name in self.kinds if name != kind]
             firsts.append(np.concatenate([self.losses(r, kind, [cell]) for r in rivals]))
-        return _relative(firsts, [self.losses(kind, kind, [cell]) for kind, cell in self._pairs])
+        return relative_ratio(
+            firsts, [self.losses(kind, kind, [cell]) for kind, cell in self._pairs]
+        )
 
     @property
     def verdict(self) -> str:
@@ -148,7 +150,7 @@ class TextStudy:
 
     def prompt_gain(self, *, known: bool) -> Estimate | None:
         """ΔNLL of plans by prompts divided by that of equal shares, minus 1; see `gap`."""
-        return _relative(
+        return relative_ratio(
             [self.prompt_losses(k, [c], known=known) for k, c in self._pairs],
             [self.prompt_losses(k, [c], known=known, general=True) for k, c in self._pairs],
         )
@@ -174,7 +176,7 @@ class TextStudy:
 
     def prompt_table(self) -> Table:
         """Table of `prompt_losses`, beside plans that do not depend on the prompt."""
-        own = _relative(
+        own = relative_ratio(
             [self.losses(k, k, [c]) for k, c in self._pairs],
             [self.prompt_losses(k, [c], known=True, general=True) for k, c in self._pairs],
         )
@@ -286,14 +288,6 @@ class TextStudy:
             caption = SIZES.format(sized=sized)
             found.append(TitledTable(self.size_table(), "Amount of calibration text", caption))
         return found
-
-
-def _relative(firsts: Sequence[Losses], seconds: Sequence[Losses]) -> Estimate | None:
-    """`paired_ratio` minus 1."""
-    found = paired_ratio(firsts, seconds)
-    if found is None:
-        return None
-    return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
 
 
 def texts_markdown(found: TextStudy) -> str:
