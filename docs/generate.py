@@ -211,11 +211,11 @@ def write_texts(folder: Path) -> None:
 
 def write_prompts(folder: Path) -> None:
     """Write the tables of policies that see the prompt."""
-    from experiments.studies.prompts import PromptRow, PromptStudy
+    from experiments.studies.prompts import PolicyRow, PromptStudy
 
     records = RESULTS / "prompts"
     settings = yaml.safe_load((records / "config.yaml").read_text(encoding="utf-8"))
-    rows = PromptRow.read(records / "prompts.jsonl")
+    rows = PolicyRow.read(records / "prompts.jsonl")
     found = PromptStudy(rows, settings["prompts"]["prompt_tokens"])
     write(folder / "prompts.md", found.markdown.partition("\n")[2].strip() + "\n")
 

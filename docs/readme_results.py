@@ -151,9 +151,9 @@ def plan_results() -> list[str]:
 def prompt_result() -> str:
     """What the README says of policies that see the prompt."""
     from experiments.comparison.formatting import relative_words
-    from experiments.studies.prompts import BLIND, PromptRow, PromptStudy
+    from experiments.studies.prompts import BLIND, PolicyRow, PromptStudy
 
-    rows = PromptRow.read(RESULTS / "prompts" / "prompts.jsonl")
+    rows = PolicyRow.read(RESULTS / "prompts" / "prompts.jsonl")
     found = PromptStudy(rows, prompt_tokens=0)
     seen = "knapsack-by-text"
     default, blind = (

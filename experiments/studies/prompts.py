@@ -63,7 +63,7 @@ RELATIVE = (
 
 
 @dataclass(frozen=True)
-class PromptRow(Record):
+class PolicyRow(Record):
     """A policy's plans for one request and budget, on the windows of one text.
 
     Attributes:
@@ -73,7 +73,7 @@ class PromptRow(Record):
         window_losses: ΔNLL of each window, nats per token, (windows,).
     """
 
-    record_name = "A row of plans by prompts"
+    record_name = "A row of a policy"
     identity = ("policy", "text", "cell")
 
     policy: str
@@ -117,7 +117,7 @@ def prompts(config: Config, folder: Path) -> Path:
         requests[cell] = Request(*pinned.shape, pinned.budget_bytes)
     store = open_store(config.store)
     texts = load_texts(settings.texts, "report", llm, progress=config.progress)
-    rows, found = RowFile(folder / ROWS_FILE, PromptRow), []
+    rows, found = RowFile(folder / ROWS_FILE, PolicyRow), []
     for text, corpus in progress_bar(config.progress, texts.items(), desc="texts"):
         scorer = MaskScorer(llm, corpus, store)
         starts = corpus.tokens[:, : settings.prompt_tokens].tolist()
@@ -151,12 +151,12 @@ def _measured(
     names: tuple[str, str, str],
     shares: Sequence[Shares],
     provenance: dict[str, Any],
-) -> PromptRow:
+) -> PolicyRow:
     native = scorer.window_nll(CompressionPlan())
     rises = {plan: scorer.window_nll(plan) - native for plan in dict.fromkeys(plans)}
     losses = [float(rises[plan][window]) for window, plan in enumerate(plans)]
     hashes = [plan.digest for plan in plans]
-    return PromptRow(*names, [list(one) for one in shares], hashes, losses, provenance)
+    return PolicyRow(*names, [list(one) for one in shares], hashes, losses, provenance)
 
 
 class PromptStudy:
@@ -167,7 +167,7 @@ class PromptStudy:
         prompt_tokens: Tokens of a prompt.
     """
 
-    def __init__(self, rows: Sequence[PromptRow], prompt_tokens: int) -> None:
+    def __init__(self, rows: Sequence[PolicyRow], prompt_tokens: int) -> None:
         self._rows = {(row.policy, row.text, row.cell): row for row in rows}
         self._tokens = prompt_tokens
         self.policies, self.texts, self.cells = (

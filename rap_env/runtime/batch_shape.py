@@ -71,7 +71,8 @@ class BatchShape:
 
     def with_texts(self, texts: Iterable[Shares]) -> BatchShape:
         """This shape with the kinds of text of its prompts."""
-        return replace(self, text_shares=mean_shares(list(texts)))
+        shares = mean_shares(list(texts))
+        return self if shares == self.text_shares else replace(self, text_shares=shares)
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
 from experiments.errors import ExperimentError
-from experiments.studies.prompts import BLIND, ROWS_FILE, PromptRow, PromptStudy, prompts
+from experiments.studies.prompts import BLIND, ROWS_FILE, PolicyRow, PromptStudy, prompts
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.llm.loading import load_llm
@@ -60,7 +60,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(config):
-    return PromptRow.read(prompts(config, config.stage_dir("prompts")))
+    return PolicyRow.read(prompts(config, config.stage_dir("prompts")))
 
 
 def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
