@@ -34,6 +34,7 @@ from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table
 from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.studies.texts import losses_by_window
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.importance.text_kinds import Shares
@@ -152,10 +153,7 @@ def _measured(
     shares: Sequence[Shares],
     provenance: dict[str, Any],
 ) -> PolicyRow:
-    native = scorer.window_nll(CompressionPlan())
-    rises = {plan: scorer.window_nll(plan) - native for plan in dict.fromkeys(plans)}
-    losses = [float(rises[plan][window]) for window, plan in enumerate(plans)]
-    hashes = [plan.digest for plan in plans]
+    hashes, losses = [plan.digest for plan in plans], losses_by_window(scorer, plans)
     return PolicyRow(*names, [list(one) for one in shares], hashes, losses, provenance)
 
 

@@ -347,6 +347,12 @@ def _window_losses(scorer: MaskScorer, plan: MaskOrPlan) -> npt.NDArray[np.float
     return np.asarray(scorer.window_nll(as_plan(plan)) - scorer.window_nll(CompressionPlan()))
 
 
+def losses_by_window(scorer: MaskScorer, plans: Sequence[MaskOrPlan]) -> list[float]:
+    """Return the ΔNLL of each window with a plan of its own, nats per token."""
+    by_plan = {plan: _window_losses(scorer, plan) for plan in dict.fromkeys(plans)}
+    return [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
+
+
 def _prompt_row(
     seed: int,
     cell: str,
@@ -358,12 +364,9 @@ def _prompt_row(
     general: MaskOrPlan,
     provenance: dict[str, Any],
 ) -> PromptRow:
-    by_plan = {plan: _window_losses(scorer, plan) for plan in dict.fromkeys([*plans, general])}
-    losses = [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
-    return PromptRow(
-        seed, cell, name, known, [list(one) for one in shares], losses,
-        by_plan[general].tolist(), provenance,
-    )  # fmt: skip
+    losses, of_general = losses_by_window(scorer, plans), _window_losses(scorer, general).tolist()
+    kinds = [list(one) for one in shares]
+    return PromptRow(seed, cell, name, known, kinds, losses, of_general, provenance)
 
 
 if __name__ == "__main__":
