@@ -50,6 +50,18 @@ class Demonstration:
     episode_return: float | None = None
 
 
+class Lesson(NamedTuple):
+    """What a teacher shows on one model and text.
+
+    Attributes:
+        shown: The demonstrations.
+        builder: Builds the observations there.
+    """
+
+    shown: Sequence[Demonstration]
+    builder: Builder
+
+
 class Batch(NamedTuple):
     """A batch of B states on the way to a teacher's plans, with A actions.
 
@@ -168,8 +180,7 @@ class ImitationResult(NamedTuple):
 
 def imitate(
     model: BaseAlgorithm,
-    demonstrations: Sequence[Demonstration],
-    builder: Builder,
+    lessons: Sequence[Lesson],
     config: ImitationConfig | None = None,
     *,
     progress: bool = True,
@@ -186,27 +197,41 @@ def imitate(
 
     Args:
         model: A model of any agent, trained or not; its policy is changed.
-        demonstrations: The teacher's masks or plans; those without any step are ignored.
-        builder: Builds the observations of the model.
+        lessons: The teacher's masks or plans; those without any step are ignored. Each lesson has
+            an equal share of every batch.
         config: Settings; None for the defaults.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        AgentConfigError: No demonstration removes or lowers anything.
+        AgentConfigError: No demonstration of a lesson removes or lowers anything, or there are more
+            lessons than states in a batch.
         InvalidRequestError: The model cannot serve a request.
         UnknownNameError: It lacks blocks of a mask, or levels of a plan.
     """
     config = config or ImitationConfig()
     policy: Any = model.policy
     gamma = float(cast(Any, model).gamma)
-    states = TeacherStates(demonstrations, builder, gamma, config.batch_size, config.seed)
-    states.returns = _in_unit_of_rewards(model, states.returns, states.steps)
+    if not 0 < len(lessons) <= config.batch_size:
+        raise AgentConfigError(
+            f"A batch of {config.batch_size} states cannot have a share of {len(lessons)} lessons; "
+            "give at least one lesson, and a batch_size of imitation that is large enough."
+        )
+    share = config.batch_size // len(lessons)
+    taught = [TeacherStates(*lesson, gamma, share, config.seed) for lesson in lessons]
+    returns = _in_unit_of_rewards(
+        model,
+        np.concatenate([states.returns for states in taught]),
+        np.concatenate([states.steps for states in taught]),
+    )
+    ends = np.cumsum([len(states.returns) for states in taught])[:-1]
+    for states, own in zip(taught, np.split(returns, ends), strict=True):
+        states.returns = own
     policy.set_training_mode(True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_LEARNING_RATE, config.updates)
     reached = []
     for _ in progress_bar(progress, range(config.updates), desc="imitate"):
-        batch = states.draw()
+        batch = _joined([states.draw() for states in taught])
         loss, agreement = _loss(policy, batch, config)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -218,6 +243,13 @@ def imitate(
         policy.q_net_target.load_state_dict(policy.q_net.state_dict())
     policy.set_training_mode(False)
     return ImitationResult(*np.mean(reached[-_REPORTED_UPDATES:], axis=0).tolist())
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one."""
+    seen = {key: torch.cat([one.seen[key] for one in batches]) for key in batches[0].seen}
+    rest = (torch.cat(parts) for parts in zip(*(one[1:] for one in batches), strict=True))
+    return Batch(seen, *rest)
 
 
 def _loss(policy: Any, batch: Batch, config: ImitationConfig) -> tuple[torch.Tensor, float]:

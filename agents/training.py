@@ -306,6 +306,6 @@ class _SinkWriter(KVWriter):
 
 
 def _evaluations(venv: VecEnv) -> int:
-    """Return how many scores the environments' shared context was asked for; 0 without one."""
-    context = venv.get_attr("context", indices=[0])[0] if venv.has_attr("context") else None
-    return int(context.scorer.known) if context is not None else 0
+    """Return how many scores the environments' contexts were asked for; 0 without one."""
+    contexts = venv.get_attr("context") if venv.has_attr("context") else []
+    return sum(int(context.scorer.known) for context in {id(one): one for one in contexts}.values())

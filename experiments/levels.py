@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import Cell
 from experiments.config.evaluation import LEVELS_SUFFIX
-from experiments.contexts import build_context, held_out_scorer
+from experiments.contexts import build_context, held_out_scorer, kind_contexts
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from rap_env.artifacts import save_artifact
@@ -50,7 +50,7 @@ _FROZEN = (
     "levels.caches",
     "levels.requests",
     "levels.joint_budgets",
-    "levels.kinds",
+    "kinds",
 )
 
 
@@ -93,7 +93,7 @@ class PlanRow(Record):
 def levels(config: Config, folder: Path) -> Path:
     """Measure the costs of levels and the plans of the knapsack; existing results are kept.
 
-    The folder gets ``levels.json`` and ``grid.jsonl``, and ``kinds.json`` with `levels.kinds`. With
+    The folder gets ``levels.json`` and ``grid.jsonl``, and ``kinds.json`` with `kinds`. With
     `levels.out`, the costs are also written there, and the model's facts beside them.
 
     Returns:
@@ -101,15 +101,9 @@ def levels(config: Config, folder: Path) -> Path:
 
     Raises:
         ExperimentError: The folder has results of another model, text or other levels, or the
-            calibration is too short for `levels.kinds`.
+            calibration is too short for `kinds`.
     """
-    text = config.calibration
-    if config.levels.kinds and text.windows * text.window_tokens < LEAST_TOKENS:
-        raise ExperimentError(
-            f"levels.kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, "
-            f"and calibration.windows x calibration.window_tokens are {text.windows} x "
-            f"{text.window_tokens}; give more of them."
-        )
+    check_kinds(config)
     run, started = RunFolder(folder), time.monotonic()
     run.start(config, frozen=_FROZEN)
     context = require_live(build_context(config, profiled=False))
@@ -118,7 +112,7 @@ def levels(config: Config, folder: Path) -> Path:
     if settings.out is not None:
         facts_path = Path(settings.out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
         save_facts(facts_path, {"native": context.memory.facts, "bf16": reference.facts})
-    if settings.kinds and not (folder / KINDS_FILE).exists():
+    if config.kinds and not (folder / KINDS_FILE).exists():
         kind_costs(config).save(folder / KINDS_FILE)
     if path.exists():
         costs = LevelCosts.load(path, context.memory)
@@ -146,17 +140,27 @@ def levels(config: Config, folder: Path) -> Path:
     return path
 
 
-def kind_costs(config: Config) -> KindCosts:
-    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart.
+def check_kinds(config: Config) -> None:
+    """Check that kinds of text, if there are any, can be told apart.
 
-    All texts are read before anything is measured.
+    Raises:
+        ExperimentError: The calibration is too short.
     """
-    contexts = {}
-    for name, kind in config.levels.kinds.items():
-        text = replace(config.calibration, source=kind.source, field=kind.field)
-        contexts[name] = require_live(
-            build_context(replace(config, calibration=text), profiled=False)
+    text = config.calibration
+    if config.kinds and text.windows * text.window_tokens < LEAST_TOKENS:
+        raise ExperimentError(
+            f"kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, and "
+            f"calibration.windows x calibration.window_tokens are {text.windows} x "
+            f"{text.window_tokens}; give more of them."
         )
+
+
+def kind_costs(config: Config) -> KindCosts:
+    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart."""
+    contexts = {
+        name: require_live(context)
+        for name, context in kind_contexts(config, profiled=False).items()
+    }
     texts = {name: context.corpus.tokens.numpy() for name, context in contexts.items()}
     kinds = TextKinds.of(texts, next(iter(contexts.values())).memory.facts.vocab_size)
     costs = {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
-from experiments.contexts import GSI_FILE, build_context, frontier_artifact
+from experiments.contexts import GSI_FILE, build_context, frontier_artifact, kind_contexts
 from experiments.launch import launch
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores
@@ -40,7 +40,8 @@ def profile(config: Config, folder: Path) -> Path:
     """Measure importance and write artifacts; existing artifacts are kept.
 
     The folder gets ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if
-    `frontier.evaluations` is above 0, ``frontier.json``.
+    `frontier.evaluations` is above 0, ``frontier.json``, or with `kinds` a table for the text of
+    each kind, ``frontier.KIND.json``.
 
     Returns:
         The path of ``profile.json``.
@@ -51,12 +52,14 @@ def profile(config: Config, folder: Path) -> Path:
     run = RunFolder(folder)
     started = time.monotonic()
     path = folder / "profile.json"
-    run.start(config, frozen=("model", "calibration", "importance", "repair"))
+    run.start(config, frozen=("model", "calibration", "kinds", "importance", "repair"))
     context = build_context(config, profiled=False)
     if not path.exists():
         _measure(config, context, folder, path)
-    if config.frontier.evaluations and not frontier_artifact(config).exists():
-        build_frontier_table(config, context, frontier_artifact(config))
+    if config.frontier.evaluations:
+        for kind, of_text in kind_contexts(config, profiled=False).items():
+            if not (table := frontier_artifact(config, kind)).exists():
+                build_frontier_table(config, of_text, table)
     run.finish(started)
     log.info("Importance: %s.", path)
     return path

@@ -20,7 +20,7 @@ from experiments.comparison.records import trim_metrics
 from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import Cell
-from experiments.contexts import build_context, ladder_bytes
+from experiments.contexts import build_context, kind_contexts, ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.training.loggers import Loggers, open_loggers
 from experiments.training.score_model import learn
@@ -39,8 +39,8 @@ from rap_env.request import Request
 log = logging.getLogger(__name__)
 
 FROZEN = (
-    "model", "calibration", "importance", "repair", "workload", "reward", "env", "agent", "seed",
-    "warm_start", "score_model", "frontier",
+    "model", "calibration", "kinds", "importance", "repair", "workload", "reward", "env", "agent",
+    "seed", "warm_start", "score_model", "frontier",
 )  # fmt: skip
 """Settings that must not change when a run resumes."""
 
@@ -85,7 +85,7 @@ def train(
         if trial is not None:
             sinks.append(Pruning(trial, agent.total_timesteps, folder))
         try:
-            result = learn(config, agent, context, folder, sinks)
+            result = learn(config, agent, kind_contexts(config), folder, sinks)
             facts = facts_of(result)
         except (TrialPrunedError, TrainingDivergedError) as stop:
             facts = facts_of_stopped(folder, trial, stop)

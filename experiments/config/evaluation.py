@@ -13,7 +13,6 @@ from experiments.config.common import (
     CellText,
     Count,
     Fraction,
-    KindConfig,
     Pinned,
     PinnedText,
     Positive,
@@ -136,9 +135,6 @@ class LevelsConfig(Section):
     """Such fractions at which plans are measured on the calibration text, to correct costs."""
     text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
     """Text on which plans are evaluated."""
-    kinds: dict[str, KindConfig] = field(default_factory=dict)
-    """Kinds of text by name, with the windows of ``calibration``: costs on each of them become
-    ``kinds.json``, a policy that chooses by the kind of text of the prompts."""
     out: str | None = None
     """File for the costs of levels, ending in .levels.json; the model's facts are written next to
     it. null for none."""

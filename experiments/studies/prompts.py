@@ -39,12 +39,13 @@ from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.importance.text_kinds import Shares
 from rap_env.llm.progress import progress_bar
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.memory import MemoryModel
+from rap_env.plan import CompressionPlan, as_plan, simplest
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
+from rap_env.runtime.policies import load_policy, packaged_kinds
 from rap_env.runtime.text_policy import BY_TEXT, TextPolicy, for_text
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 ROWS_FILE = "prompts.jsonl"
 BLIND = ", blind"
@@ -110,6 +111,10 @@ def prompts(config: Config, folder: Path) -> Path:
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     policies = {name: load_policy(name, llm) for name in settings.policies}
+    for name, path in settings.networks.items():
+        policies[f"{name}{BY_TEXT}"] = load_policy(
+            path, llm, kinds=packaged_kinds(MemoryModel(llm))
+        )
     by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
     policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
     requests = {}
@@ -122,6 +127,7 @@ def prompts(config: Config, folder: Path) -> Path:
     for text, corpus in progress_bar(config.progress, texts.items(), desc="texts"):
         scorer = MaskScorer(llm, corpus, store)
         starts = corpus.tokens[:, : settings.prompt_tokens].tolist()
+        wanted, missing = {}, [CompressionPlan()]
         for (name, policy), (cell, request) in itertools.product(
             policies.items(), requests.items()
         ):
@@ -129,8 +135,13 @@ def prompts(config: Config, folder: Path) -> Path:
             plans = [as_plan(for_text(policy, one).choose(request)) for one in shares]
             known = {"plans": digest([plan.levels for plan in plans])}
             provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git_state()}
-            row = partial(_measured, scorer, plans, (name, text, cell), shares, provenance)
-            found.append(rows.get(row_key(name, text, cell, provenance), row))
+            key = row_key(name, text, cell, provenance)
+            if not rows.has(key):
+                missing += plans
+            wanted[key] = partial(_measured, scorer, plans, (name, text, cell), shares, provenance)
+        if len(missing) > 1:
+            _measure(scorer, missing, progress=config.progress)
+        found += [rows.get(key, make) for key, make in wanted.items()]
         scorer.release()
     study = PromptStudy(found, settings.prompt_tokens)
     shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in study.document()]
@@ -144,6 +155,13 @@ def _shares(policy: PlanPolicy, starts: Sequence[Sequence[int]]) -> list[Shares]
     if not isinstance(policy, TextPolicy):
         return [()] * len(starts)
     return [policy.text_kinds.shares(start) for start in starts]
+
+
+def _measure(scorer: MaskScorer, plans: Sequence[CompressionPlan], *, progress: bool) -> None:
+    """Measure plans together, since steps that they share run once."""
+    count = len(set(map(simplest, plans)))
+    with progress_bar(progress, total=count, desc="plans", unit="plan") as bar:
+        scorer.nll_many(plans, bar_callback(bar))
 
 
 def _measured(
@@ -198,6 +216,8 @@ class PromptStudy:
         """Table of ΔNLL relative to the first policy, and of policies by text to their like."""
         first, *others = self.policies
         pairs = [(policy, first) for policy in others]
+        by_text = [policy for policy in self.policies if policy.endswith(BY_TEXT)]
+        pairs += [(policy, by_text[0]) for policy in by_text[1:]]
         pairs += [
             (policy, rival)
             for policy in others

@@ -232,8 +232,8 @@ class Wandb(MetricLogger):
 
 
 _READ_BY_BOTH = (
-    "stage", "name", "seed", "store", "threads", "model", "scoring", "calibration", "importance",
-    "repair",
+    "stage", "name", "seed", "store", "threads", "model", "scoring", "calibration", "kinds",
+    "importance", "repair",
 )  # fmt: skip
 
 READ = {

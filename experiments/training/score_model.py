@@ -5,6 +5,10 @@ round fits the score model to all scores measured so far, trains the agent on it
 then measures the masks that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017, expert
 iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the next round
 corrects it.
+
+With `kinds`, one agent is trained on the texts of several kinds: each has its own scores,
+importance and score model, and an equal share of the sub-environments and of the teacher's
+requests.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
 from agents.baselines import make_baseline
-from agents.imitation import Demonstration, ImitationConfig, imitate
+from agents.imitation import Demonstration, ImitationConfig, Lesson, imitate
 from agents.observations import make_builder
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
@@ -30,12 +34,13 @@ from agents.training import train as train_agent
 from experiments.comparison.records import append_record, read_records
 from experiments.comparison.run_folder import TABLE_FILE
 from experiments.config import Config
-from experiments.contexts import ladder_bytes
+from experiments.contexts import ladder_bytes, of_kind
 from experiments.errors import ExperimentError
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, load_plan_frontier
 from rap_env.context.table import TableContext
+from rap_env.envs.joined import JoinedVectorEnv
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
 from rap_env.importance.frontier import Frontier
@@ -56,48 +61,136 @@ _DRAWN = 4  # sampled masks for each verified request; the best by prediction is
 def learn(
     config: Config,
     agent: AgentConfig,
-    context: PruningContext,
+    contexts: Mapping[str, PruningContext],
     folder: Path,
     sinks: Sequence[MetricSink],
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
-    A score table that it is trained on, fitted here or given as the model, is saved in its folder
-    (`TABLE_FILE`).
+    A score table that it is trained on, fitted here or given as the model, is saved in its folder:
+    `TABLE_FILE`, or one for each kind of text.
+
+    Args:
+        config: All settings.
+        agent: The agent.
+        contexts: The contexts of `kind_contexts`.
+        folder: The run's folder.
+        sinks: Take the metrics.
 
     Returns:
         The result; ``evaluations`` counts the masks and plans scored by the model, also those that
         it scored for a table that is the model here.
     """
     if not config.score_model.rounds:
-        result = _train(config, agent, context, folder, sinks)
-        if isinstance(context, TableContext):
-            context.table.save(folder / TABLE_FILE)
-            result = replace(result, evaluations=len(context.table.scores))
+        result = _train(config, agent, list(contexts.values()), folder, sinks)
+        for context in contexts.values():
+            if isinstance(context, TableContext):
+                context.table.save(folder / TABLE_FILE)
+                result = replace(result, evaluations=len(context.table.scores))
         return result
-    known, item_bytes = _known(config, context), ladder_bytes(config, context)
+    texts = [_ScoredText(config, kind, context) for kind, context in contexts.items()]
     rounds = config.score_model.rounds
-    levels = None
-    if item_bytes is not None:
-        levels = context.level_costs(item_bytes.ladder.cache_levels)
     for number in range(rounds):
         steps = agent.total_timesteps * (number + 1) // rounds
         part = replace(agent, total_timesteps=steps)
-        table = table_of(
-            config, context, known, levels=levels,
-            members=config.score_model.members, pessimism=config.score_model.pessimism,
-        )  # fmt: skip
-        predicted = TableContext(
-            table, TABLE_FILE, importance=config.importance.method, frontier=context.frontier_path
-        )
+        predicted = [text.predicted() for text in texts]
         result = _train(config, part, predicted, folder, sinks)
-        known |= _verified(config, number, context, predicted, folder, sinks, result.timesteps)
-    table.save(folder / TABLE_FILE)
-    return replace(result, evaluations=len(known))
+        for text, scores in zip(texts, predicted, strict=True):
+            text.verify(number, scores, folder, sinks, result.timesteps)
+    for text, scores in zip(texts, predicted, strict=True):
+        scores.table.save(folder / of_kind(TABLE_FILE, text.kind))
+    return replace(result, evaluations=sum(len(text.known) for text in texts))
 
 
-def make_envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv[Any]:
-    """Make the vector environment on a context."""
+class _ScoredText:
+    """The scores of one text that are known, and the score models fitted to them.
+
+    Attributes:
+        kind: Kind of the text; empty if there is only one.
+        known: NLL of masks and plans, nats per token.
+    """
+
+    def __init__(self, config: Config, kind: str, context: PruningContext) -> None:
+        self.kind, self.known = kind, _known(config, context)
+        self._config, self._context = config, context
+        item_bytes, self._levels = ladder_bytes(config, context), None
+        if item_bytes is not None:
+            self._levels = context.level_costs(item_bytes.ladder.cache_levels)
+
+    def predicted(self) -> TableContext:
+        """Return a context whose scores a score model predicts, fitted to what is known now."""
+        settings, name = self._config.score_model, of_kind(TABLE_FILE, self.kind)
+        table = table_of(
+            self._config, self._context, self.known, levels=self._levels,
+            members=settings.members, pessimism=settings.pessimism,
+        )  # fmt: skip
+        importance, frontier = self._config.importance.method, self._context.frontier_path
+        return TableContext(table, name, importance=importance, frontier=frontier)
+
+    def verify(
+        self,
+        number: int,
+        predicted: TableContext,
+        folder: Path,
+        sinks: Sequence[MetricSink],
+        step: int,
+    ) -> None:
+        """Measure and record the masks or plans that the policy chooses after a round."""
+        path = folder / of_kind(ROUNDS_FILE, self.kind)
+        done = {record["round"]: record for record in read_records(path)}
+        if number not in done:
+            policy = TrainedPolicy.load(folder, predicted, seed=number)
+            done[number] = {"round": number, "step": step, **self._measured(policy, predicted)}
+            append_record(path, done[number])
+        record, place = done[number], f"verify/{self.kind}".rstrip("/")
+        metrics = {f"{place}/{key}": float(record[key]) for key in ("loss", "predicted_loss")}
+        for sink in sinks:
+            sink(metrics, step)
+        log.info(
+            "Round %d%s: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
+            number, self.kind and f", {self.kind}", record["loss"], record["predicted_loss"],
+        )  # fmt: skip
+        self.known |= scored_masks(record)
+
+    def _measured(self, policy: TrainedPolicy, predicted: TableContext) -> dict[str, Any]:
+        """Measure the policy's favourites for some requests, and the best of its other samples."""
+        config, context = self._config, self._context
+        requests = draw_requests(config, context, config.score_model.verify_requests, 2)
+        favourites, others = [], []
+        for request in requests:
+            first, *drawn = policy.sample(request, 1 + _DRAWN)
+            favourites.append(first)
+            others.append(min(drawn, key=predicted.scorer.nll))
+        masks = list(dict.fromkeys([*favourites, *others]))
+        real = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
+        dense = context.scorer.dense_nll
+        return {
+            "loss": float(np.mean([real[mask] - dense for mask in favourites])),
+            "predicted_loss": float(np.mean([predicted.scorer.nll(m) - dense for m in favourites])),
+            "scored": [[json.loads(mask.to_json()), nll] for mask, nll in real.items()],
+        }
+
+
+def make_envs(
+    config: Config, contexts: Sequence[PruningContext], num_envs: int
+) -> PruningVectorEnv[Any] | JoinedVectorEnv:
+    """Make the vector environment on a context, or one with an equal share for each of several.
+
+    Raises:
+        ExperimentError: There are fewer sub-environments than contexts.
+    """
+    if num_envs < len(contexts):
+        raise ExperimentError(
+            f"{len(contexts)} kinds of text cannot share agent.n_envs={num_envs} sub-environments; "
+            "give at least as many."
+        )
+    ends = [num_envs * (number + 1) // len(contexts) for number in range(len(contexts))]
+    shares = np.diff([0, *ends]).tolist()
+    parts = [_envs(config, *part) for part in zip(contexts, shares, strict=True)]
+    return parts[0] if len(parts) == 1 else JoinedVectorEnv(parts)
+
+
+def _envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv[Any]:
     kind: type[PruningVectorEnv[Any]] = RAPPruneVectorEnv
     if config.env.lowers:
         kind = RAPPruneV1VectorEnv
@@ -139,49 +232,59 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
 def _train(
     config: Config,
     agent: AgentConfig,
-    context: PruningContext,
+    contexts: Sequence[PruningContext],
     folder: Path,
     sinks: Sequence[MetricSink],
 ) -> TrainResult:
-    """Train the agent on the scores of a context."""
+    """Train the agent on the scores of one or several contexts."""
     return train_agent(
         agent,
-        lambda num_envs: make_envs(config, context, num_envs),
+        lambda num_envs: make_envs(config, contexts, num_envs),
         folder,
         log_fns=sinks,
         progress=config.progress,
-        warm_start=_warm_start(config, context),
+        warm_start=_warm_start(config, contexts),
     )
 
 
-def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
+def _warm_start(config: Config, contexts: Sequence[PruningContext]) -> WarmStart | None:
     settings = config.warm_start
     if settings.teacher == "none":
         return None
 
     def start(model: Any) -> None:
-        shown = demonstrations(config, context)
         how = ImitationConfig(
             updates=settings.updates, learning_rate=settings.learning_rate, seed=config.seed
         )
-        builder = make_builder(context, config.env.ladder if config.env.lowers else None)
-        result = imitate(model, shown, builder, how, progress=config.progress)
+        ladder = config.env.ladder if config.env.lowers else None
+        lessons = [
+            Lesson(demonstrations(config, context, len(contexts)), make_builder(context, ladder))
+            for context in contexts
+        ]
+        result = imitate(model, lessons, how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
-            len(shown), settings.teacher, 100 * result.agreement,
+            sum(len(lesson.shown) for lesson in lessons), settings.teacher, 100 * result.agreement,
         )  # fmt: skip
 
     return start
 
 
-def demonstrations(config: Config, context: PruningContext) -> list[Demonstration]:
+def demonstrations(
+    config: Config, context: PruningContext, shared_by: int = 1
+) -> list[Demonstration]:
     """Return the teacher's masks or plans for requests of the workload.
+
+    Args:
+        config: All settings.
+        context: The model and text.
+        shared_by: Number of texts that `warm_start.requests` are divided among.
 
     Raises:
         ArtifactError: The teacher is the frontier table, and there is none.
     """
     settings, item_bytes = config.warm_start, ladder_bytes(config, context)
-    requests = draw_requests(config, context, settings.requests, 1)
+    requests = draw_requests(config, context, max(1, settings.requests // shared_by), 1)
     if settings.teacher == "frontier" and item_bytes is None:
         known = [context.frontier.best(context.memory, request) for request in requests]
         pairs = zip(requests, known, strict=True)
@@ -234,48 +337,6 @@ def native_shift(table: Frontier | PlanFrontier, path: str, context: PruningCont
         )
     native = table.native_nll if isinstance(table, PlanFrontier) else table.dense_nll
     return context.scorer.dense_nll - native
-
-
-def _verified(
-    config: Config,
-    number: int,
-    context: PruningContext,
-    predicted: TableContext,
-    folder: Path,
-    sinks: Sequence[MetricSink],
-    step: int,
-) -> dict[MaskOrPlan, float]:
-    """Measure and record the masks or plans that the policy chooses after a round."""
-    path = folder / ROUNDS_FILE
-    done = {record["round"]: record for record in read_records(path)}
-    if number not in done:
-        policy = TrainedPolicy.load(folder, predicted, seed=number)
-        requests = draw_requests(config, context, config.score_model.verify_requests, 2)
-        favourites, others = [], []
-        for request in requests:
-            first, *drawn = policy.sample(request, 1 + _DRAWN)
-            favourites.append(first)
-            others.append(min(drawn, key=predicted.scorer.nll))
-        masks = list(dict.fromkeys([*favourites, *others]))
-        real = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
-        dense = context.scorer.dense_nll
-        done[number] = {
-            "round": number,
-            "step": step,
-            "loss": float(np.mean([real[mask] - dense for mask in favourites])),
-            "predicted_loss": float(np.mean([predicted.scorer.nll(m) - dense for m in favourites])),
-            "scored": [[json.loads(mask.to_json()), nll] for mask, nll in real.items()],
-        }
-        append_record(path, done[number])
-    record = done[number]
-    metrics = {f"verify/{key}": float(record[key]) for key in ("loss", "predicted_loss")}
-    for sink in sinks:
-        sink(metrics, step)
-    log.info(
-        "Round %d: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
-        number, record["loss"], record["predicted_loss"],
-    )  # fmt: skip
-    return scored_masks(record)
 
 
 def scored_masks(record: Mapping[str, Any]) -> dict[MaskOrPlan, float]:

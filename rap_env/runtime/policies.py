@@ -274,7 +274,7 @@ def load_policy(
     if source == "knapsack":
         return KnapsackPolicy(memory, _packaged_costs(memory))
     if source == "rap-by-text" and kinds is None:
-        kinds = KindCosts.load(SAVED / _FILES_OF["knapsack-by-text"], memory)
+        kinds = packaged_kinds(memory)
     if path is None:
         return _policy_of_package(os.fspath(source), memory)
     if path.suffix == ".json":
@@ -369,6 +369,21 @@ def _check_packaged(name: str, file: LadderPolicyFile, memory: MemoryModel) -> N
             f'{own.name} with weights="native", or use the packaged policy "rap-v0", which removes '
             "blocks only."
         )
+
+
+def packaged_kinds(memory: MemoryModel) -> KindCosts:
+    """The costs of levels by kind of text of the default model.
+
+    Raises:
+        ArtifactError: The model is another one, or the package lacks the file.
+    """
+    try:
+        return KindCosts.load(SAVED / _FILES_OF["knapsack-by-text"], memory)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"The package lacks {error.filename}, the costs by kind of text of {DEFAULT_MODEL}; "
+            "install rap-env again, or give costs of your own (kinds=)."
+        ) from None
 
 
 def _packaged_costs(memory: MemoryModel) -> LevelCosts:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from agents.algorithms import AgentConfig, make_model
-from agents.imitation import Demonstration, ImitationConfig, TeacherStates, imitate
+from agents.imitation import Demonstration, ImitationConfig, Lesson, TeacherStates, imitate
+from agents.observations import make_builder
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
@@ -13,7 +16,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
-from tests.agents.synthetic import ONE_OF_EACH_KIND, make_envs
+from tests.agents.synthetic import ONE_OF_EACH_KIND, SyntheticContext, make_envs
 
 MASKS = [(1, 4, 7), (0, 2, 9, 10), (3, 5), (2, 6, 8, 11), (10,)]
 SHAPES = [(1, 10), (16, 2000), (2, 100), (8, 500), (4, 4000)]
@@ -49,7 +52,7 @@ def weights(model):
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_the_policy_matches_its_teacher(context, builder, teacher, name):
     model = new_model(name, context)
-    result = imitate(model, teacher, builder, QUICK, progress=False)
+    result = imitate(model, [Lesson(teacher, builder)], QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
     assert result.agreement > 0.99
@@ -58,7 +61,7 @@ def test_the_policy_matches_its_teacher(context, builder, teacher, name):
 @pytest.mark.slow
 def test_an_mlp_can_imitate_too(context, builder, teacher):
     model = new_model("maskable_ppo", context, policy="mlp", policy_settings={})
-    imitate(model, teacher, builder, QUICK, progress=False)
+    imitate(model, [Lesson(teacher, builder)], QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
 
@@ -83,7 +86,7 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
 def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher, normalize):
     model = new_model("ppo", context, normalize_reward=normalize)
     config = ImitationConfig(updates=400, batch_size=64)
-    imitate(model, teacher, builder, config, progress=False)
+    imitate(model, [Lesson(teacher, builder)], config, progress=False)
     rewards = np.array([one.episode_return for one in teacher])
     if normalize:
         steps = [0.0] * sum(len(mask) - 1 for mask in MASKS)  # only the last one pays
@@ -102,7 +105,7 @@ def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher,
 def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, builder, teacher):
     model = new_model("masked_dqn", context, normalize_reward=False)
     config = ImitationConfig(updates=400, batch_size=64, margin=0.5)
-    imitate(model, teacher, builder, config, progress=False)
+    imitate(model, [Lesson(teacher, builder)], config, progress=False)
     for one in teacher:
         tensors, _ = model.policy.obs_to_tensor(builder.build(one.request, BlockMask()))
         with torch.no_grad():
@@ -117,7 +120,7 @@ def test_unknown_returns_do_not_train_values(context, builder, teacher):
     unknown = [Demonstration(one.request, one.plan) for one in teacher]
     model = new_model("ppo", context)
     critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]
-    imitate(model, unknown, builder, QUICK, progress=False)
+    imitate(model, [Lesson(unknown, builder)], QUICK, progress=False)
     after = list(model.policy.mlp_extractor.critic.parameters())
     assert all(torch.equal(one, other) for one, other in zip(critic, after, strict=True))
     assert model.get_vec_normalize_env().ret_rms.var == 1.0
@@ -131,20 +134,43 @@ def test_same_seed_same_policy(context, builder, teacher, name):
     for seed in (0, 0, 1):
         model = new_model(name, context)
         config = ImitationConfig(updates=20, batch_size=16, seed=seed)
-        imitate(model, teacher, builder, config, progress=False)
+        imitate(model, [Lesson(teacher, builder)], config, progress=False)
         found.append(weights(model))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_lessons_on_two_models_are_both_learned(context, builder, teacher):
+    """Each block of the other model costs what its mirror image costs here, and goes with it."""
+    other = SyntheticContext(context.scorer.costs[::-1])
+    shown = []
+    for one in teacher:
+        mask = BlockMask.of(*(len(other.scorer.costs) - 1 - block for block in one.plan.indices))
+        request = replace(one.request, budget_bytes=1)
+        budget = other.memory.peak_bytes(mask, request)
+        shown.append(Demonstration(replace(request, budget_bytes=budget), mask))
+    model = new_model("maskable_ppo", context)
+    lessons = [Lesson(teacher, builder), Lesson(shown, make_builder(other, None))]
+    result = imitate(model, lessons, QUICK, progress=False)
+    assert result.agreement > 0.9
+    for lesson in lessons:
+        policy = TrainedPolicy(model.policy, lesson.builder)
+        found = [policy.choose(one.request) == one.plan for one in lesson.shown]
+        assert np.mean(found) > 0.8
+    with pytest.raises(AgentConfigError, match="at least one lesson"):
+        imitate(model, [], QUICK)
+    with pytest.raises(AgentConfigError, match="A batch of 1 states cannot"):
+        imitate(model, lessons, ImitationConfig(updates=1, batch_size=1))
 
 
 def test_unsupported_imitation_is_rejected(context, builder, teacher):
     model = new_model("ppo", context)
     idle = [Demonstration(teacher[0].request, BlockMask())]
     with pytest.raises(AgentConfigError, match="none of 1 demonstrations"):
-        imitate(model, idle, builder)
+        imitate(model, [Lesson(idle, builder)])
     foreign = [Demonstration(teacher[0].request, BlockMask.of(40))]
     with pytest.raises(UnknownNameError):
-        imitate(model, foreign, builder)
+        imitate(model, [Lesson(foreign, builder)])
     with pytest.raises(AgentConfigError, match="updates of imitation must be at least 1, not 0"):
         ImitationConfig(updates=0)
 
@@ -162,7 +188,7 @@ def test_imitation_warm_starts_a_training(tmp_path, context, builder, teacher, n
         make_envs(context),
         tmp_path,
         progress=False,
-        warm_start=lambda model: imitate(model, teacher, builder, QUICK, progress=False),
+        warm_start=lambda model: imitate(model, [Lesson(teacher, builder)], QUICK, progress=False),
     )
     policy = TrainedPolicy.load(tmp_path, context)
     assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]

@@ -113,9 +113,9 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
         drawn = np.random.default_rng(len(kinds)).choice(list(letters), 3000)
         (tmp_path / f"{name}.txt").write_text("".join(drawn))
         kinds[name] = KindConfig(str(tmp_path / f"{name}.txt"))
-    settings = replace(measured.levels, kinds=kinds, out=None)
+    settings = replace(measured.levels, out=None)
     calibration = TextConfig(kinds["prose"].source, windows=6, window_tokens=48)
-    config = replace(measured, name="kinds", calibration=calibration, levels=settings)
+    config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)
     levels(config, folder := config.stage_dir("levels"))
     context = build_context(config, profiled=False)
     policy = load_policy(folder / KINDS_FILE, context.llm)
@@ -137,9 +137,9 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     before = (folder / KINDS_FILE).read_bytes()
     levels(config, folder)
     assert (folder / KINDS_FILE).read_bytes() == before
-    other = replace(settings, kinds={**kinds, "code": kinds["prose"]})
-    with pytest.raises(ExperimentError, match=r"levels\.kinds"):
-        levels(replace(config, levels=other), folder)
+    other = {**kinds, "code": kinds["prose"]}
+    with pytest.raises(ExperimentError, match=r"kinds\.code"):
+        levels(replace(config, kinds=other), folder)
     short = replace(config, name="short", calibration=replace(calibration, windows=5))
     with pytest.raises(ExperimentError, match="at least 256 tokens of each kind"):
         levels(short, short.stage_dir("levels"))

@@ -17,6 +17,7 @@ from rap_env.runtime.policies import (
     SAVED,
     default_facts,
     load_policy,
+    packaged_kinds,
     policy_blocks,
 )
 from rap_env.runtime.text_policy import TextPolicy, for_text
@@ -148,3 +149,9 @@ def test_kinds_are_refused_by_policies_that_do_not_observe_them(default):
             load_policy(name, default, kinds=kinds)
     with pytest.raises(ArtifactError, match="removes blocks"):
         load_policy("rap-v0", MemoryModel(default_facts("bf16")), kinds=kinds)
+
+
+def test_a_package_without_costs_by_kind_says_so(default, monkeypatch, tmp_path):
+    monkeypatch.setattr("rap_env.runtime.policies.SAVED", tmp_path)
+    with pytest.raises(ArtifactError, match=r"lacks .*kinds\.json.*install rap-env again"):
+        packaged_kinds(default)
