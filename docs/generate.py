@@ -216,7 +216,8 @@ def write_prompts(folder: Path) -> None:
     records = RESULTS / "prompts"
     settings = yaml.safe_load((records / "config.yaml").read_text(encoding="utf-8"))
     rows = PolicyRow.read(records / "prompts.jsonl")
-    found = PromptStudy(rows, settings["prompts"]["prompt_tokens"])
+    chosen = settings["prompts"]
+    found = PromptStudy(rows, chosen["prompt_tokens"], list(chosen.get("recorded", {})))
     write(folder / "prompts.md", found.markdown.partition("\n")[2].strip() + "\n")
 
 

@@ -126,7 +126,8 @@ def kind_contexts(config: Config, *, profiled: bool = True) -> dict[str, Pruning
     reject_table(config)
     settings, found = context_config(config, profiled=False), {}
     for name, kind in config.kinds.items():
-        text = replace(settings.calibration, source=kind.source, field=kind.field)
+        windows = kind.windows or settings.calibration.windows
+        text = replace(settings.calibration, source=kind.source, field=kind.field, windows=windows)
         table = str(frontier_artifact(config, name))
         found[name] = open_context(replace(settings, calibration=text, frontier=table))
     return found

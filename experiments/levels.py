@@ -144,15 +144,16 @@ def check_kinds(config: Config) -> None:
     """Check that kinds of text, if there are any, can be told apart.
 
     Raises:
-        ExperimentError: The calibration is too short.
+        ExperimentError: A text is too short.
     """
     text = config.calibration
-    if config.kinds and text.windows * text.window_tokens < LEAST_TOKENS:
-        raise ExperimentError(
-            f"kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, and "
-            f"calibration.windows x calibration.window_tokens are {text.windows} x "
-            f"{text.window_tokens}; give more of them."
-        )
+    for name, kind in config.kinds.items():
+        if (windows := kind.windows or text.windows) * text.window_tokens < LEAST_TOKENS:
+            raise ExperimentError(
+                f"kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, "
+                f"and those of {name} are {windows} x {text.window_tokens}; give more windows or "
+                "longer ones."
+            )
 
 
 def kind_costs(config: Config) -> KindCosts:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import ResultRow, read_rows
+from experiments.comparison.records import ResultRow, read_rows, rows_below
 from experiments.errors import ExperimentError
 from rap_env.artifacts import digest
+from rap_env.plan import MaskOrPlan
+from rap_env.request import Request
 
 _MEASURED = ("report_text", "report_sha256", "tasks")
 """What the losses and accuracies of a row depend on, and its choice does not."""
@@ -55,6 +57,46 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
                     "evaluate.tasks."
                 )
     return list(rows.values())
+
+
+class RecordedPlans:
+    """The plans that a method chose in an earlier evaluation, as a policy.
+
+    Args:
+        name: The method, and the name of the policy.
+        path: A folder with ``results.jsonl`` at any depth.
+        fingerprint: That of the model.
+
+    Raises:
+        ExperimentError: There are no rows of this method and model.
+        ArtifactError: A record is damaged.
+    """
+
+    lowers = True
+
+    def __init__(self, name: str, path: str, fingerprint: str) -> None:
+        self.name, self._path = name, path
+        depends_on = {"model_fingerprint": fingerprint}
+        rows = [
+            row for row in rows_below(Path(path))
+            if row.method == name
+            and row.provenance.get("depends_on", {}).items() >= depends_on.items()
+        ]  # fmt: skip
+        if not rows:
+            raise ExperimentError(f"{path} has no plans of {name} for this model.")
+        self._plans = {
+            Request(**row.request, budget_bytes=row.budget_bytes): row.plan for row in rows
+        }
+
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return the plan that was recorded for a request.
+
+        Raises:
+            ExperimentError: There is none.
+        """
+        if request not in self._plans:
+            raise ExperimentError(f"{self._path} has no plan of {self.name} for {request}.")
+        return self._plans[request]
 
 
 def again_depends_on(row: ResultRow, depends_on: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from experiments.config.common import Count, KindConfig, Section, TextConfig
+from experiments.config.common import Count, KindTextConfig, Section, TextConfig
 from experiments.config.evaluation import (
     EvaluateConfig,
     LevelsConfig,
@@ -64,9 +64,9 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
-    kinds: dict[str, KindConfig] = field(default_factory=dict)
-    """Kinds of text by name, with the windows of ``calibration``: of policies that choose by the
-    kind of text of the prompts, and of the texts that one agent is trained on."""
+    kinds: dict[str, KindTextConfig] = field(default_factory=dict)
+    """Kinds of text by name, cut into windows like ``calibration``: those of policies that choose
+    by the kind of text of the prompts, and those that one agent is trained on."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
     stubs: StubsConfig = field(default_factory=StubsConfig)

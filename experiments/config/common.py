@@ -172,6 +172,14 @@ class KindConfig(Section):
 
 
 @dataclass
+class KindTextConfig(KindConfig):
+    """A kind of text that may have a number of windows of its own."""
+
+    windows: Count | None = None
+    """null: that of ``calibration``."""
+
+
+@dataclass
 class TextConfig(Section):
     """Text cut into windows."""
 

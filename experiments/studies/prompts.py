@@ -26,6 +26,7 @@ from experiments.comparison.formatting import (
     relative_words,
     wrapped,
 )
+from experiments.comparison.recorded import RecordedPlans
 from experiments.comparison.records import Record, RowFile, row_key
 from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.comparison.statistics import Estimate, bootstrap_mean, relative_ratio
@@ -110,11 +111,13 @@ def prompts(config: Config, folder: Path) -> Path:
     run.start(config, frozen=_FROZEN)
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
-    policies = {name: load_policy(name, llm) for name in settings.policies}
+    policies: dict[str, PlanPolicy] = {name: load_policy(name, llm) for name in settings.policies}
     for name, path in settings.networks.items():
         policies[f"{name}{BY_TEXT}"] = load_policy(
             path, llm, kinds=packaged_kinds(MemoryModel(llm))
         )
+    for name, path in settings.recorded.items():
+        policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
     by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
     policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
     requests = {}
@@ -143,7 +146,7 @@ def prompts(config: Config, folder: Path) -> Path:
             _measure(scorer, missing, progress=config.progress)
         found += [rows.get(key, make) for key, make in wanted.items()]
         scorer.release()
-    study = PromptStudy(found, settings.prompt_tokens)
+    study = PromptStudy(found, settings.prompt_tokens, list(settings.recorded))
     shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in study.document()]
     publish_tables(folder, study.markdown, "\n\n".join(shown))
     run.finish(started, rows=len(found))
@@ -181,9 +184,13 @@ class PromptStudy:
     Args:
         rows: The rows.
         prompt_tokens: Tokens of a prompt.
+        rivals: Policies that all others are compared with too.
     """
 
-    def __init__(self, rows: Sequence[PolicyRow], prompt_tokens: int) -> None:
+    def __init__(
+        self, rows: Sequence[PolicyRow], prompt_tokens: int, rivals: Sequence[str] = ()
+    ) -> None:
+        self._rivals = rivals
         self._rows = {(row.policy, row.text, row.cell): row for row in rows}
         self._tokens = prompt_tokens
         self.policies, self.texts, self.cells = (
@@ -215,7 +222,9 @@ class PromptStudy:
     def relative_table(self) -> Table:
         """Table of ΔNLL relative to the first policy, and of policies by text to their like."""
         first, *others = self.policies
-        pairs = [(policy, first) for policy in others]
+        pairs = [(policy, first) for policy in others if policy not in self._rivals]
+        seeing = [policy for policy in self.policies if not policy.endswith(BLIND)]
+        pairs += [(p, rival) for rival in self._rivals for p in seeing if p not in self._rivals]
         by_text = [policy for policy in self.policies if policy.endswith(BY_TEXT)]
         pairs += [(policy, by_text[0]) for policy in by_text[1:]]
         pairs += [

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.comparison.records import read_records
 from experiments.config import Config
-from experiments.config.common import KindConfig, TextConfig
+from experiments.config.common import KindTextConfig, TextConfig
 from experiments.config.evaluation import LevelsConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context
@@ -112,7 +112,7 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
         drawn = np.random.default_rng(len(kinds)).choice(list(letters), 3000)
         (tmp_path / f"{name}.txt").write_text("".join(drawn))
-        kinds[name] = KindConfig(str(tmp_path / f"{name}.txt"))
+        kinds[name] = KindTextConfig(str(tmp_path / f"{name}.txt"))
     settings = replace(measured.levels, out=None)
     calibration = TextConfig(kinds["prose"].source, windows=6, window_tokens=48)
     config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from experiments.comparison.recorded import RecordedPlans
+from experiments.comparison.records import append_record
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
@@ -23,6 +25,8 @@ from rap_env.runtime.policies import load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
+from tests.experiments.synthetic_records import DEPENDS, make_row
+from tests.runtime.made_ladder import policy_file
 from tests.runtime.test_knapsack import costs
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -117,3 +121,56 @@ def test_a_second_run_measures_nothing_and_wrong_settings_are_rejected(config, r
         prompts(table, tmp_path / "none")
     with pytest.raises(ExperimentError, match="needs texts and cells"):
         prompts(replace(config, prompts=PromptsConfig()), tmp_path / "none")
+
+
+def test_networks_see_the_prompt_by_the_costs_in_the_package(config, rows, monkeypatch, tmp_path):
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    kinds = KindCosts.load(config.prompts.policies[1], llm)
+    monkeypatch.setattr("experiments.studies.prompts.packaged_kinds", lambda memory: kinds)
+    file = tmp_path / "network.safetensors"
+    policy_file(MemoryModel(llm)).save(file)
+    settings = replace(config.prompts, networks={"mine": str(file)})
+    changed = replace(config, name="networks", prompts=settings)
+    found = PolicyRow.read(prompts(changed, changed.stage_dir("prompts")))
+    assert [row.policy for row in found[:6]] == [
+        *config.prompts.policies, "mine-by-text", f"{config.prompts.policies[1]}{BLIND}",
+        f"mine-by-text{BLIND}", config.prompts.policies[0],
+    ]  # fmt: skip
+    policy = load_policy(file, llm, kinds=kinds)
+    request = Request(2, 40, int(config.prompts.cells[0].split("@")[1]))
+    for row in found:
+        if row.policy == "mine-by-text":
+            plans = [policy.for_text(tuple(one)).choose(request) for one in row.shares]
+            assert row.plans == [as_plan(plan).digest for plan in plans]
+    study = PromptStudy(found, 16)
+    names = [line[0] for line in study.relative_table()[1]]
+    assert f"mine-by-text / mine-by-text{BLIND}" in names
+
+
+def test_recorded_plans_of_another_method_are_measured_too(config, rows, tmp_path):
+    llm = load_llm(config.model.name, device="cpu", dtype="float32")
+    request = Request(2, 40, int(config.prompts.cells[0].split("@")[1]))
+    row = make_row("gsi", (2, 40), 0.7)
+    depends_on = {**DEPENDS, "model_fingerprint": llm.facts.fingerprint}
+    row = replace(
+        row, budget_bytes=request.budget_bytes, mask=["layer00.ffn", "layer01.ffn"],
+        provenance={"depends_on": depends_on},
+    )  # fmt: skip
+    append_record(tmp_path / "results.jsonl", row.to_record())
+    changed = replace(
+        config, name="recorded", prompts=replace(config.prompts, recorded={"gsi": str(tmp_path)})
+    )
+    found = PolicyRow.read(prompts(changed, changed.stage_dir("prompts")))
+    measured = [row for row in found if row.policy == "gsi"]
+    assert {row.text for row in measured} == set(LETTERS)
+    assert all(set(one.plans) == {as_plan(row.plan).digest} for one in measured)
+    study = PromptStudy(found, 16, ["gsi"])
+    names = [line[0] for line in study.relative_table()[1]]
+    assert names[0] == f"{config.prompts.policies[1]} / {config.prompts.policies[0]}"
+    assert f"{config.prompts.policies[0]} / gsi" in names
+    with pytest.raises(ExperimentError, match="no plans of beam for this model"):
+        RecordedPlans("beam", str(tmp_path), llm.facts.fingerprint)
+    with pytest.raises(ExperimentError, match="no plan of gsi for Request"):
+        RecordedPlans("gsi", str(tmp_path), llm.facts.fingerprint).choose(
+            replace(request, batch_size=3)
+        )

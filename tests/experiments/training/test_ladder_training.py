@@ -12,7 +12,7 @@ from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.records import read_records, read_rows
 from experiments.comparison.run_folder import TABLE_FILE, RunFolder
 from experiments.config import Config
-from experiments.config.common import KindConfig, TextConfig
+from experiments.config.common import KindTextConfig, TextConfig
 from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
 from experiments.config.ladder import LadderConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
@@ -243,7 +243,7 @@ def by_text(config, tmp_path_factory):
     for name, letters in {"few": "abcde ", "many": "FGHIJKLMNOP"}.items():
         drawn = np.random.default_rng(len(letters)).choice(list(letters), 3000)
         (folder / f"{name}.txt").write_text("".join(drawn))
-        kinds[name] = KindConfig(str(folder / f"{name}.txt"))
+        kinds[name] = KindTextConfig(str(folder / f"{name}.txt"), windows=len(kinds) + 2)
     made = replace(
         config,
         name="by_text",
@@ -263,6 +263,7 @@ def test_one_agent_is_trained_on_the_texts_of_several_kinds(by_text):
     folder = train(by_text, by_text.stage_dir("train") / "agent-s0")
     contexts, evaluations = kind_contexts(by_text), 0
     assert list(contexts) == ["few", "many"]
+    assert [context.corpus.tokens.shape for context in contexts.values()] == [(2, 12), (3, 12)]
     for kind, context in contexts.items():
         table = PlanFrontier.load(frontier_artifact(by_text, kind), context.memory)
         assert table.provenance["scoring"]["tokens"] == context.scorer.context["tokens"]
