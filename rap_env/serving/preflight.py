@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from rap_env.errors import ArtifactError, ModelNotAvailableError, ServingSettingsError, check_name
+from rap_env.importance.kind_costs import KindCosts
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.request import Request
 from rap_env.runtime.plan_chooser import no_prediction_text
 from rap_env.runtime.policies import NAMED, default_facts, load_policy, policy_blocks
@@ -52,8 +53,27 @@ def check_before_loading(settings: ServerSettings) -> None:
     if settings.model_bytes is not None and settings.model_bytes < least:
         raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
     certain = settings.policy in NAMED or settings.dtype == facts.dtype
-    if certain and settings.policy not in ("dense", ServerSettings.policy):  # it has a fallback
-        load_policy(settings.policy, memory)
+    has_fallback = settings.policy in ("dense", ServerSettings.policy) and settings.kinds is None
+    if certain and not has_fallback:
+        load_policy(settings.policy, memory, kinds=load_kinds(settings, memory))
+
+
+def load_kinds(settings: ServerSettings, model: HasFacts) -> KindCosts | None:
+    """The costs by kind of text of the settings, if they name a file.
+
+    Raises:
+        ServingSettingsError: There is no such file.
+        ArtifactError: It is damaged, or of another model.
+    """
+    if settings.kinds is None:
+        return None
+    try:
+        return KindCosts.load(settings.kinds, model)
+    except FileNotFoundError:
+        raise ServingSettingsError(
+            f"kinds must be a file that `python -m experiments.levels '+kinds=...'` wrote, and "
+            f"there is no file {settings.kinds}."
+        ) from None
 
 
 def too_little(model: str, least_bytes: int, given_bytes: int) -> str:

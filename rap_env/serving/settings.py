@@ -77,6 +77,8 @@ class ServerSettings:
             of the prompts (``knapsack-by-text``, ``rap-by-text``), or masks (``rap-v0``,
             ``frontier``, ``dense``); or the path of an exported policy, of level costs, of costs by
             kind of text or of a frontier.
+        kinds: File of costs by kind of text (``experiments.levels``), which a trained policy over
+            levels then observes for the text of the prompts; null for the costs in its own file.
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
             status 503. ``auto`` is 0.1 with policies that predict the rise, and no floor with
@@ -152,6 +154,7 @@ class ServerSettings:
     repair: str = "none"
     threads: int | None = None
     policy: str = "knapsack"
+    kinds: str | None = None
     max_delta_nll: float | str | None = "auto"
     min_quality_per_request: float | None = None
     max_degradation_by_newcomer: float | None = 0.05

@@ -36,7 +36,7 @@ from rap_env.serving.memory_limit import (
     open_budget,
     open_limit,
 )
-from rap_env.serving.preflight import check_before_loading
+from rap_env.serving.preflight import check_before_loading, load_kinds
 from rap_env.serving.settings import ServerSettings, require_extra
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> PlanPolicy
         RapError: As for `load_policy`, with any other policy.
     """
     try:
-        return load_policy(settings.policy, llm)
+        return load_policy(settings.policy, llm, kinds=load_kinds(settings, llm))
     except ArtifactError as error:
-        if settings.policy != ServerSettings.policy:
+        if settings.policy != ServerSettings.policy or settings.kinds is not None:
             raise
         log.warning(
             "%s Until then the server lowers all caches uniformly, then all weights, and then "

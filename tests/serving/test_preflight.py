@@ -17,6 +17,7 @@ from rap_env.serving.preflight import WITHOUT_PREDICTIONS, check_before_loading
 from rap_env.serving.settings import ServerSettings
 
 RAP = str(SAVED / "smollm2-135m.ladder.safetensors")
+KINDS = str(SAVED / "smollm2-135m.kinds.json")
 
 
 @pytest.fixture
@@ -43,6 +44,9 @@ def folder(tmp_path):
         ({"model": "{folder}/gone"}, "There is no model folder or GGUF file .*gone"),
         ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
         ({"dtype": "int3"}, "Unknown dtype 'int3'"),
+        ({"policy": "rap", "kinds": "{folder}/gone.json"}, "kinds must be a file that .*gone.json"),
+        ({"policy": "rap", "kinds": "{folder}/facts.json"}, "facts.json"),
+        ({"kinds": KINDS}, "given for the policy knapsack, but only a trained policy over levels"),
     ],
 )  # fmt: skip
 def test_what_cannot_serve_is_named(folder, wrong, words):
@@ -58,7 +62,7 @@ def test_what_cannot_serve_is_named(folder, wrong, words):
         {"policy": "frontier", "weights": "bf16"}, {"model": "{folder}"},
         {"model": "{folder}", "policy": "dense"}, {"model": "some/hub-id", "policy": "rap-v0"},
         {"model_memory": "40MiB"}, {"weights": "int4", "policy": "rap-v0"},
-        {"policy": "some.module:policy"},
+        {"policy": "some.module:policy"}, {"policy": "rap", "kinds": KINDS},
     ],
 )  # fmt: skip
 def test_what_can_serve_passes(folder, right):
