@@ -67,12 +67,22 @@ class JoinedVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], A
         seed: int | Sequence[int | None] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode in all sub-environments; the arguments are those of each part.
+        """Start an episode in all sub-environments.
+
+        Args:
+            seed: Seed of the first sub-environment, the others following, or one for each.
+            options: Those of every part, without a ``"reset_mask"``.
 
         Raises:
-            InvalidRequestError: There is not one seed, or one for each sub-environment.
+            InvalidRequestError: There is not one seed, or one for each sub-environment; or only
+                some sub-environments are to be reset.
             RapError: As for a part.
         """
+        if "reset_mask" in (options or {}):
+            raise InvalidRequestError(
+                "Joined environments are reset together: pass options['reset_mask'] to the reset() "
+                "of one of `parts`, or make them with autoreset_mode='SameStep' or 'NextStep'."
+            )
         if isinstance(seed, int):
             seed = [seed + index for index in range(self.num_envs)]
         seeds = [None] * self.num_envs if seed is None else list(seed)
@@ -104,6 +114,11 @@ class JoinedVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], A
     def action_masks(self) -> Flags:
         """True for each action that is valid, shape (n, actions)."""
         return np.concatenate([part.action_masks() for part in self.parts])
+
+    def render(self) -> tuple[Any, ...] | None:
+        """Each sub-environment as the `render` of a single one shows it."""
+        frames = [part.render() for part in self.parts]
+        return None if self.render_mode is None else tuple(f for some in frames for f in some or ())
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """An attribute of a single environment, for each sub-environment; methods are called."""

@@ -127,3 +127,17 @@ def test_environments_that_differ_are_not_joined(contexts):
     joined = JoinedVectorEnv([ladder])
     with pytest.raises(InvalidRequestError, match="one for each of 1 sub-environments, not 2"):
         joined.reset(seed=[1, 2])
+    with pytest.raises(InvalidRequestError, match="reset together"):
+        joined.reset(options={"reset_mask": np.array([True])})
+
+
+def test_it_renders_every_sub_environment(contexts):
+    joined = JoinedVectorEnv(parts_of(contexts, render_mode="ansi"))
+    joined.reset(seed=0)
+    frames = joined.render()
+    assert len(frames) == 5
+    assert all("layer" in frame or "attn" in frame for frame in frames)
+    silent = JoinedVectorEnv(parts_of(contexts))
+    silent.reset(seed=0)
+    with pytest.warns(UserWarning, match="does nothing without a render_mode"):
+        assert silent.render() is None
