@@ -10,10 +10,9 @@ from experiments.comparison.formatting import (
     TitledTable,
     document,
     percent,
-    plain,
     publish_tables,
     shape_words,
-    wrapped,
+    terminal,
 )
 from experiments.ladder.records import LadderRow, LlamaCppRow, ShippedRow, shapes_of
 from experiments.ladder.summaries import Ladder, LadderRecords
@@ -133,8 +132,7 @@ def ladder_markdown(found: LadderRecords) -> str:
 
 def ladder_terminal_text(found: LadderRecords) -> str:
     """All tables with captions for the terminal."""
-    tables = ladder_document(found)
-    return "\n\n".join(f"{plain(part.table)}\n{wrapped(part.caption)}" for part in tables)
+    return terminal(ladder_document(found))
 
 
 def publish(folder: Path, found: LadderRecords) -> None:

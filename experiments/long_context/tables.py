@@ -14,10 +14,9 @@ from experiments.comparison.formatting import (
     counted,
     document,
     percent,
-    plain,
     publish_tables,
     signed,
-    wrapped,
+    terminal,
 )
 from experiments.comparison.statistics import paired_difference, wilson_interval
 from experiments.long_context.records import (
@@ -295,8 +294,8 @@ def long_context_markdown(found: Curves) -> str:
 
 def publish(folder: Path, found: Curves) -> None:
     """Write ``tables.md`` into a run folder, and print the tables."""
-    shown = [f"{plain(p.table)}\n{wrapped(p.caption)}" for p in long_context_document(found)]
-    publish_tables(folder, long_context_markdown(found), "\n\n".join(shown))
+    shown = terminal(long_context_document(found))
+    publish_tables(folder, long_context_markdown(found), shown)
 
 
 def _delta(found: Curves, plan: str, measure: str, length: int | None) -> str:

@@ -21,10 +21,9 @@ from experiments.comparison.formatting import (
     Table,
     TitledTable,
     document,
-    plain,
     publish_tables,
     relative_words,
-    wrapped,
+    terminal,
 )
 from experiments.comparison.recorded import RecordedPlans
 from experiments.comparison.records import Record, RowFile, row_key
@@ -147,8 +146,7 @@ def prompts(config: Config, folder: Path) -> Path:
         found += [rows.get(key, make) for key, make in wanted.items()]
         scorer.release()
     study = PromptStudy(found, settings.prompt_tokens, list(settings.recorded))
-    shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in study.document()]
-    publish_tables(folder, study.markdown, "\n\n".join(shown))
+    publish_tables(folder, study.markdown, terminal(study.document()))
     run.finish(started, rows=len(found))
     return folder / ROWS_FILE
 

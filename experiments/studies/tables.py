@@ -15,11 +15,11 @@ from experiments.comparison.formatting import (
     Table,
     TitledTable,
     document,
-    plain,
     publish_tables,
     relative_words,
     shape_words,
     signed_percent,
+    terminal,
     wrapped,
 )
 from experiments.comparison.plotting import PNG_DPI, panels, style
@@ -298,8 +298,8 @@ def texts_markdown(found: TextStudy) -> str:
 
 def publish(folder: Path, found: TextStudy) -> None:
     """Write ``tables.md`` into a run folder, and print the tables."""
-    shown = [f"{plain(part.table)}\n{wrapped(part.caption)}" for part in found.document()]
-    publish_tables(folder, texts_markdown(found), "\n\n".join([*shown, wrapped(found.summary)]))
+    shown = f"{terminal(found.document())}\n\n{wrapped(found.summary)}"
+    publish_tables(folder, texts_markdown(found), shown)
 
 
 def save_figure(found: TextStudy, path: Path) -> None:
