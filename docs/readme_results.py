@@ -162,8 +162,8 @@ def prompt_result() -> str:
     )
     return (
         f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans from "
-        f"costs on the prompt's kind have a ΔNLL of {default} relative to the default knapsack, "
-        f"and of {blind} relative to the same costs without a look at the prompt."
+        f"costs on the prompt's kind have a ΔNLL of {default} relative to costs on what the model "
+        f"writes, and of {blind} relative to the same costs without a look at the prompt."
     )
 
 

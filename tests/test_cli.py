@@ -76,22 +76,22 @@ def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
     code, out, _ = rap("choose", *SMALL, "--json")
     answer = json.loads(out)
     memory, request = MemoryModel(default_facts()), Request(8, 1024, 110 * 2**20)
-    policy = load_policy("knapsack", memory)
+    policy = load_policy("knapsack-by-text", memory)
     plan = policy.choose(request)
     assert code == 0
-    assert answer["policy"] == "knapsack"
+    assert answer["policy"] == "knapsack-by-text"
     assert answer["levels"] == plan.levels
     assert answer["removed"] == list(plan.removed.names) != []
     assert answer["bytes"] == memory.breakdown(plan, request).as_dict()
     assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 110 * 2**20
     assert answer["request"] == asdict(request)
     assert answer["delta_nll"] == policy.delta_nll(plan, 1024)
-    assert "predicted from one-shot costs of levels on 3072 tokens" in answer["delta_nll_source"]
+    assert "predicted from one-shot costs of levels on 12288 tokens" in answer["delta_nll_source"]
     assert answer["decision_s"] > 0
 
 
 def test_the_plan_is_shown_by_levels(rap):
-    code, out, _ = rap("choose", *SMALL)
+    code, out, _ = rap("choose", *SMALL, "--policy", "knapsack")
     plan = load_policy("knapsack", MemoryModel(default_facts())).choose(
         Request(8, 1024, 110 * 2**20)
     )

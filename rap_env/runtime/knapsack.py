@@ -17,7 +17,7 @@ from rap_env.request import Request
 from rap_env.runtime.multiple_choice import MultipleChoice
 
 _CACHED_CHOICES = 1024
-_CACHED_SHAPES = 64
+_CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms
 _STEP_COST = 1e-7
 """Nats per token that each lowered level costs at least, so that ties prefer less lowering."""
 

@@ -60,7 +60,6 @@ NAMED = (
 
 _FILES_OF = {
     "frontier": f"{DEFAULT_MODEL}.frontier.json",
-    "knapsack-by-text": f"{DEFAULT_MODEL}.kinds.json",
     "rap": f"{DEFAULT_MODEL}.ladder.safetensors",
     "rap-by-text": f"{DEFAULT_MODEL}.ladder.safetensors",
     "rap-recall": f"{DEFAULT_MODEL}.recall.safetensors",
@@ -69,6 +68,11 @@ _FILES_OF = {
 
 FACTS_VERSION = 2
 """Format of the facts of the default model in the package."""
+
+KNAPSACKS = ("knapsack", "knapsack-by-text")
+"""Policies from the level costs in the package; the server has a fallback for other models."""
+
+_WITHOUT_FILE = ("dense", *KNAPSACKS)
 
 _HINT = (
     "Any other value is read as the path of a file, or as package.module:factory, and there is no "
@@ -262,7 +266,7 @@ def load_policy(
         PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
-    path = None if source in ("dense", "knapsack") else _path_of(source)
+    path = None if source in _WITHOUT_FILE else _path_of(source)
     if kinds is not None and (path is None or path.suffix == ".json"):
         raise ArtifactError(
             f"Costs by kind of text were given for the policy {os.fspath(source)}, but only a "
@@ -273,6 +277,8 @@ def load_policy(
         return StaticPolicy(BlockMask(), "dense")
     if source == "knapsack":
         return KnapsackPolicy(memory, _packaged_costs(memory))
+    if source == "knapsack-by-text":
+        return TextPolicy(packaged_kinds(memory), partial(KnapsackPolicy, memory))
     if source == "rap-by-text" and kinds is None:
         kinds = packaged_kinds(memory)
     if path is None:
@@ -324,7 +330,7 @@ def policy_blocks(source: str | os.PathLike[str]) -> int | None:
         ArtifactError: The file is damaged or no policy.
         PluginError: Several packages offer the policy.
     """
-    if source in ("dense", "knapsack"):  # the latter has a fallback for other models
+    if source in _WITHOUT_FILE:
         return None
     path = _path_of(source)
     if path is None:
@@ -378,12 +384,9 @@ def packaged_kinds(memory: MemoryModel) -> KindCosts:
         ArtifactError: The model is another one, or the package lacks the file.
     """
     try:
-        return KindCosts.load(SAVED / _FILES_OF["knapsack-by-text"], memory)
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"The package lacks {error.filename}, the costs by kind of text of {DEFAULT_MODEL}; "
-            "install rap-env again, or give costs of your own (kinds=)."
-        ) from None
+        return KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", memory)
+    except (FileNotFoundError, ArtifactError) as error:
+        raise _no_costs(memory, error) from None
 
 
 def _packaged_costs(memory: MemoryModel) -> LevelCosts:
@@ -396,12 +399,16 @@ def _packaged_costs(memory: MemoryModel) -> LevelCosts:
     try:
         return LevelCosts.load(path, memory)
     except (FileNotFoundError, ArtifactError) as error:
-        raise ArtifactError(
-            f"The package has no level costs of {memory.facts.name} as it is loaded "
-            f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout "
-            f"with `python -m experiments.levels model.name={memory.facts.name}`, and give the "
-            f"path of the levels.json that it writes as the policy. {error}"
-        ) from None
+        raise _no_costs(memory, error) from None
+
+
+def _no_costs(memory: MemoryModel, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"The package has no level costs of {memory.facts.name} as it is loaded "
+        f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout with "
+        f"`python -m experiments.levels model.name={memory.facts.name}`, and give the path of the "
+        f"levels.json that it writes as the policy. {error}"
+    )
 
 
 def _path_of(source: str | os.PathLike[str]) -> Path | None:

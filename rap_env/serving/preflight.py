@@ -11,7 +11,13 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.request import Request
 from rap_env.runtime.plan_chooser import no_prediction_text
-from rap_env.runtime.policies import NAMED, default_facts, load_policy, policy_blocks
+from rap_env.runtime.policies import (
+    KNAPSACKS,
+    NAMED,
+    default_facts,
+    load_policy,
+    policy_blocks,
+)
 from rap_env.serving.settings import ServerSettings
 
 WITHOUT_PREDICTIONS = ("dense", "frontier", "rap-v0")
@@ -53,7 +59,7 @@ def check_before_loading(settings: ServerSettings) -> None:
     if settings.model_bytes is not None and settings.model_bytes < least:
         raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
     certain = settings.policy in NAMED or settings.dtype == facts.dtype
-    has_fallback = settings.policy in ("dense", ServerSettings.policy) and settings.kinds is None
+    has_fallback = settings.policy in ("dense", *KNAPSACKS) and settings.kinds is None
     if certain and not has_fallback:
         load_policy(settings.policy, memory, kinds=load_kinds(settings, memory))
 

@@ -73,8 +73,8 @@ class ServerSettings:
         repair: What stands in the place of a removed block: ``none``, ``library`` (stubs that are
             fitted on generated text at the first use) or the path of a stub library.
         threads: Threads of torch, at most the number of CPUs; null for torch's own number.
-        policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``), also by the text
-            of the prompts (``knapsack-by-text``, ``rap-by-text``), or masks (``rap-v0``,
+        policy: Policy that chooses levels by the text of the prompts (``knapsack-by-text``,
+            ``rap-by-text``), levels (``knapsack``, ``rap``, ``rap-recall``) or masks (``rap-v0``,
             ``frontier``, ``dense``); or the path of an exported policy, of level costs, of costs by
             kind of text or of a frontier.
         kinds: File of costs by kind of text (``experiments.levels``), which a trained policy over
@@ -153,7 +153,7 @@ class ServerSettings:
     weights: str = "native"
     repair: str = "none"
     threads: int | None = None
-    policy: str = "knapsack"
+    policy: str = "knapsack-by-text"
     kinds: str | None = None
     max_delta_nll: float | str | None = "auto"
     min_quality_per_request: float | None = None

@@ -25,7 +25,7 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import make_levels
 from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.runtime.policies import load_policy
+from rap_env.runtime.policies import KNAPSACKS, load_policy
 from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
 from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.memory_limit import (
@@ -99,7 +99,7 @@ def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> PlanPolicy
     try:
         return load_policy(settings.policy, llm, kinds=load_kinds(settings, llm))
     except ArtifactError as error:
-        if settings.policy != ServerSettings.policy or settings.kinds is not None:
+        if settings.policy not in KNAPSACKS or settings.kinds is not None:
             raise
         log.warning(
             "%s Until then the server lowers all caches uniformly, then all weights, and then "

@@ -11,7 +11,7 @@ generate() {  # PORT REPORT
     --metrics kind=generative,sample_size=0 --output "kind=json,path=$2" --disable-console-interactive
 }
 
-rap serve --port 8001 --model smollm2-135m --model-name served --memory 520MiB --threads 1 &
+rap serve --port 8001 --policy knapsack --model smollm2-135m --model-name served --memory 520MiB --threads 1 &
 generate 8001 rap.json
 kill %1
 

@@ -42,7 +42,7 @@ def test_the_defaults_compose_and_are_local(tmp_path):
     decisions = str(tmp_path / "decisions.jsonl")
     assert settings == ServerSettings(model="smollm2-135m", decisions=decisions)
     assert settings.host == "127.0.0.1"
-    assert settings.policy == "knapsack"
+    assert settings.policy == "knapsack-by-text"
     assert settings.weights == "native"
     assert soak.soak == SoakConfig()
     assert soak.soak.requests == 10_000

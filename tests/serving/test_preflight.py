@@ -46,7 +46,7 @@ def folder(tmp_path):
         ({"dtype": "int3"}, "Unknown dtype 'int3'"),
         ({"policy": "rap", "kinds": "{folder}/gone.json"}, "kinds must be a file that .*gone.json"),
         ({"policy": "rap", "kinds": "{folder}/facts.json"}, "facts.json"),
-        ({"kinds": KINDS}, "given for the policy knapsack, but only a trained policy over levels"),
+        ({"kinds": KINDS}, "given for the policy knapsack-by-text, but only a trained policy"),
     ],
 )  # fmt: skip
 def test_what_cannot_serve_is_named(folder, wrong, words):
