@@ -111,14 +111,13 @@ def prompts(config: Config, folder: Path) -> Path:
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     policies: dict[str, PlanPolicy] = {name: load_policy(name, llm) for name in settings.policies}
-    for name, path in settings.networks.items():
-        policies[f"{name}{BY_TEXT}"] = load_policy(
-            path, llm, kinds=packaged_kinds(MemoryModel(llm))
-        )
-    for name, path in settings.recorded.items():
-        policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
     by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
     policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
+    for name, path in settings.networks.items():
+        kinds = packaged_kinds(MemoryModel(llm))
+        policies[f"{name}{BY_TEXT}"] = load_policy(path, llm, kinds=kinds)
+    for name, path in settings.recorded.items():
+        policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
     requests = {}
     for cell in settings.cells:
         pinned = parse_pinned(cell)
