@@ -198,6 +198,7 @@ def write_long_context(docs: Path) -> None:
 
 def write_texts(folder: Path) -> None:
     """Write the tables and the picture of how plans depend on the calibration text."""
+    from experiments.comparison.formatting import markdown
     from experiments.studies.tables import TextStudy, save_figure, texts_markdown
 
     found = TextStudy.read(RESULTS / "texts")
@@ -207,6 +208,8 @@ def write_texts(folder: Path) -> None:
         ":alt: ΔNLL of plans by the text that they were chosen on and judged on\n```\n"
     )
     write(folder / "texts.md", texts_markdown(found).partition("\n")[2].strip() + "\n\n" + figure)
+    sizes = TextStudy.read(RESULTS / "texts_sizes")
+    write(folder / "texts_sizes.md", markdown(sizes.size_table()))
 
 
 def write_prompts(folder: Path) -> None:
