@@ -61,7 +61,7 @@ NAMED = (
 _FILES_OF = {
     "frontier": f"{DEFAULT_MODEL}.frontier.json",
     "rap": f"{DEFAULT_MODEL}.ladder.safetensors",
-    "rap-by-text": f"{DEFAULT_MODEL}.by-text.safetensors",
+    "rap-by-text": f"{DEFAULT_MODEL}.ladder.safetensors",
     "rap-recall": f"{DEFAULT_MODEL}.recall.safetensors",
     "rap-v0": f"{DEFAULT_MODEL}.safetensors",
 }

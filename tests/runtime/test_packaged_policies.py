@@ -44,7 +44,7 @@ def test_the_files_are_small_and_hold_no_local_paths():
 
 
 def test_policies_over_levels_meet_tight_budgets_with_few_removals(levelled, caplog):
-    for path in (*SAVED.glob("*.ladder.safetensors"), *SAVED.glob("*.by-text.safetensors")):
+    for path in SAVED.glob("*.ladder.safetensors"):
         policy = load_policy(path, levelled)
         assert isinstance(policy, LadderPolicy)
         assert sorted(policy.order) == list(range(60))
