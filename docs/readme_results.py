@@ -156,14 +156,14 @@ def prompt_result() -> str:
     rows = PolicyRow.read(RESULTS / "prompts" / "prompts.jsonl")
     found = PromptStudy(rows, prompt_tokens=0)
     seen = "knapsack-by-text"
-    default, blind = (
+    uniform, default, blind = (
         relative_words(found.relative(seen, rival, found.texts))
-        for rival in ("knapsack", f"{seen}{BLIND}")
+        for rival in ("uniform", "knapsack", f"{seen}{BLIND}")
     )
     return (
-        f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans from "
-        f"costs on the prompt's kind have a ΔNLL of {default} relative to costs on what the model "
-        f"writes, and of {blind} relative to the same costs without a look at the prompt."
+        f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans by the "
+        f"prompt's kind have a ΔNLL of {uniform} relative to uniform settings, {default} to costs "
+        f"on what the model writes, and {blind} to the same costs without a look at the prompt."
     )
 
 
