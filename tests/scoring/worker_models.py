@@ -14,8 +14,8 @@ from rap_env.llm.loading import load_llm
 def open_together(folder: str, workers: int) -> ElasticLLM:
     """Load a model, and wait until as many workers have loaded it.
 
-    The file ``ran-NODE`` shows that a worker on a node has run the model. Where there is a file
-    ``hold-NODE``, it runs no further.
+    The first run waits too, until all of them run, so that each has a batch in hand. Where there is
+    a file ``hold-NODE``, it runs no further.
     """
     import ray
 
@@ -24,6 +24,7 @@ def open_together(folder: str, workers: int) -> ElasticLLM:
 
     def note(*_: Any) -> None:
         (root / f"ran-{node}").touch()
+        wait_while(lambda: len(list(root.glob("ran-*"))) < workers)
         wait_while((root / f"hold-{node}").exists)
 
     llm.model.model.norm.register_forward_pre_hook(note)
