@@ -308,4 +308,4 @@ class _SinkWriter(KVWriter):
 def _evaluations(venv: VecEnv) -> int:
     """Return how many scores the environments' contexts were asked for; 0 without one."""
     contexts = venv.get_attr("context") if venv.has_attr("context") else []
-    return sum(int(context.scorer.known) for context in {id(one): one for one in contexts}.values())
+    return sum(int(context.scorer.known) for context in set(contexts))

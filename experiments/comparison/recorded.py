@@ -72,21 +72,16 @@ class RecordedPlans:
         ArtifactError: A record is damaged.
     """
 
-    lowers = True
-
     def __init__(self, name: str, path: str, fingerprint: str) -> None:
         self.name, self._path = name, path
-        depends_on = {"model_fingerprint": fingerprint}
-        rows = [
-            row for row in rows_below(Path(path))
-            if row.method == name
-            and row.provenance.get("depends_on", {}).items() >= depends_on.items()
-        ]  # fmt: skip
-        if not rows:
-            raise ExperimentError(f"{path} has no plans of {name} for this model.")
         self._plans = {
-            Request(**row.request, budget_bytes=row.budget_bytes): row.plan for row in rows
+            Request(**row.request, budget_bytes=row.budget_bytes): row.plan
+            for row in rows_below(Path(path))
+            if row.method == name
+            and row.provenance.get("depends_on", {}).get("model_fingerprint") == fingerprint
         }
+        if not self._plans:
+            raise ExperimentError(f"{path} has no plans of {name} for this model.")
 
     def choose(self, request: Request) -> MaskOrPlan:
         """Return the plan that was recorded for a request.

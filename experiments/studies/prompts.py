@@ -113,8 +113,8 @@ def prompts(config: Config, folder: Path) -> Path:
     policies: dict[str, PlanPolicy] = {name: load_policy(name, llm) for name in settings.policies}
     by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
     policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
+    kinds = packaged_kinds(MemoryModel(llm)) if settings.networks else None
     for name, path in settings.networks.items():
-        kinds = packaged_kinds(MemoryModel(llm))
         policies[f"{name}{BY_TEXT}"] = load_policy(path, llm, kinds=kinds)
     for name, path in settings.recorded.items():
         policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
@@ -122,7 +122,7 @@ def prompts(config: Config, folder: Path) -> Path:
     for cell in settings.cells:
         pinned = parse_pinned(cell)
         requests[cell] = Request(*pinned.shape, pinned.budget_bytes)
-    store = open_store(config.store)
+    store, git = open_store(config.store), git_state()
     texts = load_texts(settings.texts, "report", llm, progress=config.progress)
     rows, found = RowFile(folder / ROWS_FILE, PolicyRow), []
     for text, corpus in progress_bar(config.progress, texts.items(), desc="texts"):
@@ -135,7 +135,7 @@ def prompts(config: Config, folder: Path) -> Path:
             shares = _shares(policy, starts)
             plans = [as_plan(for_text(policy, one).choose(request)) for one in shares]
             known = {"plans": digest([plan.levels for plan in plans])}
-            provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git_state()}
+            provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git}
             key = row_key(name, text, cell, provenance)
             if not rows.has(key):
                 missing += plans

@@ -83,11 +83,11 @@ def learn(
     """
     if not config.score_model.rounds:
         result = _train(config, agent, list(contexts.values()), folder, sinks)
-        for context in contexts.values():
-            if isinstance(context, TableContext):
-                context.table.save(folder / TABLE_FILE)
-                result = replace(result, evaluations=len(context.table.scores))
-        return result
+        tables = {k: c.table for k, c in contexts.items() if isinstance(c, TableContext)}
+        for kind, table in tables.items():
+            table.save(folder / of_kind(TABLE_FILE, kind))
+        evaluations = sum(len(table.scores) for table in tables.values())
+        return replace(result, evaluations=evaluations) if tables else result
     texts = [_ScoredText(config, kind, context) for kind, context in contexts.items()]
     rounds = config.score_model.rounds
     for number in range(rounds):

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from rap_env.costs import Flags
-from rap_env.envs.vector import PruningVectorEnv
+from rap_env.envs.vector import PruningVectorEnv, each_seed
 from rap_env.errors import InvalidRequestError
 from rap_env.observation import Observation
 
@@ -83,17 +83,10 @@ class JoinedVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], A
                 "Joined environments are reset together: pass options['reset_mask'] to the reset() "
                 "of one of `parts`, or make them with autoreset_mode='SameStep' or 'NextStep'."
             )
-        if isinstance(seed, int):
-            seed = [seed + index for index in range(self.num_envs)]
-        seeds = [None] * self.num_envs if seed is None else list(seed)
-        if len(seeds) != self.num_envs:
-            raise InvalidRequestError(
-                f"reset() takes one seed, or one for each of {self.num_envs} sub-environments, not "
-                f"{len(seeds)}."
-            )
+        seeds = self._split(each_seed(seed, self.num_envs))
         found = [
             part.reset(seed=own, options=options)
-            for part, own in zip(self.parts, self._split(seeds), strict=True)
+            for part, own in zip(self.parts, seeds, strict=True)
         ]
         return self._observations([seen for seen, _ in found]), self._infos([i for _, i in found])
 

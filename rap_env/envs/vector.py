@@ -135,7 +135,7 @@ class PruningVectorEnv(
         flags = _reset_flags(rest.pop("reset_mask", None), self.num_envs)
         if not flags.all():
             self._started  # noqa: B018 - raises if others would stay without an episode
-        for index, given in enumerate(_seeds(seed, self.num_envs)):
+        for index, given in enumerate(each_seed(seed, self.num_envs)):
             if given is not None and flags[index]:
                 self._generators[index] = seeding.np_random(given)
                 self._samplers[index].restart()
@@ -374,8 +374,12 @@ def _actions(actions: npt.NDArray[np.int64], active: Flags, task: PruningTask[An
     return np.where(active, given, 0).astype(np.int64)
 
 
-def _seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
-    """The seed of each sub-environment: those given, or the one given and its successors."""
+def each_seed(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
+    """The seed of each sub-environment: those given, or the one given and its successors.
+
+    Raises:
+        InvalidRequestError: There is not one for each sub-environment.
+    """
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, int | np.integer):

@@ -39,6 +39,7 @@ from rap_env.runtime.policy_network import BlockNetwork
 from rap_env.runtime.text_policy import TextPolicy
 
 _Kind = TypeVar("_Kind")
+_Costs = TypeVar("_Costs", LevelCosts, KindCosts)
 
 SAVED = Path(__file__).parent / "saved"
 """Folder of the policy files in the package, named after their model."""
@@ -276,7 +277,7 @@ def load_policy(
     if source == "dense":
         return StaticPolicy(BlockMask(), "dense")
     if source == "knapsack":
-        return KnapsackPolicy(memory, _packaged_costs(memory))
+        return KnapsackPolicy(memory, _packaged_costs(LevelCosts, "levels", memory))
     if source == "knapsack-by-text":
         return TextPolicy(packaged_kinds(memory), partial(KnapsackPolicy, memory))
     if source == "rap-by-text" and kinds is None:
@@ -383,32 +384,20 @@ def packaged_kinds(memory: MemoryModel) -> KindCosts:
     Raises:
         ArtifactError: The model is another one, or the package lacks the file.
     """
+    return _packaged_costs(KindCosts, "kinds", memory)
+
+
+def _packaged_costs(costs: type[_Costs], name: str, memory: MemoryModel) -> _Costs:
+    """Costs of levels of the default model; errors are those of `packaged_kinds`."""
     try:
-        return KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", memory)
+        return costs.load(SAVED / f"{DEFAULT_MODEL}.{name}.json", memory)
     except (FileNotFoundError, ArtifactError) as error:
-        raise _no_costs(memory, error) from None
-
-
-def _packaged_costs(memory: MemoryModel) -> LevelCosts:
-    """The level costs of the default model.
-
-    Raises:
-        ArtifactError: The model is another one.
-    """
-    path = SAVED / f"{DEFAULT_MODEL}.levels.json"
-    try:
-        return LevelCosts.load(path, memory)
-    except (FileNotFoundError, ArtifactError) as error:
-        raise _no_costs(memory, error) from None
-
-
-def _no_costs(memory: MemoryModel, error: Exception) -> ArtifactError:
-    return ArtifactError(
-        f"The package has no level costs of {memory.facts.name} as it is loaded "
-        f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout with "
-        f"`python -m experiments.levels model.name={memory.facts.name}`, and give the path of the "
-        f"levels.json that it writes as the policy. {error}"
-    )
+        raise ArtifactError(
+            f"The package has no level costs of {memory.facts.name} as it is loaded "
+            f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout "
+            f"with `python -m experiments.levels model.name={memory.facts.name}`, and give the "
+            f"path of the levels.json that it writes as the policy. {error}"
+        ) from None
 
 
 def _path_of(source: str | os.PathLike[str]) -> Path | None:

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments.comparison.records import read_records
@@ -23,6 +22,7 @@ from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.policies import load_policy
 from rap_env.runtime.text_policy import TextPolicy
+from tests.experiments.letter_texts import write_letters
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -110,9 +110,7 @@ def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
 def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     kinds = {}
     for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
-        drawn = np.random.default_rng(len(kinds)).choice(list(letters), 3000)
-        (tmp_path / f"{name}.txt").write_text("".join(drawn))
-        kinds[name] = KindTextConfig(str(tmp_path / f"{name}.txt"))
+        kinds[name] = KindTextConfig(write_letters(tmp_path, name, letters, seed=len(kinds)))
     settings = replace(measured.levels, out=None)
     calibration = TextConfig(kinds["prose"].source, windows=6, window_tokens=48)
     config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from experiments.comparison.recorded import RecordedPlans
@@ -25,6 +24,7 @@ from rap_env.runtime.policies import load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
+from tests.experiments.letter_texts import write_letters
 from tests.experiments.synthetic_records import DEPENDS, make_row
 from tests.runtime.made_ladder import policy_file
 from tests.runtime.test_knapsack import costs
@@ -40,9 +40,8 @@ def config(tmp_path_factory):
     tiny_tokenizer().save_pretrained(base / "model")
     texts, seen = {}, {}
     for name, letters in LETTERS.items():
-        rng = np.random.default_rng(len(letters))
-        (base / f"{name}.txt").write_text("".join(rng.choice(list(letters), 3000)))
-        texts[name] = TextConfig(str(base / f"{name}.txt"), windows=3, window_tokens=48)
+        path = write_letters(base, name, letters)
+        texts[name] = TextConfig(path, windows=3, window_tokens=48)
     llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
     memory = MemoryModel(llm)
     for name, text in texts.items():

@@ -29,6 +29,7 @@ from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
+from tests.experiments.letter_texts import write_letters
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 KINDS = ("few", "many")
@@ -41,8 +42,7 @@ def config(tmp_path_factory):
     tiny_model(layers=4).save_pretrained(base / "model")
     tiny_tokenizer().save_pretrained(base / "model")
     for name, letters in (("few", "abcde ."), ("many", "fghijklmnopqrstuvwxyz ,")):
-        drawn = np.random.default_rng(len(letters)).choice(list(letters), 3000)
-        (base / f"{name}.txt").write_text("".join(drawn))
+        write_letters(base, name, letters)
     memory = MemoryModel(tiny_llm(layers=4))
     budgets = {s: memory.dense_peak_bytes(*s) * 7 // 10 for s in ((1, 16), (4, 60))}
     with pytest.MonkeyPatch.context() as patch:

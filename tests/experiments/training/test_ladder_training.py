@@ -52,6 +52,7 @@ from rap_env.request import Request
 from rap_env.runtime.ladder_policy import LadderPolicy
 from rap_env.runtime.policies import load_policy
 from rap_env.scoring.score_table import ScoreTable
+from tests.experiments.letter_texts import write_letters
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
@@ -241,9 +242,8 @@ def by_text(config, tmp_path_factory):
     """Settings of a training on two kinds of text, whose profile is made."""
     folder, kinds = tmp_path_factory.mktemp("kinds"), {}
     for name, letters in {"few": "abcde ", "many": "FGHIJKLMNOP"}.items():
-        drawn = np.random.default_rng(len(letters)).choice(list(letters), 3000)
-        (folder / f"{name}.txt").write_text("".join(drawn))
-        kinds[name] = KindTextConfig(str(folder / f"{name}.txt"), windows=len(kinds) + 2)
+        path = write_letters(folder, name, letters)
+        kinds[name] = KindTextConfig(path, windows=len(kinds) + 2)
     made = replace(
         config,
         name="by_text",
