@@ -164,7 +164,7 @@ def whole(run: Path) -> list[dict]:
 
 
 def inspect(run: Path) -> list[dict]:
-    """Records of an offline run, read with wandb's own schema (there is no public reader)."""
+    """Whole records of an offline run, read with wandb's own schema (there is no public reader)."""
     from google.protobuf.json_format import MessageToDict
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -175,6 +175,8 @@ def inspect(run: Path) -> list[dict]:
             place += left
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + size > len(data):
+            break  # not yet written to its end
         parts.append(data[place + 7 : place + 7 + size])
         place += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
