@@ -138,7 +138,8 @@ class PolicySettings(Settings):
         without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
             rise in NLL; in v1 those of the order over items), ``one_shot`` (the one-shot rise in
             NLL), ``request`` (the request, and what a block or item frees for it: in v0 the
-            policy is then one static order of removal).
+            policy is then one static order of removal), ``layout`` (which kind a block or item is
+            of, and in which layer).
 
     Raises:
         UnknownNameError: There is no such ablation.

@@ -66,8 +66,10 @@ def neighbours(items: npt.NDArray[np.float32]) -> Counts:
 
     Args:
         items: The observed features of the items, (N, F); their kinds and depths count. Layers
-            are told apart by their depth.
+            are told apart by their depth. If the kinds are hidden, all 0, no item has neighbours.
     """
+    if not items[:, : len(KINDS)].any():
+        return np.full((len(items), len(NEIGHBOURS)), -1, dtype=np.int64)
     kinds = [KINDS[kind] for kind in items[:, : len(KINDS)].argmax(axis=1)]
     in_layer = np.array([kind != "embeddings" for kind in kinds])
     layers = np.full(len(items), -len(NEIGHBOURS))

@@ -91,6 +91,7 @@ class ItemNetwork:
         vectors = weights.vectors if weights.block_vectors else np.zeros((count, 0), np.float32)
         self._own = np.asarray(vectors @ parts["vectors"] + weights.first_offset())
         items = builder.build(Request(1, 1, budget_bytes=1), CompressionPlan())["ladder"]
+        items = items * self._seen
         kinds = items[:, : len(KINDS)] / np.maximum(items[:, : len(KINDS)].sum(axis=0), 1)
         # What one item at its lowest level adds to the terms that all items share, (N, H + 1).
         self._level = kinds @ parts["mean_level"] + vectors @ parts["lowered_vectors"] / count

@@ -31,6 +31,7 @@ SPECS = [
 ]
 ABLATIONS = [
     ("gsi", "one_shot", "request"),
+    ("layout",),
     *(pytest.param((name,), marks=pytest.mark.slow) for name in ("gsi", "one_shot", "request")),
 ]
 
