@@ -138,8 +138,8 @@ class PolicySettings(Settings):
         without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
             rise in NLL; in v1 those of the order over items), ``one_shot`` (the one-shot rise in
             NLL), ``request`` (the request, and what a block or item frees for it: in v0 the
-            policy is then one static order of removal), ``layout`` (which kind a block or item is
-            of, and in which layer).
+            policy is then one static order of removal), ``kind`` (which kind a block or item is
+            of, and in v1 the levels of its neighbours, which are told apart by their kinds).
 
     Raises:
         UnknownNameError: There is no such ablation.

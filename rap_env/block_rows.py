@@ -23,7 +23,7 @@ HIDES = {
     "gsi": ("gsi_rank", "gsi_marginal_loss", "order_place", "order_cost"),
     "one_shot": ("one_shot_loss", "one_shot_cost"),
     "request": ("freed_share",),
-    "layout": ("kind", "attn", "ffn", "cache", "embeddings", "depth"),
+    "kind": ("kind", "attn", "ffn", "cache", "embeddings"),
 }
 """The columns of blocks and items that each ablation hides; ``request`` hides the request too."""
 

@@ -13,6 +13,7 @@ from agents.sb3_policies import action_scores
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.ladder.items import KINDS
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
@@ -31,7 +32,7 @@ SPECS = [
 ]
 ABLATIONS = [
     ("gsi", "one_shot", "request"),
-    ("layout",),
+    ("kind",),
     *(pytest.param((name,), marks=pytest.mark.slow) for name in ("gsi", "one_shot", "request")),
 ]
 
@@ -72,6 +73,22 @@ def test_numpy_and_torch_agree_under_every_ablation(without):
     policy = model_of("maskable_ppo", context, 0.3, block_vectors=4, without=list(without)).policy
     builder = builder_of(context)
     assert_same_choices(context, builder, policy, network_of(policy, builder, without))
+
+
+@pytest.mark.parametrize("without", [(), ("kind",)], ids=["nothing", "kind"])
+def test_only_a_network_that_sees_kinds_depends_on_them(without):
+    """Hidden kinds show neither in the items themselves nor in what is made from kinds."""
+    context = LadderContext(layers=4)
+    policy = model_of("maskable_ppo", context, 0.3, without=list(without)).policy
+    builder, request = builder_of(context), requests_of(context)[-1]
+    seen = builder.build(request, builder.ladder.plan([1] * len(builder.ladder)))
+    other = {**seen, "ladder": seen["ladder"].copy()}
+    other["ladder"][:, : len(KINDS)] = np.roll(seen["ladder"][:, : len(KINDS)], 1, axis=1)
+    batch = {name: np.stack([seen[name], other[name]]) for name in seen}
+    with torch.no_grad():
+        scores, changed = action_scores(policy, as_tensors(batch)).numpy()
+    apart = float(np.abs(scores - changed).max())
+    assert (apart < 1e-4) == (without == ("kind",)), apart
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
