@@ -139,7 +139,8 @@ class PolicySettings(Settings):
             rise in NLL; in v1 those of the order over items), ``one_shot`` (the one-shot rise in
             NLL), ``request`` (the request, and what a block or item frees for it: in v0 the
             policy is then one static order of removal), ``kind`` (which kind a block or item is
-            of, and in v1 the levels of its neighbours, which are told apart by their kinds).
+            of) and ``depth`` (in which layer it is); without one of them, an item of v1 has no
+            neighbours.
 
     Raises:
         UnknownNameError: There is no such ablation.

@@ -24,6 +24,7 @@ HIDES = {
     "one_shot": ("one_shot_loss", "one_shot_cost"),
     "request": ("freed_share",),
     "kind": ("kind", "attn", "ffn", "cache", "embeddings"),
+    "depth": ("depth",),
 }
 """The columns of blocks and items that each ablation hides; ``request`` hides the request too."""
 

@@ -66,15 +66,19 @@ def neighbours(items: npt.NDArray[np.float32]) -> Counts:
 
     Args:
         items: The observed features of the items, (N, F); their kinds and depths count. Layers
-            are told apart by their depth. If the kinds are hidden, all 0, no item has neighbours.
+            are told apart by their depth. If kinds or depths are hidden, all 0, no item has
+            neighbours.
     """
+    none = np.full((len(items), len(NEIGHBOURS)), -1, dtype=np.int64)
     if not items[:, : len(KINDS)].any():
-        return np.full((len(items), len(NEIGHBOURS)), -1, dtype=np.int64)
+        return none
     kinds = [KINDS[kind] for kind in items[:, : len(KINDS)].argmax(axis=1)]
     in_layer = np.array([kind != "embeddings" for kind in kinds])
     layers = np.full(len(items), -len(NEIGHBOURS))
     layers[in_layer] = np.unique(items[in_layer, DEPTH], return_inverse=True)[1]
     numbers = {pair: n for n, pair in enumerate(zip(layers.tolist(), kinds, strict=True))}
+    if len(numbers) < len(items):  # several layers seem to be one
+        return none
     return np.array(
         [[numbers.get((layer + step, kind), -1) for step, kind in NEIGHBOURS] for layer in layers],
         dtype=np.int64,

@@ -22,7 +22,7 @@ FRACTIONS = np.linspace(0.3, 0.99, 12)
 ABLATIONS = [
     (),
     ("gsi", "one_shot", "request"),
-    ("kind",),
+    ("kind", "depth"),
     *(pytest.param((name,), marks=pytest.mark.slow) for name in ("gsi", "one_shot", "request")),
 ]
 

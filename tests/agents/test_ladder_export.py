@@ -13,6 +13,7 @@ from agents.sb3_policies import action_scores
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.ladder.item_rows import DEPTH
 from rap_env.ladder.items import KINDS
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import CompressionPlan
@@ -33,6 +34,7 @@ SPECS = [
 ABLATIONS = [
     ("gsi", "one_shot", "request"),
     ("kind",),
+    ("depth",),
     *(pytest.param((name,), marks=pytest.mark.slow) for name in ("gsi", "one_shot", "request")),
 ]
 
@@ -75,20 +77,22 @@ def test_numpy_and_torch_agree_under_every_ablation(without):
     assert_same_choices(context, builder, policy, network_of(policy, builder, without))
 
 
-@pytest.mark.parametrize("without", [(), ("kind",)], ids=["nothing", "kind"])
-def test_only_a_network_that_sees_kinds_depends_on_them(without):
-    """Hidden kinds show neither in the items themselves nor in what is made from kinds."""
+@pytest.mark.parametrize("without", [(), ("kind",), ("kind", "depth")], ids="-".join)
+def test_only_a_network_that_sees_kinds_and_depths_depends_on_them(without):
+    """Those that are hidden show neither in the items themselves nor in what is made from them."""
     context = LadderContext(layers=4)
     policy = model_of("maskable_ppo", context, 0.3, without=list(without)).policy
     builder, request = builder_of(context), requests_of(context)[-1]
     seen = builder.build(request, builder.ladder.plan([1] * len(builder.ladder)))
-    other = {**seen, "ladder": seen["ladder"].copy()}
-    other["ladder"][:, : len(KINDS)] = np.roll(seen["ladder"][:, : len(KINDS)], 1, axis=1)
-    batch = {name: np.stack([seen[name], other[name]]) for name in seen}
+    kinds, depths = seen["ladder"].copy(), seen["ladder"].copy()
+    kinds[:, : len(KINDS)] = np.roll(kinds[:, : len(KINDS)], 1, axis=1)
+    depths[:, DEPTH] = 1 - depths[:, DEPTH]
+    batch = {name: np.stack([seen[name]] * 3) for name in seen}
+    batch["ladder"] = np.stack([seen["ladder"], kinds, depths])
     with torch.no_grad():
-        scores, changed = action_scores(policy, as_tensors(batch)).numpy()
-    apart = float(np.abs(scores - changed).max())
-    assert (apart < 1e-4) == (without == ("kind",)), apart
+        scores, *changed = action_scores(policy, as_tensors(batch)).numpy()
+    apart = [float(np.abs(scores - other).max()) for other in changed]
+    assert [gap > 1e-4 for gap in apart] == ["kind" not in without, "depth" not in without], apart
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
