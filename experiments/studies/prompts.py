@@ -217,13 +217,13 @@ class PromptStudy:
         return ["Policy", "Mean", *self.texts], rows
 
     def relative_table(self) -> Table:
-        """Table of ΔNLL relative to the first policy, and of policies by text to their like."""
+        """Table of ΔNLL relative to the first policy; policies by text also among themselves."""
         first, *others = self.policies
         pairs = [(policy, first) for policy in others if policy not in self._rivals]
         seeing = [policy for policy in self.policies if not policy.endswith(BLIND)]
         pairs += [(p, rival) for rival in self._rivals for p in seeing if p not in self._rivals]
         by_text = [policy for policy in self.policies if policy.endswith(BY_TEXT)]
-        pairs += [(policy, by_text[0]) for policy in by_text[1:]]
+        pairs += [(policy, rival) for rival, policy in itertools.combinations(by_text, 2)]
         pairs += [
             (policy, rival)
             for policy in others
