@@ -117,8 +117,9 @@ class LadderPolicyFile(ExportedPolicy):
             raise ArtifactError(
                 f"The policy was exported for {own.name}, whose items have other levels than those "
                 f"of {facts.name} as it is loaded ({facts.weights} weights): {len(self.items)} and "
-                f"{len(ladder)} items. Load the model as it was, give the importance of its items "
-                "(features=), or export a policy for it."
+                f"{len(ladder)} items. Load the model as it was, give what its items cost (kinds= "
+                "or --kinds, made by `python -m experiments.levels '+kinds={...}'`; or features=), "
+                "or export a policy for it."
             )
         elif facts.fingerprint != own.fingerprint:
             log.warning(

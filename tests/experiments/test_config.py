@@ -98,6 +98,16 @@ def test_every_program_and_experiment_composes_and_hands_on_repair_and_workers(p
     assert (found.workers, found.workers_address) == (3, "auto")
 
 
+def test_a_policy_for_other_models_is_trained_as_the_experiment_of_its_model_says():
+    config = composed("train", "experiment=[tight_gemma,tight_transfer]")
+    alone = composed("train", "experiment=tight_gemma")
+    assert (config.name, config.env.id) == ("tight_transfer", "RAPPrune-v1")
+    for section in ("evaluate", "calibration", "importance", "workload", "frontier"):
+        assert getattr(config, section) == getattr(alone, section)
+    settings = agent_config(config).policy_settings
+    assert (settings["block_vectors"], settings["without"]) == (0, ["kind"])
+
+
 @pytest.mark.parametrize(("program", "name"), [("train", "default"), ("demo", "demo")])
 def test_without_an_experiment_the_program_names_the_run(program, name):
     assert composed(program).name == name
