@@ -27,6 +27,7 @@ from plan_tables import (
     shipped_markdown,
     stubs_markdown,
     tasks_markdown,
+    with_hidden_parts,
 )
 from readme_results import update_readme
 from record_texts import (
@@ -72,7 +73,7 @@ def write_all(docs: Path) -> None:
     folder = docs / "_generated"
     folder.mkdir(exist_ok=True)
     for name in COMPARISONS:
-        text = comparison_markdown(name)
+        text = with_hidden_parts(name, comparison_markdown(name))
         write_details(docs, name, text)
         shown = plan_tables(text) if name in PLAN_COMPARISONS else first_tables(text)
         write(folder / f"{name}.md", shown)

@@ -30,6 +30,18 @@ PLAN_COMPARISONS = (
 )
 """All folders whose tables `plan_tables` shortens for the page on plans."""
 
+HIDDEN = {
+    "tight_transfer_gemma": {
+        "RAP policy nothing_hidden-without=": "RAP policy, nothing hidden",
+        "RAP policy (3)": "RAP policy, kind hidden (3)",
+    },
+    "tight_transfer_smollm2": {
+        "RAP policy nothing_hidden-without=": "RAP policy, nothing hidden",
+        "RAP policy without=_kind_depth_one_shot": "RAP policy, kind, depth and cost hidden",
+    },
+}
+"""What policies for other models do not see, in place of their settings, by comparison."""
+
 RANKED = {PLANS: "tight_ranked", PLANS_GEMMA: "tight_ranked_gemma"}
 """Policies that were trained on a packaged score table and rank samples by it, by comparison."""
 
@@ -60,6 +72,13 @@ STUB_METHODS = ("rap", "uniform", "knapsack")
 def bold_title(section: str) -> str:
     """A section whose first line is its title, with the title in bold instead of a heading."""
     return f"**{section.strip()}".replace("\n", "**\n", 1)
+
+
+def with_hidden_parts(name: str, text: str) -> str:
+    """The tables of a comparison, with the labels of `HIDDEN`."""
+    for label, shown in HIDDEN.get(name, {}).items():
+        text = text.replace(label, shown)
+    return text
 
 
 def plan_tables(

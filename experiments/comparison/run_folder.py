@@ -58,6 +58,8 @@ def run_label(
     'dqn-gamma=0.9-s1'
     >>> run_label("train", "dqn", 1, "calibration.windows=4,seed=1", sweep=True)
     'dqn-windows=4-s1'
+    >>> run_label("train", "rap", 0, "agent.policy_settings.without=[]")
+    'rap-without=none-s0'
 
     A setting is named by as much of its key as no other one shares. Values are whole; settings for
     which a folder's name has no room are replaced by a hash of all.
@@ -78,7 +80,7 @@ def run_label(
         if _names_swept(stage, agent, key, value) if sweep else _names_single(stage, key):
             given[key] = value
     short = short_keys(given)
-    named = [f"{short[key]}={value}" for key, value in given.items()]
+    named = [f"{short[key]}={'none' if value == '[]' else value}" for key, value in given.items()]
     named = [_as_name(text) for text in named]
     text = _fitting(named).strip("_")
     if stage == "train":
