@@ -19,6 +19,7 @@ from plan_tables import (
     PLAN_COMPARISONS,
     RANKED,
     SEARCHES,
+    TRANSFERS,
     agents_markdown,
     bold_title,
     plan_tables,
@@ -27,7 +28,7 @@ from plan_tables import (
     shipped_markdown,
     stubs_markdown,
     tasks_markdown,
-    with_hidden_parts,
+    transfer_markdown,
 )
 from readme_results import update_readme
 from record_texts import (
@@ -73,10 +74,14 @@ def write_all(docs: Path) -> None:
     folder = docs / "_generated"
     folder.mkdir(exist_ok=True)
     for name in COMPARISONS:
-        text = with_hidden_parts(name, comparison_markdown(name))
+        text = comparison_markdown(name)
         write_details(docs, name, text)
         shown = plan_tables(text) if name in PLAN_COMPARISONS else first_tables(text)
         write(folder / f"{name}.md", shown)
+    for name in TRANSFERS:
+        text = transfer_markdown(RESULTS, name)
+        write_details(docs, name, text)
+        write(folder / f"{name}.md", plan_tables(text))
     write(folder / "tight_stubs.md", stubs_markdown(RESULTS))
     for comparison, ranked in RANKED.items():
         write(folder / f"{ranked}.md", ranked_markdown(RESULTS, comparison))

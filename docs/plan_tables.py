@@ -21,26 +21,18 @@ PLANS_GEMMA = "tight_gemma"
 OUTSIDE = "tight_outside"
 """The same methods outside the range of requests and budgets that policies were trained for."""
 
-PLAN_COMPARISONS = (
-    PLANS,
-    PLANS_GEMMA,
-    OUTSIDE,
-    "tight_transfer_gemma",
-    "tight_transfer_smollm2",
-)
+PLAN_COMPARISONS = (PLANS, PLANS_GEMMA, OUTSIDE)
 """All folders whose tables `plan_tables` shortens for the page on plans."""
 
+TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
+"""Comparisons with policies of the other model."""
+
 HIDDEN = {
-    "tight_transfer_gemma": {
-        "RAP policy nothing_hidden-without=": "RAP policy, nothing hidden",
-        "RAP policy (3)": "RAP policy, kind hidden (3)",
-    },
-    "tight_transfer_smollm2": {
-        "RAP policy nothing_hidden-without=": "RAP policy, nothing hidden",
-        "RAP policy without=_kind_depth_one_shot": "RAP policy, kind, depth and cost hidden",
-    },
+    "rap": "kind hidden",
+    "rap-nothing_hidden-without=": "nothing hidden",
+    "rap-without=_kind_depth_one_shot": "kind, depth and cost hidden",
 }
-"""What policies for other models do not see, in place of their settings, by comparison."""
+"""What the policies of `TRANSFERS` do not see, by method."""
 
 RANKED = {PLANS: "tight_ranked", PLANS_GEMMA: "tight_ranked_gemma"}
 """Policies that were trained on a packaged score table and rank samples by it, by comparison."""
@@ -72,13 +64,6 @@ STUB_METHODS = ("rap", "uniform", "knapsack")
 def bold_title(section: str) -> str:
     """A section whose first line is its title, with the title in bold instead of a heading."""
     return f"**{section.strip()}".replace("\n", "**\n", 1)
-
-
-def with_hidden_parts(name: str, text: str) -> str:
-    """The tables of a comparison, with the labels of `HIDDEN`."""
-    for label, shown in HIDDEN.get(name, {}).items():
-        text = text.replace(label, shown)
-    return text
 
 
 def plan_tables(
@@ -147,6 +132,18 @@ def plan_rows(results: Path, comparison: str = PLANS) -> list[ResultRow]:
         ranked = read_rows(results / RANKED[comparison] / "evaluate" / "results.jsonl")
         rows += [replace(row, method="rap-best of 8") for row in ranked if row.method == "rap"]
     return rows
+
+
+def transfer_markdown(results: Path, comparison: str) -> str:
+    """All tables of one of `TRANSFERS`; its policies are named after what they do not see."""
+    from experiments.comparison.summaries import Comparison
+    from experiments.comparison.tables import tables_markdown
+
+    rows = [
+        replace(row, method=f"rap-{HIDDEN[row.method]}") if row.method in HIDDEN else row
+        for row in plan_rows(results, comparison)
+    ]
+    return tables_markdown(Comparison(rows), comparison)
 
 
 def ranked_markdown(results: Path, comparison: str = PLANS) -> str:
