@@ -1,7 +1,7 @@
-"""Three GSI methods against the naive loop: ``python -m benchmarks.gsi``.
+"""Exact and lazy GSI against the naive loop: ``python -m benchmarks.gsi``.
 
 The naive loop and the exact search alternate round by round, so that a slow phase of the machine
-affects both; the faster methods run as a whole, several times.
+affects both; the lazy search runs as a whole, several times.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(settings: GSISettings) -> None:
         naive, exact_s, exact = _side_by_side(setup, loop, settings.removals)
         naive_s = [sum(one.seconds) for one in naive]
         quick, drift = {}, {"at_start": _dense(loop)}
-        for method in ("lazy", "halving"):
+        for method in ("lazy",):
             quick[method] = [_whole(setup, method) for _ in range(settings.repeats)]
             drift[f"after_{method}"] = _dense(loop)
     with naive_loop(setup, keep_freed_memory=True) as loop:
@@ -78,7 +78,7 @@ def main(settings: GSISettings) -> None:
             abs(one.nll - nll) for one, nll in zip(naive, exact.nll_after, strict=True)
         ),
     }
-    for (method, runs), wanted, near in zip(quick.items(), (9.0, 15.0), (1.01, 1.03), strict=True):
+    for (method, runs), wanted, near in zip(quick.items(), (9.0,), (1.01,), strict=True):
         seconds, profile = [s for s, _ in runs], runs[0][1]
         nll = _true_nll(setup, profile)
         times = spread([total / s for s in seconds])

@@ -68,8 +68,8 @@ class ImportanceConfig(Section):
     method: Annotated[str, among("gsi", "one_shot", "none")] = "gsi"
     gsi_removals: Count | None = None
     """Number of blocks that GSI removes; null for all."""
-    gsi_method: Annotated[str, among("exact", "lazy", "halving")] = "exact"
-    """``lazy`` and ``halving`` are several times faster than ``exact``."""
+    gsi_method: Annotated[str, among("exact", "lazy")] = "exact"
+    """``lazy`` is several times faster than ``exact``."""
 
 
 @dataclass

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
 
-GSI_METHODS = ("exact", "lazy", "halving")
+GSI_METHODS = ("exact", "lazy")
 """Methods of `rap_env.importance.gsi`."""
 
 
@@ -55,7 +55,7 @@ class ContextConfig:
             ``"none"``, or the path of a GSI artifact.
         gsi_removals: Number of removals, or of actions on items, after which GSI stops; None
             orders all blocks or items.
-        gsi_method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.gsi`.
+        gsi_method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
         repair: What replaces removed blocks: ``"none"``; ``"library"``, stubs that are fitted on
             self-generated text at the first use and cached; or the path of a library's file
             (see `rap_env.open_library`).

@@ -151,7 +151,7 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     | `calibration` | `None` | text that NLL is measured on: source, or dict of `CorpusConfig` |
     | `importance` | `"gsi"` | `"gsi"`, `"one_shot"`, `"none"` (zeros), or a GSI artifact's path |
     | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
-    | `gsi_method` | `"exact"` | `"lazy"` and `"halving"` are several times faster, see `gsi` |
+    | `gsi_method` | `"exact"` | `"lazy"` is several times faster, see `gsi` |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `repair` | `"none"` | what replaces removed blocks: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |

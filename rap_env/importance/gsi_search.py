@@ -31,13 +31,10 @@ def gsi(
         method: ``"exact"`` finds the block of the least NLL in every round and drops candidates
             as soon as they cannot win; it gives the order of the naive loop. ``"lazy"`` measures
             only the candidates with the least last known rise again, and more of them if one
-            has risen. ``"halving"`` runs successive halving over eight candidates, most of them
-            on a quarter of the text. The last two are several times faster, and may miss a block
-            that the exact search finds.
+            has risen; it is several times faster, and may miss a block that the exact search finds.
         stop: Removals after which to stop; None continues until no block is left.
         path: File of the artifact. It is written after each removal. A profile of the same model
-            and text that already exists there is continued (``"halving"`` does not save what it
-            measured on parts of the text, so it may then take another path).
+            and text that already exists there is continued.
         progress: Whether to draw a progress bar.
 
     Returns:

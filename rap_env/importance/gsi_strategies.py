@@ -1,4 +1,4 @@
-"""Strategies that find the next block of GSI: exact, lazy greedy, and successive halving."""
+"""Strategies that find the next block of GSI: exact, and lazy greedy."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rap_env.blocks import Block, BlockMask
-from rap_env.plan import MaskOrPlan
-from rap_env.scoring.mask_search import Candidate, Stage, find_best_mask, successive_halving
+from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 
 OnScore = Callable[[BlockMask], None]
 
 _NEIGHBOURS = 2
 _LAZY_BATCH = 6
-_HALVING_PARTS = 4
-_HALVING_POOL = 8
-_SEMIFINALISTS = 4
-_FINALISTS = 3
 
 
 @dataclass(frozen=True)
@@ -167,103 +162,6 @@ class LazyStrategy(ExactStrategy):
             tried = [(block, mask) for block, mask in tried if block.index == result.block]
 
 
-class HalvingStrategy(GSIStrategy):
-    """Successive halving: most candidates run on a part of the text, few on all of it.
-
-    From the second round on, the candidates are the neighbours of the block removed last and the
-    blocks with the least last known rise. The result of a part of the text is compared with the
-    result of the same part for the same block in earlier rounds: a few windows determine the
-    change of a block's rise far better than the rise itself.
-    """
-
-    def __init__(self, scorer: MaskScorer) -> None:
-        super().__init__(scorer)
-        windows, length = scorer.corpus.tokens.shape
-        rows = max(1, windows // _HALVING_PARTS)
-        self._parts = MaskScorer(scorer.llm, scorer.corpus, batch_tokens=rows * length)
-        self._shares = [len(ids) / windows for ids in self._parts.batches]
-        self._base: dict[int, float] = {}  # by part: its contribution to the NLL so far
-        self._base_order: tuple[int, ...] | None = None
-        self._known: dict[int, dict[int, float]] = {}  # by block and part: last known rise
-
-    @property
-    def block_forwards(self) -> float:
-        """Blocks that the model ran so far, in passes over the whole text."""
-        return self.scorer.block_forwards + self._parts.block_forwards
-
-    @property
-    def evaluations(self) -> int:
-        """Masks that the model ran so far, most of them on a part of the text."""
-        return self.scorer.evaluations + self._parts.evaluations
-
-    def next(self, state: GSIState, on_score: OnScore) -> RoundResult:
-        """As in `GSIStrategy`."""
-        if self._base_order != state.order:
-            whole_text = Stage(tuple(range(len(self._shares))), 1)
-            base = successive_halving(self._parts, [state.removed], [whole_text])[0]
-            self._base = base.contributions
-        pool, stages = self._pool(state)
-        blocks: dict[MaskOrPlan, int] = {mask: block.index for block, mask in pool}
-
-        def rank(candidate: Candidate) -> float:
-            return self._estimate(state, blocks[candidate.mask], candidate)
-
-        masks = [mask for _, mask in pool]
-        found = successive_halving(self._parts, masks, stages, rank=rank, on_score=on_score)
-        delta_nll = {blocks[candidate.mask]: rank(candidate) for candidate in found}
-        for candidate in found:
-            self._learn(blocks[candidate.mask], candidate, delta_nll[blocks[candidate.mask]])
-        winner = found[0]
-        self._base = winner.contributions
-        self._base_order = (*state.order, blocks[winner.mask])
-        return RoundResult(blocks[winner.mask], winner.nll, delta_nll)
-
-    def _pool(self, state: GSIState) -> tuple[list[tuple[Block, BlockMask]], list[Stage]]:
-        """The candidates of a round, and how much of the text each stage of them runs on."""
-        parts = range(len(self._shares))
-        if not state.order:
-            pool = list(self.scorer.candidates(state.removed).items())
-            cuts = [(parts[:2], len(pool)), (parts[2:], _FINALISTS)]
-        else:
-            pool = self._candidates(state)[:_HALVING_POOL]
-            # Two parts take turns to run first, so that no single part decides every round.
-            turn = len(state.order) % min(2, len(parts))  # a text may have a single part
-            first, second = parts[turn : turn + 1], parts[1 - turn : 2 - turn]
-            cuts = [(first, len(pool)), (second, _SEMIFINALISTS), (parts[2:], _FINALISTS)]
-        return pool, [Stage(tuple(batches), most) for batches, most in cuts if batches]
-
-    def _estimate(self, state: GSIState, block: int, candidate: Candidate) -> float:
-        """Rise in NLL at a block's removal, estimated from the parts that were run."""
-        new = self._rises(candidate)
-        known = self._known.get(block, {})
-        both = [part for part in new if part in known]
-        if not both or len(new) == len(self._shares):
-            return self._mean(new)
-        before = {part: known[part] for part in both}
-        now = {part: new[part] for part in both}
-        return state.delta_nll[block] + self._mean(now) - self._mean(before)
-
-    def _learn(self, block: int, candidate: Candidate, delta_nll: float) -> None:
-        """Keep each part's rise; parts that were not run are assumed to change by the mean."""
-        new = self._rises(candidate)
-        known = self._known.get(block, {})
-        if known and len(new) < len(self._shares):
-            change = delta_nll - self._mean(known)
-            new = {part: value + change for part, value in known.items()} | new
-        self._known[block] = new
-
-    def _rises(self, candidate: Candidate) -> dict[int, float]:
-        """Rise over the base on each part that was run, nats per token of that part."""
-        return {
-            part: (contribution - self._base[part]) / self._shares[part]
-            for part, contribution in candidate.contributions.items()
-        }
-
-    def _mean(self, rises: Mapping[int, float]) -> float:
-        weight = sum(self._shares[part] for part in rises)
-        return sum(rise * self._shares[part] for part, rise in rises.items()) / weight
-
-
 def nearest_kept(index: int, kept: Sequence[int]) -> set[int]:
     """The nearest kept block on either side of a removed block."""
     before, after = [i for i in kept if i < index], [i for i in kept if i > index]
@@ -280,6 +178,5 @@ def _result(state: GSIState, nll: Mapping[int, float]) -> RoundResult:
 STRATEGIES: dict[str, type[GSIStrategy]] = {
     "exact": ExactStrategy,
     "lazy": LazyStrategy,
-    "halving": HalvingStrategy,
 }
 """Strategies by the name of their method."""

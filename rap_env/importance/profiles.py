@@ -87,7 +87,7 @@ class GSIProfile(Profile):
     """The result of GSI (RAP, arXiv 2505.17138, Algorithm 1) on one model and text.
 
     Attributes:
-        method: ``"exact"``, ``"lazy"`` or ``"halving"``, see `rap_env.gsi`.
+        method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
         num_blocks: 2L.
         param_bytes: Bytes of each block's weights, length 2L.
         order_indices: Blocks in the order of their removal; may stop before all are removed.

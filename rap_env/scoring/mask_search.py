@@ -1,13 +1,9 @@
-"""Searches that find the best of several masks or plans without running each on the whole text.
-
-`find_best_mask` is exact: it drops a mask as soon as a lower bound shows that it cannot win.
-`successive_halving` is approximate: most masks run on a part of the text only.
-"""
+"""Finds the best of several masks or plans exactly, without running each on the whole text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +17,6 @@ from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import VocabularyBound, window_nll
 from rap_env.scoring.plan_runner import Node, chunks, joined
 from rap_env.scoring.scorer import MaskScorer
-
-_MOST_KEPT = 16  # masks whose states may be held at the same time
 
 
 @dataclass
@@ -290,65 +284,3 @@ class _SearchState:
 
     def _cannot_win(self, candidate: Candidate) -> bool:
         return candidate.nll - self._tolerance > self._best
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of successive halving.
-
-    Attributes:
-        batches: Batches of the text that run in this stage.
-        max_masks: Most masks that run them: those that were best until then.
-    """
-
-    batches: tuple[int, ...]
-    max_masks: int
-
-
-def successive_halving(
-    scorer: MaskScorer,
-    masks: Sequence[MaskOrPlan],
-    stages: Sequence[Stage],
-    *,
-    rank: Callable[[Candidate], float] = lambda candidate: candidate.nll,
-    on_score: OnScore | None = None,
-) -> list[Candidate]:
-    """Run masks through a text in stages, each with more of the text and fewer masks.
-
-    Successive halving (Karnin, Koren and Somekh, Almost Optimal Exploration in Multi-Armed
-    Bandits, ICML 2013). Nothing is stored, because the NLL of a part is not a score of the text.
-    Each batch of the text belongs to one of the stages. `rank` decides which masks continue, the
-    least first; by default the contributions of the batches that were run. The masks of the last
-    stage are compared by their NLL; the first of equal masks wins. `on_score` is called after each
-    mask that leaves the search.
-
-    Returns:
-        All masks with the contributions of the batches that they were run on, the winner first:
-        it was run on the whole text.
-    """
-    runner = CandidateRunner(scorer, masks)
-    alive = [Candidate(simplest(mask)) for mask in masks]
-    dropped: list[Candidate] = []
-    with scorer.llm.masked(BlockMask()):
-        for number, stage in enumerate(stages):
-            ranked = sorted(alive, key=rank) if number else alive
-            alive, leaving = ranked[: stage.max_masks], ranked[stage.max_masks :]
-            dropped = leaving + dropped
-            _leave(scorer, leaving, on_score)
-            for batch in stage.batches:
-                for group in chunks(alive, scorer.in_flight):
-                    runner.evaluate_batch(group, batch, hold_states=len(alive) <= _MOST_KEPT)
-                    for candidate in group:
-                        runner.measure(candidate, batch)
-    alive.sort(key=lambda candidate: candidate.nll)
-    runner.keep_states(alive[0])
-    _leave(scorer, alive, on_score)
-    return [*alive, *dropped]
-
-
-def _leave(scorer: MaskScorer, candidates: Sequence[Candidate], on_score: OnScore | None) -> None:
-    """Count candidates that leave the search and free their states."""
-    for candidate in candidates:
-        candidate.states.clear()
-        scorer.count(candidate.mask)
-    notify(on_score, [candidate.mask for candidate in candidates])

@@ -154,7 +154,7 @@ def test_v1_loads_native_weights_and_long_windows():
         ({"together": "int8"}, InvalidRequestError, "together must be a list"),
         ({"together": ["int3"]}, UnknownNameError, "level of a cache 'int3'"),
         ({"gsi_removals": 3}, UnknownNameError, "setting of the environment: 'gsi_removals'"),
-        ({"gsi_method": "halving"}, UnknownNameError, "method of GSI over items 'halving'"),
+        ({"gsi_method": "fast"}, UnknownNameError, "method of GSI over items 'fast'"),
         ({"gsi_actions": 0}, InvalidRequestError, "gsi_removals must be at least 1"),
         ({"level": "all"}, UnknownNameError, "'level'; known .* mean 'levels'"),
         ({"workload": "azure"}, UnknownNameError, "sampler 'azure'"),

@@ -9,9 +9,7 @@ from rap_env.errors import NonFiniteScoreError
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.mask_search import (
     CandidateRunner,
-    Stage,
     find_best_mask,
-    successive_halving,
 )
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
@@ -84,22 +82,6 @@ def test_non_finite_numbers_are_rejected():
     with pytest.raises(NonFiniteScoreError, match="non-finite"):
         find_best_mask(scorer, list(scorer.candidates(BASE).values()))
     assert scorer.known == 0
-
-
-def test_halving_compares_the_last_on_the_whole_text():
-    scorer, plain = scorers(windows=8)
-    masks = list(scorer.candidates(BASE).values())
-    stages = [Stage((0,), len(masks)), Stage((1,), 4), Stage((2, 3), 2)]
-    found = successive_halving(scorer, masks, stages)
-    assert [len(one.contributions) for one in found] == [4] * 2 + [2] * 2 + [1] * (len(masks) - 4)
-    for one in found[:2]:
-        assert one.nll == pytest.approx(plain.nll(one.mask), rel=1e-6)
-    assert found[0].nll <= found[1].nll
-    first = {one.mask: one.contributions[0] for one in found}
-    went_on = {one.mask for one in found[:4]}
-    assert went_on == set(sorted(masks, key=first.__getitem__)[:4])
-    assert scorer.known == 0
-    assert scorer.evaluations == len(masks)
 
 
 @pytest.mark.parametrize("near", [BASE, None])

@@ -95,9 +95,7 @@ def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_
     assert MaskScorer(streamed, ids).nll(MASKS[1]) == theirs.nll(MASKS[1])
 
 
-@pytest.mark.parametrize(
-    "method", ["exact", "lazy", pytest.param("halving", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", ["exact", "lazy"])
 def test_gsi_finds_the_same_order(method, tmp_path):
     folder, ids = save(tmp_path / "m", tiny_model(layers=4)), tokens(windows=8)
     whole, streamed = pair(folder, cap=cap_for(folder, ids, 3))
@@ -145,7 +143,6 @@ def test_layers_are_read_once_for_all_masks_that_advance_together(tmp_path):
     [
         ("float32", "scan"),
         pytest.param("bfloat16", "lazy", marks=pytest.mark.slow),
-        pytest.param("float32", "halving", marks=pytest.mark.slow),
     ],
 )
 def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
