@@ -14,7 +14,6 @@ from rap_env.version import __version__
 
 _EXTRAS = {
     "eval": "lm-eval",
-    "otel": "opentelemetry-exporter-otlp-proto-http",
     "plots": "matplotlib",
     "ray": "ray",
     "serve": "fastapi",

@@ -58,8 +58,6 @@ class SoakConfig(Section):
     """Longest prompt, in tokens."""
     answer_tokens: Count = 8
     """Longest answer, in tokens."""
-    newcomer_tokens: Count = 2000
-    """Tokens of the long prompts of ``experiments.soak.newcomers``."""
     floor_budgets: list[str] = field(default_factory=lambda: ["60MiB", "160MiB"])
     """Smallest and largest budget of the model in ``experiments.soak.floor``."""
     cancel_share: NotNegative = 0.08

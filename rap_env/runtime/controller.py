@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
-from rap_env.importance.text_kinds import Shares
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policy import PlanPolicy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
 from rap_env.runtime.memory_meter import Meter, process_meter
@@ -61,9 +60,6 @@ class RuntimeController:
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan with which a batch runs. Other plans, and those without a prediction,
             count as plans that do not fit. None for no floor.
-        max_degradation_by_newcomer: How far requests that join may raise the predicted rise in NLL
-            of a running request's plan, in nats per token, above the least that it has had since
-            it was admitted. None for no limit.
         margin_share: Share of the native weights to reserve in any case, before the safety margin
             is learned.
         hysteresis_share: Share of the budget to leave free when items are raised.
@@ -81,7 +77,7 @@ class RuntimeController:
 
     Raises:
         InvalidRequestError: A share, a time or a rise is out of its range, or the policy predicts
-            nothing for `max_delta_nll` or `max_degradation_by_newcomer`.
+            nothing for `max_delta_nll`.
         UnknownNameError: There is no such memory source, or no such block in the guard's order.
         MemorySourceError: The system does not report free memory.
     """
@@ -95,7 +91,6 @@ class RuntimeController:
         meter: Meter | None = None,
         guard_order: Sequence[int] | None = None,
         max_delta_nll: float | None = None,
-        max_degradation_by_newcomer: float | None = None,
         margin_share: float = 0.0,
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
@@ -136,9 +131,6 @@ class RuntimeController:
             decision_log=log,
             clock=clock,
         )
-        self.max_degradation_by_newcomer = max_degradation_by_newcomer
-        if max_degradation_by_newcomer is not None:
-            self.chooser.check_bound("max_degradation_by_newcomer", max_degradation_by_newcomer)
         self._rejected: tuple[BatchShape, int] | None = None  # no plan fitted it in these bytes
 
     def admit(
@@ -236,26 +228,6 @@ class RuntimeController:
         """
         with self._timed():
             self.monitor.observe_out_of_memory(kind)
-
-    def newcomer_bound(
-        self, seq_len_tokens: int, least_rise: float, text_shares: Shares = ()
-    ) -> QualityBound | None:
-        """What plans may serve a running request while another one joins; None for any.
-
-        A plan may be as bad as the present one in any case.
-
-        Args:
-            seq_len_tokens: Final length of the running request.
-            least_rise: Least rise in NLL that was predicted for its plans, nats per token.
-            text_shares: Kinds of text in its prompt.
-        """
-        limit = self.max_degradation_by_newcomer
-        if limit is None:
-            return None
-        present = self.chooser.rise(self.llm.plan, seq_len_tokens, text_shares)
-        if present is None:
-            return None
-        return QualityBound(seq_len_tokens, max(present, least_rise + limit), text_shares)
 
     def could_fit(self, shape: BatchShape) -> bool:
         """Whether a batch can ever fit: in the largest budget so far, or the source's limit.

@@ -195,8 +195,6 @@ class Scheduler:
                 synchronise(*self._llm.devices)
             seconds = time.perf_counter() - started
             length = self._batch.length
-            for sequence in sequences:
-                sequence.note_rise(plan, self._controller.chooser.rise)
             continues = self.output.deliver(sequences, logits, plan)
             if not all(continues):
                 self._most_running = self._max_batch_size
@@ -250,16 +248,9 @@ class Scheduler:
             )
         return self._shape
 
-    def _shape_with(self, newcomer: TokenSequence, chunks: int) -> BatchShape:
-        """The batch with a request that joins in so many chunks, within what others allow."""
-        shape = shape_of(self._decoding, newcomer, chunks, uniform=self._uniform)
-        bounds = (
-            self._controller.newcomer_bound(
-                sequence.handle.final_tokens, sequence.least_rise, sequence.handle.text_shares
-            )
-            for sequence in self._decoding
-        )
-        return shape.with_bounds(bound for bound in bounds if bound is not None)
+    def _shape_with(self, joining: TokenSequence, chunks: int) -> BatchShape:
+        """The batch with a request that joins in so many chunks."""
+        return shape_of(self._decoding, joining, chunks, uniform=self._uniform)
 
     def _make_fit(self, prefill: bool = False) -> None:
         """Lower the plan, or preempt, until the next pass fits."""
@@ -374,12 +365,6 @@ class Scheduler:
             rejection: Rejection = "below_floor" if below_floor else "queue_timeout"
             self.output.reject(sequence, rejection, f"{message} {error}")
             return
-        limit = self._controller.max_degradation_by_newcomer
-        if limit is not None:
-            message += (
-                f" Requests that run may lose at most {limit} nats per token through others "
-                "(max_degradation_by_newcomer)."
-            )
         if clause:
             message += f" Only plans{clause} are used."
         self.output.reject(sequence, "queue_timeout", message)

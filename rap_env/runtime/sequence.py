@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import RapError
-from rap_env.importance.text_kinds import Shares
 from rap_env.llm.interruption import PassInterruptedError
 from rap_env.llm.live_batch import LiveBatch
 from rap_env.llm.position_logits import PositionLogits
@@ -43,8 +41,6 @@ class TokenSequence:
 
     Attributes:
         queued_since_s: When it last entered the queue, on the engine's clock.
-        least_rise: Least rise in NLL, in nats per token at its own final length, that was
-            predicted for a plan with which it decoded since it was admitted; infinite without one.
         unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not known.
     """
 
@@ -53,8 +49,6 @@ class TokenSequence:
         self.sampler = RowSampler(handle.params)
         self.queued_since_s = handle.arrived_s
         self.unfit_bytes = 0
-        self.least_rise = math.inf
-        self._decoded_with: CompressionPlan | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -76,28 +70,10 @@ class TokenSequence:
         cached = self.known_tokens - in_batch
         return cached, self.handle.final_tokens - cached
 
-    def note_rise(
-        self,
-        plan: CompressionPlan,
-        predict: Callable[[CompressionPlan, int, Shares], float | None],
-    ) -> None:
-        """Note the plan of a decode step.
-
-        Args:
-            plan: The plan.
-            predict: Gives the rise in NLL of a plan at a length and for a text; None without a
-                prediction.
-        """
-        if plan != self._decoded_with:
-            self._decoded_with = plan
-            rise = predict(plan, self.handle.final_tokens, self.handle.text_shares)
-            self.least_rise = min(self.least_rise, math.inf if rise is None else rise)
-
     def preempt(self, time_s: float) -> None:
         """Note that the sequence goes back to the queue."""
         self.handle.preemptions += 1
         self.queued_since_s = time_s
-        self.least_rise, self._decoded_with = math.inf, None
 
 
 class PrefillingSequence:

@@ -15,9 +15,9 @@ import torch
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 
-GrammarKind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
 """How a grammar is written: as a JSON schema, a regular expression, a JSON list of strings to
-choose from, a context-free grammar in the form of Lark or GBNF, or surely of Lark."""
+choose from, or a context-free grammar in the form of Lark or GBNF."""
 
 MAX_GRAMMAR_CHARS = 32_768
 """Longest text of a grammar: its length bounds the time to compile it, to some 2 seconds."""

@@ -17,13 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rap_env.errors import ServingSettingsError
 from rap_env.serving.errors import ApiError, error_response
 from rap_env.serving.probes import PROBE_PATHS
-from rap_env.serving.rate_limits import Allowance, KeyLimits
 from rap_env.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[!-~]+")  # what a header can hold without quotes
-_LIMIT = re.compile(r"(requests|tokens)=([1-9][0-9]{0,11})")
 
 
 class ApiKeys:
@@ -31,7 +29,6 @@ class ApiKeys:
 
     Args:
         path: The file: one key per line; empty lines and those that begin with # are skipped.
-            Limits per minute may follow a key of clients: ``KEY requests=60 tokens=100000``.
         name: The setting that names the file.
 
     Raises:
@@ -42,38 +39,25 @@ class ApiKeys:
     def __init__(self, path: str, name: str = "api_key_file") -> None:
         self._path = path
         self._name = name
-        self._allowances = {k: Allowance(v) for k, v in _read_keys(path, name).items()}
+        self._digests = _read_keys(path, name)
 
     def reload(self) -> None:
-        """Read the file again; if it is not valid, log why, and keep the keys.
-
-        A key whose limits are the same has used what it had used.
-        """
+        """Read the file again; if it is not valid, log why, and keep the keys."""
         try:
-            read = _read_keys(self._path, self._name)
+            self._digests = _read_keys(self._path, self._name)
         except ServingSettingsError as error:
             log.error("The keys stay as they were: %s", error)
         else:
-            old = self._allowances
-            self._allowances = {
-                digest: old[digest]
-                if digest in old and old[digest].limits == limits
-                else Allowance(limits)
-                for digest, limits in read.items()
-            }
-            log.info("Read %d keys from %s.", len(read), self._path)
+            log.info("Read %d keys from %s.", len(self._digests), self._path)
 
     def shares_with(self, other: ApiKeys) -> bool:
         """Whether some key is in both files."""
-        return not self._allowances.keys().isdisjoint(other._allowances)
+        return not self._digests.isdisjoint(other._digests)
 
-    def find(self, key: str) -> Allowance | None:
-        """What a key may use; None if it is none of them. Takes the same time for every key."""
-        given, found = _digest(key), None
-        for known, allowance in self._allowances.items():
-            if hmac.compare_digest(known, given):
-                found = allowance
-        return found
+    def __contains__(self, key: str) -> bool:
+        """Whether a key is one of them; takes the same time for every key."""
+        given = _digest(key)
+        return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
 
 
 def _digest(key: str) -> bytes:
@@ -97,44 +81,33 @@ def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]
     return keys, admin_keys
 
 
-def _read_keys(path: str, name: str) -> dict[bytes, KeyLimits]:
-    """The digests of the keys in a file, with their limits."""
+def _read_keys(path: str, name: str) -> frozenset[bytes]:
+    """The digests of the keys in a file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ServingSettingsError(f"{name} {path} must be a text file in UTF-8.") from None
-    keys: dict[bytes, KeyLimits] = {}
+    keys = set()
     for number, line in enumerate(map(str.strip, lines), start=1):
         if line and not line.startswith("#"):
-            key, *words = line.split()
-            found = [match for word in words if (match := _LIMIT.fullmatch(word))]
-            limits = {match[1]: int(match[2]) for match in found}
-            if not _KEY.fullmatch(key) or len(limits) < len(words):
+            if not _KEY.fullmatch(line):
                 raise ServingSettingsError(
-                    f"Line {number} of {name} {path} must be a key of visible ASCII characters, "
-                    "or a comment that begins with #. Only requests=NUMBER and tokens=NUMBER, "
-                    "limits per minute of at least 1, may follow a key."
+                    f"Line {number} of {name} {path} must be a key of visible ASCII characters "
+                    "without spaces, or a comment that begins with #."
                 )
-            if limits and name != "api_key_file":
-                raise ServingSettingsError(
-                    f"Line {number} of {name} {path} has limits, which only keys of api_key_file "
-                    "can have; remove them."
-                )
-            keys[_digest(key)] = KeyLimits(**limits)
+            keys.add(_digest(line))
     if not keys:
         raise ServingSettingsError(
             f"{name} {path} has no key; write one per line, for example the output of "
             "'openssl rand -hex 32'."
         )
-    return keys
+    return frozenset(keys)
 
 
 class RequireApiKey:
     """ASGI middleware that answers 401 to requests without a valid key, except probes.
-
-    The state of a request has the `Allowance` of its key as ``allowance``.
 
     Args:
         app: The application.
@@ -159,10 +132,8 @@ class RequireApiKey:
             keys = self._admin_keys
         if scope["type"] == "http" and keys is not None and scope["path"] not in PROBE_PATHS:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            allowance = keys.find(key.strip()) if scheme.lower() == "bearer" else None
-            if allowance is None:
+            if scheme.lower() != "bearer" or key.strip() not in keys:
                 app = error_response(_unauthorized(missing=not key), scope)
-            scope.setdefault("state", {})["allowance"] = allowance
         await app(scope, receive, send)
 
 

@@ -34,7 +34,6 @@ from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.probes import probe_router
 from rap_env.serving.prompts import RequestBuilder, stop_tokens
-from rap_env.serving.rate_limits import Allowance, Charge
 from rap_env.serving.request_id import REQUEST_ID_HEADER, RequestIds
 from rap_env.serving.responses import (
     EventStreamResponse,
@@ -45,7 +44,6 @@ from rap_env.serving.responses import (
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.tokenization import tokenization_router
-from rap_env.serving.tracing import Traces
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -75,10 +73,9 @@ class Service:
         self.settings = settings
         self.limit = limit
         self.metrics = ServingMetrics(engine, settings)
-        self.traces = Traces(settings.served_name) if settings.traces else None
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
-        self._running: dict[Generation, Charge | None] = {}
+        self._running: set[Generation] = set()
         stops = stop_tokens(engine.llm, tokenizer)
         self.builder = RequestBuilder(
             tokenizer,
@@ -102,8 +99,6 @@ class Service:
         finally:
             self.closing = True
             await asyncio.to_thread(self.engine.close, timeout_s=self.settings.shutdown_grace_s)
-            if self.traces is not None:
-                await asyncio.to_thread(self.traces.close)
 
     def cancel_running(self) -> None:
         """Cancel all running generations because the server shuts down."""
@@ -136,22 +131,10 @@ class Service:
             text_shares=mean_shares(built.text_shares),
         )
         plans = AnswerPlans(predict, self._made_of)
-        on_end = None
-        if self.traces is not None:
-            on_end = partial(
-                self.traces.add, headers=request.headers, request_id=request.state.request_id
-            )
-        generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans, on_end)
+        generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
         request.state.log_fields = generation.log_fields
-        allowance: Allowance | None = getattr(request.state, "allowance", None)
-        charge = None if allowance is None else allowance.charge(built.most_tokens)
-        try:
-            generation.start()
-        except BaseException:
-            if charge is not None:
-                charge.settle(0)
-            raise
-        self._running[generation] = charge
+        generation.start()
+        self._running.add(generation)
         writer = ResponseWriter(built, model=self.settings.served_name, plans=plans)
         respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
@@ -183,9 +166,7 @@ class Service:
         return stream
 
     def _finish(self, generation: Generation) -> None:
-        charge = self._running.pop(generation, None)
-        if charge is not None:
-            charge.settle(usage_of(generation)["total_tokens"])
+        self._running.discard(generation)
         generation.cancel()
 
     def count(self, request: Request, outcome: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,8 +31,6 @@ from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.detokenizer import Detokenizer, StopStrings
 from rap_env.serving.errors import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import AnswerTimer, ServingMetrics
-from rap_env.serving.tool_calls import ToolCall, ToolCallParser
-from rap_env.serving.tools import Tools
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -72,7 +70,6 @@ class GenerationRequest:
         logprobs: Whether to return log probabilities.
         echo: Text of each prompt, which the answers begin with; empty for no such texts.
         prompt_only: Whether the answers are prompts alone.
-        tools: What the answers may call.
         chat: Whether it is a chat completion.
         stream: Whether to stream the response.
         include_usage: Whether a stream ends with the numbers of tokens.
@@ -87,7 +84,6 @@ class GenerationRequest:
     logprobs: bool = False
     echo: Sequence[str] = ()
     prompt_only: bool = False
-    tools: Tools | None = None
     chat: bool = False
     stream: bool = False
     include_usage: bool = False
@@ -103,11 +99,6 @@ class GenerationRequest:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
         return sum(map(len, self.prompts))
-
-    @property
-    def most_tokens(self) -> int:
-        """Most tokens of prompts and answers together."""
-        return self.prompt_tokens + self.size * self.params.max_new_tokens
 
     @property
     def final_tokens(self) -> int:
@@ -129,15 +120,13 @@ class OutputDelta:
         index: Number of the answer.
         text: New text; may be empty.
         logprobs: Log probabilities of its tokens, if requested.
-        finish_reason: ``"stop"``, ``"length"`` or ``"tool_calls"`` in the last delta.
-        tool_calls: Calls that are complete.
+        finish_reason: ``"stop"`` or ``"length"`` in the last delta.
     """
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass
@@ -149,7 +138,6 @@ class _Choice:
     detokenizer: Detokenizer
     stops: StopStrings
     timer: AnswerTimer
-    parser: ToolCallParser | None = None
     echo: str = ""  # what the answer still has to begin with
     tokens: int = 0
     ended: bool = False
@@ -165,7 +153,6 @@ class Generation:
         request: What to generate.
         metrics: Where times are counted.
         plans: Takes in the plans of its passes, before the output that was computed with them.
-        on_end: Called with the times of each answer that has ended, in a thread of the engine.
     """
 
     def __init__(
@@ -175,7 +162,6 @@ class Generation:
         request: GenerationRequest,
         metrics: ServingMetrics,
         plans: AnswerPlans,
-        on_end: Callable[[AnswerTimer], None] | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -183,7 +169,6 @@ class Generation:
         self.request = request
         self._metrics = metrics
         self._plans = plans
-        self._on_end = on_end
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._cancelled_by: Exception | None = None
@@ -214,16 +199,13 @@ class Generation:
             ApiError: The engine rejects them: 400, 429 or 503.
         """
         try:
-            tools = self.request.tools
             for number in range(self.request.size):
-                special = tools is not None and tools.keep_special
-                detokenizer = Detokenizer(self._tokenizer, keep_special=special)
+                detokenizer = Detokenizer(self._tokenizer)
                 stops = StopStrings(self.request.stop_strings)
                 prompt = self.request.prompts[number // self.request.n]
                 timer = AnswerTimer(self._metrics, len(prompt), self._engine.clock())
                 handle = self._submit(number, prompt, timer)
                 choice = _Choice(number, handle, detokenizer, stops, timer)
-                choice.parser = None if tools is None else tools.parser()
                 if self.request.echo:
                     choice.echo = self.request.echo[number // self.request.n]
                 self._choices.append(choice)
@@ -236,8 +218,6 @@ class Generation:
             timer.add(event)
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
-            if self._on_end is not None and isinstance(event, EndEvent):
-                self._on_end(timer)
 
         params, floor = self.request.params_of(number), self.request.max_delta_nll
         texts = self.request.text_shares
@@ -289,11 +269,10 @@ class Generation:
         if self.request.logprobs and not choice.stops.found:
             sample = Sample(event.token_id, event.logprob, event.top)
             choice.pending.append(self._logprob(sample))
-        text, calls = _parsed(choice, text)
-        if choice.stops.found or (choice.parser is not None and choice.parser.complete):
+        if choice.stops.found:
             choice.handle.cancel()
-            return self._last(choice, text, "stop", calls)
-        return self._delta(choice, text, None, calls) if text or calls or choice.echo else None
+            return self._delta(choice, text, "stop")
+        return self._delta(choice, text, None) if text or choice.echo else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
         if event.reason not in ("stop", "length"):
@@ -303,19 +282,7 @@ class Generation:
         text += choice.stops.finish()
         if event.stop_token and self.request.logprobs and not self.request.chat:
             choice.pending.append(self._logprob(event.stop_token))
-        text, calls = _parsed(choice, text)
-        return self._last(choice, text, reason, calls)
-
-    def _last(
-        self, choice: _Choice, text: str, reason: str, calls: tuple[ToolCall, ...]
-    ) -> OutputDelta:
-        """The last output, with what was held back as a possible tool call."""
-        if choice.parser is not None:
-            rest, more = choice.parser.finish()
-            text, calls = text + rest, calls + more
-            if choice.parser.calls and reason == "stop":
-                reason = "tool_calls"
-        return self._delta(choice, text, reason, calls)
+        return self._delta(choice, text, reason)
 
     def _add_prompt(self, choice: _Choice, event: PromptEvent) -> None:
         first = choice.handle.prompt_ids[0]
@@ -328,17 +295,11 @@ class Generation:
             return None
         return self._delta(choice, "", "length")
 
-    def _delta(
-        self,
-        choice: _Choice,
-        text: str,
-        reason: str | None,
-        calls: tuple[ToolCall, ...] = (),
-    ) -> OutputDelta:
+    def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
         """New output, with what the answer has to begin with."""
         text, choice.echo = choice.echo + text, ""
         logprobs, choice.pending = tuple(choice.pending), []
-        return OutputDelta(choice.index, text, logprobs, reason, calls)
+        return OutputDelta(choice.index, text, logprobs, reason)
 
     def _logprob(self, sample: Sample) -> TokenLogprob:
         token, *others = (
@@ -382,8 +343,3 @@ class Generation:
         if isinstance(error, EngineClosedError):
             return unavailable(str(error), "shutting_down")
         return error
-
-
-def _parsed(choice: _Choice, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """New text without the tool calls in it, and those."""
-    return (text, ()) if choice.parser is None else choice.parser.add(text)

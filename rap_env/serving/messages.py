@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rap_env.serving.errors import invalid, shown
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Roles of messages, and their names in chat templates."""
-_UNSUPPORTED_FIELDS = ("function_call", "audio")
+_UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "audio")
 
 
-def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Check messages and convert them: known roles, text, and tool calls with parsed arguments.
+def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Check messages and convert them: known roles and text.
 
     Raises:
         ApiError: A message is invalid (400).
@@ -27,12 +20,7 @@ def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_turn(f"messages[{number}]", message) for number, message in enumerate(messages)]
 
 
-def uses_tools(messages: list[dict[str, Any]]) -> bool:
-    """Whether any of the converted messages calls a tool or has its result."""
-    return any(turn["role"] == "tool" or "tool_calls" in turn for turn in messages)
-
-
-def _turn(where: str, message: dict[str, Any]) -> dict[str, Any]:
+def _turn(where: str, message: dict[str, Any]) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise invalid(
@@ -40,27 +28,10 @@ def _turn(where: str, message: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(map(repr, ROLES))}.",
             f"{where}.role",
         )
-    calls = message.get("tool_calls")
-    for name in (*_UNSUPPORTED_FIELDS, *(("tool_calls",) if role != "assistant" else ())):
+    for name in _UNSUPPORTED_FIELDS:
         if message.get(name):
             raise invalid(f"'{where}.{name}' is not supported in a message of '{role}'.", where)
-    content = message.get("content")
-    turn: dict[str, Any] = {"role": ROLES[role]}
-    turn["content"] = "" if calls and content is None else _content(content, where)
-    if calls:
-        turn["tool_calls"] = _calls(calls, where)
-    if role == "tool":
-        call = message.get("tool_call_id")
-        if not isinstance(call, str):
-            raise invalid(
-                f"'{where}.tool_call_id' must be the id of a tool call, not {shown(repr(call))}.",
-                f"{where}.tool_call_id",
-                "invalid_type",
-            )
-        turn["tool_call_id"] = call
-        if isinstance(name := message.get("name"), str):
-            turn["name"] = name
-    return turn
+    return {"role": ROLES[role], "content": _content(message.get("content"), where)}
 
 
 def _content(content: Any, where: str) -> str:
@@ -79,24 +50,3 @@ def _content(content: Any, where: str) -> str:
         f"{where}.content",
         "invalid_type",
     )
-
-
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as values, not as text: templates write the JSON."""
-    found = []
-    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        try:
-            function = call["function"]
-            name, arguments = function["name"], json.loads(function["arguments"])
-            if not (isinstance(name, str) and isinstance(arguments, dict)):
-                raise TypeError
-        except (LookupError, TypeError, ValueError, RecursionError):
-            place = f"{where}.tool_calls[{number}]"
-            raise invalid(
-                f"'{place}' must be a call of a function with its 'name' and its 'arguments', an "
-                "object as JSON text.",
-                place,
-            ) from None
-        named = {"name": name, "arguments": arguments}
-        found.append({"id": str(call.get("id", "")), "type": "function", "function": named})
-    return found

@@ -8,20 +8,18 @@ from typing import Any
 
 from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.structured_output import CompiledGrammar, GrammarCompiler
+from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.detokenizer import plain_text
 from rap_env.serving.errors import ApiError, invalid, shown, unknown_model
 from rap_env.serving.generation import GenerationRequest
-from rap_env.serving.messages import template_messages, uses_tools
+from rap_env.serving.messages import template_messages
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
     ChatCompletionRequest,
     CompletionRequest,
-    ToolSpec,
 )
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.structured import compiled, constraint_of
-from rap_env.serving.tools import Tools, checked_template, tools_of
+from rap_env.serving.structured import constraint_of
 
 Body = ChatCompletionRequest | CompletionRequest
 
@@ -75,10 +73,8 @@ class RequestBuilder:
                 "max_tokens",
             )
         echo: Sequence[str] = ()
-        tools: Tools | None = None
         if isinstance(body, ChatCompletionRequest):
-            tools = tools_of(body, self._tokenizer)
-            prompts = [self.encode_chat(body.messages, tools=body.tools if tools else None)]
+            prompts = [self.encode_chat(body.messages)]
         else:
             entries = self._entries(body.prompt)
             prompts = [self._prompt(entry) for entry in entries]
@@ -99,14 +95,13 @@ class RequestBuilder:
         self._check_prompt(longest, body)
         return GenerationRequest(
             prompts=prompts,
-            params=self._sampling(body, self._max_new_tokens(body, longest), tools),
+            params=self._sampling(body, self._max_new_tokens(body, longest)),
             n=n,
             stop_strings=stop_strings,
             # A number in a completion, 0 included; a flag in a chat.
             logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
             echo=echo,
             prompt_only=body.new_tokens == 0,
-            tools=tools,
             chat=chat,
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -188,7 +183,7 @@ class RequestBuilder:
         most = min(default, self._settings.max_new_tokens)
         return max(1, min(most, self._context_tokens - prompt_tokens))
 
-    def _sampling(self, body: Body, max_new_tokens: int, tools: Tools | None) -> SamplingParams:
+    def _sampling(self, body: Body, max_new_tokens: int) -> SamplingParams:
         temperature = 1.0 if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else body.top_p
         if top_p == 0:  # an empty nucleus: take the most likely token
@@ -197,7 +192,7 @@ class RequestBuilder:
             top, echoed = body.top_logprobs or 0, False
         else:
             top, echoed = body.logprobs or 0, bool(body.echo) and body.logprobs is not None
-        constraint = self._constraint(body, tools)
+        constraint = constraint_of(body, self.grammars)
         if body.ignore_eos and constraint is not None:
             raise invalid(
                 "'ignore_eos' is not supported with structured output, which the end token ends.",
@@ -218,11 +213,6 @@ class RequestBuilder:
             constraint=constraint,
         )
 
-    def _constraint(self, body: Body, tools: Tools | None) -> CompiledGrammar | None:
-        if tools is None or not tools.forced:
-            return constraint_of(body, self.grammars)
-        return compiled(self.grammars, "lark", tools.grammar(self._tokenizer), "tool_choice")
-
     def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         with self._lock:
@@ -232,17 +222,15 @@ class RequestBuilder:
         self,
         messages: list[dict[str, Any]],
         *,
-        tools: Sequence[ToolSpec] | None = None,
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
     ) -> list[int]:
-        """Token ids of messages, and of the tools that they may use, in the model's chat template.
+        """Token ids of messages in the model's chat template.
 
         The template writes the special tokens itself; `add_special_tokens` adds the tokenizer's.
 
         Raises:
-            ApiError: There is no chat template, it rejects the messages, or it has no tools and
-                needs them (400).
+            ApiError: There is no chat template, or it rejects the messages (400).
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise invalid(
@@ -258,16 +246,10 @@ class RequestBuilder:
                 f"'messages' may have at most {most} messages, not {len(messages)}.", "messages"
             )
         turns = template_messages(messages)
-        if tools or uses_tools(turns):
-            checked_template(self._tokenizer, "tools" if tools else "messages")
-        listed = [tool.model_dump(exclude_unset=True) for tool in tools or ()]
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(
-                    turns,
-                    tools=listed or None,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
+                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
                 return self._encode(text, add_special_tokens=add_special_tokens)
         except ImportError:

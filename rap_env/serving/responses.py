@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError
 from rap_env.serving.generation import Generation, GenerationRequest, OutputDelta, TokenLogprob
-from rap_env.serving.tool_calls import ToolCall
 
 DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""
@@ -31,7 +30,6 @@ class ResponseWriter:
         self._plans = plans
         self._unfinished = request.size
         self._lengths: dict[int, int] = {}  # characters written of each answer
-        self._calls: dict[int, int] = {}  # tool calls written of each answer
         self._head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -59,11 +57,7 @@ class ResponseWriter:
     def _whole_choice(self, index: int, deltas: Sequence[OutputDelta]) -> dict[str, Any]:
         text = "".join(delta.text for delta in deltas)
         logprobs = [entry for delta in deltas for entry in delta.logprobs]
-        calls = [call for delta in deltas for call in delta.tool_calls]
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls:
-            message["content"] = text or None
-            message["tool_calls"] = [_call_json(call) for call in calls]
+        message = {"role": "assistant", "content": text, "refusal": None}
         return {
             "index": index,
             "finish_reason": deltas[-1].finish_reason,
@@ -88,12 +82,6 @@ class ResponseWriter:
         if delta.text or delta.logprobs:
             content = {"delta": {"content": delta.text}}
             events.append(self._chunk(delta.index, content, delta.logprobs, None))
-        if delta.tool_calls:
-            first = self._calls.get(delta.index, 0)
-            self._calls[delta.index] = first + len(delta.tool_calls)
-            numbered = enumerate(delta.tool_calls, start=first)
-            calls = [{"index": number, **_call_json(call)} for number, call in numbered]
-            events.append(self._chunk(delta.index, {"delta": {"tool_calls": calls}}, [], None))
         if delta.finish_reason:
             events.append(self._chunk(delta.index, {"delta": {}}, [], delta.finish_reason))
         return events
@@ -146,11 +134,6 @@ class ResponseWriter:
             "top_logprobs": [_likely(entry) for entry in found] if most else None,
             "text_offset": offsets,
         }
-
-
-def _call_json(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
 
 
 def _likely(entry: TokenLogprob) -> dict[str, float] | None:

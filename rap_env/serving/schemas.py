@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -74,24 +74,6 @@ class BaseCompletionRequest(BaseModel):
         return self.max_tokens
 
 
-class FunctionSpec(BaseModel):
-    """A function that the model may call; `parameters` is a JSON schema of an object."""
-
-    model_config = ConfigDict(extra="ignore")
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolSpec(BaseModel):
-    """An entry of `tools`."""
-
-    model_config = ConfigDict(extra="ignore")
-    type: Literal["function"]
-    function: FunctionSpec
-
-
 class ChatCompletionRequest(BaseCompletionRequest):
     """Body of ``POST /v1/chat/completions``."""
 
@@ -99,9 +81,6 @@ class ChatCompletionRequest(BaseCompletionRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[ToolSpec] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
 
     @property
     def new_tokens(self) -> int | None:

@@ -85,9 +85,6 @@ class ServerSettings:
             others; null for no floor.
         min_quality_per_request: Strictest floor that a request may ask for in its field
             ``max_delta_nll``, in nats per token; 0 allows the native plan alone. Null: none may.
-        max_degradation_by_newcomer: How far requests that join a batch may raise the predicted rise
-            in NLL of the plan that a running request has, in nats per token; a request that would
-            raise it further waits. Null for no limit. Policies without predictions have none.
         memory: Memory limit: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``: most resident memory of the whole
             process, with interpreter, libraries and server.
@@ -107,13 +104,10 @@ class ServerSettings:
         log_file: File for log lines instead of standard error; null for none.
         log_file_bytes: Size at which the log file becomes ``NAME.1``, such as ``16MiB``.
         log_file_count: Most older log files that are kept.
-        traces: Whether to send a trace of each answer by OTLP (extra ``otel``), to where the
-            environment variable ``OTEL_EXPORTER_OTLP_ENDPOINT`` says.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         api_key_file: File of API keys, one per line; requests other than probes must send one of
-            them as ``Authorization: Bearer KEY``. Limits per minute may follow a key: ``KEY
-            requests=60 tokens=100000``. null for none.
+            them as ``Authorization: Bearer KEY``. null for none.
         admin_key_file: File of the keys of administrators, in the format of `api_key_file`, for
             ``/admin/budget``; null for no such route. A key of a client is none of them.
         insecure: Whether to serve without API keys at an address that others can reach.
@@ -157,7 +151,6 @@ class ServerSettings:
     kinds: str | None = None
     max_delta_nll: float | str | None = "auto"
     min_quality_per_request: float | None = None
-    max_degradation_by_newcomer: float | None = 0.05
     memory: str | int = "auto"
     model_memory: str | int | None = None
     memory_file: str | None = None
@@ -170,7 +163,6 @@ class ServerSettings:
     log_file: str | None = None
     log_file_bytes: str | int = "16MiB"
     log_file_count: int = 5
-    traces: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None
@@ -214,7 +206,7 @@ class ServerSettings:
             raise ServingSettingsError(
                 f"max_delta_nll must be 'auto', null or a number, not {self.max_delta_nll!r}."
             )
-        for name in ("max_delta_nll", "min_quality_per_request", "max_degradation_by_newcomer"):
+        for name in ("max_delta_nll", "min_quality_per_request"):
             rise = getattr(self, name)
             if rise not in (None, "auto") and not 0 <= rise < math.inf:
                 raise ServingSettingsError(

@@ -157,7 +157,6 @@ def build_stack(
             policy,
             memory,
             max_delta_nll=_floor(settings, policy),
-            max_degradation_by_newcomer=_newcomer_limit(settings, policy),
             log=decisions,
             chunk_tokens=settings.prefill_chunk_tokens,
             **controls,
@@ -197,18 +196,6 @@ def _floor(settings: ServerSettings, policy: PlanPolicy) -> float | None:
     return None
 
 
-def _newcomer_limit(settings: ServerSettings, policy: PlanPolicy) -> float | None:
-    """The limit of the settings; none, with a line in the log, if the policy predicts nothing."""
-    limit = settings.max_degradation_by_newcomer
-    if limit is None or predicts(policy):
-        return limit
-    log.info(
-        "Policy %s predicts no rise in NLL, so max_degradation_by_newcomer limits nothing.",
-        policy.name,
-    )
-    return None
-
-
 def _check_floor(controller: RuntimeController) -> None:
     """Reject a fixed budget in which no plan fits one token without going below the floor."""
     if not controller.could_fit(BatchShape(1, 1)):
@@ -232,26 +219,18 @@ def serve(
         reread: Reads the settings again at SIGHUP; None if they cannot have changed.
 
     Raises:
-        RapError: As for `build_stack`, the address is not available, another server writes the
-            same files, or `check_access`, `check_address` or `check_before_loading` rejects the
-            settings.
+        RapError: As for `build_stack`, the address is not available, or `check_access`,
+            `check_address` or `check_before_loading` rejects the settings.
     """
     require_extra()
     from rap_env.serving.access import check_access, check_address
     from rap_env.serving.logs import server_logging
     from rap_env.serving.reload import reload_settings
-    from rap_env.serving.run_lock import written_files_locked
     from rap_env.serving.server import Server, bind, url_of
-    from rap_env.serving.tracing import require_tracing
 
     check_access(settings)
-    if settings.traces:
-        require_tracing()
-    with (
-        written_files_locked(settings),
-        server_logging(settings),
-        bind(settings.host, settings.port) as bound,
-    ):  # these fail before the model is loaded
+    # These fail before the model is loaded.
+    with server_logging(settings), bind(settings.host, settings.port) as bound:
         check_address(bound, settings)
         check_before_loading(settings)
         if settings.threads is not None:

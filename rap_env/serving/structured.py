@@ -39,11 +39,11 @@ def constraint_of(body: BaseCompletionRequest, compiler: GrammarCompiler) -> Com
             "structured_outputs",
         )
     for field, (kind, text) in given.items():
-        return compiled(compiler, kind, text, field)
+        return _compiled(compiler, kind, text, field)
     return None
 
 
-def compiled(
+def _compiled(
     compiler: GrammarCompiler, kind: GrammarKind, text: str, field: str
 ) -> CompiledGrammar:
     """Compile a grammar that a field of the request asks for; errors are `ApiError` (400)."""

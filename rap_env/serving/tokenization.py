@@ -12,12 +12,12 @@ from starlette.responses import JSONResponse, Response
 
 from rap_env.serving.errors import invalid
 from rap_env.serving.prompts import RequestBuilder
-from rap_env.serving.schemas import ToolSpec, read_json, validate_fields
+from rap_env.serving.schemas import read_json, validate_fields
 from rap_env.serving.settings import ServerSettings
 
 
 class TokenizeRequest(BaseModel):
-    """Body of ``POST /tokenize``: a text (`prompt`), or `messages` and `tools` of a chat.
+    """Body of ``POST /tokenize``: a text (`prompt`), or `messages` of a chat.
 
     `add_special_tokens` is true for a text and false for messages unless it is given, since a chat
     template writes the special tokens itself.
@@ -28,7 +28,6 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    tools: list[ToolSpec] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -65,7 +64,6 @@ def tokenization_router(
         assert body.messages is not None
         return builder.encode_chat(
             body.messages,
-            tools=body.tools,
             add_generation_prompt=body.add_generation_prompt,
             add_special_tokens=bool(special),
         )

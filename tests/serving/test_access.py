@@ -75,13 +75,13 @@ def test_keys_are_read_again_and_stay_if_the_file_is_invalid(tmp_path, caplog):
     path.write_text("old")
     keys = ApiKeys(str(path))
     path.write_text("new")
-    assert keys.find("old")
+    assert "old" in keys
     keys.reload()
-    assert keys.find("new")
-    assert not keys.find("old")
+    assert "new" in keys
+    assert "old" not in keys
     path.write_text("")
     keys.reload()
-    assert keys.find("new")
+    assert "new" in keys
     assert "has no key" in caplog.text
 
 
@@ -157,8 +157,6 @@ def test_unusable_certificates_are_named(tmp_path):
         (None, "Cannot read api_key_file"),
         (b"# none\n\n", "has no key"),
         (b"good\nmy secret\n", "Line 2 of api_key_file"),
-        (b"secret requests=0\n", "Line 1 of api_key_file"),
-        (b"secret requests=1 requests=2\n", "Line 1 of api_key_file"),
         ("sch\u00f6n".encode(), "Line 1 of api_key_file"),
         (b"\xff\xfe", "must be a text file"),
     ],

@@ -207,6 +207,13 @@ def test_log_probabilities_of_a_plain_answer(server):
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
         ({"temprature": 1}, "temprature", "unknown_parameter", "temprature"),
         ({"prompt": "hi"}, "prompt", "unknown_parameter", "prompt"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools",
+         "unsupported_parameter", "it calls no tools"),
+        ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter", "it calls no tools"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value",
+         "'tool'"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0]",
+         "invalid_value", "tool_calls"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(server, change, param, code, words):

@@ -141,8 +141,8 @@ def test_no_request_has_a_floor_of_its_own_unless_the_server_allows_it(tokenizer
     assert "no floor of their own (min_quality_per_request)" in error["message"]
 
 
-def test_without_predictions_no_default_limits_anything_and_the_log_says_so(tokenizer, caplog):
-    for policy, limit, floor in (("dense", None, None), (None, 0.05, 0.1)):
+def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(tokenizer, caplog):
+    for policy, floor in (("dense", None), (None, 0.1)):
         llm = tiny_llm(layers=3, tokenizer=tokenizer)
         given = {} if policy else {"policy": knapsack_of(llm)}
         caplog.clear()
@@ -150,9 +150,7 @@ def test_without_predictions_no_default_limits_anything_and_the_log_says_so(toke
             stack = build_stack(
                 ServerSettings(policy=policy or "knapsack", model_memory="1GiB"), llm=llm, **given
             )
-        assert stack.engine.controller.max_degradation_by_newcomer == limit
         assert stack.engine.controller.chooser.max_delta_nll == floor
-        assert ("dense predicts no rise in NLL, so max_degr" in caplog.text) == (limit is None)
         assert ("dense predicts no rise in NLL, so answers" in caplog.text) == (floor is None)
 
 

@@ -71,7 +71,6 @@ def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name):
         ({"max_delta_nll": -0.1}, "max_delta_nll must be at least 0 nats per token and finite"),
         ({"max_delta_nll": float("nan")}, "max_delta_nll"),
         ({"min_quality_per_request": -1.0}, "min_quality_per_request must be at least 0 nats"),
-        ({"max_degradation_by_newcomer": -1.0}, "max_degradation_by_newcomer must be at least 0"),
         ({"max_delta_nll": 0.1, "min_quality_per_request": 0.2}, r"at most max_delta_nll \(0.1\)"),
         ({"max_delta_nll": "low"}, "max_delta_nll must be 'auto', null or a number, not 'low'"),
         ({"min_quality_per_request": 0.2}, r"at most max_delta_nll \(0.1\)"),
